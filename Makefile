@@ -1,0 +1,53 @@
+# Everything a checkout needs is Python >= 3.10, make and git; every target makes .venv first if it is missing.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUNS   ?= runs
+
+.PHONY: demo test test-slow test-gpu test-network lint format clean help
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "error: open-LiteVAE needs Python 3.10 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2] or 0)'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## train on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
+	$(BIN)/python train.py --base configs/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo
+	$(BIN)/python scripts/compute_metrics.py --baselines "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)"
+
+test: $(VENV)/.installed-dev ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.installed-dev ## the checks that take minutes
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+test-gpu: $(VENV)/.installed-dev ## the checks that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+test-network: $(VENV)/.installed-dev ## the checks that need the internet
+	$(BIN)/python -m pytest -m network
+
+lint: $(VENV)/.installed-dev ## ruff, mypy and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what make and Python leave behind (not your runs)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

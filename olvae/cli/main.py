@@ -1,0 +1,86 @@
+"""``olvae``: the commands, and how their mistakes are told."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from olvae.cli import evaluate, tables, train, validate
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="olvae",
+    help="Train, evaluate and inspect LiteVAE autoencoders for latent diffusion.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog="A mistake is told in one line; add --debug to any command for the traceback.",
+)
+for command in (train, evaluate, validate, tables):
+    app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
+        command.command
+    )
+
+MANY_VALUES = ("--base", "-b")
+"""Options that take several values after one flag, as the latent-diffusion commands do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 2 for wrong usage, 1 for a failure, and a traceback only with ``--debug``."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        arguments = _repeat_flags([argument for argument in given if argument != "--debug"])
+        code = app(args=arguments, standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_tell(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(error: Exception) -> int:
+    """Print one line, or one for each mistake of a config; the exit code."""
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, found by click or typer's copy of it
+        error.show()
+        return int(error.exit_code)
+    from olvae.config import ConfigError
+
+    expected = isinstance(error, ValueError | OSError | ArithmeticError)
+    text = str(error).strip() or type(error).__name__
+    if not expected:
+        text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
+    for line in text.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _repeat_flags(arguments: list[str]) -> list[str]:
+    """``--base a b`` as ``--base a --base b``, which is what click takes; overrides (key=value) end the list."""
+    out: list[str] = []
+    flag: str | None = None
+    for index, argument in enumerate(arguments):
+        if argument in MANY_VALUES:
+            flag = argument
+            follows = arguments[index + 1] if index + 1 < len(arguments) else "-"
+            if follows.startswith("-") or _is_override(follows):
+                raise typer.BadParameter(f"{flag} needs one or more config files")
+        elif flag is not None and not argument.startswith("-") and not _is_override(argument):
+            out += [flag, argument]
+        else:
+            flag = None
+            out.append(argument)
+    return out
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and "/" not in argument.partition("=")[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""``olvae validate``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["command"]
+
+
+def command(
+    configs: Annotated[list[Path], typer.Argument(metavar="CFG...", help="Config files, each checked by itself.")],
+) -> None:
+    """Tell every mistake of a config in one go, without building anything.
+
+    Unknown and missing keys, wrong types, targets that do not import. Exits with 1 if there is a mistake.
+
+    Example: olvae validate configs/demo.yaml
+    """
+    from olvae.config import ConfigError, load, validate
+
+    found = 0
+    for path in configs:
+        try:
+            mistakes = validate(load([path]))
+        except ConfigError as error:
+            mistakes = list(error.mistakes)
+        found += len(mistakes)
+        for mistake in mistakes:
+            typer.echo(mistake if mistake.startswith(str(path)) else f"{path}: {mistake}", err=True)
+        if not mistakes:
+            typer.echo(f"{path}: no mistakes", err=True)
+    if found:
+        raise typer.Exit(1)

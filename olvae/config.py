@@ -1,0 +1,236 @@
+"""YAML to objects, in the open-LiteVAE and latent-diffusion dialect: nodes of ``target`` and ``params``.
+
+The only reader of ``target``. A config's top level has ``model``, ``data``, ``lightning`` (``trainer`` and
+``callbacks``), and in a run folder ``run``, the command's own settings.
+"""
+
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+__all__ = ["Config", "ConfigError", "Node", "instantiate", "load", "resolve_target", "save", "validate"]
+
+Config = dict[str, Any]
+_NODE = "a node of target and params"
+Node = Annotated[Mapping[str, Any], _NODE]
+"""The type of a constructor's argument that is a node, which the constructor instantiates itself."""
+
+TOP_LEVEL = ("model", "data", "lightning", "run")
+LIGHTNING = ("trainer", "callbacks")
+NODE_KEYS = ("target", "params")
+MODEL_KEYS = ("base_learning_rate", *NODE_KEYS)
+FILLED_IN = {"model": {"learning_rate"}}
+"""Arguments that the trainer fills in, so that a config need not: model.base_learning_rate is the rate."""
+
+TRAINER_OURS = {
+    "callbacks": "lightning.callbacks",
+    "logger": "the run folder",
+    "default_root_dir": "--logdir",
+    "use_distributed_sampler": "the data source",
+}
+"""Trainer arguments that this package sets itself, and where a user says it instead."""
+
+
+class ConfigError(ValueError):
+    """One or more mistakes of a config, one line each."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Merge YAML files, later over earlier, then ``key=value`` overrides; interpolations are resolved.
+
+    Raises:
+        ConfigError: a file is missing, is not a YAML mapping, or an override is not ``key=value``.
+    """
+    merged = OmegaConf.create({})
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such config file" + _nearest_file(path))
+        try:
+            part = OmegaConf.load(path)
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
+        if not OmegaConf.is_dict(part):
+            raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
+        merged = OmegaConf.merge(merged, part)  # type: ignore[assignment]
+    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if bad:
+        raise ConfigError(*(f"{item}: an override is key=value, as in model.params.embed_dim=8" for item in bad))
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[assignment]
+        container = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(_first_line(error)) from error
+    assert isinstance(container, dict)
+    return typing.cast(Config, container)
+
+
+def save(config: Mapping[str, Any], path: str | Path) -> None:
+    """Write a config as YAML that :func:`load` reads back unchanged."""
+    OmegaConf.save(OmegaConf.create(dict(config)), path)
+
+
+def resolve_target(target: str) -> Any:
+    """The class or function that a dotted path names.
+
+    Raises:
+        ConfigError: it does not import, with the nearest right name.
+    """
+    module_name, _, name = target.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.folder.FolderSource")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"target {target!r} does not import: {error}") from error
+    if not hasattr(module, name):
+        raise ConfigError(
+            f"target {target!r} does not import: {module_name} has no {name}" + _nearest(name, dir(module))
+        )
+    return getattr(module, name)
+
+
+def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
+    """Build what a node describes; ``filled_in`` are arguments that the node does not have to give."""
+    if not isinstance(node, Mapping) or "target" not in node:
+        raise ConfigError(f"expected {_NODE}, got {node!r}")
+    factory = resolve_target(node["target"])
+    params = {**(node.get("params") or {}), **filled_in}
+    try:
+        inspect.signature(factory).bind(**params)
+    except TypeError as error:
+        raise ConfigError(f"{node['target']}: {error}") from error
+    return factory(**params)
+
+
+def validate(config: Mapping[str, Any]) -> list[str]:
+    """Every mistake of a config, one line each, without building anything.
+
+    Unknown and missing keys, wrong types and targets that do not import, in every node at any depth, each
+    with the nearest right name; the Trainer's keys are checked against Lightning's own signature.
+    """
+    mistakes = list(_unknown(config, TOP_LEVEL, ""))
+    if "model" not in config:
+        mistakes.append("model: missing")
+    for section in ("model", "data"):
+        if section in config:
+            mistakes += _check_node(config[section], section, FILLED_IN.get(section, set()))
+    lightning = config.get("lightning")
+    if lightning is not None:
+        mistakes += _check_lightning(lightning)
+    return mistakes
+
+
+def _check_lightning(section: Any) -> Iterator[str]:
+    if not isinstance(section, Mapping):
+        yield f"lightning: expected a mapping of {', '.join(LIGHTNING)}, got {section!r}"
+        return
+    yield from _unknown(section, LIGHTNING, "lightning.")
+    from lightning.pytorch import Trainer
+
+    trainer = section.get("trainer")
+    if trainer is not None:
+        yield from _check_arguments(Trainer, trainer, "lightning.trainer")
+        for key in set(trainer) & set(TRAINER_OURS) if isinstance(trainer, Mapping) else ():
+            yield f"lightning.trainer.{key}: is set by {TRAINER_OURS[key]}; leave it out"
+    callbacks = section.get("callbacks")
+    if isinstance(callbacks, Mapping):
+        for name, node in callbacks.items():
+            yield from _check_node(node, f"lightning.callbacks.{name}", set())
+    elif callbacks is not None:
+        yield f"lightning.callbacks: expected a mapping of names to nodes, got {callbacks!r}"
+
+
+def _check_node(node: Any, where: str, filled_in: Container[str]) -> Iterator[str]:
+    if not isinstance(node, Mapping):
+        yield f"{where}: expected {_NODE}, got {node!r}"
+        return
+    yield from _unknown(node, MODEL_KEYS if where == "model" else NODE_KEYS, f"{where}.")
+    if where == "model":
+        rate = node.get("base_learning_rate", 1e-4)
+        if not isinstance(rate, float | int) or isinstance(rate, bool) or rate <= 0:
+            yield f"model.base_learning_rate: expected a positive number, got {rate!r}"
+    if not isinstance(node.get("target"), str):
+        yield (f"{where}.target: missing" if "target" not in node else f"{where}.target: expected a dotted path")
+        return
+    try:
+        factory = resolve_target(node["target"])
+    except ConfigError as error:
+        yield f"{where}.target: {error}"
+        return
+    yield from _check_arguments(factory, node.get("params") or {}, f"{where}.params", filled_in)
+
+
+def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
+    if not isinstance(params, Mapping):
+        yield f"{where}: expected a mapping of arguments, got {params!r}"
+        return
+    arguments = inspect.signature(factory).parameters
+    open_ended = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
+    named = {n: a for n, a in arguments.items() if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
+    if not open_ended:
+        yield from _unknown(params, tuple(named), f"{where}.")
+    for name, argument in named.items():
+        if argument.default is argument.empty and name not in params and name not in filled_in:
+            yield f"{where}.{name}: missing"
+    hints = _type_hints(factory)
+    for name, value in params.items():
+        hint = hints.get(name)
+        if _is_node(hint) and value is not None:
+            yield from _check_node(value, f"{where}.{name}", set())
+        elif hint is not None:
+            try:
+                check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            except TypeCheckError:
+                yield f"{where}.{name}: expected {_readable(hint)}, got {value!r}"
+
+
+def _type_hints(factory: Any) -> dict[str, Any]:
+    function = factory.__init__ if inspect.isclass(factory) else factory
+    try:
+        return typing.get_type_hints(inspect.unwrap(function), include_extras=True)
+    except (NameError, TypeError):  # annotations of a library that only exist for its type checker
+        return {}
+
+
+def _is_node(hint: Any) -> bool:
+    if typing.get_origin(hint) is Annotated:
+        return _NODE in hint.__metadata__
+    return any(_is_node(part) for part in typing.get_args(hint))
+
+
+def _readable(hint: Any) -> str:
+    text = getattr(hint, "__name__", None) if inspect.isclass(hint) and not typing.get_args(hint) else None
+    return text or str(hint).replace("typing.", "").replace("collections.abc.", "")
+
+
+def _unknown(given: Mapping[str, Any], known: Sequence[str], prefix: str) -> Iterator[str]:
+    for key in given:
+        if key not in known:
+            yield f"{prefix}{key}: unknown key" + (_nearest(str(key), known) or f"; known: {', '.join(known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    return _nearest(path.name, sorted(p.name for p in folder.glob("*.yaml"))) if folder.is_dir() else ""
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())

@@ -1,0 +1,135 @@
+"""What every source of images offers: three loaders of the same batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from olvae.data.pixels import image_to_tensor
+from olvae.data.stream import Draw, StreamSampler
+from olvae.data.transforms import RandomScaleCrop, center_crop
+
+__all__ = ["Batch", "ImageList", "Source"]
+
+
+class Batch(TypedDict):
+    """``image``: uint8 (B, 3, size, size); it becomes [-1, 1] on the device."""
+
+    image: Tensor
+
+
+class ImageList(ABC):
+    """A sequence of pictures that are read when they are asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+
+class Source:
+    """Training crops without end, and validation and test images once each, in order.
+
+    Args:
+        train, val, test: the pictures.
+        size: side of the images in pixels.
+        batch_size: images per batch and device.
+        num_workers: loader processes; 0 loads in the training process.
+        transform: from a training picture to a square of ``size`` pixels.
+        samples_per_image: how often a training picture counts in an epoch.
+
+    Raises:
+        ValueError: a batch is larger than the training or the validation images.
+    """
+
+    def __init__(
+        self,
+        train: ImageList,
+        val: ImageList,
+        test: ImageList,
+        size: int,
+        batch_size: int,
+        num_workers: int,
+        transform: RandomScaleCrop,
+        samples_per_image: int = 1,
+    ) -> None:
+        for name, number in (
+            ("size", size),
+            ("batch_size", batch_size),
+            ("samples_per_image", samples_per_image),
+        ):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        self.size = size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.transform = transform
+        self.samples_per_epoch = len(train) * samples_per_image
+        self._train, self._val, self._test = train, val, test
+        if batch_size > self.samples_per_epoch:
+            raise ValueError(
+                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
+                "lower data.params.batch_size or add images"
+            )
+
+    def train_loader(self, seed: int = 0, start: int = 0) -> DataLoader[Batch]:
+        """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
+        sampler = StreamSampler(self.samples_per_epoch, seed, start)
+        return self._loader(_TrainImages(self._train, self.transform), sampler=sampler, drop_last=True)
+
+    def val_loader(self) -> DataLoader[Batch]:
+        """Each validation image once; a rank sees every world-size-th."""
+        return self._loader(_share(_EvalImages(self._val, self.size)))
+
+    def test_loader(self) -> DataLoader[Batch]:
+        """Each test image once; a rank sees every world-size-th."""
+        return self._loader(_share(_EvalImages(self._test, self.size)))
+
+    def describe(self) -> str:
+        """One line for the summary of a run."""
+        return f"{len(self._train)} training, {len(self._val)} validation, {len(self._test)} test images"
+
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **options,
+        )
+
+
+class _TrainImages(Dataset[Batch]):
+    def __init__(self, images: ImageList, transform: RandomScaleCrop) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        image = self.images[draw.image % len(self.images)]
+        return {"image": image_to_tensor(self.transform(image, draw.rng()))}
+
+
+class _EvalImages(Dataset[Batch]):
+    def __init__(self, images: ImageList, size: int) -> None:
+        self.images = images
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {"image": image_to_tensor(center_crop(self.images[index], self.size))}
+
+
+def _share(dataset: _EvalImages) -> Dataset[Batch]:
+    if not dist.is_initialized():
+        return dataset
+    mine: Sequence[int] = range(dist.get_rank(), len(dataset), dist.get_world_size())
+    return Subset(dataset, mine)

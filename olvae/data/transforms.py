@@ -1,0 +1,85 @@
+"""From a picture to a square of ``size`` pixels: the training and the evaluation transform."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["FILTERS", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
+
+FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Pillow's filters; all are antialiased when they shrink."""
+
+
+class RandomScaleCrop:
+    """Stochastic image rescaling [R], random crop and flip.
+
+    A square is cut whose side is a random fraction of the picture's shorter side, uniform between
+    ``min_fraction`` and 1, at a random place, and resized to ``size`` with a randomly chosen antialiased
+    filter: the same as resizing the picture by a random factor and cropping ``size`` pixels of it [D], at a
+    fraction of the cost. Where the picture allows, nothing is enlarged: the square is at least ``size`` wide.
+
+    Args:
+        size: side of the result in pixels.
+        min_fraction: in (0, 1].
+        filters: names of :data:`FILTERS` to choose from.
+        flip: mirror half of the results.
+        shuffle_channels: share of the results whose red, green and blue change places: for few pictures, which
+            hold few colours.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        min_fraction: float = 0.5,
+        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        flip: bool = True,
+        shuffle_channels: float = 0.0,
+    ) -> None:
+        if not 0.0 <= shuffle_channels <= 1.0:
+            raise ValueError(f"shuffle_channels must be between 0 and 1, got {shuffle_channels}")
+        if not 0.0 < min_fraction <= 1.0:
+            raise ValueError(f"min_fraction must be above 0 and at most 1, got {min_fraction}")
+        unknown = [name for name in filters if name not in FILTERS]
+        if unknown or not filters:
+            raise ValueError(f"filters must be some of {', '.join(FILTERS)}, got {list(filters)}")
+        self.size = size
+        self.min_fraction = min_fraction
+        self.filters = [FILTERS[name] for name in filters]
+        self.flip = flip
+        self.shuffle_channels = shuffle_channels
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        shorter = min(image.size)
+        side = rng.uniform(max(self.min_fraction * shorter, min(self.size, shorter)), shorter)
+        left = rng.uniform(0.0, image.width - side)
+        top = rng.uniform(0.0, image.height - side)
+        resample = self.filters[rng.integers(len(self.filters))]
+        box = (left, top, left + side, top + side)
+        crop = image.resize((self.size, self.size), resample, box=box)
+        if self.flip and rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.shuffle_channels and rng.random() < self.shuffle_channels:
+            channels = crop.split()
+            crop = Image.merge(crop.mode, [channels[i] for i in rng.permutation(len(channels))])
+        return crop
+
+
+def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
+    """Bicubic, antialiased, so that the shorter side has ``size`` pixels."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The evaluation transform of the results table: bicubic resize of the shorter side, then centre crop."""
+    image = resize_shorter_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

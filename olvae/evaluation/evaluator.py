@@ -1,0 +1,91 @@
+"""One pass over the test images: reconstruct, compare, keep what the report needs."""
+
+import math
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from olvae.data.pixels import from_uint8, image_to_tensor, tensor_to_image, to_uint8
+from olvae.data.source import Batch
+from olvae.metrics.psnr import psnr
+from olvae.metrics.ssim import ssim
+from olvae.models.autoencoder import LiteVAE
+
+__all__ = ["METRICS", "Result", "autoencoder_reconstruction", "bicubic_reconstruction", "evaluate"]
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+"""Names to functions of two batches of uint8 images that give one value per image."""
+
+Reconstruct = Callable[[Tensor], Tensor]
+"""uint8 (B, 3, H, W) to uint8 of the same shape."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of one target, and its reconstructions of the images that the figure shows."""
+
+    target: str
+    n: int
+    metrics: dict[str, float]
+    skipped: dict[str, str]
+    examples: Tensor
+
+    def as_dict(self) -> dict[str, object]:
+        return {"target": self.target, "n": self.n, "metrics": self.metrics, "skipped": self.skipped}
+
+
+@torch.inference_mode()
+def evaluate(
+    target: str, reconstruct: Reconstruct, batches: Iterable[Batch], metrics: Sequence[str], examples: Container[int]
+) -> Result:
+    """Means over images of every metric, accumulated in float64; ``examples`` are the places of images to keep.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    kept: list[Tensor] = []
+    n = 0
+    for batch in batches:
+        x = batch["image"]
+        y = reconstruct(x)
+        for name in metrics:
+            values[name].append(METRICS[name](x, y))
+        kept += [image for place, image in enumerate(y, start=n) if place in examples]
+        n += x.shape[0]
+    if not n:
+        raise ValueError("the test set has no images")
+    means = {name: float(torch.cat(parts).double().mean()) for name, parts in values.items()}
+    return Result(
+        target,
+        n,
+        {name: value for name, value in means.items() if math.isfinite(value)},
+        {name: f"{value}: some images are equal to the pixel" for name, value in means.items() if math.isinf(value)},
+        torch.stack(kept),
+    )
+
+
+def autoencoder_reconstruction(model: LiteVAE) -> Reconstruct:
+    """From the posterior's mode, clamped and rounded."""
+
+    def reconstruct(x: Tensor) -> Tensor:
+        y, _ = model(from_uint8(x))
+        return to_uint8(y)
+
+    return reconstruct
+
+
+def bicubic_reconstruction(factor: int) -> Reconstruct:
+    """A round trip through an image that is ``factor`` times smaller, both ways by Pillow's antialiased bicubic."""
+
+    def reconstruct(x: Tensor) -> Tensor:
+        return torch.stack([image_to_tensor(round_trip(tensor_to_image(image))) for image in x])
+
+    def round_trip(image: Image.Image) -> Image.Image:
+        small = image.resize((image.width // factor, image.height // factor), Image.Resampling.BICUBIC)
+        return small.resize(image.size, Image.Resampling.BICUBIC)
+
+    return reconstruct

@@ -1,0 +1,67 @@
+"""Pictures that the commands leave behind: labelled grids, error maps, curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+__all__ = ["error_map", "labelled_grid", "plot_curves"]
+
+ERROR_RANGE = 64
+"""The error, in steps of 8-bit values, that error maps show as white."""
+
+
+def error_map(x: Tensor, y: Tensor) -> Tensor:
+    """Absolute error averaged over channels, black at 0 to white at 64 of 255: uint8 (B, C, H, W) -> (B, 3, H, W)."""
+    error = (x.float() - y.float()).abs().mean(1) / ERROR_RANGE  # (B, H, W)
+    colours = mpl.colormaps["magma"](error.clamp(0, 1).cpu().numpy(), bytes=True)[..., :3]  # (B, H, W, 3)
+    return torch.from_numpy(np.ascontiguousarray(colours)).permute(0, 3, 1, 2)
+
+
+def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4) -> Image.Image:
+    """One row of pictures per entry, its name above it.
+
+    Args:
+        rows: names to uint8 (N, 3, H, W), all of one size; N may differ.
+        min_side: pictures smaller than this are enlarged by a whole factor, pixel by pixel.
+        gap: white pixels between pictures.
+    """
+    height, width = next(iter(rows.values())).shape[-2:]
+    factor = max(1, -(-min_side // min(height, width)))
+    height, width = height * factor, width * factor
+    columns = max(images.shape[0] for images in rows.values())
+    font = ImageFont.load_default(size=18)
+    label = 28
+    canvas = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * (label + height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (name, images) in enumerate(rows.items()):
+        top = gap + r * (label + height + gap)
+        draw.text((gap, top + 2), name, fill="black", font=font)
+        for c, image in enumerate(images):
+            array = image.permute(1, 2, 0).contiguous().cpu().numpy()
+            picture = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (gap + c * (width + gap), top + label))
+    return canvas
+
+
+def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+    """Small multiples of values over steps, one per entry, as a PNG."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, (name, (steps, values)) in zip(panels, curves.items(), strict=False):
+        panel.plot(steps, values, linewidth=1.2, marker="o" if len(steps) < 20 else "", markersize=3)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
+    figure.savefig(path, dpi=120)

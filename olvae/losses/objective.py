@@ -1,0 +1,82 @@
+"""Phase A's objective [P 4.3]: named terms, their weights, and their sum. Owns no network that learns."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from olvae.losses.gaussian import gaussian_loss
+from olvae.losses.kl import kl_loss
+from olvae.losses.perceptual import LPIPS
+from olvae.losses.reconstruction import RECONSTRUCTION
+from olvae.losses.wavelet import wavelet_loss
+from olvae.modules.distributions import DiagonalGaussian
+
+__all__ = ["Objective"]
+
+
+class Objective(nn.Module):
+    """sum of weight * term; a term with weight 0 is neither computed nor logged, and loads nothing.
+
+    Each term is a mean per value of the image, so weights do not depend on its size; the defaults are the
+    README's for A2 and B0 to B5 [R].
+
+    Args:
+        reconstruction: the pixel loss: l1, l2 or charbonnier.
+        rec_weight, lpips_weight, kl_weight, wavelet_weight, gaussian_weight: not negative.
+        lpips_weights: VGG16's weights; see :class:`LPIPS`.
+    """
+
+    def __init__(
+        self,
+        reconstruction: Literal["l1", "l2", "charbonnier"] = "l1",
+        rec_weight: float = 1.0,
+        lpips_weight: float = 1.0,
+        kl_weight: float = 0.01,
+        wavelet_weight: float = 1.0,
+        gaussian_weight: float = 0.5,
+        lpips_weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if reconstruction not in RECONSTRUCTION:
+            raise ValueError(f"reconstruction must be one of {', '.join(RECONSTRUCTION)}, got {reconstruction!r}")
+        weights = {
+            "rec": rec_weight,
+            "lpips": lpips_weight,
+            "kl": kl_weight,
+            "wavelet": wavelet_weight,
+            "gaussian": gaussian_weight,
+        }
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name}_weight must not be negative, got {weight}")
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        if not self.weights:
+            raise ValueError("every weight of the objective is 0: there is nothing to learn from")
+        self.pixel_loss = RECONSTRUCTION[reconstruction]
+        self.lpips = LPIPS(lpips_weights) if "lpips" in self.weights else None
+
+    def forward(
+        self, x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and each term by its name before its weight; scalars in float32.
+
+        Args:
+            x, reconstruction: (B, C, H, W) in [-1, 1].
+            posterior: the encoder's, for x.
+        """
+        terms: dict[str, Tensor] = {}
+        for name in self.weights:
+            if name == "rec":
+                terms[name] = self.pixel_loss(x, reconstruction)
+            elif name == "lpips":
+                assert self.lpips is not None
+                terms[name] = self.lpips(x, reconstruction)
+            elif name == "kl":
+                terms[name] = kl_loss(posterior, x)
+            elif name == "wavelet":
+                terms[name] = wavelet_loss(x, reconstruction)
+            elif name == "gaussian":
+                terms[name] = gaussian_loss(x, reconstruction)
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return total, terms

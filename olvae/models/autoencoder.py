@@ -1,0 +1,144 @@
+"""LiteVAE as a plain module: images to a posterior, latents to images. No Lightning needed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olvae.config import ConfigError, instantiate
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.halves import Decoder, Encoder
+from olvae.modules.litevae.smc import fold_smc
+from olvae.modules.precision import autocast_enabled, island
+
+__all__ = ["LiteVAE", "Quantizer"]
+
+
+class Quantizer(nn.Module):
+    """The two 1x1 convolutions of the latent-diffusion autoencoders, under their published names [M].
+
+    Args:
+        latent_dim: channels that the encoder gives.
+        embed_dim: channels of the latent, n_z.
+        z_channels: channels that the decoder takes.
+    """
+
+    def __init__(self, latent_dim: int, embed_dim: int, z_channels: int) -> None:
+        super().__init__()
+        self.quant_conv = nn.Conv2d(latent_dim, 2 * embed_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
+
+
+class LiteVAE(nn.Module):
+    """An autoencoder for latent diffusion.
+
+    Args:
+        encoder: images to 2 n_z moments, or to features if there is a quantizer.
+        decoder: latents to images.
+        quantizer: optional 1x1 convolutions on either side of the latent.
+
+    Raises:
+        ValueError: the two halves do not fit each other.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, quantizer: Quantizer | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.quantizer = quantizer
+        if quantizer is None:
+            _check(
+                "encoder's latent_dim",
+                encoder.latent_dim,
+                "twice the decoder's z_channels",
+                2 * decoder.z_channels,
+            )
+        _check("encoder's shrinking factor", encoder.downscale, "the decoder's growing factor", decoder.upscale)
+        _check("encoder's in_channels", encoder.in_channels, "the decoder's out_channels", decoder.out_channels)
+
+    @classmethod
+    def from_config(
+        cls,
+        encoder_config: Mapping[str, Any],
+        decoder_config: Mapping[str, Any],
+        embed_dim: int,
+        use_quant: bool = False,
+        initial_logvar: float = 0.0,
+    ) -> "LiteVAE":
+        """Build from the nodes of a config's ``model.params``.
+
+        Without ``use_quant`` the encoder gives the 2 ``embed_dim`` moments itself; its ``latent_dim`` may be
+        left out, be that number, or be ``embed_dim``, as in the published YAML. With it, ``latent_dim`` is the
+        encoder's width before the 1x1 convolution and is taken as it is.
+
+        ``initial_logvar`` is added to the bias of the log-variances: at 0, where fresh weights start, the latent
+        is mostly noise, which a short training spends its first steps on.
+        """
+        if use_quant:
+            encoder = instantiate(encoder_config)
+            decoder = instantiate(decoder_config)
+            quantizer = Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels)
+            return cls(encoder, decoder, quantizer)._shift_logvar(initial_logvar)
+        latent_dim = (encoder_config.get("params") or {}).get("latent_dim", 2 * embed_dim)
+        if latent_dim not in (embed_dim, 2 * embed_dim):
+            raise ConfigError(
+                f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder gives the "
+                f"moments of embed_dim = {embed_dim} channels: leave latent_dim out, or set use_quant"
+            )
+        encoder = instantiate(encoder_config, latent_dim=2 * embed_dim)
+        return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
+
+    @torch.no_grad()
+    def _shift_logvar(self, shift: float) -> "LiteVAE":
+        last = list((self.quantizer.quant_conv if self.quantizer else self.encoder).modules())[-1]
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        last.bias[self.latent_channels :] += shift
+        return self
+
+    @property
+    def downscale(self) -> int:
+        """f: how many pixels of the image, per side, one latent position stands for."""
+        return self.encoder.downscale
+
+    @property
+    def latent_channels(self) -> int:
+        """n_z: channels of the latent."""
+        if self.quantizer is not None:
+            return self.quantizer.post_quant_conv.in_channels
+        return self.decoder.z_channels
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); float32 under autocast.
+
+        Raises:
+            ValueError: H or W is not a multiple of f.
+        """
+        moments = self.encoder(x)  # (B, latent_dim, H/f, W/f)
+        if self.quantizer is not None:
+            moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
+        return DiagonalGaussian(island(moments) if autocast_enabled(moments) else moments)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        if self.quantizer is not None:
+            z = self.quantizer.post_quant_conv(z)
+        x: Tensor = self.decoder(z)
+        return x
+
+    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruction, from the posterior's mode or from a sample, and the posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+
+    def fold(self) -> "LiteVAE":
+        """A copy for inference whose self-modulated convolutions are ordinary ones: same function, faster."""
+        folded = fold_smc(self)
+        assert isinstance(folded, LiteVAE)
+        return folded
+
+
+def _check(name: str, value: Any, other_name: str, other: Any) -> None:
+    if value != other:
+        raise ValueError(f"the {name}, {value}, is not {other_name}, {other}")

@@ -1,0 +1,45 @@
+"""The posterior of the latent."""
+
+import torch
+from torch import Tensor
+
+from olvae.modules.precision import island
+
+__all__ = ["DiagonalGaussian"]
+
+LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
+
+
+class DiagonalGaussian:
+    """A Gaussian per latent element, from the encoder's moments.
+
+    Args:
+        moments: (B, 2 n_z, h, w): the means, then the log-variances, which are clamped to [-30, 20].
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        if moments.shape[1] % 2:
+            raise ValueError(f"moments need an even number of channels, got {tuple(moments.shape)}")
+        self.mean, logvar = moments.chunk(2, dim=1)  # each (B, n_z, h, w)
+        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+
+    @property
+    def std(self) -> Tensor:
+        return (0.5 * self.logvar).exp()
+
+    @property
+    def var(self) -> Tensor:
+        return self.logvar.exp()
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise, the noise drawn from ``generator`` or from torch's global one."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL(self || N(0, I)) of each sample in nats, summed over its latent, in float32 or better: (B,)."""
+        mean, logvar = island(self.mean), island(self.logvar)
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)

@@ -1,0 +1,146 @@
+"""The LiteVAE decoder: Stable Diffusion's shape with self-modulated convolutions and no attention [P 4.2]."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.modules.halves import Decoder
+from olvae.modules.litevae.smc import SMC
+from olvae.modules.wavelet import idwt2
+
+__all__ = ["LiteVAE_Decoder"]
+
+
+class SMCBlock(nn.Module):
+    """Two SMCs and a plain 1x1 shortcut.
+
+    ``open_litevae``: SMC, SiLU, dropout, SMC, SiLU, add [R][M]; ``paper_smc``: SiLU, SMC, SiLU, dropout, SMC,
+    add [P App. G].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, pre_activation: bool) -> None:
+        super().__init__()
+        self.pre_activation = pre_activation
+        self.conv1 = SMC(in_channels, out_channels)
+        self.conv2 = SMC(out_channels, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.nin_shortcut = (
+            nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pre_activation:
+            h = self.conv1(F.silu(x))
+            h = self.conv2(self.dropout(F.silu(h)))
+        else:
+            h = self.dropout(F.silu(self.conv1(x)))
+            h = F.silu(self.conv2(h))
+        out: Tensor = h + self.nin_shortcut(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a plain 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Level(nn.Module):
+    """The blocks of one width, and the upsampling after them; the names are the published ones [M]."""
+
+    def __init__(self, blocks: Sequence[nn.Module], upsample: nn.Module | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        if upsample is not None:
+            self.upsample = upsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            for layer in module if isinstance(module, nn.ModuleList) else (module,):
+                x = layer(x)
+        return x
+
+
+class LiteVAE_Decoder(Decoder):
+    """Latent to image.
+
+    Args:
+        channels: base width.
+        z_channels: channels of the latent.
+        out_channels: channels of the image.
+        channel_mult: multiples of the width, from the image's resolution to the latent's.
+        num_res_blocks: blocks per level, less one, as in the latent-diffusion dialect.
+        variant: ``open_litevae`` [R][M] has three middle blocks and SMC, SiLU before the last convolution;
+            ``paper_smc`` [P App. G] has pre-activation blocks, two middle blocks, SiLU before the last.
+        output: ``image``, or ``wavelet``: the last upsampling gives way to predicting the four level-1 Haar
+            sub-bands in the image's range, followed by the inverse transform (times 2) [P App. G].
+        dropout: inside the blocks.
+
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with f = 2^(len(channel_mult) - 1); [-1, 1],
+    not clamped.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        z_channels: int = 12,
+        out_channels: int = 3,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        variant: Literal["open_litevae", "paper_smc"] = "open_litevae",
+        output: Literal["image", "wavelet"] = "image",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if variant not in ("open_litevae", "paper_smc"):
+            raise ValueError(f"variant must be open_litevae or paper_smc, got {variant!r}")
+        if output not in ("image", "wavelet"):
+            raise ValueError(f"output must be image or wavelet, got {output!r}")
+        if output == "wavelet" and len(channel_mult) < 2:
+            raise ValueError("wavelet output replaces an upsampling: channel_mult needs two entries or more")
+        pre_activation = variant == "paper_smc"
+        self.z_channels = z_channels
+        self.out_channels = out_channels
+        self.output = output
+        self.upscale = 2 ** (len(channel_mult) - 1)
+
+        def block(in_channels: int, out_channels: int) -> nn.Module:
+            return SMCBlock(in_channels, out_channels, dropout, pre_activation)
+
+        width = channels * channel_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, kernel_size=3, padding=1)
+        self.mid = nn.Sequential(*(block(width, width) for _ in range(2 if pre_activation else 3)))
+
+        # `up` is indexed from the finest level, as the published names are, and run from the coarsest.
+        levels: list[nn.Module] = []
+        for index, mult in reversed(list(enumerate(channel_mult))):
+            blocks: list[nn.Module] = []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(block(width, channels * mult))
+                width = channels * mult
+            upsamples = index > (1 if output == "wavelet" else 0)
+            levels.append(Level(blocks, Upsample(width) if upsamples else None))
+        self.up = nn.ModuleList(reversed(levels))
+
+        self.conv_norm = nn.Identity() if pre_activation else SMC(width, width)
+        self.conv_out = nn.Conv2d(width, out_channels * (4 if output == "wavelet" else 1), kernel_size=3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.ndim != 4 or z.shape[1] != self.z_channels:
+            raise ValueError(f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}")
+        h = self.mid(self.conv_in(z))  # (B, width, h, w)
+        for level in reversed(self.up):
+            h = level(h)
+        h = self.conv_out(F.silu(self.conv_norm(h)))
+        if self.output == "wavelet":
+            h = idwt2(2.0 * h)  # (B, 4C, fh/2, fw/2) -> (B, C, fh, fw)
+        out: Tensor = h
+        return out

@@ -1,0 +1,154 @@
+"""The LiteVAE encoder: wavelet sub-bands, one extractor per level, one aggregator [P 4.1, Fig. 2]."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.modules.halves import Encoder
+from olvae.modules.litevae.unet import OpenUNet, PaperUNet
+from olvae.modules.wavelet import wavedec2
+
+__all__ = ["SCALES", "LiteVAE_Encoder", "Scale"]
+
+
+class Scale(NamedTuple):
+    """Widths of a preset, and the blocks of the open_litevae variant [R]."""
+
+    extractor_channels: int
+    extractor_mult: tuple[int, ...]
+    extractor_resblocks: int
+    aggregate_channels: int
+    aggregate_mult: tuple[int, ...]
+    aggregate_resblocks: int
+
+
+SCALES = {
+    "S": Scale(16, (1, 2, 2), 3, 16, (1, 2, 2), 3),
+    "B": Scale(32, (1, 2, 3), 4, 32, (1, 2, 3), 4),
+    "M": Scale(64, (1, 2, 4), 5, 32, (1, 2, 3), 4),
+    "L": Scale(64, (1, 2, 4), 5, 64, (1, 2, 4), 4),
+}
+
+
+class LiteVAE_Encoder(Encoder):
+    """Image to moments (or features, where a 1x1 convolution follows).
+
+    Level l of the wavelet transform, 4 * in_channels channels at H/2^l, goes through its own extractor to as
+    many features; these are pooled to H/2^levels, concatenated, and aggregated to ``latent_dim`` channels.
+
+    Args:
+        latent_dim: channels of the output. The autoencoder sets it to 2 n_z if no 1x1 convolution follows.
+        scale: a preset of widths: S, B, M or L. Any width given beside it overrides the preset.
+        variant: ``open_litevae`` is the published code [R][M]; ``paper`` is the paper's [P App. G].
+        in_channels: channels of the image.
+        dct_levels: levels of the wavelet transform; the encoder shrinks by 2^levels.
+        image_size: the size in pixels at which the model is meant to be used: what summaries count operations at.
+        extractor_channels, extractor_mult, extractor_resblocks: base width, its multiples, blocks per level.
+        aggregate_channels, aggregate_mult, aggregate_resblocks: the same for the aggregator.
+        wavelet: an orthogonal PyWavelets wavelet.
+        pool: how features reach the common resolution: ``average``, or ``conv``, an average followed by a
+            learned 3x3 convolution [P App. G], for the paper variant.
+        dropout: in the paper variant's blocks.
+
+    Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 24,
+        scale: Literal["S", "B", "M", "L"] | None = None,
+        variant: Literal["open_litevae", "paper"] = "open_litevae",
+        in_channels: int = 3,
+        dct_levels: int = 3,
+        image_size: int = 256,
+        extractor_channels: int | None = None,
+        extractor_mult: Sequence[int] | None = None,
+        extractor_resblocks: int | None = None,
+        aggregate_channels: int | None = None,
+        aggregate_mult: Sequence[int] | None = None,
+        aggregate_resblocks: int | None = None,
+        wavelet: str = "haar",
+        pool: Literal["average", "conv"] = "average",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if variant not in ("open_litevae", "paper"):
+            raise ValueError(f"variant must be open_litevae or paper, got {variant!r}")
+        if variant == "open_litevae" and (pool != "average" or dropout):
+            raise ValueError("pool and dropout belong to the paper variant: set variant to paper, or leave them out")
+        if dct_levels < 1 or image_size % 2**dct_levels:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of {2 ** max(dct_levels, 1)}, "
+                f"which {dct_levels} wavelet levels need"
+            )
+        widths = _widths(
+            scale,
+            variant,
+            {
+                "extractor_channels": extractor_channels,
+                "extractor_mult": extractor_mult,
+                "extractor_resblocks": extractor_resblocks,
+                "aggregate_channels": aggregate_channels,
+                "aggregate_mult": aggregate_mult,
+                "aggregate_resblocks": aggregate_resblocks,
+            },
+        )
+        self.in_channels = in_channels
+        self.latent_dim = latent_dim
+        self.levels = dct_levels
+        self.image_size = image_size
+        self.wavelet = wavelet
+        self.downscale = 2**dct_levels
+        # [P App. G]: level l divided by 2^l, so that LL stays in the image's range; the published code does not [M].
+        self.band_scales = [2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)]
+
+        bands = 4 * in_channels
+
+        def unet(inputs: int, outputs: int, channels: int, mult: Sequence[int], blocks: int) -> nn.Module:
+            if variant == "paper":
+                return PaperUNet(inputs, outputs, channels, mult, blocks, dropout)
+            return OpenUNet(inputs, outputs, channels, mult, blocks)
+
+        self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(dct_levels))
+        if pool == "conv":
+            self.pool_convs = nn.ModuleList(
+                nn.Conv2d(bands, bands, kernel_size=3, padding=1) for _ in range(dct_levels)
+            )
+        else:
+            self.pool_convs = nn.ModuleList(nn.Identity() for _ in range(dct_levels))
+        self.aggregator = unet(bands * dct_levels, latent_dim, *widths[3:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
+            h, w = x.shape[-2:]
+            raise ValueError(
+                f"image size {h}x{w} is not a multiple of {self.downscale}: crop or pad it, "
+                f"for example to {-(-h // self.downscale) * self.downscale}x{-(-w // self.downscale) * self.downscale}"
+            )
+        features: list[Tensor] = []
+        levels = wavedec2(x, self.wavelet, self.levels)  # level l: (B, 4C, H/2^l, W/2^l)
+        stages = zip(levels, self.band_scales, self.extractors, self.pool_convs, strict=True)
+        for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1):
+            f = extractor(bands if band_scale == 1.0 else bands * band_scale)
+            features.append(pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level))))  # (B, 4C, H/f, W/f)
+        out: Tensor = self.aggregator(torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)
+        return out
+
+
+def _widths(scale: str | None, variant: str, given: dict[str, int | Sequence[int] | None]) -> Scale:
+    """The preset's widths, overridden by the given ones; the paper has two blocks everywhere [P App. G]."""
+    if scale is not None and scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    widths: dict[str, Any] = SCALES[scale]._asdict() if scale else {}
+    if variant == "paper":
+        widths.update(extractor_resblocks=2, aggregate_resblocks=2)
+    widths.update({name: value for name, value in given.items() if value is not None})
+    missing = [name for name in Scale._fields if name not in widths]
+    if missing:
+        raise ValueError(f"the encoder needs a scale ({', '.join(SCALES)}) or these widths: {', '.join(missing)}")
+    return Scale(**widths)

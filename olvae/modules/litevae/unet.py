@@ -1,0 +1,157 @@
+"""The two UNets of constant resolution that extract and aggregate features: "down" and "up" are channels only.
+
+``OpenUNet`` is open-LiteVAE's [R][M], with its parameter names; ``PaperUNet`` is the paper's [P App. G].
+"""
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["OpenUNet", "PaperUNet"]
+
+
+def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def _conv1(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+
+class PostActivationBlock(nn.Module):
+    """conv, GroupNorm, SiLU, conv, GroupNorm, SiLU, then the (1x1-projected) input is added [M]."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 8) -> None:
+        super().__init__()
+        self.conv1 = _conv3(in_channels, out_channels)
+        self.norm1 = nn.GroupNorm(groups, out_channels)
+        self.conv2 = _conv3(out_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.residual_conv = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.norm1(self.conv1(x)))
+        h = F.silu(self.norm2(self.conv2(h)))
+        out: Tensor = h + self.residual_conv(x)
+        return out
+
+
+class PreActivationBlock(nn.Module):
+    """GroupNorm, SiLU, conv, GroupNorm, SiLU, dropout, conv, then the (1x1-projected) input is added [P App. G].
+
+    The number of groups is gcd(32, channels), because 32 does not divide S's widths [D].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(gcd(32, in_channels), in_channels)
+        self.conv1 = _conv3(in_channels, out_channels)
+        self.norm2 = nn.GroupNorm(gcd(32, out_channels), out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _conv3(out_channels, out_channels)
+        self.shortcut = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        out: Tensor = h + self.shortcut(x)
+        return out
+
+
+class OpenUNet(nn.Module):
+    """open-LiteVAE's UNet [R][M].
+
+    Widths are ``channels * mult``; every width but the last is a level with ``blocks`` residual blocks, whose
+    outputs are skips, and a 1x1 convolution to the next width; the last width is the middle. On the way up a
+    1x1 convolution narrows, then each block takes one skip. Ends in a 1x1 convolution.
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        *widths, middle = (channels * m for m in mult)
+        self.init_conv = _conv3(in_channels, channels)
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+
+        for width, wider in zip(widths, [*widths[1:], middle], strict=True):
+            level = [PostActivationBlock(width, width) for _ in range(blocks)]
+            self.down_blocks.append(nn.ModuleList([*level, _conv1(width, wider)]))
+        self.mid_block = nn.Sequential(*(PostActivationBlock(middle, middle) for _ in range(blocks)))
+        for width, wider in zip(reversed(widths), [middle, *reversed(widths[1:])], strict=True):
+            level = [PostActivationBlock(2 * width, width) for _ in range(blocks)]
+            self.up_blocks.append(nn.ModuleList([_conv1(wider, width), *level]))
+        self.conv_out = _conv1(channels * mult[0], out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.init_conv(x)
+        skips: list[Tensor] = []
+        for level in self.down_blocks:
+            *blocks, widen = level.children()
+            for block in blocks:
+                h = block(h)
+                skips.append(h)
+            h = widen(h)
+        h = self.mid_block(h)
+        for level in self.up_blocks:
+            narrow, *blocks = level.children()
+            h = narrow(h)
+            for block in blocks:
+                h = block(torch.cat((h, skips.pop()), dim=1))  # (B, 2 width, H, W) -> (B, width, H, W)
+        out: Tensor = self.conv_out(h)
+        return out
+
+
+class PaperUNet(nn.Module):
+    """The paper's UNet [P App. G]: pre-activation blocks, widths change inside a level's first block.
+
+    ``blocks`` blocks per level down and up, each leaving and taking one skip, and two in the middle; a 3x3
+    convolution at both ends and no norm before the last: that is the layout with the paper's counts [M].
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        mult: Sequence[int],
+        blocks: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.init_conv = _conv3(in_channels, channels)
+        down: list[nn.Module] = []
+        up: list[nn.Module] = []
+        skips: list[int] = []
+        width = channels
+        for m in mult:
+            for _ in range(blocks):
+                down.append(PreActivationBlock(width, channels * m, dropout))
+                width = channels * m
+                skips.append(width)
+        self.mid_blocks = nn.Sequential(*(PreActivationBlock(width, width, dropout) for _ in range(2)))
+        for m in reversed(mult):
+            for _ in range(blocks):
+                up.append(PreActivationBlock(width + skips.pop(), channels * m, dropout))
+                width = channels * m
+        self.down_blocks = nn.ModuleList(down)
+        self.up_blocks = nn.ModuleList(up)
+        self.conv_out = _conv3(width, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.init_conv(x)
+        skips: list[Tensor] = []
+        for block in self.down_blocks:
+            h = block(h)
+            skips.append(h)
+        h = self.mid_blocks(h)
+        for block in self.up_blocks:
+            h = block(torch.cat((h, skips.pop()), dim=1))
+        out: Tensor = self.conv_out(h)
+        return out

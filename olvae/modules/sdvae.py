@@ -1,0 +1,96 @@
+"""The Stable Diffusion autoencoder, the baseline [P App. F]: its two halves, taken from diffusers.
+
+Together, with ``use_quant: true`` and the encoder's ``latent_dim`` at 2 n_z, they are the SD-VAE.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from olvae.modules.halves import Decoder, Encoder
+
+__all__ = ["SDDecoder", "SDEncoder"]
+
+
+class SDEncoder(Encoder):
+    """Stable Diffusion's convolutional encoder with attention in the middle.
+
+    Args:
+        latent_dim: channels of the output, 2 n_z.
+        in_channels: channels of the image.
+        image_size: the size in pixels at which the model is meant to be used.
+        channels, channel_mult, num_res_blocks: base width, its multiples, blocks per level.
+        norm_groups: groups of every GroupNorm; divides every width.
+
+    Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f), f = 2^(len(channel_mult) - 1).
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 24,
+        in_channels: int = 3,
+        image_size: int = 256,
+        channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders import vae
+
+        self.latent_dim = latent_dim
+        self.in_channels = in_channels
+        self.downscale = 2 ** (len(channel_mult) - 1)
+        self.image_size = image_size
+        if image_size % self.downscale:
+            raise ValueError(f"image_size {image_size} is not a multiple of {self.downscale}")
+        self.model = vae.Encoder(
+            in_channels=in_channels,
+            out_channels=latent_dim,
+            down_block_types=("DownEncoderBlock2D",) * len(channel_mult),
+            block_out_channels=tuple(channels * m for m in channel_mult),
+            layers_per_block=num_res_blocks,
+            norm_num_groups=norm_groups,
+            double_z=False,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x)
+        return out
+
+
+class SDDecoder(Decoder):
+    """Stable Diffusion's convolutional decoder with attention in the middle.
+
+    The arguments are LiteVAE_Decoder's, so that a config can exchange the two.
+
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(channel_mult) - 1).
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        z_channels: int = 12,
+        out_channels: int = 3,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders import vae
+
+        self.z_channels = z_channels
+        self.out_channels = out_channels
+        self.upscale = 2 ** (len(channel_mult) - 1)
+        self.model = vae.Decoder(
+            in_channels=z_channels,
+            out_channels=out_channels,
+            up_block_types=("UpDecoderBlock2D",) * len(channel_mult),
+            block_out_channels=tuple(channels * m for m in channel_mult),
+            layers_per_block=num_res_blocks,
+            norm_num_groups=norm_groups,
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.model(z)
+        return out

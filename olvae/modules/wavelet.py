@@ -1,0 +1,216 @@
+"""Differentiable, orthonormal 2-D discrete wavelet transform, exact inverse, several levels.
+
+Bands lie C channels at a time in the order of the published code [M]: approximation (LL), then the details
+along the width, along the height, and along both: PyWavelets' cA, cV, cH, cD. For Haar and a 2x2 block of
+pixels a b / c d these are (a+b+c+d)/2, (a-b+c-d)/2, (a+b-c-d)/2, (a-b-c+d)/2.
+
+The signal is continued periodically (PyWavelets' mode "periodization"), so that N samples give N/2
+coefficients per band and the transform stays orthonormal for every filter length. An odd side is first
+made even by repeating its last row or column, as PyWavelets does.
+
+Everything is computed in float32 (float64 for float64), under autocast too: half-precision input comes back
+as float32 inside an autocast region, like torch's own float32 operations there, and in its own dtype outside.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olvae.modules.precision import autocast_enabled, island, no_autocast
+
+__all__ = ["dwt2", "idwt2", "wavedec2", "waverec2"]
+
+
+def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
+    """One level of the transform.
+
+    Args:
+        x: (B, C, H, W), any real dtype, any H and W from 1 up.
+        wavelet: the name of an orthogonal PyWavelets wavelet ("haar", "db2", "sym4", ...).
+
+    Returns:
+        (B, 4C, ceil(H/2), ceil(W/2)): LL, width, height and diagonal details, C channels each.
+
+    Raises:
+        ValueError: x is not 4-dimensional, or the wavelet is unknown or not orthogonal.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
+    y = _pad_to_even(island(x))  # (B, C, 2h, 2w)
+    if wavelet == "haar":
+        bands = _haar_analysis(y)
+    else:
+        low_w, high_w = _analysis(y, wavelet)  # each (B, C, 2h, w)
+        low_h = _analysis(torch.cat((low_w, high_w), dim=1).mT, wavelet)  # lowpass, highpass along the height
+        (ll, lh), (hl, hh) = (band.mT.chunk(2, dim=1) for band in low_h)
+        bands = torch.cat((ll, lh, hl, hh), dim=1)  # (B, 4C, h, w)
+    return _from_island(bands, x)
+
+
+def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
+    """The inverse of :func:`dwt2`.
+
+    Args:
+        y: (B, 4C, h, w) in dwt2's order.
+        wavelet: the wavelet that dwt2 used.
+        size: the height and width of the image; (2h, 2w) if it is not given, which for an odd-sized
+            image holds one repeated row or column too many.
+
+    Returns:
+        (B, C, *size).
+
+    Raises:
+        ValueError: the channels are not a multiple of four, the size is not one that dwt2 takes to (h, w),
+            or the wavelet is unknown or not orthogonal.
+    """
+    if y.ndim != 4 or y.shape[1] % 4:
+        raise ValueError(f"idwt2 takes bands of shape (B, 4C, h, w), got {tuple(y.shape)}")
+    h, w = y.shape[-2:]
+    if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
+        raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
+    bands = island(y).chunk(4, dim=1)  # 4 of (B, C, h, w)
+    if wavelet == "haar":
+        x = _haar_synthesis(*bands)
+    else:
+        ll, lh, hl, hh = bands
+        low_w, high_w = _synthesis(torch.cat((ll, lh), dim=1).mT, torch.cat((hl, hh), dim=1).mT, wavelet).mT.chunk(
+            2, dim=1
+        )  # each (B, C, 2h, w)
+        x = _synthesis(low_w, high_w, wavelet)  # (B, C, 2h, 2w)
+    if size is not None:
+        x = x[..., : size[0], : size[1]]
+    return _from_island(x, y)
+
+
+def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
+    """Several levels: level l+1 transforms the LL band of level l.
+
+    Returns:
+        ``levels`` tensors, finest first; the l-th (from 1) is (B, 4C, ~H/2^l, ~W/2^l) in dwt2's order.
+    """
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
+    channels = x.shape[1]
+    out: list[Tensor] = []
+    for _ in range(levels):
+        x = dwt2(x, wavelet)
+        out.append(x)
+        x = x[:, :channels]  # LL
+    return out
+
+
+def waverec2(coefficients: list[Tensor], wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
+    """The inverse of :func:`wavedec2`; every LL but the coarsest is recomputed, not read."""
+    if not coefficients:
+        raise ValueError("waverec2 needs at least one level")
+    x: Tensor | None = None
+    sizes = [size, *((level.shape[-2], level.shape[-1]) for level in coefficients[:-1])]
+    for level, target in zip(reversed(coefficients), reversed(sizes), strict=True):
+        channels = level.shape[1] // 4
+        bands = level if x is None else torch.cat((x, level[:, channels:]), dim=1)
+        x = idwt2(bands, wavelet, target)
+    assert x is not None
+    return x
+
+
+# Precision. The Haar path has only additions, which autocast leaves alone; convolutions need it switched off.
+
+
+def _from_island(y: Tensor, like: Tensor) -> Tensor:
+    if autocast_enabled(like) or not like.dtype.is_floating_point:
+        return y
+    return y.to(like.dtype)
+
+
+def _pad_to_even(x: Tensor) -> Tensor:
+    pad_h, pad_w = x.shape[-2] % 2, x.shape[-1] % 2
+    return F.pad(x, (0, pad_w, 0, pad_h), mode="replicate") if pad_h or pad_w else x
+
+
+# Haar, the fast path: eight additions per 2x2 block.
+
+
+def _haar_analysis(x: Tensor) -> Tensor:
+    a, b = x[..., 0::2, 0::2], x[..., 0::2, 1::2]
+    c, d = x[..., 1::2, 0::2], x[..., 1::2, 1::2]
+    top, bottom = a + b, c + d  # lowpass along the width
+    top_w, bottom_w = a - b, c - d  # highpass along the width
+    return 0.5 * torch.cat((top + bottom, top_w + bottom_w, top - bottom, top_w - bottom_w), dim=1)
+
+
+def _haar_synthesis(ll: Tensor, dw: Tensor, dh: Tensor, dd: Tensor) -> Tensor:
+    top, bottom = ll + dh, ll - dh
+    top_w, bottom_w = dw + dd, dw - dd
+    pixels = (top + top_w, top - top_w, bottom + bottom_w, bottom - bottom_w)  # a, b, c, d
+    blocks = 0.5 * torch.stack(pixels, dim=2)  # (B, C, 4, h, w)
+    return F.pixel_shuffle(blocks.flatten(1, 2), 2)  # (B, C, 2h, 2w)
+
+
+# Any orthogonal filter: one axis at a time, as a convolution over the periodically continued signal.
+
+
+@torch.compiler.assume_constant_result
+def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Lowpass and highpass analysis filters."""
+    return _pywavelets_filters(wavelet)
+
+
+@lru_cache
+def _pywavelets_filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    import pywt
+
+    try:
+        filters = pywt.Wavelet(wavelet)
+    except ValueError:
+        known = ", ".join(pywt.wavelist(kind="discrete")[:8])
+        raise ValueError(f"unknown wavelet {wavelet!r}: PyWavelets knows {known}, ...") from None
+    if not filters.orthogonal:
+        raise ValueError(f"wavelet {wavelet!r} is not orthogonal: choose one of the db, sym or coif families")
+    return tuple(filters.dec_lo), tuple(filters.dec_hi)
+
+
+@torch.compiler.assume_constant_result
+def _synthesis_taps(wavelet: str) -> list[list[list[float]]]:
+    """Pixel 2m + p collects f[F/2 + 2t - p] times the coefficient m + t, for each of the two phases p."""
+    filters = _pywavelets_filters(wavelet)
+    length = len(filters[0])
+    reach = length // 4 + 1  # |t| stays within it for both phases
+
+    def tap(f: tuple[float, ...], t: int, p: int) -> float:
+        j = length // 2 + 2 * t - p
+        return f[j] if 0 <= j < length else 0.0
+
+    return [[[tap(f, t, p) for t in range(-reach, reach + 1)] for f in filters] for p in (0, 1)]
+
+
+def _periodic(x: Tensor, before: int, after: int) -> Tensor:
+    """Continue the last axis periodically; the padding may be longer than the signal."""
+    n = x.shape[-1]
+    return x.index_select(-1, torch.arange(-before, n + after, device=x.device).remainder(n))
+
+
+def _conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    with no_autocast(x):
+        return F.conv1d(x, weight, stride=stride)
+
+
+def _analysis(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
+    """(..., 2n) -> low (..., n), high (..., n): out[k] = sum_j f[j] x[2k + F/2 - j], indices modulo 2n."""
+    weight = torch.tensor(_filters(wavelet), dtype=x.dtype, device=x.device).flip(-1)  # (2, F)
+    reach = weight.shape[-1] // 2 - 1
+    rows = _periodic(x, reach, reach).reshape(-1, 1, x.shape[-1] + 2 * reach)
+    low, high = _conv(rows, weight[:, None], stride=2).unbind(1)  # each (rows, n)
+    shape = (*x.shape[:-1], x.shape[-1] // 2)
+    return low.reshape(shape), high.reshape(shape)
+
+
+def _synthesis(low: Tensor, high: Tensor, wavelet: str) -> Tensor:
+    """The transpose of _analysis, (..., n) twice -> (..., 2n)."""
+    weight = torch.tensor(_synthesis_taps(wavelet), dtype=low.dtype, device=low.device)  # (phase, band, taps)
+    reach = weight.shape[-1] // 2
+    n = low.shape[-1]
+    rows = torch.stack((low.reshape(-1, n), high.reshape(-1, n)), dim=1)  # (rows, band, n)
+    phases = _conv(_periodic(rows, reach, reach), weight, stride=1)  # (rows, phase, n)
+    return phases.mT.reshape(*low.shape[:-1], 2 * n)

@@ -1,0 +1,75 @@
+"""Run folders: their names, what lies where in them, how one is found again."""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+__all__ = ["Run", "create", "open_run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, ``<logdir>/<timestamp>_<name>_<precision>/``, and the places in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+
+def create(logdir: str | Path, name: str, precision: str) -> Run:
+    """Make a new run folder; the timestamp has no underscore, so the name can be told from its ends.
+
+    Raises:
+        ValueError: the name could not be a folder's.
+    """
+    if not re.fullmatch(r"[\w.+=-]+", name):
+        raise ValueError(f"--name {name!r}: use letters, digits and . _ - + = only")
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H-%M-%S")
+    for attempt in range(100):
+        suffix = f"-{attempt}" if attempt else ""
+        path = Path(logdir) / f"{stamp}{suffix}_{name}_{precision}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        run = Run(path)
+        run.checkpoints.mkdir()
+        run.images.mkdir()
+        return run
+    raise FileExistsError(f"{logdir}: 100 runs were started in this second")
+
+
+def open_run(path: str | Path) -> Run:
+    """A run folder that exists and can be continued.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its checkpoint is missing.
+    """
+    run = Run(Path(path))
+    if not run.path.is_dir():
+        raise FileNotFoundError(f"{path}: no such run folder")
+    for file in (run.config, run.last_checkpoint):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path}: not a run folder that can be continued: it has no {file.relative_to(path)}"
+            )
+    return run

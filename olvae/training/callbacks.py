@@ -1,0 +1,175 @@
+"""What happens beside the training step: checkpoints, pictures, the watch over the loss."""
+
+import math
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from olvae.data.pixels import to_uint8
+from olvae.data.source import Batch
+from olvae.figures import error_map, labelled_grid
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.runs import Run
+
+__all__ = ["FiniteLoss", "GracefulStop", "ImageGrids", "KeepCheckpoints"]
+
+
+class KeepCheckpoints(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` up to date, through the last step and a stop in between.
+
+    A file is complete or not there: each is written beside its place, then moved into it.
+
+    Args:
+        every_n_steps: updates of the autoencoder between two saves.
+        keep_every_n_steps: keep ``step=N.ckpt`` for good at multiples of this as well; 0 keeps none.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0) -> None:
+        if every_n_steps < 1 or keep_every_n_steps < 0:
+            raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
+        self.every_n_steps = every_n_steps
+        self.keep_every_n_steps = keep_every_n_steps
+        self._saved = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._saved:
+            return
+        stopping = step == trainer.max_steps or trainer.should_stop
+        if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
+            self._save(trainer, f"step={step:08d}.ckpt")
+        if stopping or step % self.every_n_steps == 0:
+            self._save(trainer, "last.ckpt")
+            self._saved = step
+
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        folder = _run(trainer).checkpoints
+        partial = folder / f".{name}.partial"
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(folder / name)
+        trainer.strategy.barrier()
+
+
+class ImageGrids(Callback):
+    """A grid at every validation: inputs, reconstructions, errors, and decoded samples from N(0, I).
+
+    As ``images/step=N.png`` in the run folder and as an image in TensorBoard; drawn with the weights that
+    validation uses, which are the averaged ones if there are any.
+
+    Args:
+        count: pictures in a row, from the first validation batch.
+    """
+
+    def __init__(self, count: int = 8) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        self.count = count
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        batch = {"image": batch["image"][: self.count]}
+        posterior = pl_module.encode(pl_module.images(batch))
+        reconstruction = to_uint8(pl_module.decode(posterior.mode()))
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+        samples = to_uint8(pl_module.decode(noise.to(posterior.mean)))
+        step = trainer.global_step
+        grid = labelled_grid(
+            {
+                f"input, held out, step {step}": batch["image"].cpu(),
+                "reconstruction": reconstruction.cpu(),
+                "error, black 0 to white 64 of 255": error_map(batch["image"], reconstruction),
+                "decoded from N(0, I)": samples.cpu(),
+            }
+        )
+        grid.save(_run(trainer).images / f"step={step:08d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
+                logger.experiment.add_image(
+                    "val/images", tensor.view(grid.height, grid.width, 3), step, dataformats="HWC"
+                )
+
+
+class FiniteLoss(Callback):
+    """Stops training when the loss is no longer a number, before a checkpoint of it is kept.
+
+    Args:
+        every_n_steps: how often to look; each look waits for the device.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps:
+            return
+        loss = float(trainer.callback_metrics.get("train/loss", 0.0))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {trainer.global_step}: lower model.base_learning_rate, set "
+                "lightning.trainer.gradient_clip_val (1.0), or train with --precision bf16 or 32; "
+                f"the last good weights are in {_run(trainer).last_checkpoint}"
+            )
+
+
+class GracefulStop(Callback):
+    """The first Ctrl-C or SIGTERM ends training after the step, with a checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            # Here, and not earlier, because the handlers that Lightning's fit puts in place, and takes away again,
+            # end training without a checkpoint.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.world_size == 1:
+            trainer.should_stop |= self._asked
+        else:  # the signal may have reached one process only: all stop at the same step
+            trainer.should_stop |= trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+def _run(trainer: pl.Trainer) -> Run:
+    return Run(Path(trainer.default_root_dir))

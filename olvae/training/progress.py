@@ -1,0 +1,130 @@
+"""The progress bar: steps, loss, images per second, time left."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+__all__ = ["StepProgress"]
+
+
+class StepProgress(ProgressBar):
+    """A bar over the updates of the autoencoder on a terminal; elsewhere a line now and then.
+
+    Args:
+        line_every_s: seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, line_every_s: float = 15.0) -> None:
+        super().__init__()
+        self.line_every_s = line_every_s
+        self.console = Console(stderr=True)
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._clock = _Clock()
+
+    def disable(self) -> None:
+        """Lightning calls this on every rank but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._enabled:
+            return
+        self._clock = _Clock(trainer.global_step)
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, status="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._enabled:
+            return
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
+        self._clock.count(step, pl_module.images_seen)
+        if self._bar is not None:
+            if self._clock.due(0.5) or last:
+                self._bar.update(self._bar.task_ids[0], completed=step, status=self._status(trainer))
+        elif self._clock.due(self.line_every_s) or last:
+            left = _duration(self._clock.seconds_left(trainer.max_steps))
+            self.console.print(f"step {step}/{trainer.max_steps}  {self._status(trainer)}  {left} left")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock.restart()
+        if self._enabled and not trainer.sanity_checking:
+            values = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+            text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
+            self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False)
+
+    def _status(self, trainer: pl.Trainer) -> str:
+        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+        return f"loss {loss:.4f}  {self._clock.images_per_s():.1f} images/s"
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class _Clock:
+    """Rates over training alone: the time that validation takes is left out."""
+
+    def __init__(self, step: int = 0) -> None:
+        self._first_step = self._step = step
+        self._first_images: int | None = None
+        self._images = 0
+        self._spent = 0.0
+        self._since = self._shown = time.monotonic()
+
+    def count(self, step: int, images: int) -> None:
+        now = time.monotonic()
+        if self._first_images is None:  # the first step warms up: rates start after it
+            self._first_step, self._first_images = step, images
+        else:
+            self._spent += now - self._since
+        self._since, self._step, self._images = now, step, images
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    def due(self, seconds: float) -> bool:
+        now = time.monotonic()
+        if now - self._shown < seconds:
+            return False
+        self._shown = now
+        return True
+
+    def images_per_s(self) -> float:
+        return (self._images - (self._first_images or 0)) / self._spent if self._spent else 0.0
+
+    def seconds_left(self, last_step: int) -> float:
+        done = self._step - self._first_step
+        return (last_step - self._step) * self._spent / done if done else 0.0
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

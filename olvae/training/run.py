@@ -1,0 +1,220 @@
+"""From a config to a finished run folder."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from olvae import config as cfg
+from olvae import runs
+from olvae.checkpoint import load_weights, read_checkpoint, read_weights
+from olvae.config import Config, ConfigError
+from olvae.data.source import Source
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.training.callbacks import FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints
+from olvae.training.devices import resolve_devices, resolve_precision
+from olvae.training.progress import StepProgress
+from olvae.training.summary import print_ending, print_summary
+
+__all__ = ["TrainOptions", "train"]
+
+RUN_ENV = "OLVAE_RUN"
+"""Where the first process tells the run folder to those that Lightning starts for the other devices."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The flags of ``olvae train``; None is a flag that was not given."""
+
+    base: Sequence[str | Path] = ()
+    overrides: Sequence[str] = ()
+    logdir: str | Path = "runs"
+    name: str | None = None
+    precision: str | None = None
+    gpus: str | None = None
+    seed: int | None = None
+    resume: str | Path | None = None
+    actual_resume: str | Path | None = None
+
+
+def train(options: TrainOptions) -> runs.Run:
+    """Train, and return the run folder.
+
+    Everything that can be wrong with what the user gave is found before the folder is made.
+
+    Raises:
+        ConfigError: a mistake in the config or the flags.
+        ValueError, FileNotFoundError: data, weights or devices do not fit or are not there.
+        KeyboardInterrupt: Ctrl-C or SIGTERM ended training; the checkpoint is written.
+    """
+    resumed = runs.open_run(options.resume) if options.resume is not None else None
+    if resumed is not None and options.actual_resume is not None:
+        raise ConfigError("--resume continues a run, --actual_resume starts one from weights: give one of them")
+    if resumed is None and not options.base:
+        raise ConfigError("--base names the config to train, as in --base configs/demo.yaml")
+    files = [resumed.config] if resumed is not None else []
+    config = cfg.load([*files, *options.base], options.overrides)
+    mistakes = cfg.validate(config)
+    if "data" not in config:
+        mistakes.append("data: missing: where the training images come from")
+    if mistakes:
+        raise ConfigError(*mistakes)
+    settings = _settings(options, config)
+    trainer_args = dict(config.get("lightning", {}).get("trainer") or {})
+    trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
+    precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
+
+    # Data and model, from the seed alone.
+    source = cfg.instantiate(config["data"])
+    if not isinstance(source, Source):
+        raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
+    _quieten()
+    pl.seed_everything(settings["seed"], workers=True, verbose=False)
+    model = _model(config, trainer_args)
+    model.seed = settings["seed"]
+    if source.size % model.autoencoder.downscale:
+        f = model.autoencoder.downscale
+        raise ConfigError(
+            f"data.params.size: {source.size} is not a multiple of {f}, by which the model shrinks images: "
+            f"use {max(f, source.size // f * f)} or {(source.size // f + 1) * f}"
+        )
+    start = _restore(model, resumed, options.actual_resume)
+
+    trainer_args = _steps(trainer_args, source, model)
+    run = resumed or _new_run(options.logdir, settings)
+    cfg.save({**config, "run": settings}, run.config)
+    trainer = _trainer(run, precision, trainer_args, config)
+    print_summary(settings, run, trainer, model, source, start)
+    trainer.fit(
+        model,
+        train_dataloaders=source.train_loader(settings["seed"], start),
+        val_dataloaders=source.val_loader(),
+        ckpt_path=str(run.last_checkpoint) if resumed is not None else None,
+        weights_only=True,
+    )
+    if trainer.is_global_zero:
+        print_ending(run, trainer)
+    if trainer.global_step < trainer.max_steps:
+        raise KeyboardInterrupt  # a signal ended it: what was to follow should not, whether it is Python or make
+    return run
+
+
+def _settings(options: TrainOptions, config: Config) -> Config:
+    """The flags; where one was not given, what the resumed run had, then the default."""
+    before = config.get("run") or {}
+    name = options.name or before.get("name") or (Path(options.base[0]).stem if options.base else "run")
+    trainer = config.get("lightning", {}).get("trainer") or {}
+    return {
+        "name": name,
+        "precision": options.precision or before.get("precision") or str(trainer.get("precision", "32")),
+        "gpus": options.gpus if options.gpus is not None else before.get("gpus"),
+        "seed": options.seed if options.seed is not None else before.get("seed", 0),
+        "weights": str(options.actual_resume) if options.actual_resume is not None else before.get("weights"),
+    }
+
+
+def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
+    node = config["model"]
+    extra: Config = {}
+    for key in ("accumulate_grad_batches", "gradient_clip_val"):  # manual optimisation: the model's to do
+        if trainer_args.get(key) is not None:
+            extra[key] = trainer_args[key]
+        trainer_args.pop(key, None)
+    if "base_learning_rate" in node:
+        extra["learning_rate"] = node["base_learning_rate"]
+    model = cfg.instantiate(node, **extra)
+    if not isinstance(model, LiteAutoencoderKL):
+        raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
+    _ = model.objective  # says so here if the config is for inference only
+    return model
+
+
+def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | Path | None) -> int:
+    """Load weights, or check that the checkpoint to resume fits; where the data stream starts."""
+    if weights is not None:
+        load_weights(model, read_weights(weights), weights)
+    if resumed is None:
+        return 0
+    load_weights(model, read_weights(resumed.last_checkpoint), resumed.last_checkpoint)
+    return int(read_checkpoint(resumed.last_checkpoint)["images_seen"])
+
+
+def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
+    """Steps for Lightning: the stream has no end, so epochs are turned into steps."""
+    args = dict(trainer_args)
+    devices = args["devices"] if isinstance(args["devices"], int) else len(args["devices"])
+    per_step = source.batch_size * model.accumulate_grad_batches * devices * args.get("num_nodes", 1)
+    epochs, steps = args.pop("max_epochs", None), args.pop("max_steps", None)
+    if epochs is None and steps is None:
+        raise ConfigError("lightning.trainer.max_steps: missing: how many steps to train")
+    limits = [steps] if steps is not None else []
+    if epochs is not None:
+        limits.append(epochs * max(1, source.samples_per_epoch // per_step))
+    args["max_steps"] = min(limits)
+    if args["max_steps"] < 1:
+        raise ConfigError(f"lightning.trainer.max_steps: must be at least 1, got {args['max_steps']}")
+    every = args.pop("val_check_interval", None) or 1000
+    if not isinstance(every, int):
+        raise ConfigError(f"lightning.trainer.val_check_interval: a number of steps, got {every!r}")
+    # Lightning counts batches in both, and can't wait for longer than the run is.
+    args["val_check_interval"] = min(every, args["max_steps"]) * model.accumulate_grad_batches
+    args["log_every_n_steps"] = args.get("log_every_n_steps", 20) * model.accumulate_grad_batches
+    return args
+
+
+def _trainer(
+    run: runs.Run,
+    precision: str,
+    trainer_args: Mapping[str, Any],
+    config: Config,
+) -> pl.Trainer:
+    nodes = (config.get("lightning") or {}).get("callbacks") or {}
+    callbacks = [cfg.instantiate(node) for node in nodes.values()]
+    for default in (KeepCheckpoints, ImageGrids, FiniteLoss, GracefulStop, StepProgress):
+        if not any(isinstance(callback, default) for callback in callbacks):
+            callbacks.append(default())
+    defaults: Config = {
+        "check_val_every_n_epoch": None,
+        "deterministic": trainer_args["accelerator"] == "cpu",
+        "enable_model_summary": False,
+        "max_epochs": -1,
+    }
+    return pl.Trainer(
+        **{
+            **defaults,
+            **trainer_args,
+            "precision": precision,
+            "callbacks": callbacks,
+            "logger": TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard"),
+            "default_root_dir": run.path,
+            "use_distributed_sampler": False,
+        }
+    )
+
+
+def _new_run(logdir: str | Path, settings: Config) -> runs.Run:
+    if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ:
+        return runs.Run(Path(os.environ[RUN_ENV]))
+    run = runs.create(logdir, settings["name"], settings["precision"])
+    os.environ[RUN_ENV] = str(run.path)
+    return run
+
+
+def _quieten() -> None:
+    """Lightning's notices that the summary replaces, or that do not hold for an endless stream."""
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,90 @@
+"""The one screen before training, and the few lines after it."""
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from olvae.config import Config
+from olvae.data.source import Source
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.modules.counting import count_macs, count_parameters
+from olvae.runs import Run
+from olvae.training.curves import draw_curves
+
+__all__ = ["print_ending", "print_summary"]
+
+
+def print_summary(
+    settings: Config,
+    run: Run,
+    trainer: pl.Trainer,
+    model: LiteAutoencoderKL,
+    source: Source,
+    start: int,
+) -> None:
+    """What will be trained, on what, how; to standard error, from the first process."""
+    if not trainer.is_global_zero:
+        return
+    size, vae = source.size, model.autoencoder
+    latent = (1, vae.decoder.z_channels, size // vae.downscale, size // vae.downscale)
+    rows = {
+        "run": str(run.path),
+        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, size, size)),
+        "decoder": _network(model.decoder, latent),
+        "latent": f"f{vae.downscale}, {vae.latent_channels} channels: {size}x{size} -> {latent[2]}x{latent[3]}",
+        "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
+        "data": f"{source.describe()}, {size}x{size}",
+        "batch": _batch(trainer, model, source),
+        "learning rate": _rate(trainer, model),
+        "steps": f"{trainer.max_steps}" + (f", continued after {start} images" if start else ""),
+        "device": _device(trainer, settings["precision"]),
+        "seed": str(settings["seed"]),
+    }
+    if settings["weights"]:
+        rows["weights from"] = settings["weights"]
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}", value)
+    Console(stderr=True).print(Panel(table, title=f"olvae train: {settings['name']}", expand=False))
+
+
+def print_ending(run: Run, trainer: pl.Trainer) -> None:
+    """Where the results are; draws the curves."""
+    curves = draw_curves(run)
+    console = Console(stderr=True)
+    stopped = trainer.global_step < trainer.max_steps
+    console.print(f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps", highlight=False)
+    places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images, "curves": curves}
+    for name, place in places.items():
+        if place is not None and place.exists():
+            console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True)
+    if stopped:
+        console.print(f"continue with: python train.py --resume {run.path}", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"evaluate with: python scripts/compute_metrics.py {run.path}", highlight=False, soft_wrap=True)
+
+
+def _network(module: torch.nn.Module, shape: tuple[int, ...]) -> str:
+    macs = count_macs(module, *shape)
+    return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per image"
+
+
+def _batch(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> str:
+    total = source.batch_size * model.accumulate_grad_batches * trainer.world_size
+    return f"{total} = {source.batch_size} x {model.accumulate_grad_batches} accumulated x {trainer.world_size} devices"
+
+
+def _rate(trainer: pl.Trainer, model: LiteAutoencoderKL) -> str:
+    decay = f" to {model.min_lr_factor:g}x at step {model.decay_steps or trainer.max_steps}"
+    warmup = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
+    return f"{model.learning_rate:g}, {model.scheduler}{decay if model.scheduler == 'cosine' else ''}{warmup}"
+
+
+def _device(trainer: pl.Trainer, precision: str) -> str:
+    if trainer.strategy.root_device.type == "cuda":
+        names = f"{trainer.num_devices} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
+    else:
+        names = f"CPU, {torch.get_num_threads()} threads, {trainer.num_devices} process"
+    return f"{names}, precision {precision}"

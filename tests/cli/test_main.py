@@ -1,0 +1,183 @@
+"""The commands as a user types them, in this process; and once each through the README's scripts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from olvae.cli.main import _repeat_flags, main
+from olvae.config import save
+from olvae.training import run as training
+from tests.conftest import tiny_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def olvae(capfd, monkeypatch):
+    """Run a command; returns exit code, standard output and standard error."""
+    monkeypatch.delenv(training.RUN_ENV, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return leaving.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path, image_folder):
+    path = tmp_path / "tiny.yaml"
+    save(tiny_config(image_folder), path)
+    return path
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["validate"], ["tables"]])
+def test_help(olvae, command):
+    code, out, _ = olvae(*command, "--help")
+    assert code == 0
+    assert "Usage" in out
+    if command:
+        assert "Example: " in out
+
+
+def test_train_evaluate_and_resume(olvae, config, tmp_path):
+    code, out, err = olvae("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "--name", "a")
+    assert (code, out) == (0, "")
+    (run,) = (tmp_path / "runs").iterdir()
+    for text in (
+        "parameters",
+        "GMACs",
+        "16x16 -> 2x2",
+        "4 = 4 x 1 accumulated x 1 devices",
+        "0.001, constant",
+        "CPU",
+        str(run),
+    ):
+        assert text in err, text
+    code, out, err = olvae("evaluate", "--baselines", "-B", "3", run)
+    assert (code, out) == (0, "")
+    assert "untrained" in err
+    content = json.loads((run / "metrics.json").read_text())
+    assert content["protocol"]["size"] == 16
+    assert len(content["protocol_hash"]) == 16
+    trained, bicubic, untrained = content["results"]
+    assert trained["target"] == run.name
+    assert trained["n"] == bicubic["n"] == untrained["n"] > 0
+    assert trained["metrics"].keys() == {"psnr", "ssim"}
+    assert trained["metrics"]["psnr"] != untrained["metrics"]["psnr"]
+    assert (run / "reconstructions.png").is_file()
+    code, _, err = olvae("train", "--resume", run, "lightning.trainer.max_steps=5")
+    assert code == 0
+    assert "done after 5 steps" in err
+    code, _, _ = olvae(
+        "evaluate",
+        "--config",
+        run / "config.yaml",
+        "--out",
+        tmp_path / "out",
+        "--metrics",
+        "psnr",
+        run / "checkpoints/last.ckpt",
+    )
+    assert code == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["results"][0]["metrics"].keys() == {"psnr"}
+
+
+def test_the_untrained_row_is_the_run_before_its_first_step(olvae, config, tmp_path):
+    """A run whose learning rate is next to 0 has the metrics of its untrained row."""
+    olvae("train", "--base", config, "--logdir", tmp_path, "--seed", 7, "--gpus", 0, "model.base_learning_rate=1e-12")
+    (run,) = tmp_path.glob("*_tiny_32")
+    olvae("evaluate", "--baselines", run)
+    trained, _, untrained = json.loads((run / "metrics.json").read_text())["results"]
+    assert trained["metrics"] == pytest.approx(untrained["metrics"], rel=1e-4)
+
+
+def test_tables(olvae):
+    code, out, err = olvae("tables", "--json")
+    rows = json.loads(out)
+    assert (code, err) == (0, "")
+    keys = {"group", "variant", "name", "params", "macs", "published_params", "published_macs"}
+    assert all(row.keys() == keys for row in rows)
+    code, out, _ = olvae("tables")
+    assert code == 0
+    assert "53.3326" in out
+
+
+def test_validate(olvae, config, tmp_path):
+    code, out, err = olvae("validate", config)
+    assert (code, out) == (0, "")
+    assert "no mistakes" in err
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("modle: {}\n")
+    code, _, err = olvae("validate", bad, config, tmp_path / "missing.yaml")
+    assert code == 1
+    assert f"{bad}: modle: unknown key; did you mean model?" in err
+    assert f"{bad}: model: missing" in err
+    assert "missing.yaml: no such config file" in err
+    assert f"{config}: no mistakes" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["train"], 2, "--base names the config"),
+        (["train", "--base"], 2, "--base"),
+        (["train", "--base", "missing.yaml"], 2, "no such config file"),
+        (["train", "--base", "configs/demo.yaml", "--precision", "64"], 2, "choose one of 32, 16, bf16"),
+        (["train", "--base", "configs/demo.yaml", "--gpus", "99"], 2, "--gpus 0 is the CPU"),
+        (["train", "--base", "configs/demo.yaml", "--seed", "x"], 2, "--seed"),
+        (["train", "--base", "configs/demo.yaml", "--lgdir", "x"], 2, "No such option"),
+        (["train", "--base", "configs/demo.yaml", "data.params.size=60"], 2, "use 56 or 64"),
+        (["train", "--base", "configs/demo.yaml", "data.params.batch_size=6000"], 1, "larger than the data"),
+        (["train", "--base", "configs/demo.yaml", "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
+        (["evaluate", "missing"], 1, "neither a run folder nor a checkpoint"),
+        (["evaluate", "configs/demo.yaml"], 2, "add --config CFG"),
+        (["evaluate", "--metrics", "fid", "configs"], 2, "choose from psnr, ssim"),
+        (["evaluate", "configs"], 1, "not a run folder"),
+        (["trian"], 2, "No such command"),
+    ],
+)
+def test_mistakes_are_one_line(olvae, tmp_path, monkeypatch, arguments, code, text):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    if arguments[0] == "train":
+        arguments = [*arguments, f"--logdir={tmp_path / 'runs'}"]
+    got, out, err = olvae(*arguments)
+    assert (got, out) == (code, "")
+    assert text in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+    if err.startswith("error: "):
+        assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError, match="neither a run folder"):
+        main(["evaluate", "missing", "--debug"])
+
+
+def test_one_flag_with_several_values():
+    assert _repeat_flags(["train", "--base", "a", "b", "--name", "n", "x=1"]) == [
+        "train", "--base", "a", "--base", "b", "--name", "n", "x=1",
+    ]  # fmt: skip
+    assert _repeat_flags(["--base", "a", "model.x=1", "b"]) == ["--base", "a", "model.x=1", "b"]
+    with pytest.raises(typer.BadParameter, match="needs one or more"):
+        _repeat_flags(["--base", "--name", "n"])
+
+
+def test_scripts_of_the_readme():
+    for script in ("train.py", "scripts/compute_metrics.py"):
+        done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "Example: " in done.stdout
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, olvae.cli.main; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,91 @@
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae.data.folder import FolderSource, find_images
+from olvae.data.transforms import center_crop
+
+
+def source(root: Path, **arguments) -> FolderSource:
+    return FolderSource(str(root), **{"size": 16, "batch_size": 4, "val_fraction": 0.2, **arguments})
+
+
+def batches(loader, count: int) -> list[torch.Tensor]:
+    return [batch["image"] for batch in islice(loader, count)]
+
+
+def test_batches(image_folder):
+    first = batches(source(image_folder).train_loader(), 3)
+    assert all(x.shape == (4, 3, 16, 16) and x.dtype == torch.uint8 for x in first)
+
+
+def test_every_picture_is_in_one_part(image_folder):
+    s = source(image_folder)
+    train, val = set(s._train.paths), set(s._val.paths)
+    assert train | val == set(find_images(image_folder))
+    assert not train & val
+    assert val
+
+
+def test_the_split_stays_when_pictures_come(image_folder):
+    before = set(source(image_folder)._val.paths)
+    for i in range(30):
+        Image.new("RGB", (20, 20)).save(image_folder / f"new{i}.png")
+    assert before <= set(source(image_folder)._val.paths)
+
+
+def test_a_validation_folder(image_folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (20, 20), "red").save(other / "a.jpg")
+    s = source(image_folder, val_root=str(other))
+    assert len(s._train) == 12
+    (batch,) = batches(s.test_loader(), 9)
+    assert batch.shape == (1, 3, 16, 16)
+
+
+def test_validation_is_each_picture_once_by_the_evaluation_transform(image_folder):
+    s = source(image_folder)
+    seen = torch.cat(batches(s.val_loader(), 99))
+    expected = [np.asarray(center_crop(Image.open(p).convert("RGB"), 16)) for p in s._val.paths]
+    assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_continues_anywhere(image_folder, workers):
+    """Stopping after k batches and starting at k times the batch size gives what would have come."""
+    whole = batches(source(image_folder).train_loader(seed=3), 7)
+    rest = batches(source(image_folder, num_workers=workers).train_loader(seed=3, start=3 * 4), 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+    other = batches(source(image_folder).train_loader(seed=4), 1)
+    assert not torch.equal(other[0], whole[0])
+
+
+def test_only_images_are_found(image_folder):
+    (image_folder / "notes.txt").write_text("no image")
+    (image_folder / ".hidden.png").write_bytes(b"")
+    assert len(find_images(image_folder)) == 12
+
+
+def test_mistakes(image_folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match="no images in this folder"):
+        source(empty)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        source(tmp_path / "missing")
+    with pytest.raises(ValueError, match="larger than the data"):
+        source(image_folder, batch_size=100)
+    with pytest.raises(ValueError, match="val_fraction"):
+        source(image_folder, val_fraction=1.5)
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        source(image_folder, size=0)
+    with pytest.raises(ValueError, match="num_workers"):
+        source(image_folder, num_workers=-1)
+    Image.new("RGB", (9, 9)).save(empty / "one.png")
+    with pytest.raises(ValueError, match="val_root"):
+        source(empty)

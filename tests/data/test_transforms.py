@@ -1,0 +1,104 @@
+from itertools import permutations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from olvae.data.transforms import FILTERS, RandomScaleCrop, center_crop, resize_shorter_side
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red tells the column, green the row."""
+    columns, rows = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack((columns, rows, np.zeros_like(rows)), axis=-1).round().astype(np.uint8))
+
+
+def spans(crop: Image.Image) -> tuple[float, float]:
+    """The fraction of width and height that a crop of a gradient covers, but for its border pixels."""
+    array = np.asarray(crop).astype(float)
+    return np.ptp(array[..., 0]) / 255, np.ptp(array[..., 1]) / 255
+
+
+def test_evaluation_is_pillows_bicubic_and_crop():
+    image = Image.effect_noise((90, 61), 80).convert("RGB")
+    expected = image.resize((47, 32), Image.Resampling.BICUBIC).crop((7, 0, 39, 32))
+    assert np.array_equal(np.asarray(center_crop(image, 32)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(90, 61), (61, 90), (64, 64), (10, 300), (1, 1)])
+def test_sizes(size):
+    image = gradient(*size)
+    assert min(resize_shorter_side(image, 32).size) == 32
+    assert center_crop(image, 32).size == (32, 32)
+    assert RandomScaleCrop(32)(image, np.random.default_rng(0)).size == (32, 32)
+
+
+def test_the_crop_covers_the_range_of_fractions():
+    image = gradient(400, 400)
+    crop = RandomScaleCrop(16, min_fraction=0.25)
+    covered = [spans(crop(image, np.random.default_rng(i)))[0] for i in range(300)]
+    assert 0.2 < min(covered) < 0.3
+    assert 0.9 < max(covered) <= 1.0
+    assert 0.5 < np.mean(covered) < 0.66
+
+
+def test_the_crop_keeps_proportions():
+    for i in range(20):
+        width, height = spans(RandomScaleCrop(32, min_fraction=0.3)(gradient(300, 300), np.random.default_rng(i)))
+        assert width == pytest.approx(height, abs=0.03)
+
+
+def test_nothing_is_enlarged_where_the_picture_allows():
+    crop = RandomScaleCrop(32, min_fraction=0.1, flip=False)
+    image = gradient(40, 40)
+    assert all(spans(crop(image, np.random.default_rng(i)))[0] > 31 / 40 - 0.05 for i in range(50))
+
+
+def test_half_are_flipped():
+    crop = RandomScaleCrop(16, min_fraction=1.0)
+    image = gradient(64, 64)
+    rising = [np.asarray(crop(image, np.random.default_rng(i)))[0, :, 0] for i in range(200)]
+    assert 70 < sum(row[0] > row[-1] for row in rising) < 130
+    never = RandomScaleCrop(16, min_fraction=1.0, flip=False)
+    assert all(np.asarray(never(image, np.random.default_rng(i)))[0, 0, 0] < 30 for i in range(20))
+
+
+def test_channels_change_places():
+    image = Image.new("RGB", (32, 32), (10, 20, 30))
+    crop = RandomScaleCrop(16, shuffle_channels=1.0)
+    seen = {crop(image, np.random.default_rng(i)).getpixel((0, 0)) for i in range(100)}
+    assert seen == set(permutations((10, 20, 30)))
+    half = RandomScaleCrop(16, shuffle_channels=0.5)
+    kept = sum(half(image, np.random.default_rng(i)).getpixel((0, 0)) == (10, 20, 30) for i in range(300))
+    assert 140 < kept < 210  # a half, and a sixth of the other half
+
+
+def test_every_filter_is_used():
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
+    crop = RandomScaleCrop(16, min_fraction=1.0, filters=("box", "lanczos"), flip=False)
+    seen = {np.asarray(crop(image, np.random.default_rng(i))).tobytes() for i in range(30)}
+    expected = {np.asarray(image.resize((16, 16), FILTERS[name])).tobytes() for name in ("box", "lanczos")}
+    assert seen == expected
+
+
+def test_a_generator_fixes_the_crop():
+    image = gradient(100, 80)
+    crop = RandomScaleCrop(16)
+    first, again, other = (np.asarray(crop(image, np.random.default_rng(seed))) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_fraction": 0.0}, "min_fraction"),
+        ({"min_fraction": 1.5}, "min_fraction"),
+        ({"filters": ("cubic",)}, "bicubic"),
+        ({"filters": ()}, "some of"),
+        ({"shuffle_channels": 2.0}, "shuffle_channels"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RandomScaleCrop(16, **arguments)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from olvae.losses.gaussian import gaussian_loss
+from olvae.losses.kl import kl_loss
+from olvae.losses.objective import Objective
+from olvae.losses.wavelet import wavelet_loss
+from olvae.modules.distributions import DiagonalGaussian
+
+
+@pytest.fixture
+def pair():
+    return (
+        torch.rand(2, 3, 16, 16),
+        torch.rand(2, 3, 16, 16, requires_grad=True),
+        DiagonalGaussian(torch.randn(2, 8, 2, 2)),
+    )
+
+
+def test_the_weighted_sum_of_named_terms(pair):
+    x, y, posterior = pair
+    objective = Objective("l2", 2.0, 0.0, 0.01, 0.3, 0.5)
+    total, terms = objective(x, y, posterior)
+    expected = {
+        "rec": (x - y).square().mean(),
+        "kl": kl_loss(posterior, x),
+        "wavelet": wavelet_loss(x, y),
+        "gaussian": gaussian_loss(x, y),
+    }
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+    weights = {"rec": 2.0, "kl": 0.01, "wavelet": 0.3, "gaussian": 0.5}
+    torch.testing.assert_close(total, sum(weights[name] * value for name, value in expected.items()))
+
+
+@pytest.mark.parametrize("name", ["rec", "kl", "wavelet", "gaussian"])
+def test_a_term_of_weight_0_is_not_computed(name, pair, monkeypatch):
+    """Each of the functions is made to fail, then its weight is set to 0."""
+
+    def fail(*args):
+        raise AssertionError(f"{name} was computed")
+
+    module = "olvae.losses.objective"
+    if name == "rec":
+        monkeypatch.setitem(__import__(module, fromlist=["RECONSTRUCTION"]).RECONSTRUCTION, "l1", fail)
+    else:
+        monkeypatch.setattr(f"{module}.{name}_loss", fail)
+    with pytest.raises(AssertionError):
+        Objective(lpips_weight=0)(*pair)
+    _, terms = Objective(lpips_weight=0, **{f"{name}_weight": 0})(*pair)
+    assert name not in terms
+    assert len(terms) == 3
+
+
+def test_lpips_of_weight_0_needs_no_file(monkeypatch):
+    monkeypatch.setattr("olvae.losses.objective.LPIPS", lambda *_: pytest.fail("loaded LPIPS"))
+    Objective(lpips_weight=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reconstruction": "huber"}, "l1, l2, charbonnier"),
+        ({"kl_weight": -1.0}, "kl_weight must not be negative"),
+        ({f"{n}_weight": 0 for n in ("rec", "lpips", "kl", "wavelet", "gaussian")}, "every weight"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**{"lpips_weight": 0, **arguments})

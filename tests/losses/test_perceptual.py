@@ -1,0 +1,103 @@
+import copy
+import urllib.error
+import warnings
+from pathlib import Path
+
+import lpips as reference
+import pytest
+import torch
+import torchvision
+
+from olvae.losses.perceptual import LPIPS, VGG16_FILE
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory) -> Path:
+    """Randomly initialised VGG16 weights in torchvision's own file format."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / VGG16_FILE
+    torch.save(torchvision.models.vgg16(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, and no network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_equals_the_lpips_package(vgg, monkeypatch):
+    """The package loads the same file its own way: through torchvision's loader."""
+    state = torch.load(vgg, weights_only=True)
+    monkeypatch.setattr(torchvision.models.vgg.VGG16_Weights, "get_state_dict", lambda *args, **kwargs: state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = reference.LPIPS(net="vgg", verbose=False)
+    x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+    ours = LPIPS(str(vgg))(x, y)
+    assert ours.item() == pytest.approx(theirs(x, y).mean().item(), rel=1e-5)
+    assert ours.item() > 0
+    assert LPIPS(str(vgg))(x, x).item() == 0
+
+
+def test_gradients_reach_the_reconstruction_and_not_the_network(vgg):
+    loss = LPIPS(str(vgg))
+    y = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
+    loss(torch.zeros(1, 3, 32, 32), y).backward()
+    assert torch.isfinite(y.grad).all()
+    assert (y.grad != 0).any()
+    assert all(p.grad is None for p in loss.__dict__["network"].parameters())
+
+
+def test_is_no_part_of_the_model(vgg):
+    loss = LPIPS(str(vgg))
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    assert copy.deepcopy(loss) is loss
+    loss.double()
+    assert loss.__dict__["network"].lin0.model[1].weight.dtype == torch.float64  # yet it moves with it
+
+
+def test_float32_under_autocast(vgg):
+    loss = LPIPS(str(vgg))
+    x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    outside = loss(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(x, y), outside)
+
+
+def test_finds_the_cached_file(vgg, hub):
+    hub.mkdir(parents=True)
+    (hub / VGG16_FILE).symlink_to(vgg)
+    x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    assert LPIPS()(x, y).item() == LPIPS(str(vgg))(x, y).item()
+
+
+def test_says_what_is_missing(hub):
+    with pytest.raises(FileNotFoundError) as error:
+        LPIPS()
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (VGG16_FILE, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight to 0"):
+        assert part in text
+
+
+def test_a_named_file_that_is_not_there(hub):
+    with pytest.raises(FileNotFoundError, match=r"elsewhere\.pth"):
+        LPIPS("/nowhere/elsewhere.pth")
+
+
+def test_a_file_of_something_else(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"has no features\.0\.bias"):
+        LPIPS(str(path))
+    path.write_bytes(b"not a file of torch's")
+    with pytest.raises(ValueError, match="not a file of VGG16 weights"):
+        LPIPS(str(path))

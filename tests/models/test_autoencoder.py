@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from olvae import LiteVAE
+from olvae.config import ConfigError, load
+from olvae.models.autoencoder import Quantizer
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.smc import SMC
+from tests.conftest import tiny_config
+from tests.reference import published_names
+
+ROOT = Path(__file__).parent.parent.parent
+KEYS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
+
+
+def tiny(**changes) -> LiteVAE:
+    params = tiny_config(**changes)["model"]["params"]
+    return LiteVAE.from_config(**{key: params[key] for key in KEYS if key in params})
+
+
+def test_shapes():
+    vae = tiny()
+    x = torch.rand(2, 3, 24, 16) * 2 - 1
+    posterior = vae.encode(x)
+    assert posterior.mean.shape == (2, 4, 3, 2)
+    assert vae.decode(posterior.sample()).shape == x.shape
+    assert (vae.downscale, vae.latent_channels) == (8, 4)
+
+
+def test_forward_takes_the_mode_or_a_sample():
+    vae = tiny()
+    x = torch.rand(1, 3, 16, 16)
+    mode, posterior = vae(x)
+    torch.testing.assert_close(mode, vae.decode(posterior.mode()))
+    torch.manual_seed(1)
+    sample, _ = vae(x, sample_posterior=True)
+    torch.manual_seed(1)
+    torch.testing.assert_close(sample, vae.decode(posterior.sample()))
+    assert not torch.equal(mode, sample)
+
+
+def test_latent_dim_may_be_left_out_or_be_as_published():
+    def channels(latent_dim):
+        config = tiny_config()["model"]["params"]
+        if latent_dim is not None:
+            config["encoder_config"]["params"]["latent_dim"] = latent_dim
+        return LiteVAE.from_config(config["encoder_config"], config["decoder_config"], 4).encoder.latent_dim
+
+    assert {channels(latent_dim) for latent_dim in (None, 4, 8)} == {8}
+    with pytest.raises(ConfigError, match="leave latent_dim out"):
+        channels(6)
+
+
+def test_the_quantizer():
+    config = tiny_config()["model"]["params"]
+    config["encoder_config"]["params"]["latent_dim"] = 10
+    vae = LiteVAE.from_config(config["encoder_config"], config["decoder_config"], 6, use_quant=True)
+    names = {name for name, _ in vae.named_parameters() if name.startswith("quantizer.")}
+    assert names == {f"quantizer.{conv}.{p}" for conv in ("quant_conv", "post_quant_conv") for p in ("weight", "bias")}
+    assert vae.latent_channels == 6
+    x = torch.rand(1, 3, 16, 16)
+    z = vae.encode(x).mode()
+    assert z.shape == (1, 6, 2, 2)
+    torch.testing.assert_close(z, vae.quantizer.quant_conv(vae.encoder(x))[:, :6])
+    torch.testing.assert_close(vae.decode(z), vae.decoder(vae.quantizer.post_quant_conv(z)))
+
+
+def test_halves_that_do_not_fit():
+    def encoder(**arguments):
+        return LiteVAE_Encoder(**{"latent_dim": 8, "scale": "S", **arguments})
+
+    def decoder(**arguments):
+        return LiteVAE_Decoder(**{"channels": 8, "z_channels": 4, **arguments})
+
+    with pytest.raises(ValueError, match="latent_dim, 8, is not twice the decoder's z_channels, 6"):
+        LiteVAE(encoder(), decoder(z_channels=3))
+    with pytest.raises(ValueError, match="shrinking factor, 4, is not the decoder's growing factor, 8"):
+        LiteVAE(encoder(dct_levels=2), decoder())
+    with pytest.raises(ValueError, match="in_channels, 1, is not"):
+        LiteVAE(encoder(in_channels=1), decoder())
+    assert LiteVAE(encoder(latent_dim=5), decoder(), Quantizer(5, 3, 4)).latent_channels == 3
+
+
+def test_the_published_yaml_builds_the_published_names():
+    node = load([ROOT / "configs" / "olitevaeB_im_f8c12.yaml"])["model"]
+    with torch.device("meta"):
+        model = LiteAutoencoderKL(**node["params"])
+        plain = LiteVAE.from_config(**{key: node["params"][key] for key in KEYS})
+    for module in (model, plain, model.autoencoder):
+        assert {name: tuple(t.shape) for name, t in module.state_dict().items()} == published_names()
+
+
+def test_the_initial_log_variance():
+    def moments(**changes):
+        torch.manual_seed(0)
+        config = tiny_config()["model"]["params"]
+        config["encoder_config"]["params"]["latent_dim"] = 10 if changes.get("use_quant") else 8
+        vae = LiteVAE.from_config(config["encoder_config"], config["decoder_config"], 4, **changes)
+        posterior = vae.encode(torch.full((1, 3, 16, 16), 0.3))
+        return posterior.mean, posterior.logvar
+
+    for use_quant in (False, True):
+        (mean, logvar), (shifted_mean, shifted) = (
+            moments(use_quant=use_quant),
+            moments(use_quant=use_quant, initial_logvar=-4.0),
+        )
+        torch.testing.assert_close(mean, shifted_mean)
+        torch.testing.assert_close(logvar - 4.0, shifted)
+
+
+def test_folding():
+    vae = tiny().eval()
+    for p in vae.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    folded = vae.fold()
+    assert not any(isinstance(m, SMC) for m in folded.modules())
+    x = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(folded(x)[0], vae(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_posterior_is_float32_under_autocast():
+    vae = tiny()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reconstruction, posterior = vae(torch.rand(1, 3, 16, 16))
+    assert posterior.mean.dtype == posterior.logvar.dtype == torch.float32
+    assert torch.isfinite(reconstruction).all()
+
+
+def test_a_bf16_model_stays_bf16():
+    vae = tiny().bfloat16()
+    reconstruction, posterior = vae(torch.rand(1, 3, 16, 16).bfloat16())
+    assert reconstruction.dtype == posterior.mean.dtype == torch.bfloat16
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="multiple of 8"):
+        tiny().encode(torch.rand(1, 3, 20, 16))

@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from olvae.config import ConfigError, instantiate, load
+from olvae.data.folder import FolderSource
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.conftest import tiny_config
+
+CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").rglob("*.yaml"))
+
+
+def build(**model) -> LiteAutoencoderKL:
+    torch.manual_seed(0)
+    return LiteAutoencoderKL(**tiny_config(**model)["model"]["params"])
+
+
+def fit(model: LiteAutoencoderKL, root: Path, steps: int, batch_size: int = 4, **trainer) -> LiteAutoencoderKL:
+    source = FolderSource(str(root), 16, batch_size, val_fraction=0.2)
+    pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        **trainer,
+    ).fit(model, source.train_loader())
+    return model
+
+
+@pytest.fixture
+def updates(monkeypatch) -> list[tuple[float, list[torch.Tensor]]]:
+    """Learning rate and gradients of every update, as Adam sees them."""
+    seen = []
+    step = torch.optim.Adam.step
+
+    def record(self, *args, **kwargs):
+        (group,) = self.param_groups
+        closure = kwargs.get("closure") or (args[0] if args else None)
+        if closure is not None:
+            closure()
+        seen.append((group["lr"], [p.grad.clone() for p in group["params"]]))
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    return seen
+
+
+def test_a_step_is_the_objective_and_adam_by_hand(image_folder):
+    """The first update, repeated without Lightning: same noise, same loss, same weights."""
+    model = fit(build(), image_folder, 1)
+    other = build()
+    optimizer = torch.optim.Adam(other.autoencoder_parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
+    batch = next(iter(FolderSource(str(image_folder), 16, 4, val_fraction=0.2).train_loader()))
+    x = other.images(batch)
+    from olvae.models.liteautoencoder import _mix
+
+    torch.manual_seed(_mix(0, 0, 0, 0))
+    reconstruction, posterior = other(x, sample_posterior=True)
+    total, _ = other.objective(x, reconstruction, posterior)
+    total.backward()
+    optimizer.step()
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_the_autoencoder_runs_forward_once_a_step(image_folder):
+    model = build()
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+    model.decoder.register_forward_hook(lambda *_: calls.append("decoder"))
+    fit(model, image_folder, 3)
+    assert calls == ["encoder", "decoder"] * 3
+
+
+def test_accumulation_counts_updates_and_equals_a_larger_batch(image_folder, monkeypatch, updates):
+    """Without the posterior's noise, 2 x 4 images give the gradient of 8."""
+    monkeypatch.setattr("olvae.modules.distributions.DiagonalGaussian.sample", lambda self, *_: self.mode())
+    small = fit(build(accumulate_grad_batches=2), image_folder, 3)
+    large = fit(build(), image_folder, 3, batch_size=8)
+    assert small.trainer.global_step == large.trainer.global_step == 3
+    assert small.images_seen == large.images_seen == 24
+    (_, accumulated), (_, whole) = updates[0], updates[3]
+    for a, b in zip(accumulated, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping(image_folder, updates):
+    """Norm 1e-3, where it would be more, as the optimiser sees it."""
+    fit(build(), image_folder, 1)
+    fit(build(gradient_clip_val=1e-3), image_folder, 1)
+    free, clipped = (torch.stack([g.norm() for g in gradients]).norm().item() for _, gradients in updates)
+    assert free > 0.01
+    assert clipped == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_schedule_reaches_the_optimiser(image_folder, updates):
+    fit(build(scheduler="cosine", warmup_steps=2, min_lr_factor=0.5, learning_rate=1e-2), image_folder, 4)
+    assert [rate for rate, _ in updates] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
+
+
+def test_ema_is_lightnings_callback_over_the_weights(image_folder):
+    model = build(use_ema=True, ema_decay=0.5)
+    (callback,) = model.configure_callbacks()
+    assert isinstance(callback, pl.callbacks.EMAWeightAveraging)
+    history = []
+    model.on_train_batch_start = lambda *_: history.append(model.encoder.aggregator.conv_out.weight.detach().clone())
+    fit(model, image_folder, 3)
+    raw = [*history[1:]]  # after steps 1 and 2; the average starts as the first of them
+    final = fit(build(), image_folder, 3).encoder.aggregator.conv_out.weight.detach()
+    expected = raw[0] * 0.25 + raw[1] * 0.25 + final * 0.5
+    torch.testing.assert_close(model.encoder.aggregator.conv_out.weight.detach(), expected)
+    assert build().configure_callbacks() == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_parameter_of_every_config_learns(path):
+    """One step's gradient is finite and not zero everywhere, for every parameter; LPIPS is left out (a download),
+    and a config for inference gets the default objective."""
+    node = load([path])["model"]
+    node["params"]["lossconfig"] = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}}
+    model = instantiate(node)
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    total, _ = model.objective(x, *model(x, sample_posterior=True))
+    total.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().max() > 0, name
+
+
+def test_bf16(image_folder):
+    model = fit(build(), image_folder, 3, precision="bf16-mixed")
+    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in model.parameters())
+    assert float(model.trainer.callback_metrics["train/loss"]) < 2
+
+
+def test_a_config_for_inference_says_so():
+    model = build(lossconfig={"target": "torch.nn.Identity"})
+    with pytest.raises(ConfigError, match=r"torch\.nn\.modules\.linear\.Identity, which does for inference only"):
+        _ = model.objective
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(ValueError, match="constant or cosine"):
+        build(scheduler="linear")

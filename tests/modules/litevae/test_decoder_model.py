@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from olvae.modules.counting import count_macs, count_parameters
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.smc import SMC, fold_smc
+from olvae.modules.wavelet import dwt2
+from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
+
+
+def test_counts():
+    with torch.device("meta"):
+        published, paper = LiteVAE_Decoder(), LiteVAE_Decoder(variant="paper_smc")
+    assert round(count_parameters(published) / 1e6, 4) == 53.3326
+    assert round(count_parameters(paper) / 1e6, 2) == 48.46
+    macs = count_macs(published, 1, 12, 32, 32) / 1e9
+    assert round(macs, 1) == 323.5
+    assert macs == pytest.approx(324, rel=0.02)
+
+
+def test_parity():
+    case = parity_case("decoder")
+    with torch.no_grad():
+        output = fill(LiteVAE_Decoder(**case["config"]))(recipe_input(case["input"]))
+    assert_parity(output, case["output"])
+
+
+def test_names_are_the_published_ones():
+    with torch.device("meta"):
+        decoder = LiteVAE_Decoder()
+    ours = {f"decoder.{name}": tuple(t.shape) for name, t in decoder.state_dict().items()}
+    assert ours == {name: shape for name, shape in published_names().items() if name.startswith("decoder.")}
+
+
+@pytest.mark.parametrize("variant", ["open_litevae", "paper_smc"])
+@pytest.mark.parametrize("output", ["image", "wavelet"])
+def test_shapes_gradients_and_folding(variant, output):
+    decoder = LiteVAE_Decoder(8, 4, 3, (1, 2, 2), 1, variant, output)
+    z = torch.randn(2, 4, 5, 6)
+    x = decoder(z)
+    assert x.shape == (2, 3, 20, 24)
+    x.square().mean().backward()
+    for name, p in decoder.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().max() > 0, name
+
+    for p in decoder.parameters():  # away from the initial scales of 1
+        torch.nn.init.normal_(p, std=0.2)
+    folded = fold_smc(decoder)
+    assert not any(isinstance(m, SMC) for m in folded.modules())
+    assert count_parameters(folded) < count_parameters(decoder)
+    torch.testing.assert_close(folded(z), decoder(z), rtol=1e-5, atol=1e-5)
+
+
+def test_wavelet_output_predicts_bands_in_the_image_range():
+    """What the last convolution gives is half the orthonormal bands of the image: LL is in its range."""
+    decoder = LiteVAE_Decoder(8, 4, 3, (1, 1, 1), 0, output="wavelet")
+    bands = []
+    decoder.conv_out.register_forward_hook(lambda *args: bands.append(args[-1]))
+    x = decoder(torch.randn(1, 4, 4, 4))
+    torch.testing.assert_close(dwt2(x) / 2, bands[0], rtol=1e-5, atol=1e-6)
+
+
+def test_wavelet_output_saves_the_last_resolution():
+    with torch.device("meta"):
+        image, wavelet = LiteVAE_Decoder(), LiteVAE_Decoder(output="wavelet")
+    assert count_macs(wavelet, 1, 12, 32, 32) < 0.75 * count_macs(image, 1, 12, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LiteVAE_Decoder(variant="smc"), "open_litevae or paper_smc"),
+        (lambda: LiteVAE_Decoder(output="bands"), "image or wavelet"),
+        (lambda: LiteVAE_Decoder(8, channel_mult=(1,), output="wavelet"), "two entries"),
+        (lambda: LiteVAE_Decoder(8, 4)(torch.zeros(1, 3, 4, 4)), r"\(B, 4, h, w\)"),
+    ],
+)
+def test_mistakes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

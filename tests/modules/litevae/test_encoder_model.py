@@ -1,0 +1,140 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olvae.modules.counting import count_macs, count_parameters
+from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder
+from olvae.modules.wavelet import wavedec2
+from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
+
+# Counted on the published modules with latent_dim = n_z = 12 [M], in units of 1e6 and, at 256x256, 1e9.
+OPEN = {"S": (0.977, 5.43, 5.5), "B": (6.623, 37.10, 37.4), "M": (34.125, 233.95, 234.9), "L": (41.153, 241.14, 242.1)}
+# The paper's variant gives 8 moments, n_z = 4.
+PAPER = {"S": 1.0357, "B": 6.7506, "M": 32.7501, "L": 41.4224}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_counts_of_the_published_variant(scale):
+    with torch.device("meta"):
+        encoder = LiteVAE_Encoder(latent_dim=12, scale=scale)
+    params, counted, published = OPEN[scale]
+    assert round(count_parameters(encoder) / 1e6, 3) == params
+    macs = count_macs(encoder, 1, 3, 256, 256) / 1e9
+    assert round(macs, 2) == counted
+    assert macs == pytest.approx(published, rel=0.02)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_counts_of_the_paper_variant(scale):
+    with torch.device("meta"):
+        encoder = LiteVAE_Encoder(latent_dim=8, scale=scale, variant="paper")
+    assert round(count_parameters(encoder) / 1e6, 4) == PAPER[scale]
+
+
+@pytest.mark.parametrize("case", ["encoder_S", "encoder_B"])
+def test_parity(case):
+    case = parity_case(case)
+    with torch.no_grad():
+        output = fill(LiteVAE_Encoder(**case["config"]))(recipe_input(case["input"]))
+    assert_parity(output, case["output"])
+
+
+@pytest.mark.parametrize("scale", ["S", "B"])
+def test_a_preset_is_its_widths(scale):
+    case = parity_case(f"encoder_{scale}")
+    preset = LiteVAE_Encoder(latent_dim=24, scale=scale)
+    widths = LiteVAE_Encoder(**case["config"])
+    assert {n: t.shape for n, t in preset.state_dict().items()} == {n: t.shape for n, t in widths.state_dict().items()}
+
+
+def test_names_are_the_published_ones():
+    with torch.device("meta"):
+        encoder = LiteVAE_Encoder(latent_dim=24, scale="B")
+    ours = {f"encoder.{name}": tuple(t.shape) for name, t in encoder.state_dict().items()}
+    assert ours == {name: shape for name, shape in published_names().items() if name.startswith("encoder.")}
+
+
+def test_widths_override_a_preset():
+    encoder = LiteVAE_Encoder(scale="S", aggregate_channels=8)
+    assert encoder.aggregator.init_conv.out_channels == 8
+    assert encoder.extractors[0].init_conv.out_channels == 16
+
+
+@pytest.mark.parametrize("variant", ["open_litevae", "paper"])
+@pytest.mark.parametrize(("size", "levels"), [((64, 40), 3), ((16, 16), 1), ((32, 16), 4)])
+def test_any_size_and_depth(variant, size, levels):
+    encoder = LiteVAE_Encoder(6, "S", variant, dct_levels=levels)
+    f = 2**levels
+    assert encoder(torch.randn(2, 3, *size)).shape == (2, 6, size[0] // f, size[1] // f)
+    assert len(encoder.extractors) == levels
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(channels):
+    encoder = LiteVAE_Encoder(6, "S", in_channels=channels)
+    assert encoder(torch.randn(1, channels, 16, 16)).shape == (1, 6, 2, 2)
+
+
+def test_extractors_see_their_level_and_pool_to_the_coarsest():
+    """The composition of section 1, spelt out: level l through extractor l, pooled by 4, 2, 1, concatenated."""
+    encoder = LiteVAE_Encoder(6, "S").double()
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    features = [
+        F.avg_pool2d(extractor(bands), pool)
+        for extractor, bands, pool in zip(encoder.extractors, wavedec2(x), (4, 2, 1), strict=True)
+    ]
+    torch.testing.assert_close(encoder(x), encoder.aggregator(torch.cat(features, dim=1)))
+
+
+def test_the_paper_scales_its_bands():
+    """Level l is divided by 2^l, so that LL stays in the image's range: a constant image gives that constant."""
+    encoder = LiteVAE_Encoder(6, "S", "paper")
+    seen = []
+    for extractor in encoder.extractors:
+        extractor.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    encoder(torch.full((1, 3, 16, 16), 0.5))
+    for bands in seen:
+        torch.testing.assert_close(bands[:, :3], torch.full_like(bands[:, :3], 0.5))
+    assert len(seen) == 3
+
+
+def test_the_learned_pool():
+    average = LiteVAE_Encoder(6, "S", "paper")
+    learned = LiteVAE_Encoder(6, "S", "paper", pool="conv")
+    assert count_parameters(learned) - count_parameters(average) == 3 * (12 * 12 * 9 + 12)
+    assert learned(torch.randn(1, 3, 16, 16)).shape == (1, 6, 2, 2)
+
+
+def test_dropout_is_off_in_evaluation():
+    encoder = LiteVAE_Encoder(6, "S", "paper", dropout=0.5)
+    x = torch.randn(1, 3, 16, 16)
+    assert not torch.equal(encoder(x), encoder(x))
+    encoder.eval()
+    assert torch.equal(encoder(x), encoder(x))
+
+
+@pytest.mark.parametrize("variant", ["open_litevae", "paper"])
+def test_every_parameter_learns(variant):
+    encoder = LiteVAE_Encoder(6, "S", variant)
+    encoder(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    for name, p in encoder.named_parameters():
+        assert p.grad is not None, name
+        assert torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LiteVAE_Encoder(), "extractor_channels"),
+        (lambda: LiteVAE_Encoder(scale="XL"), "S, B, M, L"),
+        (lambda: LiteVAE_Encoder(scale="S", variant="open"), "open_litevae or paper"),
+        (lambda: LiteVAE_Encoder(scale="S", image_size=100), "multiple of 8"),
+        (lambda: LiteVAE_Encoder(scale="S", pool="conv"), "paper variant"),
+        (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 3, 60, 64)), "64x64"),
+        (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 1, 64, 64)), r"\(B, 3, H, W\)"),
+    ],
+)
+def test_mistakes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

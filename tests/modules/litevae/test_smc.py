@@ -1,0 +1,82 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olvae.modules.litevae.smc import SMC, fold_smc
+from tests.reference import assert_parity, fill, parity_case, recipe_input
+
+
+def randomise(module: torch.nn.Module) -> None:
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+
+
+def test_parity():
+    case = parity_case("smc")
+    assert_parity(fill(SMC(**case["config"]))(recipe_input(case["input"])), case["output"])
+
+
+def test_equation_3_in_float64():
+    smc = SMC(3, 4, 3).double()
+    randomise(smc)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    weight = torch.empty_like(smc.conv.weight)
+    for o in range(4):
+        scaled = [
+            [[(smc.scales[i] * smc.conv.weight[o, i, a, b]).item() for b in range(3)] for a in range(3)]
+            for i in range(3)
+        ]
+        norm = sum(v * v for plane in scaled for row in plane for v in row) + 1e-8
+        weight[o] = smc.gain.item() * torch.tensor(scaled, dtype=torch.float64) / norm**0.5
+    torch.testing.assert_close(smc(x), F.conv2d(x, weight, smc.conv.bias, padding=1), rtol=1e-12, atol=1e-12)
+
+
+def test_starts_at_one():
+    smc = SMC(3, 4)
+    assert smc.scales.tolist() == [1, 1, 1]
+    assert smc.gain.tolist() == [1]
+
+
+def test_filters_have_the_length_of_the_gain():
+    smc = SMC(5, 6)
+    randomise(smc)
+    lengths = smc.modulated_weight().flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, smc.gain.abs().expand(6), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients():
+    smc = SMC(2, 3).double()
+    randomise(smc)
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*smc.named_parameters(), strict=True)
+    assert set(names) == {"scales", "gain", "conv.weight", "conv.bias"}
+    assert torch.autograd.gradcheck(
+        lambda x, *p: torch.func.functional_call(smc, dict(zip(names, p, strict=True)), (x,)), (x, *parameters)
+    )
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_folds_into_an_ordinary_convolution(kernel_size):
+    smc = SMC(5, 7, kernel_size)
+    randomise(smc)
+    folded = smc.fold()
+    assert type(folded) is torch.nn.Conv2d
+    x = torch.randn(2, 5, 8, 9)
+    torch.testing.assert_close(folded(x), smc(x), rtol=1e-5, atol=1e-5)
+
+
+def test_folding_leaves_the_original_alone():
+    net = torch.nn.Sequential(SMC(3, 4), torch.nn.Sequential(SMC(4, 3)))
+    randomise(net)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    folded = fold_smc(net)
+    assert not any(isinstance(m, SMC) for m in folded.modules())
+    assert isinstance(fold_smc(net[0]), torch.nn.Conv2d)
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_even_kernels_are_refused():
+    with pytest.raises(ValueError, match="odd kernel_size"):
+        SMC(3, 3, 4)

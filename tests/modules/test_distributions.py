@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from olvae.modules.distributions import DiagonalGaussian
+
+
+def test_kl_is_torchs():
+    moments = torch.randn(3, 8, 4, 5, dtype=torch.float64)
+    posterior = DiagonalGaussian(moments)
+    normal = torch.distributions.Normal(posterior.mean, posterior.std)
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+    torch.testing.assert_close(posterior.kl(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_standard_normal_has_no_kl():
+    assert DiagonalGaussian(torch.zeros(2, 4, 3, 3)).kl().tolist() == [0.0, 0.0]
+
+
+def test_samples_have_the_moments():
+    moments = torch.cat((torch.full((1, 1, 300, 300), 2.0), torch.full((1, 1, 300, 300), 0.5).square().log()), dim=1)
+    sample = DiagonalGaussian(moments).sample(torch.Generator().manual_seed(0))
+    assert sample.mean().item() == pytest.approx(2.0, abs=0.01)
+    assert sample.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_generator_fixes_the_sample():
+    posterior = DiagonalGaussian(torch.randn(1, 4, 2, 2))
+    draws = [posterior.sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_mode_is_the_mean():
+    moments = torch.randn(1, 4, 2, 2)
+    assert torch.equal(DiagonalGaussian(moments).mode(), moments[:, :2])
+
+
+def test_log_variance_is_clamped():
+    moments = torch.tensor([0.0, 0.0, 1000.0, -1000.0]).view(1, 4, 1, 1)
+    posterior = DiagonalGaussian(moments)
+    assert posterior.logvar.flatten().tolist() == [20.0, -30.0]
+    assert torch.isfinite(posterior.kl()).all()
+    assert torch.isfinite(posterior.sample()).all()
+
+
+def test_kl_of_bf16_is_float32():
+    assert DiagonalGaussian(torch.randn(1, 4, 2, 2).bfloat16()).kl().dtype == torch.float32
+
+
+def test_the_sample_carries_gradients_to_both_moments():
+    moments = torch.randn(1, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def sample(m):
+        return DiagonalGaussian(m).sample(torch.Generator().manual_seed(0))
+
+    assert torch.autograd.gradcheck(sample, moments)
+
+
+def test_odd_channels_are_refused():
+    with pytest.raises(ValueError, match="even number"):
+        DiagonalGaussian(torch.zeros(1, 3, 2, 2))

@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import pywt
+import torch
+
+from olvae.modules.wavelet import dwt2, idwt2, wavedec2, waverec2
+
+WAVELETS = ("haar", "db2", "db4", "sym4")
+
+
+def reference(x: torch.Tensor, wavelet: str, levels: int) -> list[np.ndarray]:
+    """PyWavelets, level by level, finest first, in our order of bands."""
+    out = []
+    low = x.double().numpy()
+    for _ in range(levels):
+        low, (along_height, along_width, diagonal) = pywt.dwt2(low, wavelet, mode="periodization")
+        out.append(np.concatenate((low, along_width, along_height, diagonal), axis=1))
+    return out
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 48), (1, 2, 31, 17), (1, 1, 2, 6), (1, 3, 1, 1), (1, 1, 64, 33)])
+def test_every_level_is_pywavelets(wavelet, dtype, shape):
+    x = torch.randn(shape, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for ours, theirs in zip(wavedec2(x, wavelet, 4), reference(x, wavelet, 4), strict=True):
+        assert ours.dtype == dtype
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours.double().numpy(), theirs, atol=tolerance * max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
+@pytest.mark.parametrize("size", [(32, 48), (31, 17), (1, 1), (2, 6), (37, 50)])
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_reconstruction_is_exact(wavelet, size, levels):
+    x = torch.rand(2, 3, *size) * 2 - 1
+    back = waverec2(wavedec2(x, wavelet, levels), wavelet, size)
+    assert back.shape == x.shape
+    assert (back - x).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
+def test_inverse_of_one_level(wavelet):
+    x = torch.rand(1, 2, 13, 10)
+    assert (idwt2(dwt2(x, wavelet), wavelet, (13, 10)) - x).abs().max() < 1e-6
+    assert idwt2(dwt2(x, wavelet), wavelet).shape == (1, 2, 14, 10)
+
+
+def test_haar_by_hand():
+    block = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]])
+    assert dwt2(block).flatten().tolist() == [5.5, -1.5, -2.5, 0.5]
+
+
+def test_bands_lie_c_channels_at_a_time():
+    x = torch.randn(1, 3, 8, 8)
+    bands = dwt2(x)
+    for c in range(3):
+        assert torch.equal(bands[:, c::3], dwt2(x[:, c : c + 1]))
+
+
+def test_orthonormal():
+    for wavelet in WAVELETS:
+        x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+        assert dwt2(x, wavelet).square().sum().item() == pytest.approx(x.square().sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
+def test_gradients(wavelet):
+    x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: dwt2(t, wavelet), x)
+    assert torch.autograd.gradcheck(lambda t: idwt2(t, wavelet), y)
+    assert torch.autograd.gradgradcheck(lambda t: dwt2(t, wavelet), x)
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(wavelet, dtype):
+    x = torch.randn(1, 3, 16, 16).to(dtype)
+    exact = dwt2(x.float(), wavelet)
+    assert dwt2(x, wavelet).dtype == dtype
+    assert torch.equal(dwt2(x, wavelet), exact.to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = dwt2(x, wavelet)
+        assert inside.dtype == torch.float32
+        assert torch.equal(inside, exact)
+        assert torch.equal(idwt2(exact, wavelet), idwt2(exact, wavelet).float())
+    assert torch.equal(idwt2(exact.to(dtype), wavelet), idwt2(exact.to(dtype).float(), wavelet).to(dtype))
+
+
+def test_integers_become_float32():
+    assert dwt2(torch.full((1, 1, 2, 2), 200, dtype=torch.uint8)).flatten().tolist() == [400, 0, 0, 0]
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_exports_with_dynamic_sizes(wavelet):
+    """torch.export takes the transform whole, without a graph break, and the result holds for other sizes."""
+
+    class Transform(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return idwt2(dwt2(x, wavelet), wavelet) + dwt2(x, wavelet).sum()
+
+    half_h, half_w = torch.export.Dim("half_h", min=4, max=64), torch.export.Dim("half_w", min=4, max=64)
+    program = torch.export.export(
+        Transform(), (torch.randn(2, 3, 16, 24),), dynamic_shapes={"x": {2: 2 * half_h, 3: 2 * half_w}}
+    )
+    x = torch.randn(2, 3, 10, 32)
+    assert torch.allclose(program.module()(x), Transform()(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_onnx(wavelet, tmp_path):
+    import onnxruntime
+
+    class Transform(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat(wavedec2(x, wavelet, 2)[1:], dim=1)
+
+    path = tmp_path / "dwt.onnx"
+    torch.onnx.export(Transform().eval(), (torch.randn(1, 3, 16, 24),), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    x = torch.randn(1, 3, 16, 24)
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(out, Transform()(x).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_compiles_without_a_graph_break(wavelet):
+    compiled = torch.compile(lambda x: idwt2(dwt2(x, wavelet), wavelet), fullgraph=True, backend="eager")
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.allclose(compiled(x), x, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(compiled(x), x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dwt2(torch.zeros(3, 8, 8)), "shape"),
+        (lambda: dwt2(torch.zeros(1, 3, 8, 8), "haaar"), "unknown wavelet"),
+        (lambda: dwt2(torch.zeros(1, 3, 8, 8), "bior2.2"), "not orthogonal"),
+        (lambda: idwt2(torch.zeros(1, 6, 8, 8)), "4C"),
+        (lambda: idwt2(torch.zeros(1, 4, 8, 8), size=(13, 16)), "do not belong"),
+        (lambda: wavedec2(torch.zeros(1, 3, 8, 8), levels=0), "at least 1"),
+        (lambda: waverec2([]), "at least one level"),
+    ],
+)
+def test_mistakes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,151 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olvae.config import ConfigError, instantiate, load, save, validate
+from tests.conftest import tiny_config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_config_is_valid(path):
+    assert validate(load([path])) == []
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    a = write(tmp_path / "a.yaml", "model: {x: 1, y: 1, z: 1}\nlist: [1, 2]")
+    b = write(tmp_path / "b.yaml", "model: {y: 2, z: 2}\nlist: [3]")
+    merged = load([a, b], ["model.z=3", "model.w=[1, 2]", "rate=1e-4", "name=a=b"])
+    assert merged == {"model": {"x": 1, "y": 2, "z": 3, "w": [1, 2]}, "list": [3], "rate": 1e-4, "name": "a=b"}
+
+
+def test_interpolations_are_resolved(tmp_path):
+    assert load([write(tmp_path / "a.yaml", "size: 64\nother: ${size}")])["other"] == 64
+
+
+def test_save_and_load(tmp_path):
+    config = tiny_config()
+    save(config, tmp_path / "config.yaml")
+    assert load([tmp_path / "config.yaml"]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", "not readable as YAML"),
+        ("- a\n- b", "is a mapping"),
+        ("a: ${missing}", "missing"),
+        ("\x00", "not readable"),
+    ],
+)
+def test_unreadable_files(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load([write(tmp_path / "bad.yaml", text)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "demo.yaml", "{}")
+    with pytest.raises(ConfigError, match=r"no such config file; did you mean demo\.yaml\?"):
+        load([tmp_path / "dem.yaml"])
+
+
+def test_an_override_without_a_value(tmp_path):
+    with pytest.raises(ConfigError, match="key=value"):
+        load([], ["model.params"])
+
+
+def test_instantiate():
+    assert instantiate({"target": "fractions.Fraction", "params": {"numerator": 1, "denominator": 2}}) == 0.5
+    assert instantiate({"target": "fractions.Fraction"}, numerator=3) == 3
+    for node, message in (
+        ({"params": {}}, "target and params"),
+        ({"target": "Fraction"}, "not a dotted path"),
+        ({"target": "no.such.module"}, "does not import"),
+        ({"target": "fractions.Fractoin"}, "did you mean Fraction"),
+        ({"target": "olvae.models.schedule.lr_factor", "params": {"stap": 1}}, "lr_factor: "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            instantiate(node)
+
+
+def test_a_valid_config_has_no_mistakes(image_folder):
+    assert validate(tiny_config(image_folder)) == []
+
+
+def test_every_mistake_at_once():
+    config = tiny_config()
+    params = config["model"]["params"]
+    params["embed_dimm"] = params.pop("embed_dim")
+    params["use_ema"] = "yes"
+    params["encoder_config"]["params"]["extractor_chanels"] = 8
+    params["decoder_config"]["target"] = "olvae.modules.litevae.decoder_model.LiteVAEDecoder"
+    params["lossconfig"] = {"params": {}}
+    config["data"]["params"]["batch_size"] = "four"
+    config["lightning"]["trainer"]["max_step"] = 3
+    config["lightning"]["trainer"]["logger"] = True
+    config["lightning"]["callbacks"] = {"grids": {"target": "olvae.training.callbacks.ImageGrids", "params": {"n": 2}}}
+    config["modle"] = {}
+    mistakes = validate(config)
+    expected = (
+        "modle: unknown key; did you mean model?",
+        "model.params.embed_dimm: unknown key; did you mean embed_dim?",
+        "model.params.embed_dim: missing",
+        "model.params.use_ema: expected bool, got 'yes'",
+        "model.params.encoder_config.params.extractor_chanels: unknown key; did you mean extractor_channels?",
+        "has no LiteVAEDecoder; did you mean LiteVAE_Decoder?",
+        "model.params.lossconfig.target: missing",
+        "data.params.batch_size: expected int, got 'four'",
+        "lightning.trainer.max_step: unknown key; did you mean max_steps?",
+        "lightning.trainer.logger: is set by the run folder",
+        "lightning.callbacks.grids.params.n: unknown key",
+    )
+    for text in expected:
+        assert any(text in mistake for mistake in mistakes), text
+    assert len(mistakes) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        ("model.params.encoder_config.params.scale", "XL", "Literal['S', 'B', 'M', 'L']"),
+        ("model.params.betas", [0.5, "x"], "betas: expected"),
+        ("model.base_learning_rate", "fast", "expected a positive number"),
+        ("model.base_learning_rate", -1.0, "expected a positive number"),
+        ("model.params", [1], "expected a mapping of arguments"),
+        ("model", "LiteVAE", "expected a node of target and params"),
+        ("lightning", [1], "expected a mapping of trainer, callbacks"),
+        ("lightning.callbacks", [1], "expected a mapping of names to nodes"),
+        ("data.target", 3, "expected a dotted path"),
+        ("model.params.lossconfig", 3, "expected a node of target and params"),
+    ],
+)
+def test_one_mistake(path, value, text):
+    config = tiny_config()
+    *folders, key = path.split(".")
+    node = config
+    for folder in folders:
+        node = node[folder]
+    node[key] = value
+    (mistake,) = validate(config)
+    assert text in mistake
+    assert mistake.startswith(path)
+
+
+def test_numbers_of_yaml_are_what_they_look_like(tmp_path):
+    """YAML 1.1 reads 1e-4 as text; OmegaConf does not, so an int passes for a float and 1e-4 for a number."""
+    config = tiny_config()
+    config["model"]["params"]["min_lr_factor"] = 1
+    text = yaml.dump(config).replace("base_learning_rate: 0.001", "base_learning_rate: 1e-4")
+    assert validate(load([write(tmp_path / "a.yaml", text)])) == []
+
+
+def test_no_model():
+    assert validate({}) == ["model: missing"]

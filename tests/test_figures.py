@@ -1,0 +1,31 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from olvae.figures import error_map, labelled_grid, plot_curves
+
+
+def test_error_map_goes_from_black_to_white_at_64():
+    x = torch.zeros(1, 3, 1, 3, dtype=torch.uint8)
+    y = x.clone()
+    y[..., 1], y[..., 2] = 32, 64
+    colours = error_map(x, y)
+    assert colours.shape == (1, 3, 1, 3)
+    brightness = colours.float().mean(1).flatten()
+    assert brightness[0] < 5 < brightness[1] < brightness[2]
+    assert brightness[2] > 220
+    assert torch.equal(error_map(x, x + 200), error_map(x, x + 64))
+
+
+def test_the_grid_holds_each_picture():
+    red = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    red[:, 0] = 255
+    grid = np.asarray(labelled_grid({"red": red, "black": torch.zeros_like(red)[:1]}, min_side=32))
+    assert (grid == (255, 0, 0)).all(-1).sum() == 2 * 32 * 32
+    assert grid.shape[1] == 4 + 2 * 36
+
+
+def test_curves(tmp_path):
+    plot_curves({name: ([0.0, 1.0], [1.0, 2.0]) for name in "abcde"}, tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as image:
+        assert min(image.size) > 200

@@ -1,0 +1,41 @@
+import re
+
+import pytest
+
+from olvae.runs import create, open_run
+
+
+def test_names(tmp_path):
+    run = create(tmp_path / "logs", "my_demo", "bf16")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_my_demo_bf16", run.path.name)
+    _timestamp, *name, precision = run.path.name.split("_")
+    assert "_".join(name) == "my_demo"
+    assert precision == "bf16"
+    assert run.checkpoints.is_dir()
+    assert run.images.is_dir()
+
+
+def test_two_in_a_second_do_not_meet(tmp_path):
+    runs = [create(tmp_path, "a", "32").path for _ in range(5)]
+    assert len(set(runs)) == 5
+    assert all(len(path.name.split("_")) == 3 for path in runs)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a b"])
+def test_names_that_are_no_folders(tmp_path, name):
+    with pytest.raises(ValueError, match="--name"):
+        create(tmp_path, name, "32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_open(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such run folder"):
+        open_run(tmp_path / "missing")
+    run = create(tmp_path, "a", "32")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
+        open_run(run.path)
+    run.config.write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoints.last\.ckpt"):
+        open_run(run.path)
+    run.last_checkpoint.write_bytes(b"")
+    assert open_run(run.path) == run

@@ -1,0 +1,248 @@
+"""Training as the command does it, in small: reproducible, resumable, and strict before it starts."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from olvae.config import ConfigError, load, save
+from olvae.runs import Run
+from olvae.training import run as training
+from olvae.training.run import TrainOptions, train
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def go(tmp_path, image_folder, monkeypatch):
+    """Train the tiny config, changed by overrides; returns the run."""
+    monkeypatch.delenv(training.RUN_ENV, raising=False)
+    base = tmp_path / "tiny.yaml"
+    save(
+        tiny_config(image_folder, use_ema=True, ema_decay=0.8, scheduler="cosine", warmup_steps=2, decay_steps=8), base
+    )
+
+    def run(*overrides: str, **options) -> Run:
+        resume = options.get("resume")
+        settings = {"base": [] if resume else [base], "logdir": tmp_path / "runs", "gpus": "0", "overrides": overrides}
+        return train(TrainOptions(**{**settings, **options}))
+
+    return run
+
+
+def checkpoint(run: Run) -> dict:
+    return torch.load(run.last_checkpoint, weights_only=True)
+
+
+def assert_same_state(a: Run, b: Run) -> None:
+    """Averaged and raw weights, optimiser and schedule, bit for bit."""
+    one, other = checkpoint(a), checkpoint(b)
+    for part in ("state_dict", "current_model_state"):
+        assert one[part].keys() == other[part].keys()
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, other[part][name]), f"{part} {name}"
+    for i, state in one["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["optimizer_states"][0]["state"][i][name]))
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+    assert one["images_seen"] == other["images_seen"]
+    assert one["global_step"] == other["global_step"]
+
+
+def test_what_a_run_leaves(go):
+    run = go(name="my_name", precision="bf16", seed=5)
+    assert run.path.name.endswith("_my_name_bf16")
+    files = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
+    assert {"config.yaml", "checkpoints/last.ckpt", "images/step=00000004.png", "images/curves.png"} <= files
+    assert not [name for name in files if "partial" in name]
+    config = load([run.config])
+    assert config["run"] == {"name": "my_name", "precision": "bf16", "gpus": "0", "seed": 5, "weights": None}
+    assert checkpoint(run)["images_seen"] == 16
+
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    scalars = {
+        "train/loss",
+        "train/rec",
+        "train/kl",
+        "train/wavelet",
+        "train/gaussian",
+        "train/lr",
+        "val/psnr",
+        "val/ssim",
+    }
+    assert scalars <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("val/psnr")] == [2, 4]
+    assert [e.step for e in events.Images("val/images")] == [2, 4]
+
+
+def test_one_seed_gives_the_same_weights_bit_for_bit(go):
+    first, again, other = go(seed=3), go(seed=3), go(seed=4)
+    assert_same_state(first, again)
+    name = "encoder.extractors.0.init_conv.weight"
+    assert not torch.equal(checkpoint(first)["state_dict"][name], checkpoint(other)["state_dict"][name])
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("lightning.trainer.accumulate_grad_batches=2", "data.params.num_workers=1")]
+)
+def test_stopping_and_resuming_is_not_stopping(go, overrides):
+    """3 steps, resume, 5 steps equal 8 steps: weights, average, optimiser, schedule, place in the data."""
+    whole = go("lightning.trainer.max_steps=8", *overrides)
+    half = go("lightning.trainer.max_steps=3", *overrides)
+    resumed = go("lightning.trainer.max_steps=8", resume=half.path)
+    assert resumed.path == half.path
+    assert_same_state(whole, resumed)
+
+
+def test_resuming_with_another_seed_reshuffles(go):
+    run = go("lightning.trainer.max_steps=2")
+    go("lightning.trainer.max_steps=4", resume=run.path, seed=9)
+    assert load([run.config])["run"]["seed"] == 9
+    assert not torch.equal(
+        checkpoint(run)["state_dict"]["decoder.conv_in.weight"],
+        checkpoint(go("lightning.trainer.max_steps=4"))["state_dict"]["decoder.conv_in.weight"],
+    )
+
+
+def test_actual_resume_takes_the_weights_alone(go):
+    first = go()
+    second = go("lightning.trainer.max_steps=1", "model.base_learning_rate=1e-9", actual_resume=first.last_checkpoint)
+    assert second.path != first.path
+    before, after = checkpoint(first)["state_dict"], checkpoint(second)
+    for name, tensor in before.items():
+        torch.testing.assert_close(tensor, after["state_dict"][name], atol=1e-6, rtol=0)
+    assert after["global_step"] == 1
+    assert load([second.config])["run"]["weights"] == str(first.last_checkpoint)
+
+
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(go, tmp_path, monkeypatch):
+    step = training.LiteAutoencoderKL.training_step
+
+    def interrupt(self, batch, batch_idx):
+        if self.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(training.LiteAutoencoderKL, "training_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go("lightning.trainer.max_steps=8")
+    (path,) = (tmp_path / "runs").iterdir()
+    assert checkpoint(Run(path))["global_step"] == 3
+    monkeypatch.setattr(training.LiteAutoencoderKL, "training_step", step)
+    assert_same_state(go("lightning.trainer.max_steps=8"), go(resume=path))
+
+
+def test_epochs_become_steps(go):
+    """10 training images, batches of 4: 2 steps an epoch."""
+    assert checkpoint(go("lightning.trainer.max_epochs=3", "lightning.trainer.max_steps=99"))["global_step"] == 6
+
+
+def test_callbacks_of_the_config(go):
+    run = go(
+        "lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints",
+        "lightning.callbacks.keep.params.keep_every_n_steps=2",
+    )
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
+        "last.ckpt",
+        "step=00000002.ckpt",
+        "step=00000004.ckpt",
+    ]
+
+
+def test_a_loss_that_is_no_number_stops_training(go):
+    with pytest.raises(FloatingPointError, match="base_learning_rate"):
+        go(
+            "model.base_learning_rate=1e30",
+            "model.params.warmup_steps=0",
+            "lightning.callbacks.finite.target=olvae.training.callbacks.FiniteLoss",
+            "lightning.callbacks.finite.params.every_n_steps=1",
+        )
+
+
+def test_the_demo_learns(tmp_path, monkeypatch):
+    """30 steps of the demo on held-out tiles: 3 dB above the 11.5 dB that untrained weights, or grey, have."""
+    monkeypatch.delenv(training.RUN_ENV, raising=False)
+    overrides = ["lightning.trainer.max_steps=30", "model.params.use_ema=false"]
+    run = train(TrainOptions(["configs/demo.yaml"], overrides, tmp_path))
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("val/psnr")[-1].value > 14.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ((), {"base": []}, "--base names the config"),
+        ((), {"base": ["missing.yaml"]}, "no such config file"),
+        (("data.params.root=/nowhere",), {}, "no such folder"),
+        (("data.params.size=20",), {}, "20 is not a multiple of 8, .* use 16 or 24"),
+        (("data.params.batch_size=100",), {}, "larger than the data"),
+        ((), {"precision": "8"}, "choose one of 32, 16, bf16"),
+        ((), {"gpus": "3"}, "--gpus 0 is the CPU"),
+        ((), {"name": "a/b"}, "--name"),
+        ((), {"resume": "/nowhere"}, "no such run folder"),
+        ((), {"actual_resume": "/nowhere.ckpt"}, "no such checkpoint"),
+        (
+            ("model.params.lossconfig.target=torch.nn.Identity", "model.params.lossconfig.params={}"),
+            {},
+            "inference only",
+        ),
+        (("lightning.trainer.max_steps=0",), {}, "at least 1"),
+        (("lightning.trainer.val_check_interval=0.5",), {}, "a number of steps"),
+        (("model.target=torch.nn.Identity",), {}, "unknown key|is not a LiteAutoencoderKL"),
+        (("data=null",), {}, "data: expected a node"),
+        (("modle.x=1",), {}, "did you mean model"),
+    ],
+)
+def test_mistakes_leave_no_run_folder(go, tmp_path, overrides, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        go(*overrides, **options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_configs_that_are_no_training(tmp_path, image_folder):
+    def start(**changes):
+        save({**tiny_config(image_folder), **changes}, tmp_path / "bad.yaml")
+        train(TrainOptions(base=[tmp_path / "bad.yaml"], logdir=tmp_path / "runs", gpus="0"))
+
+    with pytest.raises(ConfigError, match=r"lightning\.trainer\.max_steps: missing"):
+        start(lightning={"trainer": {}})
+    with pytest.raises(ConfigError, match="not a source of images"):
+        start(data={"target": "fractions.Fraction"})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_of_another_model(go, tmp_path):
+    run = go()
+    with pytest.raises(ValueError, match="of another model"):
+        go("model.params.decoder_config.params.channels=16", actual_resume=run.last_checkpoint)
+    with pytest.raises(ValueError, match="of another model"):
+        go("model.params.decoder_config.params.channels=16", resume=run.path)
+    with pytest.raises(ConfigError, match="give one of them"):
+        go(resume=run.path, actual_resume=run.last_checkpoint)
+    run.last_checkpoint.write_bytes(run.last_checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        go(resume=run.path)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_lpips_without_its_weights(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*https://.*lpips_weight to 0"):
+        go("model.params.lossconfig.params.lpips_weight=1.0")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_data(tmp_path):
+    base = tmp_path / "published.yaml"
+    base.write_text(Path("configs/olitevaeB_im_f8c12.yaml").read_text())
+    with pytest.raises(ConfigError, match="where the training images come from"):
+        train(TrainOptions(base=[base], logdir=tmp_path / "runs"))
