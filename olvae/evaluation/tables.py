@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from olvae.modules.basicgan.patchgan import PatchGAN
 from olvae.modules.counting import count_macs, count_parameters
+from olvae.modules.gigagan.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
+from olvae.modules.unetgan.unetgan import UNetGAN
 
 __all__ = ["NetworkRow", "network_table", "print_table"]
 
@@ -76,6 +79,18 @@ def _published() -> Iterator[_Published]:
         (1, 12, 32, 32),
     )
     yield _Published("decoder", "sd", "sd", 49.49e6, 312e9, lambda: SDDecoder(z_channels=4), (1, 4, 32, 32))  # [R]
+    yield _Published("discriminator", "patchgan", "PatchGAN", 2.77e6, 3.15e9, PatchGAN, IMAGE)  # [R]
+    yield _Published("discriminator", "gigagan", "GigaGAN", 14.38e6, 3.23e9, GigaGAN, IMAGE)  # [R]
+    for name, base, params, macs in (("S", 16, 2.75, 2.31), ("M", 32, 11.0, 9.13), ("L", 64, 44.1, 36.34)):  # [R]
+        yield _Published(
+            "discriminator",
+            "unetgan",
+            f"UNetGAN-{name}",
+            params * 1e6,
+            macs * 1e9,
+            lambda base=base: UNetGAN(base_channels=base),  # type: ignore[misc]
+            IMAGE,
+        )
 
 
 def network_table() -> list[NetworkRow]:

@@ -1,0 +1,76 @@
+"""PatchGAN: a plain convolutional discriminator that judges overlapping patches (Isola et al. 2017)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PatchGAN"]
+
+
+class PatchGAN(nn.Module):
+    """4x4 convolutions, BatchNorm, LeakyReLU 0.2; one logit per patch of the image [R].
+
+    ``n_layers`` convolutions of stride 2 and two of stride 1; the width doubles from ``base_channels`` with
+    every layer, up to eight times. The first and the last convolution have no BatchNorm; those with one have no
+    bias. Weights start from N(0, 0.02), BatchNorm's from N(1, 0.02). At the defaults a logit sees 70x70 pixels.
+
+    BatchNorm makes a sample's logits depend on its batch: in training, give real and fake images in batches of
+    their own, and convert to SyncBatchNorm when several devices share a batch.
+
+    Args:
+        in_channels: the image's channels.
+        base_channels: the width of the first layer.
+        n_layers: how many layers halve the image.
+    """
+
+    num_outputs = 1
+
+    def __init__(self, in_channels: int = 3, base_channels: int = 64, n_layers: int = 3) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise ValueError(f"PatchGAN needs n_layers of at least 1, got {n_layers}")
+        self.min_size = 4 * 2**n_layers
+        widths = [base_channels * min(2**i, 8) for i in range(n_layers + 1)]
+        self.first = nn.Conv2d(in_channels, widths[0], kernel_size=4, stride=2, padding=1)
+        self.layers = nn.ModuleList(
+            _Layer(widths[i], widths[i + 1], stride=2 if i + 1 < n_layers else 1) for i in range(n_layers)
+        )
+        self.last = nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Logits of the patches.
+
+        Args:
+            x: (B, in_channels, H, W), H and W at least 4 * 2^n_layers (32 at the defaults).
+
+        Returns:
+            One tensor (B, 1, ~H/2^n_layers - 2, ~W/2^n_layers - 2).
+
+        Raises:
+            ValueError: the image is too small.
+        """
+        if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"PatchGAN with {len(self.layers)} layers takes images (B, C, H, W) of at least {self.min_size}x"
+                f"{self.min_size} pixels, got {tuple(x.shape)}: use larger images or a smaller n_layers"
+            )
+        h = F.leaky_relu(self.first(x), 0.2)  # (B, base, H/2, W/2)
+        for layer in self.layers:
+            h = layer(h)
+        return [self.last(h)]  # (B, 1, H/2^n - 2, W/2^n - 2)
+
+
+class _Layer(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.conv(x)), 0.2)

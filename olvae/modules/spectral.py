@@ -1,0 +1,72 @@
+"""Spectral norm for convolutions, with its power iteration under control (Miyato et al. 2018)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from olvae.modules.precision import no_autocast
+
+__all__ = ["SpectralConv2d", "fixed_spectral_norm", "power_iteration"]
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution divided by its largest singular value (Miyato et al. 2018); orthogonal init, zero bias.
+
+    The weight is taken as a matrix (out_channels, in_channels k k). One power iteration per forward pass in
+    training, none in evaluation. The normalised weight is computed in float32 under autocast too.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
+        nn.init.orthogonal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        spectral_norm(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with no_autocast(x):
+            weight = self.weight  # runs the power iteration
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+@contextmanager
+def fixed_spectral_norm(module: nn.Module) -> Iterator[None]:
+    """Inside, forward passes run no power iteration, in training mode either: all of them see the same weights.
+
+    So the gradients of k micro-batches add up to those of one batch k times as large. Call
+    :func:`power_iteration` once per update in exchange.
+    """
+    norms = [norm for norm in _spectral_norms(module) if norm.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+@torch.no_grad()
+def power_iteration(module: nn.Module) -> None:
+    """One power iteration for every :class:`SpectralConv2d` in ``module``, whatever its mode."""
+    for norm in _spectral_norms(module):
+        training = norm.training
+        norm.train()()  # computing the weight runs it
+        norm.train(training)
+
+
+def _spectral_norms(module: nn.Module) -> list[nn.Module]:
+    """What computes the weight of each SpectralConv2d."""
+    return [m.get_submodule("parametrizations.weight") for m in module.modules() if isinstance(m, SpectralConv2d)]

@@ -1,0 +1,187 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from olvae.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    discriminator_accuracy,
+    discriminator_loss,
+    generator_loss,
+)
+from olvae.modules.unetgan.unetgan import UNetGAN
+
+
+def _double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Two tensors of different lengths: the mean is over each, then over the two.
+REAL = [_double(2.0, -0.5), _double(0.25)]
+FAKE = [_double(-3.0, 0.5), _double(-0.25)]
+
+L = math.log1p
+E = math.exp
+BY_HAND = {  # name: (discriminator, generator), from the definitions, term by term
+    "hinge": (
+        ((0 + 1.5) / 2 + 0.75) / 2 + ((0 + 1.5) / 2 + 0.75) / 2,
+        ((3 - 0.5) / 2 + 0.25) / 2,
+    ),
+    "logistic": (
+        ((L(E(-2.0)) + L(E(0.5))) / 2 + L(E(-0.25))) / 2 + ((L(E(-3.0)) + L(E(0.5))) / 2 + L(E(-0.25))) / 2,
+        ((L(E(3.0)) + L(E(-0.5))) / 2 + L(E(0.25))) / 2,
+    ),
+    "lsgan": (
+        ((0.5 * 1 + 0.5 * 2.25) / 2 + 0.5 * 0.5625) / 2 + ((0.5 * 9 + 0.5 * 0.25) / 2 + 0.5 * 0.0625) / 2,
+        ((0.5 * 16 + 0.5 * 0.25) / 2 + 0.5 * 1.5625) / 2,
+    ),
+    "wgan": (
+        -((2 - 0.5) / 2 + 0.25) / 2 + ((-3 + 0.5) / 2 - 0.25) / 2,
+        -((-3 + 0.5) / 2 - 0.25) / 2,
+    ),
+}
+SIGMOID = lambda t: 1 / (1 + E(-t))  # noqa: E731
+BY_HAND["bce"] = (
+    -((math.log(SIGMOID(2.0)) + math.log(SIGMOID(-0.5))) / 2 + math.log(SIGMOID(0.25))) / 2
+    - ((math.log(1 - SIGMOID(-3.0)) + math.log(1 - SIGMOID(0.5))) / 2 + math.log(1 - SIGMOID(-0.25))) / 2,
+    -((math.log(SIGMOID(-3.0)) + math.log(SIGMOID(0.5))) / 2 + math.log(SIGMOID(-0.25))) / 2,
+)
+
+
+def test_the_five():
+    assert set(ADVERSARIAL_LOSSES) == {"hinge", "logistic", "lsgan", "wgan", "bce"} == set(BY_HAND)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
+def test_by_hand(name: str):
+    d, g = BY_HAND[name]
+    assert discriminator_loss(name, REAL, FAKE).item() == pytest.approx(d, rel=1e-12)
+    assert generator_loss(name, FAKE).item() == pytest.approx(g, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "real", "fake", "d", "g"),
+    [  # what a discriminator that is always right would say, and what the two sides then lose
+        ("hinge", 1.0, -1.0, 0.0, 1.0),
+        ("logistic", 50.0, -50.0, 0.0, 50.0),
+        ("lsgan", 1.0, 0.0, 0.0, 0.5),
+        ("wgan", 9.0, -9.0, -18.0, 9.0),
+        ("bce", 50.0, -50.0, 0.0, 50.0),
+    ],
+)
+def test_perfect_discriminator(name: str, real: float, fake: float, d: float, g: float):
+    r, f = [torch.full((2, 1, 3, 3), real)], [torch.full((2, 1, 3, 3), fake)]
+    assert discriminator_loss(name, r, f).item() == pytest.approx(d, abs=1e-12)
+    assert generator_loss(name, f).item() == pytest.approx(g)
+    assert discriminator_accuracy(r, f, name).item() == 1.0
+    assert discriminator_accuracy(f, r, name).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "logit", "d", "g"),
+    [  # one answer to everything, the best such: the equilibrium of each game
+        ("hinge", 0.0, 2.0, 0.0),
+        ("logistic", 0.0, 2 * math.log(2), math.log(2)),
+        ("lsgan", 0.5, 0.25, 0.125),
+        ("wgan", 0.0, 0.0, 0.0),
+        ("bce", 0.0, 2 * math.log(2), math.log(2)),
+    ],
+)
+def test_blind_discriminator(name: str, logit: float, d: float, g: float):
+    same = [torch.full((4, 1), logit, requires_grad=True), torch.full((4, 1, 2, 2), logit)]
+    assert discriminator_loss(name, same, same).item() == pytest.approx(d)
+    assert generator_loss(name, same).item() == pytest.approx(g)
+    assert discriminator_accuracy(same, same, name).item() == 0.5
+    (gradient,) = torch.autograd.grad(discriminator_loss(name, same, same), same[0])
+    assert gradient.abs().max().item() == pytest.approx(0.0, abs=1e-7)  # it cannot be improved on
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
+def test_directions(name: str):
+    """The discriminator raises real logits and lowers fake ones; the generator raises fake ones."""
+    r = torch.linspace(-0.9, 0.45, 8, requires_grad=True)
+    f = torch.linspace(0.1, 0.9, 8, requires_grad=True)
+    d_real, d_fake = torch.autograd.grad(discriminator_loss(name, [r], [f]), (r, f))
+    (g_fake,) = torch.autograd.grad(generator_loss(name, [f]), f)
+    assert (d_real < 0).all()
+    assert (d_fake > 0).all()
+    assert (g_fake < 0).all()
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
+def test_a_generator_step_raises_the_logits_of_its_output(name: str):
+    torch.manual_seed(0)
+    d = UNetGAN(base_channels=4).eval()
+    x = torch.randn(1, 3, 64, 64)
+    output = x.clone().requires_grad_()
+    before = d(output)
+    (gradient,) = torch.autograd.grad(generator_loss(name, before), output)
+    with torch.no_grad():
+        after = d(output - 0.05 * gradient / gradient.norm())
+    assert generator_loss(name, after) < generator_loss(name, before)
+    assert sum(t.mean() for t in after) > sum(t.mean() for t in before)
+
+
+def test_bce_is_logistic():
+    torch.manual_seed(0)
+    r, f = [torch.randn(99, dtype=torch.float64) * 9], [torch.randn(99, dtype=torch.float64) * 9]
+    torch.testing.assert_close(discriminator_loss("bce", r, f), discriminator_loss("logistic", r, f))
+    torch.testing.assert_close(generator_loss("bce", f), generator_loss("logistic", f))
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
+def test_half_precision_logits_are_taken_in_float32(name: str):
+    torch.manual_seed(0)
+    r, f = torch.randn(4096).bfloat16() + 100, torch.randn(4096).bfloat16() + 100
+    with torch.autocast("cpu", torch.bfloat16):
+        d, g = discriminator_loss(name, [r], [f]), generator_loss(name, [f])
+    assert d.dtype == g.dtype == torch.float32
+    assert d.item() == pytest.approx(discriminator_loss(name, [r.double()], [f.double()]).item(), rel=1e-5, abs=1e-5)
+    assert g.item() == pytest.approx(generator_loss(name, [f.double()]).item(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
+def test_extreme_logits_stay_finite(name: str):
+    logits = torch.tensor([-1e4, 1e4], requires_grad=True)
+    loss = discriminator_loss(name, [logits], [logits]) + generator_loss(name, [logits])
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_accuracy_by_hand():
+    real = [torch.tensor([2.0, -1.0, 0.0, 3.0]), torch.tensor([[0.6, 0.4]])]
+    fake = [torch.tensor([-2.0, -1.0, 1.0]), torch.tensor([[0.4]])]
+    # fence 0: real right 2.5 of 4, fake 2 of 3; then 2 of 2, 0 of 1
+    expected = ((2.5 / 4 + 2 / 3) / 2 + (2 / 2 + 0 / 1) / 2) / 2
+    for name in ("hinge", "logistic", "bce"):
+        assert discriminator_accuracy(real, fake, name).item() == pytest.approx(expected)
+    # fence 0.5: 2 of 4, 2 of 3; 1 of 2, 1 of 1
+    expected = ((2 / 4 + 2 / 3) / 2 + (1 / 2 + 1 / 1) / 2) / 2
+    assert discriminator_accuracy(real, fake, "lsgan").item() == pytest.approx(expected)
+
+
+def test_accuracy_of_wgan_ignores_a_constant():
+    real, fake = torch.tensor([3.0, 1.0, -1.0]), torch.tensor([-4.0, -2.0, 0.0])  # means 1, -2: the fence is at -0.5
+    expected = (2 / 3 + 2 / 3) / 2
+    for constant in (0.0, 100.0, -7.0):
+        accuracy = discriminator_accuracy([real + constant], [fake + constant], "wgan")
+        assert accuracy.item() == pytest.approx(expected)
+
+
+def test_accuracy_has_no_gradient():
+    logits = [torch.randn(3, requires_grad=True)]
+    assert not discriminator_accuracy(logits, logits, "hinge").requires_grad
+
+
+def test_errors():
+    t = torch.zeros(2)
+    with pytest.raises(ValueError, match="must be one of hinge, logistic, lsgan, wgan, bce, got 'vanilla'"):
+        generator_loss("vanilla", [t])
+    with pytest.raises(ValueError, match="2 real and 1 fake"):
+        discriminator_loss("hinge", [t, t], [t])
+    with pytest.raises(ValueError, match="empty"):
+        generator_loss("hinge", [])
+    with pytest.raises(TypeError, match="wrap it in"):
+        generator_loss("hinge", t)

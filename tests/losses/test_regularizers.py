@@ -1,0 +1,251 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from olvae.losses.regularizers import LeCam, cutmix, cutmix_consistency, r1_penalty
+from olvae.modules.unetgan.unetgan import UNetGAN
+
+# R1
+
+
+def test_r1_of_a_linear_discriminator_is_half_the_squared_weight():
+    torch.manual_seed(0)
+    w = torch.randn(3 * 4 * 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    penalty = r1_penalty([(x.flatten(1) @ w)[:, None]], x)
+    assert penalty.item() == pytest.approx(0.5 * w.square().sum().item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(penalty, w)  # d/dw of |w|^2 / 2
+    torch.testing.assert_close(gradient, w)
+
+
+def test_r1_of_a_quadratic_discriminator():
+    """D(x) = a |x|^2: the gradient is 2 a x, the penalty 2 a^2 E |x|^2, its derivative by a 4 a E |x|^2."""
+    torch.manual_seed(0)
+    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    penalty = r1_penalty([a * x.square().sum((1, 2, 3))], x)
+    mean_square = x.square().sum((1, 2, 3)).mean().item()
+    assert penalty.item() == pytest.approx(2 * 0.49 * mean_square, rel=1e-12)
+    (gradient,) = torch.autograd.grad(penalty, a)
+    assert gradient.item() == pytest.approx(4 * 0.7 * mean_square, rel=1e-12)
+
+
+def test_r1_takes_the_mean_of_a_samples_logits():
+    """Per pixel 3 x (mean over 16 pixels) and per image 5 x_0: gradients 3/16 and 5 at x_0, halved by the list."""
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    penalty = r1_penalty([3 * x, 5 * x[:, 0, 0, :1]], x)
+    at_first, elsewhere = (3 / 16 + 5) / 2, 3 / 16 / 2
+    assert penalty.item() == pytest.approx(0.5 * (at_first**2 + 15 * elsewhere**2), rel=1e-12)
+
+
+def test_r1_does_not_depend_on_the_batch_size():
+    torch.manual_seed(0)
+    d = UNetGAN(base_channels=4).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    alone = []
+    for i in range(2):
+        xi = x[i : i + 1].detach().requires_grad_()
+        alone.append(r1_penalty(d(xi), xi).item())
+    assert r1_penalty(d(x), x).item() == pytest.approx(sum(alone) / 2, rel=1e-9)
+
+
+def test_r1_against_finite_differences():
+    torch.manual_seed(0)
+    d = UNetGAN(base_channels=4).double().eval()
+    weight = d.up[-1].conv2.parametrizations.weight.original
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(r1_penalty(d(x), x), weight)
+    direction, step = torch.randn_like(weight), 1e-4
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.add_(sign * step * direction)
+        sides.append(r1_penalty(d(x), x).item())
+        with torch.no_grad():
+            weight.sub_(sign * step * direction)
+    numeric = (sides[0] - sides[1]) / (2 * step)
+    assert (gradient * direction).sum().item() == pytest.approx(numeric, rel=1e-3)
+
+
+def test_r1_errors():
+    x = torch.randn(2, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"requires_grad_\(\) before"):
+        r1_penalty([x], x)
+    x.requires_grad_()
+    with pytest.raises(ValueError, match="list of logit tensors"):
+        r1_penalty(x[0], x)
+    with pytest.raises(ValueError, match="list of logit tensors"):
+        r1_penalty([], x)
+
+
+# LeCam
+
+
+def test_lecam_by_hand():
+    lecam = LeCam(num_outputs=2, decay=0.9)
+    real = [torch.tensor([1.0, 3.0]), torch.tensor([[0.5]])]
+    fake = [torch.tensor([-1.0, 0.0]), torch.tensor([[-0.5]])]
+    # The first call starts the anchors at the means: real 2 and 0.5, fake -0.5 and -0.5.
+    first = ((1.5**2 + 3.5**2) / 2 + (3**2 + 2**2) / 2) / 2 + (1.0**2 + 1.0**2) / 2
+    assert lecam(real, fake).item() == pytest.approx(first)
+    # The second moves them a tenth of the way: real 2 -> 2.1 (mean 3), fake -0.5 -> -0.35 (mean 1).
+    penalty = lecam([torch.tensor([3.0]), real[1]], [torch.tensor([1.0]), fake[1]])
+    torch.testing.assert_close(lecam.real_anchors, torch.tensor([2.1, 0.5]))
+    torch.testing.assert_close(lecam.fake_anchors, torch.tensor([-0.35, -0.5]))
+    assert penalty.item() == pytest.approx(((3 + 0.35) ** 2 + (1 - 2.1) ** 2) / 2 + (1.0**2 + 1.0**2) / 2)
+
+
+def test_lecam_gradient_pulls_towards_the_other_anchor():
+    lecam = LeCam(decay=0.5)
+    r, f = torch.tensor([2.0, 4.0], requires_grad=True), torch.tensor([-1.0, -3.0], requires_grad=True)
+    g_real, g_fake = torch.autograd.grad(lecam([r], [f]), (r, f))
+    torch.testing.assert_close(g_real, 2 * (r.detach() + 2) / 2)  # d/dr of the mean of (r - a_f)^2, a_f = -2
+    torch.testing.assert_close(g_fake, 2 * (f.detach() - 3) / 2)  # a_r = 3, constant
+
+
+def test_lecam_stands_still_in_evaluation_and_is_saved():
+    lecam = LeCam()
+    lecam([torch.tensor([1.0])], [torch.tensor([-1.0])])
+    lecam.eval()
+    assert lecam([torch.tensor([5.0])], [torch.tensor([5.0])]).item() == pytest.approx(36 + 16)
+    torch.testing.assert_close(lecam.real_anchors, torch.tensor([1.0]))
+    loaded = LeCam()
+    loaded.load_state_dict(lecam.state_dict())
+    loaded([torch.tensor([2.0])], [torch.tensor([-1.0])])
+    torch.testing.assert_close(loaded.real_anchors, torch.tensor([0.99 * 1 + 0.01 * 2]))
+
+
+def test_lecam_in_half_precision():
+    lecam = LeCam()
+    torch.manual_seed(0)
+    r, f = torch.randn(512).bfloat16(), torch.randn(512).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = lecam([r], [f])
+    assert penalty.dtype == lecam.real_anchors.dtype == torch.float32
+    assert penalty.item() == pytest.approx(LeCam()([r.double()], [f.double()]).item(), rel=1e-5)
+
+
+def _lecam_on_two_processes(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    lecam = LeCam(decay=0.5)
+    for value in (1.0, 3.0):
+        penalty = lecam([torch.tensor([value + rank])], [torch.tensor([-value - rank])])
+    torch.save((lecam.real_anchors, lecam.fake_anchors, penalty), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_lecam_anchors_are_the_same_on_all_processes(tmp_path: Path):
+    mp.spawn(_lecam_on_two_processes, args=(str(tmp_path),), nprocs=2)
+    lecam = LeCam(decay=0.5)  # one process with both halves of the batch
+    for value in (1.0, 3.0):
+        penalty = lecam([torch.tensor([value, value + 1])], [torch.tensor([-value, -value - 1])])
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for real_anchors, fake_anchors, _ in results:
+        torch.testing.assert_close(real_anchors, lecam.real_anchors)
+        torch.testing.assert_close(fake_anchors, lecam.fake_anchors)
+    torch.testing.assert_close((results[0][2] + results[1][2]) / 2, penalty)
+
+
+def test_lecam_errors():
+    t = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 2 real and 2 fake.*num_outputs"):
+        LeCam()([t, t], [t, t])
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
+        LeCam(decay=1.0)
+
+
+# CutMix
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_cutmix_takes_every_pixel_from_where_the_mask_says():
+    real, fake = torch.full((8, 3, 20, 30), 1.0), torch.full((8, 3, 20, 30), -1.0)
+    mixed, mask = cutmix(real, fake, _generator())
+    assert mask.shape == (8, 1, 20, 30)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(mixed, (2 * mask - 1).expand_as(mixed))
+
+
+def _is_rectangle(mask: Tensor) -> bool:
+    return torch.equal(mask, mask.any(1)[:, None] & mask.any(0)[None, :])
+
+
+def test_cutmix_mask_is_a_rectangle_or_its_complement():
+    _, masks = cutmix(torch.zeros(200, 1, 24, 16), torch.zeros(200, 1, 24, 16), _generator())
+    real = masks[:, 0].bool()
+    assert all(_is_rectangle(mask) or _is_rectangle(~mask) for mask in real)
+    assert 0.3 < sum(_is_rectangle(mask) for mask in real) / len(real) < 0.9  # both kinds occur
+
+
+def test_cutmix_statistics():
+    """The share of real pixels is uniform, and no place is more often real than another."""
+    n = 20_000
+    _, mask = cutmix(torch.zeros(n, 1, 32, 32), torch.zeros(n, 1, 32, 32), _generator())
+    share = mask.mean((1, 2, 3)).sort().values
+    uniform = (torch.arange(n) + 0.5) / n
+    assert (share - uniform).abs().max() < 0.035  # Kolmogorov-Smirnov, plus half a pixel's rounding of each side
+    assert share.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert share.var().item() == pytest.approx(1 / 12, rel=0.03)
+    per_pixel = mask.mean((0, 1))
+    assert (per_pixel - 0.5).abs().max() < 5 * 0.5 / n**0.5
+
+
+def test_cutmix_repeats_with_its_generator_and_differs_between_samples():
+    real, fake = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    first, second, other = (cutmix(real, fake, _generator(seed))[1] for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    cutmix(real, fake, _generator())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_cutmix_passes_gradients_where_it_takes_pixels():
+    real, fake = torch.randn(3, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 8, 8, requires_grad=True)
+    mixed, mask = cutmix(real, fake, _generator())
+    mixed.sum().backward()
+    torch.testing.assert_close(real.grad, mask.expand_as(real))
+    torch.testing.assert_close(fake.grad, 1 - mask.expand_as(fake))
+
+
+def test_cutmix_error():
+    with pytest.raises(ValueError, match="of one shape"):
+        cutmix(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
+
+
+def test_consistency_by_hand():
+    mask = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    real = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    fake = torch.tensor([[[[-1.0, -2.0], [-3.0, -4.0]]]])
+    mixed = torch.tensor([[[[1.0, -1.0], [-3.0, 2.0]]]])  # the mix of the logits is 1, -2, -3, 4
+    assert cutmix_consistency(mixed, real, fake, mask).item() == pytest.approx((0 + 1 + 0 + 4) / 4)
+
+
+def test_consistency_vanishes_for_a_discriminator_of_single_pixels():
+    """One whose logit depends on its own pixel only treats a mix as the mix of its parts."""
+    torch.manual_seed(0)
+    real, fake = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    mixed, mask = cutmix(real, fake, _generator())
+    pixelwise, blurred = (lambda x: x.sum(1, keepdim=True)), (lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1))
+    assert cutmix_consistency(pixelwise(mixed), pixelwise(real), pixelwise(fake), mask).item() == 0.0
+    three = [blurred(pixelwise(x)) for x in (mixed, real, fake)]
+    assert cutmix_consistency(*three, mask).item() > 0
+
+
+def test_consistency_has_gradients_to_all_three_and_is_float32():
+    logits = [torch.randn(2, 1, 8, 8).bfloat16().requires_grad_() for _ in range(3)]
+    _, mask = cutmix(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), _generator(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cutmix_consistency(*logits, mask)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(t.grad.abs().max() > 0 for t in logits)
