@@ -4,6 +4,7 @@ The only reader of ``target``. A config's top level has ``model``, ``data``, ``l
 ``callbacks``), and in a run folder ``run``, the command's own settings.
 """
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -51,30 +52,62 @@ class ConfigError(ValueError):
 def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Merge YAML files, later over earlier, then ``key=value`` overrides; interpolations are resolved.
 
+    A node that gets another target loses the params of the old one. A file may name others under ``include``, a
+    path or a list of them relative to itself: they come before it.
+
     Raises:
-        ConfigError: a file is missing, is not a YAML mapping, or an override is not ``key=value``.
+        ConfigError: a file is missing, is not a YAML mapping or includes itself, or an override is not
+            ``key=value``.
     """
     merged = OmegaConf.create({})
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such config file" + _nearest_file(path))
-        try:
-            part = OmegaConf.load(path)
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
-        if not OmegaConf.is_dict(part):
-            raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
-        merged = OmegaConf.merge(merged, part)  # type: ignore[assignment]
+    for path in paths:
+        merged = _merge(merged, _read(Path(path)))
     bad = [item for item in overrides if "=" not in item or item.startswith("=")]
     if bad:
         raise ConfigError(*(f"{item}: an override is key=value, as in model.params.embed_dim=8" for item in bad))
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[assignment]
+        merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from error
     assert isinstance(container, dict)
     return typing.cast(Config, container)
+
+
+def _read(path: Path, includers: tuple[Path, ...] = ()) -> DictConfig:
+    """A file over what it includes."""
+    if path.resolve() in includers:
+        raise ConfigError(f"{path}: includes itself")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file" + _nearest_file(path))
+    try:
+        part = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
+    if not isinstance(part, DictConfig):
+        raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
+    include = part.pop("include", [])
+    for name in reversed([include] if isinstance(include, str) else list(include)):
+        below = _read(path.parent / name, (*includers, path.resolve()))
+        part = _merge(below, part)
+    return part
+
+
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    """``above`` over ``below``; where it names another target, the params of the old one are dropped."""
+
+    def drop_params(low: DictConfig, high: DictConfig) -> None:
+        if "target" in low and "target" in high and low.target != high.target:
+            low.pop("params", None)
+        for key in high:
+            if OmegaConf.is_dict(low._get_node(key)) and OmegaConf.is_dict(high._get_node(key)):
+                drop_params(low[key], high[key])
+
+    below = copy.deepcopy(below)
+    drop_params(below, above)
+    merged = OmegaConf.merge(below, above)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:

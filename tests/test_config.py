@@ -30,6 +30,31 @@ def test_interpolations_are_resolved(tmp_path):
     assert load([write(tmp_path / "a.yaml", "size: 64\nother: ${size}")])["other"] == 64
 
 
+def test_another_target_has_params_of_its_own(tmp_path):
+    a = write(tmp_path / "a.yaml", "data: {target: a.A, params: {x: 1, y: {target: b.B, params: {z: 1}}}}")
+    b = write(tmp_path / "b.yaml", "data: {target: a.C, params: {w: 2}}")
+    assert load([a, b]) == {"data": {"target": "a.C", "params": {"w": 2}}}
+    same = write(tmp_path / "same.yaml", "data: {target: a.A, params: {w: 2}}")
+    assert load([a, same])["data"]["params"].keys() == {"x", "y", "w"}
+    inner = load([a], ["data.params.y.target=b.D", "data.params.y.params.v=3"])["data"]["params"]["y"]
+    assert inner == {"target": "b.D", "params": {"v": 3}}
+
+
+def test_includes(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "base.yaml", "x: 1\ny: 1\nz: 1")
+    write(tmp_path / "middle.yaml", "include: base.yaml\ny: 2\nz: 2")
+    write(tmp_path / "other.yaml", "w: 9\ny: 9")
+    top = write(tmp_path / "sub" / "top.yaml", "include: [../other.yaml, ../middle.yaml]\nz: 3")
+    assert load([top]) == {"w": 9, "x": 1, "y": 2, "z": 3}
+    write(tmp_path / "base.yaml", "include: sub/top.yaml")
+    with pytest.raises(ConfigError, match="includes itself"):
+        load([top])
+    write(tmp_path / "base.yaml", "include: missing.yaml")
+    with pytest.raises(ConfigError, match=r"missing\.yaml: no such config file"):
+        load([top])
+
+
 def test_save_and_load(tmp_path):
     config = tiny_config()
     save(config, tmp_path / "config.yaml")
