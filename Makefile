@@ -22,9 +22,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed ## train on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
+demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
 	$(BIN)/python train.py --base configs/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo
-	$(BIN)/python scripts/compute_metrics.py --baselines "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)"
+	$(BIN)/python train.py --base configs/demo_b.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_b \
+		--actual_resume "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)/checkpoints/last.ckpt"
+	$(BIN)/python scripts/compute_metrics.py --baselines \
+		"$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)"
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2

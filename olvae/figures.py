@@ -26,7 +26,8 @@ def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4)
     """One row of pictures per entry, its name above it.
 
     Args:
-        rows: names to uint8 (N, 3, H, W), all of one size; N may differ.
+        rows: names to uint8 (N, C, H, W), all of one size; N may differ. One channel is shown grey, of more than
+            three the first three.
         min_side: pictures smaller than this are enlarged by a whole factor, pixel by pixel.
         gap: white pixels between pictures.
     """
@@ -39,6 +40,7 @@ def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4)
     canvas = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * (label + height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for r, (name, images) in enumerate(rows.items()):
+        images = _viewable(images)
         top = gap + r * (label + height + gap)
         draw.text((gap, top + 2), name, fill="black", font=font)
         for c, image in enumerate(images):
@@ -46,6 +48,16 @@ def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4)
             picture = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (gap + c * (width + gap), top + label))
     return canvas
+
+
+def _viewable(images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 3, H, W)."""
+    channels = images.shape[1]
+    if channels == 1:
+        return images.expand(-1, 3, -1, -1)
+    if channels == 2:
+        return torch.cat((images, torch.zeros_like(images[:, :1])), dim=1)
+    return images[:, :3]
 
 
 def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:

@@ -9,7 +9,9 @@ __all__ = ["command"]
 
 
 def command(
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A run folder, or a checkpoint with --config.")],
+    targets: Annotated[
+        list[Path], typer.Argument(metavar="TARGET...", help="Run folders, or checkpoints with --config.")
+    ],
     config: Annotated[
         Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
     ] = None,
@@ -18,14 +20,16 @@ def command(
     ] = None,
     metrics: Annotated[str, typer.Option(metavar="LIST", help="Which metrics: psnr, ssim.")] = "psnr,ssim",
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Add the untrained model, and bicubic down and up by the same factor.")
+        bool, typer.Option("--baselines", help="Add the untrained first target, and bicubic by its factor.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where metrics.json and the figure go; by default the run folder."),
+        typer.Option(metavar="DIR", help="Where results go; by default the first target, if it is a run."),
     ] = None,
 ) -> None:
-    """Evaluate reconstructions of the test images of a run's data source.
+    """Evaluate reconstructions of the test images of a run's data source; several targets give one table.
+
+    All targets see the same images: those of the first one's data source.
 
     Example: python scripts/compute_metrics.py -B 16 runs/2026-01-31T12-00-00_demo_32
     """
@@ -40,27 +44,28 @@ def command(
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise ConfigError(f"--metrics {metrics}: choose from {', '.join(METRICS)}")
-    found = find_target(target, config)
-    if "data" not in found.config:
-        raise ConfigError(f"{target}: its config has no data to evaluate on")
-    if out is None and found.run is None:
+    found = [find_target(target, config) for target in targets]
+    first = found[0]
+    if "data" not in first.config:
+        raise ConfigError(f"{targets[0]}: its config has no data to evaluate on")
+    if out is None and first.run is None:
         raise ConfigError("--out DIR says where the results of a checkpoint go")
-    node = found.config["data"]
+    node = first.config["data"]
     if batch_size is not None:
         node = {**node, "params": {**node["params"], "batch_size": batch_size}}
     source = cfg.instantiate(node)
-    model = found.load()
 
-    contenders = {found.run.path.name if found.run else str(target): autoencoder_reconstruction(model)}
+    contenders = {target.name: autoencoder_reconstruction(target.load()) for target in found}
     if baselines:
-        contenders[f"bicubic, {model.downscale}x smaller and back"] = bicubic_reconstruction(model.downscale)
-        contenders["untrained"] = autoencoder_reconstruction(found.untrained())
+        untrained = first.untrained()
+        contenders[f"bicubic, {untrained.downscale}x smaller and back"] = bicubic_reconstruction(untrained.downscale)
+        contenders["untrained"] = autoencoder_reconstruction(untrained)
     count = len(source.test_loader().dataset)
     examples = {round(i * (count - 1) / 7) for i in range(8)}  # spread over the set
     results = [evaluate(name, run, source.test_loader(), names, examples) for name, run in contenders.items()]
 
     protocol = Protocol(size=source.size)
-    folder = out or target
+    folder = out or targets[0]
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(results, protocol, folder / "metrics.json")
     inputs = evaluate("input", lambda x: x, source.test_loader(), [], examples).examples

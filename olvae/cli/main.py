@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from olvae.cli import evaluate, tables, train, validate
+from olvae.cli import bench, evaluate, tables, train, validate
 
 __all__ = ["app", "main"]
 
@@ -22,6 +22,8 @@ for command in (train, evaluate, validate, tables):
     app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
         command.command
     )
+
+app.add_typer(bench.app, name="bench")
 
 MANY_VALUES = ("--base", "-b")
 """Options that take several values after one flag, as the latent-diffusion commands do."""

@@ -4,28 +4,27 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from olvae.data.pixels import read_rgb
+from olvae.data.pixels import Picture, read_picture
 from olvae.data.source import ImageList, Source
 from olvae.data.transforms import RandomScaleCrop
 
 __all__ = ["EXTENSIONS", "Files", "FolderSource", "find_images"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy")
 
 
 class Files(ImageList):
     """Pictures in files."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], channels: int = 3) -> None:
         self.paths = list(paths)
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return read_rgb(self.paths[index])
+    def __getitem__(self, index: int) -> Picture:
+        return read_picture(self.paths[index], self.channels)
 
 
 class FolderSource(Source):
@@ -38,6 +37,7 @@ class FolderSource(Source):
         val_fraction: without val_root, the part of the images that is held out. Which ones is decided by a
             hash of the path below root, so that it does not change when images are added.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
+        channels: of the images; see :func:`read_picture` for what 1, 3, 4 and any other number mean.
 
     Raises:
         FileNotFoundError: a folder is missing, or has no images.
@@ -55,6 +55,7 @@ class FolderSource(Source):
         min_fraction: float = 0.5,
         filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
         flip: bool = True,
+        channels: int = 3,
     ) -> None:
         paths = find_images(root)
         if val_root is not None:
@@ -64,13 +65,14 @@ class FolderSource(Source):
                 raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
             train, val = _split(Path(root), paths, val_fraction)
         super().__init__(
-            Files(train),
-            Files(val),
-            Files(val),
+            Files(train, channels),
+            Files(val, channels),
+            Files(val, channels),
             size,
             batch_size,
             num_workers,
             RandomScaleCrop(size, min_fraction, filters, flip),
+            channels=channels,
         )
 
 

@@ -6,9 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from olvae.data.pixels import read_rgb
+from olvae.data.pixels import Picture, read_picture
 from olvae.data.source import ImageList, Source
 from olvae.data.transforms import RandomScaleCrop, resize_shorter_side
 
@@ -63,13 +61,13 @@ class _Photographs(ImageList):
         self.photographs = photographs
 
     @cached_property
-    def images(self) -> list[Image.Image]:
-        return [read_rgb(photograph.path) for photograph in self.photographs]
+    def images(self) -> list[Picture]:
+        return [read_picture(photograph.path) for photograph in self.photographs]
 
     def __len__(self) -> int:
         return len(self.photographs)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index: int) -> Picture:
         return self.images[index]
 
 
@@ -81,8 +79,8 @@ class _Tiles(_Photographs):
         self.size = size
 
     @cached_property
-    def tiles(self) -> list[Image.Image]:
-        tiles: list[Image.Image] = []
+    def tiles(self) -> list[Picture]:
+        tiles: list[Picture] = []
         for photograph in self.images:
             image = resize_shorter_side(photograph, 2 * self.size)
             for top in range(0, image.height - self.size + 1, self.size):
@@ -93,7 +91,7 @@ class _Tiles(_Photographs):
     def __len__(self) -> int:
         return len(self.tiles)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index: int) -> Picture:
         return self.tiles[index]
 
 

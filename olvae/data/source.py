@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from olvae.data.pixels import image_to_tensor
+from olvae.data.pixels import Picture, image_to_tensor
 from olvae.data.stream import Draw, StreamSampler
 from olvae.data.transforms import RandomScaleCrop, center_crop
 
@@ -17,7 +16,7 @@ __all__ = ["Batch", "ImageList", "Source"]
 
 
 class Batch(TypedDict):
-    """``image``: uint8 (B, 3, size, size); it becomes [-1, 1] on the device."""
+    """``image``: uint8 (B, channels, size, size); it becomes [-1, 1] on the device."""
 
     image: Tensor
 
@@ -29,7 +28,7 @@ class ImageList(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Image.Image: ...
+    def __getitem__(self, index: int) -> Picture: ...
 
 
 class Source:
@@ -42,6 +41,7 @@ class Source:
         num_workers: loader processes; 0 loads in the training process.
         transform: from a training picture to a square of ``size`` pixels.
         samples_per_image: how often a training picture counts in an epoch.
+        channels: of the pictures.
 
     Raises:
         ValueError: a batch is larger than the training or the validation images.
@@ -57,6 +57,7 @@ class Source:
         num_workers: int,
         transform: RandomScaleCrop,
         samples_per_image: int = 1,
+        channels: int = 3,
     ) -> None:
         for name, number in (
             ("size", size),
@@ -68,6 +69,7 @@ class Source:
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         self.size = size
+        self.channels = channels
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.transform = transform

@@ -48,6 +48,6 @@ class StreamSampler(Sampler[Draw]):
         while True:
             if position // self.length != epoch:
                 epoch = position // self.length
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.length)
             yield Draw(int(order[position % self.length]), (self.seed, position))
             position += world

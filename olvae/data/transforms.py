@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from olvae.data.pixels import Bands, Picture
+
 __all__ = ["FILTERS", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
 
 FILTERS = {
@@ -30,7 +32,7 @@ class RandomScaleCrop:
         min_fraction: in (0, 1].
         filters: names of :data:`FILTERS` to choose from.
         flip: mirror half of the results.
-        shuffle_channels: share of the results whose red, green and blue change places: for few pictures, which
+        shuffle_channels: share of the results whose channels change places: for few pictures, which
             hold few colours.
     """
 
@@ -55,30 +57,30 @@ class RandomScaleCrop:
         self.flip = flip
         self.shuffle_channels = shuffle_channels
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
         shorter = min(image.size)
         side = rng.uniform(max(self.min_fraction * shorter, min(self.size, shorter)), shorter)
         left = rng.uniform(0.0, image.width - side)
         top = rng.uniform(0.0, image.height - side)
         resample = self.filters[rng.integers(len(self.filters))]
         box = (left, top, left + side, top + side)
-        crop = image.resize((self.size, self.size), resample, box=box)
+        crop: Picture = image.resize((self.size, self.size), resample, box=box)
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.shuffle_channels and rng.random() < self.shuffle_channels:
-            channels = crop.split()
-            crop = Image.merge(crop.mode, [channels[i] for i in rng.permutation(len(channels))])
+            channels = crop.bands if isinstance(crop, Bands) else crop.split()
+            crop = Bands([channels[i] for i in rng.permutation(len(channels))])
         return crop
 
 
-def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
+def resize_shorter_side(image: Picture, size: int) -> Picture:
     """Bicubic, antialiased, so that the shorter side has ``size`` pixels."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
+def center_crop(image: Picture, size: int) -> Picture:
     """The evaluation transform of the results table: bicubic resize of the shorter side, then centre crop."""
     image = resize_shorter_side(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.data.pixels import from_uint8, image_to_tensor, tensor_to_image, to_uint8
+from olvae.data.pixels import Bands, from_uint8, image_to_tensor, tensor_to_picture, to_uint8
 from olvae.data.source import Batch
 from olvae.metrics.psnr import psnr
 from olvae.metrics.ssim import ssim
@@ -82,9 +82,9 @@ def bicubic_reconstruction(factor: int) -> Reconstruct:
     """A round trip through an image that is ``factor`` times smaller, both ways by Pillow's antialiased bicubic."""
 
     def reconstruct(x: Tensor) -> Tensor:
-        return torch.stack([image_to_tensor(round_trip(tensor_to_image(image))) for image in x])
+        return torch.stack([image_to_tensor(round_trip(tensor_to_picture(image))) for image in x])
 
-    def round_trip(image: Image.Image) -> Image.Image:
+    def round_trip(image: Bands) -> Bands:
         small = image.resize((image.width // factor, image.height // factor), Image.Resampling.BICUBIC)
         return small.resize(image.size, Image.Resampling.BICUBIC)
 

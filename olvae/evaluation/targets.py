@@ -58,7 +58,7 @@ def find_target(path: str | Path, config: str | Path | None = None) -> Target:
     loaded = cfg.load([source])
     if mistakes := cfg.validate(loaded):
         raise ConfigError(*mistakes)
-    return Target(str(path), loaded, weights, run)
+    return Target(run.path.name if run else str(path), loaded, weights, run)
 
 
 def build_autoencoder(config: Config) -> LiteVAE:

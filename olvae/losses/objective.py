@@ -1,5 +1,6 @@
 """Phase A's objective [P 4.3]: named terms, their weights, and their sum. Owns no network that learns."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -57,13 +58,14 @@ class Objective(nn.Module):
         self.lpips = LPIPS(lpips_weights) if "lpips" in self.weights else None
 
     def forward(
-        self, x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian
+        self, x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, encoded: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each term by its name before its weight; scalars in float32.
 
         Args:
             x, reconstruction: (B, C, H, W) in [-1, 1].
             posterior: the encoder's, for x.
+            encoded: the images that the posterior is of, where they are not x.
         """
         terms: dict[str, Tensor] = {}
         for name in self.weights:
@@ -73,10 +75,13 @@ class Objective(nn.Module):
                 assert self.lpips is not None
                 terms[name] = self.lpips(x, reconstruction)
             elif name == "kl":
-                terms[name] = kl_loss(posterior, x)
+                terms[name] = kl_loss(posterior, x if encoded is None else encoded)
             elif name == "wavelet":
                 terms[name] = wavelet_loss(x, reconstruction)
             elif name == "gaussian":
                 terms[name] = gaussian_loss(x, reconstruction)
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return total, terms
+        return self.weighted(terms, *terms), terms
+
+    def weighted(self, terms: Mapping[str, Tensor], *names: str) -> Tensor:
+        """The weighted sum of those of the named terms that are on."""
+        return torch.stack([self.weights[name] * terms[name] for name in names if name in self.weights]).sum()

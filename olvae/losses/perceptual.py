@@ -40,9 +40,14 @@ class LPIPS(nn.Module):
         self.__dict__["network"] = network.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean distance between two batches of images (B, 3, H, W) in [-1, 1], in float32."""
+        """Mean distance between two batches of images (B, C, H, W) in [-1, 1], in float32.
+
+        The network knows three channels: images with any other number are compared channel by channel, each as
+        a grey picture [D].
+        """
+        x, y = (_three_channels(island(image)) for image in (x, y))
         with no_autocast(x):
-            distance: Tensor = self.__dict__["network"](island(x), island(y)).mean()
+            distance: Tensor = self.__dict__["network"](x, y).mean()
         return distance
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LPIPS":
@@ -52,6 +57,10 @@ class LPIPS(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LPIPS":
         return self
+
+
+def _three_channels(x: Tensor) -> Tensor:
+    return x if x.shape[1] == 3 else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)  # (B C, 3, H, W)
 
 
 def vgg16_weights(path: str | None = None) -> Path:

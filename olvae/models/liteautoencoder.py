@@ -13,8 +13,13 @@ from olvae.data.source import Batch
 from olvae.losses.objective import Objective
 from olvae.metrics.psnr import psnr
 from olvae.metrics.ssim import ssim
+from olvae.models.adversary import Adversary
+from olvae.models.anchor import Anchor
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.schedule import lr_factor
+from olvae.models.equivariance import transform_alike
+from olvae.models.schedule import adam_with_schedule, lr_factor
+from olvae.models.step import gradient_ratio, mix_seeds
+from olvae.models.update import update
 from olvae.modules.distributions import DiagonalGaussian
 
 __all__ = ["LiteAutoencoderKL"]
@@ -28,6 +33,7 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     Args:
         encoder_config, decoder_config: the two halves.
+        adversary_config: the :class:`Adversary` of phase B; None in phase A.
         lossconfig: the :class:`Objective`. A config with another one (torch.nn.Identity in the published YAML)
             serves for inference, not for training.
         embed_dim: n_z, channels of the latent.
@@ -43,6 +49,12 @@ class LiteAutoencoderKL(pl.LightningModule):
         accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer, where Lightning's users
             look for them.
         channels_last: memory layout of the weights and images; often faster.
+        sample_posterior: decode a sample of the posterior in training, not its mode.
+        freeze_encoder: train the decoder alone; latents stay as they are.
+        anchor_weight: of the mean squared distance between the posterior's means and those of the encoder that
+            training started from: fine-tunes both halves and keeps old latents usable.
+        equivariance: share of the steps on which the latent is scaled and rotated, and the reconstruction compared
+            with the image scaled and rotated alike, in the manner of EQ-VAE; the adversary pauses on them.
     """
 
     def __init__(
@@ -64,6 +76,11 @@ class LiteAutoencoderKL(pl.LightningModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         channels_last: bool = False,
+        adversary_config: Node | None = None,
+        sample_posterior: bool = True,
+        freeze_encoder: bool = False,
+        anchor_weight: float = 0.0,
+        equivariance: float = 0.0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -74,9 +91,19 @@ class LiteAutoencoderKL(pl.LightningModule):
         self.encoder = autoencoder.encoder
         self.decoder = autoencoder.decoder
         self.quantizer = autoencoder.quantizer
+        self.loss: nn.Module = instantiate(lossconfig)
+        self.adversary: Adversary | None = None
+        if adversary_config is not None:
+            self.adversary = instantiate(adversary_config)
+            if not isinstance(self.adversary, Adversary):
+                raise ConfigError(f"adversary_config: {adversary_config['target']} is not an Adversary")
+        if freeze_encoder:
+            for half in (self.encoder, self.quantizer.quant_conv if self.quantizer else None):
+                if half is not None:
+                    half.requires_grad_(False)
+        self.anchor = Anchor(self.encoder, self.quantizer) if anchor_weight else None
         if channels_last:
             self.to(memory_format=torch.channels_last)
-        self.loss: nn.Module = instantiate(lossconfig)
 
         self.use_ema = use_ema
         self.ema_decay = ema_decay
@@ -89,12 +116,19 @@ class LiteAutoencoderKL(pl.LightningModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.channels_last = channels_last
+        self.sample_posterior = sample_posterior
+        self.freeze_encoder = freeze_encoder
+        self.anchor_weight = anchor_weight
+        self.equivariance = equivariance
 
         self.seed = 0
         """Of the noise in training; set by the trainer."""
         self.images_seen = 0
         """Training images consumed, over all ranks: where a resumed run continues the data."""
         self._micro_batch = 0
+        self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        """Images and reconstructions of this update, for the discriminator's further ones."""
         self._val_psnr, self._val_ssim = MeanMetric(), MeanMetric()
 
     # The autoencoder
@@ -120,53 +154,98 @@ class LiteAutoencoderKL(pl.LightningModule):
     # Training
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  (Lightning's signature)
-        x = self.images(batch)  # (B, C, H, W) in [-1, 1]
-        step, micro_batch = self.global_step, self._micro_batch
-        torch.manual_seed(_mix(self.seed, step, micro_batch, self.global_rank))
+        x = encoded = self.images(batch)  # (B, C, H, W) in [-1, 1]
+        step, last = self.global_step, self._micro_batch + 1 == self.accumulate_grad_batches
+        torch.manual_seed(mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank))
+        adversary = self.adversary if self.adversary is not None and self.adversary.plays(step) else None
+        warming_up = adversary is not None and adversary.warms_up(step)
 
-        # One forward pass of the autoencoder.
-        reconstruction, posterior = self(x, sample_posterior=True)
+        # One forward pass of the autoencoder, for both sides.
+        with torch.set_grad_enabled(not warming_up):
+            posterior = self.encode(x)
+            z = posterior.sample() if self.sample_posterior else posterior.mode()  # (B, n_z, H/f, W/f)
+            if self.equivariance:  # the same on every rank and for the whole update
+                shared = torch.Generator().manual_seed(mix_seeds(self.seed, self._iteration))
+                if not warming_up and torch.rand((), generator=shared).item() < self.equivariance:
+                    z, x = transform_alike(z, x, shared)
+                    adversary = None
+            reconstruction = self.decode(z)
 
-        # The objective: named terms, their weighted sum.
-        total, terms = self.objective(x, reconstruction, posterior)
-        self.manual_backward(total / self.accumulate_grad_batches)
-        self.log_dict({f"train/{name}": term.detach() for name, term in {"loss": total, **terms}.items()})
+        # The autoencoder's side: named terms, their weighted sum.
+        if not warming_up:
+            total, terms = self._autoencoder_loss(x, reconstruction, posterior, encoded, adversary, report=last)
+            self.manual_backward(total / self.accumulate_grad_batches)
+            self.log_dict({f"train/{name}": term.detach() for name, term in {"loss": total, **terms}.items()})
 
-        # The update, once every accumulate_grad_batches micro-batches.
-        self._micro_batch = (micro_batch + 1) % self.accumulate_grad_batches
-        if self._micro_batch:
-            return
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
-        assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
-        if self.gradient_clip_val:
-            self._clip(optimizer, self.gradient_clip_val)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
-        self.log("step", float(self.global_step))  # Lightning would count micro-batches on the logger's axis
+        # The discriminator's side: the same reconstruction, without its graph.
+        if adversary is not None:
+            pair = (x, reconstruction.detach())
+            self.discriminator_backward(adversary, *pair)
+            if adversary.updates_per_step > 1:
+                self.pairs.append(pair)
 
-    def _clip(self, optimizer: Any, max_norm: float) -> None:
-        """Clip the norm of the true gradient: under fp16 the scale is taken off first."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(optimizer.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.autoencoder_parameters(), max_norm)
-        self.log("train/grad_norm", norm)
+        # The updates, once every accumulate_grad_batches micro-batches.
+        self._micro_batch = 0 if last else self._micro_batch + 1
+        if last:
+            update(self, adversary, autoencoder=not warming_up)
+            self._iteration += 1
+            self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
+            self.log("step", float(self.global_step))  # Lightning would count micro-batches on the logger's axis
+
+    def _autoencoder_loss(
+        self,
+        x: Tensor,
+        reconstruction: Tensor,
+        posterior: DiagonalGaussian,
+        encoded: Tensor,
+        adversary: Adversary | None,
+        report: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total, terms = self.objective(x, reconstruction, posterior, encoded)
+        if self.anchor is not None:
+            terms["anchor"] = self.anchor(encoded, posterior)
+            total = total + self.anchor_weight * terms["anchor"]
+        if adversary is not None:
+            terms["adversarial"] = adversary.generator_loss(reconstruction)
+            weight = total.new_tensor(adversary.weight_at(self.global_step))
+            reporting = report and self._reports()
+            if adversary.adaptive_weight or reporting:
+                pixels = self.objective.weighted(terms, "rec", "lpips", "wavelet", "gaussian")
+                ratio = gradient_ratio(self, pixels, terms["adversarial"])  # |pixels| / |adversarial|
+                if adversary.adaptive_weight:
+                    weight = weight * ratio.clamp(0.0, adversary.adaptive_max)
+                    self.log("health/adaptive_weight", ratio.clamp(0.0, adversary.adaptive_max))
+                self.log("health/gradient_ratio", weight / ratio.clamp_min(1e-12))
+            total = total + weight * terms["adversarial"]
+        return total, terms
+
+    def discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor) -> None:
+        loss, logs = adversary.discriminator_loss(real, fake)
+        self.manual_backward(loss / self.accumulate_grad_batches)
+        health = {"logits_real", "logits_fake", "accuracy"}
+        self.log_dict({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
+
+    def _reports(self) -> bool:
+        """Whether the loggers will take this step's values."""
+        every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
+        return (self._iteration + 1) * self.accumulate_grad_batches % every == 0
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
-        return [p for module in (self.encoder, self.decoder, self.quantizer) if module for p in module.parameters()]
+        halves = (self.encoder, self.decoder, self.quantizer)
+        return [p for module in halves if module for p in module.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=self.betas, fused=True)
         decay_steps = self.decay_steps or self.trainer.max_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor),
-        )
-        return [optimizer], [schedule]
+
+        def factor(step: int) -> float:
+            return lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
+
+        pairs = [adam_with_schedule(self.autoencoder_parameters(), self.learning_rate, self.betas, factor)]
+        if self.adversary is not None:
+            rate = self.learning_rate * self.adversary.learning_rate_ratio
+            parameters = list(self.adversary.discriminator.parameters())
+            pairs.append(adam_with_schedule(parameters, rate, self.adversary.betas, factor))
+        return [optimizer for optimizer, _ in pairs], [schedule for _, schedule in pairs]
 
     def configure_callbacks(self) -> list[pl.Callback]:
         from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -175,9 +254,19 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen
+        checkpoint["iteration"] = self._iteration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["images_seen"]
+        self._iteration = checkpoint["iteration"]
+
+    def on_train_start(self) -> None:
+        if self.anchor is not None:
+            if self._iteration == 0:
+                self.anchor.set(self.encoder, self.quantizer)  # whatever weights training starts from
+            self.anchor.eval()
+        if self.freeze_encoder:
+            self.encoder.eval()
 
     # Validation
 
@@ -210,10 +299,3 @@ class LiteAutoencoderKL(pl.LightningModule):
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
         x = from_uint8(batch["image"])
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    import numpy as np
-
-    return int(np.random.SeedSequence(numbers).generate_state(1, dtype=np.uint64)[0] >> 1)

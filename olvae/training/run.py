@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from olvae import config as cfg
@@ -18,10 +20,11 @@ from olvae.data.source import Source
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.callbacks import FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints
 from olvae.training.devices import resolve_devices, resolve_precision
+from olvae.training.health import Health
 from olvae.training.progress import StepProgress
 from olvae.training.summary import print_ending, print_summary
 
-__all__ = ["TrainOptions", "train"]
+__all__ = ["TrainOptions", "quieten", "train"]
 
 RUN_ENV = "OLVAE_RUN"
 """Where the first process tells the run folder to those that Lightning starts for the other devices."""
@@ -73,7 +76,7 @@ def train(options: TrainOptions) -> runs.Run:
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
-    _quieten()
+    quieten()
     pl.seed_everything(settings["seed"], workers=True, verbose=False)
     model = _model(config, trainer_args)
     model.seed = settings["seed"]
@@ -83,9 +86,15 @@ def train(options: TrainOptions) -> runs.Run:
             f"data.params.size: {source.size} is not a multiple of {f}, by which the model shrinks images: "
             f"use {max(f, source.size // f * f)} or {(source.size // f + 1) * f}"
         )
+    if source.channels != model.autoencoder.encoder.in_channels:
+        raise ConfigError(
+            f"the images have {source.channels} channels, the model takes {model.autoencoder.encoder.in_channels}: set "
+            "data.params.channels, or in_channels of encoder_config.params and out_channels of decoder_config.params"
+        )
     start = _restore(model, resumed, options.actual_resume)
 
     trainer_args = _steps(trainer_args, source, model)
+    _check_adversary(model, source, trainer_args)
     run = resumed or _new_run(options.logdir, settings)
     cfg.save({**config, "run": settings}, run.config)
     trainer = _trainer(run, precision, trainer_args, config)
@@ -144,11 +153,31 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
     return int(read_checkpoint(resumed.last_checkpoint)["images_seen"])
 
 
+def _check_adversary(model: LiteAutoencoderKL, source: Source, trainer_args: Config) -> None:
+    adversary = model.adversary
+    if adversary is None:
+        return
+    if adversary.start_step >= trainer_args["max_steps"]:
+        raise ConfigError(
+            f"adversary_config.params.start_step: {adversary.start_step} is not before the last of "
+            f"{trainer_args['max_steps']} steps, so the adversary would never play"
+        )
+    adversary.check_image(model.autoencoder.encoder.in_channels, source.size)
+    if trainer_args.get("strategy", "auto") == "auto" and _processes(trainer_args) > 1:
+        trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
+    if trainer_args["accelerator"] in ("cuda", "gpu"):
+        trainer_args.setdefault("sync_batchnorm", True)
+
+
+def _processes(trainer_args: Config) -> int:
+    devices = trainer_args["devices"]
+    return (devices if isinstance(devices, int) else len(devices)) * int(trainer_args.get("num_nodes", 1))
+
+
 def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
     """Steps for Lightning: the stream has no end, so epochs are turned into steps."""
     args = dict(trainer_args)
-    devices = args["devices"] if isinstance(args["devices"], int) else len(args["devices"])
-    per_step = source.batch_size * model.accumulate_grad_batches * devices * args.get("num_nodes", 1)
+    per_step = source.batch_size * model.accumulate_grad_batches * _processes(args)
     epochs, steps = args.pop("max_epochs", None), args.pop("max_steps", None)
     if epochs is None and steps is None:
         raise ConfigError("lightning.trainer.max_steps: missing: how many steps to train")
@@ -175,7 +204,7 @@ def _trainer(
 ) -> pl.Trainer:
     nodes = (config.get("lightning") or {}).get("callbacks") or {}
     callbacks = [cfg.instantiate(node) for node in nodes.values()]
-    for default in (KeepCheckpoints, ImageGrids, FiniteLoss, GracefulStop, StepProgress):
+    for default in (KeepCheckpoints, ImageGrids, FiniteLoss, GracefulStop, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
     defaults: Config = {
@@ -198,6 +227,17 @@ def _trainer(
 
 
 def _new_run(logdir: str | Path, settings: Config) -> runs.Run:
+    """Make the run folder in the first process, and tell the others.
+
+    Lightning starts the processes for further devices from the first one, with its environment; under torchrun
+    they are all there already, and hear of it through the process group.
+    """
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        first = dist.get_rank() == 0
+        path = [str(runs.create(logdir, settings["name"], settings["precision"]).path) if first else ""]
+        dist.broadcast_object_list(path)
+        return runs.Run(Path(path[0]))
     if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ:
         return runs.Run(Path(os.environ[RUN_ENV]))
     run = runs.create(logdir, settings["name"], settings["precision"])
@@ -205,7 +245,7 @@ def _new_run(logdir: str | Path, settings: Config) -> runs.Run:
     return run
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Lightning's notices that the summary replaces, or that do not hold for an endless stream."""
     import logging
 
@@ -213,6 +253,7 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
+        ".*You defined a `validation_step` but have no `val_dataloader`.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",

@@ -2,8 +2,10 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from olvae.data.pixels import Bands, image_to_tensor
 from olvae.data.transforms import FILTERS, RandomScaleCrop, center_crop, resize_shorter_side
 
 
@@ -66,11 +68,22 @@ def test_half_are_flipped():
 def test_channels_change_places():
     image = Image.new("RGB", (32, 32), (10, 20, 30))
     crop = RandomScaleCrop(16, shuffle_channels=1.0)
-    seen = {crop(image, np.random.default_rng(i)).getpixel((0, 0)) for i in range(100)}
+
+    def pixel(transform: RandomScaleCrop, seed: int) -> tuple[int, ...]:
+        return tuple(image_to_tensor(transform(image, np.random.default_rng(seed)))[:, 0, 0].tolist())
+
+    seen = {pixel(crop, i) for i in range(100)}
     assert seen == set(permutations((10, 20, 30)))
     half = RandomScaleCrop(16, shuffle_channels=0.5)
-    kept = sum(half(image, np.random.default_rng(i)).getpixel((0, 0)) == (10, 20, 30) for i in range(300))
+    kept = sum(pixel(half, i) == (10, 20, 30) for i in range(300))
     assert 140 < kept < 210  # a half, and a sixth of the other half
+
+
+def test_bands_are_transformed_as_a_picture_is():
+    image = Image.effect_noise((90, 61), 80).convert("RGB")
+    bands = Bands(image.split())
+    for transform in (lambda p: center_crop(p, 32), lambda p: RandomScaleCrop(32)(p, np.random.default_rng(1))):
+        assert torch.equal(image_to_tensor(transform(bands)), image_to_tensor(transform(image)))
 
 
 def test_every_filter_is_used():

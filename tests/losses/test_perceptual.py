@@ -64,6 +64,14 @@ def test_is_no_part_of_the_model(vgg):
     assert loss.__dict__["network"].lin0.model[1].weight.dtype == torch.float64  # yet it moves with it
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_are_compared_one_by_one(vgg, channels):
+    loss = LPIPS(str(vgg))
+    x, y = torch.rand(2, channels, 32, 32), torch.rand(2, channels, 32, 32)
+    grey = [loss(x[:, c : c + 1].expand(-1, 3, -1, -1), y[:, c : c + 1].expand(-1, 3, -1, -1)) for c in range(channels)]
+    assert loss(x, y).item() == pytest.approx(torch.stack(grey).mean().item(), rel=1e-5)
+
+
 def test_float32_under_autocast(vgg):
     loss = LPIPS(str(vgg))
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)

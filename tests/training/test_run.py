@@ -3,8 +3,10 @@
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.config import ConfigError, load, save
@@ -172,6 +174,28 @@ def test_the_demo_learns(tmp_path, monkeypatch):
     assert events.Scalars("val/psnr")[-1].value > 14.5
 
 
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_other_channels(go, image_folder, channels):
+    """Grey, RGBA, and arrays of six channels, with a discriminator; LPIPS's part is in test_perceptual."""
+    if channels == 6:
+        for path in sorted(image_folder.rglob("*.png")):
+            rgb = np.asarray(Image.open(path))
+            np.save(path.with_suffix(".npy"), np.concatenate((rgb, 255 - rgb), axis=2))
+            path.unlink()
+    run = go(
+        f"data.params.channels={channels}",
+        f"model.params.encoder_config.params.in_channels={channels}",
+        f"model.params.decoder_config.params.out_channels={channels}",
+        "model.params.adversary_config.target=olvae.models.adversary.Adversary",
+        "model.params.adversary_config.params.discriminator_config.target=olvae.modules.basicgan.patchgan.PatchGAN",
+        f"model.params.adversary_config.params.discriminator_config.params.in_channels={channels}",
+        "model.params.adversary_config.params.discriminator_config.params.n_layers=1",
+        "model.params.adversary_config.params.discriminator_config.params.base_channels=4",
+    )
+    assert checkpoint(run)["state_dict"]["decoder.conv_out.weight"].shape[0] == 4 * channels
+    assert (run.images / "step=00000004.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
@@ -195,6 +219,7 @@ def test_the_demo_learns(tmp_path, monkeypatch):
         (("model.target=torch.nn.Identity",), {}, "unknown key|is not a LiteAutoencoderKL"),
         (("data=null",), {}, "data: expected a node"),
         (("modle.x=1",), {}, "did you mean model"),
+        (("data.params.channels=1",), {}, "the images have 1 channels, the model takes 3"),
     ],
 )
 def test_mistakes_leave_no_run_folder(go, tmp_path, overrides, options, message):

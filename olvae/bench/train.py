@@ -1,0 +1,107 @@
+"""The training step against one that runs the autoencoder twice, once for each side, as the published module does."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from olvae.data.source import Batch
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+__all__ = ["bench_train"]
+
+
+class TwoForwards(LiteAutoencoderKL):
+    """The same step, preceded by the forward pass that it does without."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self(self.images(batch), sample_posterior=True)
+        super().training_step(batch, batch_idx)
+
+
+def bench_train(
+    params: Mapping[str, Any], size: int, batch_size: int, steps: int, rounds: int, device: str
+) -> dict[str, float]:
+    """Time both steps in turns, on the same random images.
+
+    Args:
+        params: ``model.params`` of a config with an adversary.
+        size, batch_size: of the images.
+        steps: measured steps per turn, after one that is not.
+        rounds: turns of each.
+        device: as torch names it.
+
+    Returns:
+        Median seconds of each step, images per second, their ratio (above 1: one forward pass is faster), and on
+        a GPU the peak memory in GiB.
+    """
+    models = {"one_forward": LiteAutoencoderKL(**params), "two_forwards": TwoForwards(**params)}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    peak: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, model in models.items():
+            if device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats()
+            seconds[name] += _time_steps(model, size, batch_size, steps, device)
+            if device.startswith("cuda"):
+                peak[name] = torch.cuda.max_memory_allocated() / 2**30
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        **{f"{name}_s": value for name, value in medians.items()},
+        **{f"{name}_images_per_s": batch_size / value for name, value in medians.items()},
+        **{f"{name}_peak_gib": value for name, value in peak.items()},
+        "speedup": medians["two_forwards"] / medians["one_forward"],
+    }
+
+
+def _time_steps(model: LiteAutoencoderKL, size: int, batch_size: int, steps: int, device: str) -> list[float]:
+    stopwatch = _Stopwatch(device)
+    trainer = pl.Trainer(
+        accelerator="cpu" if device == "cpu" else "cuda",
+        devices=1,
+        max_steps=steps + 1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[stopwatch],
+    )
+    channels = model.autoencoder.encoder.in_channels
+    trainer.fit(model, DataLoader(_Noise(channels, size, batch_size * (steps + 1)), batch_size))
+    return stopwatch.seconds[1:]
+
+
+class _Noise(Dataset[Batch]):
+    def __init__(self, channels: int, size: int, length: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.image = torch.randint(0, 256, (channels, size, size), dtype=torch.uint8, generator=generator)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        return {"image": self.image.roll(index, dims=-1)}
+
+
+class _Stopwatch(pl.Callback):
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = self._now()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(self._now() - self._start)
+
+    def _now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()

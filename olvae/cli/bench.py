@@ -1,0 +1,61 @@
+"""``olvae bench``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Speed and memory, against something named, in one run.")
+
+
+@app.callback()
+def _group() -> None:
+    """Speed and memory, against something named, in one run."""
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def train(
+    config: Annotated[
+        Path, typer.Option(metavar="CFG", help="A config with an adversary, or a run's config.yaml.")
+    ] = Path("configs/demo_b.yaml"),
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels; by default the config's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-B", min=1, help="By default the config's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps per turn.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each kind of step.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+) -> None:
+    """Time the training step of phase B against one that runs the autoencoder's forward pass twice.
+
+    LPIPS is left out, because it costs both the same.
+
+    Example: olvae bench train --config configs/imagenet/B3.yaml --size 128 -B 1 --json
+    """
+    import json
+
+    from olvae import config as cfg
+    from olvae.bench.train import bench_train
+    from olvae.config import ConfigError
+    from olvae.training.run import quieten
+
+    loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
+    if mistakes := cfg.validate(loaded):
+        raise ConfigError(*mistakes)
+    params, data = loaded["model"]["params"], loaded.get("data", {}).get("params", {})
+    if params.get("adversary_config") is None:
+        raise ConfigError(f"{config}: has no adversary_config, so the step has one forward pass anyway")
+    size, batch_size = size or data.get("size"), batch_size or data.get("batch_size")
+    if size is None or batch_size is None:
+        raise ConfigError(f"{config}: has no data to take sizes from: add --size and --batch-size")
+    quieten()
+    result = bench_train(params, size, batch_size, steps, rounds, device)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    typer.echo(f"{config}, {size}x{size}, {batch_size} images per step, {device}", err=True)
+    for name, value in result.items():
+        typer.echo(f"  {name:<26} {value:.3f}", err=True)

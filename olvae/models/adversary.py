@@ -1,0 +1,208 @@
+"""The other player of phase B: a discriminator, and what each side is told about it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from olvae.config import ConfigError, Node, instantiate
+from olvae.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    discriminator_accuracy,
+    discriminator_loss,
+    generator_loss,
+)
+from olvae.losses.regularizers import LeCam, cutmix, cutmix_consistency, r1_penalty
+from olvae.modules.precision import no_autocast
+from olvae.modules.spectral import fixed_spectral_norm, power_iteration
+
+__all__ = ["Adversary"]
+
+
+class Adversary(nn.Module):
+    """A discriminator with its losses. It owns no optimiser, and sees the autoencoder only through images.
+
+    Args:
+        discriminator_config: PatchGAN, GigaGAN or UNetGAN; any module from images to a list of logit tensors that
+            says how many in ``num_outputs``.
+        loss: hinge, logistic, lsgan, wgan or bce.
+        weight: of the adversarial term in the autoencoder's loss; constant [P Table 8].
+        start_step: the autoencoder's step from which on both sides play.
+        ramp_steps: steps over which the weight then grows linearly from 0.
+        warmup_updates: updates of the discriminator alone, at the start step, before the autoencoder goes on.
+        updates_per_step: updates of the discriminator for each one of the autoencoder.
+        adaptive_weight: multiply the weight by the ratio of the gradients of the pixel terms and of the adversarial
+            term at the decoder's last layer, as the latent-diffusion code does; clamped to [0, adaptive_max].
+        learning_rate_ratio: the discriminator's learning rate over the autoencoder's.
+        betas: of the discriminator's Adam.
+        r1_weight: gamma of the R1 penalty; 0 leaves it out. Computed every r1_every-th update, and multiplied by
+            that.
+        lecam_weight, lecam_decay: of the LeCam penalty; weight 0 leaves it out.
+        cutmix_weight: of CutMix: the pixels of mixed images are told apart, and the consistency term (MSE, weight 1
+            within it) holds; 0 leaves it out. Needs per-pixel logits, which UNetGAN has.
+    """
+
+    def __init__(
+        self,
+        discriminator_config: Node,
+        loss: Literal["hinge", "logistic", "lsgan", "wgan", "bce"] = "hinge",
+        weight: float = 0.1,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        warmup_updates: int = 0,
+        updates_per_step: int = 1,
+        adaptive_weight: bool = False,
+        adaptive_max: float = 1e4,
+        learning_rate_ratio: float = 1.0,
+        betas: tuple[float, float] | list[float] = (0.5, 0.9),
+        r1_weight: float = 0.0,
+        r1_every: int = 16,
+        lecam_weight: float = 0.0,
+        lecam_decay: float = 0.99,
+        cutmix_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if loss not in ADVERSARIAL_LOSSES:
+            raise ValueError(f"adversarial loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {loss!r}")
+        for name, number, least in (
+            ("weight", weight, 0),
+            ("start_step", start_step, 0),
+            ("ramp_steps", ramp_steps, 0),
+            ("warmup_updates", warmup_updates, 0),
+            ("updates_per_step", updates_per_step, 1),
+            ("r1_weight", r1_weight, 0),
+            ("r1_every", r1_every, 1),
+            ("lecam_weight", lecam_weight, 0),
+            ("cutmix_weight", cutmix_weight, 0),
+        ):
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, got {number}")
+        if learning_rate_ratio <= 0:
+            raise ValueError(f"learning_rate_ratio must be above 0, got {learning_rate_ratio}")
+        self.discriminator: nn.Module = instantiate(discriminator_config)
+        self.loss = loss
+        self.weight = weight
+        self.start_step = start_step
+        self.ramp_steps = ramp_steps
+        self.warmup_updates = warmup_updates
+        self.updates_per_step = updates_per_step
+        self.adaptive_weight = adaptive_weight
+        self.adaptive_max = adaptive_max
+        self.learning_rate_ratio = learning_rate_ratio
+        self.betas = (betas[0], betas[1])
+        self.r1_weight = r1_weight
+        self.r1_every = r1_every
+        self.lecam_weight = lecam_weight
+        self.lecam = LeCam(self.discriminator.num_outputs, lecam_decay) if lecam_weight else None
+        self.cutmix_weight = cutmix_weight
+        self.updates = 0
+        """Updates of the discriminator so far."""
+
+    def check_image(self, channels: int, size: int) -> None:
+        """Run the discriminator on grey images of this size, so that a misfit is told before training.
+
+        Raises:
+            ConfigError: it does not take such images.
+        """
+        try:
+            with torch.no_grad():
+                logits = self.discriminator.eval()(torch.zeros(1, channels, size, size))
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"the discriminator does not take images of {channels}x{size}x{size}: {error}") from error
+        finally:
+            self.discriminator.train()
+        if self.cutmix_weight and logits[0].shape[-2:] != (size, size):
+            raise ConfigError("cutmix_weight needs a discriminator with one logit per pixel first, such as UNetGAN")
+
+    # Which part of training it is
+
+    def plays(self, step: int) -> bool:
+        """Whether both sides play at this step of the autoencoder."""
+        return step >= self.start_step
+
+    def warms_up(self, step: int) -> bool:
+        """Whether the discriminator learns alone now."""
+        return self.plays(step) and self.updates < self.warmup_updates
+
+    def weight_at(self, step: int) -> float:
+        """The constant weight, after the ramp."""
+        if not self.plays(step):
+            return 0.0
+        return self.weight * min(1.0, (step - self.start_step + 1) / max(1, self.ramp_steps))
+
+    # What each side minimises
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        """The autoencoder's: its gradient reaches ``fake``, and no parameter of the discriminator."""
+        with self._frozen(), fixed_spectral_norm(self.discriminator):
+            return generator_loss(self.loss, self.discriminator(fake))
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's, and what to log: its loss, the terms that are on, mean logits, accuracy.
+
+        Args:
+            real, fake: (B, C, H, W); no gradient reaches either.
+        """
+        real, fake = real.detach(), fake.detach()
+        with fixed_spectral_norm(self.discriminator):
+            real_logits: list[Tensor] = self.discriminator(real)
+            fake_logits: list[Tensor] = self.discriminator(fake)
+            total = discriminator_loss(self.loss, real_logits, fake_logits)
+            logs = {
+                "discriminator": total.detach(),
+                "logits_real": _mean(real_logits),
+                "logits_fake": _mean(fake_logits),
+                "accuracy": discriminator_accuracy(real_logits, fake_logits, self.loss),
+            }
+            if self.lecam is not None:
+                logs["lecam"] = term = self.lecam(real_logits, fake_logits)
+                total = total + self.lecam_weight * term
+            if self.cutmix_weight:
+                logs["cutmix"] = term = self._cutmix(real, fake, real_logits[0], fake_logits[0])
+                total = total + self.cutmix_weight * term
+            if self.r1_weight and self.updates % self.r1_every == 0:
+                logs["r1"] = term = self._r1(real)
+                total = total + self.r1_weight * self.r1_every * term
+        return total, {name: value.detach() for name, value in logs.items()}
+
+    def updated(self) -> None:
+        """Call it after every update of the discriminator."""
+        self.updates += 1
+        power_iteration(self.discriminator)
+
+    def _cutmix(self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor) -> Tensor:
+        mixed, mask = cutmix(real, fake)
+        pixels: Tensor = self.discriminator(mixed)[0]  # (B, 1, H, W)
+        inside = mask.bool()
+        consistency = cutmix_consistency(pixels, real_pixels, fake_pixels, mask)
+        if inside.all() or not inside.any():  # a small batch may be of one kind by chance
+            return consistency
+        return consistency + discriminator_loss(self.loss, [pixels[inside]], [pixels[~inside]])
+
+    def _r1(self, real: Tensor) -> Tensor:
+        with no_autocast(real):
+            image = real.float().requires_grad_()
+            return r1_penalty(self.discriminator(image), image)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
+        for p in parameters:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in parameters:
+                p.requires_grad_(True)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.updates)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.updates = int(state)
+
+
+def _mean(logits: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.detach().float().mean() for t in logits]).mean()

@@ -1,0 +1,456 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from olvae.config import ConfigError
+from olvae.losses.adversarial import ADVERSARIAL_LOSSES
+from olvae.losses.regularizers import cutmix
+from olvae.models.adversary import Adversary
+from olvae.modules.spectral import fixed_spectral_norm
+
+DISCRIMINATORS = {  # each in small, and an image size for it
+    "patchgan": ("olvae.modules.basicgan.patchgan.PatchGAN", {"base_channels": 4, "n_layers": 1}, 16),
+    "unetgan": ("olvae.modules.unetgan.unetgan.UNetGAN", {"base_channels": 2, "image_size": 128}, 64),
+    "gigagan": (
+        "olvae.modules.gigagan.gigagan.GigaGAN",
+        {"image_size": 64, "base": 128, "max_channels": 8, "blocks": 1, "attention": [8], "heads": 2},
+        64,
+    ),
+    "per_pixel": (f"{__name__}.PerPixel", {}, 8),
+}
+every = pytest.mark.parametrize("kind", ["patchgan", "unetgan", "gigagan"])
+
+
+class PerPixel(nn.Module):
+    """The smallest discriminator with a logit per pixel, for images of any size."""
+
+    num_outputs = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, kernel_size=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.conv(x)]
+
+
+def build(kind: str = "unetgan", **params) -> Adversary:
+    torch.manual_seed(0)
+    target, settings, _ = DISCRIMINATORS[kind]
+    return Adversary({"target": target, "params": settings}, **params)
+
+
+def images(kind: str = "unetgan", batch: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    size = DISCRIMINATORS[kind][2]
+    real, fake = torch.rand(2, batch, 3, size, size, generator=generator) * 2 - 1
+    return real, 0.5 * fake + 0.2
+
+
+@torch.no_grad()
+def logits(adversary: Adversary, x: Tensor) -> list[Tensor]:
+    with fixed_spectral_norm(adversary.discriminator):
+        return adversary.discriminator(x)
+
+
+def mean(tensors: list[Tensor]) -> float:
+    return sum(t.mean().item() for t in tensors) / len(tensors)
+
+
+# Which part of training it is
+
+
+def test_the_weight_is_constant_from_the_start_step_on():
+    adversary = build("patchgan", weight=0.3, start_step=10)
+    assert [adversary.weight_at(step) for step in (0, 9, 10, 11, 1000)] == [0.0, 0.0, 0.3, 0.3, 0.3]
+    assert [adversary.plays(step) for step in (0, 9, 10, 11)] == [False, False, True, True]
+
+
+def test_the_ramp():
+    adversary = build("patchgan", weight=0.4, start_step=10, ramp_steps=4)
+    weights = [adversary.weight_at(step) for step in range(8, 16)]
+    assert weights == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert build("patchgan", weight=0.4, ramp_steps=1).weight_at(0) == pytest.approx(0.4)
+
+
+def test_the_warm_up_is_counted_in_updates_from_the_start_step_on():
+    adversary = build("patchgan", start_step=5, warmup_updates=2)
+    assert not adversary.warms_up(4)
+    assert adversary.warms_up(5)
+    adversary.updated()
+    assert adversary.warms_up(5)
+    adversary.updated()
+    assert not adversary.warms_up(5)
+    assert not build("patchgan").warms_up(0)
+
+
+# The autoencoder's side
+
+
+@every
+def test_the_generators_loss_reaches_the_image_and_no_parameter(kind):
+    adversary, (_, fake) = build(kind), images(kind)
+    fake.requires_grad_()
+    before = copy.deepcopy(adversary.state_dict())
+    loss = adversary.generator_loss(fake)
+    assert all(p.requires_grad for p in adversary.parameters())  # again, before the backward pass
+    loss.backward()
+    assert all(p.grad is None for p in adversary.parameters())
+    assert fake.grad.abs().max() > 0
+    assert fake.grad.isfinite().all()
+    for name, tensor in adversary.state_dict().items():  # nor does it move what spectral norm keeps
+        assert "_extra_state" in name or "norm" in name or torch.equal(tensor, before[name]), name
+
+
+def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_rest_alone():
+    adversary, (_, fake) = build(), images()
+    frozen = next(adversary.parameters()).requires_grad_(False)
+    adversary.generator_loss(fake)
+    with pytest.raises(ValueError, match="multiples of 64"):
+        adversary.generator_loss(fake[..., :60])
+    assert [p for p in adversary.parameters() if not p.requires_grad] == [frozen]
+    assert all(m.training for m in adversary.modules())
+
+
+@every
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_a_step_of_the_image_on_its_loss_raises_the_logits(kind, loss):
+    adversary, (_, fake) = build(kind, loss=loss), images(kind)
+    fake.requires_grad_()
+    (gradient,) = torch.autograd.grad(adversary.generator_loss(fake), fake)
+    moved = (fake - 0.05 * gradient / gradient.norm()).detach()
+    assert mean(logits(adversary, moved)) > mean(logits(adversary, fake)) + 1e-5
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_a_step_of_a_generator_on_its_loss_raises_the_logits_of_its_output(loss):
+    adversary = build(loss=loss)
+    generator = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+    z = torch.randn(2, 4, 64, 64)
+    before = mean(logits(adversary, generator(z)))
+    adversary.generator_loss(generator(z)).backward()
+    norm = torch.stack([p.grad.norm() for p in generator.parameters()]).norm()
+    with torch.no_grad():
+        for p in generator.parameters():
+            p.sub_(0.01 * p.grad / norm)
+    assert mean(logits(adversary, generator(z))) > before + 1e-5
+
+
+# The discriminator's side
+
+
+@every
+def test_the_discriminators_loss_reaches_every_parameter_and_no_image(kind):
+    settings = {"r1_weight": 1.0, "lecam_weight": 1.0, "cutmix_weight": 1.0 if kind == "unetgan" else 0.0}
+    adversary, (real, fake) = build(kind, **settings), images(kind)
+    real.requires_grad_()
+    bottleneck = torch.ones((), requires_grad=True)
+    reconstruction = (fake * bottleneck).tanh()
+    loss, logs = adversary.discriminator_loss(real, reconstruction)
+    loss.backward()
+    assert bottleneck.grad is None
+    assert real.grad is None
+    for name, p in adversary.named_parameters():
+        # the gradient of the bias of the last layer of hinge is a difference, and may be 0
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+    assert sum(float(p.grad.norm()) for p in adversary.parameters()) > 1e-3
+    adversary.generator_loss(reconstruction).backward()  # the reconstruction's graph is whole
+    assert bottleneck.grad.abs() > 0
+    assert not any(value.requires_grad for value in logs.values())
+
+
+@every
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_a_step_of_the_discriminator_tells_the_two_better_apart(kind, loss):
+    adversary, (real, fake) = build(kind, loss=loss), images(kind)
+    before = mean(logits(adversary, real)) - mean(logits(adversary, fake))
+    total, logs = adversary.discriminator_loss(real, fake)
+    total.backward()
+    assert torch.equal(logs["discriminator"], total)
+    norm = torch.stack([p.grad.norm() for p in adversary.parameters()]).norm()
+    with torch.no_grad():
+        for p in adversary.parameters():
+            p.sub_(0.02 * p.grad / norm)
+    assert mean(logits(adversary, real)) - mean(logits(adversary, fake)) > before + 1e-5
+
+
+BY_HAND = {  # real, fake, generator; per logit
+    "hinge": (lambda r: (1 - r).clamp_min(0), lambda f: (1 + f).clamp_min(0), lambda f: -f),
+    "logistic": (lambda r: (1 + (-r).exp()).log(), lambda f: (1 + f.exp()).log(), lambda f: (1 + (-f).exp()).log()),
+    "lsgan": (lambda r: (r - 1) ** 2 / 2, lambda f: f**2 / 2, lambda f: (f - 1) ** 2 / 2),
+    "wgan": (lambda r: -r, lambda f: f, lambda f: -f),
+    "bce": (lambda r: -r.sigmoid().log(), lambda f: -(1 - f.sigmoid()).log(), lambda f: -f.sigmoid().log()),
+}
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_both_sides_by_hand(loss):
+    """The mean over the pixels' logits, and over the images'; then over the two."""
+    adversary, (real, fake) = build(loss=loss), images()
+    on_real, on_fake, generator = BY_HAND[loss]
+    r, f = logits(adversary, real), logits(adversary, fake)
+    assert [t.shape for t in r] == [(2, 1, 64, 64), (2, 1)]
+    total, logs = adversary.discriminator_loss(real, fake)
+    expected = mean([on_real(t.double()) for t in r]) + mean([on_fake(t.double()) for t in f])
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert adversary.generator_loss(fake).item() == pytest.approx(mean([generator(t.double()) for t in f]), rel=1e-5)
+    assert logs.keys() == {"discriminator", "logits_real", "logits_fake", "accuracy"}
+    assert logs["discriminator"].item() == total.item()
+    assert logs["logits_real"].item() == pytest.approx(mean(r), rel=1e-4)
+    assert logs["logits_fake"].item() == pytest.approx(mean(f), rel=1e-4)
+
+
+def test_accuracy_knows_the_losses_fence():
+    """Of logits between 0 and 0.5, hinge calls all real, lsgan all fake."""
+    for loss, right in (("hinge", 0.5), ("lsgan", 0.5), ("wgan", 1.0)):
+        adversary, (real, fake) = build("per_pixel", loss=loss), images("per_pixel")
+        nn.init.zeros_(adversary.discriminator.conv.bias)
+        nn.init.constant_(adversary.discriminator.conv.weight, 0.1)
+        real, fake = torch.full_like(real, 1.5), torch.full_like(fake, 0.5)  # logits 0.45, 0.15
+        _, logs = adversary.discriminator_loss(real, fake)
+        assert logs["accuracy"].item() == pytest.approx(right)
+    nn.init.constant_(adversary.discriminator.conv.bias, 0.2)  # 0.65, 0.35: lsgan has them right, hinge does not
+    for loss, right in (("hinge", 0.5), ("lsgan", 1.0)):
+        adversary.loss = loss
+        assert adversary.discriminator_loss(real, fake)[1]["accuracy"].item() == pytest.approx(right)
+
+
+# R1
+
+
+def test_r1_is_lazy_and_multiplied_by_how_lazy():
+    adversary, plain = build(r1_weight=7e3, r1_every=3), build()
+    real, fake = images()
+    base, _ = plain.discriminator_loss(real, fake)
+    image = real.clone().requires_grad_()
+    with fixed_spectral_norm(plain.discriminator):
+        pixels, whole = plain.discriminator(image)
+    score = 0.5 * (pixels.mean(dim=(1, 2, 3)) + whole[:, 0])  # (B,)
+    (gradient,) = torch.autograd.grad(score.sum(), image)
+    by_hand = 0.5 * gradient.square().sum().item() / 2
+    assert by_hand > 1e-5
+    for update in range(7):
+        for _ in range(2):  # every micro-batch of the update
+            total, logs = adversary.discriminator_loss(real, fake)
+            assert ("r1" in logs) == (update in (0, 3, 6))
+            if update == 0:  # before a power iteration has changed the weights
+                assert logs["r1"].item() == pytest.approx(by_hand, rel=1e-4)
+                assert total.item() == pytest.approx(base.item() + 7e3 * 3 * by_hand, rel=1e-4)
+            elif "r1" not in logs:
+                assert total.item() == logs["discriminator"].item()
+        adversary.updated()
+
+
+def test_r1_has_a_gradient_of_its_own():
+    """Without the other terms' gradients a step on the total lowers the penalty."""
+    adversary, (real, _) = build(loss="wgan", r1_weight=1e3, r1_every=1), images()
+    total, logs = adversary.discriminator_loss(real, real)  # wgan's own term is 0 for any weights
+    assert logs["discriminator"].item() == pytest.approx(0.0, abs=1e-6)
+    total.backward()
+    norm = torch.stack([p.grad.norm() for p in adversary.parameters()]).norm()
+    with torch.no_grad():
+        for p in adversary.parameters():
+            p.sub_(0.05 * p.grad / norm)
+    assert adversary.discriminator_loss(real, real)[1]["r1"] < 0.98 * logs["r1"]
+
+
+@every
+def test_r1_under_bf16_is_that_of_float32(kind):
+    adversary, (real, fake) = build(kind, r1_weight=1.0), images(kind)
+    _, exact = adversary.discriminator_loss(real, fake)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, logs = adversary.discriminator_loss(real, fake)
+    total.backward()
+    assert logs["r1"].dtype == torch.float32
+    assert logs["r1"].item() == pytest.approx(exact["r1"].item(), rel=1e-5)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in adversary.parameters())
+
+
+# LeCam and CutMix
+
+
+def test_lecam_is_logged_and_weighted_when_it_is_on():
+    adversary, (real, fake) = build(lecam_weight=0.3), images()
+    base, without = build().discriminator_loss(real, fake)
+    total, logs = adversary.discriminator_loss(real, fake)
+    assert logs.keys() - without.keys() == {"lecam"}
+    r, f = logits(adversary, real), logits(adversary, fake)
+    by_hand = mean([(a - b.mean()) ** 2 for a, b in zip(r, f, strict=True)])  # the anchors start at the means
+    by_hand += mean([(b - a.mean()) ** 2 for a, b in zip(r, f, strict=True)])
+    assert by_hand > 1e-3
+    assert logs["lecam"].item() == pytest.approx(by_hand, rel=1e-4)
+    assert total.item() == pytest.approx(base.item() + 0.3 * by_hand, rel=1e-5)
+
+
+def test_lecam_takes_its_decay_and_the_discriminators_outputs():
+    assert build(lecam_weight=1.0, lecam_decay=0.7).lecam.decay == 0.7
+    for kind, outputs in (("patchgan", 1), ("unetgan", 2), ("gigagan", 2)):
+        adversary = build(kind, lecam_weight=1.0)
+        assert adversary.lecam.real_anchors.numel() == outputs
+        assert adversary.discriminator_loss(*images(kind))[1]["lecam"].isfinite()
+    assert build().lecam is None
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_cutmix_is_logged_and_weighted_when_it_is_on(loss):
+    adversary, (real, fake) = build(loss=loss, cutmix_weight=0.3), images()
+    base, without = build(loss=loss).discriminator_loss(real, fake)
+    torch.manual_seed(3)
+    total, logs = adversary.discriminator_loss(real, fake)
+    assert logs.keys() - without.keys() == {"cutmix"}
+    torch.manual_seed(3)
+    mixed, mask = cutmix(real, fake)
+    pixels, inside = logits(adversary, mixed)[0], mask.bool()
+    target = torch.where(inside, logits(adversary, real)[0], logits(adversary, fake)[0])
+    on_real, on_fake, _ = BY_HAND[loss]
+    by_hand = (pixels - target).square().mean() + on_real(pixels[inside]).mean() + on_fake(pixels[~inside]).mean()
+    assert logs["cutmix"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert total.item() == pytest.approx(base.item() + 0.3 * by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_cutmix_of_one_image_is_always_a_number(loss):
+    """A rectangle may fill the image, or vanish: then all pixels are of one kind, and the consistency is left."""
+    adversary, (real, fake) = build("per_pixel", loss=loss, cutmix_weight=1.0), images("per_pixel", batch=1)
+    kinds = {"real": 0, "fake": 0, "both": 0}
+    for seed in range(600):
+        torch.manual_seed(seed)
+        _, mask = cutmix(real, fake)
+        kind = "real" if mask.all() else "both" if mask.any() else "fake"
+        kinds[kind] += 1
+        if kind == "both" and kinds[kind] > 20:
+            continue
+        torch.manual_seed(seed)
+        adversary.zero_grad()
+        total, logs = adversary.discriminator_loss(real, fake)
+        total.backward()
+        assert logs["cutmix"].isfinite()
+        assert all(p.grad.isfinite().all() for p in adversary.parameters())
+        if kind != "both":  # the mixed image is one of the two, and a logit of it is what it was
+            assert logs["cutmix"].item() == pytest.approx(0.0, abs=1e-10)
+    assert min(kinds.values()) > 5, kinds
+
+
+# Its state
+
+
+def test_an_update_is_counted_and_runs_one_power_iteration():
+    adversary = build()
+    with torch.no_grad():
+        for p in adversary.parameters():  # away from the orthogonal start, where every vector is as good
+            p.add_(0.5 * torch.randn_like(p))
+    other = copy.deepcopy(adversary.discriminator)
+    adversary.updated()
+    assert adversary.updates == 1
+    other(images()[0])
+    for (name, mine), theirs in zip(adversary.discriminator.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_losses_run_none():
+    adversary, (real, fake) = build(r1_weight=1.0, cutmix_weight=1.0), images()
+    before = {name: t.clone() for name, t in adversary.named_buffers()}
+    adversary.generator_loss(fake)
+    adversary.discriminator_loss(real, fake)
+    assert all(torch.equal(t, before[name]) for name, t in adversary.named_buffers())
+
+
+def test_the_state_survives_a_file(tmp_path):
+    adversary, (real, fake) = build(lecam_weight=1.0, warmup_updates=4), images()
+    for _ in range(3):
+        adversary.discriminator_loss(real, fake)
+        adversary.updated()
+    torch.save(adversary.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(9)
+    target, settings, _ = DISCRIMINATORS["unetgan"]
+    other = Adversary({"target": target, "params": settings}, lecam_weight=1.0, warmup_updates=4)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.updates == 3
+    assert other.warms_up(0)
+    other.updated()
+    assert not other.warms_up(0)
+    adversary.updated()
+    (one, logs), (two, theirs) = (a.discriminator_loss(real, fake) for a in (adversary, other))
+    assert torch.equal(one, two)
+    assert torch.equal(logs["lecam"], theirs["lecam"])  # the anchors came along
+
+
+# Mistakes
+
+
+@every
+def test_check_image_leaves_the_discriminator_as_it_was(kind):
+    adversary = build(kind)
+    before = copy.deepcopy(adversary.state_dict())
+    adversary.check_image(3, DISCRIMINATORS[kind][2])
+    assert all(m.training for m in adversary.modules())
+    assert all(torch.equal(t, before[name]) for name, t in adversary.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "size", "message"),
+    [
+        ("unetgan", 3, 60, "does not take images of 3x60x60: UNetGAN takes images .* multiples of 64"),
+        ("gigagan", 3, 128, r"does not take images of 3x128x128: this GigaGAN takes images \(B, C, 64, 64\)"),
+        ("patchgan", 3, 4, "does not take images of 3x4x4: PatchGAN with 1 layers takes images .* at least 8x8"),
+        ("unetgan", 1, 64, "does not take images of 1x64x64: .*channels"),
+    ],
+)
+def test_images_that_do_not_fit(kind, channels, size, message):
+    adversary = build(kind)
+    with pytest.raises(ConfigError, match=message) as error:
+        adversary.check_image(channels, size)
+    assert "\n" not in str(error.value)
+    assert all(m.training for m in adversary.modules())
+
+
+@pytest.mark.parametrize("kind", ["patchgan", "gigagan"])
+def test_cutmix_needs_a_logit_per_pixel(kind):
+    size = DISCRIMINATORS[kind][2]
+    with pytest.raises(ConfigError, match=r"cutmix_weight needs .* one logit per pixel"):
+        build(kind, cutmix_weight=1.0).check_image(3, size)
+    build("unetgan", cutmix_weight=1.0).check_image(3, 128)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"loss": "vanilla"}, "must be one of hinge, logistic, lsgan, wgan, bce, got 'vanilla'"),
+        ({"weight": -0.1}, "weight must be at least 0, got -0.1"),
+        ({"start_step": -1}, "start_step must be at least 0, got -1"),
+        ({"ramp_steps": -1}, "ramp_steps must be at least 0"),
+        ({"warmup_updates": -1}, "warmup_updates must be at least 0"),
+        ({"updates_per_step": 0}, "updates_per_step must be at least 1, got 0"),
+        ({"r1_weight": -1.0}, "r1_weight must be at least 0"),
+        ({"r1_every": 0}, "r1_every must be at least 1"),
+        ({"lecam_weight": -1.0}, "lecam_weight must be at least 0"),
+        ({"cutmix_weight": -1.0}, "cutmix_weight must be at least 0"),
+        ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be above 0, got 0.0"),
+        ({"lecam_weight": 1.0, "lecam_decay": 1.0}, "decay must be in"),
+    ],
+)
+def test_settings_that_make_no_sense(params, message):
+    with pytest.raises(ValueError, match=message):
+        build("patchgan", **params)
+
+
+def test_a_discriminator_that_is_none():
+    with pytest.raises(ConfigError, match=r"PatchGan.*did you mean PatchGAN"):
+        Adversary({"target": "olvae.modules.basicgan.patchgan.PatchGan"})
+
+
+@every
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_extreme_images_give_finite_losses(kind, loss):
+    adversary, (real, _) = build(kind, loss=loss, r1_weight=1.0, lecam_weight=1.0), images(kind)
+    fake = torch.full_like(real, 100.0).requires_grad_()
+    total, _ = adversary.discriminator_loss(real, fake)
+    other = adversary.generator_loss(fake)
+    assert math.isfinite(total.item())
+    assert math.isfinite(other.item())
+    other.backward()
+    assert fake.grad.isfinite().all()

@@ -1,0 +1,58 @@
+"""Two processes through the real command give the weights of one process with the whole batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = (
+    "lightning.trainer.max_steps=5",
+    "lightning.trainer.val_check_interval=5",
+    "model.params.sample_posterior=false",
+    "model.params.warmup_steps=0",
+    "model.base_learning_rate=1e-4",
+    "model.params.encoder_config.params.extractor_resblocks=1",
+    "model.params.encoder_config.params.aggregate_resblocks=1",
+)
+
+
+def command(tmp_path: Path, config: str, name: str, *overrides: str, launcher: tuple[str, ...] = ()) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k not in ("OLVAE_RUN", "LOCAL_RANK")}
+    arguments = ["train.py", "--base", config, "--logdir", str(tmp_path), "--gpus", "0", "--name", name]
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments, *SMALL, *overrides],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = tmp_path.glob(f"*_{name}_32")  # one folder, whatever the number of processes
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+TWO = ("data.params.batch_size=4", "lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
+
+
+@pytest.mark.parametrize("config", ["configs/demo.yaml", "configs/demo_b.yaml"])
+def test_two_processes_are_one(tmp_path, config):
+    one = command(tmp_path, config, "one", "data.params.batch_size=8")
+    two = command(tmp_path, config, "two", *TWO)
+    assert one["images_seen"] == two["images_seen"] == 40
+    for part in ("current_model_state", "state_dict"):
+        assert one[part].keys() == two[part].keys()
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(tensor, two[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
+    if config.endswith("_b.yaml"):
+        assert any(name.startswith("adversary.discriminator.") for name in one["current_model_state"])
+
+
+def test_torchrun_makes_one_run_folder(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = command(tmp_path, "configs/demo.yaml", "torchrun", *TWO, launcher=launcher)
+    assert two["global_step"] == 5

@@ -1,0 +1,61 @@
+"""Phase A, then phase B with every discriminator and every loss, on the sample photographs, in small."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from olvae.losses.adversarial import ADVERSARIAL_LOSSES
+from olvae.runs import Run
+from olvae.training import run as training
+from olvae.training.run import TrainOptions, train
+
+pytestmark = pytest.mark.slow
+
+DISCRIMINATORS = {
+    "PatchGAN": ("olvae.modules.basicgan.patchgan.PatchGAN", {"base_channels": 32}),
+    "GigaGAN": ("olvae.modules.gigagan.gigagan.GigaGAN", {"image_size": 64, "base": 1024, "max_channels": 64}),
+    "UNetGAN-S": ("olvae.modules.unetgan.unetgan.UNetGAN", {"base_channels": 4, "image_size": 64}),
+    "UNetGAN-M": ("olvae.modules.unetgan.unetgan.UNetGAN", {"base_channels": 8, "image_size": 64}),
+    "UNetGAN-L": ("olvae.modules.unetgan.unetgan.UNetGAN", {"base_channels": 16, "image_size": 64}),
+}
+"""Each in small: a quarter of its width, and GigaGAN with fewer channels."""
+
+
+def scalars(run: Run) -> dict[str, list[float]]:
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def phase_a(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("a")
+    return train(TrainOptions(["configs/demo.yaml"], ["lightning.trainer.max_steps=250"], folder, gpus="0"))
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+@pytest.mark.parametrize("discriminator", DISCRIMINATORS)
+def test_phase_b_stays_healthy(tmp_path: Path, monkeypatch, phase_a, discriminator, loss):
+    monkeypatch.delenv(training.RUN_ENV, raising=False)
+    target, params = DISCRIMINATORS[discriminator]
+    node = "model.params.adversary_config.params.discriminator_config"
+    overrides = [
+        f"model.params.adversary_config.params.loss={loss}",
+        f"{node}.target={target}",
+        *(f"{node}.params.{name}={value}" for name, value in params.items()),
+        "lightning.trainer.max_steps=40",
+        "lightning.trainer.val_check_interval=40",
+        "lightning.trainer.log_every_n_steps=1",
+        "data.params.batch_size=4",
+    ]
+    run = train(
+        TrainOptions(["configs/demo_b.yaml"], overrides, tmp_path, gpus="0", actual_resume=phase_a.last_checkpoint)
+    )
+    values = scalars(run)
+    for tag, series in values.items():
+        assert torch.isfinite(torch.tensor(series)).all(), tag
+    accuracy = sum(values["health/accuracy"][-20:]) / 20
+    assert 0.05 < accuracy < 0.97
+    assert values["val/psnr"][-1] > scalars(phase_a)["val/psnr"][-1] - 1.5
