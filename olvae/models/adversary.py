@@ -82,6 +82,11 @@ class Adversary(nn.Module):
         if learning_rate_ratio <= 0:
             raise ValueError(f"learning_rate_ratio must be above 0, got {learning_rate_ratio}")
         self.discriminator: nn.Module = instantiate(discriminator_config)
+        if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
+            raise ConfigError(
+                f"discriminator_config: {discriminator_config['target']} is not a discriminator: it does not say in "
+                "num_outputs how many logit tensors it returns"
+            )
         self.loss = loss
         self.weight = weight
         self.start_step = start_step

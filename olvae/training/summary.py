@@ -8,6 +8,7 @@ from rich.table import Table
 
 from olvae.config import Config
 from olvae.data.source import Source
+from olvae.models.adversary import Adversary
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.counting import count_macs, count_parameters
 from olvae.runs import Run
@@ -42,6 +43,8 @@ def print_summary(
         "device": _device(trainer, settings["precision"]),
         "seed": str(settings["seed"]),
     }
+    if model.adversary is not None:
+        rows["adversary"] = _adversary(model.adversary)
     if settings["weights"]:
         rows["weights from"] = settings["weights"]
     table = Table.grid(padding=(0, 2))
@@ -69,6 +72,14 @@ def print_ending(run: Run, trainer: pl.Trainer) -> None:
 def _network(module: torch.nn.Module, shape: tuple[int, ...]) -> str:
     macs = count_macs(module, *shape)
     return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per image"
+
+
+def _adversary(adversary: Adversary) -> str:
+    name = type(adversary.discriminator).__name__
+    begins = f" from step {adversary.start_step}" if adversary.start_step else ""
+    weight = f"{'adaptive ' if adversary.adaptive_weight else ''}weight {adversary.weight:g}"
+    parameters = f"{count_parameters(adversary.discriminator) / 1e6:.2f} M parameters"
+    return f"{name}, {parameters}, {adversary.loss}, {weight}{begins}"
 
 
 def _batch(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> str:

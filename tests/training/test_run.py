@@ -15,6 +15,8 @@ from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config
 
+UNETGAN = {"target": "olvae.modules.unetgan.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
+
 
 @pytest.fixture
 def go(tmp_path, image_folder, monkeypatch):
@@ -237,6 +239,28 @@ def test_configs_that_are_no_training(tmp_path, image_folder):
         start(lightning={"trainer": {}})
     with pytest.raises(ConfigError, match="not a source of images"):
         start(data={"target": "fractions.Fraction"})
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"start_step": 4}, "start_step: 4 is not before the last of 4 steps"),
+        ({"discriminator_config": UNETGAN}, "does not take images of 3x16x16: UNetGAN takes .* multiples of 64"),
+        ({"cutmix_weight": 1.0}, "one logit per pixel"),
+        ({"loss": "hinged"}, r"loss: expected Literal\['hinge'"),
+        ({"discriminator_config": {"target": "torch.nn.Identity"}}, "num_outputs|does not take"),
+    ],
+)
+def test_adversaries_that_do_not_fit(tmp_path, image_folder, params, message):
+    patchgan = {"target": "olvae.modules.basicgan.patchgan.PatchGAN", "params": {"n_layers": 1, "base_channels": 4}}
+    adversary = {
+        "target": "olvae.models.adversary.Adversary",
+        "params": {"discriminator_config": patchgan, "lecam_weight": 1.0, **params},
+    }
+    save(tiny_config(image_folder, adversary_config=adversary), tmp_path / "b.yaml")
+    with pytest.raises(ConfigError, match=message):
+        train(TrainOptions(base=[tmp_path / "b.yaml"], logdir=tmp_path / "runs", gpus="0"))
     assert not (tmp_path / "runs").exists()
 
 
