@@ -49,6 +49,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     else:
         checkpoint = read_checkpoint(path)
         content = checkpoint.get("state_dict", checkpoint)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: not a checkpoint: its state_dict is a {type(content).__name__}")
     weights = {n: t for n, t in content.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
         raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")
@@ -69,6 +71,9 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str |
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
+    broken = [name for name, tensor in weights.items() if name in own and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{origin}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
     report = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))

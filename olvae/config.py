@@ -8,6 +8,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import pkgutil
 import typing
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,21 @@ MODEL_KEYS = ("base_learning_rate", *NODE_KEYS)
 FILLED_IN = {"model": {"learning_rate"}}
 """Arguments that the trainer fills in, so that a config need not: model.base_learning_rate is the rate."""
 
+SAID_ELSEWHERE = {
+    "learning_rate": "model.base_learning_rate",
+    "accumulate_grad_batches": "lightning.trainer.accumulate_grad_batches",
+    "gradient_clip_val": "lightning.trainer.gradient_clip_val",
+}
+"""Arguments of the model that the trainer fills in from there."""
+
 TRAINER_OURS = {
     "callbacks": "lightning.callbacks",
     "logger": "the run folder",
     "default_root_dir": "--logdir",
     "use_distributed_sampler": "the data source",
+    "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
+    "limit_train_batches": "lightning.trainer.max_steps",
+    "fast_dev_run": "lightning.trainer.max_steps",
 }
 """Trainer arguments that this package sets itself, and where a user says it instead."""
 
@@ -122,17 +133,20 @@ def resolve_target(target: str) -> Any:
         ConfigError: it does not import, with the nearest right name.
     """
     module_name, _, name = target.rpartition(".")
-    if not module_name:
+    if not all(part.isidentifier() for part in target.split(".")) or not module_name:
         raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.folder.FolderSource")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"target {target!r} does not import: {error}") from error
+        raise ConfigError(f"target {target!r} does not import: {error}" + _nearest_module(module_name)) from error
     if not hasattr(module, name):
         raise ConfigError(
             f"target {target!r} does not import: {module_name} has no {name}" + _nearest(name, dir(module))
         )
-    return getattr(module, name)
+    found = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"target {target!r} is a {type(found).__name__}, and nothing that can be built")
+    return found
 
 
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
@@ -203,14 +217,21 @@ def _check_node(node: Any, where: str, filled_in: Container[str]) -> Iterator[st
     except ConfigError as error:
         yield f"{where}.target: {error}"
         return
-    yield from _check_arguments(factory, node.get("params") or {}, f"{where}.params", filled_in)
+    params = node.get("params") or {}
+    if where == "model" and isinstance(params, Mapping):
+        for key in set(params) & set(SAID_ELSEWHERE):
+            yield f"model.params.{key}: say it in {SAID_ELSEWHERE[key]}"
+    yield from _check_arguments(factory, params, f"{where}.params", filled_in)
 
 
 def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
     if not isinstance(params, Mapping):
         yield f"{where}: expected a mapping of arguments, got {params!r}"
         return
-    arguments = inspect.signature(factory).parameters
+    try:
+        arguments = inspect.signature(factory).parameters
+    except ValueError:  # built-in functions have none
+        return
     open_ended = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
     named = {n: a for n, a in arguments.items() if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
     if not open_ended:
@@ -258,6 +279,16 @@ def _unknown(given: Mapping[str, Any], known: Sequence[str], prefix: str) -> Ite
 def _nearest(name: str, known: Sequence[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _nearest_module(name: str) -> str:
+    """For a module that is not there: the nearest one in the package that is."""
+    package, _, missing = name.rpartition(".")
+    try:
+        inside = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    except (ImportError, ValueError, AttributeError):
+        return _nearest_module(package) if package else ""
+    return _nearest(missing, inside)
 
 
 def _nearest_file(path: Path) -> str:

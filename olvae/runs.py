@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-__all__ = ["Run", "create", "open_run"]
+from olvae.config import ConfigError
+
+__all__ = ["Run", "check_name", "create", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,9 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
     """Make a new run folder; the timestamp has no underscore, so the name can be told from its ends.
 
     Raises:
-        ValueError: the name could not be a folder's.
+        ConfigError: the name could not be a folder's.
     """
-    if not re.fullmatch(r"[\w.+=-]+", name):
-        raise ValueError(f"--name {name!r}: use letters, digits and . _ - + = only")
+    check_name(name)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H-%M-%S")
     for attempt in range(100):
         suffix = f"-{attempt}" if attempt else ""
@@ -58,6 +59,12 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
     raise FileExistsError(f"{logdir}: 100 runs were started in this second")
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError if a run's folder could not have this name."""
+    if not re.fullmatch(r"[\w.+=-]+", name):
+        raise ConfigError(f"--name {name!r}: use letters, digits and . _ - + = only")
+
+
 def open_run(path: str | Path) -> Run:
     """A run folder that exists and can be continued.
 
@@ -65,6 +72,8 @@ def open_run(path: str | Path) -> Run:
         FileNotFoundError: the folder, its config or its checkpoint is missing.
     """
     run = Run(Path(path))
+    if run.path.is_file():
+        raise FileNotFoundError(f"{path}: this is a file: name the run folder that it is in")
     if not run.path.is_dir():
         raise FileNotFoundError(f"{path}: no such run folder")
     for file in (run.config, run.last_checkpoint):

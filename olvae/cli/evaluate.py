@@ -22,6 +22,7 @@ def command(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add the untrained first target, and bicubic by its factor.")
     ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where results go; by default the first target, if it is a run."),
@@ -33,6 +34,10 @@ def command(
 
     Example: python scripts/compute_metrics.py -B 16 runs/2026-01-31T12-00-00_demo_32
     """
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
     from olvae import config as cfg
     from olvae.config import ConfigError
     from olvae.evaluation.evaluator import METRICS, autoencoder_reconstruction, bicubic_reconstruction, evaluate
@@ -50,25 +55,24 @@ def command(
         raise ConfigError(f"{targets[0]}: its config has no data to evaluate on")
     if out is None and first.run is None:
         raise ConfigError("--out DIR says where the results of a checkpoint go")
-    node = first.config["data"]
-    if batch_size is not None:
-        node = {**node, "params": {**node["params"], "batch_size": batch_size}}
-    source = cfg.instantiate(node)
+    source = cfg.instantiate(first.config["data"])
+    folder = out or targets[0]
+    folder.mkdir(parents=True, exist_ok=True)
 
-    contenders = {target.name: autoencoder_reconstruction(target.load()) for target in found}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    contenders = {target.name: autoencoder_reconstruction(target.load(), device) for target in found}
     if baselines:
         untrained = first.untrained()
         contenders[f"bicubic, {untrained.downscale}x smaller and back"] = bicubic_reconstruction(untrained.downscale)
-        contenders["untrained"] = autoencoder_reconstruction(untrained)
-    count = len(source.test_loader().dataset)
+        contenders["untrained"] = autoencoder_reconstruction(untrained, device)
+    loader = source.test_loader(batch_size)
+    count = len(loader.dataset)
     examples = {round(i * (count - 1) / 7) for i in range(8)}  # spread over the set
-    results = [evaluate(name, run, source.test_loader(), names, examples) for name, run in contenders.items()]
+    batches = track(loader, description="evaluating", console=Console(stderr=True), transient=True)
+    inputs, results = evaluate(contenders, batches, names, examples)
 
-    protocol = Protocol(size=source.size)
-    folder = out or targets[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    protocol = Protocol(images=source.test_images, size=source.size)
     write_metrics(results, protocol, folder / "metrics.json")
-    inputs = evaluate("input", lambda x: x, source.test_loader(), [], examples).examples
     write_figure(inputs, results, folder / "reconstructions.png")
     print_results(results, protocol)
     typer.echo(f"numbers: {folder / 'metrics.json'}\nfigure:  {folder / 'reconstructions.png'}", err=True)

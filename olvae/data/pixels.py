@@ -1,12 +1,13 @@
 """The two scales of pixels: uint8 on disk and up to the device, [-1, 1] in the networks."""
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 __all__ = ["Bands", "Picture", "from_uint8", "image_to_tensor", "read_picture", "tensor_to_picture", "to_uint8"]
@@ -57,6 +58,19 @@ class Bands:
 
 Picture = Image.Image | Bands
 
+DECODER_ERRORS = (
+    OSError,  # with Pillow's UnidentifiedImageError
+    ValueError,
+    SyntaxError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise at broken files."""
+
 
 def image_to_tensor(image: Picture) -> Tensor:
     """A picture of C channels -> uint8 (C, H, W)."""
@@ -87,7 +101,7 @@ def read_picture(path: str | Path, channels: int = 3) -> Picture:
         with Image.open(path) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except DECODER_ERRORS as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error
     if channels == 1:
         return to_rgb(upright).convert("L")
@@ -102,11 +116,9 @@ def _read_array(path: str | Path, channels: int) -> Bands:
     try:
         array = np.load(path, allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable array: {error}") from error
+        raise ValueError(f"not an array: {error}") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
-        raise ValueError(
-            f"{path}: expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}"
-        )
+        raise ValueError(f"expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}")
     return Bands([Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(channels)])
 
 

@@ -130,5 +130,9 @@ class SamplePhotographs(Source):
             crops_per_photograph,
         )
 
+    @property
+    def test_images(self) -> str:
+        return "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
+
     def describe(self) -> str:
         return f"crops of {len(self._train)} photographs, {len(self._test)} tiles of {len(HELD_OUT)} held-out ones"

@@ -1,9 +1,11 @@
 """What every source of images offers: three loaders of the same batches."""
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -90,9 +92,14 @@ class Source:
         """Each validation image once; a rank sees every world-size-th."""
         return self._loader(_share(_EvalImages(self._val, self.size)))
 
-    def test_loader(self) -> DataLoader[Batch]:
-        """Each test image once; a rank sees every world-size-th."""
-        return self._loader(_share(_EvalImages(self._test, self.size)))
+    def test_loader(self, batch_size: int | None = None) -> DataLoader[Batch]:
+        """Each test image once; a rank sees every world-size-th. ``batch_size`` may differ from training's."""
+        return self._loader(_share(_EvalImages(self._test, self.size)), batch_size=batch_size or self.batch_size)
+
+    @property
+    def test_images(self) -> str:
+        """How the test images are made, for the evaluation's protocol."""
+        return "bicubic antialiased resize of the shorter side, centre crop"
 
     def describe(self) -> str:
         """One line for the summary of a run."""
@@ -101,11 +108,17 @@ class Source:
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            **options,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_interrupts_to_the_trainer,
+            **{"batch_size": self.batch_size, **options},
         )
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)
+    """A terminal's Ctrl-C reaches the workers as well, which must live on until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _TrainImages(Dataset[Batch]):

@@ -1,7 +1,7 @@
 """One pass over the test images: reconstruct, compare, keep what the report needs."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,25 +39,42 @@ class Result:
 
 @torch.inference_mode()
 def evaluate(
-    target: str, reconstruct: Reconstruct, batches: Iterable[Batch], metrics: Sequence[str], examples: Container[int]
-) -> Result:
-    """Means over images of every metric, accumulated in float64; ``examples`` are the places of images to keep.
+    contenders: Mapping[str, Reconstruct], batches: Iterable[Batch], metrics: Sequence[str], examples: Container[int]
+) -> tuple[Tensor, list[Result]]:
+    """Means over images of every metric, for several targets in one pass, accumulated in float64.
+
+    Args:
+        contenders: names to functions that reconstruct.
+        batches: of the test images.
+        metrics: names of :data:`METRICS`.
+        examples: the places of images to keep.
+
+    Returns:
+        The images at those places, uint8 (N, C, H, W), and the results in the order of the contenders.
 
     Raises:
         ValueError: there are no images.
     """
-    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    kept: list[Tensor] = []
+    values: dict[str, dict[str, list[Tensor]]] = {name: {metric: [] for metric in metrics} for name in contenders}
+    kept: dict[str, list[Tensor]] = {name: [] for name in contenders}
+    inputs: list[Tensor] = []
     n = 0
     for batch in batches:
         x = batch["image"]
-        y = reconstruct(x)
-        for name in metrics:
-            values[name].append(METRICS[name](x, y))
-        kept += [image for place, image in enumerate(y, start=n) if place in examples]
+        chosen = [i for i in range(x.shape[0]) if n + i in examples]
+        inputs += [x[i] for i in chosen]
+        for name, reconstruct in contenders.items():
+            y = reconstruct(x)
+            kept[name] += [y[i] for i in chosen]
+            for metric in metrics:
+                values[name][metric].append(METRICS[metric](x, y))
         n += x.shape[0]
     if not n:
         raise ValueError("the test set has no images")
+    return torch.stack(inputs), [_result(name, n, values[name], kept[name]) for name in contenders]
+
+
+def _result(target: str, n: int, values: Mapping[str, list[Tensor]], kept: list[Tensor]) -> Result:
     means = {name: float(torch.cat(parts).double().mean()) for name, parts in values.items()}
     return Result(
         target,
@@ -68,12 +85,13 @@ def evaluate(
     )
 
 
-def autoencoder_reconstruction(model: LiteVAE) -> Reconstruct:
-    """From the posterior's mode, clamped and rounded."""
+def autoencoder_reconstruction(model: LiteVAE, device: str = "cpu") -> Reconstruct:
+    """From the posterior's mode, clamped and rounded; computed on a device, given back on the CPU."""
+    model = model.to(device)
 
     def reconstruct(x: Tensor) -> Tensor:
-        y, _ = model(from_uint8(x))
-        return to_uint8(y)
+        y, _ = model(from_uint8(x.to(device)))
+        return to_uint8(y).cpu()
 
     return reconstruct
 

@@ -9,11 +9,14 @@ __all__ = ["Protocol"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How reconstructions are made and compared; two numbers compare if their protocols' hashes are equal."""
+    """How reconstructions are made and compared.
+
+    Numbers of the same images compare if their protocols' hashes are equal; which images they were is not in it.
+    """
 
     name: str = "open-litevae"
     version: int = 1
-    images: str = "the source's test images: bicubic antialiased resize of the shorter side, centre crop"
+    images: str = "bicubic antialiased resize of the shorter side, centre crop"
     size: int = 256
     posterior: str = "mode"
     pixels: str = "clamped to [-1, 1], rounded to uint8"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def print_results(results: Sequence[Result], protocol: Protocol) -> None:
         table.add_column(UNITS[name], justify="right")
     for result in results:
         cells = [f"{result.metrics[name]:.3f}" if name in result.metrics else "-" for name in names]
-        table.add_row(result.target, str(result.n), *cells)
+        table.add_row(escape(result.target), str(result.n), *cells)
     Console(stderr=True).print(table)
 
 

@@ -33,7 +33,8 @@ class Target:
 
     def untrained(self) -> LiteVAE:
         """The autoencoder as it was before the first step: the run's seed gives the same weights again."""
-        pl.seed_everything((self.config.get("run") or {}).get("seed", 0), verbose=False)
+        run = self.config.get("run") or {}
+        pl.seed_everything(run.get("initial_seed", run.get("seed", 0)), verbose=False)
         return build_autoencoder(self.config).eval()
 
 

@@ -1,6 +1,7 @@
 """LPIPS through the lpips package, with its VGG weights found or asked for."""
 
 import urllib.error
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ class LPIPS(nn.Module):
         super().__init__()
         import lpips
 
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():  # the package calls torchvision as it was called before 0.13
+            warnings.simplefilter("ignore", UserWarning)
+            network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         _load_vgg16(network, vgg16_weights(weights))
         self.__dict__["network"] = network.requires_grad_(False).eval()
 
@@ -74,8 +77,8 @@ def vgg16_weights(path: str | None = None) -> Path:
     if not cached.is_file():
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(VGG16_URL, str(cached), progress=False)
-        except (urllib.error.URLError, OSError) as error:
+            torch.hub.download_url_to_file(VGG16_URL, str(cached), hash_prefix="397923af")
+        except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: another checksum
             raise FileNotFoundError(
                 f"LPIPS needs {VGG16_FILE}, which could not be downloaded ({error}): {remedy}"
             ) from error

@@ -84,6 +84,10 @@ class LiteAutoencoderKL(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        if gradient_clip_val is not None and gradient_clip_val < 0:
+            raise ValueError(f"gradient_clip_val must not be negative, got {gradient_clip_val}")
         if scheduler not in ("constant", "cosine"):
             raise ValueError(f"scheduler must be constant or cosine, got {scheduler!r}")
 
@@ -125,6 +129,8 @@ class LiteAutoencoderKL(pl.LightningModule):
         """Of the noise in training; set by the trainer."""
         self.images_seen = 0
         """Training images consumed, over all ranks: where a resumed run continues the data."""
+        self.validated_at = 0
+        """The step of the last validation."""
         self._micro_batch = 0
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -225,6 +231,11 @@ class LiteAutoencoderKL(pl.LightningModule):
         health = {"logits_real", "logits_fake", "accuracy"}
         self.log_dict({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
 
+    @property
+    def update_is_complete(self) -> bool:
+        """Whether no gradient of a further update has been accumulated yet."""
+        return self._micro_batch == 0
+
     def _reports(self) -> bool:
         """Whether the loggers will take this step's values."""
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
@@ -277,6 +288,9 @@ class LiteAutoencoderKL(pl.LightningModule):
         self._val_ssim(ssim(x, y).float())
         self.log_dict({"val/psnr": self._val_psnr, "val/ssim": self._val_ssim}, on_epoch=True, on_step=False)
         self.log("step", float(self.global_step), on_epoch=True, on_step=False)
+
+    def on_validation_epoch_end(self) -> None:
+        self.validated_at = self.global_step
 
     # Shared
 

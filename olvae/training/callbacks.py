@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,20 +12,23 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
+from olvae import config as cfg
 from olvae.data.pixels import to_uint8
 from olvae.data.source import Batch
 from olvae.figures import error_map, labelled_grid
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 
-__all__ = ["FiniteLoss", "GracefulStop", "ImageGrids", "KeepCheckpoints"]
+__all__ = ["FiniteLoss", "GracefulStop", "ImageGrids", "KeepCheckpoints", "SaveConfig"]
 
 
 class KeepCheckpoints(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` up to date, through the last step and a stop in between.
 
-    A file is complete or not there: each is written beside its place, then moved into it.
+    A file is complete or not there: each is written beside its place, then moved into it. Weights that are no
+    numbers are refused. When training fails between two steps, at an image that can't be read, say, it is saved too.
 
     Args:
         every_n_steps: updates of the autoencoder between two saves.
@@ -36,31 +40,60 @@ class KeepCheckpoints(Checkpoint):
             raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
-        self._saved = 0
+        self._saved = self._kept = 0  # steps
+        self._images = 0  # seen when the last save was: they move in the discriminator's warm-up too
+        self._in_step = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved = trainer.global_step
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        self._saved = self._kept = trainer.global_step
+        self._images = pl_module.images_seen
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._in_step = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        if not self._in_step and pl_module.images_seen > self._images and trainer.world_size == 1:
+            self._save(trainer, pl_module, "last.ckpt")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
         step = trainer.global_step
-        if step == self._saved:
-            return
         stopping = step == trainer.max_steps or trainer.should_stop
-        if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
-            self._save(trainer, f"step={step:08d}.ckpt")
-        if stopping or step % self.every_n_steps == 0:
-            self._save(trainer, "last.ckpt")
-            self._saved = step
+        if self.keep_every_n_steps and step != self._kept and step % self.keep_every_n_steps == 0:
+            self._save(trainer, pl_module, f"step={step:08d}.ckpt")
+            self._kept = step
+        due = step != self._saved and step % self.every_n_steps == 0
+        if due or (stopping and pl_module.images_seen > self._images):
+            self._save(trainer, pl_module, "last.ckpt")
+            self._saved, self._images = step, pl_module.images_seen
+        self._in_step = False
 
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
+    def _save(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> None:
+        if not all(bool(p.isfinite().all()) for p in module.parameters()):
+            raise not_finite(trainer, "some weights are")
         folder = _run(trainer).checkpoints
         partial = folder / f".{name}.partial"
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(folder / name)
         trainer.strategy.barrier()
+
+
+class SaveConfig(Callback):
+    """Writes the resolved config once training begins: a start that fails changes nothing."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            cfg.save(self.config, _run(trainer).config)
 
 
 class ImageGrids(Callback):
@@ -131,18 +164,25 @@ class FiniteLoss(Callback):
             return
         loss = float(trainer.callback_metrics.get("train/loss", 0.0))
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {trainer.global_step}: lower model.base_learning_rate, set "
-                "lightning.trainer.gradient_clip_val (1.0), or train with --precision bf16 or 32; "
-                f"the last good weights are in {_run(trainer).last_checkpoint}"
-            )
+            raise not_finite(trainer, "the loss is")
+
+
+def not_finite(trainer: pl.Trainer, what: str) -> FloatingPointError:
+    """What to do when training has diverged."""
+    last = _run(trainer).last_checkpoint
+    return FloatingPointError(
+        f"{what} not finite at step {trainer.global_step}: lower model.base_learning_rate, set "
+        "lightning.trainer.gradient_clip_val (1.0), or train with --precision bf16 or 32"
+        + (f"; the last good weights are in {last}" if last.exists() else "")
+    )
 
 
 class GracefulStop(Callback):
     """The first Ctrl-C or SIGTERM ends training after the step, with a checkpoint; the second at once."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
+        """Whether a signal came."""
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,10 +195,14 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.world_size == 1:
-            trainer.should_stop |= self._asked
-        else:  # the signal may have reached one process only: all stop at the same step
-            trainer.should_stop |= trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        if not pl_module.update_is_complete:
+            return
+        if trainer.world_size > 1:  # the signal may have reached one process only: all stop at the same step
+            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        if self.asked:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # no validation on the way out
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
@@ -166,9 +210,10 @@ class GracefulStop(Callback):
         self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self.asked:
             raise KeyboardInterrupt
-        self._asked = True
+        self.asked = True
+        Console(stderr=True).print("stopping after this step, with a checkpoint; again to stop at once")
 
 
 def _run(trainer: pl.Trainer) -> Run:

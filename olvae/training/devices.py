@@ -39,11 +39,17 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     if gpus is None:
         accelerator = trainer.get("accelerator", "auto")
         if accelerator == "auto":
-            accelerator = "cuda" if there else "cpu"
+            if not there:
+                return {"accelerator": "cpu", "devices": 1}
+            accelerator = "cuda"
+        if accelerator in ("cuda", "gpu") and not there:
+            raise ConfigError(f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU")
         devices = trainer.get("devices", "auto")
         if devices in ("auto", -1, "-1"):
             devices = there if accelerator in ("cuda", "gpu") else 1
-        return {"accelerator": accelerator, "devices": int(devices) if isinstance(devices, str) else devices}
+        if isinstance(devices, str):
+            devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
+        return {"accelerator": accelerator, "devices": devices}
     try:
         wanted = [int(part) for part in gpus.split(",") if part.strip()]
     except ValueError:

@@ -1,6 +1,8 @@
 """From a config to a finished run folder."""
 
 import os
+import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from olvae.checkpoint import load_weights, read_checkpoint, read_weights
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.training.callbacks import FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints
+from olvae.training.callbacks import FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints, SaveConfig
 from olvae.training.devices import resolve_devices, resolve_precision
 from olvae.training.health import Health
 from olvae.training.progress import StepProgress
@@ -67,8 +69,8 @@ def train(options: TrainOptions) -> runs.Run:
         mistakes.append("data: missing: where the training images come from")
     if mistakes:
         raise ConfigError(*mistakes)
-    settings = _settings(options, config)
-    trainer_args = dict(config.get("lightning", {}).get("trainer") or {})
+    settings = _settings(options, config, resumed)
+    trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
     precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
 
@@ -96,33 +98,46 @@ def train(options: TrainOptions) -> runs.Run:
     trainer_args = _steps(trainer_args, source, model)
     _check_adversary(model, source, trainer_args)
     run = resumed or _new_run(options.logdir, settings)
-    cfg.save({**config, "run": settings}, run.config)
-    trainer = _trainer(run, precision, trainer_args, config)
-    print_summary(settings, run, trainer, model, source, start)
-    trainer.fit(
-        model,
-        train_dataloaders=source.train_loader(settings["seed"], start),
-        val_dataloaders=source.val_loader(),
-        ckpt_path=str(run.last_checkpoint) if resumed is not None else None,
-        weights_only=True,
-    )
+    stop = GracefulStop()
+    try:
+        trainer = _trainer(run, precision, trainer_args, config, [stop, SaveConfig({**config, "run": settings})])
+        print_summary(settings, run, trainer, model, source, start)
+        trainer.fit(
+            model,
+            train_dataloaders=source.train_loader(settings["seed"], start),
+            val_dataloaders=source.val_loader(),
+            ckpt_path=str(run.last_checkpoint) if resumed is not None else None,
+            weights_only=True,
+        )
+        if not stop.asked and model.validated_at != trainer.global_step:  # the last step is off the interval
+            trainer.validate(model, source.val_loader(), verbose=False)
+    except SystemExit as error:  # Lightning's answer to a second Ctrl-C
+        raise KeyboardInterrupt from error
+    finally:
+        if resumed is None and "LOCAL_RANK" not in os.environ and not any(run.checkpoints.glob("*.ckpt")):
+            shutil.rmtree(run.path, ignore_errors=True)  # it failed before there was anything to keep
     if trainer.is_global_zero:
         print_ending(run, trainer)
-    if trainer.global_step < trainer.max_steps:
-        raise KeyboardInterrupt  # a signal ended it: what was to follow should not, whether it is Python or make
+    if stop.asked:
+        raise KeyboardInterrupt  # what was to follow should not, whether it is Python or make
     return run
 
 
-def _settings(options: TrainOptions, config: Config) -> Config:
+def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None) -> Config:
     """The flags; where one was not given, what the resumed run had, then the default."""
-    before = config.get("run") or {}
-    name = options.name or before.get("name") or (Path(options.base[0]).stem if options.base else "run")
-    trainer = config.get("lightning", {}).get("trainer") or {}
+    before = (config.get("run") or {}) if resumed is not None else {}
+    if resumed is not None and options.name not in (None, before.get("name")):
+        raise ConfigError("--name: a resumed run keeps the name of its folder: leave it out")
+    name = options.name or before.get("name") or re.sub(r"[^\w.+=-]", "-", Path(options.base[0]).stem)
+    runs.check_name(name)
+    trainer = (config.get("lightning") or {}).get("trainer") or {}
+    seed = options.seed if options.seed is not None else before.get("seed", 0)
     return {
         "name": name,
         "precision": options.precision or before.get("precision") or str(trainer.get("precision", "32")),
         "gpus": options.gpus if options.gpus is not None else before.get("gpus"),
-        "seed": options.seed if options.seed is not None else before.get("seed", 0),
+        "seed": seed,
+        "initial_seed": before.get("initial_seed", seed),  # of the weights, if a resumed run got another one
         "weights": str(options.actual_resume) if options.actual_resume is not None else before.get("weights"),
     }
 
@@ -130,6 +145,8 @@ def _settings(options: TrainOptions, config: Config) -> Config:
 def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     node = config["model"]
     extra: Config = {}
+    if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
+        raise ConfigError("lightning.trainer.gradient_clip_algorithm: norm is the only one here")
     for key in ("accumulate_grad_batches", "gradient_clip_val"):  # manual optimisation: the model's to do
         if trainer_args.get(key) is not None:
             extra[key] = trainer_args[key]
@@ -146,11 +163,25 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
 def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | Path | None) -> int:
     """Load weights, or check that the checkpoint to resume fits; where the data stream starts."""
     if weights is not None:
-        load_weights(model, read_weights(weights), weights)
+        file = runs.Run(Path(weights)).last_checkpoint if Path(weights).is_dir() else Path(weights)
+        load_weights(model, read_weights(file), file)
     if resumed is None:
         return 0
-    load_weights(model, read_weights(resumed.last_checkpoint), resumed.last_checkpoint)
-    return int(read_checkpoint(resumed.last_checkpoint)["images_seen"])
+    file = resumed.last_checkpoint
+    load_weights(model, read_weights(file), file)
+    checkpoint = read_checkpoint(file)
+    needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "images_seen", "iteration")
+    if missing := [key for key in needed if not checkpoint.get(key) and checkpoint.get(key) != 0]:
+        raise ValueError(
+            f"{file}: not a checkpoint that training can go on from, it has no {missing[0]}: start a new run from its "
+            "weights with --actual_resume"
+        )
+    if ("averaging_state" in checkpoint) != model.use_ema:
+        raise ConfigError(
+            f"model.params.use_ema: {model.use_ema}, but the run to resume was trained with {not model.use_ema}: "
+            "start a new run from its weights with --actual_resume"
+        )
+    return int(checkpoint["images_seen"])
 
 
 def _check_adversary(model: LiteAutoencoderKL, source: Source, trainer_args: Config) -> None:
@@ -183,7 +214,10 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
         raise ConfigError("lightning.trainer.max_steps: missing: how many steps to train")
     limits = [steps] if steps is not None else []
     if epochs is not None:
-        limits.append(epochs * max(1, source.samples_per_epoch // per_step))
+        limits.append(epochs * max(1, source.samples_per_epoch // per_step) if epochs != -1 else -1)
+    limits = [limit for limit in limits if limit != -1]  # Lightning's word for no limit
+    if not limits:
+        raise ConfigError("lightning.trainer.max_steps: -1 is no end: say how many steps to train")
     args["max_steps"] = min(limits)
     if args["max_steps"] < 1:
         raise ConfigError(f"lightning.trainer.max_steps: must be at least 1, got {args['max_steps']}")
@@ -192,7 +226,7 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
         raise ConfigError(f"lightning.trainer.val_check_interval: a number of steps, got {every!r}")
     # Lightning counts batches in both, and can't wait for longer than the run is.
     args["val_check_interval"] = min(every, args["max_steps"]) * model.accumulate_grad_batches
-    args["log_every_n_steps"] = args.get("log_every_n_steps", 20) * model.accumulate_grad_batches
+    args["log_every_n_steps"] = (args.get("log_every_n_steps") or 20) * model.accumulate_grad_batches
     return args
 
 
@@ -201,10 +235,12 @@ def _trainer(
     precision: str,
     trainer_args: Mapping[str, Any],
     config: Config,
+    ours: Sequence[pl.Callback],
 ) -> pl.Trainer:
     nodes = (config.get("lightning") or {}).get("callbacks") or {}
     callbacks = [cfg.instantiate(node) for node in nodes.values()]
-    for default in (KeepCheckpoints, ImageGrids, FiniteLoss, GracefulStop, Health, StepProgress):
+    callbacks += ours
+    for default in (KeepCheckpoints, ImageGrids, FiniteLoss, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
     defaults: Config = {

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -29,14 +30,16 @@ def print_summary(
     if not trainer.is_global_zero:
         return
     size, vae = source.size, model.autoencoder
-    latent = (1, vae.decoder.z_channels, size // vae.downscale, size // vae.downscale)
+    nominal = vae.encoder.image_size  # what the model is for; the crops of training may be smaller
+    latent = (1, vae.decoder.z_channels, nominal // vae.downscale, nominal // vae.downscale)
+    crop, position = f"{size}x{size}", f"{size // vae.downscale}x{size // vae.downscale}"
     rows = {
         "run": str(run.path),
-        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, size, size)),
-        "decoder": _network(model.decoder, latent),
-        "latent": f"f{vae.downscale}, {vae.latent_channels} channels: {size}x{size} -> {latent[2]}x{latent[3]}",
+        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, nominal, nominal), nominal),
+        "decoder": _network(model.decoder, latent, nominal),
+        "latent": f"f{vae.downscale}, {vae.latent_channels} channels: {crop} -> {position}",
         "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
-        "data": f"{source.describe()}, {size}x{size}",
+        "data": f"{source.describe()}, {crop}",
         "batch": _batch(trainer, model, source),
         "learning rate": _rate(trainer, model),
         "steps": f"{trainer.max_steps}" + (f", continued after {start} images" if start else ""),
@@ -49,8 +52,8 @@ def print_summary(
         rows["weights from"] = settings["weights"]
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}", value)
-    Console(stderr=True).print(Panel(table, title=f"olvae train: {settings['name']}", expand=False))
+        table.add_row(f"[bold]{name}", escape(value))
+    Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
 
 
 def print_ending(run: Run, trainer: pl.Trainer) -> None:
@@ -62,16 +65,23 @@ def print_ending(run: Run, trainer: pl.Trainer) -> None:
     places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images, "curves": curves}
     for name, place in places.items():
         if place is not None and place.exists():
-            console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True)
+            console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True, markup=False)
     if stopped:
-        console.print(f"continue with: python train.py --resume {run.path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"continue with: python train.py --resume {run.path}", highlight=False, soft_wrap=True, markup=False
+        )
     else:
-        console.print(f"evaluate with: python scripts/compute_metrics.py {run.path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"evaluate with: python scripts/compute_metrics.py {run.path}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
 
 
-def _network(module: torch.nn.Module, shape: tuple[int, ...]) -> str:
+def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:
     macs = count_macs(module, *shape)
-    return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per image"
+    return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per {size}x{size} image"
 
 
 def _adversary(adversary: Adversary) -> str:

@@ -4,6 +4,7 @@ import pywt
 import torch
 
 from olvae.modules.wavelet import dwt2, idwt2, wavedec2, waverec2
+from tests.reference import assert_parity, parity_case, recipe_input
 
 WAVELETS = ("haar", "db2", "db4", "sym4")
 
@@ -45,6 +46,11 @@ def test_inverse_of_one_level(wavelet):
     x = torch.rand(1, 2, 13, 10)
     assert (idwt2(dwt2(x, wavelet), wavelet, (13, 10)) - x).abs().max() < 1e-6
     assert idwt2(dwt2(x, wavelet), wavelet).shape == (1, 2, 14, 10)
+
+
+def test_parity():
+    case = parity_case("dwt_level1")
+    assert_parity(dwt2(recipe_input(case["input"])), case["output"])
 
 
 def test_haar_by_hand():
