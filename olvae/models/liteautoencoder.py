@@ -255,7 +255,11 @@ class LiteAutoencoderKL(pl.LightningModule):
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
             parameters = list(self.adversary.discriminator.parameters())
-            pairs.append(adam_with_schedule(parameters, rate, self.adversary.betas, factor))
+
+            def own_warmup(updates: int) -> float:  # from when it begins to play; then it follows the autoencoder's
+                return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
+
+            pairs.append(adam_with_schedule(parameters, rate, self.adversary.betas, own_warmup))
         return [optimizer for optimizer, _ in pairs], [schedule for _, schedule in pairs]
 
     def configure_callbacks(self) -> list[pl.Callback]:

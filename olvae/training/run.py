@@ -93,6 +93,11 @@ def train(options: TrainOptions) -> runs.Run:
             f"the images have {source.channels} channels, the model takes {model.autoencoder.encoder.in_channels}: set "
             "data.params.channels, or in_channels of encoder_config.params and out_channels of decoder_config.params"
         )
+    if model.equivariance and model.objective.lpips is not None and source.size < 64:
+        raise ConfigError(
+            f"data.params.size: {source.size}: equivariance shrinks images to a quarter, and LPIPS needs 16 pixels: "
+            "use 64 or more, or set lpips_weight to 0"
+        )
     start = _restore(model, resumed, options.actual_resume)
 
     trainer_args = _steps(trainer_args, source, model)
@@ -193,6 +198,8 @@ def _check_adversary(model: LiteAutoencoderKL, source: Source, trainer_args: Con
             f"adversary_config.params.start_step: {adversary.start_step} is not before the last of "
             f"{trainer_args['max_steps']} steps, so the adversary would never play"
         )
+    if not {"rec", "lpips", "wavelet", "gaussian"} & set(model.objective.weights):
+        raise ConfigError("lossconfig.params: beside an adversary, one of the terms that compare images must be on")
     adversary.check_image(model.autoencoder.encoder.in_channels, source.size)
     if trainer_args.get("strategy", "auto") == "auto" and _processes(trainer_args) > 1:
         trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
@@ -289,6 +296,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # the anchor, a frozen encoder
         ".*You defined a `validation_step` but have no `val_dataloader`.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

@@ -205,13 +205,17 @@ def test_the_discriminator_sees_images_and_their_reconstructions_of_this_step(im
 def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(image_folder):
     model = build(against(warmup_updates=3), use_quant=True, accumulate_grad_batches=2)
     start, start_d = snapshot(model.autoencoder), snapshot(model.adversary)
-    history = []
+    history, graphs = [], []
+    model.decoder.register_forward_hook(lambda _, __, y: graphs.append(y.requires_grad))
 
     def look(m: LiteAutoencoderKL) -> None:
         gradients = [p.grad for p in m.autoencoder.parameters()]
         history.append((m.global_step, m.adversary.updates, snapshot(m.autoencoder), snapshot(m.adversary), gradients))
+        if len(history) % 2 == 0:  # after an update neither side has gradients left
+            assert all(p.grad is None for p in m.parameters())
 
     fit(model, image_folder, 2, callbacks=[Each(look)])
+    assert graphs == [False] * 6 + [True] * 4
     assert [step for step, *_ in history] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 2]  # two micro-batches a step
     assert [count for _, count, *_ in history] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     for _, _, autoencoder, _, gradients in history[:6]:
@@ -806,3 +810,16 @@ def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
         go(2, f"{params}.start_step=0", f"{params}.warmup_updates=20")
     (path,) = (tmp_path / "runs").iterdir()
     assert checkpoint(Run(path))["iteration"] >= 1
+
+
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_folder, start_step):
+    model = build(against(start_step=start_step, learning_rate_ratio=2.0), scheduler="cosine", learning_rate=1e-3)
+    rates = []
+
+    def look(m: LiteAutoencoderKL) -> None:
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in m.trainer.optimizers])
+
+    fit(model, image_folder, 6, callbacks=[Each(look)])
+    assert all(theirs == pytest.approx(2 * ours) for ours, theirs in rates[start_step + 1 :])
+    assert rates[-1][0] < rates[0][0]

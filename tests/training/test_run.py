@@ -333,6 +333,21 @@ def test_adversaries_that_do_not_fit(tmp_path, image_folder, params, message):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_adversary_needs_a_term_that_compares_images(tmp_path, image_folder):
+    loss = {"lpips_weight": 0, "rec_weight": 0, "wavelet_weight": 0, "gaussian_weight": 0}
+    config = tiny_config(
+        image_folder,
+        lossconfig={"target": "olvae.losses.objective.Objective", "params": loss},
+        adversary_config={
+            "target": "olvae.models.adversary.Adversary",
+            "params": {"discriminator_config": {"target": "olvae.modules.basicgan.patchgan.PatchGAN"}},
+        },
+    )
+    save(config, tmp_path / "b.yaml")
+    with pytest.raises(ConfigError, match="one of the terms that compare images must be on"):
+        train(TrainOptions(base=[tmp_path / "b.yaml"], logdir=tmp_path / "runs", gpus="0"))
+
+
 def test_weights_of_another_model(go, tmp_path):
     run = go()
     with pytest.raises(ValueError, match="of another model"):
