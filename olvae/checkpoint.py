@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AUTOENCODER", "load_weights", "read_checkpoint", "read_weights"]
+__all__ = ["AUTOENCODER", "load_weights", "pick_weights", "read_checkpoint", "read_weights"]
 
 AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 """Prefixes of an autoencoder's parameters; a checkpoint may carry a loss, a discriminator, EMA copies besides."""
@@ -43,14 +43,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError, ValueError: as :func:`read_checkpoint`; also where there is no autoencoder in it.
     """
-    content: dict[str, Any]
     if Path(path).suffix == ".safetensors":
-        content = _read_safetensors(path)
-    else:
-        checkpoint = read_checkpoint(path)
-        content = checkpoint.get("state_dict", checkpoint)
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: not a checkpoint: its state_dict is a {type(content).__name__}")
+        return pick_weights(_read_safetensors(path), path)
+    return pick_weights(read_checkpoint(path), path)
+
+
+def pick_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The autoencoder's tensors of what was read from ``path``; see :func:`read_weights`."""
+    content = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: not a checkpoint: its state_dict is a {type(content).__name__}")
     weights = {n: t for n, t in content.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
         raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")

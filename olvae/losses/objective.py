@@ -13,7 +13,10 @@ from olvae.losses.reconstruction import RECONSTRUCTION
 from olvae.losses.wavelet import wavelet_loss
 from olvae.modules.distributions import DiagonalGaussian
 
-__all__ = ["Objective"]
+__all__ = ["IMAGE_TERMS", "Objective"]
+
+IMAGE_TERMS = ("rec", "lpips", "wavelet", "gaussian")
+"""The terms that compare images; KL is the other one."""
 
 
 class Objective(nn.Module):

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.pixels import from_uint8, to_uint8
 from olvae.data.source import Batch
-from olvae.losses.objective import Objective
+from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.metrics.psnr import psnr
 from olvae.metrics.ssim import ssim
 from olvae.models.adversary import Adversary
@@ -216,7 +216,7 @@ class LiteAutoencoderKL(pl.LightningModule):
             weight = total.new_tensor(adversary.weight_at(self.global_step))
             reporting = report and self._reports()
             if adversary.adaptive_weight or reporting:
-                pixels = self.objective.weighted(terms, "rec", "lpips", "wavelet", "gaussian")
+                pixels = self.objective.weighted(terms, *IMAGE_TERMS)
                 ratio = gradient_ratio(self, pixels, terms["adversarial"])  # |pixels| / |adversarial|
                 if adversary.adaptive_weight:
                     weight = weight * ratio.clamp(0.0, adversary.adaptive_max)

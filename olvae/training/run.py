@@ -16,9 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from olvae import config as cfg
 from olvae import runs
-from olvae.checkpoint import load_weights, read_checkpoint, read_weights
+from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
+from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.callbacks import FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints, SaveConfig
 from olvae.training.devices import resolve_devices, resolve_precision
@@ -173,8 +174,8 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
     if resumed is None:
         return 0
     file = resumed.last_checkpoint
-    load_weights(model, read_weights(file), file)
     checkpoint = read_checkpoint(file)
+    load_weights(model, pick_weights(checkpoint, file), file)
     needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "images_seen", "iteration")
     if missing := [key for key in needed if not checkpoint.get(key) and checkpoint.get(key) != 0]:
         raise ValueError(
@@ -198,7 +199,7 @@ def _check_adversary(model: LiteAutoencoderKL, source: Source, trainer_args: Con
             f"adversary_config.params.start_step: {adversary.start_step} is not before the last of "
             f"{trainer_args['max_steps']} steps, so the adversary would never play"
         )
-    if not {"rec", "lpips", "wavelet", "gaussian"} & set(model.objective.weights):
+    if not set(IMAGE_TERMS) & set(model.objective.weights):
         raise ConfigError("lossconfig.params: beside an adversary, one of the terms that compare images must be on")
     adversary.check_image(model.autoencoder.encoder.in_channels, source.size)
     if trainer_args.get("strategy", "auto") == "auto" and _processes(trainer_args) > 1:
