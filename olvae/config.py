@@ -242,7 +242,10 @@ def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container
     hints = _type_hints(factory)
     for name, value in params.items():
         hint = hints.get(name)
-        if _is_node(hint) and value is not None:
+        if _is_node(hint) and isinstance(value, list) and typing.get_origin(hint) is Sequence:
+            for i, part in enumerate(value):
+                yield from _check_node(part, f"{where}.{name}.{i}", set())
+        elif _is_node(hint) and value is not None:
             yield from _check_node(value, f"{where}.{name}", set())
         elif hint is not None:
             try:

@@ -66,7 +66,7 @@ def command(
         contenders[f"bicubic, {untrained.downscale}x smaller and back"] = bicubic_reconstruction(untrained.downscale)
         contenders["untrained"] = autoencoder_reconstruction(untrained, device)
     loader = source.test_loader(batch_size)
-    count = len(loader.dataset)
+    count = source.count("test") or 1
     examples = {round(i * (count - 1) / 7) for i in range(8)}  # spread over the set
     batches = track(loader, description="evaluating", console=Console(stderr=True), transient=True)
     inputs, results = evaluate(contenders, batches, names, examples)

@@ -1,43 +1,55 @@
-"""A folder of images, nested as deep as you like."""
+"""A folder of images, nested as deep as you like; a pattern, or a list of files."""
 
+import glob
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from olvae.data.pixels import Picture, read_picture
-from olvae.data.source import ImageList, Source
+from olvae.data.lists import ImageList, ListSource
+from olvae.data.reading import EXTENSIONS, Photo
 from olvae.data.transforms import RandomScaleCrop
 
-__all__ = ["EXTENSIONS", "Files", "FolderSource", "find_images"]
+__all__ = ["Files", "FolderSource", "find_images"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy")
+TRAINING, HELD_OUT = ("train", "training"), ("val", "validation", "test")
+"""Names of the folders that data sets are split into."""
 
 
 class Files(ImageList):
-    """Pictures in files."""
+    """Pictures in files; a key is the path below the folder that they have in common."""
 
     def __init__(self, paths: Sequence[Path], channels: int = 3) -> None:
         self.paths = list(paths)
         self.channels = channels
+        self.root = Path(os.path.commonpath([path.parent for path in self.paths]))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Picture:
-        return read_picture(self.paths[index], self.channels)
+    def key(self, index: int) -> str:
+        return self.paths[index].relative_to(self.root).as_posix()
+
+    def __getitem__(self, index: int) -> Photo:
+        path = self.paths[index]
+        return Photo(path, str(path), self.channels)
 
 
-class FolderSource(Source):
+class FolderSource(ListSource):
     """Images of a folder; validation and test images are a folder of their own, or a fixed part of the first.
 
     Args:
-        root: the folder, searched at any depth for files with an image's extension.
-        size, batch_size, num_workers: see :class:`Source`.
-        val_root: a folder of validation and test images.
-        val_fraction: without val_root, the part of the images that is held out. Which ones is decided by a
+        root: a folder, searched at any depth for files with an image's extension; a pattern such as
+            ``photos/**/*.jpg``; or a text file, ending in .txt, with a path a line, relative to its own folder.
+        size, batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
+        val_root: the validation and test images, in the same three ways. Without it, if root is a folder of
+            the folders ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
+        val_fraction: without either, the part of the images that is held out. Which ones is decided by a
             hash of the path below root, so that it does not change when images are added.
+        max_val_images: of the held-out images take only so many, chosen by the hash.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
-        channels: of the images; see :func:`read_picture` for what 1, 3, 4 and any other number mean.
+        channels: of the images; see :func:`~olvae.data.reading.read_picture` for what 1, 3, 4 and any other
+            number mean.
 
     Raises:
         FileNotFoundError: a folder is missing, or has no images.
@@ -52,59 +64,112 @@ class FolderSource(Source):
         num_workers: int = 0,
         val_root: str | None = None,
         val_fraction: float = 0.05,
+        max_val_images: int | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
         flip: bool = True,
         channels: int = 3,
+        max_unreadable: float = 0.01,
     ) -> None:
-        paths = find_images(root)
+        if not 0.0 < val_fraction < 1.0:
+            raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+        if max_val_images is not None and max_val_images < 1:
+            raise ValueError(f"max_val_images must be at least 1, got {max_val_images}")
+        root, val_root = _parts(root) if val_root is None else (root, val_root)
+        train = find_images(root)
         if val_root is not None:
-            train, val = paths, find_images(val_root)
+            val = find_images(val_root)
         else:
-            if not 0.0 < val_fraction < 1.0:
-                raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
-            train, val = _split(Path(root), paths, val_fraction)
+            train, val = _split(root, train, val_fraction)
+        held_out = Files(val if max_val_images is None else _at_most(root, val, max_val_images), channels)
         super().__init__(
             Files(train, channels),
-            Files(val, channels),
-            Files(val, channels),
+            held_out,
+            held_out,
+            RandomScaleCrop(size, min_fraction, filters, flip),
             size,
             batch_size,
             num_workers,
-            RandomScaleCrop(size, min_fraction, filters, flip),
             channels=channels,
+            max_unreadable=max_unreadable,
         )
 
 
 def find_images(root: str | Path) -> list[Path]:
-    """Every file below ``root`` with an image's extension, sorted; hidden files are left out.
+    """Files of images, sorted: of a folder at any depth, of a pattern, or of a list in a text file.
+
+    Folders and patterns give files with an image's extension, through symbolic links as well; what is hidden is
+    left out. A list gives what it says, in its order, without checking that it is there.
 
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
+    path = Path(root).expanduser()
+    if path.is_dir():
+        paths = sorted(_walk(path))
+    elif path.suffix.lower() == ".txt":
+        if not path.is_file():
+            raise FileNotFoundError(f"{root}: no such list of images")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        paths = [path.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+    elif glob.has_magic(str(root)):
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
+        paths = sorted(found for name in names if _is_image(found := Path(name)))
+    else:
         raise FileNotFoundError(f"{root}: no such folder")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )
     if not paths:
-        raise FileNotFoundError(f"{root}: no images in this folder (looked for {', '.join(EXTENSIONS)} at any depth)")
+        where = "in this folder" if path.is_dir() else "of this name"
+        raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")
     return paths
 
 
-def _split(root: Path, paths: Sequence[Path], fraction: float) -> tuple[list[Path], list[Path]]:
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files of images at any depth, each folder once, whatever links lead to it."""
+    seen = set()
+    for top, folders, files in os.walk(folder, followlinks=True):
+        real = Path(top).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for name in files if _is_image(path := Path(top) / name))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def _parts(root: str) -> tuple[str, str | None]:
+    """The folders of training and of held-out images, where a data set comes with them."""
+    folder = Path(root).expanduser()
+    train, held_out = (
+        [str(folder / name) for name in names if (folder / name).is_dir()] for names in (TRAINING, HELD_OUT)
+    )
+    return (train[0], held_out[0]) if train and held_out else (root, None)
+
+
+def _split(root: str, paths: Sequence[Path], fraction: float) -> tuple[list[Path], list[Path]]:
     """Hold out about ``fraction`` of the paths, at least one, by the hash of their names."""
     if len(paths) < 2:
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
-    root = root.expanduser()
+    places = _places(root, paths)
+    held_out = {path for path in paths if places[path] < fraction} or {min(paths, key=places.__getitem__)}
+    return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
+
+
+def _at_most(root: str, paths: Sequence[Path], count: int) -> list[Path]:
+    """No more than ``count`` of the paths: those of the least hashes."""
+    chosen = set(sorted(paths, key=_places(root, paths).__getitem__)[:count])
+    return [path for path in paths if path in chosen]
+
+
+def _places(root: str, paths: Sequence[Path]) -> dict[Path, float]:
+    """For each path a number in [0, 1), by the hash of its name below root."""
+    base = Path(root).expanduser()
 
     def place(path: Path) -> float:
-        digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
+        name = path.relative_to(base) if path.is_relative_to(base) else path
+        return int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big") / 2**64
 
-    held_out = {path for path in paths if place(path) < fraction} or {min(paths, key=place)}
-    train = [path for path in paths if path not in held_out]
-    return train, [path for path in paths if path in held_out]
+    return {path: place(path) for path in paths}

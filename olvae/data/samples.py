@@ -6,11 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from olvae.data.pixels import Picture, read_picture
-from olvae.data.source import ImageList, Source
+from olvae.data.lists import ImageList, ListSource
+from olvae.data.pixels import Picture
+from olvae.data.reading import read_picture
 from olvae.data.transforms import RandomScaleCrop, resize_shorter_side
 
-__all__ = ["HELD_OUT", "PHOTOGRAPHS", "Photograph", "SamplePhotographs"]
+__all__ = ["HELD_OUT", "PHOTOGRAPHS", "Photograph", "SamplePhotographs", "sample_photographs"]
 
 
 class Photograph(NamedTuple):
@@ -67,8 +68,16 @@ class _Photographs(ImageList):
     def __len__(self) -> int:
         return len(self.photographs)
 
+    def key(self, index: int) -> str:
+        return Path(self.photographs[index].file).name
+
     def __getitem__(self, index: int) -> Picture:
         return self.images[index]
+
+
+def sample_photographs() -> ImageList:
+    """All fifteen of them, whole."""
+    return _Photographs((*PHOTOGRAPHS, *HELD_OUT))
 
 
 class _Tiles(_Photographs):
@@ -79,30 +88,34 @@ class _Tiles(_Photographs):
         self.size = size
 
     @cached_property
-    def tiles(self) -> list[Picture]:
-        tiles: list[Picture] = []
-        for photograph in self.images:
-            image = resize_shorter_side(photograph, 2 * self.size)
+    def tiles(self) -> list[tuple[str, Picture]]:
+        tiles: list[tuple[str, Picture]] = []
+        for photograph, picture in zip(self.photographs, self.images, strict=True):
+            image = resize_shorter_side(picture, 2 * self.size)
             for top in range(0, image.height - self.size + 1, self.size):
                 for left in range(0, image.width - self.size + 1, self.size):
-                    tiles.append(image.crop((left, top, left + self.size, top + self.size)))
+                    name = f"{Path(photograph.file).name}/{top // self.size}-{left // self.size}"
+                    tiles.append((name, image.crop((left, top, left + self.size, top + self.size))))
         return tiles
 
     def __len__(self) -> int:
         return len(self.tiles)
 
+    def key(self, index: int) -> str:
+        return self.tiles[index][0]
+
     def __getitem__(self, index: int) -> Picture:
-        return self.tiles[index]
+        return self.tiles[index][1]
 
 
-class SamplePhotographs(Source):
+class SamplePhotographs(ListSource):
     """Eleven photographs to train on and four held out, in the packages that are installed anyway.
 
     Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of
     2 ``size`` and cut into tiles of ``size`` pixels without overlap, 22 tiles in all.
 
     Args:
-        size, batch_size, num_workers: see :class:`Source`.
+        size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
         crops_per_photograph: crops of each photograph in an epoch.
         min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
     """
@@ -123,10 +136,10 @@ class SamplePhotographs(Source):
             _Photographs(PHOTOGRAPHS),
             held_out,
             held_out,
+            RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels),
             size,
             batch_size,
             num_workers,
-            RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels),
             crops_per_photograph,
         )
 
@@ -135,4 +148,4 @@ class SamplePhotographs(Source):
         return "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
 
     def describe(self) -> str:
-        return f"crops of {len(self._train)} photographs, {len(self._test)} tiles of {len(HELD_OUT)} held-out ones"
+        return f"crops of {len(self.train)} photographs, {len(self.test)} tiles of {len(HELD_OUT)} held-out ones"

@@ -2,149 +2,220 @@
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from olvae.data.pixels import Picture, image_to_tensor
-from olvae.data.stream import Draw, StreamSampler
-from olvae.data.transforms import RandomScaleCrop, center_crop
+from olvae.data.faults import Fault, Faults, Losses
 
-__all__ = ["Batch", "ImageList", "Source"]
+__all__ = ["Batch", "Consumer", "Loader", "Part", "Sample", "Source", "this_process"]
+
+Part = Literal["val", "test"]
+"""What is seen once, in order."""
 
 
-class Batch(TypedDict):
-    """``image``: uint8 (B, channels, size, size); it becomes [-1, 1] on the device."""
+class _Named(TypedDict, total=False):
+    key: list[str]
+
+
+class Batch(_Named):
+    """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names."""
 
     image: Tensor
 
 
-class ImageList(ABC):
-    """A sequence of pictures that are read when they are asked for."""
+class Sample(NamedTuple):
+    """What a loader's process gives: an image, uint8 (C, H, W), or None where there was none to be had; and faults."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> Picture: ...
+    image: Tensor | None
+    key: str
+    faults: tuple[Fault, ...] = ()
 
 
-class Source:
-    """Training crops without end, and validation and test images once each, in order.
+@dataclass(frozen=True)
+class Consumer:
+    """One of those who share a stream: a loader's process of a rank. ``index`` is below ``count``."""
+
+    index: int = 0
+    count: int = 1
+
+
+class Source(ABC):
+    """Training images without end, and validation and test images once each.
 
     Args:
-        train, val, test: the pictures.
         size: side of the images in pixels.
         batch_size: images per batch and device.
         num_workers: loader processes; 0 loads in the training process.
-        transform: from a training picture to a square of ``size`` pixels.
-        samples_per_image: how often a training picture counts in an epoch.
-        channels: of the pictures.
+        channels: of the images.
+        max_unreadable: share of the images that may be unreadable before training stops.
 
     Raises:
-        ValueError: a batch is larger than the training or the validation images.
+        ValueError: a number is out of its range.
     """
 
     def __init__(
-        self,
-        train: ImageList,
-        val: ImageList,
-        test: ImageList,
-        size: int,
-        batch_size: int,
-        num_workers: int,
-        transform: RandomScaleCrop,
-        samples_per_image: int = 1,
-        channels: int = 3,
+        self, size: int, batch_size: int, num_workers: int = 0, channels: int = 3, max_unreadable: float = 0.01
     ) -> None:
-        for name, number in (
-            ("size", size),
-            ("batch_size", batch_size),
-            ("samples_per_image", samples_per_image),
-        ):
+        for name, number in (("size", size), ("batch_size", batch_size), ("channels", channels)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        if not 0.0 <= max_unreadable <= 1.0:
+            raise ValueError(f"max_unreadable must be between 0 and 1, got {max_unreadable}")
         self.size = size
-        self.channels = channels
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.transform = transform
-        self.samples_per_epoch = len(train) * samples_per_image
-        self._train, self._val, self._test = train, val, test
-        if batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
-                "lower data.params.batch_size or add images"
-            )
+        self.channels = channels
+        self.max_unreadable = max_unreadable
+        self.losses = Losses()
 
-    def train_loader(self, seed: int = 0, start: int = 0) -> DataLoader[Batch]:
-        """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
-        sampler = StreamSampler(self.samples_per_epoch, seed, start)
-        return self._loader(_TrainImages(self._train, self.transform), sampler=sampler, drop_last=True)
+    @property
+    @abstractmethod
+    def samples_per_epoch(self) -> int | None:
+        """Training images in an epoch, over all processes; None if only reading them would tell."""
 
-    def val_loader(self) -> DataLoader[Batch]:
-        """Each validation image once; a rank sees every world-size-th."""
-        return self._loader(_share(_EvalImages(self._val, self.size)))
+    @abstractmethod
+    def count(self, part: Part) -> int | None:
+        """Images of a part, over all processes; None if only reading them would tell."""
 
-    def test_loader(self, batch_size: int | None = None) -> DataLoader[Batch]:
-        """Each test image once; a rank sees every world-size-th. ``batch_size`` may differ from training's."""
-        return self._loader(_share(_EvalImages(self._test, self.size)), batch_size=batch_size or self.batch_size)
+    @property
+    def images(self) -> int | None:
+        """All images, of training and validation."""
+        train, val = self.samples_per_epoch, self.count("val")
+        return None if train is None or val is None else train + val
+
+    @abstractmethod
+    def stream(self, seed: int, position: int, consumer: Consumer) -> Iterator[Sample]:
+        """This consumer's training samples without end, from the one at ``position`` of its own on.
+
+        A function of the arguments: started anywhere, it goes on as it would have.
+        """
+
+    @abstractmethod
+    def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:
+        """This consumer's share of a part, each image once."""
 
     @property
     def test_images(self) -> str:
         """How the test images are made, for the evaluation's protocol."""
         return "bicubic antialiased resize of the shorter side, centre crop"
 
+    @abstractmethod
     def describe(self) -> str:
         """One line for the summary of a run."""
-        return f"{len(self._train)} training, {len(self._val)} validation, {len(self._test)} test images"
 
-    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Batch]:
-        return DataLoader(
+    def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
+        """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
+        return self._train_loader(_Endless(self, seed, start))
+
+    def val_loader(self) -> "Loader":
+        """Each validation image once, shared among the ranks."""
+        return self._once_loader(_Once(self, "val"), "val", self.batch_size)
+
+    def test_loader(self, batch_size: int | None = None) -> "Loader":
+        """Each test image once, shared among the ranks. ``batch_size`` may differ from training's."""
+        return self._once_loader(_Once(self, "test"), "test", batch_size or self.batch_size)
+
+    def check_consumers(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
+        """Raises ValueError where the data can't be shared among the processes of ``world`` ranks."""
+
+    def _train_loader(self, dataset: Any, **options: Any) -> "Loader":
+        faults = Faults(self.samples_per_epoch, self.images, self.max_unreadable, "training", self.losses)
+        return Loader(dataset, self, faults, self.batch_size, drop_last=True, **options)
+
+    def _once_loader(self, dataset: Any, part: Part, batch_size: int, **options: Any) -> "Loader":
+        what = {"val": "validation", "test": "test"}[part]
+        faults = Faults(self.count(part), self.images, self.max_unreadable, what, self.losses)
+        return Loader(dataset, self, faults, batch_size, **options)
+
+
+class Loader(DataLoader[Any]):
+    """Batches of a source; keeps the account of what could not be read.
+
+    ``faults`` is that account.
+    """
+
+    def __init__(self, dataset: Any, source: Source, faults: Faults, batch_size: int, **options: Any) -> None:
+        workers = source.num_workers
+        super().__init__(
             dataset,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            batch_size=batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_interrupts_to_the_trainer,
-            **{"batch_size": self.batch_size, **options},
+            collate_fn=_collate,
+            **options,
         )
+        self.faults = faults
+        self._shape = (0, source.channels, source.size, source.size)
+
+    def __iter__(self) -> Any:
+        rank, world = this_process()
+        if isinstance(self.dataset, _Share):
+            self.dataset.rank, self.dataset.world = rank, world
+        for image, keys, faults in super().__iter__():
+            self.faults.take(faults, len(keys), world)
+            if keys:
+                yield {"image": image, "key": keys}
+
+
+class _Share(IterableDataset[Sample]):
+    """The part of a source's images that is this rank's and this loader process's."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.rank, self.world = 0, 1  # set by the loader, in whose process the ranks are known
+
+
+class _Endless(_Share):
+    def __init__(self, source: Source, seed: int, start: int) -> None:
+        super().__init__(source)
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[Sample]:
+        # Batches come from the loader's processes in turn. Those before ``start`` are done: the one whose turn it
+        # would be takes the first turn, each from its own position.
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        done = self.start // (self.source.batch_size * self.world)
+        role = (worker + done) % workers
+        turns = len(range(role, done, workers))
+        consumer = Consumer(role * self.world + self.rank, workers * self.world)
+        return self.source.stream(self.seed, turns * self.source.batch_size, consumer)
+
+
+class _Once(_Share):
+    def __init__(self, source: Source, part: Part) -> None:
+        super().__init__(source)
+        self.part = part
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        return self.source.once(self.part, Consumer(worker * self.world + self.rank, workers * self.world))
+
+
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], list[Fault]]:
+    images = [sample.image for sample in samples if sample.image is not None]
+    keys = [sample.key for sample in samples if sample.image is not None]
+    faults = [fault for sample in samples for fault in sample.faults]
+    return (torch.stack(images) if images else torch.empty(0)), keys, faults
+
+
+def this_process() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)
     """A terminal's Ctrl-C reaches the workers as well, which must live on until the step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _TrainImages(Dataset[Batch]):
-    def __init__(self, images: ImageList, transform: RandomScaleCrop) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __getitem__(self, draw: Draw) -> Batch:
-        image = self.images[draw.image % len(self.images)]
-        return {"image": image_to_tensor(self.transform(image, draw.rng()))}
-
-
-class _EvalImages(Dataset[Batch]):
-    def __init__(self, images: ImageList, size: int) -> None:
-        self.images = images
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {"image": image_to_tensor(center_crop(self.images[index], self.size))}
-
-
-def _share(dataset: _EvalImages) -> Dataset[Batch]:
-    if not dist.is_initialized():
-        return dataset
-    mine: Sequence[int] = range(dist.get_rank(), len(dataset), dist.get_world_size())
-    return Subset(dataset, mine)

@@ -32,17 +32,21 @@ class StreamSampler(Sampler[Draw]):
         length: number of images.
         seed: of order and augmentation.
         start: the position in the stream, over all ranks, to begin at.
+        every: take only every so-manieth sample from there; by default as many as there are ranks, from the
+            rank's own on.
     """
 
-    def __init__(self, length: int, seed: int, start: int = 0) -> None:
+    def __init__(self, length: int, seed: int, start: int = 0, every: int | None = None) -> None:
         if length < 1:
             raise ValueError("a stream needs at least one image")
         self.length = length
         self.seed = seed
         self.start = start
+        self.every = every
 
     def __iter__(self) -> Iterator[Draw]:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, every = (rank, world) if self.every is None else (0, self.every)
         position = self.start + rank
         epoch, order = -1, np.empty(0, dtype=np.int64)
         while True:
@@ -50,4 +54,4 @@ class StreamSampler(Sampler[Draw]):
                 epoch = position // self.length
                 order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.length)
             yield Draw(int(order[position % self.length]), (self.seed, position))
-            position += world
+            position += every

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from olvae.data.pixels import Bands, Picture
+from olvae.data.reading import Photo
 
 __all__ = ["FILTERS", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
 
@@ -18,6 +19,9 @@ FILTERS = {
 }
 """Pillow's filters; all are antialiased when they shrink."""
 
+OVERSAMPLING = 2.0
+"""How much larger than the result a square must be left by a JPEG decoder that shrinks it."""
+
 
 class RandomScaleCrop:
     """Stochastic image rescaling [R], random crop and flip.
@@ -26,6 +30,9 @@ class RandomScaleCrop:
     ``min_fraction`` and 1, at a random place, and resized to ``size`` with a randomly chosen antialiased
     filter: the same as resizing the picture by a random factor and cropping ``size`` pixels of it [D], at a
     fraction of the cost. Where the picture allows, nothing is enlarged: the square is at least ``size`` wide.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves the square at least twice as wide as the
+    result, which changes a pixel by less than 1 of 255 on average (docs/data.md).
 
     Args:
         size: side of the result in pixels.
@@ -57,13 +64,16 @@ class RandomScaleCrop:
         self.flip = flip
         self.shuffle_channels = shuffle_channels
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        shorter = min(image.size)
+    def __call__(self, photo: Picture | Photo, rng: np.random.Generator) -> Picture:
+        width, height = photo.size
+        shorter = min(width, height)
         side = rng.uniform(max(self.min_fraction * shorter, min(self.size, shorter)), shorter)
-        left = rng.uniform(0.0, image.width - side)
-        top = rng.uniform(0.0, image.height - side)
+        left = rng.uniform(0.0, width - side)
+        top = rng.uniform(0.0, height - side)
         resample = self.filters[rng.integers(len(self.filters))]
-        box = (left, top, left + side, top + side)
+        image = photo.read(self._shrink(side)) if isinstance(photo, Photo) else photo
+        shrunk = round(width / image.width)  # 1, 2, 4 or 8; the last column and row may reach beyond the picture
+        box = (left / shrunk, top / shrunk, (left + side) / shrunk, (top + side) / shrunk)
         crop: Picture = image.resize((self.size, self.size), resample, box=box)
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -71,6 +81,10 @@ class RandomScaleCrop:
             channels = crop.bands if isinstance(crop, Bands) else crop.split()
             crop = Bands([channels[i] for i in rng.permutation(len(channels))])
         return crop
+
+    def _shrink(self, side: float) -> int:
+        """By how much a decoder may shrink a square of this side."""
+        return next((n for n in (8, 4, 2) if side >= n * OVERSAMPLING * self.size), 1)
 
 
 def resize_shorter_side(image: Picture, size: int) -> Picture:

@@ -290,8 +290,10 @@ class LiteAutoencoderKL(pl.LightningModule):
         x, y = batch["image"], to_uint8(reconstruction)
         self._val_psnr(psnr(x, y).float())
         self._val_ssim(ssim(x, y).float())
-        self.log_dict({"val/psnr": self._val_psnr, "val/ssim": self._val_ssim}, on_epoch=True, on_step=False)
-        self.log("step", float(self.global_step), on_epoch=True, on_step=False)
+        self.log_dict(
+            {"val/psnr": self._val_psnr, "val/ssim": self._val_ssim}, on_epoch=True, on_step=False, batch_size=len(x)
+        )
+        self.log("step", float(self.global_step), on_epoch=True, on_step=False, batch_size=len(x))
 
     def on_validation_epoch_end(self) -> None:
         self.validated_at = self.global_step

@@ -102,6 +102,7 @@ def train(options: TrainOptions) -> runs.Run:
     start = _restore(model, resumed, options.actual_resume)
 
     trainer_args = _steps(trainer_args, source, model)
+    source.check_consumers(_processes(trainer_args))
     _check_adversary(model, source, trainer_args)
     run = resumed or _new_run(options.logdir, settings)
     stop = GracefulStop()
@@ -222,6 +223,8 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
         raise ConfigError("lightning.trainer.max_steps: missing: how many steps to train")
     limits = [steps] if steps is not None else []
     if epochs is not None:
+        if source.samples_per_epoch is None:
+            raise ConfigError("lightning.trainer.max_epochs: nobody knows how long an epoch is here: use max_steps")
         limits.append(epochs * max(1, source.samples_per_epoch // per_step) if epochs != -1 else -1)
     limits = [limit for limit in limits if limit != -1]  # Lightning's word for no limit
     if not limits:

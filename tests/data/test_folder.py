@@ -25,17 +25,17 @@ def test_batches(image_folder):
 
 def test_every_picture_is_in_one_part(image_folder):
     s = source(image_folder)
-    train, val = set(s._train.paths), set(s._val.paths)
+    train, val = set(s.train.paths), set(s.val.paths)
     assert train | val == set(find_images(image_folder))
     assert not train & val
     assert val
 
 
 def test_the_split_stays_when_pictures_come(image_folder):
-    before = set(source(image_folder)._val.paths)
+    before = set(source(image_folder).val.paths)
     for i in range(30):
         Image.new("RGB", (20, 20)).save(image_folder / f"new{i}.png")
-    assert before <= set(source(image_folder)._val.paths)
+    assert before <= set(source(image_folder).val.paths)
 
 
 def test_a_validation_folder(image_folder, tmp_path):
@@ -43,7 +43,7 @@ def test_a_validation_folder(image_folder, tmp_path):
     other.mkdir()
     Image.new("RGB", (20, 20), "red").save(other / "a.jpg")
     s = source(image_folder, val_root=str(other))
-    assert len(s._train) == 12
+    assert len(s.train) == 12
     (batch,) = batches(s.test_loader(), 9)
     assert batch.shape == (1, 3, 16, 16)
 
@@ -51,7 +51,7 @@ def test_a_validation_folder(image_folder, tmp_path):
 def test_validation_is_each_picture_once_by_the_evaluation_transform(image_folder):
     s = source(image_folder)
     seen = torch.cat(batches(s.val_loader(), 99))
-    expected = [np.asarray(center_crop(Image.open(p).convert("RGB"), 16)) for p in s._val.paths]
+    expected = [np.asarray(center_crop(Image.open(p).convert("RGB"), 16)) for p in s.val.paths]
     assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 

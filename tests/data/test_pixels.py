@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.pixels import from_uint8, image_to_tensor, read_picture, tensor_to_picture, to_uint8
+from olvae.data.pixels import from_uint8, image_to_tensor, tensor_to_picture, to_uint8
+from olvae.data.reading import read_picture
 
 
 def test_uint8_and_back():

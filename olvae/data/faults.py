@@ -1,0 +1,109 @@
+"""What could not be read: named once, counted, and too much when it is above a set share."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["Fault", "FaultLimitError", "Faults", "Losses"]
+
+log = logging.getLogger("olvae.data")
+
+NAMED = 10  # files that the last message names
+
+
+class Fault(NamedTuple):
+    """A file, a shard or a part of one that could not be read.
+
+    Args:
+        name: of the file.
+        reason: in a few words.
+        image: which image of it, where a file holds several.
+        lost: whether an image is lost with it; a shard without its end mark may be whole all the same.
+    """
+
+    name: str
+    reason: str
+    image: str = ""
+    lost: bool = True
+
+
+class FaultLimitError(ValueError):
+    """More than the set share of the images can't be read."""
+
+
+@dataclass
+class Losses:
+    """What a source's loaders could not read, together: reasons by file, and the images that are lost."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    images: set[tuple[str, str]] = field(default_factory=set)
+
+
+class Faults:
+    """The account of one loader.
+
+    Args:
+        total: images that the loader reads in an epoch, over all processes; None if it is not known.
+        images: all images of the source; None if it is not known.
+        limit: share of those that may be unreadable.
+        what: the loader's images in a word, for messages.
+        losses: those of the source's loaders so far.
+    """
+
+    def __init__(self, total: int | None, images: int | None, limit: float, what: str, losses: Losses) -> None:
+        self.total = total
+        self.images = images
+        self.limit = limit
+        self.what = what
+        self.losses = losses
+        self._delivered = 0
+        self._epochs = 0
+        self._skipped = 0
+
+    @property
+    def lost(self) -> int:
+        """Images that could not be read, each counted once."""
+        return len(self.losses.images)
+
+    def take(self, faults: Iterable[Fault], delivered: int, world: int = 1) -> None:
+        """Count a batch of this process: what it met, and how many images there were in it.
+
+        Args:
+            world: how many processes read the same images, each its own share.
+
+        Raises:
+            FaultLimitError: the share of unreadable images is above the limit.
+        """
+        for fault in faults:
+            if fault.name not in self.losses.reasons:
+                log.warning("skipped %s: %s", fault.name, fault.reason)
+                self.losses.reasons[fault.name] = fault.reason
+            if fault.lost:
+                self._skipped += 1
+                self.losses.images.add((fault.name, fault.image))
+        self._delivered += delivered
+        self._check(world)
+        if self.total and self._delivered * world // self.total > self._epochs:
+            self._epochs = self._delivered * world // self.total
+            self.end_of_epoch()
+
+    def end_of_epoch(self) -> None:
+        """Say how many were skipped since the last one, if any were."""
+        if self._skipped:
+            of = f" of {self.total}" if self.total else ""
+            log.warning("%s images: %d%s skipped in this epoch", self.what, self._skipped, of)
+        self._skipped = 0
+
+    def _check(self, world: int) -> None:
+        if self.images:  # of which this process will have read its share by the end of the epoch
+            read = min(self.images, max(-(-self.images // world), self._delivered))
+        else:
+            read = max(self._delivered + self.lost, round(1 / self.limit) if self.limit else 1)
+        if self.lost > self.limit * read:
+            names = [f"{name} ({reason})" for name, reason in self.losses.reasons.items()]
+            more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            raise FaultLimitError(
+                f"{self.lost} of {read} images can't be read, more than max_unreadable = {self.limit:g}: "
+                f"{', '.join(names[:NAMED])}{more}"
+            )

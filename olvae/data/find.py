@@ -1,0 +1,98 @@
+"""SRC, as commands take it: a folder, shards, a list, a data set, a config; all the images in it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from olvae.config import ConfigError, instantiate, load
+from olvae.data.folder import Files, find_images
+from olvae.data.lists import ImageList, ListSource
+from olvae.data.samples import SamplePhotographs, sample_photographs
+from olvae.data.shards import SUFFIXES, is_local
+from olvae.data.source import Source
+from olvae.data.transforms import RandomScaleCrop
+from olvae.data.webdataset import WebDatasetSource
+
+__all__ = ["SRC", "evaluation_source", "holds_shards", "list_images"]
+
+SRC = (
+    "a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files, samples, "
+    "torchvision:CIFAR10,root=data,train=false, hf:cifar10,split=test,column=img, or a config.yaml"
+)
+"""What may stand for SRC, for help texts and errors."""
+
+
+def evaluation_source(src: str, size: int, batch_size: int, num_workers: int = 0, channels: int = 3) -> Source:
+    """A source whose test images are all the images of SRC; of a config, those that it tests with.
+
+    Images that can't be read are skipped and counted, however many they are.
+
+    Raises:
+        ConfigError: SRC is none of :data:`SRC`.
+        FileNotFoundError, ValueError: it has no images.
+    """
+    if Path(src).suffix in (".yaml", ".yml"):
+        return _of_config(src)
+    if src == "samples":
+        return SamplePhotographs(size, min(batch_size, 64), num_workers)
+    if holds_shards(src):
+        return WebDatasetSource(src, size, 1, num_workers, val_shards=src, channels=channels, max_unreadable=1.0)
+    images = list_images(src, channels)
+    crop = RandomScaleCrop(size)
+    return ListSource(images, images, images, crop, size, 1, num_workers, channels=channels, max_unreadable=1.0)
+
+
+def list_images(src: str, channels: int = 3) -> ImageList:
+    """The images of a SRC whose images can be asked for by number: of any but shards and configs.
+
+    Raises:
+        ConfigError: SRC is none of them.
+        FileNotFoundError, ValueError: it has no images.
+    """
+    kind, _, rest = src.partition(":")
+    if src == "samples":
+        return sample_photographs()
+    if kind == "torchvision":
+        from olvae.data.torchvision import Items
+
+        name, arguments = _arguments(rest)
+        return Items(instantiate({"target": f"torchvision.datasets.{name}", "params": arguments}), None, channels)
+    if kind == "hf":
+        from olvae.data.huggingface import Column, load_table
+
+        path, arguments = _arguments(rest)
+        column = str(arguments.pop("column", "image"))
+        return Column(load_table(path, **{"split": "train", **arguments}), column, None, channels)
+    if holds_shards(src):
+        raise ConfigError(f"{src}: these are shards already")
+    return Files(find_images(src), channels)
+
+
+def holds_shards(src: str) -> bool:
+    """Whether SRC names tar files: a folder of them, a pattern, a URL, a pipe."""
+    if src.partition(":")[0] in ("torchvision", "hf") and "://" not in src:
+        return False
+    path = Path(src).expanduser()
+    if path.is_dir():
+        return any(file.name.endswith(SUFFIXES) for file in path.iterdir())
+    return not is_local(src) or src.endswith(SUFFIXES)
+
+
+def _of_config(path: str) -> Source:
+    config = load([path])
+    if "data" not in config:
+        raise ConfigError(f"{path}: has no data")
+    source = instantiate(config["data"])
+    if not isinstance(source, Source):
+        raise ConfigError(f"{path}: data.target: {config['data']['target']} is not a source of images")
+    return source
+
+
+def _arguments(text: str) -> tuple[str, dict[str, Any]]:
+    """``NAME,key=value,...`` as the name and the values, which are read as YAML."""
+    name, *pairs = text.split(",")
+    if bad := [pair for pair in pairs if "=" not in pair]:
+        raise ConfigError(f"{text}: {bad[0]} is not key=value")
+    split = [pair.partition("=") for pair in pairs]
+    return name, {key: yaml.safe_load(value) for key, _, value in split}

@@ -1,0 +1,121 @@
+"""Several sources in one stream, by weight."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+
+from olvae.config import ConfigError, Node, instantiate
+from olvae.data.source import Consumer, Part, Sample, Source
+
+__all__ = ["MixSource"]
+
+CYCLE = 1000
+"""Samples in which each source has its exact share; weights are as fine as that."""
+
+
+class MixSource(Source):
+    """Training samples of several sources, each in its share; validation and test images of all of them.
+
+    In every 1000 samples of a loader process each source has its share exactly, in a random order. A source that is
+    smaller than its share says comes round more often.
+
+    Args:
+        sources: their nodes. ``size`` and ``channels`` must be the same in all; their ``batch_size`` and
+            ``num_workers`` are not used.
+        size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
+        weights: of the sources, in any scale; by default their numbers of training images.
+
+    Raises:
+        ConfigError: a node is no source, or the sources do not fit each other.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Node],
+        size: int,
+        batch_size: int,
+        num_workers: int = 0,
+        weights: Sequence[float] | None = None,
+        channels: int = 3,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
+        self.sources = [instantiate(node) for node in sources]
+        for i, source in enumerate(self.sources):
+            if not isinstance(source, Source):
+                raise ConfigError(f"data.params.sources.{i}: {sources[i]['target']} is not a source of images")
+            if (source.size, source.channels) != (size, channels):
+                raise ConfigError(
+                    f"data.params.sources.{i}: images of {source.channels} channels, {source.size} pixels wide, do "
+                    f"not mix with {channels} channels of {size} pixels"
+                )
+        self.shares = self._shares(weights)
+
+    def _shares(self, weights: Sequence[float] | None) -> list[int]:
+        """Samples of each source in a cycle, which sum to it; at least one of each that has a weight."""
+        if weights is None:
+            counts = [source.samples_per_epoch for source in self.sources]
+            if None in counts:
+                raise ConfigError("data.params.weights: missing, and a source does not know how many images it has")
+            weights = [float(count or 0) for count in counts]
+        if len(weights) != len(self.sources) or min(weights, default=0) < 0 or sum(weights) <= 0:
+            raise ConfigError(f"data.params.weights: expected {len(self.sources)} weights, not all 0, got {weights}")
+        exact = [weight / sum(weights) * CYCLE for weight in weights]
+        shares = [max(int(part), 1 if part else 0) for part in exact]
+        by_rest = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])  # most short of its share first
+        for i in range(CYCLE - sum(shares)):
+            shares[by_rest[i % len(shares)]] += 1
+        for _ in range(sum(shares) - CYCLE):  # many tiny weights were lifted to 1
+            shares[shares.index(max(shares))] -= 1
+        return shares
+
+    @property
+    def samples_per_epoch(self) -> int | None:
+        return _sum([source.samples_per_epoch for source in self.sources])
+
+    def count(self, part: Part) -> int | None:
+        return _sum([source.count(part) for source in self.sources])
+
+    @property
+    def images(self) -> int | None:
+        return _sum([source.images for source in self.sources])
+
+    @property
+    def test_images(self) -> str:
+        return "; ".join(dict.fromkeys(source.test_images for source in self.sources))
+
+    def describe(self) -> str:
+        parts = zip(self.shares, self.sources, strict=True)
+        return "; ".join(f"{share / CYCLE:.1%} {source.describe()}" for share, source in parts)
+
+    def check_consumers(self, world: int) -> None:
+        for source in self.sources:
+            source.num_workers = self.num_workers
+            source.check_consumers(world)
+
+    def stream(self, seed: int, position: int, consumer: Consumer) -> Iterator[Sample]:
+        cycle, place = divmod(position, CYCLE)
+        order = self._order(seed, cycle, consumer)
+        streams = [
+            source.stream(seed, cycle * share + order[:place].count(i), consumer) if share else iter(())
+            for i, (source, share) in enumerate(zip(self.sources, self.shares, strict=True))
+        ]
+        while True:
+            for i in order[place:]:
+                yield next(streams[i])
+            cycle, place = cycle + 1, 0
+            order = self._order(seed, cycle, consumer)
+
+    def _order(self, seed: int, cycle: int, consumer: Consumer) -> list[int]:
+        """The source of each sample of a cycle."""
+        rng = np.random.default_rng((seed, cycle, consumer.index, consumer.count, 3))
+        order: list[int] = rng.permutation(np.repeat(np.arange(len(self.sources)), self.shares)).tolist()
+        return order
+
+    def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:
+        return chain.from_iterable(source.once(part, consumer) for source in self.sources)
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    return None if None in counts else sum(count for count in counts if count is not None)

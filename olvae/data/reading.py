@@ -1,0 +1,184 @@
+"""Image files: what can be read, and by which rules it becomes 8 bits per channel."""
+
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from olvae.data.pixels import Bands, Picture
+
+__all__ = ["EXTENSIONS", "Photo", "UnreadableImageError", "read_picture", "to_rgb"]
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy")
+
+DECODER_ERRORS = (
+    OSError,  # with Pillow's UnidentifiedImageError
+    ValueError,
+    SyntaxError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise at broken files."""
+
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+class UnreadableImageError(ValueError):
+    """A file that holds no picture, a broken one, or one with another number of channels."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = " ".join(reason.split())
+
+    def __str__(self) -> str:
+        return f"{self.name}: not a readable image: {self.reason}"
+
+
+class Photo:
+    """A picture whose header has been read, and whose pixels are decoded when they are asked for.
+
+    Args:
+        content: a file's path or its bytes; a picture that is in memory already; or an array of uint8 (H, W, C).
+        name: what errors call it.
+        channels: 3, 1, 4 or, for arrays, any other number; see :func:`read_picture`.
+
+    Raises:
+        UnreadableImageError: already the header is not that of a picture.
+    """
+
+    def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
+        self.name = name
+        self.channels = channels
+        self._image: Picture
+        try:
+            self._image = self._open(content)
+            self.size = self._upright_size()
+        except DECODER_ERRORS as error:
+            raise UnreadableImageError(name, _reason(error)) from error
+        if isinstance(self._image, Image.Image) and channels not in (1, 3, 4):
+            raise UnreadableImageError(
+                name, f"{channels} channels are read from .npy files of shape (H, W, {channels})"
+            )
+
+    @property
+    def format(self) -> str | None:
+        """Pillow's name of the file's format; None for an array or a picture in memory."""
+        return self._image.format if isinstance(self._image, Image.Image) else None
+
+    def read(self, shrink: int = 1) -> Picture:
+        """The pixels, turned upright, 8 bits per channel.
+
+        Args:
+            shrink: 1, 2, 4 or 8. A JPEG is decoded at that fraction of its size, rounded up, which is that much
+                less work; other formats come at their full size.
+
+        Raises:
+            UnreadableImageError: the file is broken.
+        """
+        image = self._image
+        if isinstance(image, Bands):
+            return image
+        try:
+            if shrink > 1 and image.format == "JPEG":
+                image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
+            image.load()
+            return _convert(ImageOps.exif_transpose(image), self.channels)
+        except DECODER_ERRORS as error:
+            raise UnreadableImageError(self.name, _reason(error)) from error
+
+    def _open(self, content: Path | bytes | Picture) -> Picture:
+        if isinstance(content, Bands):
+            return content
+        if isinstance(content, Image.Image):
+            return content
+        is_array = Path(self.name).suffix == ".npy"
+        if isinstance(content, bytes):
+            if not content:
+                raise ValueError("the file is empty")
+            stream = io.BytesIO(content)
+            return _array(stream, self.channels) if is_array else _header(stream)
+        if not content.stat().st_size:
+            raise ValueError("the file is empty")
+        if is_array:
+            with content.open("rb") as file:
+                return _array(file, self.channels)
+        return _header(content)
+
+    def _upright_size(self) -> tuple[int, int]:
+        width, height = self._image.size
+        if isinstance(self._image, Image.Image) and self._image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+            return height, width
+        return width, height
+
+
+def read_picture(path: str | Path, channels: int = 3) -> Picture:
+    """Read a picture with 8 bits per channel, turned upright by its EXIF orientation.
+
+    Three channels are RGB: transparent pictures are laid over white; 16-bit greyscale is scaled to 8 bits (16-bit
+    colour comes from Pillow with its upper 8 bits); greyscale, palette and CMYK are converted by Pillow; of several
+    frames the first counts. One channel is the luma of that; four are RGB and alpha. Any other number comes from a
+    NumPy file, an array of uint8 of shape (H, W, channels).
+
+    Raises:
+        UnreadableImageError: the file is not a picture, is a broken one, has floating-point pixels, whose range is not
+            known, another number of channels, or more pixels than Pillow takes for a decompression bomb.
+    """
+    return Photo(Path(path), str(path), channels).read()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow's to RGB; see :func:`read_picture` for the rules."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit greyscale, as I;16 or I
+        array = np.asarray(image, dtype=np.float64) / 257.0
+        return Image.fromarray(array.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if _is_transparent(image):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _convert(upright: Image.Image, channels: int) -> Image.Image:
+    if channels == 4:
+        return upright.convert("RGBA") if _is_transparent(upright) else to_rgb(upright).convert("RGBA")
+    rgb = to_rgb(upright)
+    return rgb.convert("L") if channels == 1 else rgb
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def _header(file: Path | io.BytesIO) -> Image.Image:
+    with warnings.catch_warnings():  # Pillow warns from half the size on that it refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
+
+
+def _array(file: io.BufferedIOBase, channels: int) -> Bands:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"not an array: {error}") from error
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
+        raise ValueError(f"expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}")
+    return Bands([Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(channels)])
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return "its header claims more pixels than a picture has, which may be a decompression bomb"
+    text = str(error) or type(error).__name__
+    return "no known picture format" if "cannot identify image file" in text else text

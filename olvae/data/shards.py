@@ -1,0 +1,234 @@
+"""Shards: tar files of images, as WebDataset has them; where they are, what is in them, reading through faults."""
+
+import contextlib
+import glob
+import json
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from webdataset.gopen import Pipe, gopen, set_options
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+
+from olvae.data.faults import Fault
+from olvae.data.reading import EXTENSIONS
+
+__all__ = ["INDEX", "Entry", "Shard", "count_images", "find_shards", "is_local", "read_shard", "with_counts"]
+
+INDEX = "index.json"
+"""The name of a file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError, IndexError)
+"""What reading a broken tar file raises."""
+
+TAR_BLOCK = 512  # bytes; two blocks of zeros end an archive
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # first bytes; these formats notice themselves that they are cut off
+
+
+class Shard(NamedTuple):
+    """A tar file, by path or URL, and how many images are in it, if that is known."""
+
+    url: str
+    images: int | None = None
+
+    @property
+    def stem(self) -> str:
+        return Path(self.url.split(" ")[-1]).name.partition(".")[0]
+
+
+class Entry(NamedTuple):
+    """An image of a shard, undecoded; with faults that were met on the way to it.
+
+    ``files`` are the group's other files by extension, as bytes.
+    """
+
+    key: str
+    name: str
+    data: bytes
+    files: Mapping[str, bytes]
+    faults: tuple[Fault, ...] = ()
+
+
+def find_shards(shards: str | Sequence[str]) -> list[str]:
+    """Shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
+
+    Raises:
+        FileNotFoundError: there are none; of local ones, none that exist.
+    """
+    given = [shards] if isinstance(shards, str) else list(shards)
+    urls = [url for text in given for url in _expand(text)]
+    here = [url for url in urls if not is_local(url) or Path(local_path(url)).is_file()]
+    if not here:
+        raise FileNotFoundError(
+            f"{', '.join(given) or 'shards'}: no shards: name a folder of .tar files, a pattern such as "
+            "data/{000000..000127}.tar, or URLs; `olvae data pack` makes shards of images"
+        )
+    return urls
+
+
+def _expand(text: str) -> list[str]:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return [str(file) for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES)]
+    try:
+        expanded = expand_urls(text)
+    except AssertionError as error:  # webdataset's word for an environment variable that is not set
+        raise ValueError(f"{text}: {error}") from error
+    urls = [str(Path(url).expanduser()) if is_local(url) else url for url in expanded]
+    return [found for url in urls for found in _matches(url)]
+
+
+def _matches(url: str) -> list[str]:
+    if is_local(url) and glob.has_magic(url) and not Path(url).exists():
+        return sorted(glob.glob(url))  # noqa: PTH207  (a Path's own needs the folder apart)
+    return [url]
+
+
+def is_local(url: str) -> bool:
+    """Whether a shard is a file here, rather than a URL or a pipe."""
+    return url.startswith("file:") or not (url.startswith("pipe:") or "://" in url or url == "-")
+
+
+def local_path(url: str) -> str:
+    return url.removeprefix("file:").replace("//", "/", 1) if url.startswith("file:") else url
+
+
+def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | None = None) -> list[Shard]:
+    """Shards with their numbers of images: from an index, or for local ones without, counted now.
+
+    Without ``index``, a path or URL of one, local shards' folders are looked at for :data:`INDEX`. A missing local
+    shard that no index knows is taken to have as many images as the others have on average.
+
+    Raises:
+        ValueError: the index is none, or does not know a shard; or a shard has no images.
+    """
+    if index is not None:
+        counts = _read_index(index)
+        if unknown := [url for url in urls if Path(url).name not in counts]:
+            raise ValueError(f"{index}: does not know {unknown[0]}: make it anew with `olvae data check --index`")
+        shards = [Shard(url, counts[Path(url).name]) for url in urls]
+    else:
+        shards = [Shard(url, _local_count(url, image_key)) if is_local(url) else Shard(url) for url in urls]
+        known = [shard.images for shard in shards if shard.images is not None]
+        usual = round(sum(known) / len(known)) if known else 0
+        shards = [Shard(s.url, max(1, usual)) if is_local(s.url) and s.images is None else s for s in shards]
+    if empty := [shard.url for shard in shards if shard.images == 0]:
+        wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
+        raise ValueError(f"{empty[0]}: a shard without images: no file in it is {wanted}")
+    return shards
+
+
+def _local_count(url: str, image_key: str | None) -> int | None:
+    path = Path(local_path(url))
+    if (path.parent / INDEX).is_file():
+        counts = _read_index(str(path.parent / INDEX))
+        if path.name in counts:
+            return counts[path.name]
+    return count_images(path, image_key) if path.is_file() else None
+
+
+def _read_index(url: str) -> dict[str, int]:
+    try:
+        with gopen(url) as stream:
+            content = json.loads(stream.read())
+        return {name: int(shard["images"]) for name, shard in content["shards"].items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{url}: not a readable index of shards: {error}") from error
+
+
+def count_images(path: Path, image_key: str | None = None) -> int:
+    """Images of a local shard, from the headers alone; up to where it is broken."""
+    groups: dict[str, bool] = {}
+    count, last = 0, None
+    with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path) as archive:
+        for member in archive:
+            key, extension = base_plus_ext(member.name)
+            if key is None or not member.isreg():
+                continue
+            if key != last:
+                count += bool(groups) and any(groups.values())
+                groups, last = {}, key
+            groups[extension.lower()] = _is_image(extension.lower(), image_key)
+    return count + (bool(groups) and any(groups.values()))
+
+
+def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | Fault]:
+    """The images of a shard in order, undecoded; a fault last where it can't be opened or ends early.
+
+    A group of files of one name without an image is left out.
+    """
+    faults: list[Fault] = []
+    groups = group_by_keys(_files(shard.url, faults), handler=lambda error: _take(error, shard.url, faults))
+    for group in groups:
+        extension = next((ext for ext in group if _is_image(ext, image_key)), None)
+        if extension is None:
+            continue
+        key = str(group["__key__"])
+        others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
+        yield Entry(f"{shard.stem}/{key}", f"{shard.url}/{key}.{extension}", group[extension], others)
+    yield from faults
+
+
+def _files(url: str, faults: list[Fault]) -> Iterator[dict[str, Any]]:
+    """The files of a tar file; what ends it early becomes a fault, so that what came before is kept."""
+    stream: Any = None
+    try:
+        stream = gopen(url)
+        set_options(stream, ignore_errors=True)  # it would lose what is read already; asked for below
+        tail = _Tail(stream)
+        for file in tar_file_iterator(tail):
+            yield {**file, "__url__": url}
+        if isinstance(stream, Pipe):
+            stream.close()
+            if stream.status not in stream.ignore_status:
+                raise OSError(f"the connection or command failed (exit status {stream.status})")
+        if not tail.ended:
+            faults.append(Fault(url, "no end mark: cut off, or damaged on the way", lost=False))
+    except SHARD_ERRORS as error:
+        faults.append(Fault(url, _reason(error)))
+    finally:
+        if stream is not None:
+            with contextlib.suppress(OSError):  # a command that is not read to its end complains
+                stream.close()
+
+
+class _Tail:
+    """A stream that knows whether what was read of it last is zeros, as the end of an archive is."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self._first = self._last = b""
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self.stream.read(size)
+        if data:
+            self._first = self._first or data[:6]
+            self._last = data[-TAR_BLOCK:]
+        return data
+
+    @property
+    def ended(self) -> bool:
+        return self._first.startswith(COMPRESSED) or not any(self._last)
+
+
+def _take(error: Exception, url: str, faults: list[Fault]) -> bool:
+    faults.append(Fault(url, _reason(error), lost=False))
+    return True
+
+
+def _is_image(extension: str, image_key: str | None) -> bool:
+    return extension == image_key if image_key else f".{extension}" in EXTENSIONS
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return " ".join(text.partition(" @ ")[0].split())
