@@ -4,6 +4,7 @@ The only reader of ``target``. A config's top level has ``model``, ``data``, ``l
 ``callbacks``), and in a run folder ``run``, the command's own settings.
 """
 
+import contextlib
 import copy
 import difflib
 import importlib
@@ -156,7 +157,8 @@ def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
     factory = resolve_target(node["target"])
     params = {**(node.get("params") or {}), **filled_in}
     try:
-        inspect.signature(factory).bind(**params)
+        with contextlib.suppress(ValueError):  # some built-in classes have no signature
+            inspect.signature(factory).bind(**params)
     except TypeError as error:
         raise ConfigError(f"{node['target']}: {error}") from error
     return factory(**params)

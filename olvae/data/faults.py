@@ -44,15 +44,16 @@ class Faults:
     """The account of one loader.
 
     Args:
-        total: images that the loader reads in an epoch, over all processes; None if it is not known.
+        epoch: images in an epoch of training, over all processes; None if it is not known, or for a loader
+            that ends by itself.
         images: all images of the source; None if it is not known.
         limit: share of those that may be unreadable.
-        what: the loader's images in a word, for messages.
+        what: the loader is for, in a word for messages.
         losses: those of the source's loaders so far.
     """
 
-    def __init__(self, total: int | None, images: int | None, limit: float, what: str, losses: Losses) -> None:
-        self.total = total
+    def __init__(self, epoch: int | None, images: int | None, limit: float, what: str, losses: Losses) -> None:
+        self.epoch = epoch
         self.images = images
         self.limit = limit
         self.what = what
@@ -84,15 +85,14 @@ class Faults:
                 self.losses.images.add((fault.name, fault.image))
         self._delivered += delivered
         self._check(world)
-        if self.total and self._delivered * world // self.total > self._epochs:
-            self._epochs = self._delivered * world // self.total
+        if self.epoch and self._delivered * world // self.epoch > self._epochs:
+            self._epochs = self._delivered * world // self.epoch
             self.end_of_epoch()
 
     def end_of_epoch(self) -> None:
         """Say how many were skipped since the last one, if any were."""
         if self._skipped:
-            of = f" of {self.total}" if self.total else ""
-            log.warning("%s images: %d%s skipped in this epoch", self.what, self._skipped, of)
+            log.warning("%s: %d images skipped in this epoch", self.what, self._skipped)
         self._skipped = 0
 
     def _check(self, world: int) -> None:

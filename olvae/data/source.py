@@ -132,7 +132,7 @@ class Source(ABC):
 
     def _once_loader(self, dataset: Any, part: Part, batch_size: int, **options: Any) -> "Loader":
         what = {"val": "validation", "test": "test"}[part]
-        faults = Faults(self.count(part), self.images, self.max_unreadable, what, self.losses)
+        faults = Faults(None, self.images, self.max_unreadable, what, self.losses)
         return Loader(dataset, self, faults, batch_size, **options)
 
 
@@ -165,6 +165,7 @@ class Loader(DataLoader[Any]):
             self.faults.take(faults, len(keys), world)
             if keys:
                 yield {"image": image, "key": keys}
+        self.faults.end_of_epoch()
 
 
 class _Share(IterableDataset[Sample]):

@@ -108,6 +108,8 @@ class WebDatasetSource(Source):
                 "which each needs one of its own: lower data.params.num_workers, pack smaller shards, or give their "
                 "index"
             )
+        if images is not None and images < consumers:
+            raise ValueError(f"{images} training images for {consumers} processes: lower data.params.num_workers")
 
     def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:  # noqa: ARG002
         for shard in self.val[consumer.index :: consumer.count]:
@@ -170,8 +172,7 @@ class _Reader:
         total = _total(shards)
         self.share = None if total is None else total // consumer.count
         """Images of this consumer in an epoch, if the shards' counts are known."""
-        if self.share == 0:
-            raise ValueError(f"{total} training images for {consumer.count} processes: lower data.params.num_workers")
+        assert self.share != 0  # check_consumers has seen to that
 
     def from_position(self, position: int) -> Iterator[tuple[_Block, int]]:
         """Each image's block and place in it, from the consumer's own ``position`` on, without end."""

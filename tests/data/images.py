@@ -1,0 +1,50 @@
+"""Small pictures and shards of them for the tests of data sources."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(seed: int, file_format: str = "JPEG") -> bytes:
+    stream = io.BytesIO()
+    picture(seed).save(stream, file_format)
+    return stream.getvalue()
+
+
+def write_tar(path: Path, files: Sequence[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_shard(path: Path, numbers: Sequence[int], broken: Mapping[int, bytes] | None = None) -> Path:
+    """JPEGs ``NNNN.jpg``, each with a ``NNNN.json``; ``broken`` has other bytes for some."""
+    files = []
+    for n in numbers:
+        files += [
+            (f"{n:04d}.jpg", (broken or {}).get(n, encoded(n))),
+            (f"{n:04d}.json", json.dumps({"n": n}).encode()),
+        ]
+    return write_tar(path, files)
+
+
+def write_shards(folder: Path, counts: Sequence[int]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    first, paths = 0, []
+    for i, count in enumerate(counts):
+        paths.append(write_shard(folder / f"{i:03d}.tar", range(first, first + count)))
+        first += count
+    return paths

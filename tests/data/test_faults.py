@@ -1,0 +1,68 @@
+import pytest
+
+from olvae.data.faults import Fault, FaultLimitError, Faults, Losses
+
+
+def account(epoch: int | None = None, images: int | None = None, limit: float = 0.01) -> Faults:
+    return Faults(epoch, images, limit, "training", Losses())
+
+
+def test_a_file_is_named_once_and_counted_once_but_every_skip_is_in_the_epochs_total(caplog):
+    faults = account(epoch=10, images=1000)
+    for _ in range(5):
+        faults.take([Fault("a.jpg", "cut off")], 4)
+    assert faults.lost == 1
+    assert caplog.messages == [
+        "skipped a.jpg: cut off",
+        "training: 3 images skipped in this epoch",
+        "training: 2 images skipped in this epoch",
+    ]
+
+
+def test_several_images_of_one_shard_are_several_lost(caplog):
+    faults = account(images=1000)
+    faults.take([Fault("a.tar", "cut off", str(i)) for i in range(7)], 4)
+    assert faults.lost == 7
+    assert len(caplog.messages) == 1
+
+
+def test_a_warning_loses_nothing():
+    faults = account(images=10)
+    faults.take([Fault("a.tar", "no end mark", lost=False)], 4)
+    assert faults.lost == 0
+
+
+@pytest.mark.parametrize(("images", "broken", "stops"), [(1000, 10, False), (1000, 11, True), (12, 1, True)])
+def test_the_limit_is_a_share_of_all_images(images, broken, stops):
+    faults = account(images=images)
+    if stops:
+        with pytest.raises(FaultLimitError, match=rf"{broken} of {images} images .* 0\.01: f0 \(bad\)"):
+            faults.take([Fault(f"f{i}", "bad") for i in range(broken)], 1)
+    else:
+        faults.take([Fault(f"f{i}", "bad") for i in range(broken)], 1)
+
+
+def test_one_of_several_processes_compares_with_its_own_share():
+    faults = account(images=1000)
+    with pytest.raises(FaultLimitError, match="6 of 500"):
+        faults.take([Fault(f"f{i}", "bad") for i in range(6)], 1, world=2)
+    faults = account(images=1000)
+    faults.take([], 1000, world=2)  # its second epoch: it has had all of them
+    faults.take([Fault(f"f{i}", "bad") for i in range(6)], 1, world=2)
+
+
+def test_where_nobody_knows_how_many_there_are_one_may_always_fail():
+    faults = account()
+    faults.take([Fault("f0", "bad")], 4)
+    with pytest.raises(FaultLimitError, match="2 of 100"):
+        faults.take([Fault("f1", "bad")], 4)
+
+
+def test_zero_means_none_at_all():
+    with pytest.raises(FaultLimitError):
+        account(limit=0.0).take([Fault("f0", "bad")], 4)
+
+
+def test_only_ten_are_named_in_the_end():
+    with pytest.raises(FaultLimitError, match=r"f9 \(bad\), and 5 more$"):
+        account(images=20).take([Fault(f"f{i}", "bad") for i in range(15)], 1)

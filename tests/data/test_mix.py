@@ -1,0 +1,93 @@
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+
+from olvae.config import ConfigError, validate
+from olvae.data.mix import MixSource
+from olvae.data.source import Consumer
+from tests.conftest import tiny_config
+from tests.data.images import write_shards
+
+
+@pytest.fixture
+def nodes(tmp_path, image_folder):
+    """Twelve pictures in a folder, ten training and one validation; twenty in shards, four for validation."""
+    write_shards(tmp_path / "shards", (5, 9, 6))
+    write_shards(tmp_path / "val", (4,))
+    folder = {"root": str(image_folder), "size": 16, "batch_size": 1, "val_fraction": 0.1}
+    shards = {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 1, "val_shards": str(tmp_path / "val")}
+    return [
+        {"target": "olvae.data.folder.FolderSource", "params": folder},
+        {"target": "olvae.data.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
+    ]
+
+
+def mix(nodes, **arguments) -> MixSource:
+    return MixSource(nodes, **{"size": 16, "batch_size": 4, **arguments})
+
+
+def test_each_source_has_its_share(nodes):
+    s = mix(nodes, weights=[3, 1])
+    kinds = Counter("png" in sample.key for sample in islice(s.stream(0, 0, Consumer()), 1000))
+    assert kinds == {True: 750, False: 250}
+    assert mix(nodes, weights=[0, 1]).shares == [0, 1000]
+    assert mix(nodes, weights=[1, 1, 1][:2]).shares == [500, 500]
+    assert mix(nodes, weights=[1e9, 1]).shares == [999, 1]
+    own = mix(nodes)
+    assert own.shares == [round(1000 * own.sources[0].samples_per_epoch / own.samples_per_epoch), own.shares[1]]
+    assert sum(own.shares) == 1000
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 400, 999, 1000, 1003])
+def test_it_goes_on_anywhere(nodes, position):
+    s = mix(nodes, weights=[1, 2])
+    whole = list(islice(s.stream(5, 0, Consumer(1, 3)), 1010))[position : position + 10]
+    rest = list(islice(s.stream(5, position, Consumer(1, 3)), len(whole)))
+    assert [x.key for x in rest] == [x.key for x in whole]
+    assert all(torch.equal(a.image, b.image) for a, b in zip(rest, whole, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_goes_on_at_any_batch(nodes, workers):
+    def batches(start: int, count: int):
+        return [(b["key"], b["image"]) for b in islice(mix(nodes, num_workers=workers).train_loader(1, start), count)]
+
+    whole = batches(0, 9)
+    for done in (1, 4):
+        rest = batches(done * 4, 9 - done)
+        assert [keys for keys, _ in rest] == [keys for keys, _ in whole[done:]]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(rest, whole[done:], strict=True))
+
+
+def test_validation_is_that_of_all(nodes):
+    s = mix(nodes)
+    keys = [key for batch in s.val_loader() for key in batch["key"]]
+    assert len(keys) == len(set(keys)) == s.count("val") == s.sources[0].count("val") + 4
+
+
+def test_mistakes(nodes):
+    with pytest.raises(ConfigError, match="2 weights, not all 0"):
+        mix(nodes, weights=[1])
+    with pytest.raises(ConfigError, match="2 weights, not all 0"):
+        mix(nodes, weights=[0, 0])
+    with pytest.raises(ConfigError, match=r"sources\.0: images of 3 channels, 16 pixels"):
+        mix(nodes, size=32)
+    with pytest.raises(ConfigError, match="not a source"):
+        mix([{"target": "collections.OrderedDict"}])
+    remote = {**nodes[1], "params": {**nodes[1]["params"], "shards": "pipe:cat a.tar"}}
+    with pytest.raises(ConfigError, match="weights: missing"):
+        mix([nodes[0], remote])
+
+
+def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
+    config = tiny_config()
+    config["data"] = {
+        "target": "olvae.data.mix.MixSource",
+        "params": {"sources": nodes, "size": 16, "batch_size": 4},
+    }
+    assert validate(config) == []
+    nodes[1]["params"]["shufle"] = 3
+    (mistake,) = validate(config)
+    assert mistake.startswith("data.params.sources.1.params.shufle: unknown key; did you mean shuffle?")

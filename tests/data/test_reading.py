@@ -1,0 +1,169 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from olvae.data.folder import FolderSource
+from olvae.data.reading import Photo, UnreadableImageError, read_picture
+from tests.data.images import encoded, picture
+
+RED = (200, 30, 40)
+
+
+def plain(mode: str = "RGB", colour: object = RED) -> Image.Image:
+    return Image.new(mode, (24, 20), colour)  # type: ignore[arg-type]
+
+
+def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def flipped(data: bytes, where: float) -> bytes:
+    """One byte in the middle of the data changed."""
+    i = int(len(data) * where)
+    return data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :]
+
+
+def bomb() -> bytes:
+    """A PNG whose header claims 30,000 x 30,000 pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+def text_bomb() -> bytes:
+    info = PngInfo()
+    info.add_text("comment", "a" * 80_000_000, zip=True)
+    return saved(plain(), "PNG", pnginfo=info)
+
+
+def sixteen_bit() -> bytes:
+    return saved(Image.fromarray(np.full((20, 24), 257 * 100, dtype=np.uint16)), "PNG")
+
+
+def animated() -> bytes:
+    return saved(plain(), "GIF", save_all=True, append_images=[plain(colour=(0, 0, 255))])
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(plain(), "JPEG", exif=exif, quality=100)
+
+
+SKIPPED = {
+    "zero.jpg": b"",
+    "zero.png": b"",
+    "text.jpg": b"this is no picture",
+    "html.png": b"<!DOCTYPE html><html>404</html>",
+    "cut.jpg": encoded(1)[:200],
+    "cut.png": encoded(1, "PNG")[:60],
+    "cut.webp": encoded(1, "WEBP")[:30],
+    "cut.gif": encoded(1, "GIF")[:40],
+    "cut.bmp": encoded(1, "BMP")[:100],
+    "cut.tif": encoded(1, "TIFF")[:200],
+    "header-only.jpg": encoded(1)[:4],
+    "bad-checksum.png": flipped(encoded(1, "PNG"), 0.5),
+    "zeros.jpg": bytes(5000),
+    "noise.jpg": np.random.default_rng(0).bytes(5000),
+    "bomb.png": bomb(),
+    "text-bomb.png": text_bomb(),
+    "float.tif": saved(Image.fromarray(np.ones((20, 24), dtype=np.float32)), "TIFF"),
+    "pickle.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }" + b" " * 60 + b"\n",
+    "grey.npy": b"",
+}
+CONVERTED = {
+    "rgb.jpg": (saved(plain(), "JPEG", quality=100), RED),
+    "wrong-name.jpg": (saved(plain(), "PNG"), RED),
+    "grey.png": (saved(plain("L", 90), "PNG"), (90, 90, 90)),
+    "one-bit.png": (saved(plain("1", 1), "PNG"), (255, 255, 255)),
+    "palette.png": (saved(plain().quantize(4), "PNG"), RED),
+    "palette-transparent.png": (saved(plain("P", 0), "PNG", transparency=0), (255, 255, 255)),
+    "alpha.png": (saved(plain("RGBA", (0, 0, 0, 128)), "PNG"), (127, 127, 127)),
+    "grey-alpha.png": (saved(plain("LA", (0, 128)), "PNG"), (127, 127, 127)),
+    "cmyk.jpg": (saved(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+    "sixteen.png": (sixteen_bit(), (100, 100, 100)),
+    "turned.jpg": (turned(), RED),
+    "animated.gif": (animated(), RED),
+    "ycbcr.tif": (saved(plain("YCbCr", (128, 128, 128)), "TIFF"), (128, 128, 128)),
+    "lab.tif": (saved(plain("LAB", (255, 128, 128)), "TIFF"), (255, 255, 255)),
+    "extra-bytes.jpg": (saved(plain(), "JPEG", quality=100) + b"garbage at the end", RED),
+    "trailing.png": (saved(plain(), "PNG") + bytes(50), RED),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_what_is_no_picture_is_refused_with_its_name(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(SKIPPED[name])
+    with pytest.raises(UnreadableImageError, match="not a readable image") as from_file:
+        read_picture(path)
+    with pytest.raises(UnreadableImageError) as from_bytes:
+        Photo(SKIPPED[name], name).read()
+    assert from_file.value.name == str(path)
+    assert from_bytes.value.reason
+    assert "\n" not in str(from_file.value)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_is_converted(name, tmp_path):
+    content, expected = CONVERTED[name]
+    for photo in (Photo(content, name), Photo(_write(tmp_path / name, content), name)):
+        image = photo.read()
+        assert image.mode == "RGB"
+        assert image.size == photo.size == ((20, 24) if name == "turned.jpg" else (24, 20))
+        np.testing.assert_allclose(np.asarray(image)[10, 10], expected, atol=3)
+
+
+def test_a_directory_of_all_of_them(tmp_path, caplog):
+    """Through a source: every bad one skipped, named once and counted, every good one delivered."""
+    for name, content in {**SKIPPED, **{n: c for n, (c, _) in CONVERTED.items()}}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")  # not a file: not found in the first place
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "spaces and ünïcode.v2.jpg").write_bytes(encoded(5))
+    source = FolderSource(str(tmp_path), 16, 4, val_root=str(tmp_path), max_unreadable=1.0)
+    loader = source.val_loader()
+    with caplog.at_level("WARNING"):
+        keys = [key for batch in loader for key in batch["key"]]
+    assert set(keys) == {*CONVERTED, "spaces and ünïcode.v2.jpg"}
+    assert loader.faults.lost == len(SKIPPED)
+    for name in SKIPPED:
+        assert sum(f"skipped {tmp_path / name}: " in message for message in caplog.messages) == 1
+    assert caplog.messages[-1] == f"validation: {len(SKIPPED)} images skipped in this epoch"
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(512, 384), (333, 251)])
+def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
+    image = picture(3, size)
+    path = tmp_path / "a.jpg"
+    image.save(path, quality=95)
+    photo = Photo(path, "a.jpg")
+    small = photo.read(shrink)
+    assert photo.size == size
+    assert small.size == tuple(-(-side // shrink) for side in size)
+    assert Photo(Path(_write(tmp_path / "a.png", saved(image, "PNG"))), "a.png").read(shrink).size == size
+
+
+def test_a_turned_jpeg_knows_its_upright_size_before_it_is_decoded():
+    photo = Photo(turned(), "turned.jpg")
+    assert photo.size == (20, 24)
+    assert photo.read(2).size == (10, 12)
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
