@@ -105,7 +105,8 @@ def _draw_kl(panel: Any, summary: LatentSummary, colour: str) -> None:
     if not active.all():
         panel.bar(channels[~active], kl[~active], 0.8, color="white", edgecolor=colour, hatch="////", label="inactive")
         panel.plot(channels[~active], np.zeros((~active).sum()), "x", color=GREY, markersize=5, clip_on=False)
-        panel.legend(fontsize=8, frameon=False)
+        panel.set_ylim(0.0, 1.2 * max(float(kl.max()), 1e-3))  # room for the legend
+        panel.legend(fontsize=8, frameon=False, loc="upper right")
     panel.set_title(f"KL, nats per position; {summary.kl_per_image:.0f} nats per image", fontsize=10)
     _channel_axis(panel, summary)
 
