@@ -1,0 +1,128 @@
+"""``olvae latents``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from olvae.data.source import Batch
+
+__all__ = ["command"]
+
+
+def command(
+    targets: Annotated[
+        list[Path], typer.Argument(metavar="TARGET...", help="Run folders, or checkpoints with --config.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="SRC", help="A folder of images; by default the test images of the first target's data."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-B", min=1, help="Images at a time; by default the config's, or 8.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the report goes; by default the first target, if it is a run."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report to standard output as well.")] = False,
+) -> None:
+    """Describe the latents of one or several models on the same images, beside N(0, I).
+
+    Histogram, moments, KL and activity per channel, correlation, spectrum, MMD, and the shift and scaling factors
+    that a diffusion config needs; docs/latents.md explains each number.
+
+    Example: olvae latents runs/2026-01-31T12-00-00_demo_32 --data photos --images 1000 --out report
+    """
+    import json
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from olvae import config as cfg
+    from olvae.config import ConfigError
+    from olvae.evaluation.latent_figures import draw_channels, draw_distribution
+    from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
+    from olvae.evaluation.targets import find_target
+
+    found = [find_target(target, config) for target in targets]
+    if out is None and not targets[0].is_dir():
+        raise ConfigError("--out DIR says where the report on a checkpoint goes")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models = dict(zip(_names([target.name for target in found]), (target.load() for target in found), strict=True))
+
+    node, encoder = found[0].config.get("data"), next(iter(models.values())).encoder
+    if data is not None:
+        size = (node or {}).get("params", {}).get("size", encoder.image_size)
+        count, batches = _folder(data, size, batch_size or 8, encoder.in_channels)
+        described = {"source": str(data), "images": "bicubic antialiased resize of the shorter side, centre crop"}
+    elif node is not None:
+        source = cfg.instantiate(node)
+        loader = source.test_loader(batch_size)
+        count, batches, size = len(loader.dataset), iter(loader), source.size
+        described = {"source": node["target"], "images": source.test_images}
+    else:
+        raise ConfigError(f"{targets[0]}: its config has no data: add --data SRC")
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("encoding", total=min(count, images or count))
+
+        def counted() -> "Iterator[Batch]":
+            for batch in batches:
+                yield batch
+                progress.advance(task, len(batch["image"]))
+
+        accumulators = encode_latents(models, counted(), device, images)
+        task = progress.add_task("comparing with N(0, I)", total=len(models))
+        summaries = {}
+        for name, accumulator in accumulators.items():
+            summaries[name] = accumulator.compute()
+            progress.advance(task)
+
+    folder = out or targets[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = next(iter(summaries.values())).n
+    content = report_content(summaries, {**described, "size": size, "n": seen})
+    write_report(content, folder / "latents.json")
+    draw_distribution(summaries, folder / "latents.png")
+    draw_channels(summaries, folder / "latent_channels.png")
+    print_latents(summaries, content["data"])
+    if as_json:
+        typer.echo(json.dumps(content, indent=2))
+    typer.echo(
+        f"numbers: {folder / 'latents.json'}\nfigures: {folder / 'latents.png'}\n"
+        f"         {folder / 'latent_channels.png'}",
+        err=True,
+    )
+
+
+def _names(names: list[str]) -> list[str]:
+    """The names, numbered where two are equal."""
+    return [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _folder(root: Path, size: int, batch_size: int, channels: int) -> "tuple[int, Iterator[Batch]]":
+    """How many images are below a folder, and batches of them, resized and cropped for evaluation."""
+    import torch
+
+    from olvae.data.folder import find_images
+    from olvae.data.pixels import image_to_tensor, read_picture
+    from olvae.data.transforms import center_crop
+
+    paths = find_images(root)
+
+    def batches() -> "Iterator[Batch]":
+        for start in range(0, len(paths), batch_size):
+            pictures = [read_picture(path, channels) for path in paths[start : start + batch_size]]
+            yield {"image": torch.stack([image_to_tensor(center_crop(picture, size)) for picture in pictures])}
+
+    return len(paths), batches()

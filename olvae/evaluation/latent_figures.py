@@ -1,0 +1,157 @@
+"""Pictures of latents: their distribution against N(0, 1), and channel by channel."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from olvae.evaluation.latent_summary import EDGES, LatentSummary
+
+__all__ = ["draw_channels", "draw_distribution"]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+DASHES = ("-", "--", "-.", ":")
+GREY = "0.35"
+
+Array = NDArray[np.float64]
+
+
+def draw_distribution(summaries: Mapping[str, LatentSummary], path: Path) -> None:
+    """Densities of the latents of several models on one axis, over that of N(0, 1), as a PNG.
+
+    On the left as they are; on the right after each model's shift and scaling, with a logarithmic axis for the tails.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 4.4 + 0.22 * len(summaries)), layout="constrained")
+    raw, scaled = figure.subplots(1, 2)
+    edges = EDGES.numpy()
+    x: Array = np.linspace(-40.0, 40.0, 8001)
+    normal = np.exp(-(x**2) / 2.0) / np.sqrt(2.0 * np.pi)
+    for panel in (raw, scaled):
+        panel.fill_between(x, normal, color="0.85", zorder=0)
+        panel.plot(x, normal, color=GREY, linewidth=1.0, zorder=1, label="N(0, 1)")
+    reach, top = 3.5, float(normal.max())
+    for i, (name, summary) in enumerate(summaries.items()):
+        density = summary.mass.mean(0).numpy()[1:-1] / np.diff(edges)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8}
+        centres = (edges[1:] + edges[:-1]) / 2.0
+        std = 1.0 / summary.scaling_factor
+        label = f"{name}: mean {summary.shift_factor:.3g}, std {std:.3g}"
+        raw.plot(centres, density, label=label, **style)
+        scaled.plot((centres - summary.shift_factor) / std, density * std, **style)
+        reach = max(reach, abs(summary.shift_factor) + 3.5 * std)
+        top = max(top, float(density.max()))
+    raw.set_xlim(-min(reach, 35.0), min(reach, 35.0))
+    raw.set_ylim(0.0, 1.06 * top)
+    raw.set_title("as they are", fontsize=11)
+    raw.set_xlabel("value of the latent")
+    raw.set_ylabel("density")
+    scaled.set_xlim(-8.0, 8.0)
+    scaled.set_yscale("log")
+    scaled.set_ylim(1e-5, 2.0)
+    scaled.set_title("as a diffusion model sees them: (z - shift) x scaling", fontsize=11)
+    scaled.set_xlabel("value of the latent, shifted and scaled")
+    scaled.set_ylabel("density, logarithmic")
+    for panel in (raw, scaled):
+        _tidy(panel)
+    handles, labels = raw.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=9, frameon=False, ncols=1)
+    figure.savefig(path, dpi=130)
+
+
+def draw_channels(summaries: Mapping[str, LatentSummary], path: Path) -> None:
+    """One row per model, as a PNG: mean and standard deviation, KL, correlation and spectrum of the channels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15.0, 3.5 * len(summaries)), layout="constrained")
+    rows = figure.subfigures(len(summaries), 1, squeeze=False)[:, 0]
+    for i, (row, (name, summary)) in enumerate(zip(rows, summaries.items(), strict=True)):
+        row.suptitle(f"{name}   {summary.shape[0]} channels of {summary.shape[1]}x{summary.shape[2]}", fontsize=11)
+        panels = row.subplots(1, 4, width_ratios=(1.3, 1.1, 0.9, 1.2))
+        colour = COLOURS[i % len(COLOURS)]
+        _draw_moments(panels[0], summary, colour)
+        _draw_kl(panels[1], summary, colour)
+        image = _draw_correlation(panels[2], summary)
+        row.colorbar(image, ax=panels[2], ticks=[-1, 0, 1], shrink=0.85)
+        _draw_spectrum(panels[3], summary, colour)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_moments(panel: Any, summary: LatentSummary, colour: str) -> None:
+    channels = np.arange(summary.shape[0])
+    mean, std, mean_std = (_array(values) for values in (summary.mean, summary.std, summary.mean_std))
+    panel.axhspan(-1.0, 1.0, color="0.9", zorder=0, label="N(0, 1)")
+    panel.axhline(0.0, color=GREY, linewidth=0.8, zorder=1)
+    panel.bar(channels, 2 * std, 0.8, bottom=mean - std, color=colour, alpha=0.35, zorder=2, label="sampled")
+    panel.bar(channels, 2 * mean_std, 0.4, bottom=mean - mean_std, color=colour, zorder=3, label="posterior means")
+    panel.plot(channels, mean, "_", color="white", markersize=6, zorder=4)
+    low, high = min(-1.0, float((mean - std).min())), max(1.0, float((mean + std).max()))
+    panel.set_ylim(low - 0.08 * (high - low), high + 0.42 * (high - low))  # room for the legend
+    panel.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", columnspacing=1.0, handlelength=1.2)
+    panel.set_title("mean ± standard deviation", fontsize=10)
+    _channel_axis(panel, summary)
+
+
+def _draw_kl(panel: Any, summary: LatentSummary, colour: str) -> None:
+    kl = _array(summary.kl)
+    active = _array(summary.active).astype(bool)
+    channels = np.arange(len(kl))
+    panel.bar(channels[active], kl[active], 0.8, color=colour)
+    if not active.all():
+        panel.bar(channels[~active], kl[~active], 0.8, color="white", edgecolor=colour, hatch="////", label="inactive")
+        panel.plot(channels[~active], np.zeros((~active).sum()), "x", color=GREY, markersize=5, clip_on=False)
+        panel.set_ylim(0.0, 1.2 * max(float(kl.max()), 1e-3))  # room for the legend
+        panel.legend(fontsize=8, frameon=False, loc="upper right")
+    panel.set_title(f"KL, nats per position; {summary.kl_per_image:.0f} nats per image", fontsize=10)
+    _channel_axis(panel, summary)
+
+
+def _draw_correlation(panel: Any, summary: LatentSummary) -> Any:
+    image = panel.imshow(_array(summary.correlation), cmap="RdBu_r", vmin=-1.0, vmax=1.0, interpolation="nearest")
+    panel.set_title("correlation of channels", fontsize=10)
+    ticks = _ticks(summary.shape[0])
+    panel.set_xticks(ticks)
+    panel.set_yticks(ticks)
+    panel.tick_params(labelsize=8)
+    return image
+
+
+def _draw_spectrum(panel: Any, summary: LatentSummary, colour: str) -> None:
+    frequency, spectrum = _array(summary.frequency), _array(summary.spectrum)
+    panel.axhline(1.0, color=GREY, linewidth=1.0, linestyle="--", label="N(0, 1)")
+    for j, channel in enumerate(spectrum):
+        panel.plot(frequency, channel, color=colour, alpha=0.35, linewidth=0.9, label="a channel" if j == 0 else None)
+    panel.plot(frequency, spectrum.mean(0), color=colour, linewidth=2.2, label="mean of channels")
+    panel.set_yscale("log")
+    panel.set_title("power spectrum", fontsize=10)
+    panel.set_xlabel("cycles per latent position", fontsize=8)
+    panel.legend(fontsize=8, frameon=False)
+    _tidy(panel)
+
+
+def _channel_axis(panel: Any, summary: LatentSummary) -> None:
+    panel.set_xticks(_ticks(summary.shape[0]))
+    panel.set_xlabel("channel", fontsize=8)
+    _tidy(panel)
+
+
+def _tidy(panel: Any) -> None:
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.25)
+    panel.set_axisbelow(True)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+
+
+def _ticks(channels: int) -> Sequence[int]:
+    """Every channel, or as many as can be read."""
+    return range(0, channels, max(1, -(-channels // 12)))
+
+
+def _array(values: Tensor) -> Array:
+    return values.double().numpy()

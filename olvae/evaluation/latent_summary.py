@@ -1,0 +1,221 @@
+"""From sums over latents to the numbers of the report."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olvae.metrics.mmd import SIGMAS, mmd2_normal, mmd2_null_std
+
+__all__ = ["ACTIVE_VARIANCE", "EDGES", "LatentSummary", "Mmd", "Totals"]
+
+ACTIVE_VARIANCE = 0.01
+"""A channel is active if its posterior mean varies by more than this over the data (Burda et al. 2016, section 5.1)."""
+
+BINS = 200
+EDGES = 0.5 * torch.linspace(-5.0, 5.0, BINS + 1, dtype=torch.float64).sinh()
+"""Edges of the histogram's bins: from -37 to 37, 0.025 wide at 0, 0.05 at 1 and 0.5 at 10 [D]."""
+
+
+@dataclass(frozen=True)
+class Mmd:
+    """MMD^2 to N(0, I) for each bandwidth, as they are and after shift and scaling, and what noise alone would give."""
+
+    n: int
+    sigmas: tuple[float, ...]
+    raw: list[float]
+    scaled: list[float]
+    null_std: list[float]
+
+
+@dataclass(frozen=True)
+class LatentSummary:
+    """The distribution of the latents z of ``n`` images. "Of z" is of sampled latents, in expectation over the noise.
+
+    Per channel, float64 (C,): ``mean`` and ``std`` of z; ``mean_std``, of the posterior means alone; ``minimum`` and
+    ``maximum`` of the posterior means; ``kl`` in nats per position; ``active``.
+
+    Besides: ``correlation`` of z between channels, (C, C); ``spectrum`` of z per channel, (C, F), at ``frequency``
+    (F,) in cycles per latent position: the mean power of the orthonormal Fourier transform on a ring, the channel's
+    mean taken out, so that N(0, 1) is 1 throughout; ``mass``, the share of z in each bin of EDGES with what is below
+    and above at the ends, (C, bins + 2).
+    """
+
+    n: int
+    shape: tuple[int, int, int]
+    mean: Tensor
+    std: Tensor
+    mean_std: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    kl: Tensor
+    active: Tensor
+    correlation: Tensor
+    frequency: Tensor
+    spectrum: Tensor
+    mass: Tensor
+    shift_factor: float
+    scaling_factor: float
+    mmd: Mmd | None
+
+    @property
+    def kl_per_image(self) -> float:
+        """Nats."""
+        return float(self.kl.sum()) * self.shape[1] * self.shape[2]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents of latents.json: plain numbers and lists."""
+        positions = self.shape[1] * self.shape[2]
+        return {
+            "n": self.n,
+            "latent_shape": list(self.shape),
+            "mean": self.shift_factor,
+            "std": 1.0 / self.scaling_factor,
+            "kl_per_image": self.kl_per_image,
+            "active_channels": int(self.active.sum()),
+            "diffusion": {
+                "shift_factor": self.shift_factor,
+                "scaling_factor": self.scaling_factor,
+                "latents_mean": self.mean.tolist(),
+                "latents_std": self.std.tolist(),
+            },
+            "channels": {
+                "mean": self.mean.tolist(),
+                "std": self.std.tolist(),
+                "std_of_posterior_means": self.mean_std.tolist(),
+                "min_of_posterior_means": self.minimum.tolist(),
+                "max_of_posterior_means": self.maximum.tolist(),
+                "kl_per_position": self.kl.tolist(),
+                "kl_per_image": (self.kl * positions).tolist(),
+                "active": self.active.tolist(),
+            },
+            "correlation": self.correlation.tolist(),
+            "spectrum": {
+                "cycles_per_position": self.frequency.tolist(),
+                "mean": self.spectrum.mean(0).tolist(),
+                "channels": self.spectrum.tolist(),
+            },
+            "histogram": {
+                "edges": EDGES.tolist(),
+                "normal": _normal_mass()[1:-1].tolist(),
+                **_shares(self.mass.mean(0)),
+                "channels": [_shares(row) for row in self.mass],
+            },
+            **self._mmd_dict(),
+        }
+
+    def _mmd_dict(self) -> dict[str, Any]:
+        if self.mmd is None:
+            return {"skipped": {"mmd": "needs at least two different images"}}
+        return {
+            "mmd": {
+                "latents": self.mmd.n,
+                "sigmas": list(self.mmd.sigmas),
+                "mmd2": self.mmd.raw,
+                "mmd2_scaled": self.mmd.scaled,
+                "standard_error_under_normal": self.mmd.null_std,
+            }
+        }
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over images and positions, per channel; of posterior means where nothing else is said.
+
+    ``mean`` (C,), ``cross`` of products of two channels (C, C), ``var`` of the posteriors' variances (C,), ``kl``
+    (C,), ``minimum`` and ``maximum`` (C,), ``power`` of the Fourier transform (C, h, w), ``mass`` of z (C, bins + 2).
+    """
+
+    n: int
+    mean: Tensor
+    cross: Tensor
+    var: Tensor
+    kl: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    power: Tensor
+    mass: Tensor
+
+    def __add__(self, other: "Totals") -> "Totals":
+        if self.power.shape != other.power.shape:
+            raise ValueError(
+                f"latents of different shapes, {tuple(self.power.shape)} and {tuple(other.power.shape)}: "
+                "the images must have one size"
+            )
+        return Totals(
+            self.n + other.n,
+            self.mean + other.mean,
+            self.cross + other.cross,
+            self.var + other.var,
+            self.kl + other.kl,
+            torch.minimum(self.minimum, other.minimum),
+            torch.maximum(self.maximum, other.maximum),
+            self.power + other.power,
+            self.mass + other.mass,
+        )
+
+    def summary(self, latents: list[Tensor]) -> LatentSummary:
+        """The report's numbers; ``latents`` are the sampled ones of the MMD, each (C, h, w)."""
+        channels, h, w = self.power.shape
+        count = self.n * h * w
+        mean, noise = self.mean / count, self.var / count
+        covariance = self.cross / count - torch.outer(mean, mean)
+        mean_var = covariance.diagonal().clamp(min=0.0)
+        var = mean_var + noise
+        correlation = covariance / torch.outer(var, var).sqrt()
+        correlation.fill_diagonal_(1.0)
+        frequency, spectrum = self._spectrum(mean, noise)
+        shift = float(mean.mean())
+        scale = float((var + mean.square()).mean() - shift**2) ** -0.5
+        return LatentSummary(
+            n=self.n,
+            shape=(channels, h, w),
+            mean=mean,
+            std=var.sqrt(),
+            mean_std=mean_var.sqrt(),
+            minimum=self.minimum,
+            maximum=self.maximum,
+            kl=self.kl / count,
+            active=mean_var > ACTIVE_VARIANCE,
+            correlation=correlation,
+            frequency=frequency,
+            spectrum=spectrum,
+            mass=self.mass / count,
+            shift_factor=shift,
+            scaling_factor=scale,
+            mmd=_mmd(latents, shift, scale),
+        )
+
+    def _spectrum(self, mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Frequencies (F,) up to Nyquist's, one ring per cycle over the shorter side, and the power there (C, F)."""
+        _, h, w = self.power.shape
+        power = self.power / self.n + noise[:, None, None]  # the noise is white
+        power[:, 0, 0] -= h * w * mean.square()  # the channel's mean over the data is no structure
+        y, x = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.fftfreq(w, dtype=torch.float64)
+        side = min(h, w)
+        ring = (torch.hypot(y[:, None], x[None, :]) * side).round().long().flatten()  # (h w,)
+        rings = side // 2 + 1
+        inside = ring < rings  # the corners, beyond Nyquist's frequency of the axes, are left out
+        total = torch.zeros(len(mean), rings, dtype=torch.float64)
+        total.index_add_(1, ring[inside], power.flatten(1)[:, inside])
+        size = torch.bincount(ring[inside], minlength=rings)
+        return torch.arange(rings, dtype=torch.float64) / side, total / size
+
+
+def _mmd(latents: list[Tensor], shift: float, scale: float) -> Mmd | None:
+    if len(latents) < 2:
+        return None
+    z = torch.stack(latents).flatten(1)  # (N, C h w)
+    raw = mmd2_normal(z)
+    scaled = mmd2_normal(z.sub_(shift).mul_(scale))
+    return Mmd(len(z), SIGMAS, raw.tolist(), scaled.tolist(), mmd2_null_std(*z.shape).tolist())
+
+
+def _normal_mass() -> Tensor:
+    below = torch.special.ndtr(EDGES)
+    return torch.cat((torch.zeros(1), below, torch.ones(1))).diff()
+
+
+def _shares(mass: Tensor) -> dict[str, Any]:
+    return {"below": float(mass[0]), "share": mass[1:-1].tolist(), "above": float(mass[-1])}

@@ -1,0 +1,164 @@
+"""``olvae latents`` as a user types it, on runs that were trained for two steps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae.cli.latents import _names
+from olvae.cli.main import main
+from olvae.config import load, save
+from olvae.data.folder import find_images
+from olvae.data.pixels import from_uint8, image_to_tensor, read_picture
+from olvae.data.transforms import center_crop
+from olvae.evaluation.targets import find_target
+from olvae.training import run as training
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def olvae(capfd, monkeypatch):
+    """Run a command; returns exit code, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return leaving.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        small.resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, image_folder):
+    """A run folder after two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    save(tiny_config(image_folder), folder / "tiny.yaml")
+    arguments = ["--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(training.RUN_ENV, "")  # so that what training sets is taken back
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", *map(str, arguments), "lightning.trainer.max_steps=2"])
+    assert leaving.value.code == 0
+    (path,) = (folder / "runs").iterdir()
+    return path
+
+
+def test_a_run_on_its_own_test_images(olvae, run):
+    code, out, err = olvae("latents", run)
+    assert (code, out) == (0, "")
+    for text in (run.name, "4x2x2", "1000 MMD^2", str(run / "latents.json"), str(run / "latents.png")):
+        assert text in err, text
+    content = json.loads((run / "latents.json").read_text())
+    (result,) = content["results"]
+    assert content["data"]["source"] == "olvae.data.folder.FolderSource"
+    assert content["data"]["n"] == result["n"] > 0
+    assert result["target"] == run.name
+    for name in ("latents.png", "latent_channels.png"):
+        assert min(Image.open(run / name).size) > 300
+
+
+def test_two_models_on_a_folder(olvae, run, tmp_path, image_folder):
+    """The factors turn this model's latents of these pictures into mean 0 and variance 1; both see the same images."""
+    config = load([run / "config.yaml"])
+    weights = run / "checkpoints/last.ckpt"
+    out = tmp_path / "report"
+    code, text, _ = olvae(
+        "latents",
+        run,
+        weights,
+        "--config",
+        run / "config.yaml",
+        "--data",
+        image_folder,
+        "-B",
+        5,
+        "--out",
+        out,
+        "--json",
+    )
+    assert code == 0
+    content = json.loads((out / "latents.json").read_text())
+    assert json.loads(text) == content
+    first, second = content["results"]
+    assert [first.pop("target"), second.pop("target")] == [run.name, str(weights)]
+    assert first == second
+    assert content["data"] == {
+        "source": str(image_folder),
+        "images": "bicubic antialiased resize of the shorter side, centre crop",
+        "size": config["data"]["params"]["size"],
+        "n": 12,
+    }
+    pictures = [image_to_tensor(center_crop(read_picture(path), 16)) for path in find_images(image_folder)]
+    with torch.inference_mode():
+        posterior = find_target(run).load().encode(from_uint8(torch.stack(pictures)))
+    mean, var = posterior.mean.double().numpy(), posterior.var.double().numpy()
+    factors = first["diffusion"]
+    assert factors["shift_factor"] == pytest.approx(mean.mean(), abs=1e-6)
+    scaled = (mean - factors["shift_factor"]) * factors["scaling_factor"]
+    assert np.mean(scaled**2 + var * factors["scaling_factor"] ** 2) == pytest.approx(1.0, rel=1e-5)
+    assert factors["latents_mean"] == pytest.approx(mean.mean((0, 2, 3)), abs=1e-6)
+    assert factors["latents_std"] == pytest.approx(np.sqrt(mean.var((0, 2, 3)) + var.mean((0, 2, 3))), rel=1e-5)
+    code, _, err = olvae("latents", run, "--data", image_folder, "--images", 1, "--out", tmp_path / "one")
+    assert code == 0
+    assert "MMD: skipped" in err
+    assert json.loads((tmp_path / "one/latents.json").read_text())["results"][0]["n"] == 1
+
+
+def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
+    weights, config = run / "checkpoints/last.ckpt", run / "config.yaml"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    changed = load([config])
+    changed["data"]["params"]["size"] = 20
+    save(changed, tmp_path / "size.yaml")
+    del changed["data"]
+    save(changed, tmp_path / "no_data.yaml")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"not a picture")
+    out = ["--out", tmp_path / "out"]
+    cases = [
+        (["missing", *out], 1, "neither a run folder nor a checkpoint"),
+        ([empty, *out], 1, "not a run folder"),
+        ([weights, *out], 2, "add --config CFG"),
+        ([weights, "--config", config], 2, "--out DIR"),
+        ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "add --data SRC"),
+        ([weights, "--config", tmp_path / "size.yaml", *out], 1, "images of 20x20 pixels"),
+        ([run, "--data", empty, *out], 1, "no images in this folder"),
+        ([run, "--data", tmp_path / "nowhere", *out], 1, "no such folder"),
+        ([run, "--data", broken, *out], 1, "not a readable image"),
+    ]
+    for arguments, code, text in cases:
+        got, stdout, err = olvae("latents", *arguments)
+        assert (got, stdout) == (code, ""), err
+        assert text in err
+        assert err.count("\n") == 1, err
+        assert not (tmp_path / "out").exists()
+    code, _, err = olvae("latents", run, "--images", 0)
+    assert code == 2
+    assert "--images" in err
+
+
+def test_help(olvae):
+    code, out, _ = olvae("latents", "--help")
+    assert code == 0
+    assert "Example: " in out
+
+
+def test_names_are_told_apart():
+    assert _names(["a", "b", "a"]) == ["a #1", "b", "a #2"]
+    assert _names(["a", "b"]) == ["a", "b"]
