@@ -47,7 +47,6 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from olvae import config as cfg
     from olvae.config import ConfigError
     from olvae.evaluation.latent_figures import draw_channels, draw_distribution
     from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
@@ -59,22 +58,14 @@ def command(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = dict(zip(_names([target.name for target in found]), (target.load() for target in found), strict=True))
 
-    node, encoder = found[0].config.get("data"), next(iter(models.values())).encoder
-    if data is not None:
-        size = (node or {}).get("params", {}).get("size", encoder.image_size)
-        count, batches = _folder(data, size, batch_size or 8, encoder.in_channels)
-        described = {"source": str(data), "images": "bicubic antialiased resize of the shorter side, centre crop"}
-    elif node is not None:
-        source = cfg.instantiate(node)
-        loader = source.test_loader(batch_size)
-        count, batches, size = len(loader.dataset), iter(loader), source.size
-        described = {"source": node["target"], "images": source.test_images}
-    else:
-        raise ConfigError(f"{targets[0]}: its config has no data: add --data SRC")
+    encoder = next(iter(models.values())).encoder
+    source = source_of(found[0].config, data, channels=encoder.in_channels)
+    count, batches = source.count("test"), source.test_loader(batch_size or (8 if data else None))
+    described = {"source": data or found[0].config["data"]["target"], "images": source.test_images}
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("encoding", total=min(count, images or count))
+        task = progress.add_task("encoding", total=min(count, images or count) if count else images)
 
         def counted() -> "Iterator[Batch]":
             for batch in batches:
@@ -91,7 +82,7 @@ def command(
     folder = out or targets[0]
     folder.mkdir(parents=True, exist_ok=True)
     seen = next(iter(summaries.values())).n
-    content = report_content(summaries, {**described, "size": size, "n": seen})
+    content = report_content(summaries, {**described, "size": source.size, "n": seen})
     write_report(content, folder / "latents.json")
     draw_distribution(summaries, folder / "latents.png")
     draw_channels(summaries, folder / "latent_channels.png")
@@ -108,21 +99,3 @@ def command(
 def _names(names: list[str]) -> list[str]:
     """The names, numbered where two are equal."""
     return [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def _folder(root: Path, size: int, batch_size: int, channels: int) -> "tuple[int, Iterator[Batch]]":
-    """How many images are below a folder, and batches of them, resized and cropped for evaluation."""
-    import torch
-
-    from olvae.data.folder import find_images
-    from olvae.data.pixels import image_to_tensor, read_picture
-    from olvae.data.transforms import center_crop
-
-    paths = find_images(root)
-
-    def batches() -> "Iterator[Batch]":
-        for start in range(0, len(paths), batch_size):
-            pictures = [read_picture(path, channels) for path in paths[start : start + batch_size]]
-            yield {"image": torch.stack([image_to_tensor(center_crop(picture, size)) for picture in pictures])}
-
-    return len(paths), batches()

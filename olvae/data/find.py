@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from olvae.config import ConfigError, instantiate, load
+from olvae.config import Config, ConfigError, instantiate, load
 from olvae.data.folder import Files, find_images
 from olvae.data.lists import ImageList, ListSource
 from olvae.data.samples import SamplePhotographs, sample_photographs
@@ -14,7 +14,7 @@ from olvae.data.source import Source
 from olvae.data.transforms import RandomScaleCrop
 from olvae.data.webdataset import WebDatasetSource
 
-__all__ = ["SRC", "evaluation_source", "holds_shards", "list_images"]
+__all__ = ["SRC", "evaluation_source", "holds_shards", "list_images", "source_of"]
 
 SRC = (
     "a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files, samples, "
@@ -41,6 +41,26 @@ def evaluation_source(src: str, size: int, batch_size: int, num_workers: int = 0
     images = list_images(src, channels)
     crop = RandomScaleCrop(size)
     return ListSource(images, images, images, crop, size, 1, num_workers, channels=channels, max_unreadable=1.0)
+
+
+def source_of(config: Config, src: str | None = None, size: int | None = None, channels: int = 3) -> Source:
+    """The images to evaluate a model on: those of SRC if it is given, else the test images of the model's config.
+
+    Args:
+        size: of the images; by default the config's, else 256.
+
+    Raises:
+        ConfigError: there is neither, or the config's data are no source.
+    """
+    node = dict(config.get("data") or {})
+    params = dict(node.get("params") or {})
+    if src is not None:
+        return evaluation_source(src, size or params.get("size") or 256, 1, params.get("num_workers", 0), channels)
+    if not node:
+        raise ConfigError("its config has no data to take images from: add --data SRC")
+    if size is not None:
+        params["size"] = size
+    return _source({**node, "params": params}, "data.target")
 
 
 def list_images(src: str, channels: int = 3) -> ImageList:
@@ -83,9 +103,13 @@ def _of_config(path: str) -> Source:
     config = load([path])
     if "data" not in config:
         raise ConfigError(f"{path}: has no data")
-    source = instantiate(config["data"])
+    return _source(config["data"], f"{path}: data.target")
+
+
+def _source(node: Config, where: str) -> Source:
+    source = instantiate(node)
     if not isinstance(source, Source):
-        raise ConfigError(f"{path}: data.target: {config['data']['target']} is not a source of images")
+        raise ConfigError(f"{where}: {node['target']} is not a source of images")
     return source
 
 

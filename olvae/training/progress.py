@@ -6,11 +6,25 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 __all__ = ["StepProgress"]
+
+LONG_WAIT_S = 2.0
+MUCH_WAITING = 0.1
+"""Shares of waiting below this are not worth a word."""
 
 
 class StepProgress(ProgressBar):
@@ -42,6 +56,7 @@ class StepProgress(ProgressBar):
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
+                _WaitingColumn(self._clock),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -49,6 +64,11 @@ class StepProgress(ProgressBar):
             )
             self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, status="")
             self._bar.start()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._clock.came()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -63,7 +83,9 @@ class StepProgress(ProgressBar):
                 self._bar.update(self._bar.task_ids[0], completed=step, status=self._status(trainer))
         elif self._clock.due(self.line_every_s) or last:
             left = _duration(self._clock.seconds_left(trainer.max_steps))
-            self.console.print(f"step {step}/{trainer.max_steps}  {self._status(trainer)}  {left} left")
+            waiting = self._clock.waiting()
+            status = f"{self._status(trainer)}{'  ' if waiting else ''}{waiting}"
+            self.console.print(f"step {step}/{trainer.max_steps}  {status}  {left} left")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
@@ -88,6 +110,17 @@ class StepProgress(ProgressBar):
             self._bar = None
 
 
+class _WaitingColumn(ProgressColumn):
+    """What the clock says of waiting, anew at every refresh: also while no step ends."""
+
+    def __init__(self, clock: "_Clock") -> None:
+        super().__init__()
+        self.clock = clock
+
+    def render(self, task: Task) -> Text:
+        return Text(self.clock.waiting(), style="yellow")
+
+
 class _Clock:
     """Rates over training alone: the time that validation takes is left out."""
 
@@ -96,7 +129,9 @@ class _Clock:
         self._first_images: int | None = None
         self._images = 0
         self._spent = 0.0
+        self._waited = 0.0
         self._since = self._shown = time.monotonic()
+        self._is_waiting = True
 
     def count(self, step: int, images: int) -> None:
         now = time.monotonic()
@@ -104,10 +139,25 @@ class _Clock:
             self._first_step, self._first_images = step, images
         else:
             self._spent += now - self._since
+        self._is_waiting = True
         self._since, self._step, self._images = now, step, images
+
+    def came(self) -> None:
+        """A batch is there."""
+        if self._first_images is not None:
+            self._waited += time.monotonic() - self._since
+        self._is_waiting = False
 
     def restart(self) -> None:
         self._since = time.monotonic()
+
+    def waiting(self) -> str:
+        """That the data hold training up: for how long by now, or for what part of its time; else nothing."""
+        now = time.monotonic() - self._since
+        if self._is_waiting and now > LONG_WAIT_S:
+            return f"waiting for data since {now:.0f} s"
+        share = self._waited / self._spent if self._spent else 0.0
+        return f"waiting for data {share:.0%}" if share > MUCH_WAITING else ""
 
     def due(self, seconds: float) -> bool:
         now = time.monotonic()

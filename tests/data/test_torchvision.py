@@ -66,7 +66,7 @@ def test_parts():
     assert len(held) == 50
     assert sorted(rest + held) == list(range(1000))
     for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
-        with pytest.raises(ValueError, match="split|val_fraction"):
+        with pytest.raises(ValueError, match=r"split|val_fraction"):
             hold_out(*arguments)
 
 

@@ -23,6 +23,7 @@ from olvae.data.transforms import center_crop
 from olvae.data.webdataset import WebDatasetSource
 from tests.data.images import encoded, write_shard, write_shards
 
+ALONE = Consumer()
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
 
 
@@ -43,9 +44,7 @@ def remote(root: Path) -> list[str]:
     return [f"pipe:cat {path}" for path in sorted((root / "shards").iterdir())]
 
 
-def keys(
-    s: WebDatasetSource, count: int, position: int = 0, consumer: Consumer = Consumer(), seed: int = 0
-) -> list[str]:
+def keys(s: WebDatasetSource, count: int, position: int = 0, consumer: Consumer = ALONE, seed: int = 0) -> list[str]:
     return [sample.key for sample in islice(s.stream(seed, position, consumer), count)]
 
 
@@ -214,7 +213,7 @@ def test_too_few_shards_are_told_before_training(shards):
 
 def test_a_process_whose_shards_cannot_be_read_says_so():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
-    with pytest.raises(ValueError, match="none of the 2 shards.*pipe:false"):
+    with pytest.raises(ValueError, match=r"none of the 2 shards.*pipe:false"):
         keys(s, 1)
 
 

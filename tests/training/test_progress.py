@@ -1,0 +1,67 @@
+import time
+
+import pytest
+
+from olvae.training import progress
+from olvae.training.progress import _Clock
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that stands still until it is set."""
+    at = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: at[0])
+
+    def wait(seconds: float) -> None:
+        at[0] += seconds
+
+    return wait
+
+
+def step(clock: _Clock, now, wait: float, work: float, number: int) -> None:
+    now(wait)
+    clock.came()
+    now(work)
+    clock.count(number, number * 8)
+
+
+def test_rates_leave_out_the_first_step(now):
+    clock = _Clock()
+    step(clock, now, 50.0, 10.0, 1)
+    for i in (2, 3, 4):
+        step(clock, now, 0.0, 0.5, i)
+    assert clock.images_per_s() == 16.0
+    assert clock.seconds_left(10) == 3.0
+    assert clock.waiting() == ""
+
+
+def test_validation_is_left_out(now):
+    clock = _Clock()
+    step(clock, now, 0.0, 1.0, 1)
+    step(clock, now, 0.0, 1.0, 2)
+    now(100.0)
+    clock.restart()
+    step(clock, now, 0.0, 1.0, 3)
+    assert clock.images_per_s() == 8.0
+    assert clock.waiting() == ""
+
+
+def test_waiting_is_a_share_of_the_time_and_only_told_when_it_is_much(now):
+    clock = _Clock()
+    step(clock, now, 9.0, 1.0, 1)
+    step(clock, now, 0.3, 0.7, 2)
+    assert clock.waiting() == "waiting for data 30%"
+    for i in range(3, 12):
+        step(clock, now, 0.0, 1.0, i)
+    assert clock.waiting() == ""
+
+
+def test_while_nothing_comes_it_says_for_how_long(now):
+    clock = _Clock()
+    step(clock, now, 0.0, 1.0, 1)
+    now(1.0)
+    assert clock.waiting() == ""
+    now(progress.LONG_WAIT_S)
+    assert clock.waiting() == "waiting for data since 3 s"
+    clock.came()
+    assert "since" not in clock.waiting()
