@@ -48,6 +48,7 @@ def command(
     from rich.progress import Progress
 
     from olvae.config import ConfigError
+    from olvae.data.find import source_of
     from olvae.evaluation.latent_figures import draw_channels, draw_distribution
     from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
     from olvae.evaluation.targets import find_target

@@ -11,7 +11,8 @@ from olvae.cli.latents import _names
 from olvae.cli.main import main
 from olvae.config import load, save
 from olvae.data.folder import find_images
-from olvae.data.pixels import from_uint8, image_to_tensor, read_picture
+from olvae.data.pixels import from_uint8, image_to_tensor
+from olvae.data.reading import read_picture
 from olvae.data.transforms import center_crop
 from olvae.evaluation.targets import find_target
 from olvae.training import run as training
