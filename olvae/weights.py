@@ -99,7 +99,7 @@ def find_weights(
         with _impatient_sockets():
             torch.hub.download_url_to_file(file.url, str(cache / file.name), hash_prefix=file.sha256)
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(getattr(error, "reason", error)).split())
         searched = ", ".join(map(str, (*places, cache)))
         raise MissingWeights(
             f"{file.name} is not in {searched} and could not be downloaded ({reason}): "

@@ -86,6 +86,23 @@ def test_a_server_that_never_answers(cache, monkeypatch):
         assert time.monotonic() - start < 3
 
 
+def test_a_name_that_is_never_resolved(cache, monkeypatch):
+    """No timeout of a socket holds for that."""
+    monkeypatch.setattr(weights, "PATIENCE", 0.3)
+    given_up = threading.Event()
+
+    def unresolved(*args, **kwargs):
+        given_up.wait(5)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    start = time.monotonic()
+    with pytest.raises(MissingWeights, match=r"no answer in 0\.3 s"):
+        find_weights(VGG16)
+    assert time.monotonic() - start < 1.5
+    given_up.set()
+
+
 def test_a_download_that_stalls(cache, monkeypatch, published):
     """The server answers, then sends half a file and no more."""
     monkeypatch.setattr(weights, "STALL", 0.3)

@@ -54,7 +54,7 @@ def check(tmp_path, weights_dir, n: int, size: int) -> None:
 
 
 def test_equals_torch_fidelity(tmp_path, weights_dir):
-    check(tmp_path, weights_dir, n=8, size=64)
+    check(tmp_path, weights_dir, n=6, size=64)
 
 
 @pytest.mark.slow

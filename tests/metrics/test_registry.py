@@ -53,3 +53,16 @@ def test_a_broken_file_is_no_missing_one(tmp_path, weights_dir, nowhere):
     torch.save({**state, "features.3.weight": torch.zeros(3)}, tmp_path / ALEXNET.name)
     with pytest.raises(ValueError, match=r"features\.3\.weight is \(3,\) for \(192, 64, 5, 5\)"):
         build_metrics(["lpips_alex"], tmp_path)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_numbers(weights_dir, nowhere):
+    keys, x, y = pairs(4, 176)
+    values = []
+    for device in ("cpu", "cuda"):
+        make, _ = build_metrics(list(METRICS), weights_dir, device)
+        metrics = make()
+        for metric in metrics.values():
+            metric.update(keys, x.to(device), y.to(device))
+        values.append({name: metric.compute() for name, metric in metrics.items()})
+    assert values[1] == {name: pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in values[0].items()}

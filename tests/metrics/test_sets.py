@@ -163,7 +163,6 @@ def test_one_image_and_few_images(batch):
     assert "warning" not in metrics[0].details()
 
 
-@pytest.mark.slow
 def test_subsets_of_many_images_do_not_depend_on_the_order():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (1200, 3, 2, 2), dtype=np.uint8)
