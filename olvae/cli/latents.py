@@ -20,8 +20,8 @@ def command(
         Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(metavar="SRC", help="A folder of images; by default the test images of the first target's data."),
+        str | None,
+        typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-B", min=1, help="Images at a time; by default the config's, or 8.")

@@ -92,7 +92,8 @@ class Faults:
     def end_of_epoch(self) -> None:
         """Say how many were skipped since the last one, if any were."""
         if self._skipped:
-            log.warning("%s: %d images skipped in this epoch", self.what, self._skipped)
+            images = f"{self._skipped} image{'s' if self._skipped > 1 else ''}"
+            log.warning("%s: %s skipped%s", self.what, images, " in this epoch" if self.epoch else "")
         self._skipped = 0
 
     def _check(self, world: int) -> None:

@@ -1,20 +1,18 @@
 """LPIPS through the lpips package, with its VGG weights found or asked for."""
 
-import urllib.error
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from olvae.modules.perceptual_network import perceptual_network
 from olvae.modules.precision import island, no_autocast
+from olvae.weights import VGG16, find_weights
 
 __all__ = ["LPIPS", "vgg16_weights"]
 
-VGG16_FILE = "vgg16-397923af.pth"
-VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
+VGG16_FILE = VGG16.name
 
 
 class LPIPS(nn.Module):
@@ -24,8 +22,8 @@ class LPIPS(nn.Module):
     parameter list and no copy of the module.
 
     Args:
-        weights: torchvision's VGG16 ImageNet weights, a file named vgg16-397923af.pth. If it is not given,
-            torch's hub cache is searched, then the file is downloaded into it.
+        weights: torchvision's VGG16 ImageNet weights, a file named vgg16-397923af.pth. If it is not given, it is
+            looked for, then downloaded: :func:`olvae.weights.find_weights`.
 
     Raises:
         FileNotFoundError: the weights can't be had.
@@ -34,13 +32,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        import lpips
-
-        with warnings.catch_warnings():  # the package calls torchvision as it was called before 0.13
-            warnings.simplefilter("ignore", UserWarning)
-            network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        _load_vgg16(network, vgg16_weights(weights))
-        self.__dict__["network"] = network.requires_grad_(False).eval()
+        self.__dict__["network"] = perceptual_network("vgg", vgg16_weights(weights))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean distance between two batches of images (B, C, H, W) in [-1, 1], in float32.
@@ -67,34 +59,9 @@ def _three_channels(x: Tensor) -> Tensor:
 
 
 def vgg16_weights(path: str | None = None) -> Path:
-    """The file of torchvision's VGG16 weights: the given one, the cached one, or a fresh download."""
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
-    remedy = f"get {VGG16_URL} into {cached.parent}, or name its place with lpips_weights, or set lpips_weight to 0"
-    if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"LPIPS needs {path}, which is not there: {remedy}")
-        return Path(path)
-    if not cached.is_file():
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(VGG16_URL, str(cached), hash_prefix="397923af")
-        except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: another checksum
-            raise FileNotFoundError(
-                f"LPIPS needs {VGG16_FILE}, which could not be downloaded ({error}): {remedy}"
-            ) from error
-    return cached
-
-
-def _load_vgg16(network: nn.Module, path: Path) -> None:
-    """torchvision's ``features.N.*`` into the slices of the lpips package, which keep the index N."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a file of VGG16 weights: {type(error).__name__}") from error
-    trunk = network.net
-    assert isinstance(trunk, nn.Module)
-    wanted = {name: f"features.{name.split('.', 1)[1]}" for name in trunk.state_dict()}
-    missing = sorted(set(wanted.values()) - set(state)) if isinstance(state, dict) else ["features.0.weight"]
-    if missing:
-        raise ValueError(f"{path} is not a file of VGG16 weights: it has no {missing[0]}")
-    trunk.load_state_dict({name: state[source] for name, source in wanted.items()})
+    """The file of torchvision's VGG16 weights: the given one, or as :func:`find_weights` finds it."""
+    if path is None:
+        return find_weights(VGG16, remedy="name its place with lpips_weights, or set lpips_weight to 0")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"LPIPS needs {path}, which is not there: get {VGG16.url}, or set lpips_weight to 0")
+    return Path(path)

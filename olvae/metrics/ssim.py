@@ -3,6 +3,8 @@
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from olvae.metrics.metric import Unavailable
+
 __all__ = ["SSIM_WINDOW", "ssim"]
 
 SSIM_WINDOW = 11
@@ -18,7 +20,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         float64 (B,); computed in float32, which is 13 times as fast and agrees to 2e-6.
     """
     if min(x.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels, got {tuple(x.shape[-2:])}")
+        raise Unavailable(f"SSIM needs images of at least {SSIM_WINDOW} pixels, got {tuple(x.shape[-2:])}")
     _, values = structural_similarity_index_measure(
         x.float(), y.float(), data_range=255.0, reduction="none", return_full_image=True
     )

@@ -1,11 +1,12 @@
 """Floating-point islands: what must stay in float32 when the rest runs under autocast."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_enabled", "island", "no_autocast"]
+__all__ = ["autocast_enabled", "full_float32", "island", "no_autocast"]
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -22,3 +23,15 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 def island(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is if it is float32 or float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@contextmanager
+def full_float32(x: Tensor) -> Iterator[None]:
+    """No autocast, and no TF32 in convolutions, which cuDNN uses by default: for numbers that others compare with."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with no_autocast(x):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -1,5 +1,6 @@
 import copy
 import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -24,10 +25,12 @@ def vgg(tmp_path_factory) -> Path:
 def hub(tmp_path, monkeypatch) -> Path:
     """An empty hub cache, and no network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("OLVAE_WEIGHTS", raising=False)
 
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     return tmp_path / "hub" / "checkpoints"
 

@@ -1,0 +1,103 @@
+import math
+import pickle
+
+import pytest
+import torch
+
+from olvae.metrics.metric import Kind, PerImage, Unavailable
+from olvae.metrics.registry import METRICS, build_metrics
+from tests.metrics.conftest import pairs
+
+NAMES = ["psnr", "ssim", "ms_ssim", "l1"]
+
+
+def run(name: str, keys, x, y, size: int = 4) -> PerImage:
+    make, _ = build_metrics([name])
+    metric = make()[name]
+    for start in range(0, len(keys), size):
+        metric.update(keys[start : start + size], x[start : start + size], y[start : start + size])
+    return metric
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_order_and_processes_make_no_difference(name):
+    keys, x, y = pairs(7, 176 if name == "ms_ssim" else 32)
+    whole = run(name, keys, x, y, size=7)
+    assert len(set(whole.per_image().values())) == 7
+    order = [3, 6, 0, 5, 1, 4, 2]
+    shuffled = run(name, [keys[i] for i in order], x[order], y[order], size=2)
+    first, second = run(name, keys[:4], x[:4], y[:4]), run(name, keys[2:], x[2:], y[2:], size=1)  # two in both
+    second.merge(pickle.loads(pickle.dumps(first.state())))
+    second.merge(second.state())
+    rounding = 1e-12 if name in ("psnr", "l1") else 1e-6
+    for other in (shuffled, second):
+        assert other.compute() == pytest.approx(whole.compute(), rel=rounding)
+        assert list(other.per_image()) == keys
+        assert list(other.per_image().values()) == pytest.approx(list(whole.per_image().values()), rel=rounding)
+    assert whole.compute() == pytest.approx(sum(whole.per_image().values()) / 7, rel=1e-12)
+
+
+def test_equal_images():
+    keys, x, y = pairs(3, 176)
+    assert {name: run(name, keys, x, x).compute() for name in NAMES} == {
+        "psnr": math.inf,
+        "ssim": pytest.approx(1.0, abs=1e-6),
+        "ms_ssim": pytest.approx(1.0, abs=1e-6),
+        "l1": 0.0,
+    }
+    y[1] = x[1]  # one of three
+    metric = run("psnr", keys, x, y)
+    assert metric.compute() == math.inf
+    assert [math.isinf(value) for value in metric.per_image().values()] == [False, True, False]
+
+
+def test_different_images_under_one_key():
+    keys, x, y = pairs(2, 32)
+    with pytest.raises(ValueError, match=r"two different pairs of images have the key '0000\.png'"):
+        run("psnr", ["0000.png", "0000.png"], x, y)
+    other = run("psnr", keys, x, x.flip(0))
+    with pytest.raises(ValueError, match="two different pairs"):
+        other.merge(run("psnr", keys, x, y).state())
+
+
+def test_no_image():
+    with pytest.raises(Unavailable, match="psnr needs an image, got none"):
+        run("psnr", [], torch.zeros(0), torch.zeros(0)).compute()
+
+
+def test_what_is_no_pair_of_images():
+    keys, x, y = pairs(2, 32)
+    metric = run("l1", keys, x, y)
+    for bad, message in (
+        ((keys, x.float(), y), "uint8"),
+        ((keys, x, y[:1]), "one shape"),
+        ((keys, x[0], y[0]), "one shape"),
+        ((keys[:1], x, y), "1 keys for 2 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metric.update(*bad)
+
+
+def test_computes_in_full_precision():
+    """Whatever the evaluation around it does: no autocast, no TF32, no graph."""
+    before = torch.backends.cudnn.allow_tf32
+    seen = {}
+
+    def compare(x, y):
+        seen["tf32"] = torch.backends.cudnn.allow_tf32
+        weight = torch.ones(3, 3, requires_grad=True)
+        product = x.float().flatten(2).transpose(1, 2) @ weight
+        seen["dtype"], seen["graph"] = product.dtype, product.requires_grad
+        return product.flatten(1).mean(1)
+
+    keys, x, y = pairs(2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        PerImage(Kind("mine", "mine", "lower"), compare).update(keys, x, y)
+    assert seen == {"tf32": False, "dtype": torch.float32, "graph": False}
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_kinds_are_named_by_their_keys():
+    assert list(METRICS) == ["psnr", "ssim", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid"]
+    assert all(kind.name == name for name, kind in METRICS.items())
+    assert [name for name, kind in METRICS.items() if kind.better == "higher"] == ["psnr", "ssim", "ms_ssim"]

@@ -1,0 +1,176 @@
+import hashlib
+import http.server
+import socket
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from olvae import weights
+from olvae.weights import INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance, read_weights_file
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("OLVAE_WEIGHTS", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A file, and a server on this machine that publishes it."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    torch.save({"a": torch.arange(3.0)}, folder / "net.pth")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    digest = hashlib.sha256((folder / "net.pth").read_bytes()).hexdigest()
+    yield WeightsFile("a net", "net.pth", f"http://127.0.0.1:{server.server_port}/net.pth", digest[:8])
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_order_of_places(tmp_path, cache, monkeypatch):
+    named, variable = tmp_path / "named", tmp_path / "variable"
+    for folder in (named, variable, cache):
+        folder.mkdir(parents=True)
+        (folder / VGG16.name).touch()
+    monkeypatch.setenv("OLVAE_WEIGHTS", str(variable))
+    assert find_weights(VGG16, named) == named / VGG16.name
+    assert find_weights(VGG16) == variable / VGG16.name
+    (named / VGG16.name).unlink()
+    assert find_weights(VGG16, named) == variable / VGG16.name
+    monkeypatch.delenv("OLVAE_WEIGHTS")
+    assert find_weights(VGG16, named) == cache / VGG16.name
+    with pytest.raises(NotADirectoryError, match=r"elsewhere: no such folder"):
+        find_weights(VGG16, tmp_path / "elsewhere")
+
+
+def test_torch_fidelitys_name_of_the_inception_file(tmp_path, cache):
+    (tmp_path / "weights-inception-2015-12-05-6726825d.pth").touch()
+    assert find_weights(INCEPTION, tmp_path).name.startswith("weights-inception")
+
+
+def test_downloads_into_the_cache(cache, published):
+    path = find_weights(published)
+    assert path == cache / "net.pth"
+    assert torch.equal(read_weights_file(path, published)["a"], torch.arange(3.0))
+    assert provenance(path, published)["published"] is True
+
+
+def test_a_download_of_something_else_is_not_kept(cache, published):
+    with pytest.raises(MissingWeights, match="invalid hash value"):
+        find_weights(replace(published, sha256="00000000"))
+    assert not list(cache.iterdir())
+
+
+def test_a_server_that_never_answers(cache, monkeypatch):
+    monkeypatch.setattr(weights, "PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = WeightsFile("x", "x.pth", f"http://127.0.0.1:{server.getsockname()[1]}/x.pth", "00000000")
+        start = time.monotonic()
+        with pytest.raises(MissingWeights):
+            find_weights(silent)
+        assert time.monotonic() - start < 3
+
+
+def test_a_name_that_is_never_resolved(cache, monkeypatch):
+    """No timeout of a socket holds for that."""
+    monkeypatch.setattr(weights, "PATIENCE", 0.3)
+    given_up = threading.Event()
+
+    def unresolved(*args, **kwargs):
+        given_up.wait(5)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    start = time.monotonic()
+    with pytest.raises(MissingWeights, match=r"no answer in 0\.3 s"):
+        find_weights(VGG16)
+    assert time.monotonic() - start < 1.5
+    given_up.set()
+
+
+def test_a_download_that_stalls(cache, monkeypatch, published):
+    """The server answers, then sends half a file and no more."""
+    monkeypatch.setattr(weights, "STALL", 0.3)
+    monkeypatch.setattr(weights, "_ask", lambda url: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+            time.sleep(2)
+            connection.close()
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(MissingWeights, match="timed out"):
+            find_weights(replace(published, url=f"http://127.0.0.1:{server.getsockname()[1]}/net.pth"))
+        assert time.monotonic() - start < 1.5
+        thread.join()
+    assert socket.getdefaulttimeout() is None
+    assert not list(cache.iterdir())
+
+
+def test_no_network_says_what_to_put_where(tmp_path, cache, monkeypatch):
+    def unresolved(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    monkeypatch.setenv("OLVAE_WEIGHTS", str(tmp_path / "variable"))
+    with pytest.raises(MissingWeights) as error:
+        find_weights(INCEPTION, tmp_path)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (INCEPTION.name, INCEPTION.url, str(cache), str(tmp_path / "variable"), "--weights-dir", "not known"):
+        assert part in text
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, cache, published):
+    (tmp_path / "hub").write_text("a file where the folder should be")
+    with pytest.raises(MissingWeights, match="could not be downloaded"):
+        find_weights(published)
+
+
+def test_files_of_something_else(tmp_path):
+    path = tmp_path / VGG16.name
+    torch.save({"a": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"<html>404</html>", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a file of VGG16 weights: it is cut off") as error:
+            read_weights_file(path, VGG16)
+        assert "\n" not in str(error.value)
+    for other in ([torch.zeros(3)], {"a": 3}, {0: torch.zeros(3)}):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            read_weights_file(path, VGG16)
+    torch.save({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="a has values that are not finite"):
+        read_weights_file(path, VGG16)
+    assert list(read_weights_file(path, VGG16, "b")) == ["b"]
+
+
+def test_provenance_notices_another_file(tmp_path):
+    path = tmp_path / "net.pth"
+    path.write_bytes(b"abc")
+    file = WeightsFile("x", "net.pth", "", "ba7816bf")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    assert provenance(path, file) == {"file": "net.pth", "sha256": digest, "published": True}
+    path.write_bytes(b"abcd")
+    assert provenance(path, file)["published"] is False
