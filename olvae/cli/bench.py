@@ -59,3 +59,40 @@ def train(
     typer.echo(f"{config}, {size}x{size}, {batch_size} images per step, {device}", err=True)
     for name, value in result.items():
         typer.echo(f"  {name:<26} {value:.3f}", err=True)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def data(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SRC...", help="Folders, shards, lists, data sets: as for --data.")
+    ],
+    size: Annotated[int, typer.Option(min=1, help="Pixels of the training crops.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 32,
+    workers: Annotated[str, typer.Option(metavar="LIST", help="Numbers of loader processes to try.")] = "0,1,2",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Measured per loader, three times; the best counts.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+) -> None:
+    """Time the training loaders of sources against decoding and cropping their images alone.
+
+    Example: olvae bench data photos photos_shards --size 256 --workers 1,2
+    """
+    import json
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from olvae.bench.data import bench_data
+    from olvae.config import ConfigError
+
+    if not all(number.strip().isdigit() for number in workers.split(",")):
+        raise ConfigError(f"--workers {workers}: numbers of processes, as in 0,1,2")
+    rows = bench_data(sources, size, batch_size, [int(number) for number in workers.split(",")], seconds)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("source", "workers", "images/s", "of the floor, per worker", title=f"{size}x{size} training crops")
+    for row in rows:
+        share = f"{row['of_floor']:.0%}"
+        table.add_row(escape(row["source"]), str(row["workers"]), f"{row['images_per_s']:.0f}", share)
+    Console(stderr=True).print(table)

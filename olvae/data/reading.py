@@ -59,6 +59,7 @@ class Photo:
     def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
         self.name = name
         self.channels = channels
+        self._content = content
         self._image: Picture
         try:
             self._image = self._open(content)
@@ -69,6 +70,19 @@ class Photo:
             raise UnreadableImageError(
                 name, f"{channels} channels are read from .npy files of shape (H, W, {channels})"
             )
+
+    def undecoded(self) -> bytes | Picture:
+        """The file's bytes, or the picture that was in memory.
+
+        Raises:
+            UnreadableImageError: the file can't be read.
+        """
+        if not isinstance(self._content, Path):
+            return self._content
+        try:
+            return self._content.read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(self.name, _reason(error)) from error
 
     @property
     def format(self) -> str | None:
