@@ -1,6 +1,7 @@
 """LiteVAE as a plain module: images to a posterior, latents to images. No Lightning needed."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class LiteVAE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = quantizer
+        self.folded = False
+        """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
+        self.scaling_factor, self.shift_factor = 1.0, 0.0
+        """What a diffusion model on these latents takes: (z - shift_factor) * scaling_factor. Kept for it, not used
+        by encode and decode."""
         if quantizer is None:
             _check(
                 "encoder's latent_dim",
@@ -89,6 +95,76 @@ class LiteVAE(nn.Module):
         encoder = instantiate(encoder_config, latent_dim=2 * embed_dim)
         return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        config: str | Path | Mapping[str, Any] | None = None,
+        raw: bool = False,
+        allow_mismatch: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> "LiteVAE":
+        """A trained autoencoder, in evaluation mode.
+
+        Args:
+            path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config beside
+                it, a folder with one of each, or an id of the Hugging Face hub, such as
+                RGenDiff/olitevaeB_im_f8c12.
+            revision: of the hub's repository: a branch, tag or commit.
+            config: the config instead of the one beside the weights: a YAML file, a config.json, or its content.
+            raw: the weights as trained, where there are averaged ones (EMA) besides.
+            allow_mismatch: load the tensors that fit, and warn of the others.
+            dtype: of the parameters.
+
+        Raises:
+            FileNotFoundError: there is no such thing, here or on the hub, or the hub can't be reached.
+            ConfigError: there is no config, or it has mistakes, or names code from outside this package.
+            ValueError: the weights are not readable, not finite, or of another model; the message lists the names.
+        """
+        from olvae.models.pretrained import load_located, locate
+
+        return load_located(locate(path_or_id, revision, config), raw, allow_mismatch, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which :meth:`from_pretrained` and
+        diffusers read; ``olvae export`` makes a model card besides, and checks what it wrote.
+
+        Raises:
+            ValueError: a network is not of this package, or some weights are not finite.
+        """
+        from olvae.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        message: str = "Upload a LiteVAE autoencoder",
+        token: str | None = None,
+    ) -> str:
+        """Save it to a repository of the Hugging Face hub, which is made if need be; the address of the commit.
+
+        Args:
+            repo_id: OWNER/NAME.
+            private: make the repository a private one.
+            message: of the commit.
+            token: instead of the one in the environment (HF_TOKEN) or of ``hf auth login``.
+
+        Raises:
+            OSError: the hub refuses, or can't be reached.
+        """
+        from tempfile import TemporaryDirectory
+
+        from olvae.models.hub import upload
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, private, message, token)
+
     @torch.no_grad()
     def _shift_logvar(self, shift: float) -> "LiteVAE":
         last = list((self.quantizer.quant_conv if self.quantizer else self.encoder).modules())[-1]
@@ -96,6 +172,16 @@ class LiteVAE(nn.Module):
         assert last.bias is not None
         last.bias[self.latent_channels :] += shift
         return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of :meth:`from_config` that build it again."""
+        return {
+            "encoder_config": self.encoder.node,
+            "decoder_config": self.decoder.node,
+            "embed_dim": self.latent_channels,
+            "use_quant": self.quantizer is not None,
+        }
 
     @property
     def downscale(self) -> int:
@@ -136,6 +222,7 @@ class LiteVAE(nn.Module):
         """A copy for inference whose self-modulated convolutions are ordinary ones: same function, faster."""
         folded = fold_smc(self)
         assert isinstance(folded, LiteVAE)
+        folded.folded = True
         return folded
 
 
