@@ -102,18 +102,23 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = F
 
 
 def load_weights(
-    module: nn.Module, weights: Mapping[str, Tensor], origin: str | Path, allow_mismatch: bool = False
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    origin: str | Path,
+    allow_mismatch: bool = False,
+    prefixes: tuple[str, ...] = AUTOENCODER,
 ) -> None:
     """Copy ``weights`` into the parameters and buffers of ``module`` of the same names: all of them, or none.
 
     Args:
         allow_mismatch: copy those that fit, and warn of the others.
+        prefixes: of the names in ``module`` that are loaded.
 
     Raises:
         ValueError: names are missing, unexpected or of another shape (the message lists them), or values are not
             finite.
     """
-    own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(AUTOENCODER)}
+    own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)}
     fitting = [name for name in own if name in weights and weights[name].shape == own[name].shape]
     broken = [name for name in fitting if not weights[name].isfinite().all()]
     if broken:

@@ -8,12 +8,44 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, instantiate
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.halves import Decoder, Encoder
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 
-__all__ = ["LiteVAE", "Quantizer"]
+__all__ = ["Autoencoder", "LiteVAE", "Quantizer"]
+
+
+class Autoencoder(nn.Module):
+    """What evaluation, latents and reconstruction ask of any autoencoder; images are in [-1, 1]."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the image."""
+        raise NotImplementedError
+
+    @property
+    def downscale(self) -> int:
+        """f: how many pixels of the image, per side, one latent position stands for."""
+        raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        """n_z: channels of the latent."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Posterior:
+        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
+        """Reconstruction, from the posterior's mode or from a sample, and the posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
 
 class Quantizer(nn.Module):
@@ -31,7 +63,7 @@ class Quantizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
 
 
-class LiteVAE(nn.Module):
+class LiteVAE(Autoencoder):
     """An autoencoder for latent diffusion.
 
     Args:
@@ -184,13 +216,15 @@ class LiteVAE(nn.Module):
         }
 
     @property
+    def in_channels(self) -> int:
+        return self.encoder.in_channels
+
+    @property
     def downscale(self) -> int:
-        """f: how many pixels of the image, per side, one latent position stands for."""
         return self.encoder.downscale
 
     @property
     def latent_channels(self) -> int:
-        """n_z: channels of the latent."""
         if self.quantizer is not None:
             return self.quantizer.post_quant_conv.in_channels
         return self.decoder.z_channels

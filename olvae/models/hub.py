@@ -9,7 +9,7 @@ from pathlib import Path
 
 from olvae.checkpoint import WEIGHT_SUFFIXES
 
-__all__ = ["CONFIG_PATTERNS", "fetch", "is_hub_id", "upload"]
+__all__ = ["CONFIG_PATTERNS", "fetch", "is_hub_id", "snapshot", "upload"]
 
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
@@ -29,7 +29,7 @@ def fetch(repo_id: str, revision: str | None = None, patterns: Sequence[str] = C
         OSError: the download broke off.
     """
     for suffix in WEIGHT_SUFFIXES:
-        folder = _snapshot(repo_id, revision, [*patterns, f"*{suffix}"])
+        folder = snapshot(repo_id, [*patterns, f"*{suffix}"], ["*/*"], revision)
         if any(folder.glob(f"*{suffix}")):
             break
     return folder
@@ -54,7 +54,8 @@ def upload(folder: Path, repo_id: str, private: bool, message: str, token: str |
         raise OSError(f"{repo_id}: not uploaded: {_first_line(error)}") from error
 
 
-def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), revision: str | None = None) -> Path:
+    """Download the files of these patterns, or find them in the cache; the folder they are in. Raises as fetch."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -67,7 +68,9 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
     where = f"{repo_id}@{revision}" if revision else repo_id
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*ignored])
+        )
     except HFValidationError as error:
         raise FileNotFoundError(f"{repo_id}: no such file or folder, and not an id of the hub") from error
     except GatedRepoError as error:

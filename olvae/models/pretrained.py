@@ -30,6 +30,7 @@ __all__ = [
     "autoencoder_params",
     "build_autoencoder",
     "export_config",
+    "find_weights",
     "load_located",
     "locate",
     "read_config",
@@ -87,6 +88,20 @@ class Located:
     run: Run | None
 
 
+def find_weights(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The file of weights that a path or an id of the hub stands for; see :func:`locate`."""
+    path, given = Path(path_or_id), os.fspath(path_or_id)
+    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+        raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _weights_in(path, given)
+    if is_hub_id(given):
+        return _weights_in(fetch(given, revision), given)
+    raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
+
+
 def locate(
     path_or_id: str | Path, revision: str | None = None, config: str | Path | Mapping[str, Any] | None = None
 ) -> Located:
@@ -104,16 +119,7 @@ def locate(
         ConfigError: there is no config, or it has mistakes.
     """
     path, given = Path(path_or_id), os.fspath(path_or_id)
-    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
-    if path.is_file():
-        weights = path
-    elif path.is_dir():
-        weights = _weights_in(path, given)
-    elif is_hub_id(given):
-        weights = _weights_in(fetch(given, revision), given)
-    else:
-        raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
+    weights = find_weights(path_or_id, revision)
     in_run = weights.parent.name == "checkpoints"
     run = Run(path) if in_run and path.is_dir() else None
     found = config if config is not None else _config_beside(weights)

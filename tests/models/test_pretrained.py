@@ -141,7 +141,7 @@ def test_where_the_config_is_found(tmp_path):
     for weights, config in files.items():
         (tmp_path / weights).parent.mkdir()
         torch.save(model.state_dict(), tmp_path / weights)
-        with pytest.raises(ConfigError, match="no config beside the weights"):
+        with pytest.raises(ConfigError, match=r"no config beside the weights"):
             LiteVAE.from_pretrained(tmp_path / weights)
         save(training_config(model), tmp_path / config)
         assert same_weights(LiteVAE.from_pretrained(tmp_path / weights), model)
@@ -168,7 +168,7 @@ def test_weights_of_another_model(tmp_path):
     own = loaded.state_dict()
     assert all(torch.equal(own[name], t) for name, t in state.items() if name not in ("decoder.extra", misshapen))
     save_file({"encoder.other": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="of another model"):  # nothing fits: not even on request
+    with pytest.raises(ValueError, match=r"of another model"):  # nothing fits: not even on request
         LiteVAE.from_pretrained(tmp_path, allow_mismatch=True)
 
 
@@ -247,12 +247,12 @@ def test_configs_with_mistakes(change, message, tmp_path):
 def test_networks_of_ones_own(tmp_path):
     decoder = tiny().decoder
     model = LiteVAE(OwnEncoder(), decoder)
-    with pytest.raises(ValueError, match="OwnEncoder is a network of your own"):
+    with pytest.raises(ValueError, match=r"OwnEncoder is a network of your own"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
     torch.save(model.state_dict(), tmp_path / "model.ckpt")
     save(training_config(model), tmp_path / "model.yaml")
-    with pytest.raises(ConfigError, match="OwnEncoder is not a network of this package"):  # a file that came along
+    with pytest.raises(ConfigError, match=r"OwnEncoder is not a network of this package"):  # a file that came along
         LiteVAE.from_pretrained(tmp_path / "model.ckpt")
     own = LiteVAE.from_pretrained(tmp_path / "model.ckpt", config=tmp_path / "model.yaml")  # a file one names
     assert same_weights(own, model)
@@ -267,13 +267,13 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
 
 
 def test_folders_that_hold_none_or_several(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither a run folder"):
+    with pytest.raises(FileNotFoundError, match=r"neither a run folder"):
         LiteVAE.from_pretrained(tmp_path)
     tiny().save_pretrained(tmp_path)
     (tmp_path / "second.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"several files of weights \(diffusion_pytorch_model.safetensors, sec"):
         LiteVAE.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such file or folder, and not an id of the hub"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder, and not an id of the hub"):
         LiteVAE.from_pretrained(tmp_path / "missing")
 
 
@@ -340,7 +340,7 @@ def test_the_hub_says_no(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*the hub can't be reached") as caught:
         LiteVAE.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)
-    with pytest.raises(OSError, match="nobody/nothing: not uploaded"):
+    with pytest.raises(OSError, match=r"nobody/nothing: not uploaded"):
         tiny().push_to_hub("nobody/nothing", token="none")
     assert time.monotonic() - begin < 20
 
