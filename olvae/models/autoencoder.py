@@ -229,16 +229,20 @@ class LiteVAE(Autoencoder):
             return self.quantizer.post_quant_conv.in_channels
         return self.decoder.z_channels
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); float32 under autocast.
+    def moments(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast.
 
         Raises:
             ValueError: H or W is not a multiple of f.
         """
-        moments = self.encoder(x)  # (B, latent_dim, H/f, W/f)
+        moments: Tensor = self.encoder(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
-        return DiagonalGaussian(island(moments) if autocast_enabled(moments) else moments)
+        return island(moments) if autocast_enabled(moments) else moments
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); see :meth:`moments`."""
+        return DiagonalGaussian(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
