@@ -3,21 +3,41 @@
 The names of the parameters are the published ones [M]: ``encoder.*``, ``decoder.*``, ``quantizer.*``.
 """
 
-from collections.abc import Mapping
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AUTOENCODER", "load_weights", "pick_weights", "read_checkpoint", "read_weights"]
+__all__ = [
+    "AUTOENCODER",
+    "WEIGHT_SUFFIXES",
+    "load_weights",
+    "mismatches",
+    "pick_weights",
+    "read_checkpoint",
+    "read_weights",
+    "state_dict_of",
+]
 
 AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 """Prefixes of an autoencoder's parameters; a checkpoint may carry a loss, a discriminator, EMA copies besides."""
 
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Of the files that weights are read from, the preferred one first."""
+
+INERT = ("lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "typing")
+"""Packages whose objects a trainer leaves in its checkpoints beside the weights: each is read as an empty shell."""
+
+INERT_TYPES = ("Any", "bool", "defaultdict", "dict", "float", "int", "list", "str", "tuple")
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A torch file as a dictionary; only tensors and plain values are read, never code.
+    """A safetensors or torch file as a dictionary; only tensors and plain values are read, never code.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -25,80 +45,150 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if Path(path).suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with _shells(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{path}: not a readable checkpoint (cut off, of another kind, or a pickle with code)"
-        ) from error
+        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or "operand" in str(error)):
+            reason = "it holds more than tensors, code perhaps, which is not run; ask for its weights as safetensors"
+        else:
+            reason = "cut off, or of another kind"
+        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(content).__name__}")
     return content
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The autoencoder's tensors by their published names, from a Lightning checkpoint (EMA weights where it has
-    them), a bare state dict, or a safetensors file.
+def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
+    """The autoencoder's tensors by their published names, from a Lightning checkpoint, a bare state dict, or a
+    safetensors file.
+
+    Args:
+        raw: take the weights as trained where the file has averaged ones (EMA) besides, which are taken otherwise.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_checkpoint`; also where there is no autoencoder in it.
     """
-    if Path(path).suffix == ".safetensors":
-        return pick_weights(_read_safetensors(path), path)
-    return pick_weights(read_checkpoint(path), path)
+    return pick_weights(read_checkpoint(path), path, raw)
 
 
-def pick_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+def pick_weights(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Tensor]:
     """The autoencoder's tensors of what was read from ``path``; see :func:`read_weights`."""
-    content = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: not a checkpoint: its state_dict is a {type(content).__name__}")
+    content = state_dict_of(checkpoint, path, raw)
     weights = {n: t for n, t in content.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
         raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")
     return weights
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: str | Path) -> None:
+def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Any]:
+    """What a checkpoint has by the names of the model: averaged weights where it has them, unless ``raw``.
+
+    Lightning's averaging keeps the average in ``state_dict`` and the raw weights in ``current_model_state``; the
+    latent-diffusion code keeps the average of ``a.b`` as ``model_ema.ab``.
+    """
+    key = "current_model_state" if raw and "current_model_state" in checkpoint else "state_dict"
+    content = checkpoint.get(key, checkpoint)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: not a checkpoint: its {key} is a {type(content).__name__}")
+    content = {name: value for name, value in content.items() if isinstance(name, str)}
+    if raw:
+        return content
+    average = {name: content.get(f"model_ema.{name.replace('.', '')}") for name in content}
+    return {name: value if average[name] is None else average[name] for name, value in content.items()}
+
+
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    origin: str | Path,
+    allow_mismatch: bool = False,
+    prefixes: tuple[str, ...] = AUTOENCODER,
+) -> None:
     """Copy ``weights`` into the parameters and buffers of ``module`` of the same names: all of them, or none.
 
+    Args:
+        allow_mismatch: copy those that fit, and warn of the others.
+        prefixes: of the names in ``module`` that are loaded.
+
     Raises:
-        ValueError: names are missing, unexpected or of another shape; the message lists them.
+        ValueError: names are missing, unexpected or of another shape (the message lists them), or values are not
+            finite.
     """
-    own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(AUTOENCODER)}
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    misshapen = [
-        f"{name} {_shape(weights[name])} for {_shape(own[name])}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    broken = [name for name, tensor in weights.items() if name in own and not tensor.isfinite().all()]
+    own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)}
+    fitting = [name for name in own if name in weights and weights[name].shape == own[name].shape]
+    broken = [name for name in fitting if not weights[name].isfinite().all()]
     if broken:
         raise ValueError(f"{origin}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
-    report = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        if names
-    ]
+    report = mismatches({name: tuple(t.shape) for name, t in own.items()}, weights)
+    if report and not (allow_mismatch and fitting):
+        raise ValueError(f"{origin}: these weights are of another model: {report}")
     if report:
-        raise ValueError(f"{origin}: these weights are of another model: {'; '.join(report)}")
+        warnings.warn(f"{origin}: {len(fitting)} of {len(own)} tensors are loaded: {report}", stacklevel=2)
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+        for name in fitting:
+            own[name].copy_(weights[name])
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+def mismatches(own: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> str:
+    """What is missing, unexpected and of another shape, counted and named; empty if everything fits."""
+    misshapen = [
+        f"{name} {_shape(weights[name].shape)} for {_shape(shape)}"
+        for name, shape in own.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    kinds = (
+        ("missing", [name for name in own if name not in weights]),
+        ("unexpected", [name for name in weights if name not in own]),
+        ("of another shape", misshapen),
+    )
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in kinds
+        if names
+    )
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        return load_file(path)
+        return dict(load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _shells(path: str | Path) -> AbstractContextManager[object]:
+    """Lets the objects of :data:`INERT` packages be read, each as a class of the same name that holds anything and
+    does nothing; whatever else is no tensor stays refused.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a file of torch's: reading it will say so
+        names = []
+    return torch.serialization.safe_globals([_shell(name) for name in names if _is_inert(name)])
+
+
+def _is_inert(name: str) -> bool:
+    package, *_, last = name.split(".")
+    return package in INERT or (package in ("builtins", "__builtin__", "collections") and last in INERT_TYPES)
+
+
+def _shell(name: str) -> type:
+    module, _, last = name.rpartition(".")
+
+    def __init__(self: object, *args: object) -> None:  # noqa: N807
+        del self, args
+
+    def __setstate__(self: object, state: object) -> None:  # noqa: N807
+        del self, state
+
+    return type(last, (dict,), {"__module__": module, "__init__": __init__, "__setstate__": __setstate__})
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

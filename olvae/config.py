@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-__all__ = ["Config", "ConfigError", "Node", "instantiate", "load", "resolve_target", "save", "validate"]
+__all__ = ["Config", "ConfigError", "Node", "instantiate", "load", "resolve_target", "save", "unknown_keys", "validate"]
 
 Config = dict[str, Any]
 _NODE = "a node of target and params"
@@ -170,7 +170,7 @@ def validate(config: Mapping[str, Any]) -> list[str]:
     Unknown and missing keys, wrong types and targets that do not import, in every node at any depth, each
     with the nearest right name; the Trainer's keys are checked against Lightning's own signature.
     """
-    mistakes = list(_unknown(config, TOP_LEVEL, ""))
+    mistakes = list(unknown_keys(config, TOP_LEVEL, ""))
     if "model" not in config:
         mistakes.append("model: missing")
     for section in ("model", "data"):
@@ -186,7 +186,7 @@ def _check_lightning(section: Any) -> Iterator[str]:
     if not isinstance(section, Mapping):
         yield f"lightning: expected a mapping of {', '.join(LIGHTNING)}, got {section!r}"
         return
-    yield from _unknown(section, LIGHTNING, "lightning.")
+    yield from unknown_keys(section, LIGHTNING, "lightning.")
     from lightning.pytorch import Trainer
 
     trainer = section.get("trainer")
@@ -206,7 +206,7 @@ def _check_node(node: Any, where: str, filled_in: Container[str]) -> Iterator[st
     if not isinstance(node, Mapping):
         yield f"{where}: expected {_NODE}, got {node!r}"
         return
-    yield from _unknown(node, MODEL_KEYS if where == "model" else NODE_KEYS, f"{where}.")
+    yield from unknown_keys(node, MODEL_KEYS if where == "model" else NODE_KEYS, f"{where}.")
     if where == "model":
         rate = node.get("base_learning_rate", 1e-4)
         if not isinstance(rate, float | int) or isinstance(rate, bool) or rate <= 0:
@@ -237,7 +237,7 @@ def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container
     open_ended = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
     named = {n: a for n, a in arguments.items() if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
     if not open_ended:
-        yield from _unknown(params, tuple(named), f"{where}.")
+        yield from unknown_keys(params, tuple(named), f"{where}.")
     for name, argument in named.items():
         if argument.default is argument.empty and name not in params and name not in filled_in:
             yield f"{where}.{name}: missing"
@@ -275,7 +275,8 @@ def _readable(hint: Any) -> str:
     return text or str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
-def _unknown(given: Mapping[str, Any], known: Sequence[str], prefix: str) -> Iterator[str]:
+def unknown_keys(given: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
+    """One line for each key that is not known, with the nearest one that is."""
     for key in given:
         if key not in known:
             yield f"{prefix}{key}: unknown key" + (_nearest(str(key), known) or f"; known: {', '.join(known)}")

@@ -10,7 +10,11 @@ __all__ = ["command"]
 
 def command(
     targets: Annotated[
-        list[Path], typer.Argument(metavar="TARGET...", help="Run folders, or checkpoints with --config.")
+        list[str],
+        typer.Argument(
+            metavar="TARGET...",
+            help="Run folders, checkpoints, exports, ids of the Hugging Face hub, diffusers:ID_OR_FOLDER.",
+        ),
     ],
     config: Annotated[
         Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
@@ -43,20 +47,20 @@ def command(
     from olvae.evaluation.evaluator import METRICS, autoencoder_reconstruction, bicubic_reconstruction, evaluate
     from olvae.evaluation.protocol import Protocol
     from olvae.evaluation.report import print_results, write_figure, write_metrics
-    from olvae.evaluation.targets import find_target
+    from olvae.evaluation.targets import find_target, name_apart
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise ConfigError(f"--metrics {metrics}: choose from {', '.join(METRICS)}")
-    found = [find_target(target, config) for target in targets]
+    found = name_apart([find_target(target, config) for target in targets])
     first = found[0]
     if "data" not in first.config:
         raise ConfigError(f"{targets[0]}: its config has no data to evaluate on")
     if out is None and first.run is None:
-        raise ConfigError("--out DIR says where the results of a checkpoint go")
+        raise ConfigError("--out DIR says where the results go: the first target is not a run folder")
     source = cfg.instantiate(first.config["data"])
-    folder = out or targets[0]
+    folder = out or Path(targets[0])
     folder.mkdir(parents=True, exist_ok=True)
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

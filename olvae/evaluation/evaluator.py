@@ -12,7 +12,7 @@ from olvae.data.pixels import Bands, from_uint8, image_to_tensor, tensor_to_pict
 from olvae.data.source import Batch
 from olvae.metrics.psnr import psnr
 from olvae.metrics.ssim import ssim
-from olvae.models.autoencoder import LiteVAE
+from olvae.models.autoencoder import Autoencoder
 
 __all__ = ["METRICS", "Result", "autoencoder_reconstruction", "bicubic_reconstruction", "evaluate"]
 
@@ -85,7 +85,7 @@ def _result(target: str, n: int, values: Mapping[str, list[Tensor]], kept: list[
     )
 
 
-def autoencoder_reconstruction(model: LiteVAE, device: str = "cpu") -> Reconstruct:
+def autoencoder_reconstruction(model: Autoencoder, device: str = "cpu") -> Reconstruct:
     """From the posterior's mode, clamped and rounded; computed on a device, given back on the CPU."""
     model = model.to(device)
 

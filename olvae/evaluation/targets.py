@@ -1,68 +1,181 @@
-"""What can be evaluated: a run folder, or a checkpoint with a config."""
+"""What can be evaluated, exported, encoded with: anything that a command's TARGET may be."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
 
 from olvae import config as cfg
-from olvae.checkpoint import load_weights, read_weights
+from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
-from olvae.models.autoencoder import LiteVAE
-from olvae.runs import Run, open_run
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.diffusers_autoencoder import class_of, find_folder, load_diffusers
+from olvae.models.hub import is_hub_id
+from olvae.models.latent_diffusion import from_latent_diffusion, latent_diffusion_prefix
+from olvae.models.pretrained import CLASS_NAME, build_autoencoder, find_weights, load_located, locate
+from olvae.runs import Run
 
-__all__ = ["Target", "build_autoencoder", "find_target"]
+__all__ = ["KINDS", "Target", "find_target", "name_apart"]
 
-AUTOENCODER_KEYS = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
+KINDS = (
+    "a run folder, a .ckpt or .safetensors file, an exported folder, an id of the Hugging Face hub (OWNER/NAME), or "
+    "diffusers:ID_OR_FOLDER"
+)
+DIFFUSERS = "diffusers:"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A config and the weights that belong to it."""
+    """An autoencoder that was found, not loaded yet."""
 
     name: str
-    config: Config
-    weights: Path
+    given: str
+    """As the user wrote it."""
+    config: Config = field(repr=False)
+    """The training config; empty where there is none: exports, the hub, diffusers."""
     run: Run | None
+    trained: Callable[[], Autoencoder] = field(repr=False)
+    fresh: Callable[[], Autoencoder] = field(repr=False)
 
-    def load(self) -> LiteVAE:
-        """The autoencoder, in evaluation mode; averaged weights where the checkpoint has them."""
-        model = build_autoencoder(self.config)
-        load_weights(model, read_weights(self.weights), self.weights)
-        return model.eval()
+    def load(self) -> Autoencoder:
+        """The autoencoder, in evaluation mode and in float32.
 
-    def untrained(self) -> LiteVAE:
-        """The autoencoder as it was before the first step: the run's seed gives the same weights again."""
+        Raises:
+            ValueError: the weights are not readable, not finite, or of another model.
+        """
+        return self.trained()
+
+    def untrained(self) -> Autoencoder:
+        """The autoencoder as it was before the first step: a run's seed gives the same weights again."""
         run = self.config.get("run") or {}
         pl.seed_everything(run.get("initial_seed", run.get("seed", 0)), verbose=False)
-        return build_autoencoder(self.config).eval()
+        return self.fresh().eval()
 
 
-def find_target(path: str | Path, config: str | Path | None = None) -> Target:
-    """A run folder, or a checkpoint together with its config.
+def find_target(
+    text: str | Path,
+    config: str | Path | None = None,
+    config_base: str | Path | None = None,
+    raw: bool = False,
+    allow_mismatch: bool = False,
+) -> Target:
+    """Find what a TARGET names; see :data:`KINDS`. Checkpoints of latent-diffusion's KL autoencoder are files too.
+
+    Args:
+        config: of a checkpoint, instead of the one that lies beside it.
+        config_base: a folder in which a run's config is looked for by the run's name.
+        raw: weights as trained, where there are averaged ones (EMA) besides.
+        allow_mismatch: load the tensors that fit, and warn of the others.
 
     Raises:
-        FileNotFoundError: the path is neither, or lacks its parts.
-        ConfigError: the config has mistakes, or a checkpoint came without one.
+        FileNotFoundError: there is no such thing, or the hub can't be reached.
+        ConfigError: the config has mistakes, or there is none.
+        ValueError: the file is not readable, or of a kind that is none of these.
     """
-    path = Path(path)
-    if path.is_dir():
-        run = open_run(path)
-        weights, source = run.last_checkpoint, config or run.config
-    elif path.is_file():
-        run, weights = None, path
-        if config is None:
-            raise ConfigError(f"{path}: a checkpoint needs its config: add --config CFG, or give the run folder")
-        source = config
-    else:
-        raise FileNotFoundError(f"{path}: neither a run folder nor a checkpoint")
-    loaded = cfg.load([source])
-    if mistakes := cfg.validate(loaded):
+    given = str(text)
+    if given.startswith(DIFFUSERS):
+        return _diffusers_target(given, find_folder(given.removeprefix(DIFFUSERS)), raw, allow_mismatch)
+    path = Path(given)
+    if not path.exists() and not is_hub_id(given):
+        raise FileNotFoundError(f"{given}: not there; a target is {KINDS}")
+    if path.is_dir() and ((path / "model_index.json").is_file() or _class_in(path) not in (None, CLASS_NAME)):
+        raise ValueError(f"{given}: a folder of diffusers: as a target, {DIFFUSERS}{given}")
+    weights = find_weights(given)
+    suffix = ", raw weights" if raw else ""
+    ours = weights.parent.name == "checkpoints" or _class_in(weights.parent) == CLASS_NAME
+    if not ours and (found := _latent_diffusion(weights, given, raw, allow_mismatch)):
+        return replace(found, name=found.name + suffix)
+    if config is None and config_base is not None and weights.parent.name == "checkpoints":
+        config = find_config(config_base, weights.parent.parent.resolve().name)
+    located = locate(given, config=config)
+    if located.run is not None and (mistakes := cfg.validate(located.config)):
         raise ConfigError(*mistakes)
-    return Target(run.path.name if run else str(path), loaded, weights, run)
+    return Target(
+        name=(path.resolve().name if path.is_dir() else given) + suffix,
+        given=given,
+        config=located.config,
+        run=located.run,
+        trained=lambda: load_located(located, raw, allow_mismatch),
+        fresh=lambda: build_autoencoder(**located.params),
+    )
 
 
-def build_autoencoder(config: Config) -> LiteVAE:
-    """The plain autoencoder of a config's model node, with fresh weights."""
-    params = config["model"]["params"]
-    return LiteVAE.from_config(**{key: params[key] for key in AUTOENCODER_KEYS if key in params})
+def find_config(base: str | Path, run_name: str) -> Path:
+    """The YAML file in a folder, or below it, that has the name of a run, whole or without its first and last part.
+
+    A run's name is ``<timestamp>_<config>_<precision>`` [R].
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    if not Path(base).is_dir():
+        raise ConfigError(f"--config_base {base}: no such folder")
+    names = [run_name, "_".join(run_name.split("_")[1:-1])]
+    for name in names:
+        files = sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name)
+        if len(files) > 1:
+            raise ConfigError(f"--config_base {base}: several files for {run_name}: {', '.join(map(str, files))}")
+        if files:
+            return files[0]
+    tried = " nor ".join(f"{name}.yaml" for name in names if name)
+    raise ConfigError(f"--config_base {base}: no config for {run_name}: neither {tried}; name it with --config")
+
+
+def name_apart(targets: Sequence[Target]) -> list[Target]:
+    """The targets with names of which no two are equal: as the user wrote them, and counted, where that takes it."""
+    for rename in (lambda t, _: t.given, lambda t, n: f"{t.name} ({n})"):
+        counts = Counter(target.name for target in targets)
+        seen: Counter[str] = Counter()
+        out: list[Target] = []
+        for target in targets:
+            seen[target.name] += 1
+            again = counts[target.name] > 1
+            out.append(replace(target, name=rename(target, seen[target.name])) if again else target)
+        targets = out
+    return list(targets)
+
+
+def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool) -> Target:
+    if class_of(folder) == CLASS_NAME:  # an export of ours, in a pipeline
+        return replace(find_target(folder, raw=raw, allow_mismatch=allow_mismatch), name=given, given=given)
+    return Target(
+        name=given,
+        given=given,
+        config={},
+        run=None,
+        trained=lambda: load_diffusers(folder),
+        fresh=lambda: load_diffusers(folder, trained=False),
+    )
+
+
+def _class_in(folder: Path) -> str | None:
+    """The class in a folder's config.json, if there is one."""
+    try:
+        return class_of(folder)
+    except ConfigError:
+        return None
+
+
+def _latent_diffusion(weights: Path, given: str, raw: bool, allow_mismatch: bool) -> Target | None:
+    state = state_dict_of(read_checkpoint(weights), weights, raw)
+    if any(name.startswith("encoder.down_blocks.") for name in state):
+        raise ValueError(
+            f"{given}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
+        )
+    if latent_diffusion_prefix(state) is None:
+        return None
+
+    def load(trained: bool) -> Autoencoder:
+        again = state_dict_of(read_checkpoint(weights), weights, raw)
+        return from_latent_diffusion(again, weights, allow_mismatch, trained)
+
+    return Target(
+        name=given,
+        given=given,
+        config={},
+        run=None,
+        trained=lambda: load(True),
+        fresh=lambda: load(False),
+    )

@@ -1,18 +1,51 @@
 """LiteVAE as a plain module: images to a posterior, latents to images. No Lightning needed."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, instantiate
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.halves import Decoder, Encoder
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 
-__all__ = ["LiteVAE", "Quantizer"]
+__all__ = ["Autoencoder", "LiteVAE", "Quantizer"]
+
+
+class Autoencoder(nn.Module):
+    """What evaluation, latents and reconstruction ask of any autoencoder; images are in [-1, 1]."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the image."""
+        raise NotImplementedError
+
+    @property
+    def downscale(self) -> int:
+        """f: how many pixels of the image, per side, one latent position stands for."""
+        raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        """n_z: channels of the latent."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Posterior:
+        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
+        """Reconstruction, from the posterior's mode or from a sample, and the posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
 
 class Quantizer(nn.Module):
@@ -30,7 +63,7 @@ class Quantizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
 
 
-class LiteVAE(nn.Module):
+class LiteVAE(Autoencoder):
     """An autoencoder for latent diffusion.
 
     Args:
@@ -47,6 +80,11 @@ class LiteVAE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = quantizer
+        self.folded = False
+        """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
+        self.scaling_factor, self.shift_factor = 1.0, 0.0
+        """What a diffusion model on these latents takes: (z - shift_factor) * scaling_factor. Kept for it, not used
+        by encode and decode."""
         if quantizer is None:
             _check(
                 "encoder's latent_dim",
@@ -89,6 +127,76 @@ class LiteVAE(nn.Module):
         encoder = instantiate(encoder_config, latent_dim=2 * embed_dim)
         return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        config: str | Path | Mapping[str, Any] | None = None,
+        raw: bool = False,
+        allow_mismatch: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> "LiteVAE":
+        """A trained autoencoder, in evaluation mode.
+
+        Args:
+            path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config beside
+                it, a folder with one of each, or an id of the Hugging Face hub, such as
+                RGenDiff/olitevaeB_im_f8c12.
+            revision: of the hub's repository: a branch, tag or commit.
+            config: the config instead of the one beside the weights: a YAML file, a config.json, or its content.
+            raw: the weights as trained, where there are averaged ones (EMA) besides.
+            allow_mismatch: load the tensors that fit, and warn of the others.
+            dtype: of the parameters.
+
+        Raises:
+            FileNotFoundError: there is no such thing, here or on the hub, or the hub can't be reached.
+            ConfigError: there is no config, or it has mistakes, or names code from outside this package.
+            ValueError: the weights are not readable, not finite, or of another model; the message lists the names.
+        """
+        from olvae.models.pretrained import load_located, locate
+
+        return load_located(locate(path_or_id, revision, config), raw, allow_mismatch, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which :meth:`from_pretrained` and
+        diffusers read; ``olvae export`` makes a model card besides, and checks what it wrote.
+
+        Raises:
+            ValueError: a network is not of this package, or some weights are not finite.
+        """
+        from olvae.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        message: str = "Upload a LiteVAE autoencoder",
+        token: str | None = None,
+    ) -> str:
+        """Save it to a repository of the Hugging Face hub, which is made if need be; the address of the commit.
+
+        Args:
+            repo_id: OWNER/NAME.
+            private: make the repository a private one.
+            message: of the commit.
+            token: instead of the one in the environment (HF_TOKEN) or of ``hf auth login``.
+
+        Raises:
+            OSError: the hub refuses, or can't be reached.
+        """
+        from tempfile import TemporaryDirectory
+
+        from olvae.models.hub import upload
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, private, message, token)
+
     @torch.no_grad()
     def _shift_logvar(self, shift: float) -> "LiteVAE":
         last = list((self.quantizer.quant_conv if self.quantizer else self.encoder).modules())[-1]
@@ -98,27 +206,43 @@ class LiteVAE(nn.Module):
         return self
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of :meth:`from_config` that build it again."""
+        return {
+            "encoder_config": self.encoder.node,
+            "decoder_config": self.decoder.node,
+            "embed_dim": self.latent_channels,
+            "use_quant": self.quantizer is not None,
+        }
+
+    @property
+    def in_channels(self) -> int:
+        return self.encoder.in_channels
+
+    @property
     def downscale(self) -> int:
-        """f: how many pixels of the image, per side, one latent position stands for."""
         return self.encoder.downscale
 
     @property
     def latent_channels(self) -> int:
-        """n_z: channels of the latent."""
         if self.quantizer is not None:
             return self.quantizer.post_quant_conv.in_channels
         return self.decoder.z_channels
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); float32 under autocast.
+    def moments(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast.
 
         Raises:
             ValueError: H or W is not a multiple of f.
         """
-        moments = self.encoder(x)  # (B, latent_dim, H/f, W/f)
+        moments: Tensor = self.encoder(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
-        return DiagonalGaussian(island(moments) if autocast_enabled(moments) else moments)
+        return island(moments) if autocast_enabled(moments) else moments
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); see :meth:`moments`."""
+        return DiagonalGaussian(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
@@ -136,6 +260,7 @@ class LiteVAE(nn.Module):
         """A copy for inference whose self-modulated convolutions are ordinary ones: same function, faster."""
         folded = fold_smc(self)
         assert isinstance(folded, LiteVAE)
+        folded.folded = True
         return folded
 
 

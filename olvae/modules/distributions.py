@@ -5,7 +5,7 @@ from torch import Tensor
 
 from olvae.modules.precision import island
 
-__all__ = ["DiagonalGaussian"]
+__all__ = ["Deterministic", "DiagonalGaussian", "Posterior"]
 
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 
@@ -16,6 +16,8 @@ class DiagonalGaussian:
     Args:
         moments: (B, 2 n_z, h, w): the means, then the log-variances, which are clamped to [-30, 20].
     """
+
+    deterministic = False
 
     def __init__(self, moments: Tensor) -> None:
         if moments.shape[1] % 2:
@@ -43,3 +45,44 @@ class DiagonalGaussian:
         """KL(self || N(0, I)) of each sample in nats, summed over its latent, in float32 or better: (B,)."""
         mean, logvar = island(self.mean), island(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+
+
+class Deterministic:
+    """The latent of an autoencoder that gives no distribution: all of the mass in one point.
+
+    Its variance is 0; it has no log-variance and no KL that is finite, and says so when asked.
+
+    Args:
+        latent: (B, n_z, h, w).
+    """
+
+    deterministic = True
+
+    def __init__(self, latent: Tensor) -> None:
+        self.mean = latent
+
+    @property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    @property
+    def var(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    @property
+    def logvar(self) -> Tensor:
+        raise ValueError("a deterministic latent has no log-variance")
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG002  (there is no noise)
+        """The latent itself."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        raise ValueError("a deterministic latent has no finite KL")
+
+
+Posterior = DiagonalGaussian | Deterministic
+"""What encoding gives."""

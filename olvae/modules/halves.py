@@ -1,11 +1,27 @@
 """What an autoencoder asks of its two halves; derive from these to bring your own."""
 
+import inspect
+from typing import Any
+
 from torch import nn
 
 __all__ = ["Decoder", "Encoder"]
 
 
-class Encoder(nn.Module):
+class _Half(nn.Module):
+    node: dict[str, Any]
+    """The ``target`` and ``params`` that build it again, defaults included: what a saved model's config has."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        half = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
+        bound.apply_defaults()
+        params = dict(list(bound.arguments.items())[1:])  # without self
+        half.__dict__["node"] = {"target": f"{cls.__module__}.{cls.__qualname__}", "params": params}
+        return half
+
+
+class Encoder(_Half):
     """Images (B, in_channels, H, W) to (B, latent_dim, H/downscale, W/downscale)."""
 
     in_channels: int
@@ -15,7 +31,7 @@ class Encoder(nn.Module):
     """The size in pixels at which the model is meant to be used: what summaries count operations at."""
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
     """Latents (B, z_channels, h, w) to images (B, out_channels, upscale h, upscale w)."""
 
     z_channels: int

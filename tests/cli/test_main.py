@@ -138,10 +138,10 @@ def test_validate(olvae, config, tmp_path):
         (["train", "--base", "configs/demo.yaml", "data.params.size=60"], 2, "use 56 or 64"),
         (["train", "--base", "configs/demo.yaml", "data.params.batch_size=6000"], 1, "larger than the data"),
         (["train", "--base", "configs/demo.yaml", "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
-        (["evaluate", "missing"], 1, "neither a run folder nor a checkpoint"),
-        (["evaluate", "configs/demo.yaml"], 2, "add --config CFG"),
+        (["evaluate", "missing"], 1, "a target is a run folder"),
+        (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
         (["evaluate", "--metrics", "fid", "configs"], 2, "choose from psnr, ssim"),
-        (["evaluate", "configs"], 1, "not a run folder"),
+        (["evaluate", "configs"], 1, "neither a run folder"),
         (["trian"], 2, "No such command"),
     ],
 )
@@ -159,7 +159,7 @@ def test_mistakes_are_one_line(olvae, tmp_path, monkeypatch, arguments, code, te
 
 
 def test_debug_shows_the_traceback():
-    with pytest.raises(FileNotFoundError, match="neither a run folder"):
+    with pytest.raises(FileNotFoundError, match="not there"):
         main(["evaluate", "missing", "--debug"])
 
 

@@ -1,0 +1,151 @@
+"""LiteVAE as a model of diffusers, for its pipelines in place of AutoencoderKL."""
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.pretrained import autoencoder_params, build_autoencoder, export_config
+
+__all__ = ["AutoencoderLiteVAE"]
+
+
+class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
+    """A LiteVAE with the interface of diffusers' ``AutoencoderKL``.
+
+    Its ``from_pretrained`` and ``save_pretrained`` are diffusers' own, for the folders that ``olvae export`` writes.
+    As in AutoencoderKL, ``encode`` and ``decode`` work on the model's own latents; pipelines and trainers apply
+    ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor.
+
+    Args:
+        encoder_config, decoder_config, embed_dim, use_quant: see :meth:`LiteVAE.from_config`; networks of this package
+            only, because a config may come from the hub.
+        folded: the self-modulated convolutions are ordinary ones.
+        scaling_factor, shift_factor: for a diffusion model on the latents.
+        block_out_channels, force_upcast, in_channels, latent_channels, out_channels, sample_size,
+            use_post_quant_conv, use_quant_conv: what pipelines read of an AutoencoderKL's config. They follow from
+            the others, and are checked if given.
+
+    Raises:
+        ConfigError: the config has mistakes, or names code from outside this package.
+        ValueError: what follows from the others is not what was given.
+    """
+
+    @register_to_config  # type: ignore[misc, unused-ignore]
+    def __init__(
+        self,
+        encoder_config: dict[str, Any],
+        decoder_config: dict[str, Any],
+        embed_dim: int,
+        use_quant: bool = False,
+        folded: bool = False,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        block_out_channels: list[int] | None = None,
+        force_upcast: bool | None = None,
+        in_channels: int | None = None,
+        latent_channels: int | None = None,
+        out_channels: int | None = None,
+        sample_size: int | None = None,
+        use_post_quant_conv: bool | None = None,
+        use_quant_conv: bool | None = None,
+    ) -> None:
+        super().__init__()
+        given = {
+            "encoder_config": encoder_config,
+            "decoder_config": decoder_config,
+            "embed_dim": embed_dim,
+            "use_quant": use_quant,
+            "folded": folded,
+            "scaling_factor": scaling_factor,
+            "shift_factor": shift_factor,
+        }
+        built = build_autoencoder(**autoencoder_params(given, type(self).__name__, only_ours=True))
+        self.encoder = built.encoder
+        self.decoder = built.decoder
+        self.quantizer = built.quantizer
+        self.use_slicing = False
+
+        follows = {name: value for name, value in export_config(built).items() if name not in given}
+        del follows["_class_name"]
+        said = {
+            "block_out_channels": None if block_out_channels is None else list(block_out_channels),
+            "force_upcast": force_upcast,
+            "in_channels": in_channels,
+            "latent_channels": latent_channels,
+            "out_channels": out_channels,
+            "sample_size": sample_size,
+            "use_post_quant_conv": use_post_quant_conv,
+            "use_quant_conv": use_quant_conv,
+        }
+        for name, value in said.items():
+            if value is not None and value != follows[name]:
+                raise ValueError(f"{name} is {value}, but the networks make it {follows[name]}: leave it out")
+        self.register_to_config(**follows)
+
+    @classmethod
+    def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":
+        """One with the weights of ``autoencoder``, which the two share."""
+        config = export_config(autoencoder)
+        model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
+        model.encoder, model.decoder = autoencoder.encoder, autoencoder.decoder
+        model.quantizer = autoencoder.quantizer
+        return model.train(autoencoder.training)  # type: ignore[no-any-return]
+
+    @property
+    def autoencoder(self) -> LiteVAE:
+        """The plain module over the same weights."""
+        plain = LiteVAE(self.encoder, self.decoder, self.quantizer)
+        plain.folded = self.config["folded"]
+        plain.scaling_factor, plain.shift_factor = self.config["scaling_factor"], self.config["shift_factor"]
+        return plain.train(self.training)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """(B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, H/f, W/f).
+
+        Raises:
+            ValueError: H or W is not a multiple of f.
+        """
+        moments = self.autoencoder.moments
+        h = torch.cat([moments(image) for image in x.split(1)]) if self.use_slicing else moments(x)
+        posterior = DiagonalGaussianDistribution(h)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,  # noqa: ARG002  (pipelines give one; nothing here is random)
+    ) -> DecoderOutput | tuple[Tensor]:
+        """(B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        decode = self.autoencoder.decode
+        x = torch.cat([decode(latent) for latent in z.split(1)]) if self.use_slicing else decode(z)
+        return DecoderOutput(sample=x) if return_dict else (x,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Reconstruction of (B, C, H, W), from the posterior's mode or from a sample."""
+        (posterior,) = self.encode(sample, return_dict=False)
+        return self.decode(  # type: ignore[no-any-return]
+            posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict=return_dict
+        )
+
+    def enable_slicing(self) -> None:
+        """Encode and decode a batch image by image, in the memory of one; the result is the same."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False

@@ -1,0 +1,170 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file
+
+from olvae import AutoencoderLiteVAE, LiteVAE
+from olvae.config import ConfigError
+from tests.conftest import tiny_config
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "quantizer"])
+def vae(request) -> LiteVAE:
+    params = tiny_config(use_quant=request.param)["model"]["params"]
+    model = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
+    model.scaling_factor, model.shift_factor = 0.5, 0.125
+    return model
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 24) * 2 - 1
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_there_and_back(vae, image, tmp_path):
+    """An export, diffusers' class from it, that one's own saving, and ours again: bit for bit the same."""
+    vae.save_pretrained(tmp_path / "a")
+    model = AutoencoderLiteVAE.from_pretrained(tmp_path / "a")
+    assert not model.training
+    model.save_pretrained(tmp_path / "b")
+    back = LiteVAE.from_pretrained(tmp_path / "b")
+    back.save_pretrained(tmp_path / "c")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
+    assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "c" / "config.json").read_text()
+    expected = vae(image)[0]
+    assert torch.equal(model(image).sample, expected)
+    assert torch.equal(back(image)[0], expected)
+    assert (back.scaling_factor, back.shift_factor) == (0.5, 0.125)
+    shared = AutoencoderLiteVAE.from_autoencoder(vae)
+    assert torch.equal(shared(image).sample, expected)
+    assert shared.encoder is vae.encoder
+    assert torch.equal(shared.autoencoder(image)[0], expected)
+
+
+def test_folded(vae, image, tmp_path):
+    vae.fold().save_pretrained(tmp_path)
+    model = AutoencoderLiteVAE.from_pretrained(tmp_path)
+    assert model.config.folded
+    assert "decoder.mid.0.conv1.weight" in load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(model(image).sample, vae(image)[0], rtol=1e-5, atol=1e-6)
+    assert model.autoencoder.folded
+
+
+def test_the_interface_is_that_of_autoencoder_kl(vae, image):
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    theirs = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                           up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    read_by_pipelines = (
+        "block_out_channels", "force_upcast", "in_channels", "latent_channels", "out_channels", "sample_size",
+        "scaling_factor", "shift_factor", "use_post_quant_conv", "use_quant_conv",
+    )  # fmt: skip
+    assert set(read_by_pipelines) <= set(theirs.config) & set(model.config)
+    assert 2 ** (len(model.config.block_out_channels) - 1) == vae.downscale == 8
+    assert (model.config.latent_channels, model.config.scaling_factor, model.config.shift_factor) == (4, 0.5, 0.125)
+    assert (model.config.sample_size, model.config.force_upcast) == (16, False)
+    assert model.config.use_quant_conv == (vae.quantizer is not None)
+
+    posterior, ours = model.encode(image).latent_dist, vae.encode(image)
+    (other,) = model.encode(image, return_dict=False)
+    assert type(posterior) is type(other) is type(theirs.encode(torch.zeros(1, 3, 16, 16)).latent_dist)
+    assert torch.equal(posterior.mean, ours.mean)
+    assert torch.equal(posterior.logvar, ours.logvar)
+    z = posterior.sample(torch.Generator().manual_seed(1))
+    assert torch.equal(z, ours.sample(torch.Generator().manual_seed(1)))
+    assert torch.equal(model.decode(z).sample, vae.decode(z))
+    assert torch.equal(model.decode(z, return_dict=False, generator=None)[0], vae.decode(z))
+    sampled = model(image, sample_posterior=True, generator=torch.Generator().manual_seed(1)).sample
+    assert torch.equal(sampled, vae.decode(z))
+    assert torch.equal(model(image, return_dict=False)[0], vae(image)[0])
+
+
+def test_slicing_changes_nothing_but_the_batch(vae, image, monkeypatch):
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    whole = model(image).sample
+    sizes: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    model.enable_slicing()
+    torch.testing.assert_close(model(image).sample, whole, rtol=1e-5, atol=1e-6)
+    assert sizes == [1] * 6
+    model.disable_slicing()
+    model(image)
+    assert sizes[6:] == [3, 3]
+
+
+def test_dtypes(vae, image, tmp_path):
+    vae.save_pretrained(tmp_path)
+    half = AutoencoderLiteVAE.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(
+        half(image.bfloat16()).sample, LiteVAE.from_pretrained(tmp_path, dtype=half.dtype)(image.bfloat16())[0]
+    )
+    assert half.to(torch.float32).dtype == torch.float32
+    half.to("meta")
+    assert half.device.type == "meta"
+
+
+def dit(channels: int = 4) -> DiTTransformer2DModel:
+    torch.manual_seed(2)
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=1,
+        sample_size=4,
+        num_embeds_ada_norm=1000,
+    ).eval()
+
+
+def test_a_pipeline_makes_an_image(vae, tmp_path):
+    pipeline = DiTPipeline(dit(), AutoencoderLiteVAE.from_autoencoder(vae), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(pipeline: DiTPipeline) -> torch.Tensor:
+        return pipeline(
+            [3, 7], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt"
+        ).images
+
+    latents: list[torch.Tensor] = []
+    handle = vae.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0]))
+    images = run(pipeline)
+    handle.remove()
+    assert images.shape == (2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(images, (vae.decoder(latents[0]) / 2 + 0.5).clamp(0, 1))
+    assert images.std() > 0
+
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"][1] == "AutoencoderLiteVAE"
+    again = DiTPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert isinstance(again.vae, AutoencoderLiteVAE)
+    assert torch.equal(run(again), images)
+    assert torch.equal(
+        LiteVAE.from_pretrained(tmp_path / "vae").decode(torch.ones(1, 4, 2, 2)), vae.decode(torch.ones(1, 4, 2, 2))
+    )
+
+
+def test_a_config_from_outside_runs_no_code(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["decoder_config"]["target"] = "subprocess.Popen"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"subprocess.Popen is not a network of this package"):
+        AutoencoderLiteVAE.from_pretrained(tmp_path)
+
+
+def test_a_config_that_contradicts_itself(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "latent_channels": 5}))
+    with pytest.raises(ValueError, match=r"latent_channels is 5, but the networks make it 4"):
+        AutoencoderLiteVAE.from_pretrained(tmp_path)

@@ -1,0 +1,377 @@
+import http.server
+import json
+import os
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from olvae import LiteVAE
+from olvae.config import ConfigError, load, save
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.pretrained import PUBLISHED, WEIGHTS_NAME, build_autoencoder
+from olvae.modules.halves import Encoder
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from tests.conftest import tiny_config
+from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
+
+ROOT = Path(__file__).parent.parent.parent
+PUBLISHED_YAML = ROOT / "configs" / "olitevaeB_im_f8c12.yaml"
+
+
+@pytest.fixture(scope="module")
+def reference() -> LiteVAE:
+    """The reference's small cases as one autoencoder."""
+    encoder = fill(LiteVAE_Encoder(**parity_case("encoder_S")["config"]))
+    return LiteVAE(encoder, fill(LiteVAE_Decoder(**parity_case("decoder")["config"])))
+
+
+def training_config(model: LiteVAE) -> dict:
+    """As the published YAML has it."""
+    node = {"target": "olvae.models.liteautoencoder.LiteAutoencoderKL"}
+    params = {**model.config, "lossconfig": {"target": "torch.nn.Identity"}, "use_ema": False}
+    return {"model": {"base_learning_rate": 1e-4, **node, "params": params}}
+
+
+def tiny(**changes) -> LiteVAE:
+    return LiteVAE.from_config(
+        **{k: v for k, v in tiny_config(**changes)["model"]["params"].items() if k != "lossconfig"}
+    )
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
+@pytest.mark.parametrize("form", ["lightning", "bare", "safetensors", "averaged", "model_ema", "run", "export"])
+def test_parity_through_every_format(reference, form, tmp_path):
+    state = reference.state_dict()
+    noise = {name: torch.randn_like(t) for name, t in state.items()}
+    beside = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3, 3)}
+    config = tmp_path / "config.yaml"
+    save(training_config(reference), config)
+    path = tmp_path / "model.ckpt"
+    match form:
+        case "lightning":  # with what Lightning keeps of OmegaConf's and of its own objects
+            hparams = OmegaConf.create({"ddconfig": {"ch_mult": [1, 2]}, "lr": "${x}", "x": 1e-4})
+            torch.save({"state_dict": state | beside, "epoch": 3, "hyper_parameters": hparams}, path)
+        case "bare":
+            torch.save(state, path)
+        case "safetensors":
+            path = tmp_path / "model.safetensors"
+            save_file(state, path)
+        case "averaged":
+            torch.save({"state_dict": state, "current_model_state": noise, "averaging_state": {}}, path)
+        case "model_ema":
+            average = {f"model_ema.{name.replace('.', '')}": t for name, t in state.items()}
+            torch.save({"state_dict": noise | average | beside | {"model_ema.decay": torch.ones(())}}, path)
+        case "run":
+            (tmp_path / "checkpoints").mkdir()
+            torch.save({"state_dict": state | beside}, tmp_path / "checkpoints" / "last.ckpt")
+            path = tmp_path
+        case "export":
+            path = tmp_path / "export"
+            reference.save_pretrained(path)
+    model = LiteVAE.from_pretrained(path)
+    assert not model.training
+    for name, run in (("encoder_S", model.encoder), ("decoder", model.decode)):
+        case = parity_case(name)
+        with torch.no_grad():
+            assert_parity(run(recipe_input(case["input"])), case["output"])
+    assert same_weights(model, reference)
+    if form in ("averaged", "model_ema"):
+        raw = LiteVAE.from_pretrained(path, raw=True)
+        assert all(torch.equal(t, noise[name]) for name, t in raw.state_dict().items())
+
+
+def test_the_published_yaml_and_names(tmp_path):
+    state = {name: torch.full(shape, 0.01 * (k % 7)) for k, (name, shape) in enumerate(published_names().items())}
+    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, tmp_path / "olitevae.ckpt")
+    model = LiteVAE.from_pretrained(tmp_path / "olitevae.ckpt", config=PUBLISHED_YAML)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert model.decode(model.encode(torch.zeros(1, 3, 16, 16)).mode()).shape == (1, 3, 16, 16)
+
+
+def test_the_published_model_needs_no_yaml():
+    params = load([PUBLISHED_YAML])["model"]["params"]
+    kept = {key: params[key] for key in ("encoder_config", "decoder_config", "embed_dim", "use_quant")}
+    with torch.device("meta"):
+        ours, theirs = build_autoencoder(**PUBLISHED["RGenDiff/olitevaeB_im_f8c12"]), LiteVAE.from_config(**kept)
+    shapes = [{name: t.shape for name, t in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert shapes[0] == published_names()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("folded", [False, True])
+def test_saving_and_loading(dtype, folded, tmp_path):
+    model = tiny(use_quant=True).to(dtype).eval()
+    model = model.fold() if folded else model
+    model.scaling_factor, model.shift_factor = 0.7, -0.25
+    model.save_pretrained(tmp_path)
+    again = LiteVAE.from_pretrained(tmp_path, dtype=dtype)
+    assert same_weights(again, model)
+    assert (again.folded, again.scaling_factor, again.shift_factor) == (folded, 0.7, -0.25)
+    x = torch.rand(1, 3, 16, 16, dtype=dtype)
+    assert torch.equal(again(x)[0], model(x)[0])
+    assert {t.dtype for t in LiteVAE.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    again.save_pretrained(tmp_path / "twice")
+    for file in (WEIGHTS_NAME, "config.json"):
+        assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_a_model_put_together_by_hand_can_be_saved(tmp_path):
+    model = LiteVAE(LiteVAE_Encoder(8, "S"), LiteVAE_Decoder(8, 4, num_res_blocks=0, channel_mult=(1, 1, 1, 2)))
+    model.save_pretrained(tmp_path)
+    assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
+
+
+def test_where_the_config_is_found(tmp_path):
+    model = tiny()
+    files = {"checkpoints/step=2.ckpt": "config.yaml", "a/model.ckpt": "a/model.yaml", "b/model.pt": "b/published.yml"}
+    for weights, config in files.items():
+        (tmp_path / weights).parent.mkdir()
+        torch.save(model.state_dict(), tmp_path / weights)
+        with pytest.raises(ConfigError, match=r"no config beside the weights"):
+            LiteVAE.from_pretrained(tmp_path / weights)
+        save(training_config(model), tmp_path / config)
+        assert same_weights(LiteVAE.from_pretrained(tmp_path / weights), model)
+        assert same_weights(LiteVAE.from_pretrained((tmp_path / weights).parent), model)
+
+
+# Weights that do not fit
+
+
+def test_weights_of_another_model(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS_NAME)
+    missing, misshapen, *_ = state
+    del state[missing]
+    state[misshapen] = torch.zeros(2, 2)
+    state["decoder.extra"] = torch.zeros(1)
+    save_file(state, tmp_path / WEIGHTS_NAME)
+    listed = rf"1 missing \({missing}\); 1 unexpected \(decoder.extra\); 1 of another shape \({misshapen} 2x2 for"
+    with pytest.raises(ValueError, match=listed):
+        LiteVAE.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=listed):
+        loaded = LiteVAE.from_pretrained(tmp_path, allow_mismatch=True)
+    own = loaded.state_dict()
+    assert all(torch.equal(own[name], t) for name, t in state.items() if name not in ("decoder.extra", misshapen))
+    save_file({"encoder.other": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=r"of another model"):  # nothing fits: not even on request
+        LiteVAE.from_pretrained(tmp_path, allow_mismatch=True)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_hostile_and_broken_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    save(training_config(model), tmp_path / "config.yaml")
+    state = model.state_dict()
+    save_file(state, "whole.safetensors")
+    whole = Path("whole.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    save_file(state | {"encoder.aggregator.conv_out.bias": torch.full((8,), torch.nan)}, "nan.safetensors")
+    torch.save({"state_dict": state, "x": Harmful()}, "code.ckpt")
+    Path("code.pt").write_bytes(pickle.dumps(Harmful()))
+    torch.save({"fc.weight": torch.zeros(3)}, "other.ckpt")
+    torch.save({"state_dict": 3}, "three.ckpt")
+    for file, message in {
+        "cut.safetensors": "not a readable safetensors file",
+        "nan.safetensors": r"1 of its tensors .* not finite \(encoder.aggregator.conv_out.bias",
+        "code.ckpt": "more than tensors, code perhaps, which is not run",
+        "code.pt": "more than tensors, code perhaps, which is not run",
+        "other.ckpt": "no autoencoder in it",
+        "three.ckpt": "its state_dict is a int",
+        "config.yaml": "not a file of weights",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{file}: .*{message}") as caught:
+            LiteVAE.from_pretrained(file)
+        assert "\n" not in str(caught.value)
+    assert not Path("harmed").exists()
+
+
+class OwnEncoder(Encoder):
+    def __init__(self, latent_dim: int = 8) -> None:
+        super().__init__()
+        self.in_channels, self.latent_dim, self.downscale, self.image_size = 3, latent_dim, 8, 64
+        self.conv = torch.nn.Conv2d(3, latent_dim, 8, stride=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_config.target": "os.system"}, "encoder_config.target: os.system is not a network of this package"),
+        (
+            {"encoder_config.target": "olvae.training.run.train"},
+            "is not a kind of olvae.modules.halves.Encoder",
+        ),
+        ({"encoder_config": {"target": "olvae.runs.Run", "params": {"path": "x"}}}, "olvae.runs.Run is not a kind of"),
+        ({"decoder_config.params.chanels": 3}, "decoder_config.params.chanels: unknown key; did you mean channels"),
+        ({"embed_dims": 4}, "embed_dims: unknown key; did you mean embed_dim"),
+        ({"embed_dim": "four"}, "embed_dim: expected int, got 'four'"),
+        ({"embed_dim": None}, "embed_dim: expected int, got None"),
+        ({"scaling_factor": 0}, "scaling_factor: expected a number above 0, got 0"),
+        ({"shift_factor": float("nan")}, "shift_factor: expected a number, got nan"),
+        ({"_class_name": "AutoencoderKL"}, "the config of diffusers' AutoencoderKL.* diffusers:FOLDER"),
+    ],
+)
+def test_configs_with_mistakes(change, message, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key, value in change.items():
+        *path, last = key.split(".")
+        node = content
+        for part in path:
+            node = node[part]
+        node[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"config.json: .*{message}"):
+        LiteVAE.from_pretrained(tmp_path)
+
+
+def test_networks_of_ones_own(tmp_path):
+    decoder = tiny().decoder
+    model = LiteVAE(OwnEncoder(), decoder)
+    with pytest.raises(ValueError, match=r"OwnEncoder is a network of your own"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    torch.save(model.state_dict(), tmp_path / "model.ckpt")
+    save(training_config(model), tmp_path / "model.yaml")
+    with pytest.raises(ConfigError, match=r"OwnEncoder is not a network of this package"):  # a file that came along
+        LiteVAE.from_pretrained(tmp_path / "model.ckpt")
+    own = LiteVAE.from_pretrained(tmp_path / "model.ckpt", config=tmp_path / "model.yaml")  # a file one names
+    assert same_weights(own, model)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    model = tiny()
+    model.decoder.conv_out.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match=r"not finite \(decoder.conv_out.bias"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_hold_none_or_several(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither a run folder"):
+        LiteVAE.from_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "second.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"several files of weights \(diffusion_pytorch_model.safetensors, sec"):
+        LiteVAE.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder, and not an id of the hub"):
+        LiteVAE.from_pretrained(tmp_path / "missing")
+
+
+# The hub
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch) -> Path:
+    """A folder of the hub's cache, which stands for the repository RGenDiff/tiny; nothing is asked of a server."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit, repo = "0" * 40, tmp_path / "models--RGenDiff--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    return repo / "snapshots" / commit
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "epoch=3.ckpt"])
+def test_a_repository_in_the_cache(cached, file):
+    model = tiny()
+    save(training_config(model), cached / "some_name.yaml")
+    if file.endswith("ckpt"):
+        torch.save({"state_dict": model.state_dict()}, cached / file)
+    else:
+        save_file(model.state_dict(), cached / file)
+    assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny"), model)
+
+
+def test_a_config_from_the_hub_builds_our_networks_only(cached):
+    config = training_config(tiny())
+    config["model"]["params"]["encoder_config"]["target"] = "subprocess.run"
+    save(config, cached / "config.yaml")
+    torch.save({"encoder.x": torch.zeros(1)}, cached / "model.ckpt")
+    with pytest.raises(ConfigError, match=r"subprocess.run is not a network of this package: refused"):
+        LiteVAE.from_pretrained("RGenDiff/tiny")
+
+
+def test_the_hub_says_no(tmp_path, monkeypatch):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound" if "revision/v9" in self.path else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    begin = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*no such repository on the hub"):
+        LiteVAE.from_pretrained("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"^a/b@v9: the repository has no such revision"):
+        LiteVAE.from_pretrained("a/b", revision="v9")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*the hub can't be reached") as caught:
+        LiteVAE.from_pretrained("nobody/nothing")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OSError, match=r"nobody/nothing: not uploaded"):
+        tiny().push_to_hub("nobody/nothing", token="none")
+    assert time.monotonic() - begin < 20
+
+
+def test_pushing(monkeypatch):
+    class Api:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir()), commit_message))
+            assert same_weights(LiteVAE.from_pretrained(folder_path), model)
+            return "https://huggingface.co/me/mine/commit/1"
+
+    calls, model = [], tiny()
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert model.push_to_hub("me/mine", private=True, message="First", token="t").endswith("commit/1")
+    assert calls == [
+        ("token", "t"),
+        ("create", "me/mine", True, True),
+        ("upload", "me/mine", ["config.json", WEIGHTS_NAME], "First"),
+    ]
+
+
+def test_a_training_module_loads_what_is_saved(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    trained = LiteAutoencoderKL(**tiny_config()["model"]["params"])
+    trained.load_state_dict(load_file(tmp_path / WEIGHTS_NAME), strict=True)
+    assert same_weights(trained.autoencoder, model)
