@@ -59,8 +59,8 @@ def command(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = dict(zip(_names([target.name for target in found]), (target.load() for target in found), strict=True))
 
-    encoder = next(iter(models.values())).encoder
-    source = source_of(found[0].config, data, channels=encoder.in_channels)
+    channels = next(iter(models.values())).in_channels
+    source = source_of(found[0].config, data, channels=channels)
     count, batches = source.count("test"), source.test_loader(batch_size or (8 if data else None))
     described = {"source": data or found[0].config["data"]["target"], "images": source.test_images}
 

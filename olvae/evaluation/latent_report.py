@@ -15,14 +15,14 @@ from olvae.data.pixels import from_uint8
 from olvae.data.source import Batch
 from olvae.evaluation.latent_summary import ACTIVE_VARIANCE, LatentSummary
 from olvae.evaluation.latents import LatentAccumulator, image_key
-from olvae.models.autoencoder import LiteVAE
+from olvae.models.autoencoder import Autoencoder
 
 __all__ = ["encode_latents", "print_latents", "report_content", "write_report"]
 
 
 @torch.inference_mode()
 def encode_latents(
-    models: Mapping[str, LiteVAE], batches: Iterable[Batch], device: str = "cpu", images: int | None = None
+    models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu", images: int | None = None
 ) -> dict[str, LatentAccumulator]:
     """Encode the same images with every model, in one pass.
 
@@ -54,7 +54,7 @@ def encode_latents(
     return accumulators
 
 
-def _check(name: str, model: LiteVAE, x: Tensor) -> None:
+def _check(name: str, model: Autoencoder, x: Tensor) -> None:
     channels, height, width = x.shape[1:]
     factor = model.downscale
     if height % factor or width % factor:
@@ -62,8 +62,8 @@ def _check(name: str, model: LiteVAE, x: Tensor) -> None:
             f"{name}: images of {height}x{width} pixels, but its latent stands for {factor}x{factor} pixels each: "
             f"use a size that is a multiple of {factor}"
         )
-    if channels != model.encoder.in_channels:
-        raise ValueError(f"{name}: takes images of {model.encoder.in_channels} channels, these have {channels}")
+    if channels != model.in_channels:
+        raise ValueError(f"{name}: takes images of {model.in_channels} channels, these have {channels}")
 
 
 def report_content(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any]) -> dict[str, Any]:

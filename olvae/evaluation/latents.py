@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.evaluation.latent_summary import EDGES, LatentSummary, Totals
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import Posterior
 
 __all__ = ["MMD_LATENTS", "LatentAccumulator", "image_key"]
 
@@ -55,7 +55,7 @@ class LatentAccumulator:
         """Images seen."""
         return self.totals.n if self.totals else 0
 
-    def update(self, posterior: DiagonalGaussian, keys: Sequence[int]) -> None:
+    def update(self, posterior: Posterior, keys: Sequence[int]) -> None:
         """Add a batch.
 
         Args:

@@ -133,8 +133,8 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
     (broken / "a.png").write_bytes(b"not a picture")
     out = ["--out", tmp_path / "out"]
     cases = [
-        (["missing", *out], 1, "neither a run folder nor a checkpoint"),
-        ([empty, *out], 1, "not a run folder"),
+        (["missing", *out], 1, "not there; a target is"),
+        ([empty, *out], 1, "neither a run folder"),
         ([weights, *out], 2, "add --config CFG"),
         ([weights, "--config", config], 2, "--out DIR"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "add --data SRC"),
