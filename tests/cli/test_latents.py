@@ -1,6 +1,7 @@
 """``olvae latents`` as a user types it, on runs that were trained for two steps."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -120,7 +121,8 @@ def test_two_models_on_a_folder(olvae, run, tmp_path, image_folder):
 
 
 def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
-    weights, config = run / "checkpoints/last.ckpt", run / "config.yaml"
+    config = run / "config.yaml"
+    weights = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "loose.ckpt")
     empty = tmp_path / "empty"
     empty.mkdir()
     changed = load([config])
@@ -135,7 +137,7 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
     cases = [
         (["missing", *out], 1, "not there; a target is"),
         ([empty, *out], 1, "neither a run folder"),
-        ([weights, *out], 2, "add --config CFG"),
+        ([weights, *out], 2, "name it with --config"),
         ([weights, "--config", config], 2, "--out DIR"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "add --data SRC"),
         ([weights, "--config", tmp_path / "size.yaml", *out], 1, "images of 20x20 pixels"),
