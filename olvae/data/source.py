@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from olvae.data.faults import Fault, Faults, Losses
+from olvae.data.transforms import EvalTransform
 
 __all__ = ["Batch", "Consumer", "Loader", "Part", "Sample", "Source", "this_process"]
 
@@ -35,6 +36,8 @@ class Sample(NamedTuple):
     image: Tensor | None
     key: str
     faults: tuple[Fault, ...] = ()
+    enlarged: bool = False
+    """Whether the picture was smaller than the image."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Source(ABC):
         self.channels = channels
         self.max_unreadable = max_unreadable
         self.losses = Losses()
+        self.eval_transform = EvalTransform(size)
+        """What makes validation and test images of pictures; an evaluation may put another one here."""
 
     @property
     @abstractmethod
@@ -105,7 +110,15 @@ class Source(ABC):
     @property
     def test_images(self) -> str:
         """How the test images are made, for the evaluation's protocol."""
-        return "bicubic antialiased resize of the shorter side, centre crop"
+        return self.eval_transform.describe()
+
+    def limit(self, images: int) -> None:
+        """Test with the first so many images only.
+
+        Raises:
+            ValueError: there are fewer, or only reading them would tell which are the first.
+        """
+        raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
 
     @abstractmethod
     def describe(self) -> str:
@@ -139,7 +152,7 @@ class Source(ABC):
 class Loader(DataLoader[Any]):
     """Batches of a source; keeps the account of what could not be read.
 
-    ``faults`` is that account.
+    ``faults`` is that account; ``enlarged`` counts the validation or test images that were made of smaller pictures.
     """
 
     def __init__(self, dataset: Any, source: Source, faults: Faults, batch_size: int, **options: Any) -> None:
@@ -155,14 +168,15 @@ class Loader(DataLoader[Any]):
             **options,
         )
         self.faults = faults
-        self._shape = (0, source.channels, source.size, source.size)
+        self.enlarged = 0
 
     def __iter__(self) -> Any:
         rank, world = this_process()
         if isinstance(self.dataset, _Share):
             self.dataset.rank, self.dataset.world = rank, world
-        for image, keys, faults in super().__iter__():
+        for image, keys, faults, enlarged in super().__iter__():
             self.faults.take(faults, len(keys), world)
+            self.enlarged += enlarged
             if keys:
                 yield {"image": image, "key": keys}
         self.faults.end_of_epoch()
@@ -205,11 +219,12 @@ class _Once(_Share):
         return self.source.once(self.part, Consumer(worker * self.world + self.rank, workers * self.world))
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], list[Fault]]:
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], list[Fault], int]:
     images = [sample.image for sample in samples if sample.image is not None]
     keys = [sample.key for sample in samples if sample.image is not None]
     faults = [fault for sample in samples for fault in sample.faults]
-    return (torch.stack(images) if images else torch.empty(0)), keys, faults
+    enlarged = sum(sample.enlarged for sample in samples)
+    return (torch.stack(images) if images else torch.empty(0)), keys, faults, enlarged
 
 
 def this_process() -> tuple[int, int]:

@@ -70,6 +70,7 @@ class WebDatasetSource(Source):
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
         self.shuffle = shuffle
+        self._limited = False
         self.image_key = image_key
         self.transform = RandomScaleCrop(size, min_fraction, filters, flip)
         found = find_shards(shards)
@@ -111,10 +112,25 @@ class WebDatasetSource(Source):
         if images is not None and images < consumers:
             raise ValueError(f"{images} training images for {consumers} processes: lower data.params.num_workers")
 
+    def limit(self, images: int) -> None:
+        total, left, shards = self.count("test"), images, []
+        if total is None or images > total:
+            has = "an unknown number of" if total is None else total
+            raise ValueError(f"the set has {has} images, and not surely the {images} asked for")
+        for shard in self.val:
+            assert shard.images is not None
+            shards.append(shard._replace(images=min(left, shard.images)))
+            left -= shards[-1].images or 0
+            if not left:
+                break
+        self.val, self._limited = shards, True
+
     def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:  # noqa: ARG002
         for shard in self.val[consumer.index :: consumer.count]:
             read = 0
             for entry in read_shard(shard, self.image_key):
+                if self._limited and read == shard.images:
+                    break
                 if isinstance(entry, Fault):
                     missing = max(0, (shard.images or 0) - read)
                     lost = [Fault(entry.name, entry.reason, str(read + i)) for i in range(missing)]
@@ -122,7 +138,7 @@ class WebDatasetSource(Source):
                     continue
                 read += 1
                 try:
-                    yield eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.size)
+                    yield eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)
                 except UnreadableImageError as error:
                     yield Sample(None, entry.key, (Fault(error.name, error.reason),))
 
