@@ -78,6 +78,8 @@ class Source(ABC):
         self.channels = channels
         self.max_unreadable = max_unreadable
         self.losses = Losses()
+        self.crops: str | None = None
+        """How the pictures to test with were cut, if they are parts of others."""
         self.eval_transform = EvalTransform(size)
         """What makes validation and test images of pictures; an evaluation may put another one here."""
 
@@ -110,7 +112,7 @@ class Source(ABC):
     @property
     def test_images(self) -> str:
         """How the test images are made, for the evaluation's protocol."""
-        return self.eval_transform.describe()
+        return self.crops or self.eval_transform.describe()
 
     def limit(self, images: int) -> None:
         """Test with the first so many images only.
