@@ -59,6 +59,7 @@ class Photo:
     def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
         self.name = name
         self.channels = channels
+        self.content = content
         self._image: Picture
         try:
             self._image = self._open(content)
@@ -74,6 +75,11 @@ class Photo:
     def format(self) -> str | None:
         """Pillow's name of the file's format; None for an array or a picture in memory."""
         return self._image.format if isinstance(self._image, Image.Image) else None
+
+    @property
+    def mode(self) -> str | None:
+        """Pillow's name of the pixels' kind in the file, such as RGB or I;16; None for an array."""
+        return self._image.mode if isinstance(self._image, Image.Image) else None
 
     def read(self, shrink: int = 1) -> Picture:
         """The pixels, turned upright, 8 bits per channel.
