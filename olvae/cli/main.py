@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from olvae.cli import bench, evaluate, latents, tables, train, validate
+from olvae.cli import bench, data, evaluate, latents, tables, train, validate
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,7 @@ for command in (train, evaluate, latents, validate, tables):
     )
 
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 MANY_VALUES = ("--base", "-b")
 """Options that take several values after one flag, as the latent-diffusion commands do."""
