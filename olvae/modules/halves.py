@@ -1,8 +1,20 @@
 """What an autoencoder asks of its two halves; derive from these to bring your own."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import NamedTuple
 
-__all__ = ["Decoder", "Encoder"]
+from torch import Tensor, nn
+
+__all__ = ["Decoder", "Encoder", "Stage"]
+
+
+class Stage(NamedTuple):
+    """A step of a decoder that sees only a neighbourhood: to compute a window of its output, widen the window by
+    ``reach`` positions on every side, then shrink it by ``scale``; that is the window of its input."""
+
+    run: Callable[[Tensor], Tensor]
+    reach: int
+    scale: int = 1
 
 
 class Encoder(nn.Module):
@@ -21,3 +33,7 @@ class Decoder(nn.Module):
     z_channels: int
     out_channels: int
     upscale: int
+
+    def stages(self) -> list[Stage] | None:
+        """The steps of ``forward``, which tiles are cut between; None, if any step sees the whole image."""
+        return None
