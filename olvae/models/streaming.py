@@ -57,9 +57,7 @@ def encode_within(
             "allow more memory, or a smaller image"
         )
     if encoder.training or x.dtype != torch.float32:
-        raise ValueError(
-            "encode_within streams float32 images through a model in evaluation mode, under autocast or not"
-        )
+        raise ValueError("streaming takes float32 images and a model in evaluation mode: call model.eval() first")
     sizes = [4.0**-level for level in range(1, encoder.levels + 1)]
     weights = iter([*sizes, sizes[-1]])
     done, whole = 0.0, x.shape[0] * (sum(sizes) + sizes[-1])
@@ -163,11 +161,11 @@ class _Stream:
         mean, square = grouped.sum(2) / (grouped.shape[2] * height * width)
         rstd = (square - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
         repeat = grouped.shape[2]
-        scale = rstd.repeat_interleave(repeat) * norm.weight.double().cpu()
-        shift = norm.bias.double().cpu() - mean.repeat_interleave(repeat) * scale
-        a = scale.float().to(self.device).view(-1, 1, 1)
-        b = shift.float().to(self.device).view(-1, 1, 1)
-        return lambda x: F.silu(x.float() * a + b)
+        shift, scale = (
+            values.repeat_interleave(repeat).float().to(self.device).view(-1, 1, 1) for values in (mean, rstd)
+        )
+        weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
+        return lambda x: F.silu((x.float() - shift) * scale * weight + bias)
 
     def post_activation(self, block: PostActivationBlock, inputs: Sequence[_Plane]) -> _Plane:
         h = self.conv(block.conv1, inputs)

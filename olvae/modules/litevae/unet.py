@@ -21,15 +21,22 @@ def _conv1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, which also takes groups of one value, as images of one latent position have: that value becomes 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class PostActivationBlock(nn.Module):
     """conv, GroupNorm, SiLU, conv, GroupNorm, SiLU, then the (1x1-projected) input is added [M]."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 8) -> None:
         super().__init__()
         self.conv1 = _conv3(in_channels, out_channels)
-        self.norm1 = nn.GroupNorm(groups, out_channels)
+        self.norm1 = GroupNorm(groups, out_channels)
         self.conv2 = _conv3(out_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels)
         self.residual_conv = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,9 +54,9 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(gcd(32, in_channels), in_channels)
+        self.norm1 = GroupNorm(gcd(32, in_channels), in_channels)
         self.conv1 = _conv3(in_channels, out_channels)
-        self.norm2 = nn.GroupNorm(gcd(32, out_channels), out_channels)
+        self.norm2 = GroupNorm(gcd(32, out_channels), out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv3(out_channels, out_channels)
         self.shortcut = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
