@@ -1,5 +1,6 @@
 """``olvae reconstruct``."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import Progress, TaskID
 
 __all__ = ["command"]
 
@@ -43,6 +45,7 @@ def command(
     """
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from olvae.config import ConfigError
@@ -82,23 +85,28 @@ def command(
 
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for number, job in enumerate(jobs, start=1):
-            task = progress.add_task(f"{number}/{len(jobs)} {job.source.name}", total=1.0)
+            task = progress.add_task(f"{number}/{len(jobs)} {escape(job.source.name)}", total=1.0)
+            advance = partial(_advance, progress, task)
             try:
-                value = run_job(model, job, settings, lambda done, task=task: progress.update(task, completed=done))  # type: ignore[misc]
+                value = run_job(model, job, settings, advance)
             except ValueError as error:
                 failed += 1
-                typer.echo(f"error: {error}", err=True)
+                console.print(f"error: {error}")
             else:
-                typer.echo(f"{value:6.2f} dB  {job.source} -> {job.out}", err=True)
+                console.print(f"{value:6.2f} dB  {job.source} -> {job.out}")
             progress.remove_task(task)
     done = len(jobs) - failed
     if done:
         typer.echo(f"{done} of {len(jobs)} reconstructed by {found.name}: {out}", err=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _advance(progress: "Progress", task: "TaskID", done: float) -> None:
+    progress.update(task, completed=done)
 
 
 def _device(name: str | None) -> "torch.device":

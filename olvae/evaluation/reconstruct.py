@@ -127,7 +127,12 @@ def reconstruct(
         y = decode_tiled(model, z, settings.tile, memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
     if not torch.isfinite(y).all():
         raise ValueError("the reconstruction has values that are not finite: use --precision 32 or look at the weights")
-    return to_uint8(crop_to(y, size))[0].cpu()
+    return _by_rows(lambda rows: to_uint8(rows).cpu(), crop_to(y, size)[0])
+
+
+def _by_rows(function: Callable[..., Tensor], *images: Tensor) -> Tensor:
+    """A function of single pixels of (C, H, W), without its intermediate results for all of them at once."""
+    return torch.cat([function(*rows) for rows in zip(*(image.split(64, 1) for image in images), strict=True)], dim=1)
 
 
 def psnr_by_rows(x: Tensor, y: Tensor) -> float:
@@ -151,7 +156,7 @@ def run_job(model: LiteVAE, job: Job, settings: Settings, progress: Callable[[fl
         {
             f"input {size}": x,
             f"output {value:.2f} dB": y,
-            "error, white: 64/255": error_map(x[None], y[None])[0],
+            "error, white: 64/255": _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
         }
     )
     _write(job.out, lambda path: _save(y, path))

@@ -11,7 +11,7 @@ from olvae.models.memory import GIB, peak_bytes
 from olvae.models.receptive import Range, decode_window
 from olvae.modules.halves import Decoder, Stage
 
-__all__ = ["decode_tiled", "tile_bytes", "tile_for"]
+__all__ = ["decode_tiled", "split", "tile_bytes", "tile_for"]
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def _decode(
     f = decoder.upscale
     height, width = z.shape[-2:]
     image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
-    windows = [(rows, columns) for rows in _split(height, tile, f) for columns in _split(width, tile, f)]
+    windows = [(rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)]
     for done, (rows, columns) in enumerate(windows, start=1):
         image[..., slice(*rows), slice(*columns)] = decode_window(stages, z, (rows, columns))
         if progress is not None:
@@ -89,7 +89,7 @@ def _decode(
     return image
 
 
-def _split(size: int, tile: int, f: int) -> list[Range]:
+def split(size: int, tile: int, f: int) -> list[Range]:
     """As few pieces of at most ``tile`` positions as will do, of about one size; in pixels."""
     pieces = -(-size // tile)
     edges = [f * (size * i // pieces) for i in range(pieces + 1)]

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from olvae.metrics.psnr import psnr
 from olvae.models.anysize import pad_to_multiple
 from tests.models.test_autoencoder import tiny
 
+ROOT = Path(__file__).parent.parent.parent
 CPU = Settings(torch.device("cpu"), memory=2**30)
 
 
@@ -131,3 +134,62 @@ def test_values_that_are_not_finite(tmp_path):
     torch.nn.init.constant_(vae.decoder.conv_in.bias, torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         reconstruct(vae, torch.zeros(3, 8, 8, dtype=torch.uint8), CPU)
+
+
+FULL_SIZE = """
+import sys
+from pathlib import Path
+
+import torch
+
+from olvae import config as cfg
+from olvae.evaluation import reconstruct as module
+from olvae.evaluation.targets import build_autoencoder
+from olvae.models.receptive import decode_window
+from olvae.models.tiling import decode_tiled, split, tile_for
+
+
+def status(key):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+
+def watched(*arguments):
+    image = decode_tiled(*arguments)
+    kept.extend((arguments[1], image))
+    return image
+
+
+kept = []
+module.decode_tiled = watched
+source, out = map(Path, sys.argv[1:])
+model = build_autoencoder(cfg.load(["configs/olitevaeB_im_f8c12.yaml"])).eval().fold()
+(job,) = module.plan([source], out)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
+module.run_job(model, job, module.Settings(torch.device("cpu"), 2**30))
+added = status("VmHWM") - before
+
+z, image = kept
+worst = 0.0
+rows, columns = (split(size, tile_for(model.decoder, 2**30, tuple(z.shape)), 8) for size in z.shape[-2:])
+with torch.no_grad():
+    for _, y in rows[:-1]:
+        for _, x in columns[:-1]:
+            window = (y - 16, y + 16), (x - 16, x + 16)
+            again = decode_window(model.decoder.stages(), z, window)
+            worst = max(worst, float((again - image[..., slice(*window[0]), slice(*window[1])]).abs().max()))
+print(added, worst)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_photograph_in_two_gib(tmp_path):
+    """The published networks on 3000x2000 pixels: added memory, and the seams' crossings decoded anew."""
+    data = pytest.importorskip("skimage.data")
+    (tmp_path / "out").mkdir()
+    Image.fromarray(data.astronaut()).resize((3000, 2000), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "photo.png"), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    added, worst = done.stdout.split()
+    assert int(added) < 2 * 2**30
+    assert float(worst) < 1e-4

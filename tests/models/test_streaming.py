@@ -116,3 +116,13 @@ def test_one_latent_position_in_the_narrowest_networks():
             whole = vae.train().encode(x).mean
         assert torch.isfinite(whole).all()
         torch.testing.assert_close(encode_within(vae.eval(), x, 1).mean, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_strips_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = autoencoder().cuda()
+    x = torch.randn(1, 3, 88, 40, device="cuda")
+    with torch.no_grad():
+        whole = vae.encode(x).mean
+    torch.testing.assert_close(encode_within(vae, x, 300_000).mean, whole, rtol=0, atol=1e-4)

@@ -9,7 +9,7 @@ from torch import nn
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
 from olvae.models.memory import GIB
-from olvae.models.tiling import decode_tiled, tile_bytes, tile_for
+from olvae.models.tiling import decode_tiled, split, tile_bytes, tile_for
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
@@ -138,6 +138,24 @@ def test_mistakes():
             decode_tiled(vae, z, **both)
     with pytest.raises(ValueError, match="at least one latent position, got 0"):
         decode_tiled(vae, z, tile=0)
+
+
+def test_pieces_are_even():
+    assert split(10, 4, 8) == [(0, 24), (24, 48), (48, 80)]
+    assert split(3, 9, 8) == [(0, 24)]
+    for size, tile in ((250, 59), (7, 3), (13, 1)):
+        pieces = split(size, tile, 1)
+        assert [place for piece in pieces for place in range(*piece)] == list(range(size))
+        assert max(b - a for a, b in pieces) <= tile
+
+
+@pytest.mark.gpu
+def test_tiles_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = autoencoder(channel_mult=(1, 2, 4, 4), num_res_blocks=2).cuda()
+    z = torch.randn(1, 4, 50, 37, device="cuda")
+    with torch.no_grad():
+        assert (decode_tiled(vae, z, 13) - vae.decode(z)).abs().max() < 1e-4
 
 
 @pytest.mark.slow
