@@ -23,7 +23,7 @@ def config(tmp_path, image_folder):
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["validate"], ["tables"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["reconstruct"], ["validate"], ["tables"]])
 def test_help(olvae, command):
     code, out, _ = olvae(*command, "--help")
     assert code == 0
