@@ -1,6 +1,5 @@
 """Autoencoders of diffusers (KL, Tiny, DC, ...) behind the interface of our own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.hub import is_hub_id, snapshot
+from olvae.models.pretrained import class_in
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 
-__all__ = ["DiffusersAutoencoder", "class_of", "find_folder", "load_diffusers"]
+__all__ = ["DiffusersAutoencoder", "find_folder", "load_diffusers"]
 
 SUBFOLDER = "vae"
 """Where pipelines keep their autoencoder."""
@@ -110,15 +110,6 @@ def find_folder(text: str) -> Path:
     )
 
 
-def class_of(folder: Path) -> str:
-    """The class that a folder's config.json names."""
-    try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ConfigError(f"{folder}/config.json: not a config of diffusers: it has no _class_name") from error
-    return str(name)
-
-
 def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     """The autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
 
@@ -129,7 +120,9 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     import diffusers
     from diffusers import ModelMixin
 
-    name = class_of(folder)
+    name = class_in(folder)
+    if name is None:
+        raise ConfigError(f"{folder}/config.json: not a config of diffusers: it has no _class_name")
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and ("Autoencoder" in name or name == "VQModel")):
         raise ConfigError(f"{folder}/config.json: {name} is not an autoencoder of diffusers {diffusers.__version__}")

@@ -29,6 +29,7 @@ __all__ = [
     "Located",
     "autoencoder_params",
     "build_autoencoder",
+    "class_in",
     "export_config",
     "find_weights",
     "load_located",
@@ -250,6 +251,7 @@ def save_pretrained(model: LiteVAE, folder: str | Path) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     partial = folder / f".{WEIGHTS_NAME}.partial"
     save_file(weights, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors lets the owner alone read it
     partial.replace(folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -270,6 +272,16 @@ def read_config(path: str | Path) -> Config:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a config is a mapping, not a {type(content).__name__}")
     return content
+
+
+def class_in(folder: Path) -> str | None:
+    """The class of diffusers', or ours, that a folder's config.json names."""
+    try:
+        content = read_config(folder / CONFIG_NAME)
+    except ConfigError:
+        return None
+    name = content.get("_class_name")
+    return name if isinstance(name, str) else None
 
 
 def _weights_in(folder: Path, name: str) -> Path:

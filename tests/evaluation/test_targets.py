@@ -255,7 +255,7 @@ def test_what_is_no_autoencoder_of_diffusers(tmp_path):
             find_target(f"diffusers:{tmp_path}").load()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"has no _class_name"):
-        find_target(f"diffusers:{tmp_path}")
+        find_target(f"diffusers:{tmp_path}").load()
     with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
         find_target("diffusers:nothing here")
 
