@@ -39,7 +39,7 @@ def config(tmp_path, image_folder):
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["validate"], ["tables"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["export"], ["validate"], ["tables"]])
 def test_help(olvae, command):
     code, out, _ = olvae(*command, "--help")
     assert code == 0

@@ -14,13 +14,13 @@ from olvae.export.onnx import export_onnx, export_program, halves
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
-SIZES = ((1, 40, 24), (2, 8, 72), (5, 16, 16))
+SIZES = ((1, 40, 24), (2, 4, 72), (5, 16, 16))
 
 
 def tiny(encoder: dict | None = None, decoder: dict | None = None, use_quant: bool = False) -> LiteVAE:
     params = tiny_config()["model"]["params"]
-    params["encoder_config"]["params"] |= encoder or {}
-    params["decoder_config"]["params"] |= decoder or {}
+    params["encoder_config"]["params"] |= {"dct_levels": 2} | (encoder or {})  # f4: a graph that is made in seconds
+    params["decoder_config"]["params"] |= {"channel_mult": [1, 1, 1]} | (decoder or {})
     return LiteVAE.from_config(params["encoder_config"], params["decoder_config"], 4, use_quant).eval()
 
 
@@ -67,7 +67,7 @@ def test_other_networks(encoder, decoder, tmp_path):
 def test_torch_export_is_right_at_sizes_not_seen():
     model = tiny()
     encoder, decoder = (export_program(half).module() for half in halves(model))
-    for batch, height, width in ((1, 40, 24), (2, 16, 72), (5, 16, 16)):
+    for batch, height, width in ((1, 40, 24), (2, 8, 72), (5, 16, 16)):
         x = torch.rand(batch, 3, height, width) * 2 - 1
         with torch.no_grad():
             moments = encoder(x)
