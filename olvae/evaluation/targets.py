@@ -11,7 +11,7 @@ from olvae import config as cfg
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder
-from olvae.models.diffusers_autoencoder import find_folder, load_diffusers
+from olvae.models.diffusers_autoencoder import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.hub import is_hub_id
 from olvae.models.latent_diffusion import from_latent_diffusion, latent_diffusion_prefix
 from olvae.models.pretrained import CLASS_NAME, build_autoencoder, class_in, find_weights, load_located, locate
@@ -80,7 +80,7 @@ def find_target(
     path = Path(given)
     if not path.exists() and not is_hub_id(given):
         raise FileNotFoundError(f"{given}: not there; a target is {KINDS}")
-    if path.is_dir() and ((path / "model_index.json").is_file() or class_in(path) not in (None, CLASS_NAME)):
+    if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: a folder of diffusers: as a target, {DIFFUSERS}{given}")
     weights = find_weights(given)
     suffix = ", raw weights" if raw else ""

@@ -1,5 +1,7 @@
 """Autoencoders of diffusers (KL, Tiny, DC, ...) behind the interface of our own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from olvae.models.hub import is_hub_id, snapshot
 from olvae.models.pretrained import class_in
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 
-__all__ = ["DiffusersAutoencoder", "find_folder", "load_diffusers"]
+__all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]
 
 SUBFOLDER = "vae"
 """Where pipelines keep their autoencoder."""
@@ -129,9 +131,10 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     if not trained:
         return DiffusersAutoencoder(kind.from_config(kind.load_config(folder))).eval()
     try:
-        model, report = kind.from_pretrained(
-            folder, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, local_files_only=True
-        )
+        with _quiet():
+            model, report = kind.from_pretrained(
+                folder, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+            )
     except Exception as error:  # of many kinds, by what is broken
         raise ValueError(f"{folder}: not a readable {name}: {str(error).strip().splitlines()[0]}") from error
     kinds = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
@@ -142,6 +145,19 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     if broken:
         raise ValueError(f"{folder}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
     return DiffusersAutoencoder(model).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what diffusers says of its own configs and of weights; what matters of it is checked here."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _download(repo_id: str, subfolder: str) -> Path:
