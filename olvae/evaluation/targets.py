@@ -11,10 +11,11 @@ from olvae import config as cfg
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder
+from olvae.models.description import CLASS_NAME, build_autoencoder, class_in
 from olvae.models.diffusers_autoencoder import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.hub import is_hub_id
 from olvae.models.latent_diffusion import from_latent_diffusion, latent_diffusion_prefix
-from olvae.models.pretrained import CLASS_NAME, build_autoencoder, class_in, find_weights, load_located, locate
+from olvae.models.pretrained import find_weights, load_located, locate
 from olvae.runs import Run
 
 __all__ = ["KINDS", "Target", "find_target", "name_apart"]
@@ -34,7 +35,8 @@ class Target:
     given: str
     """As the user wrote it."""
     config: Config = field(repr=False)
-    """The training config; empty where there is none: exports, the hub, diffusers."""
+    """The training config; empty for exports, the hub, diffusers, and where the config only came along with weights,
+    because its data would be built from it: name it with ``config``."""
     run: Run | None
     trained: Callable[[], Autoencoder] = field(repr=False)
     fresh: Callable[[], Autoencoder] = field(repr=False)
@@ -90,7 +92,7 @@ def find_target(
     if config is None and config_base is not None and weights.parent.name == "checkpoints":
         config = find_config(config_base, weights.parent.parent.resolve().name)
     located = locate(given, config=config)
-    if located.run is not None and (mistakes := cfg.validate(located.config)):
+    if located.config and (mistakes := cfg.validate(located.config)):
         raise ConfigError(*mistakes)
     return Target(
         name=(path.resolve().name if path.is_dir() else given) + suffix,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from olvae.export.card import model_card
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.pretrained import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
+from olvae.models.description import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 
 __all__ = ["DTYPES", "Provenance", "check_empty", "export", "read_factors"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
+from olvae.models.description import class_in
 from olvae.models.hub import is_hub_id, snapshot
-from olvae.models.pretrained import class_in
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 
 __all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]

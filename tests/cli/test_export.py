@@ -8,8 +8,8 @@ import torch
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.cli.main import main
 from olvae.config import save
+from olvae.models.description import WEIGHTS_NAME
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.pretrained import WEIGHTS_NAME
 from tests.conftest import tiny_config
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.export import folder as folder_module
 from olvae.export.folder import Provenance, export, read_factors
-from olvae.models.pretrained import WEIGHTS_NAME
+from olvae.models.description import WEIGHTS_NAME
 from tests.conftest import tiny_config
 
 SOURCE = Provenance("a_run", config=tiny_config(), licence="mit", factors_from="measured")

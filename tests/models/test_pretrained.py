@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
 from olvae.config import ConfigError, load, save
+from olvae.models.description import WEIGHTS_NAME, build_autoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.pretrained import PUBLISHED, WEIGHTS_NAME, build_autoencoder
+from olvae.models.pretrained import PUBLISHED
 from olvae.modules.halves import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
