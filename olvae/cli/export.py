@@ -80,7 +80,7 @@ def command(
         model = found.load()
     if not isinstance(model, LiteVAE):
         raise ConfigError(f"{target}: not a LiteVAE: there is nothing to export that diffusers has not")
-    factors_from = "as trained" if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) else None
+    factors_from = f"those of {found.name}" if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) else None
     if latents is not None:
         model.scaling_factor, model.shift_factor = read_factors(latents, found.name)
         factors_from = "measured by olvae latents"

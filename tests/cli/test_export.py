@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.cli.main import main
@@ -79,7 +80,10 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     broken.mkdir()
     (broken / "last.ckpt").write_bytes((run_folder / "checkpoints" / "last.ckpt").read_bytes()[:2000])
     save(tiny_config(), broken / "config.yaml")
+    taesd = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    taesd.save_pretrained(tmp_path / "taesd")
     for arguments, code, text in (
+        ([f"diffusers:{tmp_path / 'taesd'}"], 2, "not a LiteVAE"),
         ([tmp_path / "missing"], 1, "not there; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not a latents.json"),

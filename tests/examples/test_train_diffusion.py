@@ -24,14 +24,13 @@ def test_the_loss_falls_and_images_are_made(example, tmp_path, capsys):
     params = tiny_config()["model"]["params"]
     vae = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"})
     vae.save_pretrained(tmp_path / "vae")
-    arguments = [str(tmp_path / "vae"), "--out", str(tmp_path / "out"), "--size=32", "--crops=64", "--steps=100"]
+    arguments = [str(tmp_path / "vae"), "--out", str(tmp_path / "out"), "--size=32", "--crops=32", "--steps=60"]
     losses = example.main(arguments)
-    assert len(losses) == 100
+    assert len(losses) == 60
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    assert last < 0.8 * first
+    assert last < 0.8 * first, (first, last)
     out = capsys.readouterr().out
-    assert "64 latents of (4, 4, 4), mean 0.00, standard deviation 1.00" in out.replace("-0.00", "0.00")
-    assert "step  100  loss" in out
+    assert "32 latents of (4, 4, 4), mean 0.00, standard deviation 1.00" in out.replace("-0.00", "0.00")
     with Image.open(tmp_path / "out" / "samples.png") as samples:
         assert samples.width > 8 * 32
     assert UNet2DModel.from_pretrained(tmp_path / "out" / "unet", low_cpu_mem_usage=False).config.in_channels == 4
