@@ -23,7 +23,11 @@ def config(tmp_path, image_folder):
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["reconstruct"], ["validate"], ["tables"]])
+COMMANDS = ("train", "evaluate", "reconstruct", "latents", "export", "validate", "tables")
+GROUPS = ("data pack", "data check", "bench train", "bench data")
+
+
+@pytest.mark.parametrize("command", [[], *(text.split() for text in (*COMMANDS, *GROUPS))])
 def test_help(olvae, command):
     code, out, _ = olvae(*command, "--help")
     assert code == 0
