@@ -1,5 +1,6 @@
 """SRC, as commands take it: a folder, shards, a list, a data set, a config; all the images in it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _source(node: Config, where: str) -> Source:
 
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     """``NAME,key=value,...`` as the name and the values, which are read as YAML."""
-    name, *pairs = text.split(",")
+    name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # not at the commas of a list
     if bad := [pair for pair in pairs if "=" not in pair]:
         raise ConfigError(f"{text}: {bad[0]} is not key=value")
     split = [pair.partition("=") for pair in pairs]

@@ -1,18 +1,16 @@
 """LiteAutoencoderKL: what happens in a training step."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.pixels import from_uint8, to_uint8
 from olvae.data.source import Batch
 from olvae.losses.objective import IMAGE_TERMS, Objective
-from olvae.metrics.psnr import psnr
-from olvae.metrics.ssim import ssim
 from olvae.models.adversary import Adversary
 from olvae.models.anchor import Anchor
 from olvae.models.autoencoder import LiteVAE
@@ -20,6 +18,7 @@ from olvae.models.equivariance import transform_alike
 from olvae.models.schedule import adam_with_schedule, lr_factor
 from olvae.models.step import gradient_ratio, mix_seeds
 from olvae.models.update import update
+from olvae.models.validation import Validation
 from olvae.modules.distributions import DiagonalGaussian
 
 __all__ = ["LiteAutoencoderKL"]
@@ -55,6 +54,9 @@ class LiteAutoencoderKL(pl.LightningModule):
             training started from: fine-tunes both halves and keeps old latents usable.
         equivariance: share of the steps on which the latent is scaled and rotated, and the reconstruction compared
             with the image scaled and rotated alike, in the manner of EQ-VAE; the adversary pauses on them.
+        val_metrics: what validation computes beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…`` with
+            the averaged weights if there are any, and then as ``val_raw/…`` with those as trained.
+        weights_dir: where pretrained networks of metrics are looked for first.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class LiteAutoencoderKL(pl.LightningModule):
         freeze_encoder: bool = False,
         anchor_weight: float = 0.0,
         equivariance: float = 0.0,
+        val_metrics: Sequence[str] = (),
+        weights_dir: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -135,7 +139,9 @@ class LiteAutoencoderKL(pl.LightningModule):
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self.pairs: list[tuple[Tensor, Tensor]] = []
         """Images and reconstructions of this update, for the discriminator's further ones."""
-        self._val_psnr, self._val_ssim = MeanMetric(), MeanMetric()
+        self.val_metrics = list(val_metrics)
+        self.weights_dir = weights_dir
+        self._validation: Validation | None = None
 
     # The autoencoder
 
@@ -285,18 +291,51 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     # Validation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        reconstruction, _ = self(self.images(batch))
-        x, y = batch["image"], to_uint8(reconstruction)
-        self._val_psnr(psnr(x, y).float())
-        self._val_ssim(ssim(x, y).float())
-        self.log_dict(
-            {"val/psnr": self._val_psnr, "val/ssim": self._val_ssim}, on_epoch=True, on_step=False, batch_size=len(x)
-        )
-        self.log("step", float(self.global_step), on_epoch=True, on_step=False, batch_size=len(x))
+    def set_up_validation(self, device: torch.device | None = None) -> None:
+        """Make the metrics of validation, which may need pretrained networks.
+
+        Raises:
+            FileNotFoundError, ValueError: one of them can't be had.
+        """
+        if self._validation is None or device not in (None, self._validation.device):
+            self._validation = Validation(self.val_metrics, self.weights_dir, device or self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        self.set_up_validation(self.device)
+        assert self._validation is not None
+        self._validation.start()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self._validation is not None
+        images, x = self.images(batch), batch["image"]
+        keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
+        self._validation.update("val", keys, x, to_uint8(self(images)[0]))
+        raw = self._weights_as_trained()
+        if raw is not None:
+            self._validation.update("val_raw", keys, x, to_uint8(raw(images)[0]))
 
     def on_validation_epoch_end(self) -> None:
+        assert self._validation is not None
+        self.log_dict(self._validation.compute())
+        self.log("step", float(self.global_step))
         self.validated_at = self.global_step
+
+    def _weights_as_trained(self) -> "LiteAutoencoderKL | None":
+        """In a validation during training with averaged weights: the model of those that are not averaged.
+
+        Lightning's callback exchanges the two for the time of a validation, so that they lie in its own copy.
+        """
+        from lightning.pytorch.callbacks import WeightAveraging
+        from lightning.pytorch.trainer.states import TrainerFn
+
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return None  # after training there is the average alone
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  (mypy does not see it)
+            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                raw = callback._average_model.module
+                assert isinstance(raw, LiteAutoencoderKL)
+                return raw.eval()
+        return None
 
     # Shared
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from olvae import config as cfg
 from olvae.data.pixels import to_uint8
 from olvae.data.source import Batch
+from olvae.metrics.registry import METRICS
 from olvae.figures import error_map, labelled_grid
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -33,13 +34,21 @@ class KeepCheckpoints(Checkpoint):
     Args:
         every_n_steps: updates of the autoencoder between two saves.
         keep_every_n_steps: keep ``step=N.ckpt`` for good at multiples of this as well; 0 keeps none.
+        best: a metric of validation, such as ``val/psnr``, ``val/rfid`` or ``val_raw/lpips``: the weights with which
+            it was best so far are kept as ``best.ckpt``; None keeps none.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0) -> None:
+    def __init__(
+        self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr"
+    ) -> None:
+        if best is not None and best.rpartition("/")[2] not in METRICS:
+            raise ValueError(f"best: {best!r} is no metric of validation, such as val/{', val/'.join(METRICS)}")
         if every_n_steps < 1 or keep_every_n_steps < 0:
             raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
+        self.best = best
+        self._best: float | None = None
         self._saved = self._kept = 0  # steps
         self._images = 0  # seen when the last save was: they move in the discriminator's warm-up too
         self._in_step = False
@@ -73,6 +82,25 @@ class KeepCheckpoints(Checkpoint):
             self._save(trainer, pl_module, "last.ckpt")
             self._saved, self._images = step, pl_module.images_seen
         self._in_step = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.best is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.best not in trainer.callback_metrics:
+            known = [name for name in trainer.callback_metrics if name.startswith(("val/", "val_raw/"))]
+            raise ValueError(f"best: validation gave no {self.best}, but {', '.join(known)}: see model.params.val_metrics")
+        value = float(trainer.callback_metrics[self.best])
+        higher = METRICS[self.best.rpartition("/")[2]].better == "higher"
+        if self._best is None or (value > self._best if higher else value < self._best):
+            self._best = value
+            self._save(trainer, pl_module, "best.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "value": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("best") == self.best:  # another metric begins anew
+            self._best = state_dict["value"]
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> None:
         if not all(bool(p.isfinite().all()) for p in module.parameters()):

@@ -164,6 +164,7 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
     _ = model.objective  # says so here if the config is for inference only
+    model.set_up_validation()  # and here if a metric's network is not to be had
     return model
 
 

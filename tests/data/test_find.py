@@ -22,7 +22,7 @@ def test_what_stands_for_a_source(tmp_path, image_folder):
         tmp_path / "shards": 5,
         tmp_path / "shards" / "{000..001}.tar": 5,
         f"pipe:cat {tmp_path}/shards/001.tar": 3,
-        "torchvision:FakeData,size=6,image_size=[3, 20, 20]": None,
+        "torchvision:FakeData,size=5,image_size=[3, 20, 20]": 5,
         "torchvision:FakeData,size=6": 6,
         f"hf:imagefolder,data_dir={image_folder}": 12,
         "samples": 22,

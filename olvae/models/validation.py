@@ -1,0 +1,86 @@
+"""Metrics of the validation images, with the weights as trained and with their average."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from olvae.metrics.metric import Metric, Unavailable
+from olvae.metrics.registry import build_metrics
+
+__all__ = ["ALWAYS", "Validation"]
+
+ALWAYS = ("psnr", "ssim")
+
+
+class Validation:
+    """One validation's metrics, gathered over processes.
+
+    Args:
+        names: of metrics beside PSNR and SSIM.
+        weights_dir: where their pretrained networks are looked for first.
+        device: where they are computed.
+
+    Raises:
+        FileNotFoundError: a network is not to be had.
+        ValueError: there is no such metric.
+    """
+
+    def __init__(self, names: Sequence[str], weights_dir: str | None, device: torch.device) -> None:
+        self.device = device
+        wanted = list(dict.fromkeys((*ALWAYS, *names)))
+        self._make, skipped = build_metrics(wanted, weights_dir, device)
+        if skipped:
+            raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in skipped.items()))
+        self._metrics: dict[str, dict[str, Metric]] = {}
+
+    def __deepcopy__(self, memo: object) -> "Validation":
+        return self  # a constant of the model, as its networks are
+
+    def start(self) -> None:
+        """Forget what was seen."""
+        self._metrics = {}
+
+    def update(self, weights: str, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
+        """Take in images.
+
+        Args:
+            weights: a name for those that made y: ``val``, or ``val_raw``.
+            keys: of the B images.
+            x, y: uint8 (B, C, H, W).
+        """
+        if weights not in self._metrics:
+            self._metrics[weights] = self._make()
+        for name, metric in list(self._metrics[weights].items()):
+            try:
+                metric.update(keys, x, y)
+            except Unavailable:  # images of this size or these channels have no such metric
+                del self._metrics[weights][name]
+
+    def compute(self) -> dict[str, float]:
+        """Values as ``val/psnr``, the same in every process; what can't be had, or is infinite, is left out."""
+        states = {weights: {n: m.state() for n, m in metrics.items()} for weights, metrics in self._metrics.items()}
+        if dist.is_initialized():
+            parts: list[dict[str, dict[str, object]]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(parts, states)
+            for part in parts:
+                self._merge(part)
+        values = {}
+        for weights, metrics in self._metrics.items():
+            for name, metric in metrics.items():
+                try:
+                    value = metric.compute()
+                except Unavailable:
+                    continue
+                if math.isfinite(value):
+                    values[f"{weights}/{name}"] = value
+        return values
+
+    def _merge(self, states: dict[str, dict[str, object]]) -> None:
+        for weights, metrics in states.items():
+            own = self._metrics.setdefault(weights, self._make())
+            for name, state in metrics.items():
+                if name in own:
+                    own[name].merge(state)
