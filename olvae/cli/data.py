@@ -69,6 +69,7 @@ def pack(
     from olvae.data.parallel import cores
     from olvae.data.sharding import PackOptions
 
+    _refuse_configs(src)
     if resize is None and (image_format is not None or quality is not None):
         raise ConfigError("--format and --quality are for images that --resize makes smaller; others are kept as is")
     if image_format == "png" and quality is not None:
@@ -124,6 +125,7 @@ def check(
     from olvae.data.parallel import cores
     from olvae.data.report import print_findings
 
+    _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
     with _progress("reading") as on_progress:
         findings = check_source(src, options, workers or cores(), on_progress)
@@ -133,6 +135,13 @@ def check(
         print_findings(findings, Console(stderr=True))
     if findings.problems:
         raise typer.Exit(1)
+
+
+def _refuse_configs(src: str) -> None:
+    from olvae.config import ConfigError
+
+    if Path(src).suffix in (".yaml", ".yml"):
+        raise ConfigError(f"{src}: is a config: name the images or shards that it trains with")
 
 
 @contextmanager
@@ -151,9 +160,9 @@ def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     begin = time.perf_counter()
 
     def update(done: int, total: int | None) -> None:
-        bar.start()  # not before: its thread is to begin after the processes
         rate = done / (time.perf_counter() - begin)
         bar.update(task, completed=done, total=total, speed=f"{rate:,.0f} images/s")
+        bar.start()  # not before: its thread is to begin after the processes
 
     try:
         yield update

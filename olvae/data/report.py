@@ -39,7 +39,7 @@ def _facts(findings: Findings) -> Table:
     table.add_row("images", f"{findings.images:,}, {readable}")
     table.add_row("files", ", ".join(f"{count:,} {kind}" for kind, count in findings.kinds.items()) or "-")
     groups = len(findings.duplicates)
-    in_groups = f", in {groups:,} groups of the same pixels" if groups else ""
+    in_groups = f", in {groups:,} group{'s' * (groups > 1)} of the same pixels" if groups else ""
     table.add_row("copies", f"{findings.copies:,}{in_groups}")
     if findings.aspect_ratio is not None:
         table.add_row("small", f"{findings.smaller:,} with a shorter side of less than {findings.size} pixels")

@@ -18,7 +18,7 @@ from olvae.models.equivariance import transform_alike
 from olvae.models.schedule import adam_with_schedule, lr_factor
 from olvae.models.step import gradient_ratio, mix_seeds
 from olvae.models.update import update
-from olvae.models.validation import Validation
+from olvae.models.validation import Validation, weights_as_trained
 from olvae.modules.distributions import DiagonalGaussian
 
 __all__ = ["LiteAutoencoderKL"]
@@ -310,7 +310,7 @@ class LiteAutoencoderKL(pl.LightningModule):
         images, x = self.images(batch), batch["image"]
         keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
         self._validation.update("val", keys, x, to_uint8(self(images)[0]))
-        raw = self._weights_as_trained()
+        raw = weights_as_trained(self.trainer)
         if raw is not None:
             self._validation.update("val_raw", keys, x, to_uint8(raw(images)[0]))
 
@@ -319,23 +319,6 @@ class LiteAutoencoderKL(pl.LightningModule):
         self.log_dict(self._validation.compute())
         self.log("step", float(self.global_step))
         self.validated_at = self.global_step
-
-    def _weights_as_trained(self) -> "LiteAutoencoderKL | None":
-        """In a validation during training with averaged weights: the model of those that are not averaged.
-
-        Lightning's callback exchanges the two for the time of a validation, so that they lie in its own copy.
-        """
-        from lightning.pytorch.callbacks import WeightAveraging
-        from lightning.pytorch.trainer.states import TrainerFn
-
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            return None  # after training there is the average alone
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  (mypy does not see it)
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                raw = callback._average_model.module
-                assert isinstance(raw, LiteAutoencoderKL)
-                return raw.eval()
-        return None
 
     # Shared
 

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Sequence
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from olvae.metrics.metric import Metric, Unavailable
 from olvae.metrics.registry import build_metrics
 
-__all__ = ["ALWAYS", "Validation"]
+__all__ = ["ALWAYS", "Validation", "weights_as_trained"]
 
 ALWAYS = ("psnr", "ssim")
 
@@ -84,3 +87,20 @@ class Validation:
             for name, state in metrics.items():
                 if name in own:
                     own[name].merge(state)
+
+
+def weights_as_trained(trainer: pl.Trainer) -> pl.LightningModule | None:
+    """In a validation amid training with averaged weights: the model with those that are not averaged; else None.
+
+    Lightning's callback exchanges the two for the time of a validation, so that they lie in its own copy. After
+    training there is the average alone.
+    """
+    if trainer.state.fn != TrainerFn.FITTING:
+        return None
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (mypy does not see it)
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            raw = callback._average_model.module
+            assert isinstance(raw, pl.LightningModule)
+            return raw.eval()
+    return None

@@ -1,5 +1,6 @@
 """What happens beside the training step: checkpoints, pictures, the watch over the loss."""
 
+import json
 import math
 import signal
 import threading
@@ -12,13 +13,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from olvae import config as cfg
 from olvae.data.pixels import to_uint8
 from olvae.data.source import Batch
-from olvae.metrics.registry import METRICS
 from olvae.figures import error_map, labelled_grid
+from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 
@@ -35,12 +37,10 @@ class KeepCheckpoints(Checkpoint):
         every_n_steps: updates of the autoencoder between two saves.
         keep_every_n_steps: keep ``step=N.ckpt`` for good at multiples of this as well; 0 keeps none.
         best: a metric of validation, such as ``val/psnr``, ``val/rfid`` or ``val_raw/lpips``: the weights with which
-            it was best so far are kept as ``best.ckpt``; None keeps none.
+            it was best so far are kept as ``best.ckpt``, beside ``best.json`` with value and step; None keeps none.
     """
 
-    def __init__(
-        self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr"
-    ) -> None:
+    def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
         if best is not None and best.rpartition("/")[2] not in METRICS:
             raise ValueError(f"best: {best!r} is no metric of validation, such as val/{', val/'.join(METRICS)}")
         if every_n_steps < 1 or keep_every_n_steps < 0:
@@ -57,6 +57,9 @@ class KeepCheckpoints(Checkpoint):
         assert isinstance(pl_module, LiteAutoencoderKL)
         self._saved = self._kept = trainer.global_step
         self._images = pl_module.images_seen
+        note = _run(trainer).checkpoints / "best.json"
+        if note.is_file() and (before := json.loads(note.read_text()))["metric"] == self.best:
+            self._best = before["value"]  # of a run that is resumed
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -88,19 +91,18 @@ class KeepCheckpoints(Checkpoint):
             return
         if self.best not in trainer.callback_metrics:
             known = [name for name in trainer.callback_metrics if name.startswith(("val/", "val_raw/"))]
-            raise ValueError(f"best: validation gave no {self.best}, but {', '.join(known)}: see model.params.val_metrics")
+            raise ValueError(
+                f"KeepCheckpoints: best: {self.best} is none of what validation gives, {', '.join(known)}: add it to "
+                "model.params.val_metrics, or set best to null"
+            )
         value = float(trainer.callback_metrics[self.best])
         higher = METRICS[self.best.rpartition("/")[2]].better == "higher"
         if self._best is None or (value > self._best if higher else value < self._best):
             self._best = value
             self._save(trainer, pl_module, "best.ckpt")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "value": self._best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("best") == self.best:  # another metric begins anew
-            self._best = state_dict["value"]
+            if trainer.is_global_zero:
+                note = {"metric": self.best, "value": value, "step": trainer.global_step}
+                (_run(trainer).checkpoints / "best.json").write_text(json.dumps(note) + "\n")
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> None:
         if not all(bool(p.isfinite().all()) for p in module.parameters()):

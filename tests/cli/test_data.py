@@ -89,6 +89,8 @@ def test_pack_with_its_options(olvae, image_folder, tmp_path):
         (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "png", "--quality", "8"), "png is lossless"),
         (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "gif"), "choose from jpg, png, webp"),
         (("pack", "PHOTOS", "--out", "PHOTOS/out"), "is inside the images' folder"),
+        (("pack", "demo.yaml", "--out", "OUT"), "demo.yaml: is a config"),
+        (("check", "demo.yaml"), "demo.yaml: is a config"),
         (("check", "PHOTOS", "--index"), "is not a folder of shards"),
     ],
 )

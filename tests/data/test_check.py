@@ -57,7 +57,7 @@ def test_a_folder_that_is_fine(photos):
 def test_sizes(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
-    sizes = [(300, 40), (100, 80), (64, 64), (63, 200), (130, 128)]
+    sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
     for i, size in enumerate(sizes):
         picture(i, size).save(root / f"{i}.png")
     findings = check(str(root), CheckOptions(size=64, batch_size=1), 2)
@@ -70,7 +70,7 @@ def test_sizes(tmp_path):
         values = sorted(values)
         assert (spread.min, spread.median, spread.max) == pytest.approx((values[0], values[2], values[4]), abs=1e-4)
     assert (findings.widest, findings.tallest) == ("0.png", "3.png")
-    assert findings.long == 2
+    assert findings.long == 3
     assert findings.smaller == 2
     assert [(low, high, count) for low, high, count in findings.sides if count] == [
         (1, 64, 2),

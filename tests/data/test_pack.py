@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import tarfile
 import time
 from pathlib import Path
@@ -145,7 +146,10 @@ def test_processes_end_with_the_one_that_began_them(tmp_path):
     end = time.monotonic() + 10
     while any(map(is_running, others)) and time.monotonic() < end:
         time.sleep(0.02)
-    assert not any(map(is_running, others))
+    left = [pid for pid in others if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def is_running(pid: int) -> bool:
@@ -177,6 +181,14 @@ def test_a_finished_pack_is_verified_and_mended(photos, tmp_path):
     (out / "000002.tar").unlink()
     assert pack(str(photos), out, PackOptions(shard_size=8)).found == 2
     assert shards_of(out) == before
+
+
+def test_a_damaged_pack_has_no_index_until_it_is_mended(awkward, tmp_path):
+    pack(str(awkward), tmp_path / "out", PackOptions(), 1, 0.2)
+    (tmp_path / "out" / "000000.tar").write_bytes(b"damaged")
+    with pytest.raises(FaultLimitError):
+        pack(str(awkward), tmp_path / "out", PackOptions(), 1, 0.0)
+    assert not (tmp_path / "out" / "index.json").exists()
 
 
 def test_another_source_or_other_options_are_no_continuation(photos, tmp_path):

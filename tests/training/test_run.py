@@ -1,5 +1,6 @@
 """Training as the command does it, in small: reproducible, resumable, and strict before it starts."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from olvae.config import ConfigError, load, save
+from olvae.config import ConfigError, instantiate, load, save
+from olvae.data.pixels import from_uint8, to_uint8
+from olvae.evaluation.targets import find_target
+from olvae.metrics.psnr import psnr
 from olvae.runs import Run
 from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
@@ -257,6 +261,8 @@ def test_callbacks_of_the_config(go):
         "lightning.callbacks.keep.params.keep_every_n_steps=2",
     )
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [
+        "best.ckpt",
+        "best.json",
         "last.ckpt",
         "step=00000002.ckpt",
         "step=00000004.ckpt",
@@ -413,3 +419,50 @@ def test_no_data(tmp_path):
     base.write_text(Path("configs/olitevaeB_im_f8c12.yaml").read_text())
     with pytest.raises(ConfigError, match="where the training images come from"):
         train(TrainOptions(base=[base], logdir=tmp_path / "runs"))
+
+
+def scalars(run: Run, name: str) -> dict[int, float]:
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def mean_psnr(run: Run, checkpoint: Path, raw: bool) -> float:
+    """Of the validation images, by the weights of a checkpoint, averaged or as trained."""
+    model = find_target(checkpoint, run.config, raw=raw).load()
+    batches = list(instantiate(load([run.config])["data"]).val_loader())
+    with torch.no_grad():
+        values = [psnr(batch["image"], to_uint8(model(from_uint8(batch["image"]))[0])) for batch in batches]
+    return float(torch.cat(values).mean())
+
+
+def test_validation_is_of_the_averaged_weights_and_of_those_as_trained(go):
+    run = go("model.params.use_ema=true", "model.params.ema_decay=0.7", "model.params.val_metrics=[l1]")
+    for name, raw in (("val", False), ("val_raw", True)):
+        assert scalars(run, f"{name}/psnr")[4] == pytest.approx(mean_psnr(run, run.last_checkpoint, raw), rel=1e-5)
+        assert 0 < scalars(run, f"{name}/l1")[4] < 1
+    assert scalars(run, "val/psnr")[4] != scalars(run, "val_raw/psnr")[4]
+
+
+def test_the_best_weights_are_kept_by_a_named_metric(go):
+    keep = "lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints"
+    run = go(keep, "lightning.callbacks.keep.params.best=val/l1", "model.params.val_metrics=[l1]")
+    values = scalars(run, "val/l1")
+    best = min(values, key=values.__getitem__)
+    kept = run.checkpoints / "best.ckpt"
+    assert torch.load(kept, weights_only=True)["global_step"] == best
+    note = run.checkpoints / "best.json"
+    assert json.loads(note.read_text()) == {"metric": "val/l1", "value": pytest.approx(values[best]), "step": best}
+    note.write_text('{"metric": "val/l1", "value": 0.0, "step": 2}')  # as if it had been perfect
+    go("lightning.trainer.max_steps=6", resume=run.path)
+    assert torch.load(kept, weights_only=True)["global_step"] == best
+    with pytest.raises(ValueError, match=r"best: val/l1 is none of what validation gives, val/psnr, val/ssim"):
+        go(keep, "lightning.callbacks.keep.params.best=val/l1")
+    with pytest.raises(ValueError, match="is no metric of validation"):
+        go(keep, "lightning.callbacks.keep.params.best=psnrr")
+
+
+def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training(go, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"val_metrics: rfid: pt_inception.*is not in"):
+        go("model.params.val_metrics=[rfid]", f"model.params.weights_dir={tmp_path}")
+    assert not (tmp_path / "runs").exists()
