@@ -1,0 +1,79 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from olvae.evaluation.processes import device_of, gather, join, leave
+
+REPO = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from olvae.evaluation.processes import gather, join, leave
+rank, world = join()
+assert join() == (rank, world)
+first = gather({"rank": rank, "z": torch.full((2,), float(rank))})
+second = gather(None if rank else 7)
+assert (first is None) == (rank > 0) == (second is None)
+if first:
+    Path(sys.argv[1]).write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second}")
+leave()
+assert gather(1) == [1]
+"""
+
+
+def run_on_two(*arguments: str) -> list[str]:
+    """Run Python twice, as torchrun would, without its own third process; what each wrote to standard error.
+
+    Fails if one of them does.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(REPO)}
+    env = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
+    return errors
+
+
+def test_two_processes_meet_and_the_first_gets_what_each_has(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    run_on_two(str(tmp_path / "program.py"), str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None]"
+
+
+def test_alone_there_is_nobody_to_meet(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert join() == (0, 1)
+    assert not dist.is_initialized()
+    assert gather("mine") == ["mine"]
+    leave()
+
+
+@pytest.mark.parametrize(("gpus", "local", "expected"), [(0, "1", "cpu"), (1, "1", "cuda"), (4, "3", "cuda:3")])
+def test_each_process_takes_its_own_gpu(monkeypatch, gpus, local, expected):
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert device_of() == expected
+    assert device_of("cpu") == "cpu"
+    assert device_of("cuda:2") == "cuda:2"
