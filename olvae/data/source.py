@@ -21,20 +21,28 @@ Part = Literal["val", "test"]
 
 class _Named(TypedDict, total=False):
     key: list[str]
+    label: Tensor
 
 
 class Batch(_Named):
-    """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names."""
+    """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
+
+    Where the source knows classes, ``label``: int64 (B,).
+    """
 
     image: Tensor
 
 
 class Sample(NamedTuple):
-    """What a loader's process gives: an image, uint8 (C, H, W), or None where there was none to be had; and faults."""
+    """What a loader's process gives: an image, uint8 (C, H, W), or None where there was none to be had; and faults.
+
+    ``label`` is the number of its class, where the source knows it.
+    """
 
     image: Tensor | None
     key: str
     faults: tuple[Fault, ...] = ()
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,9 @@ class Source(ABC):
         self.channels = channels
         self.max_unreadable = max_unreadable
         self.losses = Losses()
+
+    tensor = "image"
+    """What batches call the samples' tensors."""
 
     @property
     @abstractmethod
@@ -155,16 +166,17 @@ class Loader(DataLoader[Any]):
             **options,
         )
         self.faults = faults
-        self._shape = (0, source.channels, source.size, source.size)
+        self._tensor = source.tensor
 
     def __iter__(self) -> Any:
         rank, world = this_process()
         if isinstance(self.dataset, _Share):
             self.dataset.rank, self.dataset.world = rank, world
-        for image, keys, faults in super().__iter__():
+        for image, keys, labels, faults in super().__iter__():
             self.faults.take(faults, len(keys), world)
             if keys:
-                yield {"image": image, "key": keys}
+                batch = {self._tensor: image, "key": keys}
+                yield batch if labels is None else {**batch, "label": labels}
         self.faults.end_of_epoch()
 
 
@@ -205,11 +217,17 @@ class _Once(_Share):
         return self.source.once(self.part, Consumer(worker * self.world + self.rank, workers * self.world))
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], list[Fault]]:
-    images = [sample.image for sample in samples if sample.image is not None]
-    keys = [sample.key for sample in samples if sample.image is not None]
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | None, list[Fault]]:
+    good = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in good if sample.image is not None]
+    labels = [sample.label for sample in good if sample.label is not None]
     faults = [fault for sample in samples for fault in sample.faults]
-    return (torch.stack(images) if images else torch.empty(0)), keys, faults
+    return (
+        torch.stack(images) if images else torch.empty(0),
+        [sample.key for sample in good],
+        torch.tensor(labels) if good and len(labels) == len(good) else None,
+        faults,
+    )
 
 
 def this_process() -> tuple[int, int]:
