@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from olvae.cli import bench, evaluate, latents, tables, train, validate
+from olvae.cli import bench, decode, encode, evaluate, latents, tables, train, validate
 
 __all__ = ["app", "main"]
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     epilog="A mistake is told in one line; add --debug to any command for the traceback.",
 )
-for command in (train, evaluate, latents, validate, tables):
+for command in (train, evaluate, latents, encode, decode, validate, tables):
     app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
         command.command
     )
