@@ -13,7 +13,7 @@ from torch import Tensor
 
 from olvae.data.pixels import from_uint8
 from olvae.data.source import Batch
-from olvae.evaluation.latent_summary import ACTIVE_VARIANCE, LatentSummary
+from olvae.evaluation.latent_summary import ACTIVE_VARIANCE, NO_DISTRIBUTION, LatentSummary
 from olvae.evaluation.latents import LatentAccumulator, image_key
 from olvae.models.autoencoder import Autoencoder
 
@@ -29,7 +29,7 @@ def encode_latents(
     Args:
         models: names to autoencoders; their channels and factors may differ.
         batches: of the images, uint8.
-        images: stop after so many.
+        images: stop after so many; 0 reads nothing, as a process does whose share is empty.
 
     Raises:
         ValueError: the images do not suit a model, or latents are not finite.
@@ -38,7 +38,7 @@ def encode_latents(
     for model in models.values():
         model.to(device)
     left = images
-    for batch in batches:
+    for batch in batches if images != 0 else ():
         x = batch["image"][:left]
         keys = [image_key(image) for image in x]
         for name, model in models.items():
@@ -97,10 +97,13 @@ def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any
             f"{summary.shift_factor:.4f}",
             f"{1.0 / summary.scaling_factor:.4f}",
             f"{summary.scaling_factor:.4f}",
-            f"{summary.kl_per_image:.1f}",
-            f"{int(summary.active.sum())}/{channels}",
+            "skipped" if summary.kl_per_image is None else f"{summary.kl_per_image:.1f}",
+            "skipped" if summary.active is None else f"{int(summary.active.sum())}/{channels}",
         )
     console.print(moments)
+    for name, summary in summaries.items():
+        if summary.deterministic:
+            console.print(f"{escape(name)}: KL and active channels skipped: {NO_DISTRIBUTION}")
     with_mmd = {name: summary.mmd for name, summary in summaries.items() if summary.mmd is not None}
     if not with_mmd:
         console.print("MMD: skipped, it needs at least two different images")
