@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, 
 	$(BIN)/python train.py --base configs/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo
 	$(BIN)/python train.py --base configs/demo_b.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_b \
 		--actual_resume "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)/checkpoints/last.ckpt"
-	$(BIN)/python scripts/compute_metrics.py --baselines \
+	$(BIN)/python scripts/compute_metrics.py --baselines --metrics psnr,ssim \
 		"$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)"
 
 test: $(VENV)/.installed-dev ## the whole test suite

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["error_map", "labelled_grid", "plot_curves"]
+__all__ = ["comparison", "error_map", "labelled_grid", "plot_curves"]
 
 ERROR_RANGE = 64
 """The error, in steps of 8-bit values, that error maps show as white."""
@@ -47,6 +47,40 @@ def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4)
             array = image.permute(1, 2, 0).contiguous().cpu().numpy()
             picture = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (gap + c * (width + gap), top + label))
+    return canvas
+
+
+def comparison(pictures: Mapping[str, Tensor], longest: int = 1200, gap: int = 8) -> Image.Image:
+    """Pictures of one size, each under its name: side by side, or above each other if they are wide.
+
+    Args:
+        pictures: names to uint8 (C, H, W); see :func:`labelled_grid` for other than three channels.
+        longest: pictures with a longer side are shown smaller; small ones are enlarged by a whole factor, pixel
+            by pixel.
+        gap: white pixels around pictures.
+    """
+    height, width = next(iter(pictures.values())).shape[-2:]
+    short, long = min(height, width), max(height, width)
+    factor = max(1, 256 // long, min(-(-16 // short), longest // long))  # at least 256 long, or 16 wide
+    scale = min(1.0, longest / long)
+    size = max(1, round(width * factor * scale)), max(1, round(height * factor * scale))
+    resample = Image.Resampling.NEAREST if scale == 1.0 else Image.Resampling.LANCZOS
+
+    text = max(18, size[0] // 40)
+    font = ImageFont.load_default(size=text)
+    label = text + 10
+    cell = max(size[0], *(int(font.getlength(name)) + 1 for name in pictures))
+    stacked = width > 2 * height
+    columns, rows = (1, len(pictures)) if stacked else (len(pictures), 1)
+    step = cell + gap, label + size[1] + gap
+    canvas = Image.new("RGB", (gap + columns * step[0], gap + rows * step[1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, (name, picture) in enumerate(pictures.items()):
+        left = gap + (0 if stacked else index * step[0])
+        top = gap + (index * step[1] if stacked else 0)
+        draw.text((left, top), name, fill="black", font=font)
+        array = _viewable(picture[None])[0].permute(1, 2, 0).contiguous().cpu().numpy()
+        canvas.paste(Image.fromarray(array).resize(size, resample), (left, top + label))
     return canvas
 
 

@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from olvae.figures import error_map, labelled_grid, plot_curves
+from olvae.figures import comparison, error_map, labelled_grid, plot_curves
 
 
 def test_error_map_goes_from_black_to_white_at_64():
@@ -29,3 +30,32 @@ def test_curves(tmp_path):
     plot_curves({name: ([0.0, 1.0], [1.0, 2.0]) for name in "abcde"}, tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
         assert min(image.size) > 200
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1, 1), (256, 256)),
+        ((1, 200), (6, 1200)),
+        ((13, 200), (26, 400)),
+        ((200, 13), (400, 26)),
+        ((100, 150), (100, 150)),
+        ((1000, 1500), (800, 1200)),
+    ],
+)
+def test_comparisons_of_any_shape(size, expected):
+    red = torch.zeros(3, *size, dtype=torch.uint8)
+    red[0] = 255
+    figure = np.asarray(comparison({"a": red, "b": red, "c": torch.zeros_like(red)}))
+    is_red = (figure == (255, 0, 0)).all(-1)
+    assert is_red.sum() == 2 * expected[0] * expected[1]
+    rows, columns = is_red.any(1).sum(), is_red.any(0).sum()
+    stacked = size[1] > 2 * size[0]
+    assert (rows, columns) == ((2 * expected[0], expected[1]) if stacked else (expected[0], 2 * expected[1]))
+
+
+def test_labels_of_narrow_pictures_do_not_overlap():
+    figure = comparison(
+        {"a long name": torch.zeros(3, 300, 20, dtype=torch.uint8), "b": torch.zeros(3, 300, 20, dtype=torch.uint8)}
+    )
+    assert figure.width > 20 + 100

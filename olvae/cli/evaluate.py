@@ -12,71 +12,129 @@ def command(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="TARGET...",
-            help="Run folders, checkpoints, exports, ids of the Hugging Face hub, diffusers:ID_OR_FOLDER.",
+            metavar="TARGET...", help="Run folders, checkpoints, exports, ids of the hub, or diffusers:ID_OR_FOLDER."
         ),
     ],
     config: Annotated[
         Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-B", min=1, help="Images at a time; by default the config's.")
+    config_base: Annotated[
+        Path | None,
+        typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config in here by its name."),
     ] = None,
-    metrics: Annotated[str, typer.Option(metavar="LIST", help="Which metrics: psnr, ssim.")] = "psnr,ssim",
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-B", min=1, help="Images at a time; by default the config's, or 8.")
+    ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="psnr, ssim, ms_ssim, l1, lpips, lpips_alex, rfid, kid, ssim_uniform."),
+    ] = "all",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[,NAME]", help="open-litevae, latent-diffusion, dc-ae, llamagen, va-vae: docs/evaluation.md."
+        ),
+    ] = "open-litevae",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; by default the config's, else the protocol's.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
+    posterior: Annotated[str | None, typer.Option(help="mode or sample; by default what the protocol says.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise of samples.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Weights as trained, not their average (EMA).")] = False,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Load weights that fit only in part; what does not fit is listed.")
+    ] = False,
+    weights_dir: Annotated[
+        Path | None,
+        typer.Option("--weights-dir", metavar="DIR", help="Where VGG16, AlexNet and Inception are looked for first."),
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add the untrained first target, and bicubic by its factor.")
+    ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Put the rows of an earlier metrics.json into the table. May be repeated."),
+    ] = None,
+    mix_protocols: Annotated[
+        bool, typer.Option("--mix-protocols", help="Allow --beside results of other protocols or images, marked.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where results go; by default the first target, if it is a run."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json to standard output as well.")] = False,
 ) -> None:
-    """Evaluate reconstructions of the test images of a run's data source; several targets give one table.
+    """Evaluate reconstructions of the same test images by one or several autoencoders.
 
-    All targets see the same images: those of the first one's data source.
+    A metric whose pretrained network is not there is listed as skipped, with what to do. Several protocols give a
+    table each. Under torchrun the images are shared among the processes.
 
     Example: python scripts/compute_metrics.py -B 16 runs/2026-01-31T12-00-00_demo_32
+
+    Example: olvae evaluate runs/… diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
     """
-    import torch
-    from rich.console import Console
-    from rich.progress import track
+    import json
+    import logging
 
-    from olvae import config as cfg
     from olvae.config import ConfigError
-    from olvae.evaluation.evaluator import METRICS, autoencoder_reconstruction, bicubic_reconstruction, evaluate
-    from olvae.evaluation.protocol import Protocol
-    from olvae.evaluation.report import print_results, write_figure, write_metrics
+    from olvae.evaluation.assess import DEFAULT_METRICS, Request, assess
+    from olvae.evaluation.outputs import write_outputs
+    from olvae.evaluation.processes import device_of, join, leave
+    from olvae.evaluation.protocol import PROTOCOLS, named
+    from olvae.evaluation.report import Evaluation, print_evaluations, read_earlier
     from olvae.evaluation.targets import find_target, name_apart
+    from olvae.metrics.registry import METRICS
 
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
-        raise ConfigError(f"--metrics {metrics}: choose from {', '.join(METRICS)}")
-    found = name_apart([find_target(target, config) for target in targets])
-    first = found[0]
-    if "data" not in first.config:
-        raise ConfigError(f"{targets[0]}: its config has no data to evaluate on")
-    if out is None and first.run is None:
+    names = _names(metrics) if metrics != "all" else list(DEFAULT_METRICS)
+    if (unknown := [name for name in names if name not in METRICS]) or not names:
+        raise ConfigError(f"--metrics {metrics}: {', '.join(unknown) or 'none'}: choose from all, {', '.join(METRICS)}")
+    if posterior not in (None, "mode", "sample"):
+        raise ConfigError(f"--posterior {posterior}: mode or sample")
+    if unknown := [name for name in _names(protocol) if name not in PROTOCOLS]:
+        raise ConfigError(f"--protocol {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
+    protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
+    found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets])
+    if out is None and found[0].run is None:
         raise ConfigError("--out DIR says where the results go: the first target is not a run folder")
-    source = cfg.instantiate(first.config["data"])
     folder = out or Path(targets[0])
-    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [read_earlier(path) for path in beside or ()]
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    contenders = {target.name: autoencoder_reconstruction(target.load(), device) for target in found}
-    if baselines:
-        untrained = first.untrained()
-        contenders[f"bicubic, {untrained.downscale}x smaller and back"] = bicubic_reconstruction(untrained.downscale)
-        contenders["untrained"] = autoencoder_reconstruction(untrained, device)
-    loader = source.test_loader(batch_size)
-    count = source.count("test") or 1
-    examples = {round(i * (count - 1) / 7) for i in range(8)}  # spread over the set
-    batches = track(loader, description="evaluating", console=Console(stderr=True), transient=True)
-    inputs, results = evaluate(contenders, batches, names, examples)
+    rank, _ = join()
+    if rank:
+        logging.getLogger("olvae").setLevel(logging.ERROR)
+    request = Request(
+        found, protocols, names, data, size, images, batch_size, weights_dir, device_of(device), baselines
+    )
+    assessments = assess(request)
+    leave()
+    if assessments is None:
+        return
+    written: list[tuple[str, Path]] = []
+    refused: list[ValueError] = []
+    shown: list[Evaluation] = []
+    for assessment in assessments:
+        for alone in assessment.evaluations:
+            try:
+                evaluation = alone.with_rows([row for old in earlier for row in old.beside(alone, mix_protocols)])
+            except ValueError as reason:  # not for nothing: its own results are kept
+                evaluation, refused = alone, [*refused, reason]
+            shown.append(evaluation)
+            main = protocols[0].name == evaluation.protocol.name
+            written += write_outputs(assessment, evaluation, folder, "" if main else f"_{evaluation.protocol.name}")
+            if as_json and main:
+                typer.echo(json.dumps(evaluation.as_dict(), indent=2))
+    print_evaluations(shown)
+    for what, path in written:
+        typer.echo(f"{what + ':':<9}{path}", err=True)
+    if refused:
+        raise refused[0]
 
-    protocol = Protocol(images=source.test_images, size=source.size)
-    write_metrics(results, protocol, folder / "metrics.json")
-    write_figure(inputs, results, folder / "reconstructions.png")
-    print_results(results, protocol)
-    typer.echo(f"numbers: {folder / 'metrics.json'}\nfigure:  {folder / 'reconstructions.png'}", err=True)
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -52,7 +52,6 @@ def command(
 
     from olvae.config import ConfigError
     from olvae.data.find import source_of
-    from olvae.data.lists import ListSource
     from olvae.evaluation.latent_figures import draw_channels, draw_distribution
     from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
     from olvae.evaluation.processes import device_of, gather, join, leave
@@ -67,25 +66,21 @@ def command(
 
     channels = next(iter(models.values())).in_channels
     source = source_of(found[0].config, data, channels=channels)
-    share = images
-    if images is not None and world > 1:
-        if not isinstance(source, ListSource):
-            raise ConfigError("--images: of shards, several processes can't tell which are the first: leave it out")
-        share = len(range(rank, images, world))
+    if images is not None:
+        source.limit(images)
     count, batches = source.count("test"), source.test_loader(batch_size or (8 if data else None))
     described = {"source": data or found[0].config["data"]["target"], "images": source.test_images}
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:
-        total = min(count, images or count) if count else images
-        task = progress.add_task("encoding", total=total and -(-total // world))
+        task = progress.add_task("encoding", total=count and -(-count // world))
 
         def counted() -> "Iterator[Batch]":
             for batch in batches:
                 yield batch
                 progress.advance(task, len(batch["image"]))
 
-        accumulators = encode_latents(models, counted(), device, share)
+        accumulators = encode_latents(models, counted(), device)
         parts = gather(accumulators)
         leave()
         if parts is None:

@@ -11,7 +11,7 @@ from olvae.data.pixels import Picture, image_to_tensor
 from olvae.data.reading import Photo, UnreadableImageError
 from olvae.data.source import Consumer, Loader, Part, Sample, Source, this_process
 from olvae.data.stream import Draw, StreamSampler
-from olvae.data.transforms import RandomScaleCrop, center_crop
+from olvae.data.transforms import EvalTransform, RandomScaleCrop
 
 __all__ = ["ImageList", "ListSource"]
 
@@ -91,8 +91,13 @@ class ListSource(Source):
         draws = StreamSampler(self.samples_per_epoch, seed, position * consumer.count + consumer.index, consumer.count)
         return (images[draw] for draw in draws)
 
+    def limit(self, images: int) -> None:
+        if images > len(self.test):
+            raise ValueError(f"the set has {len(self.test)} images, fewer than the {images} asked for")
+        self.test = _First(self.test, images)
+
     def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:
-        images = _EvalImages(self._part(part), self.size)
+        images = _EvalImages(self._part(part), self.eval_transform)
         return (images[i] for i in range(consumer.index, len(images), consumer.count))
 
     def train_loader(self, seed: int = 0, start: int = 0) -> Loader:
@@ -106,11 +111,28 @@ class ListSource(Source):
         return self._in_order("test", batch_size or self.batch_size)
 
     def _in_order(self, part: Part, batch_size: int) -> Loader:
-        images = _EvalImages(self._part(part), self.size)
+        images = _EvalImages(self._part(part), self.eval_transform)
         return self._once_loader(images, part, batch_size, sampler=_Turns(len(images)))
 
     def _part(self, part: Part) -> ImageList:
         return {"val": self.val, "test": self.test}[part]
+
+
+class _First(ImageList):
+    """The first so many of a list."""
+
+    def __init__(self, images: ImageList, count: int) -> None:
+        self.images = images
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return self.images.key(index)
+
+    def __getitem__(self, index: int) -> Picture | Photo:
+        return self.images[index]
 
 
 class _TrainImages(Dataset[Sample]):
@@ -133,28 +155,28 @@ class _TrainImages(Dataset[Sample]):
 
 
 class _EvalImages(Dataset[Sample]):
-    def __init__(self, images: ImageList, size: int) -> None:
+    def __init__(self, images: ImageList, transform: EvalTransform) -> None:
         self.images = images
-        self.size = size
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            return eval_sample(self.images[index], self.images.key(index), self.size)
+            return eval_sample(self.images[index], self.images.key(index), self.transform)
         except UnreadableImageError as error:
             return Sample(None, self.images.key(index), (Fault(error.name, error.reason),))
 
 
-def eval_sample(image: Picture | Photo, key: str, size: int) -> Sample:
+def eval_sample(image: Picture | Photo, key: str, transform: EvalTransform) -> Sample:
     """By the evaluation transform.
 
     Raises:
         UnreadableImageError: the photograph's file is broken.
     """
     picture = image.read() if isinstance(image, Photo) else image
-    return Sample(image_to_tensor(center_crop(picture, size)), key)
+    return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
 
 
 class _Turns(Sampler[int]):

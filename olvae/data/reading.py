@@ -59,7 +59,7 @@ class Photo:
     def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
         self.name = name
         self.channels = channels
-        self._content = content
+        self.content = content
         self._image: Picture
         try:
             self._image = self._open(content)
@@ -77,10 +77,10 @@ class Photo:
         Raises:
             UnreadableImageError: the file can't be read.
         """
-        if not isinstance(self._content, Path):
-            return self._content
+        if not isinstance(self.content, Path):
+            return self.content
         try:
-            return self._content.read_bytes()
+            return self.content.read_bytes()
         except OSError as error:
             raise UnreadableImageError(self.name, _reason(error)) from error
 
@@ -88,6 +88,11 @@ class Photo:
     def format(self) -> str | None:
         """Pillow's name of the file's format; None for an array or a picture in memory."""
         return self._image.format if isinstance(self._image, Image.Image) else None
+
+    @property
+    def mode(self) -> str | None:
+        """Pillow's name of the pixels' kind in the file, such as RGB or I;16; None for an array."""
+        return self._image.mode if isinstance(self._image, Image.Image) else None
 
     def read(self, shrink: int = 1) -> Picture:
         """The pixels, turned upright, 8 bits per channel.

@@ -142,10 +142,7 @@ class SamplePhotographs(ListSource):
             num_workers,
             crops_per_photograph,
         )
-
-    @property
-    def test_images(self) -> str:
-        return "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
+        self.crops = "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
 
     def describe(self) -> str:
         return f"crops of {len(self.train)} photographs, {len(self.test)} tiles of {len(HELD_OUT)} held-out ones"

@@ -170,12 +170,22 @@ def _sample(
 
 
 def read_once(
-    shards: Sequence[Shard], image_key: str | None, consumer: Consumer, make: Callable[[Entry], Sample]
+    shards: Sequence[Shard],
+    image_key: str | None,
+    consumer: Consumer,
+    make: Callable[[Entry], Sample],
+    limited: bool = False,
 ) -> Iterator[Sample]:
-    """A consumer's share of the shards, each entry once and in order; samples without an image for lost ones."""
+    """A consumer's share of the shards, each entry once and in order; samples without an image for lost ones.
+
+    Args:
+        limited: of each shard no more than its count says, though it may hold more.
+    """
     for shard in shards[consumer.index :: consumer.count]:
         read = 0
         for entry in read_shard(shard, image_key):
+            if limited and read == shard.images:
+                break
             if isinstance(entry, Fault):
                 missing = max(0, (shard.images or 0) - read)
                 lost = [Fault(entry.name, entry.reason, str(read + i)) for i in range(missing)]

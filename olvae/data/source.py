@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from olvae.data.faults import Fault, Faults, Losses
+from olvae.data.transforms import EvalTransform
 
 __all__ = ["Batch", "Consumer", "Loader", "Part", "Sample", "Source", "this_process"]
 
@@ -43,6 +44,8 @@ class Sample(NamedTuple):
     key: str
     faults: tuple[Fault, ...] = ()
     label: int | None = None
+    enlarged: bool = False
+    """Whether the picture was smaller than the image."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,10 @@ class Source(ABC):
         self.channels = channels
         self.max_unreadable = max_unreadable
         self.losses = Losses()
+        self.crops: str | None = None
+        """How the pictures to test with were cut, if they are parts of others."""
+        self.eval_transform = EvalTransform(size)
+        """What makes validation and test images of pictures; an evaluation may put another one here."""
 
     tensor = "image"
     """What batches call the samples' tensors."""
@@ -116,7 +123,15 @@ class Source(ABC):
     @property
     def test_images(self) -> str:
         """How the test images are made, for the evaluation's protocol."""
-        return "bicubic antialiased resize of the shorter side, centre crop"
+        return self.crops or self.eval_transform.describe()
+
+    def limit(self, images: int) -> None:
+        """Test with the first so many images only.
+
+        Raises:
+            ValueError: there are fewer, or only reading them would tell which are the first.
+        """
+        raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
 
     @abstractmethod
     def describe(self) -> str:
@@ -150,7 +165,7 @@ class Source(ABC):
 class Loader(DataLoader[Any]):
     """Batches of a source; keeps the account of what could not be read.
 
-    ``faults`` is that account.
+    ``faults`` is that account; ``enlarged`` counts the validation or test images that were made of smaller pictures.
     """
 
     def __init__(self, dataset: Any, source: Source, faults: Faults, batch_size: int, **options: Any) -> None:
@@ -166,14 +181,16 @@ class Loader(DataLoader[Any]):
             **options,
         )
         self.faults = faults
+        self.enlarged = 0
         self._tensor = source.tensor
 
     def __iter__(self) -> Any:
         rank, world = this_process()
         if isinstance(self.dataset, _Share):
             self.dataset.rank, self.dataset.world = rank, world
-        for image, keys, labels, faults in super().__iter__():
+        for image, keys, labels, faults, enlarged in super().__iter__():
             self.faults.take(faults, len(keys), world)
+            self.enlarged += enlarged
             if keys:
                 batch = {self._tensor: image, "key": keys}
                 yield batch if labels is None else {**batch, "label": labels}
@@ -217,16 +234,16 @@ class _Once(_Share):
         return self.source.once(self.part, Consumer(worker * self.world + self.rank, workers * self.world))
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | None, list[Fault]]:
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | None, list[Fault], int]:
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
     labels = [sample.label for sample in good if sample.label is not None]
-    faults = [fault for sample in samples for fault in sample.faults]
     return (
         torch.stack(images) if images else torch.empty(0),
         [sample.key for sample in good],
         torch.tensor(labels) if good and len(labels) == len(good) else None,
-        faults,
+        [fault for sample in samples for fault in sample.faults],
+        sum(sample.enlarged for sample in samples),
     )
 
 

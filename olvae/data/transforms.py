@@ -1,6 +1,7 @@
 """From a picture to a square of ``size`` pixels: the training and the evaluation transform."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -8,7 +9,7 @@ from PIL import Image
 from olvae.data.pixels import Bands, Picture
 from olvae.data.reading import Photo
 
-__all__ = ["FILTERS", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
+__all__ = ["FILTERS", "RESIZES", "EvalTransform", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
 
 FILTERS = {
     "box": Image.Resampling.BOX,
@@ -87,15 +88,65 @@ class RandomScaleCrop:
         return next((n for n in (8, 4, 2) if side >= n * OVERSAMPLING * self.size), 1)
 
 
-def resize_shorter_side(image: Picture, size: int) -> Picture:
-    """Bicubic, antialiased, so that the shorter side has ``size`` pixels."""
+RESIZES = ("shorter side", "adm", "squash", "none")
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """From a picture to the square of ``size`` pixels that is evaluated, always the same.
+
+    Args:
+        size: in pixels.
+        resize: ``shorter side``: of the picture to ``size``, as the results table has it [R]; ``adm``: the picture is
+            halved by averaging as long as its shorter side is at least twice ``size``, then the same (Dhariwal and
+            Nichol 2021); ``squash``: both sides; ``none``: a crop of the picture as it is, enlarged only if it is
+            smaller. Then the centre is cropped.
+        resample: one of :data:`FILTERS`, antialiased.
+
+    Raises:
+        ValueError: there is no such resize or filter.
+    """
+
+    size: int
+    resize: str = "shorter side"
+    resample: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZES or self.resample not in FILTERS:
+            raise ValueError(
+                f"resize must be one of {', '.join(RESIZES)} and the filter of {', '.join(FILTERS)}, got "
+                f"{self.resize} and {self.resample}"
+            )
+
+    def __call__(self, image: Picture) -> Picture:
+        size, resample = self.size, FILTERS[self.resample]
+        if self.resize == "squash":
+            return image.resize((size, size), resample)
+        while self.resize == "adm" and min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), FILTERS["box"])
+        if self.resize != "none" or min(image.size) < size:
+            image = resize_shorter_side(image, size, resample)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return image.crop((left, top, left + size, top + size))
+
+    def describe(self) -> str:
+        """In words, for the protocol."""
+        first = {
+            "shorter side": f"{self.resample} antialiased resize of the shorter side (Pillow)",
+            "adm": f"halved by averaging while twice too large, {self.resample} resize of the shorter side (Pillow)",
+            "squash": f"{self.resample} antialiased resize of both sides (Pillow)",
+            "none": "not resized",
+        }[self.resize]
+        return first if self.resize == "squash" else f"{first}, centre crop"
+
+
+def resize_shorter_side(image: Picture, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
+    """So that the shorter side has ``size`` pixels; bicubic and antialiased, if nothing else is said."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), resample)
 
 
 def center_crop(image: Picture, size: int) -> Picture:
     """The evaluation transform of the results table: bicubic resize of the shorter side, then centre crop."""
-    image = resize_shorter_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return EvalTransform(size)(image)

@@ -68,6 +68,7 @@ class WebDatasetSource(Source):
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
         self.shuffle = shuffle
+        self._limited = False
         self.image_key = image_key
         self.transform = RandomScaleCrop(size, min_fraction, filters, flip)
         found = find_shards(shards)
@@ -101,11 +102,24 @@ class WebDatasetSource(Source):
     def check_consumers(self, world: int) -> None:
         check_shares(self.train, self.num_workers, world)
 
+    def limit(self, images: int) -> None:
+        total, left, shards = self.count("test"), images, []
+        if total is None or images > total:
+            has = "an unknown number of" if total is None else total
+            raise ValueError(f"the set has {has} images, and not surely the {images} asked for")
+        for shard in self.val:
+            assert shard.images is not None
+            shards.append(shard._replace(images=min(left, shard.images)))
+            left -= shards[-1].images or 0
+            if not left:
+                break
+        self.val, self._limited = shards, True
+
     def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:  # noqa: ARG002
         def make(entry: Entry) -> Sample:
-            return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.size)
+            return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)
 
-        return read_once(self.val, self.image_key, consumer, make)
+        return read_once(self.val, self.image_key, consumer, make, self._limited)
 
     def stream(self, seed: int, position: int, consumer: Consumer) -> Iterator[Sample]:
         def make(entry: Entry, rng: np.random.Generator) -> Sample:

@@ -22,14 +22,13 @@ __all__ = ["encode_latents", "print_latents", "report_content", "write_report"]
 
 @torch.inference_mode()
 def encode_latents(
-    models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu", images: int | None = None
+    models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu"
 ) -> dict[str, LatentAccumulator]:
     """Encode the same images with every model, in one pass.
 
     Args:
         models: names to autoencoders; their channels and factors may differ.
-        batches: of the images, uint8.
-        images: stop after so many; 0 reads nothing, as a process does whose share is empty.
+        batches: of the images, uint8; none, if this is a process without a share.
 
     Raises:
         ValueError: the images do not suit a model, or latents are not finite.
@@ -37,9 +36,8 @@ def encode_latents(
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
         model.to(device)
-    left = images
-    for batch in batches if images != 0 else ():
-        x = batch["image"][:left]
+    for batch in batches:
+        x = batch["image"]
         keys = [image_key(image) for image in x]
         for name, model in models.items():
             _check(name, model, x)
@@ -47,10 +45,6 @@ def encode_latents(
                 accumulators[name].update(model.encode(from_uint8(x.to(device))), keys)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        if left is not None:
-            left -= len(keys)
-            if left <= 0:
-                break
     return accumulators
 
 

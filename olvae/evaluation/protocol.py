@@ -2,30 +2,115 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-__all__ = ["Protocol"]
+from olvae.data.transforms import EvalTransform
+
+__all__ = ["PROTOCOLS", "Protocol", "named"]
+
+PSNR = {
+    "per image": "mean over images of 10 log10(255^2 / MSE), MSE over all values of an image",
+    "pooled": "10 log10(255^2 / MSE), MSE over all values of all images",
+}
+SSIM = {
+    "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel",
+    "uniform": "mean over images; uniform window 7, sample covariance, K 0.01 and 0.03, range 255, per channel",
+}
+LPIPS = {
+    "vgg": "mean over images; lpips 0.1, VGG16 with its linear heads, images in [-1, 1]",
+    "alex": "mean over images; lpips 0.1, AlexNet with its linear heads, images in [-1, 1]",
+}
+INCEPTION = "torch-fidelity's Inception (TensorFlow's of 2015-12-05), 2048 features; reference: the images themselves"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How reconstructions are made and compared.
+    """How images are made, reconstructed and compared.
 
-    Numbers of the same images compare if their protocols' hashes are equal; which images they were is not in it.
+    Args:
+        name: of the preset; a changed one says so by its hash.
+        version: counted up when the same name comes to mean something else.
+        size: of the images in pixels.
+        resize, resample: see :class:`~olvae.data.transforms.EvalTransform`.
+        posterior: whether a latent is the posterior's mode or one sample.
+        seed: of the samples' noise, which is drawn for each image by its key.
+        psnr: mean of the images' PSNR, or PSNR of their pooled error.
+        ssim: which window.
+        lpips: which network stands under the name of LPIPS.
+        crops: how the source makes its test images, where it does not do so by ``resize``.
+        n: number of images.
     """
 
     name: str = "open-litevae"
-    version: int = 1
-    images: str = "bicubic antialiased resize of the shorter side, centre crop"
+    version: int = 2
     size: int = 256
-    posterior: str = "mode"
-    pixels: str = "clamped to [-1, 1], rounded to uint8"
-    psnr: str = "mean over images of 10 log10(255^2 / MSE)"
-    ssim: str = "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel"
+    resize: str = "shorter side"
+    resample: str = "bicubic"
+    posterior: Literal["mode", "sample"] = "mode"
+    seed: int = 0
+    psnr: Literal["per image", "pooled"] = "per image"
+    ssim: Literal["gaussian", "uniform"] = "gaussian"
+    lpips: Literal["vgg", "alex"] = "vgg"
+    crops: str | None = None
+    n: int | None = None
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+    @property
+    def transform(self) -> EvalTransform:
+        return EvalTransform(self.size, self.resize, self.resample)
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """From the name of a metric to the variant of it that stands under that name here."""
+        ssim = {"gaussian": "ssim", "uniform": "ssim_uniform"}[self.ssim]
+        return {"ssim": ssim, "lpips": {"vgg": "lpips", "alex": "lpips_alex"}[self.lpips]}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every choice in words, as metrics.json has it."""
+        sample = f"one sample, its noise seeded by {self.seed} and the image's key"
+        return {
+            "name": self.name,
+            "version": self.version,
+            "images": self.crops or self.transform.describe(),
+            "size": self.size,
+            "n": self.n,
+            "posterior": "mode" if self.posterior == "mode" else sample,
+            "precision": "float32",
+            "pixels": "clamped to [-1, 1], rounded to uint8",
+            "psnr": PSNR[self.psnr],
+            "ssim": SSIM[self.ssim],
+            "ms_ssim": "mean over images; torchmetrics, five scales, the SSIM of each as above, range 255",
+            "l1": "mean over images of the mean absolute difference, range 1",
+            "lpips": LPIPS[self.lpips],
+            "rfid": INCEPTION,
+            "kid": f"{INCEPTION}; torch-fidelity's subsets and seed",
+        }
 
     def hash(self) -> str:
         text = json.dumps(self.as_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(),
+        Protocol("latent-diffusion", posterior="sample"),
+        Protocol("dc-ae", resize="adm", lpips="alex"),
+        Protocol("llamagen", resize="adm", posterior="sample", ssim="uniform"),
+        Protocol("va-vae", resample="bilinear", posterior="sample"),
+    )
+}
+"""By name; docs/evaluation.md says whose choices they are and where these are stated."""
+
+
+def named(name: str, **choices: Any) -> Protocol:
+    """A preset, with other choices where they are given.
+
+    Raises:
+        ValueError: there is no preset of this name.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"--protocol {name}: choose from {', '.join(PROTOCOLS)}")
+    return replace(PROTOCOLS[name], **{key: value for key, value in choices.items() if value is not None})

@@ -1,55 +1,208 @@
 """What an evaluation leaves behind: a table, metrics.json, a figure."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from olvae.evaluation.evaluator import Result
+from olvae.evaluation.cost import Cost
+from olvae.evaluation.evaluator import EQUAL, Result
 from olvae.evaluation.protocol import Protocol
 from olvae.figures import error_map, labelled_grid
+from olvae.metrics.registry import METRICS
 
-__all__ = ["print_results", "write_figure", "write_metrics"]
-
-UNITS = {"psnr": "PSNR, dB", "ssim": "SSIM"}
-
-
-def print_results(results: Sequence[Result], protocol: Protocol) -> None:
-    """The table, to standard error."""
-    names = list(dict.fromkeys(name for result in results for name in (*result.metrics, *result.skipped)))
-    table = Table("target", "images", title=f"protocol {protocol.name}, {protocol.size}x{protocol.size}")
-    for name in names:
-        table.add_column(UNITS[name], justify="right")
-    for result in results:
-        cells = [f"{result.metrics[name]:.3f}" if name in result.metrics else "-" for name in names]
-        table.add_row(escape(result.target), str(result.n), *cells)
-    Console(stderr=True).print(table)
+__all__ = ["Earlier", "Evaluation", "print_evaluations", "read_earlier", "write_figure", "write_metrics"]
 
 
-def write_metrics(results: Sequence[Result], protocol: Protocol, path: Path) -> None:
+@dataclass(frozen=True)
+class Evaluation:
+    """All that is known after a pass, under one protocol.
+
+    Args:
+        images: which ones they were: source, n, sha256 of the pixels, and how many could not be read or were enlarged.
+        results: in the order of the targets.
+        costs: by target, where there are any.
+        intervals: by target and metric, the ends of the 95 % bootstrap interval of the mean over images.
+        before: rows of earlier results, as metrics.json has them.
+    """
+
+    protocol: Protocol
+    images: dict[str, Any]
+    results: Sequence[Result]
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    before: Sequence[dict[str, Any]] = ()
+
+    def with_rows(self, before: Sequence[dict[str, Any]]) -> "Evaluation":
+        """The same with rows of earlier results."""
+        return replace(self, before=before)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents of metrics.json."""
+        return {
+            "protocol": self.protocol.as_dict(),
+            "protocol_hash": self.protocol.hash(),
+            "images": self.images,
+            "results": [*(self._row(result) for result in self.results), *self.before],
+        }
+
+    def _row(self, result: Result) -> dict[str, Any]:
+        cost = self.costs.get(result.target)
+        return {
+            "target": result.target,
+            "n": result.n,
+            "metrics": result.metrics,
+            "skipped": result.skipped,
+            "intervals": {name: list(ends) for name, ends in self.intervals.get(result.target, {}).items()},
+            "details": {name: details for name, details in result.details.items() if details},
+            "cost": cost.as_dict() if cost else None,
+        }
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The results of an earlier metrics.json."""
+
+    path: Path
+    protocol_hash: str
+    images: str | None
+    rows: list[dict[str, Any]]
+
+    def beside(self, evaluation: Evaluation, mix: bool) -> list[dict[str, Any]]:
+        """Its rows, to stand in one table with these results.
+
+        Args:
+            mix: whether results of another protocol or other images may; they are marked then.
+
+        Raises:
+            ValueError: they do not compare.
+        """
+        same_protocol = self.protocol_hash == evaluation.protocol.hash()
+        if same_protocol and self.images == evaluation.images["sha256"]:
+            return self.rows
+        what = "other images" if same_protocol else "another protocol"
+        if not mix:
+            raise ValueError(
+                f"{self.path}: has results of {what}, which do not compare with these; to put them into one table "
+                "all the same, add --mix-protocols"
+            )
+        return [{**row, "target": f"{row['target']} [{what}]"} for row in self.rows]
+
+
+def read_earlier(path: Path) -> Earlier:
+    """Read a metrics.json.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such metrics.json")
+    try:
+        content = json.loads(path.read_text())
+        rows = [
+            {"skipped": {}, **row, "target": str(row["target"]), "n": int(row["n"]), "metrics": dict(row["metrics"])}
+            for row in content["results"]
+        ]
+        return Earlier(path, str(content["protocol_hash"]), content.get("images", {}).get("sha256"), rows)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
+
+
+def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """A table for each protocol, one of costs, and what is missing and why, to standard error."""
+    console = Console(stderr=True)
+    missing: dict[str, list[str]] = {}
+    notes: dict[str, None] = {}
+    for evaluation in evaluations:
+        rows = evaluation.as_dict()["results"]
+        console.print(_quality(rows, evaluation.protocol))
+        for row in rows:
+            for name, reason in row["skipped"].items():
+                label = METRICS[name].label if name in METRICS else name
+                if not _is_equal(row, name) and label not in missing.setdefault(reason, []):
+                    missing[reason].append(label)
+            notes |= {str(d["warning"]): None for d in row.get("details", {}).values() if "warning" in d}
+    if evaluations[0].costs:
+        console.print(_costs(evaluations[0].costs))
+    lines = [f"skipped {', '.join(labels)}: {reason}" for reason, labels in missing.items() if labels]
+    images = evaluations[0].images
+    if images["unreadable"]:
+        notes[f"{images['unreadable']} images could not be read and are not in these numbers"] = None
+    if images["enlarged"]:
+        notes[f"{images['enlarged']} images are smaller than the crop and were enlarged"] = None
+    for line in (*lines, *(f"note: {note}" for note in notes)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _quality(rows: Sequence[Mapping[str, Any]], protocol: Protocol) -> Table:
+    names = [name for name in METRICS if any(name in row["metrics"] or _is_equal(row, name) for row in rows)]
+    table = Table(title=f"protocol {protocol.name} {protocol.hash()}, {protocol.size}x{protocol.size}")
+    table.add_column("target", overflow="fold")
+    for heading in ("images", *(METRICS[name].label for name in names)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(escape(row["target"]), str(row["n"]), *(_cell(row, name) for name in names))
+    return table
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    if _is_equal(row, name):
+        return "∞"
+    if name not in row["metrics"]:
+        return "-"
+    value = row["metrics"][name]
+    ends = row.get("intervals", {}).get(name)
+    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
+    return text if ends is None or name != "psnr" else f"{text} ±{(ends[1] - ends[0]) / 2:.2f}"
+
+
+def _is_equal(row: Mapping[str, Any], name: str) -> bool:
+    return bool(row.get("skipped", {}).get(name) == EQUAL)
+
+
+def _costs(costs: Mapping[str, Cost]) -> Table:
+    first = next(iter(costs.values()))
+    table = Table(title=f"cost: {first.device}, batches of {first.batch_size}; memory beyond weights and images")
+    table.add_column("target", overflow="fold")
+    for heading in ("M params", "GMACs\nencode", "GMACs\ndecode", "img/s\nencode", "img/s\ndecode", "MiB\npeak"):
+        table.add_column(heading, justify="right")
+    for name, cost in costs.items():
+        table.add_row(
+            escape(name),
+            f"{cost.parameters / 1e6:.2f}",
+            f"{cost.encode_macs / 1e9:.2f}",
+            f"{cost.decode_macs / 1e9:.2f}",
+            *(f"{rate:.1f}" if rate else "-" for rate in (cost.encode_images_per_s, cost.decode_images_per_s)),
+            "-" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**20:.0f}",
+        )
+    return table
+
+
+def write_metrics(evaluation: Evaluation, path: Path) -> None:
     """metrics.json, whole or not at all."""
-    content = {
-        "protocol": protocol.as_dict(),
-        "protocol_hash": protocol.hash(),
-        "results": [result.as_dict() for result in results],
-    }
+    content = evaluation.as_dict()
+    assert all(math.isfinite(value) for row in content["results"] for value in row["metrics"].values())
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
 
 
-def write_figure(inputs: Tensor, results: Sequence[Result], path: Path) -> None:
+def write_figure(inputs: Tensor, reconstructions: Mapping[str, Tensor], path: Path) -> None:
     """Inputs, then each target's reconstructions and errors.
 
     Args:
         inputs: uint8 (N, 3, H, W).
+        reconstructions: the same images by each target.
     """
     rows = {"input, held out": inputs}
-    for result in results:
-        rows[f"{result.target}: reconstruction"] = result.examples
-        rows[f"{result.target}: error, black 0 to white 64 of 255"] = error_map(inputs, result.examples)
+    for target, images in reconstructions.items():
+        rows[f"{target}: reconstruction"] = images
+        rows[f"{target}: error, black 0 to white 64 of 255"] = error_map(inputs, images)
     labelled_grid(rows).save(path)

@@ -11,10 +11,11 @@ from olvae import config as cfg
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder
-from olvae.models.diffusers_autoencoder import class_of, find_folder, load_diffusers
+from olvae.models.description import CLASS_NAME, build_autoencoder, class_in
+from olvae.models.diffusers_autoencoder import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.hub import is_hub_id
 from olvae.models.latent_diffusion import from_latent_diffusion, latent_diffusion_prefix
-from olvae.models.pretrained import CLASS_NAME, build_autoencoder, find_weights, load_located, locate
+from olvae.models.pretrained import find_weights, load_located, locate
 from olvae.runs import Run
 
 __all__ = ["KINDS", "Target", "find_target", "name_apart"]
@@ -34,7 +35,8 @@ class Target:
     given: str
     """As the user wrote it."""
     config: Config = field(repr=False)
-    """The training config; empty where there is none: exports, the hub, diffusers."""
+    """The training config; empty for exports, the hub, diffusers, and where the config only came along with weights,
+    because its data would be built from it: name it with ``config``."""
     run: Run | None
     trained: Callable[[], Autoencoder] = field(repr=False)
     fresh: Callable[[], Autoencoder] = field(repr=False)
@@ -80,17 +82,17 @@ def find_target(
     path = Path(given)
     if not path.exists() and not is_hub_id(given):
         raise FileNotFoundError(f"{given}: not there; a target is {KINDS}")
-    if path.is_dir() and ((path / "model_index.json").is_file() or _class_in(path) not in (None, CLASS_NAME)):
+    if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: a folder of diffusers: as a target, {DIFFUSERS}{given}")
     weights = find_weights(given)
     suffix = ", raw weights" if raw else ""
-    ours = weights.parent.name == "checkpoints" or _class_in(weights.parent) == CLASS_NAME
+    ours = weights.parent.name == "checkpoints" or class_in(weights.parent) == CLASS_NAME
     if not ours and (found := _latent_diffusion(weights, given, raw, allow_mismatch)):
         return replace(found, name=found.name + suffix)
     if config is None and config_base is not None and weights.parent.name == "checkpoints":
         config = find_config(config_base, weights.parent.parent.resolve().name)
     located = locate(given, config=config)
-    if located.run is not None and (mistakes := cfg.validate(located.config)):
+    if located.config and (mistakes := cfg.validate(located.config)):
         raise ConfigError(*mistakes)
     return Target(
         name=(path.resolve().name if path.is_dir() else given) + suffix,
@@ -138,7 +140,7 @@ def name_apart(targets: Sequence[Target]) -> list[Target]:
 
 
 def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool) -> Target:
-    if class_of(folder) == CLASS_NAME:  # an export of ours, in a pipeline
+    if class_in(folder) == CLASS_NAME:  # an export of ours, in a pipeline
         return replace(find_target(folder, raw=raw, allow_mismatch=allow_mismatch), name=given, given=given)
     return Target(
         name=given,
@@ -148,14 +150,6 @@ def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool)
         trained=lambda: load_diffusers(folder),
         fresh=lambda: load_diffusers(folder, trained=False),
     )
-
-
-def _class_in(folder: Path) -> str | None:
-    """The class in a folder's config.json, if there is one."""
-    try:
-        return class_of(folder)
-    except ConfigError:
-        return None
 
 
 def _latent_diffusion(weights: Path, given: str, raw: bool, allow_mismatch: bool) -> Target | None:

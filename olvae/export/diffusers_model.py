@@ -11,7 +11,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.pretrained import autoencoder_params, build_autoencoder, export_config
+from olvae.models.description import autoencoder_params, build_autoencoder, export_config
 
 __all__ = ["AutoencoderLiteVAE"]
 

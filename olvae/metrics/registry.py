@@ -14,7 +14,7 @@ from olvae.metrics.lpips import LPIPSDistance
 from olvae.metrics.metric import Kind, Metric, PerImage
 from olvae.metrics.msssim import ms_ssim
 from olvae.metrics.psnr import psnr
-from olvae.metrics.ssim import ssim
+from olvae.metrics.ssim import ssim, ssim_uniform
 from olvae.modules.perceptual_network import TRUNKS, Trunk
 from olvae.weights import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 
@@ -25,6 +25,7 @@ METRICS: dict[str, Kind] = {
     for kind in (
         Kind("psnr", "PSNR, dB", "higher"),
         Kind("ssim", "SSIM", "higher"),
+        Kind("ssim_uniform", "SSIM, uniform window", "higher"),
         Kind("ms_ssim", "MS-SSIM", "higher"),
         Kind("l1", "L1", "lower"),
         Kind("lpips", "LPIPS", "lower", VGG16),
@@ -37,7 +38,13 @@ METRICS: dict[str, Kind] = {
 MakeMetrics = Callable[[], dict[str, Metric]]
 """Fresh metrics by name, for one contender. Networks, and features of the images, are shared by all that it makes."""
 
-PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "l1": l1}
+PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "psnr": psnr,
+    "ssim": ssim,
+    "ssim_uniform": ssim_uniform,
+    "ms_ssim": ms_ssim,
+    "l1": l1,
+}
 LPIPS_TRUNKS: dict[str, Trunk] = {"lpips": "vgg", "lpips_alex": "alex"}
 SETS = {"rfid": RFID, "kid": KID}
 

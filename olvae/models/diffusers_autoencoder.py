@@ -1,6 +1,7 @@
 """Autoencoders of diffusers (KL, Tiny, DC, ...) behind the interface of our own."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
+from olvae.models.description import class_in
 from olvae.models.hub import is_hub_id, snapshot
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 
-__all__ = ["DiffusersAutoencoder", "class_of", "find_folder", "load_diffusers"]
+__all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]
 
 SUBFOLDER = "vae"
 """Where pipelines keep their autoencoder."""
@@ -110,15 +112,6 @@ def find_folder(text: str) -> Path:
     )
 
 
-def class_of(folder: Path) -> str:
-    """The class that a folder's config.json names."""
-    try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ConfigError(f"{folder}/config.json: not a config of diffusers: it has no _class_name") from error
-    return str(name)
-
-
 def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     """The autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
 
@@ -129,16 +122,19 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     import diffusers
     from diffusers import ModelMixin
 
-    name = class_of(folder)
+    name = class_in(folder)
+    if name is None:
+        raise ConfigError(f"{folder}/config.json: not a config of diffusers: it has no _class_name")
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and ("Autoencoder" in name or name == "VQModel")):
         raise ConfigError(f"{folder}/config.json: {name} is not an autoencoder of diffusers {diffusers.__version__}")
     if not trained:
         return DiffusersAutoencoder(kind.from_config(kind.load_config(folder))).eval()
     try:
-        model, report = kind.from_pretrained(
-            folder, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, local_files_only=True
-        )
+        with _quiet():
+            model, report = kind.from_pretrained(
+                folder, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+            )
     except Exception as error:  # of many kinds, by what is broken
         raise ValueError(f"{folder}: not a readable {name}: {str(error).strip().splitlines()[0]}") from error
     kinds = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
@@ -149,6 +145,19 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     if broken:
         raise ValueError(f"{folder}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
     return DiffusersAutoencoder(model).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what diffusers says of its own configs and of weights; what matters of it is checked here."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _download(repo_id: str, subfolder: str) -> Path:

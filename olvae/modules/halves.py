@@ -1,11 +1,21 @@
 """What an autoencoder asks of its two halves; derive from these to bring your own."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Decoder", "Encoder"]
+__all__ = ["Decoder", "Encoder", "Stage"]
+
+
+class Stage(NamedTuple):
+    """A step of a decoder that sees only a neighbourhood: to compute a window of its output, widen the window by
+    ``reach`` positions on every side, then shrink it by ``scale``; that is the window of its input."""
+
+    run: Callable[[Tensor], Tensor]
+    reach: int
+    scale: int = 1
 
 
 class _Half(nn.Module):
@@ -37,3 +47,7 @@ class Decoder(_Half):
     z_channels: int
     out_channels: int
     upscale: int
+
+    def stages(self) -> list[Stage] | None:
+        """The steps of ``forward``, which tiles are cut between; None, if any step sees the whole image."""
+        return None

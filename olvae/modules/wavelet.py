@@ -187,7 +187,8 @@ def _synthesis_taps(wavelet: str) -> list[list[list[float]]]:
 def _periodic(x: Tensor, before: int, after: int) -> Tensor:
     """Continue the last axis periodically; the padding may be longer than the signal."""
     n = x.shape[-1]
-    return x.index_select(-1, torch.arange(-before, n + after, device=x.device).remainder(n))
+    places = torch.arange(-before, n + after, device=x.device)
+    return x.index_select(-1, places.remainder(torch.full_like(places, n)))  # by a tensor, as ONNX has it
 
 
 def _conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:

@@ -16,49 +16,18 @@ from olvae.data.pixels import from_uint8, image_to_tensor
 from olvae.data.reading import read_picture
 from olvae.data.transforms import center_crop
 from olvae.evaluation.targets import find_target
-from olvae.training import run as training
-from tests.conftest import tiny_config
 from tests.evaluation.test_processes import fork_two
 from tests.evaluation.test_targets import taesd
 
 
 @pytest.fixture
-def olvae(capfd, monkeypatch):
-    """Run a command; returns exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return leaving.value.code, out, err
-
-    return run
+def run(trained):
+    return trained
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        small.resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, image_folder):
-    """A run folder after two steps."""
-    folder = tmp_path_factory.mktemp("run")
-    save(tiny_config(image_folder), folder / "tiny.yaml")
-    arguments = ["--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(training.RUN_ENV, "")  # so that what training sets is taken back
-        with pytest.raises(SystemExit) as leaving:
-            main(["train", *map(str, arguments), "lightning.trainer.max_steps=2"])
-    assert leaving.value.code == 0
-    (path,) = (folder / "runs").iterdir()
-    return path
+@pytest.fixture
+def image_folder(trained):
+    return trained.parent.parent / "photos"
 
 
 def test_a_run_on_its_own_test_images(olvae, run):
@@ -102,7 +71,7 @@ def test_two_models_on_a_folder(olvae, run, tmp_path, image_folder):
     assert first == second
     assert content["data"] == {
         "source": str(image_folder),
-        "images": "bicubic antialiased resize of the shorter side, centre crop",
+        "images": "bicubic antialiased resize of the shorter side (Pillow), centre crop",
         "size": config["data"]["params"]["size"],
         "n": 12,
     }

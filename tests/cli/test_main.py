@@ -11,25 +11,9 @@ import typer
 
 from olvae.cli.main import _repeat_flags, main
 from olvae.config import save
-from olvae.training import run as training
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def olvae(capfd, monkeypatch):
-    """Run a command; returns exit code, standard output and standard error."""
-    monkeypatch.delenv(training.RUN_ENV, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return leaving.value.code, out, err
-
-    return run
 
 
 @pytest.fixture
@@ -39,7 +23,11 @@ def config(tmp_path, image_folder):
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["validate"], ["tables"]])
+COMMANDS = ("train", "evaluate", "reconstruct", "latents", "export", "validate", "tables")
+GROUPS = ("data pack", "data check", "bench train", "bench data")
+
+
+@pytest.mark.parametrize("command", [[], *(text.split() for text in (*COMMANDS, *GROUPS))])
 def test_help(olvae, command):
     code, out, _ = olvae(*command, "--help")
     assert code == 0
@@ -71,7 +59,7 @@ def test_train_evaluate_and_resume(olvae, config, tmp_path):
     trained, bicubic, untrained = content["results"]
     assert trained["target"] == run.name
     assert trained["n"] == bicubic["n"] == untrained["n"] > 0
-    assert trained["metrics"].keys() == {"psnr", "ssim"}
+    assert trained["metrics"].keys() == {"psnr", "ssim", "l1"}
     assert trained["metrics"]["psnr"] != untrained["metrics"]["psnr"]
     assert (run / "reconstructions.png").is_file()
     code, _, err = olvae("train", "--resume", run, "lightning.trainer.max_steps=5")
@@ -140,7 +128,7 @@ def test_validate(olvae, config, tmp_path):
         (["train", "--base", "configs/demo.yaml", "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
         (["evaluate", "missing"], 1, "a target is a run folder"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
-        (["evaluate", "--metrics", "fid", "configs"], 2, "choose from psnr, ssim"),
+        (["evaluate", "--metrics", "fid", "configs"], 2, "choose from all, psnr, ssim"),
         (["evaluate", "configs"], 1, "neither a run folder"),
         (["trian"], 2, "No such command"),
     ],

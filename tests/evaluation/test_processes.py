@@ -15,7 +15,6 @@ from olvae.evaluation.processes import device_of, gather, join, leave
 REPO = Path(__file__).parents[2]
 PROGRAM = """
 import sys
-from collections.abc import Callable
 from pathlib import Path
 import torch
 from olvae.evaluation.processes import gather, join, leave

@@ -150,6 +150,26 @@ def test_names_are_told_apart(make_run, tmp_path):
     assert [target.name for target in apart] == [run.name, f"{run.name}, raw weights"]
 
 
+def test_a_config_that_came_along_builds_no_data(make_run, tmp_path, image):
+    """The config of a run or of --config is the user's own; one beside received weights builds our networks only."""
+    run = make_run()
+    received = tmp_path / "received"
+    (run / "checkpoints" / "last.ckpt").rename(tmp_path / "model.ckpt")
+    received.mkdir()
+    (tmp_path / "model.ckpt").rename(received / "model.ckpt")
+    config = tiny_config()
+    config["data"] = {"target": "os.system", "params": {"command": "touch harmed"}}
+    save(config, received / "model.yaml")
+    assert find_target(received / "model.ckpt").config == {}
+    assert find_target(received).config == {}
+    named = find_target(received / "model.ckpt", config=run / "config.yaml")
+    assert named.config["data"] == tiny_config()["data"]
+    assert torch.equal(named.load()(image)[0], find_target(received).load()(image)[0])
+    (tmp_path / "mistaken.yaml").write_text((received / "model.yaml").read_text().replace("command", "comand"))
+    with pytest.raises(ConfigError, match=r"data.params.comand"):
+        find_target(received / "model.ckpt", config=tmp_path / "mistaken.yaml")
+
+
 # diffusers
 
 
@@ -207,7 +227,6 @@ def test_tiny_takes_and_gives_images_in_minus_one_to_one():
 
 def test_pipelines_and_subfolders(tmp_path, image):
     model = kl()
-    (tmp_path / "model_index.json").write_text("{}")
     model.save_pretrained(tmp_path / "vae")
     taesd().save_pretrained(tmp_path / "taesd")
     assert torch.equal(find_target(f"diffusers:{tmp_path}").load()(image)[0], model(image).sample)
@@ -255,7 +274,7 @@ def test_what_is_no_autoencoder_of_diffusers(tmp_path):
             find_target(f"diffusers:{tmp_path}").load()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"has no _class_name"):
-        find_target(f"diffusers:{tmp_path}")
+        find_target(f"diffusers:{tmp_path}").load()
     with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
         find_target("diffusers:nothing here")
 

@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
 from olvae.config import ConfigError, load, save
+from olvae.data.pixels import from_uint8, to_uint8
+from olvae.data.samples import SamplePhotographs
+from olvae.metrics.psnr import psnr
+from olvae.models.description import WEIGHTS_NAME, build_autoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.pretrained import PUBLISHED, WEIGHTS_NAME, build_autoencoder
+from olvae.models.pretrained import PUBLISHED
 from olvae.modules.halves import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
@@ -367,6 +371,15 @@ def test_pushing(monkeypatch):
         ("create", "me/mine", True, True),
         ("upload", "me/mine", ["config.json", WEIGHTS_NAME], "First"),
     ]
+
+
+@pytest.mark.network
+def test_the_published_model_reconstructs_photographs():
+    model = LiteVAE.from_pretrained("RGenDiff/olitevaeB_im_f8c12")
+    batch = next(iter(SamplePhotographs(size=128, batch_size=8).test_loader()))
+    with torch.no_grad():
+        reconstruction, _ = model(from_uint8(batch["image"]))
+    assert psnr(batch["image"], to_uint8(reconstruction)).mean() > 24
 
 
 def test_a_training_module_loads_what_is_saved(tmp_path):

@@ -18,6 +18,7 @@ from olvae.runs import Run
 from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config
+from tests.data.images import write_shards
 
 UNETGAN = {"target": "olvae.modules.unetgan.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
 
@@ -110,6 +111,39 @@ def test_stopping_and_resuming_is_not_stopping(go, overrides):
     resumed = go("lightning.trainer.max_steps=8", resume=half.path)
     assert resumed.path == half.path
     assert_same_state(whole, resumed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_resumed_where_they_stopped(go, tmp_path, workers):
+    write_shards(tmp_path / "shards", (5, 9, 6))
+    overrides = (
+        "data.target=olvae.data.webdataset.WebDatasetSource",
+        f"data.params.shards={tmp_path}/shards/{{000..001}}.tar",
+        f"data.params.val_shards={tmp_path}/shards/002.tar",
+        "data.params.size=16",
+        "data.params.batch_size=4",
+        "data.params.shuffle=4",
+        f"data.params.num_workers={workers}",
+    )
+    whole = go("lightning.trainer.max_steps=7", *overrides)
+    half = go("lightning.trainer.max_steps=3", *overrides)
+    assert_same_state(whole, go("lightning.trainer.max_steps=7", resume=half.path))
+
+
+def test_a_source_that_nobody_can_count_has_no_epochs(go, tmp_path):
+    (shard,) = write_shards(tmp_path / "shards", (9,))
+    overrides = (
+        "data.target=olvae.data.webdataset.WebDatasetSource",
+        f"data.params.shards=pipe:cat {shard}",
+        f"data.params.val_shards={shard}",
+        "data.params.size=16",
+        "data.params.batch_size=4",
+    )
+    assert checkpoint(go("lightning.trainer.max_steps=3", *overrides))["global_step"] == 3
+    with pytest.raises(ConfigError, match="use max_steps"):
+        go("lightning.trainer.max_steps=-1", "lightning.trainer.max_epochs=2", *overrides)
+    with pytest.raises(ValueError, match="1 training shards for 2 processes"):
+        go(*overrides, "data.params.num_workers=2")
 
 
 def test_resuming_with_another_seed_reshuffles(go):

@@ -6,7 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.halves import Decoder
+from olvae.modules.halves import Decoder, Stage
 from olvae.modules.litevae.smc import SMC
 from olvae.modules.wavelet import idwt2
 
@@ -61,12 +61,6 @@ class Level(nn.Module):
         self.block = nn.ModuleList(blocks)
         if upsample is not None:
             self.upsample = upsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():
-            for layer in module if isinstance(module, nn.ModuleList) else (module,):
-                x = layer(x)
-        return x
 
 
 class LiteVAE_Decoder(Decoder):
@@ -136,11 +130,35 @@ class LiteVAE_Decoder(Decoder):
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 4 or z.shape[1] != self.z_channels:
             raise ValueError(f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}")
-        h = self.mid(self.conv_in(z))  # (B, width, h, w)
+        h = z
+        for stage in self.stages():
+            h = stage.run(h)
+        return h
+
+    def stages(self) -> list[Stage]:
+        """From the latent to the image, one block at a time; see :class:`Stage`."""
+        out = [Stage(self.conv_in, _reach(self.conv_in))]
+        out += [Stage(block, _reach(block)) for block in self.mid]  # (B, width, h, w)
         for level in reversed(self.up):
-            h = level(h)
-        h = self.conv_out(F.silu(self.conv_norm(h)))
+            assert isinstance(level, Level)
+            out += [Stage(block, _reach(block)) for block in level.block]
+            if hasattr(level, "upsample"):
+                out.append(Stage(level.upsample, _reach(level.upsample), scale=2))
+        out.append(Stage(self._head, _reach(self.conv_norm, self.conv_out)))
         if self.output == "wavelet":
-            h = idwt2(2.0 * h)  # (B, 4C, fh/2, fw/2) -> (B, C, fh, fw)
-        out: Tensor = h
+            out.append(Stage(_inverse_wavelet, 0, scale=2))
         return out
+
+    def _head(self, h: Tensor) -> Tensor:
+        out: Tensor = self.conv_out(F.silu(self.conv_norm(h)))
+        return out
+
+
+def _inverse_wavelet(bands: Tensor) -> Tensor:
+    return idwt2(2.0 * bands)  # (B, 4C, fh/2, fw/2) -> (B, C, fh, fw)
+
+
+def _reach(*modules: nn.Module) -> int:
+    """How far, in positions, convolutions that follow each other see; an SMC is one, and so is a folded one."""
+    convolutions = (m for module in modules for m in module.modules() if isinstance(m, nn.Conv2d))
+    return sum(conv.kernel_size[0] // 2 for conv in convolutions)

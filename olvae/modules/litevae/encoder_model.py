@@ -1,6 +1,6 @@
 """The LiteVAE encoder: wavelet sub-bands, one extractor per level, one aggregator [P 4.1, Fig. 2]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -122,6 +122,10 @@ class LiteVAE_Encoder(Encoder):
         self.aggregator = unet(bands * dct_levels, latent_dim, *widths[3:])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, lambda unet, h: unet(h))
+
+    def run(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """``forward``, with the way in which a UNet is applied to its input left to the caller."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
@@ -134,10 +138,9 @@ class LiteVAE_Encoder(Encoder):
         levels = wavedec2(x, self.wavelet, self.levels)  # level l: (B, 4C, H/2^l, W/2^l)
         stages = zip(levels, self.band_scales, self.extractors, self.pool_convs, strict=True)
         for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1):
-            f = extractor(bands if band_scale == 1.0 else bands * band_scale)
+            f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
             features.append(pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level))))  # (B, 4C, H/f, W/f)
-        out: Tensor = self.aggregator(torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)
-        return out
+        return apply(self.aggregator, torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)
 
 
 def _widths(scale: str | None, variant: str, given: dict[str, int | Sequence[int] | None]) -> Scale:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["OpenUNet", "PaperUNet"]
+__all__ = ["OpenUNet", "PaperUNet", "UNet"]
 
 
 def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -21,15 +21,22 @@ def _conv1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, which also takes groups of one value, as images of one latent position have: that value becomes 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class PostActivationBlock(nn.Module):
     """conv, GroupNorm, SiLU, conv, GroupNorm, SiLU, then the (1x1-projected) input is added [M]."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 8) -> None:
         super().__init__()
         self.conv1 = _conv3(in_channels, out_channels)
-        self.norm1 = nn.GroupNorm(groups, out_channels)
+        self.norm1 = GroupNorm(groups, out_channels)
         self.conv2 = _conv3(out_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels)
         self.residual_conv = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,9 +54,9 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(gcd(32, in_channels), in_channels)
+        self.norm1 = GroupNorm(gcd(32, in_channels), in_channels)
         self.conv1 = _conv3(in_channels, out_channels)
-        self.norm2 = nn.GroupNorm(gcd(32, out_channels), out_channels)
+        self.norm2 = GroupNorm(gcd(32, out_channels), out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv3(out_channels, out_channels)
         self.shortcut = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
@@ -61,7 +68,45 @@ class PreActivationBlock(nn.Module):
         return out
 
 
-class OpenUNet(nn.Module):
+class UNet(nn.Module):
+    """What the two have in common: how steps and skips follow each other.
+
+    A block leaves its output as a skip on the way down, and takes one on the way up; a convolution changes the width.
+    """
+
+    init_conv: nn.Conv2d
+    conv_out: nn.Conv2d
+
+    def down(self) -> list[nn.Module]:
+        """The steps on the way down."""
+        raise NotImplementedError
+
+    def middle(self) -> list[nn.Module]:
+        """The blocks in between."""
+        raise NotImplementedError
+
+    def up(self) -> list[nn.Module]:
+        """The steps on the way up."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.init_conv(x)
+        skips: list[Tensor] = []
+        for step in self.down():
+            h = step(h)
+            if not isinstance(step, nn.Conv2d):
+                skips.append(h)
+        for step in self.middle():
+            h = step(h)
+        for step in self.up():
+            if not isinstance(step, nn.Conv2d):
+                h = torch.cat((h, skips.pop()), dim=1)  # (B, 2 width, H, W)
+            h = step(h)
+        out: Tensor = self.conv_out(h)
+        return out
+
+
+class OpenUNet(UNet):
     """open-LiteVAE's UNet [R][M].
 
     Widths are ``channels * mult``; every width but the last is a level with ``blocks`` residual blocks, whose
@@ -87,26 +132,17 @@ class OpenUNet(nn.Module):
             self.up_blocks.append(nn.ModuleList([_conv1(wider, width), *level]))
         self.conv_out = _conv1(channels * mult[0], out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.init_conv(x)
-        skips: list[Tensor] = []
-        for level in self.down_blocks:
-            *blocks, widen = level.children()
-            for block in blocks:
-                h = block(h)
-                skips.append(h)
-            h = widen(h)
-        h = self.mid_block(h)
-        for level in self.up_blocks:
-            narrow, *blocks = level.children()
-            h = narrow(h)
-            for block in blocks:
-                h = block(torch.cat((h, skips.pop()), dim=1))  # (B, 2 width, H, W) -> (B, width, H, W)
-        out: Tensor = self.conv_out(h)
-        return out
+    def down(self) -> list[nn.Module]:
+        return [step for level in self.down_blocks for step in level.children()]
+
+    def middle(self) -> list[nn.Module]:
+        return list(self.mid_block)
+
+    def up(self) -> list[nn.Module]:
+        return [step for level in self.up_blocks for step in level.children()]
 
 
-class PaperUNet(nn.Module):
+class PaperUNet(UNet):
     """The paper's UNet [P App. G]: pre-activation blocks, widths change inside a level's first block.
 
     ``blocks`` blocks per level down and up, each leaving and taking one skip, and two in the middle; a 3x3
@@ -144,14 +180,11 @@ class PaperUNet(nn.Module):
         self.up_blocks = nn.ModuleList(up)
         self.conv_out = _conv3(width, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.init_conv(x)
-        skips: list[Tensor] = []
-        for block in self.down_blocks:
-            h = block(h)
-            skips.append(h)
-        h = self.mid_blocks(h)
-        for block in self.up_blocks:
-            h = block(torch.cat((h, skips.pop()), dim=1))
-        out: Tensor = self.conv_out(h)
-        return out
+    def down(self) -> list[nn.Module]:
+        return list(self.down_blocks)
+
+    def middle(self) -> list[nn.Module]:
+        return list(self.mid_blocks)
+
+    def up(self) -> list[nn.Module]:
+        return list(self.up_blocks)

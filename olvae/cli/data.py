@@ -1,0 +1,173 @@
+"""``olvae data``."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+HELP = {"help_option_names": ["-h", "--help"]}
+LINE_EVERY_S = 15.0  # without a terminal
+
+app = typer.Typer(
+    no_args_is_help=True, context_settings=HELP, help="Images to shards, and what is wrong with a source."
+)
+
+Src = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="A folder of images, a pattern, a .txt list of files, samples, torchvision:CIFAR10,root=data, or "
+        "hf:cifar10,split=test,column=img.",
+    ),
+]
+CheckSrc = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="A folder of images or of .tar shards, a pattern or URL of shards, a .txt list of files, samples, "
+        "torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img.",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")]
+Channels = Annotated[int, typer.Option(min=1, help="Of the images: 3, 1 or 4; another number for .npy arrays.")]
+MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the images that may be unreadable.")]
+
+
+@app.command(context_settings=HELP)
+def pack(
+    src: Src,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the shards.")],
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard, at most.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the images.")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle, so that each shard is a random sample of all.")] = True,
+    resize: Annotated[
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Make images smaller, to this shorter side.")
+    ] = None,
+    image_format: Annotated[
+        str | None, typer.Option("--format", metavar="{jpg,png,webp}", help="Of those; jpg by default.")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of jpg and webp; 95 by default.")] = None,
+    channels: Channels = 3,
+    max_unreadable: MaxUnreadable = 0.01,
+    workers: Workers = None,
+) -> None:
+    """Pack images into WebDataset shards, with an index of counts and checksums.
+
+    JPEG, PNG, WebP and .npy files go in as they are; others become PNG. Stopped or killed, the same command goes on
+    where it was, and the shards are the same byte for byte.
+
+    Example: olvae data pack photos --out shards --resize 512
+    """
+    from olvae.config import ConfigError
+    from olvae.data.index import printable
+    from olvae.data.pack import pack as pack_images
+    from olvae.data.parallel import cores
+    from olvae.data.sharding import PackOptions
+
+    if resize is None and (image_format is not None or quality is not None):
+        raise ConfigError("--format and --quality are for images that --resize makes smaller; others are kept as is")
+    if image_format == "png" and quality is not None:
+        raise ConfigError("--quality: png is lossless and has none")
+    options = PackOptions(shard_size, seed if shuffle else None, resize, image_format or "jpg", quality or 95, channels)
+    try:
+        with _progress("packing") as on_progress:
+            packed = pack_images(src, out, options, workers or cores(), max_unreadable, on_progress)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: finished shards are in {out}; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+    index = packed.index
+    for skipped in index.unreadable[:10]:
+        typer.echo(f"skipped {printable(skipped.name)}: {skipped.reason}", err=True)
+    if index.unreadable:
+        typer.echo(f"{len(index.unreadable)} unreadable images left out; the index names them", err=True)
+    found = f", {packed.found} of them from before" if packed.found else ""
+    size = index.bytes / 1e6
+    typer.echo(f"{index.images} images, {size:.1f} MB in {len(index.shards)} shards{found}", err=True)
+    typer.echo(f"shards:  {out}\nindex:   {out / 'index.json'}", err=True)
+
+
+@app.command(context_settings=HELP)
+def check(
+    src: CheckSrc,
+    size: Annotated[int, typer.Option(min=1, help="Pixels of the training crops.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Of the training, per rank.")] = 16,
+    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes of the training, per rank.")] = 4,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks, which is devices, of the training.")] = 1,
+    need: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="IMAGES_PER_S", help="What the training step takes: how many workers is that?"),
+    ] = None,
+    channels: Channels = 3,
+    max_unreadable: MaxUnreadable = 0.01,
+    index: Annotated[bool, typer.Option("--index", help="Write index.json beside local shards without one.")] = False,
+    workers: Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+) -> None:
+    """Read every image of a source and say what is wrong with it; exits with 1 if something is.
+
+    Unreadable files, sizes, copies, shards against their index and against workers x ranks, and how many images per
+    second a loader process gives.
+
+    Example: olvae data check shards --size 256 -B 16 --num-workers 8 --ranks 4 --need 900
+    """
+    import json
+
+    from rich.console import Console
+
+    from olvae.data.check import CheckOptions
+    from olvae.data.check import check as check_source
+    from olvae.data.parallel import cores
+    from olvae.data.report import print_findings
+
+    options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
+    with _progress("reading") as on_progress:
+        findings = check_source(src, options, workers or cores(), on_progress)
+    if as_json:
+        typer.echo(json.dumps(findings.as_dict(), indent=2))
+    else:
+        print_findings(findings, Console(stderr=True))
+    if findings.problems:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on a terminal; elsewhere a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(what)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    bar = Progress(TextColumn(what), *columns, console=console, transient=True)
+    task = bar.add_task(what, total=None, speed="")
+    begin = time.perf_counter()
+
+    def update(done: int, total: int | None) -> None:
+        bar.start()  # not before: its thread is to begin after the processes
+        rate = done / (time.perf_counter() - begin)
+        bar.update(task, completed=done, total=total, speed=f"{rate:,.0f} images/s")
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def _lines(what: str) -> Callable[[int, int | None], None]:
+    last = time.perf_counter()
+
+    def update(done: int, total: int | None) -> None:
+        nonlocal last
+        if time.perf_counter() - last >= LINE_EVERY_S:
+            last = time.perf_counter()
+            typer.echo(f"{what}: {done}{'' if total is None else f' of {total}'} images", err=True)
+
+    return update

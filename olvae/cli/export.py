@@ -1,0 +1,112 @@
+"""``olvae export``."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["command"]
+
+
+class Dtype(str, Enum):
+    """Of the weights that are written."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def command(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A run folder, a checkpoint, an export, an id of the hub.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint, if none lies beside it.")
+    ] = None,
+    config_base: Annotated[
+        Path | None,
+        typer.Option("--config_base", metavar="DIR", help="Where a run's config is looked for by the run's name."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, not the averaged ones (EMA).")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Round the weights to this.")] = Dtype.float32,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Write self-modulated convolutions as ordinary ones; no further training.")
+    ] = False,
+    scaling_factor: Annotated[
+        float | None, typer.Option(help="For a diffusion model: 1 / standard deviation of the latents.")
+    ] = None,
+    shift_factor: Annotated[float | None, typer.Option(help="For a diffusion model: mean of the latents.")] = None,
+    latents: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Take both factors from the latents.json of olvae latents.")
+    ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx].")
+    ] = False,
+    license_id: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Of the weights, as the hub names it: mit, ...")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+) -> None:
+    """Write a trained autoencoder as a folder that this package, the Hugging Face hub and diffusers load.
+
+    It is loaded back and compared before it is moved to its place.
+
+    Example: olvae export runs/2026-01-31T12-00-00_demo_32 --out demo-vae --latents latents.json
+    """
+    from rich.console import Console
+
+    from olvae.config import ConfigError
+    from olvae.evaluation.targets import find_target
+    from olvae.export.folder import DTYPES, Provenance, check_empty, export, read_factors
+    from olvae.models.autoencoder import LiteVAE
+
+    if latents is not None and (scaling_factor is not None or shift_factor is not None):
+        raise ConfigError("--latents has both factors: leave --scaling-factor and --shift-factor out")
+    if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
+        raise ConfigError(f"--scaling-factor {scaling_factor}: a number above 0")
+    if shift_factor is not None and not abs(shift_factor) < float("inf"):
+        raise ConfigError(f"--shift-factor {shift_factor}: a finite number")
+    if config is not None and config_base is not None:
+        raise ConfigError("--config names the config, --config_base a place to look for it: give one of them")
+    if onnx and dtype is not Dtype.float32:
+        raise ConfigError(f"--onnx writes float32: leave out --dtype {dtype.value}, or --onnx")
+    check_empty(out, force)
+
+    console = Console(stderr=True)
+    with console.status("loading"):
+        found = find_target(target, config, config_base, raw)
+        model = found.load()
+    if not isinstance(model, LiteVAE):
+        raise ConfigError(f"{target}: not a LiteVAE: there is nothing to export that diffusers has not")
+    factors_from = f"those of {found.name}" if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) else None
+    if latents is not None:
+        model.scaling_factor, model.shift_factor = read_factors(latents, found.name)
+        factors_from = "measured by olvae latents"
+    elif scaling_factor is not None or shift_factor is not None:
+        model.scaling_factor = model.scaling_factor if scaling_factor is None else scaling_factor
+        model.shift_factor = model.shift_factor if shift_factor is None else shift_factor
+        factors_from = "given to olvae export"
+
+    folder = found.run.path if found.run is not None else Path(target)
+    metrics = folder / "metrics.json"
+    provenance = Provenance(
+        name=found.name,
+        config=found.config,
+        metrics=metrics if metrics.is_file() else None,
+        raw=raw,
+        licence=license_id,
+        factors_from=factors_from,
+    )
+    with console.status("writing and comparing" + (", ONNX takes a minute" if onnx else "")):
+        differences = export(model, out, provenance, DTYPES[dtype.value], fold, onnx, force)
+
+    for what, difference in differences.items():
+        typer.echo(f"{what}: " + (f"within {difference:.1e} of the largest value" if difference else "equal"), err=True)
+    if factors_from is None:
+        typer.echo(
+            "scaling factor 1 and shift factor 0: not measured; olvae latents measures them, --latents takes them over",
+            err=True,
+        )
+    typer.echo(f"export: {out}", err=True)

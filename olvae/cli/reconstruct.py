@@ -1,0 +1,131 @@
+"""``olvae reconstruct``."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress, TaskID
+
+__all__ = ["command"]
+
+
+def command(
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A run folder, or a checkpoint with --config.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.png and NAME_compare.png go.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    precision: Annotated[str, typer.Option(help="32, 16 or bf16.")] = "32",
+    tile: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Side of the decoder's tiles, in latent positions; else from --memory."),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GiB",
+            help="For what lies between the layers, beside images and weights; by default half of a GPU's free "
+            "memory, or 1 on the CPU. Tiles change nothing: see docs/any_size.md.",
+        ),
+    ] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Decode a sample of the posterior, not its mode.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Of --sample, the same for every image; 0 by default.")
+    ] = None,
+) -> None:
+    """Reconstruct images of any size: beside each result, input, output and error in one picture, and its PSNR.
+
+    Example: olvae reconstruct runs/2026-01-31T12-00-00_demo_32 photo.jpg holiday/ --out reconstructions
+    """
+    import torch
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    from olvae.config import ConfigError
+    from olvae.evaluation.reconstruct import Settings, collect_images, plan, run_job
+    from olvae.evaluation.targets import find_target
+    from olvae.models.autoencoder import LiteVAE
+    from olvae.models.memory import GIB
+    from olvae.models.receptive import receptive_field
+    from olvae.training.devices import resolve_precision
+
+    if tile is not None and memory is not None:
+        raise ConfigError("--tile and --memory: give one of the two")
+    if seed is not None and not sample:
+        raise ConfigError("--seed is of --sample: give both, or neither")
+    if memory is not None and not 0 < memory < 2**20:
+        raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
+    where = _device(device)
+    resolve_precision(precision, where.type)
+    found = find_target(target, config)
+    pictures = collect_images(images, out)
+    model = found.load().to(where)
+    if isinstance(model, LiteVAE):
+        model = model.fold()
+    decoder = model.decoder if isinstance(model, LiteVAE) else None
+    if tile is not None and (decoder is None or receptive_field(decoder) is None):
+        name = type(model if decoder is None else decoder).__name__
+        raise ConfigError(f"--tile {tile}: {name} sees the whole latent at every position: leave --tile out")
+    channels = model.in_channels
+    jobs = plan(pictures, out, ".png" if channels in (1, 3, 4) else ".npy")
+    if memory is not None:
+        budget = int(memory * GIB)
+    else:
+        budget = torch.cuda.mem_get_info(where)[0] // 2 if where.type == "cuda" else GIB
+    settings = Settings(
+        where,
+        budget,
+        tile,
+        (seed or 0) if sample else None,
+        {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision],
+    )
+
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for number, job in enumerate(jobs, start=1):
+            task = progress.add_task(f"{number}/{len(jobs)} {escape(job.source.name)}", total=1.0)
+            advance = partial(_advance, progress, task)
+            try:
+                value = run_job(model, job, settings, advance)
+            except ValueError as error:
+                failed += 1
+                console.print(f"error: {error}")
+            else:
+                console.print(f"{value:6.2f} dB  {job.source} -> {job.out}")
+            progress.remove_task(task)
+    done = len(jobs) - failed
+    if done:
+        typer.echo(f"{done} of {len(jobs)} reconstructed by {found.name}: {out}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _advance(progress: "Progress", task: "TaskID", done: float) -> None:
+    progress.update(task, completed=done)
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    from olvae.config import ConfigError
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device

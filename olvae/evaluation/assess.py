@@ -1,0 +1,251 @@
+"""From what a user asks for to results: targets, images, protocols, one pass for each way of making images."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from olvae.config import Config, ConfigError
+from olvae.data.find import source_of
+from olvae.data.source import Batch, Loader, Source, this_process
+from olvae.evaluation.bands import BandErrors
+from olvae.evaluation.bootstrap import confidence, mean, pooled_psnr
+from olvae.evaluation.cost import Cost
+from olvae.evaluation.evaluator import Images, Result, Tally, evaluate, results
+from olvae.evaluation.gallery import Gallery
+from olvae.evaluation.processes import gather
+from olvae.evaluation.protocol import Protocol
+from olvae.evaluation.reconstruction import AutoencoderReconstruction, Reconstruct, bicubic_reconstruction
+from olvae.evaluation.report import Evaluation
+from olvae.evaluation.targets import Target
+from olvae.metrics.metric import Unavailable
+from olvae.metrics.registry import METRICS, build_metrics
+from olvae.models.autoencoder import Autoencoder
+
+__all__ = ["DEFAULT_METRICS", "Assessment", "Request", "assess"]
+
+DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate, on what, how.
+
+    Args:
+        targets: with names apart.
+        protocols: each gives a table; those that make images alike share a pass.
+        metrics: names, in the order of the table.
+        data: a SRC; by default the test images of the first target's config.
+        size: of the images; by default the config's, else the protocol's.
+        images: only the first so many.
+        batch_size: by default the config's, else 8.
+        weights_dir: of pretrained networks.
+        device: as torch names it.
+        baselines: add the first target untrained, and bicubic by its factor.
+    """
+
+    targets: Sequence[Target]
+    protocols: Sequence[Protocol]
+    metrics: Sequence[str] = DEFAULT_METRICS
+    data: str | None = None
+    size: int | None = None
+    images: int | None = None
+    batch_size: int | None = None
+    weights_dir: Path | None = None
+    device: str = "cpu"
+    baselines: bool = False
+
+    @property
+    def config(self) -> Config:
+        return self.targets[0].config
+
+
+@dataclass
+class Assessment:
+    """One pass: the evaluations of its protocols, and what the report shows of each contender."""
+
+    evaluations: list[Evaluation]
+    galleries: dict[str, Gallery] = field(default_factory=dict)
+    bands: dict[str, BandErrors] = field(default_factory=dict)
+    ranked_by: str = "psnr"
+
+
+def assess(request: Request) -> list[Assessment] | None:
+    """Evaluate; None in every process but the first.
+
+    Raises:
+        ConfigError: the request does not fit together.
+        FileNotFoundError, ValueError: images or weights are not to be had.
+    """
+    models = {target.name: target.load() for target in request.targets}
+    groups: dict[tuple[str, str], list[Protocol]] = {}
+    for protocol in request.protocols:
+        groups.setdefault((protocol.resize, protocol.resample), []).append(protocol)
+    done = [_pass(request, protocols, models) for protocols in groups.values()]
+    return [assessment for assessment in done if assessment is not None] or None
+
+
+def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, Autoencoder]) -> Assessment | None:
+    first = next(iter(models.values()))
+    source = source_of(request.config, request.data, request.size, first.in_channels)
+    protocols = [_complete(protocol, source) for protocol in protocols]
+    source.eval_transform = protocols[0].transform
+    if request.images is not None:
+        source.limit(request.images)
+    _check(models, source.size)
+    batch_size = request.batch_size or (request.config.get("data") or {}).get("params", {}).get("batch_size") or 8
+    loader = source.test_loader(batch_size)
+
+    # Metrics under all the names that the protocols have for them; contenders for each way to draw a latent.
+    variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
+    make, skipped = build_metrics(variants, request.weights_dir, request.device)
+    seeds = list(dict.fromkeys(_seed(protocol) for protocol in protocols))
+    contenders = _contenders(request, models, seeds)
+
+    # The pass. The gallery and the bands are of the first way alone.
+    shown = [name for name, seed in contenders if seed == seeds[0]]
+    ranked_by = next((name for name in ("lpips", "psnr") if name in variants and name not in skipped), None)
+    galleries = {name: Gallery(METRICS[ranked_by].better) for name in shown} if ranked_by else {}
+    bands = {name: BandErrors() for name in shown}
+    labels = {f"{name}\0{seed}": (name, seed) for name, seed in contenders}
+
+    def watch(label: str, keys: Sequence[str], x: Tensor, y: Tensor, tally: Tally) -> None:
+        name, seed = labels[label]
+        if seed != seeds[0]:
+            return
+        if ranked_by in tally.metrics and name in galleries:
+            values = tally.metrics[ranked_by].state()
+            galleries[name].add(keys, [values[key] for key in keys], x, y)
+        if name in bands:
+            try:
+                bands[name].add(keys, x, y)
+            except Unavailable:
+                del bands[name]
+
+    with _progress(loader, source.count("test")) as batches:
+        found = evaluate({label: contenders[place] for label, place in labels.items()}, batches, make, watch)
+    unreadable = gather((source.losses.reasons, source.losses.images, loader.enlarged))
+    shows = gather(({n: g.state() for n, g in galleries.items()}, {n: b.state() for n, b in bands.items()}))
+    if found is None or unreadable is None or shows is None:
+        return None
+    for gallery_states, band_states in shows:
+        for name, state in gallery_states.items():
+            galleries[name].merge(state)
+        for name, state in band_states.items():
+            if name in bands:
+                bands[name].merge(state)
+
+    images, tallies = found
+    about = _about(request, source, images, unreadable)
+    costs = _costs(contenders, models, seeds[0], source.size, batch_size)
+    evaluations = []
+    for protocol in protocols:
+        chosen = {labels[label][0]: t for label, t in tallies.items() if labels[label][1] in (_seed(protocol), NONE)}
+        n = len(images.digests)
+        rows = results(chosen, protocol, request.metrics, skipped, n)
+        statistic = pooled_psnr if protocol.psnr == "pooled" else mean
+        intervals = {row.target: _intervals(row, statistic) for row in rows}
+        evaluations.append(Evaluation(replace(protocol, n=n), about, rows, costs, intervals))
+    return Assessment(evaluations, galleries, bands, ranked_by or "psnr")
+
+
+NONE = -1
+"""In the place of a seed: a baseline, which draws nothing."""
+
+
+def _seed(protocol: Protocol) -> int | None:
+    return protocol.seed if protocol.posterior == "sample" else None
+
+
+def _complete(protocol: Protocol, source: Source) -> Protocol:
+    return replace(protocol, size=source.size, crops=source.crops)
+
+
+def _check(models: Mapping[str, Autoencoder], size: int) -> None:
+    channels = {model.in_channels for model in models.values()}
+    if len(channels) > 1:
+        counts = " and ".join(map(str, sorted(channels)))
+        raise ConfigError(f"the targets take images of {counts} channels, which have no images in common")
+    for name, model in models.items():
+        if size % model.downscale:
+            f = model.downscale
+            raise ConfigError(
+                f"{name}: its latent stands for {f}x{f} pixels each, and {size} is no multiple of that: add --size "
+                f"{max(f, size // f * f)}"
+            )
+
+
+def _contenders(
+    request: Request, models: Mapping[str, Autoencoder], seeds: Sequence[int | None]
+) -> dict[tuple[str, int | None], Reconstruct]:
+    found: dict[tuple[str, int | None], Reconstruct] = {}
+    for seed in seeds:
+        for name, model in models.items():
+            found[name, seed] = AutoencoderReconstruction(model, request.device, seed)
+    if request.baselines:
+        untrained = request.targets[0].untrained()
+        factor = untrained.downscale
+        found[f"bicubic, {factor}x smaller and back", NONE] = bicubic_reconstruction(factor)
+        found["untrained", NONE] = AutoencoderReconstruction(untrained, request.device)
+    return found
+
+
+def _costs(
+    contenders: Mapping[tuple[str, int | None], Reconstruct],
+    models: Mapping[str, Autoencoder],
+    seed: int | None,
+    size: int,
+    batch_size: int,
+) -> dict[str, Cost]:
+    costs = {}
+    for name, model in models.items():
+        reconstruct = contenders[name, seed]
+        assert isinstance(reconstruct, AutoencoderReconstruction)
+        costs[name] = reconstruct.meter.cost(model, size, batch_size)
+    return costs
+
+
+def _about(request: Request, source: Source, images: Images, parts: Sequence[tuple[Any, Any, int]]) -> dict[str, Any]:
+    reasons = {name: reason for part, _, _ in parts for name, reason in part.items()}
+    lost = {place for _, places, _ in parts for place in places}
+    return {
+        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
+        "n": len(images.digests),
+        "sha256": images.fingerprint(),
+        "unreadable": len(lost),
+        "unreadable_files": reasons,
+        "enlarged": sum(enlarged for _, _, enlarged in parts),
+    }
+
+
+def _intervals(row: Result, statistic: Any) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, values in row.per_image.items():
+        if name in row.metrics:
+            ends = confidence(values, statistic=statistic if name == "psnr" else mean)
+            if ends is not None:
+                found[name] = ends
+    return found
+
+
+@contextmanager
+def _progress(loader: Loader, count: int | None) -> Iterator[Iterator[Batch]]:
+    """The loader's batches under a bar, on a terminal and in the first process."""
+    rank, world = this_process()
+    console = Console(stderr=True)
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("images", total=count)
+
+        def batches() -> Iterator[Batch]:
+            for batch in loader:
+                yield batch
+                bar.advance(task, len(batch["image"]) * world)
+
+        yield batches()

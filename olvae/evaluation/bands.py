@@ -1,0 +1,126 @@
+"""Where in the spectrum the error is: its energy per wavelet band."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olvae.metrics.metric import Unavailable, check_pairs
+from olvae.modules.wavelet import wavedec2
+
+__all__ = ["BandErrors"]
+
+Energies = tuple[tuple[float, ...], tuple[float, ...]]
+"""Of one image, of its error and its input: LL of the last level, LH, HL, HH of level 1, then of level 2, and so on."""
+
+
+class BandErrors:
+    """The mean squared error of one contender, split among the bands of the orthonormal Haar transform.
+
+    Pixels are 0..255, as in PSNR. A band's ``mse`` is the energy of the error in it, divided by the number of pixel
+    values of the image, averaged over images: by Parseval the bands add up to the mean squared error. Sums are exact
+    in float64. A key counts once.
+
+    Args:
+        levels: how often LL is split again. Where the sides of some image are no multiple of 2^levels, all images
+            are taken with as many levels as all of them have.
+    """
+
+    def __init__(self, levels: int = 3) -> None:
+        if levels < 1:
+            raise ValueError(f"the wavelet bands need at least 1 level, got {levels}")
+        self._levels = levels
+        self._energies: dict[str, Energies] = {}
+
+    @torch.no_grad()
+    def add(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
+        """Take in images.
+
+        Args:
+            keys: of the B images.
+            x, y: inputs and reconstructions, uint8 (B, C, H, W), on any device.
+
+        Raises:
+            Unavailable: a side is odd.
+            ValueError: x and y are no such pair, or one key has two pairs.
+        """
+        check_pairs(keys, x, y)
+        height, width = x.shape[-2:]
+        levels = min(self._levels, _halvings(height), _halvings(width))
+        if not levels:
+            raise Unavailable(f"the error per wavelet band needs images with even sides, got {height}x{width}")
+        signal = x.double()
+        error = y.double() - signal
+        energies = zip(_energies(error, levels), _energies(signal, levels), strict=True)
+        for key, pair in zip(keys, energies, strict=True):
+            self._note(key, pair)
+
+    def state(self) -> Any:
+        """All that was taken in, to be pickled and merged elsewhere; not a copy."""
+        return self._energies
+
+    def merge(self, state: Any) -> None:
+        """Take in the :meth:`state` of another process."""
+        for key, energies in state.items():
+            self._note(key, energies)
+
+    def compute(self) -> dict[str, dict[str, float | None]]:
+        """The bands, coarse to fine: LL3, LH3, HL3, HH3, LH2, ..., HH1.
+
+        The first letter is the filter along the height, the second that along the width: LH has the detail along the
+        width, which is what vertical edges have.
+
+        Returns:
+            For each band ``mse``, and ``share_of_signal``: the energy of all errors over that of all inputs in the
+            band, None where the inputs have none. The signal of LL holds the brightness, counted from black.
+
+        Raises:
+            Unavailable: there are no images.
+        """
+        if not self._energies:
+            raise Unavailable("the error per wavelet band needs an image, got none")
+        levels = min(len(error) // 3 for error, _ in self._energies.values())
+        errors, signals = ([_fewer(pair[side], levels) for pair in self._energies.values()] for side in (0, 1))
+        bands: dict[str, dict[str, float | None]] = {}
+        for name, place in _places(levels).items():
+            error, signal = (math.fsum(image[place] for image in side) for side in (errors, signals))
+            bands[name] = {"mse": error / len(errors), "share_of_signal": error / signal if signal else None}
+        return bands
+
+    def _note(self, key: str, energies: Energies) -> None:
+        if self._energies.setdefault(key, energies) != energies:
+            raise ValueError(f"two different pairs of images have the key {key!r}: give each image its own")
+
+
+def _energies(images: Tensor, levels: int) -> list[tuple[float, ...]]:
+    """Of each image, per pixel value, in the order of :data:`Energies`."""
+    channels, size = images.shape[1], images[0].numel()
+    sums = []
+    for level in wavedec2(images, levels=levels):
+        bands = level.unflatten(1, (4, channels))  # (B, 4, C, h, w)
+        sums.append(bands.square().flatten(2).sum(2))  # (B, 4)
+    energies = torch.cat((sums[-1][:, :1], *(details[:, 1:] for details in sums)), dim=1) / size
+    return [tuple(image) for image in energies.tolist()]
+
+
+def _fewer(energies: tuple[float, ...], levels: int) -> tuple[float, ...]:
+    """The same with fewer levels: what the coarser ones hold is their LL's, by Parseval."""
+    kept = 1 + 3 * levels
+    return (math.fsum((energies[0], *energies[kept:])), *energies[1:kept])
+
+
+def _places(levels: int) -> dict[str, int]:
+    """Names of the bands, coarse to fine, and where they are in :data:`Energies`."""
+    details = {
+        f"{band}{level}": 3 * level - 2 + i
+        for level in range(levels, 0, -1)
+        for i, band in enumerate(("LH", "HL", "HH"))
+    }
+    return {f"LL{levels}": 0, **details}
+
+
+def _halvings(n: int) -> int:
+    """How often n can be halved."""
+    return (n & -n).bit_length() - 1

@@ -1,0 +1,144 @@
+"""Which images a report shows: the worst, the median and the best by one metric, and some that nothing chose."""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from olvae.metrics.metric import SAME, check_pairs
+
+__all__ = ["Example", "Gallery"]
+
+
+class Example(NamedTuple):
+    """One image of a gallery: its key, its value of the metric, input and reconstruction as uint8 (C, H, W)."""
+
+    key: str
+    value: float
+    x: Tensor
+    y: Tensor
+
+
+class Gallery:
+    """Keeps a few images of one contender out of all that pass, on the CPU.
+
+    Every value is kept; of the images, the worst, the best, and a pool of those whose keys have the smallest
+    hashes. So batches, their order and the number of processes make no difference, and a key counts once.
+
+    Args:
+        better: whether higher or lower values of the metric are.
+        each: images per group.
+        pool: images to choose those of the median from, and the most that :meth:`spread` can give.
+
+    Raises:
+        ValueError: the pool is smaller than three groups, with which a group might stay empty.
+    """
+
+    def __init__(self, better: Literal["higher", "lower"], each: int = 4, pool: int = 64) -> None:
+        if each < 1 or pool < 3 * each:
+            raise ValueError(
+                f"a gallery needs 1 image per group or more, and a pool of 3 groups, got {each} and {pool}"
+            )
+        self._sign = 1.0 if better == "higher" else -1.0
+        self._each = each
+        self._pool = pool
+        self._values: dict[str, float] = {}
+        self._images: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, keys: Sequence[str], values: Sequence[float], x: Tensor, y: Tensor) -> None:
+        """Take in images.
+
+        Args:
+            keys: of the B images.
+            values: of the metric, one per image; may be infinite.
+            x, y: inputs and reconstructions, uint8 (B, C, H, W), on any device.
+
+        Raises:
+            ValueError: x and y are no such pair, a value is not a number, or one key has two values.
+        """
+        check_pairs(keys, x, y)
+        fresh: dict[str, int] = {}
+        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+            if self._note(key, float(value)):
+                fresh[key] = i
+        wanted = self._wanted([*self._images, *fresh])
+        copies = {key: (x[i].cpu().clone(), y[i].cpu().clone()) for key, i in fresh.items() if key in wanted}
+        self._images = {key: pair for key, pair in (self._images | copies).items() if key in wanted}
+
+    def state(self) -> Any:
+        """All that is kept, to be pickled and merged elsewhere; not a copy."""
+        return self._values, self._images
+
+    def merge(self, state: Any) -> None:
+        """Take in the :meth:`state` of another process."""
+        values, images = state
+        for key, value in values.items():
+            self._note(key, value)
+        together = images | self._images
+        wanted = self._wanted(together)
+        self._images = {key: pair for key, pair in together.items() if key in wanted}
+
+    def examples(self) -> dict[str, list[Example]]:
+        """The groups "worst", "median" and "best", each from worse to better; no image is in two of them.
+
+        The median is that of all images; those shown are the nearest to it in the pool. Fewer than three groups'
+        worth of images are shared out evenly, and a single one is the median.
+        """
+        n = len(self._values)
+        each = min(self._each, max(n // 3, 1))
+        ranked = self._ranked(self._images)
+        if n < 3:
+            groups = {"worst": ranked[: n // 2], "median": ranked[: n % 2], "best": ranked[n - n // 2 :]}
+        else:
+            worst, best = ranked[:each], ranked[-each:]
+            rest = [key for key in self._hashed(self._images)[: self._pool] if key not in {*worst, *best}]
+            groups = {"worst": worst, "median": self._ranked(self._nearest(rest)[:each]), "best": best}
+        return {name: [self._example(key) for key in keys] for name, keys in groups.items()}
+
+    def spread(self, n: int) -> list[Example]:
+        """The n images, or as many as there are, whose keys have the smallest hashes: a choice by nothing else.
+
+        Raises:
+            ValueError: n is more than the pool.
+        """
+        if n > self._pool:
+            raise ValueError(f"{n} images are more than the pool of {self._pool}")
+        return [self._example(key) for key in self._hashed(self._images)[:n]]
+
+    def _note(self, key: str, value: float) -> bool:
+        """Keep a value; whether the key is new."""
+        if math.isnan(value):
+            raise ValueError(f"{key}: the value to rank images by is not a number")
+        if (known := self._values.get(key)) is None:
+            self._values[key] = value
+            return True
+        if not math.isclose(known, value, **SAME):
+            raise ValueError(f"two different images have the key {key!r}: give each image its own")
+        return False
+
+    def _wanted(self, keys: Iterable[str]) -> set[str]:
+        ranked = self._ranked(keys)
+        return {*ranked[: self._each], *ranked[-self._each :], *self._hashed(ranked)[: self._pool]}
+
+    def _ranked(self, keys: Iterable[str]) -> list[str]:
+        """From the worst to the best; equal ones by their hash."""
+        return sorted(keys, key=lambda key: (self._sign * self._values[key], _hash(key)))
+
+    def _nearest(self, keys: Iterable[str]) -> list[str]:
+        """From the nearest to the median of all values to the farthest; equally near ones by their hash."""
+        middle = statistics.median_low(self._values.values())
+        distance = {key: 0.0 if self._values[key] == middle else abs(self._values[key] - middle) for key in keys}
+        return sorted(distance, key=lambda key: (distance[key], _hash(key)))
+
+    def _hashed(self, keys: Iterable[str]) -> list[str]:
+        return sorted(keys, key=_hash)
+
+    def _example(self, key: str) -> Example:
+        return Example(key, self._values[key], *self._images[key])
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

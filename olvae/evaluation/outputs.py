@@ -1,0 +1,46 @@
+"""The files of an evaluation: numbers, values per image, a figure."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from olvae.evaluation.assess import Assessment
+from olvae.evaluation.per_image import ImageValues, write_csv
+from olvae.evaluation.report import Evaluation, write_figure, write_metrics
+
+__all__ = ["write_outputs"]
+
+SHOWN = 8
+"""Images of the figure, chosen by nothing but the hash of their keys."""
+
+
+def write_outputs(assessment: Assessment, evaluation: Evaluation, folder: Path, suffix: str) -> list[tuple[str, Path]]:
+    """Write everything; metrics.json last, so that it is there only if all of it is.
+
+    Args:
+        suffix: of the files' names, for the second protocol and on.
+
+    Returns:
+        What was written, and where.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    if assessment.galleries:
+        examples = {name: gallery.spread(SHOWN) for name, gallery in assessment.galleries.items()}
+        inputs = torch.stack([example.x for example in next(iter(examples.values()))])
+        reconstructions = {name: torch.stack([example.y for example in shown]) for name, shown in examples.items()}
+        written.append(("figure", folder / f"reconstructions{suffix}.png"))
+        write_figure(inputs, reconstructions, written[-1][1])
+    written.append(("images", folder / f"per_image{suffix}.csv"))
+    write_csv(written[-1][1], _values(evaluation))
+    written.append(("numbers", folder / f"metrics{suffix}.json"))
+    write_metrics(evaluation, written[-1][1])
+    return written
+
+
+def _values(evaluation: Evaluation) -> Iterator[ImageValues]:
+    for result in evaluation.results:
+        for key in sorted({key for values in result.per_image.values() for key in values}):
+            metrics = {name: values[key] for name, values in result.per_image.items() if key in values}
+            yield ImageValues(result.target, key, metrics)

@@ -1,0 +1,191 @@
+"""An autoencoder as a folder that this package, the hub and diffusers load: written whole or not at all."""
+
+import copy
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from olvae.export.card import model_card
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.description import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
+
+__all__ = ["DTYPES", "Provenance", "check_empty", "export", "read_factors"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOLERANCE = 1e-6
+"""Of the largest value: how far the model that is loaded back may be from the one that was written."""
+
+FOLDING = 1e-5
+"""The same, for folding, which computes in another order."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the model card says of where the weights are from."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The training config, if there is one."""
+    metrics: Path | None = None
+    """A metrics.json to put beside the weights."""
+    raw: bool = False
+    licence: str | None = None
+    """Of the weights, as the hub names it."""
+    factors_from: str | None = None
+
+
+def check_empty(folder: Path, force: bool) -> None:
+    """Raises FileExistsError if there is something in ``folder``, unless it is an export that may be replaced."""
+    if folder.is_file():
+        raise FileExistsError(f"{folder}: this is a file")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if class_in(folder) != CLASS_NAME:
+        raise FileExistsError(f"{folder}: not empty, and not an export, which is all that --force replaces")
+    if not force:
+        raise FileExistsError(f"{folder}: an export is there: --force replaces it")
+
+
+def export(
+    model: LiteVAE,
+    folder: str | Path,
+    provenance: Provenance,
+    dtype: torch.dtype = torch.float32,
+    fold: bool = False,
+    onnx: bool = False,
+    force: bool = False,
+) -> dict[str, float]:
+    """Write config.json, the weights, a model card, the metrics, and ONNX files if asked; load it all back, compare.
+
+    The comparison: every tensor bit for bit with what was to be written, and reconstructions by this package and by
+    diffusers with the model's to :data:`TOLERANCE`. Only then is the folder moved to its place.
+
+    Args:
+        model: in float32; its scaling and shift factors go with it.
+        dtype: that the weights are rounded to.
+        fold: write the self-modulated convolutions as ordinary ones.
+        onnx: write encoder.onnx and decoder.onnx besides.
+        force: replace what is in ``folder``.
+
+    Returns:
+        The differences that were found, by what was compared.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: a network is not of this package, weights are not finite, or not after rounding, or a comparison
+            fails.
+        ModuleNotFoundError: ``onnx`` without the extra.
+    """
+    folder = Path(folder)
+    check_empty(folder, force)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as beside:
+        partial = Path(beside) / folder.name
+        differences: dict[str, float] = {}
+        out = model.eval()
+        if fold and not model.folded:
+            out = model.fold().eval()
+            differences["folded"] = _require("folding", _distance(model, out), FOLDING)
+        out = out if dtype == torch.float32 else _rounded(out, dtype)
+        out.save_pretrained(partial)
+        if onnx:
+            from olvae.export.onnx import export_onnx
+
+            differences |= export_onnx(out, partial)
+        if provenance.metrics is not None:
+            shutil.copyfile(provenance.metrics, partial / "metrics.json")
+        (partial / "README.md").write_text(model_card(out, folder.absolute().name, provenance, onnx))
+        differences |= _compare(out, partial, dtype)
+        _replace(partial, folder)
+    return differences
+
+
+def read_factors(path: str | Path, target: str) -> tuple[float, float]:
+    """The scaling and shift factors of a target in a latents.json, as ``olvae latents`` writes it.
+
+    Raises:
+        ValueError: it is not such a file, or has no factors of this target.
+    """
+    try:
+        results = json.loads(Path(path).read_text())["results"]
+        factors = {
+            result["target"]: (float(result["diffusion"]["scaling_factor"]), float(result["diffusion"]["shift_factor"]))
+            for result in results
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a latents.json of olvae latents: {type(error).__name__}: {error}") from error
+    if target in factors:
+        return factors[target]
+    if len(factors) == 1:
+        return next(iter(factors.values()))
+    raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(factors) or 'nothing'}")
+
+
+def _rounded(model: LiteVAE, dtype: torch.dtype) -> LiteVAE:
+    rounded = copy.deepcopy(model).to(dtype)
+    lost = [name for name, tensor in rounded.state_dict().items() if not tensor.isfinite().all()]
+    if lost:
+        raise ValueError(f"{len(lost)} tensors do not fit into {dtype} ({lost[0]}, ...): use bfloat16 or float32")
+    return rounded
+
+
+def _compare(model: LiteVAE, folder: Path, dtype: torch.dtype) -> dict[str, float]:
+    from olvae.export.diffusers_model import AutoencoderLiteVAE
+
+    written, meant = load_file(folder / WEIGHTS_NAME), model.state_dict()
+    for name in {*written, *meant}:
+        if name not in written or name not in meant or not _same_bits(written[name], meant[name]):
+            raise ValueError(f"{folder / WEIGHTS_NAME}: {name} is not what was written: is the disk full, or broken?")
+    ours = LiteVAE.from_pretrained(folder, dtype=dtype)
+    theirs = AutoencoderLiteVAE.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    if (ours.scaling_factor, ours.shift_factor) != (model.scaling_factor, model.shift_factor):
+        raise ValueError(f"{folder / CONFIG_NAME}: the factors are not what was written")
+    return {
+        "loaded back": _require("loading it back", _distance(model, ours), TOLERANCE),
+        "in diffusers": _require("loading it with diffusers", _distance(model, theirs.autoencoder), TOLERANCE),
+    }
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
+@torch.no_grad()
+def _distance(a: LiteVAE, b: LiteVAE) -> float:
+    """Between moments and between reconstructions of one image of noise, relative to the largest value."""
+    size = 4 * a.downscale
+    p = next(a.parameters())
+    x = torch.rand((1, a.in_channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = x.to(p)
+    moments = a.moments(x)
+    z = moments.chunk(2, dim=1)[0]
+    pairs = ((moments, b.moments(x)), (a.decode(z), b.decode(z)))
+    return max(float((m.float() - n.float()).abs().max() / m.float().abs().max()) for m, n in pairs)
+
+
+def _require(what: str, difference: float, limit: float) -> float:
+    if not math.isfinite(difference) or difference > limit:
+        raise ValueError(f"{what} changes the result by {difference:.1e} of the largest value: nothing is written")
+    return difference
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Move a folder to its place; what was there before is only gone once the new one is in."""
+    old = partial.with_name(f"{partial.name}.old")
+    if folder.exists():
+        folder.replace(old)
+    try:
+        partial.replace(folder)
+    except OSError:
+        if old.exists():
+            old.replace(folder)
+        raise

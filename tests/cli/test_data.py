@@ -1,0 +1,144 @@
+"""``olvae data``, as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from olvae.cli.main import main
+from olvae.data import check as module
+from tests.data.packing import members
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def olvae(capfd, monkeypatch):
+    """Run a command; returns exit code, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(module, "MEASURE_S", 0.05)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main(["data", *(str(a) for a in arguments)])
+        out, err = capfd.readouterr()
+        return leaving.value.code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["pack", "check"])
+def test_help(olvae, command):
+    code, out, _ = olvae(command, "-h")
+    assert code == 0
+    assert f"Example: olvae data {command}" in out
+
+
+def test_pack_and_check(olvae, image_folder, tmp_path):
+    shards = tmp_path / "shards"
+    code, out, err = olvae("pack", image_folder, "--out", shards, "--shard-size", 5)
+    assert (code, out) == (0, "")
+    assert "12 images" in err
+    assert "in 3 shards\n" in err
+    assert err.endswith(f"shards:  {shards}\nindex:   {shards / 'index.json'}\n")
+    code, _, err = olvae("pack", image_folder, "--out", shards, "--shard-size", 5)
+    assert code == 0
+    assert "3 shards, 3 of them from before" in err
+    code, out, err = olvae("check", shards, "--size", 32, "-B", 2, "--num-workers", 1, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["images"], found["problems"], len(found["shards"])) == (12, [], 3)
+    assert found["width"] == {"min": 48.0, "median": 48.0, "max": 48.0}
+    assert err == ""
+    code, out, err = olvae("check", image_folder, "--size", 32, "-B", 2)
+    assert (code, out) == (0, "")
+    assert "12, all readable" in err
+    assert "fine" in err
+
+
+def test_pack_with_its_options(olvae, image_folder, tmp_path):
+    (image_folder / "bad.png").touch()
+    options = ("--resize", 20, "--format", "webp", "--quality", 80, "--no-shuffle", "--max-unreadable", 0.1)
+    code, _, err = olvae("pack", image_folder, "--out", tmp_path / "shards", *options, "--workers", 1)
+    assert code == 0
+    assert "skipped bad.png: the file is empty\n1 unreadable images left out" in err
+    packed = members(tmp_path / "shards")
+    assert list(packed) == sorted(packed)
+    for _, details in packed.values():
+        assert (details["width"], details["height"]) == (24, 20)
+        assert details["file"].endswith(".webp")
+    packed_with = json.loads((tmp_path / "shards" / "index.json").read_text())["packed"]
+    expected = {"shard_size": 1000, "seed": None, "resize": 20, "format": "webp", "quality": 80, "channels": 3}
+    assert packed_with == expected
+    code, _, err = olvae("pack", image_folder, "--out", tmp_path / "other")
+    assert code == 1
+    assert "1 of 13 images can't be read, more than --max-unreadable 0.01: bad.png (the file is empty)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("pack", "PHOTOS", "--out", "OUT", "--quality", "80"), "--resize"),
+        (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "png", "--quality", "8"), "png is lossless"),
+        (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "gif"), "choose from jpg, png, webp"),
+        (("pack", "PHOTOS", "--out", "PHOTOS/out"), "is inside the images' folder"),
+        (("check", "PHOTOS", "--index"), "is not a folder of shards"),
+    ],
+)
+def test_wrong_usage_is_one_line(olvae, image_folder, tmp_path, arguments, line):
+    given = [a.replace("PHOTOS", str(image_folder)).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    code, out, err = olvae(*given)
+    assert (code, out) == (2, "")
+    assert line in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_path):
+    (image_folder / "bad.png").write_text("not a picture")
+    code, _, err = olvae("check", image_folder, "--size", 32)
+    assert code == 1
+    assert "bad.png: no known picture format" in err
+    assert "problem: 1 of 13 images can't be read" in err
+    (tmp_path / "nothing").mkdir()
+    code, _, err = olvae("check", tmp_path / "nothing")
+    assert code == 1
+    assert "no images in this folder" in err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, olvae):
+    root, out = tmp_path / "photos", tmp_path / "out"
+    root.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    for i in range(100):
+        Image.fromarray(noise).save(root / f"{i}.bmp")
+    command = [sys.executable, "-m", "olvae.cli.main", "data", "pack", str(root), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--shard-size", "4", "--workers", "2"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(out.glob("*.tar")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes get it
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == f"stopped: finished shards are in {out}; the same command goes on from there\n"
+    assert not list(out.glob(".packing/*.tar.*"))
+    assert not (out / "index.json").exists()
+    done = len(list(out.glob("*.tar")))
+    assert 0 < done < 25
+    code, _, err = olvae("pack", root, "--out", out, "--shard-size", 4)
+    assert code == 0
+    assert f"in 25 shards, {done} of them from before" in err

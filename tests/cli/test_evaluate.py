@@ -1,0 +1,244 @@
+"""``olvae evaluate`` as a user types it, on a run that was trained for two steps."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from PIL import Image
+
+from tests.evaluation.test_processes import REPO, run_on_two
+
+PIXELS = ("--metrics", "psnr,ssim,l1")
+
+
+def content(folder: Path, name: str = "metrics.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [row["metrics"] for row in content(folder)["results"]]
+
+
+@pytest.fixture
+def photos(trained):
+    return trained.parent.parent / "photos"
+
+
+def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
+    code, out, err = olvae("evaluate", trained, "--data", photos, "--out", tmp_path, "--baselines", "--json")
+    assert code == 0
+    result = content(tmp_path)
+    assert json.loads(out) == result
+    assert result["protocol"]["n"] == result["images"]["n"] == 12
+    assert [row["target"] for row in result["results"]] == [
+        trained.name,
+        "bicubic, 8x smaller and back",
+        "untrained",
+    ]
+    for row in result["results"]:
+        assert row["metrics"].keys() == {"psnr", "ssim", "l1"}
+        assert row["skipped"].keys() == {"ms_ssim", "lpips", "lpips_alex", "rfid", "kid"}
+        assert all(low < row["metrics"][name] < high for name, (low, high) in row["intervals"].items())
+    assert result["results"][0]["cost"]["parameters"] > 0
+    assert "vgg16-397923af.pth" in err
+    assert err.count("vgg16-397923af.pth is not") == 1
+    rows = list(csv.DictReader((tmp_path / "per_image.csv").open()))
+    assert len(rows) == 36
+    mean = sum(float(row["psnr"]) for row in rows if row["target"] == trained.name) / 12
+    assert mean == pytest.approx(result["results"][0]["metrics"]["psnr"], rel=1e-9)
+    assert Image.open(tmp_path / "reconstructions.png").width > 100
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_size_of_batches_changes_nothing(olvae, trained, photos, tmp_path):
+    for batch in (1, 5, 12):
+        code, _, err = olvae(
+            "evaluate", trained, "--data", photos, "--out", tmp_path / str(batch), "-B", batch, *PIXELS
+        )
+        assert code == 0, err
+    for batch in (5, 12):
+        assert metrics(tmp_path / str(batch))[0] == pytest.approx(metrics(tmp_path / "1")[0], rel=1e-4)
+
+
+def test_two_processes_are_one(olvae, trained, photos, tmp_path):
+    arguments = ["evaluate", str(trained), "--data", str(photos), "-B", "3", *PIXELS, "--out"]
+    run_on_two("-m", "olvae.cli.main", *arguments, str(tmp_path / "two"))
+    assert olvae(*arguments, tmp_path / "one")[0] == 0
+    one, two = content(tmp_path / "one"), content(tmp_path / "two")
+    assert one["images"] == two["images"]
+    assert one["protocol_hash"] == two["protocol_hash"]
+    assert one["results"][0]["metrics"] == pytest.approx(two["results"][0]["metrics"], rel=1e-4)
+
+
+@pytest.fixture
+def peers(tmp_path):
+    """Small autoencoders of diffusers with random weights: KL, Tiny, DC."""
+    small = {"in_channels": 3, "out_channels": 3}
+    models = {
+        "kl": AutoencoderKL(
+            **small,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+        "tiny": AutoencoderTiny(
+            **small,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
+        ),
+        "dc": AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            encoder_layers_per_block=(1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+            encoder_qkv_multiscales=((), (), (), ()),
+            decoder_qkv_multiscales=((), (), (), ()),
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            attention_head_dim=4,
+            encoder_out_shortcut=False,
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / "peers" / name)
+    return {name: f"diffusers:{tmp_path}/peers/{name}" for name in models}
+
+
+def test_several_kinds_of_target_in_one_table(olvae, trained, peers, photos, tmp_path):
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    targets = [trained, checkpoint, *peers.values()]
+    code, _, err = olvae("evaluate", *targets, "--data", photos, "--size", 32, "--out", tmp_path / "out", *PIXELS)
+    assert code == 0, err
+    rows = content(tmp_path / "out")["results"]
+    assert len({row["target"] for row in rows}) == 5
+    assert rows[0]["metrics"] == rows[1]["metrics"]
+    assert len({row["metrics"]["psnr"] for row in rows}) == 4
+    assert all(row["cost"]["decode_macs"] > 0 for row in rows)
+
+
+def test_several_protocols_in_one_command(olvae, trained, photos, tmp_path):
+    names = "open-litevae,latent-diffusion,llamagen"
+    code, _, err = olvae("evaluate", trained, "--data", photos, "--protocol", names, "--out", tmp_path, *PIXELS)
+    assert code == 0, err
+    tables = [content(tmp_path, f"metrics{suffix}.json") for suffix in ("", "_latent-diffusion", "_llamagen")]
+    assert len({table["protocol_hash"] for table in tables}) == 3
+    assert len({table["results"][0]["metrics"]["psnr"] for table in tables}) == 3
+    assert tables[0]["images"]["sha256"] == tables[1]["images"]["sha256"] != tables[2]["images"]["sha256"]
+
+
+def test_results_of_another_protocol_do_not_stand_beside_unless_asked(olvae, trained, photos, tmp_path):
+    def evaluate(out: str, *more: object) -> tuple[int, str, str]:
+        return olvae("evaluate", trained, "--data", photos, "--out", tmp_path / out, "--metrics", "psnr", *more)
+
+    assert evaluate("first")[0] == 0
+    earlier = ("--beside", tmp_path / "first" / "metrics.json")
+    assert evaluate("same", *earlier)[0] == 0
+    assert len(metrics(tmp_path / "same")) == 2
+    code, _, err = evaluate("sampled", *earlier, "--posterior", "sample")
+    assert code == 1
+    assert "has results of another protocol, which do not compare" in err
+    assert len(metrics(tmp_path / "sampled")) == 1  # its own are not lost
+    code, _, err = evaluate("fewer", *earlier, "--images", "5")
+    assert code == 1
+    code, _, err = evaluate("mixed", *earlier, "--posterior", "sample", "--mix-protocols")
+    assert code == 0
+    assert content(tmp_path / "mixed")["results"][1]["target"] == f"{trained.name} [another protocol]"
+    (tmp_path / "bad.json").write_text("[]")
+    assert "not a metrics.json" in evaluate("bad", "--beside", tmp_path / "bad.json")[2]
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_config_is_found_by_the_runs_name(olvae, trained, photos, tmp_path):
+    base = tmp_path / "configs"
+    base.mkdir()
+    shutil.copy(trained.parent.parent / "tiny.yaml", base / "tiny.yaml")
+    run = tmp_path / trained.name
+    shutil.copytree(trained, run)
+    (run / "config.yaml").unlink()
+    code, _, err = olvae("evaluate", "--config_base", base, "-B", 4, run, *PIXELS)
+    assert code == 0, err
+    assert content(run)["images"]["n"] == 3 or content(run)["images"]["n"] > 0
+
+
+def test_corrupt_and_small_images_are_counted_and_said(olvae, trained, photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "0.png").write_bytes(b"")
+    Image.new("RGB", (9, 9), "teal").save(folder / "1.png")
+    code, _, err = olvae("evaluate", trained, "--data", folder, "--out", tmp_path / "out", *PIXELS)
+    assert code == 0
+    images = content(tmp_path / "out")["images"]
+    assert (images["n"], images["unreadable"], images["enlarged"]) == (11, 1, 1)
+    assert "1 images could not be read and are not in these numbers" in err
+    assert "1 images are smaller than the crop and were enlarged" in err
+
+
+def test_one_image(olvae, trained, photos, tmp_path):
+    code, _, _ = olvae("evaluate", trained, "--data", photos, "--images", 1, "--out", tmp_path, *PIXELS)
+    assert code == 0
+    (row,) = content(tmp_path)["results"]
+    assert row["n"] == 1
+    assert row["intervals"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--data", "EMPTY"], 1, "no images in this folder"),
+        (["--data", "BROKEN"], 1, "no images that can be read"),
+        (["--images", "99"], 1, "fewer than the 99 asked for"),
+        (["--size", "20"], 2, "no multiple of that: add --size 16"),
+        (["--metrics", "fid"], 2, "fid: choose from all, psnr"),
+        (["--protocol", "mine"], 2, "choose from open-litevae"),
+        (["--posterior", "mean"], 2, "mode or sample"),
+        (["--weights-dir", "nowhere", "--metrics", "lpips"], 1, "nowhere"),
+        (["--beside", "nowhere.json"], 1, "no such metrics.json"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, tmp_path, arguments, code, text):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BROKEN").mkdir()
+    (tmp_path / "BROKEN" / "a.png").write_bytes(b"")
+    given = [str(tmp_path / a) if a in ("EMPTY", "BROKEN") else a for a in arguments]
+    got, out, err = olvae("evaluate", trained, "--out", tmp_path / "out", *given)
+    assert (got, out) == (code, ""), err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert text in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import os, sys
+from olvae.cli.main import main
+from olvae.evaluation.reconstruction import AutoencoderReconstruction as Reconstruction
+before, calls = Reconstruction.__call__, []
+def killed(self, keys, x):
+    calls.append(keys)
+    if len(calls) == 3:
+        os.kill(os.getpid(), 9)
+    return before(self, keys, x)
+Reconstruction.__call__ = killed
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_half_way_leaves_no_numbers(trained, photos, tmp_path):
+    arguments = ["evaluate", trained, "--data", photos, "-B", 1, "--out", tmp_path / "out", *PIXELS]
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "metrics.json").exists()

@@ -1,0 +1,140 @@
+"""``olvae reconstruct`` as a user types it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae import LiteVAE
+from olvae.cli.main import main
+from olvae.config import save
+from tests.conftest import tiny_config
+from tests.models.test_autoencoder import tiny
+
+
+@pytest.fixture
+def olvae(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return leaving.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def target(tmp_path):
+    """The arguments that name a model: a checkpoint and its config."""
+    save(tiny_config(), tmp_path / "tiny.yaml")
+    torch.save(tiny().state_dict(), tmp_path / "tiny.ckpt")
+    return [tmp_path / "tiny.ckpt", "--config", tmp_path / "tiny.yaml"]
+
+
+def picture(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def test_every_size_and_the_unreadable(olvae, target, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    sizes = {"dot.png": (1, 1), "a/line.png": (9, 1), "b/line.png": (1, 9), "odd.bmp": (31, 17), "wide.png": (200, 13)}
+    for name, size in sizes.items():
+        picture(photos / name, size)
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    code, stdout, err = olvae("reconstruct", *target, photos, "--out", out)
+    assert (code, stdout) == (1, "")
+    assert f"error: {photos / 'broken.jpg'}: not a readable image" in err
+    assert err.count("error:") == 1
+    assert err.count(" dB  ") == 5
+    assert f"5 of 6 reconstructed by {target[0]}: {out}" in err
+    written = {"dot": (1, 1), "line": (9, 1), "b_line": (1, 9), "odd": (31, 17), "wide": (200, 13)}
+    assert {path.name for path in out.iterdir()} == {f"{n}{s}.png" for n in written for s in ("", "_compare")}
+    for name, size in written.items():
+        assert Image.open(out / f"{name}.png").size == size
+        assert max(Image.open(out / f"{name}_compare.png").size) >= 256
+
+
+def test_tiles_and_memory_change_nothing(olvae, target, tmp_path):
+    image = picture(tmp_path / "x.png", (70, 45))
+    results = []
+    for number, options in enumerate(([], ["--tile", 2], ["--memory", 0.0005])):
+        out = tmp_path / str(number)
+        code, _, _ = olvae("reconstruct", *target, image, "--out", out, *options)
+        assert code == 0
+        results.append(np.asarray(Image.open(out / "x.png")).astype(int))
+    for result in results[1:]:
+        assert np.abs(result - results[0]).max() <= 1
+        assert np.abs(result - results[0]).mean() < 0.01
+
+
+def test_samples_and_precision(olvae, target, tmp_path):
+    image = picture(tmp_path / "x.png", (20, 20))
+    results = {}
+    for name, options in {
+        "mode": [],
+        "sample": ["--sample"],
+        "seed 0": ["--sample", "--seed", 0],
+        "seed 1": ["--sample", "--seed", 1],
+        "bf16": ["--precision", "bf16"],
+    }.items():
+        assert olvae("reconstruct", *target, image, "--out", tmp_path / name, *options)[0] == 0
+        results[name] = (tmp_path / name / "x.png").read_bytes()
+    assert results["sample"] == results["seed 0"]
+    assert len({results[name] for name in ("mode", "sample", "seed 1", "bf16")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--tile", 2, "--memory", 1], 2, "give one of the two"),
+        (["--seed", 1], 2, "--seed is of --sample"),
+        (["--memory", 0], 2, "--memory 0.0: give a number of GiB"),
+        (["--tile", 0], 2, "--tile"),
+        (["--device", "tpu"], 2, "--device tpu: choose cpu, cuda"),
+        (["--device", "cuda:99"], 2, "this machine has"),
+        (["--precision", "8"], 2, "choose one of 32, 16, bf16"),
+        (["--precision", "16", "--device", "cpu"], 2, "use bf16 or 32 on the CPU"),
+        (["missing.png"], 1, "missing.png: no such image or folder"),
+        (["--memory", "0.000001"], 1, "the smallest tile takes"),
+    ],
+)
+def test_mistakes(olvae, target, tmp_path, options, code, text):
+    image = picture(tmp_path / "x.png", (8, 8))
+    got, stdout, err = olvae("reconstruct", *target, image, "--out", tmp_path / "out", *options)
+    assert (got, stdout) == (code, "")
+    assert text in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_the_result_does_not_replace_the_image(olvae, target, tmp_path):
+    image = picture(tmp_path / "x.png", (8, 8))
+    before = image.read_bytes()
+    code, _, err = olvae("reconstruct", *target, image, "--out", tmp_path)
+    assert code == 2
+    assert "is one of the images" in err
+    assert image.read_bytes() == before
+
+
+def test_tiles_of_a_decoder_without_a_finite_field(olvae, tmp_path):
+    config = tiny_config()
+    decoder = config["model"]["params"]["decoder_config"]
+    decoder["target"] = "olvae.modules.sdvae.SDDecoder"
+    decoder["params"] = {"channels": 8, "z_channels": 4, "channel_mult": [1, 1, 1, 1], "norm_groups": 4}
+    save(config, tmp_path / "sd.yaml")
+    params = config["model"]["params"]
+    model = LiteVAE.from_config(params["encoder_config"], params["decoder_config"], params["embed_dim"])
+    torch.save(model.state_dict(), tmp_path / "sd.ckpt")
+    image = picture(tmp_path / "x.png", (20, 9))
+    arguments = ["reconstruct", tmp_path / "sd.ckpt", "--config", tmp_path / "sd.yaml", image]
+    code, _, err = olvae(*arguments, "--out", tmp_path / "out", "--tile", 2)
+    assert code == 2
+    assert "SDDecoder sees the whole latent" in err
+    code, _, err = olvae(*arguments, "--out", tmp_path / "out")
+    assert code == 0
+    assert Image.open(tmp_path / "out" / "x.png").size == (20, 9)

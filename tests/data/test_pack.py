@@ -1,0 +1,310 @@
+"""Packing: the same images, once each, and the same bytes, whoever packs and however often it is stopped."""
+
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from olvae.config import ConfigError
+from olvae.data.faults import FaultLimitError
+from olvae.data.pack import pack
+from olvae.data.sharding import PackOptions
+from olvae.data.shards import Shard, read_shard
+from olvae.data.webdataset import WebDatasetSource
+from tests.data.packing import members, picture
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Thirty files, in JPEG, PNG and WebP."""
+    root = tmp_path / "photos"
+    for i in range(30):
+        path = root / f"class{i % 3}" / f"a photo.{i}.{('jpg', 'png', 'webp')[i % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    return root
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_shards_hold_each_file_once_as_it_is(photos, tmp_path):
+    pack(str(photos), tmp_path / "out", PackOptions(shard_size=8), workers=2)
+    packed = members(tmp_path / "out")
+    files = {str(path.relative_to(photos)): path for path in photos.rglob("*") if path.is_file()}
+    assert {name: data for name, (data, _) in packed.items()} == {n: p.read_bytes() for n, p in files.items()}
+    for name, (_, details) in packed.items():
+        assert (details["width"], details["height"]) == (24, 20)
+        assert details["file"].split(".", 1)[1] == name.rsplit(".", 1)[1]
+    entries = [entry for i in range(4) for entry in read_shard(Shard(str(tmp_path / "out" / f"00000{i}.tar")))]
+    assert sorted(entry.data for entry in entries) == sorted(path.read_bytes() for path in files.values())
+    keys = [entry.key.split("/")[1] for entry in entries]
+    assert keys == [f"{i:08d}" for i in range(30)]
+    names = [json.loads(entry.files["json"])["name"] for entry in entries]
+    assert names != sorted(names)  # shuffled
+    source = WebDatasetSource(str(tmp_path / "out"), 16, 2)
+    assert source.images == 30
+    assert len(source.train) == 3
+
+
+def test_index_tells_counts_sizes_and_checksums(photos, tmp_path):
+    pack(str(photos), tmp_path / "out", PackOptions(shard_size=8), workers=2)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["images"] == 30
+    assert [shard["images"] for shard in index["shards"].values()] == [7, 8, 7, 8]
+    for name, shard in index["shards"].items():
+        data = (tmp_path / "out" / name).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert index["bytes"] == sum(shard["bytes"] for shard in index["shards"].values())
+    assert index["packed"]["shard_size"] == 8
+    assert sorted(shards_of(tmp_path / "out")) == [*sorted(index["shards"]), "index.json"]
+
+
+def test_the_same_bytes_with_any_number_of_workers(photos, tmp_path):
+    for workers in (1, 2):
+        pack(str(photos), tmp_path / f"out{workers}", PackOptions(shard_size=7), workers)
+    first, second = shards_of(tmp_path / "out1"), shards_of(tmp_path / "out2")
+    assert first == second
+    assert len(first) == 6
+    with tarfile.open(tmp_path / "out1" / "000000.tar") as archive:
+        for member in archive:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+            assert member.mode == 0o644
+
+
+def test_seed_and_order(photos, tmp_path):
+    for name, seed in (("a", 0), ("b", 1), ("c", None)):
+        pack(str(photos), tmp_path / name, PackOptions(shard_size=100, seed=seed))
+    orders = {name: list(members(tmp_path / name)) for name in "abc"}
+    assert orders["c"] == sorted(orders["c"])
+    assert orders["a"] != orders["b"] != orders["c"] != orders["a"]
+    assert sorted(orders["a"]) == sorted(orders["b"]) == orders["c"]
+
+
+def pack_in_a_process(*arguments):
+    """A process of its own, as the command is, without importing everything anew."""
+    process = multiprocessing.get_context("fork").Process(target=pack, args=arguments)
+    process.start()
+    return process
+
+
+def test_killed_at_any_moment_and_started_again(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(300):
+        picture(i, (90, 80)).save(root / f"{i}.bmp")
+    (root / "bad.png").write_text("not a picture")
+    arguments = (PackOptions(shard_size=12, resize=40), 2, 1.0)
+    begin = time.perf_counter()
+    pack(str(root), tmp_path / "undisturbed", *arguments)
+    whole = time.perf_counter() - begin
+    rng = random.Random(0)
+    out = tmp_path / "out"
+    killed = unfinished = 0
+    for _ in range(12):
+        process = pack_in_a_process(str(root), out, *arguments)
+        process.join(rng.uniform(0.02, 0.6) * whole)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        killed += 1
+        if not (out / "index.json").exists():
+            unfinished += bool(list(out.glob("*.tar")))
+            for path in list(out.glob("*.tar"))[: rng.randrange(2)]:  # and what a power cut may leave
+                path.write_bytes(path.read_bytes()[:-700])
+    assert killed >= 2
+    assert unfinished
+    packed = pack(str(root), out, *arguments)
+    assert packed.found
+    assert shards_of(out) == shards_of(tmp_path / "undisturbed")
+
+
+def test_processes_end_with_the_one_that_began_them(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(400):
+        picture(i, (90, 80)).save(root / f"{i}.png")
+    process = pack_in_a_process(str(root), tmp_path / "out", PackOptions(shard_size=200), 2)
+    others: set[int] = set()
+    while len(others) < 2:
+        others = {int(path.suffix[1:]) for path in (tmp_path / "out").glob(".packing/*.tar.*")}
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    end = time.monotonic() + 10
+    while any(map(is_running, others)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not any(map(is_running, others))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_two_at_once_in_the_same_folder(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("olvae.data.pack.LOCK_S", 0.1)
+    state = tmp_path / "out" / ".packing"
+    state.mkdir(parents=True)
+    with (state / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another `olvae data pack` is at work"):
+            pack(str(photos), tmp_path / "out", PackOptions())
+    assert pack(str(photos), tmp_path / "out", PackOptions()).index.images == 30
+
+
+def test_a_finished_pack_is_verified_and_mended(photos, tmp_path):
+    out = tmp_path / "out"
+    pack(str(photos), out, PackOptions(shard_size=8))
+    before = shards_of(out)
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert pack(str(photos), out, PackOptions(shard_size=8)).found == 4
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == times
+    (out / "000001.tar").write_bytes(before["000001.tar"][:-1] + b"x")
+    (out / "000002.tar").unlink()
+    assert pack(str(photos), out, PackOptions(shard_size=8)).found == 2
+    assert shards_of(out) == before
+
+
+def test_another_source_or_other_options_are_no_continuation(photos, tmp_path):
+    out = tmp_path / "out"
+    pack(str(photos), out, PackOptions(shard_size=8))
+    with pytest.raises(ConfigError, match=r"other options \(shard_size 8, now 9\)"):
+        pack(str(photos), out, PackOptions(shard_size=9))
+    before = shards_of(out)
+    path = next(photos.rglob("*.png"))
+    os.utime(path, (1, 1))
+    with pytest.raises(ValueError, match="the images have changed"):
+        pack(str(photos), out, PackOptions(shard_size=8))
+    assert shards_of(out) == before
+
+
+def test_an_unfinished_pack_of_a_changed_source_is_no_continuation(photos, tmp_path):
+    out = tmp_path / "out"
+    (photos / "bad.png").touch()
+    with pytest.raises(FaultLimitError):
+        pack(str(photos), out, PackOptions(shard_size=8))
+    (photos / "bad.png").unlink()
+    with pytest.raises(ValueError, match="the images have changed"):
+        pack(str(photos), out, PackOptions(shard_size=8))
+
+
+def test_what_the_folder_must_not_be(photos, tmp_path):
+    with pytest.raises(ConfigError, match="is inside the images' folder"):
+        pack(str(photos), photos / "shards", PackOptions())
+    with pytest.raises(ConfigError, match="holds the images' folder"):
+        pack(str(photos), tmp_path, PackOptions())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        pack(str(photos), other, PackOptions())
+    with pytest.raises(ConfigError, match="is a file"):
+        pack(str(photos), other / "thesis.tex", PackOptions())
+    assert list(shards_of(other)) == ["thesis.tex"]
+    pack(str(photos), tmp_path / "shards", PackOptions(shard_size=8))
+    with pytest.raises(ConfigError, match="are shards already"):
+        pack(str(tmp_path / "shards"), tmp_path / "again", PackOptions())
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.fixture
+def awkward(photos):
+    """Beside the photographs, files that are none, and names that are hard to write."""
+    (photos / "empty.jpg").touch()
+    (photos / "text.jpg").write_text("not a picture")
+    for name in ("cut.png", "cut.jpg"):
+        stream = io.BytesIO()
+        picture(50, (200, 200)).save(stream, "PNG" if name == "cut.png" else "JPEG")
+        (photos / name).write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
+    (photos / "folder.jpg").mkdir()
+    (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")
+    for i, name in enumerate(("two  spaces.png", "dots.in.it.png", "žluťoučký 猫.png", "new\nline.png", "[bold]x.png")):
+        picture(60 + i).save(photos / name)
+    picture(70).save(os.fsencode(photos) + b"/latin\xe9.png")
+    return photos
+
+
+def test_unreadable_ones_are_left_out_and_listed(awkward, tmp_path):
+    packed = pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.2)
+    bad = {skipped.name: skipped for skipped in packed.index.unreadable}
+    assert sorted(bad) == ["cut.jpg", "cut.png", "empty.jpg", "text.jpg"]
+    assert bad["empty.jpg"].reason == "the file is empty"
+    assert packed.index.images == 36
+    names = members(tmp_path / "out")
+    assert len(names) == 36
+    for name in ("two  spaces.png", "dots.in.it.png", "žluťoučký 猫.png", "new\nline.png", "latin\udce9.png"):
+        assert names[name][0] == (awkward / name).read_bytes()
+    listed = json.loads((tmp_path / "out" / "index.json").read_text())["unreadable"]
+    assert {skipped["name"] for skipped in listed} == set(bad)
+    again = pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.2)
+    assert again.index == packed.index
+
+
+def test_too_many_unreadable_ones_end_it_without_an_index(awkward, tmp_path):
+    with pytest.raises(FaultLimitError, match=r"of 40 images can't be read, more than --max-unreadable 0.05: .*\("):
+        pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.05)
+    assert not (tmp_path / "out" / "index.json").exists()
+    packed = pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.1)
+    assert len(packed.index.unreadable) == 4
+
+
+def test_a_shard_without_any_readable_image_is_not_written(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    (root / "a.png").touch()
+    picture(0).save(root / "b.png")
+    packed = pack(str(root), tmp_path / "out", PackOptions(shard_size=1, seed=None), 1, 1.0)
+    assert list(packed.index.shards) == ["000001.tar"]
+    assert sorted(shards_of(tmp_path / "out")) == ["000001.tar", "index.json"]
+    (root / "b.png").write_text("nor this")
+    with pytest.raises(ValueError, match=r"none of its 2 images can be read: a\.png"):
+        pack(str(root), tmp_path / "none", PackOptions(), 1, 1.0)
+
+
+def test_a_list_with_missing_files(photos, tmp_path):
+    names = [str(path) for path in sorted(photos.rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("\n".join([*names, "gone.png"]))
+    packed = pack(str(tmp_path / "list.txt"), tmp_path / "out", PackOptions(), 1, 0.5)
+    assert (packed.index.images, len(packed.index.unreadable)) == (10, 1)
+
+
+def pack_on_a_small_disk(answer, *arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60000, resource.RLIM_INFINITY))
+    try:
+        pack(*arguments)
+    except OSError as error:
+        answer.send(str(error))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(4):
+        picture(i, (30, 30)).save(root / f"{i}.png")
+    picture(4, (200, 200)).save(root / "4.png")  # 120 kB, the last shard
+    out = tmp_path / "out"
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    options = PackOptions(shard_size=1, seed=None)
+    process = context.Process(target=pack_on_a_small_disk, args=(there, str(root), out, options, 2))
+    process.start()
+    assert here.poll(60)
+    assert here.recv() == f"{out}: File too large; finished shards stay, and the same command goes on from there"
+    process.join()
+    left = {path.name for path in out.rglob("*") if ".tar" in path.name}
+    assert left <= {f"00000{i}.tar" for i in range(4)}
+    assert pack(str(root), out, options).index.images == 5

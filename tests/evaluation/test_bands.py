@@ -1,0 +1,96 @@
+import pickle
+
+import numpy as np
+import pytest
+import pywt
+import torch
+
+from olvae.evaluation.bands import BandErrors
+from olvae.metrics.metric import Unavailable
+
+
+def pairs(n: int, height: int = 16, width: int = 24, channels: int = 3):
+    x = torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8)
+    y = (x.int() + torch.randint(-20, 21, x.shape)).clamp(0, 255).to(torch.uint8)
+    return [f"{i}.png" for i in range(n)], x, y
+
+
+def bands(keys, x, y, levels: int = 3, size: int = 4) -> BandErrors:
+    errors = BandErrors(levels)
+    for i in range(0, len(keys), size):
+        errors.add(keys[i : i + size], x[i : i + size], y[i : i + size])
+    return errors
+
+
+def pywavelets(images: np.ndarray, levels: int) -> dict[str, float]:
+    """Energy per band and image; vertical details are those along the width."""
+    approximation, *details = pywt.wavedec2(images, "haar", mode="periodization", level=levels, axes=(-2, -1))
+    energy = {f"LL{levels}": approximation}
+    for level, (horizontal, vertical, diagonal) in zip(range(levels, 0, -1), details, strict=True):
+        energy |= {f"LH{level}": vertical, f"HL{level}": horizontal, f"HH{level}": diagonal}
+    return {name: float(np.square(band).sum()) / len(images) for name, band in energy.items()}
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_pywavelets_finds_the_same_energy(levels):
+    keys, x, y = pairs(5)
+    found = bands(keys, x, y, levels).compute()
+    signal, error = x.double().numpy(), y.double().numpy() - x.double().numpy()
+    expected_error, expected_signal = pywavelets(error, levels), pywavelets(signal, levels)
+    assert list(found) == list(expected_error)
+    for name, values in found.items():
+        assert values["mse"] == pytest.approx(expected_error[name] / x[0].numel(), rel=1e-10)
+        assert values["share_of_signal"] == pytest.approx(expected_error[name] / expected_signal[name], rel=1e-10)
+
+
+def test_the_bands_add_up_to_the_mean_squared_error():
+    keys, x, y = pairs(5)
+    mse = (y.double() - x.double()).square().mean().item()
+    for levels in (1, 2, 3):
+        assert sum(band["mse"] for band in bands(keys, x, y, levels).compute().values()) == pytest.approx(
+            mse, rel=1e-12
+        )
+
+
+def test_vertical_stripes_are_detail_along_the_width():
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    y = x.clone()
+    y[..., 1::2] = 10  # mean square 50: half of it the mean, half of it the stripes
+    found = bands(["a"], x, y).compute()
+    assert {name: band["mse"] for name, band in found.items() if band["mse"]} == {"LL3": 25.0, "LH1": 25.0}
+    assert all(band["share_of_signal"] is None for band in found.values())  # black has no energy
+
+
+def test_batches_order_and_processes_make_no_difference():
+    keys, x, y = pairs(7)
+    whole = bands(keys, x, y, size=7).compute()
+    order = [3, 6, 0, 5, 1, 4, 2]
+    assert bands([keys[i] for i in order], x[order], y[order], size=2).compute() == whole
+    first, second = bands(keys[:4], x[:4], y[:4]), bands(keys[2:], x[2:], y[2:], size=1)  # two in both
+    second.merge(pickle.loads(pickle.dumps(first.state())))
+    assert second.compute() == whole
+
+
+def test_fewer_levels_where_the_size_has_no_more():
+    keys, x, y = pairs(3, height=12)  # twice even
+    assert bands(keys, x, y).compute() == bands(keys, x, y, levels=2).compute()
+    assert next(iter(bands(keys, x, y).compute())) == "LL2"
+    mixed = bands(keys, x, y)
+    _, more_x, more_y = pairs(1)
+    mixed.add(["more"], more_x, more_y)
+    separate = [bands(keys, x, y, levels=2).compute(), bands(["more"], more_x, more_y, levels=2).compute()]
+    for name, band in mixed.compute().items():
+        assert band["mse"] == pytest.approx((3 * separate[0][name]["mse"] + separate[1][name]["mse"]) / 4)
+
+
+def test_what_is_refused():
+    keys, x, y = pairs(2)
+    errors = bands(keys, x, y)
+    with pytest.raises(ValueError, match=r"two different pairs of images have the key '0\.png'"):
+        errors.add(["0.png"], x[1:], y[1:])
+    with pytest.raises(Unavailable, match="even sides, got 15x24"):
+        errors.add(["odd"], x[:1, :, :15], y[:1, :, :15])
+    with pytest.raises(Unavailable, match="got none"):
+        BandErrors().compute()
+    with pytest.raises(ValueError, match="at least 1 level"):
+        BandErrors(0)

@@ -1,0 +1,108 @@
+import hashlib
+import math
+import pickle
+
+import pytest
+import torch
+
+from olvae.evaluation.gallery import Gallery
+
+
+def pairs(n: int) -> tuple[list[str], list[float], torch.Tensor, torch.Tensor]:
+    """Distinct values in no order; every image tells its number."""
+    values = torch.randperm(n, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2).contiguous()
+    return [f"{i:04}.png" for i in range(n)], values.tolist(), x, x + 1
+
+
+def gallery(better, keys, values, x, y, size=7, **sizes) -> Gallery:
+    kept = Gallery(better, **sizes)
+    for i in range(0, len(keys), size):
+        kept.add(keys[i : i + size], values[i : i + size], x[i : i + size], y[i : i + size])
+    return kept
+
+
+def shown(kept: Gallery) -> dict[str, list[tuple[str, float, int]]]:
+    for group in kept.examples().values():
+        assert all(torch.equal(e.y, e.x + 1) and e.x.shape == (3, 2, 2) for e in group)
+    return {name: [(e.key, e.value, int(e.x[0, 0, 0])) for e in group] for name, group in kept.examples().items()}
+
+
+def by_hash(keys: list[str]) -> list[str]:
+    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+
+
+@pytest.mark.parametrize(("better", "worst"), [("higher", [0, 1, 2]), ("lower", [99, 98, 97])])
+def test_the_worst_the_median_and_the_best(better, worst):
+    keys, values, x, y = pairs(100)
+    groups = shown(gallery(better, keys, values, x, y, each=3, pool=20))
+    assert [value for _, value, _ in groups["worst"]] == worst
+    assert [value for _, value, _ in groups["best"]] == [99 - value for value in worst][::-1]
+    pool = sorted((values[keys.index(key)] for key in by_hash(keys)[:20]), key=lambda value: abs(value - 49))
+    assert sorted(value for _, value, _ in groups["median"]) == sorted(pool[:3])
+    for group in groups.values():
+        assert all(keys[i] == key and values[i] == value for key, value, i in group)
+
+
+def test_a_pool_with_all_images_gives_the_very_median():
+    groups = shown(gallery("higher", *pairs(63), each=2, pool=64))
+    assert [value for _, value, _ in groups["median"]] in ([30, 31], [31, 32])
+
+
+def test_batches_order_and_processes_make_no_difference():
+    keys, values, x, y = pairs(100)
+    whole = gallery("higher", keys, values, x, y, size=100, pool=12)
+    order = torch.randperm(100).tolist()
+    picked = [keys[i] for i in order], [values[i] for i in order], x[order], y[order]
+    shuffled = gallery("higher", *picked, size=3, pool=12)
+    first = gallery("higher", keys[:60], values[:60], x[:60], y[:60], pool=12)
+    second = gallery("higher", keys[40:], values[40:], x[40:], y[40:], size=1, pool=12)  # 20 in both
+    second.merge(pickle.loads(pickle.dumps(first.state())))
+    second.merge(second.state())
+    for other in (shuffled, second):
+        assert shown(other) == shown(whole)
+        assert [e.key for e in other.spread(12)] == by_hash(keys)[:12]
+    assert len(second.state()[1]) <= 4 + 4 + 12  # the other images are gone
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(1, (0, 1, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (5, (1, 1, 1)), (11, (3, 3, 3)), (13, (4, 4, 4))]
+)
+def test_few_images_are_in_one_group_only(n, sizes):
+    kept = gallery("higher", *pairs(n))
+    groups = shown(kept)
+    assert tuple(len(group) for group in groups.values()) == sizes
+    everything = [key for group in groups.values() for key, _, _ in group]
+    assert len(everything) == len(set(everything))
+    assert len(kept.spread(8)) == min(n, 8)
+
+
+def test_infinite_values_and_ties():
+    keys, _, x, y = pairs(9)
+    kept = gallery("higher", keys, [math.inf] * 5 + [30.0] * 4, x, y, each=2, pool=9)
+    groups = shown(kept)
+    assert [value for _, value, _ in groups["worst"]] == [30, 30]
+    assert [value for _, value, _ in groups["median"]] == [math.inf] * 2
+    assert [key for key, _, _ in groups["worst"]] == by_hash(keys[5:])[:2]
+
+
+def test_images_are_copied_out_of_their_batch():
+    keys, values, x, y = pairs(9)
+    kept = gallery("higher", keys, values, x, y)
+    expected = shown(kept)
+    x.zero_()
+    y.zero_()
+    assert shown(kept) == expected
+
+
+def test_what_is_refused():
+    keys, values, x, y = pairs(3)
+    with pytest.raises(ValueError, match="pool of 3 groups, got 4 and 8"):
+        Gallery("higher", each=4, pool=8)
+    kept = gallery("higher", keys, values, x, y)
+    with pytest.raises(ValueError, match=r"two different images have the key '0001\.png'"):
+        kept.add(["0001.png"], [values[1] + 1], x[:1], y[:1])
+    with pytest.raises(ValueError, match=r"a\.png: the value to rank images by is not a number"):
+        kept.add(["a.png"], [math.nan], x[:1], y[:1])
+    with pytest.raises(ValueError, match="65 images are more than the pool of 64"):
+        kept.spread(65)

@@ -1,0 +1,58 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from olvae import LiteVAE
+from tests.conftest import tiny_config
+
+FILE = Path(__file__).parent.parent.parent / "examples" / "train_diffusion.py"
+
+
+@pytest.fixture
+def example():
+    spec = importlib.util.spec_from_file_location("train_diffusion", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_loss_falls_and_images_are_made(example, tmp_path, capsys):
+    params = tiny_config()["model"]["params"]
+    vae = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"})
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = [str(tmp_path / "vae"), "--out", str(tmp_path / "out"), "--size=32", "--crops=32", "--steps=60"]
+    losses = example.main(arguments)
+    assert len(losses) == 60
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert last < 0.8 * first, (first, last)
+    out = capsys.readouterr().out
+    assert "32 latents of (4, 4, 4), mean 0.00, standard deviation 1.00" in out.replace("-0.00", "0.00")
+    with Image.open(tmp_path / "out" / "samples.png") as samples:
+        assert samples.width > 8 * 32
+    assert UNet2DModel.from_pretrained(tmp_path / "out" / "unet", low_cpu_mem_usage=False).config.in_channels == 4
+
+
+def test_sampling_goes_back_the_way_that_was_learned(example):
+    """A model that knows the one latent there is gives the exact velocity, and sampling ends at that latent."""
+    latent = torch.randn(4, 2, 2)
+
+    class Unet:
+        def __call__(self, x, t):
+            class Output:
+                sample = (x - latent) / (t / 1000)  # x = (1 - t) z + t noise, so noise - z = (x - z) / t
+
+            return Output
+
+    class Vae:
+        def decode(self, z):
+            class Output:
+                sample = z
+
+            return Output
+
+    z = example.sample(Unet(), Vae(), (3, 4, 2, 2), shift=0.5, scale=2.0)
+    torch.testing.assert_close(z, (latent / 2.0 + 0.5).expand(3, -1, -1, -1), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,109 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from olvae import LiteVAE
+from olvae.export import onnx as onnx_module
+from olvae.export.folder import Provenance, export
+from olvae.export.onnx import export_onnx, export_program, halves
+from tests.conftest import tiny_config
+
+ROOT = Path(__file__).parent.parent.parent
+SIZES = ((1, 40, 24), (2, 4, 72), (5, 16, 16))
+
+
+def tiny(encoder: dict | None = None, decoder: dict | None = None, use_quant: bool = False) -> LiteVAE:
+    params = tiny_config()["model"]["params"]
+    params["encoder_config"]["params"] |= {"dct_levels": 2} | (encoder or {})  # f4: a graph that is made in seconds
+    params["decoder_config"]["params"] |= {"channel_mult": [1, 1, 1]} | (decoder or {})
+    return LiteVAE.from_config(params["encoder_config"], params["decoder_config"], 4, use_quant).eval()
+
+
+def assert_close(ours: torch.Tensor, theirs: np.ndarray) -> None:
+    np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4 * float(ours.abs().max()))
+
+
+def check_files(model: LiteVAE, folder: Path) -> None:
+    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
+    assert [i.shape[1] for s in (encoder, decoder) for i in s.get_inputs()] == [3, 4]
+    for batch, height, width in SIZES:
+        x = torch.rand(batch, 3, height, width) * 2 - 1
+        with torch.no_grad():
+            posterior, reconstruction = model.encode(x), model(x)[0]
+        (moments,) = encoder.run(["moments"], {"image": x.numpy()})
+        assert_close(torch.cat((posterior.mean, posterior.logvar), dim=1), moments)
+        (image,) = decoder.run(["image"], {"latent": moments[:, :4]})
+        assert_close(reconstruction, image)
+
+
+def test_files_are_right_at_sizes_not_seen(tmp_path):
+    model = tiny(use_quant=True)
+    differences = export(model, tmp_path / "vae", Provenance("x"), onnx=True)
+    assert max(differences.values()) < 1e-4
+    check_files(model, tmp_path / "vae")
+    assert "`encoder.onnx` takes `image`" in (tmp_path / "vae" / "README.md").read_text()
+    assert LiteVAE.from_pretrained(tmp_path / "vae").latent_channels == 4  # the files besides do not disturb it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [
+        ({"wavelet": "db2"}, {"output": "image"}),
+        ({"variant": "paper", "pool": "conv"}, {"variant": "paper_smc"}),
+    ],
+)
+def test_other_networks(encoder, decoder, tmp_path):
+    model = tiny(encoder, decoder)
+    export_onnx(model, tmp_path)
+    check_files(model, tmp_path)
+
+
+def test_torch_export_is_right_at_sizes_not_seen():
+    model = tiny()
+    encoder, decoder = (export_program(half).module() for half in halves(model))
+    for batch, height, width in ((1, 40, 24), (2, 8, 72), (5, 16, 16)):
+        x = torch.rand(batch, 3, height, width) * 2 - 1
+        with torch.no_grad():
+            moments = encoder(x)
+            assert_close(model.moments(x), moments.numpy())
+            assert_close(model(x)[0], decoder(moments[:, :4]).numpy())
+
+
+def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
+    class Session:
+        def __init__(self, file, providers):
+            pass
+
+        def run(self, names, inputs):
+            with torch.no_grad():
+                return [model.moments(torch.from_numpy(inputs["image"])).numpy() * 1.001]
+
+    model = tiny()
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: Program())
+
+    class Program:
+        def save(self, file, external_data):
+            Path(file).touch()
+
+    with pytest.raises(ValueError, match=r"encoder.onnx: onnxruntime differs from torch by 1.0e-03"):
+        export(model, tmp_path / "vae", Provenance("x"), onnx=True)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"in float32"):
+        onnx_module.export_onnx(model.bfloat16(), tmp_path)
+
+
+def test_without_the_extra(tmp_path):
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import torch; from pathlib import Path; from olvae.export.onnx import export_onnx\n"
+        f"export_onnx(torch.nn.Linear(1, 1), Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "ONNX needs onnxruntime: pip install 'open-litevae[onnx]'" in done.stderr.splitlines()[-1]
