@@ -23,6 +23,9 @@ def command(
     ] = None,
     image_format: Annotated[str, typer.Option("--format", help="png or jpg.")] = "png",
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Latents at a time.")] = 16,
+    memory: Annotated[
+        float, typer.Option(metavar="GiB", min=0.01, help="What decoding may take, before it goes on in tiles.")
+    ] = 4.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, where there are averaged ones.")] = False,
 ) -> None:
@@ -40,6 +43,7 @@ def command(
     from olvae.evaluation.targets import find_target
     from olvae.export.decode import FORMATS, decode_shards
     from olvae.export.encode import fingerprint
+    from olvae.models.memory import GIB
 
     if image_format not in FORMATS:
         raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")
@@ -56,7 +60,8 @@ def command(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("decoding", total=total)
-        done = decode_shards(model, shards, out, image_format, batch_size, lambda n: progress.advance(task, n))
+        budget = int(memory * GIB)
+        done = decode_shards(model, shards, out, image_format, batch_size, budget, lambda n: progress.advance(task, n))
     for fault in done.unreadable:
         typer.echo(f"skipped {fault.name}: {fault.reason}", err=True)
     typer.echo(f"images: {out}, {done.images} of them", err=True)

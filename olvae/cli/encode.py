@@ -22,8 +22,12 @@ def command(
         Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
     ] = None,
     size: Annotated[
-        int, typer.Option(min=1, help="Pixels: the shorter side is resized to it, and the centre cropped.")
-    ] = 256,
+        int | None,
+        typer.Option(min=1, help="Pixels: the shorter side is resized to it, the centre cropped; by default 256."),
+    ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Every image at its own size, padded to a multiple of f.")
+    ] = False,
     moments: Annotated[
         bool,
         typer.Option("--moments/--sample", help="Store the posterior's mean and deviation, or one sample of it."),
@@ -34,6 +38,9 @@ def command(
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard; shards stay as they are divided.")] = 1000,
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")] = 16,
     threads: Annotated[int, typer.Option(min=0, help="That read images, in each process.")] = 4,
+    memory: Annotated[
+        float, typer.Option(metavar="GiB", min=0.01, help="What encoding images of their own sizes may take.")
+    ] = 4.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, where there are averaged ones.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print stats.json to standard output as well.")] = False,
@@ -56,14 +63,17 @@ def command(
     from olvae.evaluation.targets import find_target
     from olvae.export.encode import DTYPES, EncodeOptions, Encoder
     from olvae.export.encode_inputs import find_inputs
+    from olvae.models.memory import GIB
 
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    if native and size is not None:
+        raise ConfigError("--native and --size: give one of the two")
     rank, world = join()
     found = find_target(target, config, raw=raw)
     model = found.load().to(device_of(device))
     inputs = find_inputs(data, model.in_channels, shard_size)
-    options = EncodeOptions(size, moments, seed, dtype, flip)
+    options = EncodeOptions(0 if native else size or 256, moments, seed, dtype, flip)
     encoder = Encoder(model, inputs, options, out, {"target": found.name, "source": data})
 
     console = Console(stderr=True)
@@ -73,7 +83,7 @@ def command(
     with Progress(*columns, console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:
         share = "" if world == 1 else f", 1 of {world} shares"
         task = progress.add_task(f"encoding{share}", total=total)
-        encoder.run(rank, world, batch_size, threads, lambda n: progress.advance(task, n))
+        encoder.run(rank, world, batch_size, threads, int(memory * GIB), lambda n: progress.advance(task, n))
     if gather(None) is not None:
         stats = encoder.finish()
         if as_json:

@@ -19,7 +19,8 @@ LATENT = "latent.safetensors"
 """The extension of the tensors: ``mean`` and ``std`` of the posterior, or one ``latent``, each (n_z, h, w)."""
 
 META = "latent.json"
-"""The extension of an image's key and its width and height before it was resized."""
+"""The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the size of the
+``image`` that the latent stands for, [width, height]: where it is no multiple of f, the image was padded."""
 
 FLIP = "_flip"
 """What the names of the mirrored image's tensors end with."""
@@ -65,7 +66,8 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
         tensors = load(entry.data)
         meta = json.loads(entry.files[META])
         flipped = _latent(tensors, FLIP) if any(name.endswith(FLIP) for name in tensors) else None
-        return _latent(tensors, ""), flipped, {**meta, "key": str(meta["key"])}
+        width, height = meta["image"]
+        return _latent(tensors, ""), flipped, {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]}
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UnreadableImageError(entry.name, f"not a latent of `olvae encode`: {error}") from error
 

@@ -14,7 +14,10 @@ from olvae.data.latent_files import LATENT, read_latent
 from olvae.data.pixels import to_uint8
 from olvae.data.reading import EXTENSIONS, UnreadableImageError
 from olvae.data.shards import Shard, read_shard
-from olvae.models.autoencoder import Autoencoder
+from olvae.models.anysize import crop_to
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.memory import GIB
+from olvae.models.tiling import decode_tiled
 
 __all__ = ["FORMATS", "Decoded", "decode_shards"]
 
@@ -33,6 +36,7 @@ class Decoded:
 class _Latent(NamedTuple):
     key: str
     z: Tensor
+    size: tuple[int, int]
 
 
 @torch.inference_mode()
@@ -42,9 +46,12 @@ def decode_shards(
     folder: Path,
     image_format: str = "png",
     batch_size: int = 8,
+    memory: int = 4 * GIB,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Decoded:
     """Decode every latent, unscaled as it is stored, of a posterior the mode; an image's file is named by its key.
+
+    What was added to images of their own sizes is cropped again.
 
     The key's extension, if it is an image's, makes way for the format's; where another image has that name already,
     the format's is added to it. Broken latents are skipped.
@@ -53,6 +60,7 @@ def decode_shards(
         model: on its device, in evaluation mode.
         folder: made if need be.
         image_format: a name of :data:`FORMATS`.
+        memory: bytes that decoding a batch may take, beyond which it is tiled; see :func:`decode_tiled`.
         advance: is told how many images more are done.
 
     Raises:
@@ -66,11 +74,12 @@ def decode_shards(
                 f"{batch[0].key}: a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}: "
                 "give the target that encoded it"
             )
-        pixels = to_uint8(model.decode(z.to(next(model.parameters()).device))).cpu()  # (B, C, H, W)
-        for latent, image in zip(batch, pixels, strict=True):
+        z = z.to(next(model.parameters()).device)
+        y = decode_tiled(model, z, None, memory) if isinstance(model, LiteVAE) else model.decode(z)
+        for latent, image in zip(batch, to_uint8(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)
-            _write(image, folder / name, FORMATS[image_format])
+            _write(crop_to(image, latent.size), folder / name, FORMATS[image_format])
         done.images += len(batch)
         advance(len(batch))
     if not done.images:
@@ -96,7 +105,8 @@ def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterato
             if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
                 yield batch
                 batch = []
-            batch.append(_Latent(meta["key"], z))
+            width, height = meta["image"]
+            batch.append(_Latent(meta["key"], z, (height, width)))
     if batch:
         yield batch
 

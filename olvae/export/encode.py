@@ -23,7 +23,10 @@ from olvae.data.shards import INDEX
 from olvae.data.transforms import center_crop
 from olvae.export.encode_inputs import Inputs, Item
 from olvae.export.latent_sums import LatentSums
-from olvae.models.autoencoder import Autoencoder
+from olvae.models.anysize import pad_to_multiple
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.memory import GIB
+from olvae.models.streaming import encode_within
 from olvae.modules.distributions import Posterior
 
 __all__ = ["DTYPES", "EncodeOptions", "Encoder", "fingerprint"]
@@ -38,7 +41,8 @@ class EncodeOptions:
     """What is stored.
 
     Args:
-        size: of the images, after resizing the shorter side and cropping the centre.
+        size: of the images, after resizing the shorter side and cropping the centre; 0 leaves each at its own, padded
+            at the bottom and the right to a multiple of f.
         moments: the posterior's mean and standard deviation; else one sample of it.
         seed: of the samples.
         dtype: of the latents, a name of :data:`DTYPES`.
@@ -122,12 +126,15 @@ class Encoder:
         world: int = 1,
         batch_size: int = 8,
         threads: int = 2,
+        memory: int = 4 * GIB,
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Encode this process's shards, those that are not finished yet.
 
         Args:
+            batch_size: of images, all of one size.
             threads: that read images; 0 reads them in between.
+            memory: bytes that encoding images of their own sizes may take; see :func:`encode_within`.
             advance: is told how many images more are done, finished shards' included.
 
         Raises:
@@ -137,7 +144,7 @@ class Encoder:
         for shard in range(rank, self.shards, world):
             state = self._state(shard)
             if state is None:
-                self._write(shard, batch_size, threads, advance)
+                self._write(shard, batch_size, threads, memory, advance)
             else:
                 advance(state["images"] + len(state["unreadable"]))
 
@@ -183,7 +190,7 @@ class Encoder:
         return state if there == state["bytes"] else None
 
     @torch.inference_mode()
-    def _write(self, shard: int, batch_size: int, threads: int, advance: Callable[[int], None]) -> None:
+    def _write(self, shard: int, batch_size: int, threads: int, memory: int, advance: Callable[[int], None]) -> None:
         path, sums, faults = self._path(shard), LatentSums(), []
         partial = path.with_name(f".{path.name}.partial")
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
@@ -191,7 +198,7 @@ class Encoder:
                 images = [one for one in batch if isinstance(one, _Image)]
                 faults += [one for one in batch if isinstance(one, Fault)]
                 if images:
-                    self._encode(images, archive, sums)
+                    self._encode(images, memory, archive, sums)
                 advance(len(batch))
         if sums.images:
             partial.replace(path)
@@ -211,21 +218,27 @@ class Encoder:
         try:
             opened = item.open()
             picture = opened.read() if isinstance(opened, Photo) else opened
-            return _Image(item, image_to_tensor(center_crop(picture, self.options.size)), picture.size)
+            cropped = center_crop(picture, self.options.size) if self.options.size else picture
+            return _Image(item, image_to_tensor(cropped), picture.size)
         except UnreadableImageError as error:
             return Fault(item.key, error.reason)
 
-    def _encode(self, images: Sequence[_Image], archive: tarfile.TarFile, sums: LatentSums) -> None:
+    def _encode(self, images: Sequence[_Image], memory: int, archive: tarfile.TarFile, sums: LatentSums) -> None:
         device = next(self.model.parameters()).device
         x = from_uint8(torch.stack([image.pixels for image in images]).to(device))  # (B, C, H, W)
         keys = [image.item.key for image in images]
-        latents = self._latents(self.model.encode(x), keys)
+        latents = self._latents(self._posterior(x, memory), keys)
         mirrored: list[Latent | None] = [None] * len(images)
         if self.options.flip:
-            mirrored = [*self._latents(self.model.encode(x.flip(-1)), [f"{key}\nflip" for key in keys])]
+            mirrored = [*self._latents(self._posterior(x.flip(-1), memory), [f"{key}\nflip" for key in keys])]
         for image, latent, flipped in zip(images, latents, mirrored, strict=True):
             sums.update([latent] if flipped is None else [latent, flipped])
-            meta = {"key": image.item.key, "width": image.size[0], "height": image.size[1]}
+            meta = {
+                "key": image.item.key,
+                "width": image.size[0],
+                "height": image.size[1],
+                "image": [image.pixels.shape[2], image.pixels.shape[1]],
+            }
             files = {
                 **image.item.files,
                 META: json.dumps(meta).encode(),
@@ -235,6 +248,12 @@ class Encoder:
                 member = tarfile.TarInfo(f"{image.item.name}.{extension}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
+
+    def _posterior(self, x: Tensor, memory: int) -> Posterior:
+        if self.options.size:
+            return self.model.encode(x)
+        x = pad_to_multiple(x, self.model.downscale)
+        return encode_within(self.model, x, memory) if isinstance(self.model, LiteVAE) else self.model.encode(x)
 
     def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
         """As they are stored, on the CPU."""
@@ -288,13 +307,16 @@ def _ahead(
 
 
 def _batches(images: Iterable[_Image | Fault], batch_size: int) -> Iterator[list[_Image | Fault]]:
-    """Lists of so many images, and the faults between them."""
+    """Lists of so many images of one size, and the faults between them."""
     batch: list[_Image | Fault] = []
+    shape, count = None, 0
     for image in images:
+        if isinstance(image, _Image):
+            if count == batch_size or shape not in (None, image.pixels.shape):
+                yield batch
+                batch, count = [], 0
+            shape, count = image.pixels.shape, count + 1
         batch.append(image)
-        if sum(isinstance(one, _Image) for one in batch) == batch_size:
-            yield batch
-            batch = []
     if batch:
         yield batch
 

@@ -94,6 +94,7 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
         path.write_bytes(b"not a picture")
     cases = [
         (encode("--dtype", "int8"), 2, "--dtype int8: choose from float16, bfloat16, float32"),
+        (encode("--native"), 2, "--native and --size: give one of the two"),
         (encode("--size", 20), 1, "multiple of 8"),
         (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
         (encode("--out", image_folder), 2, "has other files already"),

@@ -14,7 +14,7 @@ from olvae.data.reading import Photo
 from olvae.data.shards import Shard, read_shard
 from olvae.data.source import Consumer
 from olvae.data.transforms import center_crop
-from tests.data.images import encoded, write_tar
+from tests.data.images import encoded, picture, write_tar
 from tests.export.latents import encode, tiny_vae
 
 
@@ -166,6 +166,13 @@ def test_what_it_refuses(latents, tmp_path, image_folder):
         source(latents, shuffle=0)
     with pytest.raises(ValueError, match="23 training images for 24 processes"):
         source(latents, num_workers=12).check_consumers(2)
+    picture(0, (24, 8)).save(image_folder / "wide.png")
+    encode(image_folder, tmp_path / "native", size=0)
+    with pytest.raises(ValueError, match="several shapes fit into no batch"):
+        source(tmp_path / "native")
+    shapes = [batch["latent"].shape for batch in source(tmp_path / "native", batch_size=1).val_loader()]
+    assert shapes[0] == (1, 4, 5, 6)
+    assert shapes[-1] == (1, 4, 1, 3)
     (latents / "stats.json").write_text("{}")
     with pytest.raises(ValueError, match="not a description of latents"):
         source(latents)

@@ -7,6 +7,7 @@ from olvae.data.latent_files import LATENT, META
 from olvae.data.pixels import from_uint8, image_to_tensor, to_uint8
 from olvae.data.shards import find_shards, read_shard, with_counts
 from olvae.export.decode import decode_shards
+from olvae.models.anysize import decode_any, encode_any
 from tests.data.images import picture, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
 
@@ -51,6 +52,23 @@ def test_what_was_encoded_comes_back(tmp_path):
     assert float((image - original).abs().mean()) < 0.07
 
 
+def test_images_of_their_own_sizes_come_back_in_them(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate([(16, 16), (13, 9), (40, 24)]):
+        picture(i, size).save(tmp_path / f"photos/{i}.png")
+    model = tiny_vae()
+    encode(tmp_path / "photos", tmp_path / "latents", model, size=0, dtype="float32")
+    decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out")
+    for i in range(3):
+        x = from_uint8(read(tmp_path / f"photos/{i}.png"))[None]
+        with torch.inference_mode():
+            posterior, size = encode_any(model, x)
+            expected = to_uint8(decode_any(model, posterior.mode(), size))[0]
+        got = read(tmp_path / f"out/{i}.png")
+        assert got.shape == expected.shape
+        assert (got.int() - expected.int()).abs().max() <= 1
+
+
 def test_names_that_meet(tmp_path):
     for name in ("a.png", "a.bmp", "a.b.png"):
         picture(len(name)).save(tmp_path / name)
@@ -71,14 +89,15 @@ def altered(tmp_path, image_folder, **changes):
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", "."])
 def test_keys_that_lead_astray(tmp_path, image_folder, key):
-    meta = f'{{"key": "{key}"}}'.encode()
+    meta = f'{{"key": "{key}", "image": [16, 16]}}'.encode()
     with pytest.raises(ValueError, match="leads out of the folder"):
         decode_shards(tiny_vae(), altered(tmp_path, image_folder, **{META: meta}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("changes", [{LATENT: b"\0" * 40}, {META: b"{"}, {META: b"{}"}, {META: b"7"}])
-def test_broken_latents(tmp_path, image_folder, changes):
+@pytest.mark.parametrize("meta", [b"{", b"{}", b"7", b'{"key": "x", "image": 5}', None])
+def test_broken_latents(tmp_path, image_folder, meta):
+    changes = {LATENT: b"\0" * 40} if meta is None else {META: meta}
     with pytest.raises(ValueError, match=r"no latents to decode: .*x\.latent\.safetensors: not a latent"):
         decode_shards(tiny_vae(), altered(tmp_path, image_folder, **changes), tmp_path / "out")
 

@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,13 @@ from safetensors.torch import load
 
 from olvae.config import ConfigError
 from olvae.data.folder import find_images
+from olvae.data.pixels import from_uint8, image_to_tensor
 from olvae.evaluation.latents import LatentAccumulator
 from olvae.export import encode as module
 from olvae.export.encode import EncodeOptions, Encoder
 from olvae.export.encode_inputs import find_inputs
-from tests.data.images import encoded, write_shard, write_shards, write_tar
+from olvae.models.anysize import encode_any
+from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
 
 
@@ -98,6 +99,7 @@ def test_the_layout(tmp_path, image_folder):
         "key": "class0/0.png",
         "width": 48,
         "height": 40,
+        "image": [16, 16],
     }
     assert json.loads((tmp_path / "out/index.json").read_text())["shards"] == {
         "000000.tar": {"images": 5},
@@ -172,7 +174,37 @@ def test_shards_keep_names_and_other_files(tmp_path):
     for name, content in first[1:]:
         assert found["000000.tar"][name] == content
     assert json.loads(found["000001.tar"]["0003.json"]) == {"n": 3}
-    assert json.loads(found["000001.tar"]["0003.latent.json"]) == {"key": "001/0003", "width": 40, "height": 32}
+    assert json.loads(found["000001.tar"]["0003.latent.json"]) == {
+        "key": "001/0003",
+        "width": 40,
+        "height": 32,
+        "image": [16, 16],
+    }
+
+
+def test_images_of_their_own_sizes(tmp_path):
+    """Odd sizes among others; mirrored before they are padded, so that the padding stays at the right."""
+    sizes = [(16, 16), (16, 16), (13, 9), (8, 24), (16, 16), (3, 1)]
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate(sizes):
+        picture(i, size).save(tmp_path / f"photos/{i}.png")
+    model = tiny_vae()
+    stats = encode(tmp_path / "photos", tmp_path / "out", model, size=0, flip=True, dtype="float32", shard_size=10)
+    assert (stats["count"], stats["latent_shape"], stats["size"]) == (6, None, 0)
+    found = tensors(tmp_path / "out")
+    values = []
+    for i, (width, height) in enumerate(sizes):
+        x = from_uint8(image_to_tensor(picture(i, (width, height))))[None]
+        for name, image in (("mean", x), ("mean_flip", x.flip(-1))):
+            with torch.inference_mode():
+                expected = encode_any(model, image)[0].mean[0]
+            got = found[f"{i}.png"][name]
+            assert got.shape == expected.shape == (4, -(-height // 8), -(-width // 8))
+            assert torch.allclose(got, expected, atol=1e-4)
+            values.append(got.double().flatten())
+    assert stats["shift_factor"] == pytest.approx(float(torch.cat(values).mean()), abs=1e-6)
+    meta = files(tmp_path / "out")["000000.tar"]["00000002.latent.json"]
+    assert json.loads(meta) == {"key": "2.png", "width": 13, "height": 9, "image": [13, 9]}
 
 
 def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
@@ -228,34 +260,36 @@ class Job:
     def encoder(self) -> Encoder:
         return Encoder(self.model, self.inputs, EncodeOptions(16, flip=True), self.folder, {"target": "tiny"})
 
-    def start(self, rank: int = 0, world: int = 1, pause: float = 0.0) -> multiprocessing.Process:
-        def work() -> None:
-            self.encoder().run(rank, world, 1, 1, lambda n: time.sleep(pause))
+    def start(self, kill_after: int | None = None) -> int | None:
+        """Run to the end, or until so many images are done, those of finished shards included; the exit code."""
+        done = 0
 
-        child = multiprocessing.get_context("fork").Process(target=work)
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if kill_after is not None and done >= kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: self.encoder().run(batch_size=1, threads=1, advance=advance)
+        )
         child.start()
-        return child
+        child.join()
+        return child.exitcode
 
 
 def test_killed_at_random_moments_and_continued(tmp_path, image_folder):
+    """After an odd number of images a shard of two is half written, after an even one not renamed yet."""
     whole = Job(image_folder, tmp_path / "whole")
     whole.encoder().run(batch_size=1)
     whole.encoder().finish()
-    rng = np.random.default_rng(0)
-    job, killed, amid = Job(image_folder, tmp_path / "killed"), 0, 0
-    for _ in range(40):
-        child = job.start(pause=0.01)
-        child.join(rng.uniform(0.01, 0.15))
-        if child.exitcode is not None:
-            break
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        killed += 1
+    job, amid = Job(image_folder, tmp_path / "killed"), 0
+    for kill_after in np.random.default_rng(0).integers(1, 13, 12):
+        assert job.start(int(kill_after)) == -signal.SIGKILL
         amid += any(job.folder.glob(".*.partial"))
         assert not (job.folder / "stats.json").exists()
-    assert child.exitcode == 0
-    assert killed >= 3
-    assert amid >= 1
+    assert amid >= 3
+    assert job.start() == 0
     job.encoder().finish()
     assert everything(job.folder) == everything(whole.folder)
     assert len(tensors(job.folder)) == 12
@@ -266,9 +300,7 @@ def test_killed_between_a_shard_and_the_note_of_it(tmp_path, image_folder, monke
     job.encoder()  # the plan
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_json", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        child = job.start()
-        child.join()
-    assert child.exitcode == -signal.SIGKILL
+        assert job.start() == -signal.SIGKILL
     assert [path.name for path in job.folder.glob("*.tar")] == ["000000.tar"]
     (job.folder / "000000.tar").write_bytes(b"something else")
     job.encoder().run(batch_size=1)
