@@ -14,7 +14,11 @@ __all__ = ["command"]
 
 def command(
     targets: Annotated[
-        list[Path], typer.Argument(metavar="TARGET...", help="Run folders, or checkpoints with --config.")
+        list[str],
+        typer.Argument(
+            metavar="TARGET...",
+            help="Run folders, checkpoints, exports, ids of the Hugging Face hub, diffusers:ID_OR_FOLDER.",
+        ),
     ],
     config: Annotated[
         Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
@@ -37,13 +41,12 @@ def command(
     """Describe the latents of one or several models on the same images, beside N(0, I).
 
     Histogram, moments, KL and activity per channel, correlation, spectrum, MMD, and the shift and scaling factors
-    that a diffusion config needs; docs/latents.md explains each number.
+    that a diffusion config needs; docs/latents.md explains each number. Under torchrun processes share the images.
 
     Example: olvae latents runs/2026-01-31T12-00-00_demo_32 --data photos --images 1000 --out report
     """
     import json
 
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
@@ -51,36 +54,47 @@ def command(
     from olvae.data.find import source_of
     from olvae.evaluation.latent_figures import draw_channels, draw_distribution
     from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
+    from olvae.evaluation.processes import device_of, gather, join, leave
     from olvae.evaluation.targets import find_target
 
+    rank, world = join()
     found = [find_target(target, config) for target in targets]
-    if out is None and not targets[0].is_dir():
+    if out is None and not Path(targets[0]).is_dir():
         raise ConfigError("--out DIR says where the report on a checkpoint goes")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(device)
     models = dict(zip(_names([target.name for target in found]), (target.load() for target in found), strict=True))
 
     channels = next(iter(models.values())).in_channels
     source = source_of(found[0].config, data, channels=channels)
+    if images is not None:
+        source.limit(images)
     count, batches = source.count("test"), source.test_loader(batch_size or (8 if data else None))
     described = {"source": data or found[0].config["data"]["target"], "images": source.test_images}
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("encoding", total=min(count, images or count) if count else images)
+    with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:
+        task = progress.add_task("encoding", total=count and -(-count // world))
 
         def counted() -> "Iterator[Batch]":
             for batch in batches:
                 yield batch
                 progress.advance(task, len(batch["image"]))
 
-        accumulators = encode_latents(models, counted(), device, images)
+        accumulators = encode_latents(models, counted(), device)
+        parts = gather(accumulators)
+        leave()
+        if parts is None:
+            return
+        for part in parts[1:]:
+            for name, accumulator in part.items():
+                accumulators[name].merge(accumulator)
         task = progress.add_task("comparing with N(0, I)", total=len(models))
         summaries = {}
         for name, accumulator in accumulators.items():
             summaries[name] = accumulator.compute()
             progress.advance(task)
 
-    folder = out or targets[0]
+    folder = out or Path(targets[0])
     folder.mkdir(parents=True, exist_ok=True)
     seen = next(iter(summaries.values())).n
     content = report_content(summaries, {**described, "size": source.size, "n": seen})

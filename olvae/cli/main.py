@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from olvae.cli import bench, data, evaluate, export, latents, reconstruct, tables, train, validate
+from olvae.cli import bench, data, decode, encode, evaluate, export, latents, reconstruct, tables, train, validate
 
 __all__ = ["app", "main"]
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     epilog="A mistake is told in one line; add --debug to any command for the traceback.",
 )
-for command in (train, evaluate, reconstruct, latents, export, validate, tables):
+for command in (train, evaluate, reconstruct, latents, encode, decode, export, validate, tables):
     app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
         command.command
     )

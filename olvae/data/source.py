@@ -22,20 +22,28 @@ Part = Literal["val", "test"]
 
 class _Named(TypedDict, total=False):
     key: list[str]
+    label: Tensor
 
 
 class Batch(_Named):
-    """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names."""
+    """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
+
+    Where the source knows classes, ``label``: int64 (B,).
+    """
 
     image: Tensor
 
 
 class Sample(NamedTuple):
-    """What a loader's process gives: an image, uint8 (C, H, W), or None where there was none to be had; and faults."""
+    """What a loader's process gives: an image, uint8 (C, H, W), or None where there was none to be had; and faults.
+
+    ``label`` is the number of its class, where the source knows it.
+    """
 
     image: Tensor | None
     key: str
     faults: tuple[Fault, ...] = ()
+    label: int | None = None
     enlarged: bool = False
     """Whether the picture was smaller than the image."""
 
@@ -82,6 +90,9 @@ class Source(ABC):
         """How the pictures to test with were cut, if they are parts of others."""
         self.eval_transform = EvalTransform(size)
         """What makes validation and test images of pictures; an evaluation may put another one here."""
+
+    tensor = "image"
+    """What batches call the samples' tensors."""
 
     @property
     @abstractmethod
@@ -171,16 +182,18 @@ class Loader(DataLoader[Any]):
         )
         self.faults = faults
         self.enlarged = 0
+        self._tensor = source.tensor
 
     def __iter__(self) -> Any:
         rank, world = this_process()
         if isinstance(self.dataset, _Share):
             self.dataset.rank, self.dataset.world = rank, world
-        for image, keys, faults, enlarged in super().__iter__():
+        for image, keys, labels, faults, enlarged in super().__iter__():
             self.faults.take(faults, len(keys), world)
             self.enlarged += enlarged
             if keys:
-                yield {"image": image, "key": keys}
+                batch = {self._tensor: image, "key": keys}
+                yield batch if labels is None else {**batch, "label": labels}
         self.faults.end_of_epoch()
 
 
@@ -221,12 +234,17 @@ class _Once(_Share):
         return self.source.once(self.part, Consumer(worker * self.world + self.rank, workers * self.world))
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], list[Fault], int]:
-    images = [sample.image for sample in samples if sample.image is not None]
-    keys = [sample.key for sample in samples if sample.image is not None]
-    faults = [fault for sample in samples for fault in sample.faults]
-    enlarged = sum(sample.enlarged for sample in samples)
-    return (torch.stack(images) if images else torch.empty(0)), keys, faults, enlarged
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | None, list[Fault], int]:
+    good = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in good if sample.image is not None]
+    labels = [sample.label for sample in good if sample.label is not None]
+    return (
+        torch.stack(images) if images else torch.empty(0),
+        [sample.key for sample in good],
+        torch.tensor(labels) if good and len(labels) == len(good) else None,
+        [fault for sample in samples for fault in sample.faults],
+        sum(sample.enlarged for sample in samples),
+    )
 
 
 def this_process() -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olvae.evaluation.latent_summary import EDGES, LatentSummary
+from olvae.evaluation.latent_summary import EDGES, NO_DISTRIBUTION, LatentSummary
 
 __all__ = ["draw_channels", "draw_distribution"]
 
@@ -87,8 +88,10 @@ def _draw_moments(panel: Any, summary: LatentSummary, colour: str) -> None:
     mean, std, mean_std = (_array(values) for values in (summary.mean, summary.std, summary.mean_std))
     panel.axhspan(-1.0, 1.0, color="0.9", zorder=0, label="N(0, 1)")
     panel.axhline(0.0, color=GREY, linewidth=0.8, zorder=1)
-    panel.bar(channels, 2 * std, 0.8, bottom=mean - std, color=colour, alpha=0.35, zorder=2, label="sampled")
-    panel.bar(channels, 2 * mean_std, 0.4, bottom=mean - mean_std, color=colour, zorder=3, label="posterior means")
+    outer = "latents" if summary.deterministic else "sampled"
+    panel.bar(channels, 2 * std, 0.8, bottom=mean - std, color=colour, alpha=0.35, zorder=2, label=outer)
+    if not summary.deterministic:
+        panel.bar(channels, 2 * mean_std, 0.4, bottom=mean - mean_std, color=colour, zorder=3, label="posterior means")
     panel.plot(channels, mean, "_", color="white", markersize=6, zorder=4)
     low, high = min(-1.0, float((mean - std).min())), max(1.0, float((mean + std).max()))
     panel.set_ylim(low - 0.08 * (high - low), high + 0.42 * (high - low))  # room for the legend
@@ -98,6 +101,11 @@ def _draw_moments(panel: Any, summary: LatentSummary, colour: str) -> None:
 
 
 def _draw_kl(panel: Any, summary: LatentSummary, colour: str) -> None:
+    if summary.kl is None or summary.active is None:
+        panel.set_title("KL: skipped", fontsize=10)
+        panel.text(0.5, 0.5, fill(NO_DISTRIBUTION, 28), ha="center", va="center", fontsize=9, color=GREY)
+        panel.set_axis_off()
+        return
     kl = _array(summary.kl)
     active = _array(summary.active).astype(bool)
     channels = np.arange(len(kl))

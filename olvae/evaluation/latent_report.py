@@ -13,7 +13,7 @@ from torch import Tensor
 
 from olvae.data.pixels import from_uint8
 from olvae.data.source import Batch
-from olvae.evaluation.latent_summary import ACTIVE_VARIANCE, LatentSummary
+from olvae.evaluation.latent_summary import ACTIVE_VARIANCE, NO_DISTRIBUTION, LatentSummary
 from olvae.evaluation.latents import LatentAccumulator, image_key
 from olvae.models.autoencoder import Autoencoder
 
@@ -22,14 +22,13 @@ __all__ = ["encode_latents", "print_latents", "report_content", "write_report"]
 
 @torch.inference_mode()
 def encode_latents(
-    models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu", images: int | None = None
+    models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu"
 ) -> dict[str, LatentAccumulator]:
     """Encode the same images with every model, in one pass.
 
     Args:
         models: names to autoencoders; their channels and factors may differ.
-        batches: of the images, uint8.
-        images: stop after so many.
+        batches: of the images, uint8; none, if this is a process without a share.
 
     Raises:
         ValueError: the images do not suit a model, or latents are not finite.
@@ -37,9 +36,8 @@ def encode_latents(
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
         model.to(device)
-    left = images
     for batch in batches:
-        x = batch["image"][:left]
+        x = batch["image"]
         keys = [image_key(image) for image in x]
         for name, model in models.items():
             _check(name, model, x)
@@ -47,10 +45,6 @@ def encode_latents(
                 accumulators[name].update(model.encode(from_uint8(x.to(device))), keys)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        if left is not None:
-            left -= len(keys)
-            if left <= 0:
-                break
     return accumulators
 
 
@@ -97,10 +91,13 @@ def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any
             f"{summary.shift_factor:.4f}",
             f"{1.0 / summary.scaling_factor:.4f}",
             f"{summary.scaling_factor:.4f}",
-            f"{summary.kl_per_image:.1f}",
-            f"{int(summary.active.sum())}/{channels}",
+            "skipped" if summary.kl_per_image is None else f"{summary.kl_per_image:.1f}",
+            "skipped" if summary.active is None else f"{int(summary.active.sum())}/{channels}",
         )
     console.print(moments)
+    for name, summary in summaries.items():
+        if summary.deterministic:
+            console.print(f"{escape(name)}: KL and active channels skipped: {NO_DISTRIBUTION}")
     with_mmd = {name: summary.mmd for name, summary in summaries.items() if summary.mmd is not None}
     if not with_mmd:
         console.print("MMD: skipped, it needs at least two different images")

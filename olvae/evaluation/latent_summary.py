@@ -13,6 +13,9 @@ __all__ = ["ACTIVE_VARIANCE", "EDGES", "LatentSummary", "Mmd", "Totals"]
 ACTIVE_VARIANCE = 0.01
 """A channel is active if its posterior mean varies by more than this over the data (Burda et al. 2016, section 5.1)."""
 
+NO_DISTRIBUTION = "a deterministic autoencoder: its latents have no distribution of their own"
+"""Why KL and active channels are left out."""
+
 BINS = 200
 EDGES = 0.5 * torch.linspace(-5.0, 5.0, BINS + 1, dtype=torch.float64).sinh()
 """Edges of the histogram's bins: from -37 to 37, 0.025 wide at 0, 0.05 at 1 and 0.5 at 10 [D]."""
@@ -34,7 +37,8 @@ class LatentSummary:
     """The distribution of the latents z of ``n`` images. "Of z" is of sampled latents, in expectation over the noise.
 
     Per channel, float64 (C,): ``mean`` and ``std`` of z; ``mean_std``, of the posterior means alone; ``minimum`` and
-    ``maximum`` of the posterior means; ``kl`` in nats per position; ``active``.
+    ``maximum`` of the posterior means; ``kl`` in nats per position; ``active``. Deterministic latents are z, and the
+    posterior means besides; they have neither ``kl`` nor ``active``, which say how much of N(0, 1) a posterior takes.
 
     Besides: ``correlation`` of z between channels, (C, C); ``spectrum`` of z per channel, (C, F), at ``frequency``
     (F,) in cycles per latent position: the mean power of the orthonormal Fourier transform on a ring, the channel's
@@ -49,8 +53,8 @@ class LatentSummary:
     mean_std: Tensor
     minimum: Tensor
     maximum: Tensor
-    kl: Tensor
-    active: Tensor
+    kl: Tensor | None
+    active: Tensor | None
     correlation: Tensor
     frequency: Tensor
     spectrum: Tensor
@@ -60,36 +64,41 @@ class LatentSummary:
     mmd: Mmd | None
 
     @property
-    def kl_per_image(self) -> float:
-        """Nats."""
-        return float(self.kl.sum()) * self.shape[1] * self.shape[2]
+    def deterministic(self) -> bool:
+        """Whether the autoencoder gives latents without a distribution."""
+        return self.kl is None
+
+    @property
+    def kl_per_image(self) -> float | None:
+        """Nats; None of a deterministic autoencoder."""
+        return None if self.kl is None else float(self.kl.sum()) * self.shape[1] * self.shape[2]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What can't be computed, and why."""
+        skipped: dict[str, str] = {}
+        if self.deterministic:
+            skipped |= {"kl": NO_DISTRIBUTION, "active": NO_DISTRIBUTION}
+        if self.mmd is None:
+            skipped["mmd"] = "needs at least two different images"
+        return skipped
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of latents.json: plain numbers and lists."""
-        positions = self.shape[1] * self.shape[2]
         return {
             "n": self.n,
             "latent_shape": list(self.shape),
+            "deterministic": self.deterministic,
             "mean": self.shift_factor,
             "std": 1.0 / self.scaling_factor,
-            "kl_per_image": self.kl_per_image,
-            "active_channels": int(self.active.sum()),
+            **self._posterior_dict(),
             "diffusion": {
                 "shift_factor": self.shift_factor,
                 "scaling_factor": self.scaling_factor,
                 "latents_mean": self.mean.tolist(),
                 "latents_std": self.std.tolist(),
             },
-            "channels": {
-                "mean": self.mean.tolist(),
-                "std": self.std.tolist(),
-                "std_of_posterior_means": self.mean_std.tolist(),
-                "min_of_posterior_means": self.minimum.tolist(),
-                "max_of_posterior_means": self.maximum.tolist(),
-                "kl_per_position": self.kl.tolist(),
-                "kl_per_image": (self.kl * positions).tolist(),
-                "active": self.active.tolist(),
-            },
+            "channels": {"mean": self.mean.tolist(), "std": self.std.tolist(), **self._channels_dict()},
             "correlation": self.correlation.tolist(),
             "spectrum": {
                 "cycles_per_position": self.frequency.tolist(),
@@ -103,11 +112,29 @@ class LatentSummary:
                 "channels": [_shares(row) for row in self.mass],
             },
             **self._mmd_dict(),
+            **({"skipped": self.skipped} if self.skipped else {}),
+        }
+
+    def _posterior_dict(self) -> dict[str, Any]:
+        if self.active is None:
+            return {}
+        return {"kl_per_image": self.kl_per_image, "active_channels": int(self.active.sum())}
+
+    def _channels_dict(self) -> dict[str, Any]:
+        if self.kl is None or self.active is None:
+            return {"min": self.minimum.tolist(), "max": self.maximum.tolist()}
+        return {
+            "std_of_posterior_means": self.mean_std.tolist(),
+            "min_of_posterior_means": self.minimum.tolist(),
+            "max_of_posterior_means": self.maximum.tolist(),
+            "kl_per_position": self.kl.tolist(),
+            "kl_per_image": (self.kl * self.shape[1] * self.shape[2]).tolist(),
+            "active": self.active.tolist(),
         }
 
     def _mmd_dict(self) -> dict[str, Any]:
         if self.mmd is None:
-            return {"skipped": {"mmd": "needs at least two different images"}}
+            return {}
         return {
             "mmd": {
                 "latents": self.mmd.n,
@@ -124,14 +151,15 @@ class Totals:
     """Sums over images and positions, per channel; of posterior means where nothing else is said.
 
     ``mean`` (C,), ``cross`` of products of two channels (C, C), ``var`` of the posteriors' variances (C,), ``kl``
-    (C,), ``minimum`` and ``maximum`` (C,), ``power`` of the Fourier transform (C, h, w), ``mass`` of z (C, bins + 2).
+    (C,) or None of deterministic latents, ``minimum`` and ``maximum`` (C,), ``power`` of the Fourier transform
+    (C, h, w), ``mass`` of z (C, bins + 2).
     """
 
     n: int
     mean: Tensor
     cross: Tensor
     var: Tensor
-    kl: Tensor
+    kl: Tensor | None
     minimum: Tensor
     maximum: Tensor
     power: Tensor
@@ -148,7 +176,7 @@ class Totals:
             self.mean + other.mean,
             self.cross + other.cross,
             self.var + other.var,
-            self.kl + other.kl,
+            None if self.kl is None or other.kl is None else self.kl + other.kl,
             torch.minimum(self.minimum, other.minimum),
             torch.maximum(self.maximum, other.maximum),
             self.power + other.power,
@@ -163,7 +191,8 @@ class Totals:
         covariance = self.cross / count - torch.outer(mean, mean)
         mean_var = covariance.diagonal().clamp(min=0.0)
         var = mean_var + noise
-        correlation = covariance / torch.outer(var, var).sqrt()
+        scales = torch.outer(var, var).sqrt()
+        correlation = torch.where(scales > 0.0, covariance / scales, 0.0)  # nothing goes with a constant channel
         correlation.fill_diagonal_(1.0)
         frequency, spectrum = self._spectrum(mean, noise)
         shift = float(mean.mean())
@@ -176,8 +205,8 @@ class Totals:
             mean_std=mean_var.sqrt(),
             minimum=self.minimum,
             maximum=self.maximum,
-            kl=self.kl / count,
-            active=mean_var > ACTIVE_VARIANCE,
+            kl=None if self.kl is None else self.kl / count,
+            active=None if self.kl is None else mean_var > ACTIVE_VARIANCE,
             correlation=correlation,
             frequency=frequency,
             spectrum=spectrum,

@@ -38,7 +38,7 @@ class LatentAccumulator:
     z is the variance of the means plus the mean of the variances, its spectrum the means' spectrum plus a flat one,
     its histogram an average of normal distributions. The MMD alone needs draws. The noise of an image comes from a
     generator seeded with the image's key, and the latents kept are those of the smallest keys: a sample of the
-    images that depends on nothing else. Equal images count once in the MMD.
+    images that depends on nothing else. Equal images count once in the MMD. A deterministic latent is z itself.
 
     Args:
         mmd_latents: how many latents to keep for the MMD, in float32.
@@ -66,12 +66,13 @@ class LatentAccumulator:
             ValueError: the posterior is not finite, or has another shape than those before.
         """
         assert len(keys) == posterior.mean.shape[0]
-        if not (posterior.mean.isfinite().all() and posterior.logvar.isfinite().all()):
-            raise ValueError("the latents are not finite: the weights may be of a run that diverged")
         device = "cpu" if posterior.mean.device.type == "mps" else posterior.mean.device  # mps has no float64
-        mean, logvar = posterior.mean.to(device).double(), posterior.logvar.to(device).double()  # (B, C, h, w)
+        mean = posterior.mean.to(device).double()  # (B, C, h, w)
+        logvar = None if posterior.deterministic else posterior.logvar.to(device).double()
+        if not (mean.isfinite().all() and (logvar is None or logvar.isfinite().all())):
+            raise ValueError("the latents are not finite: the weights may be of a run that diverged")
         self._add(_totals(mean, logvar))
-        std = (0.5 * logvar).exp()
+        std = torch.zeros_like(mean) if logvar is None else (0.5 * logvar).exp()
         for i, key in enumerate(keys):
             if self._wants(key):
                 noise = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(key), dtype=torch.float64)
@@ -112,22 +113,26 @@ class LatentAccumulator:
             self._keys.remove(-heapq.heappushpop(self._kept, kept).minus_key)
 
 
-def _totals(mean: Tensor, logvar: Tensor) -> Totals:
-    """Of one batch, (B, C, h, w) in float64."""
-    var = logvar.exp()
+def _totals(mean: Tensor, logvar: Tensor | None) -> Totals:
+    """Of one batch, (B, C, h, w) in float64; of deterministic latents the log-variance is None."""
     flat = mean.transpose(0, 1).flatten(1)  # (C, B h w)
-    kl = 0.5 * (mean.square() + var - 1.0 - logvar)
+    if logvar is None:
+        var, kl, mass = torch.zeros_like(mean), None, _point_mass(flat)
+    else:
+        var = logvar.exp()
+        kl = (0.5 * (mean.square() + var - 1.0 - logvar)).sum((0, 2, 3)).cpu()
+        mass = _mass(flat, (0.5 * logvar).exp().transpose(0, 1).flatten(1))
     power = torch.fft.fft2(mean, norm="ortho").abs().square().sum(0)  # (C, h, w)
     return Totals(
         n=mean.shape[0],
         mean=flat.sum(1).cpu(),
         cross=(flat @ flat.T).cpu(),
         var=var.sum((0, 2, 3)).cpu(),
-        kl=kl.sum((0, 2, 3)).cpu(),
+        kl=kl,
         minimum=flat.amin(1).cpu(),
         maximum=flat.amax(1).cpu(),
         power=power.cpu(),
-        mass=_mass(flat, (0.5 * logvar).exp().transpose(0, 1).flatten(1)).cpu(),
+        mass=mass.cpu(),
     )
 
 
@@ -136,3 +141,9 @@ def _mass(mean: Tensor, std: Tensor) -> Tensor:
     below = [torch.special.ndtr((edge - mean) / std).sum(1) for edge in EDGES.tolist()]
     count = torch.full_like(below[0], mean.shape[1])
     return torch.stack([torch.zeros_like(count), *below, count], dim=1).diff(dim=1)
+
+
+def _point_mass(z: Tensor) -> Tensor:
+    """Count of z in each bin of EDGES, with what lies below and above at the ends: (C, bins + 2)."""
+    index = torch.bucketize(z, EDGES.to(z.device), right=True)  # (C, B h w), in 0..bins + 1
+    return torch.stack([torch.bincount(row, minlength=len(EDGES) + 1) for row in index]).double()

@@ -9,12 +9,15 @@ import torch
 from PIL import Image
 
 from olvae.cli.latents import _names
+from olvae.cli.main import main
 from olvae.config import load, save
 from olvae.data.folder import find_images
 from olvae.data.pixels import from_uint8, image_to_tensor
 from olvae.data.reading import read_picture
 from olvae.data.transforms import center_crop
 from olvae.evaluation.targets import find_target
+from tests.evaluation.test_processes import fork_two
+from tests.evaluation.test_targets import taesd
 
 
 @pytest.fixture
@@ -86,6 +89,44 @@ def test_two_models_on_a_folder(olvae, run, tmp_path, image_folder):
     assert code == 0
     assert "MMD: skipped" in err
     assert json.loads((tmp_path / "one/latents.json").read_text())["results"][0]["n"] == 1
+
+
+def numbers(content, path=""):
+    """Every number of a nested report."""
+    if isinstance(content, dict):
+        return [item for key, value in content.items() for item in numbers(value, f"{path}.{key}")]
+    if isinstance(content, list):
+        return [item for i, value in enumerate(content) for item in numbers(value, f"{path}[{i}]")]
+    return [] if isinstance(content, str) else [(path, float(content))]
+
+
+@pytest.mark.parametrize("limit", [(), ("--images", 7), ("--images", 1)])
+def test_two_processes_give_the_numbers_of_one(olvae, capfd, run, tmp_path, image_folder, limit):
+    """One image at a time, so that each is encoded in the same batch; the MMD's noise is the images' own."""
+    command = ["latents", run, "--data", image_folder, "-B", 1, "--device", "cpu", *limit]
+    assert olvae(*command, "--out", tmp_path / "one")[0] == 0
+    fork_two(main, [str(a) for a in (*command, "--out", tmp_path / "two")])
+    assert capfd.readouterr().err.count("numbers: ") == 1
+    one, two = (json.loads((tmp_path / name / "latents.json").read_text()) for name in ("one", "two"))
+    assert one["data"]["n"] == two["data"]["n"] == (limit[1] if limit else 12)
+    for (path, value), (name, other) in zip(numbers(one), numbers(two), strict=True):
+        assert (name, other) == (path, pytest.approx(value, rel=1e-6, abs=1e-9))
+
+
+def test_a_deterministic_autoencoder_has_no_kl(olvae, tmp_path, image_folder):
+    taesd().save_pretrained(tmp_path / "tiny")
+    out_folder = tmp_path / "out"
+    code, out, err = olvae(
+        "latents", f"diffusers:{tmp_path / 'tiny'}", "--data", image_folder, "--out", out_folder, "--json"
+    )
+    assert code == 0
+    (result,) = json.loads(out)["results"]
+    assert result["deterministic"] is True
+    assert set(result["skipped"]) == {"kl", "active"}
+    assert "mmd" in result
+    assert not [path for path, _ in numbers(result) if "kl" in path or "active" in path]
+    assert "KL and active channels skipped: a deterministic autoencoder" in err
+    assert err.count("skipped") >= 3  # twice in the table
 
 
 def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):

@@ -11,7 +11,7 @@ from olvae.evaluation.latent_report import encode_latents
 from olvae.evaluation.latent_summary import EDGES
 from olvae.evaluation.latents import LatentAccumulator, image_key
 from olvae.metrics.mmd import mmd2_normal, mmd2_null_std
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import Deterministic, DiagonalGaussian
 
 N, C, H, W = 11, 3, 6, 4
 
@@ -199,6 +199,48 @@ def test_a_deterministic_posterior_is_a_histogram_of_its_means():
     assert got.mass[0, -1] == pytest.approx(0.5)
 
 
+def test_deterministic_latents_are_posteriors_of_no_width(moments):
+    """What is said of them is what is said of Gaussians that are next to points; KL and activity are not said."""
+    latent, keys = moments[:, :C].clone(), list(range(N))
+    latent[:, 0, 0, 0] = 0.0  # an edge, a hair's breadth above it for a point
+    points = LatentAccumulator(100)
+    for start in range(0, N, 4):
+        points.update(Deterministic(latent[start : start + 4]), keys[start : start + 4])
+    narrow = torch.cat((latent, torch.full_like(latent, -30.0)), 1)
+    narrow[:, 0, 0, 0] += 1e-5
+    got, expected = points.compute(), accumulate(narrow, keys, N).compute()
+    assert got.deterministic
+    assert not expected.deterministic
+    for name in ("mean", "std", "correlation", "spectrum", "mass", "minimum", "maximum"):
+        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-5), name
+    assert got.mass.sum(1).tolist() == pytest.approx([1.0] * C)
+    assert got.scaling_factor == pytest.approx(1 / float(latent.double().std(correction=0)), rel=1e-9)
+    assert got.mmd is not None
+    assert got.mmd.raw == pytest.approx(mmd2_normal(latent.double()).tolist(), rel=1e-6)
+    content = got.as_dict()
+    assert set(content["skipped"]) == {"kl", "active"}
+    assert "deterministic" in content["skipped"]["kl"]
+    assert not [path for path, _ in flat({**content, "skipped": {}}) if "kl" in path or "active" in path]
+    assert content["channels"]["min"] == latent.double().transpose(0, 1).flatten(1).amin(1).tolist()
+    assert (got.kl, got.kl_per_image, got.active) == (None, None, None)
+    halves = [LatentAccumulator(100), LatentAccumulator(100)]
+    halves[0].update(Deterministic(latent[:3]), keys[:3])
+    halves[1].update(Deterministic(latent[3:]), keys[3:])
+    halves[0].merge(halves[1])
+    merged = halves[0].compute().as_dict()
+    del content["skipped"], merged["skipped"]
+    for (path, value), (name, other) in zip(flat(content), flat(merged), strict=True):
+        assert (name, other) == (path, pytest.approx(value, rel=1e-9, abs=1e-12))
+
+
+def test_a_constant_channel_of_deterministic_latents_goes_with_none():
+    latent = torch.randn(20, 2, 2, 2)
+    latent[:, 1] = 0.5
+    accumulator = LatentAccumulator()
+    accumulator.update(Deterministic(latent), range(20))
+    assert accumulator.compute().correlation.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
 def test_one_image_has_no_mmd_but_the_rest(moments):
     content = accumulate(moments[:1], [1], 1).compute().as_dict()
     assert "mmd" not in content
@@ -224,29 +266,22 @@ class Halves(torch.nn.Module):
     def __init__(self, factor: int, in_channels: int = 3) -> None:
         super().__init__()
         self.downscale = factor
-        self.encoder = torch.nn.Module()
-        self.encoder.in_channels = in_channels
+        self.in_channels = in_channels
 
     def encode(self, x: torch.Tensor) -> DiagonalGaussian:
         z = torch.nn.functional.avg_pool2d(x, self.downscale)
         return DiagonalGaussian(torch.cat((z, torch.full_like(z, -4.0)), 1))
 
 
-def test_several_models_see_the_first_images_in_one_pass():
+def test_several_models_see_the_same_images_in_one_pass():
     images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
-    read = []
-
-    def batches():
-        for part in images.split(2):
-            read.append(len(part))
-            yield {"image": part}
-
-    got = encode_latents({"a": Halves(2), "b": Halves(4)}, batches(), images=5)
-    assert read == [2, 2, 2]  # no more than is needed
+    batches = iter([{"image": part} for part in images.split(2)])
+    got = encode_latents({"a": Halves(2), "b": Halves(4)}, batches)
     a, b = got["a"].compute(), got["b"].compute()
-    assert (a.n, a.shape, b.n, b.shape) == (5, (3, 4, 4), 5, (3, 2, 2))
-    assert torch.allclose(a.mean, (images[:5].double() / 127.5 - 1).mean((0, 2, 3)), atol=1e-6)
+    assert (a.n, a.shape, b.n, b.shape) == (9, (3, 4, 4), 9, (3, 2, 2))
+    assert torch.allclose(a.mean, (images.double() / 127.5 - 1).mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(b.mean, a.mean, atol=1e-6)
+    assert encode_latents({"a": Halves(2)}, [])["a"].n == 0
 
 
 def test_images_that_do_not_fit_a_model():
@@ -260,10 +295,12 @@ def test_images_that_do_not_fit_a_model():
 def test_figures_show_every_model_in_its_colour(tmp_path, moments):
     wide = accumulate(moments, list(range(N)), N).compute()
     one = accumulate(moments[:, [0, 3], :1, :1], list(range(N)), N).compute()  # one channel of 1x1
-    summaries = {f"model {i}": summary for i, summary in enumerate((wide, one))}
+    points = LatentAccumulator()
+    points.update(Deterministic(moments[:, :C]), range(N))
+    summaries = {f"model {i}": summary for i, summary in enumerate((wide, one, points.compute()))}
     for draw, name in ((draw_distribution, "a.png"), (draw_channels, "b.png")):
         draw(summaries, tmp_path / name)
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).reshape(-1, 3)
-        for colour in COLOURS[:2]:
+        for colour in COLOURS[:3]:
             wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert (pixels == wanted).all(1).sum() > 50, (name, colour)

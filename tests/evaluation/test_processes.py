@@ -1,7 +1,9 @@
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,14 +30,39 @@ assert gather(1) == [1]
 """
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def fork_two(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in two children of this process, as torchrun would; they have what is imported already.
+
+    Fails if one of them does.
+    """
+    port = free_port()
+
+    def work(rank: int) -> None:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        function(*arguments)
+
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+
+
 def run_on_two(*arguments: str) -> list[str]:
     """Run Python twice, as torchrun would, without its own third process; what each wrote to standard error.
 
     Fails if one of them does.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(REPO)}
     env = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     both = [

@@ -1,0 +1,134 @@
+"""Shards of latents back to files of images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from olvae.data.faults import Fault
+from olvae.data.latent_files import LATENT, read_latent
+from olvae.data.pixels import to_uint8
+from olvae.data.reading import EXTENSIONS, UnreadableImageError
+from olvae.data.shards import Shard, read_shard
+from olvae.models.anysize import crop_to
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.memory import GIB
+from olvae.models.tiling import decode_tiled
+
+__all__ = ["FORMATS", "Decoded", "decode_shards"]
+
+FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}}
+"""Extensions of the images, and what Pillow is told when it writes them."""
+
+
+@dataclass
+class Decoded:
+    """How many images were written, and what could not be."""
+
+    images: int = 0
+    unreadable: list[Fault] = field(default_factory=list)
+
+
+class _Latent(NamedTuple):
+    key: str
+    z: Tensor
+    size: tuple[int, int]
+
+
+@torch.inference_mode()
+def decode_shards(
+    model: Autoencoder,
+    shards: Sequence[Shard],
+    folder: Path,
+    image_format: str = "png",
+    batch_size: int = 8,
+    memory: int = 4 * GIB,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Decoded:
+    """Decode every latent, unscaled as it is stored, of a posterior the mode; an image's file is named by its key.
+
+    What was added to images of their own sizes is cropped again.
+
+    The key's extension, if it is an image's, makes way for the format's; where another image has that name already,
+    the format's is added to it. Broken latents are skipped.
+
+    Args:
+        model: on its device, in evaluation mode.
+        folder: made if need be.
+        image_format: a name of :data:`FORMATS`.
+        memory: bytes that decoding a batch may take, beyond which it is tiled; see :func:`decode_tiled`.
+        advance: is told how many images more are done.
+
+    Raises:
+        ValueError: the latents are not this model's, a key leads out of the folder, or none can be read.
+    """
+    done, names = Decoded(), set[str]()
+    for batch in _batches(shards, batch_size, done):
+        z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
+        if z.shape[1] != model.latent_channels:
+            raise ValueError(
+                f"{batch[0].key}: a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}: "
+                "give the target that encoded it"
+            )
+        z = z.to(next(model.parameters()).device)
+        y = decode_tiled(model, z, None, memory) if isinstance(model, LiteVAE) else model.decode(z)
+        for latent, image in zip(batch, to_uint8(y).cpu(), strict=True):
+            name = _name(latent.key, image_format, names)
+            names.add(name)
+            _write(crop_to(image, latent.size), folder / name, FORMATS[image_format])
+        done.images += len(batch)
+        advance(len(batch))
+    if not done.images:
+        reasons = "; ".join(f"{fault.name}: {fault.reason}" for fault in done.unreadable[:3])
+        raise ValueError(f"no latents to decode{': ' if reasons else ''}{reasons}")
+    return done
+
+
+def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterator[list[_Latent]]:
+    """Up to so many latents of one shape, in order."""
+    batch: list[_Latent] = []
+    for shard in shards:
+        for entry in read_shard(shard, LATENT):
+            if isinstance(entry, Fault):
+                done.unreadable.append(entry)
+                continue
+            try:
+                latent, _, meta = read_latent(entry)
+            except UnreadableImageError as error:
+                done.unreadable.append(Fault(error.name, error.reason))
+                continue
+            z = latent.draw(None)
+            if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
+                yield batch
+                batch = []
+            width, height = meta["image"]
+            batch.append(_Latent(meta["key"], z, (height, width)))
+    if batch:
+        yield batch
+
+
+def _name(key: str, image_format: str, taken: set[str]) -> str:
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ValueError(f"the key {key!r} leads out of the folder of the images: its shard is not to be trusted")
+    short = path.with_suffix("") if path.suffix.lower() in EXTENSIONS else path
+    for name in (f"{short}.{image_format}", f"{path}.{image_format}"):
+        if name not in taken:
+            return name
+    raise ValueError(f"two latents have the key {key!r}: decode their shards into different folders")
+
+
+def _write(image: Tensor, path: Path, options: dict[str, Any]) -> None:
+    """uint8 (C, H, W), whole or not at all."""
+    channels = image.shape[0]
+    if channels not in (1, 3, 4) or (channels == 4 and path.suffix == ".jpg"):
+        raise ValueError(f"an image of {channels} channels can't be written as {path.suffix}")
+    array = image.permute(1, 2, 0).numpy()  # (H, W, C)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    Image.fromarray(array[:, :, 0] if channels == 1 else array).save(partial, **options)
+    partial.replace(path)

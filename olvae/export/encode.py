@@ -1,0 +1,325 @@
+"""Images to shards of latents: planned up front, shared among processes, to be continued after any interruption."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from olvae.config import ConfigError
+from olvae.data.faults import Fault
+from olvae.data.latent_files import LATENT, META, STATS, Latent, latent_bytes, write_json
+from olvae.data.pixels import from_uint8, image_to_tensor
+from olvae.data.reading import Photo, UnreadableImageError
+from olvae.data.shards import INDEX
+from olvae.data.transforms import center_crop
+from olvae.export.encode_inputs import Inputs, Item
+from olvae.export.latent_sums import LatentSums
+from olvae.models.anysize import pad_to_multiple
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.memory import GIB
+from olvae.models.streaming import encode_within
+from olvae.modules.distributions import Posterior
+
+__all__ = ["DTYPES", "EncodeOptions", "Encoder", "fingerprint"]
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+STATE = ".encode"
+"""The folder, inside the one of the latents, with the plan and what is known of each finished shard."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What is stored.
+
+    Args:
+        size: of the images, after resizing the shorter side and cropping the centre; 0 leaves each at its own, padded
+            at the bottom and the right to a multiple of f.
+        moments: the posterior's mean and standard deviation; else one sample of it.
+        seed: of the samples.
+        dtype: of the latents, a name of :data:`DTYPES`.
+        flip: the mirrored image's latent as well.
+    """
+
+    size: int
+    moments: bool = True
+    seed: int = 0
+    dtype: str = "float16"
+    flip: bool = False
+
+
+class _Image(NamedTuple):
+    item: Item
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+class Encoder:
+    """Encodes the images of :class:`Inputs` into a folder, in one process or several.
+
+    Output shard i goes to process i modulo their number. A shard is written under another name and renamed when it
+    is whole; then its sums and faults are written down. So whoever is killed, and however often, begins a shard
+    anew or finds it finished, and neither this nor the number of processes changes a byte.
+
+    Args:
+        model: on its device, in evaluation mode.
+        inputs: the images.
+        options: what is stored.
+        folder: where; made if need be.
+        describe: what stats.json says besides, such as the target's name.
+
+    Raises:
+        ConfigError: the folder has other latents, or something else.
+        ValueError: images of this size don't suit the model.
+    """
+
+    def __init__(
+        self, model: Autoencoder, inputs: Inputs, options: EncodeOptions, folder: Path, describe: dict[str, Any]
+    ) -> None:
+        if options.size % model.downscale:
+            raise ValueError(
+                f"images of {options.size}x{options.size} pixels, but a latent stands for "
+                f"{model.downscale}x{model.downscale} of them: choose a --size that is a multiple of {model.downscale}"
+            )
+        self.model = model
+        self.inputs = inputs
+        self.options = options
+        self.folder = folder
+        self.weights = fingerprint(model)
+        self.describe = {**describe, "weights": self.weights, "downscale": model.downscale}
+        self._begin()
+
+    @property
+    def shards(self) -> int:
+        return len(self.inputs)
+
+    def _begin(self) -> None:
+        """Write the plan down, or compare it with the one that is there."""
+        plan = {"version": 1, "weights": self.weights, **asdict(self.options), **self.inputs.plan()}
+        path = self.folder / STATE / "plan.json"
+        if not path.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / STATE).is_dir():
+                raise ConfigError(f"{self.folder}: has other files already: name a new or empty folder with --out")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(plan, path)
+            return
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if begun != plan:
+            names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
+            changes = ", ".join(f"{name} was {_short(begun.get(name))}, now {_short(plan.get(name))}" for name in names)
+            raise ConfigError(
+                f"{self.folder}: begun as something else ({changes}): give the same target, images and options to "
+                "continue, or another --out"
+            )
+
+    def run(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int = 8,
+        threads: int = 2,
+        memory: int = 4 * GIB,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Encode this process's shards, those that are not finished yet.
+
+        Args:
+            batch_size: of images, all of one size.
+            threads: that read images; 0 reads them in between.
+            memory: bytes that encoding images of their own sizes may take; see :func:`encode_within`.
+            advance: is told how many images more are done, finished shards' included.
+
+        Raises:
+            ValueError: latents are not finite.
+            OSError: a remote shard can't be read now.
+        """
+        for shard in range(rank, self.shards, world):
+            state = self._state(shard)
+            if state is None:
+                self._write(shard, batch_size, threads, memory, advance)
+            else:
+                advance(state["images"] + len(state["unreadable"]))
+
+    def finish(self) -> dict[str, Any]:
+        """When all shards are finished: write ``index.json``, and last ``stats.json``, whose content is returned.
+
+        Raises:
+            ValueError: no image could be read.
+        """
+        states = [self._state(shard) for shard in range(self.shards)]
+        done = [state for state in states if state is not None]
+        assert len(done) == self.shards
+        sums, unreadable = LatentSums(), [fault for state in done for fault in state["unreadable"]]
+        for state in done:
+            if state["images"]:
+                sums.add(LatentSums(**state["sums"]))
+        if not sums.images:
+            first = f": {unreadable[0]['name']}: {unreadable[0]['reason']}" if unreadable else ""
+            raise ValueError(f"none of the images could be read{first}")
+        stats = {
+            "count": sums.images,
+            **sums.as_dict(),
+            **asdict(self.options),
+            **self.describe,
+            "unreadable": {"count": len(unreadable), "images": unreadable},
+        }
+        counts = {self._path(i).name: {"images": state["images"]} for i, state in enumerate(done) if state["images"]}
+        write_json({"version": 1, "images": sums.images, "shards": counts}, self.folder / INDEX)
+        write_json(stats, self.folder / STATS)
+        return stats
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.tar"
+
+    def _state(self, shard: int) -> dict[str, Any] | None:
+        """What was written down of a shard, if it is finished."""
+        path = self.folder / STATE / f"{shard:06d}.json"
+        if not path.is_file():
+            return None
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        tar = self._path(shard)
+        there = tar.stat().st_size if tar.is_file() else 0
+        return state if there == state["bytes"] else None
+
+    @torch.inference_mode()
+    def _write(self, shard: int, batch_size: int, threads: int, memory: int, advance: Callable[[int], None]) -> None:
+        path, sums, faults = self._path(shard), LatentSums(), []
+        partial = path.with_name(f".{path.name}.partial")
+        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+            for batch in _batches(_ahead(self._prepare, self.inputs.read(shard), threads, 2 * batch_size), batch_size):
+                images = [one for one in batch if isinstance(one, _Image)]
+                faults += [one for one in batch if isinstance(one, Fault)]
+                if images:
+                    self._encode(images, memory, archive, sums)
+                advance(len(batch))
+        if sums.images:
+            partial.replace(path)
+        else:
+            partial.unlink()
+        state = {
+            "images": sums.images,
+            "bytes": path.stat().st_size if sums.images else 0,
+            "unreadable": [{"name": fault.name, "reason": fault.reason} for fault in faults],
+            "sums": sums.state(),
+        }
+        write_json(state, self.folder / STATE / f"{shard:06d}.json")
+
+    def _prepare(self, item: Item | Fault) -> _Image | Fault:
+        if isinstance(item, Fault):
+            return item
+        try:
+            opened = item.open()
+            picture = opened.read() if isinstance(opened, Photo) else opened
+            cropped = center_crop(picture, self.options.size) if self.options.size else picture
+            return _Image(item, image_to_tensor(cropped), picture.size)
+        except UnreadableImageError as error:
+            return Fault(item.key, error.reason)
+
+    def _encode(self, images: Sequence[_Image], memory: int, archive: tarfile.TarFile, sums: LatentSums) -> None:
+        device = next(self.model.parameters()).device
+        x = from_uint8(torch.stack([image.pixels for image in images]).to(device))  # (B, C, H, W)
+        keys = [image.item.key for image in images]
+        latents = self._latents(self._posterior(x, memory), keys)
+        mirrored: list[Latent | None] = [None] * len(images)
+        if self.options.flip:
+            mirrored = [*self._latents(self._posterior(x.flip(-1), memory), [f"{key}\nflip" for key in keys])]
+        for image, latent, flipped in zip(images, latents, mirrored, strict=True):
+            sums.update([latent] if flipped is None else [latent, flipped])
+            meta = {
+                "key": image.item.key,
+                "width": image.size[0],
+                "height": image.size[1],
+                "image": [image.pixels.shape[2], image.pixels.shape[1]],
+            }
+            files = {
+                **image.item.files,
+                META: json.dumps(meta).encode(),
+                LATENT: latent_bytes(latent, flipped),
+            }
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{image.item.name}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+    def _posterior(self, x: Tensor, memory: int) -> Posterior:
+        if self.options.size:
+            return self.model.encode(x)
+        x = pad_to_multiple(x, self.model.downscale)
+        return encode_within(self.model, x, memory) if isinstance(self.model, LiteVAE) else self.model.encode(x)
+
+    def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
+        """As they are stored, on the CPU."""
+        dtype = DTYPES[self.options.dtype]
+        mean = posterior.mean.float().cpu()
+        std = None if posterior.deterministic else posterior.std.float().cpu()
+        if std is not None and not self.options.moments:
+            drawn = [Latent(m, s).draw(self._noise(key)) for m, s, key in zip(mean, std, keys, strict=True)]
+            mean, std = torch.stack(drawn), None
+        stored = mean.to(dtype), None if std is None else std.to(dtype)
+        for exact, rounded in ((mean, stored[0]), (std, stored[1])):
+            if exact is None or rounded is None or rounded.isfinite().all():
+                continue
+            if exact.isfinite().all():
+                raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
+            raise ValueError("the latents are not finite: the weights may be of a run that diverged")
+        means, stds = stored
+        return [Latent(means[i], None if stds is None else stds[i]) for i in range(len(keys))]
+
+    def _noise(self, key: str) -> torch.Generator:
+        """Of an image's sample: depends on the seed and its key alone."""
+        digest = hashlib.sha256(f"{self.options.seed}\n{key}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def fingerprint(model: Autoencoder) -> str:
+    """A checksum of a model's parameters and buffers: of their names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _ahead(
+    prepare: Callable[[Item | Fault], _Image | Fault], items: Iterable[Item | Fault], threads: int, depth: int
+) -> Iterator[_Image | Fault]:
+    """What is made of the items, in their order, some of it ahead of time."""
+    if not threads:
+        yield from map(prepare, items)
+        return
+    waiting: deque[Future[_Image | Fault]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(prepare, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _batches(images: Iterable[_Image | Fault], batch_size: int) -> Iterator[list[_Image | Fault]]:
+    """Lists of so many images of one size, and the faults between them."""
+    batch: list[_Image | Fault] = []
+    shape, count = None, 0
+    for image in images:
+        if isinstance(image, _Image):
+            if count == batch_size or shape not in (None, image.pixels.shape):
+                yield batch
+                batch, count = [], 0
+            shape, count = image.pixels.shape, count + 1
+        batch.append(image)
+    if batch:
+        yield batch
+
+
+def _short(value: object) -> str:
+    return f"{str(value)[:8]}…" if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,0 +1,138 @@
+"""The images to encode, divided into shards before the first is read."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from olvae.config import ConfigError
+from olvae.data.faults import Fault
+from olvae.data.find import evaluation_source, holds_shards, list_images
+from olvae.data.lists import ImageList, ListSource
+from olvae.data.pixels import Picture
+from olvae.data.reading import Photo
+from olvae.data.shards import Shard, find_shards, is_local, read_shard, with_counts
+from olvae.data.webdataset import WebDatasetSource
+
+__all__ = ["Inputs", "Item", "find_inputs"]
+
+
+class Item(NamedTuple):
+    """An image to encode: the name of its files in the shard, its key, how to open it, and files that go with it."""
+
+    name: str
+    key: str
+    open: Callable[[], Picture | Photo]
+    files: Mapping[str, bytes] = {}
+
+
+class Inputs(ABC):
+    """Images by output shard."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many output shards there are."""
+
+    @abstractmethod
+    def count(self, shard: int) -> int | None:
+        """Images of an output shard; None if only reading would tell."""
+
+    @abstractmethod
+    def read(self, shard: int) -> Iterator[Item | Fault]:
+        """The images of an output shard in order."""
+
+    @abstractmethod
+    def plan(self) -> dict[str, Any]:
+        """What makes another plan of it, if it changes."""
+
+
+@dataclass(frozen=True)
+class ListInputs(Inputs):
+    """Output shard i holds the images from i * shard_size on; files are named by the image's number."""
+
+    images: ImageList
+    shard_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.shard_size)
+
+    def _range(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.images)))
+
+    def count(self, shard: int) -> int:
+        return len(self._range(shard))
+
+    def read(self, shard: int) -> Iterator[Item]:
+        for i in self._range(shard):
+            yield Item(f"{i:08d}", self.images.key(i), lambda i=i: self.images[i])  # type: ignore[misc]
+
+    def plan(self) -> dict[str, Any]:
+        keys = (self.images.key(i) for i in range(len(self.images)))
+        return {"images": len(self.images), "keys": _digest(keys), "shard_size": self.shard_size}
+
+
+@dataclass(frozen=True)
+class ShardInputs(Inputs):
+    """One output shard for each input shard; files keep their names, and bring the group's other files along."""
+
+    shards: Sequence[Shard]
+    channels: int
+    image_key: str | None = field(default=None)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def count(self, shard: int) -> int | None:
+        return self.shards[shard].images
+
+    def read(self, shard: int) -> Iterator[Item | Fault]:
+        source = self.shards[shard]
+        for entry in read_shard(source, self.image_key):
+            if not isinstance(entry, Fault):
+                name = entry.key.removeprefix(f"{source.stem}/")
+                yield Item(
+                    name,
+                    entry.key,
+                    lambda e=entry: Photo(e.data, e.name, self.channels),  # type: ignore[misc]
+                    entry.files,
+                )
+            elif is_local(source.url):
+                yield entry
+            else:  # perhaps the network's fault: not to be taken for the end of the shard
+                raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
+
+    def plan(self) -> dict[str, Any]:
+        names = [f"{Path(shard.url).name}:{shard.images}" for shard in self.shards]
+        return {"shards": len(self.shards), "keys": _digest(names)}
+
+
+def find_inputs(src: str, channels: int, shard_size: int) -> Inputs:
+    """The images of SRC: those that :func:`~olvae.data.find.evaluation_source` would give.
+
+    Args:
+        channels: of the images.
+        shard_size: images in an output shard, where SRC has no shards itself.
+
+    Raises:
+        ConfigError: SRC is none.
+        FileNotFoundError, ValueError: it has no images.
+    """
+    if Path(src).suffix in (".yaml", ".yml"):
+        source = evaluation_source(src, 1, 1)
+        if isinstance(source, WebDatasetSource):
+            return ShardInputs(source.val, source.channels, source.image_key)
+        if isinstance(source, ListSource):
+            return ListInputs(source.test, shard_size)
+        raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
+    if holds_shards(src):
+        return ShardInputs(with_counts(find_shards(src)), channels)
+    return ListInputs(list_images(src, channels), shard_size)
+
+
+def _digest(lines: Sequence[str] | Iterator[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""``olvae encode`` and ``olvae decode`` as a user types them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from olvae.cli.main import main
+from olvae.data.pixels import image_to_tensor, to_uint8
+from olvae.data.reading import read_picture
+from tests.evaluation.test_processes import fork_two
+from tests.export.latents import pictures, tiny_vae
+
+
+@pytest.fixture
+def olvae(capfd, monkeypatch):
+    """Run a command; returns exit code, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return leaving.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def olvae_on_two(capfd):
+    """Run a command in two processes; what both write to standard error."""
+
+    def run(*arguments: object) -> str:
+        fork_two(main, [str(a) for a in arguments])
+        return capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_there_and_back(olvae, target, tmp_path, image_folder):
+    latents, images = tmp_path / "latents", tmp_path / "images"
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--out", latents, "--dtype", "float32"]
+    code, out, err = olvae(*encode, "--json")
+    assert code == 0
+    stats = json.loads(out)
+    assert stats == json.loads((latents / "stats.json").read_text())
+    assert (stats["count"], stats["source"], stats["target"]) == (12, str(image_folder), "vae")
+    assert f"latents: {latents}, 12 images in 1 shard\n" in err
+    assert f"scaling_factor {stats['scaling_factor']:.4f}" in err
+    before = everything(latents)
+    assert olvae(*encode)[:2] == (0, "")  # once more: nothing is left to do
+    assert everything(latents) == before
+    code, out, err = olvae("decode", target, latents, "--out", images)
+    assert (code, out, err) == (0, "", f"images: {images}, 12 of them\n")
+    model = tiny_vae()
+    with torch.inference_mode():
+        expected = to_uint8(model.decode(model.encode(pictures(image_folder)).mode()))
+    got = torch.stack([image_to_tensor(read_picture(path)) for path in sorted(images.rglob("*.png"))])
+    assert (got.int() - expected.int()).abs().max() <= 1
+    tiny_vae(1).save_pretrained(tmp_path / "other")
+    code, _, err = olvae("decode", tmp_path / "other", latents, "--out", tmp_path / "more")
+    assert code == 0
+    assert f"note: vae made these latents, with other weights than {tmp_path / 'other'}'s" in err
+
+
+def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path, image_folder):
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3, "--flip", "--device", "cpu"]
+    assert olvae(*encode, "--out", tmp_path / "one")[0] == 0
+    err = olvae_on_two(*encode, "--out", tmp_path / "two")
+    assert everything(tmp_path / "one") == everything(tmp_path / "two")
+    assert len(everything(tmp_path / "two")) == 4 + 2
+    assert err.count("12 images in 4 shards") == 1  # the first says it, the other nothing
+
+
+def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
+    def encode(*arguments: object) -> list[object]:
+        return ["encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "out", *arguments]
+
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    for path in broken.rglob("*.png"):
+        path.write_bytes(b"not a picture")
+    cases = [
+        (encode("--dtype", "int8"), 2, "--dtype int8: choose from float16, bfloat16, float32"),
+        (encode("--native"), 2, "--native and --size: give one of the two"),
+        (encode("--size", 20), 1, "multiple of 8"),
+        (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
+        (encode("--out", image_folder), 2, "has other files already"),
+        (["encode", tmp_path / "gone", *encode()[2:]], 1, "not there; a target is"),
+        (["decode", target, image_folder, "--out", tmp_path / "out"], 1, "no stats.json"),
+        (["decode", target, tmp_path / "x.tar", "--out", tmp_path / "out"], 1, "no shards"),
+        (["decode", target, image_folder, "--out", tmp_path / "out", "--format", "gif"], 2, "choose from png, jpg"),
+    ]
+    for arguments, code, text in cases:
+        got, stdout, err = olvae(*arguments)
+        assert (got, stdout) == (code, ""), err
+        assert text in err
+        assert err.count("\n") == 1, err
+        assert not (tmp_path / "out").exists()
+    code, _, err = olvae(*encode("--data", broken))
+    assert code == 1
+    assert "none of the images could be read: class0/0.png" in err
+    assert not (tmp_path / "out/stats.json").exists()
+    assert olvae(*encode("--data", broken, "--seed", 1))[2].count("seed was 0, now 1") == 1
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_help(olvae, command):
+    code, out, _ = olvae(command, "--help")
+    assert code == 0
+    assert "Example: " in out

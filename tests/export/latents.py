@@ -1,0 +1,53 @@
+"""A tiny autoencoder whose latents are worth something, and folders of its latents."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olvae import LiteVAE
+from olvae.data.folder import find_images
+from olvae.data.pixels import from_uint8, image_to_tensor
+from olvae.data.reading import read_picture
+from olvae.data.transforms import center_crop
+from olvae.export.encode import EncodeOptions, Encoder
+from olvae.export.encode_inputs import find_inputs
+from olvae.models.autoencoder import Autoencoder
+from olvae.modules.distributions import Deterministic
+from tests.conftest import tiny_config
+
+
+def tiny_vae(seed: int = 0) -> LiteVAE:
+    torch.manual_seed(seed)
+    params = tiny_config()["model"]["params"]
+    return LiteVAE.from_config(params["encoder_config"], params["decoder_config"], 4, initial_logvar=-3.0).eval()
+
+
+class Shrunk(Autoencoder):
+    """A deterministic autoencoder: its latent is the image, shrunk twice."""
+
+    in_channels, downscale, latent_channels = 3, 2, 3
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def encode(self, x: Tensor) -> Deterministic:
+        return Deterministic(torch.nn.functional.avg_pool2d(x, 2) * self.gain)
+
+
+def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, shard_size: int = 5, **options: Any):
+    """What the command does, in this process; stats.json's content."""
+    model = tiny_vae() if model is None else model
+    batch_size = options.pop("batch_size", 3)
+    inputs = find_inputs(str(source), 3, shard_size)
+    encoder = Encoder(model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"})
+    encoder.run(batch_size=batch_size)
+    return encoder.finish()
+
+
+def pictures(folder: Path, size: int = 16) -> Tensor:
+    """All images of a folder as a model takes them, in the order of their paths."""
+    images = [image_to_tensor(center_crop(read_picture(path), size)) for path in find_images(folder)]
+    return from_uint8(torch.stack(images))

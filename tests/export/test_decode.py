@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae.data.latent_files import LATENT, META
+from olvae.data.pixels import from_uint8, image_to_tensor, to_uint8
+from olvae.data.shards import find_shards, read_shard, with_counts
+from olvae.export.decode import decode_shards
+from olvae.models.anysize import decode_any, encode_any
+from tests.data.images import picture, write_shards, write_tar
+from tests.export.latents import Shrunk, encode, pictures, tiny_vae
+
+
+def shards(folder):
+    return with_counts(find_shards(str(folder)), image_key=LATENT)
+
+
+def read(path):
+    return image_to_tensor(Image.open(path))
+
+
+def test_images_are_those_of_the_decoder(tmp_path, image_folder):
+    model = tiny_vae()
+    encode(image_folder, tmp_path / "latents", model, dtype="float32", batch_size=5)
+    told = []
+    done = decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out", batch_size=4, advance=told.append)
+    assert (done.images, done.unreadable, sum(told)) == (12, [], 12)
+    paths = sorted((tmp_path / "out").rglob("*.png"))
+    wanted = sorted(path.relative_to(image_folder) for path in image_folder.rglob("*.png"))
+    assert [path.relative_to(tmp_path / "out") for path in paths] == wanted
+    with torch.inference_mode():
+        images = to_uint8(model.decode(model.encode(pictures(image_folder)).mode()))
+    for path, image in zip(paths, images, strict=True):
+        assert (read(path).int() - image.int()).abs().max() <= 1  # rounding at a half may go either way
+
+
+def test_what_was_encoded_comes_back(tmp_path):
+    """Through a model that loses only what shrinking loses; as jpg, with the keys of shards."""
+
+    class Twice(Shrunk):
+        def decode(self, z):
+            return torch.nn.functional.interpolate(z / self.gain, scale_factor=2)
+
+    write_shards(tmp_path / "shards", (3, 2))
+    encode(tmp_path / "shards", tmp_path / "latents", Twice(3.0), size=32)
+    decode_shards(Twice(3.0), shards(tmp_path / "latents"), tmp_path / "out", "jpg")
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert names == ["000/0000.jpg", "000/0001.jpg", "000/0002.jpg", "001/0003.jpg", "001/0004.jpg"]
+    image = from_uint8(read(tmp_path / "out/001/0003.jpg"))
+    original = from_uint8(image_to_tensor(picture(3).crop((4, 0, 36, 32))))
+    assert float((image - original).abs().mean()) < 0.07
+
+
+def test_images_of_their_own_sizes_come_back_in_them(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate([(16, 16), (13, 9), (40, 24)]):
+        picture(i, size).save(tmp_path / f"photos/{i}.png")
+    model = tiny_vae()
+    encode(tmp_path / "photos", tmp_path / "latents", model, size=0, dtype="float32")
+    decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out")
+    for i in range(3):
+        x = from_uint8(read(tmp_path / f"photos/{i}.png"))[None]
+        with torch.inference_mode():
+            posterior, size = encode_any(model, x)
+            expected = to_uint8(decode_any(model, posterior.mode(), size))[0]
+        got = read(tmp_path / f"out/{i}.png")
+        assert got.shape == expected.shape
+        assert (got.int() - expected.int()).abs().max() <= 1
+
+
+def test_names_that_meet(tmp_path):
+    for name in ("a.png", "a.bmp", "a.b.png"):
+        picture(len(name)).save(tmp_path / name)
+    encode(tmp_path, tmp_path / "latents")
+    decode_shards(tiny_vae(), shards(tmp_path / "latents"), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.b.png", "a.png", "a.png.png"]
+
+
+def altered(tmp_path, image_folder, **changes):
+    """A shard of one image, with other files in place of some."""
+    encode(image_folder, tmp_path / "latents", shard_size=20)
+    (shard,) = shards(tmp_path / "latents")
+    entry = next(iter(read_shard(shard, LATENT)))
+    files = {LATENT: entry.data, META: entry.files[META], **changes}
+    write_tar(tmp_path / "one.tar", [(f"x.{ext}", content) for ext, content in files.items()])
+    return shards(tmp_path / "one.tar")
+
+
+@pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", "."])
+def test_keys_that_lead_astray(tmp_path, image_folder, key):
+    meta = f'{{"key": "{key}", "image": [16, 16]}}'.encode()
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        decode_shards(tiny_vae(), altered(tmp_path, image_folder, **{META: meta}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("meta", [b"{", b"{}", b"7", b'{"key": "x", "image": 5}', None])
+def test_broken_latents(tmp_path, image_folder, meta):
+    changes = {LATENT: b"\0" * 40} if meta is None else {META: meta}
+    with pytest.raises(ValueError, match=r"no latents to decode: .*x\.latent\.safetensors: not a latent"):
+        decode_shards(tiny_vae(), altered(tmp_path, image_folder, **changes), tmp_path / "out")
+
+
+def test_latents_of_another_model(tmp_path, image_folder):
+    encode(image_folder, tmp_path / "latents", Shrunk())
+    with pytest.raises(ValueError, match=r"class0/0\.png: a latent of 3 channels, but the model's have 4"):
+        decode_shards(tiny_vae(), shards(tmp_path / "latents"), tmp_path / "out")
+
+
+def test_grey_images(tmp_path, image_folder):
+    class Grey(Shrunk):
+        def decode(self, z):
+            return torch.nn.functional.interpolate(z.mean(1, keepdim=True), scale_factor=2)
+
+    encode(image_folder, tmp_path / "latents", Shrunk())
+    decode_shards(Grey(), shards(tmp_path / "latents"), tmp_path / "out")
+    got = np.asarray(Image.open(tmp_path / "out/class0/0.png"))
+    expected = to_uint8(Grey().decode(Shrunk().encode(pictures(image_folder)[:1]).mean))[0, 0].numpy()
+    assert got.shape == (16, 16)
+    assert np.abs(got.astype(int) - expected).max() <= 1

@@ -1,0 +1,381 @@
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+from olvae.config import ConfigError
+from olvae.data.folder import find_images
+from olvae.data.pixels import from_uint8, image_to_tensor
+from olvae.evaluation.latents import LatentAccumulator
+from olvae.export import encode as module
+from olvae.export.encode import EncodeOptions, Encoder
+from olvae.export.encode_inputs import find_inputs
+from olvae.models.anysize import encode_any
+from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
+from tests.export.latents import Shrunk, encode, pictures, tiny_vae
+
+
+def files(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Of every shard, its files in their order."""
+    out = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            out[path.name] = {member.name: archive.extractfile(member).read() for member in archive}
+    return out
+
+
+def tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Of every image, by its key."""
+    found = {}
+    for shard in files(folder).values():
+        for name, content in shard.items():
+            if name.endswith(".latent.safetensors"):
+                meta = json.loads(shard[name.replace(".safetensors", ".json")])
+                assert meta["key"] not in found
+                found[meta["key"]] = load(content)
+    return found
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+@pytest.fixture
+def noise_folder(tmp_path) -> Path:
+    """Pictures without flat regions, which group norms would divide by next to nothing."""
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    for i in range(7):
+        array = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_moments_are_those_of_the_model_rounded(tmp_path, image_folder, dtype, batch_size):
+    model = tiny_vae()
+    encode(image_folder, tmp_path / "out", model, dtype=str(dtype)[6:], flip=True, batch_size=batch_size)
+    keys = [path.relative_to(image_folder).as_posix() for path in find_images(image_folder)]
+    found = tensors(tmp_path / "out")
+    assert list(found) == keys
+    x = pictures(image_folder)
+    batches = [part for shard in x.split(5) for part in shard.split(batch_size)]
+    with torch.inference_mode():
+        for ending, images in (("", batches), ("_flip", [part.flip(-1) for part in batches])):
+            posteriors = [model.encode(part) for part in images]
+            for kind in ("mean", "std"):
+                exact = torch.cat([getattr(posterior, kind) for posterior in posteriors])
+                got = torch.stack([found[key][kind + ending] for key in keys])
+                assert got.dtype == dtype
+                assert torch.equal(got, exact.to(dtype))
+    assert all(set(one) == {"mean", "std", "mean_flip", "std_flip"} for one in found.values())
+    assert not torch.equal(found[keys[0]]["mean"], found[keys[0]]["mean_flip"])
+
+
+def test_the_batch_size_does_not_matter(tmp_path, noise_folder):
+    encode(noise_folder, tmp_path / "a", batch_size=1, dtype="float32")
+    encode(noise_folder, tmp_path / "b", batch_size=5, dtype="float32")
+    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    for key, one in a.items():
+        for name in ("mean", "std"):
+            assert torch.allclose(one[name], b[key][name], rtol=0, atol=1e-5)
+
+
+def test_the_layout(tmp_path, image_folder):
+    stats = encode(image_folder, tmp_path / "out")
+    found = files(tmp_path / "out")
+    assert [len(shard) for shard in found.values()] == [10, 10, 4]  # 5, 5 and 2 images
+    assert list(found["000001.tar"])[:2] == ["00000005.latent.json", "00000005.latent.safetensors"]
+    assert json.loads(found["000000.tar"]["00000000.latent.json"]) == {
+        "key": "class0/0.png",
+        "width": 48,
+        "height": 40,
+        "image": [16, 16],
+    }
+    assert json.loads((tmp_path / "out/index.json").read_text())["shards"] == {
+        "000000.tar": {"images": 5},
+        "000001.tar": {"images": 5},
+        "000002.tar": {"images": 2},
+    }
+    assert json.loads((tmp_path / "out/stats.json").read_text()) == stats
+    assert stats["latent_shape"] == [4, 2, 2]
+    said = {"count": 12, "size": 16, "moments": True, "dtype": "float16", "flip": False, "target": "tiny"}
+    assert said.items() <= stats.items()
+    assert stats["unreadable"] == {"count": 0, "images": []}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_statistics_are_those_of_olvae_latents(tmp_path, image_folder, flip):
+    model = tiny_vae()
+    stats = encode(image_folder, tmp_path / "out", model, dtype="float32", flip=flip)
+    x = pictures(image_folder)
+    accumulator = LatentAccumulator(0)
+    with torch.inference_mode():
+        for part in [x, x.flip(-1)] if flip else [x]:
+            accumulator.update(model.encode(part), range(len(x)))
+    expected = accumulator.compute()
+    assert stats["count"] == 12
+    assert stats["shift_factor"] == pytest.approx(expected.shift_factor, abs=1e-6)
+    assert stats["scaling_factor"] == pytest.approx(expected.scaling_factor, rel=1e-5)
+    assert stats["latents_mean"] == pytest.approx(expected.mean.tolist(), abs=1e-6)
+    assert stats["latents_std"] == pytest.approx(expected.std.tolist(), rel=1e-5)
+
+
+def test_samples_depend_on_seed_and_key_alone(tmp_path, noise_folder):
+    options = {"moments": False, "dtype": "float32", "flip": True}
+    encode(noise_folder, tmp_path / "a", shard_size=5, batch_size=4, **options)
+    encode(noise_folder, tmp_path / "b", shard_size=3, batch_size=1, **options)
+    encode(noise_folder, tmp_path / "c", shard_size=5, seed=1, **options)
+    model = tiny_vae()
+    with torch.inference_mode():
+        posterior = model.encode(pictures(noise_folder))
+    a, b, c = (tensors(tmp_path / name) for name in "abc")
+    noises = []
+    for i, key in enumerate(a):
+        assert set(a[key]) == {"latent", "latent_flip"}
+        assert torch.allclose(a[key]["latent"], b[key]["latent"], atol=1e-5)
+        assert not torch.allclose(a[key]["latent"], c[key]["latent"], atol=1e-2)
+        noises.append((a[key]["latent"] - posterior.mean[i]) / posterior.std[i])
+    noise = torch.stack(noises).double()
+    assert abs(float(noise.mean())) < 4 / noise.numel() ** 0.5
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.2)
+    assert len({float(one[0, 0, 0]) for one in noises}) == len(noises)
+
+
+def test_a_deterministic_autoencoder_gives_its_latent(tmp_path, image_folder):
+    stats = encode(image_folder, tmp_path / "out", Shrunk(), dtype="float32")
+    x = torch.nn.functional.avg_pool2d(pictures(image_folder), 2)
+    found = tensors(tmp_path / "out")
+    assert all(set(one) == {"latent"} for one in found.values())
+    assert torch.allclose(torch.stack([one["latent"] for one in found.values()]), x, atol=1e-6)
+    assert stats["scaling_factor"] == pytest.approx(1 / float(x.double().std(correction=0)), rel=1e-5)
+
+
+def test_shards_keep_names_and_other_files(tmp_path):
+    paths = write_shards(tmp_path / "shards", (3, 2))
+    first = [("0000.jpg", encoded(0)), ("0000.json", b'{"a": 1}'), ("0000.cls", b"7"), ("0000.txt", "ä cat".encode())]
+    write_tar(paths[0], [*first, ("0001.jpg", encoded(1)), ("0001.cls", b"8")])
+    stats = encode(tmp_path / "shards", tmp_path / "out")
+    found = files(tmp_path / "out")
+    assert stats["count"] == 4
+    assert set(found["000000.tar"]) == {
+        *("0000.json", "0000.cls", "0000.txt", "0000.latent.json", "0000.latent.safetensors"),
+        *("0001.cls", "0001.latent.json", "0001.latent.safetensors"),
+    }
+    for name, content in first[1:]:
+        assert found["000000.tar"][name] == content
+    assert json.loads(found["000001.tar"]["0003.json"]) == {"n": 3}
+    assert json.loads(found["000001.tar"]["0003.latent.json"]) == {
+        "key": "001/0003",
+        "width": 40,
+        "height": 32,
+        "image": [16, 16],
+    }
+
+
+def test_images_of_their_own_sizes(tmp_path):
+    """Odd sizes among others; mirrored before they are padded, so that the padding stays at the right."""
+    sizes = [(16, 16), (16, 16), (13, 9), (8, 24), (16, 16), (3, 1)]
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate(sizes):
+        picture(i, size).save(tmp_path / f"photos/{i}.png")
+    model = tiny_vae()
+    stats = encode(tmp_path / "photos", tmp_path / "out", model, size=0, flip=True, dtype="float32", shard_size=10)
+    assert (stats["count"], stats["latent_shape"], stats["size"]) == (6, None, 0)
+    found = tensors(tmp_path / "out")
+    values = []
+    for i, (width, height) in enumerate(sizes):
+        x = from_uint8(image_to_tensor(picture(i, (width, height))))[None]
+        for name, image in (("mean", x), ("mean_flip", x.flip(-1))):
+            with torch.inference_mode():
+                expected = encode_any(model, image)[0].mean[0]
+            got = found[f"{i}.png"][name]
+            assert got.shape == expected.shape == (4, -(-height // 8), -(-width // 8))
+            assert torch.allclose(got, expected, atol=1e-4)
+            values.append(got.double().flatten())
+    assert stats["shift_factor"] == pytest.approx(float(torch.cat(values).mean()), abs=1e-6)
+    meta = files(tmp_path / "out")["000000.tar"]["00000002.latent.json"]
+    assert json.loads(meta) == {"key": "2.png", "width": 13, "height": 9, "image": [13, 9]}
+
+
+def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
+    broken = find_images(image_folder)[1]
+    whole = encode(image_folder, tmp_path / "whole")
+    broken.write_bytes(b"no picture")
+    stats = encode(image_folder, tmp_path / "out")
+    assert stats["count"] == whole["count"] - 1 == 11
+    assert stats["unreadable"]["count"] == 1
+    assert stats["unreadable"]["images"][0]["name"].endswith("class0/3.png")
+    name = broken.relative_to(image_folder).as_posix()
+    assert set(tensors(tmp_path / "whole")) - set(tensors(tmp_path / "out")) == {name}
+    for path in find_images(image_folder):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"none of the images could be read: .*class0/0.png"):
+        encode(image_folder, tmp_path / "none")
+    assert not (tmp_path / "none/stats.json").exists()
+    assert not list((tmp_path / "none").glob("*.tar*"))
+
+
+def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
+    paths = write_shards(tmp_path / "shards", (3, 3, 3))
+    write_shard(paths[0], [0, 1], broken={0: b"x", 1: b"y"})
+    paths[2].write_bytes(paths[2].read_bytes()[:4000])
+    stats = encode(tmp_path / "shards", tmp_path / "out")
+    assert sorted(files(tmp_path / "out")) == ["000001.tar", "000002.tar"]
+    assert list(json.loads((tmp_path / "out/index.json").read_text())["shards"]) == ["000001.tar", "000002.tar"]
+    names = [fault["name"] for fault in stats["unreadable"]["images"]]
+    assert names[:2] == ["000/0000", "000/0001"]
+    assert names[2:] == [str(paths[2])]
+
+
+def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
+    write_shards(tmp_path / "shards", (3,))
+    shard = tmp_path / "shards/000.tar"
+    url = f"pipe:cat {shard}; test ! -e {tmp_path}/down"
+    (tmp_path / "down").touch()
+    with pytest.raises(OSError, match="again to continue"):
+        encode(url, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    (tmp_path / "down").unlink()
+    assert encode(url, tmp_path / "out")["count"] == 3
+
+
+class Job:
+    """The same encoding in child processes, which can be killed."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.inputs = find_inputs(str(source), 3, 2)
+        self.folder = folder
+        self.model = tiny_vae()
+
+    def encoder(self) -> Encoder:
+        return Encoder(self.model, self.inputs, EncodeOptions(16, flip=True), self.folder, {"target": "tiny"})
+
+    def start(self, kill_after: int | None = None) -> int | None:
+        """Run to the end, or until so many images are done, those of finished shards included; the exit code."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if kill_after is not None and done >= kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: self.encoder().run(batch_size=1, threads=1, advance=advance)
+        )
+        child.start()
+        child.join()
+        return child.exitcode
+
+
+def test_killed_at_random_moments_and_continued(tmp_path, image_folder):
+    """After an odd number of images a shard of two is half written, after an even one not renamed yet."""
+    whole = Job(image_folder, tmp_path / "whole")
+    whole.encoder().run(batch_size=1)
+    whole.encoder().finish()
+    job, amid = Job(image_folder, tmp_path / "killed"), 0
+    for kill_after in np.random.default_rng(0).integers(1, 13, 12):
+        assert job.start(int(kill_after)) == -signal.SIGKILL
+        amid += any(job.folder.glob(".*.partial"))
+        assert not (job.folder / "stats.json").exists()
+    assert amid >= 3
+    assert job.start() == 0
+    job.encoder().finish()
+    assert everything(job.folder) == everything(whole.folder)
+    assert len(tensors(job.folder)) == 12
+
+
+def test_killed_between_a_shard_and_the_note_of_it(tmp_path, image_folder, monkeypatch):
+    job = Job(image_folder, tmp_path / "out")
+    job.encoder()  # the plan
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert job.start() == -signal.SIGKILL
+    assert [path.name for path in job.folder.glob("*.tar")] == ["000000.tar"]
+    (job.folder / "000000.tar").write_bytes(b"something else")
+    job.encoder().run(batch_size=1)
+    job.encoder().finish()
+    other = Job(image_folder, tmp_path / "other")
+    other.encoder().run(batch_size=1)
+    other.encoder().finish()
+    assert everything(job.folder) == everything(other.folder)
+
+
+def test_a_finished_shard_is_not_encoded_again_but_a_lost_one_is(tmp_path, image_folder):
+    job = Job(image_folder, tmp_path / "out")
+    job.encoder().run(batch_size=1)
+    before = everything(job.folder)
+    times = {path.name: path.stat().st_mtime_ns for path in job.folder.glob("*.tar")}
+    (job.folder / "000003.tar").unlink()
+    job.encoder().run(batch_size=1)
+    assert everything(job.folder) == before
+    changed = [path.name for path in job.folder.glob("*.tar") if path.stat().st_mtime_ns != times[path.name]]
+    assert changed == ["000003.tar"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"size": 24}, "size was 16, now 24"),
+        ({"flip": True}, "flip was False, now True"),
+        ({"model": 1}, "weights was "),
+        ({"source": 1}, "images was 12, now 11, keys was "),
+        ({"shard_size": 4}, "shard_size was 5, now 4"),
+    ],
+)
+def test_another_job_in_the_same_folder_is_refused(tmp_path, image_folder, change, text):
+    encode(image_folder, tmp_path / "out")
+    before = everything(tmp_path / "out")
+    if change.pop("model", None):
+        change["model"] = tiny_vae(1)
+    if change.pop("source", None):
+        find_images(image_folder)[0].unlink()
+    with pytest.raises(ConfigError, match=text):
+        encode(image_folder, tmp_path / "out", **change)
+    assert everything(tmp_path / "out") == before
+
+
+def test_what_it_refuses(tmp_path, image_folder):
+    with pytest.raises(ValueError, match=r"20x20.*multiple of 8"):
+        encode(image_folder, tmp_path / "out", size=20)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="has other files already"):
+        encode(image_folder, image_folder)
+    with pytest.raises(ValueError, match=r"up to .*e\+05 are too large for float16"):
+        encode(image_folder, tmp_path / "large", Shrunk(3e5))
+    with pytest.raises(ValueError, match="diverged"):
+        encode(image_folder, tmp_path / "nan", Shrunk(float("nan")))
+    for name in ("large", "nan"):
+        assert not list((tmp_path / name).glob("*.tar"))
+    with pytest.raises(ValueError, match="all equal"):
+        encode(image_folder, tmp_path / "zero", Shrunk(0.0))
+    (tmp_path / "mix.yaml").write_text(
+        "data: {target: olvae.data.mix.MixSource, params: {size: 16, batch_size: 1, sources: "
+        f"[{{target: olvae.data.folder.FolderSource, params: {{root: {image_folder}, size: 16, batch_size: 1}}}}]}}}}"
+    )
+    with pytest.raises(ConfigError, match="one by one"):
+        find_inputs(str(tmp_path / "mix.yaml"), 3, 5)
+
+
+def test_a_config_gives_the_images_that_it_tests_with(tmp_path, image_folder):
+    write_shards(tmp_path / "shards", (2, 3))
+    source = "data: {{target: olvae.data.{}, params: {{{}, size: 16, batch_size: 1}}}}"
+    (tmp_path / "folder.yaml").write_text(
+        source.format("folder.FolderSource", f"root: {image_folder}, val_root: {image_folder}/class1")
+    )
+    (tmp_path / "shards.yaml").write_text(
+        source.format("webdataset.WebDatasetSource", f"shards: {tmp_path}/shards, shuffle: 2")
+    )
+    assert encode(tmp_path / "folder.yaml", tmp_path / "a")["count"] == 4
+    assert encode(tmp_path / "shards.yaml", tmp_path / "b")["count"] == 3
+    assert list(tensors(tmp_path / "b")) == ["001/0002", "001/0003", "001/0004"]
