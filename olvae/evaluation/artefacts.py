@@ -170,7 +170,8 @@ def draw_artefacts(results: Mapping[str, Artefacts]) -> Image.Image:
         deviation = torch.stack([amplified(colour.deviation, factor) for colour in found.colours])
         rows[f"{name}: reconstruction"] = torch.stack([colour.y for colour in found.colours])
         rows[f"{name}: deviation from the mean colour x{factor}, around grey"] = deviation
-    rows[f"patterns: {', '.join(pattern.name for pattern in first.patterns)}"] = _stack(first.patterns)
+    names = ", ".join(pattern.name.removesuffix(" px").replace(" stripes", "") for pattern in first.patterns)
+    rows[f"squares and stripes, pixels wide: {names}"] = _stack(first.patterns)
     for name, found in results.items():
         y = torch.stack([pattern.y for pattern in found.patterns])
         rows[f"{name}: reconstruction of the patterns"] = y
