@@ -21,7 +21,7 @@ SIDES = (96, 256)
 
 
 class Inline(NamedTuple):
-    """A picture as a data URI, its size, and whether its pixels are to be seen as such."""
+    """A picture as a data URI, its size, and whether its pixels are to be seen as such, at a whole multiple."""
 
     uri: str
     width: int
@@ -36,7 +36,16 @@ def side_limit(pictures: int) -> int:
 
 
 def inline(image: Tensor, limit: int | None = None) -> Inline:
-    """uint8 (C, H, W) -> WebP: lossless up to 128 pixels, above that lossy and made smaller if it exceeds the limit."""
+    """A picture of a page.
+
+    Up to 128 pixels it is lossless. Where there is a limit it will be shown at some other size: a small picture is
+    enlarged pixel by pixel to at least 256, so that scaling it makes no grid of its own; one above the limit is made
+    smaller, and lossy.
+
+    Args:
+        image: uint8 (C, H, W).
+        limit: of the longest side, in pixels.
+    """
     array = viewable(image[None])[0].permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(np.ascontiguousarray(array))
     longest = max(picture.size)
@@ -44,7 +53,10 @@ def inline(image: Tensor, limit: int | None = None) -> Inline:
     if limit is not None and longest > limit and not exact:
         size = (max(1, round(side * limit / longest)) for side in picture.size)
         picture = picture.resize((next(size), next(size)), Image.Resampling.LANCZOS)
+    elif limit is not None and exact:
+        factor = -(-SIDES[1] // longest)
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=exact, quality=100 if exact else 82, method=4)
+    picture.save(buffer, "WEBP", lossless=exact, quality=50 if exact else 82, method=2 if exact else 4)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Inline(uri, picture.width, picture.height, exact)
+    return Inline(uri, picture.width, picture.height, exact and limit is None)

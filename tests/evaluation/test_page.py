@@ -219,9 +219,12 @@ def test_small_pictures_are_kept_to_the_pixel_and_large_ones_kept_small():
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
 
     noise = torch.randint(0, 256, (3, 64, 48), dtype=torch.uint8)
-    small = inline(noise, limit=96)
+    small = inline(noise)
     assert small[1:] == (48, 64, True)
     assert np.array_equal(decoded(small.uri), noise.permute(1, 2, 0).numpy())
+    enlarged = inline(noise, limit=96)
+    assert enlarged[1:] == (192, 256, False)
+    assert np.array_equal(decoded(enlarged.uri), decoded(small.uri).repeat(4, 0).repeat(4, 1))
     grey = inline(noise[:1])
     assert np.array_equal(decoded(grey.uri), noise[:1].expand(3, -1, -1).permute(1, 2, 0).numpy())
     _, photograph = photographs(256)
