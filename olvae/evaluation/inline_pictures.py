@@ -57,6 +57,9 @@ def inline(image: Tensor, limit: int | None = None) -> Inline:
         factor = -(-SIDES[1] // longest)
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=exact, quality=50 if exact else 82, method=2 if exact else 4)
+    if exact:
+        picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)  # both are effort: 14 ms instead of 130
+    else:
+        picture.save(buffer, "WEBP", quality=82)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Inline(uri, picture.width, picture.height, exact and limit is None)

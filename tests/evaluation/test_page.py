@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from skimage import data
 
+from olvae.evaluation.artefacts import find_artefacts
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.evaluator import bicubic_reconstruction
 from olvae.evaluation.gallery import Example, Gallery
@@ -19,7 +20,7 @@ from olvae.evaluation.inline_pictures import inline, side_limit
 from olvae.evaluation.page import Column, Cost, Page, Row, Score, Shown, UsedWeights, render_page, write_page
 from olvae.metrics.psnr import psnr
 from tests.evaluation.chromium import chromium
-from tests.evaluation.test_artefacts import Faulty, find_artefacts
+from tests.evaluation.test_artefacts import Faulty
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.org/x.png onerror=alert(1)>"
 LONG = "2026-11-25T03-04-24_olitevaeB_im_f8c12_imagenet_phaseB_unetgan_large_ema_bf16, raw weights"
@@ -94,7 +95,15 @@ def page(targets: list[str], size: int = 64, artefacts: bool = True) -> Page:
         data=f"{len(keys)} tiles",
         reference=targets[0],
         differences=[
-            Row(target, len(keys), {"psnr": Score(-2.5, (-3.0, -2.0)), "kid": Score(0.1, (-0.1, 0.3))})
+            Row(
+                target,
+                len(keys),
+                {
+                    "psnr": Score(-2.5, (-3.0, -2.0)),
+                    "lpips": Score(-0.05, (-0.06, -0.04)),
+                    "kid": Score(0.1, (-0.1, 0.3)),
+                },
+            )
             for target in targets[1:]
         ],
         costs=[Cost(targets[0], 3_012_345, 12_345_678_901, 129.34, 8.8123, 3 << 30, "a GPU")],
@@ -182,6 +191,7 @@ def test_the_numbers_and_marks(whole):
     assert html.count("<sup>1</sup>") == 3
     assert '<span class="worse">\N{MINUS SIGN}2.50</span>' in html
     assert "[\N{MINUS SIGN}3.00, \N{MINUS SIGN}2.00]" in text
+    assert '<span class="better">\N{MINUS SIGN}0.050</span>' in html  # lower is better
     assert "<span>+0.100</span>" in html  # an interval with 0 is no difference
     assert "12 images." in text
     for number in ("3.01", "12.3", "129", "8.81", "3072", "a GPU"):
