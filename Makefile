@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: demo test test-slow test-gpu test-network lint format clean help
+.PHONY: demo test test-slow test-gpu test-network test-browser lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +40,9 @@ test-gpu: $(VENV)/.installed-dev ## the checks that need a CUDA device
 
 test-network: $(VENV)/.installed-dev ## the checks that need the internet
 	$(BIN)/python -m pytest -m network
+
+test-browser: $(VENV)/.installed-dev ## the checks that need Chromium
+	$(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.installed-dev ## ruff, mypy and the import contract
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["comparison", "error_map", "labelled_grid", "plot_curves"]
+__all__ = ["ERROR_RANGE", "comparison", "error_map", "labelled_grid", "plot_curves", "viewable"]
 
 ERROR_RANGE = 64
 """The error, in steps of 8-bit values, that error maps show as white."""
@@ -40,7 +40,7 @@ def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4)
     canvas = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * (label + height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for r, (name, images) in enumerate(rows.items()):
-        images = _viewable(images)
+        images = viewable(images)
         top = gap + r * (label + height + gap)
         draw.text((gap, top + 2), name, fill="black", font=font)
         for c, image in enumerate(images):
@@ -79,13 +79,13 @@ def comparison(pictures: Mapping[str, Tensor], longest: int = 1200, gap: int = 8
         left = gap + (0 if stacked else index * step[0])
         top = gap + (index * step[1] if stacked else 0)
         draw.text((left, top), name, fill="black", font=font)
-        array = _viewable(picture[None])[0].permute(1, 2, 0).contiguous().cpu().numpy()
+        array = viewable(picture[None])[0].permute(1, 2, 0).contiguous().cpu().numpy()
         canvas.paste(Image.fromarray(array).resize(size, resample), (left, top + label))
     return canvas
 
 
-def _viewable(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, 3, H, W)."""
+def viewable(images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 3, H, W): one channel as grey, of more than three the first three."""
     channels = images.shape[1]
     if channels == 1:
         return images.expand(-1, 3, -1, -1)

@@ -8,7 +8,7 @@ from olvae.metrics.metric import Kind, PerImage, Unavailable
 from olvae.metrics.registry import METRICS, build_metrics
 from tests.metrics.conftest import pairs
 
-NAMES = ["psnr", "ssim", "ms_ssim", "l1"]
+NAMES = ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1"]
 
 
 def run(name: str, keys, x, y, size: int = 4) -> PerImage:
@@ -98,6 +98,11 @@ def test_computes_in_full_precision():
 
 
 def test_kinds_are_named_by_their_keys():
-    assert list(METRICS) == ["psnr", "ssim", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid"]
+    assert list(METRICS) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid"]
     assert all(kind.name == name for name, kind in METRICS.items())
-    assert [name for name, kind in METRICS.items() if kind.better == "higher"] == ["psnr", "ssim", "ms_ssim"]
+    assert [name for name, kind in METRICS.items() if kind.better == "higher"] == [
+        "psnr",
+        "ssim",
+        "ssim_uniform",
+        "ms_ssim",
+    ]

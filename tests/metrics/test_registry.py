@@ -33,7 +33,7 @@ def test_missing_weights_are_told_and_the_rest_works(tmp_path, weights_dir, nowh
     (tmp_path / "some").mkdir()
     shutil.copy(weights_dir / ALEXNET.name, tmp_path / "some")
     make, skipped = build_metrics(list(METRICS), tmp_path / "some")
-    assert list(make()) == ["psnr", "ssim", "ms_ssim", "l1", "lpips_alex"]
+    assert list(make()) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips_alex"]
     assert list(skipped) == ["lpips", "rfid", "kid"]
     for name, file in (("lpips", VGG16), ("rfid", INCEPTION), ("kid", INCEPTION)):
         for part in (file.name, file.url, str(nowhere), "--weights-dir", "no network"):

@@ -1,0 +1,133 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+from torch import Tensor
+
+from olvae.evaluation.artefacts import amplification, amplified, draw_artefacts, find_artefacts
+from olvae.models.autoencoder import Autoencoder
+from olvae.modules.distributions import DiagonalGaussian
+
+
+class Faulty(Autoencoder):
+    """Keeps images as they are, but for faults of a known size; its posterior is noisy."""
+
+    def __init__(self, grid: float = 0.0, border: float = 0.0, shift: float = 0.0, channels: int = 3) -> None:
+        super().__init__()
+        self.grid, self.border, self.shift, self.channels = grid, border, shift, channels
+
+    in_channels = property(lambda self: self.channels)
+    downscale = property(lambda self: 4)
+    latent_channels = property(lambda self: self.channels)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian(torch.cat((x, torch.zeros_like(x)), dim=1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        y = z * 127.5  # steps of 8-bit values from here on
+        y = y + self.shift
+        y[..., ::4, ::4] += self.grid  # one pixel of each tile
+        y[..., :2, :] += self.border
+        return y / 127.5
+
+
+def by_name(items):
+    return {item.name: item for item in items}
+
+
+def test_an_identity_has_no_artefacts():
+    found = find_artefacts(Faulty(), size=32)
+    assert (found.size, found.period, found.frame) == (32, 4, 8)
+    for colour in found.colours:
+        assert max(abs(value) for value in colour.shift) < 1e-4
+        assert max(colour.amplitude, colour.grid, colour.amplitude_with_border) < 1e-4
+    assert all(pattern.psnr == math.inf for pattern in found.patterns)
+    assert amplification([found]) == 64
+    assert len(found.colours) == 11
+    assert len(found.patterns) == 5 + 4 + 4
+
+
+def test_a_grid_has_the_amplitude_that_was_put_in():
+    """Of 16 values one is g higher: their standard deviation is g sqrt(15) / 16, their mean g / 16 higher."""
+    colours = by_name(find_artefacts(Faulty(grid=4.0), size=32).colours)
+    expected = 4.0 * math.sqrt(15) / 16
+    for name in ("grey 64", "grey 128", "grey 192", "black"):
+        assert colours[name].shift == pytest.approx((0.25,) * 3, abs=1e-4)
+        assert colours[name].amplitude == pytest.approx(expected, abs=1e-4)
+        assert colours[name].grid == pytest.approx(expected, abs=1e-4)
+        assert colours[name].amplitude_with_border == pytest.approx(expected, abs=1e-4)
+    assert colours["white"].amplitude < 1e-4  # clamped
+    assert colours["red"].shift == pytest.approx((0.0, 0.25, 0.25), abs=1e-4)
+    assert colours["red"].amplitude == pytest.approx(expected * math.sqrt(2 / 3), abs=1e-4)
+
+
+def test_a_border_is_told_apart_from_a_grid():
+    grey = by_name(find_artefacts(Faulty(border=8.0), size=32).colours)["grey 128"]
+    assert max(grey.amplitude, grey.grid) < 1e-4
+    assert grey.amplitude_with_border == pytest.approx(8.0 * math.sqrt(2 / 32 * 30 / 32), abs=1e-4)
+    assert grey.deviation[:, 0].mean() == pytest.approx(8.0, abs=1e-4)
+
+
+def test_what_does_not_repeat_is_not_grid():
+    class Noisy(Faulty):
+        def decode(self, z: Tensor) -> Tensor:
+            noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0))
+            return z + 3.0 / 127.5 * noise
+
+    grey = by_name(find_artefacts(Noisy(), size=128).colours)["grey 128"]
+    assert grey.amplitude == pytest.approx(3.0, rel=0.05)
+    assert grey.grid == pytest.approx(3.0 / 16, rel=0.2)  # averaged over 16 x 16 tiles
+
+
+def test_the_patterns_are_what_they_say():
+    found = find_artefacts(Faulty(shift=-10.0), size=32, batch_size=3)
+    patterns = by_name(found.patterns)
+    for width in (1, 2, 4, 8, 16):
+        square = np.array([[255 * ((i // width + j // width) % 2) for j in range(32)] for i in range(32)])
+        assert np.array_equal(patterns[f"squares {width} px"].x.numpy(), np.stack([square] * 3))
+    stripes = patterns["upright stripes 2 px"].x
+    assert torch.equal(stripes[0, 5], torch.tensor([0, 0, 255, 255] * 8, dtype=torch.uint8))
+    assert torch.equal(patterns["level stripes 2 px"].x, stripes.mT)
+    for pattern in found.patterns:
+        expected = peak_signal_noise_ratio(pattern.x.numpy(), pattern.y.numpy(), data_range=255)
+        assert pattern.psnr == pytest.approx(expected, rel=1e-9)
+        assert pattern.psnr == pytest.approx(10 * math.log10(255**2 / 50), rel=1e-6)  # black stays black
+
+
+@pytest.mark.parametrize(("channels", "colours"), [(1, 5), (2, 7), (3, 11), (4, 9)])
+def test_other_channels(channels, colours):
+    found = find_artefacts(Faulty(grid=2.0, channels=channels), size=16)
+    assert len(found.colours) == colours
+    assert all(colour.y.shape == (channels, 16, 16) for colour in found.colours)
+    assert len({tuple(colour.x[:, 0, 0].tolist()) for colour in found.colours}) == colours
+
+
+def test_pictures_are_amplified_as_they_say():
+    found = find_artefacts(Faulty(grid=4.0), size=32)
+    factor = amplification([found, find_artefacts(Faulty(), size=32)])
+    assert factor == 32  # 4 x 15/16 x 32 = 120
+    grey = by_name(found.colours)["grey 64"]
+    picture = amplified(grey.deviation, factor)
+    assert picture[0, 4, 4] == 128 + 120
+    assert picture[0, 5, 5] == 128 - 8
+    grid = np.asarray(draw_artefacts({"a": found, "b": found}))
+    assert grid.shape == (4 + 10 * (28 + 128 + 4), 4 + 13 * 132, 3)
+    assert (grid == (255, 0, 0)).all(-1).sum() >= 128 * 128
+
+
+def test_numbers_for_json():
+    content = find_artefacts(Faulty(grid=4.0), size=16).as_dict()
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert content["patterns"]["squares 4 px"]["psnr"] > 30
+    identity = find_artefacts(Faulty(), size=16).as_dict()
+    assert identity["patterns"]["squares 4 px"] == {"psnr": None}
+
+
+def test_a_size_that_does_not_fit():
+    with pytest.raises(
+        ValueError, match="patterns of 30 pixels, but the latent's positions have 4: take a multiple of 4"
+    ):
+        find_artefacts(Faulty(), size=30)
