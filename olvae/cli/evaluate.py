@@ -68,6 +68,9 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="Where results go; by default the first target, if it is a run."),
     ] = None,
+    report: Annotated[
+        bool, typer.Option(help="Write report.html: everything on one page, with galleries and test patterns.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json to standard output as well.")] = False,
 ) -> None:
     """Evaluate reconstructions of the same test images by one or several autoencoders.
@@ -109,7 +112,7 @@ def command(
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     request = Request(
-        found, protocols, names, data, size, images, batch_size, weights_dir, device_of(device), baselines
+        found, protocols, names, data, size, images, batch_size, weights_dir, device_of(device), baselines, report
     )
     assessments = assess(request)
     leave()
@@ -126,7 +129,9 @@ def command(
                 evaluation, refused = alone, [*refused, reason]
             shown.append(evaluation)
             main = protocols[0].name == evaluation.protocol.name
-            written += write_outputs(assessment, evaluation, folder, "" if main else f"_{evaluation.protocol.name}")
+            written += write_outputs(
+                assessment, evaluation, folder, "" if main else f"_{evaluation.protocol.name}", report
+            )
             if as_json and main:
                 typer.echo(json.dumps(evaluation.as_dict(), indent=2))
     print_evaluations(shown)

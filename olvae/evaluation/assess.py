@@ -14,6 +14,7 @@ from torch import Tensor
 from olvae.config import Config, ConfigError
 from olvae.data.find import source_of
 from olvae.data.source import Batch, Loader, Source, this_process
+from olvae.evaluation.artefacts import Artefacts, find_artefacts
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.bootstrap import confidence, mean, pooled_psnr
 from olvae.evaluation.cost import Cost
@@ -48,6 +49,7 @@ class Request:
         weights_dir: of pretrained networks.
         device: as torch names it.
         baselines: add the first target untrained, and bicubic by its factor.
+        artefacts: reconstruct test patterns as well, for the report.
     """
 
     targets: Sequence[Target]
@@ -60,6 +62,7 @@ class Request:
     weights_dir: Path | None = None
     device: str = "cpu"
     baselines: bool = False
+    artefacts: bool = True
 
     @property
     def config(self) -> Config:
@@ -73,7 +76,12 @@ class Assessment:
     evaluations: list[Evaluation]
     galleries: dict[str, Gallery] = field(default_factory=dict)
     bands: dict[str, BandErrors] = field(default_factory=dict)
+    artefacts: dict[str, Artefacts] = field(default_factory=dict)
     ranked_by: str = "psnr"
+
+    def band_errors(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """By contender, the error per wavelet band."""
+        return {name: errors.compute() for name, errors in self.bands.items()}
 
 
 def assess(request: Request) -> list[Assessment] | None:
@@ -142,17 +150,26 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
                 bands[name].merge(state)
 
     images, tallies = found
+    n = len(images.digests)
     about = _about(request, source, images, unreadable)
     costs = _costs(contenders, models, seeds[0], source.size, batch_size)
+    patterns: dict[str, Artefacts] = {}
+    if request.artefacts:
+        patterns = {
+            name: find_artefacts(model, source.size, request.device, batch_size) for name, model in models.items()
+        }
+    extras: dict[str, dict[str, Any]] = {name: {"bands": errors.compute()} for name, errors in bands.items()}
+    for name, artefacts in patterns.items():
+        extras.setdefault(name, {})["test_patterns"] = artefacts.as_dict()
+
     evaluations = []
     for protocol in protocols:
         chosen = {labels[label][0]: t for label, t in tallies.items() if labels[label][1] in (_seed(protocol), NONE)}
-        n = len(images.digests)
         rows = results(chosen, protocol, request.metrics, skipped, n)
         statistic = pooled_psnr if protocol.psnr == "pooled" else mean
         intervals = {row.target: _intervals(row, statistic) for row in rows}
-        evaluations.append(Evaluation(replace(protocol, n=n), about, rows, costs, intervals))
-    return Assessment(evaluations, galleries, bands, ranked_by or "psnr")
+        evaluations.append(Evaluation(replace(protocol, n=n), about, rows, costs, intervals, extras))
+    return Assessment(evaluations, galleries, bands, patterns, ranked_by or "psnr")
 
 
 NONE = -1

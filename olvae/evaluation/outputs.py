@@ -1,4 +1,4 @@
-"""The files of an evaluation: numbers, values per image, a figure."""
+"""The files of an evaluation: numbers, values per image, a figure, a page."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from olvae.evaluation.assess import Assessment
+from olvae.evaluation.page import write_page
 from olvae.evaluation.per_image import ImageValues, write_csv
+from olvae.evaluation.present import page_of
 from olvae.evaluation.report import Evaluation, write_figure, write_metrics
 
 __all__ = ["write_outputs"]
@@ -15,11 +17,14 @@ SHOWN = 8
 """Images of the figure, chosen by nothing but the hash of their keys."""
 
 
-def write_outputs(assessment: Assessment, evaluation: Evaluation, folder: Path, suffix: str) -> list[tuple[str, Path]]:
+def write_outputs(
+    assessment: Assessment, evaluation: Evaluation, folder: Path, suffix: str, page: bool = True
+) -> list[tuple[str, Path]]:
     """Write everything; metrics.json last, so that it is there only if all of it is.
 
     Args:
         suffix: of the files' names, for the second protocol and on.
+        page: write the report too.
 
     Returns:
         What was written, and where.
@@ -32,6 +37,9 @@ def write_outputs(assessment: Assessment, evaluation: Evaluation, folder: Path, 
         reconstructions = {name: torch.stack([example.y for example in shown]) for name, shown in examples.items()}
         written.append(("figure", folder / f"reconstructions{suffix}.png"))
         write_figure(inputs, reconstructions, written[-1][1])
+    if page:
+        written.append(("report", folder / f"report{suffix}.html"))
+        write_page(page_of(assessment, evaluation), written[-1][1])
     written.append(("images", folder / f"per_image{suffix}.csv"))
     write_csv(written[-1][1], _values(evaluation))
     written.append(("numbers", folder / f"metrics{suffix}.json"))

@@ -30,6 +30,7 @@ class Evaluation:
         results: in the order of the targets.
         costs: by target, where there are any.
         intervals: by target and metric, the ends of the 95 % bootstrap interval of the mean over images.
+        extras: by target, what else its row in metrics.json has: errors per wavelet band, test patterns.
         before: rows of earlier results, as metrics.json has them.
     """
 
@@ -38,6 +39,7 @@ class Evaluation:
     results: Sequence[Result]
     costs: Mapping[str, Cost] = field(default_factory=dict)
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     before: Sequence[dict[str, Any]] = ()
 
     def with_rows(self, before: Sequence[dict[str, Any]]) -> "Evaluation":
@@ -53,6 +55,15 @@ class Evaluation:
             "results": [*(self._row(result) for result in self.results), *self.before],
         }
 
+    def warnings(self) -> list[str]:
+        """Sentences for the reader."""
+        found = [str(d["warning"]) for result in self.results for d in result.details.values() if "warning" in d]
+        if self.images["unreadable"]:
+            found.append(f"{self.images['unreadable']} images could not be read and are not in these numbers")
+        if self.images["enlarged"]:
+            found.append(f"{self.images['enlarged']} images are smaller than the crop and were enlarged")
+        return list(dict.fromkeys(found))
+
     def _row(self, result: Result) -> dict[str, Any]:
         cost = self.costs.get(result.target)
         return {
@@ -63,6 +74,7 @@ class Evaluation:
             "intervals": {name: list(ends) for name, ends in self.intervals.get(result.target, {}).items()},
             "details": {name: details for name, details in result.details.items() if details},
             "cost": cost.as_dict() if cost else None,
+            **self.extras.get(result.target, {}),
         }
 
 
@@ -128,15 +140,10 @@ def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
                 label = METRICS[name].label if name in METRICS else name
                 if not _is_equal(row, name) and label not in missing.setdefault(reason, []):
                     missing[reason].append(label)
-            notes |= {str(d["warning"]): None for d in row.get("details", {}).values() if "warning" in d}
+        notes |= dict.fromkeys(evaluation.warnings())
     if evaluations[0].costs:
         console.print(_costs(evaluations[0].costs))
     lines = [f"skipped {', '.join(labels)}: {reason}" for reason, labels in missing.items() if labels]
-    images = evaluations[0].images
-    if images["unreadable"]:
-        notes[f"{images['unreadable']} images could not be read and are not in these numbers"] = None
-    if images["enlarged"]:
-        notes[f"{images['enlarged']} images are smaller than the crop and were enlarged"] = None
     for line in (*lines, *(f"note: {note}" for note in notes)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -42,6 +42,7 @@ def test_equal_images():
     assert {name: run(name, keys, x, x).compute() for name in NAMES} == {
         "psnr": math.inf,
         "ssim": pytest.approx(1.0, abs=1e-6),
+        "ssim_uniform": pytest.approx(1.0, abs=1e-6),
         "ms_ssim": pytest.approx(1.0, abs=1e-6),
         "l1": 0.0,
     }
