@@ -85,12 +85,17 @@ class Meter:
             decode_images_per_s=self.rate("decode"),
             peak_memory_bytes=self.peak,
             batch_size=batch_size,
-            device=torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+            device=torch.cuda.get_device_name(self.device) if gpu else _cpu(),
         )
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _cpu() -> str:
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 class _Part(nn.Module):
