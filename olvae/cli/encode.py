@@ -35,6 +35,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the samples; an image's noise depends on it and on its key.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     flip: Annotated[bool, typer.Option("--flip", help="Encode the mirrored images as well.")] = False,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="Folders are classes: keep the number of an image's folder as .cls.")
+    ] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard; shards stay as they are divided.")] = 1000,
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")] = 16,
     threads: Annotated[int, typer.Option(min=0, help="That read images, in each process.")] = 4,
@@ -72,9 +75,10 @@ def command(
     rank, world = join()
     found = find_target(target, config, raw=raw)
     model = found.load().to(device_of(device))
-    inputs = find_inputs(data, model.in_channels, shard_size)
+    inputs = find_inputs(data, model.in_channels, shard_size, classes)
     options = EncodeOptions(0 if native else size or 256, moments, seed, dtype, flip)
-    encoder = Encoder(model, inputs, options, out, {"target": found.name, "source": data})
+    describe = {"target": found.name, "source": data}
+    encoder = Encoder(model, inputs, options, out, describe)
 
     console = Console(stderr=True)
     counts = [inputs.count(shard) for shard in range(rank, len(inputs), world)]

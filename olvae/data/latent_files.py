@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -99,7 +100,7 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """A file of JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """A file of JSON, whole or not at all, also where several processes write the same one."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -207,6 +207,22 @@ def test_images_of_their_own_sizes(tmp_path):
     assert json.loads(meta) == {"key": "2.png", "width": 13, "height": 9, "image": [13, 9]}
 
 
+def test_folders_are_classes_if_asked(tmp_path, image_folder):
+    stats = encode(image_folder, tmp_path / "out", classes=True)
+    assert stats["classes"] == ["class0", "class1", "class2"]
+    for shard in files(tmp_path / "out").values():
+        for name, content in shard.items():
+            if name.endswith(".latent.json"):
+                folder = json.loads(content)["key"].split("/")[0]
+                assert shard[name.replace("latent.json", "cls")] == folder.removeprefix("class").encode()
+    picture(0).save(image_folder / "loose.png")
+    with pytest.raises(ConfigError, match=r"--classes: loose\.png lies in no folder"):
+        encode(image_folder, tmp_path / "loose", classes=True)
+    write_shards(tmp_path / "shards", (2,))
+    with pytest.raises(ConfigError, match="--classes is for folders"):
+        encode(tmp_path / "shards", tmp_path / "more", classes=True)
+
+
 def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
     broken = find_images(image_folder)[1]
     whole = encode(image_folder, tmp_path / "whole")
