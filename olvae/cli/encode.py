@@ -50,9 +50,9 @@ def command(
 ) -> None:
     """Turn images into WebDataset shards of latents, with statistics; run it again to continue.
 
-    Killed at any moment, the same command finishes the work, and the result is the same to the byte. Under torchrun
-    processes share the work: torchrun --nproc_per_node 4 --module olvae.cli.main encode ... docs/encode.md describes the
-    shards, and how a diffusion model's trainer reads them.
+    Killed at any moment, the same command finishes the work, and the result is the same to the byte. Processes share
+    the work: torchrun --nproc_per_node 4 --module olvae.cli.main encode ... docs/encode.md describes the shards, and
+    how a diffusion model's trainer reads them.
 
     Example: olvae encode runs/2026-01-31T12-00-00_demo_32 --data photos --size 128 --out latents
     """

@@ -94,7 +94,7 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
         numbers = {name: float(stats[name]) for name in ("shift_factor", "scaling_factor")}
-        return {**stats, **numbers, "count": int(stats["count"])}
+        return {**stats, **numbers, "count": int(stats["count"]), "size": int(stats["size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
 

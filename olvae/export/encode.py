@@ -103,7 +103,9 @@ class Encoder:
             write_json(plan, path)
             return
         begun = json.loads(path.read_text(encoding="utf-8"))
-        if begun != plan:
+        if begun != plan and not any(other != path for other in path.parent.glob("*.json")):
+            write_json(plan, path)  # nothing was finished under the other plan
+        elif begun != plan:
             names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
             changes = ", ".join(f"{name} was {_short(begun.get(name))}, now {_short(plan.get(name))}" for name in names)
             raise ConfigError(
@@ -153,6 +155,8 @@ class Encoder:
             if state["images"]:
                 sums.add(LatentSums(**state["sums"]))
         if not sums.images:
+            for shard in range(self.shards):  # so that the command tries again
+                self._note(shard).unlink()
             first = f": {unreadable[0]['name']}: {unreadable[0]['reason']}" if unreadable else ""
             raise ValueError(f"none of the images could be read{first}")
         stats = {
@@ -171,9 +175,12 @@ class Encoder:
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.tar"
 
+    def _note(self, shard: int) -> Path:
+        return self.folder / STATE / f"{shard:06d}.json"
+
     def _state(self, shard: int) -> dict[str, Any] | None:
         """What was written down of a shard, if it is finished."""
-        path = self.folder / STATE / f"{shard:06d}.json"
+        path = self._note(shard)
         if not path.is_file():
             return None
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -185,24 +192,25 @@ class Encoder:
     def _write(self, shard: int, batch_size: int, threads: int, memory: int, advance: Callable[[int], None]) -> None:
         path, sums, faults = self._path(shard), LatentSums(), []
         partial = path.with_name(f".{path.name}.partial")
-        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
-            for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads):
-                images = [one for one in batch if isinstance(one, ReadImage)]
-                faults += [one for one in batch if isinstance(one, Fault)]
-                if images:
-                    self._encode(images, memory, archive, sums)
-                advance(len(batch))
-        if sums.images:
-            partial.replace(path)
-        else:
-            partial.unlink()
+        try:
+            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+                for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads):
+                    images = [one for one in batch if isinstance(one, ReadImage)]
+                    faults += [one for one in batch if isinstance(one, Fault)]
+                    if images:
+                        self._encode(images, memory, archive, sums)
+                    advance(len(batch))
+            if sums.images:
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         state = {
             "images": sums.images,
             "bytes": path.stat().st_size if sums.images else 0,
             "unreadable": [{"name": fault.name, "reason": fault.reason} for fault in faults],
             "sums": sums.state(),
         }
-        write_json(state, self.folder / STATE / f"{shard:06d}.json")
+        write_json(state, self._note(shard))
 
     def _encode(self, images: Sequence[ReadImage], memory: int, archive: tarfile.TarFile, sums: LatentSums) -> None:
         device = next(self.model.parameters()).device
