@@ -201,8 +201,8 @@ def test_a_deterministic_posterior_is_a_histogram_of_its_means():
 
 def test_deterministic_latents_are_posteriors_of_no_width(moments):
     """What is said of them is what is said of Gaussians that are next to points; KL and activity are not said."""
-    latent, keys = moments[:, :C].clone(), list(range(N))
-    latent[:, 0, 0, 0] = 0.0  # an edge, a hair's breadth above it for a point
+    latent, keys = moments[:, :C].double(), list(range(N))
+    latent[:, 0, 0, 0] = EDGES[120]  # an edge, a hair's breadth above it for a point
     points = LatentAccumulator(100)
     for start in range(0, N, 4):
         points.update(Deterministic(latent[start : start + 4]), keys[start : start + 4])
