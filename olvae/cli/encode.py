@@ -35,6 +35,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the samples; an image's noise depends on it and on its key.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     flip: Annotated[bool, typer.Option("--flip", help="Encode the mirrored images as well.")] = False,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="Folders are classes: keep the number of an image's folder as .cls.")
+    ] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard; shards stay as they are divided.")] = 1000,
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")] = 16,
     threads: Annotated[int, typer.Option(min=0, help="That read images, in each process.")] = 4,
@@ -47,9 +50,9 @@ def command(
 ) -> None:
     """Turn images into WebDataset shards of latents, with statistics; run it again to continue.
 
-    Killed at any moment, the same command finishes the work, and the result is the same to the byte. Under torchrun
-    processes share the work: torchrun --nproc_per_node 4 --no-python olvae encode ... docs/encode.md describes the
-    shards, and how a diffusion model's trainer reads them.
+    Killed at any moment, the same command finishes the work, and the result is the same to the byte. Processes share
+    the work: torchrun --nproc_per_node 4 --module olvae.cli.main encode ... docs/encode.md describes the shards, and
+    how a diffusion model's trainer reads them.
 
     Example: olvae encode runs/2026-01-31T12-00-00_demo_32 --data photos --size 128 --out latents
     """
@@ -72,9 +75,10 @@ def command(
     rank, world = join()
     found = find_target(target, config, raw=raw)
     model = found.load().to(device_of(device))
-    inputs = find_inputs(data, model.in_channels, shard_size)
+    inputs = find_inputs(data, model.in_channels, shard_size, classes)
     options = EncodeOptions(0 if native else size or 256, moments, seed, dtype, flip)
-    encoder = Encoder(model, inputs, options, out, {"target": found.name, "source": data})
+    describe = {"target": found.name, "source": data}
+    encoder = Encoder(model, inputs, options, out, describe)
 
     console = Console(stderr=True)
     counts = [inputs.count(shard) for shard in range(rank, len(inputs), world)]

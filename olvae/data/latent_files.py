@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -93,13 +94,13 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
         numbers = {name: float(stats[name]) for name in ("shift_factor", "scaling_factor")}
-        return {**stats, **numbers, "count": int(stats["count"])}
+        return {**stats, **numbers, "count": int(stats["count"]), "size": int(stats["size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """A file of JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """A file of JSON, whole or not at all, also where several processes write the same one."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)

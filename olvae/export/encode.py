@@ -4,12 +4,10 @@ import hashlib
 import io
 import json
 import tarfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +15,10 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.faults import Fault
 from olvae.data.latent_files import LATENT, META, STATS, Latent, latent_bytes, write_json
-from olvae.data.pixels import from_uint8, image_to_tensor
-from olvae.data.reading import Photo, UnreadableImageError
+from olvae.data.pixels import from_uint8
 from olvae.data.shards import INDEX
-from olvae.data.transforms import center_crop
-from olvae.export.encode_inputs import Inputs, Item
+from olvae.export.encode_inputs import Inputs
+from olvae.export.encode_reading import ReadImage, read_batches
 from olvae.export.latent_sums import LatentSums
 from olvae.models.anysize import pad_to_multiple
 from olvae.models.autoencoder import Autoencoder, LiteVAE
@@ -54,12 +51,6 @@ class EncodeOptions:
     seed: int = 0
     dtype: str = "float16"
     flip: bool = False
-
-
-class _Image(NamedTuple):
-    item: Item
-    pixels: Tensor
-    size: tuple[int, int]
 
 
 class Encoder:
@@ -112,7 +103,9 @@ class Encoder:
             write_json(plan, path)
             return
         begun = json.loads(path.read_text(encoding="utf-8"))
-        if begun != plan:
+        if begun != plan and not any(other != path for other in path.parent.glob("*.json")):
+            write_json(plan, path)  # nothing was finished under the other plan
+        elif begun != plan:
             names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
             changes = ", ".join(f"{name} was {_short(begun.get(name))}, now {_short(plan.get(name))}" for name in names)
             raise ConfigError(
@@ -162,6 +155,8 @@ class Encoder:
             if state["images"]:
                 sums.add(LatentSums(**state["sums"]))
         if not sums.images:
+            for shard in range(self.shards):  # so that the command tries again
+                self._note(shard).unlink()
             first = f": {unreadable[0]['name']}: {unreadable[0]['reason']}" if unreadable else ""
             raise ValueError(f"none of the images could be read{first}")
         stats = {
@@ -169,6 +164,7 @@ class Encoder:
             **sums.as_dict(),
             **asdict(self.options),
             **self.describe,
+            "classes": self.inputs.plan().get("classes", []),
             "unreadable": {"count": len(unreadable), "images": unreadable},
         }
         counts = {self._path(i).name: {"images": state["images"]} for i, state in enumerate(done) if state["images"]}
@@ -179,9 +175,12 @@ class Encoder:
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.tar"
 
+    def _note(self, shard: int) -> Path:
+        return self.folder / STATE / f"{shard:06d}.json"
+
     def _state(self, shard: int) -> dict[str, Any] | None:
         """What was written down of a shard, if it is finished."""
-        path = self.folder / STATE / f"{shard:06d}.json"
+        path = self._note(shard)
         if not path.is_file():
             return None
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -193,37 +192,27 @@ class Encoder:
     def _write(self, shard: int, batch_size: int, threads: int, memory: int, advance: Callable[[int], None]) -> None:
         path, sums, faults = self._path(shard), LatentSums(), []
         partial = path.with_name(f".{path.name}.partial")
-        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
-            for batch in _batches(_ahead(self._prepare, self.inputs.read(shard), threads, 2 * batch_size), batch_size):
-                images = [one for one in batch if isinstance(one, _Image)]
-                faults += [one for one in batch if isinstance(one, Fault)]
-                if images:
-                    self._encode(images, memory, archive, sums)
-                advance(len(batch))
-        if sums.images:
-            partial.replace(path)
-        else:
-            partial.unlink()
+        try:
+            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+                for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads):
+                    images = [one for one in batch if isinstance(one, ReadImage)]
+                    faults += [one for one in batch if isinstance(one, Fault)]
+                    if images:
+                        self._encode(images, memory, archive, sums)
+                    advance(len(batch))
+            if sums.images:
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         state = {
             "images": sums.images,
             "bytes": path.stat().st_size if sums.images else 0,
             "unreadable": [{"name": fault.name, "reason": fault.reason} for fault in faults],
             "sums": sums.state(),
         }
-        write_json(state, self.folder / STATE / f"{shard:06d}.json")
+        write_json(state, self._note(shard))
 
-    def _prepare(self, item: Item | Fault) -> _Image | Fault:
-        if isinstance(item, Fault):
-            return item
-        try:
-            opened = item.open()
-            picture = opened.read() if isinstance(opened, Photo) else opened
-            cropped = center_crop(picture, self.options.size) if self.options.size else picture
-            return _Image(item, image_to_tensor(cropped), picture.size)
-        except UnreadableImageError as error:
-            return Fault(item.key, error.reason)
-
-    def _encode(self, images: Sequence[_Image], memory: int, archive: tarfile.TarFile, sums: LatentSums) -> None:
+    def _encode(self, images: Sequence[ReadImage], memory: int, archive: tarfile.TarFile, sums: LatentSums) -> None:
         device = next(self.model.parameters()).device
         x = from_uint8(torch.stack([image.pixels for image in images]).to(device))  # (B, C, H, W)
         keys = [image.item.key for image in images]
@@ -287,38 +276,6 @@ def fingerprint(model: Autoencoder) -> str:
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _ahead(
-    prepare: Callable[[Item | Fault], _Image | Fault], items: Iterable[Item | Fault], threads: int, depth: int
-) -> Iterator[_Image | Fault]:
-    """What is made of the items, in their order, some of it ahead of time."""
-    if not threads:
-        yield from map(prepare, items)
-        return
-    waiting: deque[Future[_Image | Fault]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(prepare, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _batches(images: Iterable[_Image | Fault], batch_size: int) -> Iterator[list[_Image | Fault]]:
-    """Lists of so many images of one size, and the faults between them."""
-    batch: list[_Image | Fault] = []
-    shape, count = None, 0
-    for image in images:
-        if isinstance(image, _Image):
-            if count == batch_size or shape not in (None, image.pixels.shape):
-                yield batch
-                batch, count = [], 0
-            shape, count = image.pixels.shape, count + 1
-        batch.append(image)
-    if batch:
-        yield batch
 
 
 def _short(value: object) -> str:

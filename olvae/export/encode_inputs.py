@@ -50,10 +50,14 @@ class Inputs(ABC):
 
 @dataclass(frozen=True)
 class ListInputs(Inputs):
-    """Output shard i holds the images from i * shard_size on; files are named by the image's number."""
+    """Output shard i holds the images from i * shard_size on; files are named by the image's number.
+
+    With ``classes``, names of folders, a file ``.cls`` says which of them the image lies in.
+    """
 
     images: ImageList
     shard_size: int
+    classes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.shard_size)
@@ -65,12 +69,20 @@ class ListInputs(Inputs):
         return len(self._range(shard))
 
     def read(self, shard: int) -> Iterator[Item]:
+        numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._range(shard):
-            yield Item(f"{i:08d}", self.images.key(i), lambda i=i: self.images[i])  # type: ignore[misc]
+            key = self.images.key(i)
+            files = {"cls": numbers[_folder(key)]} if numbers else {}
+            yield Item(f"{i:08d}", key, lambda i=i: self.images[i], files)  # type: ignore[misc]
 
     def plan(self) -> dict[str, Any]:
         keys = (self.images.key(i) for i in range(len(self.images)))
-        return {"images": len(self.images), "keys": _digest(keys), "shard_size": self.shard_size}
+        return {
+            "images": len(self.images),
+            "keys": _digest(keys),
+            "shard_size": self.shard_size,
+            "classes": list(self.classes),
+        }
 
 
 @dataclass(frozen=True)
@@ -108,15 +120,16 @@ class ShardInputs(Inputs):
         return {"shards": len(self.shards), "keys": _digest(names)}
 
 
-def find_inputs(src: str, channels: int, shard_size: int) -> Inputs:
+def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
     """The images of SRC: those that :func:`~olvae.data.find.evaluation_source` would give.
 
     Args:
         channels: of the images.
         shard_size: images in an output shard, where SRC has no shards itself.
+        classes: the folders of SRC are classes; shards say themselves which class an image is of.
 
     Raises:
-        ConfigError: SRC is none.
+        ConfigError: SRC is none, or has no folders for classes.
         FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in (".yaml", ".yml"):
@@ -124,11 +137,28 @@ def find_inputs(src: str, channels: int, shard_size: int) -> Inputs:
         if isinstance(source, WebDatasetSource):
             return ShardInputs(source.val, source.channels, source.image_key)
         if isinstance(source, ListSource):
-            return ListInputs(source.test, shard_size)
+            return ListInputs(source.test, shard_size, _classes(source.test) if classes else ())
         raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
     if holds_shards(src):
+        if classes:
+            raise ConfigError("--classes is for folders: of shards, the .cls files are kept as they are")
         return ShardInputs(with_counts(find_shards(src)), channels)
-    return ListInputs(list_images(src, channels), shard_size)
+    images = list_images(src, channels)
+    return ListInputs(images, shard_size, _classes(images) if classes else ())
+
+
+def _classes(images: ImageList) -> list[str]:
+    """The folders that the images lie in, sorted."""
+    names = set()
+    for i in range(len(images)):
+        if "/" not in images.key(i):
+            raise ConfigError(f"--classes: {images.key(i)} lies in no folder that could be its class")
+        names.add(_folder(images.key(i)))
+    return sorted(names)
+
+
+def _folder(key: str) -> str:
+    return key.partition("/")[0]
 
 
 def _digest(lines: Sequence[str] | Iterator[str]) -> str:

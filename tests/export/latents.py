@@ -41,7 +41,7 @@ def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, s
     """What the command does, in this process; stats.json's content."""
     model = tiny_vae() if model is None else model
     batch_size = options.pop("batch_size", 3)
-    inputs = find_inputs(str(source), 3, shard_size)
+    inputs = find_inputs(str(source), 3, shard_size, options.pop("classes", False))
     encoder = Encoder(model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"})
     encoder.run(batch_size=batch_size)
     return encoder.finish()

@@ -207,6 +207,22 @@ def test_images_of_their_own_sizes(tmp_path):
     assert json.loads(meta) == {"key": "2.png", "width": 13, "height": 9, "image": [13, 9]}
 
 
+def test_folders_are_classes_if_asked(tmp_path, image_folder):
+    stats = encode(image_folder, tmp_path / "out", classes=True)
+    assert stats["classes"] == ["class0", "class1", "class2"]
+    for shard in files(tmp_path / "out").values():
+        for name, content in shard.items():
+            if name.endswith(".latent.json"):
+                folder = json.loads(content)["key"].split("/")[0]
+                assert shard[name.replace("latent.json", "cls")] == folder.removeprefix("class").encode()
+    picture(0).save(image_folder / "loose.png")
+    with pytest.raises(ConfigError, match=r"--classes: loose\.png lies in no folder"):
+        encode(image_folder, tmp_path / "loose", classes=True)
+    write_shards(tmp_path / "shards", (2,))
+    with pytest.raises(ConfigError, match="--classes is for folders"):
+        encode(tmp_path / "shards", tmp_path / "more", classes=True)
+
+
 def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
     broken = find_images(image_folder)[1]
     whole = encode(image_folder, tmp_path / "whole")
@@ -221,8 +237,10 @@ def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"none of the images could be read: .*class0/0.png"):
         encode(image_folder, tmp_path / "none")
-    assert not (tmp_path / "none/stats.json").exists()
-    assert not list((tmp_path / "none").glob("*.tar*"))
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [".encode"]
+    for number, path in enumerate(find_images(image_folder)):
+        picture(number).save(path)
+    assert encode(image_folder, tmp_path / "none")["count"] == 12  # nothing of the failure is left
 
 
 def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
@@ -356,7 +374,8 @@ def test_what_it_refuses(tmp_path, image_folder):
     with pytest.raises(ValueError, match="diverged"):
         encode(image_folder, tmp_path / "nan", Shrunk(float("nan")))
     for name in ("large", "nan"):
-        assert not list((tmp_path / name).glob("*.tar"))
+        assert [path.name for path in (tmp_path / name).iterdir()] == [".encode"]
+    encode(image_folder, tmp_path / "large", Shrunk(3e5), dtype="bfloat16")  # nothing was finished with float16
     with pytest.raises(ValueError, match="all equal"):
         encode(image_folder, tmp_path / "zero", Shrunk(0.0))
     (tmp_path / "mix.yaml").write_text(
