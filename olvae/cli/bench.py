@@ -1,7 +1,7 @@
 """``olvae bench``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -96,3 +96,90 @@ def data(
         share = f"{row['of_floor']:.0%}"
         table.add_row(escape(row["source"]), str(row["workers"]), f"{row['images_per_s']:.0f}", share)
     Console(stderr=True).print(table)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def dwt(
+    size: Annotated[int, typer.Option(min=2, help="Pixels.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 8,
+    wavelet: Annotated[str, typer.Option(help="An orthogonal wavelet of PyWavelets.")] = "haar",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+) -> None:
+    """Time one level of the wavelet transform against PyWavelets and a strided convolution.
+
+    Example: olvae bench dwt --size 512 --device cuda --json
+    """
+    from olvae.bench.wavelet import bench_dwt
+
+    rows = bench_dwt(batch_size, size, wavelet, device)
+    _show(rows, f"{wavelet}, {batch_size} RGB images of {size}x{size}, {device}", as_json)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def encoder(
+    size: Annotated[int, typer.Option(min=8, help="Pixels, a multiple of 8.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+) -> None:
+    """Time LiteVAE's encoders S, B, M, L against Stable Diffusion's.
+
+    Example: olvae bench encoder --size 256 -B 32 --device cuda
+    """
+    from olvae.bench.networks import ENCODERS, bench_networks
+
+    rows = bench_networks(ENCODERS, (batch_size, 3, _multiple(size), size), device)
+    _show(rows, f"encoders, {batch_size} images of {size}x{size}, {device}", as_json)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def decoder(
+    size: Annotated[int, typer.Option(min=8, help="Pixels, a multiple of 8.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+) -> None:
+    """Time the decoders with self-modulated convolutions, as trained and folded, against Stable Diffusion's.
+
+    Example: olvae bench decoder --size 256 -B 8 --device cuda
+    """
+    from olvae.bench.networks import DECODERS, FACTOR, LATENT, bench_networks
+
+    side = _multiple(size) // FACTOR
+    rows = bench_networks(DECODERS, (batch_size, LATENT, side, side), device)
+    _show(rows, f"decoders, {batch_size} images of {size}x{size}, {device}", as_json)
+
+
+def _multiple(size: int) -> int:
+    from olvae.config import ConfigError
+
+    if size % 8:
+        raise ConfigError(f"--size {size}: a multiple of 8, such as {max(8, size // 8 * 8)}")
+    return size
+
+
+def _show(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
+    """Rows of one shape as JSON to standard output, or as a table to standard error."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key.removesuffix("_bytes").replace("_", " "), justify="left" if key == "name" else "right")
+    for row in rows:
+        table.add_row(*(_cell(key, value) for key, value in row.items()))
+    Console(stderr=True).print(table)
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "params":
+        return f"{value / 1e6:.2f} M"
+    if key == "peak_memory_bytes":
+        return f"{value / 2**20:.0f} MiB"
+    return value if isinstance(value, str) else f"{value:.4g}"
