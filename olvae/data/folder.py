@@ -20,7 +20,8 @@ class Files(ImageList):
     """Pictures in files; a key is the path below the folder that they have in common."""
 
     def __init__(self, paths: Sequence[Path], channels: int = 3) -> None:
-        self.paths = list(paths)
+        mixed = len({path.is_absolute() for path in paths}) > 1
+        self.paths = [path.absolute() for path in paths] if mixed else list(paths)
         self.channels = channels
         self.root = Path(os.path.commonpath([path.parent for path in self.paths]))
 

@@ -114,6 +114,8 @@ class MixSource(Source):
         return order
 
     def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:
+        for source in self.sources:
+            source.eval_transform = self.eval_transform  # an evaluation may have put another one here
         return chain.from_iterable(source.once(part, consumer) for source in self.sources)
 
 

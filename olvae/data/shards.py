@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import re
 import struct
 import tarfile
 import zlib
@@ -23,6 +24,7 @@ INDEX = "index.json"
 """The name of a file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError, IndexError)
 """What reading a broken tar file raises."""
 
@@ -38,7 +40,7 @@ class Shard(NamedTuple):
 
     @property
     def stem(self) -> str:
-        return Path(self.url.split(" ")[-1]).name.partition(".")[0]
+        return file_name(self.url).partition(".")[0]
 
 
 class Entry(NamedTuple):
@@ -98,6 +100,12 @@ def local_path(url: str) -> str:
     return url.removeprefix("file:").replace("//", "/", 1) if url.startswith("file:") else url
 
 
+def file_name(url: str) -> str:
+    """The name of a shard's file, also where it is in the middle of a command or has a signature behind it."""
+    names = [] if is_local(url) else TAR_NAME.findall(url)
+    return names[-1] if names else Path(local_path(url)).name
+
+
 def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | None = None) -> list[Shard]:
     """Shards with their numbers of images: from an index, or for local ones without, counted now.
 
@@ -109,9 +117,9 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
     """
     if index is not None:
         counts = _read_index(index)
-        if unknown := [url for url in urls if Path(url).name not in counts]:
+        if unknown := [url for url in urls if file_name(url) not in counts]:
             raise ValueError(f"{index}: does not know {unknown[0]}: make it anew with `olvae data check --index`")
-        shards = [Shard(url, counts[Path(url).name]) for url in urls]
+        shards = [Shard(url, counts[file_name(url)]) for url in urls]
     else:
         shards = [Shard(url, _local_count(url, image_key)) if is_local(url) else Shard(url) for url in urls]
         known = [shard.images for shard in shards if shard.images is not None]

@@ -93,6 +93,9 @@ class StepProgress(ProgressBar):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock.pause()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.restart()
         if self._enabled and not trainer.sanity_checking:
@@ -148,8 +151,13 @@ class _Clock:
             self._waited += time.monotonic() - self._since
         self._is_waiting = False
 
+    def pause(self) -> None:
+        """Something else than training begins."""
+        self._is_waiting = False
+
     def restart(self) -> None:
         self._since = time.monotonic()
+        self._is_waiting = True
 
     def waiting(self) -> str:
         """That the data hold training up: for how long by now, or for what part of its time; else nothing."""

@@ -1,3 +1,4 @@
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -89,3 +90,13 @@ def test_mistakes(image_folder, tmp_path):
     Image.new("RGB", (9, 9)).save(empty / "one.png")
     with pytest.raises(ValueError, match="val_root"):
         source(empty)
+
+
+def test_a_list_may_have_absolute_and_relative_paths(image_folder, tmp_path, monkeypatch):
+    first, *rest = sorted(image_folder.rglob("*.png"))
+    monkeypatch.chdir(tmp_path)
+    names = [str(first), *(os.path.relpath(path, tmp_path) for path in rest)]
+    Path("list.txt").write_text("\n".join(names))
+    s = source(Path("list.txt"))
+    assert {path.resolve() for path in [*s.train.paths, *s.val.paths]} == {path.resolve() for path in [first, *rest]}
+    assert all(s.train.key(i) for i in range(len(s.train)))

@@ -7,6 +7,7 @@ import torch
 from olvae.config import ConfigError, validate
 from olvae.data.mix import MixSource
 from olvae.data.source import Consumer
+from olvae.data.transforms import EvalTransform
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 
@@ -91,3 +92,14 @@ def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
     nodes[1]["params"]["shufle"] = 3
     (mistake,) = validate(config)
     assert mistake.startswith("data.params.sources.1.params.shufle: unknown key; did you mean shuffle?")
+
+
+def test_an_evaluations_transform_reaches_the_sources(nodes):
+    s = mix(nodes)
+    s.eval_transform = EvalTransform(16, "squash")
+    whole = {sample.key: sample.image for sample in s.once("test", Consumer())}
+    for source in mix(nodes).sources:
+        source.eval_transform = EvalTransform(16, "squash")
+        for sample in source.once("test", Consumer()):
+            assert torch.equal(whole[sample.key], sample.image)
+    assert len(whole) == s.count("test")

@@ -145,3 +145,27 @@ def test_counts_from_an_index_or_by_counting(tmp_path):
     index.write_text("{")
     with pytest.raises(ValueError, match="not a readable index"):
         with_counts(paths)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://a.b/c/000.tar",
+        "https://a.b/c/000.tar?X-Signature=abc&name=x",
+        "pipe:aws s3 cp s3://bucket/c/000.tar -",
+        "pipe:curl -s 'https://a.b/000.tar'",
+        "pipe:cat /x.tar/000.tar | cat",
+        "pipe:hadoop fs -cat hdfs:///d/000.tar",
+    ],
+)
+def test_an_index_knows_shards_whatever_brings_them(tmp_path, url):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}}}))
+    (shard,) = with_counts([url], str(index))
+    assert shard.images == 30
+    assert shard.stem == "000"
+
+
+def test_a_local_shard_may_have_any_name():
+    assert Shard("a b/my photos.v2.tar").stem == "my photos"
+    assert Shard("pipe:make-images").stem == "pipe:make-images"

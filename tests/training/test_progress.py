@@ -65,3 +65,15 @@ def test_while_nothing_comes_it_says_for_how_long(now):
     assert clock.waiting() == "waiting for data since 3 s"
     clock.came()
     assert "since" not in clock.waiting()
+
+
+def test_validation_is_no_waiting_for_data(now):
+    clock = _Clock()
+    step(clock, now, 0.0, 1.0, 1)
+    step(clock, now, 0.0, 1.0, 2)
+    clock.pause()
+    now(100.0)
+    assert clock.waiting() == ""
+    clock.restart()
+    now(3.0)
+    assert clock.waiting() == "waiting for data since 3 s"
