@@ -52,7 +52,7 @@ def command(
     from olvae.evaluation.reconstruct import Settings, collect_images, plan, run_job
     from olvae.evaluation.targets import find_target
     from olvae.models.autoencoder import LiteVAE
-    from olvae.models.memory import GIB
+    from olvae.models.memory import GIB, default_memory
     from olvae.models.receptive import receptive_field
     from olvae.training.devices import resolve_precision
 
@@ -75,10 +75,7 @@ def command(
         raise ConfigError(f"--tile {tile}: {name} sees the whole latent at every position: leave --tile out")
     channels = model.in_channels
     jobs = plan(pictures, out, ".png" if channels in (1, 3, 4) else ".npy")
-    if memory is not None:
-        budget = int(memory * GIB)
-    else:
-        budget = torch.cuda.mem_get_info(where)[0] // 2 if where.type == "cuda" else GIB
+    budget = default_memory(where) if memory is None else int(memory * GIB)
     settings = Settings(
         where,
         budget,

@@ -1,5 +1,6 @@
 """LiteVAE as a model of diffusers, for its pipelines in place of AutoencoderKL."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from olvae.models.anysize import crop_to, pad_to_multiple
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.description import autoencoder_params, build_autoencoder, export_config
+from olvae.models.memory import default_memory
+from olvae.models.streaming import moments_within
+from olvae.models.tiling import decode_tiled
 
 __all__ = ["AutoencoderLiteVAE"]
 
@@ -71,6 +76,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         self.decoder = built.decoder
         self.quantizer = built.quantizer
         self.use_slicing = False
+        self.use_tiling = False
+        self.tiling_memory: int | None = None
 
         follows = {name: value for name, value in export_config(built).items() if name not in given}
         del follows["_class_name"]
@@ -108,14 +115,17 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """(B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, H/f, W/f).
+        """(B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, ceil(H/f), ceil(W/f)).
 
-        Raises:
-            ValueError: H or W is not a multiple of f.
+        What lacks to a multiple of f is added at the bottom and at the right, see :func:`pad_to_multiple`; decoding
+        gives it back as well, as f h rows and f w columns.
         """
-        moments = self.autoencoder.moments
-        h = torch.cat([moments(image) for image in x.split(1)]) if self.use_slicing else moments(x)
-        posterior = DiagonalGaussianDistribution(h)
+        model = self.autoencoder
+        posterior = DiagonalGaussianDistribution(
+            self._run(
+                model.moments, lambda x, memory: moments_within(model, x, memory), pad_to_multiple(x, model.downscale)
+            )
+        )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -126,8 +136,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         generator: torch.Generator | None = None,  # noqa: ARG002  (pipelines give one; nothing here is random)
     ) -> DecoderOutput | tuple[Tensor]:
         """(B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
-        decode = self.autoencoder.decode
-        x = torch.cat([decode(latent) for latent in z.split(1)]) if self.use_slicing else decode(z)
+        model = self.autoencoder
+        x = self._run(model.decode, lambda z, memory: decode_tiled(model, z, memory=memory), z)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def forward(
@@ -137,11 +147,11 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Reconstruction of (B, C, H, W), from the posterior's mode or from a sample."""
+        """Reconstruction of (B, C, H, W), of the same size, from the posterior's mode or from a sample."""
         (posterior,) = self.encode(sample, return_dict=False)
-        return self.decode(  # type: ignore[no-any-return]
-            posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict=return_dict
-        )
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        x = crop_to(self.decode(z, return_dict=False)[0], (sample.shape[-2], sample.shape[-1]))
+        return DecoderOutput(sample=x) if return_dict else (x,)
 
     def enable_slicing(self) -> None:
         """Encode and decode a batch image by image, in the memory of one; the result is the same."""
@@ -149,3 +159,33 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
     def disable_slicing(self) -> None:
         self.use_slicing = False
+
+    def enable_tiling(self, memory: int | None = None) -> None:
+        """Encode and decode large images within a stated memory; the result is the same to rounding.
+
+        Where it does not fit, the decoder runs over tiles that overlap by all that it sees, the encoder layer by layer
+        over strips of rows, see :func:`decode_tiled` and :func:`moments_within`: without gradients. Where those are
+        asked for, of the input or in training mode, everything is computed whole.
+
+        Args:
+            memory: bytes beside images and weights; by default half of a GPU's free memory, on the CPU 1 GiB.
+
+        Raises:
+            ValueError: ``memory`` is not positive. Encoding and decoding raise it where the memory does not suffice, or
+                a network can't be tiled, such as Stable Diffusion's.
+        """
+        if memory is not None and memory <= 0:
+            raise ValueError(f"memory is a number of bytes, at least 1, got {memory}")
+        self.use_tiling, self.tiling_memory = True, memory
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def _run(self, whole: Callable[[Tensor], Tensor], within: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+        """``whole(x)``, image by image and within the memory, if that is enabled."""
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([self._run(whole, within, one) for one in x.split(1)])
+        gradients = torch.is_grad_enabled() and (self.training or x.requires_grad)
+        if not self.use_tiling or gradients:
+            return whole(x)
+        return within(x, default_memory(x.device) if self.tiling_memory is None else self.tiling_memory)

@@ -21,16 +21,24 @@ from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.unet import PostActivationBlock, PreActivationBlock, UNet
 from olvae.modules.precision import autocast_enabled, island
 
-__all__ = ["encode_within"]
+__all__ = ["encode_within", "moments_within"]
 
 Function = Callable[[Tensor], Tensor]
 
+STREAMED = (torch.float32, torch.float16, torch.bfloat16)
+"""What lies between the layers is kept in float32."""
 
-@torch.no_grad()
+
 def encode_within(
     model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None
 ) -> DiagonalGaussian:
-    """``model.encode(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
+    """``model.encode(x)`` without gradients, within ``memory``; see :func:`moments_within`."""
+    return DiagonalGaussian(moments_within(model, x, memory, progress))
+
+
+@torch.no_grad()
+def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None) -> Tensor:
+    """``model.moments(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
 
     What fits is encoded as always. What does not is streamed through the UNets: a quarter of the memory is
     for strips, on x's device, the rest for what lies between layers, on the CPU; more goes to temporary files (in
@@ -49,22 +57,24 @@ def encode_within(
     encoder = model.encoder
     needs = peak_bytes(encoder, lambda e, images: e(images), tuple(x.shape))
     if needs <= memory:
-        return model.encode(x)
+        return model.moments(x)
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
             f"{type(encoder).__name__} sees the whole image at every position and can't be streamed; encoding "
             f"{x.shape[-1]}x{x.shape[-2]} pixels takes {needs / GIB:.1f} GiB, more than {memory / GIB:.1f}: "
             "allow more memory, or a smaller image"
         )
-    if encoder.training or x.dtype != torch.float32:
-        raise ValueError("streaming takes float32 images and a model in evaluation mode: call model.eval() first")
+    if encoder.training or x.dtype not in STREAMED:
+        raise ValueError(
+            "streaming takes float32 or half precision and a model in evaluation mode: call model.eval() first"
+        )
     sizes = [4.0**-level for level in range(1, encoder.levels + 1)]
     weights = iter([*sizes, sizes[-1]])
     done, whole = 0.0, x.shape[0] * (sum(sizes) + sizes[-1])
 
     def stream(unet: nn.Module, h: Tensor) -> Tensor:
         nonlocal done
-        out = torch.cat([_Stream(memory, x.device).unet(unet, one) for one in h.split(1)])
+        out = torch.cat([_Stream(memory, x.device, x.dtype).unet(unet, one) for one in h.split(1)])
         done += x.shape[0] * next(weights)
         if progress is not None:
             progress(done / whole)
@@ -73,7 +83,7 @@ def encode_within(
     moments = encoder.run(x, stream)
     if model.quantizer is not None:
         moments = model.quantizer.quant_conv(moments)
-    return DiagonalGaussian(island(moments) if autocast_enabled(moments) else moments)
+    return island(moments) if autocast_enabled(moments) else moments
 
 
 class _Plane:
@@ -112,8 +122,8 @@ class _Plane:
 class _Stream:
     """Runs UNets layer by layer; only one strip of rows is on the device."""
 
-    def __init__(self, memory: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, memory: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self.strip = memory // 4
         self.left = memory - self.strip
 
@@ -138,7 +148,7 @@ class _Stream:
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             low, high = max(0, start - reach), min(height, stop + reach)
-            values = run(*(plane.read(low, high).to(self.device) for plane in inputs))
+            values = run(*(plane.read(low, high).to(self.device, self.dtype) for plane in inputs))
             out.write(start, values[:, :, start - low : stop - low])
         return out
 
@@ -165,7 +175,7 @@ class _Stream:
             values.repeat_interleave(repeat).float().to(self.device).view(-1, 1, 1) for values in (mean, rstd)
         )
         weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
-        return lambda x: F.silu((x.float() - shift) * scale * weight + bias)
+        return lambda x: F.silu((x.float() - shift) * scale * weight + bias).to(x.dtype)
 
     def post_activation(self, block: PostActivationBlock, inputs: Sequence[_Plane]) -> _Plane:
         h = self.conv(block.conv1, inputs)
@@ -213,4 +223,4 @@ class _Stream:
             h = self.block(step, [h])
         for step in unet.up():
             h = self.conv(step, [h]) if isinstance(step, nn.Conv2d) else self.block(step, [h, skips.pop()])
-        return self.conv(unet.conv_out, [h]).read(0, height).to(x.device)
+        return self.conv(unet.conv_out, [h]).read(0, height).to(x)

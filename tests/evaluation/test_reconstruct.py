@@ -144,7 +144,8 @@ import torch
 
 from olvae import config as cfg
 from olvae.evaluation import reconstruct as module
-from olvae.evaluation.targets import build_autoencoder
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.description import autoencoder_params
 from olvae.models.receptive import decode_window
 from olvae.models.tiling import decode_tiled, split, tile_for
 
@@ -162,7 +163,8 @@ def watched(*arguments):
 kept = []
 module.decode_tiled = watched
 source, out = map(Path, sys.argv[1:])
-model = build_autoencoder(cfg.load(["configs/olitevaeB_im_f8c12.yaml"])).eval().fold()
+config = autoencoder_params(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
+model = LiteVAE.from_config(**config).eval().fold()
 (job,) = module.plan([source], out)
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew

@@ -8,7 +8,11 @@ from safetensors.torch import load_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError
+from olvae.models.anysize import decode_any, encode_any
+from olvae.models.memory import GIB, default_memory, peak_bytes
+from olvae.models.tiling import tile_bytes
 from tests.conftest import tiny_config
+from tests.models.test_tiling import sd
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "quantizer"])
@@ -97,6 +101,118 @@ def test_slicing_changes_nothing_but_the_batch(vae, image, monkeypatch):
     model.disable_slicing()
     model(image)
     assert sizes[6:] == [3, 3]
+
+
+@pytest.fixture
+def large() -> torch.Tensor:
+    return torch.randn(2, 3, 88, 40) * torch.linspace(0.1, 2.0, 88)[:, None]  # statistics differ from row to row
+
+
+def watch(model: AutoencoderLiteVAE) -> list[str]:
+    """Which halves are run whole, from now on, and on how many images."""
+    seen: list[str] = []
+    for name in ("encoder", "decoder"):
+        getattr(model, name).register_forward_pre_hook(lambda _, x, name=name: seen.append(f"{name} {len(x[0])}"))
+    return seen
+
+
+@pytest.mark.parametrize("slicing", [False, True])
+def test_tiling_gives_the_whole_result_within_the_memory(vae, large, tmp_path, slicing):
+    vae.save_pretrained(tmp_path)
+    model = AutoencoderLiteVAE.from_pretrained(tmp_path)
+    seen = watch(model)
+    with torch.no_grad():
+        posterior = model.encode(large).latent_dist
+        z = posterior.mode()
+        expected, whole = model.decode(z).sample, model(large).sample
+        if slicing:
+            model.enable_slicing()
+        batch = 1 if slicing else 2
+        memory = tile_bytes(model.decoder, 3, (batch, 4, 11, 5))
+        assert memory < min(
+            peak_bytes(model.encoder, lambda m, x: m(x), (batch, 3, 88, 40)),
+            peak_bytes(model.decoder, lambda m, x: m(x), (batch, 4, 11, 5)),
+        )
+        model.enable_tiling(memory)
+        seen.clear()
+        tiled = model.encode(large).latent_dist
+        torch.testing.assert_close(tiled.mean, posterior.mean, rtol=0, atol=1e-4)
+        torch.testing.assert_close(tiled.logvar, posterior.logvar, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.decode(z).sample, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(large).sample, whole, rtol=0, atol=1e-4)
+        assert seen == []  # neither half has seen a whole image
+        model.disable_tiling()
+        model.decode(z)
+        assert seen == [f"decoder {batch}"] * (2 // batch)
+
+
+def test_tiling_without_a_memory_takes_what_fits(vae, image, large, monkeypatch):
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    assert default_memory(model.device) == GIB
+    model.enable_tiling()
+    seen = watch(model)
+    with torch.no_grad():
+        model.encode(image)
+        assert seen == ["encoder 3"]
+        monkeypatch.setattr("olvae.export.diffusers_model.default_memory", lambda device: 1)
+        model.encode(large)
+        with pytest.raises(ValueError, match="the smallest tile takes"):
+            model.decode(torch.randn(1, 4, 6, 6))
+    assert seen == ["encoder 3"]
+
+
+def test_gradients_are_not_lost_to_tiling(vae):
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    model.enable_tiling(1)
+    z = torch.randn(1, 4, 2, 2, requires_grad=True)
+    model.decode(z).sample.sum().backward()
+    assert z.grad.abs().sum() > 0
+    model.train()
+    model(torch.randn(1, 3, 16, 16)).sample.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tiling_in_half_precision(vae, large, dtype):
+    model = AutoencoderLiteVAE.from_autoencoder(vae).to(dtype)
+    x = large.to(dtype)
+    with torch.no_grad():
+        whole = model.encode(x).latent_dist.mode()
+        image = model.decode(whole).sample
+        model.enable_tiling(tile_bytes(model.decoder, 3, (2, 4, 11, 5)))
+        tiled = model.encode(x).latent_dist.mode()
+        torch.testing.assert_close(tiled, whole, rtol=0, atol=20 * torch.finfo(dtype).eps * float(whole.abs().max()))
+        again = model.decode(whole).sample
+    assert again.dtype == dtype
+    torch.testing.assert_close(again, image, rtol=0, atol=20 * torch.finfo(dtype).eps * float(image.abs().max()))
+
+
+def test_what_can_not_be_tiled_says_so(vae):
+    model = AutoencoderLiteVAE.from_autoencoder(sd())
+    model.enable_tiling(100)
+    with pytest.raises(ValueError, match="SDEncoder sees the whole image at every position and can't be streamed"):
+        model.encode(torch.randn(1, 3, 16, 24))
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="SDDecoder sees the whole latent at every position and can't"),
+    ):
+        model.decode(torch.randn(1, 4, 6, 5))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        model.enable_tiling(0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 31), (16, 9)])
+def test_any_size(vae, size):
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    x = torch.rand(2, 3, *size) * 2 - 1
+    with torch.no_grad():
+        mean = model.encode(x).latent_dist.mode()
+        torch.testing.assert_close(mean, encode_any(vae, x)[0].mode(), rtol=0, atol=0)
+        assert model.decode(mean).sample.shape == (2, 3, *(8 * -(-side // 8) for side in size))
+        expected = decode_any(vae, mean, size)
+        torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=0)
+        model.enable_tiling(tile_bytes(model.decoder, 1, (2, 4, *mean.shape[2:])))
+        torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=1e-4)
 
 
 def test_dtypes(vae, image, tmp_path):

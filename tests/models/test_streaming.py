@@ -105,6 +105,8 @@ def test_mistakes():
     vae = autoencoder()
     with pytest.raises(ValueError, match=r"call model\.eval"):
         encode_within(vae.train(), torch.randn(1, 3, 16, 16), 1)
+    with pytest.raises(ValueError, match=r"streaming takes float32 or half"):
+        encode_within(vae.eval().double(), torch.randn(1, 3, 16, 16).double(), 1)
 
 
 def test_one_latent_position_in_the_narrowest_networks():
