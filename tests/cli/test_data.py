@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from olvae.cli.main import main
 from olvae.data import check as module
 from tests.data.packing import members
 
@@ -20,18 +20,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def olvae(capfd, monkeypatch):
-    """Run a command; returns exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
+def olvae(olvae, monkeypatch):
+    """``olvae data``, which measures speeds for a moment only."""
     monkeypatch.setattr(module, "MEASURE_S", 0.05)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            main(["data", *(str(a) for a in arguments)])
-        out, err = capfd.readouterr()
-        return leaving.value.code, out, err
-
-    return run
+    return partial(olvae, "data")
 
 
 @pytest.mark.parametrize("command", ["pack", "check"])

@@ -15,20 +15,6 @@ from tests.export.latents import pictures, tiny_vae
 
 
 @pytest.fixture
-def olvae(capfd, monkeypatch):
-    """Run a command; returns exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return leaving.value.code, out, err
-
-    return run
-
-
-@pytest.fixture
 def olvae_on_two(capfd):
     """Run a command in two processes; what both write to standard error."""
 

@@ -1,13 +1,13 @@
 """``olvae export`` as a user types it, from a run to a folder that loads everywhere."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 
 from olvae import AutoencoderLiteVAE, LiteVAE
-from olvae.cli.main import main
 from olvae.config import save
 from olvae.models.description import WEIGHTS_NAME
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -15,16 +15,9 @@ from tests.conftest import tiny_config
 
 
 @pytest.fixture
-def olvae(capfd, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            main(["export", *(str(a) for a in arguments)])
-        out, err = capfd.readouterr()
-        return leaving.value.code, out, err
-
-    return run
+def olvae(olvae):
+    """``olvae export``."""
+    return partial(olvae, "export")
 
 
 @pytest.fixture

@@ -6,23 +6,9 @@ import torch
 from PIL import Image
 
 from olvae import LiteVAE
-from olvae.cli.main import main
 from olvae.config import save
 from tests.conftest import tiny_config
 from tests.models.test_autoencoder import tiny
-
-
-@pytest.fixture
-def olvae(capfd, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return leaving.value.code, out, err
-
-    return run
 
 
 @pytest.fixture
