@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch.distributed as dist
+
 __all__ = ["Fault", "FaultLimitError", "Faults", "Losses"]
 
 log = logging.getLogger("olvae.data")
@@ -71,7 +73,8 @@ class Faults:
         """Count a batch of this process: what it met, and how many images there were in it.
 
         Args:
-            world: how many processes read the same images, each its own share.
+            world: how many processes read the same images, each its own share. If they are several, no one of them
+                stops alone, for the others would wait for it: see :meth:`share`.
 
         Raises:
             FaultLimitError: the share of unreadable images is above the limit.
@@ -83,11 +86,25 @@ class Faults:
             if fault.lost:
                 self._skipped += 1
                 self.losses.images.add((fault.name, fault.image))
-        self._delivered += delivered
-        self._check(world)
-        if self.epoch and self._delivered * world // self.epoch > self._epochs:
-            self._epochs = self._delivered * world // self.epoch
+        self._delivered += delivered * world
+        if world == 1:
+            self._check()
+        if self.epoch and self._delivered // self.epoch > self._epochs:
+            self._epochs = self._delivered // self.epoch
             self.end_of_epoch()
+
+    def share(self) -> None:
+        """Add what the other processes met. All have to call this at the same point, and all raise or none.
+
+        Raises:
+            FaultLimitError: the share of unreadable images is above the limit.
+        """
+        parts = [self.losses] * dist.get_world_size()
+        dist.all_gather_object(parts, self.losses)
+        for part in parts:
+            self.losses.reasons.update(part.reasons)
+            self.losses.images.update(part.images)
+        self._check()
 
     def end_of_epoch(self) -> None:
         """Say how many were skipped since the last one, if any were."""
@@ -96,11 +113,8 @@ class Faults:
             log.warning("%s: %s skipped%s", self.what, images, " in this epoch" if self.epoch else "")
         self._skipped = 0
 
-    def _check(self, world: int) -> None:
-        if self.images:  # of which this process will have read its share by the end of the epoch
-            read = min(self.images, max(-(-self.images // world), self._delivered))
-        else:
-            read = max(self._delivered + self.lost, round(1 / self.limit) if self.limit else 1)
+    def _check(self) -> None:
+        read = self.images or max(self._delivered + self.lost, round(1 / self.limit) if self.limit else 1)
         if self.lost > self.limit * read:
             names = [f"{name} ({reason})" for name, reason in self.losses.reasons.items()]
             more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""

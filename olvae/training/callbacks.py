@@ -17,14 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from olvae import config as cfg
+from olvae.data.faults import FaultLimitError
 from olvae.data.pixels import to_uint8
-from olvae.data.source import Batch
+from olvae.data.source import Batch, Loader
 from olvae.figures import error_map, labelled_grid
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 
-__all__ = ["FiniteLoss", "GracefulStop", "ImageGrids", "KeepCheckpoints", "SaveConfig"]
+__all__ = ["FaultLimit", "FiniteLoss", "GracefulStop", "ImageGrids", "KeepCheckpoints", "SaveConfig"]
 
 
 class KeepCheckpoints(Checkpoint):
@@ -68,7 +69,8 @@ class KeepCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
-        if not self._in_step and pl_module.images_seen > self._images and trainer.world_size == 1:
+        together = trainer.world_size == 1 or isinstance(exception, FaultLimitError)  # else the others are elsewhere
+        if together and not self._in_step and pl_module.images_seen > self._images:
             self._save(trainer, pl_module, "last.ckpt")
 
     def on_train_batch_end(
@@ -195,6 +197,28 @@ class FiniteLoss(Callback):
         loss = float(trainer.callback_metrics.get("train/loss", 0.0))
         if not math.isfinite(loss):
             raise not_finite(trainer, "the loss is")
+
+
+class FaultLimit(Callback):
+    """Several processes add up what they could not read, and stop together when it is too much.
+
+    Args:
+        every_n_batches: how often they compare.
+    """
+
+    def __init__(self, every_n_batches: int = 10) -> None:
+        self.every_n_batches = every_n_batches
+        self._shared = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        loader = trainer.train_dataloader
+        if trainer.world_size == 1 or batch_idx % self.every_n_batches or not isinstance(loader, Loader):
+            return
+        if trainer.strategy.reduce_boolean_decision(loader.faults.lost > self._shared, all=False):
+            loader.faults.share()
+            self._shared = loader.faults.lost
 
 
 def not_finite(trainer: pl.Trainer, what: str) -> FloatingPointError:

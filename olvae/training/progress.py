@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -52,11 +53,9 @@ class StepProgress(ProgressBar):
         self._clock = _Clock(trainer.global_step)
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                _WaitingColumn(self._clock),
+                _StatusColumn(self._clock),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -113,15 +112,17 @@ class StepProgress(ProgressBar):
             self._bar = None
 
 
-class _WaitingColumn(ProgressColumn):
-    """What the clock says of waiting, anew at every refresh: also while no step ends."""
+class _StatusColumn(ProgressColumn):
+    """Loss and speed, and what the clock says of waiting, anew at every refresh: also while no step ends."""
 
     def __init__(self, clock: "_Clock") -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self.clock = clock
 
     def render(self, task: Task) -> Text:
-        return Text(self.clock.waiting(), style="yellow")
+        waiting = self.clock.waiting()
+        status = "" if self.clock.seconds_waiting() else str(task.fields["status"])  # both are too much for a line
+        return Text.assemble(status, "  " if status and waiting else "", (waiting, "yellow"))
 
 
 class _Clock:
@@ -159,11 +160,15 @@ class _Clock:
         self._since = time.monotonic()
         self._is_waiting = True
 
+    def seconds_waiting(self) -> float:
+        """How long no batch has come by now, if that is long; else 0."""
+        seconds = time.monotonic() - self._since
+        return seconds if self._is_waiting and seconds > LONG_WAIT_S else 0.0
+
     def waiting(self) -> str:
         """That the data hold training up: for how long by now, or for what part of its time; else nothing."""
-        now = time.monotonic() - self._since
-        if self._is_waiting and now > LONG_WAIT_S:
-            return f"waiting for data since {now:.0f} s"
+        if seconds := self.seconds_waiting():
+            return f"waiting for data since {seconds:.0f} s"
         share = self._waited / self._spent if self._spent else 0.0
         return f"waiting for data {share:.0%}" if share > MUCH_WAITING else ""
 

@@ -21,7 +21,7 @@ from olvae.config import Config, ConfigError
 from olvae.data.source import Source
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.training.callbacks import FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints, SaveConfig
+from olvae.training.callbacks import FaultLimit, FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints, SaveConfig
 from olvae.training.devices import resolve_devices, resolve_precision
 from olvae.training.health import Health
 from olvae.training.progress import StepProgress
@@ -107,7 +107,9 @@ def train(options: TrainOptions) -> runs.Run:
     run = resumed or _new_run(options.logdir, settings)
     stop = GracefulStop()
     try:
-        trainer = _trainer(run, precision, trainer_args, config, [stop, SaveConfig({**config, "run": settings})])
+        trainer = _trainer(
+            run, precision, trainer_args, config, [stop, FaultLimit(), SaveConfig({**config, "run": settings})]
+        )
         print_summary(settings, run, trainer, model, source, start)
         trainer.fit(
             model,

@@ -1,4 +1,5 @@
 import pytest
+import torch.distributed as dist
 
 from olvae.data.faults import Fault, FaultLimitError, Faults, Losses
 
@@ -42,13 +43,20 @@ def test_the_limit_is_a_share_of_all_images(images, broken, stops):
         faults.take([Fault(f"f{i}", "bad") for i in range(broken)], 1)
 
 
-def test_one_of_several_processes_compares_with_its_own_share():
-    faults = account(images=1000)
-    with pytest.raises(FaultLimitError, match="6 of 500"):
-        faults.take([Fault(f"f{i}", "bad") for i in range(6)], 1, world=2)
-    faults = account(images=1000)
-    faults.take([], 1000, world=2)  # its second epoch: it has had all of them
-    faults.take([Fault(f"f{i}", "bad") for i in range(6)], 1, world=2)
+def test_one_of_several_processes_does_not_stop_alone_but_with_the_others(monkeypatch):
+    mine, other = account(images=1000), account(images=1000)
+    for faults, numbers in ((mine, range(7)), (other, range(3, 10))):  # 10 different ones, 4 that both have met
+        faults.take([Fault(f"f{i}", "bad") for i in numbers], 1, world=2)
+    mine.take([Fault(f"f{i}", "bad") for i in range(7)], 1, world=2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), [own, other.losses])
+    )
+    mine.share()
+    assert mine.lost == 10  # of 1000, as one process would count
+    other.take([Fault("f10", "bad")], 1, world=2)
+    with pytest.raises(FaultLimitError, match="11 of 1000"):
+        mine.share()
 
 
 def test_where_nobody_knows_how_many_there_are_one_may_always_fail():

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
@@ -20,10 +23,12 @@ SMALL = (
 )
 
 
-def command(tmp_path: Path, config: str, name: str, *overrides: str, launcher: tuple[str, ...] = ()) -> dict:
+def start(
+    tmp_path: Path, config: str, name: str, *overrides: str, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("OLVAE_RUN", "LOCAL_RANK")}
     arguments = ["train.py", "--base", config, "--logdir", str(tmp_path), "--gpus", "0", "--name", name]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *launcher, *arguments, *SMALL, *overrides],
         cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "1"},
@@ -31,6 +36,10 @@ def command(tmp_path: Path, config: str, name: str, *overrides: str, launcher: t
         text=True,
         check=False,
     )
+
+
+def command(tmp_path: Path, config: str, name: str, *overrides: str, launcher: tuple[str, ...] = ()) -> dict:
+    done = start(tmp_path, config, name, *overrides, launcher=launcher)
     assert done.returncode == 0, done.stderr[-2000:]
     (run,) = tmp_path.glob(f"*_{name}_32")  # one folder, whatever the number of processes
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -56,3 +65,16 @@ def test_torchrun_makes_one_run_folder(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     two = command(tmp_path, "configs/demo.yaml", "torchrun", *TWO, launcher=launcher)
     assert two["global_step"] == 5
+
+
+def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(tmp_path, image_folder):
+    (image_folder / "class2" / "empty.png").touch()  # which is for training, by its hash
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(image_folder)))
+    done = start(tmp_path, str(config), "bad", *TWO, "data.params.batch_size=1", "lightning.trainer.max_steps=40")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors
+    assert all("1 of 13 images can't be read" in line and "empty.png (the file is empty)" in line for line in errors)
+    (run,) = tmp_path.glob("*_bad_32")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["images_seen"] == 20

@@ -1,9 +1,12 @@
+import re
 import time
 
 import pytest
+from rich.console import Console
+from rich.progress import BarColumn, Progress
 
 from olvae.training import progress
-from olvae.training.progress import _Clock
+from olvae.training.progress import _Clock, _StatusColumn
 
 
 @pytest.fixture
@@ -77,3 +80,20 @@ def test_validation_is_no_waiting_for_data(now):
     clock.restart()
     now(3.0)
     assert clock.waiting() == "waiting for data since 3 s"
+
+
+def test_the_bar_stays_on_one_line(now):
+    clock = _Clock()
+    step(clock, now, 9.0, 1.0, 1)
+    step(clock, now, 0.3, 0.7, 2)
+    bar = Progress(BarColumn(), _StatusColumn(clock), console=Console(width=60, force_terminal=True))
+    bar.add_task("train", total=10, status="loss 0.4325  137.2 images/s")
+    for seconds, status in (
+        (0.0, "loss 0.4325  137.2 images/s  waiting for data 30%"),
+        (9.0, "waiting for data since 9 s"),
+    ):
+        now(seconds)
+        with bar.console.capture() as capture:
+            bar.console.print(bar.get_renderable())
+        (line,) = capture.get().splitlines()
+        assert status in re.sub(r"\x1b\[[0-9;]*m", "", line)
