@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.pretrained import weights_dir  # noqa: F401  (a fixture)
+
 torch.set_num_threads(1)
 
 

@@ -86,8 +86,8 @@ def command(
     import logging
 
     from olvae.config import ConfigError
-    from olvae.evaluation.assess import DEFAULT_METRICS, Request, assess
-    from olvae.evaluation.outputs import write_outputs
+    from olvae.evaluation.assess import DEFAULT_METRICS, UNTRAINED, Request, assess
+    from olvae.evaluation.outputs import check_writable, write_outputs
     from olvae.evaluation.processes import device_of, join, leave
     from olvae.evaluation.protocol import PROTOCOLS, named
     from olvae.evaluation.report import Evaluation, print_evaluations, read_earlier
@@ -102,11 +102,16 @@ def command(
     if unknown := [name for name in _names(protocol) if name not in PROTOCOLS]:
         raise ConfigError(f"--protocol {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
-    found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets])
+    found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     if out is None and found[0].run is None:
         raise ConfigError("--out DIR says where the results go: the first target is not a run folder")
     folder = out or Path(targets[0])
+    check_writable(folder)
     earlier = [read_earlier(path) for path in beside or ()]
+    suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
+    places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
+    if over := [path for path in beside or () if path.resolve() in places]:
+        raise ConfigError(f"--beside {over[0]}: new results would be written over it: add --out DIR")
 
     rank, _ = join()
     if rank:
@@ -128,11 +133,9 @@ def command(
             except ValueError as reason:  # not for nothing: its own results are kept
                 evaluation, refused = alone, [*refused, reason]
             shown.append(evaluation)
-            main = protocols[0].name == evaluation.protocol.name
-            written += write_outputs(
-                assessment, evaluation, folder, "" if main else f"_{evaluation.protocol.name}", report
-            )
-            if as_json and main:
+            suffix = suffixes[evaluation.protocol.name]
+            written += write_outputs(assessment, evaluation, folder, suffix, report)
+            if as_json and not suffix:
                 typer.echo(json.dumps(evaluation.as_dict(), indent=2))
     print_evaluations(shown)
     for what, path in written:
@@ -142,4 +145,4 @@ def command(
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

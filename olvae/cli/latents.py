@@ -54,15 +54,17 @@ def command(
     from olvae.data.find import source_of
     from olvae.evaluation.latent_figures import draw_channels, draw_distribution
     from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
+    from olvae.evaluation.outputs import check_writable
     from olvae.evaluation.processes import device_of, gather, join, leave
-    from olvae.evaluation.targets import find_target
+    from olvae.evaluation.targets import find_target, name_apart
 
     rank, world = join()
     found = [find_target(target, config) for target in targets]
-    if out is None and not Path(targets[0]).is_dir():
-        raise ConfigError("--out DIR says where the report on a checkpoint goes")
+    if out is None and found[0].run is None:
+        raise ConfigError("--out DIR says where the report goes: the first target is not a run folder")
+    check_writable(out or Path(targets[0]))
     device = device_of(device)
-    models = dict(zip(_names([target.name for target in found]), (target.load() for target in found), strict=True))
+    models = {target.name: target.load() for target in name_apart(found)}
 
     channels = next(iter(models.values())).in_channels
     source = source_of(found[0].config, data, channels=channels)
@@ -109,8 +111,3 @@ def command(
         f"         {folder / 'latent_channels.png'}",
         err=True,
     )
-
-
-def _names(names: list[str]) -> list[str]:
-    """The names, numbered where two are equal."""
-    return [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]

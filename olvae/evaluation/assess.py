@@ -29,7 +29,10 @@ from olvae.metrics.metric import Unavailable
 from olvae.metrics.registry import METRICS, build_metrics
 from olvae.models.autoencoder import Autoencoder
 
-__all__ = ["DEFAULT_METRICS", "Assessment", "Request", "assess"]
+__all__ = ["DEFAULT_METRICS", "UNTRAINED", "Assessment", "Request", "assess"]
+
+UNTRAINED = "untrained"
+"""A baseline's name, which no target may have."""
 
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
 
@@ -101,7 +104,12 @@ def assess(request: Request) -> list[Assessment] | None:
 
 def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, Autoencoder]) -> Assessment | None:
     first = next(iter(models.values()))
-    source = source_of(request.config, request.data, request.size, first.in_channels)
+    try:
+        source = source_of(request.config, request.data, request.size, first.in_channels)
+    except FileNotFoundError as error:
+        if request.data is not None:
+            raise
+        raise FileNotFoundError(f"{error}; the config takes its images there: --data SRC names others") from error
     protocols = [_complete(protocol, source) for protocol in protocols]
     source.eval_transform = protocols[0].transform
     if request.images is not None:
@@ -204,12 +212,12 @@ def _contenders(
     found: dict[tuple[str, int | None], Reconstruct] = {}
     for seed in seeds:
         for name, model in models.items():
-            found[name, seed] = AutoencoderReconstruction(model, request.device, seed)
+            found[name, seed] = AutoencoderReconstruction(model, request.device, seed, name)
     if request.baselines:
         untrained = request.targets[0].untrained()
         factor = untrained.downscale
         found[f"bicubic, {factor}x smaller and back", NONE] = bicubic_reconstruction(factor)
-        found["untrained", NONE] = AutoencoderReconstruction(untrained, request.device)
+        found[UNTRAINED, NONE] = AutoencoderReconstruction(untrained, request.device, name=UNTRAINED)
     return found
 
 

@@ -163,7 +163,7 @@ def results(
             if math.isinf(value):
                 result.skipped[name] = EQUAL
             elif math.isnan(value):
-                result.skipped[name] = "not a number: the reconstructions are not finite"
+                result.skipped[name] = "not a number"
             else:
                 result.metrics[name] = value
                 result.details[name] = metric.details()

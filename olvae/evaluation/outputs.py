@@ -1,5 +1,6 @@
 """The files of an evaluation: numbers, values per image, a figure, a page."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,21 @@ from olvae.evaluation.per_image import ImageValues, write_csv
 from olvae.evaluation.present import page_of
 from olvae.evaluation.report import Evaluation, write_figure, write_metrics
 
-__all__ = ["write_outputs"]
+__all__ = ["check_writable", "write_outputs"]
 
 SHOWN = 8
 """Images of the figure, chosen by nothing but the hash of their keys."""
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where a folder could not be made or written: before the work rather than after it."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: results can't be written there: name another folder with --out")
 
 
 def write_outputs(

@@ -12,7 +12,7 @@ from olvae.evaluation.assess import Assessment
 from olvae.evaluation.bootstrap import difference, mean, pooled_psnr
 from olvae.evaluation.evaluator import EQUAL
 from olvae.evaluation.page_content import Column, Cost, Page, Row, Score, Shown, UsedWeights
-from olvae.evaluation.report import Evaluation
+from olvae.evaluation.report import Evaluation, used_weights
 from olvae.metrics.registry import METRICS
 
 __all__ = ["page_of"]
@@ -34,7 +34,7 @@ def page_of(assessment: Assessment, evaluation: Evaluation) -> Page:
         command=shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]),
         protocol=protocol,
         protocol_hash=content["protocol_hash"],
-        columns=[Column(name, METRICS[name].label, METRICS[name].better) for name in names],
+        columns=[Column(name, METRICS[name].label, METRICS[name].better, METRICS[name].digits) for name in names],
         rows=[Row(row["target"], row["n"], {n: _score(row, n) for n in names}) for row in content["results"]],
         data=f"{images['n']} images of {images['source']}, sha256 {images['sha256'][:16]}…",
         reference=first.target if len(evaluation.results) > 1 else "",
@@ -59,7 +59,10 @@ def page_of(assessment: Assessment, evaluation: Evaluation) -> Page:
         ],
         bands=assessment.band_errors(),
         artefacts=assessment.artefacts,
-        weights=_weights(evaluation),
+        weights=[
+            UsedWeights(METRICS[name].label, **file)
+            for name, file in used_weights(result.details for result in evaluation.results).items()
+        ],
         warnings=evaluation.warnings(),
         environment={
             "Python": platform.python_version(),
@@ -97,16 +100,6 @@ def _cost_note(evaluation: Evaluation) -> str:
         f"Operations of one image of {evaluation.protocol.size} px; speed and memory of batches of {cost.batch_size}, "
         "float32, in this run; memory is what a batch takes beyond weights and images."
     )
-
-
-def _weights(evaluation: Evaluation) -> list[UsedWeights]:
-    found: dict[str, UsedWeights] = {}
-    for result in evaluation.results:
-        for name, details in result.details.items():
-            file = details.get("weights")
-            if isinstance(file, Mapping):
-                found.setdefault(name, UsedWeights(METRICS[name].label, **file))
-    return list(found.values())
 
 
 def _version(package: str) -> str:

@@ -88,7 +88,9 @@ class Protocol:
         }
 
     def hash(self) -> str:
-        text = json.dumps(self.as_dict(), sort_keys=True)
+        """Of the choices and the version; the same choices under another name are the same protocol."""
+        choices = {key: value for key, value in self.as_dict().items() if key != "name"}
+        text = json.dumps(choices, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -29,16 +29,25 @@ class AutoencoderReconstruction:
         model: in evaluation mode.
         device: where it runs; the images come and go on the CPU.
         seed: None for the posterior's mode; else one sample, whose noise depends on the seed and the image's key.
+        name: of the model, for messages.
     """
 
-    def __init__(self, model: Autoencoder, device: str = "cpu", seed: int | None = None) -> None:
+    def __init__(
+        self, model: Autoencoder, device: str = "cpu", seed: int | None = None, name: str = "the autoencoder"
+    ) -> None:
         self.model = model.to(device)
         self.device = device
         self.seed = seed
+        self.name = name
         self.meter = Meter(device)
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str], x: Tensor) -> Tensor:
+        """uint8 to uint8.
+
+        Raises:
+            ArithmeticError: a reconstruction is not finite, which no picture could show.
+        """
         images = from_uint8(x.to(self.device))
         with full_float32(images):
             if self.meter.batches != 1:
@@ -52,6 +61,9 @@ class AutoencoderReconstruction:
         if self.seed is not None and not posterior.deterministic:
             z = z + posterior.std * self._noise(keys, z)
         y = self.meter.run("decode", len(images), lambda: self.model.decode(z))
+        finite = y.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")
         return to_uint8(y).cpu()
 
     def _noise(self, keys: Sequence[str], z: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +19,15 @@ from olvae.evaluation.protocol import Protocol
 from olvae.figures import error_map, labelled_grid
 from olvae.metrics.registry import METRICS
 
-__all__ = ["Earlier", "Evaluation", "print_evaluations", "read_earlier", "write_figure", "write_metrics"]
+__all__ = [
+    "Earlier",
+    "Evaluation",
+    "print_evaluations",
+    "read_earlier",
+    "used_weights",
+    "write_figure",
+    "write_metrics",
+]
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,16 @@ class Evaluation:
     before: Sequence[dict[str, Any]] = ()
 
     def with_rows(self, before: Sequence[dict[str, Any]]) -> "Evaluation":
-        """The same with rows of earlier results."""
-        return replace(self, before=before)
+        """The same with rows of earlier results; those whose names are taken are counted."""
+        taken = {result.target for result in self.results}
+        rows = []
+        for row in before:
+            name, again = row["target"], 2
+            while name in taken:
+                name, again = f"{row['target']} ({again})", again + 1
+            taken.add(name)
+            rows.append({**row, "target": name})
+        return replace(self, before=rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of metrics.json."""
@@ -62,6 +79,12 @@ class Evaluation:
             found.append(f"{self.images['unreadable']} images could not be read and are not in these numbers")
         if self.images["enlarged"]:
             found.append(f"{self.images['enlarged']} images are smaller than the crop and were enlarged")
+        for name, file in used_weights(result.details for result in self.results).items():
+            if not file["published"]:
+                found.append(
+                    f"{METRICS[name].label} rests on a {file['file']} that is not the published file: it compares with "
+                    "no one else's"
+                )
         return list(dict.fromkeys(found))
 
     def _row(self, result: Result) -> dict[str, Any]:
@@ -96,16 +119,26 @@ class Earlier:
         Raises:
             ValueError: they do not compare.
         """
-        same_protocol = self.protocol_hash == evaluation.protocol.hash()
-        if same_protocol and self.images == evaluation.images["sha256"]:
+        what = ""
+        if self.protocol_hash != evaluation.protocol.hash():
+            what = "another protocol"
+        elif self.images != evaluation.images["sha256"]:
+            what = "other images"
+        elif names := self._other_networks(evaluation):
+            what = f"other weights of the networks behind {', '.join(names)}"
+        if not what:
             return self.rows
-        what = "other images" if same_protocol else "another protocol"
         if not mix:
             raise ValueError(
                 f"{self.path}: has results of {what}, which do not compare with these; to put them into one table "
                 "all the same, add --mix-protocols"
             )
         return [{**row, "target": f"{row['target']} [{what}]"} for row in self.rows]
+
+    def _other_networks(self, evaluation: Evaluation) -> list[str]:
+        theirs = used_weights(row.get("details", {}) for row in self.rows)
+        ours = used_weights(result.details for result in evaluation.results)
+        return [METRICS[n].label for n in ours if n in theirs and theirs[n].get("sha256") != ours[n]["sha256"]]
 
 
 def read_earlier(path: Path) -> Earlier:
@@ -119,12 +152,30 @@ def read_earlier(path: Path) -> Earlier:
     try:
         content = json.loads(path.read_text())
         rows = [
-            {"skipped": {}, **row, "target": str(row["target"]), "n": int(row["n"]), "metrics": dict(row["metrics"])}
+            {
+                **row,
+                "target": str(row["target"]),
+                "n": int(row["n"]),
+                "metrics": {str(name): float(value) for name, value in row["metrics"].items()},
+                "skipped": {str(name): str(reason) for name, reason in row.get("skipped", {}).items()},
+            }
             for row in content["results"]
         ]
+        if not all(math.isfinite(value) for row in rows for value in row["metrics"].values()):
+            raise ValueError("it has metrics that are not finite")
         return Earlier(path, str(content["protocol_hash"]), content.get("images", {}).get("sha256"), rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
+
+
+def used_weights(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """From the details of several targets' metrics: by metric, which file of weights its numbers rest on."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        for name, details in row.items():
+            if name in METRICS and isinstance(details, Mapping) and isinstance(details.get("weights"), Mapping):
+                found.setdefault(name, details["weights"])
+    return found
 
 
 def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
@@ -150,12 +201,22 @@ def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
 
 def _quality(rows: Sequence[Mapping[str, Any]], protocol: Protocol) -> Table:
     names = [name for name in METRICS if any(name in row["metrics"] or _is_equal(row, name) for row in rows)]
-    table = Table(title=f"protocol {protocol.name} {protocol.hash()}, {protocol.size}x{protocol.size}")
-    table.add_column("target", overflow="fold")
-    for heading in ("images", *(METRICS[name].label for name in names)):
-        table.add_column(heading, justify="right")
+    counts = {row["n"] for row in rows}
+    number = f", {rows[0]['n']} images" if len(counts) == 1 else ""
+    table = _table(f"protocol {protocol.name} {protocol.hash()}, {protocol.size}x{protocol.size}{number}")
+    for heading in (*([] if number else ["images"]), *(METRICS[name].label.replace(" ", "\n") for name in names)):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(escape(row["target"]), str(row["n"]), *(_cell(row, name) for name in names))
+        table.add_row(
+            escape(row["target"]), *([] if number else [str(row["n"])]), *(_cell(row, name) for name in names)
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    """Whose numbers stay whole where it is narrow: names are folded instead."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("target", overflow="fold", min_width=8)
     return table
 
 
@@ -166,7 +227,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
         return "-"
     value = row["metrics"][name]
     ends = row.get("intervals", {}).get(name)
-    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
+    text = f"{value:.{METRICS[name].digits}f}" if abs(value) < 1000 else f"{value:.0f}"
     return text if ends is None or name != "psnr" else f"{text} ±{(ends[1] - ends[0]) / 2:.2f}"
 
 
@@ -176,10 +237,9 @@ def _is_equal(row: Mapping[str, Any], name: str) -> bool:
 
 def _costs(costs: Mapping[str, Cost]) -> Table:
     first = next(iter(costs.values()))
-    table = Table(title=f"cost: {first.device}, batches of {first.batch_size}; memory beyond weights and images")
-    table.add_column("target", overflow="fold")
+    table = _table(f"cost: {first.device}, batches of {first.batch_size}; memory beyond weights and images")
     for heading in ("M params", "GMACs\nencode", "GMACs\ndecode", "img/s\nencode", "img/s\ndecode", "MiB\npeak"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, cost in costs.items():
         table.add_row(
             escape(name),

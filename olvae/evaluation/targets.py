@@ -33,7 +33,7 @@ class Target:
 
     name: str
     given: str
-    """As the user wrote it."""
+    """As the user wrote it, and which weights, where there is a choice."""
     config: Config = field(repr=False)
     """The training config; empty for exports, the hub, diffusers, and where the config only came along with weights,
     because its data would be built from it: name it with ``config``."""
@@ -96,7 +96,7 @@ def find_target(
         raise ConfigError(*mistakes)
     return Target(
         name=(path.resolve().name if path.is_dir() else given) + suffix,
-        given=given,
+        given=given + suffix,
         config=located.config,
         run=located.run,
         trained=lambda: load_located(located, raw, allow_mismatch),
@@ -125,10 +125,14 @@ def find_config(base: str | Path, run_name: str) -> Path:
     raise ConfigError(f"--config_base {base}: no config for {run_name}: neither {tried}; name it with --config")
 
 
-def name_apart(targets: Sequence[Target]) -> list[Target]:
-    """The targets with names of which no two are equal: as the user wrote them, and counted, where that takes it."""
+def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Target]:
+    """The targets with names of which no two are equal: as the user wrote them, and counted, where that takes it.
+
+    Args:
+        taken: names that none of them may have.
+    """
     for rename in (lambda t, _: t.given, lambda t, n: f"{t.name} ({n})"):
-        counts = Counter(target.name for target in targets)
+        counts = Counter([*(target.name for target in targets), *taken])
         seen: Counter[str] = Counter()
         out: list[Target] = []
         for target in targets:

@@ -31,12 +31,14 @@ class Kind:
         label: the heading of a column, with the unit.
         better: whether higher or lower values are.
         needs: its file of pretrained weights.
+        digits: decimals that are shown.
     """
 
     name: str
     label: str
     better: Literal["higher", "lower"]
     needs: WeightsFile | None = None
+    digits: int = 3
 
 
 class Metric(ABC):

@@ -27,11 +27,11 @@ METRICS: dict[str, Kind] = {
         Kind("ssim", "SSIM", "higher"),
         Kind("ssim_uniform", "SSIM, uniform window", "higher"),
         Kind("ms_ssim", "MS-SSIM", "higher"),
-        Kind("l1", "L1", "lower"),
+        Kind("l1", "L1", "lower", digits=4),
         Kind("lpips", "LPIPS", "lower", VGG16),
         Kind("lpips_alex", "LPIPS Alex", "lower", ALEXNET),
         Kind("rfid", "rFID", "lower", INCEPTION),
-        Kind("kid", "KID", "lower", INCEPTION),
+        Kind("kid", "KID", "lower", INCEPTION, digits=5),
     )
 }
 

@@ -173,6 +173,46 @@ def test_a_config_is_found_by_the_runs_name(olvae, trained, photos, tmp_path):
     assert content(run)["images"]["n"] == 3 or content(run)["images"]["n"] > 0
 
 
+def test_a_run_with_a_baselines_name_keeps_its_own_numbers(olvae, trained, photos, tmp_path):
+    run = tmp_path / "untrained"
+    shutil.copytree(trained, run)
+    code, _, err = olvae("evaluate", run, "--data", photos, "--baselines", "--out", tmp_path / "out", *PIXELS)
+    assert code == 0, err
+    rows = content(tmp_path / "out")["results"]
+    assert [row["target"] for row in rows] == [str(run), "bicubic, 8x smaller and back", "untrained"]
+    assert rows[0]["metrics"]["psnr"] != rows[2]["metrics"]["psnr"]
+
+
+def test_results_are_not_written_over_those_beside_which_they_stand(olvae, trained, photos, tmp_path):
+    arguments = ("evaluate", trained, "--data", photos, "--out", tmp_path, "--metrics", "psnr", "--no-report")
+    assert olvae(*arguments)[0] == 0
+    before = (tmp_path / "metrics.json").read_bytes()
+    code, _, err = olvae(*arguments, "--beside", tmp_path / "metrics.json", "--posterior", "sample")
+    assert code == 2
+    assert "new results would be written over it: add --out DIR" in err
+    assert (tmp_path / "metrics.json").read_bytes() == before
+
+
+def test_a_run_whose_images_are_gone(olvae, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(trained.parent.parent), "/gone"))
+    code, _, err = olvae("evaluate", run, *PIXELS)
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "error: /gone/photos: no such folder; the config takes its images there: --data SRC names others"
+    )
+    assert not (run / "metrics.json").exists()
+
+
+def test_a_place_that_results_can_not_go_to_is_told_before_the_work(olvae, trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = olvae("evaluate", trained, "--data", tmp_path / "gone", "--out", tmp_path / "file" / "out")
+    assert code == 1
+    assert "results need a folder" in err
+
+
 def test_corrupt_and_small_images_are_counted_and_said(olvae, trained, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)

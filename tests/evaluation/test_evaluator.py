@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,38 @@ def test_what_it_costs(images, model):
     assert cost.encode_images_per_s > 0
     assert cost.decode_images_per_s > 0
     assert cost.peak_memory_bytes is None or cost.peak_memory_bytes >= 0
+
+
+def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):
+    """As uint8 it would be a black picture, and a PSNR."""
+    with torch.no_grad():
+        next(p for name, p in model.decoder.named_parameters() if name.endswith("bias")).fill_(float("nan"))
+    with pytest.raises(ArithmeticError, match="mine: its reconstruction of image0 is not finite"):
+        AutoencoderReconstruction(model, name="mine")(KEYS, images)
+
+
+CHOICES = {
+    "version": 3,
+    "size": 64,
+    "resize": "adm",
+    "resample": "bilinear",
+    "posterior": "sample",
+    "psnr": "pooled",
+    "ssim": "uniform",
+    "lpips": "alex",
+    "crops": "tiles",
+    "n": 5,
+}
+
+
+def test_the_hash_is_of_every_choice_and_of_nothing_else():
+    changed = [Protocol(**{name: value}) for name, value in CHOICES.items()]
+    changed += [Protocol(posterior="sample", seed=1)]
+    assert len({protocol.hash() for protocol in [Protocol(), *changed]}) == len(changed) + 1
+    assert CHOICES.keys() | {"name", "seed"} == {field.name for field in dataclasses.fields(Protocol)}
+    assert Protocol(seed=1).hash() == Protocol().hash()  # the mode draws nothing
+    assert Protocol("mine").hash() == Protocol().hash()
+    assert named("open-litevae", posterior="sample").hash() == named("latent-diffusion").hash()
 
 
 def test_presets_differ_in_what_they_say():
