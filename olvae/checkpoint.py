@@ -116,11 +116,15 @@ def load_weights(
 
     Raises:
         ValueError: names are missing, unexpected or of another shape (the message lists them), or values are not
-            finite.
+            finite, or whole numbers, as quantised weights are.
     """
     own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)}
     fitting = [name for name in own if name in weights and weights[name].shape == own[name].shape]
-    broken = [name for name in fitting if not weights[name].isfinite().all()]
+    whole = [name for name in fitting if own[name].is_floating_point() and not weights[name].is_floating_point()]
+    if whole:
+        kind = str(weights[whole[0]].dtype).removeprefix("torch.")
+        raise ValueError(f"{origin}: {len(whole)} of its tensors are {kind}, quantised perhaps ({whole[0]}, ...)")
+    broken = [name for name in fitting if not weights[name].float().isfinite().all()]
     if broken:
         raise ValueError(f"{origin}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
     report = mismatches({name: tuple(t.shape) for name, t in own.items()}, weights)

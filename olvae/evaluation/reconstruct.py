@@ -157,11 +157,14 @@ def run_job(model: Autoencoder, job: Job, settings: Settings, progress: Callable
     """Read, reconstruct, write both files; the PSNR in dB.
 
     Raises:
-        ValueError: the image can't be read; nothing is written.
+        ValueError: the image can't be read, or not reconstructed; it is named, and nothing is written.
         OSError: a file can't be written.
     """
     x = image_to_tensor(read_picture(job.source, model.in_channels))
-    y = reconstruct(model, x, settings, progress)
+    try:
+        y = reconstruct(model, x, settings, progress)
+    except ValueError as error:
+        raise ValueError(f"{job.source}: {error}") from error
     value = psnr_by_rows(x, y)
     size = f"{x.shape[-1]}x{x.shape[-2]}"
     figure = comparison(

@@ -42,7 +42,7 @@ def upload(folder: Path, repo_id: str, private: bool, message: str, token: str |
         OSError: the hub refuses, or can't be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi(token=token)
     try:
@@ -51,6 +51,11 @@ def upload(folder: Path, repo_id: str, private: bool, message: str, token: str |
     except OfflineModeIsEnabled as error:
         raise OSError(f"{repo_id}: not uploaded: HF_HUB_OFFLINE is set") from error
     except Exception as error:  # of HTTP, or of the connection: which class that is depends on the version
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise OSError(
+                f"{repo_id}: not uploaded: the hub wants a token that may write there: set HF_TOKEN, or run "
+                f"hf auth login ({error.response.status_code})"
+            ) from error
         raise OSError(f"{repo_id}: not uploaded: {_first_line(error)}") from error
 
 

@@ -134,6 +134,11 @@ def test_values_that_are_not_finite(tmp_path):
     torch.nn.init.constant_(vae.decoder.conv_in.bias, torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         reconstruct(vae, torch.zeros(3, 8, 8, dtype=torch.uint8), CPU)
+    Image.new("RGB", (9, 8)).save(tmp_path / "grey.png")
+    job = Job(tmp_path / "grey.png", tmp_path / "out.png", tmp_path / "out_compare.png")
+    with pytest.raises(ValueError, match=r"grey\.png: the reconstruction has values that are not finite"):
+        run_job(vae, job, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["grey.png"]
 
 
 FULL_SIZE = """

@@ -192,11 +192,13 @@ def test_hostile_and_broken_files(tmp_path, monkeypatch):
     save_file(state | {"encoder.aggregator.conv_out.bias": torch.full((8,), torch.nan)}, "nan.safetensors")
     torch.save({"state_dict": state, "x": Harmful()}, "code.ckpt")
     Path("code.pt").write_bytes(pickle.dumps(Harmful()))
+    save_file(state | {"encoder.aggregator.conv_out.bias": torch.ones(8, dtype=torch.int8)}, "int8.safetensors")
     torch.save({"fc.weight": torch.zeros(3)}, "other.ckpt")
     torch.save({"state_dict": 3}, "three.ckpt")
     for file, message in {
         "cut.safetensors": "not a readable safetensors file",
         "nan.safetensors": r"1 of its tensors .* not finite \(encoder.aggregator.conv_out.bias",
+        "int8.safetensors": r"1 of its tensors are int8, quantised perhaps \(encoder.aggregator.conv_out.bias",
         "code.ckpt": "more than tensors, code perhaps, which is not run",
         "code.pt": "more than tensors, code perhaps, which is not run",
         "other.ckpt": "no autoencoder in it",
@@ -324,6 +326,13 @@ def test_the_hub_says_no(tmp_path, monkeypatch):
             self.send_header("Content-Length", "0")
             self.end_headers()
 
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(401)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         do_HEAD = do_GET  # noqa: N815
 
         def log_message(self, *args):
@@ -339,6 +348,8 @@ def test_the_hub_says_no(tmp_path, monkeypatch):
         LiteVAE.from_pretrained("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"^a/b@v9: the repository has no such revision"):
         LiteVAE.from_pretrained("a/b", revision="v9")
+    with pytest.raises(OSError, match=r"^me/mine: not uploaded: .* set HF_TOKEN, or run hf auth login \(401\)$"):
+        tiny().push_to_hub("me/mine")
     server.shutdown()
     server.server_close()
     with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*the hub can't be reached") as caught:
