@@ -106,6 +106,7 @@ class Faults:
         for part in parts:
             self.losses.reasons.update(part.reasons)
             self.losses.images.update(part.images)
+        self.losses.delivered = max(part.delivered for part in parts)  # the same in all, so that all decide alike
         self._check()
 
     def end_of_epoch(self) -> None:

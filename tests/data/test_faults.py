@@ -54,6 +54,10 @@ def test_one_of_several_processes_does_not_stop_alone_but_with_the_others(monkey
     )
     mine.share()
     assert mine.lost == 10  # of 1000, as one process would count
+    assert mine.losses.delivered == 4
+    other.losses.delivered = 20
+    mine.share()
+    assert mine.losses.delivered == 20  # all divide by the same
     other.take([Fault("f10", "bad")], 1, world=2)
     with pytest.raises(FaultLimitError, match="11 of 1000"):
         mine.share()
