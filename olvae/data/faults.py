@@ -36,10 +36,11 @@ class FaultLimitError(ValueError):
 
 @dataclass
 class Losses:
-    """What a source's loaders could not read, together: reasons by file, and the images that are lost."""
+    """What a source's loaders could not read, together: reasons by file, the images that are lost, and the others."""
 
     reasons: dict[str, str] = field(default_factory=dict)
     images: set[tuple[str, str]] = field(default_factory=set)
+    delivered: int = 0
 
 
 class Faults:
@@ -87,6 +88,7 @@ class Faults:
                 self._skipped += 1
                 self.losses.images.add((fault.name, fault.image))
         self._delivered += delivered * world
+        self.losses.delivered += delivered * world
         if world == 1:
             self._check()
         if self.epoch and self._delivered // self.epoch > self._epochs:
@@ -104,6 +106,7 @@ class Faults:
         for part in parts:
             self.losses.reasons.update(part.reasons)
             self.losses.images.update(part.images)
+        self.losses.delivered = max(part.delivered for part in parts)  # the same in all, so that all decide alike
         self._check()
 
     def end_of_epoch(self) -> None:
@@ -114,7 +117,7 @@ class Faults:
         self._skipped = 0
 
     def _check(self) -> None:
-        read = self.images or max(self._delivered + self.lost, round(1 / self.limit) if self.limit else 1)
+        read = self.images or max(self.losses.delivered + self.lost, round(1 / self.limit) if self.limit else 1)
         if self.lost > self.limit * read:
             names = [f"{name} ({reason})" for name, reason in self.losses.reasons.items()]
             more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""

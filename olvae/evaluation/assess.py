@@ -146,6 +146,8 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
 
     with _progress(loader, source.count("test")) as batches:
         found = evaluate({label: contenders[place] for label, place in labels.items()}, batches, make, watch)
+    if this_process()[1] > 1:
+        loader.faults.share()
     unreadable = gather((source.losses.reasons, source.losses.images, loader.enlarged))
     shows = gather(({n: g.state() for n, g in galleries.items()}, {n: b.state() for n, b in bands.items()}))
     if found is None or unreadable is None or shows is None:

@@ -54,6 +54,10 @@ def test_one_of_several_processes_does_not_stop_alone_but_with_the_others(monkey
     )
     mine.share()
     assert mine.lost == 10  # of 1000, as one process would count
+    assert mine.losses.delivered == 4
+    other.losses.delivered = 20
+    mine.share()
+    assert mine.losses.delivered == 20  # all divide by the same
     other.take([Fault("f10", "bad")], 1, world=2)
     with pytest.raises(FaultLimitError, match="11 of 1000"):
         mine.share()
@@ -74,3 +78,14 @@ def test_zero_means_none_at_all():
 def test_only_ten_are_named_in_the_end():
     with pytest.raises(FaultLimitError, match=r"f9 \(bad\), and 5 more$"):
         account(images=20).take([Fault(f"f{i}", "bad") for i in range(15)], 1)
+
+
+def test_what_training_lost_is_no_share_of_what_validation_reads():
+    losses = Losses()
+    training = Faults(None, None, 0.01, "training", losses)
+    training.take([Fault(f"f{i}", "bad") for i in range(1)], 1000)
+    training.take([Fault(f"g{i}", "bad") for i in range(4)], 1000)
+    validation = Faults(None, None, 0.01, "validation", losses)
+    validation.take([], 8)
+    with pytest.raises(FaultLimitError, match=r"21 of 2037 images"):
+        validation.take([Fault(f"h{i}", "bad") for i in range(16)], 8)
