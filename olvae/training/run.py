@@ -73,6 +73,7 @@ def train(options: TrainOptions) -> runs.Run:
     settings = _settings(options, config, resumed)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
+    _check_torchrun(_processes(trainer_args))
     precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
 
     # Data and model, from the seed alone.
@@ -215,6 +216,17 @@ def _check_adversary(model: LiteAutoencoderKL, source: Source, trainer_args: Con
 def _processes(trainer_args: Config) -> int:
     devices = trainer_args["devices"]
     return (devices if isinstance(devices, int) else len(devices)) * int(trainer_args.get("num_nodes", 1))
+
+
+def _check_torchrun(processes: int) -> None:
+    """With one device Lightning would leave each of torchrun's processes to train a model of its own, in one folder."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else processes
+    if started != processes:
+        raise ConfigError(
+            f"torchrun started {started} processes, and the flags and lightning.trainer name {processes} "
+            f"device{'' if processes == 1 else 's'}: --gpus {started}, or on the CPU lightning.trainer.accelerator=cpu "
+            f"lightning.trainer.devices={started} (devices of each node, times num_nodes)"
+        )
 
 
 def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.cli.latents import _names
 from olvae.cli.main import main
 from olvae.config import load, save
 from olvae.data.folder import find_images
@@ -169,8 +168,3 @@ def test_help(olvae):
     code, out, _ = olvae("latents", "--help")
     assert code == 0
     assert "Example: " in out
-
-
-def test_names_are_told_apart():
-    assert _names(["a", "b", "a"]) == ["a #1", "b", "a #2"]
-    assert _names(["a", "b"]) == ["a", "b"]

@@ -14,10 +14,10 @@ from skimage import data
 
 from olvae.evaluation.artefacts import find_artefacts
 from olvae.evaluation.bands import BandErrors
-from olvae.evaluation.evaluator import bicubic_reconstruction
 from olvae.evaluation.gallery import Example, Gallery
 from olvae.evaluation.inline_pictures import inline, side_limit
 from olvae.evaluation.page import Column, Cost, Page, Row, Score, Shown, UsedWeights, render_page, write_page
+from olvae.evaluation.reconstruction import bicubic_reconstruction
 from olvae.metrics.psnr import psnr
 from tests.evaluation.chromium import chromium
 from tests.evaluation.test_artefacts import Faulty
@@ -66,7 +66,7 @@ def page(targets: list[str], size: int = 64, artefacts: bool = True) -> Page:
     keys, x = photographs(size)
     rows, galleries, bands = [], [], {}
     for i, target in enumerate(targets):
-        y = bicubic_reconstruction(2 ** (i % 4 + 1))(x)
+        y = bicubic_reconstruction(2 ** (i % 4 + 1))(keys, x)
         values = psnr(x, y).tolist()
         gallery, errors = Gallery("higher"), BandErrors()
         gallery.add(keys, values, x, y)

@@ -466,3 +466,12 @@ def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training
     with pytest.raises(FileNotFoundError, match=r"val_metrics: rfid: pt_inception.*is not in"):
         go("model.params.val_metrics=[rfid]", f"model.params.weights_dir={tmp_path}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_processes_of_torchrun_that_would_not_train_together_are_refused(go, tmp_path, monkeypatch):
+    """Each would train a model of its own on its share of the images, and write it over the other's."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"torchrun started 2 processes, and .* name 1 device: --gpus 2, or"):
+        go()
+    assert not (tmp_path / "runs").exists()
