@@ -14,7 +14,13 @@ __all__ = ["command"]
 
 
 def command(
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A run folder, or a checkpoint with --config.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A run folder, checkpoint, export, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
+        ),
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.png and NAME_compare.png go.")],
     config: Annotated[

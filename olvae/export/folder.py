@@ -44,9 +44,13 @@ class Provenance:
 
 
 def check_empty(folder: Path, force: bool) -> None:
-    """Raises FileExistsError if there is something in ``folder``, unless it is an export that may be replaced."""
+    """Raises FileExistsError if there is something in ``folder``, unless it is an export that may be replaced; also
+    where the folder can't be replaced in one step.
+    """
     if folder.is_file():
         raise FileExistsError(f"{folder}: this is a file")
+    if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):
+        raise FileExistsError(f"{folder}: the current folder, or a mount point: name a folder in it, to be made")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if class_in(folder) != CLASS_NAME:

@@ -61,7 +61,7 @@ def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[f
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
             f"{type(encoder).__name__} sees the whole image at every position and can't be streamed; encoding "
-            f"{x.shape[-1]}x{x.shape[-2]} pixels takes {needs / GIB:.1f} GiB, more than {memory / GIB:.1f}: "
+            f"{x.shape[-1]}x{x.shape[-2]} pixels takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: "
             "allow more memory, or a smaller image"
         )
     if encoder.training or x.dtype not in STREAMED:

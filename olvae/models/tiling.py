@@ -71,7 +71,7 @@ def _whole_or_refuse(decoder: Decoder, z: Tensor, tile: int | None, memory: int 
         raise ValueError(
             f"{name} sees the whole latent at every position and can't be tiled; decoding "
             f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale} pixels whole takes "
-            f"{needs / GIB:.1f} GiB, more than {memory / GIB:.1f}: allow more memory, or a smaller image"
+            f"{needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
         )
 
 
@@ -121,7 +121,7 @@ def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
     low, high = 1, max(shape[-2:])
     if (least := tile_bytes(decoder, low, shape)) > memory:
         raise ValueError(
-            f"the smallest tile takes {least / GIB:.2f} GiB, more than {memory / GIB:.2f}: allow more memory"
+            f"the smallest tile takes {least / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory"
         )
     while low < high:
         middle = (low + high + 1) // 2

@@ -95,7 +95,7 @@ def test_the_model_card(model, metrics, tmp_path):
     assert not (tmp_path / "bare" / "metrics.json").exists()
 
 
-def test_what_is_there_is_kept(model, tmp_path):
+def test_what_is_there_is_kept(model, tmp_path, monkeypatch):
     out = tmp_path / "vae"
     out.mkdir()
     export(model, out, SOURCE)  # an empty folder is none
@@ -111,6 +111,12 @@ def test_what_is_there_is_kept(model, tmp_path):
             export(model, tmp_path / "photos", SOURCE, force=force)
     with pytest.raises(FileExistsError, match=r"this is a file"):
         export(model, tmp_path / "photos" / "cat.png", SOURCE, force=True)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for place in (".", tmp_path / "empty"):
+        with pytest.raises(FileExistsError, match=r"the current folder, or a mount point: name a folder in it"):
+            export(model, place, SOURCE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "photos", "vae"]
 
 
 @pytest.mark.parametrize("force", [False, True])

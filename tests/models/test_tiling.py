@@ -74,7 +74,7 @@ def test_the_tile_is_the_largest_within_the_memory():
     tile = tile_for(half, 2**24, shape)
     assert tile_bytes(half, tile, shape) <= 2**24 < tile_bytes(half, tile + 1, shape)
     assert tile_for(half, 64 * GIB, shape) == 100
-    with pytest.raises(ValueError, match=r"the smallest tile takes 0\.00 GiB, more than 0\.00"):
+    with pytest.raises(ValueError, match=r"the smallest tile takes 0\.\d*[1-9]\d* GiB, more than 9\.31e-07: allow"):
         tile_for(half, 1000, shape)
 
 
