@@ -42,7 +42,9 @@ MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of t
 def pack(
     src: Src,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the shards.")],
-    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard, at most.")] = 1000,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per shard, at most; by default 1000, or less for 20 shards.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the images.")] = 0,
     shuffle: Annotated[bool, typer.Option(help="Shuffle, so that each shard is a random sample of all.")] = True,
     resize: Annotated[
@@ -74,7 +76,9 @@ def pack(
         raise ConfigError("--format and --quality are for images that --resize makes smaller; others are kept as is")
     if image_format == "png" and quality is not None:
         raise ConfigError("--quality: png is lossless and has none")
-    options = PackOptions(shard_size, seed if shuffle else None, resize, image_format or "jpg", quality or 95, channels)
+    options = PackOptions(
+        shard_size or 0, seed if shuffle else None, resize, image_format or "jpg", quality or 95, channels
+    )
     try:
         with _progress("packing") as on_progress:
             packed = pack_images(src, out, options, workers or cores(), max_unreadable, on_progress)
@@ -88,7 +92,10 @@ def pack(
         typer.echo(f"{len(index.unreadable)} unreadable images left out; the index names them", err=True)
     found = f", {packed.found} of them from before" if packed.found else ""
     size = index.bytes / 1e6
-    typer.echo(f"{index.images} images, {size:.1f} MB in {len(index.shards)} shards{found}", err=True)
+    typer.echo(
+        f"{index.images} images, {size:.1f} MB in {len(index.shards)} shard{'s' * (len(index.shards) != 1)}{found}",
+        err=True,
+    )
     typer.echo(f"shards:  {out}\nindex:   {out / 'index.json'}", err=True)
 
 

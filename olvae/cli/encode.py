@@ -23,7 +23,10 @@ def command(
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels: the shorter side is resized to it, the centre cropped; by default 256."),
+        typer.Option(
+            min=1,
+            help="Pixels: the shorter side is resized to it, the centre cropped; by default those it was trained at.",
+        ),
     ] = None,
     native: Annotated[
         bool, typer.Option("--native", help="Every image at its own size, padded to a multiple of f.")
@@ -76,7 +79,8 @@ def command(
     found = find_target(target, config, raw=raw)
     model = found.load().to(device_of(device))
     inputs = find_inputs(data, model.in_channels, shard_size, classes)
-    options = EncodeOptions(0 if native else size or 256, moments, seed, dtype, flip)
+    size = 0 if native else size or found.usual_size(model)
+    options = EncodeOptions(size, moments, seed, dtype, flip)
     describe = {"target": found.name, "source": data}
     encoder = Encoder(model, inputs, options, out, describe)
 
@@ -94,8 +98,10 @@ def command(
             typer.echo(json.dumps(stats, indent=2))
         lost = stats["unreadable"]["count"]
         skipped = f"; {lost} could not be read, stats.json names them" if lost else ""
+        of_size = f" of {size} px" if size else ""
+        shards = f"{len(inputs)} shard{'s' * (len(inputs) > 1)}"
         typer.echo(
-            f"latents: {out}, {stats['count']} images in {len(inputs)} shard{'s' * (len(inputs) > 1)}{skipped}\n"
+            f"latents: {out}, {stats['count']} images{of_size} in {shards}{skipped}\n"
             f"numbers: {out / 'stats.json'}, scaling_factor {stats['scaling_factor']:.4f}, "
             f"shift_factor {stats['shift_factor']:.4f}",
             err=True,

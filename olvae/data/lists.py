@@ -142,15 +142,15 @@ class _TrainImages(Dataset[Sample]):
 
     def __getitem__(self, draw: Draw) -> Sample:
         """The drawn image; where it can't be read, another one, drawn with the same seed."""
-        index, others = draw.image % len(self.images), np.random.default_rng((*draw.seed, 1))
+        index = draw.image % len(self.images)
         faults: list[Fault] = []
-        for _ in range(STAND_INS + 1):
+        for stand_in in range(STAND_INS + 1):
             try:
                 image = self.transform(self.images[index], draw.rng())
                 return Sample(image_to_tensor(image), self.images.key(index), tuple(faults))
             except UnreadableImageError as error:
                 faults.append(Fault(error.name, error.reason))
-            index = int(others.integers(len(self.images)))
+            index = int(np.random.default_rng((*draw.seed, 1, stand_in)).integers(len(self.images)))
         raise UnreadableImageError(faults[0].name, f"{faults[0].reason}; nor are {STAND_INS} others drawn in its place")
 
 

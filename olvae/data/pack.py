@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from olvae.config import ConfigError
@@ -17,7 +17,7 @@ from olvae.data.folder import Files
 from olvae.data.index import Index, ShardRecord, Skipped, named, write_json
 from olvae.data.lists import ImageList
 from olvae.data.parallel import OnProgress, in_processes, unseen
-from olvae.data.sharding import STATE, Finished, PackOptions, ShardMaker, shard_count, shard_name
+from olvae.data.sharding import STATE, Finished, PackOptions, ShardMaker, shard_count, shard_name, usual_shard_size
 from olvae.data.shards import INDEX
 
 __all__ = ["Packed", "pack"]
@@ -63,6 +63,8 @@ def pack(
     """
     _keep_apart(src, out)
     images = list_images(src, options.channels)
+    if not options.shard_size:
+        options = replace(options, shard_size=usual_shard_size(len(images)))
     plan = _plan(src, images, options)
     state = out / STATE
     known = _earlier(out, plan, options)

@@ -111,7 +111,10 @@ class Photo:
             if shrink > 1 and image.format == "JPEG":
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
-            return _convert(ImageOps.exif_transpose(image), self.channels)
+            turned = (
+                image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            )  # otherwise Pillow makes a copy all the same
+            return _convert(ImageOps.exif_transpose(image) if turned else image, self.channels)
         except DECODER_ERRORS as error:
             raise UnreadableImageError(self.name, _reason(error)) from error
 
@@ -166,7 +169,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _convert(upright: Image.Image, channels: int) -> Image.Image:

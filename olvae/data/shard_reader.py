@@ -153,10 +153,10 @@ def _sample(
     block: _Block, index: int, seed: tuple[int, ...], make: Callable[[Entry, np.random.Generator], Sample]
 ) -> Sample:
     """Of an entry of a block; where it can't be read, of another one of the same block."""
-    rng, others = np.random.default_rng(seed), np.random.default_rng((*seed, 1))
+    rng = np.random.default_rng(seed)
     faults: list[Fault] = []
     entry = block.entries[index]
-    for _ in range(STAND_INS + 1):
+    for stand_in in range(STAND_INS + 1):
         if isinstance(entry, Fault):
             faults.append(entry)
         else:
@@ -165,7 +165,8 @@ def _sample(
                 return make(entry, rng)._replace(faults=tuple(faults))
             except UnreadableImageError as error:
                 faults.append(Fault(error.name, error.reason))
-        entry = block.good[int(others.integers(len(block.good)))]
+        drawn = np.random.default_rng((*seed, 1, stand_in)).integers(len(block.good))
+        entry = block.good[int(drawn)]
     raise UnreadableImageError(faults[0].name, f"{faults[0].reason}; nor are {STAND_INS} others near it")
 
 

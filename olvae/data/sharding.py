@@ -41,7 +41,8 @@ class PackOptions:
     """What decides the shards' content, together with the source.
 
     Args:
-        shard_size: the most images in a shard, those included that turn out to be unreadable.
+        shard_size: the most images in a shard, those included that turn out to be unreadable; 0 for
+            :func:`usual_shard_size`.
         seed: of the order of the images; None keeps the source's.
         resize: pixels of the shorter side, of images in which it is longer.
         format: one of :data:`FORMATS`, of images that are made smaller.
@@ -50,7 +51,7 @@ class PackOptions:
             :func:`~olvae.data.reading.read_picture`.
     """
 
-    shard_size: int = 1000
+    shard_size: int = 0
     seed: int | None = 0
     resize: int | None = None
     format: str = "jpg"
@@ -58,7 +59,7 @@ class PackOptions:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
+        if self.shard_size < 0:
             raise ConfigError(f"--shard-size must be at least 1, got {self.shard_size}")
         if self.resize is not None and self.resize < 1:
             raise ConfigError(f"--resize must be at least 1, got {self.resize}")
@@ -200,6 +201,12 @@ class _Hashed:
         self.digest.update(data)
         self.bytes += len(data)
         return self.file.write(data)
+
+
+def usual_shard_size(images: int) -> int:
+    """1000, or fewer where that would be less than 20 shards: the last one is held out, and each loader process
+    should have some."""
+    return min(1000, max(1, -(-images // 20)))
 
 
 def shard_count(images: int, at_most: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.faults import Fault, Faults, Losses
 from olvae.data.transforms import EvalTransform
@@ -239,7 +239,7 @@ def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | Non
     images = [sample.image for sample in good if sample.image is not None]
     labels = [sample.label for sample in good if sample.label is not None]
     return (
-        torch.stack(images) if images else torch.empty(0),
+        default_collate(images) if images else torch.empty(0),  # in a loader's process into shared memory at once
         [sample.key for sample in good],
         torch.tensor(labels) if good and len(labels) == len(good) else None,
         [fault for sample in samples for fault in sample.faults],

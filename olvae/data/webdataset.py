@@ -75,7 +75,10 @@ class WebDatasetSource(Source):
         if val_shards is not None:
             train, val = found, find_shards(val_shards)
         elif len(found) < 2:
-            raise ValueError(f"{found[0]}: one shard can't be split into training and validation: set val_shards")
+            raise ValueError(
+                f"{found[0]}: one shard can't be split into training and validation: pack smaller ones (--shard-size), "
+                "or set data.params.val_shards"
+            )
         else:
             held_out = max(1, round(val_fraction * len(found)))
             train, val = found[:-held_out], found[-held_out:]

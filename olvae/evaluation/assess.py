@@ -125,7 +125,7 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
     contenders = _contenders(request, models, seeds)
 
     # The pass. The gallery and the bands are of the first way alone.
-    shown = [name for name, seed in contenders if seed == seeds[0]]
+    shown = [name for name, seed in contenders if seed in (seeds[0], NONE)]
     ranked_by = next((name for name in ("lpips", "psnr") if name in variants and name not in skipped), None)
     galleries = {name: Gallery(METRICS[ranked_by].better) for name in shown} if ranked_by else {}
     bands = {name: BandErrors() for name in shown}
@@ -133,7 +133,7 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
 
     def watch(label: str, keys: Sequence[str], x: Tensor, y: Tensor, tally: Tally) -> None:
         name, seed = labels[label]
-        if seed != seeds[0]:
+        if seed not in (seeds[0], NONE):
             return
         if ranked_by in tally.metrics and name in galleries:
             values = tally.metrics[ranked_by].state()

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from olvae import config as cfg
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
-from olvae.models.autoencoder import Autoencoder
+from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.description import CLASS_NAME, build_autoencoder, class_in
 from olvae.models.diffusers_autoencoder import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.hub import is_hub_id
@@ -48,6 +48,11 @@ class Target:
             ValueError: the weights are not readable, not finite, or of another model.
         """
         return self.trained()
+
+    def usual_size(self, model: Autoencoder) -> int:
+        """Pixels of the images that it was trained at, as far as that is known; else 256."""
+        size = ((self.config.get("data") or {}).get("params") or {}).get("size")
+        return int(size or (model.encoder.image_size if isinstance(model, LiteVAE) else 256))
 
     def untrained(self) -> Autoencoder:
         """The autoencoder as it was before the first step: a run's seed gives the same weights again."""

@@ -10,6 +10,11 @@ from olvae.modules.perceptual_network import perceptual_network
 from olvae.modules.precision import island, no_autocast
 from olvae.weights import VGG16, find_weights
 
+REMEDY = (
+    "name its place with model.params.lossconfig.params.lpips_weights=FILE, or do without: "
+    "model.params.lossconfig.params.lpips_weight=0"
+)
+
 __all__ = ["LPIPS", "vgg16_weights"]
 
 VGG16_FILE = VGG16.name
@@ -61,7 +66,7 @@ def _three_channels(x: Tensor) -> Tensor:
 def vgg16_weights(path: str | None = None) -> Path:
     """The file of torchvision's VGG16 weights: the given one, or as :func:`find_weights` finds it."""
     if path is None:
-        return find_weights(VGG16, remedy="name its place with lpips_weights, or set lpips_weight to 0")
+        return find_weights(VGG16, remedy=REMEDY)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"LPIPS needs {path}, which is not there: get {VGG16.url}, or set lpips_weight to 0")
+        raise FileNotFoundError(f"LPIPS needs {path}, which is not there: get {VGG16.url}, or {REMEDY}")
     return Path(path)

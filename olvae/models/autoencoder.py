@@ -233,8 +233,10 @@ class LiteVAE(Autoencoder):
         """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast.
 
         Raises:
-            ValueError: H or W is not a multiple of f.
+            ValueError: H or W is not a multiple of f, or the images are integers.
         """
+        if not x.is_floating_point():
+            raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: x / 127.5 - 1 makes them of 0..255")
         moments: Tensor = self.encoder(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)

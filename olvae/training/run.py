@@ -100,9 +100,14 @@ def train(options: TrainOptions) -> runs.Run:
             f"data.params.size: {source.size}: equivariance shrinks images to a quarter, and LPIPS needs 16 pixels: "
             "use 64 or more, or set lpips_weight to 0"
         )
-    start = _restore(model, resumed, options.actual_resume)
+    start, done = _restore(model, resumed, options.actual_resume)
 
     trainer_args = _steps(trainer_args, source, model)
+    if resumed is not None and done >= trainer_args["max_steps"]:
+        raise ConfigError(
+            f"--resume: this run has had its {done} steps: to go on, give more, as in "
+            f"lightning.trainer.max_steps={2 * done}"
+        )
     source.check_consumers(_processes(trainer_args))
     _check_adversary(model, source, trainer_args)
     run = resumed or _new_run(options.logdir, settings)
@@ -171,13 +176,13 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     return model
 
 
-def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | Path | None) -> int:
-    """Load weights, or check that the checkpoint to resume fits; where the data stream starts."""
+def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | Path | None) -> tuple[int, int]:
+    """Load weights, or check that the checkpoint to resume fits; images seen and steps done."""
     if weights is not None:
         file = runs.Run(Path(weights)).last_checkpoint if Path(weights).is_dir() else Path(weights)
         load_weights(model, read_weights(file), file)
     if resumed is None:
-        return 0
+        return 0, 0
     file = resumed.last_checkpoint
     checkpoint = read_checkpoint(file)
     load_weights(model, pick_weights(checkpoint, file), file)
@@ -192,7 +197,7 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
             f"model.params.use_ema: {model.use_ema}, but the run to resume was trained with {not model.use_ema}: "
             "start a new run from its weights with --actual_resume"
         )
-    return int(checkpoint["images_seen"])
+    return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
 
 
 def _check_adversary(model: LiteAutoencoderKL, source: Source, trainer_args: Config) -> None:

@@ -1,5 +1,8 @@
 """The one screen before training, and the few lines after it."""
 
+import sys
+from pathlib import Path
+
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
@@ -66,17 +69,11 @@ def print_ending(run: Run, trainer: pl.Trainer) -> None:
     for name, place in places.items():
         if place is not None and place.exists():
             console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True, markup=False)
-    if stopped:
-        console.print(
-            f"continue with: python train.py --resume {run.path}", highlight=False, soft_wrap=True, markup=False
-        )
-    else:
-        console.print(
-            f"evaluate with: python scripts/compute_metrics.py {run.path}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+    train, evaluate = "olvae train", "olvae evaluate"
+    if Path(sys.argv[0]).name == "train.py":
+        train, evaluate = "python train.py", "python scripts/compute_metrics.py"
+    hint = f"continue with: {train} --resume {run.path}" if stopped else f"evaluate with: {evaluate} {run.path}"
+    console.print(hint, highlight=False, soft_wrap=True, markup=False)
 
 
 def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:

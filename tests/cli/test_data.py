@@ -67,7 +67,7 @@ def test_pack_with_its_options(olvae, image_folder, tmp_path):
         assert (details["width"], details["height"]) == (24, 20)
         assert details["file"].endswith(".webp")
     packed_with = json.loads((tmp_path / "shards" / "index.json").read_text())["packed"]
-    expected = {"shard_size": 1000, "seed": None, "resize": 20, "format": "webp", "quality": 80, "channels": 3}
+    expected = {"shard_size": 1, "seed": None, "resize": 20, "format": "webp", "quality": 80, "channels": 3}
     assert packed_with == expected
     code, _, err = olvae("pack", image_folder, "--out", tmp_path / "other")
     assert code == 1

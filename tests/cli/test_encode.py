@@ -43,7 +43,7 @@ def test_there_and_back(olvae, target, tmp_path, image_folder):
     stats = json.loads(out)
     assert stats == json.loads((latents / "stats.json").read_text())
     assert (stats["count"], stats["source"], stats["target"]) == (12, str(image_folder), "vae")
-    assert f"latents: {latents}, 12 images in 1 shard\n" in err
+    assert f"latents: {latents}, 12 images of 16 px in 1 shard\n" in err
     assert f"scaling_factor {stats['scaling_factor']:.4f}" in err
     before = everything(latents)
     assert olvae(*encode)[:2] == (0, "")  # once more: nothing is left to do
@@ -78,7 +78,7 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
     err = olvae_on_two(*encode, "--out", tmp_path / "two")
     assert everything(tmp_path / "one") == everything(tmp_path / "two")
     assert len(everything(tmp_path / "two")) == 4 + 2
-    assert err.count("12 images in 4 shards") == 1  # the first says it, the other nothing
+    assert err.count("12 images of 16 px in 4 shards") == 1  # the first says it, the other nothing
 
 
 def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):

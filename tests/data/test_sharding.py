@@ -8,7 +8,7 @@ from PIL import Image
 
 from olvae.config import ConfigError
 from olvae.data.pack import pack
-from olvae.data.sharding import PackOptions
+from olvae.data.sharding import PackOptions, shard_count, usual_shard_size
 from tests.data.packing import members, picture
 
 
@@ -94,8 +94,14 @@ def test_a_torchvision_data_set_with_its_classes(tmp_path):
 
 
 def test_options_out_of_range():
-    for wrong in ({"shard_size": 0}, {"resize": 0}, {"format": "bmp"}, {"quality": 101}):
+    for wrong in ({"shard_size": -1}, {"resize": 0}, {"format": "bmp"}, {"quality": 101}):
         with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
             PackOptions(**wrong)
     with pytest.raises(ConfigError, match="jpg has no fourth channel"):
         PackOptions(resize=8, channels=4)
+
+
+@pytest.mark.parametrize(("images", "size"), [(1, 1), (20, 1), (21, 2), (250, 13), (20_000, 1000), (10**6, 1000)])
+def test_few_images_make_twenty_shards_all_the_same(images, size):
+    assert usual_shard_size(images) == size
+    assert shard_count(images, size) <= max(20, -(-images // 1000))

@@ -201,7 +201,7 @@ def test_too_few_shards_are_told_before_training(shards):
     source(shards, num_workers=4).check_consumers(2)  # known shards can be cut
     with pytest.raises(ValueError, match="50 training images for 64 processes"):
         source(shards, num_workers=32).check_consumers(2)
-    with pytest.raises(ValueError, match="set val_shards"):
+    with pytest.raises(ValueError, match=r"set data\.params\.val_shards"):
         source(shards, shards=str(shards / "shards" / "000.tar"), val_shards=None)
     with pytest.raises(ValueError, match="larger than the data"):
         source(shards, batch_size=51)

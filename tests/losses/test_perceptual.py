@@ -95,7 +95,7 @@ def test_says_what_is_missing(hub):
         LPIPS()
     text = str(error.value)
     assert "\n" not in text
-    for part in (VGG16_FILE, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight to 0"):
+    for part in (VGG16_FILE, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight=0"):
         assert part in text
 
 

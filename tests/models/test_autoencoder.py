@@ -137,5 +137,7 @@ def test_a_bf16_model_stays_bf16():
 
 
 def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"floats in \[-1, 1\], got torch.uint8"):
+        tiny().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny().encode(torch.rand(1, 3, 20, 16))

@@ -213,7 +213,7 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
     run = go()
     before = run.config.read_text()
     with pytest.raises(Exception, match="foo"):
-        go("lightning.trainer.strategy=foo", resume=run.path)
+        go("lightning.trainer.strategy=foo", "lightning.trainer.max_steps=8", resume=run.path)
     assert run.config.read_text() == before
     with pytest.raises(ConfigError, match="use_ema"):
         go("model.params.use_ema=false", resume=run.path)
@@ -409,7 +409,7 @@ def test_lpips_without_its_weights(go, tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*https://.*lpips_weight to 0"):
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*https://.*lpips_weight=0"):
         go("model.params.lossconfig.params.lpips_weight=1.0")
     assert not (tmp_path / "runs").exists()
 
@@ -475,3 +475,11 @@ def test_processes_of_torchrun_that_would_not_train_together_are_refused(go, tmp
     with pytest.raises(ConfigError, match=r"torchrun started 2 processes, and .* name 1 device: --gpus 2, or"):
         go()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_done_says_so(go):
+    run = go("lightning.trainer.max_steps=2", "model.params.use_ema=true")
+    before = run.last_checkpoint.read_bytes()
+    with pytest.raises(ConfigError, match=r"has had its 2 steps: .*max_steps=4"):
+        go(resume=run.path)
+    assert run.last_checkpoint.read_bytes() == before
