@@ -34,13 +34,20 @@ class ShardReader:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], size: int, image_key: str | None, seed: int, consumer: Consumer
+        self,
+        shards: Sequence[Shard],
+        size: int,
+        image_key: str | None,
+        seed: int,
+        consumer: Consumer,
+        sidecars: bool = True,
     ) -> None:
         self.shards = shards
         self.size = size
         self.image_key = image_key
         self.seed = seed
         self.consumer = consumer
+        self.sidecars = sidecars
         total = total_images(shards)
         self.share = None if total is None else total // consumer.count
         """Images of this consumer in an epoch, if the shards' counts are known."""
@@ -98,7 +105,7 @@ class ShardReader:
         faults: list[Fault] = []
         read = False
         for shard in shards:
-            for entry in read_shard(shard, self.image_key):
+            for entry in read_shard(shard, self.image_key, self.sidecars):
                 if isinstance(entry, Fault):
                     faults.append(entry)
                 else:
@@ -120,7 +127,7 @@ class ShardReader:
 
     def _part(self, shard: Shard, begin: int, end: int) -> Iterator[Entry | Fault]:
         place, reason = 0, "has fewer images than its index says"
-        entries = read_shard(shard, self.image_key)
+        entries = read_shard(shard, self.image_key, self.sidecars)
         for entry in entries:
             if isinstance(entry, Fault):
                 reason = entry.reason

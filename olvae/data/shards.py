@@ -7,7 +7,7 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,13 +167,17 @@ def count_images(path: Path, image_key: str | None = None) -> int:
     return count + (bool(groups) and any(groups.values()))
 
 
-def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | Fault]:
+def read_shard(shard: Shard, image_key: str | None = None, sidecars: bool = True) -> Iterator[Entry | Fault]:
     """The images of a shard in order, undecoded; a fault last where it can't be opened or ends early.
 
     A group of files of one name without an image is left out.
+
+    Args:
+        sidecars: whether the other files of a group are wanted; without them it is less work.
     """
     faults: list[Fault] = []
-    groups = group_by_keys(_files(shard.url, faults), handler=lambda error: _take(error, shard.url, faults))
+    wanted = None if sidecars else lambda name: _is_image((base_plus_ext(name)[1] or "").lower(), image_key)
+    groups = group_by_keys(_files(shard.url, faults, wanted), handler=lambda error: _take(error, shard.url, faults))
     for group in groups:
         extension = next((ext for ext in group if _is_image(ext, image_key)), None)
         if extension is None:
@@ -184,14 +188,14 @@ def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | F
     yield from faults
 
 
-def _files(url: str, faults: list[Fault]) -> Iterator[dict[str, Any]]:
+def _files(url: str, faults: list[Fault], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
     """The files of a tar file; what ends it early becomes a fault, so that what came before is kept."""
     stream: Any = None
     try:
         stream = gopen(url)
         set_options(stream, ignore_errors=True)  # it would lose what is read already; asked for below
         tail = _Tail(stream)
-        for file in tar_file_iterator(tail):
+        for file in tar_file_iterator(tail, select_files=wanted):
             yield {**file, "__url__": url}
         if isinstance(stream, Pipe):
             stream.close()

@@ -129,4 +129,6 @@ class WebDatasetSource(Source):
             image = self.transform(Photo(entry.data, entry.name, self.channels), rng)
             return Sample(image_to_tensor(image), entry.key)
 
-        return ShardReader(self.train, self.shuffle, self.image_key, seed, consumer).samples(position, make)
+        return ShardReader(self.train, self.shuffle, self.image_key, seed, consumer, sidecars=False).samples(
+            position, make
+        )

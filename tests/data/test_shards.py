@@ -169,3 +169,10 @@ def test_an_index_knows_shards_whatever_brings_them(tmp_path, url):
 def test_a_local_shard_may_have_any_name():
     assert Shard("a b/my photos.v2.tar").stem == "my photos"
     assert Shard("pipe:make-images").stem == "pipe:make-images"
+
+
+def test_images_alone_are_the_same_images(tmp_path):
+    path = str(write_shard(tmp_path / "a.tar", range(5)))
+    alone = [entry for entry in read_shard(Shard(path), sidecars=False) if isinstance(entry, Entry)]
+    assert [(e.key, e.name, e.data) for e in alone] == [(e.key, e.name, e.data) for e in read(path)[0]]
+    assert all(entry.files == {} for entry in alone)
