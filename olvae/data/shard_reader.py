@@ -31,6 +31,7 @@ class ShardReader:
         image_key: the extension of what is read in a group of files; by default the first that is an image's.
         seed: of the order.
         consumer: whose share it is.
+        sidecars: whether the other files of a group are wanted.
     """
 
     def __init__(
