@@ -51,6 +51,8 @@ class MixSource(Source):
                     f"not mix with {channels} channels of {size} pixels"
                 )
         self.shares = self._shares(weights)
+        if any(source.crops for source in self.sources):
+            self.crops = "; ".join(dict.fromkeys(source.test_images for source in self.sources))
 
     def _shares(self, weights: Sequence[float] | None) -> list[int]:
         """Samples of each source in a cycle, which sum to it; at least one of each that has a weight."""

@@ -34,6 +34,9 @@ __all__ = ["DEFAULT_METRICS", "UNTRAINED", "Assessment", "Request", "assess"]
 UNTRAINED = "untrained"
 """A baseline's name, which no target may have."""
 
+LPIPS_SIZE = 32
+"""Below this, images are too small for LPIPS, and the gallery is ranked by PSNR."""
+
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
 
 
@@ -126,7 +129,8 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
 
     # The pass. The gallery and the bands are of the first way alone.
     shown = [name for name, seed in contenders if seed in (seeds[0], NONE)]
-    ranked_by = next((name for name in ("lpips", "psnr") if name in variants and name not in skipped), None)
+    rankings = ("lpips", "psnr") if source.size >= LPIPS_SIZE and first.in_channels == 3 else ("psnr",)
+    ranked_by = next((name for name in rankings if name in variants and name not in skipped), None)
     galleries = {name: Gallery(METRICS[ranked_by].better) for name in shown} if ranked_by else {}
     bands = {name: BandErrors() for name in shown}
     labels = {f"{name}\0{seed}": (name, seed) for name, seed in contenders}

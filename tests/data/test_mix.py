@@ -103,3 +103,11 @@ def test_an_evaluations_transform_reaches_the_sources(nodes):
         for sample in source.once("test", Consumer()):
             assert torch.equal(whole[sample.key], sample.image)
     assert len(whole) == s.count("test")
+
+
+def test_the_protocol_hears_how_each_sources_images_are_made(nodes):
+    assert mix(nodes).crops is None
+    samples = {"target": "olvae.data.samples.SamplePhotographs", "params": {"size": 16, "batch_size": 1}}
+    images = mix([nodes[0], samples]).test_images
+    assert "tiles" in images
+    assert "centre crop" in images
