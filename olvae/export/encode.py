@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,20 @@ class Encoder:
         if begun != plan and not any(other != path for other in path.parent.glob("*.json")):
             write_json(plan, path)  # nothing was finished under the other plan
         elif begun != plan:
-            names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
-            changes = ", ".join(f"{name} was {_short(begun.get(name))}, now {_short(plan.get(name))}" for name in names)
+            changed = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
+            changes = dict.fromkeys(self._change(name, begun, plan) for name in changed)
             raise ConfigError(
-                f"{self.folder}: begun as something else ({changes}): give the same target, images and options to "
-                "continue, or another --out"
+                f"{self.folder}: begun as something else ({', '.join(changes)}): give the same target, images and "
+                "options to continue, or another --out"
             )
+
+    def _change(self, name: str, begun: Mapping[str, object], plan: Mapping[str, object]) -> str:
+        """What a user did otherwise, where two plans differ in an entry."""
+        if name in ("images", "keys", "shards"):
+            return "other images"
+        if name == "classes":
+            return "other classes"
+        return "other weights" if name == "weights" else f"{name} was {begun.get(name)}, now {plan.get(name)}"
 
     def run(
         self,
@@ -276,7 +284,3 @@ def fingerprint(model: Autoencoder) -> str:
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _short(value: object) -> str:
-    return f"{str(value)[:8]}…" if isinstance(value, str) and len(value) == 64 else str(value)

@@ -114,6 +114,9 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
     code, _, err = olvae(*encode("--seed", 1))
     assert (code, err.count("\n")) == (2, 1)
     assert "begun as something else (seed was 0, now 1)" in err
+    code, _, err = olvae("encode", target, "--data", "samples", "--out", tmp_path / "out", "--size", 16)
+    assert code == 2
+    assert "begun as something else (other images)" in err
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])

@@ -346,8 +346,8 @@ def test_a_finished_shard_is_not_encoded_again_but_a_lost_one_is(tmp_path, image
     [
         ({"size": 24}, "size was 16, now 24"),
         ({"flip": True}, "flip was False, now True"),
-        ({"model": 1}, "weights was "),
-        ({"source": 1}, "images was 12, now 11, keys was "),
+        ({"model": 1}, "(other weights)"),
+        ({"source": 1}, "(other images)"),
         ({"shard_size": 4}, "shard_size was 5, now 4"),
     ],
 )
