@@ -270,7 +270,7 @@ def _rank(rank: int, port: int, root: Path, results: Any) -> None:
 
 
 def test_two_ranks_of_two_workers_over_seven_shards(shards):
-    """Real processes: 50 images among four are 12 each, 6 batches of 2; no image twice; validation once."""
+    """Real processes: 50 images among four are 12 each, 12 batches of 2 a rank; no image twice; validation once."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     with socket.socket() as free:
