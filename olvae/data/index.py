@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Index", "ShardRecord", "Skipped", "file_sha256", "named", "printable", "write_json"]
+from olvae.files import write_json
+
+__all__ = ["Index", "ShardRecord", "Skipped", "file_sha256", "named", "printable"]
 
 VERSION = 1
 
@@ -80,16 +82,6 @@ class Index:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not an index with counts, sizes and checksums of shards: {error}") from error
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

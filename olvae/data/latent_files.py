@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +13,7 @@ from torch import Tensor
 from olvae.data.reading import UnreadableImageError
 from olvae.data.shards import Entry
 
-__all__ = ["FLIP", "LATENT", "META", "STATS", "Latent", "latent_bytes", "read_latent", "read_stats", "write_json"]
+__all__ = ["FLIP", "LATENT", "META", "STATS", "Latent", "latent_bytes", "read_latent", "read_stats"]
 
 LATENT = "latent.safetensors"
 """The extension of the tensors: ``mean`` and ``std`` of the posterior, or one ``latent``, each (n_z, h, w)."""
@@ -97,10 +96,3 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
         return {**stats, **numbers, "count": int(stats["count"]), "size": int(stats["size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """A file of JSON, whole or not at all, also where several processes write the same one."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -14,11 +14,12 @@ from olvae.config import ConfigError
 from olvae.data.faults import FaultLimitError
 from olvae.data.find import list_images
 from olvae.data.folder import Files
-from olvae.data.index import Index, ShardRecord, Skipped, named, write_json
+from olvae.data.index import Index, ShardRecord, Skipped, named
 from olvae.data.lists import ImageList
 from olvae.data.parallel import OnProgress, in_processes, unseen
 from olvae.data.sharding import STATE, Finished, PackOptions, ShardMaker, shard_count, shard_name, usual_shard_size
 from olvae.data.shards import INDEX
+from olvae.files import write_json
 
 __all__ = ["Packed", "pack"]
 

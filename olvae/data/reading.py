@@ -63,6 +63,9 @@ class Photo:
         self._image: Picture
         try:
             self._image = self._open(content)
+            self._orientation = 1
+            if isinstance(self._image, Image.Image):
+                self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
             self.size = self._upright_size()
         except DECODER_ERRORS as error:
             raise UnreadableImageError(name, _reason(error)) from error
@@ -111,9 +114,7 @@ class Photo:
             if shrink > 1 and image.format == "JPEG":
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
-            turned = (
-                image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            )  # otherwise Pillow makes a copy all the same
+            turned = self._orientation != 1  # Pillow would copy the others too
             return _convert(ImageOps.exif_transpose(image) if turned else image, self.channels)
         except DECODER_ERRORS as error:
             raise UnreadableImageError(self.name, _reason(error)) from error
@@ -138,9 +139,7 @@ class Photo:
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
-        if isinstance(self._image, Image.Image) and self._image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
-            return height, width
-        return width, height
+        return (height, width) if self._orientation in SIDEWAYS else (width, height)
 
 
 def read_picture(path: str | Path, channels: int = 3) -> Picture:

@@ -15,7 +15,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from olvae.config import ConfigError
-from olvae.data.index import ShardRecord, Skipped, file_sha256, write_json
+from olvae.data.index import ShardRecord, Skipped, file_sha256
 from olvae.data.lists import ImageList
 from olvae.data.parallel import Ticker
 from olvae.data.pixels import Bands, Picture
@@ -23,6 +23,7 @@ from olvae.data.reading import Photo, UnreadableImageError
 from olvae.data.shards import INDEX
 from olvae.data.torchvision import Items
 from olvae.data.transforms import resize_shorter_side
+from olvae.files import write_json
 
 __all__ = ["FORMATS", "STATE", "Finished", "PackOptions", "ShardMaker", "shard_count", "shard_name"]
 

@@ -81,13 +81,9 @@ class Assessment:
 
     evaluations: list[Evaluation]
     galleries: dict[str, Gallery] = field(default_factory=dict)
-    bands: dict[str, BandErrors] = field(default_factory=dict)
+    bands: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
     artefacts: dict[str, Artefacts] = field(default_factory=dict)
     ranked_by: str = "psnr"
-
-    def band_errors(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """By contender, the error per wavelet band."""
-        return {name: errors.compute() for name, errors in self.bands.items()}
 
 
 def assess(request: Request) -> list[Assessment] | None:
@@ -172,7 +168,8 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
         patterns = {
             name: find_artefacts(model, source.size, request.device, batch_size) for name, model in models.items()
         }
-    extras: dict[str, dict[str, Any]] = {name: {"bands": errors.compute()} for name, errors in bands.items()}
+    computed = {name: errors.compute() for name, errors in bands.items()}
+    extras: dict[str, dict[str, Any]] = {name: {"bands": errors} for name, errors in computed.items()}
     for name, artefacts in patterns.items():
         extras.setdefault(name, {})["test_patterns"] = artefacts.as_dict()
 
@@ -183,7 +180,7 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
         statistic = pooled_psnr if protocol.psnr == "pooled" else mean
         intervals = {row.target: _intervals(row, statistic) for row in rows}
         evaluations.append(Evaluation(replace(protocol, n=n), about, rows, costs, intervals, extras))
-    return Assessment(evaluations, galleries, bands, patterns, ranked_by or "psnr")
+    return Assessment(evaluations, galleries, computed, patterns, ranked_by or "psnr")
 
 
 NONE = -1

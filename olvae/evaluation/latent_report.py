@@ -1,6 +1,5 @@
 """The report on latents: one pass over the images for several models, ``latents.json``, a table."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from olvae.data.pixels import from_uint8
 from olvae.data.source import Batch
 from olvae.evaluation.latent_summary import ACTIVE_VARIANCE, NO_DISTRIBUTION, LatentSummary
 from olvae.evaluation.latents import LatentAccumulator, image_key
+from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder
 
 __all__ = ["encode_latents", "print_latents", "report_content", "write_report"]
@@ -71,9 +71,7 @@ def report_content(summaries: Mapping[str, LatentSummary], data: Mapping[str, An
 
 def write_report(content: Mapping[str, Any], path: Path) -> None:
     """latents.json, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_json(content, path)
 
 
 def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any]) -> None:

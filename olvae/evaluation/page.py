@@ -8,6 +8,7 @@ from olvae.evaluation.page_content import Column, Cost, Page, Row, Score, Shown,
 from olvae.evaluation.page_parts import badges, band_table, cost_table, difference_table, gallery_parts, result_table
 from olvae.evaluation.page_patches import artefact_summary, artefact_tables
 from olvae.figures import ERROR_RANGE
+from olvae.files import whole
 
 __all__ = ["Column", "Cost", "Page", "Row", "Score", "Shown", "UsedWeights", "render_page", "write_page"]
 
@@ -38,6 +39,5 @@ def render_page(page: Page) -> str:
 
 def write_page(page: Page, path: Path) -> None:
     """The page as a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render_page(page), encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(render_page(page), encoding="utf-8", errors="backslashreplace")

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from olvae.files import whole
+
 __all__ = ["ImageValues", "write_csv"]
 
 
@@ -24,10 +26,8 @@ def write_csv(path: Path, rows: Iterable[ImageValues]) -> None:
     """
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["target", "key", *names])
         for row in rows:
             writer.writerow([row.target, row.key, *(repr(row.metrics[n]) if n in row.metrics else "" for n in names)])
-    partial.replace(path)

@@ -57,7 +57,7 @@ def page_of(assessment: Assessment, evaluation: Evaluation) -> Page:
             for name, gallery in assessment.galleries.items()
             if name in own
         ],
-        bands=assessment.band_errors(),
+        bands=assessment.bands,
         artefacts=assessment.artefacts,
         weights=[
             UsedWeights(METRICS[name].label, **file)

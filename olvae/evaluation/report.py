@@ -17,6 +17,7 @@ from olvae.evaluation.cost import Cost
 from olvae.evaluation.evaluator import EQUAL, Result
 from olvae.evaluation.protocol import Protocol
 from olvae.figures import error_map, labelled_grid
+from olvae.files import whole
 from olvae.metrics.registry import METRICS
 
 __all__ = [
@@ -256,9 +257,8 @@ def write_metrics(evaluation: Evaluation, path: Path) -> None:
     """metrics.json, whole or not at all."""
     content = evaluation.as_dict()
     assert all(math.isfinite(value) for row in content["results"] for value in row["metrics"].values())
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_figure(inputs: Tensor, reconstructions: Mapping[str, Tensor], path: Path) -> None:

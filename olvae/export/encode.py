@@ -14,12 +14,13 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.faults import Fault
-from olvae.data.latent_files import LATENT, META, STATS, Latent, latent_bytes, write_json
+from olvae.data.latent_files import LATENT, META, STATS, Latent, latent_bytes
 from olvae.data.pixels import from_uint8
 from olvae.data.shards import INDEX
 from olvae.export.encode_inputs import Inputs
 from olvae.export.encode_reading import ReadImage, read_batches
 from olvae.export.latent_sums import LatentSums
+from olvae.files import write_json
 from olvae.models.anysize import pad_to_multiple
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.memory import GIB

@@ -14,6 +14,7 @@ import torch
 
 from olvae.checkpoint import WEIGHT_SUFFIXES, load_weights, read_weights
 from olvae.config import Config, ConfigError
+from olvae.files import whole
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.description import (
     CONFIG_NAME,
@@ -124,10 +125,9 @@ def save_pretrained(model: LiteVAE, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    partial = folder / f".{WEIGHTS_NAME}.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors lets the owner alone read it
-    partial.replace(folder / WEIGHTS_NAME)
+    with whole(folder / WEIGHTS_NAME) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors lets the owner alone read it
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from olvae.data.faults import FaultLimitError
-from olvae.data.latent_files import LATENT, read_latent, write_json
+from olvae.data.latent_files import LATENT, read_latent
 from olvae.data.latents import LatentSource
 from olvae.data.pixels import from_uint8, image_to_tensor
 from olvae.data.reading import Photo
 from olvae.data.shards import Shard, read_shard
 from olvae.data.source import Consumer
 from olvae.data.transforms import center_crop
+from olvae.files import write_json
 from tests.data.images import encoded, picture, write_tar
 from tests.export.latents import encode, tiny_vae
 

@@ -1,0 +1,34 @@
+"""Files that are there whole or not at all: written under another name, then renamed."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+__all__ = ["whole", "write_json"]
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file beside its place; it is moved there if nothing goes wrong, and removed if something does.
+
+    The name is another one each time, so that processes may write the same file at once.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """A file of JSON.
+
+    Raises:
+        ValueError: a number in it is not finite, for which JSON has no word.
+    """
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
