@@ -5,28 +5,22 @@ from typing import Annotated
 
 import typer
 
+from olvae.cli.options import ConfigFile, Device, TargetArgument
+
 __all__ = ["command"]
 
 
 def command(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="A run folder, checkpoint, export, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
-        ),
-    ],
+    target: TargetArgument,
     source: Annotated[str, typer.Argument(metavar="SRC", help="Shards of latents: a folder, a file, a pattern.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.")],
-    config: Annotated[
-        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
-    ] = None,
+    config: ConfigFile = None,
     image_format: Annotated[str, typer.Option("--format", help="png or jpg.")] = "png",
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Latents at a time.")] = 16,
     memory: Annotated[
         float, typer.Option(metavar="GiB", min=0.01, help="What decoding may take, before it goes on in tiles.")
     ] = 4.0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    device: Device = None,
     raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, where there are averaged ones.")] = False,
 ) -> None:
     """Turn the latents of `olvae encode` into images, named by their keys; of a posterior the mode.

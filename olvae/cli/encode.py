@@ -5,22 +5,16 @@ from typing import Annotated
 
 import typer
 
+from olvae.cli.options import ConfigFile, Device, TargetArgument
+
 __all__ = ["command"]
 
 
 def command(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="A run folder, checkpoint, export, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
-        ),
-    ],
+    target: TargetArgument,
     data: Annotated[str, typer.Option(metavar="SRC", help="A folder, shards, a list, a data set, a config.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go; empty, or begun before.")],
-    config: Annotated[
-        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
-    ] = None,
+    config: ConfigFile = None,
     size: Annotated[
         int | None,
         typer.Option(
@@ -47,7 +41,7 @@ def command(
     memory: Annotated[
         float, typer.Option(metavar="GiB", min=0.01, help="What encoding images of their own sizes may take.")
     ] = 4.0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    device: Device = None,
     raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, where there are averaged ones.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print stats.json to standard output as well.")] = False,
 ) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from olvae.cli.options import ConfigFile, Device
+
 __all__ = ["command"]
 
 
@@ -15,9 +17,7 @@ def command(
             metavar="TARGET...", help="Run folders, checkpoints, exports, ids of the hub, or diffusers:ID_OR_FOLDER."
         ),
     ],
-    config: Annotated[
-        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
-    ] = None,
+    config: ConfigFile = None,
     config_base: Annotated[
         Path | None,
         typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config in here by its name."),
@@ -63,7 +63,7 @@ def command(
     mix_protocols: Annotated[
         bool, typer.Option("--mix-protocols", help="Allow --beside results of other protocols or images, marked.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    device: Device = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where results go; by default the first target, if it is a run."),

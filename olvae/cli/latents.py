@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from olvae.cli.options import ConfigFile, Device
+
 if TYPE_CHECKING:
     from olvae.data.source import Batch
 
@@ -20,9 +22,7 @@ def command(
             help="Run folders, checkpoints, exports, ids of the Hugging Face hub, diffusers:ID_OR_FOLDER.",
         ),
     ],
-    config: Annotated[
-        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
-    ] = None,
+    config: ConfigFile = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
@@ -31,7 +31,7 @@ def command(
         int | None, typer.Option("--batch-size", "-B", min=1, help="Images at a time; by default the config's, or 8.")
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    device: Device = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where the report goes; by default the first target, if it is a run."),

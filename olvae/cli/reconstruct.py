@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from olvae.cli.options import ConfigFile, Device, TargetArgument
+
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress, TaskID
@@ -14,19 +16,11 @@ __all__ = ["command"]
 
 
 def command(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="A run folder, checkpoint, export, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
-        ),
-    ],
+    target: TargetArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.png and NAME_compare.png go.")],
-    config: Annotated[
-        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    config: ConfigFile = None,
+    device: Device = None,
     precision: Annotated[str, typer.Option(help="32, 16 or bf16.")] = "32",
     tile: Annotated[
         int | None,

@@ -1,0 +1,20 @@
+"""Arguments that several commands share, word for word."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["ConfigFile", "Device", "TargetArgument"]
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="A run folder, checkpoint, export, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]
