@@ -1,5 +1,6 @@
 """LiteVAE as a plain module: images to a posterior, latents to images. No Lightning needed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,31 @@ from olvae.modules.precision import autocast_enabled, island
 __all__ = ["Autoencoder", "LiteVAE", "Quantizer"]
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, ABC):
     """What evaluation, latents and reconstruction ask of any autoencoder; images are in [-1, 1]."""
 
     @property
+    @abstractmethod
     def in_channels(self) -> int:
         """Channels of the image."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def downscale(self) -> int:
         """f: how many pixels of the image, per side, one latent position stands for."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def latent_channels(self) -> int:
         """n_z: channels of the latent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
         """Reconstruction, from the posterior's mode or from a sample, and the posterior."""

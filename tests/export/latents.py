@@ -36,6 +36,9 @@ class Shrunk(Autoencoder):
     def encode(self, x: Tensor) -> Deterministic:
         return Deterministic(torch.nn.functional.avg_pool2d(x, 2) * self.gain)
 
+    def decode(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(z / self.gain, scale_factor=2)
+
 
 def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, shard_size: int = 5, **options: Any):
     """What the command does, in this process; stats.json's content."""

@@ -3,6 +3,7 @@
 ``OpenUNet`` is open-LiteVAE's [R][M], with its parameter names; ``PaperUNet`` is the paper's [P App. G].
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import gcd
 
@@ -68,7 +69,7 @@ class PreActivationBlock(nn.Module):
         return out
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, ABC):
     """What the two have in common: how steps and skips follow each other.
 
     A block leaves its output as a skip on the way down, and takes one on the way up; a convolution changes the width.
@@ -77,17 +78,17 @@ class UNet(nn.Module):
     init_conv: nn.Conv2d
     conv_out: nn.Conv2d
 
+    @abstractmethod
     def down(self) -> list[nn.Module]:
         """The steps on the way down."""
-        raise NotImplementedError
 
+    @abstractmethod
     def middle(self) -> list[nn.Module]:
         """The blocks in between."""
-        raise NotImplementedError
 
+    @abstractmethod
     def up(self) -> list[nn.Module]:
         """The steps on the way up."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.init_conv(x)
