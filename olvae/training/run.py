@@ -19,9 +19,9 @@ from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
-from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.callbacks import FaultLimit, FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints, SaveConfig
+from olvae.training.checks import check_adversary, check_images, check_torchrun, process_count
 from olvae.training.devices import resolve_devices, resolve_precision
 from olvae.training.health import Health
 from olvae.training.progress import StepProgress
@@ -73,7 +73,7 @@ def train(options: TrainOptions) -> runs.Run:
     settings = _settings(options, config, resumed)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
-    _check_torchrun(_processes(trainer_args))
+    check_torchrun(process_count(trainer_args))
     precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
 
     # Data and model, from the seed alone.
@@ -84,22 +84,7 @@ def train(options: TrainOptions) -> runs.Run:
     pl.seed_everything(settings["seed"], workers=True, verbose=False)
     model = _model(config, trainer_args)
     model.seed = settings["seed"]
-    if source.size % model.autoencoder.downscale:
-        f = model.autoencoder.downscale
-        raise ConfigError(
-            f"data.params.size: {source.size} is not a multiple of {f}, by which the model shrinks images: "
-            f"use {max(f, source.size // f * f)} or {(source.size // f + 1) * f}"
-        )
-    if source.channels != model.autoencoder.encoder.in_channels:
-        raise ConfigError(
-            f"the images have {source.channels} channels, the model takes {model.autoencoder.encoder.in_channels}: set "
-            "data.params.channels, or in_channels of encoder_config.params and out_channels of decoder_config.params"
-        )
-    if model.equivariance and model.objective.lpips is not None and source.size < 64:
-        raise ConfigError(
-            f"data.params.size: {source.size}: equivariance shrinks images to a quarter, and LPIPS needs 16 pixels: "
-            "use 64 or more, or set lpips_weight to 0"
-        )
+    check_images(model, source)
     start, done = _restore(model, resumed, options.actual_resume)
 
     trainer_args = _steps(trainer_args, source, model)
@@ -108,8 +93,10 @@ def train(options: TrainOptions) -> runs.Run:
             f"--resume: this run has had its {done} steps: to go on, give more, as in "
             f"lightning.trainer.max_steps={2 * done}"
         )
-    source.check_consumers(_processes(trainer_args))
-    _check_adversary(model, source, trainer_args)
+    source.check_consumers(process_count(trainer_args))
+    check_adversary(model, source, trainer_args["max_steps"])
+    if model.adversary is not None:
+        _share_two_sides(trainer_args)
     run = resumed or _new_run(options.logdir, settings)
     stop = GracefulStop()
     try:
@@ -200,44 +187,10 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
     return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
 
 
-def _check_adversary(model: LiteAutoencoderKL, source: Source, trainer_args: Config) -> None:
-    adversary = model.adversary
-    if adversary is None:
-        return
-    if adversary.start_step >= trainer_args["max_steps"]:
-        raise ConfigError(
-            f"adversary_config.params.start_step: {adversary.start_step} is not before the last of "
-            f"{trainer_args['max_steps']} steps, so the adversary would never play"
-        )
-    if not set(IMAGE_TERMS) & set(model.objective.weights):
-        raise ConfigError("lossconfig.params: beside an adversary, one of the terms that compare images must be on")
-    adversary.check_image(model.autoencoder.encoder.in_channels, source.size)
-    if trainer_args.get("strategy", "auto") == "auto" and _processes(trainer_args) > 1:
-        trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
-    if trainer_args["accelerator"] in ("cuda", "gpu"):
-        trainer_args.setdefault("sync_batchnorm", True)
-
-
-def _processes(trainer_args: Config) -> int:
-    devices = trainer_args["devices"]
-    return (devices if isinstance(devices, int) else len(devices)) * int(trainer_args.get("num_nodes", 1))
-
-
-def _check_torchrun(processes: int) -> None:
-    """With one device Lightning would leave each of torchrun's processes to train a model of its own, in one folder."""
-    started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else processes
-    if started != processes:
-        raise ConfigError(
-            f"torchrun started {started} processes, and the flags and lightning.trainer name {processes} "
-            f"device{'' if processes == 1 else 's'}: --gpus {started}, or on the CPU lightning.trainer.accelerator=cpu "
-            f"lightning.trainer.devices={started} (devices of each node, times num_nodes)"
-        )
-
-
 def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
     """Steps for Lightning: the stream has no end, so epochs are turned into steps."""
     args = dict(trainer_args)
-    per_step = source.batch_size * model.accumulate_grad_batches * _processes(args)
+    per_step = source.batch_size * model.accumulate_grad_batches * process_count(args)
     epochs, steps = args.pop("max_epochs", None), args.pop("max_steps", None)
     if epochs is None and steps is None:
         raise ConfigError("lightning.trainer.max_steps: missing: how many steps to train")
@@ -259,6 +212,14 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
     args["val_check_interval"] = min(every, args["max_steps"]) * model.accumulate_grad_batches
     args["log_every_n_steps"] = (args.get("log_every_n_steps") or 20) * model.accumulate_grad_batches
     return args
+
+
+def _share_two_sides(trainer_args: Config) -> None:
+    """What several devices need so that two players can train on them."""
+    if trainer_args.get("strategy", "auto") == "auto" and process_count(trainer_args) > 1:
+        trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
+    if trainer_args["accelerator"] in ("cuda", "gpu"):
+        trainer_args.setdefault("sync_batchnorm", True)
 
 
 def _trainer(
