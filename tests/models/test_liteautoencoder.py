@@ -5,49 +5,9 @@ import pytest
 import torch
 
 from olvae.config import ConfigError, instantiate, load
-from olvae.data.folder import FolderSource
-from olvae.models.liteautoencoder import LiteAutoencoderKL
-from tests.conftest import tiny_config
+from tests.models.steps import build, fit, norm, source
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").rglob("*.yaml"))
-
-
-def build(**model) -> LiteAutoencoderKL:
-    torch.manual_seed(0)
-    return LiteAutoencoderKL(**tiny_config(**model)["model"]["params"])
-
-
-def fit(model: LiteAutoencoderKL, root: Path, steps: int, batch_size: int = 4, **trainer) -> LiteAutoencoderKL:
-    source = FolderSource(str(root), 16, batch_size, val_fraction=0.2)
-    pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **trainer,
-    ).fit(model, source.train_loader())
-    return model
-
-
-@pytest.fixture
-def updates(monkeypatch) -> list[tuple[float, list[torch.Tensor]]]:
-    """Learning rate and gradients of every update, as Adam sees them."""
-    seen = []
-    step = torch.optim.Adam.step
-
-    def record(self, *args, **kwargs):
-        (group,) = self.param_groups
-        closure = kwargs.get("closure") or (args[0] if args else None)
-        if closure is not None:
-            closure()
-        seen.append((group["lr"], [p.grad.clone() for p in group["params"]]))
-        return step(self)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", record)
-    return seen
 
 
 def test_a_step_is_the_objective_and_adam_by_hand(image_folder):
@@ -55,7 +15,7 @@ def test_a_step_is_the_objective_and_adam_by_hand(image_folder):
     model = fit(build(), image_folder, 1)
     other = build()
     optimizer = torch.optim.Adam(other.autoencoder_parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
-    batch = next(iter(FolderSource(str(image_folder), 16, 4, val_fraction=0.2).train_loader()))
+    batch = next(iter(source(image_folder).train_loader()))
     x = other.images(batch)
     from olvae.models.step import mix_seeds
 
@@ -84,7 +44,7 @@ def test_accumulation_counts_updates_and_equals_a_larger_batch(image_folder, mon
     large = fit(build(), image_folder, 3, batch_size=8)
     assert small.trainer.global_step == large.trainer.global_step == 3
     assert small.images_seen == large.images_seen == 24
-    (_, accumulated), (_, whole) = updates[0], updates[3]
+    accumulated, whole = updates[0].gradients, updates[3].gradients
     for a, b in zip(accumulated, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -93,14 +53,14 @@ def test_clipping(image_folder, updates):
     """Norm 1e-3, where it would be more, as the optimiser sees it."""
     fit(build(), image_folder, 1)
     fit(build(gradient_clip_val=1e-3), image_folder, 1)
-    free, clipped = (torch.stack([g.norm() for g in gradients]).norm().item() for _, gradients in updates)
+    free, clipped = (norm(update.gradients) for update in updates)
     assert free > 0.01
     assert clipped == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_the_schedule_reaches_the_optimiser(image_folder, updates):
     fit(build(scheduler="cosine", warmup_steps=2, min_lr_factor=0.5, learning_rate=1e-2), image_folder, 4)
-    assert [rate for rate, _ in updates] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
+    assert [update.lr for update in updates] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
 
 
 def test_ema_is_lightnings_callback_over_the_weights(image_folder):

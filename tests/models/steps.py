@@ -1,0 +1,97 @@
+"""Small trainings through Lightning, and what they did to weights and optimisers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from olvae.data.folder import FolderSource
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.conftest import tiny_config
+
+PATCHGAN = {"target": "olvae.modules.basicgan.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
+UNETGAN = {"target": "olvae.modules.unetgan.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 128}}
+
+
+def against(discriminator: dict = PATCHGAN, **params) -> dict:
+    """An adversary_config."""
+    node = {"discriminator_config": discriminator, **params}
+    return {"target": "olvae.models.adversary.Adversary", "params": node}
+
+
+def build(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
+    """The autoencoder starts from the same weights with and without an adversary."""
+    torch.manual_seed(0)
+    return LiteAutoencoderKL(**tiny_config(adversary_config=adversary, **model)["model"]["params"])
+
+
+def source(root: Path, batch_size: int = 4, size: int = 16) -> FolderSource:
+    return FolderSource(str(root), size, batch_size, val_fraction=0.2)
+
+
+def fit(
+    model: LiteAutoencoderKL, root: Path, steps: int, batch_size: int = 4, size: int = 16, **trainer
+) -> LiteAutoencoderKL:
+    settings = {"logger": False, "log_every_n_steps": 1, **trainer}
+    pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        **settings,
+    ).fit(model, source(root, batch_size, size).train_loader())
+    return model
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
+
+
+def metrics(model: LiteAutoencoderKL) -> dict[str, float]:
+    return {name: float(value) for name, value in model.trainer.callback_metrics.items()}
+
+
+def norm(gradients: list[Tensor]) -> float:
+    return torch.stack([g.double().norm() for g in gradients]).norm().item()
+
+
+class Each(pl.Callback):
+    """Calls a function after every batch."""
+
+    def __init__(self, look) -> None:
+        self.look = look
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.look(pl_module)
+
+
+@dataclass
+class Update:
+    """An update as Adam sees it."""
+
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor]
+    lr: float
+    betas: tuple[float, float]
+
+
+class Updates(list[Update]):
+    def of(self, module: nn.Module) -> "Updates":
+        """Those of a module's parameters."""
+        own = {id(p) for p in module.parameters()}
+        return Updates(u for u in self if any(id(p) in own for p in u.parameters))

@@ -1,0 +1,129 @@
+"""Stopped and resumed in the middle of phase B, through the command's own function."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from olvae.config import save
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.runs import Run
+from olvae.training import run as training
+from olvae.training import summary
+from olvae.training.callbacks import GracefulStop
+from olvae.training.run import TrainOptions, train
+from tests.conftest import tiny_config
+from tests.models.steps import Each, against, assert_same, build, fit, moved
+
+
+@pytest.fixture
+def go(tmp_path, image_folder, monkeypatch):
+    """Train a tiny phase B with everything on that has a state; returns the run."""
+    monkeypatch.delenv(training.RUN_ENV, raising=False)
+    monkeypatch.setattr(summary, "draw_curves", lambda run: None)  # half of the time
+    adversary = against(
+        weight=0.3,
+        start_step=1,
+        ramp_steps=3,
+        warmup_updates=2,
+        updates_per_step=2,
+        r1_weight=1.0,
+        r1_every=3,
+        lecam_weight=0.1,
+        lecam_decay=0.5,
+        learning_rate_ratio=2.0,
+    )
+    model = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 7}
+    config = tiny_config(image_folder, adversary_config=adversary, anchor_weight=0.1, equivariance=0.3, **model)
+    config["lightning"]["trainer"]["accumulate_grad_batches"] = 2
+    save(config, tmp_path / "phase_b.yaml")
+
+    def run(steps: int, *overrides: str, resume: Path | None = None) -> Run:
+        base = [] if resume else [tmp_path / "phase_b.yaml"]
+        overrides = (f"lightning.trainer.max_steps={steps}", *overrides)
+        return train(TrainOptions(base, overrides, tmp_path / "runs", gpus="0", resume=resume))
+
+    return run
+
+
+def checkpoint(run: Run) -> dict:
+    return torch.load(run.last_checkpoint, weights_only=True)
+
+
+def test_stopping_and_resuming_is_not_stopping(go):
+    """3 steps, resume, 3 steps equal 6: both sides' weights, average, optimisers, schedules, counts, anchors."""
+    run, half = go(6), go(3)
+    whole, before = checkpoint(run), checkpoint(half)
+    resumed = checkpoint(go(6, resume=half.path))
+    for part in ("state_dict", "current_model_state"):
+        assert whole[part].keys() == resumed[part].keys()
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, resumed[part][name]), f"{part} {name}"
+        assert {name.split(".")[0] for name in whole[part]} >= {"encoder", "decoder", "adversary", "anchor"}
+    assert len(whole["optimizer_states"]) == len(resumed["optimizer_states"]) == 2
+    for one, other in zip(whole["optimizer_states"], resumed["optimizer_states"], strict=True):
+        assert one["state"].keys() == other["state"].keys()
+        assert len(one["state"]) > 5
+        for i, state in one["state"].items():
+            for name, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["state"][i][name])), f"{i} {name}"
+        assert one["param_groups"] == other["param_groups"]
+    for name in ("lr_schedulers", "images_seen", "iteration", "global_step"):
+        assert whole[name] == resumed[name], name
+    assert whole["global_step"] == 6
+    assert whole["iteration"] == 7  # one batch, of two updates, warmed up
+    state = whole["current_model_state"]
+    assert int(state["adversary._extra_state"]) > int(before["current_model_state"]["adversary._extra_state"]) > 2
+    assert moved(before["current_model_state"], state)
+    assert state["adversary.lecam.real_anchors"].any()
+    anchor = {name: tensor for name, tensor in state.items() if name.startswith("anchor.")}
+    assert_same(anchor, {name: before["current_model_state"][name] for name in anchor})
+
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    train_names = {"adversarial", "discriminator", "lecam", "r1", "anchor"}
+    health_names = {"logits_real", "logits_fake", "accuracy", "gradient_ratio"}
+    names = {f"train/{name}" for name in train_names} | {f"health/{name}" for name in health_names}
+    assert names <= set(events.Tags()["scalars"])
+    assert {e.step for e in events.Scalars("train/loss")} == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_signal_stops_between_updates(image_folder):
+    """In between, gradients would be lost, LeCam's anchors moved twice, and Lightning's count of batches no longer
+    that of micro-batches: later validations would clear half an update's gradients."""
+    model = build(against(), accumulate_grad_batches=3)
+
+    def look(m: LiteAutoencoderKL) -> None:
+        if m.global_step == 1 and m._micro_batch == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    fit(model, image_folder, 9, batch_size=2, callbacks=[Each(look), GracefulStop()])
+    assert model.trainer.global_step in (1, 2)
+    assert model._micro_batch == 0
+
+
+def test_the_last_step_is_validated_after_a_warm_up(go):
+    run = go(
+        2, "model.params.adversary_config.params.start_step=0", "model.params.adversary_config.params.ramp_steps=0"
+    )
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("val/psnr")][-1] == 2
+
+
+def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
+    step = LiteAutoencoderKL.training_step
+
+    def interrupt(self, batch, batch_idx):
+        if self._iteration == 1 and self.update_is_complete:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", interrupt)
+    params = "model.params.adversary_config.params"
+    with pytest.raises(KeyboardInterrupt):
+        go(2, f"{params}.start_step=0", f"{params}.warmup_updates=20")
+    (path,) = (tmp_path / "runs").iterdir()
+    assert checkpoint(Run(path))["iteration"] >= 1
