@@ -45,6 +45,10 @@ PUBLISHED: dict[str, Config] = {
 """Models of the hub that load without a config of their own, as in configs/olitevaeB_im_f8c12.yaml."""
 
 
+VARIANTS = WEIGHTS_NAME.replace(".", ".*.")
+"""What diffusers calls a copy of the weights in another precision, such as .fp16., that lies beside them."""
+
+
 @dataclass(frozen=True)
 class Located:
     """Weights, and what to build for them."""
@@ -136,6 +140,8 @@ def _weights_in(folder: Path, name: str) -> Path:
         return Run(folder).last_checkpoint
     for suffix in WEIGHT_SUFFIXES:
         files = sorted(folder.glob(f"*{suffix}"))
+        if folder / WEIGHTS_NAME in files:
+            files = [file for file in files if file.name == WEIGHTS_NAME or not file.match(VARIANTS)]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise FileNotFoundError(f"{name}: several files of weights ({names}): name one of them")

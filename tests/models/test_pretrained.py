@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from olvae import LiteVAE
+from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, load, save
 from olvae.data.pixels import from_uint8, to_uint8
 from olvae.data.samples import SamplePhotographs
@@ -275,7 +275,12 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
 def test_folders_that_hold_none_or_several(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither a run folder"):
         LiteVAE.from_pretrained(tmp_path)
-    tiny().save_pretrained(tmp_path)
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    in_diffusers = AutoencoderLiteVAE.from_pretrained(tmp_path)
+    in_diffusers.half().save_pretrained(tmp_path, variant="fp16")  # as diffusers' repositories keep it
+    assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
     (tmp_path / "second.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"several files of weights \(diffusion_pytorch_model.safetensors, sec"):
         LiteVAE.from_pretrained(tmp_path)
