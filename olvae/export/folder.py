@@ -89,10 +89,11 @@ def export(
             fails.
         ModuleNotFoundError: ``onnx`` without the extra.
     """
-    folder = Path(folder)
+    title = Path(folder).absolute().name
+    folder = Path(folder).resolve()  # a link stays one: what it leads to is replaced
     check_empty(folder, force)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as beside:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         partial = Path(beside) / folder.name
         differences: dict[str, float] = {}
         out = model.eval()
@@ -107,7 +108,7 @@ def export(
             differences |= export_onnx(out, partial)
         if provenance.metrics is not None:
             shutil.copyfile(provenance.metrics, partial / "metrics.json")
-        (partial / "README.md").write_text(model_card(out, folder.absolute().name, provenance, onnx))
+        (partial / "README.md").write_text(model_card(out, title, provenance, onnx))
         differences |= _compare(out, partial, dtype)
         _replace(partial, folder)
     return differences

@@ -119,6 +119,20 @@ def test_what_is_there_is_kept(model, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "photos", "vae"]
 
 
+def test_a_link_stays_a_link(model, tmp_path):
+    """A folder that stands for one on a larger disk: the export goes there, now and when it is replaced."""
+    for there in (True, False):
+        disk, link = tmp_path / f"disk-{there}", tmp_path / f"vae-{there}"
+        if there:
+            disk.mkdir()
+        link.symlink_to(disk)
+        export(model, link, SOURCE)
+        export(model.fold(), link, SOURCE, force=True)
+        assert link.is_symlink()
+        assert LiteVAE.from_pretrained(disk).folded
+        assert f"# {link.name}\n" in (disk / "README.md").read_text()
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_failure_leaves_nothing_and_takes_nothing(model, metrics, tmp_path, monkeypatch, force):
     out = tmp_path / "vae"
