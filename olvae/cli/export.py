@@ -95,7 +95,7 @@ def command(
         name=found.name,
         config=found.config,
         metrics=metrics if metrics.is_file() else None,
-        raw=raw,
+        raw=found.raw,
         licence=license_id,
         factors_from=factors_from,
     )

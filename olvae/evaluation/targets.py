@@ -1,5 +1,6 @@
 """What can be evaluated, exported, encoded with: anything that a command's TARGET may be."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ class Target:
     run: Run | None
     trained: Callable[[], Autoencoder] = field(repr=False)
     fresh: Callable[[], Autoencoder] = field(repr=False)
+    raw: bool = False
+    """The weights as trained were asked for, where averaged ones may be beside them."""
 
     def load(self) -> Autoencoder:
         """The autoencoder, in evaluation mode and in float32.
@@ -90,8 +93,12 @@ def find_target(
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: a folder of diffusers: as a target, {DIFFUSERS}{given}")
     weights = find_weights(given)
+    exported = class_in(weights.parent) == CLASS_NAME
+    if raw and exported:
+        warnings.warn(f"{given}: an export has one kind of weights: --raw is ignored", stacklevel=2)
+        raw = False
     suffix = ", raw weights" if raw else ""
-    ours = weights.parent.name == "checkpoints" or class_in(weights.parent) == CLASS_NAME
+    ours = weights.parent.name == "checkpoints" or exported
     if not ours and (found := _latent_diffusion(weights, given, raw, allow_mismatch)):
         return replace(found, name=found.name + suffix)
     if config is None and config_base is not None and weights.parent.name == "checkpoints":
@@ -106,6 +113,7 @@ def find_target(
         run=located.run,
         trained=lambda: load_located(located, raw, allow_mismatch),
         fresh=lambda: build_autoencoder(**located.params),
+        raw=raw,
     )
 
 

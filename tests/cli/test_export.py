@@ -65,6 +65,11 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     assert (code, raw.scaling_factor, raw.shift_factor) == (0, 2.0, -1.0)
     trained = LiteVAE.from_pretrained(run_folder, raw=True).state_dict()
     assert all(torch.equal(t, trained[name]) for name, t in raw.state_dict().items())
+    assert "float32, as trained" in (out / "README.md").read_text()
+
+    with pytest.warns(UserWarning, match=r"--raw is ignored"):  # nothing tells which ones an export has
+        assert olvae(out, "--out", tmp_path / "again", "--raw")[0] == 0
+    assert "as trained" not in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):

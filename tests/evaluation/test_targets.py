@@ -99,6 +99,16 @@ def test_raw_weights(make_run):
     assert all(torch.equal(weights[name], tensor + 1) for name, tensor in averaged.load().state_dict().items())
 
 
+def test_an_export_has_no_raw_weights(make_run):
+    run = make_run()
+    out = run.parent / "export"
+    find_target(run).load().save_pretrained(out)
+    with pytest.warns(UserWarning, match=r"an export has one kind of weights: --raw is ignored"):
+        found = find_target(out, raw=True)
+    assert (found.name, found.given, found.raw) == ("export", str(out), False)
+    assert find_target(run, raw=True).raw
+
+
 def test_an_untrained_target_is_the_seeds(make_run):
     target = find_target(make_run())
     torch.manual_seed(3)
