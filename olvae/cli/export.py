@@ -55,6 +55,8 @@ def command(
 
     Example: olvae export runs/2026-01-31T12-00-00_demo_32 --out demo-vae --latents latents.json
     """
+    import signal
+
     from rich.console import Console
 
     from olvae.config import ConfigError
@@ -73,6 +75,7 @@ def command(
     if onnx and dtype is not Dtype.float32:
         raise ConfigError(f"--onnx writes float32: leave out --dtype {dtype.value}, or --onnx")
     check_empty(out, force)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: what is half written goes
 
     console = Console(stderr=True)
     with console.status("loading"):

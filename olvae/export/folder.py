@@ -190,7 +190,7 @@ def _replace(partial: Path, folder: Path) -> None:
         folder.replace(old)
     try:
         partial.replace(folder)
-    except OSError:
-        if old.exists():
+    except (OSError, KeyboardInterrupt):
+        if old.exists() and not folder.exists():
             old.replace(folder)
         raise

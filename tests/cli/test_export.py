@@ -1,7 +1,10 @@
 """``olvae export`` as a user types it, from a run to a folder that loads everywhere."""
 
 import json
+import os
+import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,21 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     with pytest.warns(UserWarning, match=r"--raw is ignored"):  # nothing tells which ones an export has
         assert olvae(out, "--out", tmp_path / "again", "--raw")[0] == 0
     assert "as trained" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_polite_kill_leaves_nothing(olvae, run_folder, tmp_path, monkeypatch):
+    def killed(_: LiteVAE, folder: Path) -> None:
+        folder.mkdir()
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(LiteVAE, "save_pretrained", killed)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert olvae(run_folder, "--out", tmp_path / "vae")[0] == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == [run_folder.name]
 
 
 def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):

@@ -133,6 +133,24 @@ def test_a_link_stays_a_link(model, tmp_path):
         assert f"# {link.name}\n" in (disk / "README.md").read_text()
 
 
+def test_ctrl_c_between_the_old_and_the_new_keeps_the_old(model, tmp_path, monkeypatch):
+    out = tmp_path / "vae"
+    export(model, out, SOURCE)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    move = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self != out and target == out and self.name == out.name:
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(model.fold(), out, SOURCE, force=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["vae"]
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_failure_leaves_nothing_and_takes_nothing(model, metrics, tmp_path, monkeypatch, force):
     out = tmp_path / "vae"
