@@ -1,5 +1,6 @@
 """What every source of images offers: three loaders of the same batches."""
 
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -253,5 +254,9 @@ def this_process() -> tuple[int, int]:
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)
-    """A terminal's Ctrl-C reaches the workers as well, which must live on until the step is done."""
+    """Ctrl-C, and a scheduler's SIGTERM, reach the workers as well, which must live on until the step is done.
+
+    A second SIGTERM ends a worker, because that is how its loader ends one that does not end by itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,18 @@ def batches(loader, count: int) -> list[torch.Tensor]:
 def test_batches(image_folder):
     first = batches(source(image_folder).train_loader(), 3)
     assert all(x.shape == (4, 3, 16, 16) and x.dtype == torch.uint8 for x in first)
+
+
+def test_a_worker_outlives_one_sigterm_and_ends_at_the_second(image_folder):
+    iterator = iter(source(image_folder, num_workers=1).train_loader())
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    assert all(next(iterator)["image"].shape == (4, 3, 16, 16) for _ in range(10))
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_every_picture_is_in_one_part(image_folder):

@@ -228,7 +228,8 @@ def test_precision_reaches_the_trainer(go):
     torch.testing.assert_close(full, half, atol=2e-2, rtol=0)
 
 
-def test_ctrl_c_in_a_terminal(tmp_path, image_folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # a terminal's Ctrl-C; a scheduler's end of a job
+def test_a_signal_to_all_processes(tmp_path, image_folder, number):
     """It reaches the process group, and so the loader's workers: one step more, a checkpoint, exit code 130."""
     save(tiny_config(image_folder), tmp_path / "c.yaml")
     command = [sys.executable, "train.py", "--base", str(tmp_path / "c.yaml"), "--logdir", str(tmp_path / "runs")]
@@ -242,7 +243,7 @@ def test_ctrl_c_in_a_terminal(tmp_path, image_folder):
     while not list(tmp_path.glob("runs/*/config.yaml")) and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(2)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "stopped after" in errors
