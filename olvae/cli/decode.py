@@ -41,12 +41,13 @@ def command(
 
     if image_format not in FORMATS:
         raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")
+    where = device_of(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw).load()
     if stats.get("weights", (mine := fingerprint(model))) != mine:
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
-    model.to(device_of(device))
+    model.to(where)
 
     console = Console(stderr=True)
     counts = [shard.images for shard in shards]

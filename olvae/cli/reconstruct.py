@@ -9,7 +9,6 @@ import typer
 from olvae.cli.options import ConfigFile, Device, TargetArgument
 
 if TYPE_CHECKING:
-    import torch
     from rich.progress import Progress, TaskID
 
 __all__ = ["command"]
@@ -49,6 +48,7 @@ def command(
     from rich.progress import Progress
 
     from olvae.config import ConfigError
+    from olvae.evaluation.processes import device_of
     from olvae.evaluation.reconstruct import Settings, collect_images, plan, run_job
     from olvae.evaluation.targets import find_target
     from olvae.models.autoencoder import LiteVAE
@@ -62,7 +62,7 @@ def command(
         raise ConfigError("--seed is of --sample: give both, or neither")
     if memory is not None and not 0 < memory < 2**20:
         raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
-    where = _device(device)
+    where = torch.device(device_of(device))
     resolve_precision(precision, where.type)
     found = find_target(target, config)
     pictures = collect_images(images, out)
@@ -108,21 +108,3 @@ def command(
 
 def _advance(progress: "Progress", task: "TaskID", done: float) -> None:
     progress.update(task, completed=done)
-
-
-def _device(name: str | None) -> "torch.device":
-    import torch
-
-    from olvae.config import ConfigError
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
-    return device

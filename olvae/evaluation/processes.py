@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from olvae.config import ConfigError
 from olvae.data.source import this_process
 
 __all__ = ["device_of", "gather", "join", "leave"]
@@ -49,8 +50,25 @@ def leave() -> None:
 
 
 def device_of(device: str | None = None) -> str:
-    """The device to compute on: the given one, or a GPU if there is one; of several GPUs each process takes its own."""
+    """The device to compute on: the given one, or a GPU if there is one; of several GPUs each process takes its own.
+
+    Raises:
+        ConfigError: it is none that this machine has.
+    """
+    if device is not None:
+        _check(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and torch.cuda.device_count() > 1:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     return device
+
+
+def _check(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")

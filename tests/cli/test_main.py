@@ -169,3 +169,25 @@ def test_scripts_of_the_readme():
 def test_help_does_not_wait_for_torch():
     code = "import sys, olvae.cli.main; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "RUN"],
+        ["reconstruct", "RUN", "PHOTOS", "--out", "OUT"],
+        ["latents", "RUN"],
+        ["encode", "RUN", "--data", "PHOTOS", "--out", "OUT"],
+        ["decode", "RUN", "PHOTOS", "--out", "OUT"],
+        *(["bench", part] for part in ("dwt", "encoder", "decoder")),
+    ],
+    ids=" ".join,
+)
+def test_a_device_that_is_not_there(olvae, trained, tmp_path, command):
+    paths = {"RUN": trained, "PHOTOS": trained.parent.parent / "photos", "OUT": tmp_path / "out"}
+    command = [paths.get(argument, argument) for argument in command]
+    assert olvae(*command, "--device", "gpu") == (2, "", "error: --device gpu: choose cpu, cuda, or cuda:N\n")
+    assert olvae(*command, "--device", "mps")[0] == 2
+    code, _, err = olvae(*command, "--device", "cuda:99")
+    assert (code, err) == (2, f"error: --device cuda:99: this machine has {torch.cuda.device_count()} GPUs\n")
+    assert not (tmp_path / "out").exists()
