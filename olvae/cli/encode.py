@@ -85,7 +85,12 @@ def command(
     with Progress(*columns, console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:
         share = "" if world == 1 else f", 1 of {world} shares"
         task = progress.add_task(f"encoding{share}", total=total)
-        encoder.run(rank, world, batch_size, threads, int(memory * GIB), lambda n: progress.advance(task, n))
+        try:
+            encoder.run(rank, world, batch_size, threads, int(memory * GIB), lambda n: progress.advance(task, n))
+        except KeyboardInterrupt:
+            if rank == 0:
+                typer.echo(f"stopped: finished shards are in {out}; the same command goes on from there", err=True)
+            raise
     if gather(None) is not None:
         stats = encoder.finish()
         if as_json:

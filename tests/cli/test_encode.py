@@ -124,3 +124,14 @@ def test_help(olvae, command):
     code, out, _ = olvae(command, "--help")
     assert code == 0
     assert "Example: " in out
+
+
+def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("olvae.export.encode.Encoder.run", interrupted)
+    latents = tmp_path / "latents"
+    code, out, err = olvae("encode", target, "--data", image_folder, "--size", 16, "--out", latents)
+    assert (code, out) == (130, "")
+    assert f"stopped: finished shards are in {latents}; the same command goes on from there\n" in err
