@@ -90,6 +90,8 @@ def _read(path: Path, includers: tuple[Path, ...] = ()) -> DictConfig:
     """A file over what it includes."""
     if path.resolve() in includers:
         raise ConfigError(f"{path}: includes itself")
+    if path.is_dir():
+        raise ConfigError(f"{path}: this is a folder: name a config file in it")
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file" + _nearest_file(path))
     try:

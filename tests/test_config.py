@@ -82,6 +82,11 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         load([tmp_path / "dem.yaml"])
 
 
+def test_a_folder_is_not_called_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"this is a folder: name a config file in it"):
+        load([tmp_path])
+
+
 def test_an_override_without_a_value(tmp_path):
     with pytest.raises(ConfigError, match="key=value"):
         load([], ["model.params"])

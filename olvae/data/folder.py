@@ -117,7 +117,8 @@ def find_images(root: str | Path) -> list[Path]:
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
         paths = sorted(found for name in names if _is_image(found := Path(name)))
     else:
-        raise FileNotFoundError(f"{root}: no such folder")
+        what = "this is a file: name a folder, a pattern or a .txt list" if path.exists() else "no such folder"
+        raise FileNotFoundError(f"{root}: {what}")
     if not paths:
         where = "in this folder" if path.is_dir() else "of this name"
         raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")

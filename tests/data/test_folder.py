@@ -113,3 +113,8 @@ def test_a_list_may_have_absolute_and_relative_paths(image_folder, tmp_path, mon
     s = source(Path("list.txt"))
     assert {path.resolve() for path in [*s.train.paths, *s.val.paths]} == {path.resolve() for path in [first, *rest]}
     assert all(s.train.key(i) for i in range(len(s.train)))
+
+
+def test_a_single_picture_is_not_called_missing(image_folder):
+    with pytest.raises(FileNotFoundError, match="this is a file: name a folder"):
+        find_images(find_images(image_folder)[0])
