@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import ConfigFile, Device, TargetArgument
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
 
 __all__ = ["command"]
 
@@ -21,7 +21,8 @@ def command(
         float, typer.Option(metavar="GiB", min=0.01, help="What decoding may take, before it goes on in tiles.")
     ] = 4.0,
     device: Device = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, where there are averaged ones.")] = False,
+    raw: Raw = False,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Turn the latents of `olvae encode` into images, named by their keys; of a posterior the mode.
 
@@ -44,7 +45,7 @@ def command(
     where = device_of(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
     shards = with_counts(find_shards(source), image_key=LATENT)
-    model = find_target(target, config, raw=raw).load()
+    model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
     if stats.get("weights", (mine := fingerprint(model))) != mine:
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
     model.to(where)

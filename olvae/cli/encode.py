@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import ConfigFile, Device, TargetArgument
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
 
 __all__ = ["command"]
 
@@ -42,7 +42,8 @@ def command(
         float, typer.Option(metavar="GiB", min=0.01, help="What encoding images of their own sizes may take.")
     ] = 4.0,
     device: Device = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, where there are averaged ones.")] = False,
+    raw: Raw = False,
+    allow_mismatch: AllowMismatch = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print stats.json to standard output as well.")] = False,
 ) -> None:
     """Turn images into WebDataset shards of latents, with statistics; run it again to continue.
@@ -70,7 +71,7 @@ def command(
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
     rank, world = join()
-    found = find_target(target, config, raw=raw)
+    found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     model = found.load().to(device_of(device))
     inputs = find_inputs(data, model.in_channels, shard_size, classes)
     size = 0 if native else size or found.usual_size(model)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import ConfigFile, Device
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw
 
 __all__ = ["command"]
 
@@ -45,10 +45,8 @@ def command(
     images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
     posterior: Annotated[str | None, typer.Option(help="mode or sample; by default what the protocol says.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise of samples.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Weights as trained, not their average (EMA).")] = False,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Load weights that fit only in part; what does not fit is listed.")
-    ] = False,
+    raw: Raw = False,
+    allow_mismatch: AllowMismatch = False,
     weights_dir: Annotated[
         Path | None,
         typer.Option("--weights-dir", metavar="DIR", help="Where VGG16, AlexNet and Inception are looked for first."),

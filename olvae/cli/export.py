@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from olvae.cli.options import AllowMismatch, Raw
+
 __all__ = ["command"]
 
 
@@ -29,7 +31,8 @@ def command(
         Path | None,
         typer.Option("--config_base", metavar="DIR", help="Where a run's config is looked for by the run's name."),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The weights as trained, not the averaged ones (EMA).")] = False,
+    raw: Raw = False,
+    allow_mismatch: AllowMismatch = False,
     dtype: Annotated[Dtype, typer.Option(help="Round the weights to this.")] = Dtype.float32,
     fold: Annotated[
         bool, typer.Option("--fold", help="Write self-modulated convolutions as ordinary ones; no further training.")
@@ -79,7 +82,7 @@ def command(
 
     console = Console(stderr=True)
     with console.status("loading"):
-        found = find_target(target, config, config_base, raw)
+        found = find_target(target, config, config_base, raw, allow_mismatch)
         model = found.load()
     if not isinstance(model, LiteVAE):
         raise ConfigError(f"{target}: not a LiteVAE: there is nothing to export that diffusers has not")

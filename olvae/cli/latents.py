@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olvae.cli.options import ConfigFile, Device
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw
 
 if TYPE_CHECKING:
     from olvae.data.source import Batch
@@ -23,6 +23,8 @@ def command(
         ),
     ],
     config: ConfigFile = None,
+    raw: Raw = False,
+    allow_mismatch: AllowMismatch = False,
     data: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
@@ -59,7 +61,7 @@ def command(
     from olvae.evaluation.targets import find_target, name_apart
 
     rank, world = join()
-    found = [find_target(target, config) for target in targets]
+    found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]
     if out is None and found[0].run is None:
         raise ConfigError("--out DIR says where the report goes: the first target is not a run folder")
     check_writable(out or Path(targets[0]))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["ConfigFile", "Device", "TargetArgument"]
+__all__ = ["AllowMismatch", "ConfigFile", "Device", "Raw", "TargetArgument"]
 
 TargetArgument = Annotated[
     str,
@@ -16,5 +16,9 @@ TargetArgument = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
+]
+Raw = Annotated[bool, typer.Option("--raw", help="The weights as trained, not the averaged ones (EMA).")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="Load weights that fit only in part; what does not fit is listed.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]

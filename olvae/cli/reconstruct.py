@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olvae.cli.options import ConfigFile, Device, TargetArgument
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -19,6 +19,8 @@ def command(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.png and NAME_compare.png go.")],
     config: ConfigFile = None,
+    raw: Raw = False,
+    allow_mismatch: AllowMismatch = False,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="32, 16 or bf16.")] = "32",
     tile: Annotated[
@@ -64,7 +66,7 @@ def command(
         raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
     where = torch.device(device_of(device))
     resolve_precision(precision, where.type)
-    found = find_target(target, config)
+    found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     pictures = collect_images(images, out)
     model = found.load().to(where)
     if isinstance(model, LiteVAE):

@@ -114,7 +114,9 @@ def load_located(
     located: Located, raw: bool = False, allow_mismatch: bool = False, dtype: torch.dtype = torch.float32
 ) -> LiteVAE:
     """Build the autoencoder and load its weights; in evaluation mode. See :meth:`LiteVAE.from_pretrained`."""
-    model = build_autoencoder(**located.params).to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what allow_mismatch leaves as it is built is the same every time
+        model = build_autoencoder(**located.params).to(dtype)
     load_weights(model, read_weights(located.weights, raw), located.weights, allow_mismatch)
     return model.eval()
 

@@ -191,3 +191,35 @@ def test_a_device_that_is_not_there(olvae, trained, tmp_path, command):
     code, _, err = olvae(*command, "--device", "cuda:99")
     assert (code, err) == (2, f"error: --device cuda:99: this machine has {torch.cuda.device_count()} GPUs\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "WEIGHTS", "--data", "PHOTOS", "--size", "16", "--out", "OUT", "--metrics", "psnr"],
+        ["latents", "WEIGHTS", "--data", "PHOTOS", "--out", "OUT"],
+        ["reconstruct", "WEIGHTS", "PHOTOS", "--out", "OUT"],
+        ["encode", "WEIGHTS", "--data", "PHOTOS", "--size", "16", "--out", "OUT"],
+        ["decode", "WEIGHTS", "LATENTS", "--out", "OUT"],
+        ["export", "WEIGHTS", "--out", "OUT"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_weights_that_fit_in_part_are_for_who_asks(olvae, trained, tmp_path, command):
+    weights = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    del weights["decoder.conv_out.bias"]
+    torch.save(weights, tmp_path / "weights.pt")
+    (tmp_path / "weights.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    paths = {"WEIGHTS": "weights.pt", "LATENTS": "latents", "OUT": "out"}
+    paths = {name: tmp_path / path for name, path in paths.items()} | {"PHOTOS": trained.parent.parent / "photos"}
+    if "LATENTS" in command:
+        olvae("encode", trained, "--data", paths["PHOTOS"], "--size", 16, "--out", paths["LATENTS"])
+    command = [paths.get(argument, argument) for argument in command]
+    code, _, err = olvae(*command)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "these weights are of another model: 1 missing (decoder.conv_out.bias)" in err
+    assert not any(tmp_path.glob("out/*"))
+    with pytest.warns(UserWarning, match=r"weights\.pt: \d+ of \d+ tensors are loaded: 1 missing"):
+        code, _, err = olvae(*command, "--allow-mismatch")
+    assert code == 0, err
+    assert any(tmp_path.glob("out/*"))
