@@ -1,5 +1,6 @@
 """``olvae data``."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from olvae.cli.options import STOPPED
 
 __all__ = ["app"]
 
@@ -84,7 +87,7 @@ def pack(
             packed = pack_images(src, out, options, workers or cores(), max_unreadable, on_progress)
     except KeyboardInterrupt:
         typer.echo(f"stopped: finished shards are in {out}; the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
+        sys.exit(STOPPED)
     index = packed.index
     for skipped in index.unreadable[:10]:
         typer.echo(f"skipped {printable(skipped.name)}: {skipped.reason}", err=True)

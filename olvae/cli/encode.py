@@ -1,11 +1,12 @@
 """``olvae encode``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
+from olvae.cli.options import STOPPED, AllowMismatch, ConfigFile, Device, Raw, TargetArgument
 
 __all__ = ["command"]
 
@@ -91,7 +92,7 @@ def command(
         except KeyboardInterrupt:
             if rank == 0:
                 typer.echo(f"stopped: finished shards are in {out}; the same command goes on from there", err=True)
-            raise
+            sys.exit(STOPPED)
     if gather(None) is not None:
         stats = encoder.finish()
         if as_json:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import typer
 
 from olvae.cli import bench, data, decode, encode, evaluate, export, latents, reconstruct, tables, train, validate
+from olvae.cli.options import STOPPED
 
 __all__ = ["app", "main"]
 
@@ -39,12 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
-        sys.exit(130)
+        sys.exit(STOPPED)
     except Exception as error:
         if debug:
             raise
         sys.exit(_tell(error))
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if code == STOPPED:  # what typer makes of Ctrl-C; a command that has said more leaves by SystemExit
+        typer.echo("stopped", err=True)
+    sys.exit(code)
 
 
 def _tell(error: Exception) -> int:

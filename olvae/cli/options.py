@@ -1,11 +1,14 @@
-"""Arguments that several commands share, word for word."""
+"""What several commands share word for word: arguments, and the exit code of one that was stopped."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["AllowMismatch", "ConfigFile", "Device", "Raw", "TargetArgument"]
+__all__ = ["STOPPED", "AllowMismatch", "ConfigFile", "Device", "Raw", "TargetArgument"]
+
+STOPPED = 130
+"""After Ctrl-C, as shells have it."""
 
 TargetArgument = Annotated[
     str,

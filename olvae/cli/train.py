@@ -1,9 +1,12 @@
 """``olvae train``, and ``python train.py``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from olvae.cli.options import STOPPED
 
 __all__ = ["command"]
 
@@ -33,18 +36,20 @@ def command(
 
     Example: python train.py --base configs/demo.yaml --logdir runs --gpus 0 lightning.trainer.max_steps=100
     """
-    from olvae.training.run import TrainOptions, train
+    from olvae.training.run import Stopped, TrainOptions, train
 
-    train(
-        TrainOptions(
-            base=base or (),
-            overrides=overrides or (),
-            logdir=logdir,
-            name=name,
-            precision=precision,
-            gpus=gpus,
-            seed=seed,
-            resume=resume,
-            actual_resume=actual_resume,
-        )
+    options = TrainOptions(
+        base=base or (),
+        overrides=overrides or (),
+        logdir=logdir,
+        name=name,
+        precision=precision,
+        gpus=gpus,
+        seed=seed,
+        resume=resume,
+        actual_resume=actual_resume,
     )
+    try:
+        train(options)
+    except Stopped:
+        sys.exit(STOPPED)

@@ -116,15 +116,14 @@ def network_table() -> list[NetworkRow]:
 def print_table(rows: list[NetworkRow]) -> None:
     """The rows as a table on standard output."""
     table = Table(
-        "group",
-        "variant",
-        "name",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
         title="Networks at 256x256: counted now, and as published",
     )
-    for heading in ("params, M", "published", "MACs, G", "published"):
+    for heading in ("group", "variant", "name"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("M\nparams", "pub-\nlished", "\nGMACs", "pub-\nlished"):
         table.add_column(heading, justify="right")
     group = ""
     for row in rows:

@@ -27,7 +27,7 @@ from olvae.training.health import Health
 from olvae.training.progress import StepProgress
 from olvae.training.summary import print_ending, print_summary
 
-__all__ = ["TrainOptions", "quieten", "train"]
+__all__ = ["Stopped", "TrainOptions", "quieten", "train"]
 
 RUN_ENV = "OLVAE_RUN"
 """Where the first process tells the run folder to those that Lightning starts for the other devices."""
@@ -48,6 +48,10 @@ class TrainOptions:
     actual_resume: str | Path | None = None
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended training after a step, with a checkpoint; how to go on has been told."""
+
+
 def train(options: TrainOptions) -> runs.Run:
     """Train, and return the run folder.
 
@@ -56,7 +60,8 @@ def train(options: TrainOptions) -> runs.Run:
     Raises:
         ConfigError: a mistake in the config or the flags.
         ValueError, FileNotFoundError: data, weights or devices do not fit or are not there.
-        KeyboardInterrupt: Ctrl-C or SIGTERM ended training; the checkpoint is written.
+        Stopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
+        KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
     resumed = runs.open_run(options.resume) if options.resume is not None else None
     if resumed is not None and options.actual_resume is not None:
@@ -121,7 +126,7 @@ def train(options: TrainOptions) -> runs.Run:
     if trainer.is_global_zero:
         print_ending(run, trainer)
     if stop.asked:
-        raise KeyboardInterrupt  # what was to follow should not, whether it is Python or make
+        raise Stopped  # what was to follow should not, whether it is Python or make
     return run
 
 

@@ -91,18 +91,24 @@ def _adversary(adversary: Adversary) -> str:
 
 def _batch(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> str:
     total = source.batch_size * model.accumulate_grad_batches * trainer.world_size
-    return f"{total} = {source.batch_size} x {model.accumulate_grad_batches} accumulated x {trainer.world_size} devices"
+    devices = _number(trainer.world_size, "device")
+    return f"{total} = {source.batch_size} x {model.accumulate_grad_batches} accumulated x {devices}"
+
+
+def _number(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def _rate(trainer: pl.Trainer, model: LiteAutoencoderKL) -> str:
-    decay = f" to {model.min_lr_factor:g}x at step {model.decay_steps or trainer.max_steps}"
+    end = f"{model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or trainer.max_steps}"
     warmup = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
-    return f"{model.learning_rate:g}, {model.scheduler}{decay if model.scheduler == 'cosine' else ''}{warmup}"
+    return f"{model.learning_rate:g}, {model.scheduler}{f' to {end}' if model.scheduler == 'cosine' else ''}{warmup}"
 
 
 def _device(trainer: pl.Trainer, precision: str) -> str:
     if trainer.strategy.root_device.type == "cuda":
         names = f"{trainer.num_devices} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
     else:
-        names = f"CPU, {torch.get_num_threads()} threads, {trainer.num_devices} process"
+        processes = _number(trainer.num_devices, "process", "processes")
+        names = f"CPU, {_number(torch.get_num_threads(), 'thread')}, {processes}"
     return f"{names}, precision {precision}"

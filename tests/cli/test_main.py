@@ -44,7 +44,7 @@ def test_train_evaluate_and_resume(olvae, config, tmp_path):
         "parameters",
         "GMACs",
         "16x16 -> 2x2",
-        "4 = 4 x 1 accumulated x 1 devices",
+        "4 = 4 x 1 accumulated x 1 device ",
         "0.001, constant",
         "CPU",
         str(run),
@@ -144,6 +144,22 @@ def test_mistakes_are_one_line(olvae, tmp_path, monkeypatch, arguments, code, te
     assert not (tmp_path / "runs").exists()
     if err.startswith("error: "):
         assert err.count("\n") == 1
+
+
+def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
+    """By the program where the command has no more to say; see test_encode.py, test_data.py and test_run.py."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("olvae.evaluation.tables.network_table", interrupted)
+    assert olvae("tables") == (130, "", "stopped\n")
+    monkeypatch.setattr("olvae.training.run.print_summary", interrupted)
+    assert olvae("train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path) == (
+        130,
+        "",
+        "stopped\n",
+    )
 
 
 def test_debug_shows_the_traceback():
