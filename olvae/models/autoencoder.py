@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, instantiate
+from olvae.models.hub import CARD, HubAccess, told_in_one_line
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.halves import Decoder, Encoder
 from olvae.modules.litevae.smc import fold_smc
@@ -64,7 +66,14 @@ class Quantizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
 
 
-class LiteVAE(Autoencoder):
+class LiteVAE(
+    Autoencoder,
+    ModelHubMixin,
+    library_name="diffusers",
+    pipeline_tag="image-to-image",
+    tags=["autoencoder", "vae", "litevae"],
+    model_card_template=CARD,
+):
     """An autoencoder for latent diffusion.
 
     Args:
@@ -129,11 +138,15 @@ class LiteVAE(Autoencoder):
         return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the mixin's knows no runs, files of weights, nor YAML
         cls,
         path_or_id: str | Path,
         *,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
         config: str | Path | Mapping[str, Any] | None = None,
         raw: bool = False,
         allow_mismatch: bool = False,
@@ -146,6 +159,8 @@ class LiteVAE(Autoencoder):
                 it, a folder with one of each, or an id of the Hugging Face hub, such as
                 RGenDiff/olitevaeB_im_f8c12.
             revision: of the hub's repository: a branch, tag or commit.
+            token, cache_dir, force_download, local_files_only: of the hub, as everywhere; by default what its
+                environment says.
             config: the config instead of the one beside the weights: a YAML file, a config.json, or its content.
             raw: the weights as trained, where there are averaged ones (EMA) besides.
             allow_mismatch: load the tensors that fit, and warn of the others.
@@ -158,45 +173,43 @@ class LiteVAE(Autoencoder):
         """
         from olvae.models.pretrained import load_located, locate
 
-        return load_located(locate(path_or_id, revision, config), raw, allow_mismatch, dtype)
+        hub = HubAccess(revision, token, cache_dir, force_download, local_files_only)
+        return load_located(locate(path_or_id, config, hub), raw, allow_mismatch, dtype)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which :meth:`from_pretrained` and
-        diffusers read; ``olvae export`` makes a model card besides, and checks what it wrote.
+        diffusers read, and a short README.md where there is none; ``olvae export`` makes a model card, and checks what
+        it wrote.
+
+        Args:
+            kwargs: of huggingface_hub's mixin, such as push_to_hub.
 
         Raises:
-            ValueError: a network is not of this package, or some weights are not finite.
+            ValueError: a network is not of this package, or some weights are not finite; nothing is written.
         """
-        from olvae.models.pretrained import save_pretrained
+        from olvae.models.pretrained import check_saveable
 
-        save_pretrained(self, folder)
+        check_saveable(self)
+        return super().save_pretrained(save_directory, **kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        message: str = "Upload a LiteVAE autoencoder",
-        token: str | None = None,
-    ) -> str:
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from olvae.models.pretrained import write_export
+
+        write_export(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save it to a repository of the Hugging Face hub, which is made if need be; the address of the commit.
 
         Args:
             repo_id: OWNER/NAME.
-            private: make the repository a private one.
-            message: of the commit.
-            token: instead of the one in the environment (HF_TOKEN) or of ``hf auth login``.
+            kwargs: of huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
 
         Raises:
             OSError: the hub refuses, or can't be reached.
         """
-        from tempfile import TemporaryDirectory
-
-        from olvae.models.hub import upload
-
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(Path(folder), repo_id, private, message, token)
+        kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
+        with told_in_one_line(repo_id):
+            return super().push_to_hub(repo_id, **kwargs)
 
     @torch.no_grad()
     def _shift_logvar(self, shift: float) -> "LiteVAE":

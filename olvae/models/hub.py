@@ -1,17 +1,51 @@
-"""The Hugging Face hub: a repository's config and weights as a local folder, and an export put there.
+"""The Hugging Face hub: a repository's config and weights as a local folder, and how an upload's failure is told.
 
 Through huggingface_hub, which honours its environment: HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, HF_TOKEN.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from olvae.checkpoint import WEIGHT_SUFFIXES
 
-__all__ = ["CONFIG_PATTERNS", "fetch", "is_hub_id", "snapshot", "upload"]
+__all__ = ["CARD", "CONFIG_PATTERNS", "USUAL", "HubAccess", "fetch", "is_hub_id", "snapshot", "told_in_one_line"]
 
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ repo_id | default("LiteVAE", true) }}
+
+An autoencoder for latent diffusion, a [LiteVAE](https://arxiv.org/abs/2405.14477), made with open-LiteVAE.
+
+```python
+from olvae import AutoencoderLiteVAE, LiteVAE
+
+vae = LiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", true) }}")  # a plain module
+vae = AutoencoderLiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", true) }}")  # in diffusers' pipelines
+```
+"""
+"""The README.md beside saved weights that have none; ``olvae export`` writes one that says more."""
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """How a repository is asked for, in huggingface_hub's words; where nothing is said, its environment decides."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+
+
+USUAL = HubAccess()
+"""As the environment says."""
 
 
 def is_hub_id(text: str) -> bool:
@@ -19,7 +53,7 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(WEIGHT_SUFFIXES)
 
 
-def fetch(repo_id: str, revision: str | None = None, patterns: Sequence[str] = CONFIG_PATTERNS) -> Path:
+def fetch(repo_id: str, access: HubAccess = USUAL, patterns: Sequence[str] = CONFIG_PATTERNS) -> Path:
     """Download the files of these patterns and the weights, or find them in the cache; the folder they are in.
 
     Of the weights, files at the top of the repository only, safetensors rather than pickles.
@@ -29,37 +63,13 @@ def fetch(repo_id: str, revision: str | None = None, patterns: Sequence[str] = C
         OSError: the download broke off.
     """
     for suffix in WEIGHT_SUFFIXES:
-        folder = snapshot(repo_id, [*patterns, f"*{suffix}"], ["*/*"], revision)
+        folder = snapshot(repo_id, [*patterns, f"*{suffix}"], ["*/*"], access)
         if any(folder.glob(f"*{suffix}")):
             break
     return folder
 
 
-def upload(folder: Path, repo_id: str, private: bool, message: str, token: str | None) -> str:
-    """Make the repository if need be, and upload a folder to it; the address of the commit.
-
-    Raises:
-        OSError: the hub refuses, or can't be reached.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    api = HfApi(token=token)
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message))
-    except OfflineModeIsEnabled as error:
-        raise OSError(f"{repo_id}: not uploaded: HF_HUB_OFFLINE is set") from error
-    except Exception as error:  # of HTTP, or of the connection: which class that is depends on the version
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise OSError(
-                f"{repo_id}: not uploaded: the hub wants a token that may write there: set HF_TOKEN, or run "
-                f"hf auth login ({error.response.status_code})"
-            ) from error
-        raise OSError(f"{repo_id}: not uploaded: {_first_line(error)}") from error
-
-
-def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), revision: str | None = None) -> Path:
+def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), access: HubAccess = USUAL) -> Path:
     """Download the files of these patterns, or find them in the cache; the folder they are in. Raises as fetch."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -71,10 +81,10 @@ def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (),
         RevisionNotFoundError,
     )
 
-    where = f"{repo_id}@{revision}" if revision else repo_id
+    where = f"{repo_id}@{access.revision}" if access.revision else repo_id
     try:
         return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*ignored])
+            snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **asdict(access))
         )
     except HFValidationError as error:
         raise FileNotFoundError(f"{repo_id}: no such file or folder, and not an id of the hub") from error
@@ -95,6 +105,32 @@ def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (),
         raise FileNotFoundError(f"{where}: the hub answers: {_first_line(error)}") from error
     except Exception as error:  # the connection broke off
         raise OSError(f"{where}: not downloaded: {_first_line(error)}") from error
+
+
+@contextmanager
+def told_in_one_line(repo_id: str) -> Iterator[None]:
+    """What goes wrong with an upload.
+
+    Raises:
+        OSError: the hub refuses, or can't be reached.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"{repo_id}: not uploaded: HF_HUB_OFFLINE is set") from error
+    except HFValidationError as error:
+        raise OSError(f"{repo_id}: not uploaded: not an id of the hub (OWNER/NAME)") from error
+    except (TypeError, ValueError):  # the caller's
+        raise
+    except Exception as error:  # of HTTP, or of the connection: which class that is depends on the version
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise OSError(
+                f"{repo_id}: not uploaded: the hub wants a token that may write there: set HF_TOKEN, or run "
+                f"hf auth login ({error.response.status_code})"
+            ) from error
+        raise OSError(f"{repo_id}: not uploaded: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,10 +24,10 @@ from olvae.models.description import (
     export_config,
     read_config,
 )
-from olvae.models.hub import fetch, is_hub_id
+from olvae.models.hub import USUAL, HubAccess, fetch, is_hub_id
 from olvae.runs import Run
 
-__all__ = ["Located", "find_weights", "load_located", "locate", "save_pretrained"]
+__all__ = ["Located", "check_saveable", "find_weights", "load_located", "locate", "write_export"]
 
 PUBLISHED: dict[str, Config] = {
     "RGenDiff/olitevaeB_im_f8c12": {
@@ -61,7 +61,7 @@ class Located:
     run: Run | None
 
 
-def find_weights(path_or_id: str | Path, revision: str | None = None) -> Path:
+def find_weights(path_or_id: str | Path, hub: HubAccess = USUAL) -> Path:
     """The file of weights that a path or an id of the hub stands for; see :func:`locate`."""
     path, given = Path(path_or_id), os.fspath(path_or_id)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
@@ -71,20 +71,20 @@ def find_weights(path_or_id: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return _weights_in(path, given)
     if is_hub_id(given):
-        return _weights_in(fetch(given, revision), given)
+        return _weights_in(fetch(given, hub), given)
     raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
 
 
 def locate(
-    path_or_id: str | Path, revision: str | None = None, config: str | Path | Mapping[str, Any] | None = None
+    path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None = None, hub: HubAccess = USUAL
 ) -> Located:
     """Find the weights, and the config that belongs to them.
 
     Args:
         path_or_id: a run folder, an export, another folder with one file of weights and one config, a file of
             weights with its config beside it, or an id of the hub.
-        revision: of the hub's repository.
         config: the config, instead of the one beside the weights: a YAML file, a config.json, or its content.
+        hub: how the hub is asked.
 
     Raises:
         FileNotFoundError: there is no such thing.
@@ -92,7 +92,7 @@ def locate(
         ConfigError: there is no config, or it has mistakes.
     """
     path, given = Path(path_or_id), os.fspath(path_or_id)
-    weights = find_weights(path_or_id, revision)
+    weights = find_weights(path_or_id, hub)
     in_run = weights.parent.name == "checkpoints"
     run = Run(path) if in_run and path.is_dir() else None
     found = config if config is not None else _config_beside(weights)
@@ -121,20 +121,24 @@ def load_located(
     return model.eval()
 
 
-def save_pretrained(model: LiteVAE, folder: str | Path) -> None:
+def check_saveable(model: LiteVAE) -> None:
+    """Raises:
+    ValueError: a network is not of this package, or some weights are not finite.
+    """
+    export_config(model)
+    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{len(broken)} of the model's tensors have values that are not finite ({broken[0]}, ...)")
+
+
+def write_export(model: LiteVAE, folder: Path) -> None:
     """Write ``config.json`` and the weights, in the dtype that they have; see :meth:`LiteVAE.save_pretrained`."""
     from safetensors.torch import save_file
 
-    config = export_config(model)
-    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{len(broken)} of the model's tensors have values that are not finite ({broken[0]}, ...)")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with whole(folder / WEIGHTS_NAME) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors lets the owner alone read it
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(export_config(model), indent=2) + "\n")
 
 
 def _weights_in(folder: Path, name: str) -> Path:

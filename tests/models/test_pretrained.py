@@ -360,12 +360,14 @@ def test_the_hub_says_no(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*the hub can't be reached") as caught:
         LiteVAE.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)
-    with pytest.raises(OSError, match=r"nobody/nothing: not uploaded"):
+    with pytest.raises(OSError, match=r"^nobody/nothing: not uploaded"):
         tiny().push_to_hub("nobody/nothing", token="none")
     assert time.monotonic() - begin < 20
 
 
 def test_pushing(monkeypatch):
+    """Through huggingface_hub's mixin, to a hub that takes everything."""
+
     class Api:
         def __init__(self, token):
             calls.append(("token", token))
@@ -374,19 +376,49 @@ def test_pushing(monkeypatch):
             calls.append(("create", repo_id, private, exist_ok))
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir()), commit_message))
+        def upload_folder(self, repo_id, folder_path, commit_message, revision, **_):
+            calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir()), commit_message, revision))
             assert same_weights(LiteVAE.from_pretrained(folder_path), model)
+            card = huggingface_hub.ModelCard.load(folder_path / "README.md")
+            assert {"litevae", "model_hub_mixin"} <= set(card.data.tags)
+            assert 'LiteVAE.from_pretrained("me/mine")' in card.text
             return "https://huggingface.co/me/mine/commit/1"
 
     calls, model = [], tiny()
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert model.push_to_hub("me/mine", private=True, message="First", token="t").endswith("commit/1")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    where = model.push_to_hub("me/mine", private=True, commit_message="First", token="t", branch="b")
+    assert where.endswith("commit/1")
     assert calls == [
         ("token", "t"),
         ("create", "me/mine", True, True),
-        ("upload", "me/mine", ["config.json", WEIGHTS_NAME], "First"),
+        ("upload", "me/mine", ["README.md", "config.json", WEIGHTS_NAME], "First", "b"),
     ]
+    with pytest.raises(OSError, match=r"^a/b/c: not uploaded: not an id of the hub"):
+        model.push_to_hub("a/b/c")
+    with pytest.raises(TypeError, match="nonsense"):
+        model.push_to_hub("me/mine", nonsense=1)
+
+
+def test_saving_twice_keeps_the_card_and_a_refusal_keeps_all(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    assert "litevae" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before["README.md"] == b"mine"
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_hub_is_asked_as_the_caller_says(cached, tmp_path, monkeypatch):
+    model = tiny()
+    model.save_pretrained(cached)
+    assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True), model)
+    with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
+        LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True, cache_dir=tmp_path / "elsewhere")
 
 
 @pytest.mark.network
