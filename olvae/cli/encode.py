@@ -79,6 +79,12 @@ def command(
     options = EncodeOptions(size, moments, seed, dtype, flip)
     describe = {"target": found.name, "source": data}
     encoder = Encoder(model, inputs, options, out, describe)
+    if rank == 0 and len(inputs) < world:
+        typer.echo(
+            f"note: {len(inputs)} shard{'s' * (len(inputs) > 1)} of latents for {world} processes: the others have "
+            "nothing to do; images that are in no shards yet are divided by --shard-size",
+            err=True,
+        )
 
     console = Console(stderr=True)
     counts = [inputs.count(shard) for shard in range(rank, len(inputs), world)]

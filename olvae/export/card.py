@@ -92,7 +92,14 @@ def _data(config: Mapping[str, Any]) -> str:
     root = f", {Path(str(params['root'])).name}" if "root" in params else ""
     size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
     steps = ((config.get("lightning") or {}).get("trainer") or {}).get("max_steps")
-    return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}."
+    before = (config.get("run") or {}).get("weights")
+    begun = f", from the weights of {_run_name(Path(str(before)))}" if before else ""
+    return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}{begun}."
+
+
+def _run_name(weights: Path) -> str:
+    """Of the run that a checkpoint, or a run's folder, belongs to; else of the file."""
+    return weights.parent.parent.name if weights.parent.name == "checkpoints" else weights.name
 
 
 def _licence(licence: str | None) -> str:

@@ -166,8 +166,10 @@ class Encoder:
         if not sums.images:
             for shard in range(self.shards):  # so that the command tries again
                 self._note(shard).unlink()
-            first = f": {unreadable[0]['name']}: {unreadable[0]['reason']}" if unreadable else ""
-            raise ValueError(f"none of the images could be read{first}")
+            if not unreadable:
+                raise ValueError("no image is in these shards: they hold images as KEY.jpg, KEY.png, ...")
+            first = unreadable[0]
+            raise ValueError(f"none of the images could be read: {first['name']}: {first['reason']}")
         stats = {
             "count": sums.images,
             **sums.as_dict(),

@@ -79,6 +79,17 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
     assert everything(tmp_path / "one") == everything(tmp_path / "two")
     assert len(everything(tmp_path / "two")) == 4 + 2
     assert err.count("12 images of 16 px in 4 shards") == 1  # the first says it, the other nothing
+    assert "nothing to do" not in err
+    encode[encode.index(3)] = 1000
+    err = olvae_on_two(*encode, "--out", tmp_path / "few")
+    assert "note: 1 shard of latents for 2 processes: the others have" in err
+
+
+def test_shards_without_images(olvae, target, tmp_path, image_folder):
+    assert olvae("encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "latents")[0] == 0
+    code, _, err = olvae("encode", target, "--data", tmp_path / "latents", "--size", 16, "--out", tmp_path / "again")
+    assert code == 1
+    assert err.endswith("error: no image is in these shards: they hold images as KEY.jpg, KEY.png, ...\n")
 
 
 def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):

@@ -66,6 +66,7 @@ def test_the_model_card(model, metrics, tmp_path):
     config = {
         **SOURCE.config,
         "data": {"target": "olvae.data.folder.FolderSource", "params": {"root": "/home/me/cats"}},
+        "run": {"weights": "/home/me/runs/2026_a_32/checkpoints/last.ckpt"},
     }
     export(model, tmp_path / "vae", Provenance("a_run", config, metrics, licence="mit", factors_from="measured"))
     card = (tmp_path / "vae" / "README.md").read_text()
@@ -79,7 +80,7 @@ def test_the_model_card(model, metrics, tmp_path):
         "| a_run | 22 | 24.63 | 0.7 |",
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
-        "`olvae.data.folder.FolderSource`, cats, 4 steps.",
+        "`olvae.data.folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
     ):
