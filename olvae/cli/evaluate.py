@@ -85,10 +85,11 @@ def command(
 
     from olvae.config import ConfigError
     from olvae.evaluation.assess import DEFAULT_METRICS, UNTRAINED, Request, assess
+    from olvae.evaluation.comparison import print_evaluations
     from olvae.evaluation.outputs import check_writable, write_outputs
     from olvae.evaluation.processes import device_of, join, leave
     from olvae.evaluation.protocol import PROTOCOLS, named
-    from olvae.evaluation.report import Evaluation, print_evaluations, read_earlier
+    from olvae.evaluation.report import Evaluation, read_earlier
     from olvae.evaluation.targets import find_target, name_apart
     from olvae.metrics.registry import METRICS
 

@@ -1,4 +1,4 @@
-"""The files of an evaluation: numbers, values per image, a figure, a page."""
+"""The files of an evaluation: numbers, a table, values per image, a figure, a page."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from olvae.evaluation.assess import Assessment
+from olvae.evaluation.comparison import write_markdown
 from olvae.evaluation.page import write_page
 from olvae.evaluation.per_image import ImageValues, write_csv
 from olvae.evaluation.present import page_of
@@ -54,6 +55,8 @@ def write_outputs(
         write_page(page_of(assessment, evaluation), written[-1][1])
     written.append(("images", folder / f"per_image{suffix}.csv"))
     write_csv(written[-1][1], _values(evaluation))
+    written.append(("table", folder / f"metrics{suffix}.md"))
+    write_markdown(evaluation, written[-1][1])
     written.append(("numbers", folder / f"metrics{suffix}.json"))
     write_metrics(evaluation, written[-1][1])
     return written

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table, metrics.json, a figure."""
+"""What is known after an evaluation, and what it leaves behind: metrics.json, a figure."""
 
 import json
 import math
@@ -7,14 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from olvae.evaluation.cost import Cost
-from olvae.evaluation.evaluator import EQUAL, Result
+from olvae.evaluation.evaluator import Result
 from olvae.evaluation.protocol import Protocol
 from olvae.figures import error_map, labelled_grid
 from olvae.files import whole
@@ -23,7 +19,6 @@ from olvae.metrics.registry import METRICS
 __all__ = [
     "Earlier",
     "Evaluation",
-    "print_evaluations",
     "read_earlier",
     "used_weights",
     "write_figure",
@@ -77,9 +72,9 @@ class Evaluation:
         """Sentences for the reader."""
         found = [str(d["warning"]) for result in self.results for d in result.details.values() if "warning" in d]
         if self.images["unreadable"]:
-            found.append(f"{self.images['unreadable']} images could not be read and are not in these numbers")
+            found.append(f"unreadable images, which are not in these numbers: {self.images['unreadable']}")
         if self.images["enlarged"]:
-            found.append(f"{self.images['enlarged']} images are smaller than the crop and were enlarged")
+            found.append(f"images smaller than the crop, which were enlarged: {self.images['enlarged']}")
         for name, file in used_weights(result.details for result in self.results).items():
             if not file["published"]:
                 found.append(
@@ -159,6 +154,7 @@ def read_earlier(path: Path) -> Earlier:
                 "n": int(row["n"]),
                 "metrics": {str(name): float(value) for name, value in row["metrics"].items()},
                 "skipped": {str(name): str(reason) for name, reason in row.get("skipped", {}).items()},
+                "cost": Cost(**row["cost"]).as_dict() if row.get("cost") else None,
             }
             for row in content["results"]
         ]
@@ -177,80 +173,6 @@ def used_weights(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, An
             if name in METRICS and isinstance(details, Mapping) and isinstance(details.get("weights"), Mapping):
                 found.setdefault(name, details["weights"])
     return found
-
-
-def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """A table for each protocol, one of costs, and what is missing and why, to standard error."""
-    console = Console(stderr=True)
-    missing: dict[str, list[str]] = {}
-    notes: dict[str, None] = {}
-    for evaluation in evaluations:
-        rows = evaluation.as_dict()["results"]
-        console.print(_quality(rows, evaluation.protocol))
-        for row in rows:
-            for name, reason in row["skipped"].items():
-                label = METRICS[name].label if name in METRICS else name
-                if not _is_equal(row, name) and label not in missing.setdefault(reason, []):
-                    missing[reason].append(label)
-        notes |= dict.fromkeys(evaluation.warnings())
-    if evaluations[0].costs:
-        console.print(_costs(evaluations[0].costs))
-    lines = [f"skipped {', '.join(labels)}: {reason}" for reason, labels in missing.items() if labels]
-    for line in (*lines, *(f"note: {note}" for note in notes)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _quality(rows: Sequence[Mapping[str, Any]], protocol: Protocol) -> Table:
-    names = [name for name in METRICS if any(name in row["metrics"] or _is_equal(row, name) for row in rows)]
-    counts = {row["n"] for row in rows}
-    number = f", {rows[0]['n']} images" if len(counts) == 1 else ""
-    table = _table(f"protocol {protocol.name} {protocol.hash()}, {protocol.size}x{protocol.size}{number}")
-    for heading in (*([] if number else ["images"]), *(METRICS[name].label.replace(" ", "\n") for name in names)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            escape(row["target"]), *([] if number else [str(row["n"])]), *(_cell(row, name) for name in names)
-        )
-    return table
-
-
-def _table(title: str) -> Table:
-    """Whose numbers stay whole where it is narrow: names are folded instead."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("target", overflow="fold", min_width=8)
-    return table
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    if _is_equal(row, name):
-        return "∞"
-    if name not in row["metrics"]:
-        return "-"
-    value = row["metrics"][name]
-    ends = row.get("intervals", {}).get(name)
-    text = f"{value:.{METRICS[name].digits}f}" if abs(value) < 1000 else f"{value:.0f}"
-    return text if ends is None or name != "psnr" else f"{text} ±{(ends[1] - ends[0]) / 2:.2f}"
-
-
-def _is_equal(row: Mapping[str, Any], name: str) -> bool:
-    return bool(row.get("skipped", {}).get(name) == EQUAL)
-
-
-def _costs(costs: Mapping[str, Cost]) -> Table:
-    first = next(iter(costs.values()))
-    table = _table(f"cost: {first.device}, batches of {first.batch_size}; memory beyond weights and images")
-    for heading in ("M params", "GMACs\nencode", "GMACs\ndecode", "img/s\nencode", "img/s\ndecode", "MiB\npeak"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, cost in costs.items():
-        table.add_row(
-            escape(name),
-            f"{cost.parameters / 1e6:.2f}",
-            f"{cost.encode_macs / 1e9:.2f}",
-            f"{cost.decode_macs / 1e9:.2f}",
-            *(f"{rate:.1f}" if rate else "-" for rate in (cost.encode_images_per_s, cost.decode_images_per_s)),
-            "-" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**20:.0f}",
-        )
-    return table
 
 
 def write_metrics(evaluation: Evaluation, path: Path) -> None:

@@ -49,6 +49,9 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
     assert result["results"][0]["cost"]["parameters"] > 0
     assert "vgg16-397923af.pth" in err
     assert err.count("vgg16-397923af.pth is not") == 1
+    table = (tmp_path / "metrics.md").read_text().splitlines()
+    psnr = result["results"][0]["metrics"]["psnr"]
+    assert any(line.startswith(f"| {trained.name} | 12 | {psnr:.3f} ±".replace("_", "\\_")) for line in table), table
     rows = list(csv.DictReader((tmp_path / "per_image.csv").open()))
     assert len(rows) == 36
     mean = sum(float(row["psnr"]) for row in rows if row["target"] == trained.name) / 12
@@ -222,8 +225,8 @@ def test_corrupt_and_small_images_are_counted_and_said(olvae, trained, photos, t
     assert code == 0
     images = content(tmp_path / "out")["images"]
     assert (images["n"], images["unreadable"], images["enlarged"]) == (11, 1, 1)
-    assert "1 images could not be read and are not in these numbers" in err
-    assert "1 images are smaller than the crop and were enlarged" in err
+    assert "unreadable images, which are not in these numbers: 1" in err
+    assert "images smaller than the crop, which were enlarged: 1" in err
 
 
 def test_one_image(olvae, trained, photos, tmp_path):
