@@ -162,7 +162,7 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
     images, tallies = found
     n = len(images.digests)
     about = _about(request, source, images, unreadable)
-    costs = _costs(contenders, models, seeds[0], source.size, batch_size)
+    costs = _costs(contenders, models, seeds[0], source.size)
     patterns: dict[str, Artefacts] = {}
     if request.artefacts:
         patterns = {
@@ -229,13 +229,12 @@ def _costs(
     models: Mapping[str, Autoencoder],
     seed: int | None,
     size: int,
-    batch_size: int,
 ) -> dict[str, Cost]:
     costs = {}
     for name, model in models.items():
         reconstruct = contenders[name, seed]
         assert isinstance(reconstruct, AutoencoderReconstruction)
-        costs[name] = reconstruct.meter.cost(model, size, batch_size)
+        costs[name] = reconstruct.meter.cost(model, size)
     return costs
 
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 class Cost:
     """Of one image of the size that was evaluated; speeds and memory of the batches and the device that were used.
 
+    ``batch_size`` is that of the largest batch there was: fewer images than were asked for may be all there are.
+
     ``peak_memory_bytes`` is what encoding and decoding one batch takes beyond weights and images; None where the
     system does not tell.
     """
@@ -73,7 +75,7 @@ class Meter:
         seconds = sum(s for _, s in counted)
         return sum(n for n, _ in counted) / seconds if seconds else None
 
-    def cost(self, model: Autoencoder, size: int, batch_size: int) -> Cost:
+    def cost(self, model: Autoencoder, size: int) -> Cost:
         """Everything together."""
         gpu = self.device.type == "cuda"
         latent = size // model.downscale
@@ -84,7 +86,7 @@ class Meter:
             encode_images_per_s=self.rate("encode"),
             decode_images_per_s=self.rate("decode"),
             peak_memory_bytes=self.peak,
-            batch_size=batch_size,
+            batch_size=max((images for images, _ in self._seconds["decode"]), default=0),
             device=torch.cuda.get_device_name(self.device) if gpu else _cpu(),
         )
 

@@ -121,7 +121,8 @@ def test_what_it_costs(images, model):
     reconstruct = AutoencoderReconstruction(model)
     for _ in range(3):
         reconstruct(KEYS, images)
-    cost = reconstruct.meter.cost(model, 32, 7)
+    cost = reconstruct.meter.cost(model, 32)
+    assert cost.batch_size == len(KEYS)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert cost.encode_macs > 0
     assert cost.decode_macs > cost.encode_macs
