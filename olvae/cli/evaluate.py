@@ -64,7 +64,7 @@ def command(
     device: Device = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where results go; by default the first target, if it is a run."),
+        typer.Option(metavar="DIR", help="Where results go; by default the first target, or for a file FILE_results."),
     ] = None,
     report: Annotated[
         bool, typer.Option(help="Write report.html: everything on one page, with galleries and test patterns.")
@@ -86,7 +86,7 @@ def command(
     from olvae.config import ConfigError
     from olvae.evaluation.assess import DEFAULT_METRICS, UNTRAINED, Request, assess
     from olvae.evaluation.comparison import print_evaluations
-    from olvae.evaluation.outputs import check_writable, write_outputs
+    from olvae.evaluation.outputs import results_folder, write_outputs
     from olvae.evaluation.processes import device_of, join, leave
     from olvae.evaluation.protocol import PROTOCOLS, named
     from olvae.evaluation.report import Evaluation, read_earlier
@@ -102,10 +102,7 @@ def command(
         raise ConfigError(f"--protocol {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
-    if out is None and found[0].run is None:
-        raise ConfigError("--out DIR says where the results go: the first target is not a run folder")
-    folder = out or Path(targets[0])
-    check_writable(folder)
+    folder = results_folder(out, targets[0], found[0].run)
     earlier = [read_earlier(path) for path in beside or ()]
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
     places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}

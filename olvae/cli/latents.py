@@ -36,7 +36,9 @@ def command(
     device: Device = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the report goes; by default the first target, if it is a run."),
+        typer.Option(
+            metavar="DIR", help="Where the report goes; by default the first target, or for a file FILE_results."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report to standard output as well.")] = False,
 ) -> None:
@@ -52,19 +54,16 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from olvae.config import ConfigError
     from olvae.data.find import source_of
     from olvae.evaluation.latent_figures import draw_channels, draw_distribution
     from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
-    from olvae.evaluation.outputs import check_writable
+    from olvae.evaluation.outputs import results_folder
     from olvae.evaluation.processes import device_of, gather, join, leave
     from olvae.evaluation.targets import find_target, name_apart
 
     rank, world = join()
     found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]
-    if out is None and found[0].run is None:
-        raise ConfigError("--out DIR says where the report goes: the first target is not a run folder")
-    check_writable(out or Path(targets[0]))
+    folder = results_folder(out, targets[0], found[0].run)
     device = device_of(device)
     models = {target.name: target.load() for target in name_apart(found)}
 
@@ -98,7 +97,6 @@ def command(
             summaries[name] = accumulator.compute()
             progress.advance(task)
 
-    folder = out or Path(targets[0])
     folder.mkdir(parents=True, exist_ok=True)
     seen = next(iter(summaries.values())).n
     content = report_content(summaries, {**described, "size": source.size, "n": seen})

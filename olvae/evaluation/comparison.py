@@ -144,5 +144,5 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of the user's without meaning to Markdown, in one line."""
-    return re.sub(r"([\\|*_`<>\[\]#~])", r"\\\1", " ".join(text.split()))
+    """Text of the user's without meaning to Markdown, in one line. An underscore inside a word has none."""
+    return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))

@@ -6,21 +6,40 @@ from pathlib import Path
 
 import torch
 
+from olvae.config import ConfigError
 from olvae.evaluation.assess import Assessment
 from olvae.evaluation.comparison import write_markdown
 from olvae.evaluation.page import write_page
 from olvae.evaluation.per_image import ImageValues, write_csv
 from olvae.evaluation.present import page_of
 from olvae.evaluation.report import Evaluation, write_figure, write_metrics
+from olvae.runs import Run
 
-__all__ = ["check_writable", "write_outputs"]
+__all__ = ["results_folder", "write_outputs"]
 
 SHOWN = 8
 """Images of the figure, chosen by nothing but the hash of their keys."""
 
 
-def check_writable(folder: Path) -> None:
-    """Raises OSError where a folder could not be made or written: before the work rather than after it."""
+def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
+    """Where results go, checked before the work rather than after it.
+
+    Args:
+        out: what the user said; else it is the run, or a folder beside a file of weights.
+        target: as the user wrote it.
+        run: that it is, if it is one.
+
+    Raises:
+        ConfigError: the user has to say it.
+        OSError: the folder could not be made or written.
+    """
+    folder = out
+    if folder is None and run is not None:
+        folder = Path(target)
+    elif folder is None and Path(target).is_file():
+        folder = Path(target).with_name(f"{Path(target).stem}_results")
+    if folder is None:
+        raise ConfigError("--out DIR says where the results go: the first target is no run folder and no file")
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -28,6 +47,7 @@ def check_writable(folder: Path) -> None:
         raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: results can't be written there: name another folder with --out")
+    return folder
 
 
 def write_outputs(

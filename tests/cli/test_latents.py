@@ -146,7 +146,6 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
         (["missing", *out], 1, "not there; a target is"),
         ([empty, *out], 1, "neither a run folder"),
         ([weights, *out], 2, "name it with --config"),
-        ([weights, "--config", config], 2, "--out DIR"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "add --data SRC"),
         ([weights, "--config", tmp_path / "size.yaml", *out], 1, "images of 20x20 pixels"),
         ([run, "--data", empty, *out], 1, "no images in this folder"),

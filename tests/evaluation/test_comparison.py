@@ -28,12 +28,12 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
     intervals = {"runs/a_b|c": {"psnr": (25.0, 26.0)}}
     write_markdown(Evaluation(protocol, images, [good, equal], {"runs/a_b|c": COST}, intervals), tmp_path / "m.md")
     assert (tmp_path / "m.md").read_text() == (
-        f"Protocol open-litevae {protocol.hash()}, 64x64, of my\\_photos.\n"
+        f"Protocol open-litevae {protocol.hash()}, 64x64, of my_photos.\n"
         "\n"
         "| target | images | PSNR, dB | M params | GMACs encode | GMACs decode | img/s encode | img/s decode "
         "| MiB peak |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| runs/a\\_b\\|c | 2 | 25.704 ±0.50 | 1.50 | 2.00 | 3.00 | 12.3 | - | 3 |\n"
+        "| runs/a_b\\|c | 2 | 25.704 ±0.50 | 1.50 | 2.00 | 3.00 | 12.3 | - | 3 |\n"
         "| same | 2 | ∞ | - | - | - | - | - | - |\n"
         "\n"
         "Cost of one image; speed and memory: CPU, 1 thread, batches of 4; memory beyond weights and images.\n"
