@@ -1,13 +1,14 @@
-"""Files that are there whole or not at all: written under another name, then renamed."""
+"""Files that are there whole or not at all: written under another name, then renamed; and folders for them."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-__all__ = ["whole", "write_json"]
+__all__ = ["check_folder", "whole", "write_json"]
 
 
 @contextmanager
@@ -32,3 +33,19 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     """
     with whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_folder(folder: Path) -> Path:
+    """A folder that is there or could be made, and in which files can be written: told before the work, not after it.
+
+    Raises:
+        OSError: it is not so.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: {place} can't be written: name another folder")
+    return folder

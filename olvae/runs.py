@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from olvae.config import ConfigError
+from olvae.files import check_folder
 
 __all__ = ["Run", "check_name", "create", "open_run"]
 
@@ -42,8 +43,10 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
 
     Raises:
         ConfigError: the name could not be a folder's.
+        OSError: it can't be made in logdir.
     """
     check_name(name)
+    check_folder(Path(logdir))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H-%M-%S")
     for attempt in range(100):
         suffix = f"-{attempt}" if attempt else ""

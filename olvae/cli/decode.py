@@ -38,10 +38,12 @@ def command(
     from olvae.evaluation.targets import find_target
     from olvae.export.decode import FORMATS, decode_shards
     from olvae.export.encode import fingerprint
+    from olvae.files import check_folder
     from olvae.models.memory import GIB
 
     if image_format not in FORMATS:
         raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")
+    check_folder(out)
     where = device_of(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
     shards = with_counts(find_shards(source), image_key=LATENT)

@@ -65,12 +65,14 @@ def command(
     from olvae.evaluation.targets import find_target
     from olvae.export.encode import DTYPES, EncodeOptions, Encoder
     from olvae.export.encode_inputs import find_inputs
+    from olvae.files import check_folder
     from olvae.models.memory import GIB
 
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
+    check_folder(out)
     rank, world = join()
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     model = found.load().to(device_of(device))

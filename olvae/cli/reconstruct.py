@@ -53,6 +53,7 @@ def command(
     from olvae.evaluation.processes import device_of
     from olvae.evaluation.reconstruct import Settings, collect_images, plan, run_job
     from olvae.evaluation.targets import find_target
+    from olvae.files import check_folder
     from olvae.models.autoencoder import LiteVAE
     from olvae.models.memory import GIB, default_memory
     from olvae.models.receptive import receptive_field
@@ -64,6 +65,7 @@ def command(
         raise ConfigError("--seed is of --sample: give both, or neither")
     if memory is not None and not 0 < memory < 2**20:
         raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
+    check_folder(out)
     where = torch.device(device_of(device))
     resolve_precision(precision, where.type)
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)

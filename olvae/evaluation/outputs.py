@@ -1,6 +1,5 @@
 """The files of an evaluation: numbers, a table, values per image, a figure, a page."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from olvae.evaluation.page import write_page
 from olvae.evaluation.per_image import ImageValues, write_csv
 from olvae.evaluation.present import page_of
 from olvae.evaluation.report import Evaluation, write_figure, write_metrics
+from olvae.files import check_folder
 from olvae.runs import Run
 
 __all__ = ["results_folder", "write_outputs"]
@@ -40,14 +40,7 @@ def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
         folder = Path(target).with_name(f"{Path(target).stem}_results")
     if folder is None:
         raise ConfigError("--out DIR says where the results go: the first target is no run folder and no file")
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder}: results can't be written there: name another folder with --out")
-    return folder
+    return check_folder(folder)
 
 
 def write_outputs(

@@ -106,6 +106,8 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
         (encode("--size", 20), 1, "multiple of 8"),
         (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
         (encode("--out", image_folder), 2, "has other files already"),
+        (encode("--out", image_folder / "class0/0.png"), 1, "results need a folder"),
+        (["decode", target, image_folder, "--out", image_folder / "class0/0.png"], 1, "results need a folder"),
         (["encode", tmp_path / "gone", *encode()[2:]], 1, "not there; a target is"),
         (["decode", target, image_folder, "--out", tmp_path / "out"], 1, "no stats.json"),
         (["decode", target, tmp_path / "x.tar", "--out", tmp_path / "out"], 1, "no shards"),

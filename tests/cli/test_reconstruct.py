@@ -87,6 +87,7 @@ def test_samples_and_precision(olvae, target, tmp_path):
         (["--precision", "16", "--device", "cpu"], 2, "use bf16 or 32 on the CPU"),
         (["missing.png"], 1, "missing.png: no such image or folder"),
         (["--memory", "0.000001"], 1, "the smallest tile takes"),
+        (["--out", __file__], 1, "results need a folder"),
     ],
 )
 def test_mistakes(olvae, target, tmp_path, options, code, text):
