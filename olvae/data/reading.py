@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from olvae.data.pixels import Bands, Picture
 
@@ -139,6 +140,8 @@ class Photo:
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
+        if isinstance(self._image, TiffImageFile) and self._orientation in SIDEWAYS:
+            width, height = (self._image.tag_v2[tag] for tag in (IMAGEWIDTH, IMAGELENGTH))  # some Pillows turn .size
         return (height, width) if self._orientation in SIDEWAYS else (width, height)
 
 

@@ -8,6 +8,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from olvae.data.folder import FolderSource
 from olvae.data.reading import Photo, UnreadableImageError, read_picture
+from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture
 
 RED = (200, 30, 40)
@@ -162,6 +163,26 @@ def test_a_turned_jpeg_knows_its_upright_size_before_it_is_decoded():
     photo = Photo(turned(), "turned.jpg")
     assert photo.size == (20, 24)
     assert photo.read(2).size == (10, 12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_is_cut_as_any_other_turned_file(orientation):
+    """Pillow turns TIFFs itself, newer ones their size before the pixels are there."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = picture(7, (60, 20))
+    tiff = Photo(saved(image, "TIFF", tiffinfo={0x0112: orientation}), "a.tif")
+    png = Photo(saved(image, "PNG", exif=exif), "a.png")
+    assert tiff.size == png.size
+    cut = [RandomScaleCrop(8)(photo, np.random.default_rng(1)) for photo in (tiff, png)]
+    np.testing.assert_array_equal(np.asarray(cut[0]), np.asarray(cut[1]))
+    assert tiff.read().size == tiff.size
+    assert Photo(tiff.read(), "in memory").size == tiff.size
+
+
+def test_a_tiff_may_have_its_orientation_in_xmp():
+    photo = Photo(saved(picture(7, (60, 20)), "TIFF", tiffinfo={700: b'<x tiff:Orientation="6"/>'}), "a.tif")
+    assert photo.size == photo.read().size
 
 
 def _write(path: Path, content: bytes) -> Path:
