@@ -50,6 +50,7 @@ def command(
     from rich.progress import Progress
 
     from olvae.config import ConfigError
+    from olvae.data.index import legible
     from olvae.evaluation.processes import device_of
     from olvae.evaluation.reconstruct import Settings, collect_images, plan, run_job
     from olvae.evaluation.targets import find_target
@@ -101,7 +102,7 @@ def command(
                 failed += 1
                 console.print(f"error: {error}")
             else:
-                console.print(f"{value:6.2f} dB  {job.source} -> {job.out}")
+                console.print(legible(f"{value:6.2f} dB  {job.source} -> {job.out}"))
             progress.remove_task(task)
     done = len(jobs) - failed
     if done:

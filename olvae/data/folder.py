@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from olvae.data.index import legible
 from olvae.data.lists import ImageList, ListSource
 from olvae.data.reading import EXTENSIONS, Photo
 from olvae.data.transforms import RandomScaleCrop
@@ -29,11 +30,11 @@ class Files(ImageList):
         return len(self.paths)
 
     def key(self, index: int) -> str:
-        return self.paths[index].relative_to(self.root).as_posix()
+        return legible(self.paths[index].relative_to(self.root).as_posix())
 
     def __getitem__(self, index: int) -> Photo:
         path = self.paths[index]
-        return Photo(path, str(path), self.channels)
+        return Photo(path, legible(str(path)), self.channels)
 
 
 class FolderSource(ListSource):
@@ -172,6 +173,7 @@ def _places(root: str, paths: Sequence[Path]) -> dict[Path, float]:
 
     def place(path: Path) -> float:
         name = path.relative_to(base) if path.is_relative_to(base) else path
-        return int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big") / 2**64
+        digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
 
     return {path: place(path) for path in paths}

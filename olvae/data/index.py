@@ -9,7 +9,7 @@ from typing import Any
 
 from olvae.files import write_json
 
-__all__ = ["Index", "ShardRecord", "Skipped", "file_sha256", "named", "printable"]
+__all__ = ["Index", "ShardRecord", "Skipped", "file_sha256", "legible", "named", "printable"]
 
 VERSION = 1
 
@@ -93,9 +93,14 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def legible(name: str) -> str:
+    r"""A file's name as text that can be written anywhere: bytes of it that are not UTF-8 become ``\xe9``."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def printable(name: str) -> str:
     """A file's name on one line: what can't be printed is escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
 
 
 def named(skipped: Iterable[tuple[str, str]], at_most: int = 10) -> str:

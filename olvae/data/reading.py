@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
+from olvae.data.index import legible
 from olvae.data.pixels import Bands, Picture
 
 __all__ = ["EXTENSIONS", "Photo", "UnreadableImageError", "read_picture", "to_rgb"]
@@ -157,7 +158,7 @@ def read_picture(path: str | Path, channels: int = 3) -> Picture:
         UnreadableImageError: the file is not a picture, is a broken one, has floating-point pixels, whose range is not
             known, another number of channels, or more pixels than Pillow takes for a decompression bomb.
     """
-    return Photo(Path(path), str(path), channels).read()
+    return Photo(Path(path), legible(str(path)), channels).read()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

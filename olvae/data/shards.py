@@ -16,6 +16,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from olvae.data.faults import Fault
+from olvae.data.index import legible
 from olvae.data.reading import EXTENSIONS
 
 __all__ = ["INDEX", "Entry", "Shard", "count_images", "find_shards", "is_local", "read_shard", "with_counts"]
@@ -40,7 +41,7 @@ class Shard(NamedTuple):
 
     @property
     def stem(self) -> str:
-        return file_name(self.url).partition(".")[0]
+        return legible(file_name(self.url).partition(".")[0])
 
 
 class Entry(NamedTuple):
@@ -182,9 +183,9 @@ def read_shard(shard: Shard, image_key: str | None = None, sidecars: bool = True
         extension = next((ext for ext in group if _is_image(ext, image_key)), None)
         if extension is None:
             continue
-        key = str(group["__key__"])
+        key = legible(group["__key__"])
         others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
-        yield Entry(f"{shard.stem}/{key}", f"{shard.url}/{key}.{extension}", group[extension], others)
+        yield Entry(f"{shard.stem}/{key}", f"{legible(shard.url)}/{key}.{extension}", group[extension], others)
     yield from faults
 
 

@@ -164,5 +164,5 @@ def _folder(key: str) -> str:
 def _digest(lines: Sequence[str] | Iterator[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(line.encode() + b"\n")
+        digest.update(line.encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -118,3 +119,17 @@ def test_a_list_may_have_absolute_and_relative_paths(image_folder, tmp_path, mon
 def test_a_single_picture_is_not_called_missing(image_folder):
     with pytest.raises(FileNotFoundError, match="this is a file: name a folder"):
         find_images(find_images(image_folder)[0])
+
+
+def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):
+    for i in range(3):
+        shutil.copy(image_folder / "class0" / "0.png", os.fsencode(image_folder) + b"/caf\xe9%d.png" % i)
+    s = source(image_folder)
+    keys = {part.key(i) for part in (s.train, s.val) for i in range(len(part))}
+    assert {f"caf\\xe9{i}.png" for i in range(3)} < keys
+    assert len(keys) == 15
+
+
+def test_which_are_held_out_is_the_same_in_every_version(image_folder):
+    s = source(image_folder)
+    assert [s.val.key(i) for i in range(len(s.val))] == ["class0/0.png", "class1/10.png", "class2/11.png"]

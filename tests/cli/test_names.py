@@ -1,0 +1,81 @@
+"""Commands on files whose names are not UTF-8, as old cameras, archives and Windows left them."""
+
+import csv
+import io
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.data.images import encoded
+from tests.export.latents import tiny_vae
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(6):
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9%d.jpg" % i)).write_bytes(encoded(i))
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+KEYS = {f"caf\\xe9{i}.jpg" for i in range(6)}
+
+
+def test_pack_and_check(olvae, photos, tmp_path):
+    Path(os.fsdecode(os.fsencode(photos) + b"/bad\xe9.jpg")).write_text("no picture")
+    shards = tmp_path / "shards"
+    code, _, err = olvae("data", "pack", photos, "--out", shards, "--max-unreadable", 0.5)
+    assert code == 0
+    assert "skipped bad\\xe9.jpg: no known picture format" in err
+    packed = set()
+    for path in shards.glob("*.tar"):
+        with tarfile.open(path) as archive:
+            packed |= {json.load(archive.extractfile(m))["name"] for m in archive if m.name.endswith(".json")}
+    assert packed == KEYS
+    code, out, _ = olvae("data", "check", photos, "--size", 16, "-B", 2, "--json")
+    assert [fault["name"] for fault in json.loads(out)["unreadable"]] == ["bad\\xe9.jpg"]
+    assert code == 1
+
+
+def test_encode_and_decode(olvae, photos, target, tmp_path):
+    assert olvae("encode", target, "--data", photos, "--size", 16, "--out", tmp_path / "latents")[0] == 0
+    assert olvae("decode", target, tmp_path / "latents", "--out", tmp_path / "images")[0] == 0
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {key.replace("jpg", "png") for key in KEYS}
+
+
+def test_encode_shards(olvae, photos, target, tmp_path):
+    """Of GNU tar, whose names are those of the files; and the shard's own is no better."""
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(os.fsencode(tmp_path) + b"/shards/\xe9t\xe9.tar", "w") as archive:
+        for path in sorted(photos.iterdir()):
+            archive.add(path, path.name)
+    code, _, err = olvae("encode", target, "--data", tmp_path / "shards", "--size", 16, "--out", tmp_path / "latents")
+    assert code == 0, err
+    assert olvae("decode", target, tmp_path / "latents", "--out", tmp_path / "images")[0] == 0
+    names = {str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.png")}
+    assert names == {f"\\xe9t\\xe9/caf\\xe9{i}.png" for i in range(6)}
+
+
+def test_evaluate_and_reconstruct(olvae, photos, target, tmp_path):
+    out = tmp_path / "evaluation"
+    arguments = ("--data", photos, "--size", 16, "--metrics", "psnr", "--out", out)
+    assert olvae("evaluate", target, *arguments)[0] == 0
+    rows = csv.DictReader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8")))
+    assert {row["key"] for row in rows} == KEYS
+    assert "caf\\xe90.jpg" in (out / "report.html").read_text(encoding="utf-8")
+    code, _, err = olvae("reconstruct", target, photos, "--out", tmp_path / "out")
+    assert code == 0
+    assert f"{photos}/caf\\xe90.jpg -> {tmp_path}/out/caf\\xe90.png" in err
