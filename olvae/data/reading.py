@@ -31,6 +31,8 @@ DECODER_ERRORS = (
 )
 """What Pillow's decoders raise at broken files."""
 
+WHITE_16 = 65535  # of 16-bit greyscale; Pillow gives some of it as integers of 32 bits
+
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -155,8 +157,9 @@ def read_picture(path: str | Path, channels: int = 3) -> Picture:
     NumPy file, an array of uint8 of shape (H, W, channels).
 
     Raises:
-        UnreadableImageError: the file is not a picture, is a broken one, has floating-point pixels, whose range is not
-            known, another number of channels, or more pixels than Pillow takes for a decompression bomb.
+        UnreadableImageError: the file is not a picture, is a broken one, has floating-point pixels or integers beyond
+            16 bits, whose range is not known, another number of channels, or more pixels than Pillow takes for a
+            decompression bomb.
     """
     return Photo(Path(path), legible(str(path)), channels).read()
 
@@ -166,8 +169,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit greyscale, as I;16 or I
-        array = np.asarray(image, dtype=np.float64) / 257.0
-        return Image.fromarray(array.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        array = np.asarray(image)
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > WHITE_16:
+            found = f"its pixels are integers from {low} to {high}, not 0 to {WHITE_16}"
+            raise ValueError(f"{found}: convert it to 8 or 16 bits")
+        return Image.fromarray((array / 257.0).round().astype(np.uint8)).convert("RGB")
     if _is_transparent(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -82,6 +82,8 @@ SKIPPED = {
     "bomb.png": bomb(),
     "text-bomb.png": text_bomb(),
     "float.tif": saved(Image.fromarray(np.ones((20, 24), dtype=np.float32)), "TIFF"),
+    "integers.tif": saved(Image.fromarray(np.full((20, 24), 65536, dtype=np.int32)), "TIFF"),
+    "negative.tif": saved(Image.fromarray(np.full((20, 24), -1, dtype=np.int32)), "TIFF"),
     "pickle.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }" + b" " * 60 + b"\n",
     "grey.npy": b"",
 }
@@ -96,6 +98,8 @@ CONVERTED = {
     "grey-alpha.png": (saved(plain("LA", (0, 128)), "PNG"), (127, 127, 127)),
     "cmyk.jpg": (saved(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
     "sixteen.png": (sixteen_bit(), (100, 100, 100)),
+    "sixteen.ppm": (b"P5 24 20 65535\n" + np.full((20, 24), 257 * 100, dtype=">u2").tobytes(), (100, 100, 100)),
+    "small-integers.tif": (saved(Image.fromarray(np.full((20, 24), 25_700, dtype=np.int32)), "TIFF"), (100, 100, 100)),
     "turned.jpg": (turned(), RED),
     "animated.gif": (animated(), RED),
     "ycbcr.tif": (saved(plain("YCbCr", (128, 128, 128)), "TIFF"), (128, 128, 128)),
@@ -157,6 +161,12 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
     assert photo.size == size
     assert small.size == tuple(-(-side // shrink) for side in size)
     assert Photo(Path(_write(tmp_path / "a.png", saved(image, "PNG"))), "a.png").read(shrink).size == size
+
+
+def test_integers_of_unknown_range_say_what_to_do():
+    array = np.tile(np.arange(-5, 19, dtype=np.int32) * 10_000, (20, 1))
+    with pytest.raises(UnreadableImageError, match="integers from -50000 to 180000, not 0 to 65535: convert it to 8"):
+        Photo(saved(Image.fromarray(array), "TIFF"), "depth.tif").read()
 
 
 def test_a_turned_jpeg_knows_its_upright_size_before_it_is_decoded():
