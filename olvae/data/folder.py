@@ -1,8 +1,10 @@
 """A folder of images, nested as deep as you like; a pattern, or a list of files."""
 
+import codecs
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,7 +44,8 @@ class FolderSource(ListSource):
 
     Args:
         root: a folder, searched at any depth for files with an image's extension; a pattern such as
-            ``photos/**/*.jpg``; or a text file, ending in .txt, with a path a line, relative to its own folder.
+            ``photos/**/*.jpg``; or a text file, ending in .txt, with a path a line, relative to its own folder;
+            lines that begin with # are left out.
         size, batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
         val_root: the validation and test images, in the same three ways. Without it, if root is a folder of
             the folders ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
@@ -104,7 +107,7 @@ def find_images(root: str | Path) -> list[Path]:
     left out. A list gives what it says, in its order, without checking that it is there.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing in it.
+        FileNotFoundError: there is no such folder or list, or nothing in it.
     """
     path = Path(root).expanduser()
     if path.is_dir():
@@ -112,8 +115,9 @@ def find_images(root: str | Path) -> list[Path]:
     elif path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"{root}: no such list of images")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        paths = [path.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+        paths = [path.parent / Path(line).expanduser() for line in _lines(path)]
+        if not paths:
+            raise FileNotFoundError(f"{root}: this list names no file: write a path a line")
     elif glob.has_magic(str(root)):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
         paths = sorted(found for name in names if _is_image(found := Path(name)))
@@ -124,6 +128,14 @@ def find_images(root: str | Path) -> list[Path]:
         where = "in this folder" if path.is_dir() else "of this name"
         raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")
     return paths
+
+
+def _lines(path: Path) -> list[str]:
+    """The names in a list. Bytes that are not UTF-8 stay what they are, for file names may have such ones."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    lines = [line.strip() for line in re.split(r"[\r\n]+", data.decode(encoding, "surrogateescape"))]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _walk(folder: Path) -> Iterator[Path]:

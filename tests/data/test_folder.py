@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.folder import FolderSource, find_images
+from olvae.data.folder import Files, FolderSource, find_images
 from olvae.data.transforms import center_crop
 
 
@@ -114,6 +114,30 @@ def test_a_list_may_have_absolute_and_relative_paths(image_folder, tmp_path, mon
     s = source(Path("list.txt"))
     assert {path.resolve() for path in [*s.train.paths, *s.val.paths]} == {path.resolve() for path in [first, *rest]}
     assert all(s.train.key(i) for i in range(len(s.train)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_as_windows_writes_it(image_folder, encoding):
+    """Notepad begins with a byte order mark; PowerShell's > writes UTF-16."""
+    names = [path.relative_to(image_folder).as_posix() for path in find_images(image_folder)]
+    (image_folder / "list.txt").write_bytes("\r\n".join(["# žluťoučký", *names, ""]).encode(encoding))
+    assert find_images(image_folder / "list.txt") == [image_folder / name for name in names]
+
+
+def test_names_in_a_list_are_the_bytes_that_they_are(image_folder):
+    images = find_images(image_folder)
+    names = [b"caf\xe9.png", "line\u2028separator.png".encode()]
+    for name in names:
+        shutil.copy(images[0], os.fsencode(image_folder) + b"/" + name)
+    (image_folder / "list.txt").write_bytes(b"\n".join(names))
+    found = Files(find_images(image_folder / "list.txt"))
+    assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 2
+
+
+def test_a_list_of_nothing_says_so(image_folder):
+    (image_folder / "list.txt").write_text("# to be written\n\n")
+    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write a path a line"):
+        find_images(image_folder / "list.txt")
 
 
 def test_a_single_picture_is_not_called_missing(image_folder):
