@@ -134,6 +134,12 @@ def test_names_in_a_list_are_the_bytes_that_they_are(image_folder):
     assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 2
 
 
+def test_names_in_a_list_may_begin_with_a_tilde(image_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(image_folder))
+    (image_folder / "list.txt").write_text("~copy.png\n~/class0/0.png\n")
+    assert find_images(image_folder / "list.txt") == [image_folder / "~copy.png", image_folder / "class0" / "0.png"]
+
+
 def test_a_list_of_nothing_says_so(image_folder):
     (image_folder / "list.txt").write_text("# to be written\n\n")
     with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write a path a line"):
