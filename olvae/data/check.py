@@ -14,6 +14,7 @@ from olvae.config import ConfigError
 from olvae.data.faults import Fault
 from olvae.data.find import evaluation_source, holds_shards, list_images
 from olvae.data.findings import Consumers, Findings, Seen, SeenShard, Speed, name_some, summarise
+from olvae.data.folder import Files
 from olvae.data.index import Index, ShardRecord, file_sha256
 from olvae.data.lists import ImageList
 from olvae.data.parallel import OnProgress, Ticker, cores, in_processes, unseen
@@ -161,6 +162,8 @@ def _check_list(src: str, options: CheckOptions, workers: int, on_progress: OnPr
     batches = count // (options.batch_size * options.ranks)
     if count and not batches:
         findings.problems.append(f"{count} images are less than a batch of {options.batch_size} on each rank")
+    if isinstance(images, Files):
+        findings.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
     findings.consumers = Consumers(
         options.ranks, options.num_workers, options.batch_size, count, None, None, None, batches
     )

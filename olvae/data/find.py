@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from olvae.config import Config, ConfigError, instantiate, load
+from olvae.data.faults import Fault
 from olvae.data.folder import Files, find_images
 from olvae.data.lists import ImageList, ListSource
 from olvae.data.samples import SamplePhotographs, sample_photographs
@@ -87,7 +88,8 @@ def list_images(src: str, channels: int = 3) -> ImageList:
         return Column(load_table(path, **{"split": "train", **arguments}), column, None, channels)
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
-    return Files(find_images(src), channels)
+    closed: list[Fault] = []
+    return Files(find_images(src, closed), channels, closed)
 
 
 def holds_shards(src: str) -> bool:
@@ -96,7 +98,10 @@ def holds_shards(src: str) -> bool:
         return False
     path = Path(src).expanduser()
     if path.is_dir():
-        return any(file.name.endswith(SUFFIXES) for file in path.iterdir())
+        try:
+            return any(file.name.endswith(SUFFIXES) for file in path.iterdir())
+        except OSError:  # told when its images are looked for
+            return False
     return not is_local(src) or src.endswith(SUFFIXES)
 
 

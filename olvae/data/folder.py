@@ -3,11 +3,14 @@
 import codecs
 import glob
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
+from olvae.data.faults import Fault
 from olvae.data.index import legible
 from olvae.data.lists import ImageList, ListSource
 from olvae.data.reading import EXTENSIONS, Photo
@@ -15,17 +18,23 @@ from olvae.data.transforms import RandomScaleCrop
 
 __all__ = ["Files", "FolderSource", "find_images"]
 
+log = logging.getLogger("olvae.data")
+
 TRAINING, HELD_OUT = ("train", "training"), ("val", "validation", "test")
 """Names of the folders that data sets are split into."""
 
 
 class Files(ImageList):
-    """Pictures in files; a key is the path below the folder that they have in common."""
+    """Pictures in files; a key is the path below the folder that they have in common.
 
-    def __init__(self, paths: Sequence[Path], channels: int = 3) -> None:
+    ``closed`` are folders among theirs that could not be opened.
+    """
+
+    def __init__(self, paths: Sequence[Path], channels: int = 3, closed: Sequence[Fault] = ()) -> None:
         mixed = len({path.is_absolute() for path in paths}) > 1
         self.paths = [path.absolute() for path in paths] if mixed else list(paths)
         self.channels = channels
+        self.closed = closed
         self.root = Path(os.path.commonpath([path.parent for path in self.paths]))
 
     def __len__(self) -> int:
@@ -100,18 +109,22 @@ class FolderSource(ListSource):
         )
 
 
-def find_images(root: str | Path) -> list[Path]:
+def find_images(root: str | Path, closed: list[Fault] | None = None) -> list[Path]:
     """Files of images, sorted: of a folder at any depth, of a pattern, or of a list in a text file.
 
     Folders and patterns give files with an image's extension, through symbolic links as well; what is hidden is
     left out. A list gives what it says, in its order, without checking that it is there.
 
+    Args:
+        closed: gets the folders below root that can't be opened. The log names each once.
+
     Raises:
         FileNotFoundError: there is no such folder or list, or nothing in it.
+        PermissionError: root can't be opened.
     """
     path = Path(root).expanduser()
     if path.is_dir():
-        paths = sorted(_walk(path))
+        paths = sorted(_walk(path, [] if closed is None else closed))
     elif path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"{root}: no such list of images")
@@ -138,10 +151,17 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, closed: list[Fault]) -> Iterator[Path]:
     """Files of images at any depth, each folder once, whatever links lead to it."""
+
+    def leave_out(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise PermissionError(f"{folder}: this folder can't be opened: {error.strerror}") from error
+        closed.append(Fault(legible(str(error.filename)), error.strerror or str(error), lost=False))
+        _tell(closed[-1])
+
     seen = set()
-    for top, folders, files in os.walk(folder, followlinks=True):
+    for top, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
         real = Path(top).resolve()
         if real in seen:
             folders.clear()
@@ -151,15 +171,29 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (path for name in files if _is_image(path := Path(top) / name))
 
 
+@cache
+def _tell(folder: Fault) -> None:
+    log.warning("skipped the folder %s, with all that is in it: %s", folder.name, folder.reason)
+
+
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
+
+
+def _may_be_file(path: Path) -> bool:
+    """Whether reading it is worth a try: where that can't be known, it will be told as unreadable."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def _parts(root: str) -> tuple[str, str | None]:
     """The folders of training and of held-out images, where a data set comes with them."""
     folder = Path(root).expanduser()
     train, held_out = (
-        [str(folder / name) for name in names if (folder / name).is_dir()] for names in (TRAINING, HELD_OUT)
+        [str(folder / name) for name in names if os.path.isdir(folder / name)]  # noqa: PTH112  (False where closed)
+        for names in (TRAINING, HELD_OUT)
     )
     return (train[0], held_out[0]) if train and held_out else (root, None)
 

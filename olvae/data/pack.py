@@ -114,9 +114,11 @@ def _plan(src: str, images: ImageList, options: PackOptions) -> str:
     for index in range(len(images)):
         line = images.key(index)
         if isinstance(images, Files):
-            path = images.paths[index]
-            state = path.stat() if path.exists() else None
-            line += f"\0{state.st_size} {state.st_mtime_ns}" if state is not None else "\0missing"
+            try:
+                state = images.paths[index].stat()
+                line += f"\0{state.st_size} {state.st_mtime_ns}"
+            except (OSError, ValueError):  # ValueError: a name that no file can have
+                line += "\0missing"
         digest.update(f"{line}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -212,5 +212,5 @@ def _array(file: io.BufferedIOBase, channels: int) -> Bands:
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "its header claims more pixels than a picture has, which may be a decompression bomb"
-    text = str(error) or type(error).__name__
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return "no known picture format" if "cannot identify image file" in text else text

@@ -1,12 +1,15 @@
 """Small pictures and shards of them for the tests of data sources."""
 
+import errno
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -19,6 +22,18 @@ def encoded(seed: int, file_format: str = "JPEG") -> bytes:
     stream = io.BytesIO()
     picture(seed).save(stream, file_format)
     return stream.getvalue()
+
+
+def close_folders(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """As if permissions kept them from being listed, which root, as tests may run, is allowed everywhere."""
+    scandir = os.scandir
+
+    def refused(path: str | Path) -> object:
+        if Path(path) in folders:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
 
 
 def write_tar(path: Path, files: Sequence[tuple[str, bytes]]) -> Path:

@@ -17,6 +17,7 @@ from olvae.data.pack import pack
 from olvae.data.report import print_findings
 from olvae.data.sharding import PackOptions
 from olvae.data.webdataset import WebDatasetSource
+from tests.data.images import close_folders
 from tests.data.packing import picture
 
 OPTIONS = CheckOptions(size=16, batch_size=2, num_workers=2)
@@ -131,6 +132,16 @@ def test_unreadable_files(photos):
     assert findings.unreadable[1].reason == "the file is empty"
     assert findings.problems == ["3 of 27 images can't be read, more than --max-unreadable 0.01"]
     assert check(str(photos), CheckOptions(size=16, max_unreadable=0.2)).problems == []
+
+
+def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
+    close_folders(monkeypatch, photos / "class1")
+    findings = check(str(photos), OPTIONS, 2)
+    assert findings.images == 12
+    assert findings.problems == [f"{photos / 'class1'}: this folder can't be opened: Permission denied"]
+    close_folders(monkeypatch, photos)
+    with pytest.raises(PermissionError, match="photos: this folder can't be opened"):
+        check(str(photos), OPTIONS, 2)
 
 
 def test_less_than_a_batch(photos):

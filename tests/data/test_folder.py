@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import shutil
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 from olvae.data.folder import Files, FolderSource, find_images
+from olvae.data.reading import UnreadableImageError
 from olvae.data.transforms import center_crop
+from tests.data.images import close_folders
 
 
 def source(root: Path, **arguments) -> FolderSource:
@@ -163,3 +166,33 @@ def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):
 def test_which_are_held_out_is_the_same_in_every_version(image_folder):
     s = source(image_folder)
     assert [s.val.key(i) for i in range(len(s.val))] == ["class0/0.png", "class1/10.png", "class2/11.png"]
+
+
+def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, caplog):
+    close_folders(monkeypatch, image_folder / "class1")
+    for _ in range(2):
+        s = source(image_folder)
+    assert len(s.train) + len(s.val) == 8
+    told = f"skipped the folder {image_folder / 'class1'}, with all that is in it: Permission denied"
+    assert caplog.messages == [told]
+    close_folders(monkeypatch, image_folder)
+    with pytest.raises(PermissionError, match="photos: this folder can't be opened: Permission denied"):
+        source(image_folder)
+
+
+def test_a_file_of_which_nothing_can_be_known_is_an_unreadable_image(image_folder, monkeypatch):
+    """As in a folder that may be listed and not entered."""
+    stat = Path.stat
+
+    def refused(path: Path, **options: bool) -> os.stat_result:
+        if path.parent.name == "class1" and path.suffix:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    found = Files(find_images(image_folder))
+    assert len(found) == 12
+    unreadable = [i for i in range(12) if found.key(i).startswith("class1/")]
+    for i in unreadable:
+        with pytest.raises(UnreadableImageError, match=r"not a readable image: Permission denied$"):
+            found[i]
