@@ -13,7 +13,7 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.faults import Fault
 from olvae.data.find import evaluation_source, holds_shards, list_images
-from olvae.data.findings import Consumers, Findings, Seen, SeenShard, Speed, name_some, summarise
+from olvae.data.findings import Consumers, Findings, Seen, SeenShard, Speed, name_dotted, name_some, summarise
 from olvae.data.folder import Files
 from olvae.data.index import Index, ShardRecord, file_sha256
 from olvae.data.lists import ImageList
@@ -90,6 +90,7 @@ class _Part:
     seen: list[Seen] = field(default_factory=list)
     unreadable: list[Fault] = field(default_factory=list)
     shard: SeenShard | None = None
+    dotted: list[str] = field(default_factory=list)
 
 
 class _ListReader:
@@ -118,7 +119,7 @@ class _ShardReader:
         part = _Part()
         reasons: list[str] = []
         images = 0
-        for entry in read_shard(Shard(url)):
+        for entry in read_shard(Shard(url), dotted=part.dotted):
             if isinstance(entry, Fault):
                 reasons.append(entry.reason)
                 continue
@@ -180,6 +181,7 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
     seen: list[Seen] = []
     unreadable: list[Fault] = []
     shards: list[SeenShard] = []
+    dotted: list[str] = []
     reader = _ShardReader(options.channels, options.index or bool(indexes))
     with closing(in_processes(reader, urls, workers, lambda done: on_progress(done, total))) as parts:
         for part in parts:
@@ -187,9 +189,12 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
             seen += part.seen
             unreadable += part.unreadable
             shards.append(part.shard)
+            dotted += [f"{Shard(part.shard.url).stem}/{name}" for name in part.dotted]
     findings = summarise(src, options.size, seen, unreadable)
     findings.shards = sorted(shards, key=lambda shard: urls.index(shard.url))
     findings.notes += notes
+    if dotted:
+        findings.problems.append(name_dotted(dotted))
     findings.problems += [f"{shard.url}: {shard.broken}" for shard in findings.shards if shard.broken]
     findings.problems += [p for folder, index in indexes.items() for p in _compare(src, folder, index, findings.shards)]
     if options.index:

@@ -10,7 +10,7 @@ import numpy as np
 from olvae.data.faults import Fault
 from olvae.data.index import printable
 
-__all__ = ["Consumers", "Findings", "Seen", "SeenShard", "Speed", "Spread", "summarise"]
+__all__ = ["Consumers", "Findings", "Seen", "SeenShard", "Speed", "Spread", "name_dotted", "name_some", "summarise"]
 
 SIDES = (1, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096)
 """Where the classes of the shorter side begin, in pixels."""
@@ -167,6 +167,17 @@ def name_some(names: Sequence[str], at_most: int = 3) -> str:
     """The first few names."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(printable(name) for name in names[:at_most]) + more
+
+
+def name_dotted(names: Sequence[str]) -> str:
+    """What to do about files in shards that a second dot in their names keeps from being images."""
+    example = min(names)
+    extension = example.rpartition("/")[2].partition(".")[2]
+    return (
+        f"{len(names)} files of the shards are left out for a second dot in their names, such as {example}, of which "
+        f"WebDataset takes {extension} for the extension: set data.params.image_key to that if all images have it, or "
+        "make the shards with `olvae data pack`, which names the files itself"
+    )
 
 
 def _spread(values: "np.ndarray[Any, Any]") -> Spread:

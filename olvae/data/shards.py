@@ -168,22 +168,28 @@ def count_images(path: Path, image_key: str | None = None) -> int:
     return count + (bool(groups) and any(groups.values()))
 
 
-def read_shard(shard: Shard, image_key: str | None = None, sidecars: bool = True) -> Iterator[Entry | Fault]:
+def read_shard(
+    shard: Shard, image_key: str | None = None, sidecars: bool = True, dotted: list[str] | None = None
+) -> Iterator[Entry | Fault]:
     """The images of a shard in order, undecoded; a fault last where it can't be opened or ends early.
 
     A group of files of one name without an image is left out.
 
     Args:
         sidecars: whether the other files of a group are wanted; without them it is less work.
+        dotted: gets the names of files in groups without an image that would be images without a second dot in their
+            names: WebDataset splits ``a.b.jpg`` at the first, which makes ``b.jpg`` the extension. Needs the sidecars.
     """
     faults: list[Fault] = []
     wanted = None if sidecars else lambda name: _is_image((base_plus_ext(name)[1] or "").lower(), image_key)
     groups = group_by_keys(_files(shard.url, faults, wanted), handler=lambda error: _take(error, shard.url, faults))
     for group in groups:
         extension = next((ext for ext in group if _is_image(ext, image_key)), None)
-        if extension is None:
-            continue
         key = legible(group["__key__"])
+        if extension is None:
+            if dotted is not None:
+                dotted += [f"{key}.{ext}" for ext in group if _is_image(ext.rpartition(".")[2], None)]
+            continue
         others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
         yield Entry(f"{shard.stem}/{key}", f"{legible(shard.url)}/{key}.{extension}", group[extension], others)
     yield from faults

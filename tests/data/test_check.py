@@ -17,7 +17,7 @@ from olvae.data.pack import pack
 from olvae.data.report import print_findings
 from olvae.data.sharding import PackOptions
 from olvae.data.webdataset import WebDatasetSource
-from tests.data.images import close_folders
+from tests.data.images import close_folders, encoded, write_tar
 from tests.data.packing import picture
 
 OPTIONS = CheckOptions(size=16, batch_size=2, num_workers=2)
@@ -253,6 +253,19 @@ def test_a_shard_without_images(shards):
     (shards / "000001.tar").write_bytes(bytes(10240))
     problems = check(str(shards), OPTIONS, 2).problems
     assert any("a shard without images" in problem for problem in problems)
+
+
+def test_files_that_a_second_dot_keeps_from_being_images(tmp_path):
+    for i in range(3):
+        names = [f"img_{i}.5.jpg", f"img_{i}.notes.txt", f"whole_{i}.jpg", f"whole_{i}.mask.png"]
+        write_tar(tmp_path / f"{i}.tar", [(name, encoded(i)) for name in names])
+    findings = check(str(tmp_path), CheckOptions(16, 1, 1), 2)
+    assert findings.images == 3
+    (problem,) = findings.problems
+    assert problem.startswith("3 files of the shards are left out for a second dot in their names")
+    assert "such as 0/img_0.5.jpg, of which WebDataset takes 5.jpg for the extension" in problem
+    assert "set data.params.image_key" in problem
+    assert "`olvae data pack`" in problem
 
 
 def test_workers_for_what_is_needed(photos):
