@@ -14,7 +14,7 @@ from olvae.config import ConfigError
 from olvae.data.faults import Fault
 from olvae.data.find import evaluation_source, holds_shards, list_images
 from olvae.data.findings import Consumers, Findings, Seen, SeenShard, Speed, name_dotted, name_some, summarise
-from olvae.data.folder import Files
+from olvae.data.folder import Files, FolderSource
 from olvae.data.index import Index, ShardRecord, file_sha256
 from olvae.data.lists import ImageList
 from olvae.data.parallel import OnProgress, Ticker, cores, in_processes, unseen
@@ -160,15 +160,26 @@ def _check_list(src: str, options: CheckOptions, workers: int, on_progress: OnPr
             seen += part.seen
             unreadable += part.unreadable
     findings = summarise(src, options.size, seen, unreadable)
-    batches = count // (options.batch_size * options.ranks)
-    if count and not batches:
-        findings.problems.append(f"{count} images are less than a batch of {options.batch_size} on each rank")
+    _judge_batches(src, images, options, findings)
+    return findings
+
+
+def _judge_batches(src: str, images: ImageList, options: CheckOptions, findings: Findings) -> None:
+    """What training would have of an epoch; of files without those that FolderSource, if told nothing, holds out."""
+    count = len(images)
     if isinstance(images, Files):
         findings.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
+        try:
+            count = len(FolderSource(src, options.size, 1, channels=options.channels).train)
+        except (ValueError, FileNotFoundError) as error:
+            findings.problems.append(str(error))
+            return
+    batches = count // (options.batch_size * options.ranks)
+    if count and not batches:
+        findings.problems.append(f"{count} training images are less than a batch of {options.batch_size} on each rank")
     findings.consumers = Consumers(
         options.ranks, options.num_workers, options.batch_size, count, None, None, None, batches
     )
-    return findings
 
 
 def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> Findings:

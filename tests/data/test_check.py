@@ -13,6 +13,7 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data import check as module
 from olvae.data.check import CheckOptions, check
+from olvae.data.folder import FolderSource
 from olvae.data.pack import pack
 from olvae.data.report import print_findings
 from olvae.data.sharding import PackOptions
@@ -146,7 +147,23 @@ def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
 
 def test_less_than_a_batch(photos):
     problems = check(str(photos), CheckOptions(size=16, batch_size=16, ranks=2)).problems
-    assert problems == ["24 images are less than a batch of 16 on each rank"]
+    assert problems == ["23 training images are less than a batch of 16 on each rank"]
+
+
+def test_an_epoch_is_of_the_images_that_are_not_held_out(photos):
+    consumers = check(str(photos), CheckOptions(16, 3), 2).consumers
+    assert consumers.images == FolderSource(str(photos), 16, 3).samples_per_epoch == 23
+    assert consumers.batches == 7
+    (photos / "class0").rename(photos / "train")
+    (photos / "class1").rename(photos / "val")
+    findings = check(str(photos), CheckOptions(16, 3), 2)
+    assert (findings.images, findings.consumers.images, findings.consumers.batches) == (24, 12, 4)
+
+
+def test_one_image_is_too_little(tmp_path):
+    picture(0).save(tmp_path / "one.png")
+    (problem,) = check(str(tmp_path), CheckOptions(16, 1)).problems
+    assert "one image can't be split into training and validation" in problem
 
 
 def test_shards_that_are_fine(shards):
