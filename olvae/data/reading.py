@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -26,6 +27,7 @@ DECODER_ERRORS = (
     TypeError,
     AttributeError,
     MemoryError,
+    RuntimeError,  # AVIF's, and NotImplementedError
     struct.error,
     Image.DecompressionBombError,
 )
@@ -201,8 +203,8 @@ def _header(file: Path | io.BytesIO) -> Image.Image:
 
 def _array(file: io.BufferedIOBase, channels: int) -> Bands:
     try:
-        array = np.load(file, allow_pickle=False)
-    except ValueError as error:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, TokenError) as error:  # TokenError: of its header, which is Python's text
         raise ValueError(f"not an array: {error}") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
         raise ValueError(f"expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}")

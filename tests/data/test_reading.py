@@ -64,6 +64,12 @@ def turned() -> bytes:
     return saved(plain(), "JPEG", exif=exif, quality=100)
 
 
+def avif_without_an_image() -> bytes:
+    if "AVIF" not in Image.SAVE:
+        return b"as unknown as any other format"
+    return saved(plain(), "AVIF").replace(b"pitm", b"free")
+
+
 SKIPPED = {
     "zero.jpg": b"",
     "zero.png": b"",
@@ -84,6 +90,9 @@ SKIPPED = {
     "float.tif": saved(Image.fromarray(np.ones((20, 24), dtype=np.float32)), "TIFF"),
     "integers.tif": saved(Image.fromarray(np.full((20, 24), 65536, dtype=np.int32)), "TIFF"),
     "negative.tif": saved(Image.fromarray(np.full((20, 24), -1, dtype=np.int32)), "TIFF"),
+    "broken-avif.jpg": avif_without_an_image(),
+    "header.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'shape': (20, 24, 3" + b" " * 81 + b"\n",
+    "zip.npy": b"PK\x03\x04" + bytes(100),
     "pickle.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }" + b" " * 60 + b"\n",
     "grey.npy": b"",
 }
