@@ -69,9 +69,7 @@ class Photo:
         self._image: Picture
         try:
             self._image = self._open(content)
-            self._orientation = 1
-            if isinstance(self._image, Image.Image):
-                self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+            self._orientation = _orientation(self._image) if isinstance(self._image, Image.Image) else 1
             self.size = self._upright_size()
         except DECODER_ERRORS as error:
             raise UnreadableImageError(name, _reason(error)) from error
@@ -199,6 +197,17 @@ def _header(file: Path | io.BytesIO) -> Image.Image:
     with warnings.catch_warnings():  # Pillow warns from half the size on that it refuses
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(file)
+
+
+def _orientation(image: Image.Image) -> int:
+    """By its EXIF; upright where that is broken, which does no harm to the pixels."""
+    try:
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODER_ERRORS:
+        if not image.info.keys() & {"exif", "Raw profile type exif"}:  # it was looked for behind the pixels of a PNG
+            raise
+        return 1
+    return orientation
 
 
 def _array(file: io.BufferedIOBase, channels: int) -> Bands:
