@@ -128,7 +128,7 @@ class Photo:
             return content
         if isinstance(content, Image.Image):
             return content
-        is_array = Path(self.name).suffix == ".npy"
+        is_array = Path(self.name).suffix.lower() == ".npy"
         if isinstance(content, bytes):
             if not content:
                 raise ValueError("the file is empty")

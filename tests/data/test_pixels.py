@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,8 @@ def test_arrays_of_any_number_of_channels(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (6, 5, 7), dtype=np.uint8)
     np.save(tmp_path / "a.npy", array)
     picture = read_picture(tmp_path / "a.npy", 7)
+    shutil.copy(tmp_path / "a.npy", tmp_path / "B.NPY")  # which folders are searched for as well
+    assert read_picture(tmp_path / "B.NPY", 7).size == picture.size
     assert (picture.width, picture.height) == (5, 6)
     assert np.array_equal(image_to_tensor(picture).permute(1, 2, 0).numpy(), array)
     for bad, message in ((array[..., :3], r"shape \(H, W, 7\)"), (array.astype(float), "expected uint8")):
