@@ -18,7 +18,7 @@ from olvae.models.equivariance import transform_alike
 from olvae.models.schedule import adam_with_schedule, lr_factor
 from olvae.models.step import gradient_ratio, mix_seeds
 from olvae.models.update import update
-from olvae.models.validation import Validation, weights_as_trained
+from olvae.models.validation import Validation, uncouple, weights_as_trained
 from olvae.modules.distributions import DiagonalGaussian
 
 __all__ = ["LiteAutoencoderKL"]
@@ -301,6 +301,7 @@ class LiteAutoencoderKL(pl.LightningModule):
             self._validation = Validation(self.val_metrics, self.weights_dir, device or self.device)
 
     def on_validation_epoch_start(self) -> None:
+        uncouple(self.trainer)
         self.set_up_validation(self.device)
         assert self._validation is not None
         self._validation.start()

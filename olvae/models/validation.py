@@ -9,11 +9,12 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from olvae.metrics.metric import Metric, Unavailable
 from olvae.metrics.registry import build_metrics
 
-__all__ = ["ALWAYS", "Validation", "weights_as_trained"]
+__all__ = ["ALWAYS", "Validation", "uncouple", "weights_as_trained"]
 
 ALWAYS = ("psnr", "ssim")
 
@@ -87,6 +88,17 @@ class Validation:
             for name, state in metrics.items():
                 if name in own:
                     own[name].merge(state)
+
+
+def uncouple(trainer: pl.Trainer) -> None:
+    """Let each process validate as many batches as it has, even none.
+
+    The first one would begin with sending the discriminator's buffers to all processes, of which one without a batch
+    takes no part. Training couples them again.
+    """
+    model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel):
+        model.require_forward_param_sync = False
 
 
 def weights_as_trained(trainer: pl.Trainer) -> pl.LightningModule | None:

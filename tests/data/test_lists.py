@@ -53,6 +53,16 @@ def test_the_loader_goes_on_at_any_batch_with_any_number_of_workers(workers, bro
         assert same(take(s.train_loader(3, batches * 4), 12 - batches), whole[batches:])
 
 
+@pytest.mark.parametrize("rank", [0, 7])
+def test_no_rank_believes_that_it_has_nothing_to_validate(rank, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    loader = source().val_loader()  # of seven images
+    assert len(loader) == 1
+    assert len(list(loader)) == (rank == 0)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_ranks_share_an_epoch_and_the_validation_images(workers, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

@@ -1,5 +1,6 @@
 """Two processes through the real command give the weights of one process with the whole batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from olvae.config import load
 from tests.conftest import tiny_config
+from tests.data.images import write_shards
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
@@ -59,6 +62,25 @@ def test_two_processes_are_one(tmp_path, config):
             torch.testing.assert_close(tensor, two[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
     if config.endswith("_b.yaml"):
         assert any(name.startswith("adversary.discriminator.") for name in one["current_model_state"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(tmp_path, image_folder, kind):
+    if kind == "folder":
+        (tmp_path / "val").mkdir()
+        (image_folder / "class0" / "0.png").rename(tmp_path / "val" / "0.png")
+        data = {"target": "olvae.data.folder.FolderSource", "params": {"root": str(image_folder)}}
+        data["params"]["val_root"] = str(tmp_path / "val")
+    else:
+        write_shards(tmp_path / "shards", (8, 8, 1))
+        data = {"target": "olvae.data.webdataset.WebDatasetSource", "params": {"shards": str(tmp_path / "shards")}}
+    config = load([ROOT / "configs" / "demo_b.yaml"])  # with a discriminator, whose buffers all processes share
+    config["data"] = {**data, "params": {**data["params"], "size": 64, "batch_size": 4}}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))
+    assert command(tmp_path, str(tmp_path / "one.yaml"), "one_image", *TWO)["global_step"] == 5
+    (run,) = tmp_path.glob("*_one_image_32")
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert (best["metric"], best["step"]) == ("val/psnr", 5)
 
 
 def test_torchrun_makes_one_run_folder(tmp_path):
