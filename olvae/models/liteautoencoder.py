@@ -135,6 +135,8 @@ class LiteAutoencoderKL(pl.LightningModule):
         """Training images consumed, over all ranks: where a resumed run continues the data."""
         self.validated_at = 0
         """The step of the last validation."""
+        self.validation_values: dict[str, float] = {}
+        """What the last validation gave, as ``val/psnr``; nothing where no image could be read."""
         self._micro_batch = 0
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -317,7 +319,8 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         assert self._validation is not None
-        self.log_dict(self._validation.compute())
+        self.validation_values = self._validation.compute()
+        self.log_dict(self.validation_values)
         self.log("step", float(self.global_step))
         self.validated_at = self.global_step
 

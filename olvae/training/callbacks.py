@@ -1,6 +1,7 @@
 """What happens beside the training step: checkpoints, pictures, the watch over the loss."""
 
 import json
+import logging
 import math
 import signal
 import threading
@@ -27,6 +28,8 @@ from olvae.runs import Run
 
 __all__ = ["FaultLimit", "FiniteLoss", "GracefulStop", "ImageGrids", "KeepCheckpoints", "SaveConfig"]
 
+log = logging.getLogger("olvae.training")
+
 
 class KeepCheckpoints(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` up to date, through the last step and a stop in between.
@@ -39,6 +42,7 @@ class KeepCheckpoints(Checkpoint):
         keep_every_n_steps: keep ``step=N.ckpt`` for good at multiples of this as well; 0 keeps none.
         best: a metric of validation, such as ``val/psnr``, ``val/rfid`` or ``val_raw/lpips``: the weights with which
             it was best so far are kept as ``best.ckpt``, beside ``best.json`` with value and step; None keeps none.
+            A validation of which no image could be read changes nothing.
     """
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
@@ -53,6 +57,7 @@ class KeepCheckpoints(Checkpoint):
         self._saved = self._kept = 0  # steps
         self._images = 0  # seen when the last save was: they move in the discriminator's warm-up too
         self._in_step = False
+        self._told = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
@@ -91,13 +96,19 @@ class KeepCheckpoints(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.best is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        if self.best not in trainer.callback_metrics:
-            known = [name for name in trainer.callback_metrics if name.startswith(("val/", "val_raw/"))]
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        values = pl_module.validation_values
+        if not values:
+            if trainer.is_global_zero and not self._told:
+                log.warning("nothing to validate on, and so no best.ckpt: no validation image could be read")
+            self._told = True
+            return
+        if self.best not in values:
             raise ValueError(
-                f"KeepCheckpoints: best: {self.best} is none of what validation gives, {', '.join(known)}: add it to "
+                f"KeepCheckpoints: best: {self.best} is none of what validation gives, {', '.join(values)}: add it to "
                 "model.params.val_metrics, or set best to null"
             )
-        value = float(trainer.callback_metrics[self.best])
+        value = values[self.best]
         higher = METRICS[self.best.rpartition("/")[2]].better == "higher"
         if self._best is None or (value > self._best if higher else value < self._best):
             self._best = value

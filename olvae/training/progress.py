@@ -97,8 +97,9 @@ class StepProgress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.restart()
-        if self._enabled and not trainer.sanity_checking:
-            values = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        values = {name: v for name, v in pl_module.validation_values.items() if name.startswith("val/")}
+        if values and self._enabled and not trainer.sanity_checking:
             text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
             self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False)
 

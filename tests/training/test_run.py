@@ -18,6 +18,7 @@ from olvae.config import ConfigError, instantiate, load, save
 from olvae.data.pixels import from_uint8, to_uint8
 from olvae.evaluation.targets import find_target
 from olvae.metrics.psnr import psnr
+from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
@@ -461,6 +462,35 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
         go(keep, "lightning.callbacks.keep.params.best=val/l1")
     with pytest.raises(ValueError, match="is no metric of validation"):
         go(keep, "lightning.callbacks.keep.params.best=psnrr")
+
+
+def test_training_goes_on_where_no_validation_image_can_be_read(go, tmp_path, caplog):
+    (tmp_path / "val").mkdir()
+    for i in range(3):
+        (tmp_path / "val" / f"{i}.png").write_bytes(b"no picture")
+    run = go(f"data.params.val_root={tmp_path / 'val'}", "data.params.max_unreadable=1.0")
+    assert checkpoint(run)["global_step"] == 4
+    assert not (run.checkpoints / "best.ckpt").exists()
+    assert [record.message for record in caplog.records if "nothing to validate on" in record.message] == [
+        "nothing to validate on, and so no best.ckpt: no validation image could be read"
+    ]
+
+
+def test_a_validation_without_images_does_not_repeat_what_the_one_before_gave(go, tmp_path, capfd, monkeypatch):
+    held_out = tmp_path / "val"
+    held_out.mkdir()
+    Image.new("RGB", (16, 16)).save(held_out / "0.png")
+    before = LiteAutoencoderKL.on_validation_epoch_end
+
+    def then_break(model: LiteAutoencoderKL) -> None:
+        before(model)
+        (held_out / "0.png").write_bytes(b"no picture")
+
+    monkeypatch.setattr(LiteAutoencoderKL, "on_validation_epoch_end", then_break)
+    go(f"data.params.val_root={held_out}", "data.params.max_unreadable=1.0", "lightning.trainer.num_sanity_val_steps=0")
+    assert [line.partition(":")[0] for line in capfd.readouterr().err.splitlines() if ": validation " in line] == [
+        "step 2"
+    ]
 
 
 def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training(go, tmp_path):
