@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from webdataset.gopen import Pipe, gopen, set_options
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from olvae.data.faults import Fault
 from olvae.data.index import legible
+from olvae.data.opening import failure, open_url
 from olvae.data.reading import EXTENSIONS
 
 __all__ = ["INDEX", "Entry", "Shard", "count_images", "find_shards", "is_local", "read_shard", "with_counts"]
@@ -143,8 +143,11 @@ def _local_count(url: str, image_key: str | None) -> int | None:
 
 def _read_index(url: str) -> dict[str, int]:
     try:
-        with gopen(url) as stream:
-            content = json.loads(stream.read())
+        with open_url(url) as stream:
+            text = stream.read()
+            if why := failure(stream):
+                raise OSError(why)
+        content = json.loads(text)
         return {name: int(shard["images"]) for name, shard in content["shards"].items()}
     except FileNotFoundError:
         raise
@@ -198,20 +201,22 @@ def read_shard(
 def _files(url: str, faults: list[Fault], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
     """The files of a tar file; what ends it early becomes a fault, so that what came before is kept."""
     stream: Any = None
+    tail: _Tail | None = None
     try:
-        stream = gopen(url)
-        set_options(stream, ignore_errors=True)  # it would lose what is read already; asked for below
+        stream = open_url(url)
         tail = _Tail(stream)
         for file in tar_file_iterator(tail, select_files=wanted):
             yield {**file, "__url__": url}
-        if isinstance(stream, Pipe):
-            stream.close()
-            if stream.status not in stream.ignore_status:
-                raise OSError(f"the connection or command failed (exit status {stream.status})")
-        if not tail.ended:
+        ended = tail.ended
+        tail.read(TAR_BLOCK)
+        if tail.exhausted and (why := failure(stream)):
+            faults.append(Fault(url, why))
+        elif not ended:
             faults.append(Fault(url, "no end mark: cut off, or damaged on the way", lost=False))
     except SHARD_ERRORS as error:
-        faults.append(Fault(url, _reason(error)))
+        # A command that is left before its end may complain of that, which is not what went wrong.
+        why = failure(stream) if tail is not None and tail.exhausted else None
+        faults.append(Fault(url, why or _reason(error)))
     finally:
         if stream is not None:
             with contextlib.suppress(OSError):  # a command that is not read to its end complains
@@ -219,10 +224,14 @@ def _files(url: str, faults: list[Fault], wanted: Callable[[str], bool] | None) 
 
 
 class _Tail:
-    """A stream that knows whether what was read of it last is zeros, as the end of an archive is."""
+    """A stream that knows whether what was read of it last is zeros, as the end of an archive is.
+
+    ``exhausted`` says whether it was read to its end.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
+        self.exhausted = False
         self._first = self._last = b""
 
     def read(self, size: int) -> bytes:
@@ -230,6 +239,7 @@ class _Tail:
         if data:
             self._first = self._first or data[:6]
             self._last = data[-TAR_BLOCK:]
+        self.exhausted = not data
         return data
 
     @property

@@ -1,11 +1,16 @@
 import gzip
+import http.server
 import json
 import random
+import re
 import tarfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from olvae.data import opening
 from olvae.data.faults import Fault
 from olvae.data.shards import Entry, Shard, count_images, find_shards, read_shard, with_counts
 from tests.data.images import encoded, write_shard, write_shards, write_tar
@@ -103,6 +108,76 @@ def test_a_connection_that_drops_keeps_what_came(tmp_path):
     assert [entry.data for entry in entries] == [encoded(n) for n in range(len(entries))]
     assert len(entries) >= 2
     assert fault.name == url
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Answers /NNN.tar with that status, /short.tar with half of what it promises."""
+    data = write_shard(tmp_path / "short.tar", range(6)).read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if "short" not in self.path:
+                self.send_error(int(self.path[1:4]))
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("404.tar", "error: 404"), ("403.tar", "error: 403"), ("500.tar", "error: 500"), ("short.tar", r"\(18\)")],
+)
+def test_a_fault_says_what_happened_to_a_connection(server, monkeypatch, path, reason):
+    monkeypatch.setattr(opening, "RETRIES", ("--retry", "1", "--retry-delay", "1"))
+    entries, (fault,) = read(f"{server}/{path}")
+    assert len(entries) == (4 if path == "short.tar" else 0)
+    assert fault.lost
+    assert re.fullmatch(f"curl: .*{reason}.*", fault.reason)
+
+
+def test_nobody_listens():
+    (fault,) = read("http://127.0.0.1:1/a.tar")[1]
+    assert fault.reason.startswith("curl: (7) ")
+
+
+def test_a_fault_says_what_happened_to_a_command(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.tar", range(6))
+    for command, reason in {
+        "false": "the command failed with exit status 1",
+        f"head -c 9000 {path}; exit 56": "the command failed with exit status 56",
+        "kill -9 $$": "the command was ended by SIGKILL",
+    }.items():
+        assert [fault.reason for fault in read(f"pipe:{command}")[1]] == [reason]
+    assert read(f"pipe:cat {path}; head -c 1000000 /dev/zero")[1] == []  # is left when the archive has ended
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for url, command in {"http://a/0.tar": "curl", "s3://a/0.tar": "aws", "gs://a/0.tar": "gsutil"}.items():
+        (fault,) = read(url)[1]
+        assert fault.reason == f"it takes the command {command}, which is not installed"
+
+
+def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(6))
+    damaged = bytearray(path.read_bytes())
+    damaged[512 * 8 : 512 * 60] = b"x" * 512 * 52
+    path.write_bytes(damaged)
+    (fault,) = read(f"pipe:for i in 1 2 3 4 5 6 7 8 9; do cat {path} {path} {path} || exit 1; done")[1]
+    assert "exit status" not in fault.reason
+
+
+def test_an_index_that_is_not_to_be_had_says_why(server):
+    with pytest.raises(ValueError, match=r"index\.json: not a readable index of shards: curl: .* 404"):
+        with_counts(["http://a/0.tar"], f"{server}/404/index.json")
 
 
 def test_pipes_are_shards_and_may_be_left_early(tmp_path):
