@@ -19,7 +19,17 @@ from olvae.data.index import legible
 from olvae.data.opening import failure, open_url
 from olvae.data.reading import EXTENSIONS
 
-__all__ = ["INDEX", "Entry", "Shard", "count_images", "find_shards", "is_local", "read_shard", "with_counts"]
+__all__ = [
+    "INDEX",
+    "Entry",
+    "Shard",
+    "count_images",
+    "find_shards",
+    "is_local",
+    "may_be_there",
+    "read_shard",
+    "with_counts",
+]
 
 INDEX = "index.json"
 """The name of a file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
@@ -65,8 +75,7 @@ def find_shards(shards: str | Sequence[str]) -> list[str]:
     """
     given = [shards] if isinstance(shards, str) else list(shards)
     urls = [url for text in given for url in _expand(text)]
-    here = [url for url in urls if not is_local(url) or Path(local_path(url)).is_file()]
-    if not here:
+    if not any(may_be_there(url) for url in urls):
         raise FileNotFoundError(
             f"{', '.join(given) or 'shards'}: no shards: name a folder of .tar files, a pattern such as "
             "data/{000000..000127}.tar, or URLs; `olvae data pack` makes shards of images"
@@ -95,6 +104,11 @@ def _matches(url: str) -> list[str]:
 def is_local(url: str) -> bool:
     """Whether a shard is a file here, rather than a URL or a pipe."""
     return url.startswith("file:") or not (url.startswith("pipe:") or "://" in url or url == "-")
+
+
+def may_be_there(url: str) -> bool:
+    """Whether a shard is a file that exists, or remote, so that only reading it tells."""
+    return not is_local(url) or Path(local_path(url)).is_file()
 
 
 def local_path(url: str) -> str:

@@ -8,7 +8,7 @@ from olvae.data.lists import eval_sample
 from olvae.data.pixels import image_to_tensor
 from olvae.data.reading import Photo
 from olvae.data.shard_reader import ShardReader, check_shares, read_once, total_images
-from olvae.data.shards import Entry, find_shards, with_counts
+from olvae.data.shards import Entry, find_shards, may_be_there, with_counts
 from olvae.data.source import Consumer, Part, Sample, Source
 from olvae.data.transforms import RandomScaleCrop
 
@@ -41,7 +41,7 @@ class WebDatasetSource(Source):
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
 
     Raises:
-        FileNotFoundError: no shard is there.
+        FileNotFoundError: no shard is there for training, or for validation.
         ValueError: a shard has no images, or there are too few.
     """
 
@@ -82,6 +82,12 @@ class WebDatasetSource(Source):
         else:
             held_out = max(1, round(val_fraction * len(found)))
             train, val = found[:-held_out], found[-held_out:]
+            for part, use in ((train, "training"), (val, "validation")):
+                if not any(may_be_there(url) for url in part):
+                    raise FileNotFoundError(
+                        f"{part[0]}: no such shard, and no other one for {use}, which has {len(part)} of "
+                        f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
+                    )
         self.train = with_counts(train, index, image_key)
         self.val = with_counts(val, None if val_shards is not None else index, image_key)
         if self.samples_per_epoch is not None and batch_size > self.samples_per_epoch:

@@ -195,6 +195,15 @@ def test_a_broken_shard_in_validation(shards):
     assert loader.faults.lost == 7 - len(found)
 
 
+def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
+    pattern = str(shards / "shards" / "{000..009}.tar")  # 000 to 006 are there
+    with pytest.raises(FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"):
+        source(shards, shards=pattern, val_shards=None, val_fraction=0.2)
+    assert source(shards, shards=pattern, val_shards=None, val_fraction=0.4).count("val")
+    with pytest.raises(FileNotFoundError, match=r"x\.tar: no such shard, .* for training"):
+        source(shards, shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")], val_shards=None)
+
+
 def test_too_few_shards_are_told_before_training(shards):
     with pytest.raises(ValueError, match=r"7 training shards for 8 processes \(4 workers x 2 ranks\)"):
         source(shards, shards=remote(shards), num_workers=4).check_consumers(2)
