@@ -26,6 +26,9 @@ __all__ = [
     "read_config",
 ]
 
+OURS = "olvae."
+"""How the targets begin that a config from outside may name."""
+
 CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -85,19 +88,25 @@ def autoencoder_params(content: Mapping[str, Any], origin: str, only_ours: bool)
         _check_export(content, origin)
         params = {key: content[key] for key in EXPORTED if key in content}
         prefix = ""
+    targets = {key: _target(params.get(key)) for key in ("encoder_config", "decoder_config")}
+    foreign = [f"{key}.target: {target}" for key, target in targets.items() if target and not target.startswith(OURS)]
+    if only_ours and foreign:  # before anything of it is imported
+        raise ConfigError(*(f"{origin}: {prefix}{what} is not a network of this package: refused" for what in foreign))
     mistakes = cfg.validate({"model": {"target": f"{__name__}.{build_autoencoder.__name__}", "params": params}})
-    for key, kind in (("encoder_config", Encoder), ("decoder_config", Decoder)):
-        target = params[key].get("target") if isinstance(params.get(key), Mapping) else None
-        if isinstance(target, str) and (wrong := _wrong_target(target, kind, only_ours)):
+    for (key, target), kind in zip(targets.items(), (Encoder, Decoder), strict=True):
+        if target is not None and (wrong := _wrong_target(target, kind)):
             mistakes = [f"{key}.target: {wrong}"]
     if mistakes:
         raise ConfigError(*(f"{origin}: {prefix}{mistake.removeprefix('model.params.')}" for mistake in mistakes))
     return params
 
 
-def _wrong_target(target: str, kind: type, only_ours: bool) -> str | None:
-    if only_ours and not target.startswith("olvae."):
-        return f"{target} is not a network of this package: refused"
+def _target(node: Any) -> str | None:
+    target = node.get("target") if isinstance(node, Mapping) else None
+    return target if isinstance(target, str) else None
+
+
+def _wrong_target(target: str, kind: type) -> str | None:
     try:
         built = cfg.resolve_target(target)
     except ConfigError:
@@ -114,7 +123,7 @@ def export_config(model: LiteVAE) -> Config:
         ValueError: a network is not of this package, or has an argument that JSON can't hold.
     """
     for half in (model.encoder, model.decoder):
-        if not half.node["target"].startswith("olvae."):
+        if not half.node["target"].startswith(OURS):
             raise ValueError(
                 f"{half.node['target']} is a network of your own: an export holds this package's only; keep the run "
                 "folder, or save the state dict"

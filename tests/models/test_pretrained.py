@@ -211,6 +211,23 @@ def test_hostile_and_broken_files(tmp_path, monkeypatch):
     assert not Path("harmed").exists()
 
 
+@pytest.mark.parametrize("kind", [LiteVAE, AutoencoderLiteVAE])
+@pytest.mark.parametrize("key", ["encoder_config", "decoder_config"])
+def test_a_module_that_a_received_config_names_is_not_imported(tmp_path, monkeypatch, kind, key):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    module = f"came_along_{kind.__name__}_{key}"  # another each time: a module is only run when it is imported first
+    Path(f"{module}.py").write_text("from pathlib import Path; Path('harmed').touch()\nclass Network: pass\n")
+    tiny().save_pretrained(tmp_path / "export")
+    file = tmp_path / "export" / "config.json"
+    content = json.loads(file.read_text())
+    content[key]["target"] = f"{module}.Network"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"{key}.target: {module}.Network is not a network of this package"):
+        kind.from_pretrained(tmp_path / "export")
+    assert not Path("harmed").exists()
+
+
 class OwnEncoder(Encoder):
     def __init__(self, latent_dim: int = 8) -> None:
         super().__init__()
