@@ -206,7 +206,11 @@ class LiteVAE(
 
         Raises:
             OSError: the hub refuses, or can't be reached.
+            ValueError: as :meth:`save_pretrained`; no repository is made.
         """
+        from olvae.models.pretrained import check_saveable
+
+        check_saveable(self)
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         with told_in_one_line(repo_id):
             return super().push_to_hub(repo_id, **kwargs)

@@ -414,6 +414,11 @@ def test_pushing(monkeypatch):
         model.push_to_hub("a/b/c")
     with pytest.raises(TypeError, match="nonsense"):
         model.push_to_hub("me/mine", nonsense=1)
+    del calls[:]
+    next(model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        model.push_to_hub("me/broken")
+    assert not calls
 
 
 def test_saving_twice_keeps_the_card_and_a_refusal_keeps_all(tmp_path):
