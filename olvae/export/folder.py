@@ -186,9 +186,9 @@ def _require(what: str, difference: float, limit: float) -> float:
 def _replace(partial: Path, folder: Path) -> None:
     """Move a folder to its place; what was there before is only gone once the new one is in."""
     old = partial.with_name(f"{partial.name}.old")
-    if folder.exists():
-        folder.replace(old)
     try:
+        if folder.exists():
+            folder.replace(old)
         partial.replace(folder)
     except (OSError, KeyboardInterrupt):
         if old.exists() and not folder.exists():
