@@ -49,8 +49,8 @@ def write_markdown(evaluation: Evaluation, path: Path) -> None:
     for row in rows:
         cells = [_plain(row["target"]), str(row["n"]), *(_cell(row, name) for name in names)]
         lines.append(_line([*cells, *(_cost_cells(row.get("cost")) if costs else ())]))
-    if evaluation.costs:
-        lines += ["", f"Cost of one image; speed and memory: {_conditions(evaluation)}."]
+    if costs:
+        lines += ["", f"Cost of one image; speed and memory: {_plain(_conditions(rows))}."]
     lines += ["", *(f"- {_plain(remark)}" for remark in _remarks(evaluation))]
     with whole(path) as partial:
         partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -71,11 +71,12 @@ def _quality(rows: Rows, protocol: Protocol) -> Table:
 
 
 def _costs(evaluation: Evaluation) -> Table:
-    table = _table(f"cost: {_conditions(evaluation)}")
+    rows: Rows = [{"target": name, "cost": cost.as_dict()} for name, cost in evaluation.costs.items()]
+    table = _table(f"cost: {_conditions(rows)}")
     for heading in COSTS:
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for name, cost in evaluation.costs.items():
-        table.add_row(escape(name), *_cost_cells(cost.as_dict()))
+    for row in rows:
+        table.add_row(escape(row["target"]), *_cost_cells(row["cost"]))
     return table
 
 
@@ -90,9 +91,14 @@ def _title(protocol: Protocol) -> str:
     return f"{protocol.name} {protocol.hash()}, {protocol.size}x{protocol.size}"
 
 
-def _conditions(evaluation: Evaluation) -> str:
-    first = next(iter(evaluation.costs.values()))
-    return f"{first.device}, batches of {first.batch_size}; memory beyond weights and images"
+def _conditions(rows: Rows) -> str:
+    """On what the costs were measured; earlier results may be from another machine."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if cost := row.get("cost"):
+            found.setdefault(f"{cost['device']}, batches of {cost['batch_size']}", []).append(row["target"])
+    measured = [f"{where} ({', '.join(names)})" if len(found) > 1 else where for where, names in found.items()]
+    return "; ".join([*measured, "memory beyond weights and images"])
 
 
 def _remarks(evaluation: Evaluation) -> Iterator[str]:

@@ -48,6 +48,13 @@ def test_costs_of_earlier_results_stand_in_their_rows(tmp_path):
     write_metrics(replace(evaluation(), costs={name: COST}), tmp_path / "metrics.json")
     rows = read_earlier(tmp_path / "metrics.json").beside(evaluation("new"), mix=False)
     write_markdown(evaluation("new").with_rows(rows), tmp_path / "m.md")
-    new, old = [line for line in (tmp_path / "m.md").read_text().splitlines() if line.startswith(("| new", "| 2026"))]
+    text = (tmp_path / "m.md").read_text()
+    new, old = [line for line in text.splitlines() if line.startswith(("| new", "| 2026"))]
     assert new.endswith(" | - | - | - | - | - | - |")
     assert old.endswith(" | 1.50 | 2.00 | 3.00 | 12.3 | - | 3 |")
+    assert "speed and memory: CPU, 1 thread, batches of 4; memory" in text
+
+    other = replace(COST, device="a GPU", batch_size=64)
+    write_markdown(replace(evaluation("new"), costs={"new": other}).with_rows(rows), tmp_path / "m.md")
+    where = f"a GPU, batches of 64 (new); CPU, 1 thread, batches of 4 ({name}); memory beyond weights and images."
+    assert where in (tmp_path / "m.md").read_text()
