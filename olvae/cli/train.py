@@ -1,5 +1,6 @@
 """``olvae train``, and ``python train.py``."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,4 +53,5 @@ def command(
     try:
         train(options)
     except Stopped:
-        sys.exit(STOPPED)
+        # The first process of a machine tells it: one of the others that failed would have it killed at its curves.
+        sys.exit(STOPPED if os.environ.get("LOCAL_RANK", "0") == "0" else 0)

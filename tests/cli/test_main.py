@@ -11,6 +11,7 @@ import typer
 
 from olvae.cli.main import _repeat_flags, main
 from olvae.config import save
+from olvae.training.run import Stopped
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -160,6 +161,20 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
         "",
         "stopped\n",
     )
+
+
+@pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])
+def test_the_first_process_tells_that_training_was_stopped(olvae, monkeypatch, rank, code):
+    """Lightning and torchrun kill all processes when one fails, and the first one still draws its curves."""
+
+    def stopped(_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr("olvae.training.run.train", stopped)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert olvae("train") == (code, "", "")
 
 
 def test_debug_shows_the_traceback():
