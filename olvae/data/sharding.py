@@ -33,6 +33,9 @@ STATE = ".packing"
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats, by Pillow's name, whose files go into shards as they are, and under which extension."""
 
+LONGEST = {"jpg": 65_500, "webp": 16_383}
+"""The longest side in pixels that a format can store."""
+
 FORMATS = ("jpg", "png", "webp")
 """What images that are made smaller can be stored as."""
 
@@ -172,6 +175,10 @@ def _stored(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
         assert options.resize is not None
         picture = resize_shorter_side(picture, options.resize)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
+    longer = max(picture.size)
+    if longer > LONGEST.get(extension, longer):
+        reason = f"its longer side becomes {longer} pixels, more than {extension} stores: choose --format png"
+        raise UnreadableImageError(photo.name, reason)
     return extension, _encoded(picture, extension, options.quality), picture.size
 
 

@@ -267,6 +267,16 @@ def test_unreadable_ones_are_left_out_and_listed(awkward, tmp_path):
     assert again.index == packed.index
 
 
+@pytest.mark.parametrize(("image_format", "longer"), [("jpg", 70_000), ("webp", 18_000)])
+def test_strips_longer_than_a_format_can_store(photos, tmp_path, image_format, longer):
+    picture(80, (20, longer)).save(photos / "strip.png")
+    options = PackOptions(resize=19, format=image_format)
+    (skipped,) = pack(str(photos), tmp_path / "out", options, max_unreadable=0.1).index.unreadable
+    assert skipped.name == "strip.png"
+    assert skipped.reason.endswith(f"pixels, more than {image_format} stores: choose --format png")
+    assert not pack(str(photos), tmp_path / "png", PackOptions(resize=19, format="png")).index.unreadable
+
+
 def test_too_many_unreadable_ones_end_it_without_an_index(awkward, tmp_path):
     with pytest.raises(FaultLimitError, match=r"of 40 images can't be read, more than --max-unreadable 0.05: .*\("):
         pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.05)
