@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def find_images(root: str | Path, closed: list[Fault] | None = None) -> list[Pat
             raise FileNotFoundError(f"{root}: this list names no file: write a path a line")
     elif glob.has_magic(str(root)):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
-        paths = sorted(found for name in names if _is_image(found := Path(name)))
+        paths = _each_once(found for name in names if _is_image(found := Path(name)))
     else:
         what = "this is a file: name a folder, a pattern or a .txt list" if path.exists() else "no such folder"
         raise FileNotFoundError(f"{root}: {what}")
@@ -169,6 +169,15 @@ def _walk(folder: Path, closed: list[Fault]) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (path for name in files if _is_image(path := Path(top) / name))
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """Without those that lie in the same folder under another name, as ``**`` gives them for links; sorted."""
+    real = cache(Path.resolve)
+    found: dict[tuple[Path, str], Path] = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        found.setdefault((real(path.parent), path.name), path)
+    return sorted(found.values())
 
 
 @cache

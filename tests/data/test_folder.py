@@ -89,6 +89,16 @@ def test_only_images_are_found(image_folder):
     assert len(find_images(image_folder)) == 12
 
 
+@pytest.mark.parametrize("pattern", ["", "/**/*.png", "/**/**/*.png", "/*/*.png"])
+def test_each_image_is_found_once_whatever_leads_to_it(image_folder, pattern):
+    expected = find_images(image_folder)
+    (image_folder / "class0" / "up").symlink_to(image_folder)
+    (image_folder / "same").symlink_to(image_folder / "class1")
+    found = find_images(f"{image_folder}{pattern}")
+    assert [path.name for path in found] == [path.name for path in expected]
+    assert len({path.resolve() for path in found}) == 12
+
+
 def test_mistakes(image_folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
