@@ -168,13 +168,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow's to RGB; see :func:`read_picture` for the rules."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit greyscale, as I;16 or I
-        array = np.asarray(image)
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high > WHITE_16:
-            found = f"its pixels are integers from {low} to {high}, not 0 to {WHITE_16}"
-            raise ValueError(f"{found}: convert it to 8 or 16 bits")
-        return Image.fromarray((array / 257.0).round().astype(np.uint8)).convert("RGB")
+    image = _to_8_bits(image)
     if _is_transparent(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -182,7 +176,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit greyscale, which is I;16 or I, as L; or as LA where one value of it is transparent."""
+    if not image.mode.startswith("I"):
+        return image
+    array = np.asarray(image)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > WHITE_16:
+        found = f"its pixels are integers from {low} to {high}, not 0 to {WHITE_16}"
+        raise ValueError(f"{found}: convert it to 8 or 16 bits")
+    grey = Image.fromarray((array / 257.0).round().astype(np.uint8))
+    if not _is_transparent(image):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (array != image.info["transparency"]))))
+
+
 def _convert(upright: Image.Image, channels: int) -> Image.Image:
+    upright = _to_8_bits(upright)
     if channels == 4:
         return upright.convert("RGBA") if _is_transparent(upright) else to_rgb(upright).convert("RGBA")
     rgb = to_rgb(upright)

@@ -50,8 +50,8 @@ def text_bomb() -> bytes:
     return saved(plain(), "PNG", pnginfo=info)
 
 
-def sixteen_bit() -> bytes:
-    return saved(Image.fromarray(np.full((20, 24), 257 * 100, dtype=np.uint16)), "PNG")
+def sixteen_bit(**options: object) -> bytes:
+    return saved(Image.fromarray(np.full((20, 24), 257 * 100, dtype=np.uint16)), "PNG", **options)
 
 
 def animated() -> bytes:
@@ -107,6 +107,8 @@ CONVERTED = {
     "grey-alpha.png": (saved(plain("LA", (0, 128)), "PNG"), (127, 127, 127)),
     "cmyk.jpg": (saved(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
     "sixteen.png": (sixteen_bit(), (100, 100, 100)),
+    "sixteen-transparent.png": (sixteen_bit(transparency=257 * 100), (255, 255, 255)),
+    "sixteen-transparent-elsewhere.png": (sixteen_bit(transparency=257 * 100 + 1), (100, 100, 100)),
     "sixteen.ppm": (b"P5 24 20 65535\n" + np.full((20, 24), 257 * 100, dtype=">u2").tobytes(), (100, 100, 100)),
     "broken-exif.png": (saved(plain(), "PNG", exif=b"Exif\0\0no such thing"), RED),
     "broken-exif.webp": (saved(plain(), "WEBP", exif=b"Exif\0\0no such thing", quality=100), RED),
@@ -173,6 +175,12 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
     assert photo.size == size
     assert small.size == tuple(-(-side // shrink) for side in size)
     assert Photo(Path(_write(tmp_path / "a.png", saved(image, "PNG"))), "a.png").read(shrink).size == size
+
+
+@pytest.mark.parametrize(("transparent", "alpha"), [(257 * 100, 0), (257 * 100 + 1, 255)])
+def test_sixteen_bit_grey_in_four_channels(transparent, alpha):
+    image = Photo(sixteen_bit(transparency=transparent), "a.png", 4).read()
+    assert image.getcolors() == [(480, (100, 100, 100, alpha))]
 
 
 def test_integers_of_unknown_range_say_what_to_do():
