@@ -35,13 +35,15 @@ class Files(ImageList):
         self.paths = [path.absolute() for path in paths] if mixed else list(paths)
         self.channels = channels
         self.closed = closed
-        self.root = Path(os.path.commonpath([path.parent for path in self.paths]))
+        outward = any(".." in path.parts for path in self.paths)
+        self._names = [Path(os.path.abspath(path)) for path in self.paths] if outward else self.paths  # noqa: PTH100
+        self.root = Path(os.path.commonpath([path.parent for path in self._names]))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def key(self, index: int) -> str:
-        return legible(self.paths[index].relative_to(self.root).as_posix())
+        return legible(self._names[index].relative_to(self.root).as_posix())
 
     def __getitem__(self, index: int) -> Photo:
         path = self.paths[index]

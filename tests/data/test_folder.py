@@ -129,6 +129,16 @@ def test_a_list_may_have_absolute_and_relative_paths(image_folder, tmp_path, mon
     assert all(s.train.key(i) for i in range(len(s.train)))
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_keys_of_a_list_do_not_lead_out_of_its_folder(image_folder, monkeypatch, here):
+    """`olvae decode` would refuse them."""
+    monkeypatch.chdir(image_folder / "class0")
+    Path("list.txt").write_text("0.png\n../class1/1.png\n")
+    found = Files(find_images("list.txt" if here else Path("list.txt").absolute()))
+    assert [found.key(i) for i in range(2)] == ["class0/0.png", "class1/1.png"]
+    assert all(found[i].read().size == (48, 40) for i in range(2))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_list_as_windows_writes_it(image_folder, encoding):
     """Notepad begins with a byte order mark; PowerShell's > writes UTF-16."""
