@@ -3,7 +3,6 @@
 import hashlib
 import math
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +10,17 @@ from pathlib import Path
 from PIL import Image
 
 from olvae.config import ConfigError
+from olvae.data.check_index import compare, count_by_indexes, read_indexes, write_indexes
 from olvae.data.faults import Fault
 from olvae.data.find import evaluation_source, holds_shards, list_images
-from olvae.data.findings import Consumers, Findings, Seen, SeenShard, Speed, name_dotted, name_some, summarise
+from olvae.data.findings import Consumers, Findings, Seen, SeenShard, Speed, name_dotted, summarise
 from olvae.data.folder import Files, FolderSource
-from olvae.data.index import Index, ShardRecord, file_sha256
+from olvae.data.index import file_sha256
 from olvae.data.lists import ImageList
 from olvae.data.parallel import OnProgress, Ticker, cores, in_processes, unseen
 from olvae.data.pixels import Bands, Picture
 from olvae.data.reading import Photo, UnreadableImageError
-from olvae.data.shards import INDEX, Shard, count_images, find_shards, is_local, local_path, read_shard
+from olvae.data.shards import Shard, find_shards, is_local, local_path, read_shard
 from olvae.data.source import Consumer
 from olvae.data.webdataset import WebDatasetSource
 
@@ -187,8 +187,8 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
     folders = {Path(local_path(url)).parent for url in urls if is_local(url)}
     if options.index and not folders:
         raise ConfigError(f"--index: the shards of {src} are not on this machine")
-    indexes, notes = _read_indexes(folders)
-    total = _total(urls, indexes)
+    indexes, notes = read_indexes(folders)
+    total = count_by_indexes(urls, indexes)
     seen: list[Seen] = []
     unreadable: list[Fault] = []
     shards: list[SeenShard] = []
@@ -207,71 +207,11 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
     if dotted:
         findings.problems.append(name_dotted(dotted))
     findings.problems += [f"{shard.url}: {shard.broken}" for shard in findings.shards if shard.broken]
-    findings.problems += [p for folder, index in indexes.items() for p in _compare(src, folder, index, findings.shards)]
+    findings.problems += [p for folder, index in indexes.items() for p in compare(src, folder, index, findings.shards)]
     if options.index:
-        _write_indexes(findings, folders, indexes)
+        write_indexes(findings, folders, indexes)
     _judge_consumers(src, options, findings)
     return findings
-
-
-def _read_indexes(folders: set[Path]) -> tuple[dict[Path, Index], list[str]]:
-    indexes: dict[Path, Index] = {}
-    notes: list[str] = []
-    for folder in sorted(folders):
-        if not (folder / INDEX).is_file():
-            notes.append(f"{folder}: has no {INDEX}: --index writes it, so that training need not count the images")
-            continue
-        try:
-            indexes[folder] = Index.read(folder / INDEX)
-        except ValueError as error:
-            notes.append(f"{error}; --index writes it anew")
-    return indexes, notes
-
-
-def _total(urls: Sequence[str], indexes: dict[Path, Index]) -> int | None:
-    total = 0
-    for url in urls:
-        if not is_local(url):
-            return None
-        path = Path(local_path(url))
-        record = indexes[path.parent].shards.get(path.name) if path.parent in indexes else None
-        total += record.images if record is not None else count_images(path) if path.is_file() else 0
-    return total
-
-
-def _compare(src: str, folder: Path, index: Index, shards: Sequence[SeenShard]) -> list[str]:
-    """Where the shards of a folder are not what its index says."""
-    problems = []
-    here = {path.name: shard for shard in shards if (path := Path(local_path(shard.url))).parent == folder}
-    for name, shard in here.items():
-        record = index.shards.get(name)
-        if record is None:
-            problems.append(f"{shard.url}: {INDEX} does not know it: --index writes it anew")
-        elif shard.images != record.images:
-            problems.append(f"{shard.url}: has {shard.images} images, and by {INDEX} {record.images}")
-        elif shard.sha256 is not None and shard.sha256 != record.sha256:
-            problems.append(f"{shard.url}: its checksum is not that of {INDEX}: changed or damaged since")
-    if Path(src).expanduser().is_dir() and (gone := sorted(set(index.shards) - set(here))):
-        problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {name_some(gone)}")
-    return problems
-
-
-def _write_indexes(findings: Findings, folders: set[Path], indexes: dict[Path, Index]) -> None:
-    for folder in sorted(folders):
-        here = [shard for shard in findings.shards if Path(local_path(shard.url)).parent == folder]
-        names = {Path(local_path(shard.url)).name for shard in here}
-        if folder in indexes and names <= set(indexes[folder].shards):
-            findings.notes.append(f"{folder / INDEX}: is there already, and left as it is")
-            continue
-        if any(shard.broken for shard in here):
-            findings.notes.append(f"{folder / INDEX}: not written, because shards are broken")
-            continue
-        records = {
-            Path(local_path(shard.url)).name: ShardRecord(shard.images, shard.bytes or 0, shard.sha256 or "")
-            for shard in here
-        }
-        Index(records).write(folder / INDEX)
-        findings.notes.append(f"{folder / INDEX}: written")
 
 
 def _judge_consumers(src: str, options: CheckOptions, findings: Findings) -> None:
