@@ -1,12 +1,13 @@
 """Several sources in one stream, by weight."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
+from olvae.data.lists import ListSource
 from olvae.data.source import Consumer, Part, Sample, Source
+from olvae.data.webdataset import WebDatasetSource
 
 __all__ = ["MixSource"]
 
@@ -19,6 +20,9 @@ class MixSource(Source):
 
     In every 1000 samples of a loader process each source has its share exactly, in a random order. A source that is
     smaller than its share says comes round more often.
+
+    Where several sources are lists, or several are shards, two images may have one key; so theirs begin with the
+    source's number, as ``0/000000.jpg``.
 
     Args:
         sources: their nodes. ``size`` and ``channels`` must be the same in all; their ``batch_size`` and
@@ -50,9 +54,15 @@ class MixSource(Source):
                     f"data.params.sources.{i}: images of {source.channels} channels, {source.size} pixels wide, do "
                     f"not mix with {channels} channels of {size} pixels"
                 )
+        self.prefixes = [f"{i}/" if self._is_one_of_several(source) else "" for i, source in enumerate(self.sources)]
         self.shares = self._shares(weights)
         if any(source.crops for source in self.sources):
             self.crops = "; ".join(dict.fromkeys(source.test_images for source in self.sources))
+
+    def _is_one_of_several(self, source: Source) -> bool:
+        """Whether another source's keys are made as this one's are."""
+        kind = next((kind for kind in (ListSource, WebDatasetSource) if isinstance(source, kind)), Source)
+        return sum(isinstance(other, kind) for other in self.sources) > 1
 
     def _shares(self, weights: Sequence[float] | None) -> list[int]:
         """Samples of each source in a cycle, which sum to it; at least one of each that has a weight."""
@@ -105,7 +115,7 @@ class MixSource(Source):
         ]
         while True:
             for i in order[place:]:
-                yield next(streams[i])
+                yield self._named(i, next(streams[i]))
             cycle, place = cycle + 1, 0
             order = self._order(seed, cycle, consumer)
 
@@ -118,7 +128,11 @@ class MixSource(Source):
     def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:
         for source in self.sources:
             source.eval_transform = self.eval_transform  # an evaluation may have put another one here
-        return chain.from_iterable(source.once(part, consumer) for source in self.sources)
+        for i, source in enumerate(self.sources):
+            yield from (self._named(i, sample) for sample in source.once(part, consumer))
+
+    def _named(self, source: int, sample: Sample) -> Sample:
+        return sample._replace(key=f"{self.prefixes[source]}{sample.key}")
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:

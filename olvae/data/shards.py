@@ -36,6 +36,7 @@ INDEX = "index.json"
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
+PART = re.compile(r"[^/\s'\"?&=:]+")
 SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError, IndexError)
 """What reading a broken tar file raises."""
 
@@ -44,10 +45,18 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # first bytes; these formats no
 
 
 class Shard(NamedTuple):
-    """A tar file, by path or URL, and how many images are in it, if that is known."""
+    """A tar file, by path or URL, and how many images are in it, if that is known.
+
+    ``label`` is what its images' keys begin with, if that is not its stem.
+    """
 
     url: str
     images: int | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.stem
 
     @property
     def stem(self) -> str:
@@ -143,7 +152,30 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
     if empty := [shard.url for shard in shards if shard.images == 0]:
         wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
         raise ValueError(f"{empty[0]}: a shard without images: no file in it is {wanted}")
-    return shards
+    labels = _labels(urls)
+    return [shard._replace(label=labels.get(shard.url, "")) for shard in shards]
+
+
+def _labels(urls: Sequence[str]) -> dict[str, str]:
+    """For shards of one stem as much of their paths as tells them apart, else their number."""
+    alike: dict[str, list[str]] = {}
+    for url in dict.fromkeys(urls):
+        alike.setdefault(Shard(url).stem, []).append(url)
+    labels: dict[str, str] = {}
+    for group in (group for group in alike.values() if len(group) > 1):
+        paths = [_path(url) for url in group]
+        names = [["/".join(path[-length:]) for path in paths] for length in range(1, max(map(len, paths)) + 1)]
+        names.append([f"{urls.index(url)}/{path[-1]}" for url, path in zip(group, paths, strict=True)])
+        chosen = next(n for n in names if len(set(n)) == len(group))
+        labels.update(zip(group, map(legible, chosen), strict=True))
+    return labels
+
+
+def _path(url: str) -> list[str]:
+    """Folders, and the file's name without its extension."""
+    name = file_name(url)
+    folders = [part for part in PART.findall(url.rpartition(name)[0]) if part.strip(".")]
+    return [*folders, re.sub(r"\.(tar\.gz|tgz|tar)$", "", name)]
 
 
 def _local_count(url: str, image_key: str | None) -> int | None:
@@ -208,7 +240,7 @@ def read_shard(
                 dotted += [f"{key}.{ext}" for ext in group if _is_image(ext.rpartition(".")[2], None)]
             continue
         others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
-        yield Entry(f"{shard.stem}/{key}", f"{legible(shard.url)}/{key}.{extension}", group[extension], others)
+        yield Entry(f"{shard.name}/{key}", f"{legible(shard.url)}/{key}.{extension}", group[extension], others)
     yield from faults
 
 

@@ -103,7 +103,7 @@ class ShardInputs(Inputs):
         source = self.shards[shard]
         for entry in read_shard(source, self.image_key):
             if not isinstance(entry, Fault):
-                name = entry.key.removeprefix(f"{source.stem}/")
+                name = entry.key.removeprefix(f"{source.name}/")
                 yield Item(
                     name,
                     entry.key,

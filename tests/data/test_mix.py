@@ -68,6 +68,18 @@ def test_validation_is_that_of_all(nodes):
     assert len(keys) == len(set(keys)) == s.count("val") == s.sources[0].count("val") + 4
 
 
+@pytest.mark.parametrize("i", [0, 1])
+def test_sources_of_a_kind_give_each_image_its_own_key(nodes, i):
+    s = mix([nodes[i], nodes[i]])
+    alone = [sample.key for sample in s.sources[0].once("val", Consumer())]
+    assert [sample.key for sample in s.once("val", Consumer())] == [f"{n}/{key}" for n in (0, 1) for key in alone]
+    drawn = {sample.key for sample in islice(s.stream(0, 0, Consumer()), 1000)}
+    assert len(drawn) == s.samples_per_epoch
+    assert {key[0] for key in drawn} == {"0", "1"}
+    own = {sample.key for sample in mix(nodes).once("val", Consumer())}
+    assert set(alone) < own  # a list and shards need no number
+
+
 def test_mistakes(nodes):
     with pytest.raises(ConfigError, match="2 weights, not all 0"):
         mix(nodes, weights=[1])

@@ -246,6 +246,25 @@ def test_a_local_shard_may_have_any_name():
     assert Shard("pipe:make-images").stem == "pipe:make-images"
 
 
+@pytest.mark.parametrize(
+    ("urls", "names"),
+    [
+        (["a/000.tar", "b/000.tar", "b/001.tar"], ["a/000", "b/000", "001"]),
+        (["x/a/t/0.tar", "x/b/t/0.tar.gz"], ["a/t/0", "b/t/0"]),
+        (["http://h/a/0.tar?s=1", "http://h/b/0.tar?s=2"], ["a/0", "b/0"]),
+        (["pipe:cat /a/0.tar", "pipe:cat /b/0.tar"], ["a/0", "b/0"]),
+        (["http://h/0.tar?v=1", "http://h/0.tar?v=2"], ["0/0", "1/0"]),
+        (["../0.tar", "0.tar", "./0.tar"], ["0/0", "1/0", "2/0"]),
+        (["a.1.tar", "a.2.tar"], ["a.1", "a.2"]),
+        (["a.1.tar", "b.2.tar", "b.2.tar"], ["a", "b", "b"]),
+    ],
+)
+def test_shards_of_one_name_are_told_apart(tmp_path, urls, names):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"shards": {Path(u.partition("?")[0]).name: {"images": 1} for u in urls}}))
+    assert [shard.name for shard in with_counts(urls, str(index))] == names
+
+
 def test_images_alone_are_the_same_images(tmp_path):
     path = str(write_shard(tmp_path / "a.tar", range(5)))
     alone = [entry for entry in read_shard(Shard(path), sidecars=False) if isinstance(entry, Entry)]

@@ -204,6 +204,14 @@ def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
         source(shards, shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")], val_shards=None)
 
 
+def test_shards_of_two_folders_give_each_image_its_own_key(shards):
+    write_shards(shards / "more", (2, 2))
+    s = source(shards, val_shards=[str(shards / "val"), str(shards / "more")])
+    keys = [key for batch in s.val_loader() for key in batch["key"]]
+    assert len(keys) == len(set(keys)) == 11
+    assert {"val/000/0000", "more/000/0000", "more/001/0002"} < set(keys)
+
+
 def test_too_few_shards_are_told_before_training(shards):
     with pytest.raises(ValueError, match=r"7 training shards for 8 processes \(4 workers x 2 ranks\)"):
         source(shards, shards=remote(shards), num_workers=4).check_consumers(2)
