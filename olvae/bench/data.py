@@ -1,20 +1,23 @@
 """Images per second of data sources, against decoding and resizing the same images alone."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
+from olvae.config import ConfigError
 from olvae.data.find import evaluation_source
 from olvae.data.lists import ListSource
-from olvae.data.pixels import image_to_tensor
-from olvae.data.reading import Photo
+from olvae.data.mix import MixSource
+from olvae.data.pixels import Picture, image_to_tensor
+from olvae.data.reading import Photo, UnreadableImageError
 from olvae.data.shards import Entry, read_shard
 from olvae.data.source import Source
-from olvae.data.transforms import RandomScaleCrop
 from olvae.data.webdataset import WebDatasetSource
 
 __all__ = ["bench_data"]
@@ -31,59 +34,113 @@ def bench_data(
     """Time the training loaders of sources, and the floor, in turns.
 
     The floor is what no loader of one process can beat: the first source's images, undecoded in memory, decoded and
-    cropped as for training, one after another.
+    cropped as it does for training, one after another. A source that crops otherwise, or a mix, has a floor of its own.
 
     Args:
         sources: each a SRC.
-        size, batch_size: of the loaders.
+        size: of the crops, but for a config, which has its own.
+        batch_size: of the loaders.
         workers: numbers of loader processes to try.
         seconds: measured per loader and turn; each has three turns, the best of which counts.
 
     Returns:
-        A row for the floor and for each source and number of workers: source, workers, images_per_s, of_floor
+        A row for each floor and for each source and number of workers: source, size, workers, images_per_s, of_floor
         (the share of the floor, per worker).
+
+    Raises:
+        ConfigError: a source can't be shared by so many workers, or can't be timed.
+        ValueError: no image of a source can be read.
     """
     found = {name: evaluation_source(name, size, batch_size) for name in sources}
+    for name, source in found.items():
+        for count in workers:
+            source.batch_size, source.num_workers = batch_size, count
+            try:
+                source.check_consumers(1)
+            except ValueError as error:
+                raise ConfigError(f"--workers {count}: {name}: {error}") from error
+    first = next(iter(found.values()))
+    floors = {name: "floor" if _crops_as(source, first) else f"floor of {name}" for name, source in found.items()}
+    whose = {floor: next(name for name in found if floors[name] == floor) for floor in dict.fromkeys(floors.values())}
+    decoders = {floor: _floor(name, found[name]) for floor, name in whose.items()}
+    fastest = dict.fromkeys(decoders, 0.0)
     rates: dict[tuple[str, int], float] = {}
-    floor = 0.0
-    decode = _floor(next(iter(found.values())), size)
     for turn in range(ROUNDS):
-        floor = max(floor, _rate(decode, 1, seconds))
+        for floor, decode in decoders.items():
+            fastest[floor] = max(fastest[floor], _rate(decode, 1, seconds))
         for name, source in found.items():
             for count in workers:
-                source.batch_size, source.num_workers = batch_size, count
+                source.num_workers = count
                 batches = iter(source.train_loader(seed=turn))
                 for _ in islice(batches, 2 * max(1, count) + 1):  # the processes start, and fill their queues
                     pass
                 rate = _rate(partial(next, batches), batch_size, seconds)
                 rates[name, count] = max(rates.get((name, count), 0.0), rate)
-    rows: list[dict[str, Any]] = [{"source": "floor", "workers": 1, "images_per_s": floor, "of_floor": 1.0}]
+    rows: list[dict[str, Any]] = [
+        {"source": floor, "size": found[whose[floor]].size, "workers": 1, "images_per_s": rate, "of_floor": 1.0}
+        for floor, rate in fastest.items()
+    ]
     for (name, count), rate in rates.items():
-        share = rate / floor / max(1, count)
-        rows.append({"source": name, "workers": count, "images_per_s": rate, "of_floor": share})
+        share = rate / fastest[floors[name]] / max(1, count)
+        size = found[name].size
+        rows.append({"source": name, "size": size, "workers": count, "images_per_s": rate, "of_floor": share})
     return rows
 
 
-def _floor(source: Source, size: int) -> Callable[[], Any]:
-    crop, rng = RandomScaleCrop(size), np.random.default_rng(0)
-    images = cycle(list(islice(_undecoded(source), FLOOR_IMAGES)))
+class _Raw(NamedTuple):
+    """An image before it is decoded, and how its source crops it."""
 
-    def decode() -> Any:
-        name, data = next(images)
-        return image_to_tensor(crop(Photo(data, name, source.channels), rng))
+    name: str
+    data: bytes | Picture
+    source: ListSource | WebDatasetSource
 
-    return decode
+    def decode(self, rng: np.random.Generator) -> Tensor:
+        photo = Photo(self.data, self.name, self.source.channels)
+        return image_to_tensor(self.source.transform(photo, rng))
 
 
-def _undecoded(source: Source) -> Iterator[tuple[str, Any]]:
+def _crops_as(source: Source, first: Source) -> bool:
+    """Whether a source's floor is that of the first one."""
+    if isinstance(source, ListSource | WebDatasetSource) and isinstance(first, ListSource | WebDatasetSource):
+        return vars(source.transform) == vars(first.transform)
+    return source is first
+
+
+def _floor(name: str, source: Source) -> Callable[[], Tensor]:
+    rng = np.random.default_rng(0)
+    images = list(_readable(islice(_undecoded(source), FLOOR_IMAGES)))
+    if not images:
+        raise ValueError(f"{name}: no image of it can be read")
+    turns = cycle(images)
+    return lambda: next(turns).decode(rng)
+
+
+def _readable(images: Iterator[_Raw]) -> Iterator[_Raw]:
+    for image in images:
+        with contextlib.suppress(UnreadableImageError):
+            image.decode(np.random.default_rng(0))
+            yield image
+
+
+def _undecoded(source: Source) -> Iterator[_Raw]:
+    """Training images; of a mix in its shares."""
     if isinstance(source, WebDatasetSource):
         for shard in source.train:
-            yield from ((e.name, e.data) for e in read_shard(shard, source.image_key) if isinstance(e, Entry))
+            entries = read_shard(shard, source.image_key)
+            yield from (_Raw(entry.name, entry.data, source) for entry in entries if isinstance(entry, Entry))
     elif isinstance(source, ListSource):
-        order = np.random.default_rng(0).permutation(len(source.train))
-        for i in order:
-            image = source.train[int(i)]
-            yield (image.name, image.undecoded()) if isinstance(image, Photo) else (str(i), image)
+        for i in np.random.default_rng(0).permutation(len(source.train)):
+            with contextlib.suppress(UnreadableImageError):
+                image = source.train[int(i)]
+                name = image.name if isinstance(image, Photo) else source.train.key(int(i))
+                yield _Raw(name, image.undecoded() if isinstance(image, Photo) else image, source)
+    elif isinstance(source, MixSource):
+        parts = [list(islice(_undecoded(part), FLOOR_IMAGES)) for part in source.sources]
+        turns = [cycle(part) for part in parts]
+        order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(parts)), source.shares))
+        yield from (next(turns[i]) for i in order if parts[i])
+    else:
+        raise ConfigError(f"data.target: {type(source).__name__} can't be timed against decoding alone")
 
 
 def _rate(work: Callable[[], Any], images: int, seconds: float) -> float:

@@ -67,7 +67,7 @@ def data(
     sources: Annotated[
         list[str], typer.Argument(metavar="SRC...", help="Folders, shards, lists, data sets: as for --data.")
     ],
-    size: Annotated[int, typer.Option(min=1, help="Pixels of the training crops.")] = 256,
+    size: Annotated[int, typer.Option(min=1, help="Pixels of the training crops; a config has its own.")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 32,
     workers: Annotated[str, typer.Option(metavar="LIST", help="Numbers of loader processes to try.")] = "0,1,2",
     seconds: Annotated[float, typer.Option(min=0.1, help="Measured per loader, three times; the best counts.")] = 5.0,
@@ -92,10 +92,10 @@ def data(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("source", "workers", "images/s", "of the floor, per worker", title=f"{size}x{size} training crops")
+    table = Table("source", "crop", "workers", "images/s", "of the floor, per worker")
     for row in rows:
-        share = f"{row['of_floor']:.0%}"
-        table.add_row(escape(row["source"]), str(row["workers"]), f"{row['images_per_s']:.0f}", share)
+        crop, share = f"{row['size']}x{row['size']}", f"{row['of_floor']:.0%}"
+        table.add_row(escape(row["source"]), crop, str(row["workers"]), f"{row['images_per_s']:.0f}", share)
     Console(stderr=True).print(table)
 
 
