@@ -61,7 +61,8 @@ def _tell(error: Exception) -> int:
     expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
     if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: its last line
-        text = text.splitlines()[-1].partition(": ")[2]
+        last = text.splitlines()[-1]
+        text = last.partition(": ")[2] or last
     if not expected:
         text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
     for line in text.splitlines():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from olvae.cli.main import _repeat_flags, main
+from olvae.cli.main import _repeat_flags, _tell, main
 from olvae.config import save
 from olvae.training.run import Stopped
 from tests.conftest import tiny_config
@@ -254,3 +254,9 @@ def test_weights_that_fit_in_part_are_for_who_asks(olvae, trained, tmp_path, com
         code, _, err = olvae(*command, "--allow-mismatch")
     assert code == 0, err
     assert any(tmp_path.glob("out/*"))
+
+
+def test_an_error_without_words_in_a_loaders_process_is_told(capsys):
+    error = AssertionError("Caught AssertionError in worker 0.\nOriginal Traceback (...):\n  File\nAssertionError")
+    assert _tell(error) == 1
+    assert capsys.readouterr().err == "error: AssertionError: AssertionError (--debug shows where)\n"
