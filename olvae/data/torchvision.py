@@ -42,7 +42,7 @@ class Items(ImageList):
         try:
             item = self.dataset[self.indices[index]]
             return Photo(_picture(item[0] if isinstance(item, tuple | list) else item), name, self.channels)
-        except DECODER_ERRORS as error:
+        except (*DECODER_ERRORS, RuntimeError) as error:  # the latter is what torchvision's own decoders raise
             raise UnreadableImageError(name, str(error)) from error
 
 
@@ -108,7 +108,7 @@ def _picture(item: Any) -> Picture:
     if isinstance(item, Tensor) and item.dim() == 3 and item.dtype.is_floating_point is False:
         return _merged(tensor_to_picture(item))
     if isinstance(item, np.ndarray) and item.dtype == np.uint8:
-        return Image.fromarray(item)
+        return Image.fromarray(item[..., 0] if item.ndim == 3 and item.shape[2] == 1 else item)
     raise ValueError(f"an item is a {type(item).__name__}, and no picture: leave out the data set's transform")
 
 

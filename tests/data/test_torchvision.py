@@ -2,6 +2,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image
 
 from olvae.config import ConfigError
@@ -36,6 +37,15 @@ def test_an_image_folder_with_a_broken_image(image_folder):
     assert s.train.label(0) == 0
 
 
+def test_an_image_that_torchvisions_own_decoder_cannot_read(image_folder):
+    (image_folder / "class1" / "1.png").write_bytes(b"no picture")
+    params = {"root": str(image_folder), "loader": torchvision.io.read_image, "extensions": (".png",)}
+    items = Items(torchvision.datasets.DatasetFolder(**params))
+    assert items[0].read().size == (48, 40)
+    with pytest.raises(UnreadableImageError, match=r"DatasetFolder\[4\]: .*image"):
+        items[4]
+
+
 class Dataset:
     def __init__(self, items):
         self.items = items
@@ -54,6 +64,7 @@ def test_items_of_other_kinds():
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     for item in (array, tensor, (Image.fromarray(array), "label"), [tensor, 3]):
         assert np.array_equal(np.asarray(Items(Dataset([item]))[0].read()), array)
+    assert np.array_equal(np.asarray(Items(Dataset([array[..., :1]]), channels=1)[0].read()), array[..., 0])
     with pytest.raises(UnreadableImageError, match="is a Tensor, and no picture: leave out"):
         Items(Dataset([torch.zeros(3, 8, 9)]))[0]
     with pytest.raises(ValueError, match="can't be asked for by number"):
