@@ -33,7 +33,8 @@ def command(
 
     from olvae.config import ConfigError
     from olvae.data.latent_files import LATENT, read_stats
-    from olvae.data.shards import find_shards, with_counts
+    from olvae.data.shard_urls import find_shards
+    from olvae.data.shards import with_counts
     from olvae.evaluation.processes import device_of
     from olvae.evaluation.targets import find_target
     from olvae.export.decode import FORMATS, decode_shards

@@ -20,7 +20,8 @@ from olvae.data.lists import ImageList
 from olvae.data.parallel import OnProgress, Ticker, cores, in_processes, unseen
 from olvae.data.pixels import Bands, Picture
 from olvae.data.reading import Photo, UnreadableImageError
-from olvae.data.shards import Shard, find_shards, is_local, local_path, read_shard
+from olvae.data.shard_urls import find_shards, is_local, local_path, stem
+from olvae.data.shards import Shard, read_shard
 from olvae.data.source import Consumer
 from olvae.data.webdataset import WebDatasetSource
 
@@ -200,7 +201,7 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
             seen += part.seen
             unreadable += part.unreadable
             shards.append(part.shard)
-            dotted += [f"{Shard(part.shard.url).stem}/{name}" for name in part.dotted]
+            dotted += [f"{stem(part.shard.url)}/{name}" for name in part.dotted]
     findings = summarise(src, options.size, seen, unreadable)
     findings.shards = sorted(shards, key=lambda shard: urls.index(shard.url))
     findings.notes += notes

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from olvae.data.findings import Findings, SeenShard, name_some
 from olvae.data.index import Index, ShardRecord
-from olvae.data.shards import INDEX, count_images, is_local, local_path
+from olvae.data.shard_urls import is_local, local_path
+from olvae.data.shards import INDEX, count_images
 
 __all__ = ["compare", "count_by_indexes", "read_indexes", "write_indexes"]
 

@@ -11,7 +11,7 @@ from olvae.data.faults import Fault
 from olvae.data.folder import Files, find_images
 from olvae.data.lists import ImageList, ListSource
 from olvae.data.samples import SamplePhotographs, sample_photographs
-from olvae.data.shards import SUFFIXES, is_local
+from olvae.data.shard_urls import SUFFIXES, is_local
 from olvae.data.source import Source
 from olvae.data.transforms import RandomScaleCrop
 from olvae.data.webdataset import WebDatasetSource

@@ -10,7 +10,8 @@ from torch import Tensor
 from olvae.data.latent_files import LATENT, Latent, read_latent, read_stats
 from olvae.data.reading import UnreadableImageError
 from olvae.data.shard_reader import ShardReader, check_shares, read_once, total_images
-from olvae.data.shards import INDEX, Entry, find_shards, with_counts
+from olvae.data.shard_urls import find_shards
+from olvae.data.shards import INDEX, Entry, with_counts
 from olvae.data.source import Consumer, Part, Sample, Source
 
 __all__ = ["LatentSource"]

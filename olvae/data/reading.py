@@ -27,7 +27,7 @@ DECODER_ERRORS = (
     TypeError,
     AttributeError,
     MemoryError,
-    RuntimeError,  # AVIF's, and NotImplementedError
+    RuntimeError,  # AVIF's, torchvision's, and NotImplementedError
     struct.error,
     Image.DecompressionBombError,
 )

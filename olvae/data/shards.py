@@ -1,9 +1,7 @@
-"""Shards: tar files of images, as WebDataset has them; where they are, what is in them, reading through faults."""
+"""Shards: tar files of images, as WebDataset has them; what is in them, reading through faults."""
 
 import contextlib
-import glob
 import json
-import re
 import struct
 import tarfile
 import zlib
@@ -11,32 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from olvae.data.faults import Fault
 from olvae.data.index import legible
 from olvae.data.opening import failure, open_url
 from olvae.data.reading import EXTENSIONS
+from olvae.data.shard_urls import file_name, is_local, labels_of, local_path, stem
 
-__all__ = [
-    "INDEX",
-    "Entry",
-    "Shard",
-    "count_images",
-    "find_shards",
-    "is_local",
-    "may_be_there",
-    "read_shard",
-    "with_counts",
-]
+__all__ = ["INDEX", "Entry", "Shard", "count_images", "read_shard", "with_counts"]
 
 INDEX = "index.json"
 """The name of a file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
-TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
-PART = re.compile(r"[^/\s'\"?&=:]+")
 SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError, IndexError)
 """What reading a broken tar file raises."""
 
@@ -56,11 +41,7 @@ class Shard(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.label or self.stem
-
-    @property
-    def stem(self) -> str:
-        return legible(file_name(self.url).partition(".")[0])
+        return self.label or stem(self.url)
 
 
 class Entry(NamedTuple):
@@ -74,60 +55,6 @@ class Entry(NamedTuple):
     data: bytes
     files: Mapping[str, bytes]
     faults: tuple[Fault, ...] = ()
-
-
-def find_shards(shards: str | Sequence[str]) -> list[str]:
-    """Shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
-
-    Raises:
-        FileNotFoundError: there are none; of local ones, none that exist.
-    """
-    given = [shards] if isinstance(shards, str) else list(shards)
-    urls = [url for text in given for url in _expand(text)]
-    if not any(may_be_there(url) for url in urls):
-        raise FileNotFoundError(
-            f"{', '.join(given) or 'shards'}: no shards: name a folder of .tar files, a pattern such as "
-            "data/{000000..000127}.tar, or URLs; `olvae data pack` makes shards of images"
-        )
-    return urls
-
-
-def _expand(text: str) -> list[str]:
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return [str(file) for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES)]
-    try:
-        expanded = expand_urls(text)
-    except AssertionError as error:  # webdataset's word for an environment variable that is not set
-        raise ValueError(f"{text}: {error}") from error
-    urls = [str(Path(url).expanduser()) if is_local(url) else url for url in expanded]
-    return [found for url in urls for found in _matches(url)]
-
-
-def _matches(url: str) -> list[str]:
-    if is_local(url) and glob.has_magic(url) and not Path(url).exists():
-        return sorted(glob.glob(url))  # noqa: PTH207  (a Path's own needs the folder apart)
-    return [url]
-
-
-def is_local(url: str) -> bool:
-    """Whether a shard is a file here, rather than a URL or a pipe."""
-    return url.startswith("file:") or not (url.startswith("pipe:") or "://" in url or url == "-")
-
-
-def may_be_there(url: str) -> bool:
-    """Whether a shard is a file that exists, or remote, so that only reading it tells."""
-    return not is_local(url) or Path(local_path(url)).is_file()
-
-
-def local_path(url: str) -> str:
-    return url.removeprefix("file:").replace("//", "/", 1) if url.startswith("file:") else url
-
-
-def file_name(url: str) -> str:
-    """The name of a shard's file, also where it is in the middle of a command or has a signature behind it."""
-    names = [] if is_local(url) else TAR_NAME.findall(url)
-    return names[-1] if names else Path(local_path(url)).name
 
 
 def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | None = None) -> list[Shard]:
@@ -152,30 +79,8 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
     if empty := [shard.url for shard in shards if shard.images == 0]:
         wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
         raise ValueError(f"{empty[0]}: a shard without images: no file in it is {wanted}")
-    labels = _labels(urls)
+    labels = labels_of(urls)
     return [shard._replace(label=labels.get(shard.url, "")) for shard in shards]
-
-
-def _labels(urls: Sequence[str]) -> dict[str, str]:
-    """For shards of one stem as much of their paths as tells them apart, else their number."""
-    alike: dict[str, list[str]] = {}
-    for url in dict.fromkeys(urls):
-        alike.setdefault(Shard(url).stem, []).append(url)
-    labels: dict[str, str] = {}
-    for group in (group for group in alike.values() if len(group) > 1):
-        paths = [_path(url) for url in group]
-        names = [["/".join(path[-length:]) for path in paths] for length in range(1, max(map(len, paths)) + 1)]
-        names.append([f"{urls.index(url)}/{path[-1]}" for url, path in zip(group, paths, strict=True)])
-        chosen = next(n for n in names if len(set(n)) == len(group))
-        labels.update(zip(group, map(legible, chosen), strict=True))
-    return labels
-
-
-def _path(url: str) -> list[str]:
-    """Folders, and the file's name without its extension."""
-    name = file_name(url)
-    folders = [part for part in PART.findall(url.rpartition(name)[0]) if part.strip(".")]
-    return [*folders, re.sub(r"\.(tar\.gz|tgz|tar)$", "", name)]
 
 
 def _local_count(url: str, image_key: str | None) -> int | None:

@@ -42,7 +42,7 @@ class Items(ImageList):
         try:
             item = self.dataset[self.indices[index]]
             return Photo(_picture(item[0] if isinstance(item, tuple | list) else item), name, self.channels)
-        except (*DECODER_ERRORS, RuntimeError) as error:  # the latter is what torchvision's own decoders raise
+        except DECODER_ERRORS as error:
             raise UnreadableImageError(name, str(error)) from error
 
 

@@ -8,7 +8,8 @@ from olvae.data.lists import eval_sample
 from olvae.data.pixels import image_to_tensor
 from olvae.data.reading import Photo
 from olvae.data.shard_reader import ShardReader, check_shares, read_once, total_images
-from olvae.data.shards import Entry, find_shards, may_be_there, with_counts
+from olvae.data.shard_urls import find_shards, may_be_there
+from olvae.data.shards import Entry, with_counts
 from olvae.data.source import Consumer, Part, Sample, Source
 from olvae.data.transforms import RandomScaleCrop
 

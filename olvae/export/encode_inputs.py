@@ -13,7 +13,8 @@ from olvae.data.find import evaluation_source, holds_shards, list_images
 from olvae.data.lists import ImageList, ListSource
 from olvae.data.pixels import Picture
 from olvae.data.reading import Photo
-from olvae.data.shards import Shard, find_shards, is_local, read_shard, with_counts
+from olvae.data.shard_urls import find_shards, is_local
+from olvae.data.shards import Shard, read_shard, with_counts
 from olvae.data.webdataset import WebDatasetSource
 
 __all__ = ["Inputs", "Item", "find_inputs"]

@@ -12,7 +12,8 @@ import pytest
 
 from olvae.data import opening
 from olvae.data.faults import Fault
-from olvae.data.shards import Entry, Shard, count_images, find_shards, read_shard, with_counts
+from olvae.data.shard_urls import find_shards
+from olvae.data.shards import Entry, Shard, count_images, read_shard, with_counts
 from tests.data.images import encoded, write_shard, write_shards, write_tar
 
 
@@ -238,12 +239,12 @@ def test_an_index_knows_shards_whatever_brings_them(tmp_path, url):
     index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}}}))
     (shard,) = with_counts([url], str(index))
     assert shard.images == 30
-    assert shard.stem == "000"
+    assert shard.name == "000"
 
 
 def test_a_local_shard_may_have_any_name():
-    assert Shard("a b/my photos.v2.tar").stem == "my photos"
-    assert Shard("pipe:make-images").stem == "pipe:make-images"
+    assert Shard("a b/my photos.v2.tar").name == "my photos"
+    assert Shard("pipe:make-images").name == "pipe:make-images"
 
 
 @pytest.mark.parametrize(

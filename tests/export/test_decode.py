@@ -5,7 +5,8 @@ from PIL import Image
 
 from olvae.data.latent_files import LATENT, META
 from olvae.data.pixels import from_uint8, image_to_tensor, to_uint8
-from olvae.data.shards import find_shards, read_shard, with_counts
+from olvae.data.shard_urls import find_shards
+from olvae.data.shards import read_shard, with_counts
 from olvae.export.decode import decode_shards
 from olvae.models.anysize import decode_any, encode_any
 from tests.data.images import picture, write_shards, write_tar
