@@ -159,12 +159,14 @@ def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Tar
 def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool) -> Target:
     if class_in(folder) == CLASS_NAME:  # an export of ours, in a pipeline
         return replace(find_target(folder, raw=raw, allow_mismatch=allow_mismatch), name=given, given=given)
+    if raw:
+        warnings.warn(f"{given}: diffusers has one kind of weights: --raw is ignored", stacklevel=3)
     return Target(
         name=given,
         given=given,
         config={},
         run=None,
-        trained=lambda: load_diffusers(folder),
+        trained=lambda: load_diffusers(folder, allow_mismatch=allow_mismatch),
         fresh=lambda: load_diffusers(folder, trained=False),
     )
 

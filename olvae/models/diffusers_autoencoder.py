@@ -1,6 +1,7 @@
 """Autoencoders of diffusers (KL, Tiny, DC, ...) behind the interface of our own."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,11 @@ def find_folder(text: str) -> Path:
     )
 
 
-def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
+def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = False) -> DiffusersAutoencoder:
     """The autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
+
+    Args:
+        allow_mismatch: load the tensors that fit, and warn of the others.
 
     Raises:
         ConfigError: the config names something else than an autoencoder.
@@ -133,18 +137,36 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     try:
         with _quiet():
             model, report = kind.from_pretrained(
-                folder, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+                folder,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # so that they are in the report
             )
     except Exception as error:  # of many kinds, by what is broken
         raise ValueError(f"{folder}: not a readable {name}: {str(error).strip().splitlines()[0]}") from error
-    kinds = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
-    wrong = [f"{len(report[key])} {what} ({report[key][0]}, ...)" for key, what in kinds.items() if report.get(key)]
+    state = model.state_dict()
+    lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    loaded, wrong = len(state) - len(lacking), _mismatches(report)
+    if wrong and not (allow_mismatch and loaded):
+        raise ValueError(f"{folder}: these weights are of another model than its config.json: {wrong}")
     if wrong:
-        raise ValueError(f"{folder}: these weights are of another model than its config.json: {'; '.join(wrong)}")
+        warnings.warn(f"{folder}: {loaded} of {len(state)} tensors are loaded: {wrong}", stacklevel=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what is lacking is the same every time; diffusers leaves it as memory was
+            model = kind.from_config(kind.load_config(folder))
+        model.load_state_dict({name: t for name, t in state.items() if name not in lacking}, strict=False)
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{folder}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
     return DiffusersAutoencoder(model).eval()
+
+
+def _mismatches(report: Mapping[str, Any]) -> str:
+    """What is missing, unexpected and of another shape in diffusers' report; empty if everything fits."""
+    misshapen = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in report["mismatched_keys"]]
+    kinds = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"], "of another shape": misshapen}
+    return "; ".join(f"{len(names)} {kind} ({names[0]}, ...)" for kind, names in kinds.items() if names)
 
 
 @contextmanager

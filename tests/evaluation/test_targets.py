@@ -205,6 +205,12 @@ def test_kl(tmp_path, image):
     assert not torch.equal(find_target(f"diffusers:{tmp_path / 'vae'}").untrained()(image)[0], found(image)[0])
 
 
+def test_diffusers_has_no_raw_weights(tmp_path):
+    kl().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=rf"diffusers:{tmp_path}: diffusers has one kind of weights: --raw is ignored"):
+        assert find_target(f"diffusers:{tmp_path}", raw=True).name == f"diffusers:{tmp_path}"
+
+
 @pytest.mark.parametrize(("make", "f", "channels"), [(taesd, 8, 4), (dc, 4, 8)])
 def test_deterministic_ones(make, f, channels, tmp_path, image):
     model = make()
@@ -297,6 +303,19 @@ def test_weights_of_diffusers_that_do_not_fit(tmp_path):
     save_file({name: t for name, t in state.items() if name != first}, file)
     with pytest.raises(ValueError, match=rf"of another model than its config.json: 1 missing \({first}"):
         find_target(f"diffusers:{tmp_path}").load()
+    save_file({**state, second: torch.zeros(3), "more": torch.zeros(1)}, file)
+    listed = rf"1 unexpected \(more, ...\); 1 of another shape \({second} \(3,\) for \("
+    with pytest.raises(ValueError, match=rf"of another model than its config.json: {listed}") as caught:
+        find_target(f"diffusers:{tmp_path}").load()
+    assert "\n" not in str(caught.value)
+    forgiving = find_target(f"diffusers:{tmp_path}", allow_mismatch=True)
+    with pytest.warns(UserWarning, match=rf"{len(state) - 1} of {len(state)} tensors are loaded: {listed}"):
+        loaded, again = (forgiving.load().model.state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items() if name != second)
+    assert torch.equal(loaded[second], again[second])
+    save_file({"more": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="of another model"):  # nothing fits
+        forgiving.load()
     save_file({**state, second: torch.full_like(state[second], torch.nan)}, file)
     with pytest.raises(ValueError, match=rf"not finite \({second}"):
         find_target(f"diffusers:{tmp_path}").load()
