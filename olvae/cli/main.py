@@ -1,7 +1,9 @@
 """``olvae``: the commands, and how their mistakes are told."""
 
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
@@ -27,6 +29,9 @@ for command in (train, evaluate, reconstruct, latents, encode, decode, export, v
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 
+PACKAGE = Path(__file__).parent.parent
+PYTHONS_FORMAT = warnings.formatwarning
+
 MANY_VALUES = ("--base", "-b")
 """Options that take several values after one flag, as the latent-diffusion commands do."""
 
@@ -35,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exits with 2 for wrong usage, 1 for a failure, and a traceback only with ``--debug``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    warnings.formatwarning = _format_warning
     try:
         arguments = _repeat_flags([argument for argument in given if argument != "--debug"])
         code = app(args=arguments, standalone_mode=False)
@@ -49,6 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == STOPPED:  # what typer makes of Ctrl-C; a command that has said more leaves by SystemExit
         typer.echo("stopped", err=True)
     sys.exit(code)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line where it is this package's own; others' with the place, as Python has it."""
+    if Path(filename).is_relative_to(PACKAGE):
+        return f"warning: {message}\n"
+    return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
 def _tell(error: Exception) -> int:

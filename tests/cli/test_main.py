@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,14 @@ def test_the_first_process_tells_that_training_was_stopped(olvae, monkeypatch, r
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert olvae("train") == (code, "", "")
+
+
+def test_a_warning_is_one_line(olvae, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back in the end
+    assert olvae("tables", "--json")[0] == 0
+    ours = str(ROOT / "olvae" / "cli" / "export.py")
+    assert warnings.formatwarning(UserWarning("ignored"), UserWarning, ours, 9) == "warning: ignored\n"
+    assert "torch.py:9: UserWarning: slow" in warnings.formatwarning(UserWarning("slow"), UserWarning, "/x/torch.py", 9)
 
 
 def test_debug_shows_the_traceback():
