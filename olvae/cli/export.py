@@ -63,8 +63,8 @@ def command(
     from rich.console import Console
 
     from olvae.config import ConfigError
-    from olvae.evaluation.targets import find_target
-    from olvae.export.folder import DTYPES, Provenance, check_empty, export, read_factors
+    from olvae.evaluation.targets import RAW, find_target
+    from olvae.export.folder import DTYPES, Provenance, check_empty, export, first_target, read_factors
     from olvae.models.autoencoder import LiteVAE
 
     if latents is not None and (scaling_factor is not None or shift_factor is not None):
@@ -97,10 +97,14 @@ def command(
 
     folder = found.run.path if found.run is not None else Path(target)
     metrics = folder / "metrics.json"
+    measured = metrics.is_file()
+    if measured and found.run is not None and (RAW in (evaluated := first_target(metrics))) != found.raw:
+        typer.echo(f"note: {metrics} is left out: it has numbers of {evaluated}, not of {found.name}", err=True)
+        measured = False
     provenance = Provenance(
         name=found.name,
         config=found.config,
-        metrics=metrics if metrics.is_file() else None,
+        metrics=metrics if measured else None,
         raw=found.raw,
         licence=license_id,
         factors_from=factors_from,

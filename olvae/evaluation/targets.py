@@ -19,13 +19,15 @@ from olvae.models.latent_diffusion import from_latent_diffusion, latent_diffusio
 from olvae.models.pretrained import find_weights, load_located, locate
 from olvae.runs import Run
 
-__all__ = ["KINDS", "Target", "find_target", "name_apart"]
+__all__ = ["KINDS", "RAW", "Target", "find_target", "name_apart"]
 
 KINDS = (
     "a run folder, a .ckpt or .safetensors file, an exported folder, an id of the Hugging Face hub (OWNER/NAME), or "
     "diffusers:ID_OR_FOLDER"
 )
 DIFFUSERS = "diffusers:"
+RAW = ", raw weights"
+"""Behind the name of a target whose weights as trained were asked for."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def find_target(
     if raw and exported:
         warnings.warn(f"{given}: an export has one kind of weights: --raw is ignored", stacklevel=2)
         raw = False
-    suffix = ", raw weights" if raw else ""
+    suffix = RAW if raw else ""
     ours = weights.parent.name == "checkpoints" or exported
     if not ours and (found := _latent_diffusion(weights, given, raw, allow_mismatch)):
         return replace(found, name=found.name + suffix)

@@ -18,7 +18,7 @@ from olvae.export.card import model_card
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.description import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 
-__all__ = ["DTYPES", "Provenance", "check_empty", "export", "read_factors"]
+__all__ = ["DTYPES", "Provenance", "check_empty", "export", "first_target", "read_factors"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = 1e-6
@@ -112,6 +112,18 @@ def export(
         differences |= _compare(out, partial, dtype)
         _replace(partial, folder)
     return differences
+
+
+def first_target(metrics: Path) -> str:
+    """Of a metrics.json: in a run folder that is the run.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        return str(json.loads(metrics.read_text())["results"][0]["target"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{metrics}: not a metrics.json of olvae evaluate: {type(error).__name__}: {error}") from error
 
 
 def read_factors(path: str | Path, target: str) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,11 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     torch.testing.assert_close(half(x)[0], expected, rtol=0.1, atol=0.1)
     assert (tmp_path / "half" / "metrics.json").is_file()
 
-    code, _, _ = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
+    code, _, err = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
+    name = run_folder.name
+    assert f"metrics.json is left out: it has numbers of {name}, not of {name}, raw weights\n" in err
+    assert not (out / "metrics.json").exists()
+    assert "Not measured" in (out / "README.md").read_text()
     raw = LiteVAE.from_pretrained(out)
     assert (code, raw.scaling_factor, raw.shift_factor) == (0, 2.0, -1.0)
     trained = LiteVAE.from_pretrained(run_folder, raw=True).state_dict()
@@ -96,12 +101,16 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     broken.mkdir()
     (broken / "last.ckpt").write_bytes((run_folder / "checkpoints" / "last.ckpt").read_bytes()[:2000])
     save(tiny_config(), broken / "config.yaml")
+    odd = tmp_path / "odd"
+    shutil.copytree(run_folder, odd)
+    (odd / "metrics.json").write_text("{}")
     taesd = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     taesd.save_pretrained(tmp_path / "taesd")
     for arguments, code, text in (
         ([f"diffusers:{tmp_path / 'taesd'}"], 2, "not a LiteVAE"),
         ([tmp_path / "missing"], 1, "not there; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
+        ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),
         ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not a latents.json"),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
         ([run_folder, "--scaling-factor", "0"], 2, "--scaling-factor 0.0: a number above 0"),
