@@ -10,7 +10,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, instantiate
-from olvae.models.hub import CARD, HubAccess, told_in_one_line
+from olvae.models.hub import CARD, HubAccess, is_hub_id, told_in_one_line
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.halves import Decoder, Encoder
 from olvae.modules.litevae.smc import fold_smc
@@ -201,7 +201,7 @@ class LiteVAE(
         """Save it to a repository of the Hugging Face hub, which is made if need be; the address of the commit.
 
         Args:
-            repo_id: OWNER/NAME.
+            repo_id: OWNER/NAME, or NAME for one's own.
             kwargs: of huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
 
         Raises:
@@ -211,7 +211,9 @@ class LiteVAE(
         from olvae.models.pretrained import check_saveable
 
         check_saveable(self)
-        kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
+        # Without an owner it becomes the token's owner's, whose name is not known yet.
+        place = {"repo_id": repo_id} if is_hub_id(repo_id) else {}
+        kwargs["model_card_kwargs"] = {**place, **(kwargs.get("model_card_kwargs") or {})}
         with told_in_one_line(repo_id):
             return super().push_to_hub(repo_id, **kwargs)
 

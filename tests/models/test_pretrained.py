@@ -391,17 +391,17 @@ def test_pushing(monkeypatch):
 
         def create_repo(self, repo_id, private, exist_ok):
             calls.append(("create", repo_id, private, exist_ok))
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{'' if '/' in repo_id else 'me/'}{repo_id}")
 
         def upload_folder(self, repo_id, folder_path, commit_message, revision, **_):
             calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir()), commit_message, revision))
             assert same_weights(LiteVAE.from_pretrained(folder_path), model)
             card = huggingface_hub.ModelCard.load(folder_path / "README.md")
             assert {"litevae", "model_hub_mixin"} <= set(card.data.tags)
-            assert 'LiteVAE.from_pretrained("me/mine")' in card.text
+            assert f'LiteVAE.from_pretrained("{address}")' in card.text
             return "https://huggingface.co/me/mine/commit/1"
 
-    calls, model = [], tiny()
+    calls, model, address = [], tiny(), "me/mine"
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     where = model.push_to_hub("me/mine", private=True, commit_message="First", token="t", branch="b")
     assert where.endswith("commit/1")
@@ -412,6 +412,9 @@ def test_pushing(monkeypatch):
     ]
     with pytest.raises(OSError, match=r"^a/b/c: not uploaded: not an id of the hub"):
         model.push_to_hub("a/b/c")
+    address = "OWNER/NAME"
+    model.push_to_hub("mine")
+    assert calls[-1][:2] == ("upload", "me/mine")
     with pytest.raises(TypeError, match="nonsense"):
         model.push_to_hub("me/mine", nonsense=1)
     del calls[:]
