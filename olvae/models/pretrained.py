@@ -56,6 +56,8 @@ class Located:
     weights: Path
     params: Config
     """Arguments of :func:`build_autoencoder`."""
+    origin: str
+    """Where these are said, for the user."""
     config: Config
     """The training config that they are from, if it is the user's own, whose data may be built; else empty."""
     run: Run | None
@@ -97,7 +99,7 @@ def locate(
     run = Run(path) if in_run and path.is_dir() else None
     found = config if config is not None else _config_beside(weights)
     if found is None and given in PUBLISHED:
-        return Located(weights, PUBLISHED[given], {}, None)
+        return Located(weights, PUBLISHED[given], given, {}, None)
     if found is None:
         raise ConfigError(
             f"{given}: no config beside the weights (config.json, config.yaml or {weights.stem}.yaml): name it with "
@@ -107,7 +109,7 @@ def locate(
     content = found if isinstance(found, Mapping) else read_config(found)
     trusted = "model" in content and (config is not None or in_run)  # a config of the user's own, not a received one
     params = autoencoder_params(content, origin, only_ours=not trusted)
-    return Located(weights, params, dict(content) if trusted else {}, run)
+    return Located(weights, params, origin, dict(content) if trusted else {}, run)
 
 
 def load_located(
@@ -116,9 +118,17 @@ def load_located(
     """Build the autoencoder and load its weights; in evaluation mode. See :meth:`LiteVAE.from_pretrained`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what allow_mismatch leaves as it is built is the same every time
-        model = build_autoencoder(**located.params).to(dtype)
+        model = _build(located).to(dtype)
     load_weights(model, read_weights(located.weights, raw), located.weights, allow_mismatch)
     return model.eval()
+
+
+def _build(located: Located) -> LiteVAE:
+    try:
+        return build_autoencoder(**located.params)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{located.origin}: no autoencoder can be built of this: {reason}") from error
 
 
 def check_saveable(model: LiteVAE) -> None:

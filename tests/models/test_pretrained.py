@@ -250,6 +250,10 @@ class OwnEncoder(Encoder):
         ({"embed_dim": None}, "embed_dim: expected int, got None"),
         ({"scaling_factor": 0}, "scaling_factor: expected a number above 0, got 0"),
         ({"shift_factor": float("nan")}, "shift_factor: expected a number, got nan"),
+        ({"decoder_config.params.channels": -4}, "no autoencoder can be built of this: .*negative dimension"),
+        ({"decoder_config.params.channels": 10**20}, "no autoencoder can be built of this: "),
+        ({"encoder_config.params.extractor_mult": []}, "no autoencoder can be built of this: "),
+        ({"encoder_config.params.image_size": 30}, "no autoencoder can be built of this: image_size 30 is not a mul"),
         ({"_class_name": "AutoencoderKL"}, "the config of diffusers' AutoencoderKL.* diffusers:FOLDER"),
     ],
 )
@@ -263,8 +267,9 @@ def test_configs_with_mistakes(change, message, tmp_path):
             node = node[part]
         node[last] = value
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=f"config.json: .*{message}"):
+    with pytest.raises(ConfigError, match=f"config.json: .*{message}") as caught:
         LiteVAE.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_networks_of_ones_own(tmp_path):
