@@ -162,7 +162,7 @@ def read_config(path: str | Path) -> Config:
         return cfg.load([path])
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a config is a mapping, not a {type(content).__name__}")

@@ -272,6 +272,15 @@ def test_configs_with_mistakes(change, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ["", "{", "\x00", "[" * 100_000])
+def test_a_config_that_is_no_json(tmp_path, content):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config.json: not readable as JSON: ") as caught:
+        LiteVAE.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_networks_of_ones_own(tmp_path):
     decoder = tiny().decoder
     model = LiteVAE(OwnEncoder(), decoder)
