@@ -187,10 +187,11 @@ class LiteVAE(
         Raises:
             ValueError: a network is not of this package, or some weights are not finite; nothing is written.
         """
-        from olvae.models.pretrained import check_saveable
+        from olvae.models.pretrained import check_saveable, config_kept
 
         check_saveable(self)
-        return super().save_pretrained(save_directory, **kwargs)
+        with config_kept(Path(save_directory)):
+            return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from olvae.models.pretrained import write_export

@@ -3,9 +3,9 @@
 What an export is, and what its config says, is in description.py.
 """
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from olvae.checkpoint import WEIGHT_SUFFIXES, load_weights, read_weights
 from olvae.config import Config, ConfigError
-from olvae.files import whole
+from olvae.files import whole, write_json
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.description import (
     CONFIG_NAME,
@@ -27,7 +27,7 @@ from olvae.models.description import (
 from olvae.models.hub import USUAL, HubAccess, fetch, is_hub_id
 from olvae.runs import Run
 
-__all__ = ["Located", "check_saveable", "find_weights", "load_located", "locate", "write_export"]
+__all__ = ["Located", "check_saveable", "config_kept", "find_weights", "load_located", "locate", "write_export"]
 
 PUBLISHED: dict[str, Config] = {
     "RGenDiff/olitevaeB_im_f8c12": {
@@ -140,6 +140,18 @@ def check_saveable(model: LiteVAE) -> None:
         raise ValueError(f"{len(broken)} of the model's tensors have values that are not finite ({broken[0]}, ...)")
 
 
+@contextmanager
+def config_kept(folder: Path) -> Iterator[None]:
+    """If saving fails, puts back the config that the mixin removes before: an export that is there stays one."""
+    config = folder / CONFIG_NAME
+    before = config.read_bytes() if config.is_file() else None
+    try:
+        yield
+    finally:
+        if before is not None and not config.exists():
+            config.write_bytes(before)
+
+
 def write_export(model: LiteVAE, folder: Path) -> None:
     """Write ``config.json`` and the weights, in the dtype that they have; see :meth:`LiteVAE.save_pretrained`."""
     from safetensors.torch import save_file
@@ -148,7 +160,7 @@ def write_export(model: LiteVAE, folder: Path) -> None:
     with whole(folder / WEIGHTS_NAME) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors lets the owner alone read it
-    (folder / CONFIG_NAME).write_text(json.dumps(export_config(model), indent=2) + "\n")
+    write_json(export_config(model), folder / CONFIG_NAME)
 
 
 def _weights_in(folder: Path, name: str) -> Path:

@@ -452,6 +452,22 @@ def test_saving_twice_keeps_the_card_and_a_refusal_keeps_all(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("failing", ["safetensors.torch.save_file", "olvae.models.pretrained.write_json"])
+def test_saving_that_fails_half_way_keeps_the_config(tmp_path, monkeypatch, failing):
+    """The mixin removes it before it saves."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(failing, full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_the_hub_is_asked_as_the_caller_says(cached, tmp_path, monkeypatch):
     model = tiny()
     model.save_pretrained(cached)
