@@ -1,6 +1,7 @@
 """``olvae train``, and ``python train.py``."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,7 @@ def command(
     """
     from olvae.training.run import Stopped, TrainOptions, train
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the first step, it is as Ctrl-C: no run is left
     options = TrainOptions(
         base=base or (),
         overrides=overrides or (),

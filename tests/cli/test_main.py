@@ -1,6 +1,7 @@
 """The commands as a user types them, in this process; and once each through the README's scripts."""
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -162,6 +163,22 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
         "",
         "stopped\n",
     )
+
+
+def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        assert any((tmp_path / "runs").iterdir())
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr("olvae.training.run.print_summary", killed)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        command = ["train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path / "runs"]
+        assert olvae(*command) == (130, "", "stopped\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not any((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])
