@@ -49,6 +49,8 @@ def check_empty(folder: Path, force: bool) -> None:
     """
     if folder.is_file():
         raise FileExistsError(f"{folder}: this is a file")
+    if not (place := _place(folder)).is_dir():
+        raise FileExistsError(f"{folder}: {place} is a file")
     if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):
         raise FileExistsError(f"{folder}: the current folder, or a mount point: name a folder in it, to be made")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -92,8 +94,7 @@ def export(
     title = Path(folder).absolute().name
     folder = Path(folder).resolve()  # a link stays one: what it leads to is replaced
     check_empty(folder, force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=_place(folder)) as beside:
         partial = Path(beside) / folder.name
         differences: dict[str, float] = {}
         out = model.eval()
@@ -195,9 +196,15 @@ def _require(what: str, difference: float, limit: float) -> float:
     return difference
 
 
+def _place(folder: Path) -> Path:
+    """The folder that is there already in which this one is, or is to be."""
+    return next(parent for parent in folder.absolute().parents if parent.exists())
+
+
 def _replace(partial: Path, folder: Path) -> None:
     """Move a folder to its place; what was there before is only gone once the new one is in."""
     old = partial.with_name(f"{partial.name}.old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         if folder.exists():
             folder.replace(old)

@@ -112,6 +112,8 @@ def test_what_is_there_is_kept(model, tmp_path, monkeypatch):
             export(model, tmp_path / "photos", SOURCE, force=force)
     with pytest.raises(FileExistsError, match=r"this is a file"):
         export(model, tmp_path / "photos" / "cat.png", SOURCE, force=True)
+    with pytest.raises(FileExistsError, match=r"cat.png/vae: .*cat.png is a file"):
+        export(model, tmp_path / "photos" / "cat.png" / "vae", SOURCE)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for place in (".", tmp_path / "empty"):
@@ -159,7 +161,7 @@ def test_ctrl_c_between_the_old_and_the_new_keeps_the_old(model, tmp_path, monke
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_failure_leaves_nothing_and_takes_nothing(model, metrics, tmp_path, monkeypatch, force):
-    out = tmp_path / "vae"
+    out = tmp_path / "deep" / "down" / "vae"
     if force:
         export(model, out, SOURCE)
     kept = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -188,6 +190,7 @@ def test_a_failure_leaves_nothing_and_takes_nothing(model, metrics, tmp_path, mo
         export(model, out, SOURCE, torch.float16, force=force)
     del kept[tmp_path / "metrics.json"]
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == kept
+    assert (tmp_path / "deep").exists() == force
 
 
 def test_outputs_that_differ_are_noticed(model, tmp_path, monkeypatch):
