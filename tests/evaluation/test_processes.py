@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from olvae.config import ConfigError
 from olvae.evaluation.processes import device_of, gather, join, leave
 
 REPO = Path(__file__).parents[2]
@@ -103,4 +104,8 @@ def test_each_process_takes_its_own_gpu(monkeypatch, gpus, local, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert device_of() == expected
     assert device_of("cpu") == "cpu"
-    assert device_of("cuda:2") == "cuda:2"
+    if gpus > 2:
+        assert device_of("cuda:2") == "cuda:2"
+    else:
+        with pytest.raises(ConfigError, match=f"this machine has {gpus} GPUs"):
+            device_of("cuda:2")
