@@ -121,6 +121,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, olvae):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
     while not list(out.glob("*.tar")):
         time.sleep(0.01)
