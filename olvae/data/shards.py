@@ -72,7 +72,8 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
             raise ValueError(f"{index}: does not know {unknown[0]}: make it anew with `olvae data check --index`")
         shards = [Shard(url, counts[file_name(url)]) for url in urls]
     else:
-        shards = [Shard(url, _local_count(url, image_key)) if is_local(url) else Shard(url) for url in urls]
+        indexes = _indexes_beside(urls)
+        shards = [Shard(url, _local_count(url, indexes, image_key)) if is_local(url) else Shard(url) for url in urls]
         known = [shard.images for shard in shards if shard.images is not None]
         usual = round(sum(known) / len(known)) if known else 0
         shards = [Shard(s.url, max(1, usual)) if is_local(s.url) and s.images is None else s for s in shards]
@@ -83,12 +84,17 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
     return [shard._replace(label=labels.get(shard.url, "")) for shard in shards]
 
 
-def _local_count(url: str, image_key: str | None) -> int | None:
+def _indexes_beside(urls: Sequence[str]) -> dict[Path, dict[str, int]]:
+    """Of the folders of local shards, those that have one."""
+    folders = dict.fromkeys(Path(local_path(url)).parent for url in urls if is_local(url))
+    return {folder: _read_index(str(folder / INDEX)) for folder in folders if (folder / INDEX).is_file()}
+
+
+def _local_count(url: str, indexes: Mapping[Path, Mapping[str, int]], image_key: str | None) -> int | None:
     path = Path(local_path(url))
-    if (path.parent / INDEX).is_file():
-        counts = _read_index(str(path.parent / INDEX))
-        if path.name in counts:
-            return counts[path.name]
+    known = indexes.get(path.parent, {}).get(path.name)
+    if known is not None:
+        return known
     return count_images(path, image_key) if path.is_file() else None
 
 
@@ -137,6 +143,7 @@ def read_shard(
     faults: list[Fault] = []
     wanted = None if sidecars else lambda name: _is_image((base_plus_ext(name)[1] or "").lower(), image_key)
     groups = group_by_keys(_files(shard.url, faults, wanted), handler=lambda error: _take(error, shard.url, faults))
+    name, url = shard.name, legible(shard.url)
     for group in groups:
         extension = next((ext for ext in group if _is_image(ext, image_key)), None)
         key = legible(group["__key__"])
@@ -145,7 +152,7 @@ def read_shard(
                 dotted += [f"{key}.{ext}" for ext in group if _is_image(ext.rpartition(".")[2], None)]
             continue
         others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
-        yield Entry(f"{shard.name}/{key}", f"{legible(shard.url)}/{key}.{extension}", group[extension], others)
+        yield Entry(f"{name}/{key}", f"{url}/{key}.{extension}", group[extension], others)
     yield from faults
 
 
