@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-__all__ = ["check_folder", "whole", "write_json"]
+__all__ = ["check_folder", "nearest", "whole", "write_json"]
 
 
 @contextmanager
@@ -41,11 +41,15 @@ def check_folder(folder: Path) -> Path:
     Raises:
         OSError: it is not so.
     """
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    place = nearest(folder)
     if not place.is_dir():
         raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: {place} can't be written: name another folder")
     return folder
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself if it is there, else what is there of the path to it; which may be a file."""
+    place = folder.absolute()
+    return next(path for path in (place, *place.parents) if path.exists())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from olvae.export.card import model_card
+from olvae.files import nearest
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.description import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 
@@ -49,7 +50,7 @@ def check_empty(folder: Path, force: bool) -> None:
     """
     if folder.is_file():
         raise FileExistsError(f"{folder}: this is a file")
-    if not (place := _place(folder)).is_dir():
+    if not (place := nearest(folder.absolute().parent)).is_dir():
         raise FileExistsError(f"{folder}: {place} is a file")
     if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):
         raise FileExistsError(f"{folder}: the current folder, or a mount point: name a folder in it, to be made")
@@ -94,7 +95,7 @@ def export(
     title = Path(folder).absolute().name
     folder = Path(folder).resolve()  # a link stays one: what it leads to is replaced
     check_empty(folder, force)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=_place(folder)) as beside:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=nearest(folder.parent)) as beside:
         partial = Path(beside) / folder.name
         differences: dict[str, float] = {}
         out = model.eval()
@@ -194,11 +195,6 @@ def _require(what: str, difference: float, limit: float) -> float:
     if not math.isfinite(difference) or difference > limit:
         raise ValueError(f"{what} changes the result by {difference:.1e} of the largest value: nothing is written")
     return difference
-
-
-def _place(folder: Path) -> Path:
-    """The folder that is there already in which this one is, or is to be."""
-    return next(parent for parent in folder.absolute().parents if parent.exists())
 
 
 def _replace(partial: Path, folder: Path) -> None:
