@@ -27,7 +27,7 @@ DECODER_ERRORS = (
     TypeError,
     AttributeError,
     MemoryError,
-    RuntimeError,  # AVIF's, torchvision's, and NotImplementedError
+    RuntimeError,  # of AVIF's and torchvision's decoders, and as a subclass of it of DDS's
     struct.error,
     Image.DecompressionBombError,
 )

@@ -33,12 +33,13 @@ def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
         ConfigError: the user has to say it.
         OSError: the folder could not be made or written.
     """
-    folder = out
-    if folder is None and run is not None:
+    if out is not None:
+        folder = out
+    elif run is not None:
         folder = Path(target)
-    elif folder is None and Path(target).is_file():
+    elif Path(target).is_file():
         folder = Path(target).with_name(f"{Path(target).stem}_results")
-    if folder is None:
+    else:
         raise ConfigError("--out DIR says where the results go: the first target is no run folder and no file")
     return check_folder(folder)
 
