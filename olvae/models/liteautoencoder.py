@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.pixels import from_uint8, to_uint8
+from olvae.data.pixels import from_uint8
 from olvae.data.source import Batch
 from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.models.adversary import Adversary
@@ -18,13 +18,13 @@ from olvae.models.equivariance import transform_alike
 from olvae.models.schedule import adam_with_schedule, lr_factor
 from olvae.models.step import gradient_ratio, mix_seeds
 from olvae.models.update import update
-from olvae.models.validation import Validation, uncouple, weights_as_trained
+from olvae.models.validated import ValidatedModule
 from olvae.modules.distributions import DiagonalGaussian
 
 __all__ = ["LiteAutoencoderKL"]
 
 
-class LiteAutoencoderKL(pl.LightningModule):
+class LiteAutoencoderKL(ValidatedModule):
     """An autoencoder, its objective and its optimiser, under Lightning with manual optimisation.
 
     The weights lie here, under their published names [M]; ``autoencoder`` is the plain LiteVAE over them.
@@ -86,7 +86,7 @@ class LiteAutoencoderKL(pl.LightningModule):
         val_metrics: Sequence[str] = (),
         weights_dir: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(val_metrics, weights_dir)
         self.automatic_optimization = False
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
@@ -133,17 +133,10 @@ class LiteAutoencoderKL(pl.LightningModule):
         """Of the noise in training; set by the trainer."""
         self.images_seen = 0
         """Training images consumed, over all ranks: where a resumed run continues the data."""
-        self.validated_at = 0
-        """The step of the last validation."""
-        self.validation_values: dict[str, float] = {}
-        """What the last validation gave, as ``val/psnr``; nothing where no image could be read."""
         self._micro_batch = 0
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self.pairs: list[tuple[Tensor, Tensor]] = []
         """Images and reconstructions of this update, for the discriminator's further ones."""
-        self.val_metrics = list(val_metrics)
-        self.weights_dir = weights_dir
-        self._validation: Validation | None = None
 
     # The autoencoder
 
@@ -290,39 +283,6 @@ class LiteAutoencoderKL(pl.LightningModule):
             self.anchor.eval()
         if self.freeze_encoder:
             self.encoder.eval()
-
-    # Validation
-
-    def set_up_validation(self, device: torch.device | None = None) -> None:
-        """Make the metrics of validation, which may need pretrained networks.
-
-        Raises:
-            FileNotFoundError, ValueError: one of them can't be had.
-        """
-        if self._validation is None or device not in (None, self._validation.device):
-            self._validation = Validation(self.val_metrics, self.weights_dir, device or self.device)
-
-    def on_validation_epoch_start(self) -> None:
-        uncouple(self.trainer)
-        self.set_up_validation(self.device)
-        assert self._validation is not None
-        self._validation.start()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        assert self._validation is not None
-        images, x = self.images(batch), batch["image"]
-        keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
-        self._validation.update("val", keys, x, to_uint8(self(images)[0]))
-        raw = weights_as_trained(self.trainer)
-        if raw is not None:
-            self._validation.update("val_raw", keys, x, to_uint8(raw(images)[0]))
-
-    def on_validation_epoch_end(self) -> None:
-        assert self._validation is not None
-        self.validation_values = self._validation.compute()
-        self.log_dict(self.validation_values)
-        self.log("step", float(self.global_step))
-        self.validated_at = self.global_step
 
     # Shared
 
