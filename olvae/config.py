@@ -137,7 +137,7 @@ def resolve_target(target: str) -> Any:
     """
     module_name, _, name = target.rpartition(".")
     if not all(part.isidentifier() for part in target.split(".")) or not module_name:
-        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.folder.FolderSource")
+        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.folder.FolderSource")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -1,14 +1,15 @@
 """Files that are there whole or not at all: written under another name, then renamed; and folders for them."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-__all__ = ["check_folder", "nearest", "whole", "write_json"]
+__all__ = ["check_folder", "file_sha256", "legible", "named", "nearest", "printable", "whole", "write_json"]
 
 
 @contextmanager
@@ -53,3 +54,29 @@ def nearest(folder: Path) -> Path:
     """The folder itself if it is there, else what is there of the path to it; which may be a file."""
     place = folder.absolute()
     return next(path for path in (place, *place.parents) if path.exists())
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def legible(name: str) -> str:
+    r"""A file's name as text that can be written anywhere: bytes of it that are not UTF-8 become ``\xe9``."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def printable(name: str) -> str:
+    """A file's name on one line: what can't be printed is escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
+
+
+def named(skipped: Iterable[tuple[str, str]], at_most: int = 10) -> str:
+    """Names with reasons, the first few of them."""
+    texts = [f"{printable(name)} ({reason})" for name, reason in skipped]
+    more = f", and {len(texts) - at_most} more" if len(texts) > at_most else ""
+    return ", ".join(texts[:at_most]) + more

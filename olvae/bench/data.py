@@ -11,14 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.find import evaluation_source
-from olvae.data.lists import ListSource
+from olvae.data.errors import UnreadableImageError
+from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.mapped.base import MappedSource
 from olvae.data.mix import MixSource
-from olvae.data.pixels import Picture, image_to_tensor
-from olvae.data.reading import Photo, UnreadableImageError
-from olvae.data.shards import Entry, read_shard
+from olvae.data.open import evaluation_source
+from olvae.data.shards.read import Entry, read_shard
+from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
-from olvae.data.webdataset import WebDatasetSource
 
 __all__ = ["bench_data"]
 
@@ -56,7 +56,7 @@ def bench_data(
         for count in workers:
             source.batch_size, source.num_workers = batch_size, count
             try:
-                source.check_consumers(1)
+                source.check_processes(1)
             except ValueError as error:
                 raise ConfigError(f"--workers {count}: {name}: {error}") from error
     first = next(iter(found.values()))
@@ -92,7 +92,7 @@ class _Raw(NamedTuple):
 
     name: str
     data: bytes | Picture
-    source: ListSource | WebDatasetSource
+    source: MappedSource | WebDatasetSource
 
     def decode(self, rng: np.random.Generator) -> Tensor:
         photo = Photo(self.data, self.name, self.source.channels)
@@ -101,7 +101,7 @@ class _Raw(NamedTuple):
 
 def _crops_as(source: Source, first: Source) -> bool:
     """Whether a source's floor is that of the first one."""
-    if isinstance(source, ListSource | WebDatasetSource) and isinstance(first, ListSource | WebDatasetSource):
+    if isinstance(source, MappedSource | WebDatasetSource) and isinstance(first, MappedSource | WebDatasetSource):
         return vars(source.transform) == vars(first.transform)
     return source is first
 
@@ -128,7 +128,7 @@ def _undecoded(source: Source) -> Iterator[_Raw]:
         for shard in source.train:
             entries = read_shard(shard, source.image_key)
             yield from (_Raw(entry.name, entry.data, source) for entry in entries if isinstance(entry, Entry))
-    elif isinstance(source, ListSource):
+    elif isinstance(source, MappedSource):
         for i in np.random.default_rng(0).permutation(len(source.train)):
             with contextlib.suppress(UnreadableImageError):
                 image = source.train[int(i)]

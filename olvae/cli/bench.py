@@ -40,7 +40,7 @@ def train(
     from olvae import config as cfg
     from olvae.bench.train import bench_train
     from olvae.config import ConfigError
-    from olvae.evaluation.processes import device_of
+    from olvae.devices import device_of
     from olvae.training.run import quieten
 
     loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
@@ -111,8 +111,8 @@ def dwt(
 
     Example: olvae bench dwt --size 512 --device cuda --json
     """
-    from olvae.bench.wavelet import bench_dwt
-    from olvae.evaluation.processes import device_of
+    from olvae.bench.networks import bench_dwt
+    from olvae.devices import device_of
 
     rows = bench_dwt(batch_size, size, wavelet, device_of(device))
     _show(rows, f"{wavelet}, {batch_size} RGB images of {size}x{size}, {device}", as_json)
@@ -130,7 +130,7 @@ def encoder(
     Example: olvae bench encoder --size 256 -B 32 --device cuda
     """
     from olvae.bench.networks import ENCODERS, bench_networks
-    from olvae.evaluation.processes import device_of
+    from olvae.devices import device_of
 
     rows = bench_networks(ENCODERS, (batch_size, 3, _multiple(size), size), device_of(device))
     _show(rows, f"encoders, {batch_size} images of {size}x{size}, {device}", as_json)
@@ -148,7 +148,7 @@ def decoder(
     Example: olvae bench decoder --size 256 -B 8 --device cuda
     """
     from olvae.bench.networks import DECODERS, FACTOR, LATENT, bench_networks
-    from olvae.evaluation.processes import device_of
+    from olvae.devices import device_of
 
     side = _multiple(size) // FACTOR
     rows = bench_networks(DECODERS, (batch_size, LATENT, side, side), device_of(device))

@@ -69,10 +69,10 @@ def pack(
     Example: olvae data pack photos --out shards --resize 512
     """
     from olvae.config import ConfigError
-    from olvae.data.index import printable
+    from olvae.data.pack import PackOptions
     from olvae.data.pack import pack as pack_images
-    from olvae.data.parallel import cores
-    from olvae.data.sharding import PackOptions
+    from olvae.data.pool import cores
+    from olvae.files import printable
 
     _refuse_configs(src)
     if resize is None and (image_format is not None or quality is not None):
@@ -130,10 +130,10 @@ def check(
 
     from rich.console import Console
 
-    from olvae.data.check import CheckOptions
-    from olvae.data.check import check as check_source
-    from olvae.data.parallel import cores
-    from olvae.data.report import print_findings
+    from olvae.data.audit.check import CheckOptions
+    from olvae.data.audit.check import check as check_source
+    from olvae.data.audit.result import print_audit
+    from olvae.data.pool import cores
 
     _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
@@ -142,7 +142,7 @@ def check(
     if as_json:
         typer.echo(json.dumps(findings.as_dict(), indent=2))
     else:
-        print_findings(findings, Console(stderr=True))
+        print_audit(findings, Console(stderr=True))
     if findings.problems:
         raise typer.Exit(1)
 

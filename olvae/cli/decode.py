@@ -32,15 +32,15 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from olvae.config import ConfigError
-    from olvae.data.latent_files import LATENT, read_stats
-    from olvae.data.shard_urls import find_shards
-    from olvae.data.shards import with_counts
-    from olvae.evaluation.processes import device_of
-    from olvae.evaluation.targets import find_target
+    from olvae.data.shards.index import with_counts
+    from olvae.data.shards.latents import LATENT, read_stats
+    from olvae.data.shards.urls import find_shards
+    from olvae.devices import device_of
     from olvae.export.decode import FORMATS, decode_shards
     from olvae.export.encode import fingerprint
     from olvae.files import check_folder
-    from olvae.models.memory import GIB
+    from olvae.models.large.memory import GIB
+    from olvae.models.loading.targets import find_target
 
     if image_format not in FORMATS:
         raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")

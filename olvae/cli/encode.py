@@ -61,12 +61,12 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from olvae.config import ConfigError
-    from olvae.evaluation.processes import device_of, gather, join, leave
-    from olvae.evaluation.targets import find_target
-    from olvae.export.encode import DTYPES, EncodeOptions, Encoder
-    from olvae.export.encode_inputs import find_inputs
+    from olvae.devices import device_of, gather, join, leave
+    from olvae.export.encode import DTYPES, EncodeJob, EncodeOptions
+    from olvae.export.inputs import find_inputs
     from olvae.files import check_folder
-    from olvae.models.memory import GIB
+    from olvae.models.large.memory import GIB
+    from olvae.models.loading.targets import find_target
 
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
@@ -80,7 +80,7 @@ def command(
     size = 0 if native else size or found.usual_size(model)
     options = EncodeOptions(size, moments, seed, dtype, flip)
     describe = {"target": found.name, "source": data}
-    encoder = Encoder(model, inputs, options, out, describe)
+    encoder = EncodeJob(model, inputs, options, out, describe)
     if rank == 0 and len(inputs) < world:
         typer.echo(
             f"note: {len(inputs)} shard{'s' * (len(inputs) > 1)} of latents for {world} processes: the others have "

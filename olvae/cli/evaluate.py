@@ -84,14 +84,14 @@ def command(
     import logging
 
     from olvae.config import ConfigError
-    from olvae.evaluation.assess import DEFAULT_METRICS, UNTRAINED, Request, assess
-    from olvae.evaluation.comparison import print_evaluations
-    from olvae.evaluation.outputs import results_folder, write_outputs
-    from olvae.evaluation.processes import device_of, join, leave
+    from olvae.devices import device_of, join, leave
     from olvae.evaluation.protocol import PROTOCOLS, named
-    from olvae.evaluation.report import Evaluation, read_earlier
-    from olvae.evaluation.targets import find_target, name_apart
+    from olvae.evaluation.report.outputs import results_folder, write_outputs
+    from olvae.evaluation.report.tables import print_evaluations
+    from olvae.evaluation.results import Evaluation, read_earlier
+    from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, assess
     from olvae.metrics.registry import METRICS
+    from olvae.models.loading.targets import find_target, name_apart
 
     names = _names(metrics) if metrics != "all" else list(DEFAULT_METRICS)
     if (unknown := [name for name in names if name not in METRICS]) or not names:

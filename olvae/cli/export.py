@@ -63,9 +63,10 @@ def command(
     from rich.console import Console
 
     from olvae.config import ConfigError
-    from olvae.evaluation.targets import RAW, find_target
-    from olvae.export.folder import DTYPES, Provenance, check_empty, export, first_target, read_factors
+    from olvae.export.card import Provenance
+    from olvae.export.folder import DTYPES, check_empty, export, first_target, read_factors
     from olvae.models.autoencoder import LiteVAE
+    from olvae.models.loading.targets import RAW, find_target
 
     if latents is not None and (scaling_factor is not None or shift_factor is not None):
         raise ConfigError("--latents has both factors: leave --scaling-factor and --shift-factor out")

@@ -54,12 +54,18 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from olvae.data.find import source_of
-    from olvae.evaluation.latent_figures import draw_channels, draw_distribution
-    from olvae.evaluation.latent_report import encode_latents, print_latents, report_content, write_report
-    from olvae.evaluation.outputs import results_folder
-    from olvae.evaluation.processes import device_of, gather, join, leave
-    from olvae.evaluation.targets import find_target, name_apart
+    from olvae.data.open import source_of
+    from olvae.devices import device_of, gather, join, leave
+    from olvae.evaluation.latents.report import (
+        draw_channels,
+        draw_distribution,
+        encode_latents,
+        print_latents,
+        report_content,
+        write_report,
+    )
+    from olvae.evaluation.report.outputs import results_folder
+    from olvae.models.loading.targets import find_target, name_apart
 
     rank, world = join()
     found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]

@@ -50,15 +50,13 @@ def command(
     from rich.progress import Progress
 
     from olvae.config import ConfigError
-    from olvae.data.index import legible
-    from olvae.evaluation.processes import device_of
-    from olvae.evaluation.reconstruct import Settings, collect_images, plan, run_job
-    from olvae.evaluation.targets import find_target
-    from olvae.files import check_folder
+    from olvae.devices import device_of, resolve_precision
+    from olvae.export.reconstruct import Settings, collect_images, plan, run_job
+    from olvae.files import check_folder, legible
     from olvae.models.autoencoder import LiteVAE
-    from olvae.models.memory import GIB, default_memory
-    from olvae.models.receptive import receptive_field
-    from olvae.training.devices import resolve_precision
+    from olvae.models.large.memory import GIB, default_memory
+    from olvae.models.large.tiling import receptive_field
+    from olvae.models.loading.targets import find_target
 
     if tile is not None and memory is not None:
         raise ConfigError("--tile and --memory: give one of the two")

@@ -16,7 +16,7 @@ def command(
     """
     import json
 
-    from olvae.evaluation.tables import network_table, print_table
+    from olvae.bench.networks import network_table, print_table
 
     rows = network_table()
     if as_json:

@@ -38,7 +38,7 @@ def command(
 
     Example: python train.py --base configs/demo.yaml --logdir runs --gpus 0 lightning.trainer.max_steps=100
     """
-    from olvae.training.run import Stopped, TrainOptions, train
+    from olvae.training.run import TrainingStopped, TrainOptions, train
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the first step, it is as Ctrl-C: no run is left
     options = TrainOptions(
@@ -54,6 +54,6 @@ def command(
     )
     try:
         train(options)
-    except Stopped:
+    except TrainingStopped:
         # The first process of a machine tells it: one of the others that failed would have it killed at its curves.
         sys.exit(STOPPED if os.environ.get("LOCAL_RANK", "0") == "0" else 0)

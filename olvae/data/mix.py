@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.lists import ListSource
-from olvae.data.source import Consumer, Part, Sample, Source
-from olvae.data.webdataset import WebDatasetSource
+from olvae.data.mapped.base import MappedSource
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess, Part, Sample, Source
 
 __all__ = ["MixSource"]
 
@@ -61,7 +61,7 @@ class MixSource(Source):
 
     def _is_one_of_several(self, source: Source) -> bool:
         """Whether another source's keys are made as this one's are."""
-        kind = next((kind for kind in (ListSource, WebDatasetSource) if isinstance(source, kind)), Source)
+        kind = next((kind for kind in (MappedSource, WebDatasetSource) if isinstance(source, kind)), Source)
         return sum(isinstance(other, kind) for other in self.sources) > 1
 
     def _shares(self, weights: Sequence[float] | None) -> list[int]:
@@ -101,12 +101,12 @@ class MixSource(Source):
         parts = zip(self.shares, self.sources, strict=True)
         return "; ".join(f"{share / CYCLE:.1%} {source.describe()}" for share, source in parts)
 
-    def check_consumers(self, world: int) -> None:
+    def check_processes(self, world: int) -> None:
         for source in self.sources:
             source.num_workers = self.num_workers
-            source.check_consumers(world)
+            source.check_processes(world)
 
-    def stream(self, seed: int, position: int, consumer: Consumer) -> Iterator[Sample]:
+    def stream(self, seed: int, position: int, consumer: LoaderProcess) -> Iterator[Sample]:
         cycle, place = divmod(position, CYCLE)
         order = self._order(seed, cycle, consumer)
         streams = [
@@ -119,13 +119,13 @@ class MixSource(Source):
             cycle, place = cycle + 1, 0
             order = self._order(seed, cycle, consumer)
 
-    def _order(self, seed: int, cycle: int, consumer: Consumer) -> list[int]:
+    def _order(self, seed: int, cycle: int, consumer: LoaderProcess) -> list[int]:
         """The source of each sample of a cycle."""
         rng = np.random.default_rng((seed, cycle, consumer.index, consumer.count, 3))
         order: list[int] = rng.permutation(np.repeat(np.arange(len(self.sources)), self.shares)).tolist()
         return order
 
-    def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:
+    def once(self, part: Part, consumer: LoaderProcess) -> Iterator[Sample]:
         for source in self.sources:
             source.eval_transform = self.eval_transform  # an evaluation may have put another one here
         for i, source in enumerate(self.sources):

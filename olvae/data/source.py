@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from olvae.data.faults import Fault, Faults, Losses
+from olvae.data.errors import ReadError, ReadErrors, UnreadableImages
 from olvae.data.transforms import EvalTransform
+from olvae.devices import this_process
 
-__all__ = ["Batch", "Consumer", "Loader", "Part", "Sample", "Source", "this_process"]
+__all__ = ["Batch", "Loader", "LoaderProcess", "Part", "Sample", "Source"]
+
 
 Part = Literal["val", "test"]
 """What is seen once, in order."""
@@ -43,14 +44,14 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     key: str
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[ReadError, ...] = ()
     label: int | None = None
     enlarged: bool = False
     """Whether the picture was smaller than the image."""
 
 
 @dataclass(frozen=True)
-class Consumer:
+class LoaderProcess:
     """One of those who share a stream: a loader's process of a rank. ``index`` is below ``count``."""
 
     index: int = 0
@@ -86,7 +87,7 @@ class Source(ABC):
         self.num_workers = num_workers
         self.channels = channels
         self.max_unreadable = max_unreadable
-        self.losses = Losses()
+        self.losses = UnreadableImages()
         self.crops: str | None = None
         """How the pictures to test with were cut, if they are parts of others."""
         self.eval_transform = EvalTransform(size)
@@ -111,14 +112,14 @@ class Source(ABC):
         return None if train is None or val is None else train + val
 
     @abstractmethod
-    def stream(self, seed: int, position: int, consumer: Consumer) -> Iterator[Sample]:
+    def stream(self, seed: int, position: int, consumer: LoaderProcess) -> Iterator[Sample]:
         """This consumer's training samples without end, from the one at ``position`` of its own on.
 
         A function of the arguments: started anywhere, it goes on as it would have.
         """
 
     @abstractmethod
-    def once(self, part: Part, consumer: Consumer) -> Iterator[Sample]:
+    def once(self, part: Part, consumer: LoaderProcess) -> Iterator[Sample]:
         """This consumer's share of a part, each image once."""
 
     @property
@@ -150,16 +151,16 @@ class Source(ABC):
         """Each test image once, shared among the ranks. ``batch_size`` may differ from training's."""
         return self._once_loader(_Once(self, "test"), "test", batch_size or self.batch_size)
 
-    def check_consumers(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
+    def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raises ValueError where the data can't be shared among the processes of ``world`` ranks."""
 
     def _train_loader(self, dataset: Any, **options: Any) -> "Loader":
-        faults = Faults(self.samples_per_epoch, self.images, self.max_unreadable, "training", self.losses)
+        faults = ReadErrors(self.samples_per_epoch, self.images, self.max_unreadable, "training", self.losses)
         return Loader(dataset, self, faults, self.batch_size, drop_last=True, **options)
 
     def _once_loader(self, dataset: Any, part: Part, batch_size: int, **options: Any) -> "Loader":
         what = {"val": "validation", "test": "test"}[part]
-        faults = Faults(None, self.images, self.max_unreadable, what, self.losses)
+        faults = ReadErrors(None, self.images, self.max_unreadable, what, self.losses)
         return Loader(dataset, self, faults, batch_size, **options)
 
 
@@ -169,7 +170,7 @@ class Loader(DataLoader[Any]):
     ``faults`` is that account; ``enlarged`` counts the validation or test images that were made of smaller pictures.
     """
 
-    def __init__(self, dataset: Any, source: Source, faults: Faults, batch_size: int, **options: Any) -> None:
+    def __init__(self, dataset: Any, source: Source, faults: ReadErrors, batch_size: int, **options: Any) -> None:
         workers = source.num_workers
         super().__init__(
             dataset,
@@ -220,7 +221,7 @@ class _Endless(_Share):
         done = self.start // (self.source.batch_size * self.world)
         role = (worker + done) % workers
         turns = len(range(role, done, workers))
-        consumer = Consumer(role * self.world + self.rank, workers * self.world)
+        consumer = LoaderProcess(role * self.world + self.rank, workers * self.world)
         return self.source.stream(self.seed, turns * self.source.batch_size, consumer)
 
 
@@ -232,10 +233,10 @@ class _Once(_Share):
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        return self.source.once(self.part, Consumer(worker * self.world + self.rank, workers * self.world))
+        return self.source.once(self.part, LoaderProcess(worker * self.world + self.rank, workers * self.world))
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | None, list[Fault], int]:
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | None, list[ReadError], int]:
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
     labels = [sample.label for sample in good if sample.label is not None]
@@ -246,11 +247,6 @@ def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | Non
         [fault for sample in samples for fault in sample.faults],
         sum(sample.enlarged for sample in samples),
     )
-
-
-def this_process() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from olvae.data.pixels import Bands, Picture
-from olvae.data.reading import Photo
+from olvae.data.image import Bands, Photo, Picture
 
 __all__ = ["FILTERS", "RESIZES", "EvalTransform", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
 

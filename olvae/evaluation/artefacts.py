@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.data.pixels import from_uint8, to_uint8
+from olvae.data.image import from_uint8, to_uint8
 from olvae.figures import ERROR_RANGE, error_map, labelled_grid
-from olvae.metrics.psnr import psnr
+from olvae.metrics.pixel import psnr
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.precision import full_float32
 

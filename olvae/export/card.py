@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from olvae.models.autoencoder import LiteVAE
-from olvae.modules.counting import count_parameters
+from olvae.modules.base import count_parameters
 
-if TYPE_CHECKING:
-    from olvae.export.folder import Provenance
+__all__ = ["Provenance", "model_card"]
 
-__all__ = ["model_card"]
 
 UNITS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "kid": "KID", "l1": "L1"}
 
@@ -125,3 +124,18 @@ vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in pla
             "`image`, for any batch and size.\n"
         )
     return text
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the model card says of where the weights are from."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The training config, if there is one."""
+    metrics: Path | None = None
+    """A metrics.json to put beside the weights."""
+    raw: bool = False
+    licence: str | None = None
+    """Of the weights, as the hub names it."""
+    factors_from: str | None = None

@@ -9,15 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.data.faults import Fault
-from olvae.data.latent_files import LATENT, read_latent
-from olvae.data.pixels import to_uint8
-from olvae.data.reading import EXTENSIONS, UnreadableImageError
-from olvae.data.shards import Shard, read_shard
-from olvae.models.anysize import crop_to
+from olvae.data.errors import ReadError, UnreadableImageError
+from olvae.data.image import EXTENSIONS, to_uint8
+from olvae.data.shards.latents import LATENT, read_latent
+from olvae.data.shards.read import Shard, read_shard
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.memory import GIB
-from olvae.models.tiling import decode_tiled
+from olvae.models.large.memory import GIB
+from olvae.models.large.padding import crop_to
+from olvae.models.large.tiling import decode_tiled
 
 __all__ = ["FORMATS", "Decoded", "decode_shards"]
 
@@ -30,7 +29,7 @@ class Decoded:
     """How many images were written, and what could not be."""
 
     images: int = 0
-    unreadable: list[Fault] = field(default_factory=list)
+    unreadable: list[ReadError] = field(default_factory=list)
 
 
 class _Latent(NamedTuple):
@@ -93,13 +92,13 @@ def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterato
     batch: list[_Latent] = []
     for shard in shards:
         for entry in read_shard(shard, LATENT):
-            if isinstance(entry, Fault):
+            if isinstance(entry, ReadError):
                 done.unreadable.append(entry)
                 continue
             try:
                 latent, _, meta = read_latent(entry)
             except UnreadableImageError as error:
-                done.unreadable.append(Fault(error.name, error.reason))
+                done.unreadable.append(ReadError(error.name, error.reason))
                 continue
             z = latent.draw(None)
             if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):

@@ -11,12 +11,12 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from olvae.models.anysize import crop_to, pad_to_multiple
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.description import autoencoder_params, build_autoencoder, export_config
-from olvae.models.memory import default_memory
-from olvae.models.streaming import moments_within
-from olvae.models.tiling import decode_tiled
+from olvae.models.large.memory import default_memory
+from olvae.models.large.padding import crop_to, pad_to_multiple
+from olvae.models.large.streaming import moments_within
+from olvae.models.large.tiling import decode_tiled
+from olvae.models.spec import autoencoder_params, build_autoencoder, export_config
 
 __all__ = ["AutoencoderLiteVAE"]
 

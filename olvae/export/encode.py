@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,96 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.faults import Fault
-from olvae.data.latent_files import LATENT, META, STATS, Latent, latent_bytes
-from olvae.data.pixels import from_uint8
-from olvae.data.shards import INDEX
-from olvae.export.encode_inputs import Inputs
-from olvae.export.encode_reading import ReadImage, read_batches
-from olvae.export.latent_sums import LatentSums
+from olvae.data.errors import ReadError
+from olvae.data.image import from_uint8
+from olvae.data.shards.index import INDEX
+from olvae.data.shards.latents import LATENT, META, STATS, Latent, latent_bytes
+from olvae.export.inputs import Inputs, ReadImage, read_batches
 from olvae.files import write_json
-from olvae.models.anysize import pad_to_multiple
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.memory import GIB
-from olvae.models.streaming import encode_within
+from olvae.models.large.memory import GIB
+from olvae.models.large.padding import pad_to_multiple
+from olvae.models.large.streaming import encode_within
 from olvae.modules.distributions import Posterior
 
-__all__ = ["DTYPES", "EncodeOptions", "Encoder", "fingerprint"]
+__all__ = ["DTYPES", "EncodeJob", "EncodeOptions", "LatentSums", "fingerprint"]
+
+
+class LatentSums:
+    """Per channel and in float64, of images and positions: counts and moments of z = mean + std * noise.
+
+    Kept for each shard, and added up in the shards' order, so that an interruption can't change the last digit.
+    The conventions are those of ``olvae latents``: the variance of z is that of the means plus the mean variance.
+
+    Args:
+        images: seen.
+        positions: of their latents, the mirrored ones' included.
+        shape: of each latent, (n_z, h, w); None if they differ.
+        mean, square, var: sums of the means, of their squares, of the variances; n_z numbers each.
+    """
+
+    def __init__(
+        self,
+        images: int = 0,
+        positions: int = 0,
+        shape: Iterable[int] | None = None,
+        mean: Iterable[float] = (),
+        square: Iterable[float] = (),
+        var: Iterable[float] = (),
+    ) -> None:
+        self.images = images
+        self.positions = positions
+        self.shape = None if shape is None else tuple(shape)
+        self.sums = torch.tensor([list(mean), list(square), list(var)], dtype=torch.float64)  # (3, n_z)
+
+    def update(self, latents: Iterable[Latent]) -> None:
+        """Add those of one image: its latent, and the mirrored one's."""
+        for i, latent in enumerate(latents):
+            mean = latent.mean.double().flatten(1)  # (n_z, h w)
+            var = torch.zeros_like(mean) if latent.std is None else latent.std.double().flatten(1).square()
+            sums = torch.stack([mean.sum(1), mean.square().sum(1), var.sum(1)])
+            self._add(int(i == 0), mean.shape[1], tuple(latent.mean.shape), sums)
+
+    def add(self, other: "LatentSums") -> None:
+        self._add(other.images, other.positions, other.shape, other.sums)
+
+    def _add(self, images: int, positions: int, shape: tuple[int, ...] | None, sums: torch.Tensor) -> None:
+        self.shape = shape if not self.positions or shape == self.shape else None
+        self.sums = self.sums + sums if self.positions else sums
+        self.images += images
+        self.positions += positions
+
+    def state(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON has them."""
+        mean, square, var = self.sums.tolist()
+        shape = None if self.shape is None else list(self.shape)
+        return {
+            "images": self.images,
+            "positions": self.positions,
+            "shape": shape,
+            "mean": mean,
+            "square": square,
+            "var": var,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Shape, shift and scaling over everything, and mean and standard deviation per channel."""
+        mean, square, var = self.sums / self.positions
+        shift = float(mean.mean())
+        variance = float((square + var).mean()) - shift**2
+        if not variance > 0.0:
+            raise ValueError("the latents are all equal: there is nothing to scale, and nothing to learn from them")
+        return {
+            "latent_shape": None if self.shape is None else list(self.shape),
+            "shift_factor": shift,
+            "scaling_factor": variance**-0.5,
+            "latents_mean": mean.tolist(),
+            "latents_std": (square - mean.square() + var).clamp(min=0.0).sqrt().tolist(),
+        }
+
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
 STATE = ".encode"
 """The folder, inside the one of the latents, with the plan and what is known of each finished shard."""
 
@@ -54,7 +127,7 @@ class EncodeOptions:
     flip: bool = False
 
 
-class Encoder:
+class EncodeJob:
     """Encodes the images of :class:`Inputs` into a folder, in one process or several.
 
     Output shard i goes to process i modulo their number. A shard is written under another name and renamed when it
@@ -207,7 +280,7 @@ class Encoder:
             with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
                 for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads):
                     images = [one for one in batch if isinstance(one, ReadImage)]
-                    faults += [one for one in batch if isinstance(one, Fault)]
+                    faults += [one for one in batch if isinstance(one, ReadError)]
                     if images:
                         self._encode(images, memory, archive, sums)
                     advance(len(batch))

@@ -5,43 +5,27 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from olvae.export.card import model_card
+from olvae.export.card import Provenance, model_card
 from olvae.files import nearest
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.description import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
+from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 
-__all__ = ["DTYPES", "Provenance", "check_empty", "export", "first_target", "read_factors"]
+__all__ = ["DTYPES", "check_empty", "export", "first_target", "read_factors"]
+
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 TOLERANCE = 1e-6
 """Of the largest value: how far the model that is loaded back may be from the one that was written."""
 
 FOLDING = 1e-5
 """The same, for folding, which computes in another order."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the model card says of where the weights are from."""
-
-    name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """The training config, if there is one."""
-    metrics: Path | None = None
-    """A metrics.json to put beside the weights."""
-    raw: bool = False
-    licence: str | None = None
-    """Of the weights, as the hub names it."""
-    factors_from: str | None = None
 
 
 def check_empty(folder: Path, force: bool) -> None:

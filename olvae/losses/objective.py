@@ -6,11 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from olvae.losses.gaussian import gaussian_loss
-from olvae.losses.kl import kl_loss
 from olvae.losses.perceptual import LPIPS
-from olvae.losses.reconstruction import RECONSTRUCTION
-from olvae.losses.wavelet import wavelet_loss
+from olvae.losses.terms import RECONSTRUCTION, gaussian_loss, kl_loss, wavelet_loss
 from olvae.modules.distributions import DiagonalGaussian
 
 __all__ = ["IMAGE_TERMS", "Objective"]

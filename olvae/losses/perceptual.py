@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from olvae.modules.perceptual_network import perceptual_network
+from olvae.modules.lpips import perceptual_network
 from olvae.modules.precision import island, no_autocast
 from olvae.weights import VGG16, find_weights
 

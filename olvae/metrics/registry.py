@@ -6,16 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olvae.metrics.fid import RFID
 from olvae.metrics.inception import Features, Inception, PairFeatures
-from olvae.metrics.kid import KID
-from olvae.metrics.l1 import l1
 from olvae.metrics.lpips import LPIPSDistance
 from olvae.metrics.metric import Kind, Metric, PerImage
-from olvae.metrics.msssim import ms_ssim
-from olvae.metrics.psnr import psnr
-from olvae.metrics.ssim import ssim, ssim_uniform
-from olvae.modules.perceptual_network import TRUNKS, Trunk
+from olvae.metrics.pixel import l1, psnr
+from olvae.metrics.rfid import KID, RFID
+from olvae.metrics.ssim import ms_ssim, ssim, ssim_uniform
+from olvae.modules.lpips import TRUNKS, Trunk
 from olvae.weights import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 
 __all__ = ["METRICS", "MakeMetrics", "build_metrics"]

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from olvae.config import ConfigError, Node, instantiate
 from olvae.losses.adversarial import (
     ADVERSARIAL_LOSSES,
+    LeCam,
+    cutmix,
+    cutmix_consistency,
     discriminator_accuracy,
     discriminator_loss,
     generator_loss,
+    r1_penalty,
 )
-from olvae.losses.regularizers import LeCam, cutmix, cutmix_consistency, r1_penalty
+from olvae.modules.discriminators.spectral import fixed_spectral_norm, power_iteration
 from olvae.modules.precision import no_autocast
-from olvae.modules.spectral import fixed_spectral_norm, power_iteration
 
 __all__ = ["Adversary"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError, instantiate
 from olvae.models.hub import CARD, HubAccess, is_hub_id, told_in_one_line
+from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import DiagonalGaussian, Posterior
-from olvae.modules.halves import Decoder, Encoder
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 

@@ -1,27 +1,34 @@
 """LiteAutoencoderKL: what happens in a training step."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.pixels import from_uint8
+from olvae.data.image import from_uint8
 from olvae.data.source import Batch
 from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.models.adversary import Adversary
-from olvae.models.anchor import Anchor
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.equivariance import transform_alike
-from olvae.models.schedule import adam_with_schedule, lr_factor
-from olvae.models.step import gradient_ratio, mix_seeds
-from olvae.models.update import update
-from olvae.models.validated import ValidatedModule
+from olvae.models.regularizers import Anchor, transform_alike
+from olvae.models.validation import ValidatedModule
 from olvae.modules.distributions import DiagonalGaussian
 
-__all__ = ["LiteAutoencoderKL"]
+__all__ = [
+    "LiteAutoencoderKL",
+    "adam_with_schedule",
+    "grad_scaler",
+    "gradient_ratio",
+    "last_convolution",
+    "lr_factor",
+    "mix_seeds",
+    "update",
+]
 
 
 class LiteAutoencoderKL(ValidatedModule):
@@ -305,3 +312,119 @@ class LiteAutoencoderKL(ValidatedModule):
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
         x = from_uint8(batch["image"])
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+
+def update(module: "LiteAutoencoderKL", adversary: Adversary | None, autoencoder: bool) -> None:
+    """One update of the autoencoder, and ``updates_per_step`` of the discriminator if the adversary plays.
+
+    Under fp16 both gradients carry the same loss scale, so it may change only after both were used: the
+    discriminator steps first, through the bare scaler; the autoencoder through Lightning, which then updates
+    the scale, and counts the step.
+    """
+    optimizers, schedules = _as_list(module.optimizers()), _as_list(module.lr_schedulers())
+    scaler = grad_scaler(module)
+    if adversary is not None:
+        _step_discriminator(module, adversary, optimizers[1].optimizer)
+    if autoencoder:
+        optimizer = optimizers[0]
+        module.log("train/lr", optimizer.param_groups[0]["lr"])
+        _clip(module, optimizer.optimizer, module.autoencoder_parameters(), "train/grad_norm")
+        optimizer.step()
+        optimizer.zero_grad()
+        schedules[0].step()
+    elif scaler is not None:
+        scaler.update()
+    if adversary is not None:
+        for _ in range(adversary.updates_per_step - 1):
+            for pair in module.pairs:
+                module.discriminator_backward(adversary, *pair)
+            _step_discriminator(module, adversary, optimizers[1].optimizer)
+            if scaler is not None:
+                scaler.update()
+        schedules[1].step()
+        module.pairs.clear()
+
+
+def _step_discriminator(module: "LiteAutoencoderKL", adversary: Adversary, optimizer: torch.optim.Optimizer) -> None:
+    parameters = list(adversary.discriminator.parameters())
+    _clip(module, optimizer, parameters, "train/grad_norm_discriminator")
+    scaler = grad_scaler(module)
+    if scaler is not None:
+        scaler.step(optimizer)
+    else:
+        optimizer.step()
+    optimizer.zero_grad()
+    adversary.updated()
+
+
+def _clip(
+    module: "LiteAutoencoderKL", optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], name: str
+) -> None:
+    """Clip the norm of the true gradient: under fp16 the scale is taken off first."""
+    if not module.gradient_clip_val:
+        return
+    scaler = grad_scaler(module)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    module.log(name, torch.nn.utils.clip_grad_norm_(parameters, module.gradient_clip_val))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One seed from several numbers, another for each list of them."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0] >> 1)
+
+
+def grad_scaler(module: pl.LightningModule) -> torch.amp.GradScaler | None:
+    """What scales the losses under fp16; None in any other precision."""
+    scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
+    return scaler
+
+
+def last_convolution(module: nn.Module) -> nn.Conv2d:
+    """The last one in the order of definition, which in a decoder makes the image."""
+    return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
+
+
+def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Tensor:
+    """|gradient of one loss| / |gradient of the other| at the decoder's last layer, in float32.
+
+    The gradients are those of the whole batch, over all ranks. Under fp16 both losses are scaled for it, because
+    small gradients would be lost.
+    """
+    assert isinstance(module.decoder, nn.Module)
+    weight = last_convolution(module.decoder).weight
+    scaler = grad_scaler(module)
+    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+    norms: list[Tensor] = []
+    for loss in (one, other):
+        (gradient,) = torch.autograd.grad(scale * loss, weight, retain_graph=True)
+        if module.trainer.world_size > 1:
+            gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
+        norms.append(gradient.float().norm() / scale)
+    return norms[0] / norms[1].clamp_min(1e-12)
+
+
+def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
+    """What to multiply the base rate by at a step, counted from 0.
+
+    Linear from 1/warmup_steps to 1 over the warm-up; then 1 (``constant``), or half a cosine from 1 down to
+    ``min_factor`` at ``decay_steps`` and ``min_factor`` from there on (``cosine``).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def adam_with_schedule(
+    parameters: list[nn.Parameter], rate: float, betas: tuple[float, float], factor: Callable[[int], float]
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Adam [P App. F], and the schedule that multiplies its rate by ``factor`` of the step."""
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -16,7 +16,8 @@ from olvae.checkpoint import WEIGHT_SUFFIXES, load_weights, read_weights
 from olvae.config import Config, ConfigError
 from olvae.files import whole, write_json
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.description import (
+from olvae.models.hub import USUAL, HubAccess, fetch, is_hub_id
+from olvae.models.spec import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     autoencoder_params,
@@ -24,7 +25,6 @@ from olvae.models.description import (
     export_config,
     read_config,
 )
-from olvae.models.hub import USUAL, HubAccess, fetch, is_hub_id
 from olvae.runs import Run
 
 __all__ = ["Located", "check_saveable", "config_kept", "find_weights", "load_located", "locate", "write_export"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from olvae.modules.halves import Decoder, Encoder
+from olvae.modules.base import Decoder, Encoder
 
 __all__ = ["SDDecoder", "SDEncoder"]
 

@@ -5,7 +5,8 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,15 +19,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from olvae import config as cfg
-from olvae.data.faults import FaultLimitError
-from olvae.data.pixels import to_uint8
+from olvae.data.errors import TooManyUnreadableError
+from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.figures import error_map, labelled_grid
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 
-__all__ = ["FaultLimit", "FiniteLoss", "GracefulStop", "ImageGrids", "KeepCheckpoints", "SaveConfig"]
+__all__ = ["FiniteLoss", "GracefulStop", "Health", "ImageGrids", "KeepCheckpoints", "SaveConfig", "UnreadableLimit"]
+
 
 log = logging.getLogger("olvae.training")
 
@@ -74,7 +76,9 @@ class KeepCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
-        together = trainer.world_size == 1 or isinstance(exception, FaultLimitError)  # else the others are elsewhere
+        together = trainer.world_size == 1 or isinstance(
+            exception, TooManyUnreadableError
+        )  # else the others are elsewhere
         if together and not self._in_step and pl_module.images_seen > self._images:
             self._save(trainer, pl_module, "last.ckpt")
 
@@ -210,7 +214,7 @@ class FiniteLoss(Callback):
             raise not_finite(trainer, "the loss is")
 
 
-class FaultLimit(Callback):
+class UnreadableLimit(Callback):
     """Several processes add up what they could not read, and stop together when it is too much.
 
     Args:
@@ -283,3 +287,77 @@ class GracefulStop(Callback):
 
 def _run(trainer: pl.Trainer) -> Run:
     return Run(Path(trainer.default_root_dir))
+
+
+SETTINGS = "model.params.adversary_config.params"
+
+
+@dataclass(frozen=True)
+class _Symptom:
+    """A condition on one of the logged values, and what to say when it has held for long."""
+
+    metric: str
+    holds: Callable[[float], bool]
+    sentence: str
+
+
+SYMPTOMS = (
+    _Symptom(
+        "health/accuracy",
+        lambda accuracy: accuracy > 0.95,
+        "the discriminator has won: it is right about {value:.0%} of its logits. "
+        f"Lower {SETTINGS}.learning_rate_ratio, or set lecam_weight or r1_weight",
+    ),
+    _Symptom(
+        "health/accuracy",
+        lambda accuracy: abs(accuracy - 0.5) < 0.02,
+        "the discriminator is blind: it is right about {value:.0%} of its logits, as a coin would be. "
+        f"Raise {SETTINGS}.learning_rate_ratio or updates_per_step, or take a larger discriminator",
+    ),
+    _Symptom(
+        "health/gradient_ratio",
+        lambda ratio: ratio > 2.0,
+        "the adversarial gradient dominates: at the decoder's last layer it is {value:.1f} times that of the pixel "
+        f"terms. Lower {SETTINGS}.weight, or set adaptive_weight",
+    ),
+)
+
+
+class Health(Callback):
+    """Watches the health values of phase B.
+
+    Args:
+        patience: steps of the autoencoder that a symptom must last, without a break, before it is told; it is told
+            again after as many more.
+        every_n_steps: how often to look; each look waits for the device.
+    """
+
+    def __init__(self, patience: int = 1000, every_n_steps: int = 50) -> None:
+        if patience < 1 or every_n_steps < 1:
+            raise ValueError("patience and every_n_steps must be at least 1")
+        self.patience = patience
+        self.every_n_steps = every_n_steps
+        self.console = Console(stderr=True)
+        self._since: list[int | None] = [None] * len(SYMPTOMS)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        step = trainer.global_step
+        if pl_module.adversary is None or not trainer.is_global_zero or step % self.every_n_steps:
+            return
+        for i, symptom in enumerate(SYMPTOMS):
+            value = trainer.callback_metrics.get(symptom.metric)
+            if value is None or not symptom.holds(float(value)):
+                self._since[i] = None
+                continue
+            since = self._since[i]
+            if since is None:
+                self._since[i] = step
+            elif step - since >= self.patience:
+                text = symptom.sentence.format(value=float(value))
+                self.console.print(
+                    f"[bold yellow]step {step}, for {step - since} steps: {text}", highlight=False, soft_wrap=True
+                )
+                self._since[i] = step

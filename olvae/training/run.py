@@ -19,15 +19,31 @@ from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
+from olvae.devices import resolve_devices, resolve_precision
+from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.training.callbacks import FaultLimit, FiniteLoss, GracefulStop, ImageGrids, KeepCheckpoints, SaveConfig
-from olvae.training.checks import check_adversary, check_images, check_torchrun, process_count
-from olvae.training.devices import resolve_devices, resolve_precision
-from olvae.training.health import Health
-from olvae.training.progress import StepProgress
-from olvae.training.summary import print_ending, print_summary
+from olvae.training.callbacks import (
+    FiniteLoss,
+    GracefulStop,
+    Health,
+    ImageGrids,
+    KeepCheckpoints,
+    SaveConfig,
+    UnreadableLimit,
+)
+from olvae.training.progress import StepProgress, print_ending, print_summary
 
-__all__ = ["Stopped", "TrainOptions", "quieten", "train"]
+__all__ = [
+    "TrainOptions",
+    "TrainingStopped",
+    "check_adversary",
+    "check_images",
+    "check_torchrun",
+    "process_count",
+    "quieten",
+    "train",
+]
+
 
 RUN_ENV = "OLVAE_RUN"
 """Where the first process tells the run folder to those that Lightning starts for the other devices."""
@@ -48,7 +64,7 @@ class TrainOptions:
     actual_resume: str | Path | None = None
 
 
-class Stopped(KeyboardInterrupt):
+class TrainingStopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended training after a step, with a checkpoint; how to go on has been told."""
 
 
@@ -60,7 +76,7 @@ def train(options: TrainOptions) -> runs.Run:
     Raises:
         ConfigError: a mistake in the config or the flags.
         ValueError, FileNotFoundError: data, weights or devices do not fit or are not there.
-        Stopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
+        TrainingStopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
     resumed = runs.open_run(options.resume) if options.resume is not None else None
@@ -98,7 +114,7 @@ def train(options: TrainOptions) -> runs.Run:
             f"--resume: this run has had its {done} steps: to go on, give more, as in "
             f"lightning.trainer.max_steps={2 * done}"
         )
-    source.check_consumers(process_count(trainer_args))
+    source.check_processes(process_count(trainer_args))
     check_adversary(model, source, trainer_args["max_steps"])
     if model.adversary is not None:
         _share_two_sides(trainer_args)
@@ -106,7 +122,7 @@ def train(options: TrainOptions) -> runs.Run:
     stop = GracefulStop()
     try:
         trainer = _trainer(
-            run, precision, trainer_args, config, [stop, FaultLimit(), SaveConfig({**config, "run": settings})]
+            run, precision, trainer_args, config, [stop, UnreadableLimit(), SaveConfig({**config, "run": settings})]
         )
         print_summary(settings, run, trainer, model, source, start)
         trainer.fit(
@@ -126,7 +142,7 @@ def train(options: TrainOptions) -> runs.Run:
     if trainer.is_global_zero:
         print_ending(run, trainer)
     if stop.asked:
-        raise Stopped  # what was to follow should not, whether it is Python or make
+        raise TrainingStopped  # what was to follow should not, whether it is Python or make
     return run
 
 
@@ -293,3 +309,67 @@ def quieten() -> None:
         ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def process_count(trainer_args: Mapping[str, Any]) -> int:
+    """Processes of a run, over all nodes."""
+    devices = trainer_args["devices"]
+    return (devices if isinstance(devices, int) else len(devices)) * int(trainer_args.get("num_nodes", 1))
+
+
+def check_torchrun(processes: int) -> None:
+    """With one device Lightning would leave each of torchrun's processes to train a model of its own, in one folder.
+
+    Raises:
+        ConfigError: torchrun started another number.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else processes
+    if started != processes:
+        raise ConfigError(
+            f"torchrun started {started} processes, and the flags and lightning.trainer name {processes} "
+            f"device{'' if processes == 1 else 's'}: --gpus {started}, or on the CPU lightning.trainer.accelerator=cpu "
+            f"lightning.trainer.devices={started} (devices of each node, times num_nodes)"
+        )
+
+
+def check_images(model: LiteAutoencoderKL, source: Source) -> None:
+    """Whether the model takes the source's images.
+
+    Raises:
+        ConfigError: their size or channels do not fit.
+    """
+    f, channels = model.autoencoder.downscale, model.autoencoder.encoder.in_channels
+    if source.size % f:
+        raise ConfigError(
+            f"data.params.size: {source.size} is not a multiple of {f}, by which the model shrinks images: "
+            f"use {max(f, source.size // f * f)} or {(source.size // f + 1) * f}"
+        )
+    if source.channels != channels:
+        raise ConfigError(
+            f"the images have {source.channels} channels, the model takes {channels}: set "
+            "data.params.channels, or in_channels of encoder_config.params and out_channels of decoder_config.params"
+        )
+    if model.equivariance and model.objective.lpips is not None and source.size < 64:
+        raise ConfigError(
+            f"data.params.size: {source.size}: equivariance shrinks images to a quarter, and LPIPS needs 16 pixels: "
+            "use 64 or more, or set lpips_weight to 0"
+        )
+
+
+def check_adversary(model: LiteAutoencoderKL, source: Source, max_steps: int) -> None:
+    """Whether the adversary, if there is one, will play, and can.
+
+    Raises:
+        ConfigError, ValueError: it begins too late, has no term beside it, or does not take such images.
+    """
+    adversary = model.adversary
+    if adversary is None:
+        return
+    if adversary.start_step >= max_steps:
+        raise ConfigError(
+            f"adversary_config.params.start_step: {adversary.start_step} is not before the last of "
+            f"{max_steps} steps, so the adversary would never play"
+        )
+    if not set(IMAGE_TERMS) & set(model.objective.weights):
+        raise ConfigError("lossconfig.params: beside an adversary, one of the terms that compare images must be on")
+    adversary.check_image(model.autoencoder.encoder.in_channels, source.size)

@@ -7,7 +7,7 @@ def params() -> dict:
         "target": "olvae.models.adversary.Adversary",
         "params": {
             "discriminator_config": {
-                "target": "olvae.modules.basicgan.patchgan.PatchGAN",
+                "target": "olvae.modules.discriminators.patchgan.PatchGAN",
                 "params": {"n_layers": 1, "base_channels": 4},
             }
         },

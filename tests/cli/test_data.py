@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from olvae.data import check as module
+from olvae.data.audit import check as module
 from tests.data.packing import members
 
 ROOT = Path(__file__).parent.parent.parent

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from olvae.cli.main import main
-from olvae.data.pixels import image_to_tensor, to_uint8
-from olvae.data.reading import read_picture
-from tests.evaluation.test_processes import fork_two
+from olvae.data.image import image_to_tensor, read_picture, to_uint8
 from tests.export.latents import pictures, tiny_vae
+from tests.test_devices import fork_two
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from tests.evaluation.test_processes import REPO, run_on_two
+from tests.test_devices import REPO, run_on_two
 
 PIXELS = ("--metrics", "psnr,ssim,l1")
 
@@ -275,7 +275,7 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, tmp_path, argum
 KILLED = """
 import os, sys
 from olvae.cli.main import main
-from olvae.evaluation.reconstruction import AutoencoderReconstruction as Reconstruction
+from olvae.evaluation.roundtrip import AutoencoderRoundTrip as Reconstruction
 before, calls = Reconstruction.__call__, []
 def killed(self, keys, x):
     calls.append(keys)

@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from olvae import LiteVAE
 from olvae.weights import ALEXNET, INCEPTION, VGG16
-from tests.evaluation.test_processes import run_on_two
+from tests.test_devices import run_on_two
 
 SIZE = 32
 PUBLISHED = {"vgg": torchvision.models.VGG16_Weights, "alex": torchvision.models.AlexNet_Weights}

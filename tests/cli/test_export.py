@@ -13,8 +13,8 @@ from diffusers import AutoencoderTiny
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import save
-from olvae.models.description import WEIGHTS_NAME
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.spec import WEIGHTS_NAME
 from tests.conftest import tiny_config
 
 

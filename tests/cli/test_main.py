@@ -13,7 +13,7 @@ import typer
 
 from olvae.cli.main import _repeat_flags, _tell, main
 from olvae.config import save
-from olvae.training.run import Stopped
+from olvae.training.run import TrainingStopped
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -155,7 +155,7 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("olvae.evaluation.tables.network_table", interrupted)
+    monkeypatch.setattr("olvae.bench.networks.network_table", interrupted)
     assert olvae("tables") == (130, "", "stopped\n")
     monkeypatch.setattr("olvae.training.run.print_summary", interrupted)
     assert olvae("train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path) == (
@@ -186,7 +186,7 @@ def test_the_first_process_tells_that_training_was_stopped(olvae, monkeypatch, r
     """Lightning and torchrun kill all processes when one fails, and the first one still draws its curves."""
 
     def stopped(_: object) -> None:
-        raise Stopped
+        raise TrainingStopped
 
     monkeypatch.setattr("olvae.training.run.train", stopped)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

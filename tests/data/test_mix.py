@@ -6,7 +6,7 @@ import torch
 
 from olvae.config import ConfigError, validate
 from olvae.data.mix import MixSource
-from olvae.data.source import Consumer
+from olvae.data.source import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
@@ -20,8 +20,8 @@ def nodes(tmp_path, image_folder):
     folder = {"root": str(image_folder), "size": 16, "batch_size": 1, "val_fraction": 0.1}
     shards = {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 1, "val_shards": str(tmp_path / "val")}
     return [
-        {"target": "olvae.data.folder.FolderSource", "params": folder},
-        {"target": "olvae.data.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
+        {"target": "olvae.data.mapped.folder.FolderSource", "params": folder},
+        {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
     ]
 
 
@@ -31,7 +31,7 @@ def mix(nodes, **arguments) -> MixSource:
 
 def test_each_source_has_its_share(nodes):
     s = mix(nodes, weights=[3, 1])
-    kinds = Counter("png" in sample.key for sample in islice(s.stream(0, 0, Consumer()), 1000))
+    kinds = Counter("png" in sample.key for sample in islice(s.stream(0, 0, LoaderProcess()), 1000))
     assert kinds == {True: 750, False: 250}
     assert mix(nodes, weights=[0, 1]).shares == [0, 1000]
     assert mix(nodes, weights=[1, 1, 1][:2]).shares == [500, 500]
@@ -44,8 +44,8 @@ def test_each_source_has_its_share(nodes):
 @pytest.mark.parametrize("position", [0, 1, 7, 400, 999, 1000, 1003])
 def test_it_goes_on_anywhere(nodes, position):
     s = mix(nodes, weights=[1, 2])
-    whole = list(islice(s.stream(5, 0, Consumer(1, 3)), 1010))[position : position + 10]
-    rest = list(islice(s.stream(5, position, Consumer(1, 3)), len(whole)))
+    whole = list(islice(s.stream(5, 0, LoaderProcess(1, 3)), 1010))[position : position + 10]
+    rest = list(islice(s.stream(5, position, LoaderProcess(1, 3)), len(whole)))
     assert [x.key for x in rest] == [x.key for x in whole]
     assert all(torch.equal(a.image, b.image) for a, b in zip(rest, whole, strict=True))
 
@@ -71,12 +71,12 @@ def test_validation_is_that_of_all(nodes):
 @pytest.mark.parametrize("i", [0, 1])
 def test_sources_of_a_kind_give_each_image_its_own_key(nodes, i):
     s = mix([nodes[i], nodes[i]])
-    alone = [sample.key for sample in s.sources[0].once("val", Consumer())]
-    assert [sample.key for sample in s.once("val", Consumer())] == [f"{n}/{key}" for n in (0, 1) for key in alone]
-    drawn = {sample.key for sample in islice(s.stream(0, 0, Consumer()), 1000)}
+    alone = [sample.key for sample in s.sources[0].once("val", LoaderProcess())]
+    assert [sample.key for sample in s.once("val", LoaderProcess())] == [f"{n}/{key}" for n in (0, 1) for key in alone]
+    drawn = {sample.key for sample in islice(s.stream(0, 0, LoaderProcess()), 1000)}
     assert len(drawn) == s.samples_per_epoch
     assert {key[0] for key in drawn} == {"0", "1"}
-    own = {sample.key for sample in mix(nodes).once("val", Consumer())}
+    own = {sample.key for sample in mix(nodes).once("val", LoaderProcess())}
     assert set(alone) < own  # a list and shards need no number
 
 
@@ -109,17 +109,17 @@ def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
 def test_an_evaluations_transform_reaches_the_sources(nodes):
     s = mix(nodes)
     s.eval_transform = EvalTransform(16, "squash")
-    whole = {sample.key: sample.image for sample in s.once("test", Consumer())}
+    whole = {sample.key: sample.image for sample in s.once("test", LoaderProcess())}
     for source in mix(nodes).sources:
         source.eval_transform = EvalTransform(16, "squash")
-        for sample in source.once("test", Consumer()):
+        for sample in source.once("test", LoaderProcess()):
             assert torch.equal(whole[sample.key], sample.image)
     assert len(whole) == s.count("test")
 
 
 def test_the_protocol_hears_how_each_sources_images_are_made(nodes):
     assert mix(nodes).crops is None
-    samples = {"target": "olvae.data.samples.SamplePhotographs", "params": {"size": 16, "batch_size": 1}}
+    samples = {"target": "olvae.data.mapped.samples.SamplePhotographs", "params": {"size": 16, "batch_size": 1}}
     images = mix([nodes[0], samples]).test_images
     assert "tiles" in images
     assert "centre crop" in images

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.pixels import Bands, image_to_tensor
+from olvae.data.image import Bands, image_to_tensor
 from olvae.data.transforms import FILTERS, RandomScaleCrop, center_crop, resize_shorter_side
 
 

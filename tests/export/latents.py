@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from olvae import LiteVAE
-from olvae.data.folder import find_images
-from olvae.data.pixels import from_uint8, image_to_tensor
-from olvae.data.reading import read_picture
+from olvae.data.image import from_uint8, image_to_tensor, read_picture
+from olvae.data.mapped.folder import find_images
 from olvae.data.transforms import center_crop
-from olvae.export.encode import EncodeOptions, Encoder
-from olvae.export.encode_inputs import find_inputs
+from olvae.export.encode import EncodeJob, EncodeOptions
+from olvae.export.inputs import find_inputs
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.conftest import tiny_config
@@ -45,7 +44,7 @@ def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, s
     model = tiny_vae() if model is None else model
     batch_size = options.pop("batch_size", 3)
     inputs = find_inputs(str(source), 3, shard_size, options.pop("classes", False))
-    encoder = Encoder(model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"})
+    encoder = EncodeJob(model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"})
     encoder.run(batch_size=batch_size)
     return encoder.finish()
 

@@ -3,12 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.latent_files import LATENT, META
-from olvae.data.pixels import from_uint8, image_to_tensor, to_uint8
-from olvae.data.shard_urls import find_shards
-from olvae.data.shards import read_shard, with_counts
+from olvae.data.image import from_uint8, image_to_tensor, to_uint8
+from olvae.data.shards.index import with_counts
+from olvae.data.shards.latents import LATENT, META
+from olvae.data.shards.read import read_shard
+from olvae.data.shards.urls import find_shards
 from olvae.export.decode import decode_shards
-from olvae.models.anysize import decode_any, encode_any
+from olvae.models.large.padding import decode_any, encode_any
 from tests.data.images import picture, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
 

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError
-from olvae.models.anysize import decode_any, encode_any
-from olvae.models.memory import GIB, default_memory, peak_bytes
-from olvae.models.tiling import tile_bytes
+from olvae.models.large.memory import GIB, default_memory, peak_bytes
+from olvae.models.large.padding import decode_any, encode_any
+from olvae.models.large.tiling import tile_bytes
 from tests.conftest import tiny_config
-from tests.models.test_tiling import sd
+from tests.models.large.test_tiling import sd
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "quantizer"])

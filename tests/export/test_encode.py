@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load
 
 from olvae.config import ConfigError
-from olvae.data.folder import find_images
-from olvae.data.pixels import from_uint8, image_to_tensor
-from olvae.evaluation.latents import LatentAccumulator
+from olvae.data.image import from_uint8, image_to_tensor
+from olvae.data.mapped.folder import find_images
+from olvae.evaluation.latents.accumulator import LatentAccumulator
 from olvae.export import encode as module
-from olvae.export.encode import EncodeOptions, Encoder
-from olvae.export.encode_inputs import find_inputs
-from olvae.models.anysize import encode_any
+from olvae.export.encode import EncodeJob, EncodeOptions
+from olvae.export.inputs import find_inputs
+from olvae.models.large.padding import encode_any
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
 
@@ -275,8 +275,8 @@ class Job:
         self.folder = folder
         self.model = tiny_vae()
 
-    def encoder(self) -> Encoder:
-        return Encoder(self.model, self.inputs, EncodeOptions(16, flip=True), self.folder, {"target": "tiny"})
+    def encoder(self) -> EncodeJob:
+        return EncodeJob(self.model, self.inputs, EncodeOptions(16, flip=True), self.folder, {"target": "tiny"})
 
     def start(self, kill_after: int | None = None) -> int | None:
         """Run to the end, or until so many images are done, those of finished shards included; the exit code."""
@@ -380,7 +380,8 @@ def test_what_it_refuses(tmp_path, image_folder):
         encode(image_folder, tmp_path / "zero", Shrunk(0.0))
     (tmp_path / "mix.yaml").write_text(
         "data: {target: olvae.data.mix.MixSource, params: {size: 16, batch_size: 1, sources: "
-        f"[{{target: olvae.data.folder.FolderSource, params: {{root: {image_folder}, size: 16, batch_size: 1}}}}]}}}}"
+        "[{target: olvae.data.mapped.folder.FolderSource, "
+        f"params: {{root: {image_folder}, size: 16, batch_size: 1}}}}]}}}}"
     )
     with pytest.raises(ConfigError, match="one by one"):
         find_inputs(str(tmp_path / "mix.yaml"), 3, 5)

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.export import folder as folder_module
-from olvae.export.folder import Provenance, export, read_factors
-from olvae.models.description import WEIGHTS_NAME
+from olvae.export.card import Provenance
+from olvae.export.folder import export, read_factors
+from olvae.models.spec import WEIGHTS_NAME
 from tests.conftest import tiny_config
 
 SOURCE = Provenance("a_run", config=tiny_config(), licence="mit", factors_from="measured")
@@ -65,7 +66,7 @@ def test_a_run_an_export_diffusers_and_an_export_again(model, dtype, fold, tmp_p
 def test_the_model_card(model, metrics, tmp_path):
     config = {
         **SOURCE.config,
-        "data": {"target": "olvae.data.folder.FolderSource", "params": {"root": "/home/me/cats"}},
+        "data": {"target": "olvae.data.mapped.folder.FolderSource", "params": {"root": "/home/me/cats"}},
         "run": {"weights": "/home/me/runs/2026_a_32/checkpoints/last.ckpt"},
     }
     export(model, tmp_path / "vae", Provenance("a_run", config, metrics, licence="mit", factors_from="measured"))
@@ -80,7 +81,7 @@ def test_the_model_card(model, metrics, tmp_path):
         "| a_run | 22 | 24.63 | 0.7 |",
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
-        "`olvae.data.folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
+        "`olvae.data.mapped.folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
     ):

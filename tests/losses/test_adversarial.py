@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from olvae.losses.adversarial import (
-    ADVERSARIAL_LOSSES,
-    discriminator_accuracy,
-    discriminator_loss,
-    generator_loss,
-)
-from olvae.modules.unetgan.unetgan import UNetGAN
+from olvae.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_accuracy, discriminator_loss, generator_loss
+from olvae.modules.discriminators.unetgan import UNetGAN
 
 
 def _double(*values: float) -> Tensor:

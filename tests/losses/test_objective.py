@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-from olvae.losses.gaussian import gaussian_loss
-from olvae.losses.kl import kl_loss
 from olvae.losses.objective import Objective
-from olvae.losses.wavelet import wavelet_loss
+from olvae.losses.terms import gaussian_loss, kl_loss, wavelet_loss
 from olvae.modules.distributions import DiagonalGaussian
 
 

@@ -6,12 +6,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from olvae.losses.regularizers import LeCam, cutmix, cutmix_consistency, r1_penalty
-from olvae.modules.unetgan.unetgan import UNetGAN
+from olvae.losses.adversarial import LeCam, cutmix, cutmix_consistency, r1_penalty
+from olvae.modules.discriminators.unetgan import UNetGAN
+
 
 # R1
-
-
 def test_r1_of_a_linear_discriminator_is_half_the_squared_weight():
     torch.manual_seed(0)
     w = torch.randn(3 * 4 * 4, dtype=torch.float64, requires_grad=True)
@@ -83,8 +82,6 @@ def test_r1_errors():
 
 
 # LeCam
-
-
 def test_lecam_by_hand():
     lecam = LeCam(num_outputs=2, decay=0.9)
     real = [torch.tensor([1.0, 3.0]), torch.tensor([[0.5]])]
@@ -159,8 +156,6 @@ def test_lecam_errors():
 
 
 # CutMix
-
-
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -17,7 +17,7 @@ def test_a_step_is_the_objective_and_adam_by_hand(image_folder):
     optimizer = torch.optim.Adam(other.autoencoder_parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
     batch = next(iter(source(image_folder).train_loader()))
     x = other.images(batch)
-    from olvae.models.step import mix_seeds
+    from olvae.models.liteautoencoder import mix_seeds
 
     torch.manual_seed(mix_seeds(0, 0, 0, 0))
     reconstruction, posterior = other(x, sample_posterior=True)

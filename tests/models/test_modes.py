@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from olvae.losses.kl import kl_loss
+from olvae.losses.terms import kl_loss
 from olvae.models import liteautoencoder
 from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot, source
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, load, save
-from olvae.data.pixels import from_uint8, to_uint8
-from olvae.data.samples import SamplePhotographs
-from olvae.metrics.psnr import psnr
-from olvae.models.description import WEIGHTS_NAME, build_autoencoder
+from olvae.data.image import from_uint8, to_uint8
+from olvae.data.mapped.samples import SamplePhotographs
+from olvae.metrics.pixel import psnr
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.pretrained import PUBLISHED
-from olvae.modules.halves import Encoder
+from olvae.models.spec import WEIGHTS_NAME, build_autoencoder
+from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from tests.conftest import tiny_config
@@ -241,7 +241,7 @@ class OwnEncoder(Encoder):
         ({"encoder_config.target": "os.system"}, "encoder_config.target: os.system is not a network of this package"),
         (
             {"encoder_config.target": "olvae.training.run.train"},
-            "is not a kind of olvae.modules.halves.Encoder",
+            "is not a kind of olvae.modules.base.Encoder",
         ),
         ({"encoder_config": {"target": "olvae.runs.Run", "params": {"path": "x"}}}, "olvae.runs.Run is not a kind of"),
         ({"decoder_config.params.chanels": 3}, "decoder_config.params.chanels: unknown key; did you mean channels"),

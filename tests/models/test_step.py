@@ -1,12 +1,24 @@
+import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from olvae.models.step import grad_scaler, gradient_ratio, last_convolution, mix_seeds
+from olvae.data.image import from_uint8
+from olvae.models.liteautoencoder import (
+    LiteAutoencoderKL,
+    grad_scaler,
+    gradient_ratio,
+    last_convolution,
+    lr_factor,
+    mix_seeds,
+)
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.sdvae import SDDecoder
+from tests.models.steps import UNETGAN, Each, against, assert_same, build, fit, metrics, moved, norm, snapshot
 
 
 def module(decoder: nn.Module, scaler=None, world_size: int = 1, reduce=None) -> SimpleNamespace:
@@ -18,8 +30,6 @@ def module(decoder: nn.Module, scaler=None, world_size: int = 1, reduce=None) ->
 
 
 # Seeds
-
-
 def test_seeds_differ_with_every_number_and_with_their_order():
     grid = [(seed, step, micro, rank) for seed in (0, 1, 7) for step in range(9) for micro in (0, 1) for rank in (0, 1)]
     assert len({mix_seeds(*numbers) for numbers in grid}) == len(grid)
@@ -40,8 +50,6 @@ def test_seeds_are_what_torch_takes_and_the_same_again():
 
 
 # The decoder's last layer
-
-
 @pytest.mark.parametrize("output", ["image", "wavelet"])
 @pytest.mark.parametrize("variant", ["open_litevae", "paper_smc"])
 def test_the_last_convolution_of_litevae(variant, output):
@@ -72,8 +80,6 @@ def test_the_last_convolution_makes_the_image(decoder):
 
 
 # The ratio of gradients
-
-
 def two_losses(decoder: nn.Module) -> tuple[Tensor, Tensor, float]:
     """Two losses of one image, and by hand the ratio of their gradients at the only convolution, a 1x1 one.
 
@@ -157,3 +163,219 @@ def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder):
     ratio = gradient_ratio(module(decoder, world_size=2, reduce=reduce), one, other)
     assert len(calls) == 2
     assert ratio.item() == pytest.approx(2**0.5 / 0.1, rel=1e-5)
+
+
+def test_accumulation_equals_a_larger_batch_for_both_optimisers(image_folder, updates):
+    """3 x 2 images give the gradients of 6; in float64, because hinge and ReLU turn a rounding into a jump."""
+    settings = {"sample_posterior": False}
+    small = build(against(UNETGAN, weight=0.5), accumulate_grad_batches=3, **settings)
+    large = build(against(UNETGAN, weight=0.5), **settings)
+    for model in (small, large):
+        model.images = lambda batch: from_uint8(batch["image"]).double()
+        torch.manual_seed(1)
+        with torch.no_grad():  # away from the orthogonal start, where power iterations change no weight
+            for p in model.adversary.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    fit(small, image_folder, 2, batch_size=2, size=64, precision="64-true")
+    fit(large, image_folder, 2, batch_size=6, size=64, precision="64-true")
+    assert small.trainer.global_step == large.trainer.global_step == 2
+    assert small.images_seen == large.images_seen == 12
+    assert small.adversary.updates == large.adversary.updates == 2
+    for part in ("autoencoder", "adversary"):
+        accumulated, whole = (updates.of(getattr(model, part)) for model in (small, large))
+        assert len(accumulated) == len(whole) == 2
+        for one, other in zip(accumulated, whole, strict=True):
+            assert norm(other.gradients) > 0.1
+            for a, b in zip(one.gradients, other.gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_several_updates_of_the_discriminator_a_step(image_folder, updates):
+    model, counts = build(against(updates_per_step=3), accumulate_grad_batches=2), []
+    seen: list[Tensor] = []
+    model.adversary.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    fit(model, image_folder, 2, callbacks=[Each(lambda m: counts.append((m.global_step, m.adversary.updates)))])
+    assert counts == [(0, 0), (1, 3), (1, 3), (2, 6)]
+    discriminators, autoencoders = updates.of(model.adversary), updates.of(model.autoencoder)
+    assert (len(discriminators), len(autoencoders)) == (6, 2)
+    assert model.trainer.global_step == 2
+    for i in (0, 3):  # the same images each time, by weights that have moved on
+        first, second, third = discriminators[i : i + 3]
+        assert norm([a - b for a, b in zip(first.gradients, second.gradients, strict=True)]) > 0
+        assert norm([a - b for a, b in zip(second.gradients, third.gradients, strict=True)]) > 0
+    # A step: for each micro-batch generator, real, fake; then twice real, fake of each.
+    assert len(seen) == 2 * (2 * 3 + 2 * 2 * 2)
+    _, r1, f1, _, r2, f2, *again = seen[:14]
+    for pair in (again[:4], again[4:]):
+        assert all(torch.equal(a, b) for a, b in zip(pair, (r1, f1, r2, f2), strict=True))
+    assert not torch.equal(seen[14 + 1], r1)
+
+
+def test_further_updates_have_gradients_of_their_own(image_folder, updates):
+    """The second update of a step equals a first one from the weights after it, on the same images."""
+    model, second = build(against(UNETGAN, updates_per_step=2)), build(against(UNETGAN))
+    between = {}
+
+    def look(module, inputs):
+        if module.training and not between and len(updates.of(model.adversary)) == 1:
+            between.update(copy.deepcopy(module.state_dict()))
+
+    model.adversary.discriminator.register_forward_pre_hook(look)
+    fit(model, image_folder, 1, size=64)
+    second.adversary.discriminator.load_state_dict(between)
+    fit(second, image_folder, 1, size=64)
+    _, expected = updates.of(model.adversary)
+    (update,) = updates.of(second.adversary)
+    for a, b in zip(update.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_max_steps_counts_updates_of_the_autoencoder(image_folder, updates):
+    model = fit(build(against(updates_per_step=3, warmup_updates=3)), image_folder, 4)
+    assert model.trainer.global_step == 4
+    assert len(updates.of(model.autoencoder)) == 4
+    assert len(updates.of(model.adversary)) == 3 + 3 * 4
+
+
+def test_clipping_applies_to_both_sides_each_by_its_own_norm(image_folder, updates):
+    free = fit(build(against(weight=1.0)), image_folder, 1)
+    clipped = fit(build(against(weight=1.0), gradient_clip_val=1e-3), image_folder, 1)
+    values = metrics(clipped)
+    names = {"autoencoder": "train/grad_norm", "adversary": "train/grad_norm_discriminator"}
+    for part, name in names.items():
+        (before,), (after,) = updates.of(getattr(free, part)), updates.of(getattr(clipped, part))
+        assert norm(before.gradients) > 0.01
+        assert norm(after.gradients) == pytest.approx(1e-3, rel=1e-2)
+        assert values[name] == pytest.approx(norm(before.gradients), rel=1e-4)
+
+
+def test_rates_and_betas_of_the_two(image_folder, updates):
+    schedule = {"scheduler": "cosine", "warmup_steps": 2, "min_lr_factor": 0.5, "learning_rate": 1e-2}
+    model = build(against(learning_rate_ratio=0.25, betas=[0.1, 0.7]), betas=[0.6, 0.95], **schedule)
+    fit(model, image_folder, 4)
+    rates = pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
+    assert [u.lr for u in updates.of(model.autoencoder)] == rates
+    assert [4 * u.lr for u in updates.of(model.adversary)] == rates
+    assert {u.betas for u in updates.of(model.autoencoder)} == {(0.6, 0.95)}
+    assert {u.betas for u in updates.of(model.adversary)} == {(0.1, 0.7)}
+
+
+def test_each_optimiser_has_its_own_parameters(image_folder, updates):
+    model = fit(build(against(lecam_weight=1.0), use_quant=True, anchor_weight=1.0), image_folder, 1)
+    (autoencoder,), (adversary,) = updates.of(model.autoencoder), updates.of(model.adversary)
+    assert {id(p) for p in autoencoder.parameters} == {id(p) for p in model.autoencoder.parameters()}
+    assert {id(p) for p in adversary.parameters} == {id(p) for p in model.adversary.parameters()}
+
+
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_folder, start_step):
+    model = build(against(start_step=start_step, learning_rate_ratio=2.0), scheduler="cosine", learning_rate=1e-3)
+    rates = []
+
+    def look(m: LiteAutoencoderKL) -> None:
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in m.trainer.optimizers])
+
+    fit(model, image_folder, 6, callbacks=[Each(look)])
+    assert all(theirs == pytest.approx(2 * ours) for ours, theirs in rates[start_step + 1 :])
+    assert rates[-1][0] < rates[0][0]
+
+
+# fp16's loss scale, with two optimisers: Lightning's own plugin and torch's own scaler, on the CPU. Only autocast is
+# left out, so that float32 is exact under a scale that is a power of two, and a run must equal one without a scale.
+class Scaler(torch.amp.GradScaler):
+    """Counts its updates."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__("cpu", **settings)
+        self.scales: list[float] = []
+
+    def update(self, new_scale=None) -> None:
+        super().update(new_scale)
+        self.scales.append(self.get_scale())
+
+
+class Scaled(MixedPrecision):
+    def __init__(self, **settings) -> None:
+        super().__init__("16-mixed", "cpu", Scaler(**settings))
+
+    def autocast_context_manager(self):
+        return nullcontext()
+
+
+SCALED_RUNS = {
+    "plain": ({}, {}),
+    "clipped": ({}, {"gradient_clip_val": 0.01}),
+    "accumulated": ({}, {"accumulate_grad_batches": 2}),
+    "warm-up": ({"warmup_updates": 2}, {"gradient_clip_val": 0.01}),
+    "several updates": ({"updates_per_step": 3}, {"gradient_clip_val": 0.01}),
+    "several updates, accumulated": ({"updates_per_step": 3, "warmup_updates": 3}, {"accumulate_grad_batches": 2}),
+    "adaptive": ({"adaptive_weight": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED_RUNS)
+def test_a_loss_scale_changes_nothing(image_folder, name):
+    """The scale doubles at every update: one that came between the two sides' steps would show."""
+    adversary, settings = SCALED_RUNS[name]
+    adversary = {"weight": 0.5, **adversary}
+    plain = fit(build(against(**adversary), **settings), image_folder, 3)
+    plugin = Scaled(init_scale=2.0**10, growth_interval=1)
+    scaled = fit(build(against(**adversary), **settings), image_folder, 3, plugins=[plugin])
+    assert_same(snapshot(plain), snapshot(scaled))
+    assert moved(snapshot(build(against(**adversary))), snapshot(scaled))
+    one, other = metrics(plain), metrics(scaled)
+    assert one == pytest.approx(other, rel=1e-5)
+    alone = 1 if "warmup_updates" in adversary else 0  # a batch on which the discriminator learns alone
+    per_step = adversary.get("updates_per_step", 1)
+    expected = (3 + alone) * per_step if per_step > 1 else 3 + adversary.get("warmup_updates", 0)
+    assert plugin.scaler.scales == [2.0 ** (11 + i) for i in range(expected)]
+
+
+def test_both_optimisers_see_unscaled_gradients(image_folder, updates):
+    settings = {"gradient_clip_val": 1e6}  # without it the fused Adam takes the scale off itself
+    plain = fit(build(against(), **settings), image_folder, 1)
+    scaled = fit(build(against(), **settings), image_folder, 1, plugins=[Scaled(init_scale=2.0**16)])
+    for part in ("autoencoder", "adversary"):
+        (one,), (other,) = updates.of(getattr(plain, part)), updates.of(getattr(scaled, part))
+        assert norm(one.gradients) > 0.01
+        assert all(torch.equal(a, b) for a, b in zip(one.gradients, other.gradients, strict=True))
+
+
+@pytest.mark.parametrize("side", ["autoencoder", "adversary"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_an_overflow_on_one_side_skips_that_side_and_lowers_the_scale(image_folder, side, clip):
+    plugin = Scaled(init_scale=2.0**10)
+    model, plain = (build(against(weight=0.5), gradient_clip_val=clip) for _ in range(2))
+    start = {part: snapshot(getattr(model, part)) for part in ("autoencoder", "adversary")}
+    overflow = {"now": True}
+    victim = next(p for p in getattr(model, side).parameters())
+    victim.register_hook(lambda g: g * float("inf") if overflow["now"] else g)
+    history = []
+
+    def look(m: LiteAutoencoderKL) -> None:
+        overflow["now"] = False
+        history.append({part: snapshot(getattr(m, part)) for part in start})
+
+    fit(model, image_folder, 2, plugins=[plugin], callbacks=[Each(look)])
+    fit(plain, image_folder, 1)
+    other = {"autoencoder": "adversary", "adversary": "autoencoder"}[side]
+    assert_same(history[0][side], start[side])
+    assert_same(history[0][other], snapshot(getattr(plain, other)))
+    for part in start:
+        assert moved(history[0][part], history[1][part])
+        assert all(p.isfinite().all() for p in history[1][part].values())
+    assert plugin.scaler.scales == [2.0**9, 2.0**9]
+
+
+def test_warm_up_then_constant():
+    assert [lr_factor(s, "constant", 4, 100, 0.0) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+
+
+def test_cosine():
+    values = [lr_factor(s, "cosine", 10, 110, 0.1) for s in (10, 60, 110, 500)]
+    assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def test_no_warm_up():
+    assert lr_factor(0, "cosine", 0, 10, 0.0) == 1.0
+    assert lr_factor(0, "constant", 0, 10, 0.0) == 1.0

@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from olvae.models.autoencoder import LiteVAE, Quantizer
-from olvae.modules.counting import count_macs, count_parameters
+from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
 

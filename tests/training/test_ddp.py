@@ -69,11 +69,14 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(tmp
     if kind == "folder":
         (tmp_path / "val").mkdir()
         (image_folder / "class0" / "0.png").rename(tmp_path / "val" / "0.png")
-        data = {"target": "olvae.data.folder.FolderSource", "params": {"root": str(image_folder)}}
+        data = {"target": "olvae.data.mapped.folder.FolderSource", "params": {"root": str(image_folder)}}
         data["params"]["val_root"] = str(tmp_path / "val")
     else:
         write_shards(tmp_path / "shards", (8, 8, 1))
-        data = {"target": "olvae.data.webdataset.WebDatasetSource", "params": {"shards": str(tmp_path / "shards")}}
+        data = {
+            "target": "olvae.data.shards.webdataset.WebDatasetSource",
+            "params": {"shards": str(tmp_path / "shards")},
+        }
     config = load([ROOT / "configs" / "demo_b.yaml"])  # with a discriminator, whose buffers all processes share
     config["data"] = {**data, "params": {**data["params"], "size": 64, "batch_size": 4}}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from olvae.data.samples import SamplePhotographs
+from olvae.data.mapped.samples import SamplePhotographs
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.training.health import Health
+from olvae.training.callbacks import Health
 from tests.conftest import tiny_config
 
-PATCHGAN = {"target": "olvae.modules.basicgan.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
+PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
 SETTINGS = "model.params.adversary_config.params"
 
 WON = {"health/accuracy": 0.97}

@@ -15,17 +15,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.config import ConfigError, instantiate, load, save
-from olvae.data.pixels import from_uint8, to_uint8
-from olvae.evaluation.targets import find_target
-from olvae.metrics.psnr import psnr
+from olvae.data.image import from_uint8, to_uint8
+from olvae.data.mapped.folder import FolderSource
+from olvae.metrics.pixel import psnr
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from olvae.training import run as training
-from olvae.training.run import TrainOptions, train
+from olvae.training.run import TrainOptions, check_adversary, check_images, check_torchrun, process_count, train
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 
-UNETGAN = {"target": "olvae.modules.unetgan.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
+UNETGAN = {"target": "olvae.modules.discriminators.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_stopping_and_resuming_is_not_stopping(go, overrides):
 def test_shards_are_resumed_where_they_stopped(go, tmp_path, workers):
     write_shards(tmp_path / "shards", (5, 9, 6))
     overrides = (
-        "data.target=olvae.data.webdataset.WebDatasetSource",
+        "data.target=olvae.data.shards.webdataset.WebDatasetSource",
         f"data.params.shards={tmp_path}/shards/{{000..001}}.tar",
         f"data.params.val_shards={tmp_path}/shards/002.tar",
         "data.params.size=16",
@@ -138,7 +139,7 @@ def test_shards_are_resumed_where_they_stopped(go, tmp_path, workers):
 def test_a_source_that_nobody_can_count_has_no_epochs(go, tmp_path):
     (shard,) = write_shards(tmp_path / "shards", (9,))
     overrides = (
-        "data.target=olvae.data.webdataset.WebDatasetSource",
+        "data.target=olvae.data.shards.webdataset.WebDatasetSource",
         f"data.params.shards=pipe:cat {shard}",
         f"data.params.val_shards={shard}",
         "data.params.size=16",
@@ -300,7 +301,7 @@ def test_other_channels(go, image_folder, channels):
         f"model.params.encoder_config.params.in_channels={channels}",
         f"model.params.decoder_config.params.out_channels={channels}",
         "model.params.adversary_config.target=olvae.models.adversary.Adversary",
-        "model.params.adversary_config.params.discriminator_config.target=olvae.modules.basicgan.patchgan.PatchGAN",
+        "model.params.adversary_config.params.discriminator_config.target=olvae.modules.discriminators.patchgan.PatchGAN",
         f"model.params.adversary_config.params.discriminator_config.params.in_channels={channels}",
         "model.params.adversary_config.params.discriminator_config.params.n_layers=1",
         "model.params.adversary_config.params.discriminator_config.params.base_channels=4",
@@ -364,7 +365,10 @@ def test_configs_that_are_no_training(tmp_path, image_folder):
     ],
 )
 def test_adversaries_that_do_not_fit(tmp_path, image_folder, params, message):
-    patchgan = {"target": "olvae.modules.basicgan.patchgan.PatchGAN", "params": {"n_layers": 1, "base_channels": 4}}
+    patchgan = {
+        "target": "olvae.modules.discriminators.patchgan.PatchGAN",
+        "params": {"n_layers": 1, "base_channels": 4},
+    }
     adversary = {
         "target": "olvae.models.adversary.Adversary",
         "params": {"discriminator_config": patchgan, "lecam_weight": 1.0, **params},
@@ -382,7 +386,7 @@ def test_an_adversary_needs_a_term_that_compares_images(tmp_path, image_folder):
         lossconfig={"target": "olvae.losses.objective.Objective", "params": loss},
         adversary_config={
             "target": "olvae.models.adversary.Adversary",
-            "params": {"discriminator_config": {"target": "olvae.modules.basicgan.patchgan.PatchGAN"}},
+            "params": {"discriminator_config": {"target": "olvae.modules.discriminators.patchgan.PatchGAN"}},
         },
     )
     save(config, tmp_path / "b.yaml")
@@ -514,3 +518,67 @@ def test_a_run_that_is_done_says_so(go):
     with pytest.raises(ConfigError, match=r"has had its 2 steps: .*max_steps=4"):
         go(resume=run.path)
     assert run.last_checkpoint.read_bytes() == before
+
+
+PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
+
+
+def model(**params) -> LiteAutoencoderKL:
+    return LiteAutoencoderKL(**tiny_config(**params)["model"]["params"])
+
+
+def against(**params) -> LiteAutoencoderKL:
+    node = {"discriminator_config": PATCHGAN, **params}
+    return model(adversary_config={"target": "olvae.models.adversary.Adversary", "params": node})
+
+
+def source(root, size: int = 16, **params) -> FolderSource:
+    return FolderSource(str(root), size, 4, **params)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [({"devices": 2}, 2), ({"devices": [0, 3]}, 2), ({"devices": 2, "num_nodes": 3}, 6)],
+)
+def test_processes_are_devices_times_nodes(trainer, count):
+    assert process_count(trainer) == count
+
+
+def test_torchrun_must_have_started_as_many(monkeypatch):
+    check_torchrun(2)  # without torchrun Lightning starts them
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_torchrun(2)
+    with pytest.raises(ConfigError, match=r"torchrun started 2 processes, and .* name 1 device: --gpus 2, or"):
+        check_torchrun(1)
+
+
+def test_images_must_fit(image_folder):
+    check_images(model(), source(image_folder))
+    with pytest.raises(ConfigError, match=r"20 is not a multiple of 8, .* use 16 or 24"):
+        check_images(model(), source(image_folder, 20))
+    with pytest.raises(ConfigError, match="the images have 1 channels, the model takes 3"):
+        check_images(model(), source(image_folder, channels=1))
+
+
+def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_folder):
+    equivariant = model(equivariance=0.5)
+    check_images(equivariant, source(image_folder, 32))
+    equivariant.loss.lpips = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="size: 32: equivariance shrinks images to a quarter, and LPIPS needs 16"):
+        check_images(equivariant, source(image_folder, 32))
+    check_images(equivariant, source(image_folder, 64))
+
+
+def test_an_adversary_must_play(image_folder):
+    check_adversary(model(), source(image_folder), 1)
+    check_adversary(against(start_step=3), source(image_folder), 4)
+    with pytest.raises(ConfigError, match="start_step: 4 is not before the last of 4 steps"):
+        check_adversary(against(start_step=4), source(image_folder), 4)
+
+
+def test_an_adversary_is_checked_for_a_term_beside_it(image_folder):
+    playing = against()
+    playing.objective.weights = {"kl": 1e-6}
+    with pytest.raises(ConfigError, match="one of the terms that compare images must be on"):
+        check_adversary(playing, source(image_folder), 4)

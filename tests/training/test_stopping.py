@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from olvae.config import save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
+from olvae.training import progress as summary
 from olvae.training import run as training
-from olvae.training import summary
 from olvae.training.callbacks import GracefulStop
 from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config

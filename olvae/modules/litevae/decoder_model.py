@@ -6,7 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.halves import Decoder, Stage
+from olvae.modules.base import Decoder, Stage
 from olvae.modules.litevae.smc import SMC
 from olvae.modules.wavelet import idwt2
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.halves import Encoder
+from olvae.modules.base import Encoder
 from olvae.modules.litevae.unet import OpenUNet, PaperUNet
 from olvae.modules.wavelet import wavedec2
 

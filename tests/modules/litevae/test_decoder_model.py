@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from olvae.modules.counting import count_macs, count_parameters
+from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.smc import SMC, fold_smc
 from olvae.modules.wavelet import dwt2

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olvae.modules.counting import count_macs, count_parameters
+from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder
 from olvae.modules.wavelet import wavedec2
 from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input

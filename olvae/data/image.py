@@ -1,0 +1,300 @@
+"""Image files: what can be read, and how a file becomes a uint8 tensor."""
+
+import io
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from tokenize import TokenError
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from torch import Tensor
+
+from olvae.data.errors import UnreadableImageError
+from olvae.files import legible
+
+__all__ = [
+    "EXTENSIONS",
+    "Bands",
+    "Photo",
+    "Picture",
+    "from_uint8",
+    "image_to_tensor",
+    "read_picture",
+    "tensor_to_picture",
+    "to_rgb",
+    "to_uint8",
+]
+
+
+def from_uint8(x: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1]: x / 127.5 - 1."""
+    return x.float() / 127.5 - 1.0
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Floats, nominally in [-1, 1] -> uint8 in 0..255, clamped and rounded; the inverse of from_uint8."""
+    return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+class Bands:
+    """A picture of any number of channels, and those of Pillow's operations that transforms need, band by band."""
+
+    def __init__(self, bands: Sequence[Image.Image]) -> None:
+        self.bands = list(bands)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.bands[0].size
+
+    @property
+    def width(self) -> int:
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        return self.size[1]
+
+    def resize(
+        self,
+        size: tuple[int, int],
+        resample: Image.Resampling,
+        box: tuple[float, float, float, float] | None = None,
+    ) -> "Bands":
+        return Bands([band.resize(size, resample, box=box) for band in self.bands])
+
+    def crop(self, box: tuple[int, int, int, int]) -> "Bands":
+        return Bands([band.crop(box) for band in self.bands])
+
+    def transpose(self, method: Image.Transpose) -> "Bands":
+        return Bands([band.transpose(method) for band in self.bands])
+
+
+Picture = Image.Image | Bands
+
+
+def image_to_tensor(image: Picture) -> Tensor:
+    """A picture of C channels -> uint8 (C, H, W)."""
+    if isinstance(image, Bands):
+        return torch.cat([image_to_tensor(band) for band in image.bands])
+    array: NDArray[np.uint8] = np.array(image, dtype=np.uint8)  # (H, W) or (H, W, C), a writable copy
+    return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1).contiguous()
+
+
+def tensor_to_picture(x: Tensor) -> Bands:
+    """uint8 (C, H, W) -> a picture, the inverse of :func:`image_to_tensor`."""
+    return Bands([Image.fromarray(band) for band in x.contiguous().cpu().numpy()])
+
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy")
+
+DECODER_ERRORS = (
+    OSError,  # with Pillow's UnidentifiedImageError
+    ValueError,
+    SyntaxError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    RuntimeError,  # of AVIF's and torchvision's decoders, and as a subclass of it of DDS's
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise at broken files."""
+
+WHITE_16 = 65535  # of 16-bit greyscale; Pillow gives some of it as integers of 32 bits
+
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+class Photo:
+    """A picture whose header has been read, and whose pixels are decoded when they are asked for.
+
+    Args:
+        content: a file's path or its bytes; a picture that is in memory already; or an array of uint8 (H, W, C).
+        name: what errors call it.
+        channels: 3, 1, 4 or, for arrays, any other number; see :func:`read_picture`.
+
+    Raises:
+        UnreadableImageError: already the header is not that of a picture.
+    """
+
+    def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
+        self.name = name
+        self.channels = channels
+        self.content = content
+        self._image: Picture
+        try:
+            self._image = self._open(content)
+            self._orientation = _orientation(self._image) if isinstance(self._image, Image.Image) else 1
+            self.size = self._upright_size()
+        except DECODER_ERRORS as error:
+            raise UnreadableImageError(name, _reason(error)) from error
+        if isinstance(self._image, Image.Image) and channels not in (1, 3, 4):
+            raise UnreadableImageError(
+                name, f"{channels} channels are read from .npy files of shape (H, W, {channels})"
+            )
+
+    def undecoded(self) -> bytes | Picture:
+        """The file's bytes, or the picture that was in memory.
+
+        Raises:
+            UnreadableImageError: the file can't be read.
+        """
+        if not isinstance(self.content, Path):
+            return self.content
+        try:
+            return self.content.read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(self.name, _reason(error)) from error
+
+    @property
+    def format(self) -> str | None:
+        """Pillow's name of the file's format; None for an array or a picture in memory."""
+        return self._image.format if isinstance(self._image, Image.Image) else None
+
+    @property
+    def mode(self) -> str | None:
+        """Pillow's name of the pixels' kind in the file, such as RGB or I;16; None for an array."""
+        return self._image.mode if isinstance(self._image, Image.Image) else None
+
+    def read(self, shrink: int = 1) -> Picture:
+        """The pixels, turned upright, 8 bits per channel.
+
+        Args:
+            shrink: 1, 2, 4 or 8. A JPEG is decoded at that fraction of its size, rounded up, which is that much
+                less work; other formats come at their full size.
+
+        Raises:
+            UnreadableImageError: the file is broken.
+        """
+        image = self._image
+        if isinstance(image, Bands):
+            return image
+        try:
+            if shrink > 1 and image.format == "JPEG":
+                image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
+            image.load()
+            turned = self._orientation != 1  # Pillow would copy the others too
+            return _convert(ImageOps.exif_transpose(image) if turned else image, self.channels)
+        except DECODER_ERRORS as error:
+            raise UnreadableImageError(self.name, _reason(error)) from error
+
+    def _open(self, content: Path | bytes | Picture) -> Picture:
+        if isinstance(content, Bands):
+            return content
+        if isinstance(content, Image.Image):
+            return content
+        is_array = Path(self.name).suffix.lower() == ".npy"
+        if isinstance(content, bytes):
+            if not content:
+                raise ValueError("the file is empty")
+            stream = io.BytesIO(content)
+            return _array(stream, self.channels) if is_array else _header(stream)
+        if not content.stat().st_size:
+            raise ValueError("the file is empty")
+        if is_array:
+            with content.open("rb") as file:
+                return _array(file, self.channels)
+        return _header(content)
+
+    def _upright_size(self) -> tuple[int, int]:
+        width, height = self._image.size
+        if isinstance(self._image, TiffImageFile) and self._orientation in SIDEWAYS:
+            width, height = (self._image.tag_v2[tag] for tag in (IMAGEWIDTH, IMAGELENGTH))  # some Pillows turn .size
+        return (height, width) if self._orientation in SIDEWAYS else (width, height)
+
+
+def read_picture(path: str | Path, channels: int = 3) -> Picture:
+    """Read a picture with 8 bits per channel, turned upright by its EXIF orientation.
+
+    Three channels are RGB: transparent pictures are laid over white; 16-bit greyscale is scaled to 8 bits (16-bit
+    colour comes from Pillow with its upper 8 bits); greyscale, palette and CMYK are converted by Pillow; of several
+    frames the first counts. One channel is the luma of that; four are RGB and alpha. Any other number comes from a
+    NumPy file, an array of uint8 of shape (H, W, channels).
+
+    Raises:
+        UnreadableImageError: the file is not a picture, is a broken one, has floating-point pixels or integers beyond
+            16 bits, whose range is not known, another number of channels, or more pixels than Pillow takes for a
+            decompression bomb.
+    """
+    return Photo(Path(path), legible(str(path)), channels).read()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow's to RGB; see :func:`read_picture` for the rules."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
+    image = _to_8_bits(image)
+    if _is_transparent(image):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit greyscale, which is I;16 or I, as L; or as LA where one value of it is transparent."""
+    if not image.mode.startswith("I"):
+        return image
+    array = np.asarray(image)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > WHITE_16:
+        found = f"its pixels are integers from {low} to {high}, not 0 to {WHITE_16}"
+        raise ValueError(f"{found}: convert it to 8 or 16 bits")
+    grey = Image.fromarray((array / 257.0).round().astype(np.uint8))
+    if not _is_transparent(image):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (array != image.info["transparency"]))))
+
+
+def _convert(upright: Image.Image, channels: int) -> Image.Image:
+    upright = _to_8_bits(upright)
+    if channels == 4:
+        return upright.convert("RGBA") if _is_transparent(upright) else to_rgb(upright).convert("RGBA")
+    rgb = to_rgb(upright)
+    return rgb.convert("L") if channels == 1 else rgb
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def _header(file: Path | io.BytesIO) -> Image.Image:
+    with warnings.catch_warnings():  # Pillow warns from half the size on that it refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
+
+
+def _orientation(image: Image.Image) -> int:
+    """By its EXIF; upright where that is broken, which does no harm to the pixels."""
+    try:
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODER_ERRORS:
+        if not image.info.keys() & {"exif", "Raw profile type exif"}:  # it was looked for behind the pixels of a PNG
+            raise
+        return 1
+    return orientation
+
+
+def _array(file: io.BufferedIOBase, channels: int) -> Bands:
+    try:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, TokenError) as error:  # TokenError: of its header, which is Python's text
+        raise ValueError(f"not an array: {error}") from error
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
+        raise ValueError(f"expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}")
+    return Bands([Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(channels)])
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return "its header claims more pixels than a picture has, which may be a decompression bomb"
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return "no known picture format" if "cannot identify image file" in text else text

@@ -1,0 +1,237 @@
+"""A folder of images, nested as deep as you like; a pattern, or a list of files."""
+
+import codecs
+import glob
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from olvae.data.errors import ReadError
+from olvae.data.image import EXTENSIONS, Photo
+from olvae.data.mapped.base import ImageDataset, MappedSource
+from olvae.data.transforms import RandomScaleCrop
+from olvae.files import legible
+
+__all__ = ["Files", "FolderSource", "find_images"]
+
+
+log = logging.getLogger("olvae.data")
+
+TRAINING, HELD_OUT = ("train", "training"), ("val", "validation", "test")
+"""Names of the folders that data sets are split into."""
+
+
+class Files(ImageDataset):
+    """Pictures in files; a key is the path below the folder that they have in common.
+
+    ``closed`` are folders among theirs that could not be opened.
+    """
+
+    def __init__(self, paths: Sequence[Path], channels: int = 3, closed: Sequence[ReadError] = ()) -> None:
+        mixed = len({path.is_absolute() for path in paths}) > 1
+        self.paths = [path.absolute() for path in paths] if mixed else list(paths)
+        self.channels = channels
+        self.closed = closed
+        outward = any(".." in path.parts for path in self.paths)
+        self._names = [Path(os.path.abspath(path)) for path in self.paths] if outward else self.paths  # noqa: PTH100
+        self.root = Path(os.path.commonpath([path.parent for path in self._names]))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def key(self, index: int) -> str:
+        return legible(self._names[index].relative_to(self.root).as_posix())
+
+    def __getitem__(self, index: int) -> Photo:
+        path = self.paths[index]
+        return Photo(path, legible(str(path)), self.channels)
+
+
+class FolderSource(MappedSource):
+    """Images of a folder; validation and test images are a folder of their own, or a fixed part of the first.
+
+    Args:
+        root: a folder, searched at any depth for files with an image's extension; a pattern such as
+            ``photos/**/*.jpg``; or a text file, ending in .txt, with a path a line, relative to its own folder;
+            lines that begin with # are left out.
+        size, batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
+        val_root: the validation and test images, in the same three ways. Without it, if root is a folder of
+            the folders ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
+        val_fraction: without either, the part of the images that is held out. Which ones is decided by a
+            hash of the path below root, so that it does not change when images are added.
+        max_val_images: of the held-out images take only so many, chosen by the hash.
+        min_fraction, filters, flip: see :class:`RandomScaleCrop`.
+        channels: of the images; see :func:`~olvae.data.image.read_picture` for what 1, 3, 4 and any other
+            number mean.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or has no images.
+        ValueError: a batch is larger than the data.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: int,
+        batch_size: int,
+        num_workers: int = 0,
+        val_root: str | None = None,
+        val_fraction: float = 0.05,
+        max_val_images: int | None = None,
+        min_fraction: float = 0.5,
+        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        flip: bool = True,
+        channels: int = 3,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        if not 0.0 < val_fraction < 1.0:
+            raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+        if max_val_images is not None and max_val_images < 1:
+            raise ValueError(f"max_val_images must be at least 1, got {max_val_images}")
+        root, val_root = _parts(root) if val_root is None else (root, val_root)
+        train = find_images(root)
+        if val_root is not None:
+            val = find_images(val_root)
+        else:
+            train, val = _split(root, train, val_fraction)
+        held_out = Files(val if max_val_images is None else _at_most(root, val, max_val_images), channels)
+        super().__init__(
+            Files(train, channels),
+            held_out,
+            held_out,
+            RandomScaleCrop(size, min_fraction, filters, flip),
+            size,
+            batch_size,
+            num_workers,
+            channels=channels,
+            max_unreadable=max_unreadable,
+        )
+
+
+def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:
+    """Files of images, sorted: of a folder at any depth, of a pattern, or of a list in a text file.
+
+    Folders and patterns give files with an image's extension, through symbolic links as well; what is hidden is
+    left out. A list gives what it says, in its order, without checking that it is there.
+
+    Args:
+        closed: gets the folders below root that can't be opened. The log names each once.
+
+    Raises:
+        FileNotFoundError: there is no such folder or list, or nothing in it.
+        PermissionError: root can't be opened.
+    """
+    path = Path(root).expanduser()
+    if path.is_dir():
+        paths = sorted(_walk(path, [] if closed is None else closed))
+    elif path.suffix.lower() == ".txt":
+        if not path.is_file():
+            raise FileNotFoundError(f"{root}: no such list of images")
+        paths = [path.parent / os.path.expanduser(line) for line in _lines(path)]  # noqa: PTH111  (~x may be a name)
+        if not paths:
+            raise FileNotFoundError(f"{root}: this list names no file: write a path a line")
+    elif glob.has_magic(str(root)):
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
+        paths = _each_once(found for name in names if _is_image(found := Path(name)))
+    else:
+        what = "this is a file: name a folder, a pattern or a .txt list" if path.exists() else "no such folder"
+        raise FileNotFoundError(f"{root}: {what}")
+    if not paths:
+        where = "in this folder" if path.is_dir() else "of this name"
+        raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")
+    return paths
+
+
+def _lines(path: Path) -> list[str]:
+    """The names in a list. Bytes that are not UTF-8 stay what they are, for file names may have such ones."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    lines = [line.strip() for line in re.split(r"[\r\n]+", data.decode(encoding, "surrogateescape"))]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
+    """Files of images at any depth, each folder once, whatever links lead to it."""
+
+    def leave_out(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise PermissionError(f"{folder}: this folder can't be opened: {error.strerror}") from error
+        closed.append(ReadError(legible(str(error.filename)), error.strerror or str(error), lost=False))
+        _tell(closed[-1])
+
+    seen = set()
+    for top, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
+        real = Path(top).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for name in files if _is_image(path := Path(top) / name))
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """Without those that lie in the same folder under another name, as ``**`` gives them for links; sorted."""
+    real = cache(Path.resolve)
+    found: dict[tuple[Path, str], Path] = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        found.setdefault((real(path.parent), path.name), path)
+    return sorted(found.values())
+
+
+@cache
+def _tell(folder: ReadError) -> None:
+    log.warning("skipped the folder %s, with all that is in it: %s", folder.name, folder.reason)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
+
+
+def _may_be_file(path: Path) -> bool:
+    """Whether reading it is worth a try: where that can't be known, it will be told as unreadable."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
+
+
+def _parts(root: str) -> tuple[str, str | None]:
+    """The folders of training and of held-out images, where a data set comes with them."""
+    folder = Path(root).expanduser()
+    train, held_out = (
+        [str(folder / name) for name in names if os.path.isdir(folder / name)]  # noqa: PTH112  (False where closed)
+        for names in (TRAINING, HELD_OUT)
+    )
+    return (train[0], held_out[0]) if train and held_out else (root, None)
+
+
+def _split(root: str, paths: Sequence[Path], fraction: float) -> tuple[list[Path], list[Path]]:
+    """Hold out about ``fraction`` of the paths, at least one, by the hash of their names."""
+    if len(paths) < 2:
+        raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
+    places = _places(root, paths)
+    held_out = {path for path in paths if places[path] < fraction} or {min(paths, key=places.__getitem__)}
+    return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
+
+
+def _at_most(root: str, paths: Sequence[Path], count: int) -> list[Path]:
+    """No more than ``count`` of the paths: those of the least hashes."""
+    chosen = set(sorted(paths, key=_places(root, paths).__getitem__)[:count])
+    return [path for path in paths if path in chosen]
+
+
+def _places(root: str, paths: Sequence[Path]) -> dict[Path, float]:
+    """For each path a number in [0, 1), by the hash of its name below root."""
+    base = Path(root).expanduser()
+
+    def place(path: Path) -> float:
+        name = path.relative_to(base) if path.is_relative_to(base) else path
+        digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    return {path: place(path) for path in paths}

@@ -1,0 +1,120 @@
+"""An image column of a data set of the Hugging Face hub, or of one on disk. Needs the extra ``hf``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from olvae.config import ConfigError
+from olvae.data.errors import UnreadableImageError
+from olvae.data.image import Photo
+from olvae.data.mapped.base import ImageDataset, MappedSource
+from olvae.data.mapped.torchvision import hold_out
+from olvae.data.transforms import RandomScaleCrop
+
+__all__ = ["Column", "HuggingFaceSource", "load_table"]
+
+
+class Column(ImageDataset):
+    """Pictures of a column, undecoded."""
+
+    def __init__(self, table: Any, column: str, indices: Sequence[int] | None = None, channels: int = 3) -> None:
+        from datasets import Image
+
+        if column not in table.column_names:
+            raise ConfigError(f"data.params.column: {column} is none of {', '.join(table.column_names)}")
+        if not isinstance(table.features[column], Image):
+            raise ConfigError(f"data.params.column: {column} holds no images, but {table.features[column]}")
+        self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
+        self.column = column
+        self.indices = range(len(table)) if indices is None else indices
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def key(self, index: int) -> str:
+        return f"{self.indices[index]:08d}"
+
+    def __getitem__(self, index: int) -> Photo:
+        row = self.indices[index]
+        cell = self.table[row][self.column] or {}
+        name = f"row {row} of {self.column}"
+        if cell.get("bytes") is not None:
+            return Photo(cell["bytes"], name, self.channels)
+        if cell.get("path"):
+            return Photo(Path(cell["path"]), name, self.channels)
+        raise UnreadableImageError(name, "the cell is empty")
+
+
+class HuggingFaceSource(MappedSource):
+    """Images of a data set that the ``datasets`` library reads.
+
+    Args:
+        path: its id on the hub, such as ``cifar10``; a folder that ``save_to_disk`` wrote; or a builder's name
+            such as ``parquet`` or ``imagefolder``, with ``data_files`` or ``data_dir``.
+        column: of the images.
+        split: for training.
+        val_split: for validation and test; without it a part of the training split is held out.
+        val_fraction: of it, evenly spread.
+        name, data_files, data_dir, revision: handed to ``datasets.load_dataset``.
+        size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
+        min_fraction, filters, flip: see :class:`RandomScaleCrop`.
+
+    Raises:
+        ConfigError: the library is not installed, or the column holds no images.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        batch_size: int,
+        num_workers: int = 0,
+        column: str = "image",
+        split: str = "train",
+        val_split: str | None = None,
+        val_fraction: float = 0.05,
+        name: str | None = None,
+        data_files: str | Sequence[str] | None = None,
+        data_dir: str | None = None,
+        revision: str | None = None,
+        min_fraction: float = 0.5,
+        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        flip: bool = True,
+        channels: int = 3,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
+
+        def read(part: str) -> Any:
+            return load_table(path, part, name=name, data_files=files, data_dir=data_dir, revision=revision)
+
+        table = read(split)
+        if val_split is not None:
+            train, val = Column(table, column, None, channels), Column(read(val_split), column, None, channels)
+        else:
+            rest, held_out = hold_out(len(table), val_fraction)
+            train, val = Column(table, column, rest, channels), Column(table, column, held_out, channels)
+        super().__init__(
+            train,
+            val,
+            val,
+            RandomScaleCrop(size, min_fraction, filters, flip),
+            size,
+            batch_size,
+            num_workers,
+            channels=channels,
+            max_unreadable=max_unreadable,
+        )
+
+
+def load_table(path: str, split: str, **arguments: Any) -> Any:
+    """A split of a data set; ``arguments`` are those of ``datasets.load_dataset``."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError("data.target: HuggingFaceSource needs the datasets library: pip install datasets") from error
+    if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
+        table = datasets.load_from_disk(path)
+        return table[split] if isinstance(table, datasets.DatasetDict) else table
+    return datasets.load_dataset(path, split=split, **arguments)

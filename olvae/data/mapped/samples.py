@@ -1,0 +1,147 @@
+"""The real photographs that scikit-image and scikit-learn ship: data without a download."""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from olvae.data.image import Picture, read_picture
+from olvae.data.mapped.base import ImageDataset, MappedSource
+from olvae.data.transforms import RandomScaleCrop, resize_shorter_side
+
+__all__ = ["HELD_OUT", "PHOTOGRAPHS", "Photograph", "SamplePhotographs", "sample_photographs"]
+
+
+class Photograph(NamedTuple):
+    """A file inside an installed package, and under what terms it comes."""
+
+    package: str
+    file: str
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(f"the sample photographs need {self.package}: pip install -r requirements.txt")
+        return Path(spec.origin).parent / self.file
+
+
+PHOTOGRAPHS = (
+    Photograph("skimage", "data/astronaut.png", "public domain (NASA)"),
+    Photograph("skimage", "data/brick.png", "CC0 (cc0textures.com)"),
+    Photograph("skimage", "data/coins.png", "no known copyright restrictions (Brooklyn Museum)"),
+    Photograph("skimage", "data/grass.png", "CC0 (linolafett)"),
+    Photograph("skimage", "data/gravel.png", "CC0 (cc0textures.com)"),
+    Photograph("skimage", "data/hubble_deep_field.jpg", "public domain (NASA)"),
+    Photograph("skimage", "data/ihc.png", "no known copyright restrictions (CMMI)"),
+    Photograph(
+        "skimage",
+        "data/motorcycle_left.png",
+        "no licence stated (Middlebury 2014 stereo benchmark, Scharstein et al.)",
+    ),
+    Photograph("skimage", "data/retina.jpg", "CC0 (M. Häggström)"),
+    Photograph("skimage", "data/rocket.jpg", "public domain (SpaceX)"),
+    Photograph("sklearn", "datasets/images/china.jpg", "CC BY 2.0 (danielbuechele)"),
+)
+"""For training."""
+
+HELD_OUT = (
+    Photograph("skimage", "data/camera.png", "CC0 (L. Varshney)"),
+    Photograph("skimage", "data/chelsea.png", "CC0 (S. van der Walt)"),
+    Photograph("skimage", "data/coffee.png", "CC0 (R. Michetti)"),
+    Photograph("sklearn", "datasets/images/flower.jpg", "CC BY 2.0 (vultilion)"),
+)
+"""For validation and test; never trained on."""
+
+
+class _Photographs(ImageDataset):
+    def __init__(self, photographs: Sequence[Photograph]) -> None:
+        self.photographs = photographs
+
+    @cached_property
+    def images(self) -> list[Picture]:
+        return [read_picture(photograph.path) for photograph in self.photographs]
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def key(self, index: int) -> str:
+        return Path(self.photographs[index].file).name
+
+    def __getitem__(self, index: int) -> Picture:
+        return self.images[index]
+
+
+def sample_photographs() -> ImageDataset:
+    """All fifteen of them, whole."""
+    return _Photographs((*PHOTOGRAPHS, *HELD_OUT))
+
+
+class _Tiles(_Photographs):
+    """Whole photographs, shrunk to a shorter side of two tiles, cut into tiles without overlap."""
+
+    def __init__(self, photographs: Sequence[Photograph], size: int) -> None:
+        super().__init__(photographs)
+        self.size = size
+
+    @cached_property
+    def tiles(self) -> list[tuple[str, Picture]]:
+        tiles: list[tuple[str, Picture]] = []
+        for photograph, picture in zip(self.photographs, self.images, strict=True):
+            image = resize_shorter_side(picture, 2 * self.size)
+            for top in range(0, image.height - self.size + 1, self.size):
+                for left in range(0, image.width - self.size + 1, self.size):
+                    name = f"{Path(photograph.file).name}/{top // self.size}-{left // self.size}"
+                    tiles.append((name, image.crop((left, top, left + self.size, top + self.size))))
+        return tiles
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def key(self, index: int) -> str:
+        return self.tiles[index][0]
+
+    def __getitem__(self, index: int) -> Picture:
+        return self.tiles[index][1]
+
+
+class SamplePhotographs(MappedSource):
+    """Eleven photographs to train on and four held out, in the packages that are installed anyway.
+
+    Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of
+    2 ``size`` and cut into tiles of ``size`` pixels without overlap, 22 tiles in all.
+
+    Args:
+        size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
+        crops_per_photograph: crops of each photograph in an epoch.
+        min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
+    """
+
+    def __init__(
+        self,
+        size: int = 64,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        crops_per_photograph: int = 64,
+        min_fraction: float = 0.15,
+        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        flip: bool = True,
+        shuffle_channels: float = 0.5,
+    ) -> None:
+        held_out = _Tiles(HELD_OUT, size)
+        super().__init__(
+            _Photographs(PHOTOGRAPHS),
+            held_out,
+            held_out,
+            RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels),
+            size,
+            batch_size,
+            num_workers,
+            crops_per_photograph,
+        )
+        self.crops = "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
+
+    def describe(self) -> str:
+        return f"crops of {len(self.train)} photographs, {len(self.test)} tiles of {len(HELD_OUT)} held-out ones"

@@ -1,0 +1,166 @@
+"""``index.json`` beside shards: how many images are in each, their sizes and checksums."""
+
+import contextlib
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from webdataset.tariterators import base_plus_ext
+
+from olvae.data.image import EXTENSIONS
+from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url
+from olvae.data.shards.urls import file_name, is_local, labels_of, local_path
+from olvae.files import write_json
+
+__all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "with_counts"]
+
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A shard's images and bytes, and the SHA-256 of its file."""
+
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be read, and the shard that it would have been in."""
+
+    shard: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What ``index.json`` says.
+
+    Args:
+        shards: by file name.
+        packed: the options of ``olvae data pack``; None where the shards were made by something else.
+        plan: a hash of those options and of the source.
+        unreadable: images of the source that are in no shard.
+    """
+
+    shards: Mapping[str, ShardRecord]
+    packed: Mapping[str, Any] | None = None
+    plan: str | None = None
+    unreadable: Sequence[Skipped] = field(default=())
+
+    @property
+    def images(self) -> int:
+        return sum(shard.images for shard in self.shards.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards.values())
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all; the same bytes for the same index."""
+        content = {
+            "version": VERSION,
+            "images": self.images,
+            "bytes": self.bytes,
+            "packed": None if self.packed is None else dict(self.packed),
+            "plan": self.plan,
+            "unreadable": [asdict(skipped) for skipped in self.unreadable],
+            "shards": {name: asdict(self.shards[name]) for name in sorted(self.shards)},
+        }
+        write_json(content, path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Index":
+        """Raises ValueError where the file is none, or an index of counts alone."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                {name: ShardRecord(**shard) for name, shard in content["shards"].items()},
+                content.get("packed"),
+                content.get("plan"),
+                [Skipped(**skipped) for skipped in content.get("unreadable", ())],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not an index with counts, sizes and checksums of shards: {error}") from error
+
+
+INDEX = "index.json"
+"""The name of a file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
+
+
+def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | None = None) -> list[Shard]:
+    """Shards with their numbers of images: from an index, or for local ones without, counted now.
+
+    Without ``index``, a path or URL of one, local shards' folders are looked at for :data:`INDEX`. A missing local
+    shard that no index knows is taken to have as many images as the others have on average.
+
+    Raises:
+        ValueError: the index is none, or does not know a shard; or a shard has no images.
+    """
+    if index is not None:
+        counts = _read_index(index)
+        if unknown := [url for url in urls if file_name(url) not in counts]:
+            raise ValueError(f"{index}: does not know {unknown[0]}: make it anew with `olvae data check --index`")
+        shards = [Shard(url, counts[file_name(url)]) for url in urls]
+    else:
+        indexes = _indexes_beside(urls)
+        shards = [Shard(url, _local_count(url, indexes, image_key)) if is_local(url) else Shard(url) for url in urls]
+        known = [shard.images for shard in shards if shard.images is not None]
+        usual = round(sum(known) / len(known)) if known else 0
+        shards = [Shard(s.url, max(1, usual)) if is_local(s.url) and s.images is None else s for s in shards]
+    if empty := [shard.url for shard in shards if shard.images == 0]:
+        wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
+        raise ValueError(f"{empty[0]}: a shard without images: no file in it is {wanted}")
+    labels = labels_of(urls)
+    return [shard._replace(label=labels.get(shard.url, "")) for shard in shards]
+
+
+def _indexes_beside(urls: Sequence[str]) -> dict[Path, dict[str, int]]:
+    """Of the folders of local shards, those that have one."""
+    folders = dict.fromkeys(Path(local_path(url)).parent for url in urls if is_local(url))
+    return {folder: _read_index(str(folder / INDEX)) for folder in folders if (folder / INDEX).is_file()}
+
+
+def _local_count(url: str, indexes: Mapping[Path, Mapping[str, int]], image_key: str | None) -> int | None:
+    path = Path(local_path(url))
+    known = indexes.get(path.parent, {}).get(path.name)
+    if known is not None:
+        return known
+    return count_images(path, image_key) if path.is_file() else None
+
+
+def _read_index(url: str) -> dict[str, int]:
+    try:
+        with open_url(url) as stream:
+            text = stream.read()
+            if why := failure(stream):
+                raise OSError(why)
+        content = json.loads(text)
+        return {name: int(shard["images"]) for name, shard in content["shards"].items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{url}: not a readable index of shards: {error}") from error
+
+
+def count_images(path: Path, image_key: str | None = None) -> int:
+    """Images of a local shard, from the headers alone; up to where it is broken."""
+    groups: dict[str, bool] = {}
+    count, last = 0, None
+    with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path) as archive:
+        for member in archive:
+            key, extension = base_plus_ext(member.name)
+            if key is None or not member.isreg():
+                continue
+            if key != last:
+                count += bool(groups) and any(groups.values())
+                groups, last = {}, key
+            groups[extension.lower()] = is_image(extension.lower(), image_key)
+    return count + (bool(groups) and any(groups.values()))

@@ -1,0 +1,212 @@
+"""Shards: tar files of images, as WebDataset has them; what is in them, reading through faults."""
+
+import contextlib
+import signal
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from subprocess import PIPE
+from typing import Any, NamedTuple
+
+from webdataset.gopen import Pipe, gopen, rewrite_url, set_options
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+
+from olvae.data.errors import ReadError
+from olvae.data.image import EXTENSIONS
+from olvae.data.shards.urls import stem
+from olvae.files import legible
+
+__all__ = ["Entry", "Shard", "failure", "open_url", "read_shard"]
+
+
+SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError, IndexError)
+"""What reading a broken tar file raises."""
+
+TAR_BLOCK = 512  # bytes; two blocks of zeros end an archive
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # first bytes; these formats notice themselves that they are cut off
+
+
+class Shard(NamedTuple):
+    """A tar file, by path or URL, and how many images are in it, if that is known.
+
+    ``label`` is what its images' keys begin with, if that is not its stem.
+    """
+
+    url: str
+    images: int | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or stem(self.url)
+
+
+class Entry(NamedTuple):
+    """An image of a shard, undecoded; with faults that were met on the way to it.
+
+    ``files`` are the group's other files by extension, as bytes.
+    """
+
+    key: str
+    name: str
+    data: bytes
+    files: Mapping[str, bytes]
+    faults: tuple[ReadError, ...] = ()
+
+
+def read_shard(
+    shard: Shard, image_key: str | None = None, sidecars: bool = True, dotted: list[str] | None = None
+) -> Iterator[Entry | ReadError]:
+    """The images of a shard in order, undecoded; a fault last where it can't be opened or ends early.
+
+    A group of files of one name without an image is left out.
+
+    Args:
+        sidecars: whether the other files of a group are wanted; without them it is less work.
+        dotted: gets the names of files in groups without an image that would be images without a second dot in their
+            names: WebDataset splits ``a.b.jpg`` at the first, which makes ``b.jpg`` the extension. Needs the sidecars.
+    """
+    faults: list[ReadError] = []
+    wanted = None if sidecars else lambda name: is_image((base_plus_ext(name)[1] or "").lower(), image_key)
+    groups = group_by_keys(_files(shard.url, faults, wanted), handler=lambda error: _take(error, shard.url, faults))
+    name, url = shard.name, legible(shard.url)
+    for group in groups:
+        extension = next((ext for ext in group if is_image(ext, image_key)), None)
+        key = legible(group["__key__"])
+        if extension is None:
+            if dotted is not None:
+                dotted += [f"{key}.{ext}" for ext in group if is_image(ext.rpartition(".")[2], None)]
+            continue
+        others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
+        yield Entry(f"{name}/{key}", f"{url}/{key}.{extension}", group[extension], others)
+    yield from faults
+
+
+def _files(url: str, faults: list[ReadError], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
+    """The files of a tar file; what ends it early becomes a fault, so that what came before is kept."""
+    stream: Any = None
+    tail: _Tail | None = None
+    try:
+        stream = open_url(url)
+        tail = _Tail(stream)
+        for file in tar_file_iterator(tail, select_files=wanted):
+            yield {**file, "__url__": url}
+        ended = tail.ended
+        tail.read(TAR_BLOCK)
+        if tail.exhausted and (why := failure(stream)):
+            faults.append(ReadError(url, why))
+        elif not ended:
+            faults.append(ReadError(url, "no end mark: cut off, or damaged on the way", lost=False))
+    except SHARD_ERRORS as error:
+        # A command that is left before its end may complain of that, which is not what went wrong.
+        why = failure(stream) if tail is not None and tail.exhausted else None
+        faults.append(ReadError(url, why or _reason(error)))
+    finally:
+        if stream is not None:
+            with contextlib.suppress(OSError):  # a command that is not read to its end complains
+                stream.close()
+
+
+class _Tail:
+    """A stream that knows whether what was read of it last is zeros, as the end of an archive is.
+
+    ``exhausted`` says whether it was read to its end.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.exhausted = False
+        self._first = self._last = b""
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self.stream.read(size)
+        if data:
+            self._first = self._first or data[:6]
+            self._last = data[-TAR_BLOCK:]
+        self.exhausted = not data
+        return data
+
+    @property
+    def ended(self) -> bool:
+        return self._first.startswith(COMPRESSED) or not any(self._last)
+
+
+def _take(error: Exception, url: str, faults: list[ReadError]) -> bool:
+    faults.append(ReadError(url, _reason(error), lost=False))
+    return True
+
+
+def is_image(extension: str, image_key: str | None) -> bool:
+    return extension == image_key if image_key else f".{extension}" in EXTENSIONS
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return " ".join(text.partition(" @ ")[0].split())
+
+
+CURL = ("curl", "-fsSL", "--connect-timeout", "30")
+
+RETRIES = ("--retry", "30", "--retry-delay", "2")
+"""curl waits for a minute for a server that is busy or gone; a refusal, such as 404, it takes at once."""
+
+
+class _Download(Pipe):
+    """As webdataset opens it, but what the command says of its failure is kept."""
+
+    said = ""
+
+    def __init__(self, command: list[str]) -> None:
+        super().__init__(command, mode="rb", ignore_status=[141, 23], stderr=PIPE)
+
+    def close(self) -> None:
+        super().close()
+        if not self.proc.stderr.closed:
+            lines = self.proc.stderr.read().decode(errors="replace").split("\n")
+            self.said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            self.proc.stderr.close()
+
+
+def open_url(url: str) -> Any:
+    """A stream of a file, a URL or a ``pipe:`` command. Where that fails, reading ends: ask :func:`failure` then.
+
+    Raises:
+        OSError, ValueError: it can't be opened.
+    """
+    address = rewrite_url(url)
+    try:
+        if address.startswith(("http://", "https://")):
+            stream = _Download([*CURL, *RETRIES, address])
+        elif address.startswith("s3://"):  # webdataset would have none of it
+            stream = _Download(["aws", "s3", "cp", address, "-"])
+        else:
+            stream = gopen(url)
+    except FileNotFoundError as error:
+        if "://" not in address or address.startswith("file:"):
+            raise
+        command = f"it takes the command {error.filename}, which is not installed"
+        raise OSError(command if error.filename else str(error)) from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # whatever the hub's library raises
+        raise OSError(str(error) or type(error).__name__) from error
+    set_options(stream, ignore_errors=True)  # it would lose what is read already
+    return stream
+
+
+def failure(stream: Any) -> str | None:
+    """Why the command behind a stream that was read to its end failed, if it did. Closes it."""
+    if not isinstance(stream, Pipe):
+        return None
+    stream.close()
+    if stream.status in (*stream.ignore_status, -signal.SIGPIPE):
+        return None
+    if isinstance(stream, _Download) and stream.said:
+        return stream.said
+    if stream.status < 0:
+        return f"the command was ended by {signal.Signals(-stream.status).name}"
+    return f"the command failed with exit status {stream.status}"

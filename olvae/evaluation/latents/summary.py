@@ -1,0 +1,333 @@
+"""From sums over latents to the numbers of the report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ACTIVE_VARIANCE", "EDGES", "SIGMAS", "LatentSummary", "Mmd", "Totals", "mmd2_normal", "mmd2_null_std"]
+
+
+ACTIVE_VARIANCE = 0.01
+"""A channel is active if its posterior mean varies by more than this over the data (Burda et al. 2016, section 5.1)."""
+
+NO_DISTRIBUTION = "a deterministic autoencoder: its latents have no distribution of their own"
+"""Why KL and active channels are left out."""
+
+BINS = 200
+
+EDGES = 0.5 * torch.linspace(-5.0, 5.0, BINS + 1, dtype=torch.float64).sinh()
+"""Edges of the histogram's bins: from -37 to 37, 0.025 wide at 0, 0.05 at 1 and 0.5 at 10 [D]."""
+
+
+@dataclass(frozen=True)
+class Mmd:
+    """MMD^2 to N(0, I) for each bandwidth, as they are and after shift and scaling, and what noise alone would give."""
+
+    n: int
+    sigmas: tuple[float, ...]
+    raw: list[float]
+    scaled: list[float]
+    null_std: list[float]
+
+
+@dataclass(frozen=True)
+class LatentSummary:
+    """The distribution of the latents z of ``n`` images. "Of z" is of sampled latents, in expectation over the noise.
+
+    Per channel, float64 (C,): ``mean`` and ``std`` of z; ``mean_std``, of the posterior means alone; ``minimum`` and
+    ``maximum`` of the posterior means; ``kl`` in nats per position; ``active``. Deterministic latents are z, and the
+    posterior means besides; they have neither ``kl`` nor ``active``, which say how much of N(0, 1) a posterior takes.
+
+    Besides: ``correlation`` of z between channels, (C, C); ``spectrum`` of z per channel, (C, F), at ``frequency``
+    (F,) in cycles per latent position: the mean power of the orthonormal Fourier transform on a ring, the channel's
+    mean taken out, so that N(0, 1) is 1 throughout; ``mass``, the share of z in each bin of EDGES with what is below
+    and above at the ends, (C, bins + 2).
+    """
+
+    n: int
+    shape: tuple[int, int, int]
+    mean: Tensor
+    std: Tensor
+    mean_std: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    kl: Tensor | None
+    active: Tensor | None
+    correlation: Tensor
+    frequency: Tensor
+    spectrum: Tensor
+    mass: Tensor
+    shift_factor: float
+    scaling_factor: float
+    mmd: Mmd | None
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the autoencoder gives latents without a distribution."""
+        return self.kl is None
+
+    @property
+    def kl_per_image(self) -> float | None:
+        """Nats; None of a deterministic autoencoder."""
+        return None if self.kl is None else float(self.kl.sum()) * self.shape[1] * self.shape[2]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What can't be computed, and why."""
+        skipped: dict[str, str] = {}
+        if self.deterministic:
+            skipped |= {"kl": NO_DISTRIBUTION, "active": NO_DISTRIBUTION}
+        if self.mmd is None:
+            skipped["mmd"] = "needs at least two different images"
+        return skipped
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents of latents.json: plain numbers and lists."""
+        return {
+            "n": self.n,
+            "latent_shape": list(self.shape),
+            "deterministic": self.deterministic,
+            "mean": self.shift_factor,
+            "std": 1.0 / self.scaling_factor,
+            **self._posterior_dict(),
+            "diffusion": {
+                "shift_factor": self.shift_factor,
+                "scaling_factor": self.scaling_factor,
+                "latents_mean": self.mean.tolist(),
+                "latents_std": self.std.tolist(),
+            },
+            "channels": {"mean": self.mean.tolist(), "std": self.std.tolist(), **self._channels_dict()},
+            "correlation": self.correlation.tolist(),
+            "spectrum": {
+                "cycles_per_position": self.frequency.tolist(),
+                "mean": self.spectrum.mean(0).tolist(),
+                "channels": self.spectrum.tolist(),
+            },
+            "histogram": {
+                "edges": EDGES.tolist(),
+                "normal": _normal_mass()[1:-1].tolist(),
+                **_shares(self.mass.mean(0)),
+                "channels": [_shares(row) for row in self.mass],
+            },
+            **self._mmd_dict(),
+            **({"skipped": self.skipped} if self.skipped else {}),
+        }
+
+    def _posterior_dict(self) -> dict[str, Any]:
+        if self.active is None:
+            return {}
+        return {"kl_per_image": self.kl_per_image, "active_channels": int(self.active.sum())}
+
+    def _channels_dict(self) -> dict[str, Any]:
+        if self.kl is None or self.active is None:
+            return {"min": self.minimum.tolist(), "max": self.maximum.tolist()}
+        return {
+            "std_of_posterior_means": self.mean_std.tolist(),
+            "min_of_posterior_means": self.minimum.tolist(),
+            "max_of_posterior_means": self.maximum.tolist(),
+            "kl_per_position": self.kl.tolist(),
+            "kl_per_image": (self.kl * self.shape[1] * self.shape[2]).tolist(),
+            "active": self.active.tolist(),
+        }
+
+    def _mmd_dict(self) -> dict[str, Any]:
+        if self.mmd is None:
+            return {}
+        return {
+            "mmd": {
+                "latents": self.mmd.n,
+                "sigmas": list(self.mmd.sigmas),
+                "mmd2": self.mmd.raw,
+                "mmd2_scaled": self.mmd.scaled,
+                "standard_error_under_normal": self.mmd.null_std,
+            }
+        }
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over images and positions, per channel; of posterior means where nothing else is said.
+
+    ``mean`` (C,), ``cross`` of products of two channels (C, C), ``var`` of the posteriors' variances (C,), ``kl``
+    (C,) or None of deterministic latents, ``minimum`` and ``maximum`` (C,), ``power`` of the Fourier transform
+    (C, h, w), ``mass`` of z (C, bins + 2).
+    """
+
+    n: int
+    mean: Tensor
+    cross: Tensor
+    var: Tensor
+    kl: Tensor | None
+    minimum: Tensor
+    maximum: Tensor
+    power: Tensor
+    mass: Tensor
+
+    def __add__(self, other: "Totals") -> "Totals":
+        if self.power.shape != other.power.shape:
+            raise ValueError(
+                f"latents of different shapes, {tuple(self.power.shape)} and {tuple(other.power.shape)}: "
+                "the images must have one size"
+            )
+        return Totals(
+            self.n + other.n,
+            self.mean + other.mean,
+            self.cross + other.cross,
+            self.var + other.var,
+            None if self.kl is None or other.kl is None else self.kl + other.kl,
+            torch.minimum(self.minimum, other.minimum),
+            torch.maximum(self.maximum, other.maximum),
+            self.power + other.power,
+            self.mass + other.mass,
+        )
+
+    def summary(self, latents: list[Tensor]) -> LatentSummary:
+        """The report's numbers; ``latents`` are the sampled ones of the MMD, each (C, h, w)."""
+        channels, h, w = self.power.shape
+        count = self.n * h * w
+        mean, noise = self.mean / count, self.var / count
+        covariance = self.cross / count - torch.outer(mean, mean)
+        mean_var = covariance.diagonal().clamp(min=0.0)
+        var = mean_var + noise
+        scales = torch.outer(var, var).sqrt()
+        correlation = torch.where(scales > 0.0, covariance / scales, 0.0)  # nothing goes with a constant channel
+        correlation.fill_diagonal_(1.0)
+        frequency, spectrum = self._spectrum(mean, noise)
+        shift = float(mean.mean())
+        scale = float((var + mean.square()).mean() - shift**2) ** -0.5
+        return LatentSummary(
+            n=self.n,
+            shape=(channels, h, w),
+            mean=mean,
+            std=var.sqrt(),
+            mean_std=mean_var.sqrt(),
+            minimum=self.minimum,
+            maximum=self.maximum,
+            kl=None if self.kl is None else self.kl / count,
+            active=None if self.kl is None else mean_var > ACTIVE_VARIANCE,
+            correlation=correlation,
+            frequency=frequency,
+            spectrum=spectrum,
+            mass=self.mass / count,
+            shift_factor=shift,
+            scaling_factor=scale,
+            mmd=_mmd(latents, shift, scale),
+        )
+
+    def _spectrum(self, mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Frequencies (F,) up to Nyquist's, one ring per cycle over the shorter side, and the power there (C, F)."""
+        _, h, w = self.power.shape
+        power = self.power / self.n + noise[:, None, None]  # the noise is white
+        power[:, 0, 0] -= h * w * mean.square()  # the channel's mean over the data is no structure
+        y, x = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.fftfreq(w, dtype=torch.float64)
+        side = min(h, w)
+        ring = (torch.hypot(y[:, None], x[None, :]) * side).round().long().flatten()  # (h w,)
+        rings = side // 2 + 1
+        inside = ring < rings  # the corners, beyond Nyquist's frequency of the axes, are left out
+        total = torch.zeros(len(mean), rings, dtype=torch.float64)
+        total.index_add_(1, ring[inside], power.flatten(1)[:, inside])
+        size = torch.bincount(ring[inside], minlength=rings)
+        return torch.arange(rings, dtype=torch.float64) / side, total / size
+
+
+def _mmd(latents: list[Tensor], shift: float, scale: float) -> Mmd | None:
+    if len(latents) < 2:
+        return None
+    z = torch.stack(latents).flatten(1)  # (N, C h w)
+    raw = mmd2_normal(z)
+    scaled = mmd2_normal(z.sub_(shift).mul_(scale))
+    return Mmd(len(z), SIGMAS, raw.tolist(), scaled.tolist(), mmd2_null_std(*z.shape).tolist())
+
+
+def _normal_mass() -> Tensor:
+    below = torch.special.ndtr(EDGES)
+    return torch.cat((torch.zeros(1), below, torch.ones(1))).diff()
+
+
+def _shares(mass: Tensor) -> dict[str, Any]:
+    return {"below": float(mass[0]), "share": mass[1:-1].tolist(), "above": float(mass[-1])}
+
+
+SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)
+"""The bandwidths of the paper's comparison [P Table 6]."""
+
+
+def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -> Tensor:
+    """MMD^2 between the distribution that ``z`` was drawn from and N(0, I), for RBF kernels of several widths.
+
+    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), over whole flattened latents, and the unbiased estimator [D: the paper
+    says neither]. What the kernel expects under N(0, I) has a closed form, which takes the place of normal samples:
+
+        MMD^2 = mean over i != j of k(z_i, z_j) - 2 mean over i of e(z_i) + c
+        e(x) = E k(x, y) = (s / (s + 1))^(d/2) exp(-|x|^2 / (2 (s + 1))),   c = E k(y, y') = (s / (s + 2))^(d/2)
+
+    with s = sigma^2 and d the number of values of a latent. So the value is deterministic given ``z``, and its only
+    error is that of the latents; being unbiased, it can be a little below 0. At sigma = 500 the three terms are near
+    1 and their sum near 1e-7, so all is float64.
+
+    Args:
+        z: (N, ...) of any floating type, one latent per row, N at least 2.
+        sigmas: bandwidths, above 0.
+        chunk: rows at a time; memory is that of ``z`` and of two chunks in float64.
+
+    Returns:
+        float64 (len(sigmas),), between 0 and 2 but for the sampling error of :func:`mmd2_null_std`.
+
+    Raises:
+        ValueError: fewer than two latents, values that are not finite, or a bandwidth that is not above 0.
+    """
+    z = z.flatten(1)  # (N, d)
+    n, d = z.shape
+    _check_sigmas(sigmas)
+    if n < 2:
+        raise ValueError(f"MMD needs at least two latents, got {n}")
+    s = torch.tensor(sigmas, dtype=torch.float64, device=z.device).square()  # (S,)
+    square = torch.cat([part.double().square().sum(1) for part in z.split(chunk)])  # (N,)
+    if not square.isfinite().all():
+        raise ValueError("MMD: some latents are not finite")
+    pairs = torch.zeros_like(s)
+    for start in range(0, n, chunk):
+        rows = z[start : start + chunk].double()
+        for other in range(0, start + 1, chunk):  # the matrix is symmetric: its lower triangle of blocks
+            inner = rows @ z[other : other + chunk].double().T
+            distance = square[start : start + chunk, None] + square[None, other : other + chunk] - 2.0 * inner
+            distance = distance.clamp(min=0.0)  # (rows, columns)
+            if other == start:
+                distance.fill_diagonal_(torch.inf)  # leaves out i = j
+            weight = 1.0 if other == start else 2.0
+            pairs += torch.stack([weight * (distance / (-2.0 * v)).exp().sum() for v in s])
+    log_e = -0.5 * d * torch.log1p(1.0 / s)[:, None] - square / (2.0 * (s[:, None] + 1.0))  # (S, N)
+    c = (-0.5 * d * torch.log1p(2.0 / s)).exp()
+    return pairs / (n * (n - 1)) - 2.0 * log_e.exp().mean(1) + c
+
+
+def mmd2_null_std(n: int, d: int, sigmas: Sequence[float] = SIGMAS) -> Tensor:
+    """Standard deviation of :func:`mmd2_normal` over sets of ``n`` latents of ``d`` values that are N(0, I) indeed.
+
+    The estimator is the mean over pairs of h(x, x') = k(x, x') - e(x) - e(x') + c, whose expectation given either
+    argument is 0 under N(0, I). So its variance is 2 E h^2 / (n (n - 1)), and E h^2 = E k^2 - 2 E e^2 + c^2 has a
+    closed form. A measured value of a few of these is noise.
+
+    Returns:
+        float64 (len(sigmas),).
+
+    Raises:
+        ValueError: fewer than two latents, or a bandwidth that is not above 0.
+    """
+    _check_sigmas(sigmas)
+    if n < 2:
+        raise ValueError(f"MMD needs at least two latents, got {n}")
+    s = torch.tensor(sigmas, dtype=torch.float64).square()
+    k2 = -0.5 * d * torch.log1p(4.0 / s)  # log E k^2: the kernel of half the squared width
+    e2 = -d * torch.log1p(1.0 / s) - 0.5 * d * torch.log1p(2.0 / (s + 1.0))
+    c2 = -d * torch.log1p(2.0 / s)
+    h2 = c2.exp() * (torch.expm1(k2 - c2) - 2.0 * torch.expm1(e2 - c2))
+    return (2.0 * h2.clamp(min=0.0) / (n * (n - 1))).sqrt()
+
+
+def _check_sigmas(sigmas: Sequence[float]) -> None:
+    if not sigmas or min(sigmas) <= 0.0:
+        raise ValueError(f"MMD: bandwidths must be above 0, got {list(sigmas)}")

@@ -1,0 +1,134 @@
+"""How much a number would change with other images of the same kind: percentile bootstrap."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Difference", "Statistic", "confidence", "difference", "mean", "pooled_psnr"]
+
+
+Array = NDArray[np.float64]
+
+Statistic = Callable[[Array], Array]
+"""From values (..., n) to one number per row (...)."""
+
+CHUNK = 1 << 22
+"""Values that are drawn at a time, which bounds memory."""
+
+
+class Difference(NamedTuple):
+    """Of two contenders on the same images: the first's value minus the second's, and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(values: Array) -> Array:
+    """The mean of each row."""
+    result: Array = values.mean(-1)
+    return result
+
+
+def pooled_psnr(values: Array) -> Array:
+    """Of PSNRs of images of one size, in dB, that of all their pixels: 10 log10(255^2 / mean MSE).
+
+    An infinite one is an image without error, and counts as such.
+    """
+    with np.errstate(divide="ignore"):
+        result: Array = -10.0 * np.log10((10.0 ** (-values / 10.0)).mean(-1))
+    return result
+
+
+def confidence(
+    values: Mapping[str, float],
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+    statistic: Statistic = mean,
+) -> tuple[float, float] | None:
+    """Where the statistic lies when images are drawn again, with replacement, in ``level`` of the cases.
+
+    Args:
+        values: one per image, by key; their order makes no difference.
+        level: between 0 and 1.
+        samples: how many times images are drawn.
+        seed: of the draws.
+        statistic: :func:`mean`, :func:`pooled_psnr` of PSNRs, or another.
+
+    Returns:
+        The lower and the upper end; None where there is none: one image, or an infinite statistic.
+
+    Raises:
+        ValueError: there are no images, or level or samples are out of range.
+    """
+    drawn = _bootstrap(np.stack([_array(values)]), level, samples, seed, statistic)
+    return None if drawn is None else _interval(drawn[0], level)
+
+
+def difference(
+    a: Mapping[str, float],
+    b: Mapping[str, float],
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+    statistic: Statistic = mean,
+) -> Difference | None:
+    """The statistic of ``a`` minus that of ``b``, both of the same images in every draw.
+
+    What both find hard or easy cancels, so this interval is narrower than those of a and b make one think; where it
+    leaves out 0, the two differ by more than the choice of images explains.
+
+    Returns:
+        None where there is none, as in :func:`confidence`.
+
+    Raises:
+        ValueError: the keys differ, and as in :func:`confidence`.
+    """
+    if a.keys() != b.keys():
+        raise ValueError(
+            f"a paired difference needs the same images on both sides: {len(a.keys() - b.keys())} are only in the "
+            f"first, {len(b.keys() - a.keys())} only in the second"
+        )
+    pair = np.stack([_array(a), _array(b)])  # (2, n)
+    drawn = _bootstrap(pair, level, samples, seed, statistic)
+    if drawn is None:
+        return None
+    first, second = statistic(pair)
+    return Difference(float(first - second), *_interval(drawn[0] - drawn[1], level))
+
+
+def _array(values: Mapping[str, float]) -> Array:
+    return np.array([values[key] for key in sorted(values)], dtype=np.float64)
+
+
+def _bootstrap(values: Array, level: float, samples: int, seed: int, statistic: Statistic) -> Array | None:
+    """(contenders, n) -> the statistic of every draw (contenders, samples), or None if there is no interval."""
+    n = values.shape[-1]
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"the level of a confidence interval is between 0 and 1, got {level}")
+    if samples < 1:
+        raise ValueError(f"a bootstrap needs at least 1 sample, got {samples}")
+    if not n:
+        raise ValueError("a bootstrap needs an image, got none")
+    if np.isnan(values).any():
+        raise ValueError("a bootstrap needs numbers: a value is not a number")
+    if n == 1 or not np.isfinite(statistic(values)).all():
+        return None
+    drawn = np.concatenate([statistic(values[:, rows]) for rows in _draws(n, samples, seed)], axis=-1)
+    return drawn if np.isfinite(drawn).all() else None
+
+
+def _draws(n: int, samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Places of n images, with replacement, (rows, n) at a time."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, CHUNK // n)
+    for start in range(0, samples, rows):
+        yield rng.integers(n, size=(min(rows, samples - start), n))
+
+
+def _interval(drawn: Array, level: float) -> tuple[float, float]:
+    low, high = np.quantile(drawn, ((1.0 - level) / 2.0, (1.0 + level) / 2.0))
+    return float(low), float(high)

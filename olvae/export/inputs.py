@@ -1,0 +1,233 @@
+"""The images to encode, divided into shards before the first is read."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from olvae.config import ConfigError
+from olvae.data.errors import ReadError, UnreadableImageError
+from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.mapped.base import ImageDataset, MappedSource
+from olvae.data.open import evaluation_source, holds_shards, list_images
+from olvae.data.shards.index import with_counts
+from olvae.data.shards.read import Shard, read_shard
+from olvae.data.shards.urls import find_shards, is_local
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.transforms import center_crop
+
+__all__ = ["Inputs", "Item", "ReadImage", "find_inputs", "read_batches"]
+
+
+class Item(NamedTuple):
+    """An image to encode: the name of its files in the shard, its key, how to open it, and files that go with it."""
+
+    name: str
+    key: str
+    open: Callable[[], Picture | Photo]
+    files: Mapping[str, bytes] = {}
+
+
+class Inputs(ABC):
+    """Images by output shard."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many output shards there are."""
+
+    @abstractmethod
+    def count(self, shard: int) -> int | None:
+        """Images of an output shard; None if only reading would tell."""
+
+    @abstractmethod
+    def read(self, shard: int) -> Iterator[Item | ReadError]:
+        """The images of an output shard in order."""
+
+    @abstractmethod
+    def plan(self) -> dict[str, Any]:
+        """What makes another plan of it, if it changes."""
+
+
+@dataclass(frozen=True)
+class DatasetInputs(Inputs):
+    """Output shard i holds the images from i * shard_size on; files are named by the image's number.
+
+    With ``classes``, names of folders, a file ``.cls`` says which of them the image lies in.
+    """
+
+    images: ImageDataset
+    shard_size: int
+    classes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.shard_size)
+
+    def _range(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.images)))
+
+    def count(self, shard: int) -> int:
+        return len(self._range(shard))
+
+    def read(self, shard: int) -> Iterator[Item]:
+        numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
+        for i in self._range(shard):
+            key = self.images.key(i)
+            files = {"cls": numbers[_folder(key)]} if numbers else {}
+            yield Item(f"{i:08d}", key, lambda i=i: self.images[i], files)  # type: ignore[misc]
+
+    def plan(self) -> dict[str, Any]:
+        keys = (self.images.key(i) for i in range(len(self.images)))
+        return {
+            "images": len(self.images),
+            "keys": _digest(keys),
+            "shard_size": self.shard_size,
+            "classes": list(self.classes),
+        }
+
+
+@dataclass(frozen=True)
+class ShardInputs(Inputs):
+    """One output shard for each input shard; files keep their names, and bring the group's other files along."""
+
+    shards: Sequence[Shard]
+    channels: int
+    image_key: str | None = field(default=None)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def count(self, shard: int) -> int | None:
+        return self.shards[shard].images
+
+    def read(self, shard: int) -> Iterator[Item | ReadError]:
+        source = self.shards[shard]
+        for entry in read_shard(source, self.image_key):
+            if not isinstance(entry, ReadError):
+                name = entry.key.removeprefix(f"{source.name}/")
+                yield Item(
+                    name,
+                    entry.key,
+                    lambda e=entry: Photo(e.data, e.name, self.channels),  # type: ignore[misc]
+                    entry.files,
+                )
+            elif is_local(source.url):
+                yield entry
+            else:  # perhaps the network's fault: not to be taken for the end of the shard
+                raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
+
+    def plan(self) -> dict[str, Any]:
+        names = [f"{Path(shard.url).name}:{shard.images}" for shard in self.shards]
+        return {"shards": len(self.shards), "keys": _digest(names)}
+
+
+def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
+    """The images of SRC: those that :func:`~olvae.data.open.evaluation_source` would give.
+
+    Args:
+        channels: of the images.
+        shard_size: images in an output shard, where SRC has no shards itself.
+        classes: the folders of SRC are classes; shards say themselves which class an image is of.
+
+    Raises:
+        ConfigError: SRC is none, or has no folders for classes.
+        FileNotFoundError, ValueError: it has no images.
+    """
+    if Path(src).suffix in (".yaml", ".yml"):
+        source = evaluation_source(src, 1, 1)
+        if isinstance(source, WebDatasetSource):
+            return ShardInputs(source.val, source.channels, source.image_key)
+        if isinstance(source, MappedSource):
+            return DatasetInputs(source.test, shard_size, _classes(source.test) if classes else ())
+        raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
+    if holds_shards(src):
+        if classes:
+            raise ConfigError("--classes is for folders: of shards, the .cls files are kept as they are")
+        return ShardInputs(with_counts(find_shards(src)), channels)
+    images = list_images(src, channels)
+    return DatasetInputs(images, shard_size, _classes(images) if classes else ())
+
+
+def _classes(images: ImageDataset) -> list[str]:
+    """The folders that the images lie in, sorted."""
+    names = set()
+    for i in range(len(images)):
+        if "/" not in images.key(i):
+            raise ConfigError(f"--classes: {images.key(i)} lies in no folder that could be its class")
+        names.add(_folder(images.key(i)))
+    return sorted(names)
+
+
+def _folder(key: str) -> str:
+    return key.partition("/")[0]
+
+
+def _digest(lines: Sequence[str] | Iterator[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+class ReadImage(NamedTuple):
+    """An image as it is encoded, uint8 (C, H, W), and the width and height that it had before."""
+
+    item: Item
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+def read_batches(
+    items: Iterable[Item | ReadError], size: int, batch_size: int, threads: int
+) -> Iterator[list[ReadImage | ReadError]]:
+    """Lists of so many images of one size, in order, and the faults between them.
+
+    Args:
+        items: the images, and what could not be read of their shard.
+        size: of the images after the evaluation's resize and crop; 0 leaves them as they are.
+        threads: that read ahead; 0 reads when an image is asked for.
+    """
+    batch: list[ReadImage | ReadError] = []
+    shape, count = None, 0
+    for image in _ahead(items, size, threads, 2 * batch_size):
+        if isinstance(image, ReadImage):
+            if count == batch_size or shape not in (None, image.pixels.shape):
+                yield batch
+                batch, count = [], 0
+            shape, count = image.pixels.shape, count + 1
+        batch.append(image)
+    if batch:
+        yield batch
+
+
+def _ahead(items: Iterable[Item | ReadError], size: int, threads: int, depth: int) -> Iterator[ReadImage | ReadError]:
+    """The images in the items' order, up to ``depth`` of them read ahead."""
+    read = partial(_read, size)
+    if not threads:
+        yield from map(read, items)
+        return
+    waiting: deque[Future[ReadImage | ReadError]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _read(size: int, item: Item | ReadError) -> ReadImage | ReadError:
+    if isinstance(item, ReadError):
+        return item
+    try:
+        opened = item.open()
+        picture = opened.read() if isinstance(opened, Photo) else opened
+        return ReadImage(item, image_to_tensor(center_crop(picture, size) if size else picture), picture.size)
+    except UnreadableImageError as error:
+        return ReadError(item.key, error.reason)

@@ -1,0 +1,83 @@
+"""The terms of the objective: pixel, wavelet, Gaussian and KL losses; means over elements, in float32."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.precision import island, no_autocast
+from olvae.modules.wavelet import dwt2
+
+__all__ = ["RECONSTRUCTION", "charbonnier", "gaussian_blur", "gaussian_loss", "kl_loss", "l1", "l2", "wavelet_loss"]
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    return (island(x) - island(y)).abs().mean()
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    return (island(x) - island(y)).square().mean()
+
+
+def charbonnier(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
+    """mean sqrt(d^2 + eps^2): an L1 that is smooth at 0. Its value for equal inputs is eps [P 4.3]."""
+    return ((island(x) - island(y)).square() + eps**2).sqrt().mean()
+
+
+RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": l1,
+    "l2": l2,
+    "charbonnier": charbonnier,
+}
+
+
+def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
+    """Charbonnier between the three level-1 Haar detail bands, divided by 2, of two images [D].
+
+    Args:
+        x, y: (B, C, H, W) in [-1, 1].
+        eps: Charbonnier's.
+
+    Returns:
+        The mean over bands and pixels; gradients flow to both through the transform.
+    """
+    channels = x.shape[1]
+    return charbonnier(dwt2(x)[:, channels:] / 2, dwt2(y)[:, channels:] / 2, eps)  # (B, 3C, H/2, W/2)
+
+
+def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
+    """Separable Gaussian filter with reflected borders, in float32: (B, C, H, W) -> (B, C, H, W)."""
+    x = island(x)
+    radius = kernel_size // 2
+    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma).square())
+    kernel = kernel / kernel.sum()
+    channels = x.shape[1]
+    x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
+    with no_autocast(x):
+        x = F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+        return F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+
+
+def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
+    """L1 between x - blur(x) and y - blur(y); 5x5, sigma 1 [D].
+
+    Args:
+        x, y: (B, C, H, W) in [-1, 1].
+
+    Returns:
+        The mean over all elements; gradients flow to both.
+    """
+    difference = island(x) - island(y)  # the filter is linear: the difference of the residuals is its residual
+    return l1(difference, gaussian_blur(difference, kernel_size, sigma))
+
+
+def kl_loss(posterior: DiagonalGaussian, x: Tensor) -> Tensor:
+    """Mean over the batch of KL(posterior || N(0, I)) in nats, per value of the image.
+
+    The sum over a sample's latent is divided by the number C H W of values of its image [D], as every other
+    term is a mean per value; so a weight means what it means in the latent-diffusion code, where both are sums.
+    """
+    return posterior.kl().mean() / x[0].numel()

@@ -1,0 +1,227 @@
+"""Encoding within a stated memory: the same result, layer by layer over the whole image.
+
+Tiles can't do it: every GroupNorm of the encoder takes its mean and variance over the whole image. So each layer
+runs over the image in strips of rows and adds up the sums that the next norm needs; what lies between the layers
+is kept in memory as far as that goes, and in temporary files beyond.
+"""
+
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.large.memory import GIB, peak_bytes
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.unet import PostActivationBlock, PreActivationBlock, UNet
+from olvae.modules.precision import autocast_enabled, island
+
+__all__ = ["encode_within", "moments_within"]
+
+
+Function = Callable[[Tensor], Tensor]
+
+STREAMED = (torch.float32, torch.float16, torch.bfloat16)
+"""What lies between the layers is kept in float32."""
+
+
+def encode_within(
+    model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None
+) -> DiagonalGaussian:
+    """``model.encode(x)`` without gradients, within ``memory``; see :func:`moments_within`."""
+    return DiagonalGaussian(moments_within(model, x, memory, progress))
+
+
+@torch.no_grad()
+def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None) -> Tensor:
+    """``model.moments(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
+
+    What fits is encoded as always. What does not is streamed through the UNets: a quarter of the memory is
+    for strips, on x's device, the rest for what lies between layers, on the CPU; more goes to temporary files (in
+    ``TMPDIR``). The wavelet transform and the features, which are no larger than the image, stay outside the budget.
+
+    Args:
+        model: in evaluation mode.
+        x: (B, C, H, W) in [-1, 1], H and W multiples of f.
+        memory: bytes.
+        progress: called now and then with the fraction that is done.
+
+    Raises:
+        ValueError: an encoder other than LiteVAE's does not fit.
+        OSError: the temporary files do not fit on the disk.
+    """
+    encoder = model.encoder
+    needs = peak_bytes(encoder, lambda e, images: e(images), tuple(x.shape))
+    if needs <= memory:
+        return model.moments(x)
+    if not isinstance(encoder, LiteVAE_Encoder):
+        raise ValueError(
+            f"{type(encoder).__name__} sees the whole image at every position and can't be streamed; encoding "
+            f"{x.shape[-1]}x{x.shape[-2]} pixels takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: "
+            "allow more memory, or a smaller image"
+        )
+    if encoder.training or x.dtype not in STREAMED:
+        raise ValueError(
+            "streaming takes float32 or half precision and a model in evaluation mode: call model.eval() first"
+        )
+    sizes = [4.0**-level for level in range(1, encoder.levels + 1)]
+    weights = iter([*sizes, sizes[-1]])
+    done, whole = 0.0, x.shape[0] * (sum(sizes) + sizes[-1])
+
+    def stream(unet: nn.Module, h: Tensor) -> Tensor:
+        nonlocal done
+        out = torch.cat([_Stream(memory, x.device, x.dtype).unet(unet, one) for one in h.split(1)])
+        done += x.shape[0] * next(weights)
+        if progress is not None:
+            progress(done / whole)
+        return out
+
+    moments = encoder.run(x, stream)
+    if model.quantizer is not None:
+        moments = model.quantizer.quant_conv(moments)
+    return island(moments) if autocast_enabled(moments) else moments
+
+
+class _Plane:
+    """A layer's output over the whole image, (1, C, H, W) in float32, and the sums of its channels."""
+
+    def __init__(self, channels: int, height: int, width: int, in_memory: bool) -> None:
+        self.shape = channels, height, width
+        self.sums = torch.zeros(2, channels, dtype=torch.float64)  # of the values, of their squares
+        self.rows = torch.empty(height, channels, width) if in_memory else None
+        self.file = None if in_memory else tempfile.TemporaryFile(prefix="olvae-")  # noqa: SIM115
+
+    def read(self, start: int, stop: int) -> Tensor:
+        channels, _, width = self.shape
+        if self.rows is not None:
+            rows = self.rows[start:stop]
+        else:
+            assert self.file is not None
+            rows = torch.empty(stop - start, channels, width)
+            self.file.seek(4 * start * channels * width)
+            self.file.readinto(rows.numpy().data.cast("B"))
+        return rows.transpose(0, 1)[None]  # (1, C, rows, W)
+
+    def write(self, start: int, values: Tensor) -> None:
+        channels, _, width = self.shape
+        wide = values[0].flatten(1).double()
+        self.sums += torch.stack((wide.sum(1), wide.square().sum(1))).cpu()
+        rows = values[0].transpose(0, 1)  # (rows, C, W)
+        if self.rows is not None:
+            self.rows[start : start + rows.shape[0]] = rows
+        else:
+            assert self.file is not None
+            self.file.seek(4 * start * channels * width)
+            self.file.write(np.ascontiguousarray(rows.float().cpu().numpy()).data.cast("B"))
+
+
+class _Stream:
+    """Runs UNets layer by layer; only one strip of rows is on the device."""
+
+    def __init__(self, memory: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.strip = memory // 4
+        self.left = memory - self.strip
+
+    def _plane(self, channels: int, height: int, width: int) -> _Plane:
+        size = 4 * channels * height * width
+        if size > self.left:
+            return _Plane(channels, height, width, in_memory=False)
+        plane = _Plane(channels, height, width, in_memory=True)
+        self.left -= size
+        weakref.finalize(plane, self._free, size)
+        return plane
+
+    def _free(self, size: int) -> None:
+        self.left += size
+
+    def sweep(self, inputs: Sequence[_Plane], channels: int, reach: int, run: Callable[..., Tensor]) -> _Plane:
+        """``run`` over strips of the inputs that are ``reach`` rows wider, on both sides, than those of the output."""
+        _, height, width = inputs[0].shape
+        out = self._plane(channels, height, width)
+        per_row = 4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs))  # a layer copies both
+        rows = max(1, self.strip // per_row - 2 * reach)
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            low, high = max(0, start - reach), min(height, stop + reach)
+            values = run(*(plane.read(low, high).to(self.device, self.dtype) for plane in inputs))
+            out.write(start, values[:, :, start - low : stop - low])
+        return out
+
+    def conv(self, conv: nn.Module, inputs: Sequence[_Plane], before: Function | None = None) -> _Plane:
+        """A convolution over concatenated inputs, after a function of single positions."""
+        assert isinstance(conv, nn.Conv2d)
+
+        def run(*strips: Tensor) -> Tensor:
+            x = torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
+            out: Tensor = conv(before(x) if before else x)
+            return out
+
+        return self.sweep(inputs, conv.out_channels, conv.kernel_size[0] // 2, run)
+
+    def norm_silu(self, norm: nn.GroupNorm, inputs: Sequence[_Plane]) -> Function:
+        """GroupNorm, then SiLU, with the statistics of the whole image."""
+        _, height, width = inputs[0].shape
+        sums = torch.cat([plane.sums for plane in inputs], dim=1)  # (2, C)
+        grouped = sums.unflatten(1, (norm.num_groups, -1))  # (2, groups, C / groups)
+        mean, square = grouped.sum(2) / (grouped.shape[2] * height * width)
+        rstd = (square - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
+        repeat = grouped.shape[2]
+        shift, scale = (
+            values.repeat_interleave(repeat).float().to(self.device).view(-1, 1, 1) for values in (mean, rstd)
+        )
+        weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
+        return lambda x: F.silu((x.float() - shift) * scale * weight + bias).to(x.dtype)
+
+    def post_activation(self, block: PostActivationBlock, inputs: Sequence[_Plane]) -> _Plane:
+        h = self.conv(block.conv1, inputs)
+        h = self.conv(block.conv2, [h], self.norm_silu(block.norm1, [h]))
+        activate = self.norm_silu(block.norm2, [h])
+
+        def add(last: Tensor, *x: Tensor) -> Tensor:
+            out: Tensor = activate(last) + block.residual_conv(torch.cat(x, dim=1))
+            return out
+
+        return self.sweep([h, *inputs], h.shape[0], 0, add)
+
+    def pre_activation(self, block: PreActivationBlock, inputs: Sequence[_Plane]) -> _Plane:
+        h = self.conv(block.conv1, inputs, self.norm_silu(block.norm1, inputs))
+        activate = self.norm_silu(block.norm2, [h])
+
+        def add(last: Tensor, *x: Tensor) -> Tensor:
+            out: Tensor = block.conv2(activate(last)) + block.shortcut(torch.cat(x, dim=1))
+            return out
+
+        return self.sweep([h, *inputs], block.conv2.out_channels, 1, add)
+
+    def block(self, block: nn.Module, inputs: Sequence[_Plane]) -> _Plane:
+        if isinstance(block, PostActivationBlock):
+            return self.post_activation(block, inputs)
+        assert isinstance(block, PreActivationBlock)
+        return self.pre_activation(block, inputs)
+
+    def unet(self, unet: nn.Module, x: Tensor) -> Tensor:
+        """``unet(x)`` for one image, (1, C, H, W) -> (1, C', H, W) on x's device."""
+        assert isinstance(unet, UNet)
+        _, channels, height, width = x.shape
+        first = self._plane(channels, height, width)
+        first.write(0, x)
+        h = self.conv(unet.init_conv, [first])
+        del first
+        skips: list[_Plane] = []
+        for step in unet.down():
+            if isinstance(step, nn.Conv2d):
+                h = self.conv(step, [h])
+            else:
+                h = self.block(step, [h])
+                skips.append(h)
+        for step in unet.middle():
+            h = self.block(step, [h])
+        for step in unet.up():
+            h = self.conv(step, [h]) if isinstance(step, nn.Conv2d) else self.block(step, [h, skips.pop()])
+        return self.conv(unet.conv_out, [h]).read(0, height).to(x)

@@ -1,0 +1,193 @@
+"""What a decoder looks at: which latent positions a window of the image depends on."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.large.memory import GIB, peak_bytes
+from olvae.modules.base import Decoder, Stage
+
+__all__ = ["Range", "Window", "decode_tiled", "decode_window", "receptive_field", "split", "tile_bytes", "tile_for"]
+
+
+Range = tuple[int, int]
+"""From, and up to but without: rows or columns."""
+
+Window = tuple[Range, Range]
+"""Rows and columns."""
+
+
+def receptive_field(decoder: Decoder) -> int | None:
+    """How many latent positions beyond its own, on each side, an output pixel depends on at most.
+
+    Computed from the decoder's stages, and tight: the outermost position counts [D].
+
+    Returns:
+        Positions; None for a decoder without a finite field, such as Stable Diffusion's, whose GroupNorm and
+        attention see the whole latent.
+    """
+    stages = decoder.stages()
+    if stages is None:
+        return None
+    f = decoder.upscale
+    far = 2**20  # a position away from any border
+    (low, high), *_ = _needed(stages, (far * f, (far + 1) * f), 2 * far)
+    return max(far - low, high - 1 - far)
+
+
+def decode_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
+    """A window of the image, from what it depends on and nothing else.
+
+    Between two stages, everything that the rest does not need is cut off. At the image's own borders nothing is
+    cut, and the zero padding there is that of the whole image: so the result is the window of the whole result.
+
+    Args:
+        stages: those of the decoder.
+        z: the whole latent, (B, z_channels, h, w).
+        window: rows and columns of the image, in pixels.
+    """
+    rows = _needed(stages, window[0], z.shape[-2])
+    columns = _needed(stages, window[1], z.shape[-1])
+    h = _cut(z, rows[0], columns[0])
+    for stage, (row, next_row), (column, next_column) in zip(stages, pairwise(rows), pairwise(columns), strict=True):
+        top, left = row[0] * stage.scale, column[0] * stage.scale  # where the stage's output starts
+        h = stage.run(h)
+        h = _cut(h, (next_row[0] - top, next_row[1] - top), (next_column[0] - left, next_column[1] - left))
+    return h
+
+
+def _needed(stages: Sequence[Stage], wanted: Range, size: int) -> list[Range]:
+    """Along one axis: what is needed before each stage, and last what is wanted; ``size`` is the latent's."""
+    for stage in stages:
+        size *= stage.scale
+    out = [wanted]
+    for stage in reversed(stages):
+        size //= stage.scale
+        low, high = out[-1][0] - stage.reach, out[-1][1] + stage.reach
+        out.append((max(0, low // stage.scale), min(size, -(-high // stage.scale))))
+    return out[::-1]
+
+
+def _cut(x: Tensor, rows: Range, columns: Range) -> Tensor:
+    return x[..., rows[0] : rows[1], columns[0] : columns[1]]
+
+
+@torch.no_grad()
+def decode_tiled(
+    model: LiteVAE,
+    z: Tensor,
+    tile: int | None = None,
+    memory: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
+    """``model.decode(z)``, tile by tile: equal to rounding, because each tile sees all that it depends on.
+
+    A decoder without a finite receptive field (see :func:`receptive_field`) is never tiled: with ``memory``
+    it decodes whole if that fits.
+
+    Args:
+        model: in evaluation mode; folded, it is faster.
+        z: (B, n_z, h, w).
+        tile: side of a tile, in latent positions.
+        memory: bytes that a tile may take beside z, the image and the parameters; the largest tile that does
+            is taken. Give one of the two.
+        progress: called after every tile with the fraction that is done.
+
+    Returns:
+        (B, C, f h, f w) on z's device, without gradients.
+
+    Raises:
+        ValueError: the decoder can't be tiled, no tile is small enough, or neither or both of tile and memory.
+    """
+    if (tile is None) == (memory is None):
+        raise ValueError("give decode_tiled a tile or a memory, and not both")
+    decoder = model.decoder
+    stages = decoder.stages()
+    if stages is None:
+        _whole_or_refuse(decoder, z, tile, memory)
+        image = model.decode(z)
+        if progress is not None:
+            progress(1.0)
+        return image
+    if memory is not None:
+        tile = tile_for(decoder, memory, tuple(z.shape))
+    assert tile is not None
+    if tile < 1:
+        raise ValueError(f"a tile has at least one latent position, got {tile}")
+    if model.quantizer is not None:
+        z = model.quantizer.post_quant_conv(z)  # 1x1: sees nothing but its position
+    return _decode(decoder, stages, z, tile, progress)
+
+
+def _whole_or_refuse(decoder: Decoder, z: Tensor, tile: int | None, memory: int | None) -> None:
+    name = type(decoder).__name__
+    if tile is not None:
+        raise ValueError(f"{name} sees the whole latent at every position: tiles would change its result; leave --tile")
+    assert memory is not None
+    needs = peak_bytes(decoder, lambda d, x: d(x), (z.shape[0], decoder.z_channels, *z.shape[-2:]))
+    if needs > memory:
+        raise ValueError(
+            f"{name} sees the whole latent at every position and can't be tiled; decoding "
+            f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale} pixels whole takes "
+            f"{needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
+        )
+
+
+def _decode(
+    decoder: Decoder, stages: list[Stage], z: Tensor, tile: int, progress: Callable[[float], None] | None
+) -> Tensor:
+    f = decoder.upscale
+    height, width = z.shape[-2:]
+    image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
+    windows = [(rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)]
+    for done, (rows, columns) in enumerate(windows, start=1):
+        image[..., slice(*rows), slice(*columns)] = decode_window(stages, z, (rows, columns))
+        if progress is not None:
+            progress(done / len(windows))
+    return image
+
+
+def split(size: int, tile: int, f: int) -> list[Range]:
+    """As few pieces of at most ``tile`` positions as will do, of about one size; in pixels."""
+    pieces = -(-size // tile)
+    edges = [f * (size * i // pieces) for i in range(pieces + 1)]
+    return list(pairwise(edges))
+
+
+def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
+    """What the costliest tile of a latent of shape (B, z_channels, h, w) takes; see :func:`peak_bytes`."""
+    f = decoder.upscale
+
+    def one(size: int) -> tuple[int, int]:
+        start = (size - min(tile, size)) // 2  # in the middle, where both sides need their surroundings
+        return f * start, f * (start + min(tile, size))
+
+    def run(module: Decoder, z: Tensor) -> Tensor:
+        stages = module.stages()
+        assert stages is not None
+        return decode_window(stages, z, (one(shape[-2]), one(shape[-1])))
+
+    return peak_bytes(decoder, run, (shape[0], decoder.z_channels, *shape[-2:]))
+
+
+def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
+    """The largest tile within ``memory`` bytes for a latent of that shape, or one that covers it.
+
+    Raises:
+        ValueError: not even a tile of one position is.
+    """
+    low, high = 1, max(shape[-2:])
+    if (least := tile_bytes(decoder, low, shape)) > memory:
+        raise ValueError(
+            f"the smallest tile takes {least / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tile_bytes(decoder, middle, shape) <= memory:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,198 @@
+"""Autoencoders of diffusers (KL, Tiny, DC, ...) behind the interface of our own."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olvae.config import ConfigError
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.hub import is_hub_id, snapshot
+from olvae.models.spec import class_in
+from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
+
+__all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]
+
+
+SUBFOLDER = "vae"
+"""Where pipelines keep their autoencoder."""
+
+PROBE = 128
+"""Side in pixels of the image that tells an autoencoder's factor; the largest published one is 128."""
+
+
+class DiffusersAutoencoder(Autoencoder):
+    """An image autoencoder of diffusers. All of them take and give images in [-1, 1].
+
+    Its latents are the model's own: neither scaled nor shifted by the factors in its config.
+
+    Args:
+        model: with ``encode`` that gives a ``latent_dist``, or ``latents`` without a distribution, and ``decode``.
+
+    Raises:
+        ValueError: it does not take images to smaller latents and back.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        name = type(model).__name__
+        try:
+            with torch.no_grad():
+                p = next(model.parameters())
+                latent = self.encode_any(torch.zeros(1, self.in_channels, PROBE, PROBE, dtype=p.dtype, device=p.device))
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} does not encode images: {str(error).splitlines()[0]}") from error
+        mean = latent.mean
+        if mean.ndim != 4 or PROBE % mean.shape[-1] or mean.shape[-1] != mean.shape[-2]:
+            raise ValueError(f"{name} makes {tuple(mean.shape[1:])} of an image of {PROBE}x{PROBE}: no latent image")
+        self._downscale, self._latent_channels = PROBE // mean.shape[-1], mean.shape[1]
+
+    @property
+    def in_channels(self) -> int:
+        return int(getattr(self.model.config, "in_channels", 3))
+
+    @property
+    def downscale(self) -> int:
+        return self._downscale
+
+    @property
+    def latent_channels(self) -> int:
+        return self._latent_channels
+
+    def encode(self, x: Tensor) -> Posterior:
+        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f), deterministic where the model has none.
+
+        Raises:
+            ValueError: H or W is not a multiple of f.
+        """
+        if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
+            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {self.downscale}")
+        return self.encode_any(x)
+
+    def encode_any(self, x: Tensor) -> Posterior:
+        """As :meth:`encode`, for any size that the model takes."""
+        output = self.model.encode(x)
+        if "latent_dist" in output:
+            return DiagonalGaussian(output.latent_dist.parameters)
+        return Deterministic(output["latents"] if "latents" in output else output["latent"])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        x: Tensor = self.model.decode(z).sample
+        return x
+
+
+def find_folder(text: str) -> Path:
+    """The folder of an autoencoder, downloaded if need be.
+
+    Args:
+        text: a folder or an id of the hub, of an autoencoder or of a pipeline that has one in ``vae``; another
+            subfolder is named after ``::``.
+
+    Raises:
+        FileNotFoundError: there is none, or the hub can't be reached.
+    """
+    name, _, subfolder = text.partition("::")
+    if Path(name).is_dir():
+        root = Path(name)
+    elif is_hub_id(name):
+        root = _download(name, subfolder)
+    else:
+        raise FileNotFoundError(f"diffusers:{text}: no such folder, and not an id of the hub (OWNER/NAME)")
+    candidates = [root / subfolder] if subfolder else [root, root / SUBFOLDER]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"diffusers:{text}: no config.json in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the subfolder "
+        f"of the autoencoder, as in diffusers:{name}::SUBFOLDER"
+    )
+
+
+def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = False) -> DiffusersAutoencoder:
+    """The autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
+
+    Args:
+        allow_mismatch: load the tensors that fit, and warn of the others.
+
+    Raises:
+        ConfigError: the config names something else than an autoencoder.
+        ValueError: the weights are not readable, not finite, or do not fit.
+    """
+    import diffusers
+    from diffusers import ModelMixin
+
+    name = class_in(folder)
+    if name is None:
+        raise ConfigError(f"{folder}/config.json: not a config of diffusers: it has no _class_name")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and ("Autoencoder" in name or name == "VQModel")):
+        raise ConfigError(f"{folder}/config.json: {name} is not an autoencoder of diffusers {diffusers.__version__}")
+    if not trained:
+        return DiffusersAutoencoder(kind.from_config(kind.load_config(folder))).eval()
+    try:
+        with _quiet():
+            model, report = kind.from_pretrained(
+                folder,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # so that they are in the report
+            )
+    except Exception as error:  # of many kinds, by what is broken
+        raise ValueError(f"{folder}: not a readable {name}: {str(error).strip().splitlines()[0]}") from error
+    state = model.state_dict()
+    lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    loaded, wrong = len(state) - len(lacking), _mismatches(report)
+    if wrong and not (allow_mismatch and loaded):
+        raise ValueError(f"{folder}: these weights are of another model than its config.json: {wrong}")
+    if wrong:
+        warnings.warn(f"{folder}: {loaded} of {len(state)} tensors are loaded: {wrong}", stacklevel=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what is lacking is the same every time; diffusers leaves it as memory was
+            model = kind.from_config(kind.load_config(folder))
+        model.load_state_dict({name: t for name, t in state.items() if name not in lacking}, strict=False)
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{folder}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
+    return DiffusersAutoencoder(model).eval()
+
+
+def _mismatches(report: Mapping[str, Any]) -> str:
+    """What is missing, unexpected and of another shape in diffusers' report; empty if everything fits."""
+    misshapen = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in report["mismatched_keys"]]
+    kinds = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"], "of another shape": misshapen}
+    return "; ".join(f"{len(names)} {kind} ({names[0]}, ...)" for kind, names in kinds.items() if names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what diffusers says of its own configs and of weights; what matters of it is checked here."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _download(repo_id: str, subfolder: str) -> Path:
+    """The configs first, then the weights of the one folder that has the autoencoder."""
+    prefixes = [f"{subfolder}/"] if subfolder else ["", f"{SUBFOLDER}/"]
+    root = snapshot(repo_id, [f"{prefix}config.json" for prefix in prefixes])
+    prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
+    if prefix is None:
+        return root
+    for pattern in ("*.safetensors", "*.bin"):
+        ignored = [f"{prefix}*/*", "*.fp16.*", "*.non_ema.*"]
+        root = snapshot(repo_id, [f"{prefix}config.json", f"{prefix}{pattern}"], ignored)
+        if any((root / prefix).glob(pattern)):
+            break
+    return root

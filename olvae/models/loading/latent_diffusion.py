@@ -1,0 +1,93 @@
+"""Checkpoints of the latent-diffusion code's KL autoencoder (Stable Diffusion's, FLUX's), as diffusers' AutoencoderKL.
+
+The names are converted by diffusers; the configuration is read from the shapes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from olvae.checkpoint import load_weights
+from olvae.models.loading.diffusers import DiffusersAutoencoder
+
+__all__ = ["from_latent_diffusion", "latent_diffusion_prefix"]
+
+
+PREFIXES = ("first_stage_model.", "vae.", "")
+
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+def latent_diffusion_prefix(names: Iterable[str]) -> str | None:
+    """What stands before the autoencoder's names in a checkpoint of that code; None if it is none."""
+    known = set(names)
+    return next((p for p in PREFIXES if f"{p}encoder.down.0.block.0.norm1.weight" in known), None)
+
+
+def from_latent_diffusion(
+    state: Mapping[str, Any], origin: str | Path, allow_mismatch: bool = False, trained: bool = True
+) -> DiffusersAutoencoder:
+    """The autoencoder of a state dict in latent-diffusion's names, in evaluation mode; fresh if not ``trained``.
+
+    Raises:
+        ValueError: it is of a kind that AutoencoderKL is not: vector-quantised, with attention outside the middle,
+            or with a latent of another width than the decoder's input; or weights do not fit or are not finite.
+    """
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    prefix = latent_diffusion_prefix(state)
+    assert prefix is not None
+    weights: dict[str, Tensor] = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix) and name.removeprefix(prefix).startswith(PARTS) and isinstance(tensor, Tensor)
+    }
+    if f"{prefix}quantize.embedding.weight" in state:
+        raise ValueError(f"{origin}: a vector-quantised autoencoder of latent-diffusion; only the KL ones are read")
+    config = _configuration(weights, origin)
+    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(dict(weights), config)
+    if len(converted) != len(weights):
+        raise ValueError(f"{origin}: {len(weights) - len(converted)} of its tensors have no place in AutoencoderKL")
+    model: Any = AutoencoderKL(**config)
+    if trained:
+        load_weights(model, converted, origin, allow_mismatch, prefixes=("",))
+    return DiffusersAutoencoder(model).eval()
+
+
+def _configuration(weights: Mapping[str, Tensor], origin: str | Path) -> dict[str, Any]:
+    """Arguments of AutoencoderKL. GroupNorm has 32 groups in that code always."""
+    if attention := [name for name in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)]:
+        raise ValueError(f"{origin}: has attention outside the middle ({attention[0]}), which AutoencoderKL has not")
+    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
+    if missing := [name for name in needed if name not in weights]:
+        raise ValueError(f"{origin}: an autoencoder of latent-diffusion, but without {missing[0]}")
+    widths: list[int] = []
+    while (first := f"encoder.down.{len(widths)}.block.0.conv1.weight") in weights:
+        widths.append(weights[first].shape[0])
+    blocks = 0
+    while f"encoder.down.0.block.{blocks}.norm1.weight" in weights:
+        blocks += 1
+    latent = weights["decoder.conv_in.weight"].shape[1]
+    moments = weights["encoder.conv_out.weight"].shape[0]
+    embedded = weights["post_quant_conv.weight"].shape[1] if "post_quant_conv.weight" in weights else latent
+    if moments != 2 * latent or embedded != latent:
+        raise ValueError(
+            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, the encoder gives {moments}: "
+            "AutoencoderKL has one width for all"
+        )
+    return {
+        "in_channels": weights["encoder.conv_in.weight"].shape[1],
+        "out_channels": weights["decoder.conv_out.weight"].shape[0],
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "block_out_channels": tuple(widths),
+        "layers_per_block": blocks,
+        "latent_channels": latent,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+        "mid_block_add_attention": "encoder.mid.attn_1.norm.weight" in weights,
+    }

@@ -1,0 +1,71 @@
+"""What keeps a full fine-tune from moving the latents: the encoder that it started from."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.models.autoencoder import Quantizer
+from olvae.modules.base import Encoder
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.precision import island
+
+__all__ = ["SCALES", "Anchor", "transform_alike"]
+
+
+class Anchor(nn.Module):
+    """A frozen copy of an encoder, and of the 1x1 convolution after it where there is one.
+
+    The copy is part of the module's state, so that a resumed run keeps the latents that it started from.
+    """
+
+    def __init__(self, encoder: Encoder, quantizer: Quantizer | None) -> None:
+        super().__init__()
+        self.moments = nn.Sequential(copy.deepcopy(encoder))
+        if quantizer is not None:
+            self.moments.append(copy.deepcopy(quantizer.quant_conv))
+        self.requires_grad_(False).eval()
+
+    def set(self, encoder: Encoder, quantizer: Quantizer | None) -> None:
+        """Take over the weights of an encoder of the same shape."""
+        parts: list[nn.Module] = [encoder] if quantizer is None else [encoder, quantizer.quant_conv]
+        for mine, theirs in zip(self.moments, parts, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+
+    def forward(self, x: Tensor, posterior: DiagonalGaussian) -> Tensor:
+        """Mean squared distance of the posterior's means from the old ones, for the same images; a scalar."""
+        with torch.no_grad():
+            old = DiagonalGaussian(self.moments(x))
+        return (island(posterior.mean) - island(old.mean)).square().mean()
+
+
+SCALES = (0.25, 0.5, 0.75, 1.0)
+
+
+def transform_alike(z: Tensor, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Scale and rotate a latent, and the image that it should decode to, in the same way.
+
+    The scale is one of :data:`SCALES` that leaves whole latent positions; the rotation a multiple of 90 degrees.
+    Both are the same for the batch. Scaling is bilinear and antialiased, in float32.
+
+    Args:
+        z: (B, n_z, h, w).
+        x: (B, C, f h, f w).
+        generator: on the CPU.
+
+    Returns:
+        z and x at (s h, s w) and (s f h, s f w), turned; x has no gradient.
+    """
+    h, w = z.shape[-2:]
+    scales = [s for s in SCALES if (s * h).is_integer() and (s * w).is_integer()]
+    scale = scales[int(torch.randint(len(scales), (), generator=generator))]
+    turns = int(torch.randint(4, (), generator=generator))
+
+    def transform(t: Tensor) -> Tensor:
+        if scale != 1.0:
+            size = [round(scale * side) for side in t.shape[-2:]]
+            t = F.interpolate(t.float(), size=size, mode="bilinear", antialias=True)
+        return t.rot90(turns, dims=(-2, -1))
+
+    return transform(z), transform(x)

@@ -1,0 +1,116 @@
+"""UNetGAN: a discriminator that judges the image as a whole and every pixel of it (Schönfeld et al. 2020)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.modules.discriminators.spectral import SpectralConv2d
+
+__all__ = ["UNetGAN"]
+
+
+_LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up blocks, in units of base_channels
+    128: ((1, 2, 4, 8, 16), (8, 4, 2, 1, 1)),
+    256: ((1, 2, 4, 8, 8, 16), (8, 8, 4, 2, 1, 1)),
+}
+
+
+class UNetGAN(nn.Module):
+    """BigGAN-style residual blocks in a U, with spectral norm and orthogonal init [R].
+
+    The way down halves the image with every block; its end, after ReLU and a sum over the pixels, gives one logit
+    per image. The way up doubles it again, each block but the first also reading the features of the same size
+    from the way down; a plain 1x1 convolution gives one logit per pixel.
+
+    Args:
+        in_channels: the image's channels.
+        base_channels: the width: 16, 32, 64 for UNetGAN-S, M, L.
+        image_size: the size that it is meant for, in pixels: under 256 it has five levels, as the paper's network
+            for 128 px; from 256 on six, as that for 256 px. Either one takes images of any size that fits.
+    """
+
+    num_outputs = 2
+
+    def __init__(self, in_channels: int = 3, base_channels: int = 16, image_size: int = 256) -> None:
+        super().__init__()
+        if image_size < 64 or image_size % 64:
+            raise ValueError(f"UNetGAN's image_size must be a multiple of 64, got {image_size}: use e.g. 128 or 256")
+        down, up = ([base_channels * m for m in widths] for widths in _LAYOUTS[256 if image_size >= 256 else 128])
+        self.down = nn.ModuleList(
+            _DownBlock(c_in, c_out, first=i == 0)
+            for i, (c_in, c_out) in enumerate(zip([in_channels, *down], down, strict=False))
+        )
+        self.image_head = SpectralConv2d(down[-1], 1, kernel_size=1)
+        skips = [0, *reversed(down[:-1])]
+        self.up = nn.ModuleList(
+            _UpBlock(c_in + skip, c_out) for c_in, skip, c_out in zip([down[-1], *up], skips, up, strict=False)
+        )
+        self.pixel_head = nn.Conv2d(up[-1], 1, kernel_size=1)
+        nn.init.orthogonal_(self.pixel_head.weight)
+        nn.init.zeros_(self.pixel_head.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Logits of the pixels and of the image.
+
+        Args:
+            x: (B, in_channels, H, W), H and W multiples of 64.
+
+        Returns:
+            (B, 1, H, W) and (B, 1).
+
+        Raises:
+            ValueError: H or W is not a multiple of 64.
+        """
+        if x.ndim != 4 or x.shape[-2] % 64 or x.shape[-1] % 64:
+            raise ValueError(
+                f"UNetGAN takes images (B, C, H, W) with H and W multiples of 64, got {tuple(x.shape)}: "
+                "resize or crop them"
+            )
+        features: list[Tensor] = []
+        for block in self.down:
+            x = block(x)
+            features.append(x)  # (B, width, H/2^i, W/2^i)
+        pooled = F.relu(features.pop()).sum(dim=(2, 3), keepdim=True)  # (B, 16 base, 1, 1)
+        image_logits = self.image_head(pooled).flatten(1)  # (B, 1)
+
+        for i, block in enumerate(self.up):
+            x = block(x) if i == 0 else block(x, features.pop())
+        return [self.pixel_head(x), image_logits]  # (B, 1, H, W), (B, 1)
+
+
+class _DownBlock(nn.Module):
+    """ReLU, 3x3 conv, ReLU, 3x3 conv, plus the 1x1-projected input; then the mean of 2x2 pixels.
+
+    The first block of the network reads an image and begins without a ReLU. Here and on the way up the shortcut is
+    computed at the larger size; it could as well be at the smaller one, but so are the published operations counted.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.conv1 = SpectralConv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv2 = SpectralConv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.shortcut = SpectralConv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x if self.first else F.relu(x))
+        h = self.conv2(F.relu(h))
+        return F.avg_pool2d(h + self.shortcut(x), kernel_size=2)  # (B, out, H/2, W/2)
+
+
+class _UpBlock(nn.Module):
+    """ReLU, nearest upsampling, 3x3 conv, ReLU, 3x3 conv, plus the upsampled, 1x1-projected input."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = SpectralConv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv2 = SpectralConv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.shortcut = SpectralConv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = torch.cat((x, skip), dim=1)
+        x = F.interpolate(x, scale_factor=2, mode="nearest")  # (B, in, 2h, 2w)
+        h = self.conv1(F.relu(x))
+        out: Tensor = self.conv2(F.relu(h)) + self.shortcut(x)
+        return out  # (B, out, 2h, 2w)

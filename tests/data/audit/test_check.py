@@ -1,0 +1,320 @@
+"""Checking: what is planted is found, and nothing else."""
+
+import hashlib
+import io
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from olvae.config import ConfigError
+from olvae.data.audit import check as module
+from olvae.data.audit.check import CheckOptions, check
+from olvae.data.audit.result import print_audit
+from olvae.data.mapped.folder import FolderSource
+from olvae.data.pack import PackOptions, pack
+from olvae.data.shards.webdataset import WebDatasetSource
+from tests.data.images import close_folders, encoded, write_tar
+from tests.data.packing import picture
+
+OPTIONS = CheckOptions(size=16, batch_size=2, num_workers=2)
+
+
+@pytest.fixture(autouse=True)
+def _measure_briefly(monkeypatch):
+    monkeypatch.setattr(module, "MEASURE_S", 0.05)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twenty-four PNG files of 24 x 20 pixels."""
+    root = tmp_path / "photos"
+    for i in range(24):
+        path = root / f"class{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    return root
+
+
+@pytest.fixture
+def shards(photos, tmp_path):
+    pack(str(photos), tmp_path / "shards", PackOptions(shard_size=6))
+    return tmp_path / "shards"
+
+
+def test_a_folder_that_is_fine(photos):
+    counted = []
+    findings = check(str(photos), OPTIONS, 2, lambda done, total: counted.append((done, total)))
+    assert (findings.images, findings.unreadable, findings.duplicates) == (24, [], [])
+    assert (findings.problems, findings.notes) == ([], [])
+    assert findings.kinds == {"PNG RGB": 24}
+    assert counted[-1] == (24, 24)
+    assert findings.speed.images_per_s > 10
+
+
+def test_sizes(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
+    for i, size in enumerate(sizes):
+        picture(i, size).save(root / f"{i}.png")
+    findings = check(str(root), CheckOptions(size=64, batch_size=1), 2)
+    for spread, values in (
+        (findings.width, [w for w, _ in sizes]),
+        (findings.height, [h for _, h in sizes]),
+        (findings.shorter_side, [min(s) for s in sizes]),
+        (findings.aspect_ratio, [w / h for w, h in sizes]),
+    ):
+        values = sorted(values)
+        assert (spread.min, spread.median, spread.max) == pytest.approx((values[0], values[2], values[4]), abs=1e-4)
+    assert (findings.widest, findings.tallest) == ("0.png", "3.png")
+    assert findings.long == 3
+    assert findings.smaller == 2
+    assert [(low, high, count) for low, high, count in findings.sides if count] == [
+        (1, 64, 2),
+        (64, 128, 2),
+        (128, 256, 1),
+    ]
+    assert "2 images are smaller than 64 pixels" in findings.notes[0]
+
+
+def test_the_same_pixels_in_other_files(photos):
+    shutil.copy(photos / "class0" / "00.png", photos / "copy.png")
+    picture(0).save(photos / "other format.bmp")
+    picture(1).save(photos / "other bytes.png", compress_level=0)
+    exif = Image.Exif()
+    exif[274] = 3
+    picture(2).transpose(Image.Transpose.ROTATE_180).save(photos / "turned.png", exif=exif)
+    almost = np.array(picture(3))
+    almost[0, 0, 0] ^= 1
+    Image.fromarray(almost).save(photos / "almost.png")
+    Image.frombytes("RGB", (20, 24), picture(4).tobytes()).save(photos / "other shape.png")
+    findings = check(str(photos), OPTIONS, 2)
+    assert findings.duplicates == [
+        ["class0/00.png", "copy.png", "other format.bmp"],
+        ["class0/02.png", "turned.png"],
+        ["class1/01.png", "other bytes.png"],
+    ]
+    assert findings.copies == 4
+    assert findings.problems == []
+
+
+def test_kinds_of_files(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    rgb = picture(0)
+    rgb.save(root / "a.jpg")
+    rgb.convert("L").save(root / "b.png")
+    rgb.convert("CMYK").save(root / "c.jpg")
+    rgb.convert("RGBA").save(root / "d.png")
+    Image.fromarray(np.arange(480, dtype=np.uint16).reshape(20, 24)).save(root / "e.png")
+    rgb.save(root / "f.gif")
+    np.save(root / "g.npy", np.asarray(rgb))
+    findings = check(str(root), OPTIONS)
+    kinds = ["JPEG RGB", "PNG L", "JPEG CMYK", "PNG RGBA", "PNG I;16", "GIF P", "array"]
+    assert findings.kinds == dict.fromkeys(kinds, 1)
+
+
+def test_unreadable_files(photos):
+    (photos / "empty.jpg").touch()
+    stream = io.BytesIO()
+    picture(0, (90, 90)).save(stream, "PNG")
+    (photos / "cut.png").write_bytes(stream.getvalue()[:9000])
+    (photos / "new\nline.png").write_text("no picture")
+    (photos / "folder.jpg").mkdir()
+    (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")
+    findings = check(str(photos), OPTIONS, 2)
+    assert findings.images == 27
+    assert [fault.name for fault in findings.unreadable] == ["cut.png", "empty.jpg", "new\nline.png"]
+    assert findings.unreadable[1].reason == "the file is empty"
+    assert findings.problems == ["3 of 27 images can't be read, more than --max-unreadable 0.01"]
+    assert check(str(photos), CheckOptions(size=16, max_unreadable=0.2)).problems == []
+
+
+def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
+    close_folders(monkeypatch, photos / "class1")
+    findings = check(str(photos), OPTIONS, 2)
+    assert findings.images == 12
+    assert findings.problems == [f"{photos / 'class1'}: this folder can't be opened: Permission denied"]
+    close_folders(monkeypatch, photos)
+    with pytest.raises(PermissionError, match="photos: this folder can't be opened"):
+        check(str(photos), OPTIONS, 2)
+
+
+def test_less_than_a_batch(photos):
+    problems = check(str(photos), CheckOptions(size=16, batch_size=16, ranks=2)).problems
+    assert problems == ["23 training images are less than a batch of 16 on each rank"]
+
+
+def test_an_epoch_is_of_the_images_that_are_not_held_out(photos):
+    consumers = check(str(photos), CheckOptions(16, 3), 2).consumers
+    assert consumers.images == FolderSource(str(photos), 16, 3).samples_per_epoch == 23
+    assert consumers.batches == 7
+    (photos / "class0").rename(photos / "train")
+    (photos / "class1").rename(photos / "val")
+    findings = check(str(photos), CheckOptions(16, 3), 2)
+    assert (findings.images, findings.consumers.images, findings.consumers.batches) == (24, 12, 4)
+
+
+def test_one_image_is_too_little(tmp_path):
+    picture(0).save(tmp_path / "one.png")
+    (problem,) = check(str(tmp_path), CheckOptions(16, 1)).problems
+    assert "one image can't be split into training and validation" in problem
+
+
+def test_shards_that_are_fine(shards):
+    findings = check(str(shards), OPTIONS, 2)
+    assert (findings.images, findings.problems, findings.unreadable) == (24, [], [])
+    assert [shard.images for shard in findings.shards] == [6, 6, 6, 6]
+    source = WebDatasetSource(str(shards), 16, 2)
+    assert findings.consumers.images == source.samples_per_epoch == 18
+    assert (findings.consumers.per_process, findings.consumers.left_out, findings.consumers.batches) == (9, 0, 9)
+    assert findings.notes == []
+
+
+def test_a_truncated_shard(shards):
+    data = (shards / "000001.tar").read_bytes()
+    (shards / "000001.tar").write_bytes(data[: len(data) // 2])
+    findings = check(str(shards), OPTIONS, 2)
+    read = findings.shards[1].images
+    assert 0 < read < 6
+    assert findings.images == 18 + read
+    assert findings.shards[1].broken
+    assert findings.problems[0].startswith(f"{shards / '000001.tar'}: ")
+    assert findings.problems[1] == f"{shards / '000001.tar'}: has {read} images, and by index.json 6"
+    assert [shard.broken for shard in findings.shards].count(None) == 3
+
+
+def test_a_changed_shard_and_a_missing_one(shards):
+    data = bytearray((shards / "000002.tar").read_bytes())
+    place = data.index(b'"name"')
+    data[place + 1] = ord("N")  # of a sidecar: the images are as they were
+    (shards / "000002.tar").write_bytes(data)
+    (shards / "000003.tar").unlink()
+    problems = check(str(shards), OPTIONS, 2).problems
+    assert problems == [
+        f"{shards / '000002.tar'}: its checksum is not that of index.json: changed or damaged since",
+        f"{shards}: 1 shards of index.json are missing: 000003.tar",
+    ]
+    shutil.copy(shards / "000000.tar", shards / "new.tar")
+    problems = check(str(shards), OPTIONS, 2).problems
+    assert f"{shards / 'new.tar'}: index.json does not know it: --index writes it anew" in problems
+    picked = check(str(shards / "{000000..000001}.tar"), OPTIONS, 2)
+    assert picked.problems == []
+
+
+def test_copies_in_shards_and_unreadable_images(photos, tmp_path):
+    shutil.copy(photos / "class0" / "00.png", photos / "copy.png")
+    pack(str(photos), tmp_path / "shards", PackOptions(shard_size=13, seed=None))
+    path = tmp_path / "shards" / "000000.tar"
+    data = path.read_bytes()
+    start = data.index(b"\x89PNG")
+    path.write_bytes(data[:start] + b"JUNK" + data[start + 4 :])
+    findings = check(str(tmp_path / "shards"), OPTIONS, 2)
+    assert [fault.name for fault in findings.unreadable] == ["000000/00000000"]
+    assert findings.images == 25
+    assert findings.duplicates == []  # one of the two is the one that can't be read
+    path.write_bytes(data)
+    assert check(str(tmp_path / "shards"), OPTIONS, 2).duplicates == [["000000/00000000", "000001/00000024"]]
+
+
+def test_index_is_written_where_there_is_none(shards):
+    packed = json.loads((shards / "index.json").read_text())
+    (shards / "index.json").unlink()
+    findings = check(str(shards), OPTIONS, 2)
+    assert not (shards / "index.json").exists()
+    assert "--index writes it" in findings.notes[0]
+    check(str(shards), CheckOptions(16, 2, 2, index=True), 2)
+    written = json.loads((shards / "index.json").read_text())
+    assert written["shards"] == packed["shards"]
+    data = (shards / "000000.tar").read_bytes()
+    assert written["shards"]["000000.tar"]["sha256"] == hashlib.sha256(data).hexdigest()
+    assert check(str(shards), OPTIONS, 2).problems == []
+    with pytest.raises(ConfigError, match="has not made"):
+        pack("samples", shards, PackOptions())
+
+
+def test_index_of_counts_alone_and_of_broken_shards(shards):
+    (shards / "index.json").write_text(json.dumps({"shards": {f"00000{i}.tar": {"images": 6} for i in range(4)}}))
+    findings = check(str(shards), OPTIONS, 2)
+    assert findings.problems == []
+    assert "not an index with counts, sizes and checksums" in findings.notes[0]
+    (shards / "000001.tar").write_bytes((shards / "000001.tar").read_bytes()[:9000])
+    before = (shards / "index.json").read_bytes()
+    check(str(shards), CheckOptions(16, 2, 2, index=True), 2)
+    assert (shards / "index.json").read_bytes() == before
+
+
+def test_index_is_for_shards(photos):
+    with pytest.raises(ConfigError, match="is not a folder of shards"):
+        check(str(photos), CheckOptions(index=True))
+
+
+def test_shards_against_processes(shards):
+    few = check(str(shards), CheckOptions(16, 1, 4, ranks=2), 2)
+    assert few.notes[0].startswith("3 training shards for 8 processes")
+    assert (few.consumers.per_process, few.consumers.left_out) == (2, 2)
+    assert few.problems == []
+    many = check(str(shards), CheckOptions(16, 1, 10, ranks=2), 2)
+    assert many.problems == ["18 training images for 20 processes: lower data.params.num_workers"]
+    batch = check(str(shards), CheckOptions(16, 64, 1), 2)
+    assert "batch_size 64 is larger than the data" in batch.problems[0]
+
+
+def test_a_shard_without_images(shards):
+    (shards / "index.json").unlink()
+    (shards / "000001.tar").write_bytes(bytes(10240))
+    problems = check(str(shards), OPTIONS, 2).problems
+    assert any("a shard without images" in problem for problem in problems)
+
+
+def test_files_that_a_second_dot_keeps_from_being_images(tmp_path):
+    for i in range(3):
+        names = [f"img_{i}.5.jpg", f"img_{i}.notes.txt", f"whole_{i}.jpg", f"whole_{i}.mask.png"]
+        write_tar(tmp_path / f"{i}.tar", [(name, encoded(i)) for name in names])
+    findings = check(str(tmp_path), CheckOptions(16, 1, 1), 2)
+    assert findings.images == 3
+    (problem,) = findings.problems
+    assert problem.startswith("3 files of the shards are left out for a second dot in their names")
+    assert "such as 0/img_0.5.jpg, of which WebDataset takes 5.jpg for the extension" in problem
+    assert "set data.params.image_key" in problem
+    assert "`olvae data pack`" in problem
+
+
+def test_workers_for_what_is_needed(photos):
+    speed = check(str(photos), CheckOptions(16, 2, need=1e6), 1).speed
+    assert speed.workers == pytest.approx(math.ceil(1e6 / speed.images_per_s), rel=0.01)
+
+
+def test_a_data_set_in_memory():
+    findings = check("torchvision:FakeData,size=3", CheckOptions(batch_size=1))
+    assert findings.kinds == {"in memory RGB": 3}
+    assert findings.notes == ["3 images are smaller than 256 pixels and would be enlarged"]
+
+
+def test_report_is_whole_on_a_narrow_terminal(photos, shards, tmp_path):
+    from rich.console import Console
+
+    shutil.copy(photos / "class0" / "00.png", photos / "[bold]copy\n.png")
+    for i in range(12):
+        (photos / f"bad{i:02d}.jpg").touch()
+    stream = io.StringIO()
+    print_audit(check(str(photos), CheckOptions(16, 2, need=500), 2), Console(file=stream, width=60))
+    text = stream.getvalue()
+    for part in (
+        "37, 12 of them unreadable (32.43%)",
+        "25 PNG RGB",
+        "[bold]copy\\n.png = class0/00.png",
+        "bad00.jpg: the file is empty",
+    ):
+        assert part in text, part
+    assert "  and 2 more; --json has all" in text
+    assert "problem: 12 of 37 images can't be read" in text
+    assert "fine" not in text
+    stream = io.StringIO()
+    print_audit(check(str(shards), OPTIONS, 2), Console(file=stream, width=100))
+    assert "fine: nothing is in the way of training" in stream.getvalue()
+    assert "4, 6 images each" in stream.getvalue()

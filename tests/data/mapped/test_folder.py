@@ -1,0 +1,218 @@
+import errno
+import multiprocessing
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae.data.errors import UnreadableImageError
+from olvae.data.mapped.folder import Files, FolderSource, find_images
+from olvae.data.transforms import center_crop
+from tests.data.images import close_folders
+
+
+def source(root: Path, **arguments) -> FolderSource:
+    return FolderSource(str(root), **{"size": 16, "batch_size": 4, "val_fraction": 0.2, **arguments})
+
+
+def batches(loader, count: int) -> list[torch.Tensor]:
+    return [batch["image"] for batch in islice(loader, count)]
+
+
+def test_batches(image_folder):
+    first = batches(source(image_folder).train_loader(), 3)
+    assert all(x.shape == (4, 3, 16, 16) and x.dtype == torch.uint8 for x in first)
+
+
+def test_a_worker_outlives_one_sigterm_and_ends_at_the_second(image_folder):
+    iterator = iter(source(image_folder, num_workers=1).train_loader())
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    assert all(next(iterator)["image"].shape == (4, 3, 16, 16) for _ in range(10))
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
+
+
+def test_every_picture_is_in_one_part(image_folder):
+    s = source(image_folder)
+    train, val = set(s.train.paths), set(s.val.paths)
+    assert train | val == set(find_images(image_folder))
+    assert not train & val
+    assert val
+
+
+def test_the_split_stays_when_pictures_come(image_folder):
+    before = set(source(image_folder).val.paths)
+    for i in range(30):
+        Image.new("RGB", (20, 20)).save(image_folder / f"new{i}.png")
+    assert before <= set(source(image_folder).val.paths)
+
+
+def test_a_validation_folder(image_folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (20, 20), "red").save(other / "a.jpg")
+    s = source(image_folder, val_root=str(other))
+    assert len(s.train) == 12
+    (batch,) = batches(s.test_loader(), 9)
+    assert batch.shape == (1, 3, 16, 16)
+
+
+def test_validation_is_each_picture_once_by_the_evaluation_transform(image_folder):
+    s = source(image_folder)
+    seen = torch.cat(batches(s.val_loader(), 99))
+    expected = [np.asarray(center_crop(Image.open(p).convert("RGB"), 16)) for p in s.val.paths]
+    assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_continues_anywhere(image_folder, workers):
+    """Stopping after k batches and starting at k times the batch size gives what would have come."""
+    whole = batches(source(image_folder).train_loader(seed=3), 7)
+    rest = batches(source(image_folder, num_workers=workers).train_loader(seed=3, start=3 * 4), 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+    other = batches(source(image_folder).train_loader(seed=4), 1)
+    assert not torch.equal(other[0], whole[0])
+
+
+def test_only_images_are_found(image_folder):
+    (image_folder / "notes.txt").write_text("no image")
+    (image_folder / ".hidden.png").write_bytes(b"")
+    assert len(find_images(image_folder)) == 12
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.png", "/**/**/*.png", "/*/*.png"])
+def test_each_image_is_found_once_whatever_leads_to_it(image_folder, pattern):
+    expected = find_images(image_folder)
+    (image_folder / "class0" / "up").symlink_to(image_folder)
+    (image_folder / "same").symlink_to(image_folder / "class1")
+    found = find_images(f"{image_folder}{pattern}")
+    assert [path.name for path in found] == [path.name for path in expected]
+    assert len({path.resolve() for path in found}) == 12
+
+
+def test_mistakes(image_folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match="no images in this folder"):
+        source(empty)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        source(tmp_path / "missing")
+    with pytest.raises(ValueError, match="larger than the data"):
+        source(image_folder, batch_size=100)
+    with pytest.raises(ValueError, match="val_fraction"):
+        source(image_folder, val_fraction=1.5)
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        source(image_folder, size=0)
+    with pytest.raises(ValueError, match="num_workers"):
+        source(image_folder, num_workers=-1)
+    Image.new("RGB", (9, 9)).save(empty / "one.png")
+    with pytest.raises(ValueError, match="val_root"):
+        source(empty)
+
+
+def test_a_list_may_have_absolute_and_relative_paths(image_folder, tmp_path, monkeypatch):
+    first, *rest = sorted(image_folder.rglob("*.png"))
+    monkeypatch.chdir(tmp_path)
+    names = [str(first), *(os.path.relpath(path, tmp_path) for path in rest)]
+    Path("list.txt").write_text("\n".join(names))
+    s = source(Path("list.txt"))
+    assert {path.resolve() for path in [*s.train.paths, *s.val.paths]} == {path.resolve() for path in [first, *rest]}
+    assert all(s.train.key(i) for i in range(len(s.train)))
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_keys_of_a_list_do_not_lead_out_of_its_folder(image_folder, monkeypatch, here):
+    """`olvae decode` would refuse them."""
+    monkeypatch.chdir(image_folder / "class0")
+    Path("list.txt").write_text("0.png\n../class1/1.png\n")
+    found = Files(find_images("list.txt" if here else Path("list.txt").absolute()))
+    assert [found.key(i) for i in range(2)] == ["class0/0.png", "class1/1.png"]
+    assert all(found[i].read().size == (48, 40) for i in range(2))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_as_windows_writes_it(image_folder, encoding):
+    """Notepad begins with a byte order mark; PowerShell's > writes UTF-16."""
+    names = [path.relative_to(image_folder).as_posix() for path in find_images(image_folder)]
+    (image_folder / "list.txt").write_bytes("\r\n".join(["# žluťoučký", *names, ""]).encode(encoding))
+    assert find_images(image_folder / "list.txt") == [image_folder / name for name in names]
+
+
+def test_names_in_a_list_are_the_bytes_that_they_are(image_folder):
+    images = find_images(image_folder)
+    names = [b"caf\xe9.png", "line\u2028separator.png".encode()]
+    for name in names:
+        shutil.copy(images[0], os.fsencode(image_folder) + b"/" + name)
+    (image_folder / "list.txt").write_bytes(b"\n".join(names))
+    found = Files(find_images(image_folder / "list.txt"))
+    assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 2
+
+
+def test_names_in_a_list_may_begin_with_a_tilde(image_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(image_folder))
+    (image_folder / "list.txt").write_text("~copy.png\n~/class0/0.png\n")
+    assert find_images(image_folder / "list.txt") == [image_folder / "~copy.png", image_folder / "class0" / "0.png"]
+
+
+def test_a_list_of_nothing_says_so(image_folder):
+    (image_folder / "list.txt").write_text("# to be written\n\n")
+    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write a path a line"):
+        find_images(image_folder / "list.txt")
+
+
+def test_a_single_picture_is_not_called_missing(image_folder):
+    with pytest.raises(FileNotFoundError, match="this is a file: name a folder"):
+        find_images(find_images(image_folder)[0])
+
+
+def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):
+    for i in range(3):
+        shutil.copy(image_folder / "class0" / "0.png", os.fsencode(image_folder) + b"/caf\xe9%d.png" % i)
+    s = source(image_folder)
+    keys = {part.key(i) for part in (s.train, s.val) for i in range(len(part))}
+    assert {f"caf\\xe9{i}.png" for i in range(3)} < keys
+    assert len(keys) == 15
+
+
+def test_which_are_held_out_is_the_same_in_every_version(image_folder):
+    s = source(image_folder)
+    assert [s.val.key(i) for i in range(len(s.val))] == ["class0/0.png", "class1/10.png", "class2/11.png"]
+
+
+def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, caplog):
+    close_folders(monkeypatch, image_folder / "class1")
+    for _ in range(2):
+        s = source(image_folder)
+    assert len(s.train) + len(s.val) == 8
+    told = f"skipped the folder {image_folder / 'class1'}, with all that is in it: Permission denied"
+    assert caplog.messages == [told]
+    close_folders(monkeypatch, image_folder)
+    with pytest.raises(PermissionError, match="photos: this folder can't be opened: Permission denied"):
+        source(image_folder)
+
+
+def test_a_file_of_which_nothing_can_be_known_is_an_unreadable_image(image_folder, monkeypatch):
+    """As in a folder that may be listed and not entered."""
+    stat = Path.stat
+
+    def refused(path: Path, **options: bool) -> os.stat_result:
+        if path.parent.name == "class1" and path.suffix:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    found = Files(find_images(image_folder))
+    assert len(found) == 12
+    unreadable = [i for i in range(12) if found.key(i).startswith("class1/")]
+    for i in unreadable:
+        with pytest.raises(UnreadableImageError, match=r"not a readable image: Permission denied$"):
+            found[i]

@@ -1,0 +1,86 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from olvae.config import ConfigError
+from olvae.data.errors import UnreadableImageError
+from olvae.data.mapped.torchvision import Items, TorchvisionSource, hold_out
+
+FAKE = {"target": "torchvision.datasets.FakeData", "params": {"size": 30, "image_size": [3, 24, 20]}}
+
+
+def test_a_data_set_of_torchvision():
+    s = TorchvisionSource(FAKE, size=16, batch_size=4, val_fraction=0.1)
+    assert (s.samples_per_epoch, s.count("val")) == (27, 3)
+    (batch,) = islice(s.train_loader(), 1)
+    assert batch["image"].shape == (4, 3, 16, 16)
+    keys = [key for batch in s.val_loader() for key in batch["key"]]
+    assert keys == ["00000000", "00000014", "00000029"]
+    assert not set(keys) & {key for batch in islice(s.train_loader(), 6) for key in batch["key"]}
+
+
+def test_a_validation_set():
+    s = TorchvisionSource(FAKE, 16, 4, val_dataset={**FAKE, "params": {**FAKE["params"], "size": 5}})
+    assert (s.samples_per_epoch, s.count("val")) == (30, 5)
+
+
+def test_an_image_folder_with_a_broken_image(image_folder):
+    (image_folder / "class1" / "1.png").write_bytes(b"")
+    node = {"target": "torchvision.datasets.ImageFolder", "params": {"root": str(image_folder)}}
+    s = TorchvisionSource(node, 16, 4, max_unreadable=0.5)
+    loader = s.train_loader()
+    assert all(len(batch["key"]) == 4 for batch in islice(loader, 6))
+    assert loader.faults.lost == 1
+    assert s.train.label(0) == 0
+
+
+def test_an_image_that_torchvisions_own_decoder_cannot_read(image_folder):
+    (image_folder / "class1" / "1.png").write_bytes(b"no picture")
+    params = {"root": str(image_folder), "loader": torchvision.io.read_image, "extensions": (".png",)}
+    items = Items(torchvision.datasets.DatasetFolder(**params))
+    assert items[0].read().size == (48, 40)
+    with pytest.raises(UnreadableImageError, match=r"DatasetFolder\[4\]: .*image"):
+        items[4]
+
+
+class Dataset:
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_items_of_other_kinds():
+    array = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    import torch
+
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    for item in (array, tensor, (Image.fromarray(array), "label"), [tensor, 3]):
+        assert np.array_equal(np.asarray(Items(Dataset([item]))[0].read()), array)
+    assert np.array_equal(np.asarray(Items(Dataset([array[..., :1]]), channels=1)[0].read()), array[..., 0])
+    with pytest.raises(UnreadableImageError, match="is a Tensor, and no picture: leave out"):
+        Items(Dataset([torch.zeros(3, 8, 9)]))[0]
+    with pytest.raises(ValueError, match="can't be asked for by number"):
+        Items(iter([]))
+
+
+def test_parts():
+    assert hold_out(2, 0.05) == ([1], [0])
+    rest, held = hold_out(1000, 0.05)
+    assert len(held) == 50
+    assert sorted(rest + held) == list(range(1000))
+    for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
+        with pytest.raises(ValueError, match=r"split|val_fraction"):
+            hold_out(*arguments)
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(ConfigError, match="did you mean CIFAR10"):
+        TorchvisionSource({"target": "torchvision.datasets.CIFAR_10"}, 16, 4)

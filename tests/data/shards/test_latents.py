@@ -1,0 +1,193 @@
+import json
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from olvae.data.errors import TooManyUnreadableError
+from olvae.data.image import Photo, from_uint8, image_to_tensor
+from olvae.data.shards.latents import LATENT, LatentSource, read_latent
+from olvae.data.shards.read import Shard, read_shard
+from olvae.data.source import LoaderProcess
+from olvae.data.transforms import center_crop
+from olvae.files import write_json
+from tests.data.images import encoded, picture, write_tar
+from tests.export.latents import encode, tiny_vae
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """Of 23 images in three shards, with classes; moments, of mirrored images too."""
+    (tmp_path / "shards").mkdir()
+    for shard, numbers in enumerate((range(9), range(9, 14), range(14, 23))):
+        files = [[(f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", str(n % 5).encode())] for n in numbers]
+        write_tar(tmp_path / f"shards/{shard:03d}.tar", [file for group in files for file in group])
+    encode(tmp_path / "shards", tmp_path / "latents", flip=True, dtype="float32")
+    return tmp_path / "latents"
+
+
+def source(folder, **arguments) -> LatentSource:
+    return LatentSource(str(folder), **{"batch_size": 4, "shuffle": 5, **arguments})
+
+
+def take(loader, count):
+    return list(islice(loader, count))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        x["key"] == y["key"] and torch.equal(x["latent"], y["latent"]) and torch.equal(x["label"], y["label"])
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_latents_have_mean_0_and_deviation_1(latents):
+    """Each value, over many visits, within its sampling error."""
+    s = source(latents, batch_size=23)
+    batches = take(s.train_loader(seed=0), 150)
+    z = torch.cat([batch["latent"] for batch in batches]).double()
+    assert batches[0]["latent"].dtype == torch.float32
+    assert batches[0]["latent"].shape == (23, 4, 2, 2)
+    assert float(z.mean()) == pytest.approx(0.0, abs=0.01)
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_visits_draw_other_noise_and_other_sides(latents):
+    s, model = source(latents, batch_size=23), tiny_vae()
+    key, visits = "001/0010", []
+    for batch in take(s.train_loader(seed=0), 200):
+        visits.append(batch["latent"][batch["key"].index(key)])
+    z = torch.stack(visits).double() / s.scaling_factor + s.shift_factor
+    picture = center_crop(Photo(encoded(10), "10.jpg").read(), 16)
+    x = from_uint8(image_to_tensor(picture))[None]
+    with torch.inference_mode():
+        plain, mirrored = model.encode(x), model.encode(x.flip(-1))
+    mean = (plain.mean + mirrored.mean)[0].double() / 2
+    var = (plain.var + mirrored.var)[0].double() / 2 + ((plain.mean - mirrored.mean)[0].double() / 2).square()
+    assert ((z.mean(0) - mean).abs() < 5 * (var / 200).sqrt()).all()
+    assert torch.allclose(z.var(0), var, rtol=0.6)
+    fixed = source(latents, batch_size=23, sample=False, flip=False)
+    for batch in take(fixed.train_loader(seed=0), 3):
+        z = batch["latent"][batch["key"].index(key)] / fixed.scaling_factor + fixed.shift_factor
+        assert torch.allclose(z, plain.mean[0], atol=1e-4)
+    sides = {
+        round(float(v[0, 0, 0]), 4)
+        for v in (
+            b["latent"][b["key"].index(key)]
+            for b in take(source(latents, batch_size=23, sample=False).train_loader(), 20)
+        )
+    }
+    assert len(sides) == 2
+
+
+def test_labels_and_keys_belong_together(latents):
+    for batch in take(source(latents).train_loader(seed=0), 12):
+        assert batch["label"].tolist() == [int(key.split("/")[1]) % 5 for key in batch["key"]]
+        assert batch["label"].dtype == torch.int64
+
+
+def test_without_classes_there_is_no_label(tmp_path, image_folder):
+    encode(image_folder, tmp_path / "latents")
+    (batch,) = take(source(tmp_path / "latents").train_loader(), 1)
+    assert set(batch) == {"latent", "key"}
+
+
+@pytest.mark.parametrize("consumers", [1, 2, 3])
+def test_each_latent_once_an_epoch(latents, consumers):
+    s, share = source(latents), 23 // consumers
+    orders = []
+    for epoch in (0, 1):
+        seen = [
+            sample.key
+            for i in range(consumers)
+            for sample in islice(s.stream(0, epoch * share, LoaderProcess(i, consumers)), share)
+        ]
+        assert len(set(seen)) == len(seen) == share * consumers
+        orders.append(seen)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_loader_goes_on_at_any_batch(latents, workers, world, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    ranks = []
+    for rank in range(world):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        whole = take(source(latents, num_workers=workers).train_loader(seed=3), 12)
+        rest = take(source(latents, num_workers=workers).train_loader(seed=3, start=5 * 4 * world), 7)
+        assert same(rest, whole[5:])
+        ranks.append(whole)
+    if world == 2 and not workers:
+        first = [{key for batch in rank[:2] for key in batch["key"]} for rank in ranks]  # 8 of each rank's 11
+        assert len(first[0] | first[1]) == 16
+
+
+def test_validation_gives_each_mode_once_in_order(latents):
+    s = source(latents)
+    for loader in (s.val_loader(), s.test_loader(5)):
+        batches = list(loader)
+        keys = [key for batch in batches for key in batch["key"]]
+        assert keys == [f"{0 if n < 9 else 1 if n < 14 else 2:03d}/{n:04d}" for n in range(23)]
+    modes = torch.cat([batch["latent"] for batch in batches]).double() / s.scaling_factor + s.shift_factor
+    stats = json.loads((latents / "stats.json").read_text())
+    means = []
+    for path in sorted(latents.glob("*.tar")):
+        means += [read_latent(entry)[0].mean for entry in read_shard(Shard(str(path)), LATENT)]
+    assert torch.allclose(modes, torch.stack(means).double(), atol=1e-5)
+    assert s.count("val") == s.samples_per_epoch == s.images == stats["count"] == 23
+    assert s.describe() == "23 latents in 3 shards"
+
+
+def test_a_broken_latent_is_counted_and_another_one_stands_in(latents):
+    path = latents / "000001.tar"
+    with tarfile.open(path) as archive:
+        files = [(member.name, archive.extractfile(member).read()) for member in archive]
+    write_tar(path, [(n, b"broken" if n == "0011.latent.safetensors" else c) for n, c in files])
+    s = source(latents, max_unreadable=0.1)
+    loader = s.train_loader()
+    batches = take(loader, 12)
+    assert all(len(batch["key"]) == 4 and "001/0011" not in batch["key"] for batch in batches)
+    assert loader.faults.lost == 1
+    with pytest.raises(TooManyUnreadableError, match="1 of 23"):
+        take(source(latents, max_unreadable=0.0).train_loader(), 12)
+
+
+def test_what_it_refuses(latents, tmp_path, image_folder):
+    with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are no latents, or not all of them"):
+        source(image_folder)
+    with pytest.raises(ValueError, match="batch_size 24 is larger"):
+        source(latents, batch_size=24)
+    with pytest.raises(ValueError, match="shuffle must be at least 1"):
+        source(latents, shuffle=0)
+    with pytest.raises(ValueError, match="23 training images for 24 processes"):
+        source(latents, num_workers=12).check_processes(2)
+    picture(0, (24, 8)).save(image_folder / "wide.png")
+    encode(image_folder, tmp_path / "native", size=0)
+    with pytest.raises(ValueError, match="several shapes fit into no batch"):
+        source(tmp_path / "native")
+    shapes = [batch["latent"].shape for batch in source(tmp_path / "native", batch_size=1).val_loader()]
+    assert shapes[0] == (1, 4, 5, 6)
+    assert shapes[-1] == (1, 4, 1, 3)
+    (latents / "stats.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a description of latents"):
+        source(latents)
+
+
+def test_two_processes_may_write_one_description(tmp_path, monkeypatch):
+    """The other one comes and goes between the first's writing and renaming."""
+    path, write_text = tmp_path / "plan.json", Path.write_text
+
+    def interrupted(self, *arguments, **options):
+        write_text(self, *arguments, **options)
+        monkeypatch.setattr(Path, "write_text", write_text)
+        write_json({"from": "the other"}, path)
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    write_json({"from": "the first"}, path)
+    assert json.loads(path.read_text()) == {"from": "the first"}
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]

@@ -1,0 +1,274 @@
+import gzip
+import http.server
+import json
+import random
+import re
+import tarfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olvae.data.errors import ReadError
+from olvae.data.shards import read as opening
+from olvae.data.shards.index import count_images, with_counts
+from olvae.data.shards.read import Entry, Shard, read_shard
+from olvae.data.shards.urls import find_shards
+from tests.data.images import encoded, write_shard, write_shards, write_tar
+
+
+def read(path: Path | str, image_key: str | None = None) -> tuple[list[Entry], list[ReadError]]:
+    items = list(read_shard(Shard(str(path)), image_key))
+    return [i for i in items if isinstance(i, Entry)], [i for i in items if isinstance(i, ReadError)]
+
+
+def test_images_with_their_sidecars_in_order(tmp_path):
+    entries, faults = read(write_shard(tmp_path / "a.tar", range(5)))
+    assert [entry.key for entry in entries] == [f"a/{n:04d}" for n in range(5)]
+    assert [entry.data for entry in entries] == [encoded(n) for n in range(5)]
+    assert [json.loads(entry.files["json"]) for entry in entries] == [{"n": n} for n in range(5)]
+    assert not faults
+
+
+def test_samples_without_an_image_are_left_out(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("1.txt", b"a"), ("2.txt", b"b"), ("2.png", encoded(2, "PNG"))])
+    assert [entry.key for entry in read(path)[0]] == ["a/2"]
+    assert count_images(path) == 1
+
+
+def test_the_image_can_be_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("1.mask.png", b"m"), ("1.input.jpg", b"i"), ("2.mask.png", b"m")])
+    assert [(e.key, e.data) for e in read(path, "input.jpg")[0]] == [("a/1", b"i")]
+    assert count_images(path, "input.jpg") == 1
+    assert count_images(path) == 0  # neither extension is an image's alone
+
+
+def test_compressed_shards(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(3))
+    zipped = tmp_path / "b.tar.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    entries, faults = read(zipped)
+    assert len(entries) == count_images(zipped) == 3
+    assert not faults
+    zipped.write_bytes(zipped.read_bytes()[:-100])
+    entries, faults = read(zipped)
+    assert len(entries) in (2, 3)
+    assert len(faults) == 1
+
+
+def test_a_shard_cut_anywhere_gives_what_is_whole_before_the_cut(tmp_path):
+    """1,000 random places: never an exception, never a good image lost, and always said."""
+    whole = write_shard(tmp_path / "whole.tar", range(6)).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        ends = [m.offset_data + m.size for m in archive if m.name.endswith(".jpg")]
+    cut = tmp_path / "cut.tar"
+    shard_end = whole.rstrip(b"\0").__len__()
+    rng = random.Random(0)
+    for place in [0, 1, 511, 512, 513, *(rng.randrange(len(whole)) for _ in range(995))]:
+        cut.write_bytes(whole[:place])
+        entries, faults = read(cut)
+        assert [entry.data for entry in entries] == [encoded(n) for n in range(sum(end <= place for end in ends))]
+        assert faults or place > shard_end
+        assert count_images(cut) <= len(entries) + 1  # one whose header is there
+
+
+def test_damage_in_the_middle_keeps_what_came_before_and_is_said(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(6))
+    with tarfile.open(path) as archive:
+        third = [m for m in archive if m.name.endswith(".jpg")][3]
+    data = bytearray(path.read_bytes())
+    data[third.offset : third.offset + 512] = bytes(range(256)) * 2
+    path.write_bytes(data)
+    entries, faults = read(path)
+    assert [entry.key for entry in entries] == ["a/0000", "a/0001", "a/0002"]
+    assert [fault.name for fault in faults] == [str(path)]
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar file" * 100, bytes(3000)])
+def test_what_is_no_shard(content, tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    entries, faults = read(path)
+    assert not entries
+    assert len(faults) == (0 if content == bytes(3000) else 1)  # zeros are an empty archive
+    with pytest.raises(ValueError, match=r"a\.tar: a shard without images"):
+        with_counts([str(path)])
+
+
+def test_a_missing_shard_and_a_failing_command():
+    assert read("/nowhere/a.tar")[1] == [ReadError("/nowhere/a.tar", "no such file")]
+    entries, (fault,) = read("pipe:false")
+    assert not entries
+    assert fault.lost
+
+
+def test_a_connection_that_drops_keeps_what_came(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(6))
+    url = f"pipe:head -c 9000 {path}; exit 56"
+    entries, (fault,) = read(url)
+    assert [entry.data for entry in entries] == [encoded(n) for n in range(len(entries))]
+    assert len(entries) >= 2
+    assert fault.name == url
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Answers /NNN.tar with that status, /short.tar with half of what it promises."""
+    data = write_shard(tmp_path / "short.tar", range(6)).read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if "short" not in self.path:
+                self.send_error(int(self.path[1:4]))
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("404.tar", "error: 404"), ("403.tar", "error: 403"), ("500.tar", "error: 500"), ("short.tar", r"\(18\)")],
+)
+def test_a_fault_says_what_happened_to_a_connection(server, monkeypatch, path, reason):
+    monkeypatch.setattr(opening, "RETRIES", ("--retry", "1", "--retry-delay", "1"))
+    entries, (fault,) = read(f"{server}/{path}")
+    assert len(entries) == (4 if path == "short.tar" else 0)
+    assert fault.lost
+    assert re.fullmatch(f"curl: .*{reason}.*", fault.reason)
+
+
+def test_nobody_listens():
+    (fault,) = read("http://127.0.0.1:1/a.tar")[1]
+    assert fault.reason.startswith("curl: (7) ")
+
+
+def test_a_fault_says_what_happened_to_a_command(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.tar", range(6))
+    for command, reason in {
+        "false": "the command failed with exit status 1",
+        f"head -c 9000 {path}; exit 56": "the command failed with exit status 56",
+        "kill -9 $$": "the command was ended by SIGKILL",
+    }.items():
+        assert [fault.reason for fault in read(f"pipe:{command}")[1]] == [reason]
+    assert read(f"pipe:cat {path}; head -c 1000000 /dev/zero")[1] == []  # is left when the archive has ended
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for url, command in {"http://a/0.tar": "curl", "s3://a/0.tar": "aws", "gs://a/0.tar": "gsutil"}.items():
+        (fault,) = read(url)[1]
+        assert fault.reason == f"it takes the command {command}, which is not installed"
+
+
+def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(6))
+    damaged = bytearray(path.read_bytes())
+    damaged[512 * 8 : 512 * 60] = b"x" * 512 * 52
+    path.write_bytes(damaged)
+    (fault,) = read(f"pipe:for i in 1 2 3 4 5 6 7 8 9; do cat {path} {path} {path} || exit 1; done")[1]
+    assert "exit status" not in fault.reason
+
+
+def test_an_index_that_is_not_to_be_had_says_why(server):
+    with pytest.raises(ValueError, match=r"index\.json: not a readable index of shards: curl: .* 404"):
+        with_counts(["http://a/0.tar"], f"{server}/404/index.json")
+
+
+def test_pipes_are_shards_and_may_be_left_early(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(40))
+    items = read_shard(Shard(f"pipe:cat {path}"))
+    assert isinstance(next(items), Entry)
+    items.close()
+
+
+def test_ways_to_name_shards(tmp_path, monkeypatch):
+    paths = [str(path) for path in write_shards(tmp_path / "s", [1, 1, 1])]
+    (tmp_path / "s" / "notes.txt").write_text("")
+    folder = str(tmp_path / "s")
+    assert find_shards(folder) == paths
+    assert find_shards(f"{folder}/{{000..002}}.tar") == paths
+    assert find_shards(f"{folder}/*.tar") == paths
+    assert find_shards([f"{folder}/000.tar", f"{folder}/00{{1,2}}.tar"]) == paths
+    assert find_shards("http://a/{00..01}.tar") == ["http://a/00.tar", "http://a/01.tar"]
+    assert find_shards("pipe:cat {1..2}.tar") == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
+    assert find_shards(f"{folder}/00{{2..4}}.tar")[1:] == [f"{folder}/003.tar", f"{folder}/004.tar"]  # missing ones
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_shards("~/s") == paths
+    for nothing in (str(tmp_path), f"{folder}/x*.tar", f"{folder}/{{7..9}}.tar", []):
+        with pytest.raises(FileNotFoundError, match="no shards"):
+            find_shards(nothing)
+
+
+def test_counts_from_an_index_or_by_counting(tmp_path):
+    paths = [str(path) for path in write_shards(tmp_path / "s", [3, 5])]
+    assert [shard.images for shard in with_counts(paths)] == [3, 5]
+    missing = str(tmp_path / "s" / "002.tar")
+    assert [shard.images for shard in with_counts([*paths, missing])] == [3, 5, 4]  # as many as the others have
+    assert with_counts(["http://a/0.tar"])[0].images is None
+    index = tmp_path / "s" / "index.json"
+    index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}, "001.tar": {"images": 50}}}))
+    assert [shard.images for shard in with_counts(paths)] == [30, 50]  # believed
+    assert with_counts(["http://a/000.tar"], str(index))[0].images == 30
+    with pytest.raises(ValueError, match=r"does not know .*002\.tar"):
+        with_counts([missing], str(index))
+    index.write_text("{")
+    with pytest.raises(ValueError, match="not a readable index"):
+        with_counts(paths)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://a.b/c/000.tar",
+        "https://a.b/c/000.tar?X-Signature=abc&name=x",
+        "pipe:aws s3 cp s3://bucket/c/000.tar -",
+        "pipe:curl -s 'https://a.b/000.tar'",
+        "pipe:cat /x.tar/000.tar | cat",
+        "pipe:hadoop fs -cat hdfs:///d/000.tar",
+    ],
+)
+def test_an_index_knows_shards_whatever_brings_them(tmp_path, url):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}}}))
+    (shard,) = with_counts([url], str(index))
+    assert shard.images == 30
+    assert shard.name == "000"
+
+
+def test_a_local_shard_may_have_any_name():
+    assert Shard("a b/my photos.v2.tar").name == "my photos"
+    assert Shard("pipe:make-images").name == "pipe:make-images"
+
+
+@pytest.mark.parametrize(
+    ("urls", "names"),
+    [
+        (["a/000.tar", "b/000.tar", "b/001.tar"], ["a/000", "b/000", "001"]),
+        (["x/a/t/0.tar", "x/b/t/0.tar.gz"], ["a/t/0", "b/t/0"]),
+        (["http://h/a/0.tar?s=1", "http://h/b/0.tar?s=2"], ["a/0", "b/0"]),
+        (["pipe:cat /a/0.tar", "pipe:cat /b/0.tar"], ["a/0", "b/0"]),
+        (["http://h/0.tar?v=1", "http://h/0.tar?v=2"], ["0/0", "1/0"]),
+        (["../0.tar", "0.tar", "./0.tar"], ["0/0", "1/0", "2/0"]),
+        (["a.1.tar", "a.2.tar"], ["a.1", "a.2"]),
+        (["a.1.tar", "b.2.tar", "b.2.tar"], ["a", "b", "b"]),
+    ],
+)
+def test_shards_of_one_name_are_told_apart(tmp_path, urls, names):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"shards": {Path(u.partition("?")[0]).name: {"images": 1} for u in urls}}))
+    assert [shard.name for shard in with_counts(urls, str(index))] == names
+
+
+def test_images_alone_are_the_same_images(tmp_path):
+    path = str(write_shard(tmp_path / "a.tar", range(5)))
+    alone = [entry for entry in read_shard(Shard(path), sidecars=False) if isinstance(entry, Entry)]
+    assert [(e.key, e.name, e.data) for e in alone] == [(e.key, e.name, e.data) for e in read(path)[0]]
+    assert all(entry.files == {} for entry in alone)

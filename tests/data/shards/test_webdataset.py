@@ -1,0 +1,309 @@
+import functools
+import http.server
+import io
+import json
+import multiprocessing
+import os
+import socket
+import threading
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from olvae.data.errors import TooManyUnreadableError
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess
+from olvae.data.transforms import center_crop
+from tests.data.images import encoded, write_shard, write_shards
+
+ALONE = LoaderProcess()
+
+COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    write_shards(tmp_path / "shards", COUNTS)
+    write_shards(tmp_path / "val", (4, 3))
+    return tmp_path
+
+
+def source(root: Path, **arguments: Any) -> WebDatasetSource:
+    defaults = {"size": 16, "batch_size": 4, "val_shards": str(root / "val"), "shuffle": 6}
+    return WebDatasetSource(arguments.pop("shards", str(root / "shards")), **{**defaults, **arguments})
+
+
+def remote(root: Path) -> list[str]:
+    """The same shards through a command, so that nobody can know how many images are in them."""
+    return [f"pipe:cat {path}" for path in sorted((root / "shards").iterdir())]
+
+
+def keys(
+    s: WebDatasetSource, count: int, position: int = 0, consumer: LoaderProcess = ALONE, seed: int = 0
+) -> list[str]:
+    return [sample.key for sample in islice(s.stream(seed, position, consumer), count)]
+
+
+def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
+    return [(batch["key"], batch["image"]) for batch in islice(loader, count)]
+
+
+def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
+    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("shuffle", [1, 6, 7, 1000])
+def test_each_image_once_an_epoch_in_an_order_of_its_own(shards, shuffle):
+    seen = keys(source(shards, shuffle=shuffle), 150)
+    epochs = [seen[i : i + 50] for i in (0, 50, 100)]
+    assert all(len(set(epoch)) == 50 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert keys(source(shards, shuffle=shuffle), 50, seed=1) != epochs[0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("place", [(0, 1), (1, 2), (2, 3)])
+def test_a_consumer_goes_on_anywhere(shards, known, place):
+    s = source(shards) if known else source(shards, shards=remote(shards))
+    whole = list(islice(s.stream(5, 0, LoaderProcess(*place)), 70))
+    for position in (0, 1, 5, 6, 16, 17, 33, 50, 61):
+        rest = list(islice(s.stream(5, position, LoaderProcess(*place)), 70 - position))
+        assert [x.key for x in rest] == [x.key for x in whole[position:]]
+        assert all(torch.equal(a.image, b.image) for a, b in zip(rest, whole[position:], strict=True))
+
+
+@pytest.mark.parametrize("consumers", [2, 3, 4, 7, 16])
+def test_known_shards_are_shared_evenly_and_no_image_comes_twice(shards, consumers):
+    s, share = source(shards), 50 // consumers
+    for epoch in (0, 1):
+        seen = [key for i in range(consumers) for key in keys(s, share, epoch * share, LoaderProcess(i, consumers))]
+        assert len(set(seen)) == len(seen) == share * consumers
+
+
+def test_shards_that_nobody_knows_are_shared_whole(shards):
+    """Each consumer's own epoch is every so-manieth shard, wherever it is by then."""
+    s = source(shards, shards=remote(shards))
+    first = [keys(s, 200, 0, LoaderProcess(i, 2)) for i in (0, 1)]
+    order = np.random.default_rng((0, 0, 1)).permutation(7)
+    for i, seen in enumerate(first):
+        mine = [int(shard) for shard in order[i::2]]
+        count = sum(COUNTS[shard] for shard in mine)
+        assert Counter(key.split("/")[0] for key in seen[:count]) == {f"{m:03d}": COUNTS[m] for m in mine}
+        assert len(set(seen[:count])) == count
+    assert s.samples_per_epoch is None
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_loader_goes_on_at_any_batch(shards, workers, known):
+    def loader(start: int = 0):
+        s = source(shards, num_workers=workers, **({} if known else {"shards": remote(shards)}))
+        return s.train_loader(seed=3, start=start)
+
+    whole = take(loader(), 20)
+    for batches in (1, 2, 7, 13):
+        assert same(take(loader(batches * 4), 20 - batches), whole[batches:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_goes_on_for_each_of_two_ranks(shards, workers, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        whole = take(source(shards, num_workers=workers).train_loader(seed=3), 12)
+        for batches in (1, 2, 5):
+            rest = take(source(shards, num_workers=workers).train_loader(3, batches * 4 * 2), 12 - batches)
+            assert same(rest, whole[batches:])
+        seen.append([key for batch, _ in whole[:6] for key in batch])
+    assert not set(seen[0]) & set(seen[1])  # 24 of the 25 of each in the first epoch
+
+
+def test_images_are_the_pictures_and_validation_is_each_of_them_once(shards):
+    s = source(shards)
+    for workers in (0, 2):
+        found = take(source(shards, num_workers=workers).val_loader(), 99)
+        assert sorted(key for batch, _ in found for key in batch) == sorted(
+            f"{shard}/{n:04d}" for shard, numbers in (("000", range(4)), ("001", range(4, 7))) for n in numbers
+        )
+    ((first, *_), images), *_ = take(s.val_loader(), 1)
+    assert first == "000/0000"
+    expected = center_crop(Image.open(io.BytesIO(encoded(0))), 16)
+    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_the_last_shards_are_held_out(shards):
+    s = source(shards, val_shards=None, val_fraction=0.3)
+    assert [Path(shard.url).name for shard in s.val] == ["005.tar", "006.tar"]
+    assert (s.samples_per_epoch, s.count("val"), s.images) == (36, 14, 50)
+    assert "36 training images in 5 shards, 14 validation and test images" in s.describe()
+
+
+def test_broken_images_are_replaced_by_others_of_their_block_and_counted(shards, caplog):
+    write_shard(shards / "shards" / "003.tar", range(15, 29), {17: b"", 20: b"no picture"})
+    s = source(shards, max_unreadable=0.05)
+    loader = s.train_loader()
+    seen = take(loader, 12)
+    assert all(len(batch) == 4 for batch, _ in seen)
+    assert {"003/0017", "003/0020"}.isdisjoint(key for batch, _ in seen for key in batch)
+    assert loader.faults.lost == 2
+    assert sum("skipped" in message for message in caplog.messages) == 2
+    assert same(take(source(shards, max_unreadable=0.05).train_loader(start=20), 7), seen[5:])
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "empty"])
+def test_a_lost_shard_does_not_change_what_the_others_give(shards, fault, caplog):
+    """All of its 14 places, whole blocks among them, are taken by other images."""
+    index = {f"{i:03d}.tar": {"images": count} for i, count in enumerate(COUNTS)}
+    (shards / "shards" / "index.json").write_text(json.dumps({"shards": index}))
+    before = keys(source(shards), 100)
+    path = shards / "shards" / "003.tar"
+    if fault == "missing":
+        path.unlink()
+        s = source(shards, shards=str(shards / "shards" / "{000..006}.tar"), max_unreadable=0.5)
+    else:
+        path.write_bytes(path.read_bytes()[: 5000 if fault == "cut" else 0])
+        s = source(shards, max_unreadable=0.5)
+    samples = list(islice(s.stream(0, 0, LoaderProcess()), 100))
+    kept = [a if not b.faults else None for a, b in zip(before, samples, strict=True)]
+    assert all(k is None or k == sample.key for k, sample in zip(kept, samples, strict=True))
+    assert all(sample.image is not None for sample in samples)
+    lost = {f.image for sample in samples for f in sample.faults}
+    assert len(lost) == (14 if fault != "cut" else 14 - sum(k.startswith("003") for k in set(keys(s, 50))))
+    assert keys(s, 20, 60) == [sample.key for sample in samples[60:80]]
+    with pytest.raises(
+        TooManyUnreadableError, match=r"of 57 images can't be read, more than max_unreadable = 0\.01.*003\.tar"
+    ):
+        take(source(shards, shards=str(shards / "shards" / "{000..006}.tar")).train_loader(), 13)
+
+
+def test_a_broken_shard_in_validation(shards):
+    path = shards / "val" / "000.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    (shards / "val" / "index.json").write_text(
+        json.dumps({"shards": {"000.tar": {"images": 4}, "001.tar": {"images": 3}}})
+    )
+    s = source(shards, max_unreadable=0.5)
+    loader = s.val_loader()
+    found = [key for batch, _ in take(loader, 99) for key in batch]
+    assert found[-3:] == ["001/0004", "001/0005", "001/0006"]
+    assert loader.faults.lost == 7 - len(found)
+
+
+def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
+    pattern = str(shards / "shards" / "{000..009}.tar")  # 000 to 006 are there
+    with pytest.raises(FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"):
+        source(shards, shards=pattern, val_shards=None, val_fraction=0.2)
+    assert source(shards, shards=pattern, val_shards=None, val_fraction=0.4).count("val")
+    with pytest.raises(FileNotFoundError, match=r"x\.tar: no such shard, .* for training"):
+        source(shards, shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")], val_shards=None)
+
+
+def test_shards_of_two_folders_give_each_image_its_own_key(shards):
+    write_shards(shards / "more", (2, 2))
+    s = source(shards, val_shards=[str(shards / "val"), str(shards / "more")])
+    keys = [key for batch in s.val_loader() for key in batch["key"]]
+    assert len(keys) == len(set(keys)) == 11
+    assert {"val/000/0000", "more/000/0000", "more/001/0002"} < set(keys)
+
+
+def test_too_few_shards_are_told_before_training(shards):
+    with pytest.raises(ValueError, match=r"7 training shards for 8 processes \(4 workers x 2 ranks\)"):
+        source(shards, shards=remote(shards), num_workers=4).check_processes(2)
+    source(shards, num_workers=4).check_processes(2)  # known shards can be cut
+    with pytest.raises(ValueError, match="50 training images for 64 processes"):
+        source(shards, num_workers=32).check_processes(2)
+    with pytest.raises(ValueError, match=r"set data\.params\.val_shards"):
+        source(shards, shards=str(shards / "shards" / "000.tar"), val_shards=None)
+    with pytest.raises(ValueError, match="larger than the data"):
+        source(shards, batch_size=51)
+    with pytest.raises(ValueError, match="shuffle"):
+        source(shards, shuffle=0)
+    with pytest.raises(ValueError, match="val_fraction"):
+        source(shards, val_fraction=1.0)
+
+
+def test_a_process_whose_shards_cannot_be_read_says_so():
+    s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
+    with pytest.raises(ValueError, match=r"none of the 2 shards.*pipe:false"):
+        keys(s, 1)
+
+
+@pytest.fixture
+def url(shards):
+    """The shards over HTTP; 003.tar drops the connection half-way."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if "003" not in self.path:
+                return super().do_GET()
+            data = (shards / self.path[1:]).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(shards)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/shards"
+    server.shutdown()
+
+
+def test_shards_over_http(shards, url, caplog):
+    s = source(shards, shards=f"{url}/{{000..006}}.tar", max_unreadable=0.1)
+    samples = list(islice(s.stream(0, 0, LoaderProcess()), 43))
+    (fault,) = {fault for sample in samples for fault in sample.faults}
+    assert fault.name == f"{url}/003.tar"
+    assert {f"003/{n:04d}" for n in range(15, 19)} <= {sample.key for sample in samples}
+    indexed = shards / "shards" / "index.json"
+    indexed.write_text(json.dumps({"shards": {f"{i:03d}.tar": {"images": n} for i, n in enumerate(COUNTS)}}))
+    s = source(shards, shards=f"{url}/{{000..006}}.tar", index=f"{url}/index.json", max_unreadable=0.5)
+    assert s.samples_per_epoch == 50
+    local = keys(source(shards), 50)
+    over_http = list(islice(s.stream(0, 0, LoaderProcess()), 50))
+    assert all(sample.key == key or sample.faults for sample, key in zip(over_http, local, strict=True))
+
+
+def _rank(rank: int, port: int, root: Path, results: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    s = source(root, num_workers=2, batch_size=2)
+    epoch = [batch["key"] for batch in islice(s.train_loader(), 12)]
+    val = [key for batch in s.val_loader() for key in batch["key"]]
+    results.put((rank, epoch, val))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_of_two_workers_over_seven_shards(shards):
+    """Real processes: 50 images among four are 12 each, 12 batches of 2 a rank; no image twice; validation once."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [context.Process(target=_rank, args=(rank, port, shards, results)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    found = sorted(results.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join()
+    training = [key for _, epoch, _ in found for batch in epoch for key in batch]
+    assert [len(epoch) for _, epoch, _ in found] == [12, 12]
+    assert len(training) == len(set(training)) == 48
+    validation = [key for _, _, val in found for key in val]
+    assert len(validation) == len(set(validation)) == 7

@@ -1,0 +1,324 @@
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from olvae.data.errors import UnreadableImageError
+from olvae.data.image import Photo, from_uint8, image_to_tensor, read_picture, tensor_to_picture, to_uint8
+from olvae.data.mapped.folder import FolderSource
+from olvae.data.transforms import RandomScaleCrop
+from tests.data.images import encoded, picture
+
+RED = (200, 30, 40)
+
+
+def plain(mode: str = "RGB", colour: object = RED) -> Image.Image:
+    return Image.new(mode, (24, 20), colour)  # type: ignore[arg-type]
+
+
+def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def flipped(data: bytes, where: float) -> bytes:
+    """One byte in the middle of the data changed."""
+    i = int(len(data) * where)
+    return data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :]
+
+
+def bomb() -> bytes:
+    """A PNG whose header claims 30,000 x 30,000 pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+def text_bomb() -> bytes:
+    info = PngInfo()
+    info.add_text("comment", "a" * 80_000_000, zip=True)
+    return saved(plain(), "PNG", pnginfo=info)
+
+
+def sixteen_bit(**options: object) -> bytes:
+    return saved(Image.fromarray(np.full((20, 24), 257 * 100, dtype=np.uint16)), "PNG", **options)
+
+
+def animated() -> bytes:
+    return saved(plain(), "GIF", save_all=True, append_images=[plain(colour=(0, 0, 255))])
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(plain(), "JPEG", exif=exif, quality=100)
+
+
+def avif_without_an_image() -> bytes:
+    if "AVIF" not in Image.SAVE:
+        return b"as unknown as any other format"
+    return saved(plain(), "AVIF").replace(b"pitm", b"free")
+
+
+SKIPPED = {
+    "zero.jpg": b"",
+    "zero.png": b"",
+    "text.jpg": b"this is no picture",
+    "html.png": b"<!DOCTYPE html><html>404</html>",
+    "cut.jpg": encoded(1)[:200],
+    "cut.png": encoded(1, "PNG")[:60],
+    "cut.webp": encoded(1, "WEBP")[:30],
+    "cut.gif": encoded(1, "GIF")[:40],
+    "cut.bmp": encoded(1, "BMP")[:100],
+    "cut.tif": encoded(1, "TIFF")[:200],
+    "header-only.jpg": encoded(1)[:4],
+    "bad-checksum.png": flipped(encoded(1, "PNG"), 0.5),
+    "zeros.jpg": bytes(5000),
+    "noise.jpg": np.random.default_rng(0).bytes(5000),
+    "bomb.png": bomb(),
+    "text-bomb.png": text_bomb(),
+    "float.tif": saved(Image.fromarray(np.ones((20, 24), dtype=np.float32)), "TIFF"),
+    "integers.tif": saved(Image.fromarray(np.full((20, 24), 65536, dtype=np.int32)), "TIFF"),
+    "negative.tif": saved(Image.fromarray(np.full((20, 24), -1, dtype=np.int32)), "TIFF"),
+    "broken-avif.jpg": avif_without_an_image(),
+    "header.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'shape': (20, 24, 3" + b" " * 81 + b"\n",
+    "zip.npy": b"PK\x03\x04" + bytes(100),
+    "pickle.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }" + b" " * 60 + b"\n",
+    "grey.npy": b"",
+}
+
+CONVERTED = {
+    "rgb.jpg": (saved(plain(), "JPEG", quality=100), RED),
+    "wrong-name.jpg": (saved(plain(), "PNG"), RED),
+    "grey.png": (saved(plain("L", 90), "PNG"), (90, 90, 90)),
+    "one-bit.png": (saved(plain("1", 1), "PNG"), (255, 255, 255)),
+    "palette.png": (saved(plain().quantize(4), "PNG"), RED),
+    "palette-transparent.png": (saved(plain("P", 0), "PNG", transparency=0), (255, 255, 255)),
+    "alpha.png": (saved(plain("RGBA", (0, 0, 0, 128)), "PNG"), (127, 127, 127)),
+    "grey-alpha.png": (saved(plain("LA", (0, 128)), "PNG"), (127, 127, 127)),
+    "cmyk.jpg": (saved(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+    "sixteen.png": (sixteen_bit(), (100, 100, 100)),
+    "sixteen-transparent.png": (sixteen_bit(transparency=257 * 100), (255, 255, 255)),
+    "sixteen-transparent-elsewhere.png": (sixteen_bit(transparency=257 * 100 + 1), (100, 100, 100)),
+    "sixteen.ppm": (b"P5 24 20 65535\n" + np.full((20, 24), 257 * 100, dtype=">u2").tobytes(), (100, 100, 100)),
+    "broken-exif.png": (saved(plain(), "PNG", exif=b"Exif\0\0no such thing"), RED),
+    "broken-exif.webp": (saved(plain(), "WEBP", exif=b"Exif\0\0no such thing", quality=100), RED),
+    "broken-exif.jpg": (saved(plain(), "JPEG", exif=b"Exif\0\0no such thing", quality=100), RED),
+    "small-integers.tif": (saved(Image.fromarray(np.full((20, 24), 25_700, dtype=np.int32)), "TIFF"), (100, 100, 100)),
+    "turned.jpg": (turned(), RED),
+    "animated.gif": (animated(), RED),
+    "ycbcr.tif": (saved(plain("YCbCr", (128, 128, 128)), "TIFF"), (128, 128, 128)),
+    "lab.tif": (saved(plain("LAB", (255, 128, 128)), "TIFF"), (255, 255, 255)),
+    "extra-bytes.jpg": (saved(plain(), "JPEG", quality=100) + b"garbage at the end", RED),
+    "trailing.png": (saved(plain(), "PNG") + bytes(50), RED),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_what_is_no_picture_is_refused_with_its_name(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(SKIPPED[name])
+    with pytest.raises(UnreadableImageError, match="not a readable image") as from_file:
+        read_picture(path)
+    with pytest.raises(UnreadableImageError) as from_bytes:
+        Photo(SKIPPED[name], name).read()
+    assert from_file.value.name == str(path)
+    assert from_bytes.value.reason
+    assert "\n" not in str(from_file.value)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_is_converted(name, tmp_path):
+    content, expected = CONVERTED[name]
+    for photo in (Photo(content, name), Photo(_write(tmp_path / name, content), name)):
+        image = photo.read()
+        assert image.mode == "RGB"
+        assert image.size == photo.size == ((20, 24) if name == "turned.jpg" else (24, 20))
+        np.testing.assert_allclose(np.asarray(image)[10, 10], expected, atol=3)
+
+
+def test_a_directory_of_all_of_them(tmp_path, caplog):
+    """Through a source: every bad one skipped, named once and counted, every good one delivered."""
+    for name, content in {**SKIPPED, **{n: c for n, (c, _) in CONVERTED.items()}}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")  # not a file: not found in the first place
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "spaces and ünïcode.v2.jpg").write_bytes(encoded(5))
+    source = FolderSource(str(tmp_path), 16, 4, val_root=str(tmp_path), max_unreadable=1.0)
+    loader = source.val_loader()
+    with caplog.at_level("WARNING"):
+        keys = [key for batch in loader for key in batch["key"]]
+    assert set(keys) == {*CONVERTED, "spaces and ünïcode.v2.jpg"}
+    assert loader.faults.lost == len(SKIPPED)
+    for name in SKIPPED:
+        assert sum(f"skipped {tmp_path / name}: " in message for message in caplog.messages) == 1
+    assert caplog.messages[-1] == f"validation: {len(SKIPPED)} images skipped"
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(512, 384), (333, 251)])
+def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
+    image = picture(3, size)
+    path = tmp_path / "a.jpg"
+    image.save(path, quality=95)
+    photo = Photo(path, "a.jpg")
+    small = photo.read(shrink)
+    assert photo.size == size
+    assert small.size == tuple(-(-side // shrink) for side in size)
+    assert Photo(Path(_write(tmp_path / "a.png", saved(image, "PNG"))), "a.png").read(shrink).size == size
+
+
+@pytest.mark.parametrize(("transparent", "alpha"), [(257 * 100, 0), (257 * 100 + 1, 255)])
+def test_sixteen_bit_grey_in_four_channels(transparent, alpha):
+    image = Photo(sixteen_bit(transparency=transparent), "a.png", 4).read()
+    assert image.getcolors() == [(480, (100, 100, 100, alpha))]
+
+
+def test_integers_of_unknown_range_say_what_to_do():
+    array = np.tile(np.arange(-5, 19, dtype=np.int32) * 10_000, (20, 1))
+    with pytest.raises(UnreadableImageError, match="integers from -50000 to 180000, not 0 to 65535: convert it to 8"):
+        Photo(saved(Image.fromarray(array), "TIFF"), "depth.tif").read()
+
+
+def test_a_turned_jpeg_knows_its_upright_size_before_it_is_decoded():
+    photo = Photo(turned(), "turned.jpg")
+    assert photo.size == (20, 24)
+    assert photo.read(2).size == (10, 12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_is_cut_as_any_other_turned_file(orientation):
+    """Pillow turns TIFFs itself, newer ones their size before the pixels are there."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = picture(7, (60, 20))
+    tiff = Photo(saved(image, "TIFF", tiffinfo={0x0112: orientation}), "a.tif")
+    png = Photo(saved(image, "PNG", exif=exif), "a.png")
+    assert tiff.size == png.size
+    cut = [RandomScaleCrop(8)(photo, np.random.default_rng(1)) for photo in (tiff, png)]
+    np.testing.assert_array_equal(np.asarray(cut[0]), np.asarray(cut[1]))
+    assert tiff.read().size == tiff.size
+    assert Photo(tiff.read(), "in memory").size == tiff.size
+
+
+def test_a_tiff_may_have_its_orientation_in_xmp():
+    photo = Photo(saved(picture(7, (60, 20)), "TIFF", tiffinfo={700: b'<x tiff:Orientation="6"/>'}), "a.tif")
+    assert photo.size == photo.read().size
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_uint8_and_back():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert from_uint8(x).min() == -1
+    assert from_uint8(x).max() == 1
+    assert torch.equal(to_uint8(from_uint8(x)), x)
+
+
+def test_clamped_and_rounded():
+    assert to_uint8(torch.tensor([-7.0, 7.0, 1 / 255, -1 / 255])).tolist() == [0, 255, 128, 127]
+    assert to_uint8(torch.tensor([0.5]).bfloat16()).tolist() == [191]
+
+
+def test_pictures_and_tensors():
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    tensor = image_to_tensor(Image.fromarray(array))
+    assert tensor.shape == (3, 5, 7)
+    assert tensor[:, 2, 4].tolist() == array[2, 4].tolist()
+    assert torch.equal(image_to_tensor(tensor_to_picture(tensor)), tensor)
+
+
+def colour(path):
+    image = read_picture(path)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+def test_modes(tmp_path):
+    cases = {
+        "grey.png": (Image.new("L", (4, 4), 100), (100, 100, 100)),
+        "palette.png": (
+            Image.new("RGB", (4, 4), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
+            (10, 20, 30),
+        ),
+        "alpha.png": (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), (255, 255, 255)),
+        "half.png": (Image.new("LA", (4, 4), (0, 128)), (127, 127, 127)),
+        "deep.png": (Image.fromarray(np.full((4, 4), 25700, dtype=np.uint16)), (100, 100, 100)),
+        "cmyk.tif": (Image.new("CMYK", (4, 4), (0, 0, 0, 0)), (255, 255, 255)),
+        "bits.png": (Image.new("1", (4, 4), 1), (255, 255, 255)),
+    }
+    for name, (image, expected) in cases.items():
+        image.save(tmp_path / name)
+        assert colour(tmp_path / name) == expected, name
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1, [141]), (3, [200, 100, 200]), (4, [200, 100, 200, 255])])
+def test_channels_of_a_picture(tmp_path, channels, expected):
+    Image.new("RGB", (4, 4), (200, 100, 200)).save(tmp_path / "a.png")
+    assert image_to_tensor(read_picture(tmp_path / "a.png", channels))[:, 0, 0].tolist() == expected
+
+
+def test_alpha_is_kept_in_four_channels(tmp_path):
+    Image.new("RGBA", (4, 4), (1, 2, 3, 4)).save(tmp_path / "a.png")
+    assert image_to_tensor(read_picture(tmp_path / "a.png", 4))[:, 0, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_arrays_of_any_number_of_channels(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (6, 5, 7), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    picture = read_picture(tmp_path / "a.npy", 7)
+    shutil.copy(tmp_path / "a.npy", tmp_path / "B.NPY")  # which folders are searched for as well
+    assert read_picture(tmp_path / "B.NPY", 7).size == picture.size
+    assert (picture.width, picture.height) == (5, 6)
+    assert np.array_equal(image_to_tensor(picture).permute(1, 2, 0).numpy(), array)
+    for bad, message in ((array[..., :3], r"shape \(H, W, 7\)"), (array.astype(float), "expected uint8")):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(ValueError, match=message):
+            read_picture(tmp_path / "bad.npy", 7)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:100])
+    with pytest.raises(ValueError, match="cut"):
+        read_picture(tmp_path / "cut.npy", 7)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"read from \.npy files"):
+        read_picture(tmp_path / "a.png", 7)
+
+
+def test_orientation_is_honoured(tmp_path):
+    image = Image.new("RGB", (8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").size == (4, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
+def test_broken_files_are_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
+        read_picture(path)
+
+
+def test_a_cut_off_file(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((64, 64), 50).save(whole)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[:300])
+    with pytest.raises(ValueError, match="not a readable image"):
+        read_picture(cut)

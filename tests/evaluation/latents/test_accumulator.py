@@ -1,0 +1,304 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributions import Normal, kl_divergence
+
+from olvae.evaluation.latents.accumulator import LatentAccumulator, image_key
+from olvae.evaluation.latents.report import COLOURS, draw_channels, draw_distribution, encode_latents
+from olvae.evaluation.latents.summary import EDGES, mmd2_normal, mmd2_null_std
+from olvae.modules.distributions import Deterministic, DiagonalGaussian
+
+N, C, H, W = 11, 3, 6, 4
+
+
+@pytest.fixture
+def moments():
+    """Correlated channels of different mean and width; channel 2 is wide enough to leave the histogram."""
+    mean = torch.randn(N, C, H, W)
+    mean[:, 1] = 0.8 * mean[:, 0] + 0.3 * mean[:, 1] - 2.0
+    mean[:, 2] = 15.0 * mean[:, 2] + 1.0
+    return torch.cat((mean, torch.randn(N, C, H, W) - 1.0), dim=1)
+
+
+def accumulate(moments: torch.Tensor, keys: list[int], batch: int, mmd_latents: int = 100) -> LatentAccumulator:
+    accumulator = LatentAccumulator(mmd_latents)
+    for start in range(0, len(keys), batch):
+        accumulator.update(DiagonalGaussian(moments[start : start + batch]), keys[start : start + batch])
+    return accumulator
+
+
+def sample(moments: torch.Tensor, keys: list[int]) -> torch.Tensor:
+    mean, logvar = moments.double().chunk(2, dim=1)
+    noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in keys]
+    return (mean + (logvar / 2).exp() * torch.stack(noise)).float()
+
+
+def ring_means(power: np.ndarray) -> list[float]:
+    """Of the power of a 6x4 transform, over rings of one cycle over the shorter side."""
+    rings: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for i in range(H):
+        for j in range(W):
+            ring = round(math.hypot(min(i, H - i) / H, min(j, W - j) / W) * W)
+            if ring in rings:
+                rings[ring].append(power[i, j])
+    return [float(np.mean(values)) for values in rings.values()]
+
+
+def flat(content, path=""):
+    """Every number of a nested report."""
+    if isinstance(content, dict):
+        return [item for key, value in content.items() for item in flat(value, f"{path}.{key}")]
+    if isinstance(content, list):
+        return [item for i, value in enumerate(content) for item in flat(value, f"{path}[{i}]")]
+    return [(path, float(content))]
+
+
+def test_the_numbers_of_numpy(moments):
+    keys = list(range(N))
+    got = accumulate(moments, keys, 4).compute()
+    mean, logvar = (part.double().transpose(0, 1).flatten(1).numpy() for part in moments.chunk(2, dim=1))  # (C, N h w)
+    var = np.exp(logvar)
+    std = np.sqrt(mean.var(1) + var.mean(1))
+    assert got.n == N
+    assert got.shape == (C, H, W)
+    assert np.allclose(got.mean, mean.mean(1), rtol=1e-12)
+    assert np.allclose(got.std, std, rtol=1e-12)
+    assert np.allclose(got.mean_std, mean.std(1), rtol=1e-12)
+    assert np.array_equal(got.minimum, mean.min(1))
+    assert np.array_equal(got.maximum, mean.max(1))
+    oracle = kl_divergence(Normal(torch.from_numpy(mean), torch.from_numpy(np.sqrt(var))), Normal(0.0, 1.0))
+    assert torch.allclose(got.kl, oracle.mean(1), rtol=1e-12)
+    assert got.kl_per_image == pytest.approx(float(DiagonalGaussian(moments.double()).kl().mean()), rel=1e-6)
+    covariance = np.cov(mean, bias=True) + np.diag(var.mean(1))
+    assert np.allclose(got.correlation, covariance / np.outer(std, std), rtol=1e-12)
+    assert got.correlation[0, 1] > 0.5
+    assert got.shift_factor == pytest.approx(mean.mean(), rel=1e-12)
+    assert got.scaling_factor == pytest.approx(1 / math.sqrt(mean.var() + var.mean()), rel=1e-12)
+    erfc = np.vectorize(math.erfc)
+    below = erfc((mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)).mean(2).T / 2  # (C, edges)
+    mass = np.diff(below, axis=1, prepend=0.0, append=1.0)
+    assert np.allclose(got.mass, mass, atol=1e-12)
+    assert got.mass[2, 0] > 0.002  # some of channel 2 is below the grid
+    assert got.mmd is not None
+    z = sample(moments, keys)
+    assert got.mmd.raw == pytest.approx(mmd2_normal(z).tolist(), rel=1e-9)
+    scaled = (z.double() - got.shift_factor) * got.scaling_factor
+    assert got.mmd.scaled == pytest.approx(mmd2_normal(scaled).tolist(), rel=1e-4)
+    assert got.mmd.null_std == mmd2_null_std(N, C * H * W).tolist()
+
+
+def test_the_spectrum_of_numpy(moments):
+    got = accumulate(moments, list(range(N)), 3).compute()
+    mean, logvar = (part.double().numpy() for part in moments.chunk(2, dim=1))
+    for c in range(C):
+        centred = mean[:, c] - mean[:, c].mean()
+        power = (np.abs(np.fft.fft2(centred)) ** 2).mean(0) / (H * W) + np.exp(logvar[:, c]).mean()
+        assert np.allclose(got.spectrum[c], ring_means(power), rtol=1e-10)
+    assert got.frequency.tolist() == [0.0, 0.25, 0.5]
+
+
+def test_what_is_said_of_samples_holds_for_samples(moments):
+    """Spectrum, moments and histogram come without noise; many drawn latents agree within their sampling error."""
+    got = accumulate(moments, list(range(N)), N).compute()
+    posterior = DiagonalGaussian(moments.double())
+    z = torch.stack([posterior.sample() for _ in range(4000)])  # (draws, N, C, h, w)
+    channels = z.transpose(0, 2).flatten(1)  # (C, ...)
+    assert torch.allclose(channels.std(1), got.std, rtol=0.01)
+    assert torch.allclose(torch.corrcoef(channels), got.correlation, atol=0.01)
+    shares = torch.stack([torch.histc(row, bins=1, min=-0.025, max=0.025) for row in channels]) / channels.shape[1]
+    assert torch.allclose(shares[:, 0], got.mass[:, 100:102].sum(1), rtol=0.05)
+    scaled = (z - got.shift_factor) * got.scaling_factor
+    assert abs(float(scaled.mean())) < 0.01
+    assert float(scaled.std()) == pytest.approx(1.0, abs=0.01)
+    for c in range(C):
+        power = torch.fft.fft2(z[:, :, c] - got.mean[c], norm="ortho").abs().square().mean((0, 1))
+        assert np.allclose(got.spectrum[c], ring_means(power.numpy()), rtol=0.02)
+
+
+def test_white_latents_have_a_flat_spectrum_of_one_and_no_correlation():
+    z = torch.randn(400, 2, 8, 8)
+    got = accumulate(torch.cat((z, torch.full_like(z, -30.0)), 1), list(range(400)), 50).compute()
+    assert torch.allclose(got.spectrum, torch.ones(2, 5, dtype=torch.float64), atol=0.25)
+    assert torch.allclose(got.correlation, torch.eye(2, dtype=torch.float64), atol=0.03)
+    assert got.mmd is not None
+    assert all(abs(value) < 4 * error for value, error in zip(got.mmd.raw, got.mmd.null_std, strict=True))
+    shares = got.as_dict()["histogram"]
+    assert np.abs(np.array(shares["share"]) - shares["normal"]).sum() < 0.1
+    assert sum(shares["share"]) == pytest.approx(1.0)
+
+
+def test_neither_batches_nor_order_nor_merging_matter(moments):
+    keys = [image_key(torch.full((3, 2, 2), i, dtype=torch.uint8)) for i in range(N)]
+    expected = flat(accumulate(moments, keys, N, 7).compute().as_dict())
+    order = torch.randperm(N).tolist()
+    merged = accumulate(moments[:4], keys[:4], 2, 7)
+    merged.merge(LatentAccumulator(7))
+    merged.merge(accumulate(moments[4:], keys[4:], 3, 7))
+    empty = LatentAccumulator(7)
+    empty.merge(merged)
+    others = [
+        accumulate(moments, keys, 1, 7),
+        accumulate(moments, keys, 3, 7),
+        accumulate(moments[order], [keys[i] for i in order], 5, 7),
+        merged,
+        empty,
+    ]
+    for other in others:
+        assert other.n == N
+        for (path, value), (name, got) in zip(expected, flat(other.compute().as_dict()), strict=True):
+            assert path == name
+            assert got == pytest.approx(value, rel=1e-9, abs=1e-12), path
+
+
+def test_the_mmd_keeps_the_smallest_keys_and_equal_images_once(moments):
+    keys = [50, 3, 40, 7, 3, 99, 1, 60, 7, 20, 30]
+    got = accumulate(moments, keys, 4, 5).compute()
+    chosen = [6, 1, 3, 9, 10]  # the keys 1, 3, 7, 20, 30
+    assert got.n == N
+    assert got.mmd is not None
+    assert got.mmd.n == 5
+    expected = mmd2_normal(sample(moments[chosen], [keys[i] for i in chosen]))
+    assert got.mmd.raw == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_keys_are_of_the_pixels_and_the_shape():
+    x = torch.randint(0, 256, (3, 4, 6), dtype=torch.uint8)
+    changed = x.clone()
+    changed[0, 0, 0] ^= 1
+    assert image_key(x) == image_key(x.clone()) < 2**63
+    assert len({image_key(x), image_key(changed), image_key(x.reshape(3, 6, 4))}) == 3
+
+
+def test_a_dead_channel():
+    """Nothing of the image in channel 1; channel 2 varies by a little less than the threshold, channel 3 by more."""
+    mean = torch.randn(500, 4, 2, 2)
+    mean[:, 1] = 0.0
+    mean[:, 2] *= 0.09
+    mean[:, 3] *= 0.11
+    logvar = torch.full_like(mean, -4.0)
+    logvar[:, 1] = 0.0
+    got = accumulate(torch.cat((mean, logvar), 1), list(range(500)), 100).compute()
+    assert got.active.tolist() == [True, False, False, True]
+    assert got.as_dict()["active_channels"] == 2
+    assert got.kl[1] == 0.0
+    assert got.correlation[1].tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert float(got.std[1]) == pytest.approx(1.0)
+
+
+def test_a_deterministic_posterior_is_a_histogram_of_its_means():
+    mean = torch.full((2, 1, 2, 2), 0.3)
+    mean[1] = 50.0
+    got = accumulate(torch.cat((mean, torch.full_like(mean, -30.0)), 1), [1, 2], 2).compute()
+    index = int(torch.searchsorted(EDGES, torch.tensor(0.3, dtype=torch.float64)))
+    assert got.mass[0, index] == pytest.approx(0.5)
+    assert got.mass[0, -1] == pytest.approx(0.5)
+
+
+def test_deterministic_latents_are_posteriors_of_no_width(moments):
+    """What is said of them is what is said of Gaussians that are next to points; KL and activity are not said."""
+    latent, keys = moments[:, :C].double(), list(range(N))
+    latent[:, 0, 0, 0] = EDGES[120]  # an edge, a hair's breadth above it for a point
+    points = LatentAccumulator(100)
+    for start in range(0, N, 4):
+        points.update(Deterministic(latent[start : start + 4]), keys[start : start + 4])
+    narrow = torch.cat((latent, torch.full_like(latent, -30.0)), 1)
+    narrow[:, 0, 0, 0] += 1e-5
+    got, expected = points.compute(), accumulate(narrow, keys, N).compute()
+    assert got.deterministic
+    assert not expected.deterministic
+    for name in ("mean", "std", "correlation", "spectrum", "mass", "minimum", "maximum"):
+        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-5), name
+    assert got.mass.sum(1).tolist() == pytest.approx([1.0] * C)
+    assert got.scaling_factor == pytest.approx(1 / float(latent.double().std(correction=0)), rel=1e-9)
+    assert got.mmd is not None
+    assert got.mmd.raw == pytest.approx(mmd2_normal(latent.double()).tolist(), rel=1e-6)
+    content = got.as_dict()
+    assert set(content["skipped"]) == {"kl", "active"}
+    assert "deterministic" in content["skipped"]["kl"]
+    assert not [path for path, _ in flat({**content, "skipped": {}}) if "kl" in path or "active" in path]
+    assert content["channels"]["min"] == latent.double().transpose(0, 1).flatten(1).amin(1).tolist()
+    assert (got.kl, got.kl_per_image, got.active) == (None, None, None)
+    halves = [LatentAccumulator(100), LatentAccumulator(100)]
+    halves[0].update(Deterministic(latent[:3]), keys[:3])
+    halves[1].update(Deterministic(latent[3:]), keys[3:])
+    halves[0].merge(halves[1])
+    merged = halves[0].compute().as_dict()
+    del content["skipped"], merged["skipped"]
+    for (path, value), (name, other) in zip(flat(content), flat(merged), strict=True):
+        assert (name, other) == (path, pytest.approx(value, rel=1e-9, abs=1e-12))
+
+
+def test_a_constant_channel_of_deterministic_latents_goes_with_none():
+    latent = torch.randn(20, 2, 2, 2)
+    latent[:, 1] = 0.5
+    accumulator = LatentAccumulator()
+    accumulator.update(Deterministic(latent), range(20))
+    assert accumulator.compute().correlation.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_one_image_has_no_mmd_but_the_rest(moments):
+    content = accumulate(moments[:1], [1], 1).compute().as_dict()
+    assert "mmd" not in content
+    assert content["skipped"] == {"mmd": "needs at least two different images"}
+    assert content["n"] == 1
+
+
+def test_what_it_refuses(moments):
+    with pytest.raises(ValueError, match="no images"):
+        LatentAccumulator().compute()
+    accumulator = accumulate(moments, list(range(N)), N)
+    with pytest.raises(ValueError, match="one size"):
+        accumulator.update(DiagonalGaussian(moments[:2, :, :4]), [1, 2])
+    broken = moments.clone()
+    broken[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="diverged"):
+        accumulator.update(DiagonalGaussian(broken), list(range(N)))
+
+
+class Halves(torch.nn.Module):
+    """A stand-in for an autoencoder: its latent is the image, shrunk."""
+
+    def __init__(self, factor: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.downscale = factor
+        self.in_channels = in_channels
+
+    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
+        z = torch.nn.functional.avg_pool2d(x, self.downscale)
+        return DiagonalGaussian(torch.cat((z, torch.full_like(z, -4.0)), 1))
+
+
+def test_several_models_see_the_same_images_in_one_pass():
+    images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    batches = iter([{"image": part} for part in images.split(2)])
+    got = encode_latents({"a": Halves(2), "b": Halves(4)}, batches)
+    a, b = got["a"].compute(), got["b"].compute()
+    assert (a.n, a.shape, b.n, b.shape) == (9, (3, 4, 4), 9, (3, 2, 2))
+    assert torch.allclose(a.mean, (images.double() / 127.5 - 1).mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(b.mean, a.mean, atol=1e-6)
+    assert encode_latents({"a": Halves(2)}, [])["a"].n == 0
+
+
+def test_images_that_do_not_fit_a_model():
+    batch = [{"image": torch.zeros(1, 3, 20, 16, dtype=torch.uint8)}]
+    with pytest.raises(ValueError, match=r"b: images of 20x16 pixels.* multiple of 8"):
+        encode_latents({"a": Halves(4), "b": Halves(8)}, batch)
+    with pytest.raises(ValueError, match="c: takes images of 1 channels, these have 3"):
+        encode_latents({"c": Halves(4, in_channels=1)}, batch)
+
+
+def test_figures_show_every_model_in_its_colour(tmp_path, moments):
+    wide = accumulate(moments, list(range(N)), N).compute()
+    one = accumulate(moments[:, [0, 3], :1, :1], list(range(N)), N).compute()  # one channel of 1x1
+    points = LatentAccumulator()
+    points.update(Deterministic(moments[:, :C]), range(N))
+    summaries = {f"model {i}": summary for i, summary in enumerate((wide, one, points.compute()))}
+    for draw, name in ((draw_distribution, "a.png"), (draw_channels, "b.png")):
+        draw(summaries, tmp_path / name)
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).reshape(-1, 3)
+        for colour in COLOURS[:3]:
+            wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            assert (pixels == wanted).all(1).sum() > 50, (name, colour)

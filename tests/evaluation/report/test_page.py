@@ -1,0 +1,291 @@
+import base64
+import io
+import math
+import re
+from dataclasses import replace
+from datetime import datetime, timezone
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from olvae.evaluation.artefacts import find_artefacts
+from olvae.evaluation.bands import BandErrors
+from olvae.evaluation.gallery import Example, Gallery
+from olvae.evaluation.report.page import Column, Cost, Page, Row, Score, Shown, UsedWeights, render_page, write_page
+from olvae.evaluation.report.pictures import inline, side_limit
+from olvae.evaluation.roundtrip import bicubic_round_trip
+from olvae.metrics.pixel import psnr
+from tests.evaluation.chromium import chromium
+from tests.evaluation.test_artefacts import Faulty
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.org/x.png onerror=alert(1)>"
+
+LONG = "2026-11-25T03-04-24_olitevaeB_im_f8c12_imagenet_phaseB_unetgan_large_ema_bf16, raw weights"
+
+VOID = {"meta", "img", "br", "col", "link", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """The elements, with their attributes and texts; complains of any that is not closed in its place."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data):
+        if self.open and data.strip():
+            self.texts.append((self.open[-1], data.strip()))
+
+    def all_text(self) -> str:
+        return " ".join(text for tag, text in self.texts if tag != "style")
+
+
+def photographs(size: int) -> tuple[list[str], torch.Tensor]:
+    image = torch.from_numpy(data.astronaut()).permute(2, 0, 1)
+    tiles = image.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(0, 1)[:12]
+    return [f"astronaut/tile {i}.png" for i in range(len(tiles))], tiles.contiguous()
+
+
+def page(targets: list[str], size: int = 64, artefacts: bool = True) -> Page:
+    """Real photographs, reduced and enlarged again by as many factors as there are targets."""
+    keys, x = photographs(size)
+    rows, galleries, bands = [], [], {}
+    for i, target in enumerate(targets):
+        y = bicubic_round_trip(2 ** (i % 4 + 1))(keys, x)
+        values = psnr(x, y).tolist()
+        gallery, errors = Gallery("higher"), BandErrors()
+        gallery.add(keys, values, x, y)
+        errors.add(keys, x, y)
+        mean = sum(values) / len(values)
+        scores = {
+            "psnr": Score(mean, (mean - 1.0, mean + 1.25)),
+            "lpips": Score(None, reason="LPIPS needs vgg16-397923af.pth: name its folder with --weights-dir"),
+            "kid": Score(0.0000123 * (i + 1)),
+        }
+        rows.append(Row(target, len(keys), scores))
+        galleries.append(Shown(target, "PSNR, dB", gallery.examples()))
+        bands[target] = errors.compute()
+    return Page(
+        title="Autoencoders on photographs",
+        when=datetime(2026, 11, 25, 3, 20, tzinfo=timezone.utc),
+        command="olvae evaluate --metrics psnr,lpips,kid runs/a runs/b",
+        protocol={"name": "open-litevae", "version": 1, "size": size},
+        protocol_hash="0123456789abcdef",
+        columns=[
+            Column("psnr", "PSNR, dB", "higher", 2),
+            Column("lpips", "LPIPS", "lower"),
+            Column("kid", "KID", "lower", 3),
+        ],
+        rows=rows,
+        data=f"{len(keys)} tiles",
+        reference=targets[0],
+        differences=[
+            Row(
+                target,
+                len(keys),
+                {
+                    "psnr": Score(-2.5, (-3.0, -2.0)),
+                    "lpips": Score(-0.05, (-0.06, -0.04)),
+                    "kid": Score(0.1, (-0.1, 0.3)),
+                },
+            )
+            for target in targets[1:]
+        ],
+        costs=[Cost(targets[0], 3_012_345, 12_345_678_901, 129.34, 8.8123, 3 << 30, "a GPU")],
+        cost_note="Of one image.",
+        galleries=galleries,
+        bands=bands,
+        artefacts={target: find_artefacts(Faulty(grid=4.0 + i), size) for i, target in enumerate(targets[:2])}
+        if artefacts
+        else {},
+        weights=[
+            UsedWeights("LPIPS", "vgg16-397923af.pth", "397923af" * 8, True),
+            UsedWeights("A", "x.ckpt", "0" * 64),
+        ],
+        warnings=["12 images are few."],
+        environment={"torch": "2.5"},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> Page:
+    return page(["one", LONG, "three"])
+
+
+def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
+    html = render_page(whole)
+    reader = Reader(html)
+    tags = {tag for tag, _ in reader.elements}
+    assert {"table", "dl", "figure", "section", "style"} <= tags
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in reader.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "data", "action", "poster"):
+                assert value.startswith("data:image/webp;base64," if tag == "img" else "#"), value[:80]
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+    policy = next(a for tag, a in reader.elements if "http-equiv" in a)
+    assert policy["content"].startswith("default-src 'none'")
+    links = {a["href"][1:] for tag, a in reader.elements if tag == "a"}
+    assert links == {a["id"] for tag, a in reader.elements if "id" in a}
+    assert all(a["alt"] and a["width"] and a["height"] for tag, a in reader.elements if tag == "img")
+    assert len(html) < 2_000_000
+
+
+def test_what_users_write_is_text():
+    hostile = replace(
+        page([HOSTILE, "b"], artefacts=False),
+        title=HOSTILE,
+        command=HOSTILE,
+        protocol={HOSTILE: HOSTILE},
+        protocol_hash=HOSTILE,
+        data=HOSTILE,
+        cost_note=HOSTILE,
+        warnings=[HOSTILE],
+        weights=[UsedWeights(HOSTILE, HOSTILE, HOSTILE)],
+        environment={HOSTILE: HOSTILE},
+        columns=[Column("psnr", HOSTILE, "higher")],
+        bands={HOSTILE: {HOSTILE: {"mse": 1.0, "share_of_signal": None}}},
+        artefacts={HOSTILE: find_artefacts(Faulty(), 16)},
+    )
+    x = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    shown = Shown(HOSTILE, HOSTILE, {HOSTILE: [Example(HOSTILE, math.inf, x, x)]})
+    rows = [Row(HOSTILE, 1, {"psnr": Score(None, reason=HOSTILE)}), hostile.rows[1]]
+    hostile = replace(hostile, galleries=[shown], rows=rows, differences=rows, costs=[Cost(HOSTILE, device=HOSTILE)])
+    reader = Reader(render_page(hostile))
+    assert "script" not in {tag for tag, _ in reader.elements}
+    assert all(a["src"].startswith("data:") for tag, a in reader.elements if tag == "img")
+    assert not any(name.startswith("on") for _, attributes in reader.elements for name in attributes)
+    assert sum(HOSTILE in text for _, text in reader.texts) >= 20
+    assert any(a.get("alt") == f"input of {HOSTILE}" for _, a in reader.elements)
+
+
+def test_the_numbers_and_marks(whole):
+    html = render_page(whole)
+    text = Reader(html).all_text()
+    values = [row.scores["psnr"].value for row in whole.rows]
+    assert values[0] > values[1] > values[2]
+    assert f'<span class="best">{values[0]:.2f}</span>' in html  # the highest
+    assert f'<span class="best">{values[1]:.2f}</span>' not in html
+    assert f"[{values[1] - 1:.2f}, {values[1] + 1.25:.2f}]" in text
+    assert '<span class="best">1.2e-05</span>' in html  # the lowest; three decimals would show none of it
+    assert text.count("LPIPS needs vgg16-397923af.pth") == 1  # one note for all three
+    assert html.count("<sup>1</sup>") == 3
+    assert '<span class="worse">\N{MINUS SIGN}2.50</span>' in html
+    assert "[\N{MINUS SIGN}3.00, \N{MINUS SIGN}2.00]" in text
+    assert '<span class="better">\N{MINUS SIGN}0.050</span>' in html  # lower is better
+    assert "<span>+0.100</span>" in html  # an interval with 0 is no difference
+    assert "12 images." in text
+    for number in ("3.01", "12.3", "129", "8.81", "3072", "a GPU"):
+        assert number in text
+    assert "25 November 2026, 03:20 UTC" in text
+    for words in ("0123456789abcdef", "397923af" * 8, "the same", "12 images are few.", whole.command, LONG):
+        assert words in text
+
+
+def test_bars_are_as_long_as_the_error(whole):
+    bands = whole.bands
+    largest = max(band["mse"] for found in bands.values() for band in found.values())
+    widths = [float(width) for width in re.findall(r'class="c\d" style="width: ([\d.]+)%"', render_page(whole))]
+    assert len(widths) == 2 * 3 * 10
+    expected = [100 * bands[target][name]["mse"] / largest for name in bands["one"] for target in bands]
+    assert widths[::2] == pytest.approx(expected, abs=0.01)
+    assert max(widths[1::2]) == 100.0
+
+
+def test_infinite_values_and_uneven_sets():
+    rows = [Row("a", 1, {"psnr": Score(math.inf, reason="no interval: equal images")}), Row("b", 2, {})]
+    small = replace(page(["a", "b"], artefacts=False), rows=rows, galleries=[], bands={}, differences=[], costs=[])
+    html = render_page(small)
+    assert "∞" in html
+    assert "Images: A 1, B 2." in html
+    assert "best</span>" not in html
+    assert "no interval: equal images" in html
+    for absent in ('id="gallery"', 'id="bands"', 'id="artefacts"', 'id="cost"', "Differences"):
+        assert absent not in html
+    Reader(html)
+
+
+def test_small_pictures_are_kept_to_the_pixel_and_large_ones_kept_small():
+    def decoded(uri: str) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
+
+    noise = torch.randint(0, 256, (3, 64, 48), dtype=torch.uint8)
+    small = inline(noise)
+    assert small[1:] == (48, 64, True)
+    assert np.array_equal(decoded(small.uri), noise.permute(1, 2, 0).numpy())
+    enlarged = inline(noise, limit=96)
+    assert enlarged[1:] == (192, 256, False)
+    assert np.array_equal(decoded(enlarged.uri), decoded(small.uri).repeat(4, 0).repeat(4, 1))
+    grey = inline(noise[:1])
+    assert np.array_equal(decoded(grey.uri), noise[:1].expand(3, -1, -1).permute(1, 2, 0).numpy())
+    _, photograph = photographs(256)
+    large = inline(photograph[0], limit=160)
+    assert large[1:] == (160, 160, False)
+    reference = Image.fromarray(photograph[0].permute(1, 2, 0).numpy()).resize((160, 160), Image.Resampling.LANCZOS)
+    assert np.abs(decoded(large.uri).astype(int) - np.asarray(reference)).mean() < 6
+    assert inline(photograph[0]).width == 256
+    assert [side_limit(n) for n in (0, 36, 1000, 10**6)] == [256, 256, 122, 96]
+
+
+def test_a_failure_leaves_the_old_page(tmp_path, whole):
+    path = tmp_path / "report.html"
+    write_page(whole, path)
+    before = path.read_text(encoding="utf-8")
+    assert before == render_page(whole)
+    with pytest.raises(KeyError):
+        write_page(replace(whole, bands={"one": {"LL1": {"mse": 1.0}}}), path)  # a band without its share
+    assert path.read_text(encoding="utf-8") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    write_page(replace(whole, title="not utf-8 \udcff"), path)
+    assert "not utf-8 \\udcff" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", [64, 256])
+def test_in_a_browser(tmp_path, size):
+    """At both widths, light and dark: nothing is wider than the screen, every picture is there, nothing is asked
+    of the network. The screenshots are for people: they stay in pytest's folder."""
+    path = tmp_path / "report.html"
+    write_page(page([HOSTILE, LONG, "three"], size), path)
+    paper = {}
+    with chromium(tmp_path / "profile") as tab:
+        for width in (1280, 390):
+            for dark in (False, True):
+                tab.open(path, width, dark)
+                assert tab.evaluate("innerWidth") == width
+                assert tab.evaluate("document.documentElement.scrollWidth") <= width
+                wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+                assert (tab.evaluate(wide) > 0) or width > 390  # wide tables scroll in their box
+                assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+                exact = "[...document.querySelectorAll('.pair img')].every(i => i.clientWidth % i.naturalWidth == 0)"
+                assert tab.evaluate(exact)  # else scaling would make a grid of its own
+                assert tab.evaluate("document.scripts.length") == 0
+                paper[dark] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+                picture = tmp_path / f"report_{width}{'_dark' if dark else ''}.png"
+                tab.screenshot(picture)
+                with Image.open(picture) as image:
+                    assert image.width == width
+        assert set(tab.requests) == {path.resolve().as_uri(), *(u for u in tab.requests if u.startswith("data:"))}
+        assert not tab.problems
+    assert paper[False] != paper[True]

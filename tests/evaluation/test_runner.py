@@ -1,0 +1,174 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from olvae.evaluation.protocol import PROTOCOLS, Protocol, named
+from olvae.evaluation.results import EQUAL
+from olvae.evaluation.roundtrip import AutoencoderRoundTrip, bicubic_round_trip
+from olvae.evaluation.runner import evaluate, results
+from olvae.metrics.registry import build_metrics
+from olvae.models.autoencoder import LiteVAE
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+
+KEYS = [f"image{i}" for i in range(7)]
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+
+
+@pytest.fixture
+def model():
+    encoder = LiteVAE_Encoder(
+        extractor_channels=8,
+        extractor_mult=[1, 2],
+        extractor_resblocks=1,
+        aggregate_channels=8,
+        aggregate_mult=[1, 2],
+        aggregate_resblocks=1,
+        latent_dim=8,
+    )
+    return LiteVAE(
+        encoder, LiteVAE_Decoder(channels=8, z_channels=4, channel_mult=[1, 1, 1, 1], num_res_blocks=0)
+    ).eval()
+
+
+def darker(keys, x):
+    return (x.int() * 3 // 4).to(torch.uint8)
+
+
+def run(contenders, images, size=3, names=("psnr", "ssim"), order=None, protocol=Protocol()):  # noqa: B008
+    order = order or list(range(len(images)))
+    batches = [
+        {"image": images[order[i : i + size]], "key": [KEYS[j] for j in order[i : i + size]]}
+        for i in range(0, len(order), size)
+    ]
+    make, skipped = build_metrics([protocol.columns.get(name, name) for name in names])
+    seen, tallies = evaluate(contenders, batches, make)
+    return seen, results(tallies, protocol, names, skipped, len(seen.digests))
+
+
+def test_the_mean_over_images_whatever_the_batches_and_their_order(images):
+    expected = np.mean([peak_signal_noise_ratio(x.numpy(), darker([], x).numpy(), data_range=255) for x in images])
+    seen, (first,) = run({"darker": darker}, images)
+    assert first.metrics["psnr"] == pytest.approx(expected, rel=1e-9)
+    assert first.n == 7
+    assert list(first.per_image["psnr"]) == KEYS
+    for size, order in ((1, None), (7, None), (2, [6, 5, 4, 3, 2, 1, 0])):
+        other, (again,) = run({"darker": darker}, images, size, order=order)
+        assert again.metrics == pytest.approx(first.metrics, rel=1e-6)
+        assert other.fingerprint() == seen.fingerprint()
+    changed = images.clone()
+    changed[3, 0, 0, 0] ^= 1
+    assert run({"darker": darker}, changed)[0].fingerprint() != seen.fingerprint()
+
+
+def test_pooled_psnr_is_that_of_all_pixels(images):
+    protocol = Protocol(psnr="pooled")
+    _, (result,) = run({"darker": darker}, images, protocol=protocol)
+    expected = peak_signal_noise_ratio(images.numpy(), darker([], images).numpy(), data_range=255)
+    assert result.metrics["psnr"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_images_have_no_finite_psnr_and_it_is_said(images):
+    _, (result, other) = run({"same": lambda keys, x: x, "darker": darker}, images)
+    assert other.metrics.keys() == {"psnr", "ssim"}
+    assert result.skipped == {"psnr": EQUAL}
+    assert result.metrics["ssim"] == pytest.approx(1.0)
+
+
+def test_a_metric_stands_under_metrics_or_under_skipped(images):
+    names = ("psnr", "ms_ssim", "rfid")
+    _, (result,) = run({"darker": darker}, images, names=names)
+    assert result.metrics.keys() == {"psnr"}
+    assert "176 pixels" in result.skipped["ms_ssim"]
+    assert "--weights-dir" in result.skipped["rfid"]
+
+
+def test_an_empty_set(images):
+    with pytest.raises(ValueError, match="no images"):
+        run({"x": darker}, images[:0])
+
+
+def test_bicubic_is_pillows(images):
+    reconstruction = bicubic_round_trip(8)(KEYS, images)
+    for x, y in zip(images, reconstruction, strict=True):
+        picture = Image.fromarray(x.permute(1, 2, 0).numpy())
+        small = picture.resize((4, 4), Image.Resampling.BICUBIC)
+        back = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC))
+        assert np.array_equal(back, y.permute(1, 2, 0).numpy())
+
+
+def test_samples_depend_on_seed_and_key_alone(images, model):
+    mode, zero, again, one = (AutoencoderRoundTrip(model, seed=seed) for seed in (None, 0, 0, 1))
+    y = zero(KEYS, images)
+    assert torch.equal(y[2:5], again(KEYS[2:5], images[2:5]))
+    assert torch.equal(y.flip(0), again(KEYS[::-1], images.flip(0)))
+    assert not torch.equal(y, one(KEYS, images))
+    assert not torch.equal(y, mode(KEYS, images))
+    assert not torch.equal(y[:1], again(["other"], images[:1]))
+    posterior = model.encode(images.float() / 127.5 - 1.0)
+    expected = model.decode(posterior.mode()).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    assert torch.equal(mode(KEYS, images), expected)
+
+
+def test_what_it_costs(images, model):
+    reconstruct = AutoencoderRoundTrip(model)
+    for _ in range(3):
+        reconstruct(KEYS, images)
+    cost = reconstruct.meter.cost(model, 32)
+    assert cost.batch_size == len(KEYS)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.encode_macs > 0
+    assert cost.decode_macs > cost.encode_macs
+    assert cost.encode_images_per_s > 0
+    assert cost.decode_images_per_s > 0
+    assert cost.peak_memory_bytes is None or cost.peak_memory_bytes >= 0
+
+
+def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):
+    """As uint8 it would be a black picture, and a PSNR."""
+    with torch.no_grad():
+        next(p for name, p in model.decoder.named_parameters() if name.endswith("bias")).fill_(float("nan"))
+    with pytest.raises(ArithmeticError, match="mine: its reconstruction of image0 is not finite"):
+        AutoencoderRoundTrip(model, name="mine")(KEYS, images)
+
+
+CHOICES = {
+    "version": 3,
+    "size": 64,
+    "resize": "adm",
+    "resample": "bilinear",
+    "posterior": "sample",
+    "psnr": "pooled",
+    "ssim": "uniform",
+    "lpips": "alex",
+    "crops": "tiles",
+    "n": 5,
+}
+
+
+def test_the_hash_is_of_every_choice_and_of_nothing_else():
+    changed = [Protocol(**{name: value}) for name, value in CHOICES.items()]
+    changed += [Protocol(posterior="sample", seed=1)]
+    assert len({protocol.hash() for protocol in [Protocol(), *changed]}) == len(changed) + 1
+    assert CHOICES.keys() | {"name", "seed"} == {field.name for field in dataclasses.fields(Protocol)}
+    assert Protocol(seed=1).hash() == Protocol().hash()  # the mode draws nothing
+    assert Protocol("mine").hash() == Protocol().hash()
+    assert named("open-litevae", posterior="sample").hash() == named("latent-diffusion").hash()
+
+
+def test_presets_differ_in_what_they_say():
+    assert len({protocol.hash() for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
+    assert named("dc-ae", size=512).as_dict()["size"] == 512
+    assert named("open-litevae", posterior="sample").hash() != Protocol().hash()
+    assert named("open-litevae", posterior=None) == Protocol()
+    assert "halved by averaging" in named("dc-ae").as_dict()["images"]
+    with pytest.raises(ValueError, match="choose from open-litevae"):
+        named("mine")

@@ -1,0 +1,203 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae.config import ConfigError
+from olvae.data.image import from_uint8, to_uint8
+from olvae.export import reconstruct as module
+from olvae.export.reconstruct import Job, Settings, collect_images, plan, psnr_by_rows, reconstruct, run_job
+from olvae.metrics.pixel import psnr
+from olvae.models.large.padding import pad_to_multiple
+from tests.models.test_autoencoder import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+
+CPU = Settings(torch.device("cpu"), memory=2**30)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (24, 16), (13, 50)])
+@pytest.mark.parametrize("settings", [CPU, Settings(torch.device("cpu"), 2**20), Settings(torch.device("cpu"), 1, 2)])
+def test_the_reconstruction_is_the_models(size, settings):
+    vae = tiny().eval()
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    with torch.no_grad():
+        expected, _ = vae(pad_to_multiple(from_uint8(image[None]), 8))
+    expected = to_uint8(expected[0, :, : size[0], : size[1]])
+    difference = (reconstruct(vae, image, settings).int() - expected.int()).abs()
+    assert difference.max() <= 1  # rounding at .5
+    assert difference.float().mean() < 0.01
+
+
+def test_samples_are_drawn_from_the_seed():
+    vae = tiny().eval()
+    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
+    seven, again, eight = (reconstruct(vae, image, Settings(CPU.device, 2**30, seed=seed)) for seed in (7, 7, 8))
+    assert torch.equal(seven, again)
+    assert not torch.equal(seven, eight)
+    assert not torch.equal(seven, reconstruct(vae, image, CPU))
+
+
+def test_half_precision_is_near():
+    vae = tiny().eval()
+    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
+    half = reconstruct(vae, image, Settings(CPU.device, 2**30, autocast=torch.bfloat16))
+    assert 0 < (half.int() - reconstruct(vae, image, CPU).int()).abs().float().mean() < 3
+
+
+def test_psnr_in_rows():
+    x, y = torch.randint(0, 256, (2, 3, 150, 7), dtype=torch.uint8)
+    assert psnr_by_rows(x, y) == pytest.approx(float(psnr(x[None], y[None])), abs=1e-9)
+    assert psnr_by_rows(x, x) == math.inf
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(path)
+
+
+def test_what_is_read(tmp_path):
+    a, b, result, c = (tmp_path / name for name in ("a.png", "in/b.png", "in/out/b.png", "in/deep/c.jpg"))
+    touch(a, b, result, c)
+    out = tmp_path / "in" / "out"
+    assert collect_images([a, tmp_path / "in", b], out) == [a, b, c]
+    with pytest.raises(FileNotFoundError, match="no such image or folder"):
+        collect_images([tmp_path / "missing.png"], out)
+    b.unlink()
+    c.unlink()
+    with pytest.raises(FileNotFoundError, match="no images in this folder but those of"):
+        collect_images([tmp_path / "in"], out)
+
+
+def test_no_name_twice(tmp_path):
+    out = tmp_path / "out"
+    names = ["a/x.png", "b/x.png", "c/b/x.jpg", "b/X.bmp", "a/y.png", "a/y_compare.png"]
+    jobs = plan([tmp_path / name for name in names], out)
+    assert [job.out.name for job in jobs] == [
+        "x.png", "b_x.png", "b_x_2.png", "b_X_3.png", "y.png", "a_y_compare.png",
+    ]  # fmt: skip
+    files = [path.name.lower() for job in jobs for path in (job.out, job.comparison)]
+    assert len(set(files)) == len(files)
+    assert jobs[0].comparison == out / "x_compare.png"
+
+
+def test_inputs_are_not_replaced(tmp_path):
+    for name in ("x.png", "x_compare.png"):
+        with pytest.raises(ConfigError, match=f"{name} is one of the images"):
+            plan([tmp_path / "other" / "x.jpg", tmp_path / name], tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 2])
+def test_any_number_of_channels(tmp_path, channels, monkeypatch):
+    array = np.random.default_rng(0).integers(0, 256, (9, 5, channels), dtype=np.uint8)
+    suffix = ".png" if channels in (1, 3, 4) else ".npy"
+    source = tmp_path / f"x{suffix}"
+    if suffix == ".npy":
+        np.save(source, array)
+    else:
+        Image.fromarray(array[..., 0] if channels == 1 else array).save(source)
+    monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: x)
+    vae = tiny()
+    vae.encoder.in_channels = channels
+    (job,) = plan([source], tmp_path / "out", suffix)
+    job.out.parent.mkdir()
+    assert run_job(vae, job, CPU) == math.inf
+    written = np.load(job.out) if suffix == ".npy" else np.asarray(Image.open(job.out))
+    assert np.array_equal(np.atleast_3d(written), array)
+    assert job.comparison.is_file()
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    source = tmp_path / "x.png"
+    touch(source)
+    out = tmp_path / "out"
+    out.mkdir()
+    job = Job(source, out / "x.png", out / "x_compare.png")
+
+    def fail(image, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "_save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run_job(tiny().eval(), job, CPU)
+    assert list(out.iterdir()) == []
+
+
+def test_values_that_are_not_finite(tmp_path):
+    vae = tiny().eval()
+    torch.nn.init.constant_(vae.decoder.conv_in.bias, torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        reconstruct(vae, torch.zeros(3, 8, 8, dtype=torch.uint8), CPU)
+    Image.new("RGB", (9, 8)).save(tmp_path / "grey.png")
+    job = Job(tmp_path / "grey.png", tmp_path / "out.png", tmp_path / "out_compare.png")
+    with pytest.raises(ValueError, match=r"grey\.png: the reconstruction has values that are not finite"):
+        run_job(vae, job, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["grey.png"]
+
+
+FULL_SIZE = """
+import sys
+from pathlib import Path
+
+import torch
+
+from olvae import config as cfg
+from olvae.evaluation import reconstruct as module
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.spec import autoencoder_params
+from olvae.models.large.tiling import decode_window
+from olvae.models.large.tiling import decode_tiled, split, tile_for
+
+
+def status(key):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+
+def watched(*arguments):
+    image = decode_tiled(*arguments)
+    kept.extend((arguments[1], image))
+    return image
+
+
+kept = []
+module.decode_tiled = watched
+source, out = map(Path, sys.argv[1:])
+config = autoencoder_params(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
+model = LiteVAE.from_config(**config).eval().fold()
+(job,) = module.plan([source], out)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
+module.run_job(model, job, module.Settings(torch.device("cpu"), 2**30))
+added = status("VmHWM") - before
+
+z, image = kept
+worst = 0.0
+rows, columns = (split(size, tile_for(model.decoder, 2**30, tuple(z.shape)), 8) for size in z.shape[-2:])
+with torch.no_grad():
+    for _, y in rows[:-1]:
+        for _, x in columns[:-1]:
+            window = (y - 16, y + 16), (x - 16, x + 16)
+            again = decode_window(model.decoder.stages(), z, window)
+            worst = max(worst, float((again - image[..., slice(*window[0]), slice(*window[1])]).abs().max()))
+print(added, worst / float(image.std()))
+"""
+
+
+@pytest.mark.slow
+def test_a_large_photograph_in_two_gib(tmp_path):
+    """The published networks on 3000x2000 pixels: added memory, and the seams' crossings decoded anew."""
+    data = pytest.importorskip("skimage.data")
+    (tmp_path / "out").mkdir()
+    Image.fromarray(data.astronaut()).resize((3000, 2000), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "photo.png"), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    added, worst = done.stdout.split()
+    assert int(added) < 2 * 2**30
+    assert float(worst) < 1e-4

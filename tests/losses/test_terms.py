@@ -1,0 +1,126 @@
+import math
+
+import numpy as np
+import pytest
+import pywt
+import torch
+from scipy.ndimage import gaussian_filter
+
+from olvae.losses.terms import RECONSTRUCTION, charbonnier, gaussian_blur, gaussian_loss, kl_loss, wavelet_loss
+from olvae.modules.distributions import DiagonalGaussian
+
+X = torch.tensor([[[[0.5, -0.25], [1.0, 0.0]]]], dtype=torch.float64)
+
+Y = torch.tensor([[[[0.25, 0.25], [-1.0, 0.0]]]], dtype=torch.float64)  # differences 0.25, -0.5, 2, 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("l1", (0.25 + 0.5 + 2.0) / 4),
+        ("l2", (0.0625 + 0.25 + 4.0) / 4),
+        ("charbonnier", ((0.0625 + 1e-6) ** 0.5 + (0.25 + 1e-6) ** 0.5 + (4 + 1e-6) ** 0.5 + 1e-3) / 4),
+    ],
+)
+def test_pixel_losses_by_hand(name, expected):
+    assert RECONSTRUCTION[name](X, Y).item() == pytest.approx(expected, rel=1e-12)
+    assert RECONSTRUCTION[name](X.bfloat16(), Y.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", RECONSTRUCTION)
+def test_pixel_loss_gradients(name):
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    y = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: RECONSTRUCTION[name](x, t), y)
+
+
+def test_charbonnier_is_smooth_where_l1_is_not():
+    y = torch.zeros(1, requires_grad=True)
+    charbonnier(torch.zeros(1), y).backward()
+    assert y.grad.item() == 0.0
+
+
+def test_against_pywavelets_in_float64():
+    x, y = (torch.rand(2, 3, 8, 10, dtype=torch.float64) for _ in range(2))
+    _, details = pywt.dwt2((x - y).numpy(), "haar")
+    expected = np.mean([np.sqrt((band / 2) ** 2 + 1e-6).mean() for band in details])
+    assert wavelet_loss(x, y).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_difference_in_brightness_alone_costs_nothing():
+    x = torch.rand(1, 3, 8, 8)
+    assert wavelet_loss(x, x + 0.3).item() == pytest.approx(1e-3, rel=1e-3)  # Charbonnier's eps
+
+
+def test_the_wavelet_gradient_reaches_the_pixels():
+    x = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    y = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: wavelet_loss(x, t), y)
+    wavelet_loss(x, y).backward()
+    assert (y.grad.abs() > 0).all()
+
+
+def test_wavelet_is_float32_under_autocast():
+    x, y = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    outside = wavelet_loss(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(wavelet_loss(x, y), outside)
+    assert wavelet_loss(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+def test_the_blur_is_scipys():
+    """scipy's mode "mirror" is the reflection without the border pixel; truncate 2 gives 5 taps."""
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    expected = gaussian_filter(x.numpy(), sigma=1.0, mode="mirror", truncate=2.0, axes=(2, 3))
+    np.testing.assert_allclose(gaussian_blur(x).numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_loss_is_that_of_the_residuals():
+    x, y = (torch.randn(2, 3, 8, 8, dtype=torch.float64) for _ in range(2))
+    residual_x, residual_y = (
+        t - torch.from_numpy(gaussian_filter(t.numpy(), 1.0, mode="mirror", truncate=2.0, axes=(2, 3))) for t in (x, y)
+    )
+    expected = (residual_x - residual_y).abs().mean().item()
+    assert gaussian_loss(x, y).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_low_frequencies_cost_nothing():
+    x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    assert gaussian_loss(x, x + 0.3).item() == pytest.approx(0.0, abs=1e-15)
+
+
+def test_the_gaussian_gradient_reaches_the_pixels():
+    x = torch.rand(1, 1, 6, 6, dtype=torch.float64)
+    y = torch.rand(1, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: gaussian_loss(x, t), y)
+    gaussian_loss(x, y).backward()
+    assert (y.grad.abs() > 0).all()
+
+
+def test_gaussian_is_float32_under_autocast():
+    x, y = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    outside = gaussian_loss(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gaussian_loss(x, y), outside)
+
+
+def test_kl_by_hand():
+    """Two latent values of mean 1 and 0, variance 4 and 1, for an image of 12 values."""
+    moments = torch.tensor([1.0, 0.0, math.log(4.0), 0.0], dtype=torch.float64).view(1, 4, 1, 1)
+    expected = 0.5 * (1 + 4 - 1 - math.log(4.0)) / 12
+    assert kl_loss(DiagonalGaussian(moments), torch.zeros(1, 3, 2, 2)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_weight_means_what_it_means_in_latent_diffusion():
+    """There: (sum of |d| over the batch + w * sum of kl) / batch. Ours times C H W, at the same w."""
+    x, y = torch.rand(3, 3, 8, 8), torch.rand(3, 3, 8, 8)
+    posterior = DiagonalGaussian(torch.randn(3, 8, 1, 1))
+    w = 1e-2
+    theirs = ((x - y).abs().sum() + w * posterior.kl().sum()) / 3
+    ours = (x - y).abs().mean() + w * kl_loss(posterior, x)
+    assert (ours * 3 * 8 * 8).item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_kl_gradients():
+    moments = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: kl_loss(DiagonalGaussian(m), torch.zeros(2, 3, 4, 4)), moments)

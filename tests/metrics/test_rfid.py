@@ -1,0 +1,178 @@
+"""rFID and KID on few features of our own making, against hand-written float64."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import nn
+
+from olvae.metrics.inception import PairFeatures
+from olvae.metrics.metric import Unavailable
+from olvae.metrics.registry import METRICS
+from olvae.metrics.rfid import KID, RFID, gaussian
+from tests.metrics.conftest import pairs
+
+WIDTH = 12
+
+
+def extract(images: torch.Tensor) -> np.ndarray:
+    """Mean colours of the quarters."""
+    return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1).numpy() / 32
+
+
+class Counting:
+    """Counts the images whose features are computed."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, images):
+        self.images += len(images)
+        return extract(images)
+
+
+@pytest.fixture
+def batch():
+    return pairs(40, 16)
+
+
+def both(reference=None, extractor=extract):
+    features = PairFeatures(extractor, {} if reference is None else reference)
+    return RFID(METRICS["rfid"], features), KID(METRICS["kid"], features)
+
+
+def distorted(y):
+    return (y.int() * 3 // 4 + 20).to(torch.uint8)
+
+
+def test_rfid_is_the_formula(batch):
+    keys, x, y = batch
+    rfid, _ = both()
+    rfid.update(keys, x, distorted(y))
+    a, b = (extract(images).astype(np.float64) for images in (x, distorted(y)))
+    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    assert rfid.compute() == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.1
+    assert rfid.details() == {"features": WIDTH}
+    assert rfid.per_image() is None
+
+
+def test_rfid_of_one_feature_by_hand():
+    """(m1 - m2)^2 + (s1 - s2)^2."""
+    features = PairFeatures(lambda images: images.float().mean((1, 2, 3))[:, None].numpy(), {})
+    rfid = RFID(METRICS["rfid"], features)
+    x = torch.tensor([0, 2, 4], dtype=torch.uint8).view(3, 1, 1, 1)
+    rfid.update(["a", "b", "c"], x, x * 2 + 1)
+    assert rfid.compute() == pytest.approx((2 - 5) ** 2 + (2 - 4) ** 2)
+
+
+def test_gaussian_over_chunks_is_numpys(monkeypatch):
+    monkeypatch.setattr("olvae.metrics.rfid.CHUNK", 3)
+    features = np.random.default_rng(0).normal(1000, 1, (10, 4)).astype(np.float32)
+    statistics = gaussian(features)
+    np.testing.assert_allclose(statistics["mu"], features.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics["sigma"], np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9)
+
+
+def test_kid_of_all_images_is_the_unbiased_mmd(batch):
+    """With N below 1000 every subset is the whole set."""
+    keys, x, y = batch
+    _, kid = both()
+    kid.update(keys, x, distorted(y))
+    a, b = (extract(images).astype(np.float64) for images in (x, distorted(y)))
+
+    def kernel(p, q):
+        return (p @ q.T / WIDTH + 1) ** 3
+
+    n = len(a)
+    within = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (kernel(a, a), kernel(b, b)))
+    expected = within - 2 * kernel(a, b).mean()
+    assert kid.compute() == pytest.approx(expected, rel=1e-3)
+    assert abs(expected) > 0.1
+    assert kid.details() == {"subsets": 100, "subset_size": 40, "seed": 2020, "std": pytest.approx(0, abs=1e-3)}
+
+
+def test_batches_order_and_processes_make_no_difference(batch):
+    keys, x, y = batch
+    whole = both()
+    whole[0].update(keys, x, y)
+    values = [metric.compute() for metric in whole]
+    shuffled, first, second = both(), both(), both()
+    order = np.random.default_rng(0).permutation(40).tolist()
+    for start in range(0, 40, 7):
+        part = order[start : start + 7]
+        for metric in shuffled:
+            metric.update([keys[i] for i in part], x[part], y[part])
+    first[0].update(keys[:25], x[:25], y[:25])
+    second[0].update(keys[20:], x[20:], y[20:])  # five in both
+    for metric, state in zip(second, pickle.loads(pickle.dumps([metric.state() for metric in first])), strict=True):
+        metric.merge(state)
+    for other in (shuffled, second):
+        assert [metric.compute() for metric in other] == values
+
+
+def test_a_key_counts_once(batch):
+    keys, x, y = batch
+    rfid, _ = both()
+    rfid.update(keys, x, y)
+    value = rfid.compute()
+    rfid.update([keys[3], keys[3], keys[0]], x[[3, 3, 0]], y[[3, 3, 0]])
+    assert rfid.compute() == value
+
+
+def test_features_are_computed_once_and_pickled_once(batch):
+    keys, x, y = batch
+    extractor = Counting()
+    reference: dict = {}
+    contenders = [both(reference, extractor) for _ in range(3)]
+    for number, contender in enumerate(contenders):
+        for metric in contender:
+            metric.update(keys, x, y + number)
+    assert extractor.images == 4 * 40  # the images, and three contenders' reconstructions
+    values = [[metric.compute() for metric in contender] for contender in contenders]
+    assert len({value for pair in values for value in pair}) == 6
+    pair = len(pickle.dumps(contenders[0][0].state()))
+    everything = len(pickle.dumps([metric.state() for contender in contenders for metric in contender]))
+    assert everything < 2.2 * pair
+
+
+def test_equal_sets(batch):
+    keys, x, _ = batch
+    rfid, kid = both()
+    rfid.update(keys, x, x)
+    assert 0 <= rfid.compute() < 1e-3
+    assert kid.compute() < 0  # unbiased: x is nearer to itself than to other images
+
+
+def test_one_image_and_few_images(batch):
+    keys, x, y = batch
+    metrics = both()
+    metrics[0].update(keys[:1], x[:1], y[:1])
+    for metric, name in zip(metrics, ("rFID", "KID"), strict=True):
+        with pytest.raises(Unavailable, match=f"{name} needs at least 2 images, got 1"):
+            metric.compute()
+    metrics[0].update(keys[:WIDTH], x[:WIDTH], y[:WIDTH])
+    metrics[0].compute()
+    assert "12 images for 12 features: the covariances are singular" in metrics[0].details()["warning"]
+    metrics[0].update(keys, x, y)
+    metrics[0].compute()
+    assert "warning" not in metrics[0].details()
+
+
+def test_subsets_of_many_images_do_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (1200, 3, 2, 2), dtype=np.uint8)
+    x = torch.from_numpy(values)
+    y = distorted(x)
+    keys = [f"{i:05d}" for i in range(1200)]
+    results = []
+    for order in (list(range(1200)), rng.permutation(1200).tolist()):
+        _, kid = both()
+        kid.update([keys[i] for i in order], x[order], y[order])
+        results.append(kid.compute())
+        assert kid.details()["subset_size"] == 1000
+        assert kid.details()["std"] > 0
+    assert results[0] == results[1]

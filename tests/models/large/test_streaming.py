@@ -1,0 +1,130 @@
+import tempfile
+
+import pytest
+import torch
+
+from olvae import LiteVAE
+from olvae.models.autoencoder import Quantizer
+from olvae.models.large import streaming
+from olvae.models.large.memory import peak_bytes
+from olvae.models.large.streaming import encode_within
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from tests.models.large.test_tiling import sd
+
+
+def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
+    widths = {"extractor_channels": 8, "extractor_mult": (1, 2, 3), "aggregate_channels": 8, "aggregate_mult": (1, 2)}
+    if encoder.get("variant") != "paper":
+        widths |= {"extractor_resblocks": 2, "aggregate_resblocks": 1}
+    vae = LiteVAE(
+        LiteVAE_Encoder(8, **widths, **encoder),
+        LiteVAE_Decoder(channels=8, z_channels=4, channel_mult=(1, 1, 1, 1), num_res_blocks=0),
+        Quantizer(8, 4, 4) if quantizer else None,
+    )
+    for p in vae.parameters():  # no scale is 1 and no shift 0
+        p.data.add_(0.05 * torch.randn_like(p))
+    return vae.eval()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"variant": "paper"},
+        {"variant": "paper", "pool": "conv"},
+        {"wavelet": "db2"},
+        {"quantizer": True},
+    ],
+)
+@pytest.mark.parametrize("memory", [1, 300_000])
+def test_strips_give_the_posterior_of_the_whole(arguments, memory):
+    vae = autoencoder(**arguments)
+    x = torch.randn(2, 3, 88, 40) * torch.linspace(0.1, 2.0, 88)[:, None]  # statistics differ from strip to strip
+    assert peak_bytes(vae.encoder, lambda e, images: e(images), x.shape) > memory
+    with torch.no_grad():
+        whole = vae.encode(x)
+    streamed = encode_within(vae, x, memory)
+    torch.testing.assert_close(streamed.mean, whole.mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(streamed.logvar, whole.logvar, rtol=0, atol=1e-4)
+
+
+def test_small_images_are_not_streamed(monkeypatch):
+    monkeypatch.setattr(streaming, "_Stream", None)
+    vae = autoencoder()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(encode_within(vae, x, 2**30).mean, vae.encode(x).mean, rtol=0, atol=0)
+
+
+def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
+    def files_and_most_kept(memory):
+        files, kept = [], []
+        make = tempfile.TemporaryFile
+        monkeypatch.setattr(streaming.tempfile, "TemporaryFile", lambda prefix: files.append(0) or make())
+        plane = streaming._Stream._plane
+
+        def watch(stream, *shape):
+            out = plane(stream, *shape)
+            kept.append(memory - stream.strip - stream.left)
+            return out
+
+        monkeypatch.setattr(streaming._Stream, "_plane", watch)
+        encode_within(autoencoder(), torch.randn(1, 3, 64, 64), memory)
+        monkeypatch.undo()
+        return len(files), max(kept)
+
+    none, little, much = (files_and_most_kept(memory) for memory in (1, 200_000, 400_000))
+    assert none[1] == 0
+    assert none[0] > little[0] > much[0]
+    assert 0 < little[1] <= 150_000
+    assert 0 < much[1] <= 300_000
+
+
+def test_progress_ends_at_one():
+    done = []
+    encode_within(autoencoder(), torch.randn(2, 3, 16, 16), 1, done.append)
+    assert len(done) == 4
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(1.0)
+
+
+def test_what_tiles_would_give():
+    """The reason for all this: a tile encoded alone, with any surroundings, has other statistics."""
+    vae = autoencoder()
+    x = torch.randn(1, 3, 64, 64) * torch.linspace(0.1, 2.0, 64)[:, None]
+    with torch.no_grad():
+        whole = vae.encode(x).mean
+        tile = vae.encode(x[..., :48, :]).mean[..., :2, :]
+    assert (tile - whole[..., :2, :]).abs().max() > 0.1 * whole.std()
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match=r"SDEncoder sees the whole image .* encoding 24x16 pixels takes"):
+        encode_within(sd(), torch.randn(1, 3, 16, 24), 1)
+    vae = autoencoder()
+    with pytest.raises(ValueError, match=r"call model\.eval"):
+        encode_within(vae.train(), torch.randn(1, 3, 16, 16), 1)
+    with pytest.raises(ValueError, match=r"streaming takes float32 or half"):
+        encode_within(vae.eval().double(), torch.randn(1, 3, 16, 16).double(), 1)
+
+
+def test_one_latent_position_in_the_narrowest_networks():
+    """Eight groups of eight channels of one position: every group is one value, which torch's module refuses."""
+    for variant in ("open_litevae", "paper"):
+        vae = autoencoder(variant=variant)
+        x = torch.randn(1, 3, 8, 8)
+        with torch.no_grad():
+            whole = vae.train().encode(x).mean
+        assert torch.isfinite(whole).all()
+        torch.testing.assert_close(encode_within(vae.eval(), x, 1).mean, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_strips_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = autoencoder().cuda()
+    x = torch.randn(1, 3, 88, 40, device="cuda")
+    with torch.no_grad():
+        whole = vae.encode(x).mean
+    torch.testing.assert_close(encode_within(vae, x, 300_000).mean, whole, rtol=0, atol=1e-4)

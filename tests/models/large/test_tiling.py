@@ -1,0 +1,263 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from olvae import LiteVAE
+from olvae.models.autoencoder import Quantizer
+from olvae.models.large.memory import GIB
+from olvae.models.large.tiling import decode_tiled, decode_window, receptive_field, split, tile_bytes, tile_for
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.smc import fold_smc
+from olvae.modules.sdvae import SDDecoder, SDEncoder
+
+CONFIGURATIONS = [
+    {"variant": variant, "output": output, **shape}
+    for variant in ("open_litevae", "paper_smc")
+    for output in ("image", "wavelet")
+    for shape in (
+        {"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2},
+        {"channel_mult": (1, 1, 2, 2), "num_res_blocks": 0},
+        {"channel_mult": (1, 2), "num_res_blocks": 1},
+    )
+]
+
+
+def decoder(**arguments) -> LiteVAE_Decoder:
+    """Few channels in float64, with weights that let every input through."""
+    module = LiteVAE_Decoder(channels=2, z_channels=1, out_channels=1, **arguments).double().eval()
+    for p in module.parameters():
+        nn.init.uniform_(p, 0.5, 1.0)
+    return module
+
+
+def seen(module: nn.Module, f: int, size: int) -> tuple[int, int]:
+    """By gradients: how many columns left and right of the middle position its pixels depend on."""
+    z = torch.zeros(1, 1, 1, size, dtype=torch.float64, requires_grad=True)
+    middle = size // 2
+    module(z)[..., f * middle : f * (middle + 1)].sum().backward()
+    columns = z.grad.abs().sum((0, 1, 2)).nonzero().flatten()
+    return middle - int(columns.min()), int(columns.max()) - middle
+
+
+@pytest.mark.parametrize("arguments", CONFIGURATIONS)
+def test_the_field_is_what_gradients_reach(arguments):
+    module = decoder(**arguments)
+    field = receptive_field(module)
+    for m in (module, fold_smc(module)):
+        assert receptive_field(m) == field
+        left, right = seen(m, module.upscale, 2 * field + 7)
+        assert max(left, right) == field
+
+
+@pytest.mark.parametrize(
+    ("variant", "output", "field"),
+    [("open_litevae", "image", 20), ("open_litevae", "wavelet", 21), ("paper_smc", "image", 18)],
+)
+def test_the_field_of_the_published_shape(variant, output, field):
+    """By hand: how many 3x3 convolutions there are at the latent's size, and at two, four, eight times that; going
+    back from the first pixel of position 0, every one takes a step to the left and every upsampling halves."""
+    convolutions = {
+        ("open_litevae", "image"): (1 + 6 + 6, 1 + 6, 1 + 6, 1 + 6 + 2),
+        ("open_litevae", "wavelet"): (1 + 6 + 6, 1 + 6, 1 + 6 + 6 + 2),
+        ("paper_smc", "image"): (1 + 4 + 6, 1 + 6, 1 + 6, 1 + 6 + 1),
+    }[variant, output]
+    leftmost = 0
+    for count in reversed(convolutions[1:]):
+        leftmost = (leftmost - count) // 2
+    assert receptive_field(LiteVAE_Decoder(channels=8, variant=variant, output=output)) == field
+    assert field == convolutions[0] - leftmost
+
+
+@pytest.mark.parametrize("arguments", [c for c in CONFIGURATIONS if c["num_res_blocks"] < 2])
+def test_one_position_less_is_too_few(arguments):
+    """A latent cut to the field around a position decodes to the same pixels; cut one closer, it does not."""
+    module = decoder(**arguments)
+    field, f = receptive_field(module), module.upscale
+    size = 2 * field + 9
+    middle = size // 2
+    z = torch.rand(1, 1, 3, size, dtype=torch.float64)
+
+    def error(halo):
+        cut = module(z[..., middle - halo : middle + halo + 1])[..., f * halo : f * (halo + 1)]
+        return ((cut - whole).abs() / whole.abs()).max()
+
+    with torch.no_grad():
+        whole = module(z)[..., f * middle : f * (middle + 1)]
+        assert error(field) < 1e-13
+        assert error(field - 1) > 1e-13
+
+
+def test_the_stages_are_the_whole_decoder():
+    """A window of everything is everything, and a window reads no latent outside the field."""
+    module = LiteVAE_Decoder(channels=4, z_channels=2, channel_mult=(1, 1), num_res_blocks=0).eval()
+    z = torch.rand(1, 2, 40, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(decode_window(module.stages(), z, ((0, 80), (0, 60))), module(z), rtol=0, atol=0)
+        field = receptive_field(module)
+        poisoned = torch.full_like(z, torch.nan)
+        near = ..., slice(20 - field, 21 + field), slice(15 - field, 16 + field)
+        poisoned[near] = z[near]
+        window = (40, 42), (30, 32)
+        got = decode_window(module.stages(), poisoned, window)
+        torch.testing.assert_close(got, module(z)[..., 40:42, 30:32], rtol=1e-5, atol=1e-5)
+
+
+def test_stable_diffusions_decoder_has_no_finite_field():
+    assert receptive_field(SDDecoder(channels=32, channel_mult=(1, 1), num_res_blocks=0)) is None
+
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def autoencoder(quantizer: bool = False, **arguments) -> LiteVAE:
+    levels = len(arguments["channel_mult"]) - 1
+    half = LiteVAE_Decoder(channels=8, z_channels=4, **arguments)
+    encoder = LiteVAE_Encoder(8, "S", dct_levels=levels)
+    return LiteVAE(encoder, half, Quantizer(8, 4, 4) if quantizer else None).eval()
+
+
+@pytest.mark.parametrize("arguments", CONFIGURATIONS)
+def test_tiles_give_the_untiled_image(arguments):
+    vae = autoencoder(**arguments)
+    z = torch.randn(1, 4, 7, 11)
+    with torch.no_grad():
+        whole = vae.decode(z)
+    for tile in (1, 3, 4, 8, 99):
+        for model in (vae, vae.fold()) if tile == 4 else (vae,):
+            assert (decode_tiled(model, z, tile) - whole).abs().max() < 1e-4 * whole.std().clamp(max=1.0)
+
+
+def test_batches_quantizer_and_latents_larger_than_the_field():
+    vae = autoencoder(True, channel_mult=(1, 1), num_res_blocks=0)
+    z = torch.randn(2, 4, 50, 37)
+    with torch.no_grad():
+        whole = vae.decode(z)
+    fractions = []
+    tiled = decode_tiled(vae, z, 13, progress=fractions.append)
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+    assert fractions == [i / 12 for i in range(1, 13)]
+    torch.testing.assert_close(decode_tiled(vae, z, memory=2**21), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [c for c in CONFIGURATIONS if c["num_res_blocks"] < 2])
+def test_a_seam_would_be_seen(arguments, monkeypatch):
+    """With every stage reaching one position less, the tiles differ by more than the tolerance."""
+    vae = autoencoder(**arguments)
+    z = torch.randn(1, 4, 12, 12)
+    short = [stage._replace(reach=max(0, stage.reach - 1)) for stage in vae.decoder.stages()]
+    with torch.no_grad():
+        whole = vae.decode(z)
+        monkeypatch.setattr(vae.decoder, "stages", lambda: short)
+        assert (decode_tiled(vae, z, 5) - whole).abs().max() > 1e-3
+
+
+def test_half_precision_under_autocast():
+    vae = autoencoder(channel_mult=(1, 1), num_res_blocks=0)
+    z = torch.randn(1, 4, 9, 9)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        tiled, whole = decode_tiled(vae, z, 4), vae.decode(z)
+    assert tiled.dtype == torch.float32
+    torch.testing.assert_close(tiled, whole.float(), rtol=0, atol=0.05)
+
+
+def test_the_tile_is_the_largest_within_the_memory():
+    half = LiteVAE_Decoder(channels=16, z_channels=4)
+    shape = (1, 4, 100, 80)
+    tile = tile_for(half, 2**24, shape)
+    assert tile_bytes(half, tile, shape) <= 2**24 < tile_bytes(half, tile + 1, shape)
+    assert tile_for(half, 64 * GIB, shape) == 100
+    with pytest.raises(ValueError, match=r"the smallest tile takes 0\.\d*[1-9]\d* GiB, more than 9\.31e-07: allow"):
+        tile_for(half, 1000, shape)
+
+
+MEASURE = """
+import sys
+import torch
+from olvae.models.large.tiling import decode_window
+from olvae.models.large.tiling import tile_bytes
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+
+torch.set_num_threads(1)
+def status(key):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+decoder = LiteVAE_Decoder(channels=48, channel_mult=(1, 2, 2, 2), num_res_blocks=0, variant=sys.argv[1]).eval()
+z = torch.randn(1, 12, 90, 90)
+stages = decoder.stages()
+with torch.no_grad():
+    decode_window(stages, z, ((0, 16), (0, 16)))
+    computed = tile_bytes(decoder, 40, z.shape)
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
+    decode_window(stages, z, ((200, 520), (200, 520)))
+print(computed, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("variant", ["open_litevae", pytest.param("paper_smc", marks=pytest.mark.slow)])
+def test_the_computed_memory_is_honest(variant):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, variant], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    computed, measured = (int(word) / 2**20 for word in done.stdout.split())
+    assert computed > 100
+    assert 0.6 * computed < measured < 1.1 * computed + 16
+
+
+def sd() -> LiteVAE:
+    shape = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 0, "norm_groups": 4}
+    return LiteVAE(SDEncoder(latent_dim=8, image_size=16, **shape), SDDecoder(z_channels=4, **shape)).eval()
+
+
+def test_stable_diffusions_decoder_is_not_tiled():
+    z = torch.randn(1, 4, 6, 5)
+    with pytest.raises(ValueError, match="SDDecoder sees the whole latent"):
+        decode_tiled(sd(), z, tile=4)
+    with pytest.raises(ValueError, match="can't be tiled; decoding 10x12 pixels whole takes"):
+        decode_tiled(sd(), z, memory=100)
+    vae = sd()
+    with torch.no_grad():
+        torch.testing.assert_close(decode_tiled(vae, z, memory=GIB), vae.decode(z))
+
+
+def test_mistakes():
+    vae = autoencoder(channel_mult=(1, 1), num_res_blocks=0)
+    z = torch.randn(1, 4, 2, 2)
+    for both in ({}, {"tile": 1, "memory": 1}):
+        with pytest.raises(ValueError, match="a tile or a memory"):
+            decode_tiled(vae, z, **both)
+    with pytest.raises(ValueError, match="at least one latent position, got 0"):
+        decode_tiled(vae, z, tile=0)
+
+
+def test_pieces_are_even():
+    assert split(10, 4, 8) == [(0, 24), (24, 48), (48, 80)]
+    assert split(3, 9, 8) == [(0, 24)]
+    for size, tile in ((250, 59), (7, 3), (13, 1)):
+        pieces = split(size, tile, 1)
+        assert [place for piece in pieces for place in range(*piece)] == list(range(size))
+        assert max(b - a for a, b in pieces) <= tile
+
+
+@pytest.mark.gpu
+def test_tiles_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = autoencoder(channel_mult=(1, 2, 4, 4), num_res_blocks=2).cuda()
+    z = torch.randn(1, 4, 50, 37, device="cuda")
+    with torch.no_grad():
+        assert (decode_tiled(vae, z, 13) - vae.decode(z)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_the_published_decoder_on_768x512():
+    vae = LiteVAE(LiteVAE_Encoder(24, "B"), LiteVAE_Decoder()).eval().fold()
+    z = torch.randn(1, 12, 64, 96)
+    with torch.no_grad():
+        whole = vae.decode(z)
+    assert (decode_tiled(vae, z, 40) - whole).abs().max() < 1e-4 * whole.std()  # fresh weights: far below 1

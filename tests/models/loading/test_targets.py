@@ -1,0 +1,417 @@
+import json
+from pathlib import Path
+
+import diffusers
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from olvae import LiteVAE
+from olvae.config import ConfigError, save
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.loading.targets import find_target, name_apart
+from tests.conftest import tiny_config
+
+
+def kl(**changes) -> diffusers.AutoencoderKL:
+    torch.manual_seed(1)
+    arguments = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (32, 32, 64),
+        "layers_per_block": 2,
+    }
+    return diffusers.AutoencoderKL(**{**arguments, **changes}).eval()
+
+
+def taesd() -> diffusers.AutoencoderTiny:
+    widths, blocks = (8, 8, 8, 8), (1, 1, 1, 1)
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+    ).eval()
+
+
+def dc() -> diffusers.AutoencoderDC:
+    widths, blocks = (8, 8, 16), (1, 1, 1)
+    return diffusers.AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=blocks,
+        decoder_layers_per_block=blocks,
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+    ).eval()
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(1, 3, 32, 40) * 2 - 1
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name: str = "2026-01-31T12-00-00_tiny_test_32") -> Path:
+        config = tiny_config()
+        model = LiteAutoencoderKL(**config["model"]["params"])
+        run = tmp_path / name
+        (run / "checkpoints").mkdir(parents=True)
+        raw = {key: t + 1 for key, t in model.state_dict().items()}
+        torch.save({"state_dict": model.state_dict(), "current_model_state": raw}, run / "checkpoints" / "last.ckpt")
+        save({**config, "run": {"seed": 3}}, run / "config.yaml")
+        return run
+
+    return make
+
+
+# Ours
+def test_a_run_its_checkpoint_and_its_export_are_the_same_model(make_run, image):
+    run = make_run()
+    target = find_target(run)
+    assert target.name == run.name
+    assert target.config["data"]["params"]["size"] == 16
+    assert target.run.metrics == run / "metrics.json"
+    model = target.load()
+    model.save_pretrained(run.parent / "export")
+    expected = model(image)[0]
+    for other in (run / "checkpoints" / "last.ckpt", run.parent / "export"):
+        found = find_target(other)
+        assert found.run is None
+        assert torch.equal(found.load()(image)[0], expected)
+    assert find_target(run.parent / "export").name == "export"
+    assert find_target(run.parent / "export").config == {}
+
+
+def test_raw_weights(make_run):
+    run = make_run()
+    averaged, raw = find_target(run), find_target(run, raw=True)
+    assert raw.name == f"{run.name}, raw weights"
+    weights = raw.load().state_dict()
+    assert all(torch.equal(weights[name], tensor + 1) for name, tensor in averaged.load().state_dict().items())
+
+
+def test_an_export_has_no_raw_weights(make_run):
+    run = make_run()
+    out = run.parent / "export"
+    find_target(run).load().save_pretrained(out)
+    with pytest.warns(UserWarning, match=r"an export has one kind of weights: --raw is ignored"):
+        found = find_target(out, raw=True)
+    assert (found.name, found.given, found.raw) == ("export", str(out), False)
+    assert find_target(run, raw=True).raw
+
+
+def test_an_untrained_target_is_the_seeds(make_run):
+    target = find_target(make_run())
+    torch.manual_seed(3)
+    params = {k: v for k, v in tiny_config()["model"]["params"].items() if k != "lossconfig"}
+    expected = LiteVAE.from_config(**params).state_dict()
+    untrained = target.untrained()
+    assert not untrained.training
+    assert all(torch.equal(t, expected[name]) for name, t in untrained.state_dict().items())
+
+
+def test_the_config_by_the_runs_name(make_run, tmp_path):
+    run = make_run()
+    (run / "config.yaml").unlink()
+    base = tmp_path / "configs"
+    with pytest.raises(ConfigError, match=r"--config_base .*configs: no such folder"):
+        find_target(run, config_base=base)
+    (base / "imagenet").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"neither {run.name}.yaml nor tiny_test.yaml"):
+        find_target(run, config_base=base)
+    save(tiny_config(), base / "imagenet" / "tiny_test.yaml")
+    assert find_target(run, config_base=base).config == tiny_config()
+    assert find_target(run / "checkpoints" / "last.ckpt", config_base=base).config == tiny_config()
+    whole = {**tiny_config(), "lightning": {"trainer": {"max_steps": 9}}}  # the whole name goes first
+    save(whole, base / f"{run.name}.yaml")
+    assert find_target(run, config_base=base).config == whole
+    save(whole, base / "imagenet" / f"{run.name}.yaml")
+    with pytest.raises(ConfigError, match=r"several files"):
+        find_target(run, config_base=base)
+
+
+def test_mistakes_of_a_runs_config_are_told(make_run):
+    run = make_run()
+    config = tiny_config()
+    config["data"]["params"]["sise"] = 16
+    save(config, run / "config.yaml")
+    with pytest.raises(ConfigError, match=r"data.params.sise: unknown key; did you mean size"):
+        find_target(run)
+
+
+def test_names_are_told_apart(make_run, tmp_path):
+    run = make_run()
+    for parent in ("a", "b"):
+        find_target(run).load().save_pretrained(tmp_path / parent / "export")
+    paths = [run, tmp_path / "a" / "export", tmp_path / "b" / "export", run, run]
+    names = [target.name for target in name_apart([find_target(path) for path in paths])]
+    a, b, given = str(paths[1]), str(paths[2]), str(run)
+    assert names == [f"{given} (1)", a, b, f"{given} (2)", f"{given} (3)"]
+    apart = name_apart([find_target(run), find_target(run, raw=True)])
+    assert [target.name for target in apart] == [run.name, f"{run.name}, raw weights"]
+
+
+def test_a_config_that_came_along_builds_no_data(make_run, tmp_path, image):
+    """The config of a run or of --config is the user's own; one beside received weights builds our networks only."""
+    run = make_run()
+    received = tmp_path / "received"
+    (run / "checkpoints" / "last.ckpt").rename(tmp_path / "model.ckpt")
+    received.mkdir()
+    (tmp_path / "model.ckpt").rename(received / "model.ckpt")
+    config = tiny_config()
+    config["data"] = {"target": "os.system", "params": {"command": "touch harmed"}}
+    save(config, received / "model.yaml")
+    assert find_target(received / "model.ckpt").config == {}
+    assert find_target(received).config == {}
+    named = find_target(received / "model.ckpt", config=run / "config.yaml")
+    assert named.config["data"] == tiny_config()["data"]
+    assert torch.equal(named.load()(image)[0], find_target(received).load()(image)[0])
+    (tmp_path / "mistaken.yaml").write_text((received / "model.yaml").read_text().replace("command", "comand"))
+    with pytest.raises(ConfigError, match=r"data.params.comand"):
+        find_target(received / "model.ckpt", config=tmp_path / "mistaken.yaml")
+
+
+# diffusers
+def test_kl(tmp_path, image):
+    model = kl()
+    model.save_pretrained(tmp_path / "vae")
+    found = find_target(f"diffusers:{tmp_path / 'vae'}").load()
+    assert (found.downscale, found.latent_channels, found.in_channels) == (4, 4, 3)
+    with torch.no_grad():
+        theirs = model.encode(image).latent_dist
+        posterior = found.encode(image)
+        assert not posterior.deterministic
+        assert torch.equal(posterior.mode(), theirs.mode())
+        assert torch.equal(posterior.logvar, theirs.logvar)
+        generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+        z = posterior.sample(generators[0])
+        assert torch.equal(z, theirs.sample(generators[1]))
+        torch.testing.assert_close(posterior.kl(), theirs.kl())
+        assert torch.equal(found.decode(z), model.decode(z).sample)
+        assert torch.equal(found(image)[0], model(image).sample)
+    with pytest.raises(ValueError, match=r"30x40 is not a multiple of 4"):
+        found.encode(image[:, :, :30])
+    assert not torch.equal(find_target(f"diffusers:{tmp_path / 'vae'}").untrained()(image)[0], found(image)[0])
+
+
+def test_diffusers_has_no_raw_weights(tmp_path):
+    kl().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=rf"diffusers:{tmp_path}: diffusers has one kind of weights: --raw is ignored"):
+        assert find_target(f"diffusers:{tmp_path}", raw=True).name == f"diffusers:{tmp_path}"
+
+
+@pytest.mark.parametrize(("make", "f", "channels"), [(taesd, 8, 4), (dc, 4, 8)])
+def test_deterministic_ones(make, f, channels, tmp_path, image):
+    model = make()
+    model.save_pretrained(tmp_path / "model")
+    found = find_target(f"diffusers:{tmp_path / 'model'}").load()
+    assert (found.downscale, found.latent_channels) == (f, channels)
+    with torch.no_grad():
+        posterior = found.encode(image)
+        latent = model.encode(image, return_dict=False)[0]
+        assert posterior.deterministic
+        assert torch.equal(posterior.sample(), latent)
+        assert torch.equal(posterior.mode(), latent)
+        assert posterior.var.abs().max() == 0
+        assert torch.equal(found.decode(latent), model.decode(latent).sample)
+    for ask in (lambda: posterior.logvar, posterior.kl):
+        with pytest.raises(ValueError, match=r"a deterministic latent has no"):
+            ask()
+
+
+def test_tiny_takes_and_gives_images_in_minus_one_to_one():
+    """Its layers are in [0, 1]; what stands here is that diffusers' encode and decode are not."""
+    model = taesd()
+    with torch.no_grad():
+        x = torch.rand(1, 3, 16, 16) * 2 - 1
+        assert torch.equal(model.encode(x).latents, model.encoder.layers((x + 1) / 2))
+        z = torch.randn(1, 4, 2, 2)
+        inside = model.decoder.layers(torch.tanh(z / 3) * 3)
+        torch.testing.assert_close(model.decode(z).sample, 2 * inside - 1)
+
+
+def test_pipelines_and_subfolders(tmp_path, image):
+    model = kl()
+    model.save_pretrained(tmp_path / "vae")
+    taesd().save_pretrained(tmp_path / "taesd")
+    assert torch.equal(find_target(f"diffusers:{tmp_path}").load()(image)[0], model(image).sample)
+    assert find_target(f"diffusers:{tmp_path}::taesd").load().encode(image).deterministic
+    for folder in (tmp_path, tmp_path / "vae"):
+        with pytest.raises(ValueError, match=f"as a target, diffusers:{folder}"):
+            find_target(folder)
+    with pytest.raises(FileNotFoundError, match=r"no config.json in it: name the subfolder"):
+        find_target(f"diffusers:{tmp_path}::missing")
+    with pytest.raises(ValueError, match=r"weights of a diffusers autoencoder"):
+        find_target(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def test_an_export_of_ours_in_a_pipeline(make_run, tmp_path, image):
+    ours = find_target(make_run()).load()
+    ours.save_pretrained(tmp_path / "pipeline" / "vae")
+    found = find_target(f"diffusers:{tmp_path / 'pipeline'}")
+    assert found.name == f"diffusers:{tmp_path / 'pipeline'}"
+    assert torch.equal(found.load()(image)[0], ours(image)[0])
+
+
+def test_diffusers_of_the_hub(tmp_path, monkeypatch, image):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit, repo = "1" * 40, tmp_path / "models--some--pipeline"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    model = kl()
+    model.save_pretrained(repo / "snapshots" / commit / "vae")
+    assert torch.equal(find_target("diffusers:some/pipeline").load()(image)[0], model(image).sample)
+    with pytest.raises(FileNotFoundError, match=r"pipeline::unet: no config.json in it: name the subfolder"):
+        find_target("diffusers:some/pipeline::unet")
+    with pytest.raises(FileNotFoundError, match=r"some/other: .*hub can't be reached"):
+        find_target("diffusers:some/other")
+
+
+def test_what_is_no_autoencoder_of_diffusers(tmp_path):
+    for name, message in (
+        ("UNet2DModel", "UNet2DModel is not an autoencoder"),
+        ("AutoencoderNovel", "AutoencoderNovel is not an autoencoder of diffusers"),
+        ("logging", "logging is not an autoencoder"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(ConfigError, match=message):
+            find_target(f"diffusers:{tmp_path}").load()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"has no _class_name"):
+        find_target(f"diffusers:{tmp_path}").load()
+    with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
+        find_target("diffusers:nothing here")
+
+
+def test_weights_of_diffusers_that_do_not_fit(tmp_path):
+    kl().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    first, second, *_ = state
+    save_file({name: t for name, t in state.items() if name != first}, file)
+    with pytest.raises(ValueError, match=rf"of another model than its config.json: 1 missing \({first}"):
+        find_target(f"diffusers:{tmp_path}").load()
+    save_file({**state, second: torch.zeros(3), "more": torch.zeros(1)}, file)
+    listed = rf"1 unexpected \(more, ...\); 1 of another shape \({second} \(3,\) for \("
+    with pytest.raises(ValueError, match=rf"of another model than its config.json: {listed}") as caught:
+        find_target(f"diffusers:{tmp_path}").load()
+    assert "\n" not in str(caught.value)
+    forgiving = find_target(f"diffusers:{tmp_path}", allow_mismatch=True)
+    with pytest.warns(UserWarning, match=rf"{len(state) - 1} of {len(state)} tensors are loaded: {listed}"):
+        loaded, again = (forgiving.load().model.state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items() if name != second)
+    assert torch.equal(loaded[second], again[second])
+    save_file({"more": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="of another model"):  # nothing fits
+        forgiving.load()
+    save_file({**state, second: torch.full_like(state[second], torch.nan)}, file)
+    with pytest.raises(ValueError, match=rf"not finite \({second}"):
+        find_target(f"diffusers:{tmp_path}").load()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"not a readable AutoencoderKL") as caught:
+        find_target(f"diffusers:{tmp_path}").load()
+    assert "\n" not in str(caught.value)
+
+
+# latent-diffusion
+def latent_diffusion_names(model: diffusers.AutoencoderKL) -> dict[str, torch.Tensor]:
+    """Written from the latent-diffusion code's names, independently of what converts them."""
+    levels = len(model.config.block_out_channels)
+    out = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        match parts:
+            case [half, "down_blocks", i, "resnets", j, *rest]:
+                new = [half, "down", i, "block", j, *rest]
+            case [half, "down_blocks", i, "downsamplers", "0", *rest]:
+                new = [half, "down", i, "downsample", *rest]
+            case [half, "up_blocks", i, "resnets", j, *rest]:
+                new = [half, "up", str(levels - 1 - int(i)), "block", j, *rest]
+            case [half, "up_blocks", i, "upsamplers", "0", *rest]:
+                new = [half, "up", str(levels - 1 - int(i)), "upsample", *rest]
+            case [half, "mid_block", "resnets", i, *rest]:
+                new = [half, "mid", f"block_{int(i) + 1}", *rest]
+            case [half, "mid_block", "attentions", "0", *layer, kind]:
+                layers = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+                new = [half, "mid", "attn_1", layers[".".join(layer)], kind]
+                if tensor.ndim == 2:
+                    tensor = tensor[:, :, None, None]  # 1x1 convolutions there
+            case _:
+                new = ["norm_out" if part == "conv_norm_out" else part for part in parts]
+        new = ["nin_shortcut" if part == "conv_shortcut" else part for part in new]
+        out[".".join(new)] = tensor.contiguous()
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_latent_diffusion(prefix, kind, tmp_path, image):
+    model = kl()
+    state = {prefix + name: tensor for name, tensor in latent_diffusion_names(model).items()}
+    assert f"{prefix}encoder.down.1.block.0.conv1.weight" in state
+    if prefix:
+        state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(2)
+    else:
+        state["loss.discriminator.main.0.weight"] = torch.zeros(2)
+    path = tmp_path / f"kl.{kind}"
+    if kind == "ckpt":
+        torch.save({"state_dict": state, "global_step": 3}, path)
+    else:
+        save_file(state, path)
+    target = find_target(path)
+    assert target.name == str(path)
+    found = target.load()
+    assert (found.downscale, found.latent_channels) == (4, 4)
+    with torch.no_grad():
+        assert torch.equal(found(image)[0], model(image).sample)
+    assert not torch.equal(target.untrained()(image)[0], model(image).sample)
+
+
+def test_latent_diffusion_without_quant_convolutions(tmp_path, image):
+    model = kl(use_quant_conv=False, use_post_quant_conv=False, latent_channels=16)
+    save_file(latent_diffusion_names(model), tmp_path / "ae.safetensors")  # as FLUX's
+    with torch.no_grad():
+        assert torch.equal(find_target(tmp_path / "ae.safetensors").load()(image)[0], model(image).sample)
+
+
+def test_latent_diffusion_that_does_not_fit(tmp_path):
+    state = latent_diffusion_names(kl())
+    for change, message in (
+        ({"quantize.embedding.weight": torch.zeros(3, 4)}, "vector-quantised"),
+        ({"encoder.down.2.attn.0.norm.weight": torch.zeros(64)}, "attention outside the middle"),
+        ({"post_quant_conv.weight": torch.zeros(4, 3, 1, 1)}, "its latent has 3 channels, the decoder takes 4"),
+        ({"encoder.extra.weight": torch.zeros(1)}, "1 of its tensors have no place in AutoencoderKL"),
+        ({"encoder.mid.block_1.conv1.weight": torch.zeros(1)}, "1 of another shape"),
+        ({"encoder.conv_out.bias": torch.full((8,), torch.nan)}, "not finite"),
+        ({"encoder.conv_out.weight": None}, "without encoder.conv_out.weight"),
+        ({"encoder.conv_out.bias": None}, r"1 missing \(encoder.conv_out.bias\)"),
+    ):
+        changed = {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
+        save_file(changed, tmp_path / "kl.safetensors")
+        with pytest.raises(ValueError, match=message) as caught:
+            find_target(tmp_path / "kl.safetensors").load()
+        assert "\n" not in str(caught.value)
+
+
+# None of these
+def test_what_is_no_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^missing: not there; a target is a run folder, .* diffusers:"):
+        find_target("missing")
+    with pytest.raises(FileNotFoundError, match=r"neither a run folder"):
+        find_target(tmp_path)
+    Path("notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"notes.txt: not a file of weights"):
+        find_target("notes.txt")
+    torch.save({"fc.weight": torch.zeros(1)}, "other.ckpt")
+    save(tiny_config(), "other.yaml")
+    with pytest.raises(ValueError, match=r"no autoencoder in it"):
+        find_target("other.ckpt").load()

@@ -1,0 +1,182 @@
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from olvae.config import ConfigError
+from olvae.devices import device_of, gather, join, leave, resolve_devices, resolve_precision
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    def set_count(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return set_count
+
+
+@pytest.mark.parametrize(
+    ("flag", "there", "expected"),
+    [
+        ("0", 4, ("cpu", 1)),
+        ("2", 4, ("cuda", [0, 1])),
+        ("1,3", 4, ("cuda", [1, 3])),
+        ("0,", 4, ("cuda", [0])),
+        (None, 4, ("cuda", 4)),
+        (None, 0, ("cpu", 1)),
+    ],
+)
+def test_flag(gpus, flag, there, expected):
+    gpus(there)
+    assert tuple(resolve_devices(flag, {}).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("trainer", "there", "expected"),
+    [
+        ({"accelerator": "cpu", "devices": 2}, 4, ("cpu", 2)),
+        ({"accelerator": "gpu", "devices": "auto"}, 3, ("gpu", 3)),
+        ({"devices": 2}, 4, ("cuda", 2)),
+        ({"accelerator": "auto", "devices": -1}, 2, ("cuda", 2)),
+    ],
+)
+def test_config(gpus, trainer, there, expected):
+    gpus(there)
+    assert tuple(resolve_devices(None, trainer).values()) == expected
+
+
+def test_processes_on_the_cpu(gpus):
+    gpus(0)
+    assert resolve_devices("0", {"accelerator": "cpu", "devices": 2}) == {"accelerator": "cpu", "devices": 2}
+
+
+@pytest.mark.parametrize(
+    ("flag", "there", "message"),
+    [
+        ("1", 0, "this machine has no GPU"),
+        ("2", 1, "this machine has 1 GPU;"),
+        ("0,5", 2, "this machine has 2 GPUs"),
+        ("two", 2, "give a number of GPUs"),
+        ("-1", 2, "give a number of GPUs"),
+        (",", 2, "give a number of GPUs"),
+    ],
+)
+def test_mistakes(gpus, flag, there, message):
+    gpus(there)
+    with pytest.raises(ConfigError, match=message):
+        resolve_devices(flag, {})
+
+
+def test_precision():
+    assert [resolve_precision(p, "cpu") for p in ("32", "bf16")] == ["32-true", "bf16-mixed"]
+    assert resolve_precision("16", "cuda") == "16-mixed"
+    with pytest.raises(ConfigError, match="choose one of 32, 16, bf16"):
+        resolve_precision("64", "cuda")
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        resolve_precision("16", "cpu")
+
+
+REPO = Path(__file__).parents[2]
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from olvae.devices import gather, join, leave
+rank, world = join()
+assert join() == (rank, world)
+first = gather({"rank": rank, "z": torch.full((2,), float(rank))})
+second = gather(None if rank else 7)
+assert (first is None) == (rank > 0) == (second is None)
+if first:
+    Path(sys.argv[1]).write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second}")
+leave()
+assert gather(1) == [1]
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def fork_two(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in two children of this process, as torchrun would; they have what is imported already.
+
+    Fails if one of them does.
+    """
+    port = free_port()
+
+    def work(rank: int) -> None:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        function(*arguments)
+
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+
+
+def run_on_two(*arguments: str) -> list[str]:
+    """Run Python twice, as torchrun would, without its own third process; what each wrote to standard error.
+
+    Fails if one of them does.
+    """
+    port = str(free_port())
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(REPO)}
+    env = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
+    return errors
+
+
+def test_two_processes_meet_and_the_first_gets_what_each_has(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    run_on_two(str(tmp_path / "program.py"), str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None]"
+
+
+def test_alone_there_is_nobody_to_meet(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert join() == (0, 1)
+    assert not dist.is_initialized()
+    assert gather("mine") == ["mine"]
+    leave()
+
+
+@pytest.mark.parametrize(("gpus", "local", "expected"), [(0, "1", "cpu"), (1, "1", "cuda"), (4, "3", "cuda:3")])
+def test_each_process_takes_its_own_gpu(monkeypatch, gpus, local, expected):
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert device_of() == expected
+    assert device_of("cpu") == "cpu"
+    if gpus > 2:
+        assert device_of("cuda:2") == "cuda:2"
+    else:
+        with pytest.raises(ConfigError, match=f"this machine has {gpus} GPUs"):
+            device_of("cuda:2")
