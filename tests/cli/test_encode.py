@@ -142,7 +142,7 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("olvae.export.encode.Encoder.run", interrupted)
+    monkeypatch.setattr("olvae.export.encode.EncodeJob.run", interrupted)
     latents = tmp_path / "latents"
     code, out, err = olvae("encode", target, "--data", image_folder, "--size", 16, "--out", latents)
     assert (code, out) == (130, "")

@@ -391,10 +391,10 @@ def test_a_config_gives_the_images_that_it_tests_with(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (2, 3))
     source = "data: {{target: olvae.data.{}, params: {{{}, size: 16, batch_size: 1}}}}"
     (tmp_path / "folder.yaml").write_text(
-        source.format("folder.FolderSource", f"root: {image_folder}, val_root: {image_folder}/class1")
+        source.format("mapped.folder.FolderSource", f"root: {image_folder}, val_root: {image_folder}/class1")
     )
     (tmp_path / "shards.yaml").write_text(
-        source.format("webdataset.WebDatasetSource", f"shards: {tmp_path}/shards, shuffle: 2")
+        source.format("shards.webdataset.WebDatasetSource", f"shards: {tmp_path}/shards, shuffle: 2")
     )
     assert encode(tmp_path / "folder.yaml", tmp_path / "a")["count"] == 4
     assert encode(tmp_path / "shards.yaml", tmp_path / "b")["count"] == 3

@@ -15,7 +15,8 @@ from skimage import data
 from olvae.evaluation.artefacts import find_artefacts
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.gallery import Example, Gallery
-from olvae.evaluation.report.page import Column, Cost, Page, Row, Score, Shown, UsedWeights, render_page, write_page
+from olvae.evaluation.report.content import Column, Cost, Page, Row, Score, Shown, UsedWeights
+from olvae.evaluation.report.page import render_page, write_page
 from olvae.evaluation.report.pictures import inline, side_limit
 from olvae.evaluation.roundtrip import bicubic_round_trip
 from olvae.metrics.pixel import psnr

@@ -111,7 +111,7 @@ def test_stable_diffusions_decoder_has_no_finite_field():
     assert receptive_field(SDDecoder(channels=32, channel_mult=(1, 1), num_res_blocks=0)) is None
 
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def autoencoder(quantizer: bool = False, **arguments) -> LiteVAE:
