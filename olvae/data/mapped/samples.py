@@ -1,4 +1,4 @@
-"""The real photographs that scikit-image and scikit-learn ship: data without a download."""
+"""Real photographs to train and test on without a download: thirteen from scikit-image, two in this package."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ PHOTOGRAPHS = (
     ),
     Photograph("skimage", "data/retina.jpg", "CC0 (M. Häggström)"),
     Photograph("skimage", "data/rocket.jpg", "public domain (SpaceX)"),
-    Photograph("sklearn", "datasets/images/china.jpg", "CC BY 2.0 (danielbuechele)"),
+    Photograph("olvae", "data/mapped/photographs/china.jpg", "CC BY 2.0 (danielbuechele)"),
 )
 """For training."""
 
@@ -51,7 +51,7 @@ HELD_OUT = (
     Photograph("skimage", "data/camera.png", "CC0 (L. Varshney)"),
     Photograph("skimage", "data/chelsea.png", "CC0 (S. van der Walt)"),
     Photograph("skimage", "data/coffee.png", "CC0 (R. Michetti)"),
-    Photograph("sklearn", "datasets/images/flower.jpg", "CC BY 2.0 (vultilion)"),
+    Photograph("olvae", "data/mapped/photographs/flower.jpg", "CC BY 2.0 (vultilion)"),
 )
 """For validation and test; never trained on."""
 
