@@ -1,8 +1,8 @@
-"""Train a small diffusion model on the latents of an exported autoencoder, and make images with both.
+"""Train a small diffusion model on the latents of an exported autoencoder, and generate images with the two.
 
-The photographs are those that scikit-image and scikit-learn ship; about a minute and a half on one core:
+It trains on the photographs that scikit-image and scikit-learn ship, in about a minute and a half on one core:
 
-    olvae export runs/..._demo_32 --out demo-vae
+    olvae export runs/*_demo_32 --out demo-vae
     python examples/train_diffusion.py demo-vae --out diffusion
 """
 
@@ -23,7 +23,7 @@ from olvae.figures import labelled_grid
 
 @torch.no_grad()
 def encode(vae: AutoencoderLiteVAE, crops: int, size: int) -> Tensor:
-    """Means and standard deviations of the latents of random crops, once for all: (2, N, n_z, h, w)."""
+    """Encode random crops once: means and standard deviations of their posteriors, (2, N, n_z, h, w)."""
     parts = []
     for batch in SamplePhotographs(size=size, batch_size=32, shuffle_channels=0).train_loader(seed=0):
         posterior = vae.encode(from_uint8(batch["image"])).latent_dist
@@ -34,15 +34,15 @@ def encode(vae: AutoencoderLiteVAE, crops: int, size: int) -> Tensor:
 
 
 def train(unet: UNet2DModel, latents: Tensor, shift: float, scale: float, steps: int) -> list[float]:
-    """Flow matching: on the straight way from a latent to noise, learn which way it goes; the loss of every step."""
+    """Flow matching: learn the velocity on the straight line from a latent to noise. Returns the loss of every step."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     for step in range(steps):
         mean, std = latents[:, torch.randint(latents.shape[1], (32,))]
-        z = (mean + std * torch.randn_like(mean) - shift) * scale  # a sample of the posterior, about N(0, 1)
+        z = (mean + std * torch.randn_like(mean) - shift) * scale  # a posterior sample, scaled to mean 0 and variance 1
         noise = torch.randn_like(z)
-        t = torch.randn(len(z), 1, 1, 1).sigmoid()  # more often in the middle
+        t = torch.randn(len(z), 1, 1, 1).sigmoid()  # logit-normal: more often in the middle
         velocity = unet((1 - t) * z + t * noise, 1000 * t.flatten()).sample
         loss = F.mse_loss(velocity, noise - z)
         optimizer.zero_grad()
@@ -57,7 +57,7 @@ def train(unet: UNet2DModel, latents: Tensor, shift: float, scale: float, steps:
 
 @torch.no_grad()
 def sample(unet: UNet2DModel, vae: AutoencoderLiteVAE, shape: tuple[int, ...], shift: float, scale: float) -> Tensor:
-    """The same way back, from noise to latents, in 50 steps; then decoded: images in [-1, 1]."""
+    """Follow the velocity back from noise to latents in 50 Euler steps and decode: images in [-1, 1], (B, 3, H, W)."""
     z = torch.randn(shape)
     times = torch.linspace(1, 0, 51)
     for t, next_t in pairwise(times):
@@ -68,18 +68,18 @@ def sample(unet: UNet2DModel, vae: AutoencoderLiteVAE, shape: tuple[int, ...], s
 
 def main(arguments: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("vae", help="a folder that olvae export made, or its id on the hub")
-    parser.add_argument("--out", type=Path, default=Path("diffusion"), help="where the model and samples.png go")
-    parser.add_argument("--size", type=int, default=64, help="of the crops, in pixels")
-    parser.add_argument("--crops", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("vae", help="an export (a folder that olvae export wrote), or its id on the hub")
+    parser.add_argument("--out", type=Path, default=Path("diffusion"), help="folder for the model and samples.png")
+    parser.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
+    parser.add_argument("--crops", type=int, default=2048, help="how many crops to encode")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     vae = AutoencoderLiteVAE.from_pretrained(args.vae, low_cpu_mem_usage=False)
     latents = encode(vae, args.crops, args.size)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    if (shift, scale) == (0.0, 1.0):  # exported without them: olvae latents measures them in the same way
+    if (shift, scale) == (0.0, 1.0):  # exported without factors: measure them, as olvae latents does
         shift, scale = latents[0].mean().item(), 1 / latents[0].std().item()
     z = (latents[0] - shift) * scale
     print(f"{z.shape[0]} latents of {tuple(z.shape[1:])}, mean {z.mean():.2f}, standard deviation {z.std():.2f}")

@@ -1,0 +1,105 @@
+"""Whether a command that a document names exists, with the flags and arguments that it is given."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
+
+from olvae.cli.main import app
+from olvae.config import load, validate
+from tests.docs.markdown import ROOT
+
+OLVAE = get_command(app)
+FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+
+
+def every_command(group: Any = OLVAE, name: str = "olvae") -> Iterator[tuple[str, Any]]:
+    """Every command with its full name, groups left out."""
+    for part, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, f"{name} {part}")
+        else:
+            yield f"{name} {part}", command
+
+
+def flags_of(command: Any) -> set[str]:
+    options = (parameter for parameter in command.params if parameter.param_type_name == "option")
+    return {"-h", "--help", "--debug", *(flag for o in options for flag in (*o.opts, *o.secondary_opts))}
+
+
+def find(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that words after ``olvae`` name, and the words that are left for it."""
+    command = OLVAE
+    while hasattr(command, "commands"):
+        assert words, f"a command of {', '.join(command.commands)} is missing"
+        assert words[0] in command.commands, f"no command {words[0]}; there are {', '.join(command.commands)}"
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def check(words: list[str]) -> None:
+    """Raises if the command would be refused for what it is called with; nothing is run but the parser.
+
+    Paths are relative to the repository, the working directory.
+    """
+    program, *rest = words
+    if program == "olvae":
+        _check_olvae(rest)
+    elif program == "python":
+        _check_python(rest)
+    elif program == "torchrun":
+        launch = get_args_parser().parse_args(rest)
+        assert not launch.module or launch.training_script == "olvae.cli.main"
+        prefix = ["-m"] if launch.module else []
+        _check_python([*prefix, launch.training_script, *launch.training_script_args])
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(rest) <= set(targets), f"make has no target {rest}"
+    elif program == "pip":
+        _check_pip(rest)
+    else:
+        assert program in ("cd", "export", "git", "hf"), f"{program}: what kind of command is this?"
+
+
+def _check_olvae(words: list[str]) -> None:
+    command, rest = find([word for word in words if word != "--debug"])
+    parameters = command.make_context(command.name, rest).params
+    for value in parameters.values():
+        for path in value if isinstance(value, list | tuple) else [value]:
+            assert not str(path).startswith("configs/") or Path(str(path)).exists(), f"{path} does not exist"
+    if parameters.get("base"):
+        overrides = [*(parameters.get("overrides") or ())]
+        files = [*parameters["base"], *(word for word in overrides if "=" not in word)]
+        mistakes = validate(load(files, [word for word in overrides if "=" in word]))
+        assert not mistakes, mistakes
+
+
+def _check_python(words: list[str]) -> None:
+    if words[0] == "-m":
+        module, *rest = words[1:]
+        if module == "pytest":
+            for path in (word for word in rest if "/" in word):
+                assert Path(path).exists(), f"{path} does not exist"
+        else:
+            assert module == "olvae.cli.main", f"python -m {module}: what is this?"
+            _check_olvae(rest)
+        return
+    script, *rest = words
+    assert Path(script).is_file(), f"{script} does not exist"
+    if script.startswith("examples/"):
+        for flag in (word for word in rest if word.startswith("-")):
+            assert f'add_argument("{flag}"' in Path(script).read_text(), f"{script} has no {flag}"
+    else:
+        _check_olvae([{"train.py": "train", "scripts/compute_metrics.py": "evaluate"}[script], *rest])
+
+
+def _check_pip(words: list[str]) -> None:
+    if "-r" in words:
+        assert Path(words[words.index("-r") + 1]).is_file()
+    section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    extras = re.findall(r"^(\w+) = \[", section.partition("\n[")[0], re.M)
+    named = [extra for word in words for group in re.findall(r"\[(.+)\]", word) for extra in group.split(",")]
+    assert set(named) <= set(extras), f"pip: no extras {named}; there are {', '.join(extras)}"

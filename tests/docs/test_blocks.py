@@ -1,0 +1,219 @@
+"""Every block of the docs: Python runs, commands exist with their flags, YAML is a valid config."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from olvae.config import load, resolve_target, validate
+from tests.docs.commands import FLAG, check, every_command, find, flags_of
+from tests.docs.conftest import run_command
+from tests.docs.markdown import CONFIGS, DOCS, EXAMPLES, ROOT, Block, blocks, commands, split_commands, without_blocks
+
+RUN, NETWORK, NAMES = "run", "needs network", "check names only: "
+"""Marks: a shell block that is run; Python blocks that can't be, because of the network, or for the reason given."""
+
+LANGUAGES = ("python", "sh", "console", "yaml", "text")
+
+
+def of(*languages: str) -> Any:
+    files = [file for file in DOCS if blocks(file, *languages)]
+    return pytest.mark.parametrize("file", files, ids=lambda file: file.name)
+
+
+def runnable(file: Path) -> list[Block]:
+    return [block for block in blocks(file) if block.language == "python" or block.mark == RUN]
+
+
+every_file = pytest.mark.parametrize("file", [*DOCS, *EXAMPLES, *CONFIGS], ids=lambda file: file.name)
+
+
+@pytest.mark.parametrize("file", [f for f in DOCS if runnable(f)], ids=lambda file: file.name)
+def test_blocks_run(file, workspace, capsys):
+    """Python in order, in one namespace per file, and between it the commands that are marked to run."""
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for block in runnable(file):
+        if block.language != "python":
+            for words in commands(block):
+                run_command(words)
+            continue
+        code = "\n" * (block.line - 1) + block.text  # so that a traceback names the document's line
+        if block.mark == NETWORK or block.mark.startswith(NAMES):
+            check_names(ast.parse(code, block.place))
+        else:
+            exec(compile(code, str(file), "exec"), namespace)
+
+
+def check_names(tree: ast.Module) -> None:
+    """Imports work, and calls of what was imported bind to its signature."""
+    imported: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                imported[alias.asname or alias.name] = importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                imported[alias.asname or alias.name] = getattr(importlib.import_module(node.module), alias.name)
+    for node in ast.walk(tree):
+        path = ast.unparse(node.func).split(".") if isinstance(node, ast.Call) else [""]
+        if path[0] in imported:
+            function = imported[path[0]]
+            for name in path[1:]:
+                function = getattr(function, name)
+            inspect.signature(function).bind(*node.args, **{keyword.arg: None for keyword in node.keywords})
+
+
+def test_names_are_checked():
+    check_names(ast.parse("from olvae import LiteVAE\nLiteVAE.from_pretrained('a', raw=True)"))
+    for wrong in ("from olvae import LiteVAF", "import olvae.nothing"):
+        with pytest.raises((ImportError, AttributeError)):
+            check_names(ast.parse(wrong))
+    for wrong in ("find_target()", "find_target('a', nothing=1)"):
+        with pytest.raises(TypeError):
+            check_names(ast.parse(f"from olvae.models.loading.targets import find_target\n{wrong}"))
+
+
+def test_marks_are_few_and_known():
+    marked = [block for file in DOCS for block in blocks(file) if block.mark]
+    for block in marked:
+        allowed = (RUN,) if block.language in ("sh", "console") else (NETWORK,)
+        assert block.mark in allowed or (block.language == "python" and block.mark.startswith(NAMES)), block.place
+    assert len([block for block in marked if block.mark != RUN]) <= 3
+    marks = sum(file.read_text().count("<!-- docs:") for file in DOCS)
+    assert marks == len(marked), "a mark belongs on the line above a block"
+
+
+@every_file
+def test_commands_exist(file, monkeypatch):
+    """In shell blocks, and in an example's docstring."""
+    monkeypatch.chdir(ROOT)
+    if file.suffix == ".md":
+        lines = [(block.place, words) for block in blocks(file, "sh", "console") for words in commands(block)]
+    else:
+        found = re.findall(r"^ {4}((?:olvae|python) .*)$", file.read_text(), re.M)
+        lines = [(file.name, words) for line in found for words in split_commands(line)]
+    for place, words in lines:
+        try:
+            check(words)
+        except (Exception, SystemExit) as error:
+            pytest.fail(f"{place}: {' '.join(words)}: {getattr(error, 'message', error)}")
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, id=name) for name, command in every_command()])
+def test_examples_in_help_exist(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    examples = re.findall(r"Example: (.*)", command.help)
+    assert examples
+    for words in (words for line in examples for words in split_commands(line)):
+        check(words)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "olvae nothing",
+        "olvae data nothing photos",
+        "olvae export",
+        "olvae export runs/x",
+        "olvae export runs/x --out a --nothing",
+        "olvae encode runs/x --data photos --out a --size many",
+        "olvae validate configs/nothing.yaml",
+        "olvae train --base configs/demo.yaml model.params.nothing=1",
+        "olvae train --base configs/nothing.yaml",
+        "python nothing.py",
+        "python scripts/compute_metrics.py --nothing x",
+        "python examples/train_diffusion.py x --nothing",
+        "python -m pytest tests/nothing.py",
+        "torchrun --nothing 4 scripts/compute_metrics.py x",
+        "torchrun --nproc_per_node 4 --module olvae.cli.main encode x",
+        "make nothing",
+        "pip install 'open-litevae[nothing]'",
+        "curl x",
+    ],
+)
+def test_wrong_commands_are_found(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    ((words),) = split_commands(line)
+    with pytest.raises((Exception, SystemExit)):
+        check(words)
+
+
+@every_file
+def test_names_in_the_text_exist(file):
+    """Dotted names of this package, files of this repository, commands and flags in backticks."""
+    text = file.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w/.])olvae(?:\.\w+)+", text):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            resolve_target(name)
+    for path in re.findall(r"(?<![\w/.])(?:configs|docs|examples|scripts|tests)/[\w./-]*\w", text):
+        assert any((folder / path).exists() for folder in (ROOT, file.parent)), path
+    codes = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", without_blocks(file))]
+    known = set().union(*(flags_of(command) for _, command in every_command()))
+    for code in codes:
+        if code.startswith("olvae "):
+            group, *rest = code.split()[1:]
+            for part in rest[0].split("|") if rest and "|" in rest[0] else [None]:  # olvae bench train|data
+                words = [group, *([part, *rest[1:]] if part else rest)]
+                command, rest_of_it = find(words)
+                assert set(FLAG.findall(" ".join(rest_of_it))) <= flags_of(command), code
+        elif code.startswith("--"):
+            assert code.split()[0].split("=")[0] in known, code
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+def test_links_lead_somewhere(file):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", without_blocks(file)):
+        if "://" in target:
+            continue
+        there = file.parent / target if target else file
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor[1:] in slugs, f"{target}{anchor}"
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+def test_code_is_in_blocks_of_a_known_language(file):
+    for block in blocks(file):
+        assert block.language in LANGUAGES, f"{block.place}: {block.language}"
+    loose = re.search(r"^ {4}(?:\$ )?(?:olvae|python|make|torchrun|pip|git) .*$", without_blocks(file), re.M)
+    assert loose is None, f"put this into a fenced block: {loose and loose.group()}"
+
+
+@of("yaml")
+def test_yaml_blocks_are_valid_configs(file, tmp_path):
+    """A block with targets is a part of a config: it is checked over the demo's."""
+    for block in blocks(file, "yaml"):
+        content = yaml.safe_load(block.text)
+        if "target:" not in block.text:
+            continue
+        part = tmp_path / "part.yaml"
+        part.write_text(yaml.safe_dump({"data": content}) if "target" in content else block.text)
+        assert validate(load([ROOT / "configs" / "demo.yaml", part])) == [], block.place
+
+
+def test_the_results_table_is_that_of_its_configs():
+    """Weights and discriminators of the README's rows, against the config file that a row names."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [AB]\d \| `(\w+)` \| \[R\] \| ([\w-]+) \| ([\d./ ]+) \|", readme, re.M)
+    assert [name for name, _, _ in rows] == ["A1", "A2", "B0", "B1", "B2", "B3", "B4", "B5"]
+    sizes = {16: "UNetGAN-S", 32: "UNetGAN-M", 64: "UNetGAN-L"}
+    for name, discriminator, weights in rows:
+        params = load([ROOT / "configs" / "imagenet" / f"{name}.yaml"])["model"]["params"]
+        objective = params["lossconfig"]["params"]
+        assert [float(weight) for weight in weights.split("/")] == [
+            objective[f"{term}_weight"] for term in ("kl", "wavelet", "gaussian")
+        ], name
+        node = params.get("adversary_config", {}).get("params", {}).get("discriminator_config")
+        found = "none" if node is None else node["target"].rpartition(".")[2]
+        if found == "UNetGAN":
+            found = sizes[node["params"]["base_channels"]]
+        assert found == discriminator, name
