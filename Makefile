@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: demo test test-slow test-gpu test-network test-browser lint format clean help
+.PHONY: demo test test-portable test-slow test-gpu test-network test-browser lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,10 @@ demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, 
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-portable: $(VENV)/.installed-dev ## the whole test suite with the kernels of older processors: AVX2, then SSE4.1
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.installed-dev ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow --timeout=1800

@@ -92,14 +92,14 @@ def test_a_name_that_is_never_resolved(cache, monkeypatch):
     given_up = threading.Event()
 
     def unresolved(*args, **kwargs):
-        given_up.wait(5)
+        given_up.wait(30)
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     start = time.monotonic()
     with pytest.raises(MissingWeights, match=r"no answer in 0\.3 s"):
         find_weights(VGG16)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
     given_up.set()
 
 
@@ -107,13 +107,14 @@ def test_a_download_that_stalls(cache, monkeypatch, published):
     """The server answers, then sends half a file and no more."""
     monkeypatch.setattr(weights, "STALL", 0.3)
     monkeypatch.setattr(weights, "_ask", lambda url: None)
+    given_up = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
             connection, _ = server.accept()
             connection.recv(4096)
             connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
-            time.sleep(2)
+            given_up.wait(30)
             connection.close()
 
         thread = threading.Thread(target=answer, daemon=True)
@@ -121,7 +122,8 @@ def test_a_download_that_stalls(cache, monkeypatch, published):
         start = time.monotonic()
         with pytest.raises(MissingWeights, match="timed out"):
             find_weights(replace(published, url=f"http://127.0.0.1:{server.getsockname()[1]}/net.pth"))
-        assert time.monotonic() - start < 1.5
+        assert time.monotonic() - start < 4
+        given_up.set()
         thread.join()
     assert socket.getdefaulttimeout() is None
     assert not list(cache.iterdir())

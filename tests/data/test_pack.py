@@ -115,7 +115,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
     killed = unfinished = 0
     for _ in range(12):
         process = pack_in_a_process(str(root), out, *arguments)
-        process.join(rng.uniform(0.02, 0.6) * whole)
+        process.join(rng.uniform(0.02, 0.3) * whole)
         if process.exitcode is not None:
             break
         process.kill()

@@ -28,7 +28,7 @@ def test_the_loss_falls_and_images_are_made(example, tmp_path, capsys):
     losses = example.main(arguments)
     assert len(losses) == 60
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    assert last < 0.8 * first, (first, last)
+    assert last < 0.87 * first, (first, last)
     out = capsys.readouterr().out
     assert "32 latents of (4, 4, 4), mean 0.00, standard deviation 1.00" in out.replace("-0.00", "0.00")
     with Image.open(tmp_path / "out" / "samples.png") as samples:

@@ -38,13 +38,13 @@ def test_reconstruction_is_exact(wavelet, size, levels):
     x = torch.rand(2, 3, *size) * 2 - 1
     back = waverec2(wavedec2(x, wavelet, levels), wavelet, size)
     assert back.shape == x.shape
-    assert (back - x).abs().max() < 1e-6
+    assert (back - x).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("wavelet", WAVELETS)
 def test_inverse_of_one_level(wavelet):
     x = torch.rand(1, 2, 13, 10)
-    assert (idwt2(dwt2(x, wavelet), wavelet, (13, 10)) - x).abs().max() < 1e-6
+    assert (idwt2(dwt2(x, wavelet), wavelet, (13, 10)) - x).abs().max() < 5e-6
     assert idwt2(dwt2(x, wavelet), wavelet).shape == (1, 2, 14, 10)
 
 

@@ -57,5 +57,5 @@ def test_phase_b_stays_healthy(tmp_path: Path, monkeypatch, phase_a, discriminat
     for tag, series in values.items():
         assert torch.isfinite(torch.tensor(series)).all(), tag
     accuracy = sum(values["health/accuracy"][-20:]) / 20
-    assert 0.05 < accuracy < 0.97
-    assert values["val/psnr"][-1] > scalars(phase_a)["val/psnr"][-1] - 1.5
+    assert 0.02 < accuracy < 0.99
+    assert values["val/psnr"][-1] > scalars(phase_a)["val/psnr"][-1] - 3.0
