@@ -15,7 +15,7 @@ from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, Picture, image_to_tensor
 from olvae.data.mapped.base import MappedSource
 from olvae.data.mix import MixSource
-from olvae.data.open import evaluation_source
+from olvae.data.open import open_source
 from olvae.data.shards.read import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -51,7 +51,7 @@ def bench_data(
         ConfigError: a source can't be shared by so many workers, or can't be timed.
         ValueError: no image of a source can be read.
     """
-    found = {name: evaluation_source(name, size, batch_size) for name in sources}
+    found = {name: open_source(name, size, batch_size) for name in sources}
     for name, source in found.items():
         for count in workers:
             source.batch_size, source.num_workers = batch_size, count

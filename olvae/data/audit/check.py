@@ -25,13 +25,13 @@ from olvae.data.errors import ReadError, UnreadableImageError
 from olvae.data.image import Bands, Photo, Picture
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files, FolderSource
-from olvae.data.open import evaluation_source, holds_shards, list_images
+from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.pool import OnProgress, Ticker, cores, in_processes, unseen
+from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, Index, ShardRecord, count_images
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local, local_path, stem
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess
 from olvae.files import file_sha256
 
 __all__ = ["CheckOptions", "check", "compare", "count_by_indexes", "read_indexes", "write_indexes"]
@@ -161,7 +161,7 @@ def _look(image: Picture | Photo, name: str, channels: int) -> ImageFacts:
 
 
 def _check_list(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
-    images = list_images(src, options.channels)
+    images = open_images(src, options.channels)
     count = len(images)
     tasks = [range(i, min(i + AT_ONCE, count)) for i in range(0, count, AT_ONCE)]
     seen: list[ImageFacts] = []
@@ -259,7 +259,7 @@ def _judge_consumers(src: str, options: CheckOptions, findings: AuditResult) -> 
 def _speed(src: str, options: CheckOptions) -> Speed | None:
     """One process's, measured here and now, with files that were just read."""
     try:
-        stream = evaluation_source(src, options.size, 1, channels=options.channels).stream(0, 0, LoaderProcess())
+        stream = open_source(src, options.size, 1, channels=options.channels).stream(0, 0, LoaderProcess())
         next(stream)
         start, count = time.perf_counter(), 0
         while (seconds := time.perf_counter() - start) < MEASURE_S:

@@ -99,17 +99,8 @@ class FolderSource(MappedSource):
         else:
             train, val = _split(root, train, val_fraction)
         held_out = Files(val if max_val_images is None else _at_most(root, val, max_val_images), channels)
-        super().__init__(
-            Files(train, channels),
-            held_out,
-            held_out,
-            RandomScaleCrop(size, min_fraction, filters, flip),
-            size,
-            batch_size,
-            num_workers,
-            channels=channels,
-            max_unreadable=max_unreadable,
-        )
+        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        super().__init__(Files(train, channels), held_out, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:

@@ -130,18 +130,10 @@ class SamplePhotographs(MappedSource):
         flip: bool = True,
         shuffle_channels: float = 0.5,
     ) -> None:
-        held_out = _Tiles(HELD_OUT, size)
-        super().__init__(
-            _Photographs(PHOTOGRAPHS),
-            held_out,
-            held_out,
-            RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels),
-            size,
-            batch_size,
-            num_workers,
-            crops_per_photograph,
-        )
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        train, val = _Photographs(PHOTOGRAPHS), _Tiles(HELD_OUT, size)
+        super().__init__(train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph)
         self.crops = "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
 
     def describe(self) -> str:
-        return f"crops of {len(self.train)} photographs, {len(self.test)} tiles of {len(HELD_OUT)} held-out ones"
+        return f"crops of {len(self.train)} photographs, {len(self.val)} tiles of {len(HELD_OUT)} held-out ones"

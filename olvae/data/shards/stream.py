@@ -1,4 +1,4 @@
-"""Reading shards: in sequence and shuffled without end, shared and resumable at any image; or once, in order."""
+"""Streams of shards: endless, shuffled, shared among processes, resumable at any image; or once, in order."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
@@ -6,31 +6,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-from olvae.data.errors import ReadError, UnreadableImageError
-from olvae.data.mapped.base import STAND_INS
+from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
+from olvae.data.sampler import LoaderProcess, epoch_order
 from olvae.data.shards.read import Entry, Shard, read_shard
-from olvae.data.source import LoaderProcess, Sample
+from olvae.data.source import Sample
 
 __all__ = ["ShardReader", "check_shares", "read_once", "total_images"]
 
 
 class _Block(NamedTuple):
-    """Images that are shuffled together, shuffled; and those of which one can stand in for one that is lost."""
+    """Images that are shuffled together, shuffled; and those that can replace a lost one."""
 
     entries: list[Entry | ReadError]
     good: list[Entry]
 
 
 class ShardReader:
-    """One consumer's share of an endless, shuffled stream of what is in shards; :class:`WebDatasetSource` says how.
+    """A process's share of an endless, shuffled stream of the entries of shards; see :class:`WebDatasetSource`.
 
     Args:
         shards: all of them, with their counts where they are known.
-        size: of a block.
-        image_key: the extension of what is read in a group of files; by default the first that is an image's.
+        size: entries that are shuffled together.
+        image_key, sidecars: see :func:`read_shard`.
         seed: of the order.
-        consumer: whose share it is.
-        sidecars: whether the other files of a group are wanted.
+        process: whose share it is.
     """
 
     def __init__(
@@ -39,33 +38,33 @@ class ShardReader:
         size: int,
         image_key: str | None,
         seed: int,
-        consumer: LoaderProcess,
+        process: LoaderProcess,
         sidecars: bool = True,
     ) -> None:
         self.shards = shards
         self.size = size
         self.image_key = image_key
         self.seed = seed
-        self.consumer = consumer
+        self.process = process
         self.sidecars = sidecars
         total = total_images(shards)
-        self.share = None if total is None else total // consumer.count
-        """Images of this consumer in an epoch, if the shards' counts are known."""
-        assert self.share != 0  # check_processes has seen to that
+        self.share = None if total is None else total // process.count
+        """Images of this process in an epoch, if the shards' counts are known."""
+        assert self.share != 0  # check_processes raises
 
     def samples(self, position: int, make: Callable[[Entry, np.random.Generator], Sample]) -> Iterator[Sample]:
-        """The consumer's samples without end, from its own ``position`` on.
+        """The process's endless samples, from its own ``position`` on.
 
         Args:
-            make: a sample of an entry, with a generator seeded by the position; raises UnreadableImageError where
-                that can't be done, and gets another entry of the same block.
+            make: makes a sample of an entry, with a generator seeded by the position. If it raises
+                UnreadableImageError, it gets another entry of the same block.
         """
         for block, index in self._from_position(position):
-            yield _sample(block, index, (self.seed, self.consumer.index, self.consumer.count, position), make)
+            yield _sample(block, index, (self.seed, self.process.index, self.process.count, position), make)
             position += 1
 
     def _from_position(self, position: int) -> Iterator[tuple[_Block, int]]:
-        """Each image's block and place in it, from the consumer's own ``position`` on, without end."""
+        """Each image's block and place in it, from the process's own ``position`` on, without end."""
         epoch, number = 0, 0
         if self.share is not None:
             epoch, position = divmod(position, self.share)
@@ -83,7 +82,7 @@ class ShardReader:
             block = self._shuffled(epoch, number, ahead)
 
     def _blocks(self, epoch: int, number: int) -> Iterator[tuple[int, int, Iterator[Entry | ReadError]]]:
-        """Epoch, number and entries of each block; a block is to be read to its end before the next is taken."""
+        """Epoch, number and entries of each block; each must be read to its end before the next is taken."""
         for epoch in count(epoch):  # noqa: B020  (from the given one on)
             entries = self._epoch(epoch, number * self.size)
             for first in entries:
@@ -92,31 +91,30 @@ class ShardReader:
             number = 0
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[Entry | ReadError]:
-        """What this consumer reads in an epoch, in the shards' order."""
-        order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.shards))
-        shards = [self.shards[i] for i in order]
+        """What this process reads in an epoch, in the shards' order."""
+        shards = [self.shards[i] for i in epoch_order(self.seed, epoch, len(self.shards))]
         if self.share is None:
-            return self._whole(shards[self.consumer.index :: self.consumer.count])
-        first = self.consumer.index * self.share
+            return self._whole(shards[self.process.index :: self.process.count])
+        first = self.process.index * self.share
         return self._range(shards, first + skip, first + self.share)
 
     def _whole(self, shards: Sequence[Shard]) -> Iterator[Entry]:
-        """Entries of shards whose counts are not known; faults travel with the next image that is read."""
-        faults: list[ReadError] = []
+        """Entries of shards whose counts are unknown; errors come with the next image that is read."""
+        errors: list[ReadError] = []
         read = False
         for shard in shards:
             for entry in read_shard(shard, self.image_key, self.sidecars):
                 if isinstance(entry, ReadError):
-                    faults.append(entry)
+                    errors.append(entry)
                 else:
-                    yield entry._replace(faults=tuple(faults))
-                    faults, read = [], True
+                    yield entry._replace(errors=tuple(errors))
+                    errors, read = [], True
         if not read:
-            reasons = "; ".join(f"{fault.name}: {fault.reason}" for fault in faults) or "no images in them"
+            reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors) or "no images in them"
             raise ValueError(f"none of the {len(shards)} shards of a loader process could be read: {reasons}")
 
     def _range(self, shards: Sequence[Shard], first: int, last: int) -> Iterator[Entry | ReadError]:
-        """The images from ``first`` to ``last`` of shards laid end to end; a fault in the place of a lost one."""
+        """The images from ``first`` to ``last`` of shards laid end to end; a ReadError in the place of a lost one."""
         start = 0
         for shard in shards:
             assert shard.images is not None
@@ -140,13 +138,13 @@ class ShardReader:
         yield from (ReadError(shard.url, reason, str(i)) for i in range(max(place, begin), end))
 
     def _shuffled(self, epoch: int, number: int, entries: list[Entry | ReadError]) -> _Block:
-        rng = np.random.default_rng((self.seed, epoch, number, self.consumer.index, self.consumer.count, 2))
+        rng = np.random.default_rng((self.seed, epoch, number, self.process.index, self.process.count, 2))
         shuffled = [entries[i] for i in rng.permutation(len(entries))]
         good = [entry for entry in shuffled if isinstance(entry, Entry)]
         return _Block(shuffled, good or self._next_good(epoch, number))
 
     def _next_good(self, epoch: int, number: int) -> list[Entry]:
-        """For a block of which nothing could be read: the next one of which something can."""
+        """Entries of the next block in which anything can be read, for a block in which nothing can."""
         for later, _, entries in self._blocks(epoch, number + 1):
             good = [entry for entry in entries if isinstance(entry, Entry)]
             if good or later > epoch + 1:
@@ -159,37 +157,32 @@ class ShardReader:
 def _sample(
     block: _Block, index: int, seed: tuple[int, ...], make: Callable[[Entry, np.random.Generator], Sample]
 ) -> Sample:
-    """Of an entry of a block; where it can't be read, of another one of the same block."""
+    """A sample of an entry of a block or, if that can't be read, of another one of the same block."""
     rng = np.random.default_rng(seed)
-    faults: list[ReadError] = []
-    entry = block.entries[index]
-    for stand_in in range(STAND_INS + 1):
+
+    def read(entry: Entry | ReadError, errors: list[ReadError]) -> Sample:
         if isinstance(entry, ReadError):
-            faults.append(entry)
-        else:
-            faults += entry.faults
-            try:
-                return make(entry, rng)._replace(faults=tuple(faults))
-            except UnreadableImageError as error:
-                faults.append(ReadError(error.name, error.reason))
-        drawn = np.random.default_rng((*seed, 1, stand_in)).integers(len(block.good))
-        entry = block.good[int(drawn)]
-    raise UnreadableImageError(faults[0].name, f"{faults[0].reason}; nor are {STAND_INS} others near it")
+            raise UnreadableImageError(entry.name, entry.reason, entry.image)
+        errors += entry.errors
+        return make(entry, rng)
+
+    sample, errors = read_or_replace(block.entries[index], block.good, seed, read)
+    return sample._replace(errors=errors)
 
 
 def read_once(
     shards: Sequence[Shard],
     image_key: str | None,
-    consumer: LoaderProcess,
+    process: LoaderProcess,
     make: Callable[[Entry], Sample],
     limited: bool = False,
 ) -> Iterator[Sample]:
-    """A consumer's share of the shards, each entry once and in order; samples without an image for lost ones.
+    """A process's share of the shards, each entry once and in order; samples without an image for lost ones.
 
     Args:
-        limited: of each shard no more than its count says, though it may hold more.
+        limited: read no more of each shard than its count says, even if it holds more.
     """
-    for shard in shards[consumer.index :: consumer.count]:
+    for shard in shards[process.index :: process.count]:
         read = 0
         for entry in read_shard(shard, image_key):
             if limited and read == shard.images:
@@ -203,23 +196,22 @@ def read_once(
             try:
                 yield make(entry)
             except UnreadableImageError as error:
-                yield Sample(None, entry.key, (ReadError(error.name, error.reason),))
+                yield Sample(None, entry.key, (error.read_error(),))
 
 
 def check_shares(shards: Sequence[Shard], workers: int, world: int) -> None:
     """Raises ValueError where the shards are too few for the loader processes of ``world`` ranks."""
-    consumers, images = max(1, workers) * world, total_images(shards)
-    if images is None and len(shards) < consumers:
+    processes, images = max(1, workers) * world, total_images(shards)
+    if images is None and len(shards) < processes:
         raise ValueError(
-            f"{len(shards)} training shards for {consumers} processes ({workers} workers x {world} ranks), of "
-            "which each needs one of its own: lower data.params.num_workers, pack smaller shards, or give their "
-            "index"
+            f"{len(shards)} training shards for {processes} processes ({workers} workers x {world} ranks): each needs "
+            "one of its own: lower data.params.num_workers, pack smaller shards, or give their index"
         )
-    if images is not None and images < consumers:
-        raise ValueError(f"{images} training images for {consumers} processes: lower data.params.num_workers")
+    if images is not None and images < processes:
+        raise ValueError(f"{images} training images for {processes} processes: lower data.params.num_workers")
 
 
 def total_images(shards: Sequence[Shard]) -> int | None:
-    """In all shards together; None if it is not known of one."""
+    """Images in all shards together; None if the number of images in one is unknown."""
     counts = [shard.images for shard in shards]
     return None if None in counts else sum(n for n in counts if n is not None)

@@ -11,7 +11,7 @@ from PIL import Image
 from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, Picture
 from olvae.data.mapped.base import ImageDataset, MappedSource
-from olvae.data.source import LoaderProcess
+from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture
 
@@ -33,7 +33,8 @@ class Pictures(ImageDataset):
 
 def source(count: int = 20, broken: Sequence[int] = (), **arguments: Any) -> MappedSource:
     train, val = Pictures(count, broken), Pictures(7, broken)
-    return MappedSource(train, val, val, RandomScaleCrop(16), **{"size": 16, "batch_size": 4, **arguments})
+    transform = RandomScaleCrop(arguments.pop("size", 16))
+    return MappedSource(train, val, transform, **{"batch_size": 4, **arguments})
 
 
 def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
@@ -95,7 +96,7 @@ def test_another_image_stands_in_for_one_that_cannot_be_read(caplog):
     batches = take(loader, 10)
     assert all(len(keys) == len(image) == 4 for keys, image in batches)
     assert not {"3", "8"} & {key for keys, _ in batches for key in keys}
-    assert loader.faults.lost == 2
+    assert loader.read_errors.lost == 2
     totals = [m for m in caplog.messages if "epoch" in m]  # in the second, a stand-in was a broken one too
     assert totals == [f"training: {n} images skipped in this epoch" for n in (2, 3)]
 
@@ -108,16 +109,16 @@ def test_where_nothing_can_be_read_it_ends():
 def test_validation_goes_without_what_cannot_be_read():
     loader = source(broken=(0, 1, 2, 3, 6), max_unreadable=1.0).val_loader()
     assert [keys for keys, _ in take(loader, 9)] == [["4", "5"]]  # the first batch was empty
-    assert loader.faults.lost == 5
+    assert loader.read_errors.lost == 5
 
 
-def test_consumers_share_the_stream():
+def test_processes_share_the_stream():
     s = source()
     seen = [sample.key for i in range(3) for sample in islice(s.stream(0, 0, LoaderProcess(i, 3)), 6)]
     assert len(set(seen)) == 18
     whole = [sample.key for sample in islice(s.stream(0, 0, LoaderProcess(1, 3)), 15)]
     assert [sample.key for sample in islice(s.stream(0, 4, LoaderProcess(1, 3)), 11)] == whole[4:]
-    assert [sample.key for sample in s.once("val", LoaderProcess(1, 3))] == ["1", "4"]
+    assert [sample.key for sample in s.once(LoaderProcess(1, 3))] == ["1", "4"]
 
 
 @pytest.mark.parametrize("seed", range(8))

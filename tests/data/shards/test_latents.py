@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import Photo, from_uint8, image_to_tensor
+from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.latents import LATENT, LatentSource, read_latent
 from olvae.data.shards.read import Shard, read_shard
-from olvae.data.source import LoaderProcess
 from olvae.data.transforms import center_crop
 from olvae.files import write_json
 from tests.data.images import encoded, picture, write_tar
@@ -95,17 +95,17 @@ def test_without_classes_there_is_no_label(tmp_path, image_folder):
     assert set(batch) == {"latent", "key"}
 
 
-@pytest.mark.parametrize("consumers", [1, 2, 3])
-def test_each_latent_once_an_epoch(latents, consumers):
-    s, share = source(latents), 23 // consumers
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_latent_once_an_epoch(latents, processes):
+    s, share = source(latents), 23 // processes
     orders = []
     for epoch in (0, 1):
         seen = [
             sample.key
-            for i in range(consumers)
-            for sample in islice(s.stream(0, epoch * share, LoaderProcess(i, consumers)), share)
+            for i in range(processes)
+            for sample in islice(s.stream(0, epoch * share, LoaderProcess(i, processes)), share)
         ]
-        assert len(set(seen)) == len(seen) == share * consumers
+        assert len(set(seen)) == len(seen) == share * processes
         orders.append(seen)
     assert orders[0] != orders[1]
 
@@ -139,7 +139,7 @@ def test_validation_gives_each_mode_once_in_order(latents):
     for path in sorted(latents.glob("*.tar")):
         means += [read_latent(entry)[0].mean for entry in read_shard(Shard(str(path)), LATENT)]
     assert torch.allclose(modes, torch.stack(means).double(), atol=1e-5)
-    assert s.count("val") == s.samples_per_epoch == s.images == stats["count"] == 23
+    assert s.val_images == s.samples_per_epoch == s.images == stats["count"] == 23
     assert s.describe() == "23 latents in 3 shards"
 
 
@@ -152,13 +152,13 @@ def test_a_broken_latent_is_counted_and_another_one_stands_in(latents):
     loader = s.train_loader()
     batches = take(loader, 12)
     assert all(len(batch["key"]) == 4 and "001/0011" not in batch["key"] for batch in batches)
-    assert loader.faults.lost == 1
+    assert loader.read_errors.lost == 1
     with pytest.raises(TooManyUnreadableError, match="1 of 23"):
         take(source(latents, max_unreadable=0.0).train_loader(), 12)
 
 
 def test_what_it_refuses(latents, tmp_path, image_folder):
-    with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are no latents, or not all of them"):
+    with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"):
         source(image_folder)
     with pytest.raises(ValueError, match="batch_size 24 is larger"):
         source(latents, batch_size=24)
@@ -168,7 +168,7 @@ def test_what_it_refuses(latents, tmp_path, image_folder):
         source(latents, num_workers=12).check_processes(2)
     picture(0, (24, 8)).save(image_folder / "wide.png")
     encode(image_folder, tmp_path / "native", size=0)
-    with pytest.raises(ValueError, match="several shapes fit into no batch"):
+    with pytest.raises(ValueError, match="several shapes don't fit into a batch"):
         source(tmp_path / "native")
     shapes = [batch["latent"].shape for batch in source(tmp_path / "native", batch_size=1).val_loader()]
     assert shapes[0] == (1, 4, 5, 6)
