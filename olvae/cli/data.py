@@ -138,12 +138,12 @@ def check(
     _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
     with _progress("reading") as on_progress:
-        findings = check_source(src, options, workers or cores(), on_progress)
+        result = check_source(src, options, workers or cores(), on_progress)
     if as_json:
-        typer.echo(json.dumps(findings.as_dict(), indent=2))
+        typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        print_audit(findings, Console(stderr=True))
-    if findings.problems:
+        print_audit(result, Console(stderr=True))
+    if result.problems:
         raise typer.Exit(1)
 
 

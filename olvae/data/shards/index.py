@@ -15,7 +15,7 @@ from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_
 from olvae.data.shards.urls import file_name, is_local, local_path, shard_names
 from olvae.files import write_json
 
-__all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "with_counts"]
+__all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
 
 
 VERSION = 1
@@ -111,14 +111,14 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
             raise ValueError(f"{index}: does not know {unknown[0]}: make it anew with `olvae data check --index`")
         counts: dict[str, int | None] = {url: given[file_name(url)] for url in urls}
     else:
-        counts = _counts_beside(urls, image_key)
+        counts = counts_beside(urls, image_key)
     if empty := [url for url in urls if counts[url] == 0]:
         wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
         raise ValueError(f"{empty[0]}: a shard without images: no file in it is {wanted}")
     return [Shard(url, counts[url], names[url]) for url in urls]
 
 
-def _counts_beside(urls: Sequence[str], image_key: str | None) -> dict[str, int | None]:
+def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
     """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
     local = {url: Path(local_path(url)) for url in urls if is_local(url)}
     indexes = {
