@@ -1,4 +1,4 @@
-"""Sources of pictures that can be asked for by number: files, arrays, data sets."""
+"""Sources of numbered pictures: files, arrays, data sets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ __all__ = ["ImageDataset", "MappedSource", "Subset", "hold_out"]
 
 
 class ImageDataset(ABC):
-    """A sequence of pictures that are read when they are asked for."""
+    """Numbered pictures, read on access."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""An image column of a data set of the Hugging Face hub, or of one on disk. Needs the extra ``hf``."""
+"""An image column of a Hugging Face data set, from the hub or from disk. Needs the extra ``hf``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ class Column(ImageDataset):
 
 
 class HuggingFaceSource(MappedSource):
-    """Images of a data set that the ``datasets`` library reads.
+    """Images of a data set, read by the ``datasets`` library.
 
     Args:
         path: its id on the hub, for example ``cifar10``; a folder that ``save_to_disk`` wrote; or a builder's name,

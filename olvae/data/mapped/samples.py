@@ -14,7 +14,7 @@ __all__ = ["HELD_OUT", "PHOTOGRAPHS", "Photograph", "SamplePhotographs", "sample
 
 
 class Photograph(NamedTuple):
-    """A file inside an installed package, and under what terms it comes."""
+    """A file inside an installed package, and its licence."""
 
     package: str
     file: str
@@ -75,7 +75,7 @@ class _Photographs(ImageDataset):
 
 
 def sample_photographs() -> ImageDataset:
-    """All fifteen of them, whole."""
+    """All fifteen photographs, whole."""
     return _Photographs((*PHOTOGRAPHS, *HELD_OUT))
 
 
@@ -108,7 +108,7 @@ class _Tiles(_Photographs):
 
 
 class SamplePhotographs(MappedSource):
-    """Eleven photographs to train on and four held out, in the packages that are installed anyway.
+    """Eleven photographs to train on and four held out, from packages that are dependencies anyway.
 
     Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of
     2 ``size`` and cut into tiles of ``size`` pixels without overlap, 22 tiles in all.

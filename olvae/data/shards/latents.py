@@ -1,7 +1,7 @@
 """Shards of latents: the files of each image as bytes, the description beside the shards, and batches of latents."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from olvae.data.errors import UnreadableImageError
-from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, with_counts
 from olvae.data.shards.read import Entry
-from olvae.data.shards.stream import ShardReader, check_shares, read_once, total_images
+from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.urls import find_shards
-from olvae.data.source import Sample, Source
+from olvae.data.source import Sample
 
 __all__ = ["FLIP", "LATENT", "META", "STATS", "Latent", "LatentSource", "latent_bytes", "read_latent", "read_stats"]
 
@@ -105,7 +104,7 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
 
 
-class LatentSource(Source):
+class LatentSource(ShardSource):
     """Batches of scaled latents: ``latent``, float32 (B, n_z, h, w), their ``key`` and, with classes, ``label``.
 
     A latent is (z - shift_factor) * scaling_factor with the numbers of the folder's ``stats.json``, so that over the
@@ -141,21 +140,14 @@ class LatentSource(Source):
         max_unreadable: float = 0.01,
     ) -> None:
         self.stats = read_stats(folder)
-        super().__init__(max(1, self.stats["size"]), batch_size, num_workers, max_unreadable=max_unreadable)
-        if shuffle < 1:
-            raise ValueError(f"shuffle must be at least 1, got {shuffle}")
         if self.stats["latent_shape"] is None and batch_size > 1:
             raise ValueError(f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1")
         self.folder = folder
-        self.shuffle = shuffle
         self.sample = sample
         self.flip = flip
-        index = Path(folder).expanduser() / INDEX
-        self.shards = with_counts(find_shards(folder), str(index), LATENT)
-        if batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"{folder}: batch_size {batch_size} is larger than the data, {self.stats['count']} latents"
-            )
+        shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
+        size = max(1, self.stats["size"])
+        super().__init__(shards, shards, shuffle, LATENT, size, batch_size, num_workers, max_unreadable=max_unreadable)
 
     @property
     def shift_factor(self) -> float:
@@ -168,41 +160,22 @@ class LatentSource(Source):
         return float(self.stats["scaling_factor"])
 
     @property
-    def samples_per_epoch(self) -> int:
-        total = total_images(self.shards)
-        assert total is not None  # the index has them all
-        return total
-
-    @property
-    def images(self) -> int:
-        return self.samples_per_epoch
-
-    @property
-    def val_images(self) -> int:
-        return self.samples_per_epoch  # all of them, in order
+    def images(self) -> int | None:
+        return self.samples_per_epoch  # the same ones for validation
 
     def describe(self) -> str:
-        return f"{self.samples_per_epoch} latents in {len(self.shards)} shards"
+        return f"{self.samples_per_epoch} latents in {len(self.train)} shards"
 
-    def check_processes(self, world: int) -> None:
-        check_shares(self.shards, self.num_workers, world)
+    def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
+        latent, flipped, meta = read_latent(entry)
+        if self.flip and flipped is not None and rng.random() < 0.5:
+            latent = flipped
+        noise = torch.Generator().manual_seed(int(rng.integers(2**63))) if self.sample else None
+        return self._sample(latent, noise, meta["key"], entry)
 
-    def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
-        def make(entry: Entry, rng: np.random.Generator) -> Sample:
-            latent, flipped, meta = read_latent(entry)
-            mirrored = self.flip and flipped is not None and rng.random() < 0.5
-            chosen = flipped if mirrored and flipped is not None else latent
-            noise = torch.Generator().manual_seed(int(rng.integers(2**63))) if self.sample else None
-            return self._sample(chosen, noise, meta["key"], entry)
-
-        return ShardReader(self.shards, self.shuffle, LATENT, seed, process).samples(position, make)
-
-    def once(self, process: LoaderProcess) -> Iterator[Sample]:
-        def make(entry: Entry) -> Sample:
-            latent, _, meta = read_latent(entry)
-            return self._sample(latent, None, meta["key"], entry)
-
-        return read_once(self.shards, LATENT, process, make)
+    def val_sample(self, entry: Entry) -> Sample:
+        latent, _, meta = read_latent(entry)
+        return self._sample(latent, None, meta["key"], entry)
 
     def _sample(self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry) -> Sample:
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor

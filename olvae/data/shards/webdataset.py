@@ -1,22 +1,21 @@
 """Images from WebDataset shards: read in sequence, shuffled, shared among processes, resumable at any image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from olvae.data.image import Photo, image_to_tensor
-from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.read import Entry
-from olvae.data.shards.stream import ShardReader, check_shares, read_once, total_images
+from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.urls import find_shards, may_be_there
-from olvae.data.source import Sample, Source, eval_sample
+from olvae.data.source import Sample, eval_sample
 from olvae.data.transforms import RandomScaleCrop
 
 __all__ = ["WebDatasetSource"]
 
 
-class WebDatasetSource(Source):
+class WebDatasetSource(ShardSource):
     """Images of tar files, local or remote.
 
     An epoch is all shards, in an order of its own, laid end to end. If the number of images in each shard is known
@@ -46,6 +45,8 @@ class WebDatasetSource(Source):
         ValueError: a shard has no images, two have the same name, or there are too few.
     """
 
+    sidecars = False
+
     def __init__(
         self,
         shards: str | Sequence[str],
@@ -63,14 +64,8 @@ class WebDatasetSource(Source):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
-        if shuffle < 1:
-            raise ValueError(f"shuffle must be at least 1, got {shuffle}")
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
-        self.shuffle = shuffle
-        self._limited = False
-        self.image_key = image_key
         self.transform = RandomScaleCrop(size, min_fraction, filters, flip)
         found = find_shards(shards)
         if val_shards is not None:
@@ -89,53 +84,26 @@ class WebDatasetSource(Source):
                         f"{part[0]}: no such shard, nor another one for {use}, which has {len(part)} of "
                         f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
                     )
-        self.train = with_counts(train, index, image_key)
-        self.val = with_counts(val, None if val_shards is not None else index, image_key)
-        if self.samples_per_epoch is not None and batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
-                "lower data.params.batch_size or add shards"
-            )
-
-    @property
-    def samples_per_epoch(self) -> int | None:
-        return total_images(self.train)
-
-    @property
-    def val_images(self) -> int | None:
-        return total_images(self.val)
+        super().__init__(
+            with_counts(train, index, image_key),
+            with_counts(val, None if val_shards is not None else index, image_key),
+            shuffle,
+            image_key,
+            size,
+            batch_size,
+            num_workers,
+            channels,
+            max_unreadable,
+        )
 
     def describe(self) -> str:
-        counts = [total_images(shards) for shards in (self.train, self.val)]
+        counts = (self.samples_per_epoch, self.val_images)
         train, val = ("an unknown number of" if count is None else str(count) for count in counts)
         return f"{train} training images in {len(self.train)} shards, {val} validation and test images"
 
-    def check_processes(self, world: int) -> None:
-        check_shares(self.train, self.num_workers, world)
+    def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
+        image = self.transform(Photo(entry.data, entry.name, self.channels), rng)
+        return Sample(image_to_tensor(image), entry.key)
 
-    def limit(self, images: int) -> None:
-        total, left, shards = self.val_images, images, []
-        if total is None or images > total:
-            has = "an unknown number of" if total is None else total
-            raise ValueError(f"the set has {has} images, {images} were asked for")
-        for shard in self.val:
-            assert shard.images is not None
-            shards.append(shard._replace(images=min(left, shard.images)))
-            left -= shards[-1].images or 0
-            if not left:
-                break
-        self.val, self._limited = shards, True
-
-    def once(self, process: LoaderProcess) -> Iterator[Sample]:
-        def make(entry: Entry) -> Sample:
-            return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)
-
-        return read_once(self.val, self.image_key, process, make, self._limited)
-
-    def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
-        def make(entry: Entry, rng: np.random.Generator) -> Sample:
-            image = self.transform(Photo(entry.data, entry.name, self.channels), rng)
-            return Sample(image_to_tensor(image), entry.key)
-
-        reader = ShardReader(self.train, self.shuffle, self.image_key, seed, process, sidecars=False)
-        return reader.samples(position, make)
+    def val_sample(self, entry: Entry) -> Sample:
+        return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)

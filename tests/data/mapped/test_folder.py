@@ -165,7 +165,7 @@ def test_names_in_a_list_may_begin_with_a_tilde(image_folder, monkeypatch):
 
 def test_a_list_of_nothing_says_so(image_folder):
     (image_folder / "list.txt").write_text("# to be written\n\n")
-    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write a path a line"):
+    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write one path per line"):
         find_images(image_folder / "list.txt")
 
 
@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, 
     for _ in range(2):
         s = source(image_folder)
     assert len(s.train) + len(s.val) == 8
-    told = f"skipped the folder {image_folder / 'class1'}, with all that is in it: Permission denied"
+    told = f"skipped the folder {image_folder / 'class1'} and everything in it: Permission denied"
     assert caplog.messages == [told]
     close_folders(monkeypatch, image_folder)
     with pytest.raises(PermissionError, match="photos: this folder can't be opened: Permission denied"):
