@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Draw", "LoaderProcess", "draws", "epoch_order"]
+__all__ = ["LoaderProcess", "draws", "epoch_order"]
 
 
 @dataclass(frozen=True)
@@ -58,28 +57,18 @@ class LoaderProcess:
         return replace(self, worker=worker, offset=offset), batches * self.batch_size
 
 
-class Draw(NamedTuple):
-    """One sample of the stream: which image, and the seed of its augmentation."""
+def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Positions, which ascend, of an endless stream of ``length`` images, each with the number of the image there.
 
-    image: int
-    seed: tuple[int, int]
-
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
-
-
-def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[Draw]:
-    """What is drawn at these positions, which ascend, of an endless stream of ``length`` images.
-
-    The p-th sample depends on the seed and on p alone: every image comes once per epoch, in an order of its own for
-    each epoch, and its augmentation is seeded by (seed, p).
+    Every image comes once per epoch, in an order of its own for each epoch. With its augmentation seeded by (seed, p),
+    the p-th sample depends on the seed and on p alone.
     """
     epoch, order = -1, epoch_order(seed, 0, 0)
     for position in positions:
         if position // length != epoch:
             epoch = position // length
             order = epoch_order(seed, epoch, length)
-        yield Draw(int(order[position % length]), (seed, position))
+        yield position, int(order[position % length])
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:

@@ -150,51 +150,41 @@ class Source(ABC):
 
     def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
         """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
-        return Loader(_Endless(self, self.batch_size, seed, start), "training", self.samples_per_epoch)
+        return Loader(_Samples(self, self.batch_size, seed, start), "training", self.samples_per_epoch)
 
     def val_loader(self) -> "Loader":
         """Each validation image once, shared among the ranks."""
-        return Loader(_Once(self, self.batch_size), "validation")
+        return Loader(_Samples(self, self.batch_size), "validation")
 
     def test_loader(self, batch_size: int | None = None) -> "Loader":
         """The same as :meth:`val_loader`; ``batch_size`` may differ from training's."""
-        return Loader(_Once(self, batch_size or self.batch_size), "test")
+        return Loader(_Samples(self, batch_size or self.batch_size), "test")
 
 
-class _Share(IterableDataset[Sample]):
-    """A source's samples for this rank and this loader process."""
+class _Samples(IterableDataset[Sample]):
+    """A source's samples for this rank and loader process: endless ones from ``start`` on, or without it each once."""
 
-    def __init__(self, source: Source, batch_size: int) -> None:
+    def __init__(self, source: Source, batch_size: int, seed: int = 0, start: int | None = None) -> None:
         self.source = source
         self.batch_size = batch_size
-        self.rank, self.world = 0, 1  # set by the loader, in whose process the ranks are known
-
-    def process(self) -> LoaderProcess:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        return LoaderProcess(worker, workers, self.rank, self.world, self.batch_size)
-
-
-class _Endless(_Share):
-    def __init__(self, source: Source, batch_size: int, seed: int, start: int) -> None:
-        super().__init__(source, batch_size)
         self.seed = seed
         self.start = start
+        self.rank, self.world = 0, 1  # set by the loader, in whose process the ranks are known
 
-    def __iter__(self) -> Iterator[Sample]:
-        process, position = self.process().resumed(self.start)
-        return self.source.stream(self.seed, position, process)
-
-
-class _Once(_Share):
     def __len__(self) -> int:
         images = self.source.val_images
-        if images is None or not self.source.shares_evenly:
+        if self.start is not None or images is None or not self.source.shares_evenly:
             raise TypeError("only reading all images tells how many batches there are")
         return -(-images // this_process()[1])  # the same for all ranks: one with 0 would leave out validation
 
     def __iter__(self) -> Iterator[Sample]:
-        return self.source.once(self.process())
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        process = LoaderProcess(worker, workers, self.rank, self.world, self.batch_size)
+        if self.start is None:
+            return self.source.once(process)
+        process, position = process.resumed(self.start)
+        return self.source.stream(self.seed, position, process)
 
 
 class Loader(DataLoader[Any]):
@@ -208,7 +198,7 @@ class Loader(DataLoader[Any]):
         epoch: images in an epoch of training, over all processes, if known.
     """
 
-    def __init__(self, dataset: _Share, what: str, epoch: int | None = None) -> None:
+    def __init__(self, dataset: _Samples, what: str, epoch: int | None = None) -> None:
         source = dataset.source
         super().__init__(
             dataset,
@@ -218,15 +208,15 @@ class Loader(DataLoader[Any]):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_interrupts_to_the_trainer,
             collate_fn=partial(_collate, source.tensor),
-            drop_last=isinstance(dataset, _Endless),
+            drop_last=dataset.start is not None,
         )
-        self.share = dataset
+        self.samples = dataset
         self.read_errors = ReadErrors(epoch, source.images, source.max_unreadable, what, source.unreadable)
         self.enlarged = 0
 
     def __iter__(self) -> Any:
         rank, world = this_process()
-        self.share.rank, self.share.world = rank, world
+        self.samples.rank, self.samples.world = rank, world
         for batch in super().__iter__():
             self.read_errors.take(batch.pop("errors"), len(batch["key"]), world)
             self.enlarged += batch.pop("enlarged")

@@ -8,7 +8,7 @@ import numpy as np
 
 from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.image import Photo, Picture, image_to_tensor
-from olvae.data.sampler import Draw, LoaderProcess, draws
+from olvae.data.sampler import LoaderProcess, draws
 from olvae.data.source import Sample, Source, eval_sample
 from olvae.data.transforms import RandomScaleCrop
 
@@ -118,17 +118,17 @@ class MappedSource(Source):
         self.val = Subset(self.val, range(images))
 
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
-        return map(self._train_sample, draws(seed, self.samples_per_epoch, process.positions(position)))
+        for place, number in draws(seed, self.samples_per_epoch, process.positions(position)):
+            yield self._train_sample(number % len(self.train), (seed, place))
 
-    def _train_sample(self, draw: Draw) -> Sample:
-        """The drawn image; where it can't be read, another one, drawn with the same seed."""
+    def _train_sample(self, index: int, seed: tuple[int, int]) -> Sample:
+        """An image or, if it can't be read, another one, drawn with the same seed."""
 
         def read(index: int, _: list[ReadError]) -> Sample:
-            image = self.transform(self.train[index], draw.rng())
+            image = self.transform(self.train[index], np.random.default_rng(seed))
             return Sample(image_to_tensor(image), self.train.key(index))
 
-        indices = range(len(self.train))
-        sample, errors = read_or_replace(draw.image % len(indices), indices, draw.seed, read)
+        sample, errors = read_or_replace(index, range(len(self.train)), seed, read)
         return sample._replace(errors=errors)
 
     def once(self, process: LoaderProcess) -> Iterator[Sample]:

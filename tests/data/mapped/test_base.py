@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from PIL import Image
 
@@ -13,7 +12,7 @@ from olvae.data.image import Photo, Picture
 from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import RandomScaleCrop
-from tests.data.images import encoded, picture
+from tests.data.images import encoded, picture, same, take
 
 
 class Pictures(ImageDataset):
@@ -35,14 +34,6 @@ def source(count: int = 20, broken: Sequence[int] = (), **arguments: Any) -> Map
     train, val = Pictures(count, broken), Pictures(7, broken)
     transform = RandomScaleCrop(arguments.pop("size", 16))
     return MappedSource(train, val, transform, **{"batch_size": 4, **arguments})
-
-
-def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
-    return [(batch["key"], batch["image"]) for batch in islice(loader, count)]
-
-
-def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -24,11 +24,6 @@ def batches(loader, count: int) -> list[torch.Tensor]:
     return [batch["image"] for batch in islice(loader, count)]
 
 
-def test_batches(image_folder):
-    first = batches(source(image_folder).train_loader(), 3)
-    assert all(x.shape == (4, 3, 16, 16) and x.dtype == torch.uint8 for x in first)
-
-
 def test_a_worker_outlives_one_sigterm_and_ends_at_the_second(image_folder):
     iterator = iter(source(image_folder, num_workers=1).train_loader())
     next(iterator)
@@ -71,16 +66,6 @@ def test_validation_is_each_picture_once_by_the_evaluation_transform(image_folde
     seen = torch.cat(batches(s.val_loader(), 99))
     expected = [np.asarray(center_crop(Image.open(p).convert("RGB"), 16)) for p in s.val.paths]
     assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_stream_continues_anywhere(image_folder, workers):
-    """Stopping after k batches and starting at k times the batch size gives what would have come."""
-    whole = batches(source(image_folder).train_loader(seed=3), 7)
-    rest = batches(source(image_folder, num_workers=workers).train_loader(seed=3, start=3 * 4), 4)
-    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
-    other = batches(source(image_folder).train_loader(seed=4), 1)
-    assert not torch.equal(other[0], whole[0])
 
 
 def test_only_images_are_found(image_folder):

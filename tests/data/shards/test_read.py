@@ -114,21 +114,26 @@ def test_a_connection_that_drops_keeps_what_came(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """Answers /NNN.tar with that status, /short.tar with half of what it promises."""
+    """Answers /NNN.tar with that status, /short.tar with half of what it promises, others with files of tmp_path."""
     data = write_shard(tmp_path / "short.tar", range(6)).read_bytes()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(tmp_path))
+
         def log_message(self, *_: Any) -> None:
             pass
 
         def do_GET(self) -> None:
-            if "short" not in self.path:
+            if self.path[1:4].isdigit():
                 self.send_error(int(self.path[1:4]))
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
+            elif "short" not in self.path:
+                super().do_GET()
+            else:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -150,6 +155,17 @@ def test_an_error_says_what_happened_to_a_connection(server, monkeypatch, path, 
     assert len(entries) == (4 if path == "short.tar" else 0)
     assert error.lost
     assert error.reason == f"curl failed with exit status {reason}"
+
+
+def test_shards_and_their_index_over_http(server, tmp_path):
+    write_shards(tmp_path / "s", [3, 5])
+    urls = find_shards(f"{server}/s/{{000..001}}.tar")
+    entries = [entry for url in urls for entry in read(url)[0]]
+    assert [entry.data for entry in entries] == [encoded(n) for n in range(8)]
+    assert entries[3].key == "001/0003"
+    (tmp_path / "s" / "index.json").write_text(json.dumps({"shards": {f"00{i}.tar": {"images": 4} for i in (0, 1)}}))
+    assert [shard.images for shard in with_counts(urls, f"{server}/s/index.json")] == [4, 4]
+    assert [shard.images for shard in with_counts(urls)] == [None, None]
 
 
 def test_nobody_listens():

@@ -1,11 +1,8 @@
-import functools
-import http.server
 import io
 import json
 import multiprocessing
 import os
 import socket
-import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -21,7 +18,7 @@ from olvae.data.errors import TooManyUnreadableError
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.transforms import center_crop
-from tests.data.images import encoded, write_shard, write_shards
+from tests.data.images import encoded, same, take, write_shard, write_shards
 
 ALONE = LoaderProcess()
 
@@ -49,14 +46,6 @@ def keys(
     s: WebDatasetSource, count: int, position: int = 0, process: LoaderProcess = ALONE, seed: int = 0
 ) -> list[str]:
     return [sample.key for sample in islice(s.stream(seed, position, process), count)]
-
-
-def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
-    return [(batch["key"], batch["image"]) for batch in islice(loader, count)]
-
-
-def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("shuffle", [1, 6, 7, 1000])
@@ -233,48 +222,6 @@ def test_a_process_whose_shards_cannot_be_read_says_so():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
     with pytest.raises(ValueError, match=r"none of the 2 shards.*pipe:false"):
         keys(s, 1)
-
-
-@pytest.fixture
-def url(shards):
-    """The shards over HTTP; 003.tar drops the connection half-way."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            if "003" not in self.path:
-                return super().do_GET()
-            data = (shards / self.path[1:]).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return None
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/shards"
-    server.shutdown()
-
-
-def test_shards_over_http(shards, url, caplog):
-    s = source(shards, shards=f"{url}/{{000..006}}.tar", max_unreadable=0.1)
-    samples = list(islice(s.stream(0, 0, LoaderProcess()), 43))
-    (error,) = {error for sample in samples for error in sample.errors}
-    assert error.name == f"{url}/003.tar"
-    assert {f"003/{n:04d}" for n in range(15, 19)} <= {sample.key for sample in samples}
-    indexed = shards / "shards" / "index.json"
-    indexed.write_text(json.dumps({"shards": {f"{i:03d}.tar": {"images": n} for i, n in enumerate(COUNTS)}}))
-    s = source(shards, shards=f"{url}/{{000..006}}.tar", index=f"{url}/index.json", max_unreadable=0.5)
-    assert s.samples_per_epoch == 50
-    local = keys(source(shards), 50)
-    over_http = list(islice(s.stream(0, 0, LoaderProcess()), 50))
-    assert all(sample.key == key or sample.errors for sample, key in zip(over_http, local, strict=True))
 
 
 def _rank(rank: int, port: int, root: Path, results: Any) -> None:
