@@ -107,6 +107,7 @@ class UnreadableImages:
     delivered: int = 0
 
 
+@dataclass
 class ReadErrors:
     """Counts what one loader could not read.
 
@@ -118,17 +119,14 @@ class ReadErrors:
         unreadable: what the source's loaders could not read so far.
     """
 
-    def __init__(
-        self, epoch: int | None, images: int | None, limit: float, what: str, unreadable: UnreadableImages
-    ) -> None:
-        self.epoch = epoch
-        self.images = images
-        self.limit = limit
-        self.what = what
-        self.unreadable = unreadable
-        self._delivered = 0
-        self._epochs = 0
-        self._skipped = 0
+    epoch: int | None
+    images: int | None
+    limit: float
+    what: str
+    unreadable: UnreadableImages
+    _delivered: int = field(default=0, init=False)
+    _epochs: int = field(default=0, init=False)
+    _skipped: int = field(default=0, init=False)
 
     @property
     def lost(self) -> int:

@@ -187,22 +187,14 @@ class Photo:
             raise UnreadableImageError(self.name, _reason(error)) from error
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
-        if isinstance(content, Bands):
+        if not isinstance(content, Path | bytes):
             return content
-        if isinstance(content, Image.Image):
-            return content
-        is_array = Path(self.name).suffix.lower() == ".npy"
-        if isinstance(content, bytes):
-            if not content:
-                raise ValueError("the file is empty")
-            stream = io.BytesIO(content)
-            return _array(stream, self.channels) if is_array else _header(stream)
-        if not content.stat().st_size:
+        if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
-        if is_array:
-            with content.open("rb") as file:
+        if Path(self.name).suffix.lower() == ".npy":
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
                 return _array(file, self.channels)
-        return _header(content)
+        return _header(io.BytesIO(content) if isinstance(content, bytes) else content)
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size

@@ -9,7 +9,7 @@ from olvae.config import ConfigError, Node, instantiate
 from olvae.data.mapped.base import MappedSource
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import Sample, Source
+from olvae.data.source import Sample, Source, total
 
 __all__ = ["MixSource"]
 
@@ -86,15 +86,15 @@ class MixSource(Source):
 
     @property
     def samples_per_epoch(self) -> int | None:
-        return _sum([source.samples_per_epoch for source in self.sources])
+        return total([source.samples_per_epoch for source in self.sources])
 
     @property
     def val_images(self) -> int | None:
-        return _sum([source.val_images for source in self.sources])
+        return total([source.val_images for source in self.sources])
 
     @property
     def images(self) -> int | None:
-        return _sum([source.images for source in self.sources])
+        return total([source.images for source in self.sources])
 
     def describe_val_images(self) -> str:
         return "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
@@ -141,7 +141,3 @@ class MixSource(Source):
 def _alone(process: LoaderProcess) -> LoaderProcess:
     """The same process, for a source whose samples do not make up whole batches."""
     return replace(process, batch_size=1, offset=0)
-
-
-def _sum(counts: Sequence[int | None]) -> int | None:
-    return None if None in counts else sum(count for count in counts if count is not None)

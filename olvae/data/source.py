@@ -17,21 +17,18 @@ from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from olvae.devices import this_process
 
-__all__ = ["Batch", "Loader", "Sample", "Source", "eval_sample"]
+__all__ = ["Batch", "Loader", "Sample", "Source", "eval_sample", "total"]
 
 
-class _Named(TypedDict, total=False):
-    key: list[str]
-    label: Tensor
-
-
-class Batch(_Named):
+class Batch(TypedDict, total=False):
     """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
 
     Where the source knows classes, ``label``: int64 (B,).
     """
 
     image: Tensor
+    key: list[str]
+    label: Tensor
 
 
 class Sample(NamedTuple):
@@ -59,6 +56,11 @@ def eval_sample(image: Picture | Photo, key: str, transform: EvalTransform) -> S
     """
     picture = image.read() if isinstance(image, Photo) else image
     return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
+
+
+def total(counts: Sequence[int | None]) -> int | None:
+    """The sum; None if one of them is unknown."""
+    return None if None in counts else sum(count for count in counts if count is not None)
 
 
 class Source(ABC):
@@ -115,8 +117,7 @@ class Source(ABC):
     @property
     def images(self) -> int | None:
         """All images, of training and validation."""
-        train, val = self.samples_per_epoch, self.val_images
-        return None if train is None or val is None else train + val
+        return total([self.samples_per_epoch, self.val_images])
 
     @abstractmethod
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:

@@ -25,6 +25,7 @@ from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local, local_path, stem
 from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import total
 from olvae.files import file_sha256, printable
 
 __all__ = ["CheckOptions", "check"]
@@ -140,10 +141,10 @@ def _read_shard(channels: int, checksums: bool, url: str, ticker: Ticker) -> _Pa
 
 
 def _read_all(
-    read: Callable[[T, Ticker], _Part], tasks: Sequence[T], workers: int, total: int | None, on_progress: OnProgress
+    read: Callable[[T, Ticker], _Part], tasks: Sequence[T], workers: int, images: int | None, on_progress: OnProgress
 ) -> _Part:
     everything = _Part()
-    with closing(in_processes(read, tasks, workers, lambda done: on_progress(done, total))) as parts:
+    with closing(in_processes(read, tasks, workers, lambda done: on_progress(done, images))) as parts:
         for part in parts:
             everything.seen += part.seen
             everything.unreadable += part.unreadable
@@ -216,10 +217,9 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
 def _expected(urls: Sequence[str]) -> int | None:
     """How many images will be read, for a progress bar; None if that is unknown."""
     try:
-        counts = list(counts_beside(urls).values())
-    except ValueError:  # of an index; _check_index says so
+        return total(list(counts_beside(urls).values()))
+    except ValueError:  # an index is not readable, as _check_index reports
         return None
-    return None if None in counts else sum(n or 0 for n in counts)
 
 
 def _epoch_shares(options: CheckOptions, images: int | None, shards: int | None) -> EpochShares:

@@ -32,19 +32,16 @@ class Files(ImageDataset):
     """
 
     def __init__(self, paths: Sequence[Path], channels: int = 3, closed: Sequence[ReadError] = ()) -> None:
-        mixed = len({path.is_absolute() for path in paths}) > 1
-        self.paths = [path.absolute() for path in paths] if mixed else list(paths)
+        self.paths = list(paths)
         self.channels = channels
         self.closed = closed
-        outward = any(".." in path.parts for path in self.paths)
-        self._names = [Path(os.path.abspath(path)) for path in self.paths] if outward else self.paths  # noqa: PTH100
-        self.root = Path(os.path.commonpath([path.parent for path in self._names]))
+        self.root = os.path.commonpath([os.path.abspath(folder) for folder in {path.parent for path in paths}])  # noqa: PTH100
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def key(self, index: int) -> str:
-        return legible(self._names[index].relative_to(self.root).as_posix())
+        return legible(os.path.relpath(self.paths[index], self.root))
 
     def __getitem__(self, index: int) -> Photo:
         path = self.paths[index]

@@ -10,7 +10,7 @@ import numpy as np
 from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.sampler import LoaderProcess, epoch_order
 from olvae.data.shards.read import Entry, Shard, read_shard
-from olvae.data.source import Sample, Source
+from olvae.data.source import Sample, Source, total
 
 __all__ = ["ShardSource"]
 
@@ -66,11 +66,11 @@ class ShardSource(Source):
 
     @property
     def samples_per_epoch(self) -> int | None:
-        return _total(self.train)
+        return total([shard.images for shard in self.train])
 
     @property
     def val_images(self) -> int | None:
-        return _total(self.val)
+        return total([shard.images for shard in self.val])
 
     def check_processes(self, world: int) -> None:
         processes, images = max(1, self.num_workers) * world, self.samples_per_epoch
@@ -84,9 +84,9 @@ class ShardSource(Source):
             raise ValueError(f"{images} training images for {processes} processes: lower data.params.num_workers")
 
     def limit(self, images: int) -> None:
-        total, left, shards = self.val_images, images, []
-        if total is None or images > total:
-            has = "an unknown number of" if total is None else total
+        known, left, shards = self.val_images, images, []
+        if known is None or images > known:
+            has = "an unknown number of" if known is None else known
             raise ValueError(f"the set has {has} images, {images} were asked for")
         for shard in self.val:
             assert shard.images is not None
@@ -117,12 +117,6 @@ class ShardSource(Source):
                     yield Sample(None, entry.key, (error.read_error(),))
 
 
-def _total(shards: Sequence[Shard]) -> int | None:
-    """Images in all shards together; None if the number of images in one is unknown."""
-    counts = [shard.images for shard in shards]
-    return None if None in counts else sum(n for n in counts if n is not None)
-
-
 class _Block(NamedTuple):
     """Images that are shuffled together, shuffled; and those that can replace a lost one."""
 
@@ -137,8 +131,8 @@ class _Reader:
         self.source = source
         self.seed = seed
         self.process = process
-        total = source.samples_per_epoch
-        self.share = None if total is None else total // process.count
+        images = source.samples_per_epoch
+        self.share = None if images is None else images // process.count
         """Images of this process in an epoch, if the shards' counts are known."""
         assert self.share != 0  # check_processes raises
 

@@ -81,6 +81,14 @@ def test_the_ranks_are_those_of_when_the_loader_starts(monkeypatch):
     assert [batch["key"] for batch in loader] == [["1", "3", "5"]]
 
 
+def test_the_length_of_a_loader_is_known_where_it_ends():
+    """Lightning's limit_val_batches takes a share of it."""
+    assert len(source().val_loader()) == 2
+    assert len(source().test_loader(3)) == 3
+    with pytest.raises(TypeError, match="only reading all images"):
+        len(source().train_loader())
+
+
 def test_another_image_stands_in_for_one_that_cannot_be_read(caplog):
     s = source(broken=(3, 8), max_unreadable=0.5)
     loader = s.train_loader()
