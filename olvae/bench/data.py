@@ -106,19 +106,15 @@ def _crops_as(source: Source, first: Source) -> bool:
 
 
 def _floor(name: str, source: Source) -> Callable[[], Tensor]:
-    rng = np.random.default_rng(0)
-    images = list(_readable(islice(_undecoded(source), FLOOR_IMAGES)))
+    rng, images = np.random.default_rng(0), []
+    for image in islice(_undecoded(source), FLOOR_IMAGES):
+        with contextlib.suppress(UnreadableImageError):
+            image.decode(rng)
+            images.append(image)
     if not images:
         raise ValueError(f"{name}: no image of it can be read")
     turns = cycle(images)
     return lambda: next(turns).decode(rng)
-
-
-def _readable(images: Iterator[_Raw]) -> Iterator[_Raw]:
-    for image in images:
-        with contextlib.suppress(UnreadableImageError):
-            image.decode(np.random.default_rng(0))
-            yield image
 
 
 def _undecoded(source: Source) -> Iterator[_Raw]:
