@@ -22,7 +22,7 @@ class Column(ImageDataset):
         if column not in table.column_names:
             raise ConfigError(f"data.params.column: no column {column}; there are {', '.join(table.column_names)}")
         if not isinstance(table.features[column], Image):
-            raise ConfigError(f"data.params.column: {column} holds no images, but {table.features[column]}")
+            raise ConfigError(f"data.params.column: {column} holds {table.features[column]}, not images")
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
         self.column = column
         self.channels = channels
