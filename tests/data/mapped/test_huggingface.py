@@ -45,5 +45,5 @@ def test_mistakes(table, tmp_path):
     table.save_to_disk(tmp_path / "set")
     with pytest.raises(ConfigError, match="no column image; there are picture, label"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4)
-    with pytest.raises(ConfigError, match="label holds .*, not images"):
+    with pytest.raises(ConfigError, match=r"label holds .*, not images"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="label")
