@@ -15,7 +15,7 @@ from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, Picture, image_to_tensor
 from olvae.data.mapped.base import MappedSource
 from olvae.data.mix import MixSource
-from olvae.data.open import evaluation_source
+from olvae.data.open import open_source
 from olvae.data.shards.read import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -23,7 +23,7 @@ from olvae.data.source import Source
 __all__ = ["bench_data"]
 
 FLOOR_IMAGES = 256
-"""Images that the floor keeps undecoded in memory and goes round."""
+"""Images that the floor keeps undecoded in memory and decodes in turn."""
 
 ROUNDS = 3
 
@@ -33,56 +33,55 @@ def bench_data(
 ) -> list[dict[str, Any]]:
     """Time the training loaders of sources, and the floor, in turns.
 
-    The floor is what no loader of one process can beat: the first source's images, undecoded in memory, decoded and
-    cropped as it does for training, one after another. A source that crops otherwise, or a mix, has a floor of its own.
+    The floor is what no loader of one process can beat: images of the first source, undecoded in memory, decoded and
+    cropped as that source does for training, one by one. A source that crops in another way, or a mix, has its own.
 
     Args:
         sources: each a SRC.
-        size: of the crops, but for a config, which has its own.
+        size: of the crops, in pixels; a config has its own.
         batch_size: of the loaders.
         workers: numbers of loader processes to try.
-        seconds: measured per loader and turn; each has three turns, the best of which counts.
+        seconds: measured per loader and turn; each has three turns, of which the best counts.
 
     Returns:
         A row for each floor and for each source and number of workers: source, size, workers, images_per_s, of_floor
         (the share of the floor, per worker).
 
     Raises:
-        ConfigError: a source can't be shared by so many workers, or can't be timed.
+        ConfigError: a source can't be shared by that many workers, or can't be timed.
         ValueError: no image of a source can be read.
     """
-    found = {name: evaluation_source(name, size, batch_size) for name in sources}
-    for name, source in found.items():
+    opened = {name: open_source(name, size, batch_size) for name in sources}
+    for name, source in opened.items():
+        source.batch_size = batch_size
         for count in workers:
-            source.batch_size, source.num_workers = batch_size, count
+            source.num_workers = count
             try:
                 source.check_processes(1)
             except ValueError as error:
                 raise ConfigError(f"--workers {count}: {name}: {error}") from error
-    first = next(iter(found.values()))
-    floors = {name: "floor" if _crops_as(source, first) else f"floor of {name}" for name, source in found.items()}
-    whose = {floor: next(name for name in found if floors[name] == floor) for floor in dict.fromkeys(floors.values())}
-    decoders = {floor: _floor(name, found[name]) for floor, name in whose.items()}
+    first = next(iter(opened.values()))
+    floors = {name: "floor" if _crops_as(source, first) else f"floor of {name}" for name, source in opened.items()}
+    owners = {floor: next(name for name in opened if floors[name] == floor) for floor in dict.fromkeys(floors.values())}
+    decoders = {floor: _floor(name, opened[name]) for floor, name in owners.items()}
     fastest = dict.fromkeys(decoders, 0.0)
-    rates: dict[tuple[str, int], float] = {}
+    rates = {(name, count): 0.0 for name in opened for count in workers}
     for turn in range(ROUNDS):
         for floor, decode in decoders.items():
             fastest[floor] = max(fastest[floor], _rate(decode, 1, seconds))
-        for name, source in found.items():
-            for count in workers:
-                source.num_workers = count
-                batches = iter(source.train_loader(seed=turn))
-                for _ in islice(batches, 2 * max(1, count) + 1):  # the processes start, and fill their queues
-                    pass
-                rate = _rate(partial(next, batches), batch_size, seconds)
-                rates[name, count] = max(rates.get((name, count), 0.0), rate)
+        for name, count in rates:
+            opened[name].num_workers = count
+            batches = iter(opened[name].train_loader(seed=turn))
+            for _ in islice(batches, 2 * max(1, count) + 1):  # until processes have started and queues are full
+                pass
+            rates[name, count] = max(rates[name, count], _rate(partial(next, batches), batch_size, seconds))
     rows: list[dict[str, Any]] = [
-        {"source": floor, "size": found[whose[floor]].size, "workers": 1, "images_per_s": rate, "of_floor": 1.0}
+        {"source": floor, "size": opened[owners[floor]].size, "workers": 1, "images_per_s": rate, "of_floor": 1.0}
         for floor, rate in fastest.items()
     ]
     for (name, count), rate in rates.items():
         share = rate / fastest[floors[name]] / max(1, count)
-        size = found[name].size
+        size = opened[name].size
         rows.append({"source": name, "size": size, "workers": count, "images_per_s": rate, "of_floor": share})
     return rows
 
@@ -100,30 +99,26 @@ class _Raw(NamedTuple):
 
 
 def _crops_as(source: Source, first: Source) -> bool:
-    """Whether a source's floor is that of the first one."""
+    """Whether a source shares the floor of the first one."""
     if isinstance(source, MappedSource | WebDatasetSource) and isinstance(first, MappedSource | WebDatasetSource):
         return vars(source.transform) == vars(first.transform)
     return source is first
 
 
 def _floor(name: str, source: Source) -> Callable[[], Tensor]:
-    rng = np.random.default_rng(0)
-    images = list(_readable(islice(_undecoded(source), FLOOR_IMAGES)))
+    rng, images = np.random.default_rng(0), []
+    for image in islice(_undecoded(source), FLOOR_IMAGES):
+        with contextlib.suppress(UnreadableImageError):
+            image.decode(rng)
+            images.append(image)
     if not images:
         raise ValueError(f"{name}: no image of it can be read")
     turns = cycle(images)
     return lambda: next(turns).decode(rng)
 
 
-def _readable(images: Iterator[_Raw]) -> Iterator[_Raw]:
-    for image in images:
-        with contextlib.suppress(UnreadableImageError):
-            image.decode(np.random.default_rng(0))
-            yield image
-
-
 def _undecoded(source: Source) -> Iterator[_Raw]:
-    """Training images; of a mix in its shares."""
+    """Training images; those of a mix in the shares of its sources."""
     if isinstance(source, WebDatasetSource):
         for shard in source.train:
             entries = read_shard(shard, source.image_key)
@@ -144,7 +139,7 @@ def _undecoded(source: Source) -> Iterator[_Raw]:
 
 
 def _rate(work: Callable[[], Any], images: int, seconds: float) -> float:
-    """Images per second of work that gives ``images`` each time."""
+    """Images per second of ``work``, which gives ``images`` each time."""
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         work()

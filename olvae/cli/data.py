@@ -17,7 +17,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 LINE_EVERY_S = 15.0  # without a terminal
 
 app = typer.Typer(
-    no_args_is_help=True, context_settings=HELP, help="Images to shards, and what is wrong with a source."
+    no_args_is_help=True, context_settings=HELP, help="Pack images into shards; check a source of images."
 )
 
 Src = Annotated[
@@ -37,7 +37,9 @@ CheckSrc = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")]
-Channels = Annotated[int, typer.Option(min=1, help="Of the images: 3, 1 or 4; another number for .npy arrays.")]
+Channels = Annotated[
+    int, typer.Option(min=1, help="Channels of the images: 3, 1 or 4; another number for .npy arrays.")
+]
 MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the images that may be unreadable.")]
 
 
@@ -105,13 +107,17 @@ def pack(
 @app.command(context_settings=HELP)
 def check(
     src: CheckSrc,
-    size: Annotated[int, typer.Option(min=1, help="Pixels of the training crops.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Of the training, per rank.")] = 16,
-    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes of the training, per rank.")] = 4,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks, which is devices, of the training.")] = 1,
+    size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels.")] = 256,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-B", min=1, help="Images per batch and rank in training.")
+    ] = 16,
+    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank in training.")] = 4,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks (devices) in training.")] = 1,
     need: Annotated[
         float | None,
-        typer.Option(min=0.0, metavar="IMAGES_PER_S", help="What the training step takes: how many workers is that?"),
+        typer.Option(
+            min=0.0, metavar="IMAGES_PER_S", help="Speed of the training step, to say how many workers it takes."
+        ),
     ] = None,
     channels: Channels = 3,
     max_unreadable: MaxUnreadable = 0.01,
@@ -119,10 +125,10 @@ def check(
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Read every image of a source and say what is wrong with it; exits with 1 if something is.
+    """Read every image of a source and say what is wrong with it; exits with 1 if anything is.
 
-    Unreadable files, sizes, copies, shards against their index and against workers x ranks, and how many images per
-    second a loader process gives.
+    Reports unreadable files, sizes, copies, how shards fit their index and workers x ranks, and how many images per
+    second a loader process reads.
 
     Example: olvae data check shards --size 256 -B 16 --num-workers 8 --ranks 4 --need 900
     """
@@ -138,12 +144,12 @@ def check(
     _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
     with _progress("reading") as on_progress:
-        findings = check_source(src, options, workers or cores(), on_progress)
+        result = check_source(src, options, workers or cores(), on_progress)
     if as_json:
-        typer.echo(json.dumps(findings.as_dict(), indent=2))
+        typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        print_audit(findings, Console(stderr=True))
-    if findings.problems:
+        print_audit(result, Console(stderr=True))
+    if result.problems:
         raise typer.Exit(1)
 
 
@@ -151,12 +157,12 @@ def _refuse_configs(src: str) -> None:
     from olvae.config import ConfigError
 
     if Path(src).suffix in (".yaml", ".yml"):
-        raise ConfigError(f"{src}: is a config: name the images or shards that it trains with")
+        raise ConfigError(f"{src}: is a config: name the images or shards that it trains on")
 
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A bar on a terminal, else a line every 15 seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -172,7 +178,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     def update(done: int, total: int | None) -> None:
         rate = done / (time.perf_counter() - begin)
         bar.update(task, completed=done, total=total, speed=f"{rate:,.0f} images/s")
-        bar.start()  # not before: its thread is to begin after the processes
+        bar.start()  # not earlier, because its thread has to start after the processes
 
     try:
         yield update

@@ -54,7 +54,7 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from olvae.data.open import source_of
+    from olvae.data.open import open_test_source
     from olvae.devices import device_of, gather, join, leave
     from olvae.evaluation.latents.report import (
         draw_channels,
@@ -74,11 +74,11 @@ def command(
     models = {target.name: target.load() for target in name_apart(found)}
 
     channels = next(iter(models.values())).in_channels
-    source = source_of(found[0].config, data, channels=channels)
+    source = open_test_source(found[0].config, data, channels=channels)
     if images is not None:
         source.limit(images)
-    count, batches = source.count("test"), source.test_loader(batch_size or (8 if data else None))
-    described = {"source": data or found[0].config["data"]["target"], "images": source.test_images}
+    count, batches = source.val_images, source.test_loader(batch_size or (8 if data else None))
+    described = {"source": data or found[0].config["data"]["target"], "images": source.describe_val_images()}
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:

@@ -1,4 +1,4 @@
-"""From files to batches: how a picture becomes a tensor, transforms, the contract of a source, SRC opened.
+"""From files to batches: how a picture becomes a tensor, transforms, the contract of a source, how SRC is opened.
 
-``mapped`` holds sources whose pictures can be asked for by number, ``shards`` those read in sequence; they do not know
-each other. ``audit`` is ``olvae data check``. Imports the foundations only; everything above may import it."""
+``mapped`` has the sources of numbered pictures, ``shards`` those that are read in sequence; they do not import each
+other. ``audit`` is ``olvae data check``. Imports the foundations only; everything above may import it."""

@@ -1,18 +1,31 @@
-"""What could not be read: named once, counted, and too much when it is above a set share."""
+"""Files that can't be read: replaced by others, named once, counted, and too many above a set share."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 
-__all__ = ["ReadError", "ReadErrors", "TooManyUnreadableError", "UnreadableImageError", "UnreadableImages"]
+from olvae.files import named
 
+__all__ = [
+    "ReadError",
+    "ReadErrors",
+    "TooManyUnreadableError",
+    "UnreadableImageError",
+    "UnreadableImages",
+    "read_or_replace",
+]
 
 log = logging.getLogger("olvae.data")
 
-NAMED = 10  # files that the last message names
+STAND_INS = 20
+"""How many other images are tried in the place of one that can't be read."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ReadError(NamedTuple):
@@ -22,7 +35,7 @@ class ReadError(NamedTuple):
         name: of the file.
         reason: in a few words.
         image: which image of it, where a file holds several.
-        lost: whether an image is lost with it; a shard without its end mark may be whole all the same.
+        lost: whether an image is lost with it; a shard without its end mark may still be whole.
     """
 
     name: str
@@ -31,67 +44,116 @@ class ReadError(NamedTuple):
     lost: bool = True
 
 
+class UnreadableImageError(ValueError):
+    """A file that holds no picture, a broken one, or one with another number of channels."""
+
+    def __init__(self, name: str, reason: str, image: str = "") -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = " ".join(reason.split())
+        self.image = image
+
+    def __str__(self) -> str:
+        return f"{self.name}: not a readable image: {self.reason}"
+
+    def read_error(self) -> ReadError:
+        return ReadError(self.name, self.reason, self.image)
+
+
 class TooManyUnreadableError(ValueError):
     """More than the set share of the images can't be read."""
 
 
+def read_or_replace(
+    first: T, others: Sequence[T], seed: Sequence[int], read: Callable[[T, list[ReadError]], R]
+) -> tuple[R, tuple[ReadError, ...]]:
+    """Read ``first`` or, if that fails, one of ``others``, drawn with the sample's seed.
+
+    So batches keep their size, and the samples after it stay the same.
+
+    Args:
+        read: gets the list of errors as well, to which it may add those that it can read past.
+
+    Returns:
+        what was read, and the errors on the way.
+
+    Raises:
+        UnreadableImageError: none of :data:`STAND_INS` others can be read either.
+    """
+    errors: list[ReadError] = []
+    item = first
+    for attempt in range(STAND_INS + 1):
+        try:
+            return read(item, errors), tuple(errors)
+        except UnreadableImageError as error:
+            errors.append(error.read_error())
+        item = others[int(np.random.default_rng((*seed, 1, attempt)).integers(len(others)))]
+    reason = f"{errors[0].reason}; nor are {STAND_INS} others drawn in its place"
+    raise UnreadableImageError(errors[0].name, reason)
+
+
 @dataclass
 class UnreadableImages:
-    """What a source's loaders could not read, together: reasons by file, the images that are lost, and the others."""
+    """What all loaders of a source could not read.
+
+    Args:
+        reasons: by file.
+        images: that are lost, each by file and image.
+        delivered: number of images that were read.
+    """
 
     reasons: dict[str, str] = field(default_factory=dict)
     images: set[tuple[str, str]] = field(default_factory=set)
     delivered: int = 0
 
 
+@dataclass
 class ReadErrors:
-    """The account of one loader.
+    """Counts what one loader could not read.
 
     Args:
-        epoch: images in an epoch of training, over all processes; None if it is not known, or for a loader
-            that ends by itself.
-        images: all images of the source; None if it is not known.
+        epoch: images in an epoch of training, over all processes; None if unknown, or for a loader that ends.
+        images: all images of the source; None if unknown.
         limit: share of those that may be unreadable.
         what: the loader is for, in a word for messages.
-        losses: those of the source's loaders so far.
+        unreadable: what the source's loaders could not read so far.
     """
 
-    def __init__(
-        self, epoch: int | None, images: int | None, limit: float, what: str, losses: UnreadableImages
-    ) -> None:
-        self.epoch = epoch
-        self.images = images
-        self.limit = limit
-        self.what = what
-        self.losses = losses
-        self._delivered = 0
-        self._epochs = 0
-        self._skipped = 0
+    epoch: int | None
+    images: int | None
+    limit: float
+    what: str
+    unreadable: UnreadableImages
+    _delivered: int = field(default=0, init=False)
+    _epochs: int = field(default=0, init=False)
+    _skipped: int = field(default=0, init=False)
 
     @property
     def lost(self) -> int:
         """Images that could not be read, each counted once."""
-        return len(self.losses.images)
+        return len(self.unreadable.images)
 
-    def take(self, faults: Iterable[ReadError], delivered: int, world: int = 1) -> None:
-        """Count a batch of this process: what it met, and how many images there were in it.
+    def take(self, errors: Iterable[ReadError], delivered: int, world: int = 1) -> None:
+        """Count a batch of this process.
 
         Args:
-            world: how many processes read the same images, each its own share. If they are several, no one of them
-                stops alone, for the others would wait for it: see :meth:`share`.
+            errors: met on the way to it.
+            delivered: number of images in it.
+            world: how many processes share the images. One of several never stops alone, because the others would
+                wait for it: see :meth:`share`.
 
         Raises:
             TooManyUnreadableError: the share of unreadable images is above the limit.
         """
-        for fault in faults:
-            if fault.name not in self.losses.reasons:
-                log.warning("skipped %s: %s", fault.name, fault.reason)
-                self.losses.reasons[fault.name] = fault.reason
-            if fault.lost:
+        for error in errors:
+            if error.name not in self.unreadable.reasons:
+                log.warning("skipped %s: %s", error.name, error.reason)
+                self.unreadable.reasons[error.name] = error.reason
+            if error.lost:
                 self._skipped += 1
-                self.losses.images.add((fault.name, fault.image))
+                self.unreadable.images.add((error.name, error.image))
         self._delivered += delivered * world
-        self.losses.delivered += delivered * world
+        self.unreadable.delivered += delivered * world
         if world == 1:
             self._check()
         if self.epoch and self._delivered // self.epoch > self._epochs:
@@ -104,39 +166,25 @@ class ReadErrors:
         Raises:
             TooManyUnreadableError: the share of unreadable images is above the limit.
         """
-        parts = [self.losses] * dist.get_world_size()
-        dist.all_gather_object(parts, self.losses)
+        parts = [self.unreadable] * dist.get_world_size()
+        dist.all_gather_object(parts, self.unreadable)
         for part in parts:
-            self.losses.reasons.update(part.reasons)
-            self.losses.images.update(part.images)
-        self.losses.delivered = max(part.delivered for part in parts)  # the same in all, so that all decide alike
+            self.unreadable.reasons.update(part.reasons)
+            self.unreadable.images.update(part.images)
+        self.unreadable.delivered = max(part.delivered for part in parts)  # the same in all, so that all decide alike
         self._check()
 
     def end_of_epoch(self) -> None:
-        """Say how many were skipped since the last one, if any were."""
+        """Log how many images were skipped since the last one, if any."""
         if self._skipped:
             images = f"{self._skipped} image{'s' if self._skipped > 1 else ''}"
             log.warning("%s: %s skipped%s", self.what, images, " in this epoch" if self.epoch else "")
         self._skipped = 0
 
     def _check(self) -> None:
-        read = self.images or max(self.losses.delivered + self.lost, round(1 / self.limit) if self.limit else 1)
+        read = self.images or max(self.unreadable.delivered + self.lost, round(1 / self.limit) if self.limit else 1)
         if self.lost > self.limit * read:
-            names = [f"{name} ({reason})" for name, reason in self.losses.reasons.items()]
-            more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
             raise TooManyUnreadableError(
                 f"{self.lost} of {read} images can't be read, more than max_unreadable = {self.limit:g}: "
-                f"{', '.join(names[:NAMED])}{more}"
+                f"{named(self.unreadable.reasons.items())}"
             )
-
-
-class UnreadableImageError(ValueError):
-    """A file that holds no picture, a broken one, or one with another number of channels."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name = name
-        self.reason = " ".join(reason.split())
-
-    def __str__(self) -> str:
-        return f"{self.name}: not a readable image: {self.reason}"

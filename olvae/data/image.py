@@ -1,4 +1,4 @@
-"""Image files: what can be read, and how a file becomes a uint8 tensor."""
+"""From an image file to a uint8 tensor, and back to a picture."""
 
 import io
 import struct
@@ -42,7 +42,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 class Bands:
-    """A picture of any number of channels, and those of Pillow's operations that transforms need, band by band."""
+    """A picture of any number of channels, with the operations of Pillow that transforms need, band by band."""
 
     def __init__(self, bands: Sequence[Image.Image]) -> None:
         self.bands = list(bands)
@@ -106,23 +106,23 @@ DECODER_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's decoders raise at broken files."""
+"""What Pillow's decoders raise for broken files."""
 
-WHITE_16 = 65535  # of 16-bit greyscale; Pillow gives some of it as integers of 32 bits
+WHITE_16 = 65535  # in 16-bit greyscale, some of which Pillow reads as 32-bit integers
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 class Photo:
-    """A picture whose header has been read, and whose pixels are decoded when they are asked for.
+    """A picture whose header has been read; its pixels are decoded by :meth:`read`.
 
     Args:
-        content: a file's path or its bytes; a picture that is in memory already; or an array of uint8 (H, W, C).
-        name: what errors call it.
+        content: a file's path or its bytes, or a picture in memory.
+        name: for errors.
         channels: 3, 1, 4 or, for arrays, any other number; see :func:`read_picture`.
 
     Raises:
-        UnreadableImageError: already the header is not that of a picture.
+        UnreadableImageError: the header is not that of a picture.
     """
 
     def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
@@ -142,7 +142,7 @@ class Photo:
             )
 
     def undecoded(self) -> bytes | Picture:
-        """The file's bytes, or the picture that was in memory.
+        """The file's bytes, or the picture in memory.
 
         Raises:
             UnreadableImageError: the file can't be read.
@@ -156,20 +156,20 @@ class Photo:
 
     @property
     def format(self) -> str | None:
-        """Pillow's name of the file's format; None for an array or a picture in memory."""
+        """Pillow's name for the file's format; None for an array or a picture in memory."""
         return self._image.format if isinstance(self._image, Image.Image) else None
 
     @property
     def mode(self) -> str | None:
-        """Pillow's name of the pixels' kind in the file, such as RGB or I;16; None for an array."""
+        """Pillow's name for the pixels' format in the file, for example RGB or I;16; None for an array."""
         return self._image.mode if isinstance(self._image, Image.Image) else None
 
     def read(self, shrink: int = 1) -> Picture:
         """The pixels, turned upright, 8 bits per channel.
 
         Args:
-            shrink: 1, 2, 4 or 8. A JPEG is decoded at that fraction of its size, rounded up, which is that much
-                less work; other formats come at their full size.
+            shrink: 1, 2, 4 or 8. A JPEG is decoded at 1/shrink of its size, rounded up, which is faster; other formats
+                come at their full size.
 
         Raises:
             UnreadableImageError: the file is broken.
@@ -181,28 +181,20 @@ class Photo:
             if shrink > 1 and image.format == "JPEG":
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
-            turned = self._orientation != 1  # Pillow would copy the others too
+            turned = self._orientation != 1  # exif_transpose would copy upright pictures
             return _convert(ImageOps.exif_transpose(image) if turned else image, self.channels)
         except DECODER_ERRORS as error:
             raise UnreadableImageError(self.name, _reason(error)) from error
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
-        if isinstance(content, Bands):
+        if not isinstance(content, Path | bytes):
             return content
-        if isinstance(content, Image.Image):
-            return content
-        is_array = Path(self.name).suffix.lower() == ".npy"
-        if isinstance(content, bytes):
-            if not content:
-                raise ValueError("the file is empty")
-            stream = io.BytesIO(content)
-            return _array(stream, self.channels) if is_array else _header(stream)
-        if not content.stat().st_size:
+        if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
-        if is_array:
-            with content.open("rb") as file:
+        if Path(self.name).suffix.lower() == ".npy":
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
                 return _array(file, self.channels)
-        return _header(content)
+        return _header(io.BytesIO(content) if isinstance(content, bytes) else content)
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
@@ -214,21 +206,21 @@ class Photo:
 def read_picture(path: str | Path, channels: int = 3) -> Picture:
     """Read a picture with 8 bits per channel, turned upright by its EXIF orientation.
 
-    Three channels are RGB: transparent pictures are laid over white; 16-bit greyscale is scaled to 8 bits (16-bit
-    colour comes from Pillow with its upper 8 bits); greyscale, palette and CMYK are converted by Pillow; of several
-    frames the first counts. One channel is the luma of that; four are RGB and alpha. Any other number comes from a
-    NumPy file, an array of uint8 of shape (H, W, channels).
+    Three channels are RGB: transparent pictures are laid over white; 16-bit greyscale is scaled to 8 bits (Pillow
+    keeps the upper 8 bits of 16-bit colour); greyscale, palette and CMYK are converted by Pillow; only the first of
+    several frames is read. One channel is the luma of that; four are RGB and alpha. Any other number of channels is
+    read from a NumPy file, an array of uint8 of shape (H, W, channels).
 
     Raises:
-        UnreadableImageError: the file is not a picture, is a broken one, has floating-point pixels or integers beyond
-            16 bits, whose range is not known, another number of channels, or more pixels than Pillow takes for a
+        UnreadableImageError: the file is not a picture, is broken, has floating-point pixels or integers beyond 16
+            bits, whose range is unknown, has another number of channels, or so many pixels that Pillow assumes a
             decompression bomb.
     """
     return Photo(Path(path), legible(str(path)), channels).read()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow's to RGB; see :func:`read_picture` for the rules."""
+    """From any mode of Pillow to RGB; see :func:`read_picture` for the rules."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
     image = _to_8_bits(image)
@@ -240,7 +232,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit greyscale, which is I;16 or I, as L; or as LA where one value of it is transparent."""
+    """16-bit greyscale, I;16 or I, as L, or as LA if it has a transparent value; other modes as they are."""
     if not image.mode.startswith("I"):
         return image
     array = np.asarray(image)
@@ -267,17 +259,17 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _header(file: Path | io.BytesIO) -> Image.Image:
-    with warnings.catch_warnings():  # Pillow warns from half the size on that it refuses
+    with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(file)
 
 
 def _orientation(image: Image.Image) -> int:
-    """By its EXIF; upright where that is broken, which does no harm to the pixels."""
+    """By its EXIF; upright if that is broken, because the pixels may still be whole."""
     try:
         orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     except DECODER_ERRORS:
-        if not image.info.keys() & {"exif", "Raw profile type exif"}:  # it was looked for behind the pixels of a PNG
+        if not image.info.keys() & {"exif", "Raw profile type exif"}:  # Pillow searched behind a PNG's broken pixels
             raise
         return 1
     return orientation
@@ -286,7 +278,7 @@ def _orientation(image: Image.Image) -> int:
 def _array(file: io.BufferedIOBase, channels: int) -> Bands:
     try:
         array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, TokenError) as error:  # TokenError: of its header, which is Python's text
+    except (ValueError, TokenError) as error:  # TokenError: its header is Python source
         raise ValueError(f"not an array: {error}") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
         raise ValueError(f"expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}")

@@ -1,13 +1,15 @@
 """Several sources in one stream, by weight."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.mapped.base import MappedSource
+from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess, Part, Sample, Source
+from olvae.data.source import Sample, Source, total
 
 __all__ = ["MixSource"]
 
@@ -18,11 +20,11 @@ CYCLE = 1000
 class MixSource(Source):
     """Training samples of several sources, each in its share; validation and test images of all of them.
 
-    In every 1000 samples of a loader process each source has its share exactly, in a random order. A source that is
-    smaller than its share says comes round more often.
+    In every 1000 samples of a loader process each source has its share exactly, in a random order. The images of a
+    source with few images and a large share come more often.
 
-    Where several sources are lists, or several are shards, two images may have one key; so theirs begin with the
-    source's number, as ``0/000000.jpg``.
+    Where several sources are lists, or several are shards, two images could have the same key, so these keys begin
+    with the source's number, as ``0/000000.jpg``.
 
     Args:
         sources: their nodes. ``size`` and ``channels`` must be the same in all; their ``batch_size`` and
@@ -31,7 +33,7 @@ class MixSource(Source):
         weights: of the sources, in any scale; by default their numbers of training images.
 
     Raises:
-        ConfigError: a node is no source, or the sources do not fit each other.
+        ConfigError: a node is not a source, or the sources do not fit each other.
     """
 
     def __init__(
@@ -57,19 +59,19 @@ class MixSource(Source):
         self.prefixes = [f"{i}/" if self._is_one_of_several(source) else "" for i, source in enumerate(self.sources)]
         self.shares = self._shares(weights)
         if any(source.crops for source in self.sources):
-            self.crops = "; ".join(dict.fromkeys(source.test_images for source in self.sources))
+            self.crops = self.describe_val_images()
 
     def _is_one_of_several(self, source: Source) -> bool:
-        """Whether another source's keys are made as this one's are."""
+        """Whether another source makes its keys in the same way."""
         kind = next((kind for kind in (MappedSource, WebDatasetSource) if isinstance(source, kind)), Source)
         return sum(isinstance(other, kind) for other in self.sources) > 1
 
     def _shares(self, weights: Sequence[float] | None) -> list[int]:
-        """Samples of each source in a cycle, which sum to it; at least one of each that has a weight."""
+        """Samples of each source in a cycle, at least one of each that has a weight; their sum is :data:`CYCLE`."""
         if weights is None:
             counts = [source.samples_per_epoch for source in self.sources]
             if None in counts:
-                raise ConfigError("data.params.weights: missing, and a source does not know how many images it has")
+                raise ConfigError("data.params.weights: missing, and the number of images of a source is unknown")
             weights = [float(count or 0) for count in counts]
         if len(weights) != len(self.sources) or min(weights, default=0) < 0 or sum(weights) <= 0:
             raise ConfigError(f"data.params.weights: expected {len(self.sources)} weights, not all 0, got {weights}")
@@ -84,18 +86,18 @@ class MixSource(Source):
 
     @property
     def samples_per_epoch(self) -> int | None:
-        return _sum([source.samples_per_epoch for source in self.sources])
+        return total([source.samples_per_epoch for source in self.sources])
 
-    def count(self, part: Part) -> int | None:
-        return _sum([source.count(part) for source in self.sources])
+    @property
+    def val_images(self) -> int | None:
+        return total([source.val_images for source in self.sources])
 
     @property
     def images(self) -> int | None:
-        return _sum([source.images for source in self.sources])
+        return total([source.images for source in self.sources])
 
-    @property
-    def test_images(self) -> str:
-        return "; ".join(dict.fromkeys(source.test_images for source in self.sources))
+    def describe_val_images(self) -> str:
+        return "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
 
     def describe(self) -> str:
         parts = zip(self.shares, self.sources, strict=True)
@@ -106,34 +108,36 @@ class MixSource(Source):
             source.num_workers = self.num_workers
             source.check_processes(world)
 
-    def stream(self, seed: int, position: int, consumer: LoaderProcess) -> Iterator[Sample]:
+    def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
+        process = _alone(process)
         cycle, place = divmod(position, CYCLE)
-        order = self._order(seed, cycle, consumer)
+        order = self._order(seed, cycle, process)
         streams = [
-            source.stream(seed, cycle * share + order[:place].count(i), consumer) if share else iter(())
+            source.stream(seed, cycle * share + order[:place].count(i), process) if share else iter(())
             for i, (source, share) in enumerate(zip(self.sources, self.shares, strict=True))
         ]
         while True:
             for i in order[place:]:
                 yield self._named(i, next(streams[i]))
             cycle, place = cycle + 1, 0
-            order = self._order(seed, cycle, consumer)
+            order = self._order(seed, cycle, process)
 
-    def _order(self, seed: int, cycle: int, consumer: LoaderProcess) -> list[int]:
+    def _order(self, seed: int, cycle: int, process: LoaderProcess) -> list[int]:
         """The source of each sample of a cycle."""
-        rng = np.random.default_rng((seed, cycle, consumer.index, consumer.count, 3))
+        rng = np.random.default_rng((seed, cycle, process.index, process.count, 3))
         order: list[int] = rng.permutation(np.repeat(np.arange(len(self.sources)), self.shares)).tolist()
         return order
 
-    def once(self, part: Part, consumer: LoaderProcess) -> Iterator[Sample]:
+    def once(self, process: LoaderProcess) -> Iterator[Sample]:
         for source in self.sources:
             source.eval_transform = self.eval_transform  # an evaluation may have put another one here
         for i, source in enumerate(self.sources):
-            yield from (self._named(i, sample) for sample in source.once(part, consumer))
+            yield from (self._named(i, sample) for sample in source.once(_alone(process)))
 
     def _named(self, source: int, sample: Sample) -> Sample:
         return sample._replace(key=f"{self.prefixes[source]}{sample.key}")
 
 
-def _sum(counts: Sequence[int | None]) -> int | None:
-    return None if None in counts else sum(count for count in counts if count is not None)
+def _alone(process: LoaderProcess) -> LoaderProcess:
+    """The same process, for a source whose samples do not make up whole batches."""
+    return replace(process, batch_size=1, offset=0)

@@ -1,4 +1,4 @@
-"""SRC, as commands take it: a folder, shards, a list, a data set, a config; all the images in it."""
+"""SRC, as commands take it, opened: a folder, shards, a list, a data set, a config."""
 
 import re
 from pathlib import Path
@@ -10,13 +10,15 @@ from olvae.config import Config, ConfigError, instantiate, load
 from olvae.data.errors import ReadError
 from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.mapped.folder import Files, find_images
+from olvae.data.mapped.huggingface import Column, load_table
 from olvae.data.mapped.samples import SamplePhotographs, sample_photographs
+from olvae.data.mapped.torchvision import Items
 from olvae.data.shards.urls import SUFFIXES, is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.data.transforms import RandomScaleCrop
 
-__all__ = ["SRC", "evaluation_source", "holds_shards", "list_images", "source_of"]
+__all__ = ["SRC", "holds_shards", "open_images", "open_source", "open_test_source"]
 
 
 SRC = (
@@ -26,67 +28,65 @@ SRC = (
 """What may stand for SRC, for help texts and errors."""
 
 
-def evaluation_source(src: str, size: int, batch_size: int, num_workers: int = 0, channels: int = 3) -> Source:
-    """A source whose test images are all the images of SRC; of a config, those that it tests with.
+def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, channels: int = 3) -> Source:
+    """A source that validates on all images of SRC; of a config, the source that it trains with.
 
-    Images that can't be read are skipped and counted, however many they are.
+    Unreadable images are skipped and counted, however many they are, unless a config says otherwise.
 
     Raises:
-        ConfigError: SRC is none of :data:`SRC`.
+        ConfigError: SRC is not one of :data:`SRC`.
         FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in (".yaml", ".yml"):
-        return _of_config(src)
+        config = load([src])
+        if "data" not in config:
+            raise ConfigError(f"{src}: has no data")
+        return _build(config["data"], f"{src}: data.target")
     if src == "samples":
         return SamplePhotographs(size, min(batch_size, 64), num_workers)
     if holds_shards(src):
         return WebDatasetSource(src, size, 1, num_workers, val_shards=src, channels=channels, max_unreadable=1.0)
-    images = list_images(src, channels)
-    crop = RandomScaleCrop(size)
-    return MappedSource(images, images, images, crop, size, 1, num_workers, channels=channels, max_unreadable=1.0)
+    images = open_images(src, channels)
+    return MappedSource(images, images, RandomScaleCrop(size), 1, num_workers, channels, max_unreadable=1.0)
 
 
-def source_of(config: Config, src: str | None = None, size: int | None = None, channels: int = 3) -> Source:
-    """The images to evaluate a model on: those of SRC if it is given, else the test images of the model's config.
+def open_test_source(config: Config, src: str | None = None, size: int | None = None, channels: int = 3) -> Source:
+    """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
     Args:
         size: of the images; by default the config's, else 256.
 
     Raises:
-        ConfigError: there is neither, or the config's data are no source.
+        ConfigError: there is neither, or the config's data are not a source.
     """
     node = dict(config.get("data") or {})
     params = dict(node.get("params") or {})
     if src is not None:
-        return evaluation_source(src, size or params.get("size") or 256, 1, params.get("num_workers", 0), channels)
+        return open_source(src, size or params.get("size") or 256, 1, params.get("num_workers", 0), channels)
     if not node:
         raise ConfigError("its config has no data to take images from: add --data SRC")
     if size is not None:
         params["size"] = size
-    return _source({**node, "params": params}, "data.target")
+    return _build({**node, "params": params}, "data.target")
 
 
-def list_images(src: str, channels: int = 3) -> ImageDataset:
-    """The images of a SRC whose images can be asked for by number: of any but shards and configs.
+def open_images(src: str, channels: int = 3) -> ImageDataset:
+    """All images of SRC by number, whole: of any SRC but shards and configs.
 
     Raises:
-        ConfigError: SRC is none of them.
+        ConfigError: SRC is not one of these.
         FileNotFoundError, ValueError: it has no images.
     """
     kind, _, rest = src.partition(":")
     if src == "samples":
         return sample_photographs()
     if kind == "torchvision":
-        from olvae.data.mapped.torchvision import Items
-
         name, arguments = _arguments(rest)
-        return Items(instantiate({"target": f"torchvision.datasets.{name}", "params": arguments}), None, channels)
+        return Items(instantiate({"target": f"torchvision.datasets.{name}", "params": arguments}), channels)
     if kind == "hf":
-        from olvae.data.mapped.huggingface import Column, load_table
-
         path, arguments = _arguments(rest)
         column = str(arguments.pop("column", "image"))
-        return Column(load_table(path, **{"split": "train", **arguments}), column, None, channels)
+        return Column(load_table(path, **{"split": "train", **arguments}), column, channels)
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []
@@ -101,19 +101,12 @@ def holds_shards(src: str) -> bool:
     if path.is_dir():
         try:
             return any(file.name.endswith(SUFFIXES) for file in path.iterdir())
-        except OSError:  # told when its images are looked for
+        except OSError:  # an error when its images are read
             return False
     return not is_local(src) or src.endswith(SUFFIXES)
 
 
-def _of_config(path: str) -> Source:
-    config = load([path])
-    if "data" not in config:
-        raise ConfigError(f"{path}: has no data")
-    return _source(config["data"], f"{path}: data.target")
-
-
-def _source(node: Config, where: str) -> Source:
+def _build(node: Config, where: str) -> Source:
     source = instantiate(node)
     if not isinstance(source, Source):
         raise ConfigError(f"{where}: {node['target']} is not a source of images")
@@ -121,8 +114,8 @@ def _source(node: Config, where: str) -> Source:
 
 
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:
-    """``NAME,key=value,...`` as the name and the values, which are read as YAML."""
-    name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # not at the commas of a list
+    """The name and the arguments in ``NAME,key=value,...``; values are YAML."""
+    name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside a list do not separate
     if bad := [pair for pair in pairs if "=" not in pair]:
         raise ConfigError(f"{text}: {bad[0]} is not key=value")
     split = [pair.partition("=") for pair in pairs]

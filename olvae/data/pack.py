@@ -24,7 +24,7 @@ from olvae.data.image import Bands, Photo, Picture
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files
 from olvae.data.mapped.torchvision import Items
-from olvae.data.open import list_images
+from olvae.data.open import open_images
 from olvae.data.pool import OnProgress, Ticker, in_processes, unseen
 from olvae.data.shards.index import INDEX, Index, ShardRecord, Skipped
 from olvae.data.transforms import resize_shorter_side
@@ -119,7 +119,7 @@ def pack(
         OSError: a shard could not be written.
     """
     _keep_apart(src, out)
-    images = list_images(src, options.channels)
+    images = open_images(src, options.channels)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
     plan = _plan(src, images, options)

@@ -1,57 +1,76 @@
-"""The order of training samples as a function of the seed: endless, resumable at any sample, split by rank."""
+"""The order of training samples as a function of the seed: endless, resumable at any sample, shared among processes."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
-import torch.distributed as dist
-from torch.utils.data import Sampler
+from numpy.typing import NDArray
 
-__all__ = ["Draw", "StreamSampler"]
-
-
-class Draw(NamedTuple):
-    """One sample of the stream: which image, and the seed of its augmentation."""
-
-    image: int
-    seed: tuple[int, int]
-
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
+__all__ = ["LoaderProcess", "draws", "epoch_order"]
 
 
-class StreamSampler(Sampler[Draw]):
-    """Epoch after epoch of shuffled indices, without end.
+@dataclass(frozen=True)
+class LoaderProcess:
+    """One of a rank's loader processes, and which samples of a stream are its own.
 
-    The p-th sample of the stream, counted over all ranks, depends on the seed and on p alone: every image
-    comes once per epoch, in an order of its own for each epoch, and its augmentation is seeded by (seed, p).
-    So neither workers, nor ranks, nor a restart at ``start`` change what the p-th sample is. Each rank takes
-    every world-size-th sample.
+    A DataLoader takes whole batches from its workers in turn, so own sample s of worker w is in batch
+    (s // batch_size) * workers + w of its rank; ranks take every ``world``-th sample.
 
     Args:
-        length: number of images.
-        seed: of order and augmentation.
-        start: the position in the stream, over all ranks, to begin at.
-        every: take only every so-manieth sample from there; by default as many as there are ranks, from the
-            rank's own on.
+        worker: below ``workers``, the number of loader processes of each rank.
+        rank: below ``world``, the number of ranks.
+        batch_size: samples that are taken from a worker at a time.
+        offset: of the first sample in the stream, where training begins between two batches.
     """
 
-    def __init__(self, length: int, seed: int, start: int = 0, every: int | None = None) -> None:
-        if length < 1:
-            raise ValueError("a stream needs at least one image")
-        self.length = length
-        self.seed = seed
-        self.start = start
-        self.every = every
+    worker: int = 0
+    workers: int = 1
+    rank: int = 0
+    world: int = 1
+    batch_size: int = 1
+    offset: int = 0
 
-    def __iter__(self) -> Iterator[Draw]:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        rank, every = (rank, world) if self.every is None else (0, self.every)
-        position = self.start + rank
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        while True:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.length)
-            yield Draw(int(order[position % self.length]), (self.seed, position))
-            position += every
+    @property
+    def index(self) -> int:
+        """This process's number among all processes of all ranks, below :attr:`count`."""
+        return self.worker * self.world + self.rank
+
+    @property
+    def count(self) -> int:
+        return self.workers * self.world
+
+    def positions(self, first: int = 0) -> Iterator[int]:
+        """Positions in the stream, over all ranks, of this process's samples from its own ``first`` on."""
+        for own in count(first):
+            batch = own // self.batch_size * self.workers + self.worker
+            yield self.offset + (batch * self.batch_size + own % self.batch_size) * self.world + self.rank
+
+    def resumed(self, start: int) -> tuple["LoaderProcess", int]:
+        """Which process's part this one takes when ``start`` samples over all ranks are done, and that one's position.
+
+        A DataLoader begins with worker 0, which has to go on with the batch whose turn it is.
+        """
+        done, offset = divmod(start, self.batch_size * self.world)
+        worker = (self.worker + done) % self.workers
+        batches = len(range(worker, done, self.workers))
+        return replace(self, worker=worker, offset=offset), batches * self.batch_size
+
+
+def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Positions, which ascend, of an endless stream of ``length`` images, each with the number of the image there.
+
+    Every image comes once per epoch, in an order of its own for each epoch. With its augmentation seeded by (seed, p),
+    the p-th sample depends on the seed and on p alone.
+    """
+    epoch, order = -1, epoch_order(seed, 0, 0)
+    for position in positions:
+        if position // length != epoch:
+            epoch = position // length
+            order = epoch_order(seed, epoch, length)
+        yield position, int(order[position % length])
+
+
+def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+    """A permutation of ``length`` images or shards, another one for each epoch."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(length)

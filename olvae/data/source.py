@@ -4,62 +4,67 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict
+from functools import partial
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.errors import ReadError, ReadErrors, UnreadableImages
+from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from olvae.devices import this_process
 
-__all__ = ["Batch", "Loader", "LoaderProcess", "Part", "Sample", "Source"]
+__all__ = ["Batch", "Loader", "Sample", "Source", "eval_sample", "total"]
 
 
-Part = Literal["val", "test"]
-"""What is seen once, in order."""
-
-
-class _Named(TypedDict, total=False):
-    key: list[str]
-    label: Tensor
-
-
-class Batch(_Named):
+class Batch(TypedDict, total=False):
     """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
 
     Where the source knows classes, ``label``: int64 (B,).
     """
 
     image: Tensor
+    key: list[str]
+    label: Tensor
 
 
 class Sample(NamedTuple):
-    """What a loader's process gives: an image, uint8 (C, H, W), or None where there was none to be had; and faults.
+    """What a loader process reads.
 
-    ``label`` is the number of its class, where the source knows it.
+    Args:
+        image: uint8 (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read.
+        errors: met on the way to it.
+        label: number of its class, where the source knows it.
+        enlarged: whether the picture was smaller than the image.
     """
 
     image: Tensor | None
     key: str
-    faults: tuple[ReadError, ...] = ()
+    errors: tuple[ReadError, ...] = ()
     label: int | None = None
     enlarged: bool = False
-    """Whether the picture was smaller than the image."""
 
 
-@dataclass(frozen=True)
-class LoaderProcess:
-    """One of those who share a stream: a loader's process of a rank. ``index`` is below ``count``."""
+def eval_sample(image: Picture | Photo, key: str, transform: EvalTransform) -> Sample:
+    """An image to validate with.
 
-    index: int = 0
-    count: int = 1
+    Raises:
+        UnreadableImageError: the photograph's file is broken.
+    """
+    picture = image.read() if isinstance(image, Photo) else image
+    return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
+
+
+def total(counts: Sequence[int | None]) -> int | None:
+    """The sum; None if one of them is unknown."""
+    return None if None in counts else sum(count for count in counts if count is not None)
 
 
 class Source(ABC):
-    """Training images without end, and validation and test images once each.
+    """Endless training images, and the validation images, which are the test images as well, once each.
 
     Args:
         size: side of the images in pixels.
@@ -71,6 +76,12 @@ class Source(ABC):
     Raises:
         ValueError: a number is out of its range.
     """
+
+    tensor = "image"
+    """What batches call the samples' tensors."""
+
+    shares_evenly = False
+    """Whether each rank validates on every n-th image, which makes the length of its loader known."""
 
     def __init__(
         self, size: int, batch_size: int, num_workers: int = 0, channels: int = 3, max_unreadable: float = 0.01
@@ -87,166 +98,148 @@ class Source(ABC):
         self.num_workers = num_workers
         self.channels = channels
         self.max_unreadable = max_unreadable
-        self.losses = UnreadableImages()
+        self.unreadable = UnreadableImages()
         self.crops: str | None = None
-        """How the pictures to test with were cut, if they are parts of others."""
+        """How the validation images were cut, if they are parts of others."""
         self.eval_transform = EvalTransform(size)
-        """What makes validation and test images of pictures; an evaluation may put another one here."""
-
-    tensor = "image"
-    """What batches call the samples' tensors."""
+        """From a picture to a validation image; an evaluation may put another one here."""
 
     @property
     @abstractmethod
     def samples_per_epoch(self) -> int | None:
         """Training images in an epoch, over all processes; None if only reading them would tell."""
 
+    @property
     @abstractmethod
-    def count(self, part: Part) -> int | None:
-        """Images of a part, over all processes; None if only reading them would tell."""
+    def val_images(self) -> int | None:
+        """Validation images, over all processes; None if only reading them would tell."""
 
     @property
     def images(self) -> int | None:
         """All images, of training and validation."""
-        train, val = self.samples_per_epoch, self.count("val")
-        return None if train is None or val is None else train + val
+        return total([self.samples_per_epoch, self.val_images])
 
     @abstractmethod
-    def stream(self, seed: int, position: int, consumer: LoaderProcess) -> Iterator[Sample]:
-        """This consumer's training samples without end, from the one at ``position`` of its own on.
+    def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
+        """Endless training samples of a process, from its own sample number ``position`` on.
 
         A function of the arguments: started anywhere, it goes on as it would have.
         """
 
     @abstractmethod
-    def once(self, part: Part, consumer: LoaderProcess) -> Iterator[Sample]:
-        """This consumer's share of a part, each image once."""
+    def once(self, process: LoaderProcess) -> Iterator[Sample]:
+        """A process's share of the validation images, each once."""
 
-    @property
-    def test_images(self) -> str:
-        """How the test images are made, for the evaluation's protocol."""
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the summary of a run."""
+
+    def describe_val_images(self) -> str:
+        """How the validation images are made, for the evaluation's protocol."""
         return self.crops or self.eval_transform.describe()
 
     def limit(self, images: int) -> None:
-        """Test with the first so many images only.
+        """Evaluate on the first ``images`` images only.
 
         Raises:
             ValueError: there are fewer, or only reading them would tell which are the first.
         """
         raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
 
-    @abstractmethod
-    def describe(self) -> str:
-        """One line for the summary of a run."""
-
-    def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
-        """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
-        return self._train_loader(_Endless(self, seed, start))
-
-    def val_loader(self) -> "Loader":
-        """Each validation image once, shared among the ranks."""
-        return self._once_loader(_Once(self, "val"), "val", self.batch_size)
-
-    def test_loader(self, batch_size: int | None = None) -> "Loader":
-        """Each test image once, shared among the ranks. ``batch_size`` may differ from training's."""
-        return self._once_loader(_Once(self, "test"), "test", batch_size or self.batch_size)
-
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raises ValueError where the data can't be shared among the processes of ``world`` ranks."""
 
-    def _train_loader(self, dataset: Any, **options: Any) -> "Loader":
-        faults = ReadErrors(self.samples_per_epoch, self.images, self.max_unreadable, "training", self.losses)
-        return Loader(dataset, self, faults, self.batch_size, drop_last=True, **options)
+    def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
+        """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
+        return Loader(_Samples(self, self.batch_size, seed, start), "training", self.samples_per_epoch)
 
-    def _once_loader(self, dataset: Any, part: Part, batch_size: int, **options: Any) -> "Loader":
-        what = {"val": "validation", "test": "test"}[part]
-        faults = ReadErrors(None, self.images, self.max_unreadable, what, self.losses)
-        return Loader(dataset, self, faults, batch_size, **options)
+    def val_loader(self) -> "Loader":
+        """Each validation image once, shared among the ranks."""
+        return Loader(_Samples(self, self.batch_size), "validation")
+
+    def test_loader(self, batch_size: int | None = None) -> "Loader":
+        """The same as :meth:`val_loader`; ``batch_size`` may differ from training's."""
+        return Loader(_Samples(self, batch_size or self.batch_size), "test")
+
+
+class _Samples(IterableDataset[Sample]):
+    """A source's samples for this rank and loader process: endless ones from ``start`` on, or without it each once."""
+
+    def __init__(self, source: Source, batch_size: int, seed: int = 0, start: int | None = None) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank, self.world = 0, 1  # set by the loader, in whose process the ranks are known
+
+    def __len__(self) -> int:
+        images = self.source.val_images
+        if self.start is not None or images is None or not self.source.shares_evenly:
+            raise TypeError("only reading all images tells how many batches there are")
+        return -(-images // this_process()[1])  # the same for all ranks: one with 0 would leave out validation
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        process = LoaderProcess(worker, workers, self.rank, self.world, self.batch_size)
+        if self.start is None:
+            return self.source.once(process)
+        process, position = process.resumed(self.start)
+        return self.source.stream(self.seed, position, process)
 
 
 class Loader(DataLoader[Any]):
-    """Batches of a source; keeps the account of what could not be read.
+    """Batches of a source, as :class:`Batch` describes them.
 
-    ``faults`` is that account; ``enlarged`` counts the validation or test images that were made of smaller pictures.
+    ``read_errors`` counts what could not be read; ``enlarged`` the validation images that were made of smaller
+    pictures.
+
+    Args:
+        what: it is for, in a word for messages.
+        epoch: images in an epoch of training, over all processes, if known.
     """
 
-    def __init__(self, dataset: Any, source: Source, faults: ReadErrors, batch_size: int, **options: Any) -> None:
-        workers = source.num_workers
+    def __init__(self, dataset: _Samples, what: str, epoch: int | None = None) -> None:
+        source = dataset.source
         super().__init__(
             dataset,
-            batch_size=batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            batch_size=dataset.batch_size,
+            num_workers=source.num_workers,
+            persistent_workers=source.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_interrupts_to_the_trainer,
-            collate_fn=_collate,
-            **options,
+            collate_fn=partial(_collate, source.tensor),
+            drop_last=dataset.start is not None,
         )
-        self.faults = faults
+        self.samples = dataset
+        self.read_errors = ReadErrors(epoch, source.images, source.max_unreadable, what, source.unreadable)
         self.enlarged = 0
-        self._tensor = source.tensor
 
     def __iter__(self) -> Any:
         rank, world = this_process()
-        if isinstance(self.dataset, _Share):
-            self.dataset.rank, self.dataset.world = rank, world
-        for image, keys, labels, faults, enlarged in super().__iter__():
-            self.faults.take(faults, len(keys), world)
-            self.enlarged += enlarged
-            if keys:
-                batch = {self._tensor: image, "key": keys}
-                yield batch if labels is None else {**batch, "label": labels}
-        self.faults.end_of_epoch()
+        self.samples.rank, self.samples.world = rank, world
+        for batch in super().__iter__():
+            self.read_errors.take(batch.pop("errors"), len(batch["key"]), world)
+            self.enlarged += batch.pop("enlarged")
+            if batch["key"]:
+                yield batch
+        self.read_errors.end_of_epoch()
 
 
-class _Share(IterableDataset[Sample]):
-    """The part of a source's images that is this rank's and this loader process's."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.rank, self.world = 0, 1  # set by the loader, in whose process the ranks are known
-
-
-class _Endless(_Share):
-    def __init__(self, source: Source, seed: int, start: int) -> None:
-        super().__init__(source)
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self) -> Iterator[Sample]:
-        # Batches come from the loader's processes in turn. Those before ``start`` are done: the one whose turn it
-        # would be takes the first turn, each from its own position.
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        done = self.start // (self.source.batch_size * self.world)
-        role = (worker + done) % workers
-        turns = len(range(role, done, workers))
-        consumer = LoaderProcess(role * self.world + self.rank, workers * self.world)
-        return self.source.stream(self.seed, turns * self.source.batch_size, consumer)
-
-
-class _Once(_Share):
-    def __init__(self, source: Source, part: Part) -> None:
-        super().__init__(source)
-        self.part = part
-
-    def __iter__(self) -> Iterator[Sample]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        return self.source.once(self.part, LoaderProcess(worker * self.world + self.rank, workers * self.world))
-
-
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor | None, list[ReadError], int]:
+def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """A :class:`Batch` of those that could be read; with it, for the loader, ``errors`` and the number ``enlarged``."""
     good = [sample for sample in samples if sample.image is not None]
-    images = [sample.image for sample in good if sample.image is not None]
     labels = [sample.label for sample in good if sample.label is not None]
-    return (
-        default_collate(images) if images else torch.empty(0),  # in a loader's process into shared memory at once
-        [sample.key for sample in good],
-        torch.tensor(labels) if good and len(labels) == len(good) else None,
-        [fault for sample in samples for fault in sample.faults],
-        sum(sample.enlarged for sample in samples),
-    )
+    batch: dict[str, Any] = {
+        "key": [sample.key for sample in good],
+        "errors": [error for sample in samples for error in sample.errors],
+        "enlarged": sum(sample.enlarged for sample in samples),
+    }
+    if good:
+        batch[tensor] = default_collate([sample.image for sample in good])  # in a worker straight to shared memory
+        if len(labels) == len(good):
+            batch["label"] = torch.tensor(labels)
+    return batch
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)

@@ -1,4 +1,4 @@
-"""From a picture to a square of ``size`` pixels: the training and the evaluation transform."""
+"""From a picture to a square of ``size`` pixels: the training and the evaluation transforms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,27 +20,26 @@ FILTERS = {
 """Pillow's filters; all are antialiased when they shrink."""
 
 OVERSAMPLING = 2.0
-"""How much larger than the result a square must be left by a JPEG decoder that shrinks it."""
+"""A JPEG is decoded at a fraction of its size only if the square is still this much larger than the result."""
 
 
 class RandomScaleCrop:
     """Stochastic image rescaling [R], random crop and flip.
 
-    A square is cut whose side is a random fraction of the picture's shorter side, uniform between
-    ``min_fraction`` and 1, at a random place, and resized to ``size`` with a randomly chosen antialiased
-    filter: the same as resizing the picture by a random factor and cropping ``size`` pixels of it [D], at a
-    fraction of the cost. Where the picture allows, nothing is enlarged: the square is at least ``size`` wide.
+    Cuts a square at a random place, whose side is a random fraction of the picture's shorter side, uniform between
+    ``min_fraction`` and 1, and resizes it to ``size`` with a randomly chosen antialiased filter: the same as resizing
+    the picture by a random factor and cropping ``size`` pixels of it [D], at a fraction of the cost. The square is at
+    least ``size`` wide if the picture is, so that nothing is enlarged.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves the square at least twice as wide as the
-    result, which changes a pixel by less than 1 of 255 on average (docs/data.md).
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the square is then still at least twice as wide as the result,
+    which changes a pixel by less than 1 of 255 on average (docs/data.md).
 
     Args:
         size: side of the result in pixels.
         min_fraction: in (0, 1].
         filters: names of :data:`FILTERS` to choose from.
         flip: mirror half of the results.
-        shuffle_channels: share of the results whose channels change places: for few pictures, which
-            hold few colours.
+        shuffle_channels: share of the results whose channels are permuted: more colours, if there are few pictures.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class RandomScaleCrop:
         return crop
 
     def _shrink(self, side: float) -> int:
-        """By how much a decoder may shrink a square of this side."""
+        """By which factor a decoder may shrink a square of this side."""
         return next((n for n in (8, 4, 2) if side >= n * OVERSAMPLING * self.size), 1)
 
 
@@ -96,14 +95,13 @@ class EvalTransform:
 
     Args:
         size: in pixels.
-        resize: ``shorter side``: of the picture to ``size``, as the results table has it [R]; ``adm``: the picture is
-            halved by averaging as long as its shorter side is at least twice ``size``, then the same (Dhariwal and
-            Nichol 2021); ``squash``: both sides; ``none``: a crop of the picture as it is, enlarged only if it is
-            smaller. Then the centre is cropped.
+        resize: ``shorter side``: to ``size``, as in the results table [R]; ``adm``: the same, after halving the
+            picture by averaging while its shorter side is at least twice ``size`` (Dhariwal and Nichol 2021);
+            ``squash``: both sides; ``none``: only pictures that are smaller. Then the centre is cropped.
         resample: one of :data:`FILTERS`, antialiased.
 
     Raises:
-        ValueError: there is no such resize or filter.
+        ValueError: the resize or filter is unknown.
     """
 
     size: int
@@ -129,7 +127,7 @@ class EvalTransform:
         return image.crop((left, top, left + size, top + size))
 
     def describe(self) -> str:
-        """In words, for the protocol."""
+        """A description for the protocol."""
         first = {
             "shorter side": f"{self.resample} antialiased resize of the shorter side (Pillow)",
             "adm": f"halved by averaging while twice too large, {self.resample} resize of the shorter side (Pillow)",
@@ -140,12 +138,12 @@ class EvalTransform:
 
 
 def resize_shorter_side(image: Picture, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
-    """So that the shorter side has ``size`` pixels; bicubic and antialiased, if nothing else is said."""
+    """Resize to a shorter side of ``size`` pixels; by default bicubic and antialiased."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     return image.resize((width, height), resample)
 
 
 def center_crop(image: Picture, size: int) -> Picture:
-    """The evaluation transform of the results table: bicubic resize of the shorter side, then centre crop."""
+    """The evaluation transform of the results table: bicubic resize of the shorter side, then a centre crop."""
     return EvalTransform(size)(image)

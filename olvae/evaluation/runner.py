@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from olvae.config import Config, ConfigError
-from olvae.data.open import source_of
+from olvae.data.open import open_test_source
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.artefacts import Artefacts, find_artefacts
@@ -120,7 +120,7 @@ def assess(request: Request) -> list[Assessment] | None:
 def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, Autoencoder]) -> Assessment | None:
     first = next(iter(models.values()))
     try:
-        source = source_of(request.config, request.data, request.size, first.in_channels)
+        source = open_test_source(request.config, request.data, request.size, first.in_channels)
     except FileNotFoundError as error:
         if request.data is not None:
             raise
@@ -160,11 +160,11 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
             except Unavailable:
                 del bands[name]
 
-    with _progress(loader, source.count("test")) as batches:
+    with _progress(loader, source.val_images) as batches:
         found = evaluate({label: contenders[place] for label, place in labels.items()}, batches, make, watch)
     if this_process()[1] > 1:
-        loader.faults.share()
-    unreadable = gather((source.losses.reasons, source.losses.images, loader.enlarged))
+        loader.read_errors.share()
+    unreadable = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
     shows = gather(({n: g.state() for n, g in galleries.items()}, {n: b.state() for n, b in bands.items()}))
     if found is None or unreadable is None or shows is None:
         return None

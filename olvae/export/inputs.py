@@ -16,7 +16,7 @@ from olvae.config import ConfigError
 from olvae.data.errors import ReadError, UnreadableImageError
 from olvae.data.image import Photo, Picture, image_to_tensor
 from olvae.data.mapped.base import ImageDataset, MappedSource
-from olvae.data.open import evaluation_source, holds_shards, list_images
+from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local
@@ -128,7 +128,7 @@ class ShardInputs(Inputs):
 
 
 def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
-    """The images of SRC: those that :func:`~olvae.data.open.evaluation_source` would give.
+    """The images of SRC: those that :func:`~olvae.data.open.open_source` would give.
 
     Args:
         channels: of the images.
@@ -140,17 +140,17 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
         FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in (".yaml", ".yml"):
-        source = evaluation_source(src, 1, 1)
+        source = open_source(src, 1, 1)
         if isinstance(source, WebDatasetSource):
             return ShardInputs(source.val, source.channels, source.image_key)
         if isinstance(source, MappedSource):
-            return DatasetInputs(source.test, shard_size, _classes(source.test) if classes else ())
+            return DatasetInputs(source.val, shard_size, _classes(source.val) if classes else ())
         raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
     if holds_shards(src):
         if classes:
             raise ConfigError("--classes is for folders: of shards, the .cls files are kept as they are")
         return ShardInputs(with_counts(find_shards(src)), channels)
-    images = list_images(src, channels)
+    images = open_images(src, channels)
     return DatasetInputs(images, shard_size, _classes(images) if classes else ())
 
 

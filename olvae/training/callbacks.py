@@ -231,9 +231,9 @@ class UnreadableLimit(Callback):
         loader = trainer.train_dataloader
         if trainer.world_size == 1 or batch_idx % self.every_n_batches or not isinstance(loader, Loader):
             return
-        if trainer.strategy.reduce_boolean_decision(loader.faults.lost > self._shared, all=False):
-            loader.faults.share()
-            self._shared = loader.faults.lost
+        if trainer.strategy.reduce_boolean_decision(loader.read_errors.lost > self._shared, all=False):
+            loader.read_errors.share()
+            self._shared = loader.read_errors.lost
 
 
 def not_finite(trainer: pl.Trainer, what: str) -> FloatingPointError:

@@ -302,6 +302,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
+        ".*Your `IterableDataset` has `__len__` defined.*",
         ".*module\\(s\\) in eval mode at the start of training.*",  # the anchor, a frozen encoder
         ".*You defined a `validation_step` but have no `val_dataloader`.*",
         ".*Checkpoint directory .* exists and is not empty.*",

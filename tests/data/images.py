@@ -6,10 +6,13 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -63,3 +66,11 @@ def write_shards(folder: Path, counts: Sequence[int]) -> list[Path]:
         paths.append(write_shard(folder / f"{i:03d}.tar", range(first, first + count)))
         first += count
     return paths
+
+
+def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
+    return [(batch["key"], batch["image"]) for batch in islice(loader, count)]
+
+
+def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
+    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))

@@ -1,7 +1,17 @@
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch.distributed as dist
 
-from olvae.data.errors import ReadError, ReadErrors, TooManyUnreadableError, UnreadableImages
+from olvae.data.errors import (
+    ReadError,
+    ReadErrors,
+    TooManyUnreadableError,
+    UnreadableImageError,
+    UnreadableImages,
+    read_or_replace,
+)
 
 
 def account(epoch: int | None = None, images: int | None = None, limit: float = 0.01) -> ReadErrors:
@@ -9,10 +19,10 @@ def account(epoch: int | None = None, images: int | None = None, limit: float = 
 
 
 def test_a_file_is_named_once_and_counted_once_but_every_skip_is_in_the_epochs_total(caplog):
-    faults = account(epoch=10, images=1000)
+    errors = account(epoch=10, images=1000)
     for _ in range(5):
-        faults.take([ReadError("a.jpg", "cut off")], 4)
-    assert faults.lost == 1
+        errors.take([ReadError("a.jpg", "cut off")], 4)
+    assert errors.lost == 1
     assert caplog.messages == [
         "skipped a.jpg: cut off",
         "training: 3 images skipped in this epoch",
@@ -21,53 +31,53 @@ def test_a_file_is_named_once_and_counted_once_but_every_skip_is_in_the_epochs_t
 
 
 def test_several_images_of_one_shard_are_several_lost(caplog):
-    faults = account(images=1000)
-    faults.take([ReadError("a.tar", "cut off", str(i)) for i in range(7)], 4)
-    assert faults.lost == 7
+    errors = account(images=1000)
+    errors.take([ReadError("a.tar", "cut off", str(i)) for i in range(7)], 4)
+    assert errors.lost == 7
     assert len(caplog.messages) == 1
 
 
 def test_a_warning_loses_nothing():
-    faults = account(images=10)
-    faults.take([ReadError("a.tar", "no end mark", lost=False)], 4)
-    assert faults.lost == 0
+    errors = account(images=10)
+    errors.take([ReadError("a.tar", "no end mark", lost=False)], 4)
+    assert errors.lost == 0
 
 
 @pytest.mark.parametrize(("images", "broken", "stops"), [(1000, 10, False), (1000, 11, True), (12, 1, True)])
 def test_the_limit_is_a_share_of_all_images(images, broken, stops):
-    faults = account(images=images)
+    errors = account(images=images)
     if stops:
         with pytest.raises(TooManyUnreadableError, match=rf"{broken} of {images} images .* 0\.01: f0 \(bad\)"):
-            faults.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
+            errors.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
     else:
-        faults.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
+        errors.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
 
 
 def test_one_of_several_processes_does_not_stop_alone_but_with_the_others(monkeypatch):
     mine, other = account(images=1000), account(images=1000)
-    for faults, numbers in ((mine, range(7)), (other, range(3, 10))):  # 10 different ones, 4 that both have met
-        faults.take([ReadError(f"f{i}", "bad") for i in numbers], 1, world=2)
+    for errors, numbers in ((mine, range(7)), (other, range(3, 10))):  # 10 different ones, 4 that both have met
+        errors.take([ReadError(f"f{i}", "bad") for i in numbers], 1, world=2)
     mine.take([ReadError(f"f{i}", "bad") for i in range(7)], 1, world=2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(
-        dist, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), [own, other.losses])
+        dist, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), [own, other.unreadable])
     )
     mine.share()
     assert mine.lost == 10  # of 1000, as one process would count
-    assert mine.losses.delivered == 4
-    other.losses.delivered = 20
+    assert mine.unreadable.delivered == 4
+    other.unreadable.delivered = 20
     mine.share()
-    assert mine.losses.delivered == 20  # all divide by the same
+    assert mine.unreadable.delivered == 20  # all divide by the same
     other.take([ReadError("f10", "bad")], 1, world=2)
     with pytest.raises(TooManyUnreadableError, match="11 of 1000"):
         mine.share()
 
 
 def test_where_nobody_knows_how_many_there_are_one_may_always_fail():
-    faults = account()
-    faults.take([ReadError("f0", "bad")], 4)
+    errors = account()
+    errors.take([ReadError("f0", "bad")], 4)
     with pytest.raises(TooManyUnreadableError, match="2 of 100"):
-        faults.take([ReadError("f1", "bad")], 4)
+        errors.take([ReadError("f1", "bad")], 4)
 
 
 def test_zero_means_none_at_all():
@@ -81,11 +91,31 @@ def test_only_ten_are_named_in_the_end():
 
 
 def test_what_training_lost_is_no_share_of_what_validation_reads():
-    losses = UnreadableImages()
-    training = ReadErrors(None, None, 0.01, "training", losses)
+    unreadable = UnreadableImages()
+    training = ReadErrors(None, None, 0.01, "training", unreadable)
     training.take([ReadError(f"f{i}", "bad") for i in range(1)], 1000)
     training.take([ReadError(f"g{i}", "bad") for i in range(4)], 1000)
-    validation = ReadErrors(None, None, 0.01, "validation", losses)
+    validation = ReadErrors(None, None, 0.01, "validation", unreadable)
     validation.take([], 8)
     with pytest.raises(TooManyUnreadableError, match=r"21 of 2037 images"):
         validation.take([ReadError(f"h{i}", "bad") for i in range(16)], 8)
+
+
+def read_but(broken: Sequence[int]):
+    def read(item: int, errors: list[ReadError]) -> int:
+        if item in broken:
+            raise UnreadableImageError(str(item), "bad")
+        return item
+
+    return read
+
+
+def test_another_one_stands_in_for_what_cannot_be_read():
+    assert read_or_replace(3, range(9), (0, 5), read_but(())) == (3, ())
+    first = int(np.random.default_rng((0, 5, 1, 0)).integers(9))
+    second = int(np.random.default_rng((0, 5, 1, 1)).integers(9))
+    assert read_or_replace(3, range(9), (0, 5), read_but([3])) == (first, (ReadError("3", "bad"),))
+    errors = (ReadError("3", "bad"), ReadError(str(first), "bad"))
+    assert read_or_replace(3, range(9), (0, 5), read_but([3, first])) == (second, errors)
+    with pytest.raises(UnreadableImageError, match=r"3: .*bad; nor are 20 others"):
+        read_or_replace(3, range(9), (0, 5), read_but(range(9)))

@@ -162,7 +162,7 @@ def test_a_directory_of_all_of_them(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         keys = [key for batch in loader for key in batch["key"]]
     assert set(keys) == {*CONVERTED, "spaces and ünïcode.v2.jpg"}
-    assert loader.faults.lost == len(SKIPPED)
+    assert loader.read_errors.lost == len(SKIPPED)
     for name in SKIPPED:
         assert sum(f"skipped {tmp_path / name}: " in message for message in caplog.messages) == 1
     assert caplog.messages[-1] == f"validation: {len(SKIPPED)} images skipped"

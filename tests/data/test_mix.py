@@ -6,10 +6,10 @@ import torch
 
 from olvae.config import ConfigError, validate
 from olvae.data.mix import MixSource
-from olvae.data.source import LoaderProcess
+from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from tests.conftest import tiny_config
-from tests.data.images import write_shards
+from tests.data.images import same, take, write_shards
 
 
 @pytest.fixture
@@ -52,31 +52,26 @@ def test_it_goes_on_anywhere(nodes, position):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_goes_on_at_any_batch(nodes, workers):
-    def batches(start: int, count: int):
-        return [(b["key"], b["image"]) for b in islice(mix(nodes, num_workers=workers).train_loader(1, start), count)]
-
-    whole = batches(0, 9)
+    whole = take(mix(nodes, num_workers=workers).train_loader(1), 9)
     for done in (1, 4):
-        rest = batches(done * 4, 9 - done)
-        assert [keys for keys, _ in rest] == [keys for keys, _ in whole[done:]]
-        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(rest, whole[done:], strict=True))
+        assert same(take(mix(nodes, num_workers=workers).train_loader(1, done * 4), 9 - done), whole[done:])
 
 
 def test_validation_is_that_of_all(nodes):
     s = mix(nodes)
     keys = [key for batch in s.val_loader() for key in batch["key"]]
-    assert len(keys) == len(set(keys)) == s.count("val") == s.sources[0].count("val") + 4
+    assert len(keys) == len(set(keys)) == s.val_images == s.sources[0].val_images + 4
 
 
 @pytest.mark.parametrize("i", [0, 1])
 def test_sources_of_a_kind_give_each_image_its_own_key(nodes, i):
     s = mix([nodes[i], nodes[i]])
-    alone = [sample.key for sample in s.sources[0].once("val", LoaderProcess())]
-    assert [sample.key for sample in s.once("val", LoaderProcess())] == [f"{n}/{key}" for n in (0, 1) for key in alone]
+    alone = [sample.key for sample in s.sources[0].once(LoaderProcess())]
+    assert [sample.key for sample in s.once(LoaderProcess())] == [f"{n}/{key}" for n in (0, 1) for key in alone]
     drawn = {sample.key for sample in islice(s.stream(0, 0, LoaderProcess()), 1000)}
     assert len(drawn) == s.samples_per_epoch
     assert {key[0] for key in drawn} == {"0", "1"}
-    own = {sample.key for sample in mix(nodes).once("val", LoaderProcess())}
+    own = {sample.key for sample in mix(nodes).once(LoaderProcess())}
     assert set(alone) < own  # a list and shards need no number
 
 
@@ -109,17 +104,17 @@ def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
 def test_an_evaluations_transform_reaches_the_sources(nodes):
     s = mix(nodes)
     s.eval_transform = EvalTransform(16, "squash")
-    whole = {sample.key: sample.image for sample in s.once("test", LoaderProcess())}
+    whole = {sample.key: sample.image for sample in s.once(LoaderProcess())}
     for source in mix(nodes).sources:
         source.eval_transform = EvalTransform(16, "squash")
-        for sample in source.once("test", LoaderProcess()):
+        for sample in source.once(LoaderProcess()):
             assert torch.equal(whole[sample.key], sample.image)
-    assert len(whole) == s.count("test")
+    assert len(whole) == s.val_images
 
 
 def test_the_protocol_hears_how_each_sources_images_are_made(nodes):
     assert mix(nodes).crops is None
     samples = {"target": "olvae.data.mapped.samples.SamplePhotographs", "params": {"size": 16, "batch_size": 1}}
-    images = mix([nodes[0], samples]).test_images
+    images = mix([nodes[0], samples]).describe_val_images()
     assert "tiles" in images
     assert "centre crop" in images

@@ -2,13 +2,13 @@ import pytest
 
 from olvae import config as cfg
 from olvae.config import ConfigError
-from olvae.data.open import evaluation_source, holds_shards, list_images
+from olvae.data.open import holds_shards, open_images, open_source
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
 
 
 def count(src: object, **arguments: int) -> int:
-    return sum(len(b["key"]) for b in evaluation_source(str(src), 16, 4, **arguments).test_loader(4))
+    return sum(len(b["key"]) for b in open_source(str(src), 16, 4, **arguments).test_loader(4))
 
 
 def test_what_stands_for_a_source(tmp_path, image_folder):
@@ -30,25 +30,25 @@ def test_what_stands_for_a_source(tmp_path, image_folder):
     }.items():
         if expected is not None:
             assert count(src) == expected, src
-    assert count(tmp_path / "config.yaml") == evaluation_source(str(tmp_path / "config.yaml"), 1, 1).count("test")
+    assert count(tmp_path / "config.yaml") == open_source(str(tmp_path / "config.yaml"), 1, 1).val_images
 
 
 def test_unreadable_images_are_skipped_however_many(image_folder):
     for path in sorted(image_folder.rglob("*.png"))[:5]:
         path.write_bytes(b"")
-    source = evaluation_source(str(image_folder), 16, 4)
+    source = open_source(str(image_folder), 16, 4)
     assert sum(len(b["key"]) for b in source.test_loader(4)) == 7
-    assert len(source.losses.reasons) == 5
+    assert len(source.unreadable.reasons) == 5
 
 
 def test_lists(image_folder, tmp_path):
-    assert len(list_images("samples")) == 15
-    images = list_images(str(image_folder))
+    assert len(open_images("samples")) == 15
+    images = open_images(str(image_folder))
     assert images.key(0) == "class0/0.png"
     assert images[0].size == (48, 40)
     write_shards(tmp_path / "shards", (2,))
     with pytest.raises(ConfigError, match="shards already"):
-        list_images(str(tmp_path / "shards"))
+        open_images(str(tmp_path / "shards"))
 
 
 def test_shards_are_told_from_images(tmp_path, image_folder):
@@ -73,7 +73,7 @@ def test_mistakes(tmp_path):
         (tmp_path / "config.yaml", ConfigError, "no such config file"),
     ):
         with pytest.raises(error, match=text):
-            evaluation_source(str(src), 16, 4)
+            open_source(str(src), 16, 4)
     cfg.save({"model": {}}, tmp_path / "empty.yaml")
     with pytest.raises(ConfigError, match="has no data"):
-        evaluation_source(str(tmp_path / "empty.yaml"), 16, 4)
+        open_source(str(tmp_path / "empty.yaml"), 16, 4)

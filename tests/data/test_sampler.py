@@ -1,44 +1,57 @@
-from itertools import islice
+from itertools import count, islice
 
+import numpy as np
 import pytest
-import torch.distributed as dist
 
-from olvae.data.sampler import StreamSampler
+from olvae.data.sampler import LoaderProcess, draws, epoch_order
 
 
-def draws(count: int, length: int = 7, seed: int = 0, start: int = 0):
-    return list(islice(StreamSampler(length, seed, start), count))
+def drawn(number: int, length: int = 7, seed: int = 0, start: int = 0):
+    return list(islice(draws(seed, length, count(start)), number))
 
 
 def test_each_image_once_an_epoch_in_an_order_of_its_own():
-    epochs = [[d.image for d in draws(21)][i : i + 7] for i in (0, 7, 14)]
+    epochs = [[image for _, image in drawn(21)][i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 @pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 23])
 def test_starting_later_is_the_same_stream(start):
-    assert draws(20, start=start) == draws(20 + start)[start:]
+    assert drawn(20, start=start) == drawn(20 + start)[start:]
 
 
-def test_seeds():
-    assert draws(50) == draws(50)
-    assert draws(50) != draws(50, seed=1)
-    assert len({d.seed for d in draws(50)}) == 50
-    assert draws(1)[0].rng().random() == draws(1)[0].rng().random()
+def test_the_order_is_the_seeds_and_the_same_in_every_version():
+    """Runs that are resumed, and published results, rely on it."""
+    assert drawn(50) == drawn(50)
+    assert drawn(50) != drawn(50, seed=1)
+    first, second = (np.random.default_rng((3, epoch, 1)).permutation(5) for epoch in (0, 1))
+    assert drawn(3, length=5, seed=3, start=4) == [(4, first[4]), (5, second[0]), (6, second[1])]
+    assert epoch_order(3, 1, 5).tolist() == second.tolist()
 
 
-def test_ranks_share_the_stream(monkeypatch):
-    whole = draws(20, start=4)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    parts = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        parts.append(draws(10, start=4))
-    assert [d for pair in zip(*parts, strict=True) for d in pair] == whole
+def batches(workers: int, rank: int, world: int, batch_size: int, start: int, number: int) -> list[list[int]]:
+    """Positions that a rank's DataLoader delivers: whole batches of its workers, in turn from worker 0 on."""
+    streams = []
+    for worker in range(workers):
+        process, position = LoaderProcess(worker, workers, rank, world, batch_size).resumed(start)
+        streams.append(process.positions(position))
+    return [list(islice(streams[i % workers], batch_size)) for i in range(number)]
 
 
-def test_no_images():
-    with pytest.raises(ValueError, match="at least one"):
-        StreamSampler(0, 0)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1, 24, 37, 120])
+def test_whatever_the_workers_and_ranks_batches_hold_the_next_positions(workers, world, start):
+    ranks = [batches(workers, rank, world, 4, start, 9) for rank in range(world)]
+    for number, parts in enumerate(zip(*ranks, strict=True)):
+        first = start + number * 4 * world
+        assert sorted(position for part in parts for position in part) == list(range(first, first + 4 * world))
+        assert parts[0] == list(range(first, first + 4 * world, world))
+
+
+@pytest.mark.parametrize(("worker", "rank"), [(w, r) for w in range(3) for r in range(2)])
+def test_one_by_one_each_process_takes_every_nth_position(worker, rank):
+    process = LoaderProcess(worker, 3, rank, 2)
+    assert list(islice(process.positions(4), 5)) == [4 * 6 + process.index + 6 * i for i in range(5)]
+    assert process.count == 6

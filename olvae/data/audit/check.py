@@ -1,41 +1,37 @@
-"""``olvae data check``: everything is read once, before training finds out what is wrong."""
+"""``olvae data check``: reads every image once and says what is wrong before training does."""
 
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.audit.result import (
-    AuditResult,
-    EpochShares,
-    ImageFacts,
-    ShardFacts,
-    Speed,
-    name_dotted,
-    name_some,
-    summarise,
-)
+from olvae.data.audit.result import AuditResult, EpochShares, ImageFacts, ShardFacts, Speed, summarise
 from olvae.data.errors import ReadError, UnreadableImageError
 from olvae.data.image import Bands, Photo, Picture
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files, FolderSource
-from olvae.data.open import evaluation_source, holds_shards, list_images
+from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.pool import OnProgress, Ticker, cores, in_processes, unseen
-from olvae.data.shards.index import INDEX, Index, ShardRecord, count_images
+from olvae.data.sampler import LoaderProcess
+from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local, local_path, stem
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess
-from olvae.files import file_sha256
+from olvae.data.source import total
+from olvae.files import file_sha256, printable
 
-__all__ = ["CheckOptions", "check", "compare", "count_by_indexes", "read_indexes", "write_indexes"]
+__all__ = ["CheckOptions", "check"]
 
+
+T = TypeVar("T")
 
 AT_ONCE = 64  # images of a list in one task
 
@@ -48,8 +44,9 @@ class CheckOptions:
 
     Args:
         size: side of the training crops in pixels.
-        batch_size, num_workers, ranks: of the training to come: images per rank, loader processes per rank, ranks.
-        need: images per second that the training step takes, on this machine's ranks together.
+        batch_size, num_workers: of the planned training, per rank.
+        ranks: of the planned training.
+        need: images per second that the training step takes, all ranks of this machine together.
         channels: see :func:`~olvae.data.image.read_picture`.
         max_unreadable: share of the images that may be unreadable.
         index: write an index beside local shards without one.
@@ -64,6 +61,11 @@ class CheckOptions:
     max_unreadable: float = 0.01
     index: bool = False
 
+    @property
+    def processes(self) -> int:
+        """Loader processes of all ranks."""
+        return max(1, self.num_workers) * self.ranks
+
 
 def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProgress = unseen) -> AuditResult:
     """Read and decode every image of a source.
@@ -74,78 +76,81 @@ def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProg
         on_progress: called with the number of images that are done, and of all.
 
     Raises:
-        ConfigError: an index is asked for where there are no local shards.
+        ConfigError: an index is wanted, but SRC is not local shards.
         FileNotFoundError, ValueError: the source has no images.
     """
     sharded = holds_shards(src)
     if options.index and not sharded:
         raise ConfigError(f"--index: {src} is not a folder of shards")
-    findings = (_check_shards if sharded else _check_list)(src, options, workers, on_progress)
-    lost = len(findings.unreadable)
-    if not findings.images:
-        findings.problems.append("no images")
-    elif lost > options.max_unreadable * findings.images:
-        findings.problems.append(
-            f"{lost} of {findings.images} images can't be read, more than --max-unreadable {options.max_unreadable:g}"
+    result = (_check_shards if sharded else _check_images)(src, options, workers, on_progress)
+    lost = len(result.unreadable)
+    if not result.images:
+        result.problems.append("no images")
+    elif lost > options.max_unreadable * result.images:
+        result.problems.append(
+            f"{lost} of {result.images} images can't be read, more than --max-unreadable {options.max_unreadable:g}"
         )
-    if findings.smaller:
-        findings.notes.append(f"{findings.smaller} images are smaller than {options.size} pixels and would be enlarged")
-    if findings.images > lost:
-        findings.speed = _speed(src, options)
-    return findings
+    if result.smaller:
+        result.notes.append(f"{result.smaller} images are smaller than {options.size} pixels and would be enlarged")
+    if result.images > lost:
+        result.speed = _speed(src, options)
+    return result
 
 
 @dataclass
 class _Part:
-    """What a task has read."""
+    """What tasks have read."""
 
     seen: list[ImageFacts] = field(default_factory=list)
     unreadable: list[ReadError] = field(default_factory=list)
-    shard: ShardFacts | None = None
+    shards: list[ShardFacts] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)
 
-
-class _ListReader:
-    def __init__(self, images: ImageDataset, channels: int) -> None:
-        self.images = images
-        self.channels = channels
-
-    def __call__(self, indices: range, ticker: Ticker) -> _Part:
-        part = _Part()
-        for index in indices:
-            name = self.images.key(index)
-            try:
-                part.seen.append(_look(self.images[index], name, self.channels))
-            except UnreadableImageError as error:
-                part.unreadable.append(ReadError(name, error.reason))
-            ticker.tick()
-        return part
+    def look(self, image: Callable[[], Picture | Photo], name: str, channels: int) -> None:
+        try:
+            self.seen.append(_look(image(), name, channels))
+        except UnreadableImageError as error:
+            self.unreadable.append(ReadError(name, error.reason))
 
 
-class _ShardReader:
-    def __init__(self, channels: int, checksums: bool) -> None:
-        self.channels = channels
-        self.checksums = checksums
+def _read_images(images: ImageDataset, channels: int, indices: range, ticker: Ticker) -> _Part:
+    part = _Part()
+    for index in indices:
+        part.look(partial(images.__getitem__, index), images.key(index), channels)
+        ticker.tick()
+    return part
 
-    def __call__(self, url: str, ticker: Ticker) -> _Part:
-        part = _Part()
-        reasons: list[str] = []
-        images = 0
-        for entry in read_shard(Shard(url), dotted=part.dotted):
-            if isinstance(entry, ReadError):
-                reasons.append(entry.reason)
-                continue
-            images += 1
-            try:
-                part.seen.append(_look(Photo(entry.data, entry.name, self.channels), entry.key, self.channels))
-            except UnreadableImageError as error:
-                part.unreadable.append(ReadError(entry.key, error.reason))
-            ticker.tick()
-        path = Path(local_path(url)) if is_local(url) else None
-        size = path.stat().st_size if path is not None and path.is_file() else None
-        digest = file_sha256(path) if path is not None and size is not None and self.checksums else None
-        part.shard = ShardFacts(url, images, size, digest, "; ".join(reasons) or None)
-        return part
+
+def _read_shard(channels: int, checksums: bool, url: str, ticker: Ticker) -> _Part:
+    part = _Part()
+    reasons: list[str] = []
+    images = 0
+    for entry in read_shard(Shard(url), dotted=part.dotted):
+        if isinstance(entry, ReadError):
+            reasons.append(entry.reason)
+            continue
+        images += 1
+        part.look(partial(Photo, entry.data, entry.name, channels), entry.key, channels)
+        ticker.tick()
+    part.dotted = [f"{stem(url)}/{name}" for name in part.dotted]
+    path = Path(local_path(url))
+    there = is_local(url) and path.is_file()
+    size, digest = path.stat().st_size if there else None, file_sha256(path) if there and checksums else None
+    part.shards.append(ShardFacts(url, images, size, digest, "; ".join(reasons) or None))
+    return part
+
+
+def _read_all(
+    read: Callable[[T, Ticker], _Part], tasks: Sequence[T], workers: int, images: int | None, on_progress: OnProgress
+) -> _Part:
+    everything = _Part()
+    with closing(in_processes(read, tasks, workers, lambda done: on_progress(done, images))) as parts:
+        for part in parts:
+            everything.seen += part.seen
+            everything.unreadable += part.unreadable
+            everything.shards += part.shards
+            everything.dotted += part.dotted
+    return everything
 
 
 def _look(image: Picture | Photo, name: str, channels: int) -> ImageFacts:
@@ -160,176 +165,134 @@ def _look(image: Picture | Photo, name: str, channels: int) -> ImageFacts:
     return ImageFacts(name, picture.width, picture.height, kind, digest.digest())
 
 
-def _check_list(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
-    images = list_images(src, options.channels)
+def _check_images(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
+    images = open_images(src, options.channels)
     count = len(images)
     tasks = [range(i, min(i + AT_ONCE, count)) for i in range(0, count, AT_ONCE)]
-    seen: list[ImageFacts] = []
-    unreadable: list[ReadError] = []
-    reader = _ListReader(images, options.channels)
-    with closing(in_processes(reader, tasks, workers, lambda done: on_progress(done, count))) as parts:
-        for part in parts:
-            seen += part.seen
-            unreadable += part.unreadable
-    findings = summarise(src, options.size, seen, unreadable)
-    _judge_batches(src, images, options, findings)
-    return findings
-
-
-def _judge_batches(src: str, images: ImageDataset, options: CheckOptions, findings: AuditResult) -> None:
-    """What training would have of an epoch; of files without those that FolderSource, if told nothing, holds out."""
-    count = len(images)
+    found = _read_all(partial(_read_images, images, options.channels), tasks, workers, count, on_progress)
+    result = summarise(src, options.size, found.seen, found.unreadable)
     if isinstance(images, Files):
-        findings.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
-        try:
+        result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
+        try:  # what FolderSource holds out by default is not for training
             count = len(FolderSource(src, options.size, 1, channels=options.channels).train)
         except (ValueError, FileNotFoundError) as error:
-            findings.problems.append(str(error))
-            return
-    batches = count // (options.batch_size * options.ranks)
-    if count and not batches:
-        findings.problems.append(f"{count} training images are less than a batch of {options.batch_size} on each rank")
-    findings.consumers = EpochShares(
-        options.ranks, options.num_workers, options.batch_size, count, None, None, None, batches
-    )
+            result.problems.append(str(error))
+            return result
+    if 0 < count < options.batch_size * options.ranks:
+        result.problems.append(f"{count} training images are less than a batch of {options.batch_size} on each rank")
+    result.consumers = _epoch_shares(options, count, None)
+    return result
 
 
 def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
     urls = find_shards(src)
-    folders = {Path(local_path(url)).parent for url in urls if is_local(url)}
+    folders = sorted({Path(local_path(url)).parent for url in urls if is_local(url)})
     if options.index and not folders:
         raise ConfigError(f"--index: the shards of {src} are not on this machine")
-    indexes, notes = read_indexes(folders)
-    total = count_by_indexes(urls, indexes)
-    seen: list[ImageFacts] = []
-    unreadable: list[ReadError] = []
-    shards: list[ShardFacts] = []
-    dotted: list[str] = []
-    reader = _ShardReader(options.channels, options.index or bool(indexes))
-    with closing(in_processes(reader, urls, workers, lambda done: on_progress(done, total))) as parts:
-        for part in parts:
-            assert part.shard is not None
-            seen += part.seen
-            unreadable += part.unreadable
-            shards.append(part.shard)
-            dotted += [f"{stem(part.shard.url)}/{name}" for name in part.dotted]
-    findings = summarise(src, options.size, seen, unreadable)
-    findings.shards = sorted(shards, key=lambda shard: urls.index(shard.url))
-    findings.notes += notes
-    if dotted:
-        findings.problems.append(name_dotted(dotted))
-    findings.problems += [f"{shard.url}: {shard.broken}" for shard in findings.shards if shard.broken]
-    findings.problems += [p for folder, index in indexes.items() for p in compare(src, folder, index, findings.shards)]
-    if options.index:
-        write_indexes(findings, folders, indexes)
-    _judge_consumers(src, options, findings)
-    return findings
-
-
-def _judge_consumers(src: str, options: CheckOptions, findings: AuditResult) -> None:
-    """What the source itself says to so many processes."""
+    checksums = options.index or any((folder / INDEX).is_file() for folder in folders)
+    read = partial(_read_shard, options.channels, checksums)
+    found = _read_all(read, urls, workers, _expected(urls), on_progress)
+    result = summarise(src, options.size, found.seen, found.unreadable)
+    result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
+    if found.dotted:
+        result.problems.append(_dotted_problem(found.dotted))
+    result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
+    for folder in folders:
+        _check_index(src, folder, options.index, result)
     try:
         source = WebDatasetSource(src, options.size, options.batch_size, options.num_workers, channels=options.channels)
         source.check_processes(options.ranks)
     except (ValueError, FileNotFoundError) as error:
-        findings.problems.append(str(error))
-        return
-    images, shards = source.samples_per_epoch, len(source.train)
-    processes = max(1, options.num_workers) * options.ranks
-    share = None if images is None else images // processes
-    if share == 0:
-        findings.problems.append(f"{images} training images for {processes} processes: lower data.params.num_workers")
-    elif shards < processes:
-        findings.notes.append(
-            f"{shards} training shards for {processes} processes: some read a shard's beginning only to skip it; "
-            "smaller shards avoid that"
+        result.problems.append(str(error))
+        return result
+    result.consumers = _epoch_shares(options, source.samples_per_epoch, len(source.train))
+    if source.samples_per_epoch is not None and len(source.train) < options.processes:
+        result.notes.append(
+            f"{len(source.train)} training shards for {options.processes} processes: some read a shard's beginning "
+            "only to skip it; smaller shards avoid that"
         )
-    findings.consumers = EpochShares(
-        options.ranks,
-        options.num_workers,
-        options.batch_size,
-        images,
-        shards,
-        share,
-        None if images is None or share is None else images - share * processes,
-        None if images is None else images // (options.batch_size * options.ranks),
+    return result
+
+
+def _expected(urls: Sequence[str]) -> int | None:
+    """How many images will be read, for a progress bar; None if that is unknown."""
+    try:
+        return total(list(counts_beside(urls).values()))
+    except ValueError:  # an index is not readable, as _check_index reports
+        return None
+
+
+def _epoch_shares(options: CheckOptions, images: int | None, shards: int | None) -> EpochShares:
+    """``shards`` is None for a list, whose epochs processes share image by image."""
+    known = None if images is None else images // (options.batch_size * options.ranks)
+    per_process = None if images is None or shards is None else images // options.processes
+    left_out = None if images is None or per_process is None else images - per_process * options.processes
+    return EpochShares(
+        options.ranks, options.num_workers, options.batch_size, images, shards, per_process, left_out, known
+    )
+
+
+def _dotted_problem(names: Sequence[str]) -> str:
+    example = min(names)
+    extension = example.rpartition("/")[2].partition(".")[2]
+    return (
+        f"{len(names)} files of the shards are left out for a second dot in their names, such as {example}, of which "
+        f"WebDataset takes {extension} for the extension: set data.params.image_key to that if all images have it, or "
+        "make the shards with `olvae data pack`, which names the files itself"
     )
 
 
 def _speed(src: str, options: CheckOptions) -> Speed | None:
-    """One process's, measured here and now, with files that were just read."""
+    """Measured in this process, with files that were just read; None if the source can't be opened."""
     try:
-        stream = evaluation_source(src, options.size, 1, channels=options.channels).stream(0, 0, LoaderProcess())
+        stream = open_source(src, options.size, 1, channels=options.channels).stream(0, 0, LoaderProcess())
         next(stream)
         start, count = time.perf_counter(), 0
         while (seconds := time.perf_counter() - start) < MEASURE_S:
             next(stream)
             count += 1
-    except (ValueError, FileNotFoundError):  # what is wrong has been found by reading everything
+    except (ValueError, FileNotFoundError):  # among the problems already
         return None
     rate = count / seconds
     wanted = None if options.need is None else math.ceil(options.need / rate)
     return Speed(options.size, round(rate, 1), cores(), options.need, wanted)
 
 
-def read_indexes(folders: set[Path]) -> tuple[dict[Path, Index], list[str]]:
-    """Of the folders that have one; and what there is to say of the others."""
-    indexes: dict[Path, Index] = {}
-    notes: list[str] = []
-    for folder in sorted(folders):
-        if not (folder / INDEX).is_file():
-            notes.append(f"{folder}: has no {INDEX}: --index writes it, so that training need not count the images")
-            continue
+def _check_index(src: str, folder: Path, write: bool, result: AuditResult) -> None:
+    """Compare the shards of a folder with its index; write one if there is none or it does not know all shards."""
+    here = {path.name: shard for shard in result.shards if (path := Path(local_path(shard.url))).parent == folder}
+    path, index = folder / INDEX, None
+    if path.is_file():
         try:
-            indexes[folder] = Index.read(folder / INDEX)
+            index = Index.read(path)
         except ValueError as error:
-            notes.append(f"{error}; --index writes it anew")
-    return indexes, notes
+            result.notes.append(f"{error}; --index writes it anew")
+    else:
+        result.notes.append(f"{folder}: has no {INDEX}: --index writes it, so that training need not count the images")
+    if index is not None:
+        result.problems += [problem for name in here if (problem := _compare(here[name], index.shards.get(name)))]
+        if Path(src).expanduser().is_dir() and (gone := sorted(set(index.shards) - set(here))):
+            more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+            missing = ", ".join(printable(name) for name in gone[:3]) + more
+            result.problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {missing}")
+    if not write:
+        return
+    if index is not None and set(here) <= set(index.shards):
+        result.notes.append(f"{path}: exists already, and is left as it is")
+    elif any(shard.broken for shard in here.values()):
+        result.notes.append(f"{path}: not written, because shards are broken")
+    else:
+        records = {name: ShardRecord(s.images, s.bytes or 0, s.sha256 or "") for name, s in here.items()}
+        Index(records).write(path)
+        result.notes.append(f"{path}: written")
 
 
-def count_by_indexes(urls: Sequence[str], indexes: dict[Path, Index]) -> int | None:
-    """Images of the shards, where they are local; for a progress bar."""
-    total = 0
-    for url in urls:
-        if not is_local(url):
-            return None
-        path = Path(local_path(url))
-        record = indexes[path.parent].shards.get(path.name) if path.parent in indexes else None
-        total += record.images if record is not None else count_images(path) if path.is_file() else 0
-    return total
-
-
-def compare(src: str, folder: Path, index: Index, shards: Sequence[ShardFacts]) -> list[str]:
-    """Where the shards of a folder are not what its index says."""
-    problems = []
-    here = {path.name: shard for shard in shards if (path := Path(local_path(shard.url))).parent == folder}
-    for name, shard in here.items():
-        record = index.shards.get(name)
-        if record is None:
-            problems.append(f"{shard.url}: {INDEX} does not know it: --index writes it anew")
-        elif shard.images != record.images:
-            problems.append(f"{shard.url}: has {shard.images} images, and by {INDEX} {record.images}")
-        elif shard.sha256 is not None and shard.sha256 != record.sha256:
-            problems.append(f"{shard.url}: its checksum is not that of {INDEX}: changed or damaged since")
-    if Path(src).expanduser().is_dir() and (gone := sorted(set(index.shards) - set(here))):
-        problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {name_some(gone)}")
-    return problems
-
-
-def write_indexes(findings: AuditResult, folders: set[Path], indexes: dict[Path, Index]) -> None:
-    """Where there is none, or one that does not know all of a folder's shards; not for broken ones."""
-    for folder in sorted(folders):
-        here = [shard for shard in findings.shards if Path(local_path(shard.url)).parent == folder]
-        names = {Path(local_path(shard.url)).name for shard in here}
-        if folder in indexes and names <= set(indexes[folder].shards):
-            findings.notes.append(f"{folder / INDEX}: is there already, and left as it is")
-            continue
-        if any(shard.broken for shard in here):
-            findings.notes.append(f"{folder / INDEX}: not written, because shards are broken")
-            continue
-        records = {
-            Path(local_path(shard.url)).name: ShardRecord(shard.images, shard.bytes or 0, shard.sha256 or "")
-            for shard in here
-        }
-        Index(records).write(folder / INDEX)
-        findings.notes.append(f"{folder / INDEX}: written")
+def _compare(shard: ShardFacts, record: ShardRecord | None) -> str | None:
+    """How a shard differs from what the index says."""
+    if record is None:
+        return f"{shard.url}: {INDEX} does not know it: --index writes it anew"
+    if shard.images != record.images:
+        return f"{shard.url}: has {shard.images} images, and by {INDEX} {record.images}"
+    if shard.sha256 is not None and shard.sha256 != record.sha256:
+        return f"{shard.url}: its checksum is not that of {INDEX}: changed or damaged since"
+    return None

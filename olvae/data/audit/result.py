@@ -1,4 +1,4 @@
-"""What is known of a source's images once all of them have been read."""
+"""The result of ``olvae data check``: facts about all images of a source, and how they are printed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,21 +21,19 @@ __all__ = [
     "ShardFacts",
     "Speed",
     "Spread",
-    "name_dotted",
-    "name_some",
     "print_audit",
     "summarise",
 ]
 
 
 SIDES = (1, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096)
-"""Where the classes of the shorter side begin, in pixels."""
+"""Where the histogram's bins of the shorter side begin, in pixels."""
 
-LONG = 2.0  # aspect ratio from which on a square leaves out half of a picture
+LONG = 2.0  # at this aspect ratio a square leaves out half of a picture
 
 
 class ImageFacts(NamedTuple):
-    """An image that can be read: its size, upright; the file's format and kind of pixels; a hash of its pixels."""
+    """A readable image: its size, upright; its format and mode; a hash of its pixels."""
 
     name: str
     width: int
@@ -46,9 +44,9 @@ class ImageFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """A shard that was read, as far as that was possible; ``broken`` says why no further.
+    """A shard that was read; ``broken`` says what ended it early.
 
-    ``images`` counts those of unreadable pixels as well; ``sha256`` is None where it was not asked for.
+    ``images`` counts those with unreadable pixels as well; ``sha256`` is None where it was not computed.
     """
 
     url: str
@@ -60,7 +58,7 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a number that each image has."""
+    """The distribution of a number over the images."""
 
     min: float
     median: float
@@ -69,9 +67,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class EpochShares:
-    """An epoch of training, shared among loader processes; ``images`` are those of training alone.
+    """How the training images of an epoch are shared among loader processes.
 
-    ``per_process`` and ``left_out`` are None where the number of images is not known, or processes take any share.
+    ``per_process`` and ``left_out`` are None where the number of images is unknown, and for lists, whose epochs are
+    shared image by image.
     """
 
     ranks: int
@@ -86,9 +85,9 @@ class EpochShares:
 
 @dataclass(frozen=True)
 class Speed:
-    """Images per second of one loader process, reading, decoding and the training transform; and what is needed.
+    """Images per second of one loader process: reading, decoding and the training transform.
 
-    ``workers`` is the number of processes for ``need`` images per second; ``cores`` those of this machine.
+    ``workers`` is the number of processes that give ``need`` images per second; ``cores`` is what this machine has.
     """
 
     size: int
@@ -100,18 +99,18 @@ class Speed:
 
 @dataclass
 class AuditResult:
-    """The result of a check; all sizes in pixels, of images turned upright.
+    """All sizes are in pixels, of images turned upright.
 
     Args:
         kinds: images by format and mode.
-        sides: images by shorter side: from, up to (None is without limit), how many.
+        sides: histogram of the shorter side: from, below (None: no limit), number of images.
         aspect_ratio: width over height.
-        widest, tallest: the images with the extremes of it.
+        widest, tallest: names of the images with the largest and smallest one.
         long: images with one side at least twice the other.
-        smaller: images with a shorter side of less than ``size``, which training and evaluation would enlarge.
+        smaller: images with a shorter side below ``size``, which training and evaluation would enlarge.
         duplicates: names of images with the same pixels, group by group.
-        problems: what is to be mended before training.
-        notes: what is worth knowing.
+        problems: to fix before training.
+        notes: worth knowing.
     """
 
     source: str
@@ -137,63 +136,45 @@ class AuditResult:
 
     @property
     def copies(self) -> int:
-        """Images that could be left out without losing a picture."""
+        """Images that are the same as another one."""
         return sum(len(group) - 1 for group in self.duplicates)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         content = asdict(self)
-        content["unreadable"] = [{"name": fault.name, "reason": fault.reason} for fault in self.unreadable]
+        content["unreadable"] = [{"name": error.name, "reason": error.reason} for error in self.unreadable]
         content["sides"] = [{"from": low, "below": high, "images": count} for low, high, count in self.sides]
         return content
 
 
 def summarise(source: str, size: int, seen: Sequence[ImageFacts], unreadable: Sequence[ReadError]) -> AuditResult:
-    """The findings about the images themselves.
+    """The result for the images themselves.
 
     Args:
-        seen: all that can be read, in any order.
-        size: side of the squares that are to be cut of them.
+        size: side of the training crops in pixels.
+        seen: all readable images, in any order.
     """
-    faults = sorted(unreadable)
-    findings = AuditResult(source, size, len(seen) + len(faults), faults)
+    result = AuditResult(source, size, len(seen) + len(unreadable), sorted(unreadable))
     if not seen:
-        return findings
+        return result
     seen = sorted(seen)
     width, height = (np.array([getattr(image, side) for image in seen]) for side in ("width", "height"))
     shorter, ratio = np.minimum(width, height), width / height
-    findings.kinds = dict(Counter(image.kind for image in seen).most_common())
-    findings.width, findings.height = _spread(width), _spread(height)
-    findings.shorter_side, findings.aspect_ratio = _spread(shorter), _spread(ratio)
-    findings.widest, findings.tallest = seen[int(ratio.argmax())].name, seen[int(ratio.argmin())].name
-    findings.long = int((np.maximum(width, height) >= LONG * shorter).sum())
+    result.kinds = dict(Counter(image.kind for image in seen).most_common())
+    result.width, result.height = _spread(width), _spread(height)
+    result.shorter_side, result.aspect_ratio = _spread(shorter), _spread(ratio)
+    result.widest, result.tallest = seen[int(ratio.argmax())].name, seen[int(ratio.argmin())].name
+    result.long = int((np.maximum(width, height) >= LONG * shorter).sum())
     ends = [*SIDES[1:], None]
     for low, high in zip(SIDES, ends, strict=True):
         count = int(((shorter >= low) & (True if high is None else shorter < high)).sum())
-        findings.sides.append((low, high, count))
-    findings.smaller = int((shorter < size).sum())
+        result.sides.append((low, high, count))
+    result.smaller = int((shorter < size).sum())
     groups: dict[bytes, list[str]] = {}
     for image in seen:
         groups.setdefault(image.digest, []).append(image.name)
-    findings.duplicates = [names for names in groups.values() if len(names) > 1]
-    return findings
-
-
-def name_some(names: Sequence[str], at_most: int = 3) -> str:
-    """The first few names."""
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(printable(name) for name in names[:at_most]) + more
-
-
-def name_dotted(names: Sequence[str]) -> str:
-    """What to do about files in shards that a second dot in their names keeps from being images."""
-    example = min(names)
-    extension = example.rpartition("/")[2].partition(".")[2]
-    return (
-        f"{len(names)} files of the shards are left out for a second dot in their names, such as {example}, of which "
-        f"WebDataset takes {extension} for the extension: set data.params.image_key to that if all images have it, or "
-        "make the shards with `olvae data pack`, which names the files itself"
-    )
+    result.duplicates = [names for names in groups.values() if len(names) > 1]
+    return result
 
 
 def _spread(values: "np.ndarray[Any, Any]") -> Spread:
@@ -206,56 +187,56 @@ BAR = 30  # cells of the longest bar
 NAMED = 10
 
 
-def print_audit(findings: AuditResult, console: Console) -> None:
-    """Tables of what there is; then what is worth knowing, and what is to be mended."""
-    parts: list[RenderableType] = [_facts(findings)]
-    if findings.shorter_side is not None:
-        parts += ["", _sizes(findings), "", _histogram(findings)]
+def print_audit(result: AuditResult, console: Console) -> None:
+    """Print tables of the images, then notes and problems."""
+    parts: list[RenderableType] = [_facts(result)]
+    if result.shorter_side is not None:
+        parts += ["", _sizes(result), "", _histogram(result)]
     console.print(Group(*parts), soft_wrap=False)
-    _print_names("unreadable", [f"{printable(fault.name)}: {fault.reason}" for fault in findings.unreadable], console)
-    groups = [" = ".join(printable(name) for name in group) for group in findings.duplicates]
+    _print_names("unreadable", [f"{printable(error.name)}: {error.reason}" for error in result.unreadable], console)
+    groups = [" = ".join(printable(name) for name in group) for group in result.duplicates]
     _print_names("same pixels", groups, console)
-    for style, word, lines in (("yellow", "note", findings.notes), ("bold red", "problem", findings.problems)):
+    for style, word, lines in (("yellow", "note", result.notes), ("bold red", "problem", result.problems)):
         for line in lines:
             console.print(Text(f"{word}: ", style).append(printable(line), "default"), soft_wrap=True)
-    if not findings.problems:
+    if not result.problems:
         console.print(Text("fine: ", "green").append("nothing is in the way of training", "default"))
 
 
-def _facts(findings: AuditResult) -> Table:
+def _facts(result: AuditResult) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    lost = len(findings.unreadable)
-    readable = f"{lost:,} of them unreadable ({lost / findings.images:.2%})" if lost else "all readable"
-    table.add_row("images", f"{findings.images:,}, {readable}")
-    table.add_row("files", ", ".join(f"{count:,} {kind}" for kind, count in findings.kinds.items()) or "-")
-    groups = len(findings.duplicates)
+    lost = len(result.unreadable)
+    readable = f"{lost:,} of them unreadable ({lost / result.images:.2%})" if lost else "all readable"
+    table.add_row("images", f"{result.images:,}, {readable}")
+    table.add_row("files", ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) or "-")
+    groups = len(result.duplicates)
     in_groups = f", in {groups:,} group{'s' * (groups > 1)} of the same pixels" if groups else ""
-    table.add_row("copies", f"{findings.copies:,}{in_groups}")
-    if findings.aspect_ratio is not None:
-        table.add_row("small", f"{findings.smaller:,} with a shorter side of less than {findings.size} pixels")
-        table.add_row("long", f"{findings.long:,} with one side at least twice the other")
-        table.add_row("widest", escape(f"{printable(findings.widest)} ({findings.aspect_ratio.max:.2f} : 1)"))
-        table.add_row("tallest", escape(f"{printable(findings.tallest)} ({findings.aspect_ratio.min:.2f} : 1)"))
-    if findings.shards:
-        table.add_row("shards", _shards(findings.shards))
-    if findings.consumers is not None:
-        table.add_row("epoch", _consumers(findings.consumers))
-    if findings.speed is not None:
-        table.add_row("speed", _speed(findings.speed))
+    table.add_row("copies", f"{result.copies:,}{in_groups}")
+    if result.aspect_ratio is not None:
+        table.add_row("small", f"{result.smaller:,} with a shorter side of less than {result.size} pixels")
+        table.add_row("long", f"{result.long:,} with one side at least twice the other")
+        table.add_row("widest", escape(f"{printable(result.widest)} ({result.aspect_ratio.max:.2f} : 1)"))
+        table.add_row("tallest", escape(f"{printable(result.tallest)} ({result.aspect_ratio.min:.2f} : 1)"))
+    if result.shards:
+        table.add_row("shards", _shards(result.shards))
+    if result.consumers is not None:
+        table.add_row("epoch", _consumers(result.consumers))
+    if result.speed is not None:
+        table.add_row("speed", _speed(result.speed))
     return table
 
 
-def _sizes(findings: AuditResult) -> Table:
+def _sizes(result: AuditResult) -> Table:
     table = Table("", box=None, pad_edge=False, header_style="dim")
     for name in ("min", "median", "max"):
         table.add_column(name, justify="right")
     rows = {
-        "width": findings.width,
-        "height": findings.height,
-        "shorter side": findings.shorter_side,
-        "width / height": findings.aspect_ratio,
+        "width": result.width,
+        "height": result.height,
+        "shorter side": result.shorter_side,
+        "width / height": result.aspect_ratio,
     }
     for name, spread in rows.items():
         assert isinstance(spread, Spread)
@@ -264,14 +245,14 @@ def _sizes(findings: AuditResult) -> Table:
     return table
 
 
-def _histogram(findings: AuditResult) -> Table:
+def _histogram(result: AuditResult) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("shorter side", justify="right")
     table.add_column("images", justify="right")
     table.add_column("")
-    most = max(count for _, _, count in findings.sides)
-    filled = [i for i, (_, _, count) in enumerate(findings.sides) if count]
-    for low, high, count in findings.sides[filled[0] : filled[-1] + 1]:
+    most = max(count for _, _, count in result.sides)
+    filled = [i for i, (_, _, count) in enumerate(result.sides) if count]
+    for low, high, count in result.sides[filled[0] : filled[-1] + 1]:
         label = f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"
         cells = max(1, round(BAR * count / most)) if count else 0
         table.add_row(label, f"{count:,}", f"[cyan]{'█' * cells}[/]")

@@ -1,3 +1,3 @@
-"""Sources of pictures that can be asked for by number: folders, lists, torchvision, Hugging Face, the samples.
+"""Sources of numbered pictures: folders, lists, torchvision, Hugging Face, the sample photographs.
 
 Imports ``olvae.data``'s own files, and nothing of ``olvae.data.shards``."""

@@ -1,70 +1,94 @@
-"""Sources of pictures that can be asked for by number: files, arrays, data sets."""
+"""Sources of numbered pictures: files, arrays, data sets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
 
-from olvae.data.errors import ReadError, UnreadableImageError
+from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.image import Photo, Picture, image_to_tensor
-from olvae.data.sampler import Draw, StreamSampler
-from olvae.data.source import Loader, LoaderProcess, Part, Sample, Source
-from olvae.data.transforms import EvalTransform, RandomScaleCrop
-from olvae.devices import this_process
+from olvae.data.sampler import LoaderProcess, draws
+from olvae.data.source import Sample, Source, eval_sample
+from olvae.data.transforms import RandomScaleCrop
 
-__all__ = ["ImageDataset", "MappedSource"]
-
-
-STAND_INS = 20
-"""How many other images are tried in the place of one that can't be read."""
+__all__ = ["ImageDataset", "MappedSource", "Subset", "hold_out"]
 
 
 class ImageDataset(ABC):
-    """A sequence of pictures that are read when they are asked for."""
+    """Numbered pictures, read on access."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """A name of its own for each picture, without leading slash."""
+        """A unique name for each picture, without leading slash."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Picture | Photo:
         """Raises UnreadableImageError where it can't be read."""
 
 
+class Subset(ImageDataset):
+    """Pictures of a data set, by their numbers in it."""
+
+    def __init__(self, images: ImageDataset, indices: Sequence[int]) -> None:
+        self.images = images
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def key(self, index: int) -> str:
+        return self.images.key(self.indices[index])
+
+    def __getitem__(self, index: int) -> Picture | Photo:
+        return self.images[self.indices[index]]
+
+
+def hold_out(images: ImageDataset, fraction: float) -> tuple[ImageDataset, ImageDataset]:
+    """Images to train with, and about ``fraction`` of all, evenly spread, for validation."""
+    count = len(images)
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
+    if count < 2:
+        raise ValueError(f"{count} images can't be split into training and validation")
+    held_out = {int(i) for i in np.linspace(0, count - 1, max(1, round(count * fraction)))}
+    rest = [i for i in range(count) if i not in held_out]
+    return Subset(images, rest), Subset(images, sorted(held_out))
+
+
 class MappedSource(Source):
-    """Images of lists; the order of training is a function of the seed alone, whatever the workers and ranks.
+    """Images by number; the order of training is a function of the seed alone, whatever the workers and ranks.
 
     Args:
-        train, val, test: the pictures.
-        transform: from a training picture to a square of ``size`` pixels.
+        train, val: the pictures.
+        transform: from a training picture to a square; its size is that of all images.
+        batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
         samples_per_image: how often a training picture counts in an epoch.
-        size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
 
     Raises:
         ValueError: a batch is larger than the training images of an epoch.
     """
 
+    shares_evenly = True
+
     def __init__(
         self,
         train: ImageDataset,
         val: ImageDataset,
-        test: ImageDataset,
         transform: RandomScaleCrop,
-        size: int,
         batch_size: int,
         num_workers: int = 0,
-        samples_per_image: int = 1,
         channels: int = 3,
         max_unreadable: float = 0.01,
+        samples_per_image: int = 1,
     ) -> None:
-        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(transform.size, batch_size, num_workers, channels, max_unreadable)
         if samples_per_image < 1:
             raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
-        self.train, self.val, self.test = train, val, test
+        self.train, self.val = train, val
         self.transform = transform
         self.samples_per_image = samples_per_image
         if batch_size > self.samples_per_epoch:
@@ -78,120 +102,39 @@ class MappedSource(Source):
         return len(self.train) * self.samples_per_image
 
     @property
+    def val_images(self) -> int:
+        return len(self.val)
+
+    @property
     def images(self) -> int:
         return len(self.train) + len(self.val)
 
-    def count(self, part: Part) -> int:
-        return len(self._part(part))
-
     def describe(self) -> str:
-        return f"{len(self.train)} training, {len(self.val)} validation, {len(self.test)} test images"
-
-    def stream(self, seed: int, position: int, consumer: LoaderProcess) -> Iterator[Sample]:
-        images = _TrainImages(self.train, self.transform)
-        draws = StreamSampler(self.samples_per_epoch, seed, position * consumer.count + consumer.index, consumer.count)
-        return (images[draw] for draw in draws)
+        return f"{len(self.train)} training, {len(self.val)} validation and test images"
 
     def limit(self, images: int) -> None:
-        if images > len(self.test):
-            raise ValueError(f"the set has {len(self.test)} images, fewer than the {images} asked for")
-        self.test = _First(self.test, images)
+        if images > len(self.val):
+            raise ValueError(f"the set has {len(self.val)} images, fewer than the {images} asked for")
+        self.val = Subset(self.val, range(images))
 
-    def once(self, part: Part, consumer: LoaderProcess) -> Iterator[Sample]:
-        images = _EvalImages(self._part(part), self.eval_transform)
-        return (images[i] for i in range(consumer.index, len(images), consumer.count))
+    def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
+        for place, number in draws(seed, self.samples_per_epoch, process.positions(position)):
+            yield self._train_sample(number % len(self.train), (seed, place))
 
-    def train_loader(self, seed: int = 0, start: int = 0) -> Loader:
-        sampler = StreamSampler(self.samples_per_epoch, seed, start)
-        return self._train_loader(_TrainImages(self.train, self.transform), sampler=sampler)
+    def _train_sample(self, index: int, seed: tuple[int, int]) -> Sample:
+        """An image or, if it can't be read, another one, drawn with the same seed."""
 
-    def val_loader(self) -> Loader:
-        return self._in_order("val", self.batch_size)
+        def read(index: int, _: list[ReadError]) -> Sample:
+            image = self.transform(self.train[index], np.random.default_rng(seed))
+            return Sample(image_to_tensor(image), self.train.key(index))
 
-    def test_loader(self, batch_size: int | None = None) -> Loader:
-        return self._in_order("test", batch_size or self.batch_size)
+        sample, errors = read_or_replace(index, range(len(self.train)), seed, read)
+        return sample._replace(errors=errors)
 
-    def _in_order(self, part: Part, batch_size: int) -> Loader:
-        images = _EvalImages(self._part(part), self.eval_transform)
-        return self._once_loader(images, part, batch_size, sampler=_Turns(len(images)))
-
-    def _part(self, part: Part) -> ImageDataset:
-        return {"val": self.val, "test": self.test}[part]
-
-
-class _First(ImageDataset):
-    """The first so many of a list."""
-
-    def __init__(self, images: ImageDataset, count: int) -> None:
-        self.images = images
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def key(self, index: int) -> str:
-        return self.images.key(index)
-
-    def __getitem__(self, index: int) -> Picture | Photo:
-        return self.images[index]
-
-
-class _TrainImages(Dataset[Sample]):
-    def __init__(self, images: ImageDataset, transform: RandomScaleCrop) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __getitem__(self, draw: Draw) -> Sample:
-        """The drawn image; where it can't be read, another one, drawn with the same seed."""
-        index = draw.image % len(self.images)
-        faults: list[ReadError] = []
-        for stand_in in range(STAND_INS + 1):
+    def once(self, process: LoaderProcess) -> Iterator[Sample]:
+        for index in takewhile(lambda i: i < len(self.val), process.positions()):
+            key = self.val.key(index)
             try:
-                image = self.transform(self.images[index], draw.rng())
-                return Sample(image_to_tensor(image), self.images.key(index), tuple(faults))
+                yield eval_sample(self.val[index], key, self.eval_transform)
             except UnreadableImageError as error:
-                faults.append(ReadError(error.name, error.reason))
-            index = int(np.random.default_rng((*draw.seed, 1, stand_in)).integers(len(self.images)))
-        raise UnreadableImageError(faults[0].name, f"{faults[0].reason}; nor are {STAND_INS} others drawn in its place")
-
-
-class _EvalImages(Dataset[Sample]):
-    def __init__(self, images: ImageDataset, transform: EvalTransform) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            return eval_sample(self.images[index], self.images.key(index), self.transform)
-        except UnreadableImageError as error:
-            return Sample(None, self.images.key(index), (ReadError(error.name, error.reason),))
-
-
-def eval_sample(image: Picture | Photo, key: str, transform: EvalTransform) -> Sample:
-    """By the evaluation transform.
-
-    Raises:
-        UnreadableImageError: the photograph's file is broken.
-    """
-    picture = image.read() if isinstance(image, Photo) else image
-    return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
-
-
-class _Turns(Sampler[int]):
-    """Every world-size-th index: this rank's. The ranks are known only when the loader starts."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def _mine(self) -> range:
-        rank, world = this_process()
-        return range(rank, self.length, world)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._mine())
-
-    def __len__(self) -> int:
-        return -(-self.length // this_process()[1])  # on all ranks: with 0 one would leave out validation
+                yield Sample(None, key, (error.read_error(),))

@@ -1,4 +1,4 @@
-"""A folder of images, nested as deep as you like; a pattern, or a list of files."""
+"""Images of a folder at any depth, of a pattern, or of a list of files."""
 
 import codecs
 import glob
@@ -26,25 +26,22 @@ TRAINING, HELD_OUT = ("train", "training"), ("val", "validation", "test")
 
 
 class Files(ImageDataset):
-    """Pictures in files; a key is the path below the folder that they have in common.
+    """Pictures in files; a key is the path below the deepest folder that holds all of them.
 
-    ``closed`` are folders among theirs that could not be opened.
+    ``closed`` are folders on the way that could not be opened.
     """
 
     def __init__(self, paths: Sequence[Path], channels: int = 3, closed: Sequence[ReadError] = ()) -> None:
-        mixed = len({path.is_absolute() for path in paths}) > 1
-        self.paths = [path.absolute() for path in paths] if mixed else list(paths)
+        self.paths = list(paths)
         self.channels = channels
         self.closed = closed
-        outward = any(".." in path.parts for path in self.paths)
-        self._names = [Path(os.path.abspath(path)) for path in self.paths] if outward else self.paths  # noqa: PTH100
-        self.root = Path(os.path.commonpath([path.parent for path in self._names]))
+        self.root = os.path.commonpath([os.path.abspath(folder) for folder in {path.parent for path in paths}])  # noqa: PTH100
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def key(self, index: int) -> str:
-        return legible(self._names[index].relative_to(self.root).as_posix())
+        return legible(os.path.relpath(self.paths[index], self.root))
 
     def __getitem__(self, index: int) -> Photo:
         path = self.paths[index]
@@ -52,18 +49,18 @@ class Files(ImageDataset):
 
 
 class FolderSource(MappedSource):
-    """Images of a folder; validation and test images are a folder of their own, or a fixed part of the first.
+    """Images of a folder; validation images come from another folder, or are a fixed part of the first.
 
     Args:
-        root: a folder, searched at any depth for files with an image's extension; a pattern such as
-            ``photos/**/*.jpg``; or a text file, ending in .txt, with a path a line, relative to its own folder;
-            lines that begin with # are left out.
+        root: a folder, searched at any depth for files with an image's extension; a pattern, for example
+            ``photos/**/*.jpg``; or a .txt file with one path per line, relative to the file's folder, in which lines
+            that begin with # are comments.
         size, batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
-        val_root: the validation and test images, in the same three ways. Without it, if root is a folder of
-            the folders ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
-        val_fraction: without either, the part of the images that is held out. Which ones is decided by a
-            hash of the path below root, so that it does not change when images are added.
-        max_val_images: of the held-out images take only so many, chosen by the hash.
+        val_root: the validation and test images, in the same three ways. Without it, if root has the folders
+            ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
+        val_fraction: without either, the share of the images that is held out. A hash of the path below root decides
+            which ones, so that it does not change when images are added.
+        max_val_images: hold out at most this number of images, chosen by the hash.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
         channels: of the images; see :func:`~olvae.data.image.read_picture` for what 1, 3, 4 and any other
             number mean.
@@ -99,30 +96,21 @@ class FolderSource(MappedSource):
         else:
             train, val = _split(root, train, val_fraction)
         held_out = Files(val if max_val_images is None else _at_most(root, val, max_val_images), channels)
-        super().__init__(
-            Files(train, channels),
-            held_out,
-            held_out,
-            RandomScaleCrop(size, min_fraction, filters, flip),
-            size,
-            batch_size,
-            num_workers,
-            channels=channels,
-            max_unreadable=max_unreadable,
-        )
+        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        super().__init__(Files(train, channels), held_out, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:
-    """Files of images, sorted: of a folder at any depth, of a pattern, or of a list in a text file.
+    """Files of images: in a folder at any depth, matching a pattern, or listed in a text file.
 
-    Folders and patterns give files with an image's extension, through symbolic links as well; what is hidden is
-    left out. A list gives what it says, in its order, without checking that it is there.
+    Folders and patterns give files with an image's extension, sorted, through symbolic links as well, without hidden
+    ones. A list gives its paths in its order, whether the files exist or not.
 
     Args:
         closed: gets the folders below root that can't be opened. The log names each once.
 
     Raises:
-        FileNotFoundError: there is no such folder or list, or nothing in it.
+        FileNotFoundError: the folder or list is missing or empty.
         PermissionError: root can't be opened.
     """
     path = Path(root).expanduser()
@@ -133,7 +121,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
             raise FileNotFoundError(f"{root}: no such list of images")
         paths = [path.parent / os.path.expanduser(line) for line in _lines(path)]  # noqa: PTH111  (~x may be a name)
         if not paths:
-            raise FileNotFoundError(f"{root}: this list names no file: write a path a line")
+            raise FileNotFoundError(f"{root}: this list names no file: write one path per line")
     elif glob.has_magic(str(root)):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
         paths = _each_once(found for name in names if _is_image(found := Path(name)))
@@ -147,7 +135,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
 
 
 def _lines(path: Path) -> list[str]:
-    """The names in a list. Bytes that are not UTF-8 stay what they are, for file names may have such ones."""
+    """The names in a list; bytes that are not UTF-8 are kept, because file names may have them."""
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     lines = [line.strip() for line in re.split(r"[\r\n]+", data.decode(encoding, "surrogateescape"))]
@@ -155,7 +143,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
-    """Files of images at any depth, each folder once, whatever links lead to it."""
+    """Files of images at any depth; each folder once, however many links lead to it."""
 
     def leave_out(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -175,7 +163,7 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 
 def _each_once(paths: Iterable[Path]) -> list[Path]:
-    """Without those that lie in the same folder under another name, as ``**`` gives them for links; sorted."""
+    """Sorted, without the second paths to a file that ``**`` finds through links to folders."""
     real = cache(Path.resolve)
     found: dict[tuple[Path, str], Path] = {}
     for path in sorted(paths, key=lambda path: (len(path.parts), path)):
@@ -185,7 +173,7 @@ def _each_once(paths: Iterable[Path]) -> list[Path]:
 
 @cache
 def _tell(folder: ReadError) -> None:
-    log.warning("skipped the folder %s, with all that is in it: %s", folder.name, folder.reason)
+    log.warning("skipped the folder %s and everything in it: %s", folder.name, folder.reason)
 
 
 def _is_image(path: Path) -> bool:
@@ -193,7 +181,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _may_be_file(path: Path) -> bool:
-    """Whether reading it is worth a try: where that can't be known, it will be told as unreadable."""
+    """Whether it is a file; True if that can't be found out, so that reading it gives the reason."""
     try:
         return path.is_file()
     except OSError:
@@ -201,7 +189,7 @@ def _may_be_file(path: Path) -> bool:
 
 
 def _parts(root: str) -> tuple[str, str | None]:
-    """The folders of training and of held-out images, where a data set comes with them."""
+    """The folders of training and of held-out images, if a data set has both."""
     folder = Path(root).expanduser()
     train, held_out = (
         [str(folder / name) for name in names if os.path.isdir(folder / name)]  # noqa: PTH112  (False where closed)
@@ -220,13 +208,13 @@ def _split(root: str, paths: Sequence[Path], fraction: float) -> tuple[list[Path
 
 
 def _at_most(root: str, paths: Sequence[Path], count: int) -> list[Path]:
-    """No more than ``count`` of the paths: those of the least hashes."""
+    """The ``count`` paths with the smallest hashes, in their order."""
     chosen = set(sorted(paths, key=_places(root, paths).__getitem__)[:count])
     return [path for path in paths if path in chosen]
 
 
 def _places(root: str, paths: Sequence[Path]) -> dict[Path, float]:
-    """For each path a number in [0, 1), by the hash of its name below root."""
+    """For each path a number in [0, 1): the hash of its name below root."""
     base = Path(root).expanduser()
 
     def place(path: Path) -> float:

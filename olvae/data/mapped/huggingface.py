@@ -1,4 +1,4 @@
-"""An image column of a data set of the Hugging Face hub, or of one on disk. Needs the extra ``hf``."""
+"""An image column of a Hugging Face data set, from the hub or from disk. Needs the extra ``hf``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import Any
 from olvae.config import ConfigError
 from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo
-from olvae.data.mapped.base import ImageDataset, MappedSource
-from olvae.data.mapped.torchvision import hold_out
+from olvae.data.mapped.base import ImageDataset, MappedSource, hold_out
 from olvae.data.transforms import RandomScaleCrop
 
 __all__ = ["Column", "HuggingFaceSource", "load_table"]
@@ -17,28 +16,26 @@ __all__ = ["Column", "HuggingFaceSource", "load_table"]
 class Column(ImageDataset):
     """Pictures of a column, undecoded."""
 
-    def __init__(self, table: Any, column: str, indices: Sequence[int] | None = None, channels: int = 3) -> None:
+    def __init__(self, table: Any, column: str, channels: int = 3) -> None:
         from datasets import Image
 
         if column not in table.column_names:
-            raise ConfigError(f"data.params.column: {column} is none of {', '.join(table.column_names)}")
+            raise ConfigError(f"data.params.column: no column {column}; there are {', '.join(table.column_names)}")
         if not isinstance(table.features[column], Image):
-            raise ConfigError(f"data.params.column: {column} holds no images, but {table.features[column]}")
+            raise ConfigError(f"data.params.column: {column} holds {table.features[column]}, not images")
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
         self.column = column
-        self.indices = range(len(table)) if indices is None else indices
         self.channels = channels
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.table)
 
     def key(self, index: int) -> str:
-        return f"{self.indices[index]:08d}"
+        return f"{index:08d}"
 
     def __getitem__(self, index: int) -> Photo:
-        row = self.indices[index]
-        cell = self.table[row][self.column] or {}
-        name = f"row {row} of {self.column}"
+        cell = self.table[index][self.column] or {}
+        name = f"row {index} of {self.column}"
         if cell.get("bytes") is not None:
             return Photo(cell["bytes"], name, self.channels)
         if cell.get("path"):
@@ -47,15 +44,15 @@ class Column(ImageDataset):
 
 
 class HuggingFaceSource(MappedSource):
-    """Images of a data set that the ``datasets`` library reads.
+    """Images of a data set, read by the ``datasets`` library.
 
     Args:
-        path: its id on the hub, such as ``cifar10``; a folder that ``save_to_disk`` wrote; or a builder's name
-            such as ``parquet`` or ``imagefolder``, with ``data_files`` or ``data_dir``.
+        path: its id on the hub, for example ``cifar10``; a folder that ``save_to_disk`` wrote; or a builder's name,
+            for example ``parquet`` or ``imagefolder``, with ``data_files`` or ``data_dir``.
         column: of the images.
         split: for training.
         val_split: for validation and test; without it a part of the training split is held out.
-        val_fraction: of it, evenly spread.
+        val_fraction: how large a part, evenly spread.
         name, data_files, data_dir, revision: handed to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
@@ -89,23 +86,13 @@ class HuggingFaceSource(MappedSource):
         def read(part: str) -> Any:
             return load_table(path, part, name=name, data_files=files, data_dir=data_dir, revision=revision)
 
-        table = read(split)
+        train: ImageDataset = Column(read(split), column, channels)
         if val_split is not None:
-            train, val = Column(table, column, None, channels), Column(read(val_split), column, None, channels)
+            val: ImageDataset = Column(read(val_split), column, channels)
         else:
-            rest, held_out = hold_out(len(table), val_fraction)
-            train, val = Column(table, column, rest, channels), Column(table, column, held_out, channels)
-        super().__init__(
-            train,
-            val,
-            val,
-            RandomScaleCrop(size, min_fraction, filters, flip),
-            size,
-            batch_size,
-            num_workers,
-            channels=channels,
-            max_unreadable=max_unreadable,
-        )
+            train, val = hold_out(train, val_fraction)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        super().__init__(train, val, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 def load_table(path: str, split: str, **arguments: Any) -> Any:

@@ -14,7 +14,7 @@ __all__ = ["HELD_OUT", "PHOTOGRAPHS", "Photograph", "SamplePhotographs", "sample
 
 
 class Photograph(NamedTuple):
-    """A file inside an installed package, and under what terms it comes."""
+    """A file inside an installed package, and its licence."""
 
     package: str
     file: str
@@ -75,7 +75,7 @@ class _Photographs(ImageDataset):
 
 
 def sample_photographs() -> ImageDataset:
-    """All fifteen of them, whole."""
+    """All fifteen photographs, whole."""
     return _Photographs((*PHOTOGRAPHS, *HELD_OUT))
 
 
@@ -108,7 +108,7 @@ class _Tiles(_Photographs):
 
 
 class SamplePhotographs(MappedSource):
-    """Eleven photographs to train on and four held out, in the packages that are installed anyway.
+    """Eleven photographs to train on and four held out, from packages that are dependencies anyway.
 
     Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of
     2 ``size`` and cut into tiles of ``size`` pixels without overlap, 22 tiles in all.
@@ -130,18 +130,10 @@ class SamplePhotographs(MappedSource):
         flip: bool = True,
         shuffle_channels: float = 0.5,
     ) -> None:
-        held_out = _Tiles(HELD_OUT, size)
-        super().__init__(
-            _Photographs(PHOTOGRAPHS),
-            held_out,
-            held_out,
-            RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels),
-            size,
-            batch_size,
-            num_workers,
-            crops_per_photograph,
-        )
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        train, val = _Photographs(PHOTOGRAPHS), _Tiles(HELD_OUT, size)
+        super().__init__(train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph)
         self.crops = "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
 
     def describe(self) -> str:
-        return f"crops of {len(self.train)} photographs, {len(self.test)} tiles of {len(HELD_OUT)} held-out ones"
+        return f"crops of {len(self.train)} photographs, {len(self.val)} tiles of {len(HELD_OUT)} held-out ones"

@@ -1,4 +1,4 @@
-"""Any data set of torchvision, or another one that gives pictures by number."""
+"""Any data set of torchvision, or another one whose pictures are numbered."""
 
 from collections.abc import Sequence, Sized
 from typing import Any
@@ -10,50 +10,49 @@ from torch import Tensor
 from olvae.config import Node, instantiate
 from olvae.data.errors import UnreadableImageError
 from olvae.data.image import DECODER_ERRORS, Bands, Photo, Picture, tensor_to_picture
-from olvae.data.mapped.base import ImageDataset, MappedSource
+from olvae.data.mapped.base import ImageDataset, MappedSource, hold_out
 from olvae.data.transforms import RandomScaleCrop
 
-__all__ = ["Items", "TorchvisionSource", "hold_out"]
+__all__ = ["Items", "TorchvisionSource"]
 
 
 class Items(ImageDataset):
     """Pictures of a data set whose items are a picture, or begin with one."""
 
-    def __init__(self, dataset: Any, indices: Sequence[int] | None = None, channels: int = 3) -> None:
+    def __init__(self, dataset: Any, channels: int = 3) -> None:
         if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"{type(dataset).__name__}: its items can't be asked for by number")
         self.dataset = dataset
-        self.indices = range(len(dataset)) if indices is None else indices
         self.channels = channels
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.dataset)
 
     def key(self, index: int) -> str:
-        return f"{self.indices[index]:08d}"
+        return f"{index:08d}"
 
     def label(self, index: int) -> int | None:
-        """The second part of an item, if that is a class."""
-        item = self.dataset[self.indices[index]]
+        """An item's second part, if that is an integer: its class."""
+        item = self.dataset[index]
         return item[1] if isinstance(item, tuple) and len(item) > 1 and isinstance(item[1], int) else None
 
     def __getitem__(self, index: int) -> Photo:
-        name = f"{type(self.dataset).__name__}[{self.indices[index]}]"
+        name = f"{type(self.dataset).__name__}[{index}]"
         try:
-            item = self.dataset[self.indices[index]]
+            item = self.dataset[index]
             return Photo(_picture(item[0] if isinstance(item, tuple | list) else item), name, self.channels)
         except DECODER_ERRORS as error:
             raise UnreadableImageError(name, str(error)) from error
 
 
 class TorchvisionSource(MappedSource):
-    """Images of torchvision's data sets; labels are left aside.
+    """Images of torchvision's data sets, without their labels.
 
     Args:
-        dataset: the node of the training images, such as ``{target: torchvision.datasets.CIFAR10, params: {root:
+        dataset: the node of the training images, for example ``{target: torchvision.datasets.CIFAR10, params: {root:
             data, download: true}}``; the data set must give pictures, so leave its ``transform`` out.
         val_dataset: the node of the validation and test images; without it a part of the first is held out.
-        val_fraction: of it, evenly spread.
+        val_fraction: how large a part, evenly spread.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
     """
@@ -72,34 +71,13 @@ class TorchvisionSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        images = instantiate(dataset)
+        train: ImageDataset = Items(instantiate(dataset), channels)
         if val_dataset is not None:
-            train, val = Items(images, None, channels), Items(instantiate(val_dataset), None, channels)
+            val: ImageDataset = Items(instantiate(val_dataset), channels)
         else:
-            rest, held_out = hold_out(len(Items(images)), val_fraction)
-            train, val = Items(images, rest, channels), Items(images, held_out, channels)
-        super().__init__(
-            train,
-            val,
-            val,
-            RandomScaleCrop(size, min_fraction, filters, flip),
-            size,
-            batch_size,
-            num_workers,
-            channels=channels,
-            max_unreadable=max_unreadable,
-        )
-
-
-def hold_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
-    """Numbers below ``count`` to train with, and about ``fraction`` of them, evenly spread, that are held out."""
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
-    if count < 2:
-        raise ValueError(f"{count} images can't be split into training and validation")
-    held = max(1, round(count * fraction))
-    held_out = {int(i) for i in np.linspace(0, count - 1, held)}
-    return [i for i in range(count) if i not in held_out], sorted(held_out)
+            train, val = hold_out(train, val_fraction)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        super().__init__(train, val, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 def _picture(item: Any) -> Picture:
@@ -109,7 +87,7 @@ def _picture(item: Any) -> Picture:
         return _merged(tensor_to_picture(item))
     if isinstance(item, np.ndarray) and item.dtype == np.uint8:
         return Image.fromarray(item[..., 0] if item.ndim == 3 and item.shape[2] == 1 else item)
-    raise ValueError(f"an item is a {type(item).__name__}, and no picture: leave out the data set's transform")
+    raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
 
 
 def _merged(picture: Bands) -> Picture:

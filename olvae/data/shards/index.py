@@ -12,10 +12,10 @@ from webdataset.tariterators import base_plus_ext
 
 from olvae.data.image import EXTENSIONS
 from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url
-from olvae.data.shards.urls import file_name, is_local, labels_of, local_path
+from olvae.data.shards.urls import file_name, is_local, local_path, shard_names
 from olvae.files import write_json
 
-__all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "with_counts"]
+__all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
 
 
 VERSION = 1
@@ -64,7 +64,7 @@ class Index:
         return sum(shard.bytes for shard in self.shards.values())
 
     def write(self, path: Path) -> None:
-        """Whole or not at all; the same bytes for the same index."""
+        """Atomically; the same bytes for the same index."""
         content = {
             "version": VERSION,
             "images": self.images,
@@ -78,7 +78,7 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> "Index":
-        """Raises ValueError where the file is none, or an index of counts alone."""
+        """Raises ValueError where the file is not an index, or has counts alone."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(
@@ -92,48 +92,48 @@ class Index:
 
 
 INDEX = "index.json"
-"""The name of a file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
+"""The file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
 
 
 def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | None = None) -> list[Shard]:
-    """Shards with their numbers of images: from an index, or for local ones without, counted now.
+    """Shards with their numbers of images: from an index, or by counting the local ones that have none.
 
-    Without ``index``, a path or URL of one, local shards' folders are looked at for :data:`INDEX`. A missing local
-    shard that no index knows is taken to have as many images as the others have on average.
+    Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A missing
+    local shard that no index knows is assumed to have as many images as the others have on average.
 
     Raises:
-        ValueError: the index is none, or does not know a shard; or a shard has no images.
+        ValueError: the index is not readable, or does not know a shard; a shard has no images; two have the same name.
     """
+    names = shard_names(urls)
     if index is not None:
-        counts = _read_index(index)
-        if unknown := [url for url in urls if file_name(url) not in counts]:
+        given = _read_index(index)
+        if unknown := [url for url in urls if file_name(url) not in given]:
             raise ValueError(f"{index}: does not know {unknown[0]}: make it anew with `olvae data check --index`")
-        shards = [Shard(url, counts[file_name(url)]) for url in urls]
+        counts: dict[str, int | None] = {url: given[file_name(url)] for url in urls}
     else:
-        indexes = _indexes_beside(urls)
-        shards = [Shard(url, _local_count(url, indexes, image_key)) if is_local(url) else Shard(url) for url in urls]
-        known = [shard.images for shard in shards if shard.images is not None]
-        usual = round(sum(known) / len(known)) if known else 0
-        shards = [Shard(s.url, max(1, usual)) if is_local(s.url) and s.images is None else s for s in shards]
-    if empty := [shard.url for shard in shards if shard.images == 0]:
+        counts = counts_beside(urls, image_key)
+    if empty := [url for url in urls if counts[url] == 0]:
         wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
         raise ValueError(f"{empty[0]}: a shard without images: no file in it is {wanted}")
-    labels = labels_of(urls)
-    return [shard._replace(label=labels.get(shard.url, "")) for shard in shards]
+    return [Shard(url, counts[url], names[url]) for url in urls]
 
 
-def _indexes_beside(urls: Sequence[str]) -> dict[Path, dict[str, int]]:
-    """Of the folders of local shards, those that have one."""
-    folders = dict.fromkeys(Path(local_path(url)).parent for url in urls if is_local(url))
-    return {folder: _read_index(str(folder / INDEX)) for folder in folders if (folder / INDEX).is_file()}
-
-
-def _local_count(url: str, indexes: Mapping[Path, Mapping[str, int]], image_key: str | None) -> int | None:
-    path = Path(local_path(url))
-    known = indexes.get(path.parent, {}).get(path.name)
-    if known is not None:
-        return known
-    return count_images(path, image_key) if path.is_file() else None
+def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
+    """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
+    local = {url: Path(local_path(url)) for url in urls if is_local(url)}
+    indexes = {
+        folder: _read_index(str(folder / INDEX))
+        for folder in dict.fromkeys(path.parent for path in local.values())
+        if (folder / INDEX).is_file()
+    }
+    counts: dict[str, int | None] = dict.fromkeys(urls)
+    for url, path in local.items():
+        counts[url] = indexes.get(path.parent, {}).get(path.name)
+        if counts[url] is None and path.is_file():
+            counts[url] = count_images(path, image_key)
+    known = [counts[url] for url in urls if counts[url] is not None]
+    usual = max(1, round(sum(n or 0 for n in known) / len(known))) if known else 1
+    return {url: usual if url in local and n is None else n for url, n in counts.items()}
 
 
 def _read_index(url: str) -> dict[str, int]:
@@ -151,16 +151,15 @@ def _read_index(url: str) -> dict[str, int]:
 
 
 def count_images(path: Path, image_key: str | None = None) -> int:
-    """Images of a local shard, from the headers alone; up to where it is broken."""
-    groups: dict[str, bool] = {}
-    count, last = 0, None
+    """Images of a local shard, from the headers alone, up to where it is broken."""
+    count, last, has_image = 0, None, False
     with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path) as archive:
         for member in archive:
             key, extension = base_plus_ext(member.name)
             if key is None or not member.isreg():
                 continue
             if key != last:
-                count += bool(groups) and any(groups.values())
-                groups, last = {}, key
-            groups[extension.lower()] = is_image(extension.lower(), image_key)
-    return count + (bool(groups) and any(groups.values()))
+                last, has_image = key, False
+            if not has_image and is_image(extension.lower(), image_key):
+                count, has_image = count + 1, True
+    return count

@@ -1,7 +1,7 @@
-"""What a shard of latents holds for each image, as bytes, and what lies beside the shards."""
+"""Shards of latents: the files of each image as bytes, the description beside the shards, and batches of latents."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from olvae.data.errors import UnreadableImageError
 from olvae.data.shards.index import INDEX, with_counts
 from olvae.data.shards.read import Entry
-from olvae.data.shards.stream import ShardReader, check_shares, read_once, total_images
+from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.urls import find_shards
-from olvae.data.source import LoaderProcess, Part, Sample, Source
+from olvae.data.source import Sample
 
 __all__ = ["FLIP", "LATENT", "META", "STATS", "Latent", "LatentSource", "latent_bytes", "read_latent", "read_stats"]
 
@@ -26,23 +26,23 @@ LATENT = "latent.safetensors"
 
 META = "latent.json"
 """The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the size of the
-``image`` that the latent stands for, [width, height]: where it is no multiple of f, the image was padded."""
+``image`` that the latent stands for, [width, height]: the image was padded if that is not a multiple of f."""
 
 FLIP = "_flip"
 """What the names of the mirrored image's tensors end with."""
 
 STATS = "stats.json"
-"""The file beside the shards that describes them; it is written last, so what has none is not complete."""
+"""The file beside the shards that describes them; it is written last, so a folder without one is not complete."""
 
 
 class Latent(NamedTuple):
-    """Of one image: a Gaussian's ``mean`` and ``std``, or a latent as it is, whose std is None; (n_z, h, w)."""
+    """An image's Gaussian, ``mean`` and ``std``, or a latent as it is, with std None; (n_z, h, w)."""
 
     mean: Tensor
     std: Tensor | None = None
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
-        """A sample of the Gaussian, or without a generator its mode; float32."""
+        """A sample of the Gaussian, or its mode if ``generator`` is None; float32."""
         mean = self.mean.float()
         if self.std is None or generator is None:
             return mean
@@ -50,7 +50,7 @@ class Latent(NamedTuple):
 
 
 def latent_bytes(latent: Latent, flipped: Latent | None) -> bytes:
-    """The file of an image's tensors, and of those of the mirrored image, if there are any."""
+    """The file of an image's tensors, with those of the mirrored image if given."""
     tensors: dict[str, Tensor] = {}
     for ending, one in (("", latent), (FLIP, flipped)):
         if one is None:
@@ -66,7 +66,7 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
     """An image's latent, the mirrored image's if it is there, and what ``latent.json`` says.
 
     Raises:
-        UnreadableImageError: the files are broken, or none of :func:`latent_bytes`.
+        UnreadableImageError: the files are broken, or :func:`latent_bytes` did not make them.
     """
     try:
         tensors = load(entry.data)
@@ -88,13 +88,13 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
     """The description of a folder of latents.
 
     Raises:
-        FileNotFoundError: there is none: the folder is not one of latents, or not complete.
-        ValueError: it is not readable.
+        FileNotFoundError: the folder has no latents, or not all of them yet.
+        ValueError: the description is not readable.
     """
     path = Path(folder).expanduser() / STATS
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder}: no {STATS}, so these are no latents, or not all of them yet: run `olvae encode` (again)"
+            f"{folder}: no {STATS}, so these are not latents, or not all of them yet: run `olvae encode` (again)"
         )
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
@@ -104,23 +104,23 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
 
 
-class LatentSource(Source):
+class LatentSource(ShardSource):
     """Batches of scaled latents: ``latent``, float32 (B, n_z, h, w), their ``key`` and, with classes, ``label``.
 
     A latent is (z - shift_factor) * scaling_factor with the numbers of the folder's ``stats.json``, so that over the
-    data its mean is 0 and its standard deviation 1. Of a posterior each visit draws another z. ``train_loader`` is
+    data its mean is 0 and its standard deviation 1. Each visit draws another z from a posterior. ``train_loader`` is
     endless and resumable at any sample, shared among loader processes and ranks, in the order that
     :class:`~olvae.data.shards.webdataset.WebDatasetSource` describes. ``val_loader`` and ``test_loader`` give each
     latent once, in order, from the posterior's mode and not mirrored.
 
-    ``label`` is the number in an image's ``.cls`` file, in batches of which every image has one.
+    ``label`` is the number in an image's ``.cls`` file; batches in which an image has none are without.
 
     Args:
         folder: what ``olvae encode`` wrote.
         batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
         shuffle: latents in a block that is shuffled, kept in memory twice per loader process.
         sample: in training, draw from the posterior; else take its mode.
-        flip: in training, take the mirrored image's latent half of the times, where it was encoded too.
+        flip: in training, take the mirrored image's latent half of the time, if it was encoded too.
 
     Raises:
         FileNotFoundError: the folder has no latents, or not all of them yet.
@@ -140,25 +140,18 @@ class LatentSource(Source):
         max_unreadable: float = 0.01,
     ) -> None:
         self.stats = read_stats(folder)
-        super().__init__(max(1, self.stats["size"]), batch_size, num_workers, max_unreadable=max_unreadable)
-        if shuffle < 1:
-            raise ValueError(f"shuffle must be at least 1, got {shuffle}")
         if self.stats["latent_shape"] is None and batch_size > 1:
-            raise ValueError(f"{folder}: latents of several shapes fit into no batch: set batch_size to 1")
+            raise ValueError(f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1")
         self.folder = folder
-        self.shuffle = shuffle
         self.sample = sample
         self.flip = flip
-        index = Path(folder).expanduser() / INDEX
-        self.shards = with_counts(find_shards(folder), str(index), LATENT)
-        if batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"{folder}: batch_size {batch_size} is larger than the data, {self.stats['count']} latents"
-            )
+        shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
+        size = max(1, self.stats["size"])
+        super().__init__(shards, shards, shuffle, LATENT, size, batch_size, num_workers, max_unreadable=max_unreadable)
 
     @property
     def shift_factor(self) -> float:
-        """Mean of the latents as they are stored."""
+        """Mean of the stored latents."""
         return float(self.stats["shift_factor"])
 
     @property
@@ -167,40 +160,22 @@ class LatentSource(Source):
         return float(self.stats["scaling_factor"])
 
     @property
-    def samples_per_epoch(self) -> int:
-        total = total_images(self.shards)
-        assert total is not None  # the index has them all
-        return total
-
-    @property
-    def images(self) -> int:
-        return self.samples_per_epoch
-
-    def count(self, part: Part) -> int:  # noqa: ARG002  (all of them, in either part)
-        return self.samples_per_epoch
+    def images(self) -> int | None:
+        return self.samples_per_epoch  # the same ones for validation
 
     def describe(self) -> str:
-        return f"{self.samples_per_epoch} latents in {len(self.shards)} shards"
+        return f"{self.samples_per_epoch} latents in {len(self.train)} shards"
 
-    def check_processes(self, world: int) -> None:
-        check_shares(self.shards, self.num_workers, world)
+    def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
+        latent, flipped, meta = read_latent(entry)
+        if self.flip and flipped is not None and rng.random() < 0.5:
+            latent = flipped
+        noise = torch.Generator().manual_seed(int(rng.integers(2**63))) if self.sample else None
+        return self._sample(latent, noise, meta["key"], entry)
 
-    def stream(self, seed: int, position: int, consumer: LoaderProcess) -> Iterator[Sample]:
-        def make(entry: Entry, rng: np.random.Generator) -> Sample:
-            latent, flipped, meta = read_latent(entry)
-            mirrored = self.flip and flipped is not None and rng.random() < 0.5
-            chosen = flipped if mirrored and flipped is not None else latent
-            noise = torch.Generator().manual_seed(int(rng.integers(2**63))) if self.sample else None
-            return self._sample(chosen, noise, meta["key"], entry)
-
-        return ShardReader(self.shards, self.shuffle, LATENT, seed, consumer).samples(position, make)
-
-    def once(self, part: Part, consumer: LoaderProcess) -> Iterator[Sample]:  # noqa: ARG002
-        def make(entry: Entry) -> Sample:
-            latent, _, meta = read_latent(entry)
-            return self._sample(latent, None, meta["key"], entry)
-
-        return read_once(self.shards, LATENT, consumer, make)
+    def val_sample(self, entry: Entry) -> Sample:
+        latent, _, meta = read_latent(entry)
+        return self._sample(latent, None, meta["key"], entry)
 
     def _sample(self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry) -> Sample:
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
@@ -214,4 +189,4 @@ def _label(entry: Entry) -> int | None:
     try:
         return int(content)
     except ValueError as error:
-        raise UnreadableImageError(entry.name, f"its .cls is no number: {content[:20]!r}") from error
+        raise UnreadableImageError(entry.name, f"its .cls is not a number: {content[:20]!r}") from error

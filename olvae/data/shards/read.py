@@ -1,4 +1,4 @@
-"""Shards: tar files of images, as WebDataset has them; what is in them, reading through faults."""
+"""Reading shards, which are tar files of images in WebDataset's format, as far as they are whole."""
 
 import contextlib
 import signal
@@ -6,7 +6,6 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from subprocess import PIPE
 from typing import Any, NamedTuple
 
 from webdataset.gopen import Pipe, gopen, rewrite_url, set_options
@@ -25,13 +24,13 @@ SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, V
 
 TAR_BLOCK = 512  # bytes; two blocks of zeros end an archive
 
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # first bytes; these formats notice themselves that they are cut off
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # first bytes; reading these formats fails where they are cut off
 
 
 class Shard(NamedTuple):
     """A tar file, by path or URL, and how many images are in it, if that is known.
 
-    ``label`` is what its images' keys begin with, if that is not its stem.
+    ``label`` is what its images' keys begin with, by default the stem of its name.
     """
 
     url: str
@@ -44,33 +43,44 @@ class Shard(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An image of a shard, undecoded; with faults that were met on the way to it.
+    """An image of a shard, undecoded.
 
-    ``files`` are the group's other files by extension, as bytes.
+    Args:
+        key: the shard's name and the image's.
+        name: for errors: the shard's path or URL and the file's name.
+        data: the file's bytes.
+        files: the group's other files by extension, as bytes.
+        errors: met on the way to it.
     """
 
     key: str
     name: str
     data: bytes
     files: Mapping[str, bytes]
-    faults: tuple[ReadError, ...] = ()
+    errors: tuple[ReadError, ...] = ()
 
 
 def read_shard(
     shard: Shard, image_key: str | None = None, sidecars: bool = True, dotted: list[str] | None = None
 ) -> Iterator[Entry | ReadError]:
-    """The images of a shard in order, undecoded; a fault last where it can't be opened or ends early.
+    """The images of a shard in order, undecoded; last a ReadError where it can't be opened or ends early.
 
-    A group of files of one name without an image is left out.
+    A group, which is files of one name, is left out if no image is in it.
 
     Args:
+        image_key: the extension of the image in a group; by default the first that is an image's.
         sidecars: whether the other files of a group are wanted; without them it is less work.
         dotted: gets the names of files in groups without an image that would be images without a second dot in their
             names: WebDataset splits ``a.b.jpg`` at the first, which makes ``b.jpg`` the extension. Needs the sidecars.
     """
-    faults: list[ReadError] = []
+    errors: list[ReadError] = []
+
+    def skip(error: Exception) -> bool:
+        errors.append(ReadError(shard.url, _reason(error), lost=False))
+        return True
+
     wanted = None if sidecars else lambda name: is_image((base_plus_ext(name)[1] or "").lower(), image_key)
-    groups = group_by_keys(_files(shard.url, faults, wanted), handler=lambda error: _take(error, shard.url, faults))
+    groups = group_by_keys(_files(shard.url, errors, wanted), handler=skip)
     name, url = shard.name, legible(shard.url)
     for group in groups:
         extension = next((ext for ext in group if is_image(ext, image_key)), None)
@@ -81,11 +91,11 @@ def read_shard(
             continue
         others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
         yield Entry(f"{name}/{key}", f"{url}/{key}.{extension}", group[extension], others)
-    yield from faults
+    yield from errors
 
 
-def _files(url: str, faults: list[ReadError], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
-    """The files of a tar file; what ends it early becomes a fault, so that what came before is kept."""
+def _files(url: str, errors: list[ReadError], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
+    """The files of a tar file; what ends it early is added to ``errors``, and what came before is kept."""
     stream: Any = None
     tail: _Tail | None = None
     try:
@@ -96,21 +106,21 @@ def _files(url: str, faults: list[ReadError], wanted: Callable[[str], bool] | No
         ended = tail.ended
         tail.read(TAR_BLOCK)
         if tail.exhausted and (why := failure(stream)):
-            faults.append(ReadError(url, why))
+            errors.append(ReadError(url, why))
         elif not ended:
-            faults.append(ReadError(url, "no end mark: cut off, or damaged on the way", lost=False))
+            errors.append(ReadError(url, "no end mark: cut off, or damaged on the way", lost=False))
     except SHARD_ERRORS as error:
-        # A command that is left before its end may complain of that, which is not what went wrong.
+        # A command whose output is not read to its end may fail for that reason alone.
         why = failure(stream) if tail is not None and tail.exhausted else None
-        faults.append(ReadError(url, why or _reason(error)))
+        errors.append(ReadError(url, why or _reason(error)))
     finally:
         if stream is not None:
-            with contextlib.suppress(OSError):  # a command that is not read to its end complains
+            with contextlib.suppress(OSError):  # of a command whose output is not read to its end
                 stream.close()
 
 
 class _Tail:
-    """A stream that knows whether what was read of it last is zeros, as the end of an archive is.
+    """A stream that knows whether the last bytes read are zeros, as they are at the end of an archive.
 
     ``exhausted`` says whether it was read to its end.
     """
@@ -133,11 +143,6 @@ class _Tail:
         return self._first.startswith(COMPRESSED) or not any(self._last)
 
 
-def _take(error: Exception, url: str, faults: list[ReadError]) -> bool:
-    faults.append(ReadError(url, _reason(error), lost=False))
-    return True
-
-
 def is_image(extension: str, image_key: str | None) -> bool:
     return extension == image_key if image_key else f".{extension}" in EXTENSIONS
 
@@ -149,30 +154,24 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.partition(" @ ")[0].split())
 
 
-CURL = ("curl", "-fsSL", "--connect-timeout", "30")
+CURL = ("curl", "-fsL", "--connect-timeout", "30")
 
 RETRIES = ("--retry", "30", "--retry-delay", "2")
-"""curl waits for a minute for a server that is busy or gone; a refusal, such as 404, it takes at once."""
+"""curl retries for a minute while a server is busy or gone, but not after a refusal such as 404."""
 
-
-class _Download(Pipe):
-    """As webdataset opens it, but what the command says of its failure is kept."""
-
-    said = ""
-
-    def __init__(self, command: list[str]) -> None:
-        super().__init__(command, mode="rb", ignore_status=[141, 23], stderr=PIPE)
-
-    def close(self) -> None:
-        super().close()
-        if not self.proc.stderr.closed:
-            lines = self.proc.stderr.read().decode(errors="replace").split("\n")
-            self.said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-            self.proc.stderr.close()
+CURL_STATUS = {
+    6: "host not found",
+    7: "no connection",
+    18: "the connection dropped",
+    22: "the server answers with an HTTP error, 400 or above",
+    28: "no answer in time",
+    56: "the connection dropped",
+}
+"""What curl's exit statuses mean."""
 
 
 def open_url(url: str) -> Any:
-    """A stream of a file, a URL or a ``pipe:`` command. Where that fails, reading ends: ask :func:`failure` then.
+    """A stream of a file, a URL or a ``pipe:`` command. It ends early if the command fails: ask :func:`failure` then.
 
     Raises:
         OSError, ValueError: it can't be opened.
@@ -180,9 +179,9 @@ def open_url(url: str) -> Any:
     address = rewrite_url(url)
     try:
         if address.startswith(("http://", "https://")):
-            stream = _Download([*CURL, *RETRIES, address])
-        elif address.startswith("s3://"):  # webdataset would have none of it
-            stream = _Download(["aws", "s3", "cp", address, "-"])
+            stream = Pipe([*CURL, *RETRIES, address], mode="rb", ignore_status=[141, 23])
+        elif address.startswith("s3://"):  # which webdataset can't open
+            stream = Pipe(["aws", "s3", "cp", address, "-"], mode="rb", ignore_status=[141, 23])
         else:
             stream = gopen(url)
     except FileNotFoundError as error:
@@ -194,7 +193,7 @@ def open_url(url: str) -> Any:
         raise
     except Exception as error:  # whatever the hub's library raises
         raise OSError(str(error) or type(error).__name__) from error
-    set_options(stream, ignore_errors=True)  # it would lose what is read already
+    set_options(stream, ignore_errors=True)  # else it would raise before the bytes read so far are used
     return stream
 
 
@@ -205,8 +204,9 @@ def failure(stream: Any) -> str | None:
     stream.close()
     if stream.status in (*stream.ignore_status, -signal.SIGPIPE):
         return None
-    if isinstance(stream, _Download) and stream.said:
-        return stream.said
+    command = stream.proc.args
+    who = command[0] if isinstance(command, list) else "the command"
     if stream.status < 0:
-        return f"the command was ended by {signal.Signals(-stream.status).name}"
-    return f"the command failed with exit status {stream.status}"
+        return f"{who} was ended by {signal.Signals(-stream.status).name}"
+    meaning = CURL_STATUS.get(stream.status) if who == "curl" else None
+    return f"{who} failed with exit status {stream.status}{f': {meaning}' if meaning else ''}"

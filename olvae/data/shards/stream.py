@@ -1,75 +1,166 @@
-"""Reading shards: in sequence and shuffled without end, shared and resumable at any image; or once, in order."""
+"""Sources of shards: endless, shuffled, shared among processes, resumable at any image; or once, in order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
 
-from olvae.data.errors import ReadError, UnreadableImageError
-from olvae.data.mapped.base import STAND_INS
+from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
+from olvae.data.sampler import LoaderProcess, epoch_order
 from olvae.data.shards.read import Entry, Shard, read_shard
-from olvae.data.source import LoaderProcess, Sample
+from olvae.data.source import Sample, Source, total
 
-__all__ = ["ShardReader", "check_shares", "read_once", "total_images"]
+__all__ = ["ShardSource"]
+
+
+class ShardSource(Source):
+    """Samples of shards; :class:`~olvae.data.shards.webdataset.WebDatasetSource` describes their order.
+
+    Args:
+        train, val: the shards, with their counts where they are known.
+        shuffle: entries in a block that is shuffled.
+        image_key: the extension of what is read in a group of files; by default the first that is an image's.
+        size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
+
+    Raises:
+        ValueError: a batch is larger than the training images of an epoch.
+    """
+
+    sidecars = True
+    """Whether samples need the other files of a group."""
+
+    def __init__(
+        self,
+        train: Sequence[Shard],
+        val: Sequence[Shard],
+        shuffle: int,
+        image_key: str | None,
+        size: int,
+        batch_size: int,
+        num_workers: int,
+        channels: int = 3,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
+        if shuffle < 1:
+            raise ValueError(f"shuffle must be at least 1, got {shuffle}")
+        self.train, self.val = train, val
+        self.shuffle = shuffle
+        self.image_key = image_key
+        self._limited = False
+        if self.samples_per_epoch is not None and batch_size > self.samples_per_epoch:
+            raise ValueError(
+                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
+                "lower data.params.batch_size or add shards"
+            )
+
+    @abstractmethod
+    def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
+        """Raises UnreadableImageError if it can't be read; then another entry of the same block takes its place."""
+
+    @abstractmethod
+    def val_sample(self, entry: Entry) -> Sample:
+        """Raises UnreadableImageError if it can't be read."""
+
+    @property
+    def samples_per_epoch(self) -> int | None:
+        return total([shard.images for shard in self.train])
+
+    @property
+    def val_images(self) -> int | None:
+        return total([shard.images for shard in self.val])
+
+    def check_processes(self, world: int) -> None:
+        processes, images = max(1, self.num_workers) * world, self.samples_per_epoch
+        if images is None and len(self.train) < processes:
+            raise ValueError(
+                f"{len(self.train)} training shards for {processes} processes ({self.num_workers} workers x {world} "
+                "ranks): each needs one of its own: lower data.params.num_workers, pack smaller shards, or give their "
+                "index"
+            )
+        if images is not None and images < processes:
+            raise ValueError(f"{images} training images for {processes} processes: lower data.params.num_workers")
+
+    def limit(self, images: int) -> None:
+        known, left, shards = self.val_images, images, []
+        if known is None or images > known:
+            has = "an unknown number of" if known is None else known
+            raise ValueError(f"the set has {has} images, {images} were asked for")
+        for shard in self.val:
+            assert shard.images is not None
+            shards.append(shard._replace(images=min(left, shard.images)))
+            left -= shards[-1].images or 0
+            if not left:
+                break
+        self.val, self._limited = shards, True
+
+    def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
+        return _Reader(self, seed, process).samples(position)
+
+    def once(self, process: LoaderProcess) -> Iterator[Sample]:
+        for shard in self.val[process.index :: process.count]:
+            read = 0
+            for entry in read_shard(shard, self.image_key):
+                if self._limited and read == shard.images:
+                    break
+                if isinstance(entry, ReadError):
+                    missing = max(0, (shard.images or 0) - read)
+                    lost = [ReadError(entry.name, entry.reason, str(read + i)) for i in range(missing)]
+                    yield Sample(None, shard.url, tuple(lost) or (entry,))
+                    continue
+                read += 1
+                try:
+                    yield self.val_sample(entry)
+                except UnreadableImageError as error:
+                    yield Sample(None, entry.key, (error.read_error(),))
 
 
 class _Block(NamedTuple):
-    """Images that are shuffled together, shuffled; and those of which one can stand in for one that is lost."""
+    """Images that are shuffled together, shuffled; and those that can replace a lost one."""
 
     entries: list[Entry | ReadError]
     good: list[Entry]
 
 
-class ShardReader:
-    """One consumer's share of an endless, shuffled stream of what is in shards; :class:`WebDatasetSource` says how.
+class _Reader:
+    """A process's share of a source's endless stream."""
 
-    Args:
-        shards: all of them, with their counts where they are known.
-        size: of a block.
-        image_key: the extension of what is read in a group of files; by default the first that is an image's.
-        seed: of the order.
-        consumer: whose share it is.
-        sidecars: whether the other files of a group are wanted.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        size: int,
-        image_key: str | None,
-        seed: int,
-        consumer: LoaderProcess,
-        sidecars: bool = True,
-    ) -> None:
-        self.shards = shards
-        self.size = size
-        self.image_key = image_key
+    def __init__(self, source: ShardSource, seed: int, process: LoaderProcess) -> None:
+        self.source = source
         self.seed = seed
-        self.consumer = consumer
-        self.sidecars = sidecars
-        total = total_images(shards)
-        self.share = None if total is None else total // consumer.count
-        """Images of this consumer in an epoch, if the shards' counts are known."""
-        assert self.share != 0  # check_processes has seen to that
+        self.process = process
+        images = source.samples_per_epoch
+        self.share = None if images is None else images // process.count
+        """Images of this process in an epoch, if the shards' counts are known."""
+        assert self.share != 0  # check_processes raises
 
-    def samples(self, position: int, make: Callable[[Entry, np.random.Generator], Sample]) -> Iterator[Sample]:
-        """The consumer's samples without end, from its own ``position`` on.
-
-        Args:
-            make: a sample of an entry, with a generator seeded by the position; raises UnreadableImageError where
-                that can't be done, and gets another entry of the same block.
-        """
+    def samples(self, position: int) -> Iterator[Sample]:
+        """The process's endless samples, from its own ``position`` on."""
         for block, index in self._from_position(position):
-            yield _sample(block, index, (self.seed, self.consumer.index, self.consumer.count, position), make)
+            yield self._sample(block, index, (self.seed, self.process.index, self.process.count, position))
             position += 1
 
+    def _sample(self, block: _Block, index: int, seed: tuple[int, ...]) -> Sample:
+        """A sample of an entry of a block or, if that can't be read, of another one of the same block."""
+        rng = np.random.default_rng(seed)
+
+        def read(entry: Entry | ReadError, errors: list[ReadError]) -> Sample:
+            if isinstance(entry, ReadError):
+                raise UnreadableImageError(entry.name, entry.reason, entry.image)
+            errors += entry.errors
+            return self.source.train_sample(entry, rng)
+
+        sample, errors = read_or_replace(block.entries[index], block.good, seed, read)
+        return sample._replace(errors=errors)
+
     def _from_position(self, position: int) -> Iterator[tuple[_Block, int]]:
-        """Each image's block and place in it, from the consumer's own ``position`` on, without end."""
+        """Each image's block and place in it, from the process's own ``position`` on, without end."""
         epoch, number = 0, 0
         if self.share is not None:
             epoch, position = divmod(position, self.share)
-            number, position = divmod(position, self.size)
+            number, position = divmod(position, self.source.shuffle)
         blocks = self._blocks(epoch, number)
         epoch, number, entries = next(blocks)
         block = self._shuffled(epoch, number, list(entries))
@@ -83,40 +174,39 @@ class ShardReader:
             block = self._shuffled(epoch, number, ahead)
 
     def _blocks(self, epoch: int, number: int) -> Iterator[tuple[int, int, Iterator[Entry | ReadError]]]:
-        """Epoch, number and entries of each block; a block is to be read to its end before the next is taken."""
+        """Epoch, number and entries of each block; each must be read to its end before the next is taken."""
         for epoch in count(epoch):  # noqa: B020  (from the given one on)
-            entries = self._epoch(epoch, number * self.size)
+            entries = self._epoch(epoch, number * self.source.shuffle)
             for first in entries:
-                yield epoch, number, chain([first], islice(entries, self.size - 1))
+                yield epoch, number, chain([first], islice(entries, self.source.shuffle - 1))
                 number += 1
             number = 0
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[Entry | ReadError]:
-        """What this consumer reads in an epoch, in the shards' order."""
-        order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.shards))
-        shards = [self.shards[i] for i in order]
+        """What this process reads in an epoch, in the shards' order."""
+        shards = [self.source.train[i] for i in epoch_order(self.seed, epoch, len(self.source.train))]
         if self.share is None:
-            return self._whole(shards[self.consumer.index :: self.consumer.count])
-        first = self.consumer.index * self.share
+            return self._whole(shards[self.process.index :: self.process.count])
+        first = self.process.index * self.share
         return self._range(shards, first + skip, first + self.share)
 
     def _whole(self, shards: Sequence[Shard]) -> Iterator[Entry]:
-        """Entries of shards whose counts are not known; faults travel with the next image that is read."""
-        faults: list[ReadError] = []
+        """Entries of shards whose counts are unknown; errors come with the next image that is read."""
+        errors: list[ReadError] = []
         read = False
         for shard in shards:
-            for entry in read_shard(shard, self.image_key, self.sidecars):
+            for entry in read_shard(shard, self.source.image_key, self.source.sidecars):
                 if isinstance(entry, ReadError):
-                    faults.append(entry)
+                    errors.append(entry)
                 else:
-                    yield entry._replace(faults=tuple(faults))
-                    faults, read = [], True
+                    yield entry._replace(errors=tuple(errors))
+                    errors, read = [], True
         if not read:
-            reasons = "; ".join(f"{fault.name}: {fault.reason}" for fault in faults) or "no images in them"
+            reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors) or "no images in them"
             raise ValueError(f"none of the {len(shards)} shards of a loader process could be read: {reasons}")
 
     def _range(self, shards: Sequence[Shard], first: int, last: int) -> Iterator[Entry | ReadError]:
-        """The images from ``first`` to ``last`` of shards laid end to end; a fault in the place of a lost one."""
+        """The images from ``first`` to ``last`` of shards laid end to end; a ReadError in the place of a lost one."""
         start = 0
         for shard in shards:
             assert shard.images is not None
@@ -127,7 +217,7 @@ class ShardReader:
 
     def _part(self, shard: Shard, begin: int, end: int) -> Iterator[Entry | ReadError]:
         place, reason = 0, "has fewer images than its index says"
-        entries = read_shard(shard, self.image_key, self.sidecars)
+        entries = read_shard(shard, self.source.image_key, self.source.sidecars)
         for entry in entries:
             if isinstance(entry, ReadError):
                 reason = entry.reason
@@ -140,13 +230,13 @@ class ShardReader:
         yield from (ReadError(shard.url, reason, str(i)) for i in range(max(place, begin), end))
 
     def _shuffled(self, epoch: int, number: int, entries: list[Entry | ReadError]) -> _Block:
-        rng = np.random.default_rng((self.seed, epoch, number, self.consumer.index, self.consumer.count, 2))
+        rng = np.random.default_rng((self.seed, epoch, number, self.process.index, self.process.count, 2))
         shuffled = [entries[i] for i in rng.permutation(len(entries))]
         good = [entry for entry in shuffled if isinstance(entry, Entry)]
         return _Block(shuffled, good or self._next_good(epoch, number))
 
     def _next_good(self, epoch: int, number: int) -> list[Entry]:
-        """For a block of which nothing could be read: the next one of which something can."""
+        """Entries of the next block in which anything can be read, for a block in which nothing can."""
         for later, _, entries in self._blocks(epoch, number + 1):
             good = [entry for entry in entries if isinstance(entry, Entry)]
             if good or later > epoch + 1:
@@ -154,72 +244,3 @@ class ShardReader:
         if not good:
             raise ValueError("none of the shards of a loader process could be read")
         return good
-
-
-def _sample(
-    block: _Block, index: int, seed: tuple[int, ...], make: Callable[[Entry, np.random.Generator], Sample]
-) -> Sample:
-    """Of an entry of a block; where it can't be read, of another one of the same block."""
-    rng = np.random.default_rng(seed)
-    faults: list[ReadError] = []
-    entry = block.entries[index]
-    for stand_in in range(STAND_INS + 1):
-        if isinstance(entry, ReadError):
-            faults.append(entry)
-        else:
-            faults += entry.faults
-            try:
-                return make(entry, rng)._replace(faults=tuple(faults))
-            except UnreadableImageError as error:
-                faults.append(ReadError(error.name, error.reason))
-        drawn = np.random.default_rng((*seed, 1, stand_in)).integers(len(block.good))
-        entry = block.good[int(drawn)]
-    raise UnreadableImageError(faults[0].name, f"{faults[0].reason}; nor are {STAND_INS} others near it")
-
-
-def read_once(
-    shards: Sequence[Shard],
-    image_key: str | None,
-    consumer: LoaderProcess,
-    make: Callable[[Entry], Sample],
-    limited: bool = False,
-) -> Iterator[Sample]:
-    """A consumer's share of the shards, each entry once and in order; samples without an image for lost ones.
-
-    Args:
-        limited: of each shard no more than its count says, though it may hold more.
-    """
-    for shard in shards[consumer.index :: consumer.count]:
-        read = 0
-        for entry in read_shard(shard, image_key):
-            if limited and read == shard.images:
-                break
-            if isinstance(entry, ReadError):
-                missing = max(0, (shard.images or 0) - read)
-                lost = [ReadError(entry.name, entry.reason, str(read + i)) for i in range(missing)]
-                yield Sample(None, shard.url, tuple(lost) or (entry,))
-                continue
-            read += 1
-            try:
-                yield make(entry)
-            except UnreadableImageError as error:
-                yield Sample(None, entry.key, (ReadError(error.name, error.reason),))
-
-
-def check_shares(shards: Sequence[Shard], workers: int, world: int) -> None:
-    """Raises ValueError where the shards are too few for the loader processes of ``world`` ranks."""
-    consumers, images = max(1, workers) * world, total_images(shards)
-    if images is None and len(shards) < consumers:
-        raise ValueError(
-            f"{len(shards)} training shards for {consumers} processes ({workers} workers x {world} ranks), of "
-            "which each needs one of its own: lower data.params.num_workers, pack smaller shards, or give their "
-            "index"
-        )
-    if images is not None and images < consumers:
-        raise ValueError(f"{images} training images for {consumers} processes: lower data.params.num_workers")
-
-
-def total_images(shards: Sequence[Shard]) -> int | None:
-    """In all shards together; None if it is not known of one."""
-    counts = [shard.images for shard in shards]
-    return None if None in counts else sum(n for n in counts if n is not None)

@@ -1,7 +1,8 @@
-"""Where shards are: folders, patterns, URLs, commands; and what they are called."""
+"""Where shards are: folders, patterns, URLs, commands; and their names."""
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,21 +10,19 @@ from webdataset.shardlists import expand_urls
 
 from olvae.files import legible
 
-__all__ = ["SUFFIXES", "file_name", "find_shards", "is_local", "labels_of", "local_path", "may_be_there", "stem"]
+__all__ = ["SUFFIXES", "file_name", "find_shards", "is_local", "local_path", "may_be_there", "shard_names", "stem"]
 
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
-PART = re.compile(r"[^/\s'\"?&=:]+")
-
 
 def find_shards(shards: str | Sequence[str]) -> list[str]:
     """Shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
 
     Raises:
-        FileNotFoundError: there are none; of local ones, none that exist.
+        FileNotFoundError: there are none, or they are local and none of them exists.
     """
     given = [shards] if isinstance(shards, str) else list(shards)
     urls = [url for text in given for url in _expand(text)]
@@ -41,7 +40,7 @@ def _expand(text: str) -> list[str]:
         return [str(file) for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES)]
     try:
         expanded = expand_urls(text)
-    except AssertionError as error:  # webdataset's word for an environment variable that is not set
+    except AssertionError as error:  # raised by webdataset for an environment variable that is not set
         raise ValueError(f"{text}: {error}") from error
     urls = [str(Path(url).expanduser()) if is_local(url) else url for url in expanded]
     return [found for url in urls for found in _matches(url)]
@@ -59,7 +58,7 @@ def is_local(url: str) -> bool:
 
 
 def may_be_there(url: str) -> bool:
-    """Whether a shard is a file that exists, or remote, so that only reading it tells."""
+    """Whether a shard is a file that exists or, if remote, may exist: only reading it tells."""
     return not is_local(url) or Path(local_path(url)).is_file()
 
 
@@ -68,7 +67,7 @@ def local_path(url: str) -> str:
 
 
 def file_name(url: str) -> str:
-    """The name of a shard's file, also where it is in the middle of a command or has a signature behind it."""
+    """The name of a shard's file, even inside a command or before a URL's signature."""
     names = [] if is_local(url) else TAR_NAME.findall(url)
     return names[-1] if names else Path(local_path(url)).name
 
@@ -78,23 +77,26 @@ def stem(url: str) -> str:
     return legible(file_name(url).partition(".")[0])
 
 
-def labels_of(urls: Sequence[str]) -> dict[str, str]:
-    """For shards of one stem as much of their paths as tells them apart, else their number."""
-    alike: dict[str, list[str]] = {}
-    for url in dict.fromkeys(urls):
-        alike.setdefault(stem(url), []).append(url)
-    labels: dict[str, str] = {}
-    for group in (group for group in alike.values() if len(group) > 1):
-        paths = [_path(url) for url in group]
-        names = [["/".join(path[-length:]) for path in paths] for length in range(1, max(map(len, paths)) + 1)]
-        names.append([f"{urls.index(url)}/{path[-1]}" for url, path in zip(group, paths, strict=True)])
-        chosen = next(n for n in names if len(set(n)) == len(group))
-        labels.update(zip(group, map(legible, chosen), strict=True))
-    return labels
+def shard_names(urls: Sequence[str]) -> dict[str, str]:
+    """What the keys of each shard's images begin with: its stem or, if another shard has the same, its whole name.
+
+    Raises:
+        ValueError: two shards have the same name, so their images would have the same keys.
+    """
+    stems = {url: stem(url) for url in urls}
+    shared = Counter(stems.values())
+    names = {url: name if shared[name] == 1 else _whole_name(url) for url, name in stems.items()}
+    first: dict[str, str] = {}
+    for url, name in names.items():
+        if name in first:
+            raise ValueError(
+                f"{first[name]} and {url}: shards of the same name, whose images would have the same keys: rename "
+                "one of them, or make them two sources of an olvae.data.mix.MixSource"
+            )
+        first[name] = url
+    return names
 
 
-def _path(url: str) -> list[str]:
-    """Folders, and the file's name without its extension."""
-    name = file_name(url)
-    folders = [part for part in PART.findall(url.rpartition(name)[0]) if part.strip(".")]
-    return [*folders, re.sub(r"\.(tar\.gz|tgz|tar)$", "", name)]
+def _whole_name(url: str) -> str:
+    """The name of a shard's file without its extension."""
+    return legible(re.sub(r"\.(tar\.gz|tgz|tar)$", "", file_name(url)))

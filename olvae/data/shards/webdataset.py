@@ -1,50 +1,51 @@
 """Images from WebDataset shards: read in sequence, shuffled, shared among processes, resumable at any image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from olvae.data.image import Photo, image_to_tensor
-from olvae.data.mapped.base import eval_sample
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.read import Entry
-from olvae.data.shards.stream import ShardReader, check_shares, read_once, total_images
+from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.urls import find_shards, may_be_there
-from olvae.data.source import LoaderProcess, Part, Sample, Source
+from olvae.data.source import Sample, eval_sample
 from olvae.data.transforms import RandomScaleCrop
 
 __all__ = ["WebDatasetSource"]
 
 
-class WebDatasetSource(Source):
+class WebDatasetSource(ShardSource):
     """Images of tar files, local or remote.
 
-    An epoch is all shards, in an order of its own, laid end to end. Where the number of images in each shard is
-    known (an index, or local files, which are counted at the start), the sequence is cut into as many equal parts
-    as there are processes, loader processes times ranks: in an epoch no image comes twice, and at most one image
-    per process does not come. Where it is not known, each process takes every so-manieth shard, and processes with
-    less in theirs begin the next epoch earlier. Either way nobody's images end, so all ranks have as many batches.
+    An epoch is all shards, in an order of its own, laid end to end. If the number of images in each shard is known
+    (from an index, or by counting local files at the start), this sequence is cut into n equal parts for n
+    processes, loader processes times ranks: in an epoch no image comes twice, and at most one image per process is
+    left out. If it is unknown, each process takes every n-th shard, and those with fewer images begin the next epoch
+    earlier. Either way streams never end, so all ranks have the same number of batches.
 
-    Each process shuffles its images in blocks of ``shuffle``; so pack shards of shuffled images, as
-    ``olvae data pack`` does. To continue at an image, known shards are skipped and at most one block and the
-    beginning of its shard are read again; unknown ones are read again from the start.
+    Each process shuffles its images in blocks of ``shuffle``, so the images in shards should be shuffled already, as
+    ``olvae data pack`` does. To resume, known shards are skipped, and at most one block and the beginning of its
+    shard are read again; unknown ones are read again from the start.
 
     Args:
         shards: a folder of .tar files; a pattern such as ``data/{000..127}.tar``; URLs (http, s3, gs, hf and others
             that webdataset opens), ``pipe:`` commands; or a list of these.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
-        val_shards: the validation and test images. Without it the last shards are held out.
+        val_shards: the validation and test images; without it the last shards are held out.
         val_fraction: without val_shards, the share of the shards that is held out, at least one.
         index: path or URL of the shards' ``index.json``; that of local shards is found beside them.
         shuffle: images in a block, kept undecoded in memory, twice per loader process.
-        image_key: the extension of the image in a sample, such as ``input.png``, where it has several; by default
-            the first one that is an image's.
+        image_key: the extension of the image in a sample that has several, for example ``input.png``; by default
+            the first that is an image's.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.
-        ValueError: a shard has no images, or there are too few.
+        ValueError: a shard has no images, two have the same name, or there are too few.
     """
+
+    sidecars = False
 
     def __init__(
         self,
@@ -63,14 +64,8 @@ class WebDatasetSource(Source):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
-        if shuffle < 1:
-            raise ValueError(f"shuffle must be at least 1, got {shuffle}")
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
-        self.shuffle = shuffle
-        self._limited = False
-        self.image_key = image_key
         self.transform = RandomScaleCrop(size, min_fraction, filters, flip)
         found = find_shards(shards)
         if val_shards is not None:
@@ -86,56 +81,29 @@ class WebDatasetSource(Source):
             for part, use in ((train, "training"), (val, "validation")):
                 if not any(may_be_there(url) for url in part):
                     raise FileNotFoundError(
-                        f"{part[0]}: no such shard, and no other one for {use}, which has {len(part)} of "
+                        f"{part[0]}: no such shard, nor another one for {use}, which has {len(part)} of "
                         f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
                     )
-        self.train = with_counts(train, index, image_key)
-        self.val = with_counts(val, None if val_shards is not None else index, image_key)
-        if self.samples_per_epoch is not None and batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
-                "lower data.params.batch_size or add shards"
-            )
-
-    @property
-    def samples_per_epoch(self) -> int | None:
-        return total_images(self.train)
-
-    def count(self, part: Part) -> int | None:  # noqa: ARG002  (validation and test are the same images)
-        return total_images(self.val)
+        super().__init__(
+            with_counts(train, index, image_key),
+            with_counts(val, None if val_shards is not None else index, image_key),
+            shuffle,
+            image_key,
+            size,
+            batch_size,
+            num_workers,
+            channels,
+            max_unreadable,
+        )
 
     def describe(self) -> str:
-        counts = [total_images(shards) for shards in (self.train, self.val)]
+        counts = (self.samples_per_epoch, self.val_images)
         train, val = ("an unknown number of" if count is None else str(count) for count in counts)
         return f"{train} training images in {len(self.train)} shards, {val} validation and test images"
 
-    def check_processes(self, world: int) -> None:
-        check_shares(self.train, self.num_workers, world)
+    def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
+        image = self.transform(Photo(entry.data, entry.name, self.channels), rng)
+        return Sample(image_to_tensor(image), entry.key)
 
-    def limit(self, images: int) -> None:
-        total, left, shards = self.count("test"), images, []
-        if total is None or images > total:
-            has = "an unknown number of" if total is None else total
-            raise ValueError(f"the set has {has} images, and not surely the {images} asked for")
-        for shard in self.val:
-            assert shard.images is not None
-            shards.append(shard._replace(images=min(left, shard.images)))
-            left -= shards[-1].images or 0
-            if not left:
-                break
-        self.val, self._limited = shards, True
-
-    def once(self, part: Part, consumer: LoaderProcess) -> Iterator[Sample]:  # noqa: ARG002
-        def make(entry: Entry) -> Sample:
-            return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)
-
-        return read_once(self.val, self.image_key, consumer, make, self._limited)
-
-    def stream(self, seed: int, position: int, consumer: LoaderProcess) -> Iterator[Sample]:
-        def make(entry: Entry, rng: np.random.Generator) -> Sample:
-            image = self.transform(Photo(entry.data, entry.name, self.channels), rng)
-            return Sample(image_to_tensor(image), entry.key)
-
-        return ShardReader(self.train, self.shuffle, self.image_key, seed, consumer, sidecars=False).samples(
-            position, make
-        )
+    def val_sample(self, entry: Entry) -> Sample:
+        return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)

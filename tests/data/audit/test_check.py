@@ -47,12 +47,12 @@ def shards(photos, tmp_path):
 
 def test_a_folder_that_is_fine(photos):
     counted = []
-    findings = check(str(photos), OPTIONS, 2, lambda done, total: counted.append((done, total)))
-    assert (findings.images, findings.unreadable, findings.duplicates) == (24, [], [])
-    assert (findings.problems, findings.notes) == ([], [])
-    assert findings.kinds == {"PNG RGB": 24}
+    result = check(str(photos), OPTIONS, 2, lambda done, total: counted.append((done, total)))
+    assert (result.images, result.unreadable, result.duplicates) == (24, [], [])
+    assert (result.problems, result.notes) == ([], [])
+    assert result.kinds == {"PNG RGB": 24}
     assert counted[-1] == (24, 24)
-    assert findings.speed.images_per_s > 10
+    assert result.speed.images_per_s > 10
 
 
 def test_sizes(tmp_path):
@@ -61,24 +61,24 @@ def test_sizes(tmp_path):
     sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
     for i, size in enumerate(sizes):
         picture(i, size).save(root / f"{i}.png")
-    findings = check(str(root), CheckOptions(size=64, batch_size=1), 2)
+    result = check(str(root), CheckOptions(size=64, batch_size=1), 2)
     for spread, values in (
-        (findings.width, [w for w, _ in sizes]),
-        (findings.height, [h for _, h in sizes]),
-        (findings.shorter_side, [min(s) for s in sizes]),
-        (findings.aspect_ratio, [w / h for w, h in sizes]),
+        (result.width, [w for w, _ in sizes]),
+        (result.height, [h for _, h in sizes]),
+        (result.shorter_side, [min(s) for s in sizes]),
+        (result.aspect_ratio, [w / h for w, h in sizes]),
     ):
         values = sorted(values)
         assert (spread.min, spread.median, spread.max) == pytest.approx((values[0], values[2], values[4]), abs=1e-4)
-    assert (findings.widest, findings.tallest) == ("0.png", "3.png")
-    assert findings.long == 3
-    assert findings.smaller == 2
-    assert [(low, high, count) for low, high, count in findings.sides if count] == [
+    assert (result.widest, result.tallest) == ("0.png", "3.png")
+    assert result.long == 3
+    assert result.smaller == 2
+    assert [(low, high, count) for low, high, count in result.sides if count] == [
         (1, 64, 2),
         (64, 128, 2),
         (128, 256, 1),
     ]
-    assert "2 images are smaller than 64 pixels" in findings.notes[0]
+    assert "2 images are smaller than 64 pixels" in result.notes[0]
 
 
 def test_the_same_pixels_in_other_files(photos):
@@ -92,14 +92,14 @@ def test_the_same_pixels_in_other_files(photos):
     almost[0, 0, 0] ^= 1
     Image.fromarray(almost).save(photos / "almost.png")
     Image.frombytes("RGB", (20, 24), picture(4).tobytes()).save(photos / "other shape.png")
-    findings = check(str(photos), OPTIONS, 2)
-    assert findings.duplicates == [
+    result = check(str(photos), OPTIONS, 2)
+    assert result.duplicates == [
         ["class0/00.png", "copy.png", "other format.bmp"],
         ["class0/02.png", "turned.png"],
         ["class1/01.png", "other bytes.png"],
     ]
-    assert findings.copies == 4
-    assert findings.problems == []
+    assert result.copies == 4
+    assert result.problems == []
 
 
 def test_kinds_of_files(tmp_path):
@@ -113,9 +113,9 @@ def test_kinds_of_files(tmp_path):
     Image.fromarray(np.arange(480, dtype=np.uint16).reshape(20, 24)).save(root / "e.png")
     rgb.save(root / "f.gif")
     np.save(root / "g.npy", np.asarray(rgb))
-    findings = check(str(root), OPTIONS)
+    result = check(str(root), OPTIONS)
     kinds = ["JPEG RGB", "PNG L", "JPEG CMYK", "PNG RGBA", "PNG I;16", "GIF P", "array"]
-    assert findings.kinds == dict.fromkeys(kinds, 1)
+    assert result.kinds == dict.fromkeys(kinds, 1)
 
 
 def test_unreadable_files(photos):
@@ -126,19 +126,19 @@ def test_unreadable_files(photos):
     (photos / "new\nline.png").write_text("no picture")
     (photos / "folder.jpg").mkdir()
     (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")
-    findings = check(str(photos), OPTIONS, 2)
-    assert findings.images == 27
-    assert [fault.name for fault in findings.unreadable] == ["cut.png", "empty.jpg", "new\nline.png"]
-    assert findings.unreadable[1].reason == "the file is empty"
-    assert findings.problems == ["3 of 27 images can't be read, more than --max-unreadable 0.01"]
+    result = check(str(photos), OPTIONS, 2)
+    assert result.images == 27
+    assert [error.name for error in result.unreadable] == ["cut.png", "empty.jpg", "new\nline.png"]
+    assert result.unreadable[1].reason == "the file is empty"
+    assert result.problems == ["3 of 27 images can't be read, more than --max-unreadable 0.01"]
     assert check(str(photos), CheckOptions(size=16, max_unreadable=0.2)).problems == []
 
 
 def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
     close_folders(monkeypatch, photos / "class1")
-    findings = check(str(photos), OPTIONS, 2)
-    assert findings.images == 12
-    assert findings.problems == [f"{photos / 'class1'}: this folder can't be opened: Permission denied"]
+    result = check(str(photos), OPTIONS, 2)
+    assert result.images == 12
+    assert result.problems == [f"{photos / 'class1'}: this folder can't be opened: Permission denied"]
     close_folders(monkeypatch, photos)
     with pytest.raises(PermissionError, match="photos: this folder can't be opened"):
         check(str(photos), OPTIONS, 2)
@@ -155,8 +155,8 @@ def test_an_epoch_is_of_the_images_that_are_not_held_out(photos):
     assert consumers.batches == 7
     (photos / "class0").rename(photos / "train")
     (photos / "class1").rename(photos / "val")
-    findings = check(str(photos), CheckOptions(16, 3), 2)
-    assert (findings.images, findings.consumers.images, findings.consumers.batches) == (24, 12, 4)
+    result = check(str(photos), CheckOptions(16, 3), 2)
+    assert (result.images, result.consumers.images, result.consumers.batches) == (24, 12, 4)
 
 
 def test_one_image_is_too_little(tmp_path):
@@ -166,26 +166,26 @@ def test_one_image_is_too_little(tmp_path):
 
 
 def test_shards_that_are_fine(shards):
-    findings = check(str(shards), OPTIONS, 2)
-    assert (findings.images, findings.problems, findings.unreadable) == (24, [], [])
-    assert [shard.images for shard in findings.shards] == [6, 6, 6, 6]
+    result = check(str(shards), OPTIONS, 2)
+    assert (result.images, result.problems, result.unreadable) == (24, [], [])
+    assert [shard.images for shard in result.shards] == [6, 6, 6, 6]
     source = WebDatasetSource(str(shards), 16, 2)
-    assert findings.consumers.images == source.samples_per_epoch == 18
-    assert (findings.consumers.per_process, findings.consumers.left_out, findings.consumers.batches) == (9, 0, 9)
-    assert findings.notes == []
+    assert result.consumers.images == source.samples_per_epoch == 18
+    assert (result.consumers.per_process, result.consumers.left_out, result.consumers.batches) == (9, 0, 9)
+    assert result.notes == []
 
 
 def test_a_truncated_shard(shards):
     data = (shards / "000001.tar").read_bytes()
     (shards / "000001.tar").write_bytes(data[: len(data) // 2])
-    findings = check(str(shards), OPTIONS, 2)
-    read = findings.shards[1].images
+    result = check(str(shards), OPTIONS, 2)
+    read = result.shards[1].images
     assert 0 < read < 6
-    assert findings.images == 18 + read
-    assert findings.shards[1].broken
-    assert findings.problems[0].startswith(f"{shards / '000001.tar'}: ")
-    assert findings.problems[1] == f"{shards / '000001.tar'}: has {read} images, and by index.json 6"
-    assert [shard.broken for shard in findings.shards].count(None) == 3
+    assert result.images == 18 + read
+    assert result.shards[1].broken
+    assert result.problems[0].startswith(f"{shards / '000001.tar'}: ")
+    assert result.problems[1] == f"{shards / '000001.tar'}: has {read} images, and by index.json 6"
+    assert [shard.broken for shard in result.shards].count(None) == 3
 
 
 def test_a_changed_shard_and_a_missing_one(shards):
@@ -213,10 +213,10 @@ def test_copies_in_shards_and_unreadable_images(photos, tmp_path):
     data = path.read_bytes()
     start = data.index(b"\x89PNG")
     path.write_bytes(data[:start] + b"JUNK" + data[start + 4 :])
-    findings = check(str(tmp_path / "shards"), OPTIONS, 2)
-    assert [fault.name for fault in findings.unreadable] == ["000000/00000000"]
-    assert findings.images == 25
-    assert findings.duplicates == []  # one of the two is the one that can't be read
+    result = check(str(tmp_path / "shards"), OPTIONS, 2)
+    assert [error.name for error in result.unreadable] == ["000000/00000000"]
+    assert result.images == 25
+    assert result.duplicates == []  # one of the two is the one that can't be read
     path.write_bytes(data)
     assert check(str(tmp_path / "shards"), OPTIONS, 2).duplicates == [["000000/00000000", "000001/00000024"]]
 
@@ -224,9 +224,9 @@ def test_copies_in_shards_and_unreadable_images(photos, tmp_path):
 def test_index_is_written_where_there_is_none(shards):
     packed = json.loads((shards / "index.json").read_text())
     (shards / "index.json").unlink()
-    findings = check(str(shards), OPTIONS, 2)
+    result = check(str(shards), OPTIONS, 2)
     assert not (shards / "index.json").exists()
-    assert "--index writes it" in findings.notes[0]
+    assert "--index writes it" in result.notes[0]
     check(str(shards), CheckOptions(16, 2, 2, index=True), 2)
     written = json.loads((shards / "index.json").read_text())
     assert written["shards"] == packed["shards"]
@@ -239,9 +239,9 @@ def test_index_is_written_where_there_is_none(shards):
 
 def test_index_of_counts_alone_and_of_broken_shards(shards):
     (shards / "index.json").write_text(json.dumps({"shards": {f"00000{i}.tar": {"images": 6} for i in range(4)}}))
-    findings = check(str(shards), OPTIONS, 2)
-    assert findings.problems == []
-    assert "not an index with counts, sizes and checksums" in findings.notes[0]
+    result = check(str(shards), OPTIONS, 2)
+    assert result.problems == []
+    assert "not an index with counts, sizes and checksums" in result.notes[0]
     (shards / "000001.tar").write_bytes((shards / "000001.tar").read_bytes()[:9000])
     before = (shards / "index.json").read_bytes()
     check(str(shards), CheckOptions(16, 2, 2, index=True), 2)
@@ -275,9 +275,9 @@ def test_files_that_a_second_dot_keeps_from_being_images(tmp_path):
     for i in range(3):
         names = [f"img_{i}.5.jpg", f"img_{i}.notes.txt", f"whole_{i}.jpg", f"whole_{i}.mask.png"]
         write_tar(tmp_path / f"{i}.tar", [(name, encoded(i)) for name in names])
-    findings = check(str(tmp_path), CheckOptions(16, 1, 1), 2)
-    assert findings.images == 3
-    (problem,) = findings.problems
+    result = check(str(tmp_path), CheckOptions(16, 1, 1), 2)
+    assert result.images == 3
+    (problem,) = result.problems
     assert problem.startswith("3 files of the shards are left out for a second dot in their names")
     assert "such as 0/img_0.5.jpg, of which WebDataset takes 5.jpg for the extension" in problem
     assert "set data.params.image_key" in problem
@@ -290,9 +290,9 @@ def test_workers_for_what_is_needed(photos):
 
 
 def test_a_data_set_in_memory():
-    findings = check("torchvision:FakeData,size=3", CheckOptions(batch_size=1))
-    assert findings.kinds == {"in memory RGB": 3}
-    assert findings.notes == ["3 images are smaller than 256 pixels and would be enlarged"]
+    result = check("torchvision:FakeData,size=3", CheckOptions(batch_size=1))
+    assert result.kinds == {"in memory RGB": 3}
+    assert result.notes == ["3 images are smaller than 256 pixels and would be enlarged"]
 
 
 def test_report_is_whole_on_a_narrow_terminal(photos, shards, tmp_path):

@@ -4,16 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from PIL import Image
 
 from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, Picture
 from olvae.data.mapped.base import ImageDataset, MappedSource
-from olvae.data.source import LoaderProcess
+from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import RandomScaleCrop
-from tests.data.images import encoded, picture
+from tests.data.images import encoded, picture, same, take
 
 
 class Pictures(ImageDataset):
@@ -33,15 +32,8 @@ class Pictures(ImageDataset):
 
 def source(count: int = 20, broken: Sequence[int] = (), **arguments: Any) -> MappedSource:
     train, val = Pictures(count, broken), Pictures(7, broken)
-    return MappedSource(train, val, val, RandomScaleCrop(16), **{"size": 16, "batch_size": 4, **arguments})
-
-
-def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
-    return [(batch["key"], batch["image"]) for batch in islice(loader, count)]
-
-
-def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+    transform = RandomScaleCrop(arguments.pop("size", 16))
+    return MappedSource(train, val, transform, **{"batch_size": 4, **arguments})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -89,13 +81,21 @@ def test_the_ranks_are_those_of_when_the_loader_starts(monkeypatch):
     assert [batch["key"] for batch in loader] == [["1", "3", "5"]]
 
 
+def test_the_length_of_a_loader_is_known_where_it_ends():
+    """Lightning's limit_val_batches takes a share of it."""
+    assert len(source().val_loader()) == 2
+    assert len(source().test_loader(3)) == 3
+    with pytest.raises(TypeError, match="only reading all images"):
+        len(source().train_loader())
+
+
 def test_another_image_stands_in_for_one_that_cannot_be_read(caplog):
     s = source(broken=(3, 8), max_unreadable=0.5)
     loader = s.train_loader()
     batches = take(loader, 10)
     assert all(len(keys) == len(image) == 4 for keys, image in batches)
     assert not {"3", "8"} & {key for keys, _ in batches for key in keys}
-    assert loader.faults.lost == 2
+    assert loader.read_errors.lost == 2
     totals = [m for m in caplog.messages if "epoch" in m]  # in the second, a stand-in was a broken one too
     assert totals == [f"training: {n} images skipped in this epoch" for n in (2, 3)]
 
@@ -108,16 +108,16 @@ def test_where_nothing_can_be_read_it_ends():
 def test_validation_goes_without_what_cannot_be_read():
     loader = source(broken=(0, 1, 2, 3, 6), max_unreadable=1.0).val_loader()
     assert [keys for keys, _ in take(loader, 9)] == [["4", "5"]]  # the first batch was empty
-    assert loader.faults.lost == 5
+    assert loader.read_errors.lost == 5
 
 
-def test_consumers_share_the_stream():
+def test_processes_share_the_stream():
     s = source()
     seen = [sample.key for i in range(3) for sample in islice(s.stream(0, 0, LoaderProcess(i, 3)), 6)]
     assert len(set(seen)) == 18
     whole = [sample.key for sample in islice(s.stream(0, 0, LoaderProcess(1, 3)), 15)]
     assert [sample.key for sample in islice(s.stream(0, 4, LoaderProcess(1, 3)), 11)] == whole[4:]
-    assert [sample.key for sample in s.once("val", LoaderProcess(1, 3))] == ["1", "4"]
+    assert [sample.key for sample in s.once(LoaderProcess(1, 3))] == ["1", "4"]
 
 
 @pytest.mark.parametrize("seed", range(8))

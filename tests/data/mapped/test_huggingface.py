@@ -29,10 +29,10 @@ def test_a_column_of_images(table, kind, tmp_path):
         table.to_parquet(tmp_path / "a.parquet")
         path, arguments = "parquet", {"data_files": str(tmp_path / "a.parquet")}
     s = HuggingFaceSource(path, 16, 4, column="picture", val_fraction=0.1, max_unreadable=0.2, **arguments)
-    assert (s.samples_per_epoch, s.count("val")) == ((20, 20) if kind == "dict" else (18, 2))
+    assert (s.samples_per_epoch, s.val_images) == ((20, 20) if kind == "dict" else (18, 2))
     loader = s.train_loader()
     assert all(batch["image"].shape == (4, 3, 16, 16) for batch in islice(loader, 10))
-    assert s.losses.reasons == {"row 7 of picture": "no known picture format"}
+    assert s.unreadable.reasons == {"row 7 of picture": "no known picture format"}
 
 
 def test_an_image_folder(image_folder):
@@ -43,7 +43,7 @@ def test_an_image_folder(image_folder):
 
 def test_mistakes(table, tmp_path):
     table.save_to_disk(tmp_path / "set")
-    with pytest.raises(ConfigError, match="image is none of picture, label"):
+    with pytest.raises(ConfigError, match="no column image; there are picture, label"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4)
-    with pytest.raises(ConfigError, match="label holds no images"):
+    with pytest.raises(ConfigError, match=r"label holds .*, not images"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="label")

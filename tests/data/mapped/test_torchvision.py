@@ -7,14 +7,15 @@ from PIL import Image
 
 from olvae.config import ConfigError
 from olvae.data.errors import UnreadableImageError
-from olvae.data.mapped.torchvision import Items, TorchvisionSource, hold_out
+from olvae.data.mapped.base import hold_out
+from olvae.data.mapped.torchvision import Items, TorchvisionSource
 
 FAKE = {"target": "torchvision.datasets.FakeData", "params": {"size": 30, "image_size": [3, 24, 20]}}
 
 
 def test_a_data_set_of_torchvision():
     s = TorchvisionSource(FAKE, size=16, batch_size=4, val_fraction=0.1)
-    assert (s.samples_per_epoch, s.count("val")) == (27, 3)
+    assert (s.samples_per_epoch, s.val_images) == (27, 3)
     (batch,) = islice(s.train_loader(), 1)
     assert batch["image"].shape == (4, 3, 16, 16)
     keys = [key for batch in s.val_loader() for key in batch["key"]]
@@ -24,7 +25,7 @@ def test_a_data_set_of_torchvision():
 
 def test_a_validation_set():
     s = TorchvisionSource(FAKE, 16, 4, val_dataset={**FAKE, "params": {**FAKE["params"], "size": 5}})
-    assert (s.samples_per_epoch, s.count("val")) == (30, 5)
+    assert (s.samples_per_epoch, s.val_images) == (30, 5)
 
 
 def test_an_image_folder_with_a_broken_image(image_folder):
@@ -33,8 +34,9 @@ def test_an_image_folder_with_a_broken_image(image_folder):
     s = TorchvisionSource(node, 16, 4, max_unreadable=0.5)
     loader = s.train_loader()
     assert all(len(batch["key"]) == 4 for batch in islice(loader, 6))
-    assert loader.faults.lost == 1
-    assert s.train.label(0) == 0
+    assert loader.read_errors.lost == 1
+    items = Items(torchvision.datasets.ImageFolder(str(image_folder)))
+    assert [items.label(i) for i in (0, len(items) - 1)] == [0, 2]
 
 
 def test_an_image_that_torchvisions_own_decoder_cannot_read(image_folder):
@@ -65,22 +67,26 @@ def test_items_of_other_kinds():
     for item in (array, tensor, (Image.fromarray(array), "label"), [tensor, 3]):
         assert np.array_equal(np.asarray(Items(Dataset([item]))[0].read()), array)
     assert np.array_equal(np.asarray(Items(Dataset([array[..., :1]]), channels=1)[0].read()), array[..., 0])
-    with pytest.raises(UnreadableImageError, match="is a Tensor, and no picture: leave out"):
+    with pytest.raises(UnreadableImageError, match="is a Tensor, not a picture: leave out"):
         Items(Dataset([torch.zeros(3, 8, 9)]))[0]
     with pytest.raises(ValueError, match="can't be asked for by number"):
         Items(iter([]))
 
 
 def test_parts():
-    assert hold_out(2, 0.05) == ([1], [0])
-    rest, held = hold_out(1000, 0.05)
+    def keys(count: int, fraction: float) -> list[list[int]]:
+        parts = hold_out(Items(Dataset([None] * count)), fraction)
+        return [[int(part.key(i)) for i in range(len(part))] for part in parts]
+
+    assert keys(2, 0.05) == [[1], [0]]
+    rest, held = keys(1000, 0.05)
     assert len(held) == 50
     assert sorted(rest + held) == list(range(1000))
     for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
         with pytest.raises(ValueError, match=r"split|val_fraction"):
-            hold_out(*arguments)
+            keys(*arguments)
 
 
-def test_a_name_that_is_none():
+def test_an_unknown_name():
     with pytest.raises(ConfigError, match="did you mean CIFAR10"):
         TorchvisionSource({"target": "torchvision.datasets.CIFAR_10"}, 16, 4)

@@ -24,11 +24,11 @@ def read(path: Path | str, image_key: str | None = None) -> tuple[list[Entry], l
 
 
 def test_images_with_their_sidecars_in_order(tmp_path):
-    entries, faults = read(write_shard(tmp_path / "a.tar", range(5)))
+    entries, errors = read(write_shard(tmp_path / "a.tar", range(5)))
     assert [entry.key for entry in entries] == [f"a/{n:04d}" for n in range(5)]
     assert [entry.data for entry in entries] == [encoded(n) for n in range(5)]
     assert [json.loads(entry.files["json"]) for entry in entries] == [{"n": n} for n in range(5)]
-    assert not faults
+    assert not errors
 
 
 def test_samples_without_an_image_are_left_out(tmp_path):
@@ -48,13 +48,13 @@ def test_compressed_shards(tmp_path):
     path = write_shard(tmp_path / "a.tar", range(3))
     zipped = tmp_path / "b.tar.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes()))
-    entries, faults = read(zipped)
+    entries, errors = read(zipped)
     assert len(entries) == count_images(zipped) == 3
-    assert not faults
+    assert not errors
     zipped.write_bytes(zipped.read_bytes()[:-100])
-    entries, faults = read(zipped)
+    entries, errors = read(zipped)
     assert len(entries) in (2, 3)
-    assert len(faults) == 1
+    assert len(errors) == 1
 
 
 def test_a_shard_cut_anywhere_gives_what_is_whole_before_the_cut(tmp_path):
@@ -67,9 +67,9 @@ def test_a_shard_cut_anywhere_gives_what_is_whole_before_the_cut(tmp_path):
     rng = random.Random(0)
     for place in [0, 1, 511, 512, 513, *(rng.randrange(len(whole)) for _ in range(995))]:
         cut.write_bytes(whole[:place])
-        entries, faults = read(cut)
+        entries, errors = read(cut)
         assert [entry.data for entry in entries] == [encoded(n) for n in range(sum(end <= place for end in ends))]
-        assert faults or place > shard_end
+        assert errors or place > shard_end
         assert count_images(cut) <= len(entries) + 1  # one whose header is there
 
 
@@ -80,55 +80,60 @@ def test_damage_in_the_middle_keeps_what_came_before_and_is_said(tmp_path):
     data = bytearray(path.read_bytes())
     data[third.offset : third.offset + 512] = bytes(range(256)) * 2
     path.write_bytes(data)
-    entries, faults = read(path)
+    entries, errors = read(path)
     assert [entry.key for entry in entries] == ["a/0000", "a/0001", "a/0002"]
-    assert [fault.name for fault in faults] == [str(path)]
+    assert [error.name for error in errors] == [str(path)]
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar file" * 100, bytes(3000)])
 def test_what_is_no_shard(content, tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(content)
-    entries, faults = read(path)
+    entries, errors = read(path)
     assert not entries
-    assert len(faults) == (0 if content == bytes(3000) else 1)  # zeros are an empty archive
+    assert len(errors) == (0 if content == bytes(3000) else 1)  # zeros are an empty archive
     with pytest.raises(ValueError, match=r"a\.tar: a shard without images"):
         with_counts([str(path)])
 
 
 def test_a_missing_shard_and_a_failing_command():
     assert read("/nowhere/a.tar")[1] == [ReadError("/nowhere/a.tar", "no such file")]
-    entries, (fault,) = read("pipe:false")
+    entries, (error,) = read("pipe:false")
     assert not entries
-    assert fault.lost
+    assert error.lost
 
 
 def test_a_connection_that_drops_keeps_what_came(tmp_path):
     path = write_shard(tmp_path / "a.tar", range(6))
     url = f"pipe:head -c 9000 {path}; exit 56"
-    entries, (fault,) = read(url)
+    entries, (error,) = read(url)
     assert [entry.data for entry in entries] == [encoded(n) for n in range(len(entries))]
     assert len(entries) >= 2
-    assert fault.name == url
+    assert error.name == url
 
 
 @pytest.fixture
 def server(tmp_path):
-    """Answers /NNN.tar with that status, /short.tar with half of what it promises."""
+    """Answers /NNN.tar with that status, /short.tar with half of what it promises, others with files of tmp_path."""
     data = write_shard(tmp_path / "short.tar", range(6)).read_bytes()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(tmp_path))
+
         def log_message(self, *_: Any) -> None:
             pass
 
         def do_GET(self) -> None:
-            if "short" not in self.path:
+            if self.path[1:4].isdigit():
                 self.send_error(int(self.path[1:4]))
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
+            elif "short" not in self.path:
+                super().do_GET()
+            else:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -138,34 +143,49 @@ def server(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("404.tar", "error: 404"), ("403.tar", "error: 403"), ("500.tar", "error: 500"), ("short.tar", r"\(18\)")],
+    [
+        ("404.tar", "22: the server answers with an HTTP error, 400 or above"),
+        ("500.tar", "22: the server answers with an HTTP error, 400 or above"),
+        ("short.tar", "18: the connection dropped"),
+    ],
 )
-def test_a_fault_says_what_happened_to_a_connection(server, monkeypatch, path, reason):
+def test_an_error_says_what_happened_to_a_connection(server, monkeypatch, path, reason):
     monkeypatch.setattr(opening, "RETRIES", ("--retry", "1", "--retry-delay", "1"))
-    entries, (fault,) = read(f"{server}/{path}")
+    entries, (error,) = read(f"{server}/{path}")
     assert len(entries) == (4 if path == "short.tar" else 0)
-    assert fault.lost
-    assert re.fullmatch(f"curl: .*{reason}.*", fault.reason)
+    assert error.lost
+    assert error.reason == f"curl failed with exit status {reason}"
+
+
+def test_shards_and_their_index_over_http(server, tmp_path):
+    write_shards(tmp_path / "s", [3, 5])
+    urls = find_shards(f"{server}/s/{{000..001}}.tar")
+    entries = [entry for url in urls for entry in read(url)[0]]
+    assert [entry.data for entry in entries] == [encoded(n) for n in range(8)]
+    assert entries[3].key == "001/0003"
+    (tmp_path / "s" / "index.json").write_text(json.dumps({"shards": {f"00{i}.tar": {"images": 4} for i in (0, 1)}}))
+    assert [shard.images for shard in with_counts(urls, f"{server}/s/index.json")] == [4, 4]
+    assert [shard.images for shard in with_counts(urls)] == [None, None]
 
 
 def test_nobody_listens():
-    (fault,) = read("http://127.0.0.1:1/a.tar")[1]
-    assert fault.reason.startswith("curl: (7) ")
+    (error,) = read("http://127.0.0.1:1/a.tar")[1]
+    assert error.reason == "curl failed with exit status 7: no connection"
 
 
-def test_a_fault_says_what_happened_to_a_command(tmp_path, monkeypatch):
+def test_an_error_says_what_happened_to_a_command(tmp_path, monkeypatch):
     path = write_shard(tmp_path / "a.tar", range(6))
     for command, reason in {
         "false": "the command failed with exit status 1",
         f"head -c 9000 {path}; exit 56": "the command failed with exit status 56",
         "kill -9 $$": "the command was ended by SIGKILL",
     }.items():
-        assert [fault.reason for fault in read(f"pipe:{command}")[1]] == [reason]
+        assert [error.reason for error in read(f"pipe:{command}")[1]] == [reason]
     assert read(f"pipe:cat {path}; head -c 1000000 /dev/zero")[1] == []  # is left when the archive has ended
     monkeypatch.setenv("PATH", str(tmp_path))
     for url, command in {"http://a/0.tar": "curl", "s3://a/0.tar": "aws", "gs://a/0.tar": "gsutil"}.items():
-        (fault,) = read(url)[1]
-        assert fault.reason == f"it takes the command {command}, which is not installed"
+        (error,) = read(url)[1]
+        assert error.reason == f"it takes the command {command}, which is not installed"
 
 
 def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
@@ -173,12 +193,12 @@ def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[512 * 8 : 512 * 60] = b"x" * 512 * 52
     path.write_bytes(damaged)
-    (fault,) = read(f"pipe:for i in 1 2 3 4 5 6 7 8 9; do cat {path} {path} {path} || exit 1; done")[1]
-    assert "exit status" not in fault.reason
+    (error,) = read(f"pipe:for i in 1 2 3 4 5 6 7 8 9; do cat {path} {path} {path} || exit 1; done")[1]
+    assert "exit status" not in error.reason
 
 
-def test_an_index_that_is_not_to_be_had_says_why(server):
-    with pytest.raises(ValueError, match=r"index\.json: not a readable index of shards: curl: .* 404"):
+def test_an_index_that_cannot_be_read_says_why(server):
+    with pytest.raises(ValueError, match=r"index\.json: not a readable index of shards: curl failed .*22"):
         with_counts(["http://a/0.tar"], f"{server}/404/index.json")
 
 
@@ -251,20 +271,33 @@ def test_a_local_shard_may_have_any_name():
 @pytest.mark.parametrize(
     ("urls", "names"),
     [
-        (["a/000.tar", "b/000.tar", "b/001.tar"], ["a/000", "b/000", "001"]),
-        (["x/a/t/0.tar", "x/b/t/0.tar.gz"], ["a/t/0", "b/t/0"]),
-        (["http://h/a/0.tar?s=1", "http://h/b/0.tar?s=2"], ["a/0", "b/0"]),
-        (["pipe:cat /a/0.tar", "pipe:cat /b/0.tar"], ["a/0", "b/0"]),
-        (["http://h/0.tar?v=1", "http://h/0.tar?v=2"], ["0/0", "1/0"]),
-        (["../0.tar", "0.tar", "./0.tar"], ["0/0", "1/0", "2/0"]),
-        (["a.1.tar", "a.2.tar"], ["a.1", "a.2"]),
+        (["a.1.tar", "a.2.tar.gz", "b.3.tar"], ["a.1", "a.2", "b"]),
         (["a.1.tar", "b.2.tar", "b.2.tar"], ["a", "b", "b"]),
+        (["http://h/0.tar?s=1", "http://h/1.tar?s=2"], ["0", "1"]),
     ],
 )
-def test_shards_of_one_name_are_told_apart(tmp_path, urls, names):
+def test_shards_have_the_shortest_names_that_tell_them_apart(tmp_path, urls, names):
     index = tmp_path / "index.json"
     index.write_text(json.dumps({"shards": {Path(u.partition("?")[0]).name: {"images": 1} for u in urls}}))
     assert [shard.name for shard in with_counts(urls, str(index))] == names
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ["a/000.tar", "b/001.tar", "b/000.tar"],
+        ["x/a/0.tar", "x/b/0.tar.gz"],
+        ["http://h/a/0.tar?s=1", "http://h/b/0.tar?s=2"],
+        ["pipe:cat /a/0.tar", "pipe:cat /b/0.tar"],
+        ["../0.tar", "0.tar"],
+    ],
+)
+def test_shards_of_one_name_are_refused(urls):
+    message = (
+        rf"{re.escape(urls[0])} and {re.escape(urls[-1])}: shards of the same name.*: rename one of them, or .*Mix"
+    )
+    with pytest.raises(ValueError, match=message):
+        with_counts(urls)
 
 
 def test_images_alone_are_the_same_images(tmp_path):

@@ -1,11 +1,8 @@
-import functools
-import http.server
 import io
 import json
 import multiprocessing
 import os
 import socket
-import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -18,10 +15,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from olvae.data.errors import TooManyUnreadableError
+from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess
 from olvae.data.transforms import center_crop
-from tests.data.images import encoded, write_shard, write_shards
+from tests.data.images import encoded, same, take, write_shard, write_shards
 
 ALONE = LoaderProcess()
 
@@ -41,22 +38,14 @@ def source(root: Path, **arguments: Any) -> WebDatasetSource:
 
 
 def remote(root: Path) -> list[str]:
-    """The same shards through a command, so that nobody can know how many images are in them."""
+    """The same shards through a command, so that their numbers of images are unknown."""
     return [f"pipe:cat {path}" for path in sorted((root / "shards").iterdir())]
 
 
 def keys(
-    s: WebDatasetSource, count: int, position: int = 0, consumer: LoaderProcess = ALONE, seed: int = 0
+    s: WebDatasetSource, count: int, position: int = 0, process: LoaderProcess = ALONE, seed: int = 0
 ) -> list[str]:
-    return [sample.key for sample in islice(s.stream(seed, position, consumer), count)]
-
-
-def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
-    return [(batch["key"], batch["image"]) for batch in islice(loader, count)]
-
-
-def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+    return [sample.key for sample in islice(s.stream(seed, position, process), count)]
 
 
 @pytest.mark.parametrize("shuffle", [1, 6, 7, 1000])
@@ -70,7 +59,7 @@ def test_each_image_once_an_epoch_in_an_order_of_its_own(shards, shuffle):
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("place", [(0, 1), (1, 2), (2, 3)])
-def test_a_consumer_goes_on_anywhere(shards, known, place):
+def test_a_process_goes_on_anywhere(shards, known, place):
     s = source(shards) if known else source(shards, shards=remote(shards))
     whole = list(islice(s.stream(5, 0, LoaderProcess(*place)), 70))
     for position in (0, 1, 5, 6, 16, 17, 33, 50, 61):
@@ -79,16 +68,16 @@ def test_a_consumer_goes_on_anywhere(shards, known, place):
         assert all(torch.equal(a.image, b.image) for a, b in zip(rest, whole[position:], strict=True))
 
 
-@pytest.mark.parametrize("consumers", [2, 3, 4, 7, 16])
-def test_known_shards_are_shared_evenly_and_no_image_comes_twice(shards, consumers):
-    s, share = source(shards), 50 // consumers
+@pytest.mark.parametrize("processes", [2, 3, 4, 7, 16])
+def test_known_shards_are_shared_evenly_and_no_image_comes_twice(shards, processes):
+    s, share = source(shards), 50 // processes
     for epoch in (0, 1):
-        seen = [key for i in range(consumers) for key in keys(s, share, epoch * share, LoaderProcess(i, consumers))]
-        assert len(set(seen)) == len(seen) == share * consumers
+        seen = [key for i in range(processes) for key in keys(s, share, epoch * share, LoaderProcess(i, processes))]
+        assert len(set(seen)) == len(seen) == share * processes
 
 
-def test_shards_that_nobody_knows_are_shared_whole(shards):
-    """Each consumer's own epoch is every so-manieth shard, wherever it is by then."""
+def test_shards_of_unknown_counts_are_shared_whole(shards):
+    """Each process's own epoch is every n-th shard, whatever the others have read by then."""
     s = source(shards, shards=remote(shards))
     first = [keys(s, 200, 0, LoaderProcess(i, 2)) for i in (0, 1)]
     order = np.random.default_rng((0, 0, 1)).permutation(7)
@@ -143,7 +132,7 @@ def test_images_are_the_pictures_and_validation_is_each_of_them_once(shards):
 def test_the_last_shards_are_held_out(shards):
     s = source(shards, val_shards=None, val_fraction=0.3)
     assert [Path(shard.url).name for shard in s.val] == ["005.tar", "006.tar"]
-    assert (s.samples_per_epoch, s.count("val"), s.images) == (36, 14, 50)
+    assert (s.samples_per_epoch, s.val_images, s.images) == (36, 14, 50)
     assert "36 training images in 5 shards, 14 validation and test images" in s.describe()
 
 
@@ -154,30 +143,30 @@ def test_broken_images_are_replaced_by_others_of_their_block_and_counted(shards,
     seen = take(loader, 12)
     assert all(len(batch) == 4 for batch, _ in seen)
     assert {"003/0017", "003/0020"}.isdisjoint(key for batch, _ in seen for key in batch)
-    assert loader.faults.lost == 2
+    assert loader.read_errors.lost == 2
     assert sum("skipped" in message for message in caplog.messages) == 2
     assert same(take(source(shards, max_unreadable=0.05).train_loader(start=20), 7), seen[5:])
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut", "empty"])
-def test_a_lost_shard_does_not_change_what_the_others_give(shards, fault, caplog):
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_lost_shard_does_not_change_what_the_others_give(shards, damage, caplog):
     """All of its 14 places, whole blocks among them, are taken by other images."""
     index = {f"{i:03d}.tar": {"images": count} for i, count in enumerate(COUNTS)}
     (shards / "shards" / "index.json").write_text(json.dumps({"shards": index}))
     before = keys(source(shards), 100)
     path = shards / "shards" / "003.tar"
-    if fault == "missing":
+    if damage == "missing":
         path.unlink()
         s = source(shards, shards=str(shards / "shards" / "{000..006}.tar"), max_unreadable=0.5)
     else:
-        path.write_bytes(path.read_bytes()[: 5000 if fault == "cut" else 0])
+        path.write_bytes(path.read_bytes()[: 5000 if damage == "cut" else 0])
         s = source(shards, max_unreadable=0.5)
     samples = list(islice(s.stream(0, 0, LoaderProcess()), 100))
-    kept = [a if not b.faults else None for a, b in zip(before, samples, strict=True)]
+    kept = [a if not b.errors else None for a, b in zip(before, samples, strict=True)]
     assert all(k is None or k == sample.key for k, sample in zip(kept, samples, strict=True))
     assert all(sample.image is not None for sample in samples)
-    lost = {f.image for sample in samples for f in sample.faults}
-    assert len(lost) == (14 if fault != "cut" else 14 - sum(k.startswith("003") for k in set(keys(s, 50))))
+    lost = {error.image for sample in samples for error in sample.errors}
+    assert len(lost) == (14 if damage != "cut" else 14 - sum(k.startswith("003") for k in set(keys(s, 50))))
     assert keys(s, 20, 60) == [sample.key for sample in samples[60:80]]
     with pytest.raises(
         TooManyUnreadableError, match=r"of 57 images can't be read, more than max_unreadable = 0\.01.*003\.tar"
@@ -195,24 +184,22 @@ def test_a_broken_shard_in_validation(shards):
     loader = s.val_loader()
     found = [key for batch, _ in take(loader, 99) for key in batch]
     assert found[-3:] == ["001/0004", "001/0005", "001/0006"]
-    assert loader.faults.lost == 7 - len(found)
+    assert loader.read_errors.lost == 7 - len(found)
 
 
 def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
     pattern = str(shards / "shards" / "{000..009}.tar")  # 000 to 006 are there
     with pytest.raises(FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"):
         source(shards, shards=pattern, val_shards=None, val_fraction=0.2)
-    assert source(shards, shards=pattern, val_shards=None, val_fraction=0.4).count("val")
+    assert source(shards, shards=pattern, val_shards=None, val_fraction=0.4).val_images
     with pytest.raises(FileNotFoundError, match=r"x\.tar: no such shard, .* for training"):
         source(shards, shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")], val_shards=None)
 
 
-def test_shards_of_two_folders_give_each_image_its_own_key(shards):
+def test_two_shards_of_one_name_are_refused_because_their_images_would_share_keys(shards):
     write_shards(shards / "more", (2, 2))
-    s = source(shards, val_shards=[str(shards / "val"), str(shards / "more")])
-    keys = [key for batch in s.val_loader() for key in batch["key"]]
-    assert len(keys) == len(set(keys)) == 11
-    assert {"val/000/0000", "more/000/0000", "more/001/0002"} < set(keys)
+    with pytest.raises(ValueError, match=r"val/000\.tar and .*more/000\.tar: shards of the same name.*MixSource"):
+        source(shards, val_shards=[str(shards / "val"), str(shards / "more")])
 
 
 def test_too_few_shards_are_told_before_training(shards):
@@ -235,48 +222,6 @@ def test_a_process_whose_shards_cannot_be_read_says_so():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
     with pytest.raises(ValueError, match=r"none of the 2 shards.*pipe:false"):
         keys(s, 1)
-
-
-@pytest.fixture
-def url(shards):
-    """The shards over HTTP; 003.tar drops the connection half-way."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            if "003" not in self.path:
-                return super().do_GET()
-            data = (shards / self.path[1:]).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return None
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/shards"
-    server.shutdown()
-
-
-def test_shards_over_http(shards, url, caplog):
-    s = source(shards, shards=f"{url}/{{000..006}}.tar", max_unreadable=0.1)
-    samples = list(islice(s.stream(0, 0, LoaderProcess()), 43))
-    (fault,) = {fault for sample in samples for fault in sample.faults}
-    assert fault.name == f"{url}/003.tar"
-    assert {f"003/{n:04d}" for n in range(15, 19)} <= {sample.key for sample in samples}
-    indexed = shards / "shards" / "index.json"
-    indexed.write_text(json.dumps({"shards": {f"{i:03d}.tar": {"images": n} for i, n in enumerate(COUNTS)}}))
-    s = source(shards, shards=f"{url}/{{000..006}}.tar", index=f"{url}/index.json", max_unreadable=0.5)
-    assert s.samples_per_epoch == 50
-    local = keys(source(shards), 50)
-    over_http = list(islice(s.stream(0, 0, LoaderProcess()), 50))
-    assert all(sample.key == key or sample.faults for sample, key in zip(over_http, local, strict=True))
 
 
 def _rank(rank: int, port: int, root: Path, results: Any) -> None:
