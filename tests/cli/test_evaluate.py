@@ -200,7 +200,7 @@ def test_results_are_not_written_over_those_beside_which_they_stand(olvae, train
     before = (tmp_path / "metrics.json").read_bytes()
     code, _, err = olvae(*arguments, "--beside", tmp_path / "metrics.json", "--posterior", "sample")
     assert code == 2
-    assert "new results would be written over it: add --out DIR" in err
+    assert "new results would overwrite it: add --out DIR" in err
     assert (tmp_path / "metrics.json").read_bytes() == before
 
 
@@ -251,10 +251,10 @@ def test_one_image(olvae, trained, photos, tmp_path):
         (["--data", "EMPTY"], 1, "no images in this folder"),
         (["--data", "BROKEN"], 1, "no images that can be read"),
         (["--images", "99"], 1, "fewer than the 99 asked for"),
-        (["--size", "20"], 2, "no multiple of that: add --size 16"),
+        (["--size", "20"], 2, "20 is not a multiple of 8: add --size 16"),
         (["--metrics", "fid"], 2, "fid: choose from all, psnr"),
         (["--protocol", "mine"], 2, "choose from open-litevae"),
-        (["--posterior", "mean"], 2, "mode or sample"),
+        (["--posterior", "mean"], 2, "choose mode or sample"),
         (["--weights-dir", "nowhere", "--metrics", "lpips"], 1, "nowhere"),
         (["--beside", "nowhere.json"], 1, "no such metrics.json"),
     ],

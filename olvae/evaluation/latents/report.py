@@ -17,10 +17,9 @@ from olvae.data.image import from_uint8
 from olvae.data.source import Batch
 from olvae.evaluation.latents.accumulator import LatentAccumulator, image_key
 from olvae.evaluation.latents.summary import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, LatentSummary
-from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder
 
-__all__ = ["draw_channels", "draw_distribution", "encode_latents", "print_latents", "report_content", "write_report"]
+__all__ = ["draw_channels", "draw_distribution", "encode_latents", "print_latents", "report_content"]
 
 
 @torch.inference_mode()
@@ -70,11 +69,6 @@ def report_content(summaries: Mapping[str, LatentSummary], data: Mapping[str, An
         "active_variance": ACTIVE_VARIANCE,
         "results": [{"target": name, **summary.as_dict()} for name, summary in summaries.items()],
     }
-
-
-def write_report(content: Mapping[str, Any], path: Path) -> None:
-    """latents.json, whole or not at all."""
-    write_json(content, path)
 
 
 def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any]) -> None:

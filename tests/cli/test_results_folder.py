@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from olvae.cli.evaluate import results_folder
 from olvae.config import ConfigError
-from olvae.evaluation.report.outputs import results_folder
 from olvae.runs import Run
 
 
