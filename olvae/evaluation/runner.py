@@ -29,11 +29,11 @@ __all__ = [
     "DEFAULT_METRICS",
     "UNTRAINED",
     "Evaluated",
-    "Images",
     "Observer",
     "Pictures",
     "Request",
     "evaluate",
+    "fingerprint",
     "measure",
     "observe",
     "rows_under",
@@ -160,15 +160,15 @@ def _one_pass(
     first = {name: observers[_key(observers, name, seeds[0])] for name in names}
     for observer in first.values():
         observer.show(rankings[0] if rankings else None)
-    images = observe(trips, observers, watched(loader, source.count("test")))
+    digests = observe(trips, observers, watched(loader, source.count("test")))
     if this_process()[1] > 1:
         loader.faults.share()
     unreadable = gather((source.losses.reasons, source.losses.images, loader.enlarged))
-    if images is None or unreadable is None:
+    if digests is None or unreadable is None:
         return None
 
     # The numbers: for every way to draw a latent, then for every protocol.
-    n = len(images.digests)
+    n = len(digests)
     costs: dict[str, Cost] = {}
     patterns: dict[str, Artefacts] = {}
     for name, model in models.items():
@@ -187,7 +187,7 @@ def _one_pass(
         )
         for (name, seed), observer in observers.items()
     }
-    about = _describe(request, source, images, unreadable)
+    about = _describe(request, source, digests, unreadable)
     galleries = {name: observer.gallery for name, observer in first.items() if observer.gallery}
     pictures = Pictures(galleries, rankings[0] if rankings else "psnr", patterns)
     evaluated = []
@@ -247,7 +247,7 @@ def _round_trips(
 
 
 def _describe(
-    request: Request, source: Source, images: "Images", parts: Sequence[tuple[dict[str, str], Any, int]]
+    request: Request, source: Source, digests: Mapping[str, bytes], parts: Sequence[tuple[dict[str, str], Any, int]]
 ) -> dict[str, Any]:
     """Which images they were, for metrics.json.
 
@@ -255,26 +255,12 @@ def _describe(
     """
     return {
         "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
-        "n": len(images.digests),
-        "sha256": images.fingerprint(),
+        "n": len(digests),
+        "sha256": fingerprint(digests),
         "unreadable": len({place for _, places, _ in parts for place in places}),
         "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
         "enlarged": sum(enlarged for _, _, enlarged in parts),
     }
-
-
-class Images:
-    """Which images were seen: a digest of the pixels by key, and a fingerprint of all that depends on no order."""
-
-    def __init__(self) -> None:
-        self.digests: dict[str, bytes] = {}
-
-    def add(self, keys: Sequence[str], x: Tensor) -> None:
-        for key, image in zip(keys, x, strict=True):
-            self.digests[key] = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest()
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(sorted(self.digests.values()))).hexdigest()
 
 
 class Observer:
@@ -305,8 +291,7 @@ class Observer:
                 self.bands = None
 
     def state(self) -> Any:
-        gallery = None if self.gallery is None else self.gallery.state()
-        return self.metrics.state(), gallery, None if self.bands is None else self.bands.state()
+        return self.metrics.state(), self.gallery, self.bands
 
     def merge(self, state: Any) -> None:
         metrics, gallery, bands = state
@@ -321,7 +306,7 @@ class Observer:
 
 def observe(
     trips: Mapping[Key, RoundTrip], observers: Mapping[Key, Observer], batches: Iterable[Batch]
-) -> Images | None:
+) -> dict[str, bytes] | None:
     """Reconstruct every image with every target, and let the observers see both. One pass, in one or many processes.
 
     Args:
@@ -330,27 +315,33 @@ def observe(
         batches: this process's share of the test images, which have unique keys.
 
     Returns:
-        Which images were seen, in the first process; None in the others.
+        A digest of each image's pixels by key, in the first process; None in the others.
 
     Raises:
         ValueError: there are no images.
     """
-    images = Images()
+    digests: dict[str, bytes] = {}
     for batch in batches:
         keys, x = batch["key"], batch["image"]
-        images.add(keys, x)
+        for key, image in zip(keys, x, strict=True):
+            digests[key] = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest()
         for name, reconstruct in trips.items():
             observers[name].update(keys, x, reconstruct(keys, x))
-    parts = gather((images.digests, {name: observer.state() for name, observer in observers.items()}))
+    parts = gather((digests, {name: observer.state() for name, observer in observers.items()}))
     if parts is None:
         return None
-    for digests, states in parts:
-        images.digests.update(digests)
+    for part, states in parts:
+        digests.update(part)
         for name, state in states.items():
             observers[name].merge(state)
-    if not images.digests:
+    if not digests:
         raise ValueError("the test set has no images that can be read")
-    return images
+    return digests
+
+
+def fingerprint(digests: Mapping[str, bytes]) -> str:
+    """One digest of a set of images, whatever their order."""
+    return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
 
 
 def measure(target: str, metrics: MetricSet, n: int) -> Row:
