@@ -71,7 +71,7 @@ class Row:
         """The inverse of :meth:`as_dict`.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: this is not such a row.
+            ValueError, KeyError, TypeError, AttributeError: this is not a row of metrics.json.
         """
         metrics = {str(name): float(value) for name, value in row["metrics"].items()}
         if not all(math.isfinite(value) for value in metrics.values()):

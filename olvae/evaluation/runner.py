@@ -45,7 +45,7 @@ UNTRAINED = "untrained"
 """A baseline's name, which no target may have."""
 
 RANKED_BY_LPIPS = 32
-"""Galleries are ranked by LPIPS if images have at least so many pixels a side, otherwise by PSNR."""
+"""From this many pixels a side on, galleries are ranked by LPIPS; below, by PSNR."""
 
 T = TypeVar("T")
 

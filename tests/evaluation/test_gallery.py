@@ -44,7 +44,7 @@ def test_the_worst_the_median_and_the_best(better, worst):
         assert all(keys[i] == key and values[i] == value for key, value, i in group)
 
 
-def test_a_pool_with_all_images_gives_the_very_median():
+def test_a_pool_with_all_images_gives_the_exact_median():
     groups = shown(gallery("higher", *pairs(63), each=2, pool=64))
     assert [value for _, value, _ in groups["median"]] in ([30, 31], [31, 32])
 

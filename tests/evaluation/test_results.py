@@ -71,7 +71,7 @@ def test_equal_names_are_counted(tmp_path):
         (results_of(row(sha256="bb")), "other weights of the networks behind LPIPS"),
     ],
 )
-def test_numbers_that_do_not_compare_do_not_stand_beside_unless_asked(tmp_path, earlier, what):
+def test_results_that_are_not_comparable_are_refused_unless_mixed(tmp_path, earlier, what):
     other = read_back(earlier, tmp_path)
     with pytest.raises(ValueError, match=f"has results of {what}, which do not compare"):
         results_of(row()).beside(other)
@@ -79,14 +79,14 @@ def test_numbers_that_do_not_compare_do_not_stand_beside_unless_asked(tmp_path, 
     assert added.target == f"{NAME} [{what}]"
 
 
-def test_weights_that_nobody_else_has_are_said():
+def test_unpublished_weights_give_a_warning():
     assert results_of(row()).warnings() == []
     (warning,) = results_of(row(published=False)).warnings()
     assert "LPIPS rests on a vgg.pth that is not the published file" in warning
 
 
 @pytest.mark.parametrize("value", ["many", None, float("nan"), float("inf")])
-def test_an_earlier_file_with_values_that_are_no_numbers(tmp_path, value):
+def test_an_earlier_file_with_values_that_are_not_finite_numbers(tmp_path, value):
     path = tmp_path / "metrics.json"
     results_of(row()).write(path)
     content = json.loads(path.read_text())

@@ -96,7 +96,7 @@ def test_a_metric_that_one_process_dropped_is_dropped_by_all(nowhere):
     assert second.compute() == {"psnr": pytest.approx(run("psnr", keys, x, y).compute(), rel=1e-12)}
 
 
-def test_what_is_no_pair_of_images():
+def test_images_that_do_not_fit_together():
     keys, x, y = pairs(2, 32)
     metric = run("l1", keys, x, y)
     for bad, message in (

@@ -49,7 +49,7 @@ def test_names(weights_dir):
         build_metrics(["psnr", "fid"])
 
 
-def test_a_broken_file_is_no_missing_one(tmp_path, weights_dir, nowhere):
+def test_a_broken_file_is_an_error_not_a_missing_one(tmp_path, weights_dir, nowhere):
     state = torch.load(weights_dir / ALEXNET.name, weights_only=True)
     torch.save({**state, "features.3.weight": torch.zeros(3)}, tmp_path / ALEXNET.name)
     with pytest.raises(ValueError, match=r"features\.3\.weight is \(3,\) for \(192, 64, 5, 5\)"):

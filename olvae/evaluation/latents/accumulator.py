@@ -14,7 +14,7 @@ __all__ = ["MMD_LATENTS", "LatentAccumulator", "image_key"]
 
 
 MMD_LATENTS = 10_000
-"""The MMD is computed over at most so many latents."""
+"""The most latents that the MMD is computed over."""
 
 
 def image_key(image: Tensor) -> int:

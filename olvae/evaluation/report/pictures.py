@@ -44,7 +44,7 @@ class Inline(NamedTuple):
 
 
 def side_limit(pictures: int) -> int:
-    """The longest side at which so many photographs keep a page within a few MB."""
+    """The longest side at which this number of photographs keeps the page within a few MB."""
     smallest, largest = SIDES
     return max(smallest, min(largest, math.isqrt(int(PIXELS / max(pictures, 1)))))
 

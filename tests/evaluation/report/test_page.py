@@ -186,7 +186,7 @@ def test_the_numbers_and_marks(whole):
     assert '<span class="worse">\N{MINUS SIGN}2.500</span>' in html
     assert "[\N{MINUS SIGN}3.000, \N{MINUS SIGN}2.000]" in text
     assert '<span class="better">\N{MINUS SIGN}0.050</span>' in html  # lower is better
-    assert "<span>+0.10000</span>" in html  # an interval with 0 is no difference
+    assert "<span>+0.10000</span>" in html  # an interval with 0 shows no difference
     assert "12 images." in text
     for number in ("3.01", "12.3", "129", "8.81", "3072", "a GPU"):
         assert number in text
