@@ -18,7 +18,7 @@ from olvae.data.source import Batch
 from olvae.metrics.metric import MetricSet
 from olvae.metrics.registry import build_metrics
 
-__all__ = ["ALWAYS", "ValidatedModule", "Validation", "uncouple", "weights_as_trained"]
+__all__ = ["ALWAYS", "ValidatedModule", "Validation", "allow_uneven_batches", "weights_as_trained"]
 
 
 ALWAYS = ("psnr", "ssim")
@@ -80,7 +80,7 @@ class Validation:
         }
 
 
-def uncouple(trainer: pl.Trainer) -> None:
+def allow_uneven_batches(trainer: pl.Trainer) -> None:
     """Let processes validate different numbers of batches, even none.
 
     DDP sends buffers to all processes in the first forward pass; a process without a batch would never receive them.
@@ -142,7 +142,7 @@ class ValidatedModule(pl.LightningModule, ABC):
             self._validation = Validation(self.val_metrics, self.weights_dir, device or self.device)
 
     def on_validation_epoch_start(self) -> None:
-        uncouple(self.trainer)
+        allow_uneven_batches(self.trainer)
         self.set_up_validation(self.device)
         assert self._validation is not None
         self._validation.start()

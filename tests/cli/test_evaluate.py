@@ -13,9 +13,12 @@ import pytest
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
+from olvae.cli.evaluate import results_folder
+from olvae.config import ConfigError
 from olvae.evaluation.results import Results
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
+from olvae.runs import Run
 from tests.test_devices import REPO, run_on_two
 
 PIXELS = ("--metrics", "psnr,ssim,l1")
@@ -314,3 +317,17 @@ def test_a_run_killed_half_way_leaves_no_numbers(trained, photos, tmp_path):
     done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_where_results_go(tmp_path):
+    weights = tmp_path / "step=5.ckpt"
+    weights.touch()
+    assert results_folder(Path("here"), str(weights), None) == Path("here")
+    assert results_folder(None, str(tmp_path), Run(tmp_path)) == tmp_path
+    assert results_folder(None, str(weights), None) == tmp_path / "step=5_results"
+    with pytest.raises(ConfigError, match="--out DIR"):
+        results_folder(None, str(tmp_path), None)  # an export
+    with pytest.raises(ConfigError, match="--out DIR"):
+        results_folder(None, "diffusers:some/vae", None)
+    with pytest.raises(NotADirectoryError, match="results need a folder"):
+        results_folder(weights, str(weights), None)

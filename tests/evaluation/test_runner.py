@@ -161,13 +161,9 @@ def test_what_it_costs(images, model):
 
 @pytest.mark.gpu
 def test_a_gpu_measures_the_memory_of_a_batch(images, model):
-    peaks = []
-    for size in (2, 6):
-        reconstruct = AutoencoderRoundTrip(model, "cuda")
-        for _ in range(3):
-            reconstruct(KEYS[:size], images[:size])
-        peaks.append(reconstruct.meter.cost(model, 32).peak_memory_bytes)
-    assert 2 * images[0].numel() * 4 < peaks[0] < peaks[1]
+    reconstruct = AutoencoderRoundTrip(model, "cuda")
+    reconstruct(KEYS, images)
+    assert reconstruct.meter.cost(model, 32).peak_memory_bytes >= 4 * images.numel()  # the output in float32
 
 
 def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):
