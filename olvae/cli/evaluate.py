@@ -1,29 +1,40 @@
 """``olvae evaluate``, and ``python scripts/compute_metrics.py``."""
 
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw
 
-__all__ = ["command"]
+if TYPE_CHECKING:  # both are slow to import
+    from olvae.data.source import Batch
+    from olvae.evaluation.runner import Evaluated
+    from olvae.runs import Run
+
+__all__ = ["command", "progress", "results_folder", "watched"]
 
 
 def command(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="TARGET...", help="Run folders, checkpoints, exports, ids of the hub, or diffusers:ID_OR_FOLDER."
+            metavar="TARGET...", help="Run folders, checkpoints, exported folders, hub ids, or diffusers:ID_OR_FOLDER."
         ),
     ],
     config: ConfigFile = None,
     config_base: Annotated[
         Path | None,
-        typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config in here by its name."),
+        typer.Option(
+            "--config_base", "--config-base", metavar="DIR", help="A folder in which to find a run's config by name."
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-B", min=1, help="Images at a time; by default the config's, or 8.")
+        int | None, typer.Option("--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8.")
     ] = None,
     metrics: Annotated[
         str,
@@ -40,41 +51,41 @@ def command(
         typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; by default the config's, else the protocol's.")
+        int | None, typer.Option(min=1, help="Pixels per side; by default the config's, otherwise the protocol's.")
     ] = None,
-    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
-    posterior: Annotated[str | None, typer.Option(help="mode or sample; by default what the protocol says.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise of samples.")] = 0,
+    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")] = None,
+    posterior: Annotated[str | None, typer.Option(help="mode or sample; by default the protocol's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")] = 0,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     weights_dir: Annotated[
         Path | None,
-        typer.Option("--weights-dir", metavar="DIR", help="Where VGG16, AlexNet and Inception are looked for first."),
+        typer.Option("--weights-dir", metavar="DIR", help="Search here first for VGG16, AlexNet and Inception."),
     ] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Add the untrained first target, and bicubic by its factor.")
+        bool, typer.Option("--baselines", help="Add rows for the first target untrained, and for bicubic resampling.")
     ] = False,
     beside: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Put the rows of an earlier metrics.json into the table. May be repeated."),
+        typer.Option(metavar="FILE", help="Add the rows of an earlier metrics.json. May be repeated."),
     ] = None,
     mix_protocols: Annotated[
-        bool, typer.Option("--mix-protocols", help="Allow --beside results of other protocols or images, marked.")
+        bool, typer.Option("--mix-protocols", help="Let --beside add results of other protocols or images, marked.")
     ] = False,
     device: Device = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where results go; by default the first target, or for a file FILE_results."),
+        typer.Option(metavar="DIR", help="Where results go; by default the run folder, or FILE_results for a file."),
     ] = None,
     report: Annotated[
-        bool, typer.Option(help="Write report.html: everything on one page, with galleries and test patterns.")
+        bool, typer.Option(help="Write report.html, one page with everything, galleries and test patterns too.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json to standard output as well.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print metrics.json to standard output.")] = False,
 ) -> None:
-    """Evaluate reconstructions of the same test images by one or several autoencoders.
+    """Evaluate how well one or several autoencoders reconstruct the same test images.
 
-    A metric whose pretrained network is not there is listed as skipped, with what to do. Several protocols give a
-    table each. Under torchrun the images are shared among the processes.
+    A metric whose pretrained network is missing is listed as skipped, with what to do about it. Each protocol gives a
+    table of its own. Under torchrun, the processes share the images.
 
     Example: python scripts/compute_metrics.py -B 16 runs/2026-01-31T12-00-00_demo_32
 
@@ -82,14 +93,14 @@ def command(
     """
     import json
     import logging
+    from dataclasses import replace
 
     from olvae.config import ConfigError
     from olvae.devices import device_of, join, leave
     from olvae.evaluation.protocol import PROTOCOLS, named
-    from olvae.evaluation.report.outputs import results_folder, write_outputs
-    from olvae.evaluation.report.tables import print_evaluations
-    from olvae.evaluation.results import Evaluation, read_earlier
-    from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, assess
+    from olvae.evaluation.report.tables import print_results
+    from olvae.evaluation.results import Results
+    from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, evaluate
     from olvae.metrics.registry import METRICS
     from olvae.models.loading.targets import find_target, name_apart
 
@@ -97,17 +108,17 @@ def command(
     if (unknown := [name for name in names if name not in METRICS]) or not names:
         raise ConfigError(f"--metrics {metrics}: {', '.join(unknown) or 'none'}: choose from all, {', '.join(METRICS)}")
     if posterior not in (None, "mode", "sample"):
-        raise ConfigError(f"--posterior {posterior}: mode or sample")
+        raise ConfigError(f"--posterior {posterior}: choose mode or sample")
     if unknown := [name for name in _names(protocol) if name not in PROTOCOLS]:
         raise ConfigError(f"--protocol {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     folder = results_folder(out, targets[0], found[0].run)
-    earlier = [read_earlier(path) for path in beside or ()]
+    earlier = [(path, Results.read(path)) for path in beside or ()]
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
     places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
-    if over := [path for path in beside or () if path.resolve() in places]:
-        raise ConfigError(f"--beside {over[0]}: new results would be written over it: add --out DIR")
+    if over := [path for path, _ in earlier if path.resolve() in places]:
+        raise ConfigError(f"--beside {over[0]}: new results would overwrite it: add --out DIR")
 
     rank, _ = join()
     if rank:
@@ -115,29 +126,115 @@ def command(
     request = Request(
         found, protocols, names, data, size, images, batch_size, weights_dir, device_of(device), baselines, report
     )
-    assessments = assess(request)
+    evaluated = evaluate(request, watched("evaluating"))
     leave()
-    if assessments is None:
+    if evaluated is None:
         return
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
-    shown: list[Evaluation] = []
-    for assessment in assessments:
-        for alone in assessment.evaluations:
+    shown: list[Results] = []
+    for one in evaluated:
+        results = one.results
+        for path, other in earlier:
             try:
-                evaluation = alone.with_rows([row for old in earlier for row in old.beside(alone, mix_protocols)])
-            except ValueError as reason:  # not for nothing: its own results are kept
-                evaluation, refused = alone, [*refused, reason]
-            shown.append(evaluation)
-            suffix = suffixes[evaluation.protocol.name]
-            written += write_outputs(assessment, evaluation, folder, suffix, report)
-            if as_json and not suffix:
-                typer.echo(json.dumps(evaluation.as_dict(), indent=2))
-    print_evaluations(shown)
+                results = results.beside(other, mix_protocols)
+            except ValueError as reason:  # told at the end: the new results are kept
+                results, refused = one.results, [*refused, ValueError(f"{path}: {reason}")]
+                break
+        shown.append(results)
+        suffix = suffixes[results.protocol["name"]]
+        written += _write(replace(one, results=results), folder, suffix, report)
+        if as_json and not suffix:
+            typer.echo(json.dumps(results.as_dict(), indent=2))
+    print_results(shown)
     for what, path in written:
         typer.echo(f"{what + ':':<9}{path}", err=True)
     if refused:
         raise refused[0]
+
+
+def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
+    """Where results go, checked before the work.
+
+    Args:
+        out: as the user asked; None means the run's folder, or one beside a file of weights.
+        target: as the user wrote it.
+        run: the target's, if it is a run folder.
+
+    Raises:
+        ConfigError: there is no default for this target.
+        OSError: the folder can't be made or written to.
+    """
+    from olvae.config import ConfigError
+    from olvae.files import check_folder
+
+    if out is not None:
+        folder = out
+    elif run is not None:
+        folder = Path(target)
+    elif Path(target).is_file():
+        folder = Path(target).with_name(f"{Path(target).stem}_results")
+    else:
+        raise ConfigError("--out DIR is missing: the first target is neither a run folder nor a file")
+    return check_folder(folder)
+
+
+@contextmanager
+def progress(
+    description: str, total: int | None, enabled: bool = True, unit: str = "images"
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, if that is a terminal; gives a function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def watched(description: str) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
+    """Wraps the batches of this process in a progress bar over the images of all; only the first process shows one."""
+    from olvae.devices import this_process
+
+    def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
+        rank, world = this_process()
+        with progress(description, total, enabled=rank == 0) as advance:
+            for batch in batches:
+                yield batch
+                advance(len(batch["image"]) * world)
+
+    return wrap
+
+
+def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> list[tuple[str, Path]]:
+    """Write the files of one protocol, metrics.json last: where it is, the others are too. Returns what and where."""
+    from olvae.evaluation.report.page import write_page
+    from olvae.evaluation.report.pictures import write_figure
+    from olvae.evaluation.report.tables import write_csv, write_markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    results = evaluated.results
+    files = {
+        "figure": folder / f"reconstructions{suffix}.png",
+        "report": folder / f"report{suffix}.html",
+        "images": folder / f"per_image{suffix}.csv",
+        "table": folder / f"metrics{suffix}.md",
+        "numbers": folder / f"metrics{suffix}.json",
+    }
+    if evaluated.pictures.galleries:
+        write_figure(evaluated.pictures.galleries, files["figure"])
+    else:
+        del files["figure"]
+    if page:
+        write_page(evaluated, files["report"], shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    else:
+        del files["report"]
+    write_csv(results, files["images"])
+    write_markdown(results, files["table"])
+    results.write(files["numbers"])
+    return list(files.items())
 
 
 def _names(text: str) -> list[str]:

@@ -1,15 +1,12 @@
 """``olvae latents``."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from olvae.cli.evaluate import progress, results_folder, watched
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw
-
-if TYPE_CHECKING:
-    from olvae.data.source import Batch
 
 __all__ = ["command"]
 
@@ -19,7 +16,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="TARGET...",
-            help="Run folders, checkpoints, exports, ids of the Hugging Face hub, diffusers:ID_OR_FOLDER.",
+            help="Run folders, checkpoints, exported folders, hub ids, or diffusers:ID_OR_FOLDER.",
         ),
     ],
     config: ConfigFile = None,
@@ -30,29 +27,26 @@ def command(
         typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-B", min=1, help="Images at a time; by default the config's, or 8.")
+        int | None, typer.Option("--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8.")
     ] = None,
-    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")] = None,
     device: Device = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Where the report goes; by default the first target, or for a file FILE_results."
+            metavar="DIR", help="Where the report goes; by default the run folder, or FILE_results for a file."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report to standard output as well.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print the report to standard output.")] = False,
 ) -> None:
-    """Describe the latents of one or several models on the same images, beside N(0, I).
+    """Compare the latents of one or several models, on the same images, with N(0, I).
 
-    Histogram, moments, KL and activity per channel, correlation, spectrum, MMD, and the shift and scaling factors
-    that a diffusion config needs; docs/latents.md explains each number. Under torchrun processes share the images.
+    Reports histogram, moments, KL and activity per channel, correlation, spectrum, MMD, and the shift and scaling
+    factors that a diffusion config needs; docs/latents.md explains them. Under torchrun, processes share the images.
 
     Example: olvae latents runs/2026-01-31T12-00-00_demo_32 --data photos --images 1000 --out report
     """
     import json
-
-    from rich.console import Console
-    from rich.progress import Progress
 
     from olvae.data.open import open_test_source
     from olvae.devices import device_of, gather, join, leave
@@ -62,12 +56,11 @@ def command(
         encode_latents,
         print_latents,
         report_content,
-        write_report,
     )
-    from olvae.evaluation.report.outputs import results_folder
+    from olvae.files import write_json
     from olvae.models.loading.targets import find_target, name_apart
 
-    rank, world = join()
+    join()
     found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]
     folder = results_folder(out, targets[0], found[0].run)
     device = device_of(device)
@@ -78,35 +71,29 @@ def command(
     if images is not None:
         source.limit(images)
     count, batches = source.val_images, source.test_loader(batch_size or (8 if data else None))
-    described = {"source": data or found[0].config["data"]["target"], "images": source.describe_val_images()}
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as progress:
-        task = progress.add_task("encoding", total=count and -(-count // world))
-
-        def counted() -> "Iterator[Batch]":
-            for batch in batches:
-                yield batch
-                progress.advance(task, len(batch["image"]))
-
-        accumulators = encode_latents(models, counted(), device)
-        parts = gather(accumulators)
-        leave()
-        if parts is None:
-            return
-        for part in parts[1:]:
-            for name, accumulator in part.items():
-                accumulators[name].merge(accumulator)
-        task = progress.add_task("comparing with N(0, I)", total=len(models))
-        summaries = {}
+    accumulators = encode_latents(models, watched("encoding")(batches, count), device)
+    parts = gather(accumulators)
+    leave()
+    if parts is None:
+        return
+    for part in parts[1:]:
+        for name, accumulator in part.items():
+            accumulators[name].merge(accumulator)
+    summaries = {}
+    with progress("comparing with N(0, I)", len(models), unit="models") as advance:
         for name, accumulator in accumulators.items():
             summaries[name] = accumulator.compute()
-            progress.advance(task)
+            advance(1)
 
     folder.mkdir(parents=True, exist_ok=True)
     seen = next(iter(summaries.values())).n
-    content = report_content(summaries, {**described, "size": source.size, "n": seen})
-    write_report(content, folder / "latents.json")
+    about = {
+        "source": data or found[0].config["data"]["target"],
+        "images": source.describe_val_images(),
+        "size": source.size,
+    }
+    content = report_content(summaries, {**about, "n": seen})
+    write_json(content, folder / "latents.json")
     draw_distribution(summaries, folder / "latents.png")
     draw_channels(summaries, folder / "latent_channels.png")
     print_latents(summaries, content["data"])

@@ -1,4 +1,4 @@
-"""From targets and images to numbers that can be trusted: protocol, one pass over the images, results, intervals.
+"""Evaluation: protocols, one pass over the images, results, and their bootstrap intervals.
 
-``report`` writes tables and the page, ``latents`` describes latents. Imports ``olvae.models`` and below; commands
-import it."""
+``report`` writes tables and the page; ``latents`` describes the distribution of latents. Imports ``olvae.models`` and
+below; commands import it."""

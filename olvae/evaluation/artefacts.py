@@ -1,21 +1,19 @@
 """Test patterns that show what photographs hide: grids on constant colours, loss of fine checkerboards and stripes."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from olvae.data.image import from_uint8, to_uint8
-from olvae.figures import ERROR_RANGE, error_map, labelled_grid
 from olvae.metrics.pixel import psnr
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.precision import full_float32
 
-__all__ = ["Artefacts", "Colour", "Pattern", "amplification", "amplified", "draw_artefacts", "find_artefacts"]
+__all__ = ["Artefacts", "Colour", "Pattern", "amplification", "amplified", "find_artefacts"]
 
 GREYS = {"black": 0, "grey 64": 64, "grey 128": 128, "grey 192": 192, "white": 255}
 COLOURS = {
@@ -27,24 +25,26 @@ COLOURS = {
     "yellow": (255, 255, 0),
 }
 SQUARES = (1, 2, 4, 8, 16, 32)
-"""Widths in pixels of what alternates between black and white: half a period."""
+"""Widths in pixels of squares and stripes: half a period."""
+
 LARGEST = 64
 """The most that deviations are amplified in pictures."""
 
 
 @dataclass(frozen=True)
 class Colour:
-    """What became of an image of one colour. In steps of 8-bit values, of the reconstruction clamped, not rounded.
+    """The reconstruction of an image of one colour. Numbers are in steps of 8-bit values, clamped but not rounded.
+
+    The inner part is the image without a frame of a quarter of its size.
 
     Args:
         name: of the colour.
         shift: the mean over the inner part minus the colour, per channel.
-        amplitude: the standard deviation over positions, root mean square over channels, in the inner part: what
-            is left without a frame of a quarter of the size.
-        grid: of the amplitude the part that repeats every f pixels: that of the mean over all f x f tiles.
-        amplitude_with_border: the amplitude of the whole image.
+        amplitude: standard deviation over the inner part's positions, root mean square over channels.
+        grid: the part of the amplitude that repeats every f pixels: the amplitude of the mean f x f tile.
+        amplitude_with_border: the amplitude over the whole image.
         x, y: input and reconstruction, uint8 (C, H, W).
-        deviation: of the reconstruction from its mean over the inner part, float32 (C, H, W).
+        deviation: reconstruction minus its mean over the inner part, float32 (C, H, W).
     """
 
     name: str
@@ -56,14 +56,18 @@ class Colour:
     y: Tensor
     deviation: Tensor
 
+    @property
+    def largest_shift(self) -> float:
+        return max(self.shift, key=abs)
+
 
 @dataclass(frozen=True)
 class Pattern:
-    """What became of a checkerboard or of stripes, black and white.
+    """The reconstruction of a black and white checkerboard, or of stripes.
 
     Args:
         name: with the width of a square or stripe.
-        psnr: in dB, of the reconstruction clamped and rounded; may be infinite.
+        psnr: in dB, after clamping and rounding; may be infinite.
         x, y: input and reconstruction, uint8 (C, H, W).
     """
 
@@ -75,17 +79,17 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Artefacts:
-    """All patterns, of ``size`` pixels, through one autoencoder of the factor ``period``."""
+    """All test patterns of ``size`` pixels, reconstructed by an autoencoder that downscales by ``period``."""
 
     size: int
     period: int
     frame: int
-    """Pixels on each side that are not of the inner part."""
+    """Pixels on each side that are outside the inner part."""
     colours: list[Colour]
     patterns: list[Pattern]
 
     def as_dict(self) -> dict[str, object]:
-        """The numbers, ready for JSON; an infinite PSNR is None."""
+        """The numbers for metrics.json; an infinite PSNR is None."""
         return {
             "size": self.size,
             "period": self.period,
@@ -112,18 +116,20 @@ def find_artefacts(
 ) -> Artefacts:
     """Reconstruct constant colours, checkerboards and stripes from the posterior's mode, in full float32.
 
-    With other than three channels the colours are greys, and each channel alone.
+    If there are not three channels, the colours are greys and each channel alone.
 
     Args:
         model: in evaluation mode; it is moved to the device.
-        size: of the square patterns.
+        size: side of the square patterns, in pixels.
 
     Raises:
-        ValueError: the size is no multiple of the model's factor f.
+        ValueError: the size is not a multiple of the model's downscale factor f.
     """
     f = model.downscale
     if size < f or size % f:
-        raise ValueError(f"test patterns of {size} pixels, but the latent's positions have {f}: take a multiple of {f}")
+        raise ValueError(
+            f"test patterns of {size} pixels do not divide into latent positions of {f}: use a multiple of {f}"
+        )
     constants, patterns = _constants(model.in_channels, size), _patterns(model.in_channels, size)
     x = torch.stack([*constants.values(), *patterns.values()])
     y = _reconstruct(model.to(device), x, torch.device(device), batch_size)
@@ -140,9 +146,9 @@ def find_artefacts(
 
 
 def amplification(results: Iterable[Artefacts]) -> int:
-    """The power of two, 64 at most, at which 99 % of the worst contender's deviations stay within the picture.
+    """The power of two, 64 at most, at which 99 % of the worst target's deviations stay within a picture's range.
 
-    One for all, so that their pictures compare.
+    It is one factor for all targets, so that their pictures compare.
     """
     deviations = (np.concatenate([colour.deviation.flatten() for colour in found.colours]) for found in results)
     largest = max(float(np.quantile(np.abs(values), 0.99)) for values in deviations)
@@ -153,34 +159,8 @@ def amplification(results: Iterable[Artefacts]) -> int:
 
 
 def amplified(deviation: Tensor, factor: int) -> Tensor:
-    """A deviation in steps of 8-bit values -> a picture, uint8: grey 128 is none."""
+    """A deviation in steps of 8-bit values -> a picture, uint8; no deviation is grey 128."""
     return (128.0 + factor * deviation).round().clamp(0, 255).to(torch.uint8)
-
-
-def draw_artefacts(results: Mapping[str, Artefacts]) -> Image.Image:
-    """A labelled grid: the patterns as put in, and for each contender what came out and the error, amplified.
-
-    Args:
-        results: by contender, all of one size and of images of as many channels.
-    """
-    factor = amplification(results.values())
-    first = next(iter(results.values()))
-    rows = {f"colours: {', '.join(colour.name for colour in first.colours)}": _stack(first.colours)}
-    for name, found in results.items():
-        deviation = torch.stack([amplified(colour.deviation, factor) for colour in found.colours])
-        rows[f"{name}: reconstruction"] = torch.stack([colour.y for colour in found.colours])
-        rows[f"{name}: deviation from the mean colour x{factor}, around grey"] = deviation
-    names = ", ".join(pattern.name.removesuffix(" px").replace(" stripes", "") for pattern in first.patterns)
-    rows[f"squares and stripes, pixels wide: {names}"] = _stack(first.patterns)
-    for name, found in results.items():
-        y = torch.stack([pattern.y for pattern in found.patterns])
-        rows[f"{name}: reconstruction of the patterns"] = y
-        rows[f"{name}: error, black 0 to white {ERROR_RANGE} of 255"] = error_map(_stack(found.patterns), y)
-    return labelled_grid(rows)
-
-
-def _stack(items: Iterable[Colour | Pattern]) -> Tensor:
-    return torch.stack([item.x for item in items])
 
 
 def _constants(channels: int, size: int) -> dict[str, Tensor]:
@@ -210,7 +190,7 @@ def _patterns(channels: int, size: int) -> dict[str, Tensor]:
 
 
 def _reconstruct(model: Autoencoder, x: Tensor, device: torch.device, batch_size: int) -> Tensor:
-    """uint8 -> what the network gives, float32, nominally in [-1, 1], on the CPU."""
+    """uint8 -> the network's output, float32, nominally in [-1, 1], on the CPU."""
     parts = []
     for part in x.split(batch_size):
         images = from_uint8(part.to(device))

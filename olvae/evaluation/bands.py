@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,39 +11,37 @@ from olvae.modules.wavelet import wavedec2
 
 __all__ = ["BandErrors"]
 
-Energies = tuple[tuple[float, ...], tuple[float, ...]]
-"""Of one image, of its error and its input: LL of the last level, LH, HL, HH of level 1, then of level 2, and so on."""
+Energies = tuple[float, ...]
+"""Of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on."""
 
 
 class BandErrors:
-    """The mean squared error of one contender, split among the bands of the orthonormal Haar transform.
+    """The mean squared error of one target's reconstructions, split among the bands of the orthonormal Haar transform.
 
-    Pixels are 0..255, as in PSNR. A band's ``mse`` is the energy of the error in it, divided by the number of pixel
-    values of the image, averaged over images: by Parseval the bands add up to the mean squared error. Sums are exact
-    in float64. A key counts once.
+    Pixels are 0..255, as in PSNR. A band's ``mse`` is the error's energy in it per pixel value, averaged over images;
+    by Parseval the bands add up to the mean squared error. Sums are exact in float64. A key counts once.
 
     Args:
-        levels: how often LL is split again. Where the sides of some image are no multiple of 2^levels, all images
-            are taken with as many levels as all of them have.
+        levels: how often LL is split again; fewer if the images' sides can't be halved as often.
     """
 
     def __init__(self, levels: int = 3) -> None:
         if levels < 1:
             raise ValueError(f"the wavelet bands need at least 1 level, got {levels}")
         self._levels = levels
-        self._energies: dict[str, Energies] = {}
+        self._energies: dict[str, tuple[Energies, Energies]] = {}  # of the error, and of the input
 
     @torch.no_grad()
     def add(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Take in images.
+        """Add images.
 
         Args:
             keys: of the B images.
-            x, y: inputs and reconstructions, uint8 (B, C, H, W), on any device.
+            x, y: inputs and reconstructions, uint8 (B, C, H, W), on any device; all of one size.
 
         Raises:
             Unavailable: a side is odd.
-            ValueError: x and y are no such pair, or one key has two pairs.
+            ValueError: x and y do not fit together, or a key has two different pairs.
         """
         check_pairs(keys, x, y)
         height, width = x.shape[-2:]
@@ -57,14 +54,10 @@ class BandErrors:
         for key, pair in zip(keys, energies, strict=True):
             self._note(key, pair)
 
-    def state(self) -> Any:
-        """All that was taken in, to be pickled and merged elsewhere; not a copy."""
-        return self._energies
-
-    def merge(self, state: Any) -> None:
-        """Take in the :meth:`state` of another process."""
-        for key, energies in state.items():
-            self._note(key, energies)
+    def merge(self, other: "BandErrors") -> None:
+        """Add what another process has seen."""
+        for key, pair in other._energies.items():
+            self._note(key, pair)
 
     def compute(self) -> dict[str, dict[str, float | None]]:
         """The bands, coarse to fine: LL3, LH3, HL3, HH3, LH2, ..., HH1.
@@ -74,28 +67,27 @@ class BandErrors:
 
         Returns:
             For each band ``mse``, and ``share_of_signal``: the energy of all errors over that of all inputs in the
-            band, None where the inputs have none. The signal of LL holds the brightness, counted from black.
+            band, None if the inputs have none. The signal of LL includes the brightness, counted from black.
 
         Raises:
             Unavailable: there are no images.
         """
         if not self._energies:
             raise Unavailable("the error per wavelet band needs an image, got none")
-        levels = min(len(error) // 3 for error, _ in self._energies.values())
-        errors, signals = ([_fewer(pair[side], levels) for pair in self._energies.values()] for side in (0, 1))
+        errors, signals = zip(*self._energies.values(), strict=True)
         bands: dict[str, dict[str, float | None]] = {}
-        for name, place in _places(levels).items():
+        for name, place in _places(len(errors[0]) // 3).items():
             error, signal = (math.fsum(image[place] for image in side) for side in (errors, signals))
             bands[name] = {"mse": error / len(errors), "share_of_signal": error / signal if signal else None}
         return bands
 
-    def _note(self, key: str, energies: Energies) -> None:
-        if self._energies.setdefault(key, energies) != energies:
+    def _note(self, key: str, pair: tuple[Energies, Energies]) -> None:
+        if self._energies.setdefault(key, pair) != pair:
             raise ValueError(f"two different pairs of images have the key {key!r}: give each image its own")
 
 
-def _energies(images: Tensor, levels: int) -> list[tuple[float, ...]]:
-    """Of each image, per pixel value, in the order of :data:`Energies`."""
+def _energies(images: Tensor, levels: int) -> list[Energies]:
+    """Of each image, per pixel value."""
     channels, size = images.shape[1], images[0].numel()
     sums = []
     for level in wavedec2(images, levels=levels):
@@ -105,14 +97,8 @@ def _energies(images: Tensor, levels: int) -> list[tuple[float, ...]]:
     return [tuple(image) for image in energies.tolist()]
 
 
-def _fewer(energies: tuple[float, ...], levels: int) -> tuple[float, ...]:
-    """The same with fewer levels: what the coarser ones hold is their LL's, by Parseval."""
-    kept = 1 + 3 * levels
-    return (math.fsum((energies[0], *energies[kept:])), *energies[1:kept])
-
-
 def _places(levels: int) -> dict[str, int]:
-    """Names of the bands, coarse to fine, and where they are in :data:`Energies`."""
+    """The bands' names, coarse to fine, and their places in :data:`Energies`."""
     details = {
         f"{band}{level}": 3 * level - 2 + i
         for level in range(levels, 0, -1)

@@ -1,10 +1,10 @@
-"""Which images a report shows: the worst, the median and the best by one metric, and some that nothing chose."""
+"""Which images the report shows: the worst, the median and the best by one metric, and an arbitrary few."""
 
 import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -23,24 +23,24 @@ class Example(NamedTuple):
 
 
 class Gallery:
-    """Keeps a few images of one contender out of all that pass, on the CPU.
+    """Keeps a few images of one target on the CPU, out of all that it is shown.
 
-    Every value is kept; of the images, the worst, the best, and a pool of those whose keys have the smallest
-    hashes. So batches, their order and the number of processes make no difference, and a key counts once.
+    It keeps the values of all images, and the pixels of the worst, the best, and a pool of those whose keys have the
+    smallest hashes. So batches, their order and the number of processes make no difference, and a key counts once.
 
     Args:
-        better: whether higher or lower values of the metric are.
+        better: which values of the metric are better.
         each: images per group.
-        pool: images to choose those of the median from, and the most that :meth:`spread` can give.
+        pool: images from which the median group is chosen, and the most that :meth:`spread` can return.
 
     Raises:
-        ValueError: the pool is smaller than three groups, with which a group might stay empty.
+        ValueError: the pool is smaller than three groups, so that a group might stay empty.
     """
 
     def __init__(self, better: Literal["higher", "lower"], each: int = 4, pool: int = 64) -> None:
         if each < 1 or pool < 3 * each:
             raise ValueError(
-                f"a gallery needs 1 image per group or more, and a pool of 3 groups, got {each} and {pool}"
+                f"a gallery needs at least 1 image per group and a pool of 3 groups, got {each} and {pool}"
             )
         self._sign = 1.0 if better == "higher" else -1.0
         self._each = each
@@ -49,7 +49,7 @@ class Gallery:
         self._images: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, keys: Sequence[str], values: Sequence[float], x: Tensor, y: Tensor) -> None:
-        """Take in images.
+        """Add images.
 
         Args:
             keys: of the B images.
@@ -57,7 +57,7 @@ class Gallery:
             x, y: inputs and reconstructions, uint8 (B, C, H, W), on any device.
 
         Raises:
-            ValueError: x and y are no such pair, a value is not a number, or one key has two values.
+            ValueError: x and y do not fit together, a value is not a number, or a key has two values.
         """
         check_pairs(keys, x, y)
         fresh: dict[str, int] = {}
@@ -68,24 +68,19 @@ class Gallery:
         copies = {key: (x[i].cpu().clone(), y[i].cpu().clone()) for key, i in fresh.items() if key in wanted}
         self._images = {key: pair for key, pair in (self._images | copies).items() if key in wanted}
 
-    def state(self) -> Any:
-        """All that is kept, to be pickled and merged elsewhere; not a copy."""
-        return self._values, self._images
-
-    def merge(self, state: Any) -> None:
-        """Take in the :meth:`state` of another process."""
-        values, images = state
-        for key, value in values.items():
+    def merge(self, other: "Gallery") -> None:
+        """Add what another process has seen."""
+        for key, value in other._values.items():
             self._note(key, value)
-        together = images | self._images
+        together = other._images | self._images
         wanted = self._wanted(together)
         self._images = {key: pair for key, pair in together.items() if key in wanted}
 
     def examples(self) -> dict[str, list[Example]]:
         """The groups "worst", "median" and "best", each from worse to better; no image is in two of them.
 
-        The median is that of all images; those shown are the nearest to it in the pool. Fewer than three groups'
-        worth of images are shared out evenly, and a single one is the median.
+        The median is that of all images; the group has the images of the pool that are nearest to it. If there are
+        too few images for three groups, the groups are smaller; a single image is the median.
         """
         n = len(self._values)
         each = min(self._each, max(n // 3, 1))
@@ -99,7 +94,7 @@ class Gallery:
         return {name: [self._example(key) for key in keys] for name, keys in groups.items()}
 
     def spread(self, n: int) -> list[Example]:
-        """The n images, or as many as there are, whose keys have the smallest hashes: a choice by nothing else.
+        """The n images whose keys have the smallest hashes, or all if there are fewer: an arbitrary choice.
 
         Raises:
             ValueError: n is more than the pool.
@@ -109,7 +104,7 @@ class Gallery:
         return [self._example(key) for key in self._hashed(self._images)[:n]]
 
     def _note(self, key: str, value: float) -> bool:
-        """Keep a value; whether the key is new."""
+        """Keep a value. Returns whether the key is new."""
         if math.isnan(value):
             raise ValueError(f"{key}: the value to rank images by is not a number")
         if (known := self._values.get(key)) is None:
@@ -124,11 +119,11 @@ class Gallery:
         return {*ranked[: self._each], *ranked[-self._each :], *self._hashed(ranked)[: self._pool]}
 
     def _ranked(self, keys: Iterable[str]) -> list[str]:
-        """From the worst to the best; equal ones by their hash."""
+        """From worst to best; ties by hash."""
         return sorted(keys, key=lambda key: (self._sign * self._values[key], _hash(key)))
 
     def _nearest(self, keys: Iterable[str]) -> list[str]:
-        """From the nearest to the median of all values to the farthest; equally near ones by their hash."""
+        """By distance to the median of all values; ties by hash."""
         middle = statistics.median_low(self._values.values())
         distance = {key: 0.0 if self._values[key] == middle else abs(self._values[key] - middle) for key in keys}
         return sorted(distance, key=lambda key: (distance[key], _hash(key)))

@@ -1,4 +1,4 @@
-"""The choices behind a number, named, so that they travel with it."""
+"""Protocols: the choices behind a number, under a name and a hash that are reported with it."""
 
 import hashlib
 import json
@@ -30,16 +30,16 @@ class Protocol:
     """How images are made, reconstructed and compared.
 
     Args:
-        name: of the preset; a changed one says so by its hash.
-        version: counted up when the same name comes to mean something else.
-        size: of the images in pixels.
+        name: of the preset; a changed preset has another hash.
+        version: incremented when the same name comes to mean something else.
+        size: of the images, in pixels per side.
         resize, resample: see :class:`~olvae.data.transforms.EvalTransform`.
-        posterior: whether a latent is the posterior's mode or one sample.
-        seed: of the samples' noise, which is drawn for each image by its key.
-        psnr: mean of the images' PSNR, or PSNR of their pooled error.
-        ssim: which window.
-        lpips: which network stands under the name of LPIPS.
-        crops: how the source makes its test images, where it does not do so by ``resize``.
+        posterior: a latent is the posterior's mode, or one sample.
+        seed: of the samples' noise, which also depends on the image's key.
+        psnr: the mean of the images' PSNRs, or the PSNR of their pooled error.
+        ssim: the window.
+        lpips: the network that the name LPIPS stands for.
+        crops: how the source makes its test images, if not by ``resize``.
         n: number of images.
     """
 
@@ -62,7 +62,7 @@ class Protocol:
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """From the name of a metric to the variant of it that stands under that name here."""
+        """For metrics with variants, the one that this protocol means by the name."""
         ssim = {"gaussian": "ssim", "uniform": "ssim_uniform"}[self.ssim]
         return {"ssim": ssim, "lpips": {"vgg": "lpips", "alex": "lpips_alex"}[self.lpips]}
 
@@ -88,7 +88,7 @@ class Protocol:
         }
 
     def hash(self) -> str:
-        """Of the choices and the version; the same choices under another name are the same protocol."""
+        """A hash of the choices and the version, not of the name: equal choices are the same protocol."""
         choices = {key: value for key, value in self.as_dict().items() if key != "name"}
         text = json.dumps(choices, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -104,11 +104,11 @@ PROTOCOLS = {
         Protocol("va-vae", resample="bilinear", posterior="sample"),
     )
 }
-"""By name; docs/evaluation.md says whose choices they are and where these are stated."""
+"""By name; docs/evaluation.md says whose choices they are, with sources."""
 
 
 def named(name: str, **choices: Any) -> Protocol:
-    """A preset, with other choices where they are given.
+    """A preset with some choices changed; those that are None stay.
 
     Raises:
         ValueError: there is no preset of this name.

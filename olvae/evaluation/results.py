@@ -1,4 +1,4 @@
-"""What is known after an evaluation, and what it leaves behind: metrics.json, a figure."""
+"""What an evaluation found: one object that the tables, the page and metrics.json are made from, and read back to."""
 
 import json
 import math
@@ -7,216 +7,201 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.roundtrip import Cost
-from olvae.figures import error_map, labelled_grid
-from olvae.files import whole
+from olvae.evaluation.statistics import Difference
+from olvae.files import write_json
 from olvae.metrics.registry import METRICS
 
-__all__ = [
-    "EQUAL",
-    "Earlier",
-    "Evaluation",
-    "Result",
-    "read_earlier",
-    "used_weights",
-    "write_figure",
-    "write_metrics",
-]
+__all__ = ["INFINITE", "Bands", "Results", "Row", "used_weights"]
+
+INFINITE = "infinite: an image is equal to its reconstruction to the pixel"
+"""Where a metric is infinite, metrics.json has this under ``skipped``: JSON has no infinity."""
+
+Bands = Mapping[str, Mapping[str, float | None]]
+"""The error per wavelet band: :meth:`olvae.evaluation.bands.BandErrors.compute`."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """The metrics of one contender under one protocol.
+class Row:
+    """What is known about one target.
 
     Args:
-        target: the contender's name.
+        target: its name.
         n: images.
-        metrics: values by name.
-        skipped: for those that could not be had, the reason.
-        details: by metric, what its number rests on.
-        per_image: by metric, the images' values by key.
+        metrics: values by name; PSNR may be infinite.
+        skipped: by metric, why it has no value.
+        intervals: by metric, the ends of the 95 % bootstrap interval over images.
+        details: by metric, what its value depends on: weights, subsets, a warning.
+        cost: parameters, operations, speed and memory.
+        bands: the error per wavelet band.
+        test_patterns: :meth:`olvae.evaluation.artefacts.Artefacts.as_dict`.
+        per_image: by metric, the values by key; not in metrics.json.
+        differences: by metric, the value minus the first row's, on the same images; not in metrics.json.
     """
 
     target: str
     n: int
-    metrics: dict[str, float]
-    skipped: dict[str, str]
-    details: dict[str, dict[str, Any]] = field(default_factory=dict)
-    per_image: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: Mapping[str, float]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cost: Cost | None = None
+    bands: Bands | None = None
+    test_patterns: Mapping[str, Any] | None = None
+    per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row of metrics.json."""
+        infinite = {name: INFINITE for name, value in self.metrics.items() if math.isinf(value)}
+        row: dict[str, Any] = {
+            "target": self.target,
+            "n": self.n,
+            "metrics": {name: value for name, value in self.metrics.items() if name not in infinite},
+            "skipped": {**infinite, **self.skipped},
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "details": {name: details for name, details in self.details.items() if details},
+            "cost": self.cost.as_dict() if self.cost else None,
+        }
+        extras = {"bands": self.bands, "test_patterns": self.test_patterns}
+        return row | {name: extra for name, extra in extras.items() if extra is not None}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Row":
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: this is not a row of metrics.json.
+        """
+        metrics = {str(name): float(value) for name, value in row["metrics"].items()}
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise ValueError("it has metrics that are not finite")
+        skipped = {str(name): str(reason) for name, reason in row.get("skipped", {}).items()}
+        return cls(
+            str(row["target"]),
+            int(row["n"]),
+            metrics | {name: math.inf for name, reason in skipped.items() if reason == INFINITE},
+            {name: reason for name, reason in skipped.items() if reason != INFINITE},
+            {str(name): (float(low), float(high)) for name, (low, high) in row.get("intervals", {}).items()},
+            {str(name): dict(details) for name, details in row.get("details", {}).items()},
+            Cost(**row["cost"]) if row.get("cost") else None,
+            row.get("bands"),
+            row.get("test_patterns"),
+        )
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """All that is known after a pass, under one protocol.
+class Results:
+    """All numbers of an evaluation under one protocol.
 
     Args:
-        images: which ones they were: source, n, sha256 of the pixels, and how many could not be read or were enlarged.
-        results: in the order of the targets.
-        costs: by target, where there are any.
-        intervals: by target and metric, the ends of the 95 % bootstrap interval of the mean over images.
-        extras: by target, what else its row in metrics.json has: errors per wavelet band, test patterns.
-        before: rows of earlier results, as metrics.json has them.
+        protocol: :meth:`olvae.evaluation.protocol.Protocol.as_dict`.
+        protocol_hash: two results are comparable only if it is the same.
+        images: which images: source, n, sha256 of the pixels, how many were unreadable or enlarged.
+        rows: one per target.
+        earlier: rows of earlier results, added by :meth:`beside`.
     """
 
-    protocol: Protocol
-    images: dict[str, Any]
-    results: Sequence[Result]
-    costs: Mapping[str, Cost] = field(default_factory=dict)
-    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    before: Sequence[dict[str, Any]] = ()
+    protocol: Mapping[str, Any]
+    protocol_hash: str
+    images: Mapping[str, Any]
+    rows: Sequence[Row]
+    earlier: Sequence[Row] = ()
 
-    def with_rows(self, before: Sequence[dict[str, Any]]) -> "Evaluation":
-        """The same with rows of earlier results; those whose names are taken are counted."""
-        taken = {result.target for result in self.results}
-        rows = []
-        for row in before:
-            name, again = row["target"], 2
-            while name in taken:
-                name, again = f"{row['target']} ({again})", again + 1
-            taken.add(name)
-            rows.append({**row, "target": name})
-        return replace(self, before=rows)
+    @property
+    def table(self) -> list[Row]:
+        """All rows: the new ones, then the earlier ones."""
+        return [*self.rows, *self.earlier]
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of metrics.json."""
         return {
-            "protocol": self.protocol.as_dict(),
-            "protocol_hash": self.protocol.hash(),
+            "protocol": self.protocol,
+            "protocol_hash": self.protocol_hash,
             "images": self.images,
-            "results": [*(self._row(result) for result in self.results), *self.before],
+            "results": [row.as_dict() for row in self.table],
         }
+
+    def write(self, path: Path) -> None:
+        """Write metrics.json, whole or not at all."""
+        write_json(self.as_dict(), path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """Read a metrics.json.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is something else.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such metrics.json")
+        try:
+            content = json.loads(path.read_text())
+            rows = [Row.from_dict(row) for row in content["results"]]
+            protocol, images = dict(content.get("protocol", {})), dict(content.get("images", {}))
+            return cls(protocol, str(content["protocol_hash"]), images, rows)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
+
+    def beside(self, earlier: "Results", mix: bool = False) -> "Results":
+        """These results, with the rows of earlier ones below. A name that is taken gets a number.
+
+        Args:
+            mix: allow results that are not comparable (another protocol, other images); their rows are marked.
+
+        Raises:
+            ValueError: they are not comparable.
+        """
+        mark = ""
+        if what := self._not_comparable(earlier):
+            if not mix:
+                raise ValueError(
+                    f"has results of {what}, which do not compare with these; to put them into one table all the same, "
+                    "add --mix-protocols"
+                )
+            mark = f" [{what}]"
+        taken = {row.target for row in self.table}
+        added = []
+        for row in earlier.table:
+            name, again = row.target + mark, 2
+            while name in taken:
+                name, again = f"{row.target}{mark} ({again})", again + 1
+            taken.add(name)
+            added.append(replace(row, target=name))
+        return replace(self, earlier=[*self.earlier, *added])
 
     def warnings(self) -> list[str]:
         """Sentences for the reader."""
-        found = [str(d["warning"]) for result in self.results for d in result.details.values() if "warning" in d]
+        found = [str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d]
         if self.images["unreadable"]:
             found.append(f"unreadable images, which are not in these numbers: {self.images['unreadable']}")
         if self.images["enlarged"]:
             found.append(f"images smaller than the crop, which were enlarged: {self.images['enlarged']}")
-        for name, file in used_weights(result.details for result in self.results).items():
+        for name, file in used_weights(self.rows).items():
             if not file["published"]:
                 found.append(
-                    f"{METRICS[name].label} rests on a {file['file']} that is not the published file: it compares with "
-                    "no one else's"
+                    f"{METRICS[name].label} rests on a {file['file']} that is not the published file: its values "
+                    "compare with no one else's"
                 )
         return list(dict.fromkeys(found))
 
-    def _row(self, result: Result) -> dict[str, Any]:
-        cost = self.costs.get(result.target)
-        return {
-            "target": result.target,
-            "n": result.n,
-            "metrics": result.metrics,
-            "skipped": result.skipped,
-            "intervals": {name: list(ends) for name, ends in self.intervals.get(result.target, {}).items()},
-            "details": {name: details for name, details in result.details.items() if details},
-            "cost": cost.as_dict() if cost else None,
-            **self.extras.get(result.target, {}),
-        }
+    def _not_comparable(self, earlier: "Results") -> str:
+        """What differs; empty if they are comparable."""
+        if earlier.protocol_hash != self.protocol_hash:
+            return "another protocol"
+        if earlier.images.get("sha256") != self.images["sha256"]:
+            return "other images"
+        theirs, ours = used_weights(earlier.rows), used_weights(self.rows)
+        names = [METRICS[n].label for n in ours if n in theirs and theirs[n].get("sha256") != ours[n]["sha256"]]
+        return f"other weights of the networks behind {', '.join(names)}" if names else ""
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """The results of an earlier metrics.json."""
-
-    path: Path
-    protocol_hash: str
-    images: str | None
-    rows: list[dict[str, Any]]
-
-    def beside(self, evaluation: Evaluation, mix: bool) -> list[dict[str, Any]]:
-        """Its rows, to stand in one table with these results.
-
-        Args:
-            mix: whether results of another protocol or other images may; they are marked then.
-
-        Raises:
-            ValueError: they do not compare.
-        """
-        what = ""
-        if self.protocol_hash != evaluation.protocol.hash():
-            what = "another protocol"
-        elif self.images != evaluation.images["sha256"]:
-            what = "other images"
-        elif names := self._other_networks(evaluation):
-            what = f"other weights of the networks behind {', '.join(names)}"
-        if not what:
-            return self.rows
-        if not mix:
-            raise ValueError(
-                f"{self.path}: has results of {what}, which do not compare with these; to put them into one table "
-                "all the same, add --mix-protocols"
-            )
-        return [{**row, "target": f"{row['target']} [{what}]"} for row in self.rows]
-
-    def _other_networks(self, evaluation: Evaluation) -> list[str]:
-        theirs = used_weights(row.get("details", {}) for row in self.rows)
-        ours = used_weights(result.details for result in evaluation.results)
-        return [METRICS[n].label for n in ours if n in theirs and theirs[n].get("sha256") != ours[n]["sha256"]]
-
-
-def read_earlier(path: Path) -> Earlier:
-    """Read a metrics.json.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is none.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such metrics.json")
-    try:
-        content = json.loads(path.read_text())
-        rows = [
-            {
-                **row,
-                "target": str(row["target"]),
-                "n": int(row["n"]),
-                "metrics": {str(name): float(value) for name, value in row["metrics"].items()},
-                "skipped": {str(name): str(reason) for name, reason in row.get("skipped", {}).items()},
-                "cost": Cost(**row["cost"]).as_dict() if row.get("cost") else None,
-            }
-            for row in content["results"]
-        ]
-        if not all(math.isfinite(value) for row in rows for value in row["metrics"].values()):
-            raise ValueError("it has metrics that are not finite")
-        return Earlier(path, str(content["protocol_hash"]), content.get("images", {}).get("sha256"), rows)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
-
-
-def used_weights(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """From the details of several targets' metrics: by metric, which file of weights its numbers rest on."""
+def used_weights(rows: Iterable[Row]) -> dict[str, Mapping[str, Any]]:
+    """By metric, the file of pretrained weights that its values rest on."""
     found: dict[str, Mapping[str, Any]] = {}
     for row in rows:
-        for name, details in row.items():
-            if name in METRICS and isinstance(details, Mapping) and isinstance(details.get("weights"), Mapping):
+        for name, details in row.details.items():
+            if name in METRICS and isinstance(details.get("weights"), Mapping):
                 found.setdefault(name, details["weights"])
     return found
-
-
-def write_metrics(evaluation: Evaluation, path: Path) -> None:
-    """metrics.json, whole or not at all."""
-    content = evaluation.as_dict()
-    assert all(math.isfinite(value) for row in content["results"] for value in row["metrics"].values())
-    with whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_figure(inputs: Tensor, reconstructions: Mapping[str, Tensor], path: Path) -> None:
-    """Inputs, then each target's reconstructions and errors.
-
-    Args:
-        inputs: uint8 (N, 3, H, W).
-        reconstructions: the same images by each target.
-    """
-    rows = {"input, held out": inputs}
-    for target, images in reconstructions.items():
-        rows[f"{target}: reconstruction"] = images
-        rows[f"{target}: error, black 0 to white 64 of 255"] = error_map(inputs, images)
-    labelled_grid(rows).save(path)
-
-
-EQUAL = "infinite: an image is equal to its reconstruction to the pixel"

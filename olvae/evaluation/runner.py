@@ -1,81 +1,78 @@
-"""From what a user asks for to results: targets, images, protocols, one pass for each way of making images."""
+"""``evaluate``: from a request (targets, images, protocols) to results."""
 
 import hashlib
-import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.data.open import open_test_source
-from olvae.data.source import Batch, Loader, Source
+from olvae.data.source import Batch, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.artefacts import Artefacts, find_artefacts
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.gallery import Gallery
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.results import EQUAL, Evaluation, Result
+from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip, Cost, RoundTrip, bicubic_round_trip
-from olvae.evaluation.statistics import confidence, mean, pooled_psnr
-from olvae.metrics.metric import Metric, Unavailable
-from olvae.metrics.registry import METRICS, MakeMetrics, build_metrics
+from olvae.evaluation.statistics import confidence, difference, mean, pooled_psnr
+from olvae.metrics.metric import MetricSet, Unavailable
+from olvae.metrics.registry import METRICS, build_metrics
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import Target
 
-__all__ = ["DEFAULT_METRICS", "UNTRAINED", "Assessment", "Images", "MetricSet", "Request", "assess", "evaluate"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "UNTRAINED",
+    "Evaluated",
+    "Observer",
+    "Pictures",
+    "Request",
+    "evaluate",
+    "fingerprint",
+    "measure",
+    "observe",
+    "rows_under",
+]
 
-
-class Images:
-    """Which images they were: a digest of the pixels by key, and one of all that depends on no order."""
-
-    def __init__(self) -> None:
-        self.digests: dict[str, bytes] = {}
-
-    def add(self, keys: Sequence[str], x: Tensor) -> None:
-        for key, image in zip(keys, x, strict=True):
-            self.digests[key] = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest()
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(sorted(self.digests.values()))).hexdigest()
-
+DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
 
 UNTRAINED = "untrained"
 """A baseline's name, which no target may have."""
 
-LPIPS_SIZE = 32
-"""Below this, images are too small for LPIPS, and the gallery is ranked by PSNR."""
+RANKED_BY_LPIPS = 32
+"""From this many pixels a side on, galleries are ranked by LPIPS; below, by PSNR."""
 
-DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
+T = TypeVar("T")
+
+Key = tuple[str, int | None]
+"""A target's name, and the seed of its samples: None for the posterior's mode, and for baselines."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate, on what, how.
+    """What to evaluate, on which images, and how.
 
     Args:
-        targets: with names apart.
-        protocols: each gives a table; those that make images alike share a pass.
+        targets: with distinct names.
+        protocols: each gives results of its own; those that prepare images alike share a pass.
         metrics: names, in the order of the table.
         data: a SRC; by default the test images of the first target's config.
-        size: of the images; by default the config's, else the protocol's.
-        images: only the first so many.
-        batch_size: by default the config's, else 8.
-        weights_dir: of pretrained networks.
-        device: as torch names it.
-        baselines: add the first target untrained, and bicubic by its factor.
-        artefacts: reconstruct test patterns as well, for the report.
+        size: of the images; by default the config's, otherwise the protocol's.
+        images: use only the first N.
+        batch_size: by default the config's, otherwise 8.
+        weights_dir: a folder of pretrained networks, searched first.
+        device: in torch's notation.
+        baselines: add bicubic by the first target's factor, and the first target untrained.
+        test_patterns: reconstruct test patterns as well.
     """
 
     targets: Sequence[Target]
-    protocols: Sequence[Protocol]
+    protocols: Sequence[Protocol] = (Protocol(),)
     metrics: Sequence[str] = DEFAULT_METRICS
     data: str | None = None
     size: int | None = None
@@ -84,48 +81,64 @@ class Request:
     weights_dir: Path | None = None
     device: str = "cpu"
     baselines: bool = False
-    artefacts: bool = True
+    test_patterns: bool = True
 
     @property
     def config(self) -> Config:
         return self.targets[0].config
 
 
-@dataclass
-class Assessment:
-    """One pass: the evaluations of its protocols, and what the report shows of each contender."""
+@dataclass(frozen=True)
+class Pictures:
+    """What the page shows besides results, by target: galleries, ranked by one metric, and test patterns."""
 
-    evaluations: list[Evaluation]
-    galleries: dict[str, Gallery] = field(default_factory=dict)
-    bands: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
-    artefacts: dict[str, Artefacts] = field(default_factory=dict)
-    ranked_by: str = "psnr"
+    galleries: Mapping[str, Gallery]
+    ranked_by: str
+    test_patterns: Mapping[str, Artefacts]
 
 
-def assess(request: Request) -> list[Assessment] | None:
-    """Evaluate; None in every process but the first.
+@dataclass(frozen=True)
+class Evaluated:
+    """The results under one protocol, and the pictures, which protocols of one pass share."""
+
+    results: Results
+    pictures: Pictures
+
+
+def evaluate(
+    request: Request, watched: Callable[[Iterable[Batch], int | None], Iterable[Batch]] = lambda batches, _: batches
+) -> list[Evaluated] | None:
+    """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
+
+    Args:
+        watched: wraps the batches of a pass, to show progress; it also gets the number of images over all processes,
+            None if it is not known.
+
+    Returns:
+        One result per protocol, in the first process; None in the others.
 
     Raises:
-        ConfigError: the request does not fit together.
-        FileNotFoundError, ValueError: images or weights are not to be had.
+        ConfigError: the request's parts do not fit together.
+        FileNotFoundError, ValueError: images or weights are missing or unreadable.
     """
     models = {target.name: target.load() for target in request.targets}
-    groups: dict[tuple[str, str], list[Protocol]] = {}
+    passes: dict[tuple[str, str], list[Protocol]] = {}
     for protocol in request.protocols:
-        groups.setdefault((protocol.resize, protocol.resample), []).append(protocol)
-    done = [_pass(request, protocols, models) for protocols in groups.values()]
-    return [assessment for assessment in done if assessment is not None] or None
+        passes.setdefault((protocol.resize, protocol.resample), []).append(protocol)
+    done = [_one_pass(request, protocols, models, watched) for protocols in passes.values()]
+    return [evaluated for part in done if part is not None for evaluated in part] or None
 
 
-def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, Autoencoder]) -> Assessment | None:
-    first = next(iter(models.values()))
-    try:
-        source = open_test_source(request.config, request.data, request.size, first.in_channels)
-    except FileNotFoundError as error:
-        if request.data is not None:
-            raise
-        raise FileNotFoundError(f"{error}; the config takes its images there: --data SRC names others") from error
-    protocols = [_complete(protocol, source) for protocol in protocols]
+def _one_pass(
+    request: Request,
+    protocols: Sequence[Protocol],
+    models: Mapping[str, Autoencoder],
+    watched: Callable[[Iterable[Batch], int | None], Iterable[Batch]],
+) -> list[Evaluated] | None:
+    """Results under protocols that prepare images alike; None in every process but the first."""
+    # The images.
+    source = _source(request, next(iter(models.values())).in_channels)
+    protocols = [replace(protocol, size=source.size, crops=source.crops) for protocol in protocols]
     source.eval_transform = protocols[0].transform
     if request.images is not None:
         source.limit(request.images)
@@ -133,278 +146,254 @@ def _pass(request: Request, protocols: Sequence[Protocol], models: Mapping[str, 
     batch_size = request.batch_size or (request.config.get("data") or {}).get("params", {}).get("batch_size") or 8
     loader = source.test_loader(batch_size)
 
-    # Metrics under all the names that the protocols have for them; contenders for each way to draw a latent.
+    # Metrics in all the variants that the protocols use; round trips for all their ways to draw a latent.
     variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
-    make, skipped = build_metrics(variants, request.weights_dir, request.device)
-    seeds = list(dict.fromkeys(_seed(protocol) for protocol in protocols))
-    contenders = _contenders(request, models, seeds)
+    make, missing = build_metrics(variants, request.weights_dir, request.device)
+    seeds = list(dict.fromkeys(map(_seed, protocols)))
+    trips = _round_trips(request, models, seeds)
+    names = list(dict.fromkeys(name for name, _ in trips))
 
-    # The pass. The gallery and the bands are of the first way alone.
-    shown = [name for name, seed in contenders if seed in (seeds[0], NONE)]
-    rankings = ("lpips", "psnr") if source.size >= LPIPS_SIZE and first.in_channels == 3 else ("psnr",)
-    ranked_by = next((name for name in rankings if name in variants and name not in skipped), None)
-    galleries = {name: Gallery(METRICS[ranked_by].better) for name in shown} if ranked_by else {}
-    bands = {name: BandErrors() for name in shown}
-    labels = {f"{name}\0{seed}": (name, seed) for name, seed in contenders}
-
-    def watch(label: str, keys: Sequence[str], x: Tensor, y: Tensor, tally: MetricSet) -> None:
-        name, seed = labels[label]
-        if seed not in (seeds[0], NONE):
-            return
-        if ranked_by in tally.metrics and name in galleries:
-            values = tally.metrics[ranked_by].state()
-            galleries[name].add(keys, [values[key] for key in keys], x, y)
-        if name in bands:
-            try:
-                bands[name].add(keys, x, y)
-            except Unavailable:
-                del bands[name]
-
-    with _progress(loader, source.val_images) as batches:
-        found = evaluate({label: contenders[place] for label, place in labels.items()}, batches, make, watch)
+    # One pass over the images. Galleries and bands are those of the first protocol.
+    lpips = source.size >= RANKED_BY_LPIPS and source.channels == 3
+    rankings = [n for n in ("lpips", "psnr") if n in variants and n not in missing and (lpips or n != "lpips")]
+    observers = {key: Observer(make()) for key in trips}
+    first = {name: observers[_key(observers, name, seeds[0])] for name in names}
+    for observer in first.values():
+        observer.show(rankings[0] if rankings else None)
+    digests = observe(trips, observers, watched(loader, source.val_images))
     if this_process()[1] > 1:
         loader.read_errors.share()
     unreadable = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
-    shows = gather(({n: g.state() for n, g in galleries.items()}, {n: b.state() for n, b in bands.items()}))
-    if found is None or unreadable is None or shows is None:
+    if digests is None or unreadable is None:
         return None
-    for gallery_states, band_states in shows:
-        for name, state in gallery_states.items():
-            galleries[name].merge(state)
-        for name, state in band_states.items():
-            if name in bands:
-                bands[name].merge(state)
 
-    images, tallies = found
-    n = len(images.digests)
-    about = _about(request, source, images, unreadable)
-    costs = _costs(contenders, models, seeds[0], source.size)
+    # The numbers: for every way to draw a latent, then for every protocol.
+    n = len(digests)
+    costs: dict[str, Cost] = {}
     patterns: dict[str, Artefacts] = {}
-    if request.artefacts:
-        patterns = {
-            name: find_artefacts(model, source.size, request.device, batch_size) for name, model in models.items()
-        }
-    computed = {name: errors.compute() for name, errors in bands.items()}
-    extras: dict[str, dict[str, Any]] = {name: {"bands": errors} for name, errors in computed.items()}
-    for name, artefacts in patterns.items():
-        extras.setdefault(name, {})["test_patterns"] = artefacts.as_dict()
-
-    evaluations = []
+    for name, model in models.items():
+        trip = trips[name, seeds[0]]
+        assert isinstance(trip, AutoencoderRoundTrip)
+        costs[name] = trip.meter.cost(model, source.size)
+        if request.test_patterns:
+            patterns[name] = find_artefacts(model, source.size, request.device, batch_size)
+    bands = {name: observer.bands.compute() for name, observer in first.items() if observer.bands}
+    measured = {
+        (name, seed): replace(
+            measure(name, observer.metrics, n),
+            cost=costs.get(name),
+            bands=bands.get(name),
+            test_patterns=patterns[name].as_dict() if name in patterns else None,
+        )
+        for (name, seed), observer in observers.items()
+    }
+    about = _describe(request, source, digests, unreadable)
+    galleries = {name: observer.gallery for name, observer in first.items() if observer.gallery}
+    pictures = Pictures(galleries, rankings[0] if rankings else "psnr", patterns)
+    evaluated = []
     for protocol in protocols:
-        chosen = {labels[label][0]: t for label, t in tallies.items() if labels[label][1] in (_seed(protocol), NONE)}
-        rows = results(chosen, protocol, request.metrics, skipped, n)
-        statistic = pooled_psnr if protocol.psnr == "pooled" else mean
-        intervals = {row.target: _intervals(row, statistic) for row in rows}
-        evaluations.append(Evaluation(replace(protocol, n=n), about, rows, costs, intervals, extras))
-    return Assessment(evaluations, galleries, computed, patterns, ranked_by or "psnr")
+        keys = [_key(measured, name, _seed(protocol)) for name in names]
+        complete = replace(protocol, n=n)
+        rows = rows_under(complete, [measured[key] for key in keys], request.metrics)
+        evaluated.append(Evaluated(Results(complete.as_dict(), complete.hash(), about, rows), pictures))
+    return evaluated
 
 
-NONE = -1
-"""In the place of a seed: a baseline, which draws nothing."""
-
-
-def _seed(protocol: Protocol) -> int | None:
-    return protocol.seed if protocol.posterior == "sample" else None
-
-
-def _complete(protocol: Protocol, source: Source) -> Protocol:
-    return replace(protocol, size=source.size, crops=source.crops)
+def _source(request: Request, channels: int) -> Source:
+    try:
+        return open_test_source(request.config, request.data, request.size, channels)
+    except FileNotFoundError as error:
+        if request.data is not None:
+            raise
+        raise FileNotFoundError(f"{error}; the config takes its images there: --data SRC names others") from error
 
 
 def _check(models: Mapping[str, Autoencoder], size: int) -> None:
     channels = {model.in_channels for model in models.values()}
     if len(channels) > 1:
         counts = " and ".join(map(str, sorted(channels)))
-        raise ConfigError(f"the targets take images of {counts} channels, which have no images in common")
+        raise ConfigError(f"the targets take images of {counts} channels: evaluate them separately")
     for name, model in models.items():
         if size % model.downscale:
             f = model.downscale
             raise ConfigError(
-                f"{name}: its latent stands for {f}x{f} pixels each, and {size} is no multiple of that: add --size "
+                f"{name}: a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}: add --size "
                 f"{max(f, size // f * f)}"
             )
 
 
-def _contenders(
+def _seed(protocol: Protocol) -> int | None:
+    return protocol.seed if protocol.posterior == "sample" else None
+
+
+def _key(known: Mapping[Key, Any], name: str, seed: int | None) -> Key:
+    """A target's key for a seed; a baseline draws nothing, and has one key for all."""
+    return (name, seed) if (name, seed) in known else (name, None)
+
+
+def _round_trips(
     request: Request, models: Mapping[str, Autoencoder], seeds: Sequence[int | None]
-) -> dict[tuple[str, int | None], RoundTrip]:
-    found: dict[tuple[str, int | None], RoundTrip] = {}
+) -> dict[Key, RoundTrip]:
+    found: dict[Key, RoundTrip] = {}
     for seed in seeds:
         for name, model in models.items():
             found[name, seed] = AutoencoderRoundTrip(model, request.device, seed, name)
     if request.baselines:
         untrained = request.targets[0].untrained()
         factor = untrained.downscale
-        found[f"bicubic, {factor}x smaller and back", NONE] = bicubic_round_trip(factor)
-        found[UNTRAINED, NONE] = AutoencoderRoundTrip(untrained, request.device, name=UNTRAINED)
+        found[f"bicubic, {factor}x smaller and back", None] = bicubic_round_trip(factor)
+        found[UNTRAINED, None] = AutoencoderRoundTrip(untrained, request.device, name=UNTRAINED)
     return found
 
 
-def _costs(
-    contenders: Mapping[tuple[str, int | None], RoundTrip],
-    models: Mapping[str, Autoencoder],
-    seed: int | None,
-    size: int,
-) -> dict[str, Cost]:
-    costs = {}
-    for name, model in models.items():
-        reconstruct = contenders[name, seed]
-        assert isinstance(reconstruct, AutoencoderRoundTrip)
-        costs[name] = reconstruct.meter.cost(model, size)
-    return costs
+def _describe(
+    request: Request, source: Source, digests: Mapping[str, bytes], parts: Sequence[tuple[dict[str, str], Any, int]]
+) -> dict[str, Any]:
+    """Which images they were, for metrics.json.
 
-
-def _about(request: Request, source: Source, images: Images, parts: Sequence[tuple[Any, Any, int]]) -> dict[str, Any]:
-    reasons = {name: reason for part, _, _ in parts for name, reason in part.items()}
-    lost = {place for _, places, _ in parts for place in places}
+    ``parts`` has for each process why files were unreadable, which images they were, and how many were enlarged.
+    """
     return {
         "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
-        "n": len(images.digests),
-        "sha256": images.fingerprint(),
-        "unreadable": len(lost),
-        "unreadable_files": reasons,
+        "n": len(digests),
+        "sha256": fingerprint(digests),
+        "unreadable": len({place for _, places, _ in parts for place in places}),
+        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
         "enlarged": sum(enlarged for _, _, enlarged in parts),
     }
 
 
-def _intervals(row: Result, statistic: Any) -> dict[str, tuple[float, float]]:
-    found = {}
-    for name, values in row.per_image.items():
-        if name in row.metrics:
-            ends = confidence(values, statistic=statistic if name == "psnr" else mean)
-            if ends is not None:
-                found[name] = ends
-    return found
+class Observer:
+    """What is kept of one target's reconstructions: metrics, and for the page a gallery and the error per band."""
 
+    def __init__(self, metrics: MetricSet) -> None:
+        self.metrics = metrics
+        self.gallery: Gallery | None = None
+        self.bands: BandErrors | None = None
+        self._ranked_by = ""
 
-@contextmanager
-def _progress(loader: Loader, count: int | None) -> Iterator[Iterator[Batch]]:
-    """The loader's batches under a bar, on a terminal and in the first process."""
-    rank, world = this_process()
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=rank > 0 or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("images", total=count)
-
-        def batches() -> Iterator[Batch]:
-            for batch in loader:
-                yield batch
-                bar.advance(task, len(batch["image"]) * world)
-
-        yield batches()
-
-
-class MetricSet:
-    """What is known of one contender: its metrics, and why some of them are not to be had.
-
-    Args:
-        metrics: fresh ones, by the names of their variants.
-    """
-
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        self.metrics = dict(metrics)
-        self.skipped: dict[str, str] = {}
+    def show(self, ranked_by: str | None) -> None:
+        """Keep bands, and a gallery ranked by a metric of single images if there is one."""
+        self.bands = BandErrors()
+        if ranked_by is not None:
+            self.gallery, self._ranked_by = Gallery(METRICS[ranked_by].better), ranked_by
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        for name, metric in list(self.metrics.items()):
+        self.metrics.update(keys, x, y)
+        ranking = self.metrics.metrics.get(self._ranked_by)
+        if self.gallery is not None and ranking is not None:
+            values = ranking.state()
+            self.gallery.add(keys, [values[key] for key in keys], x, y)
+        if self.bands is not None:
             try:
-                metric.update(keys, x, y)
-            except Unavailable as reason:
-                self._drop(name, reason)
+                self.bands.add(keys, x, y)
+            except Unavailable:
+                self.bands = None
 
     def state(self) -> Any:
-        return {name: metric.state() for name, metric in self.metrics.items()}, self.skipped
+        return self.metrics.state(), self.gallery, self.bands
 
     def merge(self, state: Any) -> None:
-        states, skipped = state
-        for name, reason in skipped.items():
-            self._drop(name, reason)
-        for name, part in states.items():
-            if name in self.metrics:
-                self.metrics[name].merge(part)
-
-    def _drop(self, name: str, reason: object) -> None:
-        self.metrics.pop(name, None)
-        self.skipped[name] = str(reason)
+        metrics, gallery, bands = state
+        self.metrics.merge(metrics)
+        if self.gallery is not None:
+            self.gallery.merge(gallery)
+        if bands is None:
+            self.bands = None
+        elif self.bands is not None:
+            self.bands.merge(bands)
 
 
-def evaluate(
-    contenders: Mapping[str, RoundTrip],
-    batches: Iterable[Batch],
-    make: MakeMetrics,
-    watch: Callable[[str, Sequence[str], Tensor, Tensor, MetricSet], None] | None = None,
-) -> tuple[Images, dict[str, MetricSet]] | None:
-    """Compare images with their reconstructions, for several contenders in one pass, on one or many processes.
+def observe(
+    trips: Mapping[Key, RoundTrip], observers: Mapping[Key, Observer], batches: Iterable[Batch]
+) -> dict[str, bytes] | None:
+    """Reconstruct every image with every target, and let the observers see both. One pass, in one or many processes.
 
     Args:
-        contenders: names to functions that reconstruct.
-        batches: of this process's share of the test images; each image has a key of its own.
-        make: makes the metrics of a contender.
-        watch: called after each batch of each contender with its name, keys, images, reconstructions and tally.
+        trips: what reconstructs, by key.
+        observers: by the same keys; in the first process they hold the observations of all in the end.
+        batches: this process's share of the test images, which have unique keys.
 
     Returns:
-        What was seen, and each contender's tally, in the first process; None in the others.
+        A digest of each image's pixels by key, in the first process; None in the others.
 
     Raises:
         ValueError: there are no images.
     """
-    images = Images()
-    tallies = {name: MetricSet(make()) for name in contenders}
+    digests: dict[str, bytes] = {}
     for batch in batches:
         keys, x = batch["key"], batch["image"]
-        images.add(keys, x)
-        for name, reconstruct in contenders.items():
-            y = reconstruct(keys, x)
-            tallies[name].update(keys, x, y)
-            if watch is not None:
-                watch(name, keys, x, y, tallies[name])
-    parts = gather((images.digests, {name: tally.state() for name, tally in tallies.items()}))
+        for key, image in zip(keys, x, strict=True):
+            digests[key] = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest()
+        for name, reconstruct in trips.items():
+            observers[name].update(keys, x, reconstruct(keys, x))
+    parts = gather((digests, {name: observer.state() for name, observer in observers.items()}))
     if parts is None:
         return None
-    for digests, states in parts:
-        images.digests.update(digests)
+    for part, states in parts:
+        digests.update(part)
         for name, state in states.items():
-            tallies[name].merge(state)
-    if not images.digests:
+            observers[name].merge(state)
+    if not digests:
         raise ValueError("the test set has no images that can be read")
-    return images, tallies
+    return digests
 
 
-def results(
-    tallies: Mapping[str, MetricSet], protocol: Protocol, names: Sequence[str], skipped: Mapping[str, str], n: int
-) -> list[Result]:
-    """Each contender's numbers under a protocol.
+def fingerprint(digests: Mapping[str, bytes]) -> str:
+    """One digest of a set of images, whatever their order."""
+    return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
+
+
+def measure(target: str, metrics: MetricSet, n: int) -> Row:
+    """A target's values of all variants of the metrics, from ``n`` images."""
+    values = metrics.compute()
+    of_images = {name: metrics.metrics[name].per_image() for name in values}
+    return Row(
+        target,
+        n,
+        values,
+        metrics.skipped,
+        details={name: metrics.metrics[name].details() for name in values},
+        per_image={name: found for name, found in of_images.items() if found is not None},
+    )
+
+
+def rows_under(protocol: Protocol, measured: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Rows under a protocol: of each metric its variant, intervals, and differences from the first row.
 
     Args:
+        measured: rows of all variants: :func:`measure`.
         names: of metrics, in the order of the table.
-        skipped: metrics that could not be made, by the names of their variants, with the reason.
-        n: how many images there were.
     """
-    found = []
-    for target, tally in tallies.items():
-        result = Result(target, n, {}, {})
-        for name in names:
-            variant = protocol.columns.get(name, name)
-            metric = tally.metrics.get(variant)
-            if metric is None:
-                result.skipped[name] = tally.skipped.get(variant) or skipped[variant]
-                continue
-            try:
-                value, values = metric.compute(), metric.per_image()
-            except Unavailable as reason:
-                result.skipped[name] = str(reason)
-                continue
-            if name == "psnr" and protocol.psnr == "pooled":
-                assert values is not None
-                value = float(pooled_psnr(np.array(list(values.values()))))
-            if math.isinf(value):
-                result.skipped[name] = EQUAL
-            elif math.isnan(value):
-                result.skipped[name] = "not a number"
-            else:
-                result.metrics[name] = value
-                result.details[name] = metric.details()
-            if values is not None:
-                result.per_image[name] = values
-        found.append(result)
-    return found
+    columns = {name: protocol.columns.get(name, name) for name in names}
+    rows: list[Row] = []
+    for row in measured:
+        metrics, per_image = _renamed(row.metrics, columns), _renamed(row.per_image, columns)
+        if protocol.psnr == "pooled" and "psnr" in metrics:
+            metrics["psnr"] = float(pooled_psnr(np.array(list(per_image["psnr"].values()))))
+        intervals, differences = {}, {}
+        for name, values in per_image.items():
+            statistic = pooled_psnr if name == "psnr" and protocol.psnr == "pooled" else mean
+            if ends := confidence(values, statistic=statistic):
+                intervals[name] = ends
+            if rows and name in rows[0].per_image:
+                found = difference(values, rows[0].per_image[name], statistic=statistic)
+                if found is not None:
+                    differences[name] = found
+        rows.append(
+            replace(
+                row,
+                metrics=metrics,
+                skipped=_renamed(row.skipped, columns),
+                intervals=intervals,
+                details=_renamed(row.details, columns),
+                per_image=per_image,
+                differences=differences,
+            )
+        )
+    return rows
+
+
+def _renamed(values: Mapping[str, T], columns: Mapping[str, str]) -> dict[str, T]:
+    """Values of metrics under the names of their columns, in the order of the table."""
+    return {name: values[variant] for name, variant in columns.items() if variant in values}

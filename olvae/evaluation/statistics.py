@@ -1,4 +1,4 @@
-"""How much a number would change with other images of the same kind: percentile bootstrap."""
+"""How much a number depends on the choice of images: percentile bootstrap."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -12,14 +12,14 @@ __all__ = ["Difference", "Statistic", "confidence", "difference", "mean", "poole
 Array = NDArray[np.float64]
 
 Statistic = Callable[[Array], Array]
-"""From values (..., n) to one number per row (...)."""
+"""Maps values (..., n) to one number per row (...)."""
 
 CHUNK = 1 << 22
-"""Values that are drawn at a time, which bounds memory."""
+"""How many values are drawn at a time; it bounds memory."""
 
 
 class Difference(NamedTuple):
-    """Of two contenders on the same images: the first's value minus the second's, and its interval."""
+    """One target's value minus another's on the same images, and its interval."""
 
     value: float
     low: float
@@ -33,9 +33,9 @@ def mean(values: Array) -> Array:
 
 
 def pooled_psnr(values: Array) -> Array:
-    """Of PSNRs of images of one size, in dB, that of all their pixels: 10 log10(255^2 / mean MSE).
+    """From the PSNRs of images of one size, the PSNR of all their pixels: 10 log10(255^2 / mean MSE), in dB.
 
-    An infinite one is an image without error, and counts as such.
+    An infinite PSNR counts as an image without error.
     """
     with np.errstate(divide="ignore"):
         result: Array = -10.0 * np.log10((10.0 ** (-values / 10.0)).mean(-1))
@@ -49,17 +49,17 @@ def confidence(
     seed: int = 0,
     statistic: Statistic = mean,
 ) -> tuple[float, float] | None:
-    """Where the statistic lies when images are drawn again, with replacement, in ``level`` of the cases.
+    """The interval that holds the statistic in ``level`` of all draws of as many images, with replacement.
 
     Args:
         values: one per image, by key; their order makes no difference.
         level: between 0 and 1.
-        samples: how many times images are drawn.
+        samples: number of draws.
         seed: of the draws.
         statistic: :func:`mean`, :func:`pooled_psnr` of PSNRs, or another.
 
     Returns:
-        The lower and the upper end; None where there is none: one image, or an infinite statistic.
+        The lower and the upper end; None for one image, or if the statistic is infinite.
 
     Raises:
         ValueError: there are no images, or level or samples are out of range.
@@ -76,13 +76,13 @@ def difference(
     seed: int = 0,
     statistic: Statistic = mean,
 ) -> Difference | None:
-    """The statistic of ``a`` minus that of ``b``, both of the same images in every draw.
+    """The statistic of ``a`` minus that of ``b``, both on the same images in every draw.
 
-    What both find hard or easy cancels, so this interval is narrower than those of a and b make one think; where it
-    leaves out 0, the two differ by more than the choice of images explains.
+    What is hard or easy for both cancels out, so the interval is narrower than those of a and b suggest. If it
+    excludes 0, the two differ by more than the choice of images explains.
 
     Returns:
-        None where there is none, as in :func:`confidence`.
+        None in the cases of :func:`confidence`.
 
     Raises:
         ValueError: the keys differ, and as in :func:`confidence`.
@@ -105,7 +105,7 @@ def _array(values: Mapping[str, float]) -> Array:
 
 
 def _bootstrap(values: Array, level: float, samples: int, seed: int, statistic: Statistic) -> Array | None:
-    """(contenders, n) -> the statistic of every draw (contenders, samples), or None if there is no interval."""
+    """(targets, n) -> the statistic of every draw (targets, samples), or None if there is no interval."""
     n = values.shape[-1]
     if not 0.0 < level < 1.0:
         raise ValueError(f"the level of a confidence interval is between 0 and 1, got {level}")
@@ -114,7 +114,7 @@ def _bootstrap(values: Array, level: float, samples: int, seed: int, statistic: 
     if not n:
         raise ValueError("a bootstrap needs an image, got none")
     if np.isnan(values).any():
-        raise ValueError("a bootstrap needs numbers: a value is not a number")
+        raise ValueError("a bootstrap needs numbers, and one value is not a number")
     if n == 1 or not np.isfinite(statistic(values)).all():
         return None
     drawn = np.concatenate([statistic(values[:, rows]) for rows in _draws(n, samples, seed)], axis=-1)
@@ -122,7 +122,7 @@ def _bootstrap(values: Array, level: float, samples: int, seed: int, statistic: 
 
 
 def _draws(n: int, samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Places of n images, with replacement, (rows, n) at a time."""
+    """Indices of n images, with replacement, (rows, n) at a time."""
     rng = np.random.default_rng(seed)
     rows = max(1, CHUNK // n)
     for start in range(0, samples, rows):

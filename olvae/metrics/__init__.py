@@ -1,3 +1,4 @@
-"""What evaluation and validation compute on uint8 images: one file per metric, the contract they share, the registry.
+"""The numbers of validation and evaluation, computed on uint8 images: one file per metric, their contract
+(``metric.py``), and what makes them by name (``registry.py``).
 
-Imports ``olvae.modules`` and the foundations; validation, evaluation and the benchmarks import it."""
+Imports ``olvae.modules`` and the foundations. Validation and evaluation import it."""

@@ -21,7 +21,7 @@ Extract = Callable[[Tensor], Features]
 
 
 class Inception:
-    """The 2048 features of torch-fidelity's InceptionV3, which resizes to 299x299 by itself; in float32.
+    """The 2048 features of torch-fidelity's InceptionV3, in float32. The network resizes to 299x299 itself.
 
     Args:
         path: the weights, :data:`olvae.weights.INCEPTION`.
@@ -34,7 +34,7 @@ class Inception:
     def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        read_weights_file(path, INCEPTION)  # torch-fidelity would run code that a file holds
+        read_weights_file(path, INCEPTION)  # a safe read: torch-fidelity's would run code from the file
         try:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
@@ -49,7 +49,7 @@ class Inception:
     def __call__(self, images: Tensor) -> Features:
         """uint8 (B, 3, H, W) -> float32 (B, 2048)."""
         if images.shape[1] != 3:
-            raise Unavailable(f"Inception knows images of 3 channels, got {images.shape[1]}")
+            raise Unavailable(f"Inception needs images of 3 channels, got {images.shape[1]}")
         images = images.to(self._device)
         with full_float32(images):
             (features,) = self._network(images)
@@ -58,14 +58,14 @@ class Inception:
 
 
 class PairFeatures:
-    """Features of images and of one contender's reconstructions, each computed once per key.
+    """Features of images and of one target's reconstructions, each computed once per key.
 
-    They are kept, 8 KB per image and side, because KID draws subsets from them, and because the sums of a Gaussian
-    can't take back an image that two processes saw.
+    All of them are kept, 8 KB per image and side: KID draws subsets from them, and an image that two processes saw
+    could not be taken back out of the sums of a Gaussian.
 
     Args:
         extract: such as :class:`Inception`.
-        reference: features of the images by key, shared by all contenders; filled here as they come.
+        reference: features of the images by key, shared by all targets; filled here as images come.
     """
 
     def __init__(self, extract: Extract, reference: dict[str, Features]) -> None:
@@ -77,13 +77,13 @@ class PairFeatures:
         return len(self._reconstructions)
 
     def add(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Take in images and reconstructions whose keys are new; see :meth:`Metric.update`."""
+        """Add images and reconstructions whose keys are new; see :meth:`Metric.update`."""
         check_pairs(keys, x, y)
         self._fill(self._reference, keys, x)
         self._fill(self._reconstructions, keys, y)
 
     def state(self) -> tuple[dict[str, Features], dict[str, Features]]:
-        """Of images, and of reconstructions; metrics that share features share this, in a pickle as well."""
+        """Features of the images, and of the reconstructions. Metrics that share features pickle them once."""
         return self._reference, self._reconstructions
 
     def merge(self, state: tuple[Mapping[str, Features], Mapping[str, Features]]) -> None:
@@ -100,9 +100,8 @@ class PairFeatures:
         new = {key: place for place, key in enumerate(keys) if key not in store}
         if new:
             features = self._extract(images if len(new) == len(keys) else images[list(new.values())])
-            store.update(
-                (key, row.copy()) for key, row in zip(new, features, strict=True)
-            )  # a row of its own to pickle
+            # Copies, so that a pickled row does not bring its whole batch along.
+            store.update((key, row.copy()) for key, row in zip(new, features, strict=True))
 
 
 def _stack(rows: Iterable[Features]) -> Features:
@@ -113,7 +112,7 @@ class SetMetric(Metric):
     """A distance between the features of all images and those of all reconstructions.
 
     Args:
-        features: may be shared by several metrics of one contender; each key is computed once.
+        features: may be shared by several metrics of one target; each key is computed once.
         details: see :meth:`Metric.details`.
     """
 
@@ -122,7 +121,7 @@ class SetMetric(Metric):
         self._features = features
         self._details = dict(details or {})
         self._computed: dict[str, object] = {}
-        """Details of the last value, for compute() to set."""
+        """Details of the last value; compute() sets them."""
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         self._features.add(keys, x, y)

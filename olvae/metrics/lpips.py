@@ -11,7 +11,7 @@ from olvae.modules.lpips import Trunk, perceptual_network
 __all__ = ["LPIPS_SIZE", "LPIPSDistance"]
 
 LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}
-"""Pixels that an image must have in height and width, for something to be left in the last layer."""
+"""The least height and width, in pixels, at which the last layer still has a position."""
 
 
 class LPIPSDistance:
@@ -19,7 +19,7 @@ class LPIPSDistance:
 
     Args:
         trunk: ``vgg`` or ``alex``.
-        path: the trunk's weights: :data:`olvae.modules.lpips.TRUNKS`.
+        path: of the trunk's weights, :data:`olvae.modules.lpips.TRUNKS`.
         device: where it is computed, in float32.
 
     Raises:
@@ -33,7 +33,7 @@ class LPIPSDistance:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Two batches of uint8 images (B, 3, H, W) -> float64 (B,)."""
         if x.shape[1] != 3:
-            raise Unavailable(f"LPIPS knows images of 3 channels, got {x.shape[1]}")
+            raise Unavailable(f"LPIPS needs images of 3 channels, got {x.shape[1]}")
         if min(x.shape[-2:]) < self._least:
             raise Unavailable(f"LPIPS needs images of at least {self._least} pixels, got {tuple(x.shape[-2:])}")
         distances: Tensor = self._network(x.float() / 127.5 - 1.0, y.float() / 127.5 - 1.0)  # (B, 1, 1, 1)

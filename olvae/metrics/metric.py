@@ -1,4 +1,4 @@
-"""What every metric offers to an evaluation: accumulate, merge, compute."""
+"""The contract of a metric (update, merge, compute), and the metrics of one target that are accumulated together."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,26 +12,26 @@ from torch import Tensor
 from olvae.modules.precision import full_float32
 from olvae.weights import WeightsFile
 
-__all__ = ["Kind", "Metric", "PerImage", "Unavailable", "check_pairs"]
+__all__ = ["SAME", "Kind", "Metric", "MetricSet", "PerImage", "Unavailable", "check_pairs"]
 
 SAME = {"rel_tol": 1e-3, "abs_tol": 1e-5}
-"""How far two values of one key may differ and still be one pair of images, rounded twice."""
+"""How far two values of one key may differ and still come from the same pair of images, rounded twice."""
 
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)
-    """This metric can't be had from these images, and the message says why; others can."""
+    """This metric can't be computed from these images; the message says why. Other metrics can."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a metric before there are images.
+    """What is known about a metric before it sees images.
 
     Args:
         name: in commands and files.
-        label: the heading of a column, with the unit.
-        better: whether higher or lower values are.
-        needs: its file of pretrained weights.
-        digits: decimals that are shown.
+        label: the heading of its column, with the unit.
+        better: which values are better.
+        needs: the file of pretrained weights that it needs.
+        digits: decimals shown in tables.
     """
 
     name: str
@@ -42,39 +42,39 @@ class Kind:
 
 
 class Metric(ABC):
-    """Compares images with their reconstructions, batch by batch; of one contender.
+    """Compares images with one target's reconstructions of them, batch by batch.
 
-    Images are known by their keys, and a key counts once: neither batches, nor their order, nor images that two
-    processes saw make a difference. ``other.merge(metric.state())`` joins what two processes have; merging twice
-    does no harm.
+    Images are identified by keys, and a key counts once. So the batch size, the order, and images that two processes
+    both saw make no difference. ``other.merge(metric.state())`` joins what two processes have; merging twice does no
+    harm.
     """
 
     kind: Kind
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Take in images and reconstructions.
+        """Add images and their reconstructions.
 
         Args:
             keys: of the B images.
             x, y: uint8 (B, C, H, W), on any device.
 
         Raises:
-            Unavailable: images of this size or these channels can't be compared so.
-            ValueError: x and y are no such pair.
+            Unavailable: the metric is not defined for this size or number of channels.
+            ValueError: x and y do not fit together.
         """
 
     @abstractmethod
     def state(self) -> Any:
-        """All that was taken in, to be pickled and merged elsewhere; not a copy."""
+        """Everything accumulated so far, to be pickled and merged in another process; not a copy."""
 
     @abstractmethod
     def merge(self, state: Any) -> None:
-        """Take in what another process took in: the :meth:`state` of a metric of the same kind."""
+        """Add the :meth:`state` of the same metric in another process."""
 
     @abstractmethod
     def compute(self) -> float:
-        """The value over all images; infinite PSNR is ``math.inf``.
+        """The value over all images; may be infinite (PSNR of equal images).
 
         Raises:
             Unavailable: there are too few images.
@@ -82,10 +82,10 @@ class Metric(ABC):
 
     @abstractmethod
     def details(self) -> dict[str, object]:
-        """What the number rests on, ready for JSON; ``warning`` is a sentence for the reader. After compute()."""
+        """What the value depends on, ready for JSON; ``warning`` is a sentence for the reader. Call compute() first."""
 
     def per_image(self) -> dict[str, float] | None:
-        """The values by key, in the order of the keys; None if the metric is of the set as a whole."""
+        """The values by key, sorted by key; None if the metric compares the whole sets."""
         return None
 
 
@@ -93,7 +93,7 @@ class PerImage(Metric):
     """The mean over images of a function of each pair, exactly rounded.
 
     Args:
-        compare: from x, y, uint8 (B, C, H, W), to one value per pair (B,).
+        compare: maps x, y, uint8 (B, C, H, W), to one value per pair (B,).
         device: where it is computed.
         details: see :meth:`Metric.details`.
     """
@@ -145,6 +145,61 @@ class PerImage(Metric):
                 f"two different pairs of images have the key {key!r} ({self.kind.name} {known:.6g} and {value:.6g}): "
                 "give each image its own"
             )
+
+
+class MetricSet:
+    """Several metrics of one target, and why some of them have no value.
+
+    A metric that raises :class:`Unavailable` is dropped, in every process once they are merged.
+
+    Args:
+        metrics: new ones, by name.
+        skipped: the reasons for metrics that could not be made, by name.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric], skipped: Mapping[str, str] | None = None) -> None:
+        self.metrics = dict(metrics)
+        self.skipped = dict(skipped or {})
+
+    def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
+        """Add images and their reconstructions; see :meth:`Metric.update`."""
+        for name, metric in list(self.metrics.items()):
+            try:
+                metric.update(keys, x, y)
+            except Unavailable as reason:
+                self._drop(name, str(reason))
+
+    def state(self) -> Any:
+        """Everything accumulated so far, to be pickled and merged in another process; not a copy."""
+        return {name: metric.state() for name, metric in self.metrics.items()}, self.skipped
+
+    def merge(self, state: Any) -> None:
+        """Add the :meth:`state` of the same metrics in another process."""
+        states, skipped = state
+        for name, reason in list(skipped.items()):
+            self._drop(name, reason)
+        for name, part in states.items():
+            if name in self.metrics:
+                self.metrics[name].merge(part)
+
+    def compute(self) -> dict[str, float]:
+        """The values by name, maybe infinite. Metrics without a value are dropped, with the reason in ``skipped``."""
+        values = {}
+        for name, metric in list(self.metrics.items()):
+            try:
+                value = metric.compute()
+            except Unavailable as reason:
+                self._drop(name, str(reason))
+                continue
+            if math.isnan(value):
+                self._drop(name, "not a number")
+            else:
+                values[name] = value
+        return values
+
+    def _drop(self, name: str, reason: str) -> None:
+        self.metrics.pop(name, None)
+        self.skipped[name] = reason
 
 
 def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:

@@ -19,7 +19,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute error of each image, where black is 0 and white is 1.
+    """Mean absolute error of each image, on a scale from 0 (black) to 1 (white).
 
     Args:
         x, y: uint8 (B, C, H, W).

@@ -1,6 +1,6 @@
-"""All metrics by name, and how they are made."""
+"""All metrics by name, and the function that makes them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from olvae.metrics.inception import Features, Inception, PairFeatures
 from olvae.metrics.lpips import LPIPSDistance
-from olvae.metrics.metric import Kind, Metric, PerImage
+from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
 from olvae.metrics.pixel import l1, psnr
 from olvae.metrics.rfid import KID, RFID
 from olvae.metrics.ssim import ms_ssim, ssim, ssim_uniform
@@ -32,8 +32,8 @@ METRICS: dict[str, Kind] = {
     )
 }
 
-MakeMetrics = Callable[[], dict[str, Metric]]
-"""Fresh metrics by name, for one contender. Networks, and features of the images, are shared by all that it makes."""
+MakeMetrics = Callable[[], MetricSet]
+"""Makes the metrics of one target. Networks, and the features of the images, are shared by all that it makes."""
 
 PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "psnr": psnr,
@@ -49,41 +49,47 @@ SETS = {"rfid": RFID, "kid": KID}
 def build_metrics(
     names: Sequence[str], weights_dir: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> tuple[MakeMetrics, dict[str, str]]:
-    """The metrics of those names, for any number of contenders on the same images.
+    """Prepare metrics for any number of targets on the same images.
 
     Args:
         names: of :data:`METRICS`.
-        weights_dir: a folder of pretrained weights, looked into first: :func:`find_weights`.
+        weights_dir: a folder of pretrained weights, searched first: :func:`find_weights`.
         device: where they are computed, in float32.
 
     Returns:
-        What makes the metrics of a contender, in the order of the names, and for those whose weights are missing
-        the reason and the remedy, by name. One such maker is for one set of images: it keeps their features by key.
+        A function that makes the metrics of one target, in the order of the names; and for each metric whose weights
+        are missing, the reason and what to do about it. Use one function per set of images: it keeps their features.
 
     Raises:
         ValueError: a name is unknown, or a file of weights holds something else.
-        NotADirectoryError: ``weights_dir`` is no folder.
+        NotADirectoryError: ``weights_dir`` is not a folder.
     """
-    names = list(dict.fromkeys(names))
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
+    if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"no metric {', '.join(unknown)}: choose from {', '.join(METRICS)}")
-    paths, skipped = _find([METRICS[name] for name in names], weights_dir)
-    names = [name for name in names if name not in skipped]
+    kinds = [METRICS[name] for name in dict.fromkeys(names)]
+    paths: dict[WeightsFile, Path] = {}
+    missing: dict[WeightsFile, str] = {}
+    for file in dict.fromkeys(kind.needs for kind in kinds if kind.needs):
+        try:
+            paths[file] = find_weights(file, weights_dir)
+        except MissingWeights as error:
+            missing[file] = str(error)
+    skipped = {kind.name: missing[kind.needs] for kind in kinds if kind.needs in missing}
+    kinds = [kind for kind in kinds if kind.name not in skipped]
     weights = {file: provenance(path, file) for file, path in paths.items()}
     distances = {
-        name: LPIPSDistance(trunk, paths[TRUNKS[trunk]], device)
-        for name, trunk in LPIPS_TRUNKS.items()
-        if name in names
+        kind.name: LPIPSDistance(LPIPS_TRUNKS[kind.name], paths[TRUNKS[LPIPS_TRUNKS[kind.name]]], device)
+        for kind in kinds
+        if kind.name in LPIPS_TRUNKS
     }
     inception = Inception(paths[INCEPTION], device) if INCEPTION in paths else None
     reference: dict[str, Features] = {}
 
-    def make() -> dict[str, Metric]:
+    def make() -> MetricSet:
         features = PairFeatures(inception, reference) if inception else None
-        return {name: one(METRICS[name], features) for name in names}
+        return MetricSet({kind.name: make_one(kind, features) for kind in kinds}, skipped)
 
-    def one(kind: Kind, features: PairFeatures | None) -> Metric:
+    def make_one(kind: Kind, features: PairFeatures | None) -> Metric:
         details = {"weights": weights[kind.needs]} if kind.needs else {}
         if kind.name in SETS:
             assert features is not None
@@ -92,15 +98,3 @@ def build_metrics(
         return PerImage(kind, compare, device, details)
 
     return make, skipped
-
-
-def _find(kinds: Sequence[Kind], weights_dir: str | Path | None) -> tuple[Mapping[WeightsFile, Path], dict[str, str]]:
-    """The files that there are, and the names of the metrics that lack one, with the reason."""
-    paths: dict[WeightsFile, Path] = {}
-    missing: dict[WeightsFile, str] = {}
-    for file in dict.fromkeys(kind.needs for kind in kinds if kind.needs):
-        try:
-            paths[file] = find_weights(file, weights_dir)
-        except MissingWeights as error:
-            missing[file] = str(error)
-    return paths, {kind.name: missing[kind.needs] for kind in kinds if kind.needs in missing}

@@ -15,8 +15,8 @@ CHUNK = 4096
 class RFID(SetMetric):
     """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the two sets' features, by torch-fidelity's function.
 
-    Means m and covariances S are in float64. The square root of a product leaves rounding errors of about 1e-4,
-    which may make the distance of equal sets negative: that is given as 0.
+    Means m and covariances S are in float64. The square root of the product has rounding errors of about 1e-4, which
+    may make the distance between equal sets negative; it is then given as 0.
     """
 
     def compute(self) -> float:
@@ -28,7 +28,7 @@ class RFID(SetMetric):
         if n <= width:
             self._computed["warning"] = (
                 f"{n} images for {width} features: the covariances are singular and the distance is biased; "
-                "compare it only with one of the same images"
+                "compare it only with values on the same images"
             )
         distance = fid_statistics_to_metric(gaussian(images), gaussian(reconstructions), verbose=False)
         return max(0.0, float(distance[KEY_METRIC_FID]))
@@ -50,8 +50,8 @@ SUBSET = 1000
 class KID(SetMetric):
     """Mean over random subsets of the unbiased squared MMD with a cubic kernel, by torch-fidelity's function.
 
-    Its defaults hold: 100 subsets of 1000, or of N where there are fewer images, drawn with seed 2020 from the
-    images in the order of their keys. Equal sets give a value slightly below 0.
+    With its defaults: 100 subsets of 1000 images (of all N if there are fewer), drawn with seed 2020 from the images
+    sorted by key. Equal sets give a value slightly below 0.
     """
 
     def compute(self) -> float:

@@ -32,9 +32,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     _, values = structural_similarity_index_measure(
         x.float(), y.float(), data_range=255.0, reduction="none", return_full_image=True
     )
-    border = (
-        SSIM_WINDOW // 2
-    )  # torchmetrics' own mean takes in the padded border, scikit-image's and the paper's do not
+    # torchmetrics' own mean includes the padded border; scikit-image's and the paper's do not.
+    border = SSIM_WINDOW // 2
     return values[..., border:-border, border:-border].flatten(1).double().mean(1)
 
 
@@ -58,15 +57,15 @@ def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 MS_SSIM_SIZE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
-"""Pixels that an image must have in height and width: the window, after four halvings."""
+"""The least height and width in pixels: after four halvings the window still fits."""
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """MS-SSIM of each image as torchmetrics computes it, data range 255, with the paper's five weights.
 
-    Each scale is the mean over 2x2 pixels of the one before, its window that of :func:`ssim`. The first four give
-    their contrast term, averaged over channels and over the places where the window fits; the last gives its SSIM,
-    averaged over all places, with the image reflected at its border. A negative mean counts as 0.
+    Each scale averages 2x2 pixels of the one before; the window is that of :func:`ssim`. The first four scales give
+    their contrast term, averaged over channels and over the positions where the window fits. The last gives its SSIM,
+    averaged over all positions, with the image reflected at its border. A negative mean counts as 0.
 
     Args:
         x, y: uint8 (B, C, H, W), at least 176 pixels in height and width.

@@ -1,8 +1,9 @@
-"""Metrics of the validation images, with the weights as trained and with their average."""
+"""Validation during training: metrics of the averaged weights, and of the weights as trained."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,91 +15,76 @@ from torch.nn.parallel import DistributedDataParallel
 
 from olvae.data.image import to_uint8
 from olvae.data.source import Batch
-from olvae.metrics.metric import Metric, Unavailable
+from olvae.metrics.metric import MetricSet
 from olvae.metrics.registry import build_metrics
 
-__all__ = ["ALWAYS", "ValidatedModule", "Validation", "uncouple", "weights_as_trained"]
+__all__ = ["ALWAYS", "ValidatedModule", "Validation", "allow_uneven_batches", "weights_as_trained"]
 
 
 ALWAYS = ("psnr", "ssim")
 
 
 class Validation:
-    """One validation's metrics, gathered over processes.
+    """The metrics of one validation, over all processes.
 
     Args:
-        names: of metrics beside PSNR and SSIM.
-        weights_dir: where their pretrained networks are looked for first.
-        device: where they are computed.
+        names: of metrics besides PSNR and SSIM.
+        weights_dir: a folder of pretrained networks, searched first.
+        device: where metrics are computed.
 
     Raises:
-        FileNotFoundError: a network is not to be had.
-        ValueError: there is no such metric.
+        FileNotFoundError: a pretrained network is missing.
+        ValueError: a metric's name is unknown.
     """
 
     def __init__(self, names: Sequence[str], weights_dir: str | None, device: torch.device) -> None:
         self.device = device
-        wanted = list(dict.fromkeys((*ALWAYS, *names)))
-        self._make, skipped = build_metrics(wanted, weights_dir, device)
-        if skipped:
-            raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in skipped.items()))
-        self._metrics: dict[str, dict[str, Metric]] = {}
+        self._make, missing = build_metrics((*ALWAYS, *names), weights_dir, device)
+        if missing:
+            raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in missing.items()))
+        self._sets: dict[str, MetricSet] = {}
 
     def __deepcopy__(self, memo: object) -> "Validation":
-        return self  # a constant of the model, as its networks are
+        return self  # the averaged copy of a model shares it: its networks are constants
 
     def start(self) -> None:
-        """Forget what was seen."""
-        self._metrics = {}
+        """Forget the images seen so far."""
+        self._sets = {}
 
     def update(self, weights: str, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Take in images.
+        """Add images.
 
         Args:
-            weights: a name for those that made y: ``val``, or ``val_raw``.
+            weights: which weights made y: ``val`` (averaged) or ``val_raw`` (as trained).
             keys: of the B images.
             x, y: uint8 (B, C, H, W).
         """
-        if weights not in self._metrics:
-            self._metrics[weights] = self._make()
-        for name, metric in list(self._metrics[weights].items()):
-            try:
-                metric.update(keys, x, y)
-            except Unavailable:  # images of this size or these channels have no such metric
-                del self._metrics[weights][name]
+        if weights not in self._sets:
+            self._sets[weights] = self._make()
+        self._sets[weights].update(keys, x, y)
 
     def compute(self) -> dict[str, float]:
-        """Values as ``val/psnr``, the same in every process; what can't be had, or is infinite, is left out."""
-        states = {weights: {n: m.state() for n, m in metrics.items()} for weights, metrics in self._metrics.items()}
+        """Values as ``val/psnr``, the same in every process; without those that are infinite or not available."""
         if dist.is_initialized():
-            parts: list[dict[str, dict[str, object]]] = [{}] * dist.get_world_size()
+            states = {weights: metrics.state() for weights, metrics in self._sets.items()}
+            parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
             dist.all_gather_object(parts, states)
             for part in parts:
-                self._merge(part)
-        values = {}
-        for weights, metrics in self._metrics.items():
-            for name, metric in metrics.items():
-                try:
-                    value = metric.compute()
-                except Unavailable:
-                    continue
-                if math.isfinite(value):
-                    values[f"{weights}/{name}"] = value
-        return values
-
-    def _merge(self, states: dict[str, dict[str, object]]) -> None:
-        for weights, metrics in states.items():
-            own = self._metrics.setdefault(weights, self._make())
-            for name, state in metrics.items():
-                if name in own:
-                    own[name].merge(state)
+                for weights, state in part.items():
+                    self._sets.setdefault(weights, self._make()).merge(state)
+        return {
+            f"{weights}/{name}": value
+            for weights, metrics in self._sets.items()
+            for name, value in metrics.compute().items()
+            if math.isfinite(value)
+        }
 
 
-def uncouple(trainer: pl.Trainer) -> None:
-    """Let each process validate as many batches as it has, even none.
+def allow_uneven_batches(trainer: pl.Trainer) -> None:
+    """Let processes validate different numbers of batches, even none.
 
-    The first one would begin with sending the discriminator's buffers to all processes, of which one without a batch
-    takes no part. Training couples them again.
+    DDP sends buffers to all processes in the first forward pass; a process without a batch would never receive them.
+    Training switches this on again.
     """
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel):
@@ -106,10 +92,10 @@ def uncouple(trainer: pl.Trainer) -> None:
 
 
 def weights_as_trained(trainer: pl.Trainer) -> pl.LightningModule | None:
-    """In a validation amid training with averaged weights: the model with those that are not averaged; else None.
+    """During a training with averaged weights, the model with the weights as trained; otherwise None.
 
-    Lightning's callback exchanges the two for the time of a validation, so that they lie in its own copy. After
-    training there is the average alone.
+    Lightning's callback swaps the two during validation, so its own copy holds the weights as trained. After training
+    only the average is left.
     """
     if trainer.state.fn != TrainerFn.FITTING:
         return None
@@ -123,13 +109,13 @@ def weights_as_trained(trainer: pl.Trainer) -> pl.LightningModule | None:
 
 
 class ValidatedModule(pl.LightningModule, ABC):
-    """A module that reconstructs images; validation compares them, by the averaged weights and by those as trained.
+    """A module whose reconstructions are validated, with the averaged weights and with the weights as trained.
 
-    ``forward`` takes images (B, C, H, W) in [-1, 1], and gives the reconstructions first.
+    ``forward`` takes images (B, C, H, W) in [-1, 1] and returns the reconstructions first.
 
     Args:
-        val_metrics: names of metrics beside PSNR and SSIM.
-        weights_dir: where their pretrained networks are looked for first.
+        val_metrics: names of metrics besides PSNR and SSIM.
+        weights_dir: a folder of their pretrained networks, searched first.
     """
 
     def __init__(self, val_metrics: Sequence[str] = (), weights_dir: str | None = None) -> None:
@@ -139,7 +125,7 @@ class ValidatedModule(pl.LightningModule, ABC):
         self.validated_at = 0
         """The step of the last validation."""
         self.validation_values: dict[str, float] = {}
-        """What the last validation gave, as ``val/psnr``; nothing where no image could be read."""
+        """The values of the last validation, as ``val/psnr``; empty if no image could be read."""
         self._validation: Validation | None = None
 
     @abstractmethod
@@ -147,16 +133,16 @@ class ValidatedModule(pl.LightningModule, ABC):
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
 
     def set_up_validation(self, device: torch.device | None = None) -> None:
-        """Make the metrics of validation, which may need pretrained networks.
+        """Make the metrics, which may need pretrained networks.
 
         Raises:
-            FileNotFoundError, ValueError: one of them can't be had.
+            FileNotFoundError, ValueError: see :class:`Validation`.
         """
         if self._validation is None or device not in (None, self._validation.device):
             self._validation = Validation(self.val_metrics, self.weights_dir, device or self.device)
 
     def on_validation_epoch_start(self) -> None:
-        uncouple(self.trainer)
+        allow_uneven_batches(self.trainer)
         self.set_up_validation(self.device)
         assert self._validation is not None
         self._validation.start()

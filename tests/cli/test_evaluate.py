@@ -13,6 +13,12 @@ import pytest
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
+from olvae.cli.evaluate import results_folder
+from olvae.config import ConfigError
+from olvae.evaluation.results import Results
+from olvae.evaluation.runner import Request, evaluate
+from olvae.models.loading.targets import find_target
+from olvae.runs import Run
 from tests.test_devices import REPO, run_on_two
 
 PIXELS = ("--metrics", "psnr,ssim,l1")
@@ -58,6 +64,24 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
     assert mean == pytest.approx(result["results"][0]["metrics"]["psnr"], rel=1e-9)
     assert Image.open(tmp_path / "reconstructions.png").width > 100
     assert not list(tmp_path.glob(".*"))
+
+
+def test_from_python_it_is_the_same(olvae, trained, photos, tmp_path):
+    """And a caller can watch the batches."""
+    seen = []
+
+    def watched(batches, total):
+        for batch in batches:
+            yield batch
+            seen.append((len(batch["image"]), total))
+
+    request = Request([find_target(trained)], metrics=("psnr", "ssim", "l1"), data=str(photos), batch_size=5)
+    (evaluated,) = evaluate(request, watched)
+    assert seen == [(5, 12), (5, 12), (2, 12)]
+    code, _, err = olvae("evaluate", trained, "--data", photos, "-B", 5, "--out", tmp_path, *PIXELS)
+    assert code == 0, err
+    assert metrics(tmp_path) == [evaluated.results.rows[0].metrics]
+    assert Results.read(tmp_path / "metrics.json").images == evaluated.results.images
 
 
 def test_the_size_of_batches_changes_nothing(olvae, trained, photos, tmp_path):
@@ -142,7 +166,7 @@ def test_several_protocols_in_one_command(olvae, trained, photos, tmp_path):
     assert tables[0]["images"]["sha256"] == tables[1]["images"]["sha256"] != tables[2]["images"]["sha256"]
 
 
-def test_results_of_another_protocol_do_not_stand_beside_unless_asked(olvae, trained, photos, tmp_path):
+def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, photos, tmp_path):
     def evaluate(out: str, *more: object) -> tuple[int, str, str]:
         return olvae("evaluate", trained, "--data", photos, "--out", tmp_path / out, "--metrics", "psnr", *more)
 
@@ -194,13 +218,13 @@ def test_a_run_with_a_baselines_name_keeps_its_own_numbers(olvae, trained, photo
     assert rows[0]["metrics"]["psnr"] != rows[2]["metrics"]["psnr"]
 
 
-def test_results_are_not_written_over_those_beside_which_they_stand(olvae, trained, photos, tmp_path):
+def test_results_do_not_overwrite_the_file_of_beside(olvae, trained, photos, tmp_path):
     arguments = ("evaluate", trained, "--data", photos, "--out", tmp_path, "--metrics", "psnr", "--no-report")
     assert olvae(*arguments)[0] == 0
     before = (tmp_path / "metrics.json").read_bytes()
     code, _, err = olvae(*arguments, "--beside", tmp_path / "metrics.json", "--posterior", "sample")
     assert code == 2
-    assert "new results would be written over it: add --out DIR" in err
+    assert "new results would overwrite it: add --out DIR" in err
     assert (tmp_path / "metrics.json").read_bytes() == before
 
 
@@ -217,14 +241,14 @@ def test_a_run_whose_images_are_gone(olvae, trained, tmp_path):
     assert not (run / "metrics.json").exists()
 
 
-def test_a_place_that_results_can_not_go_to_is_told_before_the_work(olvae, trained, tmp_path):
+def test_an_output_that_is_not_a_folder_is_told_before_the_work(olvae, trained, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = olvae("evaluate", trained, "--data", tmp_path / "gone", "--out", tmp_path / "file" / "out")
     assert code == 1
     assert "results need a folder" in err
 
 
-def test_corrupt_and_small_images_are_counted_and_said(olvae, trained, photos, tmp_path):
+def test_corrupt_and_small_images_are_counted_and_reported(olvae, trained, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     (folder / "0.png").write_bytes(b"")
@@ -251,10 +275,10 @@ def test_one_image(olvae, trained, photos, tmp_path):
         (["--data", "EMPTY"], 1, "no images in this folder"),
         (["--data", "BROKEN"], 1, "no images that can be read"),
         (["--images", "99"], 1, "fewer than the 99 asked for"),
-        (["--size", "20"], 2, "no multiple of that: add --size 16"),
+        (["--size", "20"], 2, "20 is not a multiple of 8: add --size 16"),
         (["--metrics", "fid"], 2, "fid: choose from all, psnr"),
         (["--protocol", "mine"], 2, "choose from open-litevae"),
-        (["--posterior", "mean"], 2, "mode or sample"),
+        (["--posterior", "mean"], 2, "choose mode or sample"),
         (["--weights-dir", "nowhere", "--metrics", "lpips"], 1, "nowhere"),
         (["--beside", "nowhere.json"], 1, "no such metrics.json"),
     ],
@@ -293,3 +317,17 @@ def test_a_run_killed_half_way_leaves_no_numbers(trained, photos, tmp_path):
     done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_where_results_go(tmp_path):
+    weights = tmp_path / "step=5.ckpt"
+    weights.touch()
+    assert results_folder(Path("here"), str(weights), None) == Path("here")
+    assert results_folder(None, str(tmp_path), Run(tmp_path)) == tmp_path
+    assert results_folder(None, str(weights), None) == tmp_path / "step=5_results"
+    with pytest.raises(ConfigError, match="--out DIR"):
+        results_folder(None, str(tmp_path), None)  # an export
+    with pytest.raises(ConfigError, match="--out DIR"):
+        results_folder(None, "diffusers:some/vae", None)
+    with pytest.raises(NotADirectoryError, match="results need a folder"):
+        results_folder(weights, str(weights), None)

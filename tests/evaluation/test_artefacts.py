@@ -7,7 +7,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
-from olvae.evaluation.artefacts import amplification, amplified, draw_artefacts, find_artefacts
+from olvae.evaluation.artefacts import amplification, amplified, find_artefacts
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import DiagonalGaussian
 
@@ -113,9 +113,6 @@ def test_pictures_are_amplified_as_they_say():
     picture = amplified(grey.deviation, factor)
     assert picture[0, 4, 4] == 128 + 120
     assert picture[0, 5, 5] == 128 - 8
-    grid = np.asarray(draw_artefacts({"a": found, "b": found}))
-    assert grid.shape == (4 + 10 * (28 + 128 + 4), 4 + 13 * 132, 3)
-    assert (grid == (255, 0, 0)).all(-1).sum() >= 128 * 128
 
 
 def test_numbers_for_json():
@@ -128,6 +125,6 @@ def test_numbers_for_json():
 
 def test_a_size_that_does_not_fit():
     with pytest.raises(
-        ValueError, match="patterns of 30 pixels, but the latent's positions have 4: take a multiple of 4"
+        ValueError, match="patterns of 30 pixels do not divide into latent positions of 4: use a multiple of 4"
     ):
         find_artefacts(Faulty(), size=30)

@@ -1,9 +1,11 @@
 import json
+import math
 
 import pytest
 
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.results import Evaluation, Result, read_earlier, write_metrics
+from olvae.evaluation.results import INFINITE, Results, Row
+from olvae.evaluation.roundtrip import Cost
 
 IMAGES = {"source": "photos", "n": 9, "sha256": "00", "unreadable": 0, "unreadable_files": {}, "enlarged": 0}
 
@@ -11,45 +13,84 @@ NAMES = ("psnr", "ssim", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
 
 VALUES = dict(zip(NAMES, (25.704, 0.721, 0.961, 0.0312, 0.138, 0.079, 1234.5, 0.00042), strict=True))
 
+NAME = "2026-01-31T12-00-00_A2_bf16"
 
-def evaluation(target: str = "2026-01-31T12-00-00_A2_bf16", sha256: str = "aa", published: bool = True) -> Evaluation:
+
+def results_of(*rows: Row, protocol: Protocol | None = None, **images) -> Results:
+    protocol = protocol or Protocol(n=9)
+    return Results(protocol.as_dict(), protocol.hash(), IMAGES | images, list(rows))
+
+
+def row(target: str = NAME, sha256: str = "aa", published: bool = True, **more) -> Row:
     weights = {"file": "vgg.pth", "sha256": sha256, "published": published}
-    result = Result(target, 9, dict(VALUES), {}, {"lpips": {"weights": weights}})
-    return Evaluation(Protocol(n=9), IMAGES, [result], intervals={target: {"psnr": (25.0, 26.5)}})
+    details = {"lpips": {"weights": weights}}
+    return Row(target, 9, dict(VALUES), intervals={"psnr": (25.0, 26.5)}, details=details, **more)
 
 
-def earlier(tmp_path, **changes):
-    write_metrics(evaluation(**changes), tmp_path / "metrics.json")
-    return read_earlier(tmp_path / "metrics.json")
+def read_back(results: Results, tmp_path) -> Results:
+    results.write(tmp_path / "metrics.json")
+    return Results.read(tmp_path / "metrics.json")
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    full = row(
+        cost=Cost(1, 2, 3, 4.5, None, None, 8, "CPU"),
+        bands={"LL1": {"mse": 1.5, "share_of_signal": None}},
+        test_patterns={"size": 16, "patterns": {"squares 1 px": {"psnr": None}}},
+    )
+    equal = Row("equal", 9, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"})
+    results = results_of(full, equal)
+    assert read_back(results, tmp_path) == results
+
+
+def test_an_infinite_value_is_skipped_in_json_with_the_reason(tmp_path):
+    results = results_of(Row("equal", 9, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"}))
+    results.write(tmp_path / "metrics.json")
+    (found,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert found["metrics"] == {"ssim": 1.0}
+    assert found["skipped"] == {"psnr": INFINITE, "rfid": "no weights"}
+
+
+def test_a_file_with_the_least_that_a_row_has(tmp_path):
+    content = {"protocol_hash": "0", "results": [{"target": "a", "n": 3, "metrics": {"psnr": 20}}]}
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    assert Results.read(tmp_path / "metrics.json").rows == [Row("a", 3, {"psnr": 20.0})]
 
 
 def test_equal_names_are_counted(tmp_path):
-    rows = earlier(tmp_path).beside(evaluation(), mix=False)
-    together = evaluation().with_rows([*rows, *rows])
-    name = "2026-01-31T12-00-00_A2_bf16"
-    assert [row["target"] for row in together.as_dict()["results"]] == [name, f"{name} (2)", f"{name} (3)"]
+    earlier = read_back(results_of(row()), tmp_path)
+    together = results_of(row()).beside(earlier).beside(earlier)
+    assert [row["target"] for row in together.as_dict()["results"]] == [NAME, f"{NAME} (2)", f"{NAME} (3)"]
 
 
-def test_numbers_of_other_networks_do_not_stand_beside_unless_asked(tmp_path):
-    other = earlier(tmp_path, sha256="bb")
-    with pytest.raises(ValueError, match="has results of other weights of the networks behind LPIPS, which do not"):
-        other.beside(evaluation(), mix=False)
-    (row,) = other.beside(evaluation(), mix=True)
-    assert row["target"].endswith("[other weights of the networks behind LPIPS]")
+@pytest.mark.parametrize(
+    ("earlier", "what"),
+    [
+        (results_of(row(), protocol=Protocol(n=9, posterior="sample")), "another protocol"),
+        (results_of(row(), sha256="11"), "other images"),
+        (results_of(row(sha256="bb")), "other weights of the networks behind LPIPS"),
+    ],
+)
+def test_results_that_are_not_comparable_are_refused_unless_mixed(tmp_path, earlier, what):
+    other = read_back(earlier, tmp_path)
+    with pytest.raises(ValueError, match=f"has results of {what}, which do not compare"):
+        results_of(row()).beside(other)
+    (added,) = results_of(row()).beside(other, mix=True).earlier
+    assert added.target == f"{NAME} [{what}]"
 
 
-def test_weights_that_nobody_else_has_are_said():
-    assert evaluation().warnings() == []
-    (warning,) = evaluation(published=False).warnings()
+def test_unpublished_weights_give_a_warning():
+    assert results_of(row()).warnings() == []
+    (warning,) = results_of(row(published=False)).warnings()
     assert "LPIPS rests on a vgg.pth that is not the published file" in warning
 
 
 @pytest.mark.parametrize("value", ["many", None, float("nan"), float("inf")])
-def test_an_earlier_file_with_values_that_are_no_numbers(tmp_path, value):
+def test_an_earlier_file_with_values_that_are_not_finite_numbers(tmp_path, value):
     path = tmp_path / "metrics.json"
-    write_metrics(evaluation(), path)
+    results_of(row()).write(path)
     content = json.loads(path.read_text())
     content["results"][0]["metrics"]["psnr"] = value
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"not a metrics\.json"):
-        read_earlier(path)
+        Results.read(path)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -7,9 +8,8 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from olvae.evaluation.protocol import PROTOCOLS, Protocol, named
-from olvae.evaluation.results import EQUAL
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip, bicubic_round_trip
-from olvae.evaluation.runner import evaluate, results
+from olvae.evaluation.runner import Observer, fingerprint, measure, observe, rows_under
 from olvae.metrics.registry import build_metrics
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
@@ -43,15 +43,18 @@ def darker(keys, x):
     return (x.int() * 3 // 4).to(torch.uint8)
 
 
-def run(contenders, images, size=3, names=("psnr", "ssim"), order=None, protocol=Protocol()):  # noqa: B008
+def run(targets, images, size=3, names=("psnr", "ssim"), order=None, protocol=Protocol()):  # noqa: B008
+    """Which images were seen, and the rows of stand-ins that are functions of keys and images."""
     order = order or list(range(len(images)))
     batches = [
         {"image": images[order[i : i + size]], "key": [KEYS[j] for j in order[i : i + size]]}
         for i in range(0, len(order), size)
     ]
-    make, skipped = build_metrics([protocol.columns.get(name, name) for name in names])
-    seen, tallies = evaluate(contenders, batches, make)
-    return seen, results(tallies, protocol, names, skipped, len(seen.digests))
+    make, _ = build_metrics([protocol.columns.get(name, name) for name in names])
+    observers = {(name, None): Observer(make()) for name in targets}
+    seen = observe({(name, None): target for name, target in targets.items()}, observers, batches)
+    measured = [measure(name, observer.metrics, len(seen)) for (name, _), observer in observers.items()]
+    return seen, rows_under(protocol, measured, names)
 
 
 def test_the_mean_over_images_whatever_the_batches_and_their_order(images):
@@ -63,32 +66,56 @@ def test_the_mean_over_images_whatever_the_batches_and_their_order(images):
     for size, order in ((1, None), (7, None), (2, [6, 5, 4, 3, 2, 1, 0])):
         other, (again,) = run({"darker": darker}, images, size, order=order)
         assert again.metrics == pytest.approx(first.metrics, rel=1e-6)
-        assert other.fingerprint() == seen.fingerprint()
+        assert fingerprint(other) == fingerprint(seen)
     changed = images.clone()
     changed[3, 0, 0, 0] ^= 1
-    assert run({"darker": darker}, changed)[0].fingerprint() != seen.fingerprint()
+    assert fingerprint(run({"darker": darker}, changed)[0]) != fingerprint(seen)
 
 
 def test_pooled_psnr_is_that_of_all_pixels(images):
     protocol = Protocol(psnr="pooled")
-    _, (result,) = run({"darker": darker}, images, protocol=protocol)
+    _, (row,) = run({"darker": darker}, images, protocol=protocol)
     expected = peak_signal_noise_ratio(images.numpy(), darker([], images).numpy(), data_range=255)
-    assert result.metrics["psnr"] == pytest.approx(expected, rel=1e-9)
+    assert row.metrics["psnr"] == pytest.approx(expected, rel=1e-9)
+    low, high = row.intervals["psnr"]
+    assert low < expected < high
 
 
-def test_equal_images_have_no_finite_psnr_and_it_is_said(images):
-    _, (result, other) = run({"same": lambda keys, x: x, "darker": darker}, images)
-    assert other.metrics.keys() == {"psnr", "ssim"}
-    assert result.skipped == {"psnr": EQUAL}
-    assert result.metrics["ssim"] == pytest.approx(1.0)
+def test_a_protocols_variants_stand_under_the_metrics_names(images):
+    _, (gaussian,) = run({"darker": darker}, images, names=("psnr", "ssim", "ssim_uniform"))
+    _, (uniform,) = run({"darker": darker}, images, protocol=Protocol(ssim="uniform"))
+    assert list(uniform.metrics) == ["psnr", "ssim"]
+    assert uniform.metrics["ssim"] == gaussian.metrics["ssim_uniform"] != gaussian.metrics["ssim"]
+
+
+def test_differences_from_the_first_row_are_paired(images):
+    def darkest(keys, x):
+        return darker(keys, darker(keys, x))
+
+    _, (first, second, same) = run({"darker": darker, "darkest": darkest, "same": lambda keys, x: x}, images)
+    assert first.differences == {}
+    found = second.differences["psnr"]
+    assert found.value == pytest.approx(second.metrics["psnr"] - first.metrics["psnr"])
+    assert found.low < found.value < found.high < 0
+    assert same.differences.keys() == {"ssim"}  # an infinite PSNR has none
+
+
+def test_equal_images_have_an_infinite_psnr(images):
+    _, (same, other) = run({"same": lambda keys, x: x, "darker": darker}, images)
+    assert other.metrics.keys() == same.metrics.keys() == {"psnr", "ssim"}
+    assert same.metrics["psnr"] == math.inf
+    assert same.skipped == {}
+    assert same.intervals.keys() == {"ssim"}
+    assert same.metrics["ssim"] == pytest.approx(1.0)
 
 
 def test_a_metric_stands_under_metrics_or_under_skipped(images):
     names = ("psnr", "ms_ssim", "rfid")
-    _, (result,) = run({"darker": darker}, images, names=names)
-    assert result.metrics.keys() == {"psnr"}
-    assert "176 pixels" in result.skipped["ms_ssim"]
-    assert "--weights-dir" in result.skipped["rfid"]
+    _, (row,) = run({"darker": darker}, images, names=names)
+    assert row.metrics.keys() == {"psnr"}
+    assert list(row.skipped) == ["ms_ssim", "rfid"]
+    assert "176 pixels" in row.skipped["ms_ssim"]
+    assert "--weights-dir" in row.skipped["rfid"]
 
 
 def test_an_empty_set(images):
@@ -129,7 +156,14 @@ def test_what_it_costs(images, model):
     assert cost.decode_macs > cost.encode_macs
     assert cost.encode_images_per_s > 0
     assert cost.decode_images_per_s > 0
-    assert cost.peak_memory_bytes is None or cost.peak_memory_bytes >= 0
+    assert cost.peak_memory_bytes is None  # nothing measures it on the CPU
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_the_memory_of_a_batch(images, model):
+    reconstruct = AutoencoderRoundTrip(model, "cuda")
+    reconstruct(KEYS, images)
+    assert reconstruct.meter.cost(model, 32).peak_memory_bytes >= 4 * images.numel()  # the output in float32
 
 
 def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):

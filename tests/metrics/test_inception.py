@@ -37,7 +37,7 @@ def check(tmp_path, weights_dir, n: int, size: int) -> None:
     y = y // 2 + 60
     make, skipped = build_metrics(["rfid", "kid"], weights_dir)
     assert not skipped
-    metrics, same = make(), make()
+    metrics, same = make().metrics, make().metrics
     for part in (slice(n // 2, None), slice(0, n // 2)):
         for metric in metrics.values():
             metric.update(keys[part], x[part], y[part])

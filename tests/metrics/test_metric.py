@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from olvae.metrics.metric import Kind, PerImage, Unavailable
+from olvae.metrics.metric import Kind, MetricSet, PerImage, Unavailable
 from olvae.metrics.registry import METRICS, build_metrics
 from tests.metrics.conftest import pairs
 
@@ -13,7 +13,7 @@ NAMES = ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1"]
 
 def run(name: str, keys, x, y, size: int = 4) -> PerImage:
     make, _ = build_metrics([name])
-    metric = make()[name]
+    metric = make().metrics[name]
     for start in range(0, len(keys), size):
         metric.update(keys[start : start + size], x[start : start + size], y[start : start + size])
     return metric
@@ -66,7 +66,37 @@ def test_no_image():
         run("psnr", [], torch.zeros(0), torch.zeros(0)).compute()
 
 
-def test_what_is_no_pair_of_images():
+def metric_set(keys, x, y) -> MetricSet:
+    make, _ = build_metrics(["psnr", "ms_ssim", "rfid"])
+    metrics = make()
+    if keys:
+        metrics.update(keys, x, y)
+    return metrics
+
+
+def test_a_set_has_values_or_reasons(nowhere):
+    keys, x, y = pairs(2, 32)
+    metrics = metric_set(keys, x, y)
+    assert metrics.compute() == {"psnr": run("psnr", keys, x, y).compute()}
+    assert list(metrics.skipped) == ["rfid", "ms_ssim"]
+    assert "176 pixels" in metrics.skipped["ms_ssim"]
+    assert "--weights-dir" in metrics.skipped["rfid"]
+    empty = metric_set([], x, y)
+    assert empty.compute() == {}
+    assert empty.skipped["psnr"] == "psnr needs an image, got none"
+
+
+def test_a_metric_that_one_process_dropped_is_dropped_by_all(nowhere):
+    keys, x, y = pairs(5, 32)
+    first, second = metric_set(keys[:3], x[:3], y[:3]), metric_set([], x, y)
+    second.merge(pickle.loads(pickle.dumps(first.state())))
+    assert "176 pixels" in second.skipped["ms_ssim"]
+    second.merge(metric_set(keys[2:], x[2:], y[2:]).state())
+    second.merge(second.state())
+    assert second.compute() == {"psnr": pytest.approx(run("psnr", keys, x, y).compute(), rel=1e-12)}
+
+
+def test_images_that_do_not_fit_together():
     keys, x, y = pairs(2, 32)
     metric = run("l1", keys, x, y)
     for bad, message in (

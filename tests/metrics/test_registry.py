@@ -13,7 +13,7 @@ def test_all_of_them(weights_dir, nowhere):
     keys, x, y = pairs(2, 176)
     make, skipped = build_metrics(list(METRICS), weights_dir)
     assert not skipped
-    metrics = make()
+    metrics = make().metrics
     assert list(metrics) == list(METRICS)
     for name, metric in metrics.items():
         assert metric.kind is METRICS[name]
@@ -26,14 +26,15 @@ def test_all_of_them(weights_dir, nowhere):
         digest = hashlib.sha256((weights_dir / file.name).read_bytes()).hexdigest()
         assert metrics[name].details()["weights"] == {"file": file.name, "sha256": digest, "published": False}
     assert metrics["psnr"].details() == {}
-    assert not make()["psnr"].state()  # the next contender starts empty
+    assert not make().metrics["psnr"].state()  # the next target starts empty
 
 
 def test_missing_weights_are_told_and_the_rest_works(tmp_path, weights_dir, nowhere):
     (tmp_path / "some").mkdir()
     shutil.copy(weights_dir / ALEXNET.name, tmp_path / "some")
     make, skipped = build_metrics(list(METRICS), tmp_path / "some")
-    assert list(make()) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips_alex"]
+    assert make().skipped == skipped
+    assert list(make().metrics) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips_alex"]
     assert list(skipped) == ["lpips", "rfid", "kid"]
     for name, file in (("lpips", VGG16), ("rfid", INCEPTION), ("kid", INCEPTION)):
         for part in (file.name, file.url, str(nowhere), "--weights-dir", "no network"):
@@ -43,12 +44,12 @@ def test_missing_weights_are_told_and_the_rest_works(tmp_path, weights_dir, nowh
 
 def test_names(weights_dir):
     make, _ = build_metrics(["l1", "psnr", "l1"])
-    assert list(make()) == ["l1", "psnr"]
+    assert list(make().metrics) == ["l1", "psnr"]
     with pytest.raises(ValueError, match="no metric fid: choose from psnr, ssim"):
         build_metrics(["psnr", "fid"])
 
 
-def test_a_broken_file_is_no_missing_one(tmp_path, weights_dir, nowhere):
+def test_a_broken_file_is_an_error_not_a_missing_one(tmp_path, weights_dir, nowhere):
     state = torch.load(weights_dir / ALEXNET.name, weights_only=True)
     torch.save({**state, "features.3.weight": torch.zeros(3)}, tmp_path / ALEXNET.name)
     with pytest.raises(ValueError, match=r"features\.3\.weight is \(3,\) for \(192, 64, 5, 5\)"):
@@ -61,7 +62,7 @@ def test_a_gpu_gives_the_same_numbers(weights_dir, nowhere):
     values = []
     for device in ("cpu", "cuda"):
         make, _ = build_metrics(list(METRICS), weights_dir, device)
-        metrics = make()
+        metrics = make().metrics
         for metric in metrics.values():
             metric.update(keys, x.to(device), y.to(device))
         values.append({name: metric.compute() for name, metric in metrics.items()})

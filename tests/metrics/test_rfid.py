@@ -127,15 +127,15 @@ def test_features_are_computed_once_and_pickled_once(batch):
     keys, x, y = batch
     extractor = Counting()
     reference: dict = {}
-    contenders = [both(reference, extractor) for _ in range(3)]
-    for number, contender in enumerate(contenders):
-        for metric in contender:
+    targets = [both(reference, extractor) for _ in range(3)]
+    for number, both_metrics in enumerate(targets):
+        for metric in both_metrics:
             metric.update(keys, x, y + number)
-    assert extractor.images == 4 * 40  # the images, and three contenders' reconstructions
-    values = [[metric.compute() for metric in contender] for contender in contenders]
+    assert extractor.images == 4 * 40  # the images, and three targets' reconstructions
+    values = [[metric.compute() for metric in target] for target in targets]
     assert len({value for pair in values for value in pair}) == 6
-    pair = len(pickle.dumps(contenders[0][0].state()))
-    everything = len(pickle.dumps([metric.state() for contender in contenders for metric in contender]))
+    pair = len(pickle.dumps(targets[0][0].state()))
+    everything = len(pickle.dumps([metric.state() for target in targets for metric in target]))
     assert everything < 2.2 * pair
 
 

@@ -1,9 +1,8 @@
-"""The distribution of a model's latents over images: what a diffusion model will have to learn."""
+"""The distribution of a model's latents over images, accumulated: what a diffusion model will have to learn."""
 
 import hashlib
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,41 +14,34 @@ __all__ = ["MMD_LATENTS", "LatentAccumulator", "image_key"]
 
 
 MMD_LATENTS = 10_000
-"""How many latents the MMD is computed over, at most."""
+"""The most latents that the MMD is computed over."""
 
 
 def image_key(image: Tensor) -> int:
-    """A number below 2^63 that stands for the pixels of a uint8 (C, H, W) image."""
+    """A number below 2^63 that identifies the pixels of a uint8 (C, H, W) image."""
     array = image.cpu().contiguous().numpy()
     digest = hashlib.sha256(repr(array.shape).encode() + array.tobytes())
     return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
-class _Kept(NamedTuple):
-    """A latent kept for the MMD; a heap of them has the largest key on top."""
-
-    minus_key: int
-    z: Tensor
-
-
 class LatentAccumulator:
-    """Sums over batches of posteriors, in float64; neither order nor size of the batches matters.
+    """Sums over batches of posteriors, in float64; the order and the size of batches make no difference.
 
-    A latent is z = mean + std * noise. What can be said of it without drawing noise is computed so: the variance of
-    z is the variance of the means plus the mean of the variances, its spectrum the means' spectrum plus a flat one,
-    its histogram an average of normal distributions. The MMD alone needs draws. The noise of an image comes from a
-    generator seeded with the image's key, and the latents kept are those of the smallest keys: a sample of the
-    images that depends on nothing else. Equal images count once in the MMD. A deterministic latent is z itself.
+    A latent is z = mean + std * noise. Whatever can be computed without drawing noise is: the variance of z is the
+    variance of the means plus the mean of the variances, its spectrum the means' spectrum plus a flat one, its
+    histogram an average of normal distributions. Only the MMD needs samples. An image's noise comes from a generator
+    seeded with the image's key, and the samples kept are those of the smallest keys: an arbitrary choice of images
+    that depends on nothing else. Equal images count once in the MMD. A deterministic latent is z itself.
 
     Args:
-        mmd_latents: how many latents to keep for the MMD, in float32.
+        mmd_latents: how many samples to keep for the MMD, in float32.
     """
 
     def __init__(self, mmd_latents: int = MMD_LATENTS) -> None:
         self.mmd_latents = mmd_latents
         self.totals: Totals | None = None
-        self._kept: list[_Kept] = []
-        self._keys: set[int] = set()
+        self._samples: dict[int, Tensor] = {}
+        self._minus_keys: list[int] = []  # a heap with the largest key on top
 
     @property
     def n(self) -> int:
@@ -64,7 +56,7 @@ class LatentAccumulator:
             keys: of the B images; see :func:`image_key`.
 
         Raises:
-            ValueError: the posterior is not finite, or has another shape than those before.
+            ValueError: the posterior is not finite, or its shape differs from the ones before.
         """
         assert len(keys) == posterior.mean.shape[0]
         device = "cpu" if posterior.mean.device.type == "mps" else posterior.mean.device  # mps has no float64
@@ -77,45 +69,43 @@ class LatentAccumulator:
         for i, key in enumerate(keys):
             if self._wants(key):
                 noise = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(key), dtype=torch.float64)
-                self._keep(_Kept(-key, (mean[i].cpu() + std[i].cpu() * noise).float()))
+                self._keep(key, (mean[i].cpu() + std[i].cpu() * noise).float())
 
     def merge(self, other: "LatentAccumulator") -> None:
-        """Add what another accumulator has seen, for example that of another process."""
+        """Add what another accumulator has seen, for example in another process."""
         if other.totals is not None:
             self._add(other.totals)
-        for kept in other._kept:
-            if self._wants(-kept.minus_key):
-                self._keep(kept)
+        for key, z in other._samples.items():
+            if self._wants(key):
+                self._keep(key, z)
 
     def compute(self) -> LatentSummary:
-        """The numbers.
+        """The numbers of the report.
 
         Raises:
             ValueError: no images were seen.
         """
         if self.totals is None:
             raise ValueError("no images: there are no latents to describe")
-        ordered = sorted(self._kept, key=lambda kept: -kept.minus_key)
-        return self.totals.summary([kept.z for kept in ordered])
+        return self.totals.summary([self._samples[key] for key in sorted(self._samples)])
 
     def _add(self, totals: Totals) -> None:
         self.totals = totals if self.totals is None else self.totals + totals
 
     def _wants(self, key: int) -> bool:
-        if key in self._keys or not self.mmd_latents:
+        if key in self._samples or not self.mmd_latents:
             return False
-        return len(self._kept) < self.mmd_latents or key < -self._kept[0].minus_key
+        return len(self._samples) < self.mmd_latents or key < -self._minus_keys[0]
 
-    def _keep(self, kept: _Kept) -> None:
-        self._keys.add(-kept.minus_key)
-        if len(self._kept) < self.mmd_latents:
-            heapq.heappush(self._kept, kept)
-        else:
-            self._keys.remove(-heapq.heappushpop(self._kept, kept).minus_key)
+    def _keep(self, key: int, z: Tensor) -> None:
+        heapq.heappush(self._minus_keys, -key)
+        self._samples[key] = z
+        if len(self._samples) > self.mmd_latents:
+            del self._samples[-heapq.heappop(self._minus_keys)]
 
 
 def _totals(mean: Tensor, logvar: Tensor | None) -> Totals:
-    """Of one batch, (B, C, h, w) in float64; of deterministic latents the log-variance is None."""
+    """The sums of one batch, (B, C, h, w) in float64; deterministic latents have no log-variance."""
     flat = mean.transpose(0, 1).flatten(1)  # (C, B h w)
     if logvar is None:
         var, kl, mass = torch.zeros_like(mean), None, _point_mass(flat)
@@ -138,13 +128,13 @@ def _totals(mean: Tensor, logvar: Tensor | None) -> Totals:
 
 
 def _mass(mean: Tensor, std: Tensor) -> Tensor:
-    """Expected count of z in each bin of EDGES, with what lies below and above at the ends: (C, bins + 2)."""
+    """Expected count of z in each bin of EDGES, and at the ends below and above them: (C, bins + 2)."""
     below = [torch.special.ndtr((edge - mean) / std).sum(1) for edge in EDGES.tolist()]
     count = torch.full_like(below[0], mean.shape[1])
     return torch.stack([torch.zeros_like(count), *below, count], dim=1).diff(dim=1)
 
 
 def _point_mass(z: Tensor) -> Tensor:
-    """Count of z in each bin of EDGES, with what lies below and above at the ends: (C, bins + 2)."""
+    """Count of z in each bin of EDGES, and at the ends below and above them: (C, bins + 2)."""
     index = torch.bucketize(z, EDGES.to(z.device), right=True)  # (C, B h w), in 0..bins + 1
     return torch.stack([torch.bincount(row, minlength=len(EDGES) + 1) for row in index]).double()

@@ -1,4 +1,4 @@
-"""The report on latents: one pass over the images for several models, ``latents.json``, a table."""
+"""The report on latents: one pass over the images for several models, latents.json, tables, figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +17,9 @@ from olvae.data.image import from_uint8
 from olvae.data.source import Batch
 from olvae.evaluation.latents.accumulator import LatentAccumulator, image_key
 from olvae.evaluation.latents.summary import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, LatentSummary
-from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder
 
-__all__ = ["draw_channels", "draw_distribution", "encode_latents", "print_latents", "report_content", "write_report"]
+__all__ = ["draw_channels", "draw_distribution", "encode_latents", "print_latents", "report_content"]
 
 
 @torch.inference_mode()
@@ -30,11 +29,11 @@ def encode_latents(
     """Encode the same images with every model, in one pass.
 
     Args:
-        models: names to autoencoders; their channels and factors may differ.
-        batches: of the images, uint8; none, if this is a process without a share.
+        models: by name; their latent channels and downscale factors may differ.
+        batches: uint8 images; may be empty.
 
     Raises:
-        ValueError: the images do not suit a model, or latents are not finite.
+        ValueError: the images do not fit a model, or latents are not finite.
     """
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
@@ -56,7 +55,7 @@ def _check(name: str, model: Autoencoder, x: Tensor) -> None:
     factor = model.downscale
     if height % factor or width % factor:
         raise ValueError(
-            f"{name}: images of {height}x{width} pixels, but its latent stands for {factor}x{factor} pixels each: "
+            f"{name}: images of {height}x{width} pixels, but a latent position stands for {factor}x{factor} pixels: "
             f"use a size that is a multiple of {factor}"
         )
     if channels != model.in_channels:
@@ -64,7 +63,7 @@ def _check(name: str, model: Autoencoder, x: Tensor) -> None:
 
 
 def report_content(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into latents.json: ``data`` says which images they were."""
+    """The contents of latents.json; ``data`` describes the images."""
     return {
         "data": dict(data),
         "active_variance": ACTIVE_VARIANCE,
@@ -72,13 +71,8 @@ def report_content(summaries: Mapping[str, LatentSummary], data: Mapping[str, An
     }
 
 
-def write_report(content: Mapping[str, Any], path: Path) -> None:
-    """latents.json, whole or not at all."""
-    write_json(content, path)
-
-
 def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any]) -> None:
-    """Two tables to standard error: moments, and MMD^2 for every bandwidth."""
+    """Print two tables to standard error: moments, and MMD^2 per bandwidth."""
     console = Console(stderr=True)
     moments = Table(title=f"latents of {data['n']} images of {data['size']}x{data['size']}")
     moments.add_column("target", overflow="fold")
@@ -120,7 +114,7 @@ def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
 
 DASHES = ("-", "--", "-.", ":")
 
@@ -130,9 +124,9 @@ Array = NDArray[np.float64]
 
 
 def draw_distribution(summaries: Mapping[str, LatentSummary], path: Path) -> None:
-    """Densities of the latents of several models on one axis, over that of N(0, 1), as a PNG.
+    """Draw the densities of several models' latents over that of N(0, 1), as a PNG.
 
-    On the left as they are; on the right after each model's shift and scaling, with a logarithmic axis for the tails.
+    Left: as they are. Right: after each model's shift and scaling, on a logarithmic axis for the tails.
     """
     from matplotlib.figure import Figure
 
@@ -174,7 +168,7 @@ def draw_distribution(summaries: Mapping[str, LatentSummary], path: Path) -> Non
 
 
 def draw_channels(summaries: Mapping[str, LatentSummary], path: Path) -> None:
-    """One row per model, as a PNG: mean and standard deviation, KL, correlation and spectrum of the channels."""
+    """Draw a row per model, as a PNG: mean and standard deviation, KL, correlation and spectrum of the channels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15.0, 3.5 * len(summaries)), layout="constrained")
@@ -265,7 +259,7 @@ def _tidy(panel: Any) -> None:
 
 
 def _ticks(channels: int) -> Sequence[int]:
-    """Every channel, or as many as can be read."""
+    """Every channel, or every n-th if there are too many to read."""
     return range(0, channels, max(1, -(-channels // 12)))
 
 

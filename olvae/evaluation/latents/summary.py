@@ -1,4 +1,4 @@
-"""From sums over latents to the numbers of the report."""
+"""From sums over latents to the numbers of the report, and the MMD to N(0, I)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ ACTIVE_VARIANCE = 0.01
 """A channel is active if its posterior mean varies by more than this over the data (Burda et al. 2016, section 5.1)."""
 
 NO_DISTRIBUTION = "a deterministic autoencoder: its latents have no distribution of their own"
-"""Why KL and active channels are left out."""
+"""Why KL and active channels are skipped."""
 
 BINS = 200
 
@@ -24,7 +24,7 @@ EDGES = 0.5 * torch.linspace(-5.0, 5.0, BINS + 1, dtype=torch.float64).sinh()
 
 @dataclass(frozen=True)
 class Mmd:
-    """MMD^2 to N(0, I) for each bandwidth, as they are and after shift and scaling, and what noise alone would give."""
+    """MMD^2 to N(0, I) for each bandwidth: of raw latents, of shifted and scaled ones, and its standard error."""
 
     n: int
     sigmas: tuple[float, ...]
@@ -35,16 +35,24 @@ class Mmd:
 
 @dataclass(frozen=True)
 class LatentSummary:
-    """The distribution of the latents z of ``n`` images. "Of z" is of sampled latents, in expectation over the noise.
+    """The distribution of the latents z of ``n`` images. z is a sampled latent; values are expectations over the noise.
 
-    Per channel, float64 (C,): ``mean`` and ``std`` of z; ``mean_std``, of the posterior means alone; ``minimum`` and
-    ``maximum`` of the posterior means; ``kl`` in nats per position; ``active``. Deterministic latents are z, and the
-    posterior means besides; they have neither ``kl`` nor ``active``, which say how much of N(0, 1) a posterior takes.
+    Deterministic latents are both z and the posterior means; they have no ``kl`` and no ``active``.
 
-    Besides: ``correlation`` of z between channels, (C, C); ``spectrum`` of z per channel, (C, F), at ``frequency``
-    (F,) in cycles per latent position: the mean power of the orthonormal Fourier transform on a ring, the channel's
-    mean taken out, so that N(0, 1) is 1 throughout; ``mass``, the share of z in each bin of EDGES with what is below
-    and above at the ends, (C, bins + 2).
+    Args:
+        shape: of a latent, (C, h, w).
+        mean, std: of z, per channel (C,).
+        mean_std: of the posterior means alone (C,).
+        minimum, maximum: of the posterior means (C,).
+        kl: nats per position (C,).
+        active: whether a channel's posterior mean varies over the data (C,).
+        correlation: of z between channels (C, C).
+        frequency: in cycles per latent position (F,).
+        spectrum: mean power of the orthonormal Fourier transform of z on the ring of a frequency, after subtracting
+            the channel's mean (C, F); it is 1 everywhere for N(0, 1).
+        mass: share of z in each bin of EDGES, and at the ends below and above them (C, bins + 2).
+        shift_factor, scaling_factor: (z - shift) * scaling has mean 0 and variance 1.
+        mmd: None for fewer than two images.
     """
 
     n: int
@@ -66,17 +74,17 @@ class LatentSummary:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the autoencoder gives latents without a distribution."""
+        """Whether the latents have no distribution of their own."""
         return self.kl is None
 
     @property
     def kl_per_image(self) -> float | None:
-        """Nats; None of a deterministic autoencoder."""
+        """Nats; None for a deterministic autoencoder."""
         return None if self.kl is None else float(self.kl.sum()) * self.shape[1] * self.shape[2]
 
     @property
     def skipped(self) -> dict[str, str]:
-        """What can't be computed, and why."""
+        """By number, why it is missing."""
         skipped: dict[str, str] = {}
         if self.deterministic:
             skipped |= {"kl": NO_DISTRIBUTION, "active": NO_DISTRIBUTION}
@@ -85,7 +93,7 @@ class LatentSummary:
         return skipped
 
     def as_dict(self) -> dict[str, Any]:
-        """The contents of latents.json: plain numbers and lists."""
+        """A row of latents.json: plain numbers and lists."""
         return {
             "n": self.n,
             "latent_shape": list(self.shape),
@@ -149,11 +157,17 @@ class LatentSummary:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over images and positions, per channel; of posterior means where nothing else is said.
+    """Sums over images and positions.
 
-    ``mean`` (C,), ``cross`` of products of two channels (C, C), ``var`` of the posteriors' variances (C,), ``kl``
-    (C,) or None of deterministic latents, ``minimum`` and ``maximum`` (C,), ``power`` of the Fourier transform
-    (C, h, w), ``mass`` of z (C, bins + 2).
+    Args:
+        n: images.
+        mean: of the posterior means (C,).
+        cross: of products of two channels' posterior means (C, C).
+        var: of the posterior variances (C,).
+        kl: nats (C,); None for deterministic latents.
+        minimum, maximum: of the posterior means (C,).
+        power: of the posterior means' Fourier transform (C, h, w).
+        mass: of z in each bin of EDGES, and at the ends below and above them (C, bins + 2).
     """
 
     n: int
@@ -185,7 +199,7 @@ class Totals:
         )
 
     def summary(self, latents: list[Tensor]) -> LatentSummary:
-        """The report's numbers; ``latents`` are the sampled ones of the MMD, each (C, h, w)."""
+        """The report's numbers; ``latents`` are samples for the MMD, each (C, h, w)."""
         channels, h, w = self.power.shape
         count = self.n * h * w
         mean, noise = self.mean / count, self.var / count
@@ -193,7 +207,7 @@ class Totals:
         mean_var = covariance.diagonal().clamp(min=0.0)
         var = mean_var + noise
         scales = torch.outer(var, var).sqrt()
-        correlation = torch.where(scales > 0.0, covariance / scales, 0.0)  # nothing goes with a constant channel
+        correlation = torch.where(scales > 0.0, covariance / scales, 0.0)  # a constant channel correlates with none
         correlation.fill_diagonal_(1.0)
         frequency, spectrum = self._spectrum(mean, noise)
         shift = float(mean.mean())
@@ -218,15 +232,15 @@ class Totals:
         )
 
     def _spectrum(self, mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Frequencies (F,) up to Nyquist's, one ring per cycle over the shorter side, and the power there (C, F)."""
+        """Frequencies (F,) up to Nyquist's, one ring per cycle over the shorter side, and their power (C, F)."""
         _, h, w = self.power.shape
         power = self.power / self.n + noise[:, None, None]  # the noise is white
-        power[:, 0, 0] -= h * w * mean.square()  # the channel's mean over the data is no structure
+        power[:, 0, 0] -= h * w * mean.square()  # the channel's mean over the data is not structure
         y, x = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.fftfreq(w, dtype=torch.float64)
         side = min(h, w)
         ring = (torch.hypot(y[:, None], x[None, :]) * side).round().long().flatten()  # (h w,)
         rings = side // 2 + 1
-        inside = ring < rings  # the corners, beyond Nyquist's frequency of the axes, are left out
+        inside = ring < rings  # without the corners, which are beyond the axes' Nyquist frequency
         total = torch.zeros(len(mean), rings, dtype=torch.float64)
         total.index_add_(1, ring[inside], power.flatten(1)[:, inside])
         size = torch.bincount(ring[inside], minlength=rings)
@@ -259,25 +273,25 @@ def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -
     """MMD^2 between the distribution that ``z`` was drawn from and N(0, I), for RBF kernels of several widths.
 
     k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), over whole flattened latents, and the unbiased estimator [D: the paper
-    says neither]. What the kernel expects under N(0, I) has a closed form, which takes the place of normal samples:
+    specifies neither]. The kernel's expectation under N(0, I) has a closed form, so no normal samples are drawn:
 
         MMD^2 = mean over i != j of k(z_i, z_j) - 2 mean over i of e(z_i) + c
         e(x) = E k(x, y) = (s / (s + 1))^(d/2) exp(-|x|^2 / (2 (s + 1))),   c = E k(y, y') = (s / (s + 2))^(d/2)
 
-    with s = sigma^2 and d the number of values of a latent. So the value is deterministic given ``z``, and its only
-    error is that of the latents; being unbiased, it can be a little below 0. At sigma = 500 the three terms are near
-    1 and their sum near 1e-7, so all is float64.
+    with s = sigma^2 and d the number of values of a latent. So the value is deterministic given ``z``; its only error
+    is the sampling error of the latents, and being unbiased, it can be slightly below 0. At sigma = 500 the three terms
+    are near 1 and their sum near 1e-7, so everything is in float64.
 
     Args:
         z: (N, ...) of any floating type, one latent per row, N at least 2.
         sigmas: bandwidths, above 0.
-        chunk: rows at a time; memory is that of ``z`` and of two chunks in float64.
+        chunk: rows at a time; memory is ``z`` and two chunks in float64.
 
     Returns:
-        float64 (len(sigmas),), between 0 and 2 but for the sampling error of :func:`mmd2_null_std`.
+        float64 (len(sigmas),), between 0 and 2 up to the sampling error: :func:`mmd2_null_std`.
 
     Raises:
-        ValueError: fewer than two latents, values that are not finite, or a bandwidth that is not above 0.
+        ValueError: fewer than two latents, non-finite values, or a bandwidth that is not above 0.
     """
     z = z.flatten(1)  # (N, d)
     n, d = z.shape
@@ -296,7 +310,7 @@ def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -
             distance = square[start : start + chunk, None] + square[None, other : other + chunk] - 2.0 * inner
             distance = distance.clamp(min=0.0)  # (rows, columns)
             if other == start:
-                distance.fill_diagonal_(torch.inf)  # leaves out i = j
+                distance.fill_diagonal_(torch.inf)  # excludes i = j
             weight = 1.0 if other == start else 2.0
             pairs += torch.stack([weight * (distance / (-2.0 * v)).exp().sum() for v in s])
     log_e = -0.5 * d * torch.log1p(1.0 / s)[:, None] - square / (2.0 * (s[:, None] + 1.0))  # (S, N)
@@ -305,11 +319,11 @@ def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -
 
 
 def mmd2_null_std(n: int, d: int, sigmas: Sequence[float] = SIGMAS) -> Tensor:
-    """Standard deviation of :func:`mmd2_normal` over sets of ``n`` latents of ``d`` values that are N(0, I) indeed.
+    """Standard deviation of :func:`mmd2_normal` over sets of ``n`` latents of ``d`` values drawn from N(0, I).
 
     The estimator is the mean over pairs of h(x, x') = k(x, x') - e(x) - e(x') + c, whose expectation given either
     argument is 0 under N(0, I). So its variance is 2 E h^2 / (n (n - 1)), and E h^2 = E k^2 - 2 E e^2 + c^2 has a
-    closed form. A measured value of a few of these is noise.
+    closed form. A measured value of a few standard deviations is noise.
 
     Returns:
         float64 (len(sigmas),).

@@ -1,3 +1,3 @@
-"""What an evaluation leaves behind: tables on the terminal and in files, and one HTML page.
+"""What is made from an evaluation's results: tables for the terminal and for files, and one HTML page with pictures.
 
-Imports ``olvae.evaluation``'s results; commands import it."""
+Imports ``olvae.evaluation``; commands import it."""

@@ -1,20 +1,52 @@
-"""One HTML page that puts an evaluation together: nothing but the file itself is needed to read it."""
+"""One HTML page with everything about an evaluation. It needs no other file and no network."""
 
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from olvae.evaluation.report.content import Page
-from olvae.evaluation.report.parts import badges, band_table, cost_table, difference_table, gallery_parts, result_table
-from olvae.evaluation.report.patterns import artefact_summary, artefact_tables
+from olvae.evaluation.artefacts import Artefacts, amplification, amplified
+from olvae.evaluation.report.pictures import pattern_groups, side_limit, triple
+from olvae.evaluation.results import INFINITE, Results, Row, used_weights
+from olvae.evaluation.runner import Evaluated
 from olvae.figures import ERROR_RANGE
 from olvae.files import whole
+from olvae.metrics.registry import METRICS
 
 __all__ = ["render_page", "write_page"]
 
 
-def render_page(page: Page) -> str:
-    """The page as HTML: no script, no request; pictures are in it, smaller the more there are."""
+NONE = "\N{EN DASH}"
+
+MINUS = "\N{MINUS SIGN}"
+
+COLOURS = 7
+"""Of the style sheet, for badges and bars."""
+
+MEASURES = ("mse", "share_of_signal")
+
+PACKAGES = ("open-litevae", "torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
+
+
+def write_page(evaluated: Evaluated, path: Path, command: str = "", when: datetime | None = None) -> None:
+    """Write the page, whole or not at all; see :func:`render_page`."""
+    html = render_page(evaluated, command, when)
+    with whole(path) as partial:
+        partial.write_text(html, encoding="utf-8", errors="backslashreplace")
+
+
+def render_page(evaluated: Evaluated, command: str = "", when: datetime | None = None) -> str:
+    """The page as HTML: no script, no request; its pictures are smaller the more there are.
+
+    Args:
+        command: the command line, to be shown.
+        when: the evaluation was made, with the time zone; by default now.
+    """
     environment = Environment(
         loader=PackageLoader("olvae.evaluation.report", "templates"),
         autoescape=True,
@@ -22,22 +54,195 @@ def render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    badge = badges(page)
+    environment.filters.update(number=number, significant=significant)
+    results, pictures = evaluated.results, evaluated.pictures
+    galleries = {target: gallery.examples() for target, gallery in pictures.galleries.items()}
+    count = sum(len(examples) for groups in galleries.values() for examples in groups.values())
+    artefacts = pictures.test_patterns
+    versions = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     return environment.get_template("page.html").render(
-        page=page,
-        badge=badge,
+        results=results,
+        command=command,
+        when=when or datetime.now().astimezone(),
+        environment=versions,
+        labels={name: METRICS[name].label for name in used_weights(results.rows)},
+        weights=used_weights(results.rows),
+        badge={row.target: (_letter(i), i % COLOURS + 1) for i, row in enumerate(results.table)},
+        scores=_scores(results),
+        differences=_differences(results),
+        costs=_costs(results.rows),
+        galleries=galleries,
+        ranked_by=METRICS[pictures.ranked_by].label.partition(", "),
+        triple=lambda example: triple(example, side_limit(3 * count)),
         error_range=ERROR_RANGE,
-        results=result_table(page, badge),
-        differences=difference_table(page, badge),
-        costs=cost_table(page, badge),
-        galleries=gallery_parts(page, badge),
-        bands=band_table(page, badge),
-        artefact_summary=artefact_summary(page.artefacts, badge),
-        artefact_tables=artefact_tables(page.artefacts, badge),
+        bars=_bars(results.rows),
+        patterns=_patterns(artefacts),
+        pattern_groups=pattern_groups(artefacts),
+        amplification=amplification(artefacts.values()) if artefacts else 1,
+        amplified=amplified,
     )
 
 
-def write_page(page: Page, path: Path) -> None:
-    """The page as a file, whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(render_page(page), encoding="utf-8", errors="backslashreplace")
+class Cell(NamedTuple):
+    """A number; its interval; a mark ("best", "better", "worse", or none); the number of a note, or 0."""
+
+    text: str
+    interval: str = ""
+    mark: str = ""
+    note: int = 0
+
+
+class Table(NamedTuple):
+    """Headings, rows of cells by target, and notes, which are numbered from 1."""
+
+    headings: Sequence[str]
+    rows: Mapping[str, Sequence[Cell]]
+    notes: Sequence[str] = ()
+
+
+def _scores(results: Results) -> Table:
+    rows, names, notes = results.table, _names(results), dict[str, int]()
+    best = {name: _best(name, rows) for name in names}
+
+    def cell(row: Row, name: str) -> Cell:
+        reason = row.skipped.get(name, "" if name in row.metrics else "not computed")
+        value = row.metrics.get(name)
+        if value is not None and math.isinf(value):
+            reason = INFINITE
+        note = notes.setdefault(reason, len(notes) + 1) if reason else 0
+        if value is None:
+            return Cell(NONE, note=note)
+        digits, ends = METRICS[name].digits, row.intervals.get(name)
+        interval = f"[{', '.join(number(end, digits) for end in ends)}]" if ends else ""
+        return Cell(number(value, digits), interval, "best" if value == best[name] else "", note)
+
+    cells = {row.target: [cell(row, name) for name in names] for row in rows}
+    return Table(_headings(names), cells, [*notes])
+
+
+def _differences(results: Results) -> Table:
+    names = _names(results)
+
+    def cell(row: Row, name: str) -> Cell:
+        found = row.differences.get(name)
+        if found is None:
+            return Cell(NONE)
+        mark = ""
+        if not found.low <= 0.0 <= found.high:
+            mark = "better" if (found.low > 0.0) == (METRICS[name].better == "higher") else "worse"
+        value, low, high = (("+" if end > 0 else "") + number(end, METRICS[name].digits) for end in found)
+        return Cell(value, f"[{low}, {high}]", mark)
+
+    return Table(_headings(names), {row.target: [cell(row, name) for name in names] for row in results.rows[1:]})
+
+
+def _costs(rows: Sequence[Row]) -> Table:
+    headings = ["parameters, M", "MACs, G", "encode, images/s", "decode, images/s", "peak memory, MiB", "device"]
+    cells = {}
+    for row in rows:
+        if cost := row.cost:
+            numbers = (
+                cost.parameters / 1e6,
+                (cost.encode_macs + cost.decode_macs) / 1e9,
+                cost.encode_images_per_s,
+                cost.decode_images_per_s,
+                None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20,
+            )
+            texts = [*(NONE if value is None else significant(value) for value in numbers), cost.device]
+            cells[row.target] = [Cell(text) for text in texts]
+    return Table(headings, cells)
+
+
+def _patterns(artefacts: Mapping[str, Artefacts]) -> Table:
+    headings = [
+        "grid, mean",
+        "grid, largest",
+        "amplitude, mean",
+        "with border, mean",
+        "shift, largest",
+        "squares of 1 px, PSNR in dB",
+        "squares of 8 px, PSNR in dB",
+    ]
+    cells = {}
+    for target, found in artefacts.items():
+        colours, psnr = found.colours, {pattern.name: pattern.psnr for pattern in found.patterns}
+        texts = (
+            f"{sum(colour.grid for colour in colours) / len(colours):.2f}",
+            f"{max(colour.grid for colour in colours):.2f}",
+            f"{sum(colour.amplitude for colour in colours) / len(colours):.2f}",
+            f"{sum(colour.amplitude_with_border for colour in colours) / len(colours):.2f}",
+            f"{max(abs(value) for colour in colours for value in colour.shift):.1f}",
+            *(number(psnr[name], 2) if name in psnr else NONE for name in ("squares 1 px", "squares 8 px")),
+        )
+        cells[target] = [Cell(text) for text in texts]
+    return Table(headings, cells)
+
+
+def _bars(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, str]]]]:
+    """By band, coarse to fine, and target: the length of a bar, the longest of all being 100, and the value as text.
+
+    There are two bars: the mean squared error, and its share of the input's energy.
+    """
+    bands = {row.target: row.bands for row in rows if row.bands}
+    every = [band for found in bands.values() for band in found.values()]
+    longest = {measure: max((band[measure] or 0.0 for band in every), default=0.0) for measure in MEASURES}
+
+    def bar(value: float | None, measure: str) -> tuple[float, str]:
+        if value is None:
+            return 0.0, NONE
+        text = f"{significant(100.0 * value)} %" if measure == "share_of_signal" else significant(value)
+        return round(100.0 * value / longest[measure], 2) if longest[measure] else 0.0, text
+
+    return {
+        name: {
+            target: [bar(found[name][measure], measure) for measure in MEASURES]
+            for target, found in bands.items()
+            if name in found
+        }
+        for name in dict.fromkeys(name for found in bands.values() for name in found)
+    }
+
+
+def _names(results: Results) -> list[str]:
+    """The metrics that a row has, or says why it has not."""
+    return [name for name in METRICS if any(name in row.metrics or name in row.skipped for row in results.table)]
+
+
+def _headings(names: Sequence[str]) -> list[str]:
+    return [f"{METRICS[n].label}\N{NO-BREAK SPACE}{'↑' if METRICS[n].better == 'higher' else '↓'}" for n in names]
+
+
+def _best(name: str, rows: Sequence[Row]) -> float | None:
+    """None if no two values differ."""
+    values = [row.metrics[name] for row in rows if name in row.metrics]
+    if len(set(values)) < 2:
+        return None
+    return max(values) if METRICS[name].better == "higher" else min(values)
+
+
+def _letter(i: int) -> str:
+    return chr(ord("A") + i) if i < 26 else str(i + 1)
+
+
+def number(value: float, digits: int) -> str:
+    """With a fixed number of decimals, or with an exponent if they would all be 0."""
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    text = f"{value:.1e}" if 0.0 < abs(value) < 0.5 * 10.0**-digits else f"{value:.{digits}f}"
+    return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def significant(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    if math.isinf(value):
+        return "∞"
+    if value == 0.0 or not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,30 +1,41 @@
-"""Pictures inside of a page."""
+"""The report's pictures: those inside the page, as data URIs, and the figure beside it."""
 
 import base64
 import io
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.figures import viewable
+from olvae.evaluation.artefacts import Artefacts, Colour, Pattern
+from olvae.evaluation.gallery import Example, Gallery
+from olvae.figures import error_map, labelled_grid, viewable
 
-__all__ = ["Inline", "inline", "side_limit"]
+__all__ = ["Inline", "PatternGroup", "inline", "pattern_groups", "side_limit", "triple", "write_figure"]
 
 
 EXACT = 128
 """Pictures up to this side are kept to the pixel."""
 
 PIXELS = 15e6
-"""What all photographs of a page may have together: about 3 MB."""
+"""Of all photographs of a page together: about 3 MB."""
 
 SIDES = (96, 256)
 
+PATCH = 128
+"""Screen pixels per side of a patch of a test pattern."""
+
+SHOWN = 8
+"""Images of the figure, chosen by the hash of their keys alone."""
+
 
 class Inline(NamedTuple):
-    """A picture as a data URI, its size, and whether its pixels are to be seen as such, at a whole multiple."""
+    """A picture as a data URI, its size, and whether its pixels should be shown at a whole multiple."""
 
     uri: str
     width: int
@@ -33,17 +44,16 @@ class Inline(NamedTuple):
 
 
 def side_limit(pictures: int) -> int:
-    """The longest side at which so many photographs keep a page within a few MB."""
+    """The longest side at which this number of photographs keeps the page within a few MB."""
     smallest, largest = SIDES
     return max(smallest, min(largest, math.isqrt(int(PIXELS / max(pictures, 1)))))
 
 
 def inline(image: Tensor, limit: int | None = None) -> Inline:
-    """A picture of a page.
+    """A picture for the page.
 
-    Up to 128 pixels it is lossless. Where there is a limit it will be shown at some other size: a small picture is
-    enlarged pixel by pixel to at least 256, so that scaling it makes no grid of its own; one above the limit is made
-    smaller, and lossy.
+    Up to 128 pixels it is lossless. A limit means that the page scales it: then a small picture is enlarged pixel by
+    pixel to at least 256, so that scaling adds no grid of its own; one above the limit is shrunk, and lossy.
 
     Args:
         image: uint8 (C, H, W).
@@ -66,3 +76,66 @@ def inline(image: Tensor, limit: int | None = None) -> Inline:
         picture.save(buffer, "WEBP", quality=82)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Inline(uri, picture.width, picture.height, exact and limit is None)
+
+
+def triple(example: Example, limit: int) -> dict[str, Inline]:
+    """An image of a gallery: input, reconstruction and absolute error."""
+    error = error_map(example.x[None], example.y[None])[0]
+    images = {"input": example.x, "reconstruction": example.y, "error": error}
+    return {name: inline(image, limit) for name, image in images.items()}
+
+
+class PatternGroup(NamedTuple):
+    """Targets whose test patterns have the same size and channels, so that they share a table.
+
+    Args:
+        artefacts: by target.
+        side: pixels of the top left corner that is shown.
+        screen: screen pixels for it: a whole multiple, because other scaling would add a grid.
+    """
+
+    artefacts: dict[str, Artefacts]
+    side: int
+    screen: int
+
+    @property
+    def colours(self) -> list[tuple[Colour, ...]]:
+        """By colour, what became of it with each target."""
+        return list(zip(*(found.colours for found in self.artefacts.values()), strict=True))
+
+    @property
+    def patterns(self) -> list[tuple[Pattern, ...]]:
+        """By pattern, what became of it with each target."""
+        return list(zip(*(found.patterns for found in self.artefacts.values()), strict=True))
+
+    def corner(self, image: Tensor) -> Inline:
+        return inline(image[:, : self.side, : self.side])
+
+
+def pattern_groups(artefacts: Mapping[str, Artefacts]) -> list[PatternGroup]:
+    """One group per size and number of channels.
+
+    Corners of 64 pixels are shown, or of 128 where the grid's period is above 16 pixels.
+    """
+    together: dict[tuple[object, ...], dict[str, Artefacts]] = {}
+    for name, found in artefacts.items():
+        kind = (found.size, *(colour.name for colour in found.colours))
+        together.setdefault(kind, {})[name] = found
+    groups = []
+    for group in together.values():
+        period, size = max(found.period for found in group.values()), next(iter(group.values())).size
+        side = min(PATCH // 2 if period <= PATCH // 8 else PATCH, size)
+        groups.append(PatternGroup(group, side, side * max(1, PATCH // side)))
+    return groups
+
+
+def write_figure(galleries: Mapping[str, Gallery], path: Path) -> None:
+    """reconstructions.png: a few inputs, then each target's reconstructions and errors."""
+    examples: dict[str, Sequence[Example]] = {name: gallery.spread(SHOWN) for name, gallery in galleries.items()}
+    inputs = torch.stack([example.x for example in next(iter(examples.values()))])
+    rows = {"input, held out": inputs}
+    for target, shown in examples.items():
+        images = torch.stack([example.y for example in shown])
+        rows[f"{target}: reconstruction"] = images
+        rows[f"{target}: error, black 0 to white 64 of 255"] = error_map(inputs, images)
+    labelled_grid(rows).save(path)

@@ -100,7 +100,7 @@ def test_the_spectrum_of_numpy(moments):
     assert got.frequency.tolist() == [0.0, 0.25, 0.5]
 
 
-def test_what_is_said_of_samples_holds_for_samples(moments):
+def test_expectations_over_samples_hold_for_samples(moments):
     """Spectrum, moments and histogram come without noise; many drawn latents agree within their sampling error."""
     got = accumulate(moments, list(range(N)), N).compute()
     posterior = DiagonalGaussian(moments.double())
@@ -231,7 +231,7 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
         assert (name, other) == (path, pytest.approx(value, rel=1e-9, abs=1e-12))
 
 
-def test_a_constant_channel_of_deterministic_latents_goes_with_none():
+def test_a_constant_channel_of_deterministic_latents_correlates_with_none():
     latent = torch.randn(20, 2, 2, 2)
     latent[:, 1] = 0.5
     accumulator = LatentAccumulator()

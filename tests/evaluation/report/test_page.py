@@ -14,11 +14,13 @@ from skimage import data
 
 from olvae.evaluation.artefacts import find_artefacts
 from olvae.evaluation.bands import BandErrors
-from olvae.evaluation.gallery import Example, Gallery
-from olvae.evaluation.report.content import Column, Cost, Page, Row, Score, Shown, UsedWeights
+from olvae.evaluation.gallery import Gallery
 from olvae.evaluation.report.page import render_page, write_page
 from olvae.evaluation.report.pictures import inline, side_limit
-from olvae.evaluation.roundtrip import bicubic_round_trip
+from olvae.evaluation.results import Results, Row
+from olvae.evaluation.roundtrip import Cost, bicubic_round_trip
+from olvae.evaluation.runner import Evaluated, Pictures
+from olvae.evaluation.statistics import Difference
 from olvae.metrics.pixel import psnr
 from tests.evaluation.chromium import chromium
 from tests.evaluation.test_artefacts import Faulty
@@ -64,74 +66,60 @@ def photographs(size: int) -> tuple[list[str], torch.Tensor]:
     return [f"astronaut/tile {i}.png" for i in range(len(tiles))], tiles.contiguous()
 
 
-def page(targets: list[str], size: int = 64, artefacts: bool = True) -> Page:
+WEIGHTS = {"file": "vgg16-397923af.pth", "sha256": "397923af" * 8, "published": True}
+
+
+def page(targets: list[str], size: int = 64, patterns: bool = True) -> Evaluated:
     """Real photographs, reduced and enlarged again by as many factors as there are targets."""
     keys, x = photographs(size)
-    rows, galleries, bands = [], [], {}
+    rows, galleries = [], {}
+    artefacts = {
+        name: find_artefacts(Faulty(grid=4.0 + i), size) for i, name in enumerate(targets[:2] if patterns else [])
+    }
     for i, target in enumerate(targets):
         y = bicubic_round_trip(2 ** (i % 4 + 1))(keys, x)
         values = psnr(x, y).tolist()
-        gallery, errors = Gallery("higher"), BandErrors()
-        gallery.add(keys, values, x, y)
+        galleries[target], errors = Gallery("higher"), BandErrors()
+        galleries[target].add(keys, values, x, y)
         errors.add(keys, x, y)
         mean = sum(values) / len(values)
-        scores = {
-            "psnr": Score(mean, (mean - 1.0, mean + 1.25)),
-            "lpips": Score(None, reason="LPIPS needs vgg16-397923af.pth: name its folder with --weights-dir"),
-            "kid": Score(0.0000123 * (i + 1)),
-        }
-        rows.append(Row(target, len(keys), scores))
-        galleries.append(Shown(target, "PSNR, dB", gallery.examples()))
-        bands[target] = errors.compute()
-    return Page(
-        title="Autoencoders on photographs",
-        when=datetime(2026, 11, 25, 3, 20, tzinfo=timezone.utc),
-        command="olvae evaluate --metrics psnr,lpips,kid runs/a runs/b",
-        protocol={"name": "open-litevae", "version": 1, "size": size},
-        protocol_hash="0123456789abcdef",
-        columns=[
-            Column("psnr", "PSNR, dB", "higher", 2),
-            Column("lpips", "LPIPS", "lower"),
-            Column("kid", "KID", "lower", 3),
-        ],
-        rows=rows,
-        data=f"{len(keys)} tiles",
-        reference=targets[0],
-        differences=[
+        rows.append(
             Row(
                 target,
                 len(keys),
-                {
-                    "psnr": Score(-2.5, (-3.0, -2.0)),
-                    "lpips": Score(-0.05, (-0.06, -0.04)),
-                    "kid": Score(0.1, (-0.1, 0.3)),
+                {"psnr": mean, "lpips_alex": 0.2 - 0.05 * i, "kid": 0.00000123 * (i + 1)},
+                {"lpips": "LPIPS needs vgg16-397923af.pth: name its folder with --weights-dir"},
+                {"psnr": (mean - 1.0, mean + 1.25)},
+                {"lpips_alex": {"weights": WEIGHTS}, "kid": {"warning": "12 images are few."}},
+                Cost(3_012_345, 12_000_000_000, 345_678_901, 129.34, 8.8123, 3 << 30, 4, "a GPU") if i == 0 else None,
+                errors.compute(),
+                differences={
+                    "psnr": Difference(-2.5, -3.0, -2.0),
+                    "lpips_alex": Difference(-0.05, -0.06, -0.04),
+                    "kid": Difference(0.1, -0.1, 0.3),
                 },
             )
-            for target in targets[1:]
-        ],
-        costs=[Cost(targets[0], 3_012_345, 12_345_678_901, 129.34, 8.8123, 3 << 30, "a GPU")],
-        cost_note="Of one image.",
-        galleries=galleries,
-        bands=bands,
-        artefacts={target: find_artefacts(Faulty(grid=4.0 + i), size) for i, target in enumerate(targets[:2])}
-        if artefacts
-        else {},
-        weights=[
-            UsedWeights("LPIPS", "vgg16-397923af.pth", "397923af" * 8, True),
-            UsedWeights("A", "x.ckpt", "0" * 64),
-        ],
-        warnings=["12 images are few."],
-        environment={"torch": "2.5"},
-    )
+        )
+    protocol = {"name": "open-litevae", "version": 1, "size": size}
+    images = {"source": "tiles", "n": len(keys), "sha256": "ab" * 32, "unreadable": 0, "enlarged": 0}
+    return Evaluated(Results(protocol, "0123456789abcdef", images, rows), Pictures(galleries, "psnr", artefacts))
+
+
+COMMAND = "olvae evaluate --metrics psnr,lpips,kid runs/a runs/b"
+
+
+def changed(evaluated: Evaluated, rows: list[Row] | None = None, **changes) -> Evaluated:
+    """Other results, with the same pictures."""
+    return replace(evaluated, results=replace(evaluated.results, rows=rows or evaluated.results.rows, **changes))
 
 
 @pytest.fixture(scope="module")
-def whole() -> Page:
+def whole() -> Evaluated:
     return page(["one", LONG, "three"])
 
 
 def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
-    html = render_page(whole)
+    html = render_page(whole, COMMAND)
     reader = Reader(html)
     tags = {tag for tag, _ in reader.elements}
     assert {"table", "dl", "figure", "section", "style"} <= tags
@@ -154,26 +142,29 @@ def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
 
 
 def test_what_users_write_is_text():
-    hostile = replace(
-        page([HOSTILE, "b"], artefacts=False),
-        title=HOSTILE,
-        command=HOSTILE,
-        protocol={HOSTILE: HOSTILE},
-        protocol_hash=HOSTILE,
-        data=HOSTILE,
-        cost_note=HOSTILE,
-        warnings=[HOSTILE],
-        weights=[UsedWeights(HOSTILE, HOSTILE, HOSTILE)],
-        environment={HOSTILE: HOSTILE},
-        columns=[Column("psnr", HOSTILE, "higher")],
-        bands={HOSTILE: {HOSTILE: {"mse": 1.0, "share_of_signal": None}}},
-        artefacts={HOSTILE: find_artefacts(Faulty(), 16)},
-    )
     x = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    shown = Shown(HOSTILE, HOSTILE, {HOSTILE: [Example(HOSTILE, math.inf, x, x)]})
-    rows = [Row(HOSTILE, 1, {"psnr": Score(None, reason=HOSTILE)}), hostile.rows[1]]
-    hostile = replace(hostile, galleries=[shown], rows=rows, differences=rows, costs=[Cost(HOSTILE, device=HOSTILE)])
-    reader = Reader(render_page(hostile))
+    gallery = Gallery("higher")
+    gallery.add([HOSTILE], [math.inf], x[None], x[None])
+    first = Row(
+        HOSTILE,
+        1,
+        {},
+        {"psnr": HOSTILE},
+        details={
+            "lpips": {"warning": HOSTILE, "weights": dict.fromkeys(("file", "sha256"), HOSTILE) | {"published": 0}}
+        },
+        cost=Cost(1, 2, 3, None, None, None, 1, HOSTILE),
+        bands={HOSTILE: {"mse": 1.0, "share_of_signal": None}},
+    )
+    results = Results(
+        {HOSTILE: HOSTILE, "name": HOSTILE, "size": 8},
+        HOSTILE,
+        {"source": HOSTILE, "n": 1, "sha256": HOSTILE, "unreadable": 0, "enlarged": 0},
+        [first, replace(first, target=HOSTILE + "2")],
+        [replace(first, target=HOSTILE + "3")],
+    )
+    pictures = Pictures({HOSTILE: gallery}, "psnr", {HOSTILE: find_artefacts(Faulty(), 16)})
+    reader = Reader(render_page(Evaluated(results, pictures), HOSTILE))
     assert "script" not in {tag for tag, _ in reader.elements}
     assert all(a["src"].startswith("data:") for tag, a in reader.elements if tag == "img")
     assert not any(name.startswith("on") for _, attributes in reader.elements for name in attributes)
@@ -182,30 +173,39 @@ def test_what_users_write_is_text():
 
 
 def test_the_numbers_and_marks(whole):
-    html = render_page(whole)
+    html = render_page(whole, COMMAND, datetime(2026, 11, 25, 3, 20, tzinfo=timezone.utc))
     text = Reader(html).all_text()
-    values = [row.scores["psnr"].value for row in whole.rows]
+    values = [row.metrics["psnr"] for row in whole.results.rows]
     assert values[0] > values[1] > values[2]
-    assert f'<span class="best">{values[0]:.2f}</span>' in html  # the highest
-    assert f'<span class="best">{values[1]:.2f}</span>' not in html
-    assert f"[{values[1] - 1:.2f}, {values[1] + 1.25:.2f}]" in text
-    assert '<span class="best">1.2e-05</span>' in html  # the lowest; three decimals would show none of it
+    assert f'<span class="best">{values[0]:.3f}</span>' in html  # the highest
+    assert f'<span class="best">{values[1]:.3f}</span>' not in html
+    assert f"[{values[1] - 1:.3f}, {values[1] + 1.25:.3f}]" in text
+    assert '<span class="best">1.2e-06</span>' in html  # the lowest; five decimals would be 0
     assert text.count("LPIPS needs vgg16-397923af.pth") == 1  # one note for all three
     assert html.count("<sup>1</sup>") == 3
-    assert '<span class="worse">\N{MINUS SIGN}2.50</span>' in html
-    assert "[\N{MINUS SIGN}3.00, \N{MINUS SIGN}2.00]" in text
+    assert '<span class="worse">\N{MINUS SIGN}2.500</span>' in html
+    assert "[\N{MINUS SIGN}3.000, \N{MINUS SIGN}2.000]" in text
     assert '<span class="better">\N{MINUS SIGN}0.050</span>' in html  # lower is better
-    assert "<span>+0.100</span>" in html  # an interval with 0 is no difference
+    assert "<span>+0.10000</span>" in html  # an interval with 0 shows no difference
     assert "12 images." in text
     for number in ("3.01", "12.3", "129", "8.81", "3072", "a GPU"):
         assert number in text
     assert "25 November 2026, 03:20 UTC" in text
-    for words in ("0123456789abcdef", "397923af" * 8, "the same", "12 images are few.", whole.command, LONG):
+    for words in ("0123456789abcdef", "397923af" * 8, "the same", "12 images are few.", COMMAND, LONG, "batches of 4"):
         assert words in text
+    assert "12 images of tiles, sha256 abababababababab…" in text
+
+
+def test_earlier_rows_stand_below(whole):
+    earlier = Row("an earlier one", 12, {"psnr": 99.0, "lpips": 0.5})
+    text = Reader(render_page(changed(whole, earlier=[earlier]))).all_text()
+    assert "D an earlier one" in text
+    assert "99.000" in text
+    assert "not computed" in text  # its KID
 
 
 def test_bars_are_as_long_as_the_error(whole):
-    bands = whole.bands
+    bands = {row.target: row.bands for row in whole.results.rows}
     largest = max(band["mse"] for found in bands.values() for band in found.values())
     widths = [float(width) for width in re.findall(r'class="c\d" style="width: ([\d.]+)%"', render_page(whole))]
     assert len(widths) == 2 * 3 * 10
@@ -215,13 +215,14 @@ def test_bars_are_as_long_as_the_error(whole):
 
 
 def test_infinite_values_and_uneven_sets():
-    rows = [Row("a", 1, {"psnr": Score(math.inf, reason="no interval: equal images")}), Row("b", 2, {})]
-    small = replace(page(["a", "b"], artefacts=False), rows=rows, galleries=[], bands={}, differences=[], costs=[])
-    html = render_page(small)
+    images = {"source": "tiles", "n": 2, "sha256": "ab", "unreadable": 0, "enlarged": 0}
+    rows, protocol = [Row("a", 1, {"psnr": math.inf})], {"name": "mine", "size": 8}
+    results = Results(protocol, "0", images, rows, earlier=[Row("b", 2, {})])
+    html = render_page(Evaluated(results, Pictures({}, "psnr", {})))
     assert "∞" in html
     assert "Images: A 1, B 2." in html
     assert "best</span>" not in html
-    assert "no interval: equal images" in html
+    assert "infinite: an image is equal to its reconstruction" in html
     for absent in ('id="gallery"', 'id="bands"', 'id="artefacts"', 'id="cost"', "Differences"):
         assert absent not in html
     Reader(html)
@@ -251,14 +252,17 @@ def test_small_pictures_are_kept_to_the_pixel_and_large_ones_kept_small():
 
 def test_a_failure_leaves_the_old_page(tmp_path, whole):
     path = tmp_path / "report.html"
-    write_page(whole, path)
+    when = datetime(2026, 11, 25, tzinfo=timezone.utc)
+    write_page(whole, path, COMMAND, when)
     before = path.read_text(encoding="utf-8")
-    assert before == render_page(whole)
+    assert before == render_page(whole, COMMAND, when)
+    (first, *others) = whole.results.rows
+    broken = replace(first, bands={"LL1": {"mse": 1.0}})  # a band without its share
     with pytest.raises(KeyError):
-        write_page(replace(whole, bands={"one": {"LL1": {"mse": 1.0}}}), path)  # a band without its share
+        write_page(changed(whole, [broken, *others]), path)
     assert path.read_text(encoding="utf-8") == before
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-    write_page(replace(whole, title="not utf-8 \udcff"), path)
+    write_page(whole, path, "not utf-8 \udcff")
     assert "not utf-8 \\udcff" in path.read_text(encoding="utf-8")
 
 
