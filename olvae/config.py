@@ -20,7 +20,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-__all__ = ["Config", "ConfigError", "Node", "instantiate", "load", "resolve_target", "save", "unknown_keys", "validate"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Node",
+    "check_arguments",
+    "instantiate",
+    "load",
+    "resolve_target",
+    "save",
+    "unknown_keys",
+    "validate",
+]
 
 Config = dict[str, Any]
 _NODE = "a node of target and params"
@@ -193,7 +204,7 @@ def _check_lightning(section: Any) -> Iterator[str]:
 
     trainer = section.get("trainer")
     if trainer is not None:
-        yield from _check_arguments(Trainer, trainer, "lightning.trainer")
+        yield from check_arguments(Trainer, trainer, "lightning.trainer")
         for key in set(trainer) & set(TRAINER_OURS) if isinstance(trainer, Mapping) else ():
             yield f"lightning.trainer.{key}: is set by {TRAINER_OURS[key]}; leave it out"
     callbacks = section.get("callbacks")
@@ -225,10 +236,16 @@ def _check_node(node: Any, where: str, filled_in: Container[str]) -> Iterator[st
     if where == "model" and isinstance(params, Mapping):
         for key in set(params) & set(SAID_ELSEWHERE):
             yield f"model.params.{key}: say it in {SAID_ELSEWHERE[key]}"
-    yield from _check_arguments(factory, params, f"{where}.params", filled_in)
+    yield from check_arguments(factory, params, f"{where}.params", filled_in)
 
 
-def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
+def check_arguments(factory: Any, params: Any, where: str = "", filled_in: Container[str] = ()) -> Iterator[str]:
+    """One line for each mistake in the arguments of a class or function, and of the nodes among them.
+
+    Args:
+        where: the place of the arguments in the config, as in ``data.params``.
+        filled_in: names of arguments that may be missing.
+    """
     if not isinstance(params, Mapping):
         yield f"{where}: expected a mapping of arguments, got {params!r}"
         return
@@ -236,26 +253,27 @@ def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container
         arguments = inspect.signature(factory).parameters
     except ValueError:  # built-in functions have none
         return
+    prefix = f"{where}." if where else ""
     open_ended = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
     named = {n: a for n, a in arguments.items() if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
     if not open_ended:
-        yield from unknown_keys(params, tuple(named), f"{where}.")
+        yield from unknown_keys(params, tuple(named), prefix)
     for name, argument in named.items():
         if argument.default is argument.empty and name not in params and name not in filled_in:
-            yield f"{where}.{name}: missing"
+            yield f"{prefix}{name}: missing"
     hints = _type_hints(factory)
     for name, value in params.items():
         hint = hints.get(name)
         if _is_node(hint) and isinstance(value, list) and typing.get_origin(hint) is Sequence:
             for i, part in enumerate(value):
-                yield from _check_node(part, f"{where}.{name}.{i}", set())
+                yield from _check_node(part, f"{prefix}{name}.{i}", set())
         elif _is_node(hint) and value is not None:
-            yield from _check_node(value, f"{where}.{name}", set())
+            yield from _check_node(value, f"{prefix}{name}", set())
         elif hint is not None:
             try:
                 check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             except TypeCheckError:
-                yield f"{where}.{name}: expected {_readable(hint)}, got {value!r}"
+                yield f"{prefix}{name}: expected {_readable(hint)}, got {value!r}"
 
 
 def _type_hints(factory: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from olvae.models.large.memory import default_memory
 from olvae.models.large.padding import crop_to, pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.models.large.tiling import decode_tiled
-from olvae.models.spec import autoencoder_params, build_autoencoder, export_config
+from olvae.models.spec import AutoencoderSpec
 
 __all__ = ["AutoencoderLiteVAE"]
 
@@ -71,7 +71,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
             "scaling_factor": scaling_factor,
             "shift_factor": shift_factor,
         }
-        built = build_autoencoder(**autoencoder_params(given, type(self).__name__, only_ours=True))
+        built = LiteVAE.from_spec(AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True))
         self.encoder = built.encoder
         self.decoder = built.decoder
         self.quantizer = built.quantizer
@@ -79,7 +79,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         self.use_tiling = False
         self.tiling_memory: int | None = None
 
-        follows = {name: value for name, value in export_config(built).items() if name not in given}
+        follows = {name: value for name, value in built.export_config().items() if name not in given}
         del follows["_class_name"]
         said = {
             "block_out_channels": None if block_out_channels is None else list(block_out_channels),
@@ -99,7 +99,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":
         """One with the weights of ``autoencoder``, which the two share."""
-        config = export_config(autoencoder)
+        config = autoencoder.export_config()
         model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
         model.encoder, model.decoder = autoencoder.encoder, autoencoder.decoder
         model.quantizer = autoencoder.quantizer

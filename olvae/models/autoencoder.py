@@ -9,14 +9,17 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from olvae.config import ConfigError, instantiate
-from olvae.models.hub import CARD, HubAccess, is_hub_id, told_in_one_line
+from olvae.checkpoint import load_weights, read_weights
+from olvae.config import Config, ConfigError, instantiate
+from olvae.models.hub import CARD, HubAccess, is_hub_id, upload_errors
+from olvae.models.pretrained import Located, config_kept, locate, write_export
+from olvae.models.spec import AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 
-__all__ = ["Autoencoder", "LiteVAE", "Quantizer"]
+__all__ = ["Autoencoder", "LiteVAE", "Quantizer", "load_located"]
 
 
 class Autoencoder(nn.Module, ABC):
@@ -138,6 +141,16 @@ class LiteVAE(
         return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
 
     @classmethod
+    def from_spec(cls, spec: AutoencoderSpec) -> "LiteVAE":
+        """Build with fresh weights; see :meth:`from_config`."""
+        model = cls.from_config(
+            spec.encoder_config, spec.decoder_config, spec.embed_dim, spec.use_quant, spec.initial_logvar
+        )
+        model = model.fold() if spec.folded else model
+        model.scaling_factor, model.shift_factor = float(spec.scaling_factor), float(spec.shift_factor)
+        return model
+
+    @classmethod
     def from_pretrained(  # type: ignore[override]  # the mixin's knows no runs, files of weights, nor YAML
         cls,
         path_or_id: str | Path,
@@ -171,10 +184,9 @@ class LiteVAE(
             ConfigError: there is no config, or it has mistakes, or names code from outside this package.
             ValueError: the weights are not readable, not finite, or of another model; the message lists the names.
         """
-        from olvae.models.pretrained import load_located, locate
-
         hub = HubAccess(revision, token, cache_dir, force_download, local_files_only)
-        return load_located(locate(path_or_id, config, hub), raw, allow_mismatch, dtype)
+        found = locate(path_or_id, config, hub)
+        return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which :meth:`from_pretrained` and
@@ -187,16 +199,17 @@ class LiteVAE(
         Raises:
             ValueError: a network is not of this package, or some weights are not finite; nothing is written.
         """
-        from olvae.models.pretrained import check_saveable, config_kept
-
-        check_saveable(self)
+        self._check_saveable()
         with config_kept(Path(save_directory)):
             return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from olvae.models.pretrained import write_export
+        write_export(self.state_dict(), self.export_config(), save_directory)
 
-        write_export(self, save_directory)
+    def _check_saveable(self) -> None:
+        self.export_config()
+        if broken := [name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save it to a repository of the Hugging Face hub, which is made if need be; the address of the commit.
@@ -209,13 +222,11 @@ class LiteVAE(
             OSError: the hub refuses, or can't be reached.
             ValueError: as :meth:`save_pretrained`; no repository is made.
         """
-        from olvae.models.pretrained import check_saveable
-
-        check_saveable(self)
+        self._check_saveable()
         # Without an owner it becomes the token's owner's, whose name is not known yet.
         place = {"repo_id": repo_id} if is_hub_id(repo_id) else {}
         kwargs["model_card_kwargs"] = {**place, **(kwargs.get("model_card_kwargs") or {})}
-        with told_in_one_line(repo_id):
+        with upload_errors(repo_id):
             return super().push_to_hub(repo_id, **kwargs)
 
     @torch.no_grad()
@@ -235,6 +246,31 @@ class LiteVAE(
             "embed_dim": self.latent_channels,
             "use_quant": self.quantizer is not None,
         }
+
+    def export_config(self) -> Config:
+        """The config.json of an export.
+
+        Raises:
+            ValueError: a network is not of this package, or has an argument that JSON does not have.
+        """
+        spec = AutoencoderSpec(
+            **self.config,
+            folded=self.folded,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+        )
+        decoder = self.decoder.node["params"]
+        return spec.to_export(
+            # Pipelines count the entries of block_out_channels to know by how much the latent is smaller.
+            block_out_channels=[decoder["channels"] * m for m in decoder["channel_mult"]],
+            force_upcast=False,
+            in_channels=self.in_channels,
+            latent_channels=self.latent_channels,
+            out_channels=self.decoder.out_channels,
+            sample_size=self.encoder.image_size,
+            use_post_quant_conv=self.quantizer is not None,
+            use_quant_conv=self.quantizer is not None,
+        )
 
     @property
     def in_channels(self) -> int:
@@ -285,6 +321,29 @@ class LiteVAE(
         assert isinstance(folded, LiteVAE)
         folded.folded = True
         return folded
+
+
+def load_located(
+    found: Located,
+    weights: Mapping[str, Tensor],
+    allow_mismatch: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> LiteVAE:
+    """Build an autoencoder that was located, and load the weights that were read; in evaluation mode.
+
+    Raises:
+        ConfigError: the networks can't be built.
+        ValueError: as :func:`load_weights`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
+        try:
+            model = LiteVAE.from_spec(found.spec).to(dtype)
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {reason}") from error
+    load_weights(model, weights, found.weights, allow_mismatch)
+    return model.eval()
 
 
 def _check(name: str, value: Any, other_name: str, other: Any) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from olvae import config as cfg
 from olvae import runs
-from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights
+from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
@@ -193,7 +193,7 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
         return 0, 0
     file = resumed.last_checkpoint
     checkpoint = read_checkpoint(file)
-    load_weights(model, pick_weights(checkpoint, file), file)
+    load_weights(model, pick_weights(state_dict_of(checkpoint, file), file), file)
     needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "images_seen", "iteration")
     if missing := [key for key in needed if not checkpoint.get(key) and checkpoint.get(key) != 0]:
         raise ValueError(

@@ -108,7 +108,7 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     taesd.save_pretrained(tmp_path / "taesd")
     for arguments, code, text in (
         ([f"diffusers:{tmp_path / 'taesd'}"], 2, "not a LiteVAE"),
-        ([tmp_path / "missing"], 1, "not there; a target is a run folder"),
+        ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),
         ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not a latents.json"),
