@@ -84,7 +84,7 @@ def command(
     import logging
 
     from olvae.config import ConfigError
-    from olvae.devices import device_of, join, leave
+    from olvae.devices import join, leave, resolve_device
     from olvae.evaluation.protocol import PROTOCOLS, named
     from olvae.evaluation.report.outputs import results_folder, write_outputs
     from olvae.evaluation.report.tables import print_evaluations
@@ -113,7 +113,7 @@ def command(
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     request = Request(
-        found, protocols, names, data, size, images, batch_size, weights_dir, device_of(device), baselines, report
+        found, protocols, names, data, size, images, batch_size, weights_dir, resolve_device(device), baselines, report
     )
     assessments = assess(request)
     leave()
