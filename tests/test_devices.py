@@ -83,7 +83,7 @@ def test_precision():
         resolve_precision("16", "cpu")
 
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[1]
 
 PROGRAM = """
 import sys
