@@ -173,14 +173,8 @@ def _is_inert(name: str) -> bool:
 
 def _shell(name: str) -> type:
     module, _, last = name.rpartition(".")
-
-    def __init__(self: object, *args: object) -> None:  # noqa: N807
-        del self, args
-
-    def __setstate__(self: object, state: object) -> None:  # noqa: N807
-        del self, state
-
-    return type(last, (dict,), {"__module__": module, "__init__": __init__, "__setstate__": __setstate__})
+    nothing = {"__init__": lambda *_: None, "__setstate__": lambda *_: None}
+    return type(last, (dict,), {"__module__": module, **nothing})
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""``olvae``: the commands, and how their mistakes are told."""
+"""``olvae``: the commands, and how errors are printed."""
 
 import sys
 import warnings
@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    epilog="A mistake is told in one line; add --debug to any command for the traceback.",
+    epilog="Errors are one line; add --debug to any command for the traceback.",
 )
 for command in (train, evaluate, reconstruct, latents, encode, decode, export, validate, tables):
     app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
@@ -33,7 +33,7 @@ PACKAGE = Path(__file__).parent.parent
 PYTHONS_FORMAT = warnings.formatwarning
 
 MANY_VALUES = ("--base", "-b")
-"""Options that take several values after one flag, as the latent-diffusion commands do."""
+"""Options that take several values after one flag, as in latent-diffusion's commands."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(_tell(error))
     code = code if isinstance(code, int) else 0
-    if code == STOPPED:  # what typer makes of Ctrl-C; a command that has said more leaves by SystemExit
+    if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
     sys.exit(code)
 
@@ -60,22 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """One line where it is this package's own; others' with the place, as Python has it."""
+    """One line for this package's warnings; Python's format, with the place, for others."""
     if Path(filename).is_relative_to(PACKAGE):
         return f"warning: {message}\n"
     return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
 def _tell(error: Exception) -> int:
-    """Print one line, or one for each mistake of a config; the exit code."""
-    if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, found by click or typer's copy of it
+    """Print one line, or one for each mistake of a config; returns the exit code."""
+    if hasattr(error, "show") and hasattr(
+        error, "exit_code"
+    ):  # wrong usage: an exception of click, or of typer's copy of it
         error.show()
         return int(error.exit_code)
     from olvae.config import ConfigError
 
     expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
-    if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: its last line
+    if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: keep its last line
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last
     if not expected:
@@ -86,7 +88,7 @@ def _tell(error: Exception) -> int:
 
 
 def _repeat_flags(arguments: list[str]) -> list[str]:
-    """``--base a b`` as ``--base a --base b``, which is what click takes; overrides (key=value) end the list."""
+    """Turn ``--base a b`` into ``--base a --base b`` for click; overrides (key=value) end the list."""
     out: list[str] = []
     flag: str | None = None
     for index, argument in enumerate(arguments):

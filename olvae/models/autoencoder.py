@@ -23,7 +23,7 @@ __all__ = ["Autoencoder", "LiteVAE", "Quantizer", "load_located"]
 
 
 class Autoencoder(nn.Module, ABC):
-    """What evaluation, latents and reconstruction ask of any autoencoder; images are in [-1, 1]."""
+    """The interface of every autoencoder to evaluate, encode and reconstruct with; images are in [-1, 1]."""
 
     @property
     @abstractmethod
@@ -33,7 +33,7 @@ class Autoencoder(nn.Module, ABC):
     @property
     @abstractmethod
     def downscale(self) -> int:
-        """f: how many pixels of the image, per side, one latent position stands for."""
+        """f: pixels of the image per latent position, along each side."""
 
     @property
     @abstractmethod
@@ -58,9 +58,9 @@ class Quantizer(nn.Module):
     """The two 1x1 convolutions of the latent-diffusion autoencoders, under their published names [M].
 
     Args:
-        latent_dim: channels that the encoder gives.
+        latent_dim: channels of the encoder's output.
         embed_dim: channels of the latent, n_z.
-        z_channels: channels that the decoder takes.
+        z_channels: channels of the decoder's input.
     """
 
     def __init__(self, latent_dim: int, embed_dim: int, z_channels: int) -> None:
@@ -85,7 +85,7 @@ class LiteVAE(
         quantizer: optional 1x1 convolutions on either side of the latent.
 
     Raises:
-        ValueError: the two halves do not fit each other.
+        ValueError: encoder and decoder do not fit each other.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, quantizer: Quantizer | None = None) -> None:
@@ -96,8 +96,7 @@ class LiteVAE(
         self.folded = False
         """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
         self.scaling_factor, self.shift_factor = 1.0, 0.0
-        """What a diffusion model on these latents takes: (z - shift_factor) * scaling_factor. Kept for it, not used
-        by encode and decode."""
+        """For a diffusion model, whose input is (z - shift_factor) * scaling_factor; encode and decode use neither."""
         if quantizer is None:
             _check(
                 "encoder's latent_dim",
@@ -105,7 +104,7 @@ class LiteVAE(
                 "twice the decoder's z_channels",
                 2 * decoder.z_channels,
             )
-        _check("encoder's shrinking factor", encoder.downscale, "the decoder's growing factor", decoder.upscale)
+        _check("encoder's downscale", encoder.downscale, "the decoder's upscale", decoder.upscale)
         _check("encoder's in_channels", encoder.in_channels, "the decoder's out_channels", decoder.out_channels)
 
     @classmethod
@@ -117,14 +116,19 @@ class LiteVAE(
         use_quant: bool = False,
         initial_logvar: float = 0.0,
     ) -> "LiteVAE":
-        """Build from the nodes of a config's ``model.params``.
+        """Build from the nodes of a config's ``model.params``, with fresh weights.
 
-        Without ``use_quant`` the encoder gives the 2 ``embed_dim`` moments itself; its ``latent_dim`` may be
-        left out, be that number, or be ``embed_dim``, as in the published YAML. With it, ``latent_dim`` is the
-        encoder's width before the 1x1 convolution and is taken as it is.
+        Args:
+            encoder_config, decoder_config: nodes of an Encoder and a Decoder.
+            embed_dim: n_z, channels of the latent.
+            use_quant: put a 1x1 convolution on either side of the latent. The encoder's ``latent_dim`` is then its
+                width before the convolution. Without it the encoder computes the 2 ``embed_dim`` moments itself, and
+                its ``latent_dim`` may be left out, be that number, or be ``embed_dim``, as in the published YAML.
+            initial_logvar: added to the bias of the log-variances. At 0 the latent of fresh weights is mostly noise,
+                which a short training would first have to unlearn.
 
-        ``initial_logvar`` is added to the bias of the log-variances: at 0, where fresh weights start, the latent
-        is mostly noise, which a short training spends its first steps on.
+        Raises:
+            ConfigError: a node has mistakes, or ``latent_dim`` does not fit.
         """
         if use_quant:
             encoder = instantiate(encoder_config)
@@ -134,7 +138,7 @@ class LiteVAE(
         latent_dim = (encoder_config.get("params") or {}).get("latent_dim", 2 * embed_dim)
         if latent_dim not in (embed_dim, 2 * embed_dim):
             raise ConfigError(
-                f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder gives the "
+                f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder computes the "
                 f"moments of embed_dim = {embed_dim} channels: leave latent_dim out, or set use_quant"
             )
         encoder = instantiate(encoder_config, latent_dim=2 * embed_dim)
@@ -151,7 +155,7 @@ class LiteVAE(
         return model
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the mixin's knows no runs, files of weights, nor YAML
+    def from_pretrained(  # type: ignore[override]  # other arguments than the mixin's
         cls,
         path_or_id: str | Path,
         *,
@@ -165,24 +169,24 @@ class LiteVAE(
         allow_mismatch: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> "LiteVAE":
-        """A trained autoencoder, in evaluation mode.
+        """Load a trained autoencoder, in evaluation mode.
 
         Args:
             path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config beside
                 it, a folder with one of each, or an id of the Hugging Face hub, such as
                 RGenDiff/olitevaeB_im_f8c12.
-            revision: of the hub's repository: a branch, tag or commit.
-            token, cache_dir, force_download, local_files_only: of the hub, as everywhere; by default what its
-                environment says.
+            revision: a branch, tag or commit of the hub's repository.
+            token, cache_dir, force_download, local_files_only: as in huggingface_hub; by default its environment
+                decides.
             config: the config instead of the one beside the weights: a YAML file, a config.json, or its content.
-            raw: the weights as trained, where there are averaged ones (EMA) besides.
+            raw: the weights as trained, not the averaged ones (EMA).
             allow_mismatch: load the tensors that fit, and warn of the others.
             dtype: of the parameters.
 
         Raises:
-            FileNotFoundError: there is no such thing, here or on the hub, or the hub can't be reached.
-            ConfigError: there is no config, or it has mistakes, or names code from outside this package.
-            ValueError: the weights are not readable, not finite, or of another model; the message lists the names.
+            FileNotFoundError: it was not found, here or on the hub, or the hub can't be reached.
+            ConfigError: the config is missing, has mistakes, or names code from outside this package.
+            ValueError: the weights are not readable, non-finite, or of another model; the message lists the names.
         """
         hub = HubAccess(revision, token, cache_dir, force_download, local_files_only)
         found = locate(path_or_id, config, hub)
@@ -190,14 +194,14 @@ class LiteVAE(
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which :meth:`from_pretrained` and
-        diffusers read, and a short README.md where there is none; ``olvae export`` makes a model card, and checks what
-        it wrote.
+        diffusers read, and a short README.md if there is none. ``olvae export`` also writes a model card, and checks
+        the result.
 
         Args:
-            kwargs: of huggingface_hub's mixin, such as push_to_hub.
+            kwargs: for huggingface_hub's mixin, such as push_to_hub.
 
         Raises:
-            ValueError: a network is not of this package, or some weights are not finite; nothing is written.
+            ValueError: a network is not of this package, or weights are non-finite; nothing is written.
         """
         self._check_saveable()
         with config_kept(Path(save_directory)):
@@ -212,18 +216,18 @@ class LiteVAE(
             raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save it to a repository of the Hugging Face hub, which is made if need be; the address of the commit.
+        """Save to a repository of the Hugging Face hub, which is created if missing; returns the commit's address.
 
         Args:
             repo_id: OWNER/NAME, or NAME for one's own.
-            kwargs: of huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
+            kwargs: for huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
 
         Raises:
             OSError: the hub refuses, or can't be reached.
             ValueError: as :meth:`save_pretrained`; no repository is made.
         """
         self._check_saveable()
-        # Without an owner it becomes the token's owner's, whose name is not known yet.
+        # Without OWNER the card can't name the repository: the hub fills in the token's owner.
         place = {"repo_id": repo_id} if is_hub_id(repo_id) else {}
         kwargs["model_card_kwargs"] = {**place, **(kwargs.get("model_card_kwargs") or {})}
         with upload_errors(repo_id):
@@ -239,7 +243,7 @@ class LiteVAE(
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments of :meth:`from_config` that build it again."""
+        """The arguments for :meth:`from_config` that build this model again."""
         return {
             "encoder_config": self.encoder.node,
             "decoder_config": self.decoder.node,
@@ -293,7 +297,7 @@ class LiteVAE(
             ValueError: H or W is not a multiple of f, or the images are integers.
         """
         if not x.is_floating_point():
-            raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: x / 127.5 - 1 makes them of 0..255")
+            raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1")
         moments: Tensor = self.encoder(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
@@ -310,13 +314,8 @@ class LiteVAE(
         x: Tensor = self.decoder(z)
         return x
 
-    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction, from the posterior's mode or from a sample, and the posterior."""
-        posterior = self.encode(x)
-        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
-
     def fold(self) -> "LiteVAE":
-        """A copy for inference whose self-modulated convolutions are ordinary ones: same function, faster."""
+        """A copy for inference with ordinary convolutions for the self-modulated ones: same function, faster."""
         folded = fold_smc(self)
         assert isinstance(folded, LiteVAE)
         folded.folded = True

@@ -89,28 +89,27 @@ def snapshot(
     """
     where = f"{repo_id}@{access.revision}" if access.revision else repo_id
     try:
-        return Path(
-            snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **asdict(access))
-        )
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id}: no such file or folder, and not an id of the hub") from error
-    except GatedRepoError as error:
-        raise FileNotFoundError(f"{where}: access is restricted: ask for it on the hub, then set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where}: no such file or folder here, and no such repository on the hub (a private one needs HF_TOKEN)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{where}: the repository has no such revision") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where}: no such file or folder here, not in the hub's cache, and the hub can't be reached: "
-            f"{_first_line(error.__cause__ or error)}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{where}: the hub answers: {_first_line(error)}") from error
-    except Exception as error:  # the connection broke off
-        raise OSError(f"{where}: not downloaded: {_first_line(error)}") from error
+        folder = snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **asdict(access))
+    except Exception as error:
+        for kind, message in _NOT_FOUND.items():
+            if isinstance(error, kind):
+                told = message.format(error=_first_line(error), cause=_first_line(error.__cause__ or error))
+                raise FileNotFoundError(f"{where}: {told}") from error
+        raise OSError(f"{where}: not downloaded: {_first_line(error)}") from error  # the connection broke off
+    return Path(folder)
+
+
+_NOT_FOUND: dict[type[Exception], str] = {
+    HFValidationError: "no such file or folder, and not an id of the hub",
+    GatedRepoError: "access is restricted: ask for it on the hub, then set HF_TOKEN",
+    RepositoryNotFoundError: "no such file or folder here, and no such repository on the hub (a private one needs "
+    "HF_TOKEN)",
+    RevisionNotFoundError: "the repository has no such revision",
+    LocalEntryNotFoundError: "no such file or folder here, not in the hub's cache, and the hub can't be reached: "
+    "{cause}",
+    HfHubHTTPError: "the hub answers: {error}",
+}
+"""Messages for huggingface_hub's errors; the first that fits, since some are kinds of others."""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.regularizers import Anchor, transform_alike
 from olvae.models.validation import ValidatedModule
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import DiagonalGaussian, Posterior
 
 __all__ = [
     "LiteAutoencoderKL",
@@ -213,10 +213,9 @@ class LiteAutoencoderKL(ValidatedModule):
         """See :meth:`LiteVAE.decode`."""
         return self.autoencoder.decode(z)
 
-    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, DiagonalGaussian]:
+    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
         """See :meth:`LiteVAE.forward`."""
-        reconstruction, posterior = self.autoencoder(x, sample_posterior)
-        return reconstruction, posterior
+        return self.autoencoder.forward(x, sample_posterior)
 
     def images(self, batch: Batch) -> Tensor:
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""

@@ -15,7 +15,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.modules.base import Decoder, Encoder
 
-__all__ = ["CLASS_NAME", "CONFIG_NAME", "WEIGHTS_NAME", "AutoencoderSpec", "class_in", "is_ours", "read_config"]
+__all__ = ["CLASS_NAME", "CONFIG_NAME", "WEIGHTS_NAME", "AutoencoderSpec", "class_in", "read_config"]
 
 
 OURS = "olvae."
@@ -86,7 +86,9 @@ class AutoencoderSpec:
             _check_export(content, origin)
             params, prefix = {key: content[key] for key in IN_EXPORT if key in content}, ""
         targets = {key: _target(params.get(key)) for key in ("encoder_config", "decoder_config")}
-        foreign = [f"{key}.target: {target}" for key, target in targets.items() if target and not is_ours(target)]
+        foreign = [
+            f"{key}.target: {target}" for key, target in targets.items() if target and not target.startswith(OURS)
+        ]
         if only_ours and foreign:  # before anything of it is imported
             raise ConfigError(*(f"{origin}: {prefix}{it} is not a network of this package: refused" for it in foreign))
         mistakes = list(cfg.check_arguments(cls, params))
@@ -104,7 +106,7 @@ class AutoencoderSpec:
             ValueError: a network is not of this package, or has an argument that JSON does not have.
         """
         for target in (self.encoder_config["target"], self.decoder_config["target"]):
-            if not is_ours(target):
+            if not target.startswith(OURS):
                 raise ValueError(
                     f"{target} is a network of your own: an export holds networks of this package only; keep the run "
                     "folder, or save the state dict"
@@ -115,11 +117,6 @@ class AutoencoderSpec:
         except TypeError as error:
             raise ValueError(f"a network has an argument that JSON does not have: {error}") from error
         return content
-
-
-def is_ours(target: str) -> bool:
-    """Whether a target names something of this package."""
-    return target.startswith(OURS)
 
 
 def read_config(path: str | Path) -> Config:

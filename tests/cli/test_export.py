@@ -113,9 +113,9 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
         ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),
         ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not a latents.json"),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
-        ([run_folder, "--scaling-factor", "0"], 2, "--scaling-factor 0.0: a number above 0"),
-        ([run_folder, "--scaling-factor", "nan"], 2, "--scaling-factor nan: a number above 0"),
-        ([run_folder, "--shift-factor", "inf"], 2, "--shift-factor inf: a finite number"),
+        ([run_folder, "--scaling-factor", "0"], 2, "--scaling-factor 0.0: give a number above 0"),
+        ([run_folder, "--scaling-factor", "nan"], 2, "--scaling-factor nan: give a number above 0"),
+        ([run_folder, "--shift-factor", "inf"], 2, "--shift-factor inf: give a finite number"),
         ([run_folder, "--onnx", "--dtype", "float16"], 2, "--onnx writes float32"),
         ([run_folder, "--config", "a", "--config_base", "b"], 2, "give one of them"),
         (["nobody/nothing-here"], 1, "nobody/nothing-here: no such file or folder here"),
@@ -127,5 +127,5 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
         assert not out.exists()
     got, _, err = olvae(run_folder, "--out", run_folder, "--force")
     assert got == 1
-    assert "not an export, which is all that --force replaces" in err
+    assert "not an export: --force replaces exports only" in err
     assert (run_folder / "checkpoints" / "last.ckpt").is_file()
