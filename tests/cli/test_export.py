@@ -66,7 +66,7 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
 
     code, _, err = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
     name = run_folder.name
-    assert f"metrics.json is left out: it has numbers of {name}, not of {name}, raw weights\n" in err
+    assert f"metrics.json is left out: it is about {name}, not {name}, raw weights\n" in err
     assert not (out / "metrics.json").exists()
     assert "Not measured" in (out / "README.md").read_text()
     raw = LiteVAE.from_pretrained(out)

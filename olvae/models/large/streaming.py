@@ -1,8 +1,8 @@
-"""Encoding within a stated memory: the same result, layer by layer over the whole image.
+"""Encode within a memory limit: the same result, layer by layer over the whole image.
 
-Tiles can't do it: every GroupNorm of the encoder takes its mean and variance over the whole image. So each layer
-runs over the image in strips of rows and adds up the sums that the next norm needs; what lies between the layers
-is kept in memory as far as that goes, and in temporary files beyond.
+Tiles can't do it, because every GroupNorm of the encoder needs the mean and variance of the whole image. So each layer
+runs over the image in strips of rows, and adds up the sums that the next norm needs; layers' outputs are kept in memory
+up to the limit, then in temporary files.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ __all__ = ["encode_within", "moments_within"]
 Function = Callable[[Tensor], Tensor]
 
 STREAMED = (torch.float32, torch.float16, torch.bfloat16)
-"""What lies between the layers is kept in float32."""
+"""Dtypes that can be streamed: layers' outputs are kept in float32."""
 
 
 def encode_within(
@@ -41,19 +41,19 @@ def encode_within(
 def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None) -> Tensor:
     """``model.moments(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
 
-    What fits is encoded as always. What does not is streamed through the UNets: a quarter of the memory is
-    for strips, on x's device, the rest for what lies between layers, on the CPU; more goes to temporary files (in
-    ``TMPDIR``). The wavelet transform and the features, which are no larger than the image, stay outside the budget.
+    An image that fits is encoded as usual. Others are streamed through the UNets: a quarter of the memory is for strips
+    on x's device, the rest for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take what is left. The
+    wavelet transform and the features, no larger than the image, are not counted.
 
     Args:
         model: in evaluation mode.
         x: (B, C, H, W) in [-1, 1], H and W multiples of f.
         memory: bytes.
-        progress: called now and then with the fraction that is done.
+        progress: called from time to time with the fraction that is done.
 
     Raises:
-        ValueError: an encoder other than LiteVAE's does not fit.
-        OSError: the temporary files do not fit on the disk.
+        ValueError: the image does not fit, and the encoder is not LiteVAE's.
+        OSError: the disk is too small for the temporary files.
     """
     encoder = model.encoder
     needs = peak_bytes(encoder, lambda e, images: e(images), tuple(x.shape))
