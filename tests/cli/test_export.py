@@ -44,7 +44,7 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     code, stdout, err = olvae(run_folder, "--out", out)
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
-    assert "not measured; olvae latents measures them" in err
+    assert "not measured: measure with olvae latents" in err
     assert err.endswith(f"export: {out}\n")
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", WEIGHTS_NAME, "metrics.json"]
     assert "averaged over training (EMA)" in (out / "README.md").read_text()

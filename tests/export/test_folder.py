@@ -91,7 +91,7 @@ def test_the_model_card(model, metrics, tmp_path):
 
     export(model.fold(), tmp_path / "bare", Provenance("x", raw=True))
     card = (tmp_path / "bare" / "README.md").read_text()
-    for text in ("license: unknown", "Not measured", "not measured: `olvae latents`", "Unknown.", "Not stated.",
+    for text in ("license: unknown", "Not measured", "not measured: `olvae latents`", "Unknown.", "Not stated;",
                  "float32, as trained, self-modulated convolutions folded"):  # fmt: skip
         assert text in card
     assert not (tmp_path / "bare" / "metrics.json").exists()
@@ -118,7 +118,7 @@ def test_what_is_there_is_kept(model, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for place in (".", tmp_path / "empty"):
-        with pytest.raises(FileExistsError, match=r"the current folder, or a mount point: name a folder in it"):
+        with pytest.raises(FileExistsError, match=r"the current folder, or a mount point: name a new folder in it"):
             export(model, place, SOURCE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "photos", "vae"]
 
