@@ -204,7 +204,7 @@ def test_a_warning_is_one_line(olvae, monkeypatch):
 
 
 def test_debug_shows_the_traceback():
-    with pytest.raises(FileNotFoundError, match="not there"):
+    with pytest.raises(FileNotFoundError, match="not found"):
         main(["evaluate", "missing", "--debug"])
 
 
