@@ -10,7 +10,7 @@ import typer
 from olvae.cli import bench, data, decode, encode, evaluate, export, latents, reconstruct, tables, train, validate
 from olvae.cli.options import STOPPED
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "print_error", "repeat_flags"]
 
 app = typer.Typer(
     name="olvae",
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     warnings.formatwarning = _format_warning
     try:
-        arguments = _repeat_flags([argument for argument in given if argument != "--debug"])
+        arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         code = app(args=arguments, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        sys.exit(_tell(error))
+        sys.exit(print_error(error))
     code = code if isinstance(code, int) else 0
     if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
@@ -66,7 +66,7 @@ def _format_warning(
     return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
-def _tell(error: Exception) -> int:
+def print_error(error: Exception) -> int:
     """Print one line, or one for each mistake of a config; returns the exit code."""
     if hasattr(error, "show") and hasattr(
         error, "exit_code"
@@ -87,7 +87,7 @@ def _tell(error: Exception) -> int:
     return 2 if isinstance(error, ConfigError) else 1
 
 
-def _repeat_flags(arguments: list[str]) -> list[str]:
+def repeat_flags(arguments: list[str]) -> list[str]:
     """Turn ``--base a b`` into ``--base a --base b`` for click; overrides (key=value) end the list."""
     out: list[str] = []
     flag: str | None = None
