@@ -107,10 +107,9 @@ def find_target(
         raw = False
     suffix = RAW if raw else ""
 
-    tensors: _Tensors
     if in_run or exported:
         tensors = _Tensors(lambda: read_weights(weights, raw))
-    else:  # received: it may be of another project
+    else:  # it may be a file of another project
         state = state_dict_of(read_checkpoint(weights), weights, raw)
         if any(name.startswith("encoder.down_blocks.") for name in state):
             raise ValueError(
