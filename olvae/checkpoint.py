@@ -1,4 +1,4 @@
-"""Weights in: what is in a file, and a strict report where it does not fit.
+"""Read weights from a file, and load them strictly: all of them fit, or a report says which do not.
 
 The names of the parameters are the published ones [M]: ``encoder.*``, ``decoder.*``, ``quantizer.*``.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 __all__ = [
@@ -25,28 +27,31 @@ __all__ = [
 ]
 
 AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
-"""Prefixes of an autoencoder's parameters; a checkpoint may carry a loss, a discriminator, EMA copies besides."""
+"""Prefixes of an autoencoder's parameters; a checkpoint may also hold a loss, a discriminator, EMA copies."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-"""Of the files that weights are read from, the preferred one first."""
+"""Suffixes of files of weights, the preferred one first."""
 
 INERT = ("lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "typing")
-"""Packages whose objects a trainer leaves in its checkpoints beside the weights: each is read as an empty shell."""
+"""Packages whose objects trainers leave in checkpoints beside the weights: each object is read as an empty shell."""
 
 INERT_TYPES = ("Any", "bool", "defaultdict", "dict", "float", "int", "list", "str", "tuple")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A safetensors or torch file as a dictionary; only tensors and plain values are read, never code.
+    """Read a safetensors or torch file; only tensors and plain values, never code.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file is missing.
         ValueError: it is not a checkpoint, or holds more than tensors and plain values.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if Path(path).suffix == ".safetensors":
-        return _read_safetensors(path)
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     try:
         with _shells(path), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
@@ -63,29 +68,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
-    """The autoencoder's tensors by their published names, from a Lightning checkpoint, a bare state dict, or a
-    safetensors file.
+    """Read the autoencoder's tensors from a Lightning checkpoint, a bare state dict, or a safetensors file.
 
     Args:
-        raw: take the weights as trained where the file has averaged ones (EMA) besides, which are taken otherwise.
+        raw: the weights as trained, where the file also has averaged ones (EMA).
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_checkpoint`; also where there is no autoencoder in it.
     """
-    return pick_weights(read_checkpoint(path), path, raw)
+    return pick_weights(state_dict_of(read_checkpoint(path), path, raw), path)
 
 
-def pick_weights(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Tensor]:
-    """The autoencoder's tensors of what was read from ``path``; see :func:`read_weights`."""
-    content = state_dict_of(checkpoint, path, raw)
-    weights = {n: t for n, t in content.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
+def pick_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """Pick the autoencoder's tensors out of the state dict that was read from ``path``; see :func:`read_weights`."""
+    weights = {n: t for n, t in state.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
         raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")
     return weights
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Any]:
-    """What a checkpoint has by the names of the model: averaged weights where it has them, unless ``raw``.
+    """The state dict in a checkpoint, with averaged weights where it has them, unless ``raw``.
 
     Lightning's averaging keeps the average in ``state_dict`` and the raw weights in ``current_model_state``; the
     latent-diffusion code keeps the average of ``a.b`` as ``model_ema.ab``.
@@ -115,19 +118,24 @@ def load_weights(
         prefixes: of the names in ``module`` that are loaded.
 
     Raises:
-        ValueError: names are missing, unexpected or of another shape (the message lists them), or values are not
-            finite, or whole numbers, as quantised weights are.
+        ValueError: names are missing, unexpected or of another shape (the message lists them), or values are
+            non-finite, or integers, as quantised weights are.
     """
     own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)}
     fitting = [name for name in own if name in weights and weights[name].shape == own[name].shape]
-    whole = [name for name in fitting if own[name].is_floating_point() and not weights[name].is_floating_point()]
-    if whole:
-        kind = str(weights[whole[0]].dtype).removeprefix("torch.")
-        raise ValueError(f"{origin}: {len(whole)} of its tensors are {kind}, quantised perhaps ({whole[0]}, ...)")
+    integer = [name for name in fitting if own[name].is_floating_point() and not weights[name].is_floating_point()]
+    if integer:
+        kind = str(weights[integer[0]].dtype).removeprefix("torch.")
+        raise ValueError(f"{origin}: {len(integer)} of its tensors are {kind}, quantised perhaps ({integer[0]}, ...)")
     broken = [name for name in fitting if not weights[name].float().isfinite().all()]
     if broken:
-        raise ValueError(f"{origin}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
-    report = mismatches({name: tuple(t.shape) for name, t in own.items()}, weights)
+        raise ValueError(f"{origin}: {len(broken)} of its tensors have non-finite values ({broken[0]}, ...)")
+    shapes = [
+        f"{name} {_shape(weights[name])} for {_shape(tensor)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    report = mismatches([n for n in own if n not in weights], [n for n in weights if n not in own], shapes)
     if report and not (allow_mismatch and fitting):
         raise ValueError(f"{origin}: these weights are of another model: {report}")
     if report:
@@ -137,18 +145,9 @@ def load_weights(
             own[name].copy_(weights[name])
 
 
-def mismatches(own: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> str:
-    """What is missing, unexpected and of another shape, counted and named; empty if everything fits."""
-    misshapen = [
-        f"{name} {_shape(weights[name].shape)} for {_shape(shape)}"
-        for name, shape in own.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    kinds = (
-        ("missing", [name for name in own if name not in weights]),
-        ("unexpected", [name for name in weights if name not in own]),
-        ("of another shape", misshapen),
-    )
+def mismatches(missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> str:
+    """Count and name the tensors that do not fit; empty if everything fits."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
     return "; ".join(
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in kinds
@@ -156,19 +155,9 @@ def mismatches(own: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]
     )
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-
-
 def _shells(path: str | Path) -> AbstractContextManager[object]:
-    """Lets the objects of :data:`INERT` packages be read, each as a class of the same name that holds anything and
-    does nothing; whatever else is no tensor stays refused.
+    """Let objects of :data:`INERT` packages be read, each as a class of the same name that does nothing; any other
+    object stays refused.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -184,15 +173,9 @@ def _is_inert(name: str) -> bool:
 
 def _shell(name: str) -> type:
     module, _, last = name.rpartition(".")
-
-    def __init__(self: object, *args: object) -> None:  # noqa: N807
-        del self, args
-
-    def __setstate__(self: object, state: object) -> None:  # noqa: N807
-        del self, state
-
-    return type(last, (dict,), {"__module__": module, "__init__": __init__, "__setstate__": __setstate__})
+    nothing = {"__init__": lambda *_: None, "__setstate__": lambda *_: None}
+    return type(last, (dict,), {"__module__": module, **nothing})
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

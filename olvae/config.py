@@ -20,26 +20,37 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-__all__ = ["Config", "ConfigError", "Node", "instantiate", "load", "resolve_target", "save", "unknown_keys", "validate"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Node",
+    "check_arguments",
+    "instantiate",
+    "load",
+    "resolve_target",
+    "save",
+    "unknown_keys",
+    "validate",
+]
 
 Config = dict[str, Any]
 _NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], _NODE]
-"""The type of a constructor's argument that is a node, which the constructor instantiates itself."""
+"""The type of a constructor's argument that is a node; the constructor instantiates it."""
 
 TOP_LEVEL = ("model", "data", "lightning", "run")
 LIGHTNING = ("trainer", "callbacks")
 NODE_KEYS = ("target", "params")
 MODEL_KEYS = ("base_learning_rate", *NODE_KEYS)
 FILLED_IN = {"model": {"learning_rate"}}
-"""Arguments that the trainer fills in, so that a config need not: model.base_learning_rate is the rate."""
+"""Arguments that a config may leave out, by section; the trainer fills them in."""
 
 SAID_ELSEWHERE = {
     "learning_rate": "model.base_learning_rate",
     "accumulate_grad_batches": "lightning.trainer.accumulate_grad_batches",
     "gradient_clip_val": "lightning.trainer.gradient_clip_val",
 }
-"""Arguments of the model that the trainer fills in from there."""
+"""Arguments of the model, and the setting from which the trainer fills them in."""
 
 TRAINER_OURS = {
     "callbacks": "lightning.callbacks",
@@ -50,7 +61,7 @@ TRAINER_OURS = {
     "limit_train_batches": "lightning.trainer.max_steps",
     "fast_dev_run": "lightning.trainer.max_steps",
 }
-"""Trainer arguments that this package sets itself, and where a user says it instead."""
+"""Trainer arguments that this package sets, and the setting to use instead."""
 
 
 class ConfigError(ValueError):
@@ -64,8 +75,8 @@ class ConfigError(ValueError):
 def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Merge YAML files, later over earlier, then ``key=value`` overrides; interpolations are resolved.
 
-    A node that gets another target loses the params of the old one. A file may name others under ``include``, a
-    path or a list of them relative to itself: they come before it.
+    When a node's target changes, the params of the old target are dropped. A file may ``include`` others, by a path
+    or a list of paths relative to itself; it is merged over them.
 
     Raises:
         ConfigError: a file is missing, is not a YAML mapping or includes itself, or an override is not
@@ -125,15 +136,15 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
-    """Write a config as YAML that :func:`load` reads back unchanged."""
+    """Write a config as YAML; :func:`load` reads it back unchanged."""
     OmegaConf.save(OmegaConf.create(dict(config)), path)
 
 
 def resolve_target(target: str) -> Any:
-    """The class or function that a dotted path names.
+    """Import the class or function that a dotted path names.
 
     Raises:
-        ConfigError: it does not import, with the nearest right name.
+        ConfigError: it does not import; the message has the nearest right name.
     """
     module_name, _, name = target.rpartition(".")
     if not all(part.isidentifier() for part in target.split(".")) or not module_name:
@@ -148,12 +159,12 @@ def resolve_target(target: str) -> Any:
         )
     found = getattr(module, name)
     if not callable(found):
-        raise ConfigError(f"target {target!r} is a {type(found).__name__}, and nothing that can be built")
+        raise ConfigError(f"target {target!r} is a {type(found).__name__}, not a class or function")
     return found
 
 
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
-    """Build what a node describes; ``filled_in`` are arguments that the node does not have to give."""
+    """Build what a node describes; ``filled_in`` are further arguments."""
     if not isinstance(node, Mapping) or "target" not in node:
         raise ConfigError(f"expected {_NODE}, got {node!r}")
     factory = resolve_target(node["target"])
@@ -169,8 +180,8 @@ def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
 def validate(config: Mapping[str, Any]) -> list[str]:
     """Every mistake of a config, one line each, without building anything.
 
-    Unknown and missing keys, wrong types and targets that do not import, in every node at any depth, each
-    with the nearest right name; the Trainer's keys are checked against Lightning's own signature.
+    Finds unknown and missing keys, wrong types and targets that do not import, in nodes at any depth, and suggests the
+    nearest right name; the Trainer's keys are checked against Lightning's signature.
     """
     mistakes = list(unknown_keys(config, TOP_LEVEL, ""))
     if "model" not in config:
@@ -193,7 +204,7 @@ def _check_lightning(section: Any) -> Iterator[str]:
 
     trainer = section.get("trainer")
     if trainer is not None:
-        yield from _check_arguments(Trainer, trainer, "lightning.trainer")
+        yield from check_arguments(Trainer, trainer, "lightning.trainer")
         for key in set(trainer) & set(TRAINER_OURS) if isinstance(trainer, Mapping) else ():
             yield f"lightning.trainer.{key}: is set by {TRAINER_OURS[key]}; leave it out"
     callbacks = section.get("callbacks")
@@ -224,11 +235,17 @@ def _check_node(node: Any, where: str, filled_in: Container[str]) -> Iterator[st
     params = node.get("params") or {}
     if where == "model" and isinstance(params, Mapping):
         for key in set(params) & set(SAID_ELSEWHERE):
-            yield f"model.params.{key}: say it in {SAID_ELSEWHERE[key]}"
-    yield from _check_arguments(factory, params, f"{where}.params", filled_in)
+            yield f"model.params.{key}: set {SAID_ELSEWHERE[key]} instead"
+    yield from check_arguments(factory, params, f"{where}.params", filled_in)
 
 
-def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
+def check_arguments(factory: Any, params: Any, where: str = "", filled_in: Container[str] = ()) -> Iterator[str]:
+    """One line for each mistake in the arguments of a class or function, and of the nodes among them.
+
+    Args:
+        where: the place of the arguments in the config, as in ``data.params``.
+        filled_in: names of arguments that may be missing.
+    """
     if not isinstance(params, Mapping):
         yield f"{where}: expected a mapping of arguments, got {params!r}"
         return
@@ -236,33 +253,34 @@ def _check_arguments(factory: Any, params: Any, where: str, filled_in: Container
         arguments = inspect.signature(factory).parameters
     except ValueError:  # built-in functions have none
         return
+    prefix = f"{where}." if where else ""
     open_ended = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
     named = {n: a for n, a in arguments.items() if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
     if not open_ended:
-        yield from unknown_keys(params, tuple(named), f"{where}.")
+        yield from unknown_keys(params, tuple(named), prefix)
     for name, argument in named.items():
         if argument.default is argument.empty and name not in params and name not in filled_in:
-            yield f"{where}.{name}: missing"
+            yield f"{prefix}{name}: missing"
     hints = _type_hints(factory)
     for name, value in params.items():
         hint = hints.get(name)
         if _is_node(hint) and isinstance(value, list) and typing.get_origin(hint) is Sequence:
             for i, part in enumerate(value):
-                yield from _check_node(part, f"{where}.{name}.{i}", set())
+                yield from _check_node(part, f"{prefix}{name}.{i}", set())
         elif _is_node(hint) and value is not None:
-            yield from _check_node(value, f"{where}.{name}", set())
+            yield from _check_node(value, f"{prefix}{name}", set())
         elif hint is not None:
             try:
                 check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
             except TypeCheckError:
-                yield f"{where}.{name}: expected {_readable(hint)}, got {value!r}"
+                yield f"{prefix}{name}: expected {_readable(hint)}, got {value!r}"
 
 
 def _type_hints(factory: Any) -> dict[str, Any]:
     function = factory.__init__ if inspect.isclass(factory) else factory
     try:
         return typing.get_type_hints(inspect.unwrap(function), include_extras=True)
-    except (NameError, TypeError):  # annotations of a library that only exist for its type checker
+    except (NameError, TypeError):  # annotations that exist for type checkers only
         return {}
 
 
@@ -290,7 +308,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _nearest_module(name: str) -> str:
-    """For a module that is not there: the nearest one in the package that is."""
+    """For a missing module: the nearest one in its package."""
     package, _, missing = name.rpartition(".")
     try:
         inside = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]

@@ -1,4 +1,4 @@
-"""Devices and processes: what to compute on, in which precision, and which of several processes this is."""
+"""Devices, precision, and the processes that torchrun started."""
 
 import os
 from collections.abc import Mapping
@@ -10,61 +10,24 @@ import torch.distributed as dist
 
 from olvae.config import ConfigError
 
-__all__ = ["device_of", "gather", "join", "leave", "resolve_devices", "resolve_precision", "this_process"]
+__all__ = ["gather", "join", "leave", "resolve_device", "resolve_devices", "resolve_precision", "this_process"]
 
 
-PATIENCE = timedelta(days=7)
-"""How long the first process waits for the others: their shares may differ much, and torchrun ends all if one fails."""
-
-T = TypeVar("T")
-
-
-def join() -> tuple[int, int]:
-    """Meet the processes that torchrun started, if it did: this one's rank, and how many they are; else (0, 1).
-
-    From then on the loaders of a :class:`~olvae.data.source.Source` give each process its share. End with
-    :func:`leave`. Whoever called ``init_process_group`` before is not disturbed.
-    """
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=PATIENCE)  # only objects in memory are exchanged, no tensors of GPUs
-    return this_process()
-
-
-def gather(part: T) -> list[T] | None:
-    """What each process gives, by rank, in the first process; None in the others. Waits until all have come.
-
-    Objects travel by pickle: their tensors should be on the CPU.
-    """
-    rank, world = this_process()
-    if world == 1:
-        return [part]
-    parts: list[T | None] | None = [None] * world if rank == 0 else None
-    dist.gather_object(part, parts, dst=0)
-    return cast("list[T] | None", parts)
-
-
-def leave() -> None:
-    """Wait for all processes, and end what :func:`join` began."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def device_of(device: str | None = None) -> str:
-    """The device to compute on: the given one, or a GPU if there is one; of several GPUs each process takes its own.
+def resolve_device(device: str | None = None) -> str:
+    """The device to compute on: the given one, else a GPU, else the CPU; each process takes a GPU of its own.
 
     Raises:
-        ConfigError: it is none that this machine has.
+        ConfigError: this machine does not have it.
     """
     if device is not None:
-        _check(device)
+        _check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and torch.cuda.device_count() > 1:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     return device
 
 
-def _check(name: str) -> None:
+def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -75,11 +38,6 @@ def _check(name: str) -> None:
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
 
 
-def this_process() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -87,7 +45,7 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     """Lightning's name for 32, 16 or bf16.
 
     Raises:
-        ConfigError: it is none of them, or 16 without a GPU.
+        ConfigError: another precision, or 16 without a GPU.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
@@ -97,30 +55,35 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 
 def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """``accelerator`` and ``devices``: 0 is the CPU (as many processes as lightning.trainer.devices
-    says, if its accelerator is cpu), N the first N GPUs, "0,2" a list of them.
+    """Lightning's ``accelerator`` and ``devices`` for ``--gpus``: N for the first N GPUs, "0,2" for a list of them.
 
-    Without the flag it is what lightning.trainer says, then every GPU that there is, then the CPU.
+    0 is the CPU, with as many processes as lightning.trainer.devices says if its accelerator is cpu. Without the flag
+    lightning.trainer decides; by default it is every GPU, or the CPU if there is none.
 
     Raises:
-        ConfigError: a GPU that is not there.
+        ConfigError: this machine does not have such a GPU.
     """
-    there = torch.cuda.device_count()
-    on_cpu = trainer.get("accelerator") == "cpu"
-    if gpus is None:
-        accelerator = trainer.get("accelerator", "auto")
-        if accelerator == "auto":
-            if not there:
-                return {"accelerator": "cpu", "devices": 1}
-            accelerator = "cuda"
-        if accelerator in ("cuda", "gpu") and not there:
-            raise ConfigError(f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU")
-        devices = trainer.get("devices", "auto")
-        if devices in ("auto", -1, "-1"):
-            devices = there if accelerator in ("cuda", "gpu") else 1
-        if isinstance(devices, str):
-            devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
-        return {"accelerator": accelerator, "devices": devices}
+    return _devices_of_trainer(trainer) if gpus is None else _devices_of_flag(gpus, trainer)
+
+
+def _devices_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    present = torch.cuda.device_count()
+    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    if accelerator == "auto":
+        if not present:
+            return {"accelerator": "cpu", "devices": 1}
+        accelerator = "cuda"
+    on_gpu = accelerator in ("cuda", "gpu")
+    if on_gpu and not present:
+        raise ConfigError(f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU")
+    if devices in ("auto", -1, "-1"):
+        devices = present if on_gpu else 1
+    if isinstance(devices, str):
+        devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
+    return {"accelerator": accelerator, "devices": devices}
+
+
+def _devices_of_flag(gpus: str, trainer: Mapping[str, Any]) -> dict[str, Any]:
     try:
         wanted = [int(part) for part in gpus.split(",") if part.strip()]
     except ValueError:
@@ -129,10 +92,53 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
         raise ConfigError(f"--gpus {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
     if "," not in gpus:
         if wanted[0] == 0:
-            return {"accelerator": "cpu", "devices": trainer.get("devices", 1) if on_cpu else 1}
+            processes = trainer.get("devices", 1) if trainer.get("accelerator") == "cpu" else 1
+            return {"accelerator": "cpu", "devices": processes}
         wanted = list(range(wanted[0]))
-    missing = [gpu for gpu in wanted if gpu >= there]
-    if missing:
-        has = f"this machine has {there} GPU{'' if there == 1 else 's'}" if there else "this machine has no GPU"
+    present = torch.cuda.device_count()
+    if max(wanted) >= present:
+        has = f"this machine has {present} GPU{'' if present == 1 else 's'}" if present else "this machine has no GPU"
         raise ConfigError(f"--gpus {gpus}: {has}; --gpus 0 is the CPU")
     return {"accelerator": "cuda", "devices": wanted}
+
+
+PATIENCE = timedelta(days=7)
+"""How long the first process waits for the others: long, since shares differ, and torchrun ends all if one fails."""
+
+T = TypeVar("T")
+
+
+def this_process() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join() -> tuple[int, int]:
+    """Join the processes that torchrun started, if it did; returns rank and world size, (0, 1) for a single process.
+
+    From then on the loaders of a :class:`~olvae.data.source.Source` give each process its share. End with
+    :func:`leave`. An existing process group is left as it is.
+    """
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=PATIENCE)  # only objects in memory are exchanged, no tensors of GPUs
+    return this_process()
+
+
+def gather(part: T) -> list[T] | None:
+    """Collect one object of each process: a list by rank in the first process, None in the others.
+
+    Waits for all processes. Objects are pickled, so their tensors should be on the CPU.
+    """
+    rank, world = this_process()
+    if world == 1:
+        return [part]
+    parts: list[T | None] | None = [None] * world if rank == 0 else None
+    dist.gather_object(part, parts, dst=0)
+    return cast("list[T] | None", parts)
+
+
+def leave() -> None:
+    """Wait for all processes, and leave the group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Run folders: their names, what lies where in them, how one is found again."""
+"""Run folders: their names, the files in them, and how one is opened again."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["Run", "check_name", "create", "open_run"]
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, ``<logdir>/<timestamp>_<name>_<precision>/``, and the places in it."""
+    """A run folder, ``<logdir>/<timestamp>_<name>_<precision>/``, and the paths in it."""
 
     path: Path
 
@@ -39,11 +39,11 @@ class Run:
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
-    """Make a new run folder; the timestamp has no underscore, so the name can be told from its ends.
+    """Make a new run folder. The timestamp and the precision have no underscore, so that the name can be cut out.
 
     Raises:
-        ConfigError: the name could not be a folder's.
-        OSError: it can't be made in logdir.
+        ConfigError: the name can't be part of a folder's name.
+        OSError: the folder can't be made in logdir.
     """
     check_name(name)
     check_folder(Path(logdir))
@@ -63,25 +63,25 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError if a run's folder could not have this name."""
+    """Raise ConfigError if a run folder can't have this name."""
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ConfigError(f"--name {name!r}: use letters, digits and . _ - + = only")
 
 
 def open_run(path: str | Path) -> Run:
-    """A run folder that exists and can be continued.
+    """Open a run folder that exists and can be continued.
 
     Raises:
         FileNotFoundError: the folder, its config or its checkpoint is missing.
     """
     run = Run(Path(path))
     if run.path.is_file():
-        raise FileNotFoundError(f"{path}: this is a file: name the run folder that it is in")
+        raise FileNotFoundError(f"{path}: this is a file: name its run folder")
     if not run.path.is_dir():
         raise FileNotFoundError(f"{path}: no such run folder")
     for file in (run.config, run.last_checkpoint):
         if not file.is_file():
             raise FileNotFoundError(
-                f"{path}: not a run folder that can be continued: it has no {file.relative_to(path)}"
+                f"{path}: not a run folder that can be continued: {file.relative_to(path)} is missing"
             )
     return run

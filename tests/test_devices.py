@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
-from olvae.devices import device_of, gather, join, leave, resolve_devices, resolve_precision
+from olvae.devices import gather, join, leave, resolve_device, resolve_devices, resolve_precision
 
 
 @pytest.fixture
@@ -173,10 +173,10 @@ def test_each_process_takes_its_own_gpu(monkeypatch, gpus, local, expected):
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert device_of() == expected
-    assert device_of("cpu") == "cpu"
+    assert resolve_device() == expected
+    assert resolve_device("cpu") == "cpu"
     if gpus > 2:
-        assert device_of("cuda:2") == "cuda:2"
+        assert resolve_device("cuda:2") == "cuda:2"
     else:
         with pytest.raises(ConfigError, match=f"this machine has {gpus} GPUs"):
-            device_of("cuda:2")
+            resolve_device("cuda:2")

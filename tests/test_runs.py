@@ -32,10 +32,10 @@ def test_open(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such run folder"):
         open_run(tmp_path / "missing")
     run = create(tmp_path, "a", "32")
-    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml is missing"):
         open_run(run.path)
     run.config.write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"has no checkpoints.last\.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoints.last\.ckpt is missing"):
         open_run(run.path)
     run.last_checkpoint.write_bytes(b"")
     assert open_run(run.path) == run

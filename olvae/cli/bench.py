@@ -40,7 +40,7 @@ def train(
     from olvae import config as cfg
     from olvae.bench.train import bench_train
     from olvae.config import ConfigError
-    from olvae.devices import device_of
+    from olvae.devices import resolve_device
     from olvae.training.run import quieten
 
     loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
@@ -53,7 +53,7 @@ def train(
     if size is None or batch_size is None:
         raise ConfigError(f"{config}: has no data to take sizes from: add --size and --batch-size")
     quieten()
-    result = bench_train(params, size, batch_size, steps, rounds, device_of(device))
+    result = bench_train(params, size, batch_size, steps, rounds, resolve_device(device))
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -112,9 +112,9 @@ def dwt(
     Example: olvae bench dwt --size 512 --device cuda --json
     """
     from olvae.bench.networks import bench_dwt
-    from olvae.devices import device_of
+    from olvae.devices import resolve_device
 
-    rows = bench_dwt(batch_size, size, wavelet, device_of(device))
+    rows = bench_dwt(batch_size, size, wavelet, resolve_device(device))
     _show(rows, f"{wavelet}, {batch_size} RGB images of {size}x{size}, {device}", as_json)
 
 
@@ -130,9 +130,9 @@ def encoder(
     Example: olvae bench encoder --size 256 -B 32 --device cuda
     """
     from olvae.bench.networks import ENCODERS, bench_networks
-    from olvae.devices import device_of
+    from olvae.devices import resolve_device
 
-    rows = bench_networks(ENCODERS, (batch_size, 3, _multiple(size), size), device_of(device))
+    rows = bench_networks(ENCODERS, (batch_size, 3, _multiple(size), size), resolve_device(device))
     _show(rows, f"encoders, {batch_size} images of {size}x{size}, {device}", as_json)
 
 
@@ -148,10 +148,10 @@ def decoder(
     Example: olvae bench decoder --size 256 -B 8 --device cuda
     """
     from olvae.bench.networks import DECODERS, FACTOR, LATENT, bench_networks
-    from olvae.devices import device_of
+    from olvae.devices import resolve_device
 
     side = _multiple(size) // FACTOR
-    rows = bench_networks(DECODERS, (batch_size, LATENT, side, side), device_of(device))
+    rows = bench_networks(DECODERS, (batch_size, LATENT, side, side), resolve_device(device))
     _show(rows, f"decoders, {batch_size} images of {size}x{size}, {device}", as_json)
 
 

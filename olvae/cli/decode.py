@@ -35,7 +35,7 @@ def command(
     from olvae.data.shards.index import with_counts
     from olvae.data.shards.latents import LATENT, read_stats
     from olvae.data.shards.urls import find_shards
-    from olvae.devices import device_of
+    from olvae.devices import resolve_device
     from olvae.export.decode import FORMATS, decode_shards
     from olvae.export.encode import fingerprint
     from olvae.files import check_folder
@@ -45,7 +45,7 @@ def command(
     if image_format not in FORMATS:
         raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")
     check_folder(out)
-    where = device_of(device)
+    where = resolve_device(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()

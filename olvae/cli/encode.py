@@ -61,7 +61,7 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from olvae.config import ConfigError
-    from olvae.devices import device_of, gather, join, leave
+    from olvae.devices import gather, join, leave, resolve_device
     from olvae.export.encode import DTYPES, EncodeJob, EncodeOptions
     from olvae.export.inputs import find_inputs
     from olvae.files import check_folder
@@ -75,7 +75,7 @@ def command(
     check_folder(out)
     rank, world = join()
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
-    model = found.load().to(device_of(device))
+    model = found.load().to(resolve_device(device))
     inputs = find_inputs(data, model.in_channels, shard_size, classes)
     size = 0 if native else size or found.usual_size(model)
     options = EncodeOptions(size, moments, seed, dtype, flip)

@@ -96,7 +96,7 @@ def command(
     from dataclasses import replace
 
     from olvae.config import ConfigError
-    from olvae.devices import device_of, join, leave
+    from olvae.devices import join, leave, resolve_device
     from olvae.evaluation.protocol import PROTOCOLS, named
     from olvae.evaluation.report.tables import print_results
     from olvae.evaluation.results import Results
@@ -124,7 +124,7 @@ def command(
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     request = Request(
-        found, protocols, names, data, size, images, batch_size, weights_dir, device_of(device), baselines, report
+        found, protocols, names, data, size, images, batch_size, weights_dir, resolve_device(device), baselines, report
     )
     evaluated = evaluate(request, watched("evaluating"))
     leave()

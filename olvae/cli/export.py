@@ -12,7 +12,7 @@ __all__ = ["command"]
 
 
 class Dtype(str, Enum):
-    """Of the weights that are written."""
+    """The exported weights' dtype."""
 
     float32 = "float32"
     float16 = "float16"
@@ -23,19 +23,24 @@ def command(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="A run folder, a checkpoint, an export, an id of the hub.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to create.")],
     config: Annotated[
-        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint, if none lies beside it.")
+        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint, if it is not beside it.")
     ] = None,
     config_base: Annotated[
         Path | None,
-        typer.Option("--config_base", metavar="DIR", help="Where a run's config is looked for by the run's name."),
+        typer.Option(
+            "--config_base", metavar="DIR", help="A folder to search for the run's config, by the run's name."
+        ),
     ] = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
-    dtype: Annotated[Dtype, typer.Option(help="Round the weights to this.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Round the weights to this dtype.")] = Dtype.float32,
     fold: Annotated[
-        bool, typer.Option("--fold", help="Write self-modulated convolutions as ordinary ones; no further training.")
+        bool,
+        typer.Option(
+            "--fold", help="Turn self-modulated convolutions into ordinary ones; such weights are for inference only."
+        ),
     ] = False,
     scaling_factor: Annotated[
         float | None, typer.Option(help="For a diffusion model: 1 / standard deviation of the latents.")
@@ -48,13 +53,14 @@ def command(
         bool, typer.Option("--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx].")
     ] = False,
     license_id: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="Of the weights, as the hub names it: mit, ...")
+        str | None,
+        typer.Option("--license", metavar="ID", help="The weights' licence, by the hub's name for it: mit, ..."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the export in --out.")] = False,
 ) -> None:
-    """Write a trained autoencoder as a folder that this package, the Hugging Face hub and diffusers load.
+    """Export a trained autoencoder as a folder that this package, the Hugging Face hub and diffusers load.
 
-    It is loaded back and compared before it is moved to its place.
+    The export is loaded back and compared with the model before it appears in --out.
 
     Example: olvae export runs/2026-01-31T12-00-00_demo_32 --out demo-vae --latents latents.json
     """
@@ -69,25 +75,25 @@ def command(
     from olvae.models.loading.targets import RAW, find_target
 
     if latents is not None and (scaling_factor is not None or shift_factor is not None):
-        raise ConfigError("--latents has both factors: leave --scaling-factor and --shift-factor out")
+        raise ConfigError("--latents has both factors: leave out --scaling-factor and --shift-factor")
     if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
-        raise ConfigError(f"--scaling-factor {scaling_factor}: a number above 0")
+        raise ConfigError(f"--scaling-factor {scaling_factor}: give a number above 0")
     if shift_factor is not None and not abs(shift_factor) < float("inf"):
-        raise ConfigError(f"--shift-factor {shift_factor}: a finite number")
+        raise ConfigError(f"--shift-factor {shift_factor}: give a finite number")
     if config is not None and config_base is not None:
-        raise ConfigError("--config names the config, --config_base a place to look for it: give one of them")
+        raise ConfigError("--config names the config, --config_base a folder to search for it: give one of them")
     if onnx and dtype is not Dtype.float32:
         raise ConfigError(f"--onnx writes float32: leave out --dtype {dtype.value}, or --onnx")
     check_empty(out, force)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: what is half written goes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that temporary files are removed
 
     console = Console(stderr=True)
     with console.status("loading"):
         found = find_target(target, config, config_base, raw, allow_mismatch)
         model = found.load()
     if not isinstance(model, LiteVAE):
-        raise ConfigError(f"{target}: not a LiteVAE: there is nothing to export that diffusers has not")
-    factors_from = f"those of {found.name}" if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) else None
+        raise ConfigError(f"{target}: not a LiteVAE; diffusers loads it already, so there is nothing to export")
+    factors_from = f"from {found.name}" if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) else None
     if latents is not None:
         model.scaling_factor, model.shift_factor = read_factors(latents, found.name)
         factors_from = "measured by olvae latents"
@@ -100,7 +106,7 @@ def command(
     metrics = folder / "metrics.json"
     measured = metrics.is_file()
     if measured and found.run is not None and (RAW in (evaluated := first_target(metrics))) != found.raw:
-        typer.echo(f"note: {metrics} is left out: it has numbers of {evaluated}, not of {found.name}", err=True)
+        typer.echo(f"note: {metrics} is left out: it is about {evaluated}, not {found.name}", err=True)
         measured = False
     provenance = Provenance(
         name=found.name,
@@ -117,7 +123,7 @@ def command(
         typer.echo(f"{what}: " + (f"within {difference:.1e} of the largest value" if difference else "equal"), err=True)
     if factors_from is None:
         typer.echo(
-            "scaling factor 1 and shift factor 0: not measured; olvae latents measures them, --latents takes them over",
+            "scaling factor 1 and shift factor 0, not measured: measure with olvae latents, then export with --latents",
             err=True,
         )
     typer.echo(f"export: {out}", err=True)

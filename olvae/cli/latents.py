@@ -49,7 +49,7 @@ def command(
     import json
 
     from olvae.data.open import open_test_source
-    from olvae.devices import device_of, gather, join, leave
+    from olvae.devices import gather, join, leave, resolve_device
     from olvae.evaluation.latents.report import (
         draw_channels,
         draw_distribution,
@@ -63,7 +63,7 @@ def command(
     join()
     found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]
     folder = results_folder(out, targets[0], found[0].run)
-    device = device_of(device)
+    device = resolve_device(device)
     models = {target.name: target.load() for target in name_apart(found)}
 
     channels = next(iter(models.values())).in_channels

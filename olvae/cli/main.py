@@ -1,4 +1,4 @@
-"""``olvae``: the commands, and how their mistakes are told."""
+"""``olvae``: the commands, and how errors are printed."""
 
 import sys
 import warnings
@@ -10,7 +10,7 @@ import typer
 from olvae.cli import bench, data, decode, encode, evaluate, export, latents, reconstruct, tables, train, validate
 from olvae.cli.options import STOPPED
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "print_error", "repeat_flags"]
 
 app = typer.Typer(
     name="olvae",
@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    epilog="A mistake is told in one line; add --debug to any command for the traceback.",
+    epilog="Errors are one line; add --debug to any command for the traceback.",
 )
 for command in (train, evaluate, reconstruct, latents, encode, decode, export, validate, tables):
     app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
@@ -33,7 +33,7 @@ PACKAGE = Path(__file__).parent.parent
 PYTHONS_FORMAT = warnings.formatwarning
 
 MANY_VALUES = ("--base", "-b")
-"""Options that take several values after one flag, as the latent-diffusion commands do."""
+"""Options that take several values after one flag, as in latent-diffusion's commands."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     warnings.formatwarning = _format_warning
     try:
-        arguments = _repeat_flags([argument for argument in given if argument != "--debug"])
+        arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         code = app(args=arguments, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        sys.exit(_tell(error))
+        sys.exit(print_error(error))
     code = code if isinstance(code, int) else 0
-    if code == STOPPED:  # what typer makes of Ctrl-C; a command that has said more leaves by SystemExit
+    if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
     sys.exit(code)
 
@@ -60,22 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """One line where it is this package's own; others' with the place, as Python has it."""
+    """One line for this package's warnings; Python's format, with the place, for others."""
     if Path(filename).is_relative_to(PACKAGE):
         return f"warning: {message}\n"
     return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
-def _tell(error: Exception) -> int:
-    """Print one line, or one for each mistake of a config; the exit code."""
-    if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, found by click or typer's copy of it
+def print_error(error: Exception) -> int:
+    """Print one line, or one for each mistake of a config; returns the exit code."""
+    if hasattr(error, "show") and hasattr(
+        error, "exit_code"
+    ):  # wrong usage: an exception of click, or of typer's copy of it
         error.show()
         return int(error.exit_code)
     from olvae.config import ConfigError
 
     expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
-    if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: its last line
+    if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: keep its last line
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last
     if not expected:
@@ -85,8 +87,8 @@ def _tell(error: Exception) -> int:
     return 2 if isinstance(error, ConfigError) else 1
 
 
-def _repeat_flags(arguments: list[str]) -> list[str]:
-    """``--base a b`` as ``--base a --base b``, which is what click takes; overrides (key=value) end the list."""
+def repeat_flags(arguments: list[str]) -> list[str]:
+    """Turn ``--base a b`` into ``--base a --base b`` for click; overrides (key=value) end the list."""
     out: list[str] = []
     flag: str | None = None
     for index, argument in enumerate(arguments):

@@ -1,4 +1,4 @@
-"""What several commands share word for word: arguments, and the exit code of one that was stopped."""
+"""Arguments that several commands share, and the exit code of a stopped command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 __all__ = ["STOPPED", "AllowMismatch", "ConfigFile", "Device", "Raw", "TargetArgument"]
 
 STOPPED = 130
-"""After Ctrl-C, as shells have it."""
+"""The exit code after Ctrl-C, as in shells."""
 
 TargetArgument = Annotated[
     str,
@@ -20,8 +20,8 @@ TargetArgument = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
 ]
-Raw = Annotated[bool, typer.Option("--raw", help="The weights as trained, not the averaged ones (EMA).")]
+Raw = Annotated[bool, typer.Option("--raw", help="Use the weights as trained, not the averaged ones (EMA).")]
 AllowMismatch = Annotated[
-    bool, typer.Option("--allow-mismatch", help="Load weights that fit only in part; what does not fit is listed.")
+    bool, typer.Option("--allow-mismatch", help="Load weights even if only some of them fit; the others are listed.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]

@@ -50,7 +50,7 @@ def command(
     from rich.progress import Progress
 
     from olvae.config import ConfigError
-    from olvae.devices import device_of, resolve_precision
+    from olvae.devices import resolve_device, resolve_precision
     from olvae.export.reconstruct import Settings, collect_images, plan, run_job
     from olvae.files import check_folder, legible
     from olvae.models.autoencoder import LiteVAE
@@ -65,7 +65,7 @@ def command(
     if memory is not None and not 0 < memory < 2**20:
         raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
     check_folder(out)
-    where = torch.device(device_of(device))
+    where = torch.device(resolve_device(device))
     resolve_precision(precision, where.type)
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     pictures = collect_images(images, out)

@@ -15,19 +15,23 @@ __all__ = ["command"]
 
 def command(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override every file.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which override all files.")
     ] = None,
     base: Annotated[
         list[Path] | None,
-        typer.Option("--base", "-b", metavar="CFG [CFG ...]", help="Config files; later override earlier."),
+        typer.Option("--base", "-b", metavar="CFG [CFG ...]", help="Config files; later ones override earlier ones."),
     ] = None,
-    logdir: Annotated[Path, typer.Option(help="Where the run folder is made.")] = Path("runs"),
-    precision: Annotated[str | None, typer.Option(metavar="{32,16,bf16}", help="Arithmetic; 32 by default.")] = None,
+    logdir: Annotated[Path, typer.Option(help="The folder to create the run folder in.")] = Path("runs"),
+    precision: Annotated[
+        str | None, typer.Option(metavar="{32,16,bf16}", help="Floating-point precision; 32 by default.")
+    ] = None,
     gpus: Annotated[
-        str | None, typer.Option(metavar="N_OR_LIST", help="How many GPUs, or which: 2, or 0,3. 0 is the CPU.")
+        str | None, typer.Option(metavar="N_OR_LIST", help="The number of GPUs, or a list: 2, or 0,3. 0 is the CPU.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, data order and noise; 0 by default.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the run; by default the first config file's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The seed of weights, data order and noise; 0 by default.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name; by default the first config file's.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Continue a run in its own folder.")] = None,
     actual_resume: Annotated[
         Path | None,
@@ -40,7 +44,7 @@ def command(
     """
     from olvae.training.run import TrainingStopped, TrainOptions, train
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the first step, it is as Ctrl-C: no run is left
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a run without a step is removed
     options = TrainOptions(
         base=base or (),
         overrides=overrides or (),
@@ -55,5 +59,6 @@ def command(
     try:
         train(options)
     except TrainingStopped:
-        # The first process of a machine tells it: one of the others that failed would have it killed at its curves.
+        # Only the first process of a machine reports it: if another one failed, torchrun would kill the first while it
+        # draws the curves.
         sys.exit(STOPPED if os.environ.get("LOCAL_RANK", "0") == "0" else 0)

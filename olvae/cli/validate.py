@@ -9,11 +9,11 @@ __all__ = ["command"]
 
 
 def command(
-    configs: Annotated[list[Path], typer.Argument(metavar="CFG...", help="Config files, each checked by itself.")],
+    configs: Annotated[list[Path], typer.Argument(metavar="CFG...", help="Config files; each is checked on its own.")],
 ) -> None:
-    """Tell every mistake of a config in one go, without building anything.
+    """List every mistake of a config at once, without building anything.
 
-    Unknown and missing keys, wrong types, targets that do not import. Exits with 1 if there is a mistake.
+    Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if there is a mistake.
 
     Example: olvae validate configs/demo.yaml
     """

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how good, from what data, how to load it."""
+"""The README.md of an exported model: what it is, its metrics, its training data, how to load it."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,22 @@ __all__ = ["Provenance", "model_card"]
 UNITS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "kid": "KID", "l1": "L1"}
 
 
-def model_card(model: LiteVAE, title: str, provenance: "Provenance", onnx: bool) -> str:
+@dataclass(frozen=True)
+class Provenance:
+    """Where exported weights are from, for the model card."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The training config, if there is one."""
+    metrics: Path | None = None
+    """The metrics.json to put beside the weights."""
+    raw: bool = False
+    licence: str | None = None
+    """The weights' licence, by the hub's name for it."""
+    factors_from: str | None = None
+
+
+def model_card(model: LiteVAE, title: str, provenance: Provenance, onnx: bool) -> str:
     """Markdown, with the hub's metadata in front."""
     encoder, decoder = (count_parameters(half) / 1e6 for half in (model.encoder, model.decoder))
     f, n_z = model.downscale, model.latent_channels
@@ -41,7 +56,7 @@ def model_card(model: LiteVAE, title: str, provenance: "Provenance", onnx: bool)
     return "\n".join(parts)
 
 
-def _weights(model: LiteVAE, provenance: "Provenance") -> str:
+def _weights(model: LiteVAE, provenance: Provenance) -> str:
     kinds = [str(next(model.parameters()).dtype).removeprefix("torch.")]
     params = (provenance.config.get("model") or {}).get("params") or {}
     if provenance.raw or params.get("use_ema") is False:
@@ -53,7 +68,7 @@ def _weights(model: LiteVAE, provenance: "Provenance") -> str:
     return ", ".join(kinds)
 
 
-def _factors(provenance: "Provenance") -> str:
+def _factors(provenance: Provenance) -> str:
     if provenance.factors_from is None:
         return " (not measured: `olvae latents` does)"
     return f" ({provenance.factors_from}); a diffusion model takes (z - shift) * scaling"
@@ -86,7 +101,7 @@ def _quality(metrics: Path | None) -> str:
 def _data(config: Mapping[str, Any]) -> str:
     node = config.get("data")
     if not isinstance(node, Mapping) or "target" not in node:
-        return "Not known."
+        return "Unknown."
     params = node.get("params") or {}
     root = f", {Path(str(params['root'])).name}" if "root" in params else ""
     size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
@@ -97,13 +112,13 @@ def _data(config: Mapping[str, Any]) -> str:
 
 
 def _run_name(weights: Path) -> str:
-    """Of the run that a checkpoint, or a run's folder, belongs to; else of the file."""
+    """The name of the run that a checkpoint belongs to; else of the file or folder."""
     return weights.parent.parent.name if weights.parent.name == "checkpoints" else weights.name
 
 
 def _licence(licence: str | None) -> str:
     if licence is None:
-        return "Not stated. The training data may have a say in it. open-LiteVAE, the code, is under Apache-2.0."
+        return "Not stated; the training data may restrict it. open-LiteVAE, the code, is under Apache-2.0."
     return f"Weights: {licence}. open-LiteVAE, the code, is under Apache-2.0."
 
 
@@ -124,18 +139,3 @@ vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in pla
             "`image`, for any batch and size.\n"
         )
     return text
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the model card says of where the weights are from."""
-
-    name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """The training config, if there is one."""
-    metrics: Path | None = None
-    """A metrics.json to put beside the weights."""
-    raw: bool = False
-    licence: str | None = None
-    """Of the weights, as the hub names it."""
-    factors_from: str | None = None

@@ -16,7 +16,7 @@ from olvae.models.large.memory import default_memory
 from olvae.models.large.padding import crop_to, pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.models.large.tiling import decode_tiled
-from olvae.models.spec import autoencoder_params, build_autoencoder, export_config
+from olvae.models.spec import AutoencoderSpec
 
 __all__ = ["AutoencoderLiteVAE"]
 
@@ -34,12 +34,12 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         folded: the self-modulated convolutions are ordinary ones.
         scaling_factor, shift_factor: for a diffusion model on the latents.
         block_out_channels, force_upcast, in_channels, latent_channels, out_channels, sample_size,
-            use_post_quant_conv, use_quant_conv: what pipelines read of an AutoencoderKL's config. They follow from
-            the others, and are checked if given.
+            use_post_quant_conv, use_quant_conv: keys that pipelines read in an AutoencoderKL's config. They follow
+            from the other arguments, and are checked if given.
 
     Raises:
         ConfigError: the config has mistakes, or names code from outside this package.
-        ValueError: what follows from the others is not what was given.
+        ValueError: one of these keys does not agree with the networks.
     """
 
     @register_to_config  # type: ignore[misc, unused-ignore]
@@ -71,7 +71,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
             "scaling_factor": scaling_factor,
             "shift_factor": shift_factor,
         }
-        built = build_autoencoder(**autoencoder_params(given, type(self).__name__, only_ours=True))
+        built = LiteVAE.from_spec(AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True))
         self.encoder = built.encoder
         self.decoder = built.decoder
         self.quantizer = built.quantizer
@@ -79,7 +79,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         self.use_tiling = False
         self.tiling_memory: int | None = None
 
-        follows = {name: value for name, value in export_config(built).items() if name not in given}
+        follows = {name: value for name, value in built.export_config().items() if name not in given}
         del follows["_class_name"]
         said = {
             "block_out_channels": None if block_out_channels is None else list(block_out_channels),
@@ -93,13 +93,13 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         }
         for name, value in said.items():
             if value is not None and value != follows[name]:
-                raise ValueError(f"{name} is {value}, but the networks make it {follows[name]}: leave it out")
+                raise ValueError(f"{name} is {value}, but for these networks it is {follows[name]}: leave it out")
         self.register_to_config(**follows)
 
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":
-        """One with the weights of ``autoencoder``, which the two share."""
-        config = export_config(autoencoder)
+        """Wrap an autoencoder; the two share the weights."""
+        config = autoencoder.export_config()
         model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
         model.encoder, model.decoder = autoencoder.encoder, autoencoder.decoder
         model.quantizer = autoencoder.quantizer
@@ -117,8 +117,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """(B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, ceil(H/f), ceil(W/f)).
 
-        What lacks to a multiple of f is added at the bottom and at the right, see :func:`pad_to_multiple`; decoding
-        gives it back as well, as f h rows and f w columns.
+        Images are padded to multiples of f at the bottom and at the right, see :func:`pad_to_multiple`; decoding
+        returns the padded size, f h rows and f w columns.
         """
         model = self.autoencoder
         posterior = DiagonalGaussianDistribution(
@@ -133,7 +133,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         self,
         z: Tensor,
         return_dict: bool = True,
-        generator: torch.Generator | None = None,  # noqa: ARG002  (pipelines give one; nothing here is random)
+        generator: torch.Generator | None = None,  # noqa: ARG002  (pipelines pass one; nothing here is random)
     ) -> DecoderOutput | tuple[Tensor]:
         """(B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         model = self.autoencoder
@@ -163,16 +163,16 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     def enable_tiling(self, memory: int | None = None) -> None:
         """Encode and decode large images within a stated memory; the result is the same to rounding.
 
-        Where it does not fit, the decoder runs over tiles that overlap by all that it sees, the encoder layer by layer
-        over strips of rows, see :func:`decode_tiled` and :func:`moments_within`: without gradients. Where those are
-        asked for, of the input or in training mode, everything is computed whole.
+        An image that does not fit is decoded in tiles that overlap by the receptive field, and encoded layer by layer
+        in strips of rows, without gradients; see :func:`decode_tiled` and :func:`moments_within`. With gradients, of
+        the input or in training mode, everything is computed whole.
 
         Args:
             memory: bytes beside images and weights; by default half of a GPU's free memory, on the CPU 1 GiB.
 
         Raises:
-            ValueError: ``memory`` is not positive. Encoding and decoding raise it where the memory does not suffice, or
-                a network can't be tiled, such as Stable Diffusion's.
+            ValueError: ``memory`` is not positive. Encoding and decoding raise it if the memory is too small, or a
+                network can't be tiled, such as Stable Diffusion's.
         """
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is a number of bytes, at least 1, got {memory}")

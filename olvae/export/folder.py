@@ -1,4 +1,4 @@
-"""An autoencoder as a folder that this package, the hub and diffusers load: written whole or not at all."""
+"""Export an autoencoder as a folder that this package, the hub and diffusers load, whole or not at all."""
 
 import copy
 import json
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from olvae.export.card import Provenance, model_card
+from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.files import nearest
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
@@ -22,28 +23,28 @@ __all__ = ["DTYPES", "check_empty", "export", "first_target", "read_factors"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 TOLERANCE = 1e-6
-"""Of the largest value: how far the model that is loaded back may be from the one that was written."""
+"""How far the model that is loaded back may be from the one that was written, relative to the largest value."""
 
 FOLDING = 1e-5
-"""The same, for folding, which computes in another order."""
+"""The same for folding, which computes in another order."""
 
 
 def check_empty(folder: Path, force: bool) -> None:
-    """Raises FileExistsError if there is something in ``folder``, unless it is an export that may be replaced; also
-    where the folder can't be replaced in one step.
+    """Raise FileExistsError if ``folder`` is not empty, unless it is an export that may be replaced, and if it can't be
+    replaced in one step.
     """
     if folder.is_file():
         raise FileExistsError(f"{folder}: this is a file")
     if not (place := nearest(folder.absolute().parent)).is_dir():
         raise FileExistsError(f"{folder}: {place} is a file")
     if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):
-        raise FileExistsError(f"{folder}: the current folder, or a mount point: name a folder in it, to be made")
+        raise FileExistsError(f"{folder}: the current folder, or a mount point: name a new folder in it")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if class_in(folder) != CLASS_NAME:
-        raise FileExistsError(f"{folder}: not empty, and not an export, which is all that --force replaces")
+        raise FileExistsError(f"{folder}: not empty, and not an export: --force replaces exports only")
     if not force:
-        raise FileExistsError(f"{folder}: an export is there: --force replaces it")
+        raise FileExistsError(f"{folder}: contains an export: --force replaces it")
 
 
 def export(
@@ -55,29 +56,28 @@ def export(
     onnx: bool = False,
     force: bool = False,
 ) -> dict[str, float]:
-    """Write config.json, the weights, a model card, the metrics, and ONNX files if asked; load it all back, compare.
+    """Write config.json, the weights, a model card and the metrics; load it all back and compare; then move the folder.
 
-    The comparison: every tensor bit for bit with what was to be written, and reconstructions by this package and by
-    diffusers with the model's to :data:`TOLERANCE`. Only then is the folder moved to its place.
+    Tensors are compared bit for bit, reconstructions by this package and by diffusers to :data:`TOLERANCE`.
 
     Args:
-        model: in float32; its scaling and shift factors go with it.
-        dtype: that the weights are rounded to.
+        model: in float32, with its scaling and shift factors.
+        dtype: the dtype to round the weights to.
         fold: write the self-modulated convolutions as ordinary ones.
-        onnx: write encoder.onnx and decoder.onnx besides.
-        force: replace what is in ``folder``.
+        onnx: also write encoder.onnx and decoder.onnx.
+        force: replace the export in ``folder``.
 
     Returns:
-        The differences that were found, by what was compared.
+        The relative differences, by what was compared.
 
     Raises:
         FileExistsError: the folder is not empty.
-        ValueError: a network is not of this package, weights are not finite, or not after rounding, or a comparison
+        ValueError: a network is not of this package, weights are non-finite, also after rounding, or a comparison
             fails.
         ModuleNotFoundError: ``onnx`` without the extra.
     """
     title = Path(folder).absolute().name
-    folder = Path(folder).resolve()  # a link stays one: what it leads to is replaced
+    folder = Path(folder).resolve()  # of a link, the folder that it leads to is replaced
     check_empty(folder, force)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=nearest(folder.parent)) as beside:
         partial = Path(beside) / folder.name
@@ -89,7 +89,7 @@ def export(
         out = out if dtype == torch.float32 else _rounded(out, dtype)
         out.save_pretrained(partial)
         if onnx:
-            from olvae.export.onnx import export_onnx
+            from olvae.export.onnx import export_onnx  # needs an extra
 
             differences |= export_onnx(out, partial)
         if provenance.metrics is not None:
@@ -101,10 +101,10 @@ def export(
 
 
 def first_target(metrics: Path) -> str:
-    """Of a metrics.json: in a run folder that is the run.
+    """The first target of a metrics.json; in a run folder, the run.
 
     Raises:
-        ValueError: it is not such a file.
+        ValueError: it is not a metrics.json.
     """
     try:
         return str(json.loads(metrics.read_text())["results"][0]["target"])
@@ -116,7 +116,7 @@ def read_factors(path: str | Path, target: str) -> tuple[float, float]:
     """The scaling and shift factors of a target in a latents.json, as ``olvae latents`` writes it.
 
     Raises:
-        ValueError: it is not such a file, or has no factors of this target.
+        ValueError: it is not a latents.json, or has no factors of this target.
     """
     try:
         results = json.loads(Path(path).read_text())["results"]
@@ -142,16 +142,16 @@ def _rounded(model: LiteVAE, dtype: torch.dtype) -> LiteVAE:
 
 
 def _compare(model: LiteVAE, folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    from olvae.export.diffusers_model import AutoencoderLiteVAE
-
     written, meant = load_file(folder / WEIGHTS_NAME), model.state_dict()
     for name in {*written, *meant}:
         if name not in written or name not in meant or not _same_bits(written[name], meant[name]):
-            raise ValueError(f"{folder / WEIGHTS_NAME}: {name} is not what was written: is the disk full, or broken?")
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME}: {name} differs from what was written: is the disk full, or broken?"
+            )
     ours = LiteVAE.from_pretrained(folder, dtype=dtype)
     theirs = AutoencoderLiteVAE.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     if (ours.scaling_factor, ours.shift_factor) != (model.scaling_factor, model.shift_factor):
-        raise ValueError(f"{folder / CONFIG_NAME}: the factors are not what was written")
+        raise ValueError(f"{folder / CONFIG_NAME}: the factors differ from what was written")
     return {
         "loaded back": _require("loading it back", _distance(model, ours), TOLERANCE),
         "in diffusers": _require("loading it with diffusers", _distance(model, theirs.autoencoder), TOLERANCE),
@@ -164,7 +164,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def _distance(a: LiteVAE, b: LiteVAE) -> float:
-    """Between moments and between reconstructions of one image of noise, relative to the largest value."""
+    """The largest difference of moments and reconstructions of one image of noise, relative to the largest value."""
     size = 4 * a.downscale
     p = next(a.parameters())
     x = torch.rand((1, a.in_channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -182,7 +182,7 @@ def _require(what: str, difference: float, limit: float) -> float:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Move a folder to its place; what was there before is only gone once the new one is in."""
+    """Move a folder to its place; the old one is only removed once the new one is there."""
     old = partial.with_name(f"{partial.name}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Adversarial losses, both sides, from their definitions; and how often the discriminator is right.
+"""Adversarial losses of both sides, the discriminator's accuracy and its penalties.
 
 With r the logits of real images, f those of reconstructions, softplus(t) = log(1 + e^t):
 
@@ -10,12 +10,11 @@ With r the logits of real images, f those of reconstructions, softplus(t) = log(
 | wgan     | E f - E r                            | -E f          | Arjovsky et al. 2017                       |
 | bce      | E H(1, r) + E H(0, f)                | E H(1, f)     | H(y, t): cross-entropy of sigmoid(t) with y |
 
-H(1, t) = softplus(-t) and H(0, t) = softplus(t), so with these hard labels bce is the same function as logistic,
-on both sides; it stands here under the name that configs use. wgan bounds nothing by itself: it needs a
-Lipschitz discriminator (spectral norm, or a gradient penalty).
+H(1, t) = softplus(-t) and H(0, t) = softplus(t), so with these hard labels bce is the same function as logistic; it
+exists for configs that use the name. wgan needs a Lipschitz discriminator (spectral norm, or a gradient penalty).
 
-Every discriminator returns a list of logit tensors; a loss is the mean over each tensor, then over the list,
-in float32 under autocast too (float64 for float64).
+Discriminators return a list of logit tensors; a loss is the mean over each tensor, then over the list, in float32 under
+autocast too (float64 for float64).
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ class _Loss:
     real: Callable[[Tensor], Tensor]
     fake: Callable[[Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
-    threshold: float | None  # the logit on the fence; None where only differences of logits mean anything
+    threshold: float | None  # the undecided logit; None if only differences of logits mean anything
 
 
 def _cross_entropy(label: float) -> Callable[[Tensor], Tensor]:
@@ -71,11 +70,11 @@ ADVERSARIAL_LOSSES = tuple(_LOSSES)
 
 
 def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
-    """What the autoencoder minimises: its reconstructions should get the logits of real images.
+    """The autoencoder's loss: reconstructions should get the logits of real images.
 
     Args:
         name: one of ``ADVERSARIAL_LOSSES``.
-        fake_logits: the discriminator's on the reconstructions, tensors of any shapes.
+        fake_logits: the discriminator's logits of reconstructions, tensors of any shapes.
 
     Returns:
         A scalar in float32.
@@ -88,11 +87,11 @@ def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
 
 
 def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
-    """What the discriminator minimises; detach the reconstructions before it sees them.
+    """The discriminator's loss; give it detached reconstructions.
 
     Args:
         name: one of ``ADVERSARIAL_LOSSES``.
-        real_logits, fake_logits: the discriminator's on images and on reconstructions, lists of one length.
+        real_logits, fake_logits: the discriminator's logits of images and of reconstructions, lists of equal length.
 
     Returns:
         A scalar in float32.
@@ -107,12 +106,11 @@ def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Se
 
 @torch.no_grad()
 def discriminator_accuracy(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor], name: str) -> Tensor:
-    """The share of logits on the right side of the fence: 1 for a perfect discriminator, 0.5 for a blind one.
+    """The share of logits on the right side of a threshold: 1 for a perfect discriminator, 0.5 for a blind one.
 
-    The fence is where the loss puts an even chance of being real: a logit of 0 for hinge, logistic and bce, 0.5
-    for lsgan. wgan's logits are defined up to a constant only: there it is the midpoint between the mean of the
-    real and the mean of the fake ones, tensor by tensor. A logit on the fence counts half. Real and fake weigh
-    the same; mean over each tensor, then over the list.
+    The threshold is the loss's undecided logit: 0 for hinge, logistic and bce, 0.5 for lsgan. wgan's logits are
+    defined up to a constant: there it is the midpoint between the means of real and fake logits, per tensor. A logit on
+    the threshold counts half. Real and fake weigh the same; mean over each tensor, then over the list.
 
     Returns:
         A scalar in [0, 1], float32, without gradient.
@@ -123,8 +121,8 @@ def discriminator_accuracy(real_logits: Sequence[Tensor], fake_logits: Sequence[
     threshold = _lookup(name).threshold
     shares: list[Tensor] = []
     for r, f in zip(*_pair(real_logits, fake_logits), strict=True):
-        fence = 0.5 * (r.mean() + f.mean()) if threshold is None else threshold
-        shares.append(0.5 * (_share_above(r - fence) + _share_above(fence - f)))
+        middle = 0.5 * (r.mean() + f.mean()) if threshold is None else threshold
+        shares.append(0.5 * (_share_above(r - middle) + _share_above(middle - f)))
     return torch.stack(shares).mean()
 
 
@@ -160,15 +158,15 @@ def _pair(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> tuple
 def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
     """Half the squared length of the discriminator's gradient at real images (Mescheder et al. 2018, R1).
 
-    1/2 E |grad_x D(x)|^2, with D(x) a sample's score: the mean of its logits in each tensor, then over the list,
-    as the losses take it. The gradient of a sample is summed over its values; the mean is over the batch. The
-    result can be differentiated again. Compute the logits without autocast: the gradient is as exact as they are.
-    For the lazy form, call it every k-th step and multiply by k.
+    1/2 E |grad_x D(x)|^2, with D(x) a sample's score: the mean of its logits in each tensor, then over the list, as in
+    the losses. The square is summed over a sample's values, the mean is over the batch. The result can be
+    differentiated again. Compute the logits without autocast: the gradient is as exact as they are. For the lazy form,
+    call it every k-th step and multiply by k.
 
     Args:
-        logits: the discriminator's on ``real_images``; each (B, ...), from samples that do not see each other
-            (with BatchNorm in training mode they do, and the penalty is on the batch as one).
-        real_images: (B, C, H, W), with ``requires_grad`` set before the discriminator saw it.
+        logits: the discriminator's logits of ``real_images``, each (B, ...). With BatchNorm in training mode, samples
+            depend on each other, and the penalty is on the batch as a whole.
+        real_images: (B, C, H, W), with ``requires_grad`` set before the discriminator was called.
 
     Returns:
         A scalar in float32, not negative, not multiplied by the usual gamma.
@@ -186,13 +184,13 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """Keeps the logits of real images near those of fake ones, and the reverse (Tseng et al. 2021).
+    """A penalty on the distance of real logits from an average of fake ones, and the reverse (Tseng et al. 2021).
 
-    E (r - a_f)^2 + E (f - a_r)^2, with a_r and a_f moving averages of the mean logits of real and fake images.
-    Each logit tensor of the discriminator has anchors of its own; the mean is over each tensor, then over the list.
+    E (r - a_f)^2 + E (f - a_r)^2, with the anchors a_r and a_f: moving averages of the mean logits of real and fake
+    images, for each logit tensor. The mean is over each tensor, then over the list.
 
-    In training mode a call first moves the anchors, a <- decay a + (1 - decay) E, which start from the first
-    batch's means; in evaluation mode they stand still. Under torch.distributed the means are over all processes.
+    In training mode a call first moves the anchors, a <- decay a + (1 - decay) E, starting from the first batch's
+    means; in evaluation mode they are fixed. Under torch.distributed the means are over all processes.
 
     Args:
         num_outputs: how many tensors the discriminator returns: its ``num_outputs``.
@@ -216,7 +214,7 @@ class LeCam(nn.Module):
         """The penalty, a scalar in float32; gradients flow to the logits and not to the anchors.
 
         Raises:
-            ValueError: the lists have not ``num_outputs`` tensors.
+            ValueError: the lists do not have ``num_outputs`` tensors.
         """
         outputs = self.real_anchors.numel()
         if len(real_logits) != outputs or len(fake_logits) != outputs:
@@ -249,17 +247,16 @@ class LeCam(nn.Module):
 def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Paste a rectangle of one image into the other, sample by sample (Yun et al. 2019, Schönfeld et al. 2020).
 
-    The rectangle's share of the area is uniform in (0, 1), up to whole pixels; it has the image's proportions
-    and any place within it. Whether it holds the real or the fake image is a fair coin's choice, so that a
-    pixel's place says nothing about its label [D].
+    The rectangle's share of the area is uniform in (0, 1), up to whole pixels; it has the image's aspect ratio and a
+    random place. A fair coin decides whether it holds the real or the fake image, so that a pixel's place does not
+    predict its label [D].
 
     Args:
         real, fake: (B, C, H, W).
-        generator: where the random numbers come from; on any device.
+        generator: of the random numbers, on any device.
 
     Returns:
-        The mixed images (B, C, H, W), and the mask (B, 1, H, W) in their dtype: 1 where they are real, 0 where
-        fake.
+        The mixed images (B, C, H, W), and the mask (B, 1, H, W) in their dtype: 1 for real pixels, 0 for fake ones.
 
     Raises:
         ValueError: the shapes differ.
@@ -290,7 +287,7 @@ def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: T
     E (D(mix(x, y)) - mix(D(x), D(y)))^2, over all pixels.
 
     Args:
-        mixed_logits, real_logits, fake_logits: the discriminator's per pixel, (B, 1, H, W), on the mixed, the
+        mixed_logits, real_logits, fake_logits: the discriminator's logits per pixel, (B, 1, H, W), of the mixed, the
             real and the fake images.
         mask: cutmix's, (B, 1, H, W).
 

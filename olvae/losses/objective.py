@@ -13,14 +13,14 @@ from olvae.modules.distributions import DiagonalGaussian
 __all__ = ["IMAGE_TERMS", "Objective"]
 
 IMAGE_TERMS = ("rec", "lpips", "wavelet", "gaussian")
-"""The terms that compare images; KL is the other one."""
+"""The terms that compare images; the other one is KL."""
 
 
 class Objective(nn.Module):
-    """sum of weight * term; a term with weight 0 is neither computed nor logged, and loads nothing.
+    """The sum of weight * term; a term with weight 0 is not computed, logged, or loaded.
 
-    Each term is a mean per value of the image, so weights do not depend on its size; the defaults are the
-    README's for A2 and B0 to B5 [R].
+    Each term is a mean per value of the image, so that weights do not depend on its size. The defaults are the README's
+    for A2 and B0 to B5 [R].
 
     Args:
         reconstruction: the pixel loss: l1, l2 or charbonnier.
@@ -60,12 +60,12 @@ class Objective(nn.Module):
     def forward(
         self, x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, encoded: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each term by its name before its weight; scalars in float32.
+        """The weighted sum, and each unweighted term by its name; scalars in float32.
 
         Args:
             x, reconstruction: (B, C, H, W) in [-1, 1].
             posterior: the encoder's, for x.
-            encoded: the images that the posterior is of, where they are not x.
+            encoded: the images of the posterior, if they are not x.
         """
         terms: dict[str, Tensor] = {}
         for name in self.weights:

@@ -77,7 +77,7 @@ def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0
 def kl_loss(posterior: DiagonalGaussian, x: Tensor) -> Tensor:
     """Mean over the batch of KL(posterior || N(0, I)) in nats, per value of the image.
 
-    The sum over a sample's latent is divided by the number C H W of values of its image [D], as every other
-    term is a mean per value; so a weight means what it means in the latent-diffusion code, where both are sums.
+    The sum over a sample's latent is divided by its image's number of values, C H W [D], because the other terms are
+    means per value: so weights mean the same as in the latent-diffusion code, where all terms are sums.
     """
     return posterior.kl().mean() / x[0].numel()

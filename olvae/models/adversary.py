@@ -1,4 +1,4 @@
-"""The other player of phase B: a discriminator, and what each side is told about it."""
+"""The adversary of phase B: a discriminator, the losses of both sides, and their schedule."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,23 +28,22 @@ class Adversary(nn.Module):
     """A discriminator with its losses. It owns no optimiser, and sees the autoencoder only through images.
 
     Args:
-        discriminator_config: PatchGAN, GigaGAN or UNetGAN; any module from images to a list of logit tensors that
-            says how many in ``num_outputs``.
+        discriminator_config: PatchGAN, GigaGAN or UNetGAN, or any module from images to a list of logit tensors with
+            their number in ``num_outputs``.
         loss: hinge, logistic, lsgan, wgan or bce.
-        weight: of the adversarial term in the autoencoder's loss; constant [P Table 8].
-        start_step: the autoencoder's step from which on both sides play.
+        weight: of the adversarial loss in the autoencoder's; constant [P Table 8].
+        start_step: the autoencoder's step at which the adversary starts to play.
         ramp_steps: steps over which the weight then grows linearly from 0.
-        warmup_updates: updates of the discriminator alone, at the start step, before the autoencoder goes on.
+        warmup_updates: updates of the discriminator alone, at the start step, before the autoencoder continues.
         updates_per_step: updates of the discriminator for each one of the autoencoder.
         adaptive_weight: multiply the weight by the ratio of the gradients of the pixel terms and of the adversarial
             term at the decoder's last layer, as the latent-diffusion code does; clamped to [0, adaptive_max].
         learning_rate_ratio: the discriminator's learning rate over the autoencoder's.
         betas: of the discriminator's Adam.
-        r1_weight: gamma of the R1 penalty; 0 leaves it out. Computed every r1_every-th update, and multiplied by
-            that.
-        lecam_weight, lecam_decay: of the LeCam penalty; weight 0 leaves it out.
-        cutmix_weight: of CutMix: the pixels of mixed images are told apart, and the consistency term (MSE, weight 1
-            within it) holds; 0 leaves it out. Needs per-pixel logits, which UNetGAN has.
+        r1_weight: gamma of the R1 penalty; 0 turns it off. Computed at every r1_every-th update, times r1_every.
+        lecam_weight, lecam_decay: of the LeCam penalty; weight 0 turns it off.
+        cutmix_weight: of CutMix: the loss on the pixels of mixed images plus the consistency term (MSE, weight 1
+            within it); 0 turns it off. Needs per-pixel logits, as UNetGAN's.
     """
 
     def __init__(
@@ -87,8 +86,8 @@ class Adversary(nn.Module):
         self.discriminator: nn.Module = instantiate(discriminator_config)
         if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
             raise ConfigError(
-                f"discriminator_config: {discriminator_config['target']} is not a discriminator: it does not say in "
-                "num_outputs how many logit tensors it returns"
+                f"discriminator_config: {discriminator_config['target']} is not a discriminator: num_outputs, the "
+                "number of its logit tensors, is missing"
             )
         self.loss = loss
         self.weight = weight
@@ -109,7 +108,7 @@ class Adversary(nn.Module):
         """Updates of the discriminator so far."""
 
     def check_image(self, channels: int, size: int) -> None:
-        """Run the discriminator on grey images of this size, so that a misfit is told before training.
+        """Run the discriminator on a grey image of this size, to find a misfit before training.
 
         Raises:
             ConfigError: it does not take such images.
@@ -124,31 +123,31 @@ class Adversary(nn.Module):
         if self.cutmix_weight and logits[0].shape[-2:] != (size, size):
             raise ConfigError("cutmix_weight needs a discriminator with one logit per pixel first, such as UNetGAN")
 
-    # Which part of training it is
+    # Schedule
 
     def plays(self, step: int) -> bool:
         """Whether both sides play at this step of the autoencoder."""
         return step >= self.start_step
 
     def warms_up(self, step: int) -> bool:
-        """Whether the discriminator learns alone now."""
+        """Whether the discriminator is trained alone at this step."""
         return self.plays(step) and self.updates < self.warmup_updates
 
     def weight_at(self, step: int) -> float:
-        """The constant weight, after the ramp."""
+        """The weight at this step of the autoencoder: the constant times the ramp."""
         if not self.plays(step):
             return 0.0
         return self.weight * min(1.0, (step - self.start_step + 1) / max(1, self.ramp_steps))
 
-    # What each side minimises
+    # Losses
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        """The autoencoder's: its gradient reaches ``fake``, and no parameter of the discriminator."""
+        """The autoencoder's loss: its gradient reaches ``fake``, and no parameter of the discriminator."""
         with self._frozen(), fixed_spectral_norm(self.discriminator):
             return generator_loss(self.loss, self.discriminator(fake))
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's, and what to log: its loss, the terms that are on, mean logits, accuracy.
+        """The discriminator's loss, and values to log: the loss, its penalties, mean logits, accuracy.
 
         Args:
             real, fake: (B, C, H, W); no gradient reaches either.
@@ -185,7 +184,7 @@ class Adversary(nn.Module):
         pixels: Tensor = self.discriminator(mixed)[0]  # (B, 1, H, W)
         inside = mask.bool()
         consistency = cutmix_consistency(pixels, real_pixels, fake_pixels, mask)
-        if inside.all() or not inside.any():  # a small batch may be of one kind by chance
+        if inside.all() or not inside.any():  # a small batch may by chance be all real or all fake
             return consistency
         return consistency + discriminator_loss(self.loss, [pixels[inside]], [pixels[~inside]])
 

@@ -9,18 +9,21 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from olvae.config import ConfigError, instantiate
-from olvae.models.hub import CARD, HubAccess, is_hub_id, told_in_one_line
+from olvae.checkpoint import load_weights, read_weights
+from olvae.config import Config, ConfigError, instantiate
+from olvae.models.hub import CARD, HubAccess, is_hub_id, upload_errors
+from olvae.models.pretrained import Located, config_kept, locate, write_export
+from olvae.models.spec import AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 
-__all__ = ["Autoencoder", "LiteVAE", "Quantizer"]
+__all__ = ["Autoencoder", "LiteVAE", "Quantizer", "load_located"]
 
 
 class Autoencoder(nn.Module, ABC):
-    """What evaluation, latents and reconstruction ask of any autoencoder; images are in [-1, 1]."""
+    """The interface of every autoencoder to evaluate, encode and reconstruct with; images are in [-1, 1]."""
 
     @property
     @abstractmethod
@@ -30,7 +33,7 @@ class Autoencoder(nn.Module, ABC):
     @property
     @abstractmethod
     def downscale(self) -> int:
-        """f: how many pixels of the image, per side, one latent position stands for."""
+        """f: pixels of the image per latent position, along each side."""
 
     @property
     @abstractmethod
@@ -55,9 +58,9 @@ class Quantizer(nn.Module):
     """The two 1x1 convolutions of the latent-diffusion autoencoders, under their published names [M].
 
     Args:
-        latent_dim: channels that the encoder gives.
+        latent_dim: channels of the encoder's output.
         embed_dim: channels of the latent, n_z.
-        z_channels: channels that the decoder takes.
+        z_channels: channels of the decoder's input.
     """
 
     def __init__(self, latent_dim: int, embed_dim: int, z_channels: int) -> None:
@@ -82,7 +85,7 @@ class LiteVAE(
         quantizer: optional 1x1 convolutions on either side of the latent.
 
     Raises:
-        ValueError: the two halves do not fit each other.
+        ValueError: encoder and decoder do not fit each other.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, quantizer: Quantizer | None = None) -> None:
@@ -93,8 +96,7 @@ class LiteVAE(
         self.folded = False
         """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
         self.scaling_factor, self.shift_factor = 1.0, 0.0
-        """What a diffusion model on these latents takes: (z - shift_factor) * scaling_factor. Kept for it, not used
-        by encode and decode."""
+        """For a diffusion model, whose input is (z - shift_factor) * scaling_factor; encode and decode use neither."""
         if quantizer is None:
             _check(
                 "encoder's latent_dim",
@@ -102,7 +104,7 @@ class LiteVAE(
                 "twice the decoder's z_channels",
                 2 * decoder.z_channels,
             )
-        _check("encoder's shrinking factor", encoder.downscale, "the decoder's growing factor", decoder.upscale)
+        _check("encoder's downscale", encoder.downscale, "the decoder's upscale", decoder.upscale)
         _check("encoder's in_channels", encoder.in_channels, "the decoder's out_channels", decoder.out_channels)
 
     @classmethod
@@ -114,14 +116,19 @@ class LiteVAE(
         use_quant: bool = False,
         initial_logvar: float = 0.0,
     ) -> "LiteVAE":
-        """Build from the nodes of a config's ``model.params``.
+        """Build from the nodes of a config's ``model.params``, with fresh weights.
 
-        Without ``use_quant`` the encoder gives the 2 ``embed_dim`` moments itself; its ``latent_dim`` may be
-        left out, be that number, or be ``embed_dim``, as in the published YAML. With it, ``latent_dim`` is the
-        encoder's width before the 1x1 convolution and is taken as it is.
+        Args:
+            encoder_config, decoder_config: nodes of an Encoder and a Decoder.
+            embed_dim: n_z, channels of the latent.
+            use_quant: put a 1x1 convolution on either side of the latent. The encoder's ``latent_dim`` is then its
+                width before the convolution. Without it the encoder computes the 2 ``embed_dim`` moments itself, and
+                its ``latent_dim`` may be left out, be that number, or be ``embed_dim``, as in the published YAML.
+            initial_logvar: added to the bias of the log-variances. At 0 the latent of fresh weights is mostly noise,
+                which a short training would first have to unlearn.
 
-        ``initial_logvar`` is added to the bias of the log-variances: at 0, where fresh weights start, the latent
-        is mostly noise, which a short training spends its first steps on.
+        Raises:
+            ConfigError: a node has mistakes, or ``latent_dim`` does not fit.
         """
         if use_quant:
             encoder = instantiate(encoder_config)
@@ -131,14 +138,24 @@ class LiteVAE(
         latent_dim = (encoder_config.get("params") or {}).get("latent_dim", 2 * embed_dim)
         if latent_dim not in (embed_dim, 2 * embed_dim):
             raise ConfigError(
-                f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder gives the "
+                f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder computes the "
                 f"moments of embed_dim = {embed_dim} channels: leave latent_dim out, or set use_quant"
             )
         encoder = instantiate(encoder_config, latent_dim=2 * embed_dim)
         return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the mixin's knows no runs, files of weights, nor YAML
+    def from_spec(cls, spec: AutoencoderSpec) -> "LiteVAE":
+        """Build with fresh weights; see :meth:`from_config`."""
+        model = cls.from_config(
+            spec.encoder_config, spec.decoder_config, spec.embed_dim, spec.use_quant, spec.initial_logvar
+        )
+        model = model.fold() if spec.folded else model
+        model.scaling_factor, model.shift_factor = float(spec.scaling_factor), float(spec.shift_factor)
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # other arguments than the mixin's
         cls,
         path_or_id: str | Path,
         *,
@@ -152,70 +169,68 @@ class LiteVAE(
         allow_mismatch: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> "LiteVAE":
-        """A trained autoencoder, in evaluation mode.
+        """Load a trained autoencoder, in evaluation mode.
 
         Args:
             path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config beside
                 it, a folder with one of each, or an id of the Hugging Face hub, such as
                 RGenDiff/olitevaeB_im_f8c12.
-            revision: of the hub's repository: a branch, tag or commit.
-            token, cache_dir, force_download, local_files_only: of the hub, as everywhere; by default what its
-                environment says.
+            revision: a branch, tag or commit of the hub's repository.
+            token, cache_dir, force_download, local_files_only: as in huggingface_hub; by default its environment
+                decides.
             config: the config instead of the one beside the weights: a YAML file, a config.json, or its content.
-            raw: the weights as trained, where there are averaged ones (EMA) besides.
+            raw: the weights as trained, not the averaged ones (EMA).
             allow_mismatch: load the tensors that fit, and warn of the others.
             dtype: of the parameters.
 
         Raises:
-            FileNotFoundError: there is no such thing, here or on the hub, or the hub can't be reached.
-            ConfigError: there is no config, or it has mistakes, or names code from outside this package.
-            ValueError: the weights are not readable, not finite, or of another model; the message lists the names.
+            FileNotFoundError: it was not found, here or on the hub, or the hub can't be reached.
+            ConfigError: the config is missing, has mistakes, or names code from outside this package.
+            ValueError: the weights are not readable, non-finite, or of another model; the message lists the names.
         """
-        from olvae.models.pretrained import load_located, locate
-
         hub = HubAccess(revision, token, cache_dir, force_download, local_files_only)
-        return load_located(locate(path_or_id, config, hub), raw, allow_mismatch, dtype)
+        found = locate(path_or_id, config, hub)
+        return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which :meth:`from_pretrained` and
-        diffusers read, and a short README.md where there is none; ``olvae export`` makes a model card, and checks what
-        it wrote.
+        diffusers read, and a short README.md if there is none. ``olvae export`` also writes a model card, and checks
+        the result.
 
         Args:
-            kwargs: of huggingface_hub's mixin, such as push_to_hub.
+            kwargs: for huggingface_hub's mixin, such as push_to_hub.
 
         Raises:
-            ValueError: a network is not of this package, or some weights are not finite; nothing is written.
+            ValueError: a network is not of this package, or weights are non-finite; nothing is written.
         """
-        from olvae.models.pretrained import check_saveable, config_kept
-
-        check_saveable(self)
+        self._check_saveable()
         with config_kept(Path(save_directory)):
             return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from olvae.models.pretrained import write_export
+        write_export(self.state_dict(), self.export_config(), save_directory)
 
-        write_export(self, save_directory)
+    def _check_saveable(self) -> None:
+        self.export_config()
+        if broken := [name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save it to a repository of the Hugging Face hub, which is made if need be; the address of the commit.
+        """Save to a repository of the Hugging Face hub, which is created if missing; returns the commit's address.
 
         Args:
             repo_id: OWNER/NAME, or NAME for one's own.
-            kwargs: of huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
+            kwargs: for huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
 
         Raises:
             OSError: the hub refuses, or can't be reached.
             ValueError: as :meth:`save_pretrained`; no repository is made.
         """
-        from olvae.models.pretrained import check_saveable
-
-        check_saveable(self)
-        # Without an owner it becomes the token's owner's, whose name is not known yet.
+        self._check_saveable()
+        # Without OWNER the card can't name the repository: the hub fills in the token's owner.
         place = {"repo_id": repo_id} if is_hub_id(repo_id) else {}
         kwargs["model_card_kwargs"] = {**place, **(kwargs.get("model_card_kwargs") or {})}
-        with told_in_one_line(repo_id):
+        with upload_errors(repo_id):
             return super().push_to_hub(repo_id, **kwargs)
 
     @torch.no_grad()
@@ -228,13 +243,38 @@ class LiteVAE(
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments of :meth:`from_config` that build it again."""
+        """The arguments for :meth:`from_config` that build this model again."""
         return {
             "encoder_config": self.encoder.node,
             "decoder_config": self.decoder.node,
             "embed_dim": self.latent_channels,
             "use_quant": self.quantizer is not None,
         }
+
+    def export_config(self) -> Config:
+        """The config.json of an export.
+
+        Raises:
+            ValueError: a network is not of this package, or has an argument that JSON does not have.
+        """
+        spec = AutoencoderSpec(
+            **self.config,
+            folded=self.folded,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+        )
+        decoder = self.decoder.node["params"]
+        return spec.to_export(
+            # Pipelines count the entries of block_out_channels to know by how much the latent is smaller.
+            block_out_channels=[decoder["channels"] * m for m in decoder["channel_mult"]],
+            force_upcast=False,
+            in_channels=self.in_channels,
+            latent_channels=self.latent_channels,
+            out_channels=self.decoder.out_channels,
+            sample_size=self.encoder.image_size,
+            use_post_quant_conv=self.quantizer is not None,
+            use_quant_conv=self.quantizer is not None,
+        )
 
     @property
     def in_channels(self) -> int:
@@ -257,7 +297,7 @@ class LiteVAE(
             ValueError: H or W is not a multiple of f, or the images are integers.
         """
         if not x.is_floating_point():
-            raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: x / 127.5 - 1 makes them of 0..255")
+            raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1")
         moments: Tensor = self.encoder(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
@@ -274,17 +314,35 @@ class LiteVAE(
         x: Tensor = self.decoder(z)
         return x
 
-    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction, from the posterior's mode or from a sample, and the posterior."""
-        posterior = self.encode(x)
-        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
-
     def fold(self) -> "LiteVAE":
-        """A copy for inference whose self-modulated convolutions are ordinary ones: same function, faster."""
+        """A copy for inference with ordinary convolutions for the self-modulated ones: same function, faster."""
         folded = fold_smc(self)
         assert isinstance(folded, LiteVAE)
         folded.folded = True
         return folded
+
+
+def load_located(
+    found: Located,
+    weights: Mapping[str, Tensor],
+    allow_mismatch: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> LiteVAE:
+    """Build an autoencoder that was located, and load the weights that were read; in evaluation mode.
+
+    Raises:
+        ConfigError: the networks can't be built.
+        ValueError: as :func:`load_weights`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
+        try:
+            model = LiteVAE.from_spec(found.spec).to(dtype)
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {reason}") from error
+    load_weights(model, weights, found.weights, allow_mismatch)
+    return model.eval()
 
 
 def _check(name: str, value: Any, other_name: str, other: Any) -> None:

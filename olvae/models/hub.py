@@ -1,6 +1,6 @@
-"""The Hugging Face hub: a repository's config and weights as a local folder, and how an upload's failure is told.
+"""The Hugging Face hub: download a repository's config and weights, and one-line errors for downloads and uploads.
 
-Through huggingface_hub, which honours its environment: HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, HF_TOKEN.
+Through huggingface_hub, and so with its environment: HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, HF_TOKEN.
 """
 
 import re
@@ -9,9 +9,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from olvae.checkpoint import WEIGHT_SUFFIXES
 
-__all__ = ["CARD", "CONFIG_PATTERNS", "USUAL", "HubAccess", "fetch", "is_hub_id", "snapshot", "told_in_one_line"]
+__all__ = ["CARD", "DEFAULT_ACCESS", "HubAccess", "fetch", "is_hub_id", "snapshot", "upload_errors"]
 
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
@@ -30,12 +41,12 @@ vae = LiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", true) }}")  # 
 vae = AutoencoderLiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", true) }}")  # in diffusers' pipelines
 ```
 """
-"""The README.md beside saved weights that have none; ``olvae export`` writes one that says more."""
+"""The README.md that is written beside saved weights; ``olvae export`` writes a longer one."""
 
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How a repository is asked for, in huggingface_hub's words; where nothing is said, its environment decides."""
+    """Arguments of huggingface_hub's downloads; the defaults leave the choice to its environment."""
 
     revision: str | None = None
     token: str | bool | None = None
@@ -44,8 +55,7 @@ class HubAccess:
     local_files_only: bool = False
 
 
-USUAL = HubAccess()
-"""As the environment says."""
+DEFAULT_ACCESS = HubAccess()
 
 
 def is_hub_id(text: str) -> bool:
@@ -53,69 +63,62 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(WEIGHT_SUFFIXES)
 
 
-def fetch(repo_id: str, access: HubAccess = USUAL, patterns: Sequence[str] = CONFIG_PATTERNS) -> Path:
-    """Download the files of these patterns and the weights, or find them in the cache; the folder they are in.
+def fetch(repo_id: str, access: HubAccess = DEFAULT_ACCESS) -> Path:
+    """Download the config and the weights, or find them in the cache; returns their folder.
 
-    Of the weights, files at the top of the repository only, safetensors rather than pickles.
+    Only files at the top of the repository, and safetensors rather than pickles.
 
     Raises:
-        FileNotFoundError: there is no such repository or revision, or the hub can't be reached.
+        FileNotFoundError: the repository or revision does not exist, or the hub can't be reached.
         OSError: the download broke off.
     """
     for suffix in WEIGHT_SUFFIXES:
-        folder = snapshot(repo_id, [*patterns, f"*{suffix}"], ["*/*"], access)
+        folder = snapshot(repo_id, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], access)
         if any(folder.glob(f"*{suffix}")):
             break
     return folder
 
 
-def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), access: HubAccess = USUAL) -> Path:
-    """Download the files of these patterns, or find them in the cache; the folder they are in. Raises as fetch."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def snapshot(
+    repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), access: HubAccess = DEFAULT_ACCESS
+) -> Path:
+    """Download the files of these patterns, or find them in the cache; returns their folder.
 
+    Raises:
+        FileNotFoundError, OSError: as :func:`fetch`.
+    """
     where = f"{repo_id}@{access.revision}" if access.revision else repo_id
     try:
-        return Path(
-            snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **asdict(access))
-        )
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id}: no such file or folder, and not an id of the hub") from error
-    except GatedRepoError as error:
-        raise FileNotFoundError(f"{where}: access is restricted: ask for it on the hub, then set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where}: no such file or folder here, and no such repository on the hub (a private one needs HF_TOKEN)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{where}: the repository has no such revision") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where}: no such file or folder here, not in the hub's cache, and the hub can't be reached: "
-            f"{_first_line(error.__cause__ or error)}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{where}: the hub answers: {_first_line(error)}") from error
-    except Exception as error:  # the connection broke off
-        raise OSError(f"{where}: not downloaded: {_first_line(error)}") from error
+        folder = snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **asdict(access))
+    except Exception as error:
+        for kind, message in _NOT_FOUND.items():
+            if isinstance(error, kind):
+                told = message.format(error=_first_line(error), cause=_first_line(error.__cause__ or error))
+                raise FileNotFoundError(f"{where}: {told}") from error
+        raise OSError(f"{where}: not downloaded: {_first_line(error)}") from error  # the connection broke off
+    return Path(folder)
+
+
+_NOT_FOUND: dict[type[Exception], str] = {
+    HFValidationError: "no such file or folder, and not an id of the hub",
+    GatedRepoError: "access is restricted: ask for it on the hub, then set HF_TOKEN",
+    RepositoryNotFoundError: "no such file or folder here, and no such repository on the hub (a private one needs "
+    "HF_TOKEN)",
+    RevisionNotFoundError: "the repository has no such revision",
+    LocalEntryNotFoundError: "no such file or folder here, not in the hub's cache, and the hub can't be reached: "
+    "{cause}",
+    HfHubHTTPError: "the hub answers: {error}",
+}
+"""Messages for huggingface_hub's errors; the first that fits, since some are kinds of others."""
 
 
 @contextmanager
-def told_in_one_line(repo_id: str) -> Iterator[None]:
-    """What goes wrong with an upload.
+def upload_errors(repo_id: str) -> Iterator[None]:
+    """Turn the errors of an upload into one line.
 
     Raises:
         OSError: the hub refuses, or can't be reached.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
     try:
         yield
     except OfflineModeIsEnabled as error:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
@@ -17,7 +18,7 @@ from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.regularizers import Anchor, transform_alike
 from olvae.models.validation import ValidatedModule
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import DiagonalGaussian, Posterior
 
 __all__ = [
     "LiteAutoencoderKL",
@@ -27,43 +28,98 @@ __all__ = [
     "last_convolution",
     "lr_factor",
     "mix_seeds",
-    "update",
 ]
 
 
-class LiteAutoencoderKL(ValidatedModule):
-    """An autoencoder, its objective and its optimiser, under Lightning with manual optimisation.
+def mix_seeds(*numbers: int) -> int:
+    """One seed from several numbers, different for each list of them."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0] >> 1)
 
-    The weights lie here, under their published names [M]; ``autoencoder`` is the plain LiteVAE over them.
+
+def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
+    """The factor of the base rate at a step, counted from 0.
+
+    Linear from 1/warmup_steps to 1 over the warm-up; then 1 (``constant``), or half a cosine from 1 down to
+    ``min_factor`` at ``decay_steps`` and ``min_factor`` from there on (``cosine``).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def adam_with_schedule(
+    parameters: list[nn.Parameter], rate: float, betas: tuple[float, float], factor: Callable[[int], float]
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Adam [P App. F], and the schedule that multiplies its rate by ``factor`` of the step."""
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def grad_scaler(module: pl.LightningModule) -> torch.amp.GradScaler | None:
+    """The scaler of the losses under fp16; None in any other precision."""
+    scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
+    return scaler
+
+
+def last_convolution(module: nn.Module) -> nn.Conv2d:
+    """The last convolution in the order of definition: in a decoder, the one that makes the image."""
+    return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
+
+
+def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Tensor:
+    """|gradient of one loss| / |gradient of the other| at the decoder's last layer, in float32.
+
+    The gradients are those of the whole batch, over all ranks. Under fp16 both losses are scaled first, or small
+    gradients would be lost.
+    """
+    assert isinstance(module.decoder, nn.Module)
+    weight = last_convolution(module.decoder).weight
+    scaler = grad_scaler(module)
+    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+    norms: list[Tensor] = []
+    for loss in (one, other):
+        (gradient,) = torch.autograd.grad(scale * loss, weight, retain_graph=True)
+        if module.trainer.world_size > 1:
+            gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
+        norms.append(gradient.float().norm() / scale)
+    return norms[0] / norms[1].clamp_min(1e-12)
+
+
+class LiteAutoencoderKL(ValidatedModule):
+    """An autoencoder with its objective, its adversary and their optimisers, under Lightning's manual optimisation.
+
+    The weights are held under their published names [M]; ``autoencoder`` is the plain LiteVAE over them.
     ``global_step``, logs, schedules and checkpoint names count updates of the autoencoder.
 
     Args:
-        encoder_config, decoder_config: the two halves.
+        encoder_config, decoder_config: nodes of an Encoder and a Decoder.
         adversary_config: the :class:`Adversary` of phase B; None in phase A.
-        lossconfig: the :class:`Objective`. A config with another one (torch.nn.Identity in the published YAML)
-            serves for inference, not for training.
+        lossconfig: the :class:`Objective`. With another loss (torch.nn.Identity in the published YAML) the config is
+            for inference only.
         embed_dim: n_z, channels of the latent.
         use_quant: a 1x1 convolution on either side of the latent.
         initial_logvar: see :meth:`LiteVAE.from_config`.
         use_ema: average the weights with Lightning's callback; validation and checkpoints use the average.
-        ema_decay: of that average.
-        learning_rate: filled in from model.base_learning_rate, and used as it is: never scaled by batch or devices.
+        ema_decay: decay of that average.
+        learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
         betas: Adam's [P App. F].
         scheduler: ``constant`` or ``cosine``, after a linear warm-up.
         warmup_steps, decay_steps, min_lr_factor: see :func:`lr_factor`; decay_steps is the run's last step by
             default.
-        accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer, where Lightning's users
-            look for them.
+        accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer.
         channels_last: memory layout of the weights and images; often faster.
         sample_posterior: decode a sample of the posterior in training, not its mode.
-        freeze_encoder: train the decoder alone; latents stay as they are.
-        anchor_weight: of the mean squared distance between the posterior's means and those of the encoder that
-            training started from: fine-tunes both halves and keeps old latents usable.
-        equivariance: share of the steps on which the latent is scaled and rotated, and the reconstruction compared
-            with the image scaled and rotated alike, in the manner of EQ-VAE; the adversary pauses on them.
-        val_metrics: what validation computes beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…`` with
-            the averaged weights if there are any, and then as ``val_raw/…`` with those as trained.
-        weights_dir: where pretrained networks of metrics are looked for first.
+        freeze_encoder: train the decoder alone, so that latents do not change.
+        anchor_weight: weight of the mean squared distance between the posterior's means and those of the encoder that
+            training started from: fine-tunes encoder and decoder, and keeps old latents usable.
+        equivariance: share of the steps on which the latent and the image are scaled and rotated alike before the
+            reconstruction is compared with the image, as in EQ-VAE; the adversary pauses on them.
+        val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…``, with the
+            averaged weights if there are any, and then also as ``val_raw/…``, with the raw ones.
+        weights_dir: a folder in which the metrics' pretrained networks are looked for first.
     """
 
     def __init__(
@@ -113,9 +169,9 @@ class LiteAutoencoderKL(ValidatedModule):
             if not isinstance(self.adversary, Adversary):
                 raise ConfigError(f"adversary_config: {adversary_config['target']} is not an Adversary")
         if freeze_encoder:
-            for half in (self.encoder, self.quantizer.quant_conv if self.quantizer else None):
-                if half is not None:
-                    half.requires_grad_(False)
+            self.encoder.requires_grad_(False)
+            if self.quantizer is not None:
+                self.quantizer.quant_conv.requires_grad_(False)
         self.anchor = Anchor(self.encoder, self.quantizer) if anchor_weight else None
         if channels_last:
             self.to(memory_format=torch.channels_last)
@@ -137,15 +193,12 @@ class LiteAutoencoderKL(ValidatedModule):
         self.equivariance = equivariance
 
         self.seed = 0
-        """Of the noise in training; set by the trainer."""
+        """Seed of the noise in training; set by the trainer."""
         self.images_seen = 0
         """Training images consumed, over all ranks: where a resumed run continues the data."""
-        self._micro_batch = 0
+        self._micro_batch = 0  # within the update
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        """Images and reconstructions of this update, for the discriminator's further ones."""
-
-    # The autoencoder
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
 
     @property
     def autoencoder(self) -> LiteVAE:
@@ -160,21 +213,41 @@ class LiteAutoencoderKL(ValidatedModule):
         """See :meth:`LiteVAE.decode`."""
         return self.autoencoder.decode(z)
 
-    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, DiagonalGaussian]:
+    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
         """See :meth:`LiteVAE.forward`."""
-        reconstruction, posterior = self.autoencoder(x, sample_posterior)
-        return reconstruction, posterior
+        return self.autoencoder.forward(x, sample_posterior)
 
-    # Training
+    def images(self, batch: Batch) -> Tensor:
+        """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
+        x = from_uint8(batch["image"])
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    @property
+    def objective(self) -> Objective:
+        """The loss, which training needs to be an :class:`Objective`.
+
+        Raises:
+            ConfigError: the config is for inference.
+        """
+        if not isinstance(self.loss, Objective):
+            kind = f"{type(self.loss).__module__}.{type(self.loss).__qualname__}"
+            raise ConfigError(
+                f"model.params.lossconfig is a {kind}, which is for inference only: "
+                "to train, give it the target olvae.losses.objective.Objective"
+            )
+        return self.loss
+
+    # A training step
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  (Lightning's signature)
+        """One micro-batch; every accumulate_grad_batches-th completes an update of each side."""
         x = encoded = self.images(batch)  # (B, C, H, W) in [-1, 1]
-        step, last = self.global_step, self._micro_batch + 1 == self.accumulate_grad_batches
+        last = self._micro_batch + 1 == self.accumulate_grad_batches
         torch.manual_seed(mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank))
-        adversary = self.adversary if self.adversary is not None and self.adversary.plays(step) else None
-        warming_up = adversary is not None and adversary.warms_up(step)
+        adversary = self.adversary if self.adversary is not None and self.adversary.plays(self.global_step) else None
+        warming_up = adversary is not None and adversary.warms_up(self.global_step)
 
-        # One forward pass of the autoencoder, for both sides.
+        # Forward: one pass of the autoencoder, for both sides.
         with torch.set_grad_enabled(not warming_up):
             posterior = self.encode(x)
             z = posterior.sample() if self.sample_posterior else posterior.mode()  # (B, n_z, H/f, W/f)
@@ -185,73 +258,113 @@ class LiteAutoencoderKL(ValidatedModule):
                     adversary = None
             reconstruction = self.decode(z)
 
-        # The autoencoder's side: named terms, their weighted sum.
+        # The autoencoder: losses by name, and their weighted sum.
         if not warming_up:
-            total, terms = self._autoencoder_loss(x, reconstruction, posterior, encoded, adversary, report=last)
+            total, losses = self.objective(x, reconstruction, posterior, encoded)
+            if self.anchor is not None:
+                losses["anchor"] = self.anchor(encoded, posterior)
+                total = total + self.anchor_weight * losses["anchor"]
+            if adversary is not None:
+                losses["adversarial"] = adversary.generator_loss(reconstruction)
+                total = total + self._adversarial_weight(adversary, losses, last) * losses["adversarial"]
             self.manual_backward(total / self.accumulate_grad_batches)
-            self.log_dict({f"train/{name}": term.detach() for name, term in {"loss": total, **terms}.items()})
+            self.log_dict({f"train/{name}": loss.detach() for name, loss in {"loss": total, **losses}.items()})
 
-        # The discriminator's side: the same reconstruction, without its graph.
+        # The discriminator: its loss on the same reconstruction, without the graph.
         if adversary is not None:
             pair = (x, reconstruction.detach())
-            self.discriminator_backward(adversary, *pair)
+            self._discriminator_backward(adversary, *pair)
             if adversary.updates_per_step > 1:
-                self.pairs.append(pair)
+                self._pairs.append(pair)
 
-        # The updates, once every accumulate_grad_batches micro-batches.
+        # Step, once every accumulate_grad_batches micro-batches.
         self._micro_batch = 0 if last else self._micro_batch + 1
         if last:
-            update(self, adversary, autoencoder=not warming_up)
+            self._update(adversary, autoencoder=not warming_up)
             self._iteration += 1
             self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
             self.log("step", float(self.global_step))  # Lightning would count micro-batches on the logger's axis
-
-    def _autoencoder_loss(
-        self,
-        x: Tensor,
-        reconstruction: Tensor,
-        posterior: DiagonalGaussian,
-        encoded: Tensor,
-        adversary: Adversary | None,
-        report: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, terms = self.objective(x, reconstruction, posterior, encoded)
-        if self.anchor is not None:
-            terms["anchor"] = self.anchor(encoded, posterior)
-            total = total + self.anchor_weight * terms["anchor"]
-        if adversary is not None:
-            terms["adversarial"] = adversary.generator_loss(reconstruction)
-            weight = total.new_tensor(adversary.weight_at(self.global_step))
-            reporting = report and self._reports()
-            if adversary.adaptive_weight or reporting:
-                pixels = self.objective.weighted(terms, *IMAGE_TERMS)
-                ratio = gradient_ratio(self, pixels, terms["adversarial"])  # |pixels| / |adversarial|
-                if adversary.adaptive_weight:
-                    weight = weight * ratio.clamp(0.0, adversary.adaptive_max)
-                    self.log("health/adaptive_weight", ratio.clamp(0.0, adversary.adaptive_max))
-                self.log("health/gradient_ratio", weight / ratio.clamp_min(1e-12))
-            total = total + weight * terms["adversarial"]
-        return total, terms
-
-    def discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor) -> None:
-        loss, logs = adversary.discriminator_loss(real, fake)
-        self.manual_backward(loss / self.accumulate_grad_batches)
-        health = {"logits_real", "logits_fake", "accuracy"}
-        self.log_dict({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
 
     @property
     def update_is_complete(self) -> bool:
         """Whether no gradient of a further update has been accumulated yet."""
         return self._micro_batch == 0
 
-    def _reports(self) -> bool:
-        """Whether the loggers will take this step's values."""
+    def _adversarial_weight(self, adversary: Adversary, losses: dict[str, Tensor], last: bool) -> Tensor:
+        """The weight of the adversarial loss; logs health where the loggers will take this step's values."""
+        weight = losses["adversarial"].new_tensor(adversary.weight_at(self.global_step))
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
-        return (self._iteration + 1) * self.accumulate_grad_batches % every == 0
+        reports = last and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
+        if adversary.adaptive_weight or reports:
+            pixels = self.objective.weighted(losses, *IMAGE_TERMS)
+            ratio = gradient_ratio(self, pixels, losses["adversarial"])  # |pixels| / |adversarial|
+            if adversary.adaptive_weight:
+                weight = weight * ratio.clamp(0.0, adversary.adaptive_max)
+                self.log("health/adaptive_weight", ratio.clamp(0.0, adversary.adaptive_max))
+            self.log("health/gradient_ratio", weight / ratio.clamp_min(1e-12))
+        return weight
+
+    def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor) -> None:
+        loss, logs = adversary.discriminator_loss(real, fake)
+        self.manual_backward(loss / self.accumulate_grad_batches)
+        health = {"logits_real", "logits_fake", "accuracy"}
+        self.log_dict({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
+
+    def _update(self, adversary: Adversary | None, autoencoder: bool) -> None:
+        """One update of the autoencoder, and ``updates_per_step`` of the discriminator if the adversary plays.
+
+        Under fp16 both gradients carry the same loss scale, so it may change only after both were used: the
+        discriminator steps first, through the bare scaler; the autoencoder through Lightning, which then updates
+        the scale, and counts the step.
+        """
+        optimizers, schedules = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
+        scaler = grad_scaler(self)
+        if adversary is not None:
+            self._step_discriminator(adversary, optimizers[1].optimizer)
+        if autoencoder:
+            optimizer = optimizers[0]
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+            self._clip(optimizer.optimizer, self.autoencoder_parameters(), "train/grad_norm")
+            optimizer.step()
+            optimizer.zero_grad()
+            schedules[0].step()
+        elif scaler is not None:
+            scaler.update()
+        if adversary is not None:
+            for _ in range(adversary.updates_per_step - 1):
+                for pair in self._pairs:
+                    self._discriminator_backward(adversary, *pair)
+                self._step_discriminator(adversary, optimizers[1].optimizer)
+                if scaler is not None:
+                    scaler.update()
+            schedules[1].step()
+            self._pairs.clear()
+
+    def _step_discriminator(self, adversary: Adversary, optimizer: torch.optim.Optimizer) -> None:
+        self._clip(optimizer, list(adversary.discriminator.parameters()), "train/grad_norm_discriminator")
+        scaler = grad_scaler(self)
+        if scaler is not None:
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        adversary.updated()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], name: str) -> None:
+        """Clip the norm of the true gradient: under fp16 the scale is taken off first."""
+        if not self.gradient_clip_val:
+            return
+        scaler = grad_scaler(self)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        self.log(name, torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val))
+
+    # Lightning's hooks
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
-        halves = (self.encoder, self.decoder, self.quantizer)
-        return [p for module in halves if module for p in module.parameters() if p.requires_grad]
+        """The autoencoder's parameters that training changes."""
+        parts = (self.encoder, self.decoder, self.quantizer)
+        return [p for module in parts if module for p in module.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         decay_steps = self.decay_steps or self.trainer.max_steps
@@ -264,15 +377,13 @@ class LiteAutoencoderKL(ValidatedModule):
             rate = self.learning_rate * self.adversary.learning_rate_ratio
             parameters = list(self.adversary.discriminator.parameters())
 
-            def own_warmup(updates: int) -> float:  # from when it begins to play; then it follows the autoencoder's
+            def own_warmup(updates: int) -> float:  # counted from its first update; then it follows the autoencoder's
                 return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
 
             pairs.append(adam_with_schedule(parameters, rate, self.adversary.betas, own_warmup))
         return [optimizer for optimizer, _ in pairs], [schedule for _, schedule in pairs]
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        from lightning.pytorch.callbacks import EMAWeightAveraging
-
         return [EMAWeightAveraging(decay=self.ema_decay)] if self.use_ema else []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -291,140 +402,6 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.freeze_encoder:
             self.encoder.eval()
 
-    # Shared
-
-    @property
-    def objective(self) -> Objective:
-        """The loss, if it is one to train with.
-
-        Raises:
-            ConfigError: the config is for inference.
-        """
-        if not isinstance(self.loss, Objective):
-            kind = f"{type(self.loss).__module__}.{type(self.loss).__qualname__}"
-            raise ConfigError(
-                f"model.params.lossconfig is a {kind}, which does for inference only: "
-                "to train, give it the target olvae.losses.objective.Objective"
-            )
-        return self.loss
-
-    def images(self, batch: Batch) -> Tensor:
-        """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
-        x = from_uint8(batch["image"])
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
-
-
-def update(module: "LiteAutoencoderKL", adversary: Adversary | None, autoencoder: bool) -> None:
-    """One update of the autoencoder, and ``updates_per_step`` of the discriminator if the adversary plays.
-
-    Under fp16 both gradients carry the same loss scale, so it may change only after both were used: the
-    discriminator steps first, through the bare scaler; the autoencoder through Lightning, which then updates
-    the scale, and counts the step.
-    """
-    optimizers, schedules = _as_list(module.optimizers()), _as_list(module.lr_schedulers())
-    scaler = grad_scaler(module)
-    if adversary is not None:
-        _step_discriminator(module, adversary, optimizers[1].optimizer)
-    if autoencoder:
-        optimizer = optimizers[0]
-        module.log("train/lr", optimizer.param_groups[0]["lr"])
-        _clip(module, optimizer.optimizer, module.autoencoder_parameters(), "train/grad_norm")
-        optimizer.step()
-        optimizer.zero_grad()
-        schedules[0].step()
-    elif scaler is not None:
-        scaler.update()
-    if adversary is not None:
-        for _ in range(adversary.updates_per_step - 1):
-            for pair in module.pairs:
-                module.discriminator_backward(adversary, *pair)
-            _step_discriminator(module, adversary, optimizers[1].optimizer)
-            if scaler is not None:
-                scaler.update()
-        schedules[1].step()
-        module.pairs.clear()
-
-
-def _step_discriminator(module: "LiteAutoencoderKL", adversary: Adversary, optimizer: torch.optim.Optimizer) -> None:
-    parameters = list(adversary.discriminator.parameters())
-    _clip(module, optimizer, parameters, "train/grad_norm_discriminator")
-    scaler = grad_scaler(module)
-    if scaler is not None:
-        scaler.step(optimizer)
-    else:
-        optimizer.step()
-    optimizer.zero_grad()
-    adversary.updated()
-
-
-def _clip(
-    module: "LiteAutoencoderKL", optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], name: str
-) -> None:
-    """Clip the norm of the true gradient: under fp16 the scale is taken off first."""
-    if not module.gradient_clip_val:
-        return
-    scaler = grad_scaler(module)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    module.log(name, torch.nn.utils.clip_grad_norm_(parameters, module.gradient_clip_val))
-
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
-
-
-def mix_seeds(*numbers: int) -> int:
-    """One seed from several numbers, another for each list of them."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0] >> 1)
-
-
-def grad_scaler(module: pl.LightningModule) -> torch.amp.GradScaler | None:
-    """What scales the losses under fp16; None in any other precision."""
-    scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
-    return scaler
-
-
-def last_convolution(module: nn.Module) -> nn.Conv2d:
-    """The last one in the order of definition, which in a decoder makes the image."""
-    return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
-
-
-def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Tensor:
-    """|gradient of one loss| / |gradient of the other| at the decoder's last layer, in float32.
-
-    The gradients are those of the whole batch, over all ranks. Under fp16 both losses are scaled for it, because
-    small gradients would be lost.
-    """
-    assert isinstance(module.decoder, nn.Module)
-    weight = last_convolution(module.decoder).weight
-    scaler = grad_scaler(module)
-    scale = float(scaler.get_scale()) if scaler is not None else 1.0
-    norms: list[Tensor] = []
-    for loss in (one, other):
-        (gradient,) = torch.autograd.grad(scale * loss, weight, retain_graph=True)
-        if module.trainer.world_size > 1:
-            gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
-        norms.append(gradient.float().norm() / scale)
-    return norms[0] / norms[1].clamp_min(1e-12)
-
-
-def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
-    """What to multiply the base rate by at a step, counted from 0.
-
-    Linear from 1/warmup_steps to 1 over the warm-up; then 1 (``constant``), or half a cosine from 1 down to
-    ``min_factor`` at ``decay_steps`` and ``min_factor`` from there on (``cosine``).
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if name == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
-    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def adam_with_schedule(
-    parameters: list[nn.Parameter], rate: float, betas: tuple[float, float], factor: Callable[[int], float]
-) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    """Adam [P App. F], and the schedule that multiplies its rate by ``factor`` of the step."""
-    optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

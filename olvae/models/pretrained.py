@@ -1,6 +1,6 @@
-"""Trained autoencoders in and out: from a run, a checkpoint, an export or the hub, and saved as an export.
+"""The files of a trained autoencoder: found in a run, a checkpoint, an export or on the hub; written as an export.
 
-What an export is, and what its config says, is in description.py.
+Nothing here builds a network: what the config says is in ``spec``, the autoencoder in ``autoencoder``.
 """
 
 import os
@@ -10,75 +10,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from olvae.checkpoint import WEIGHT_SUFFIXES, load_weights, read_weights
+from olvae.checkpoint import WEIGHT_SUFFIXES
 from olvae.config import Config, ConfigError
 from olvae.files import whole, write_json
-from olvae.models.autoencoder import LiteVAE
-from olvae.models.hub import USUAL, HubAccess, fetch, is_hub_id
-from olvae.models.spec import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    autoencoder_params,
-    build_autoencoder,
-    export_config,
-    read_config,
-)
+from olvae.models.hub import DEFAULT_ACCESS, HubAccess, fetch, is_hub_id
+from olvae.models.spec import CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
 from olvae.runs import Run
 
-__all__ = ["Located", "check_saveable", "config_kept", "find_weights", "load_located", "locate", "write_export"]
+__all__ = ["PUBLISHED", "Located", "config_kept", "locate", "locate_weights", "write_export"]
 
-PUBLISHED: dict[str, Config] = {
-    "RGenDiff/olitevaeB_im_f8c12": {
-        "encoder_config": {
-            "target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder",
-            "params": {"scale": "B"},
-        },
-        "decoder_config": {
+
+PUBLISHED = {
+    "RGenDiff/olitevaeB_im_f8c12": AutoencoderSpec(
+        encoder_config={"target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder", "params": {"scale": "B"}},
+        decoder_config={
             "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
             "params": {"z_channels": 12},
         },
-        "embed_dim": 12,
-    }
+        embed_dim=12,
+    )
 }
 """Models of the hub that load without a config of their own, as in configs/olitevaeB_im_f8c12.yaml."""
 
 
 VARIANTS = WEIGHTS_NAME.replace(".", ".*.")
-"""What diffusers calls a copy of the weights in another precision, such as .fp16., that lies beside them."""
+"""diffusers' names for copies of the weights in another precision, such as .fp16., beside them."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """Weights, and what to build for them."""
+    """A file of weights, and the autoencoder that it belongs to."""
 
     weights: Path
-    params: Config
-    """Arguments of :func:`build_autoencoder`."""
+    spec: AutoencoderSpec
     origin: str
-    """Where these are said, for the user."""
+    """Where the spec is from, for messages."""
     config: Config
-    """The training config that they are from, if it is the user's own, whose data may be built; else empty."""
+    """The training config that it is from, if that is the user's own, so that its data may be built; else empty."""
     run: Run | None
 
 
-def find_weights(path_or_id: str | Path, hub: HubAccess = USUAL) -> Path:
-    """The file of weights that a path or an id of the hub stands for; see :func:`locate`."""
-    path, given = Path(path_or_id), os.fspath(path_or_id)
-    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return _weights_in(path, given)
-    if is_hub_id(given):
-        return _weights_in(fetch(given, hub), given)
-    raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
-
-
 def locate(
-    path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None = None, hub: HubAccess = USUAL
+    path_or_id: str | Path,
+    config: str | Path | Mapping[str, Any] | None = None,
+    hub: HubAccess = DEFAULT_ACCESS,
 ) -> Located:
     """Find the weights, and the config that belongs to them.
 
@@ -89,12 +67,12 @@ def locate(
         hub: how the hub is asked.
 
     Raises:
-        FileNotFoundError: there is no such thing.
-        ValueError: a file that weights are not kept in.
-        ConfigError: there is no config, or it has mistakes.
+        FileNotFoundError: nothing of that name was found.
+        ValueError: it is a file, but not one of weights.
+        ConfigError: the config is missing, or has mistakes.
     """
     path, given = Path(path_or_id), os.fspath(path_or_id)
-    weights = find_weights(path_or_id, hub)
+    weights = locate_weights(path_or_id, hub)
     in_run = weights.parent.name == "checkpoints"
     run = Run(path) if in_run and path.is_dir() else None
     found = config if config is not None else _config_beside(weights)
@@ -108,59 +86,22 @@ def locate(
     origin = given if isinstance(found, Mapping) else str(found)
     content = found if isinstance(found, Mapping) else read_config(found)
     trusted = "model" in content and (config is not None or in_run)  # a config of the user's own, not a received one
-    params = autoencoder_params(content, origin, only_ours=not trusted)
-    return Located(weights, params, origin, dict(content) if trusted else {}, run)
+    spec = AutoencoderSpec.from_content(content, origin, only_ours=not trusted)
+    return Located(weights, spec, origin, dict(content) if trusted else {}, run)
 
 
-def load_located(
-    located: Located, raw: bool = False, allow_mismatch: bool = False, dtype: torch.dtype = torch.float32
-) -> LiteVAE:
-    """Build the autoencoder and load its weights; in evaluation mode. See :meth:`LiteVAE.from_pretrained`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # what allow_mismatch leaves as it is built is the same every time
-        model = _build(located).to(dtype)
-    load_weights(model, read_weights(located.weights, raw), located.weights, allow_mismatch)
-    return model.eval()
-
-
-def _build(located: Located) -> LiteVAE:
-    try:
-        return build_autoencoder(**located.params)
-    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{located.origin}: no autoencoder can be built of this: {reason}") from error
-
-
-def check_saveable(model: LiteVAE) -> None:
-    """Raises:
-    ValueError: a network is not of this package, or some weights are not finite.
-    """
-    export_config(model)
-    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{len(broken)} of the model's tensors have values that are not finite ({broken[0]}, ...)")
-
-
-@contextmanager
-def config_kept(folder: Path) -> Iterator[None]:
-    """If saving fails, puts back the config that the mixin removes before: an export that is there stays one."""
-    config = folder / CONFIG_NAME
-    before = config.read_bytes() if config.is_file() else None
-    try:
-        yield
-    finally:
-        if before is not None and not config.exists():
-            config.write_bytes(before)
-
-
-def write_export(model: LiteVAE, folder: Path) -> None:
-    """Write ``config.json`` and the weights, in the dtype that they have; see :meth:`LiteVAE.save_pretrained`."""
-    from safetensors.torch import save_file
-
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with whole(folder / WEIGHTS_NAME) as partial:
-        save_file(weights, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors lets the owner alone read it
-    write_json(export_config(model), folder / CONFIG_NAME)
+def locate_weights(path_or_id: str | Path, hub: HubAccess = DEFAULT_ACCESS) -> Path:
+    """Find the file of weights of a path or of an id of the hub; see :func:`locate`."""
+    path, given = Path(path_or_id), os.fspath(path_or_id)
+    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+        raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _weights_in(path, given)
+    if is_hub_id(given):
+        return _weights_in(fetch(given, hub), given)
+    raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
 
 
 def _weights_in(folder: Path, name: str) -> Path:
@@ -176,7 +117,7 @@ def _weights_in(folder: Path, name: str) -> Path:
         if files:
             return files[0]
     raise FileNotFoundError(
-        f"{name}: neither a run folder (it has no checkpoints/last.ckpt) nor one with weights "
+        f"{name}: neither a run folder (checkpoints/last.ckpt is missing) nor a folder with weights "
         f"({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
     )
 
@@ -191,3 +132,24 @@ def _config_beside(weights: Path) -> Path | None:
             return folder / name
     yaml = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
     return yaml[0] if len(yaml) == 1 else None
+
+
+def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
+    """Write the weights, in their dtype, and ``config.json``."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with whole(folder / WEIGHTS_NAME) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors makes it readable by the owner alone
+    write_json(config, folder / CONFIG_NAME)
+
+
+@contextmanager
+def config_kept(folder: Path) -> Iterator[None]:
+    """Put ``config.json`` back if saving fails: huggingface_hub's mixin removes it first."""
+    config = folder / CONFIG_NAME
+    before = config.read_bytes() if config.is_file() else None
+    try:
+        yield
+    finally:
+        if before is not None and not config.exists():
+            config.write_bytes(before)

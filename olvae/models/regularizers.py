@@ -1,4 +1,4 @@
-"""What keeps a full fine-tune from moving the latents: the encoder that it started from."""
+"""Regularizers of fine-tuning: an anchor that keeps old latents usable, and equivariance."""
 
 import copy
 
@@ -17,7 +17,7 @@ __all__ = ["SCALES", "Anchor", "transform_alike"]
 class Anchor(nn.Module):
     """A frozen copy of an encoder, and of the 1x1 convolution after it where there is one.
 
-    The copy is part of the module's state, so that a resumed run keeps the latents that it started from.
+    The copy is part of the module's state, so that a resumed run keeps the latents it started from.
     """
 
     def __init__(self, encoder: Encoder, quantizer: Quantizer | None) -> None:
@@ -28,7 +28,7 @@ class Anchor(nn.Module):
         self.requires_grad_(False).eval()
 
     def set(self, encoder: Encoder, quantizer: Quantizer | None) -> None:
-        """Take over the weights of an encoder of the same shape."""
+        """Copy the weights of an encoder of the same shape."""
         parts: list[nn.Module] = [encoder] if quantizer is None else [encoder, quantizer.quant_conv]
         for mine, theirs in zip(self.moments, parts, strict=True):
             mine.load_state_dict(theirs.state_dict())
@@ -46,8 +46,8 @@ SCALES = (0.25, 0.5, 0.75, 1.0)
 def transform_alike(z: Tensor, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Scale and rotate a latent, and the image that it should decode to, in the same way.
 
-    The scale is one of :data:`SCALES` that leaves whole latent positions; the rotation a multiple of 90 degrees.
-    Both are the same for the batch. Scaling is bilinear and antialiased, in float32.
+    The scale is one of those :data:`SCALES` that keep latent positions whole, the rotation a multiple of 90 degrees;
+    both are the same for the whole batch. Scaling is bilinear and antialiased, in float32.
 
     Args:
         z: (B, n_z, h, w).

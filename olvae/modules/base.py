@@ -1,4 +1,4 @@
-"""Base classes of encoder and decoder, and how networks are counted."""
+"""Base classes of encoders and decoders, and counts of parameters and operations."""
 
 import copy
 import inspect
@@ -13,38 +13,41 @@ __all__ = ["Decoder", "Encoder", "Stage", "count_macs", "count_parameters"]
 
 
 class Stage(NamedTuple):
-    """A step of a decoder that sees only a neighbourhood: to compute a window of its output, widen the window by
-    ``reach`` positions on every side, then shrink it by ``scale``; that is the window of its input."""
+    """A step of a decoder with a finite receptive field.
+
+    The input that a window of the output depends on: the window, ``reach`` positions wider on every side, then divided
+    by ``scale``.
+    """
 
     run: Callable[[Tensor], Tensor]
     reach: int
     scale: int = 1
 
 
-class _Half(nn.Module):
+class _Network(nn.Module):
     node: dict[str, Any]
-    """The ``target`` and ``params`` that build it again, defaults included: what a saved model's config has."""
+    """The ``target`` and ``params`` that build this network again, with defaults, for the config of a saved model."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        half = super().__new__(cls)
+        network = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
         params = dict(list(bound.arguments.items())[1:])  # without self
-        half.__dict__["node"] = {"target": f"{cls.__module__}.{cls.__qualname__}", "params": params}
-        return half
+        network.__dict__["node"] = {"target": f"{cls.__module__}.{cls.__qualname__}", "params": params}
+        return network
 
 
-class Encoder(_Half):
+class Encoder(_Network):
     """Images (B, in_channels, H, W) to (B, latent_dim, H/downscale, W/downscale)."""
 
     in_channels: int
     latent_dim: int
     downscale: int
     image_size: int
-    """The size in pixels at which the model is meant to be used: what summaries count operations at."""
+    """The intended size in pixels, at which summaries count operations."""
 
 
-class Decoder(_Half):
+class Decoder(_Network):
     """Latents (B, z_channels, h, w) to images (B, out_channels, upscale h, upscale w)."""
 
     z_channels: int
@@ -52,7 +55,7 @@ class Decoder(_Half):
     upscale: int
 
     def stages(self) -> list[Stage] | None:
-        """The steps of ``forward``, which tiles are cut between; None, if any step sees the whole image."""
+        """The steps of ``forward``, to compute it in tiles; None if a step depends on the whole image."""
         return None
 
 
@@ -61,9 +64,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_macs(module: nn.Module, *shape: int) -> int:
-    """Multiply-accumulates of one forward pass of an input of this shape: half of torch's FLOPs.
+    """Multiply-accumulates of a forward pass on an input of this shape, in matrix products and convolutions.
 
-    Counted on the meta device, so that no memory is needed; matrix products and convolutions only.
+    Half of torch's FLOPs, counted on the meta device, without memory.
     """
     module = copy.deepcopy(module).to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

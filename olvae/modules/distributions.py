@@ -1,4 +1,4 @@
-"""The posterior of the latent."""
+"""Posteriors of the latent: a diagonal Gaussian, or deterministic."""
 
 import torch
 from torch import Tensor
@@ -48,9 +48,9 @@ class DiagonalGaussian:
 
 
 class Deterministic:
-    """The latent of an autoencoder that gives no distribution: all of the mass in one point.
+    """The latent of an autoencoder without a distribution: a point mass.
 
-    Its variance is 0; it has no log-variance and no KL that is finite, and says so when asked.
+    Its variance is 0; ``logvar`` and ``kl``, which are infinite, raise ValueError.
 
     Args:
         latent: (B, n_z, h, w).

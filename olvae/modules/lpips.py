@@ -1,4 +1,4 @@
-"""The networks of LPIPS, from the lpips package, with torchvision's weights in their trunks."""
+"""LPIPS networks from the lpips package, with torchvision's weights in their trunks."""
 
 import warnings
 from pathlib import Path
@@ -30,7 +30,7 @@ def perceptual_network(trunk: Trunk, path: Path) -> nn.Module:
     """
     import lpips
 
-    with warnings.catch_warnings():  # the package calls torchvision as it was called before 0.13
+    with warnings.catch_warnings():  # the package calls torchvision's API of before 0.13
         warnings.simplefilter("ignore", UserWarning)
         network = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     assert isinstance(network, nn.Module)
@@ -47,7 +47,7 @@ def _load_trunk(network: nn.Module, path: Path, file: WeightsFile) -> None:
     sources = {name: f"features.{name.split('.', 1)[1]}" for name in own}
     for name, source in sorted(sources.items(), key=lambda pair: pair[1]):
         if source not in state:
-            raise ValueError(f"{path} is not a file of {file.what} weights: it has no {source}")
+            raise ValueError(f"{path} is not a file of {file.what} weights: {source} is missing")
         if state[source].shape != own[name].shape:
             shapes = f"{tuple(state[source].shape)} for {tuple(own[name].shape)}"
             raise ValueError(f"{path} is not a file of {file.what} weights: {source} is {shapes}")

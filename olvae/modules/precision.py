@@ -1,4 +1,4 @@
-"""Floating-point islands: what must stay in float32 when the rest runs under autocast."""
+"""Float32 islands: computations that stay in float32 under autocast."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,18 +16,18 @@ def autocast_enabled(x: Tensor) -> bool:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off, where it is on, for the device of ``x``."""
+    """Turn autocast off for the device of ``x``."""
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
 def island(x: Tensor) -> Tensor:
-    """``x`` in float32, or as it is if it is float32 or float64."""
+    """``x`` in float32; float64 stays float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 @contextmanager
 def full_float32(x: Tensor) -> Iterator[None]:
-    """No autocast, and no TF32 in convolutions, which cuDNN uses by default: for numbers that others compare with."""
+    """Turn off autocast, and TF32 in convolutions, cuDNN's default: for numbers that are compared with others'."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -1,4 +1,4 @@
-"""The Stable Diffusion autoencoder, the baseline [P App. F]: its two halves, taken from diffusers.
+"""The Stable Diffusion autoencoder, the baseline [P App. F]: encoder and decoder from diffusers.
 
 Together, with ``use_quant: true`` and the encoder's ``latent_dim`` at 2 n_z, they are the SD-VAE.
 """
@@ -18,7 +18,7 @@ class SDEncoder(Encoder):
     Args:
         latent_dim: channels of the output, 2 n_z.
         in_channels: channels of the image.
-        image_size: the size in pixels at which the model is meant to be used.
+        image_size: the intended size in pixels.
         channels, channel_mult, num_res_blocks: base width, its multiples, blocks per level.
         norm_groups: groups of every GroupNorm; divides every width.
 
@@ -36,7 +36,7 @@ class SDEncoder(Encoder):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        from diffusers.models.autoencoders import vae
+        from diffusers.models.autoencoders import vae  # seconds, for this network only
 
         self.latent_dim = latent_dim
         self.in_channels = in_channels
@@ -77,7 +77,7 @@ class SDDecoder(Decoder):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        from diffusers.models.autoencoders import vae
+        from diffusers.models.autoencoders import vae  # seconds, for this network only
 
         self.z_channels = z_channels
         self.out_channels = out_channels

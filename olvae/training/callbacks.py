@@ -1,4 +1,4 @@
-"""What happens beside the training step: checkpoints, pictures, the watch over the loss."""
+"""Callbacks beside the training step: checkpoints, pictures, health, a graceful stop."""
 
 import json
 import logging
@@ -23,6 +23,7 @@ from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.figures import error_map, labelled_grid
+from olvae.files import whole
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -34,22 +35,24 @@ log = logging.getLogger("olvae.training")
 
 
 class KeepCheckpoints(Checkpoint):
-    """Keeps ``checkpoints/last.ckpt`` up to date, through the last step and a stop in between.
+    """Keeps ``checkpoints/last.ckpt`` up to date, through the last step and a stop before it.
 
-    A file is complete or not there: each is written beside its place, then moved into it. Weights that are no
-    numbers are refused. When training fails between two steps, at an image that can't be read, say, it is saved too.
+    A file appears complete or not at all. Non-finite weights are refused. A checkpoint is also saved when training
+    fails between two steps, at an unreadable image for example.
 
     Args:
         every_n_steps: updates of the autoencoder between two saves.
-        keep_every_n_steps: keep ``step=N.ckpt`` for good at multiples of this as well; 0 keeps none.
-        best: a metric of validation, such as ``val/psnr``, ``val/rfid`` or ``val_raw/lpips``: the weights with which
-            it was best so far are kept as ``best.ckpt``, beside ``best.json`` with value and step; None keeps none.
-            A validation of which no image could be read changes nothing.
+        keep_every_n_steps: also keep ``step=N.ckpt`` for good at multiples of this; 0 keeps none.
+        best: a metric of validation, such as ``val/psnr``, ``val/rfid`` or ``val_raw/lpips``: its best weights so far
+            are kept as ``best.ckpt``, with value and step in ``best.json``; None keeps none. A validation without a
+            readable image changes nothing.
     """
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
         if best is not None and best.rpartition("/")[2] not in METRICS:
-            raise ValueError(f"best: {best!r} is no metric of validation, such as val/{', val/'.join(METRICS)}")
+            raise ValueError(
+                f"best: {best!r} is not a metric of validation: choose one of val/{', val/'.join(METRICS)}"
+            )
         if every_n_steps < 1 or keep_every_n_steps < 0:
             raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
         self.every_n_steps = every_n_steps
@@ -57,9 +60,9 @@ class KeepCheckpoints(Checkpoint):
         self.best = best
         self._best: float | None = None
         self._saved = self._kept = 0  # steps
-        self._images = 0  # seen when the last save was: they move in the discriminator's warm-up too
+        self._images = 0  # seen at the last save: they grow in the discriminator's warm-up too
         self._in_step = False
-        self._told = False
+        self._warned = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
@@ -76,9 +79,8 @@ class KeepCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
-        together = trainer.world_size == 1 or isinstance(
-            exception, TooManyUnreadableError
-        )  # else the others are elsewhere
+        # Saving needs all processes, and only this error is raised in all of them.
+        together = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
         if together and not self._in_step and pl_module.images_seen > self._images:
             self._save(trainer, pl_module, "last.ckpt")
 
@@ -103,13 +105,13 @@ class KeepCheckpoints(Checkpoint):
         assert isinstance(pl_module, LiteAutoencoderKL)
         values = pl_module.validation_values
         if not values:
-            if trainer.is_global_zero and not self._told:
-                log.warning("nothing to validate on, and so no best.ckpt: no validation image could be read")
-            self._told = True
+            if trainer.is_global_zero and not self._warned:
+                log.warning("no validation image could be read, so best.ckpt is not kept")
+            self._warned = True
             return
         if self.best not in values:
             raise ValueError(
-                f"KeepCheckpoints: best: {self.best} is none of what validation gives, {', '.join(values)}: add it to "
+                f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
                 "model.params.val_metrics, or set best to null"
             )
         value = values[self.best]
@@ -123,17 +125,18 @@ class KeepCheckpoints(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> None:
         if not all(bool(p.isfinite().all()) for p in module.parameters()):
-            raise not_finite(trainer, "some weights are")
-        folder = _run(trainer).checkpoints
-        partial = folder / f".{name}.partial"
-        trainer.save_checkpoint(partial)
+            raise _non_finite(trainer, "weights")
+        path = _run(trainer).checkpoints / name
         if trainer.is_global_zero:
-            partial.replace(folder / name)
+            with whole(path) as partial:
+                trainer.save_checkpoint(partial)
+        else:
+            trainer.save_checkpoint(path)  # takes part, and writes nothing
         trainer.strategy.barrier()
 
 
 class SaveConfig(Callback):
-    """Writes the resolved config once training begins: a start that fails changes nothing."""
+    """Writes the resolved config when training begins, so that a failed start changes nothing."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -144,10 +147,10 @@ class SaveConfig(Callback):
 
 
 class ImageGrids(Callback):
-    """A grid at every validation: inputs, reconstructions, errors, and decoded samples from N(0, I).
+    """Draws a grid at every validation: inputs, reconstructions, errors, and decoded samples from N(0, I).
 
-    As ``images/step=N.png`` in the run folder and as an image in TensorBoard; drawn with the weights that
-    validation uses, which are the averaged ones if there are any.
+    It is ``images/step=N.png`` in the run folder and an image in TensorBoard, drawn with the weights that validation
+    uses: the averaged ones if there are any.
 
     Args:
         count: pictures in a row, from the first validation batch.
@@ -195,10 +198,10 @@ class ImageGrids(Callback):
 
 
 class FiniteLoss(Callback):
-    """Stops training when the loss is no longer a number, before a checkpoint of it is kept.
+    """Stops training at a non-finite loss, before a checkpoint of it is kept.
 
     Args:
-        every_n_steps: how often to look; each look waits for the device.
+        every_n_steps: steps between two looks; each look waits for the device.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -211,82 +214,7 @@ class FiniteLoss(Callback):
             return
         loss = float(trainer.callback_metrics.get("train/loss", 0.0))
         if not math.isfinite(loss):
-            raise not_finite(trainer, "the loss is")
-
-
-class UnreadableLimit(Callback):
-    """Several processes add up what they could not read, and stop together when it is too much.
-
-    Args:
-        every_n_batches: how often they compare.
-    """
-
-    def __init__(self, every_n_batches: int = 10) -> None:
-        self.every_n_batches = every_n_batches
-        self._shared = 0
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        loader = trainer.train_dataloader
-        if trainer.world_size == 1 or batch_idx % self.every_n_batches or not isinstance(loader, Loader):
-            return
-        if trainer.strategy.reduce_boolean_decision(loader.read_errors.lost > self._shared, all=False):
-            loader.read_errors.share()
-            self._shared = loader.read_errors.lost
-
-
-def not_finite(trainer: pl.Trainer, what: str) -> FloatingPointError:
-    """What to do when training has diverged."""
-    last = _run(trainer).last_checkpoint
-    return FloatingPointError(
-        f"{what} not finite at step {trainer.global_step}: lower model.base_learning_rate, set "
-        "lightning.trainer.gradient_clip_val (1.0), or train with --precision bf16 or 32"
-        + (f"; the last good weights are in {last}" if last.exists() else "")
-    )
-
-
-class GracefulStop(Callback):
-    """The first Ctrl-C or SIGTERM ends training after the step, with a checkpoint; the second at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        """Whether a signal came."""
-        self._before: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            # Here, and not earlier, because the handlers that Lightning's fit puts in place, and takes away again,
-            # end training without a checkpoint.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
-        if not pl_module.update_is_complete:
-            return
-        if trainer.world_size > 1:  # the signal may have reached one process only: all stop at the same step
-            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.asked:
-            trainer.should_stop = True
-            trainer.limit_val_batches = 0  # no validation on the way out
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        Console(stderr=True).print("stopping after this step, with a checkpoint; again to stop at once")
-
-
-def _run(trainer: pl.Trainer) -> Run:
-    return Run(Path(trainer.default_root_dir))
+            raise _non_finite(trainer, "loss")
 
 
 SETTINGS = "model.params.adversary_config.params"
@@ -294,7 +222,7 @@ SETTINGS = "model.params.adversary_config.params"
 
 @dataclass(frozen=True)
 class _Symptom:
-    """A condition on one of the logged values, and what to say when it has held for long."""
+    """A condition on a logged value, and the sentence for when it has held for long."""
 
     metric: str
     holds: Callable[[float], bool]
@@ -324,12 +252,12 @@ SYMPTOMS = (
 
 
 class Health(Callback):
-    """Watches the health values of phase B.
+    """Warns when the two sides of phase B are out of balance.
 
     Args:
-        patience: steps of the autoencoder that a symptom must last, without a break, before it is told; it is told
-            again after as many more.
-        every_n_steps: how often to look; each look waits for the device.
+        patience: steps of the autoencoder that a symptom must last, without a break, before a warning; the warning is
+            repeated after as many more.
+        every_n_steps: steps between two looks; each look waits for the device.
     """
 
     def __init__(self, patience: int = 1000, every_n_steps: int = 50) -> None:
@@ -361,3 +289,77 @@ class Health(Callback):
                     f"[bold yellow]step {step}, for {step - since} steps: {text}", highlight=False, soft_wrap=True
                 )
                 self._since[i] = step
+
+
+class UnreadableLimit(Callback):
+    """Adds up unreadable images over processes, so that all of them stop together at the limit.
+
+    Args:
+        every_n_batches: batches between two comparisons.
+    """
+
+    def __init__(self, every_n_batches: int = 10) -> None:
+        self.every_n_batches = every_n_batches
+        self._shared = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        loader = trainer.train_dataloader
+        if trainer.world_size == 1 or batch_idx % self.every_n_batches or not isinstance(loader, Loader):
+            return
+        if trainer.strategy.reduce_boolean_decision(loader.read_errors.lost > self._shared, all=False):
+            loader.read_errors.share()
+            self._shared = loader.read_errors.lost
+
+
+class GracefulStop(Callback):
+    """Ends training after the step, with a checkpoint, at the first Ctrl-C or SIGTERM; at once at the second."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        """Whether a signal has come."""
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            # Not earlier: Lightning's fit sets handlers of its own before, which end training without a checkpoint.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        if not pl_module.update_is_complete:
+            return
+        if trainer.world_size > 1:  # the signal may have reached one process only: all stop at the same step
+            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        if self.asked:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # no validation on the way out
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        Console(stderr=True).print("stopping after this step, with a checkpoint; once more to stop at once")
+
+
+def _run(trainer: pl.Trainer) -> Run:
+    return Run(Path(trainer.default_root_dir))
+
+
+def _non_finite(trainer: pl.Trainer, what: str) -> FloatingPointError:
+    """The error when training has diverged, with what to do."""
+    last = _run(trainer).last_checkpoint
+    return FloatingPointError(
+        f"non-finite {what} at step {trainer.global_step}: lower model.base_learning_rate, set "
+        "lightning.trainer.gradient_clip_val (1.0), or train with --precision bf16 or 32"
+        + (f"; the last good weights are in {last}" if last.exists() else "")
+    )

@@ -1,4 +1,4 @@
-"""The progress bar: steps, loss, images per second, time left."""
+"""What training prints: the summary before, the progress bar, and where the results are; and the curves."""
 
 import sys
 import time
@@ -32,20 +32,102 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs, count_parameters
 from olvae.runs import Run
 
-__all__ = ["StepProgress", "draw_curves", "print_ending", "print_summary"]
+__all__ = ["Clock", "StatusColumn", "StepProgress", "draw_curves", "print_ending", "print_summary"]
 
 
 LONG_WAIT_S = 2.0
+"""Waiting for a batch is shown from here on."""
 
 MUCH_WAITING = 0.1
-"""Shares of waiting below this are not worth a word."""
+"""The share of training time spent waiting for data is shown from here on."""
+
+
+class Clock:
+    """Rates over training alone, without the time of validation."""
+
+    def __init__(self, step: int = 0) -> None:
+        self._first_step = self._step = step
+        self._first_images: int | None = None
+        self._images = 0
+        self._spent = 0.0
+        self._waited = 0.0
+        self._since = self._shown = time.monotonic()
+        self._is_waiting = True
+
+    def count(self, step: int, images: int) -> None:
+        """A step has ended.
+
+        Args:
+            step, images: totals so far.
+        """
+        now = time.monotonic()
+        if self._first_images is None:  # the first step warms up: rates start after it
+            self._first_step, self._first_images = step, images
+        else:
+            self._spent += now - self._since
+        self._is_waiting = True
+        self._since, self._step, self._images = now, step, images
+
+    def came(self) -> None:
+        """A batch has come."""
+        if self._first_images is not None:
+            self._waited += time.monotonic() - self._since
+        self._is_waiting = False
+
+    def pause(self) -> None:
+        """Validation begins."""
+        self._is_waiting = False
+
+    def restart(self) -> None:
+        """Training goes on."""
+        self._since = time.monotonic()
+        self._is_waiting = True
+
+    def seconds_waiting(self) -> float:
+        """Seconds since the last batch, if they are many; else 0."""
+        seconds = time.monotonic() - self._since
+        return seconds if self._is_waiting and seconds > LONG_WAIT_S else 0.0
+
+    def waiting(self) -> str:
+        """A note if training waits for data: the seconds by now, or the share of its time; else empty."""
+        if seconds := self.seconds_waiting():
+            return f"waiting for data since {seconds:.0f} s"
+        share = self._waited / self._spent if self._spent else 0.0
+        return f"waiting for data {share:.0%}" if share > MUCH_WAITING else ""
+
+    def due(self, seconds: float) -> bool:
+        now = time.monotonic()
+        if now - self._shown < seconds:
+            return False
+        self._shown = now
+        return True
+
+    def images_per_s(self) -> float:
+        return (self._images - (self._first_images or 0)) / self._spent if self._spent else 0.0
+
+    def seconds_left(self, last_step: int) -> float:
+        done = self._step - self._first_step
+        return (last_step - self._step) * self._spent / done if done else 0.0
+
+
+class StatusColumn(ProgressColumn):
+    """Loss and speed, or waiting for data; drawn at every refresh, also while no step ends."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.clock = clock
+
+    def render(self, task: Task) -> Text:
+        waiting = self.clock.waiting()
+        status = "" if self.clock.seconds_waiting() else str(task.fields["status"])  # no room for both
+        return Text.assemble(status, "  " if status and waiting else "", (waiting, "yellow"))
 
 
 class StepProgress(ProgressBar):
-    """A bar over the updates of the autoencoder on a terminal; elsewhere a line now and then.
+    """A progress bar over the autoencoder's updates on a terminal; elsewhere a line every few seconds.
 
     Args:
-        line_every_s: seconds between lines where there is no terminal.
+        line_every_s: seconds between lines without a terminal.
     """
 
     def __init__(self, line_every_s: float = 15.0) -> None:
@@ -54,7 +136,7 @@ class StepProgress(ProgressBar):
         self.console = Console(stderr=True)
         self._enabled = True
         self._bar: Progress | None = None
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def disable(self) -> None:
         """Lightning calls this on every rank but the first."""
@@ -63,12 +145,12 @@ class StepProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._enabled:
             return
-        self._clock = _Clock(trainer.global_step)
+        self._clock = Clock(trainer.global_step)
         if self.console.is_terminal:
             self._bar = Progress(
                 BarColumn(),
                 MofNCompleteColumn(),
-                _StatusColumn(self._clock),
+                StatusColumn(self._clock),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -126,81 +208,6 @@ class StepProgress(ProgressBar):
             self._bar = None
 
 
-class _StatusColumn(ProgressColumn):
-    """Loss and speed, and what the clock says of waiting, anew at every refresh: also while no step ends."""
-
-    def __init__(self, clock: "_Clock") -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self.clock = clock
-
-    def render(self, task: Task) -> Text:
-        waiting = self.clock.waiting()
-        status = "" if self.clock.seconds_waiting() else str(task.fields["status"])  # both are too much for a line
-        return Text.assemble(status, "  " if status and waiting else "", (waiting, "yellow"))
-
-
-class _Clock:
-    """Rates over training alone: the time that validation takes is left out."""
-
-    def __init__(self, step: int = 0) -> None:
-        self._first_step = self._step = step
-        self._first_images: int | None = None
-        self._images = 0
-        self._spent = 0.0
-        self._waited = 0.0
-        self._since = self._shown = time.monotonic()
-        self._is_waiting = True
-
-    def count(self, step: int, images: int) -> None:
-        now = time.monotonic()
-        if self._first_images is None:  # the first step warms up: rates start after it
-            self._first_step, self._first_images = step, images
-        else:
-            self._spent += now - self._since
-        self._is_waiting = True
-        self._since, self._step, self._images = now, step, images
-
-    def came(self) -> None:
-        """A batch is there."""
-        if self._first_images is not None:
-            self._waited += time.monotonic() - self._since
-        self._is_waiting = False
-
-    def pause(self) -> None:
-        """Something else than training begins."""
-        self._is_waiting = False
-
-    def restart(self) -> None:
-        self._since = time.monotonic()
-        self._is_waiting = True
-
-    def seconds_waiting(self) -> float:
-        """How long no batch has come by now, if that is long; else 0."""
-        seconds = time.monotonic() - self._since
-        return seconds if self._is_waiting and seconds > LONG_WAIT_S else 0.0
-
-    def waiting(self) -> str:
-        """That the data hold training up: for how long by now, or for what part of its time; else nothing."""
-        if seconds := self.seconds_waiting():
-            return f"waiting for data since {seconds:.0f} s"
-        share = self._waited / self._spent if self._spent else 0.0
-        return f"waiting for data {share:.0%}" if share > MUCH_WAITING else ""
-
-    def due(self, seconds: float) -> bool:
-        now = time.monotonic()
-        if now - self._shown < seconds:
-            return False
-        self._shown = now
-        return True
-
-    def images_per_s(self) -> float:
-        return (self._images - (self._first_images or 0)) / self._spent if self._spent else 0.0
-
-    def seconds_left(self, last_step: int) -> float:
-        done = self._step - self._first_step
-        return (last_step - self._step) * self._spent / done if done else 0.0
-
-
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -215,11 +222,11 @@ def print_summary(
     source: Source,
     start: int,
 ) -> None:
-    """What will be trained, on what, how; to standard error, from the first process."""
+    """Print what is trained, on what, and how; to standard error, from the first process."""
     if not trainer.is_global_zero:
         return
     size, vae = source.size, model.autoencoder
-    nominal = vae.encoder.image_size  # what the model is for; the crops of training may be smaller
+    nominal = vae.encoder.image_size  # the crops of training may be smaller
     latent = (1, vae.decoder.z_channels, nominal // vae.downscale, nominal // vae.downscale)
     crop, position = f"{size}x{size}", f"{size // vae.downscale}x{size // vae.downscale}"
     rows = {
@@ -246,7 +253,7 @@ def print_summary(
 
 
 def print_ending(run: Run, trainer: pl.Trainer) -> None:
-    """Where the results are; draws the curves."""
+    """Draw the curves, and print where the results are and what to run next."""
     curves = draw_curves(run)
     console = Console(stderr=True)
     stopped = trainer.global_step < trainer.max_steps

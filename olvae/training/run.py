@@ -1,5 +1,6 @@
 """From a config to a finished run folder."""
 
+import logging
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from olvae import config as cfg
 from olvae import runs
-from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights
+from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
@@ -46,12 +47,12 @@ __all__ = [
 
 
 RUN_ENV = "OLVAE_RUN"
-"""Where the first process tells the run folder to those that Lightning starts for the other devices."""
+"""Environment variable with the run folder, for the processes that Lightning starts for the other devices."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The flags of ``olvae train``; None is a flag that was not given."""
+    """The flags of ``olvae train``; None for a flag that was not given."""
 
     base: Sequence[str | Path] = ()
     overrides: Sequence[str] = ()
@@ -65,17 +66,15 @@ class TrainOptions:
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended training after a step, with a checkpoint; how to go on has been told."""
+    """Ctrl-C or SIGTERM ended training after a step, with a checkpoint; how to continue has been printed."""
 
 
 def train(options: TrainOptions) -> runs.Run:
-    """Train, and return the run folder.
-
-    Everything that can be wrong with what the user gave is found before the folder is made.
+    """Train, and return the run folder, which is made after all of the user's input has been checked.
 
     Raises:
         ConfigError: a mistake in the config or the flags.
-        ValueError, FileNotFoundError: data, weights or devices do not fit or are not there.
+        ValueError, FileNotFoundError: data, weights or devices do not fit or were not found.
         TrainingStopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
@@ -84,20 +83,14 @@ def train(options: TrainOptions) -> runs.Run:
         raise ConfigError("--resume continues a run, --actual_resume starts one from weights: give one of them")
     if resumed is None and not options.base:
         raise ConfigError("--base names the config to train, as in --base configs/demo.yaml")
-    files = [resumed.config] if resumed is not None else []
-    config = cfg.load([*files, *options.base], options.overrides)
-    mistakes = cfg.validate(config)
-    if "data" not in config:
-        mistakes.append("data: missing: where the training images come from")
-    if mistakes:
-        raise ConfigError(*mistakes)
+    config = _config(options, resumed)
     settings = _settings(options, config, resumed)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
     check_torchrun(process_count(trainer_args))
     precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
 
-    # Data and model, from the seed alone.
+    # Data and model, from the seed alone
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
@@ -111,7 +104,7 @@ def train(options: TrainOptions) -> runs.Run:
     trainer_args = _steps(trainer_args, source, model)
     if resumed is not None and done >= trainer_args["max_steps"]:
         raise ConfigError(
-            f"--resume: this run has had its {done} steps: to go on, give more, as in "
+            f"--resume: this run is already at max_steps = {done}: to continue it, set more, as in "
             f"lightning.trainer.max_steps={2 * done}"
         )
     source.check_processes(process_count(trainer_args))
@@ -138,16 +131,28 @@ def train(options: TrainOptions) -> runs.Run:
         raise KeyboardInterrupt from error
     finally:
         if resumed is None and "LOCAL_RANK" not in os.environ and not any(run.checkpoints.glob("*.ckpt")):
-            shutil.rmtree(run.path, ignore_errors=True)  # it failed before there was anything to keep
+            shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
         print_ending(run, trainer)
     if stop.asked:
-        raise TrainingStopped  # what was to follow should not, whether it is Python or make
+        raise TrainingStopped  # so that the caller, Python or make, does not go on to the next command
     return run
 
 
+def _config(options: TrainOptions, resumed: runs.Run | None) -> Config:
+    """The resumed run's config, the given files over it, then the overrides; checked."""
+    files = [resumed.config] if resumed is not None else []
+    config = cfg.load([*files, *options.base], options.overrides)
+    mistakes = cfg.validate(config)
+    if "data" not in config:
+        mistakes.append("data: missing: the source of the training images")
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return config
+
+
 def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None) -> Config:
-    """The flags; where one was not given, what the resumed run had, then the default."""
+    """The flags; for one that was not given, the resumed run's setting, then the default."""
     before = (config.get("run") or {}) if resumed is not None else {}
     if resumed is not None and options.name not in (None, before.get("name")):
         raise ConfigError("--name: a resumed run keeps the name of its folder: leave it out")
@@ -160,7 +165,7 @@ def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None) -
         "precision": options.precision or before.get("precision") or str(trainer.get("precision", "32")),
         "gpus": options.gpus if options.gpus is not None else before.get("gpus"),
         "seed": seed,
-        "initial_seed": before.get("initial_seed", seed),  # of the weights, if a resumed run got another one
+        "initial_seed": before.get("initial_seed", seed),  # of the initial weights, if a resumed run changed the seed
         "weights": str(options.actual_resume) if options.actual_resume is not None else before.get("weights"),
     }
 
@@ -169,8 +174,8 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     node = config["model"]
     extra: Config = {}
     if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
-        raise ConfigError("lightning.trainer.gradient_clip_algorithm: norm is the only one here")
-    for key in ("accumulate_grad_batches", "gradient_clip_val"):  # manual optimisation: the model's to do
+        raise ConfigError("lightning.trainer.gradient_clip_algorithm: only norm is supported")
+    for key in ("accumulate_grad_batches", "gradient_clip_val"):  # the model does both: manual optimisation
         if trainer_args.get(key) is not None:
             extra[key] = trainer_args[key]
         trainer_args.pop(key, None)
@@ -179,13 +184,13 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     model = cfg.instantiate(node, **extra)
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
-    _ = model.objective  # says so here if the config is for inference only
-    model.set_up_validation()  # and here if a metric's network is not to be had
+    _ = model.objective  # raises if the config is for inference only
+    model.set_up_validation()  # raises if a metric's network is missing
     return model
 
 
 def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | Path | None) -> tuple[int, int]:
-    """Load weights, or check that the checkpoint to resume fits; images seen and steps done."""
+    """Load weights, or check that the checkpoint to resume fits; returns images seen and steps done."""
     if weights is not None:
         file = runs.Run(Path(weights)).last_checkpoint if Path(weights).is_dir() else Path(weights)
         load_weights(model, read_weights(file), file)
@@ -193,11 +198,11 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
         return 0, 0
     file = resumed.last_checkpoint
     checkpoint = read_checkpoint(file)
-    load_weights(model, pick_weights(checkpoint, file), file)
+    load_weights(model, pick_weights(state_dict_of(checkpoint, file), file), file)
     needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "images_seen", "iteration")
     if missing := [key for key in needed if not checkpoint.get(key) and checkpoint.get(key) != 0]:
         raise ValueError(
-            f"{file}: not a checkpoint that training can go on from, it has no {missing[0]}: start a new run from its "
+            f"{file}: training can't continue from this checkpoint, {missing[0]} is missing: start a new run from its "
             "weights with --actual_resume"
         )
     if ("averaging_state" in checkpoint) != model.use_ema:
@@ -209,34 +214,34 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
 
 
 def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
-    """Steps for Lightning: the stream has no end, so epochs are turned into steps."""
+    """Convert epochs to steps, since the stream has no end, and intervals of steps to Lightning's, of batches."""
     args = dict(trainer_args)
     per_step = source.batch_size * model.accumulate_grad_batches * process_count(args)
     epochs, steps = args.pop("max_epochs", None), args.pop("max_steps", None)
     if epochs is None and steps is None:
-        raise ConfigError("lightning.trainer.max_steps: missing: how many steps to train")
+        raise ConfigError("lightning.trainer.max_steps: missing: the number of steps to train")
     limits = [steps] if steps is not None else []
     if epochs is not None:
         if source.samples_per_epoch is None:
-            raise ConfigError("lightning.trainer.max_epochs: nobody knows how long an epoch is here: use max_steps")
+            raise ConfigError("lightning.trainer.max_epochs: the length of an epoch is not known: use max_steps")
         limits.append(epochs * max(1, source.samples_per_epoch // per_step) if epochs != -1 else -1)
-    limits = [limit for limit in limits if limit != -1]  # Lightning's word for no limit
+    limits = [limit for limit in limits if limit != -1]  # Lightning: no limit
     if not limits:
-        raise ConfigError("lightning.trainer.max_steps: -1 is no end: say how many steps to train")
+        raise ConfigError("lightning.trainer.max_steps: -1 never ends: set the number of steps to train")
     args["max_steps"] = min(limits)
     if args["max_steps"] < 1:
         raise ConfigError(f"lightning.trainer.max_steps: must be at least 1, got {args['max_steps']}")
     every = args.pop("val_check_interval", None) or 1000
     if not isinstance(every, int):
-        raise ConfigError(f"lightning.trainer.val_check_interval: a number of steps, got {every!r}")
-    # Lightning counts batches in both, and can't wait for longer than the run is.
+        raise ConfigError(f"lightning.trainer.val_check_interval: expected a number of steps, got {every!r}")
+    # Lightning counts batches in both, and refuses an interval longer than the run.
     args["val_check_interval"] = min(every, args["max_steps"]) * model.accumulate_grad_batches
     args["log_every_n_steps"] = (args.get("log_every_n_steps") or 20) * model.accumulate_grad_batches
     return args
 
 
 def _share_two_sides(trainer_args: Config) -> None:
-    """What several devices need so that two players can train on them."""
+    """Set what two players need on several devices."""
     if trainer_args.get("strategy", "auto") == "auto" and process_count(trainer_args) > 1:
         trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
     if trainer_args["accelerator"] in ("cuda", "gpu"):
@@ -276,10 +281,10 @@ def _trainer(
 
 
 def _new_run(logdir: str | Path, settings: Config) -> runs.Run:
-    """Make the run folder in the first process, and tell the others.
+    """Make the run folder in the first process, and pass its path to the others.
 
-    Lightning starts the processes for further devices from the first one, with its environment; under torchrun
-    they are all there already, and hear of it through the process group.
+    Lightning starts the other processes from the first one, with its environment; under torchrun they all run already,
+    and get the path through the process group.
     """
     if dist.is_torchelastic_launched():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -295,9 +300,7 @@ def _new_run(logdir: str | Path, settings: Config) -> runs.Run:
 
 
 def quieten() -> None:
-    """Lightning's notices that the summary replaces, or that do not hold for an endless stream."""
-    import logging
-
+    """Silence Lightning's notices that our summary replaces, or that are wrong for an endless stream."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
@@ -313,13 +316,15 @@ def quieten() -> None:
 
 
 def process_count(trainer_args: Mapping[str, Any]) -> int:
-    """Processes of a run, over all nodes."""
+    """The number of processes of a run, over all nodes."""
     devices = trainer_args["devices"]
     return (devices if isinstance(devices, int) else len(devices)) * int(trainer_args.get("num_nodes", 1))
 
 
 def check_torchrun(processes: int) -> None:
-    """With one device Lightning would leave each of torchrun's processes to train a model of its own, in one folder.
+    """Check that torchrun started as many processes as the run has.
+
+    With one device, Lightning would let each of them train a model of its own in the same folder.
 
     Raises:
         ConfigError: torchrun started another number.
@@ -327,14 +332,14 @@ def check_torchrun(processes: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else processes
     if started != processes:
         raise ConfigError(
-            f"torchrun started {started} processes, and the flags and lightning.trainer name {processes} "
-            f"device{'' if processes == 1 else 's'}: --gpus {started}, or on the CPU lightning.trainer.accelerator=cpu "
-            f"lightning.trainer.devices={started} (devices of each node, times num_nodes)"
+            f"torchrun started {started} processes, but the flags and lightning.trainer name {processes} "
+            f"device{'' if processes == 1 else 's'}: set --gpus {started}, or on the CPU "
+            f"lightning.trainer.accelerator=cpu lightning.trainer.devices={started} (on each of num_nodes)"
         )
 
 
 def check_images(model: LiteAutoencoderKL, source: Source) -> None:
-    """Whether the model takes the source's images.
+    """Check that the model takes the source's images.
 
     Raises:
         ConfigError: their size or channels do not fit.
@@ -342,7 +347,7 @@ def check_images(model: LiteAutoencoderKL, source: Source) -> None:
     f, channels = model.autoencoder.downscale, model.autoencoder.encoder.in_channels
     if source.size % f:
         raise ConfigError(
-            f"data.params.size: {source.size} is not a multiple of {f}, by which the model shrinks images: "
+            f"data.params.size: {source.size} is not a multiple of {f}, the model's downscaling factor: "
             f"use {max(f, source.size // f * f)} or {(source.size // f + 1) * f}"
         )
     if source.channels != channels:
@@ -358,10 +363,10 @@ def check_images(model: LiteAutoencoderKL, source: Source) -> None:
 
 
 def check_adversary(model: LiteAutoencoderKL, source: Source, max_steps: int) -> None:
-    """Whether the adversary, if there is one, will play, and can.
+    """Check that the adversary, if there is one, plays before the last step and takes the source's images.
 
     Raises:
-        ConfigError, ValueError: it begins too late, has no term beside it, or does not take such images.
+        ConfigError, ValueError: it starts too late, no loss compares images beside it, or the images do not fit.
     """
     adversary = model.adversary
     if adversary is None:
@@ -372,5 +377,5 @@ def check_adversary(model: LiteAutoencoderKL, source: Source, max_steps: int) ->
             f"{max_steps} steps, so the adversary would never play"
         )
     if not set(IMAGE_TERMS) & set(model.objective.weights):
-        raise ConfigError("lossconfig.params: beside an adversary, one of the terms that compare images must be on")
+        raise ConfigError("lossconfig.params: an adversary needs one of the losses that compare images beside it")
     adversary.check_image(model.autoencoder.encoder.in_channels, source.size)

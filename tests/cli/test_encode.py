@@ -107,7 +107,7 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
         (encode("--out", image_folder), 2, "has other files already"),
         (encode("--out", image_folder / "class0/0.png"), 1, "results need a folder"),
         (["decode", target, image_folder, "--out", image_folder / "class0/0.png"], 1, "results need a folder"),
-        (["encode", tmp_path / "gone", *encode()[2:]], 1, "not there; a target is"),
+        (["encode", tmp_path / "gone", *encode()[2:]], 1, "not found; a target is"),
         (["decode", target, image_folder, "--out", tmp_path / "out"], 1, "no stats.json"),
         (["decode", target, tmp_path / "x.tar", "--out", tmp_path / "out"], 1, "no shards"),
         (["decode", target, image_folder, "--out", tmp_path / "out", "--format", "gif"], 2, "choose from png, jpg"),

@@ -44,7 +44,7 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     code, stdout, err = olvae(run_folder, "--out", out)
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
-    assert "not measured; olvae latents measures them" in err
+    assert "not measured: measure with olvae latents" in err
     assert err.endswith(f"export: {out}\n")
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", WEIGHTS_NAME, "metrics.json"]
     assert "averaged over training (EMA)" in (out / "README.md").read_text()
@@ -66,7 +66,7 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
 
     code, _, err = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
     name = run_folder.name
-    assert f"metrics.json is left out: it has numbers of {name}, not of {name}, raw weights\n" in err
+    assert f"metrics.json is left out: it is about {name}, not {name}, raw weights\n" in err
     assert not (out / "metrics.json").exists()
     assert "Not measured" in (out / "README.md").read_text()
     raw = LiteVAE.from_pretrained(out)
@@ -108,14 +108,14 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     taesd.save_pretrained(tmp_path / "taesd")
     for arguments, code, text in (
         ([f"diffusers:{tmp_path / 'taesd'}"], 2, "not a LiteVAE"),
-        ([tmp_path / "missing"], 1, "not there; a target is a run folder"),
+        ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),
         ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not a latents.json"),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
-        ([run_folder, "--scaling-factor", "0"], 2, "--scaling-factor 0.0: a number above 0"),
-        ([run_folder, "--scaling-factor", "nan"], 2, "--scaling-factor nan: a number above 0"),
-        ([run_folder, "--shift-factor", "inf"], 2, "--shift-factor inf: a finite number"),
+        ([run_folder, "--scaling-factor", "0"], 2, "--scaling-factor 0.0: give a number above 0"),
+        ([run_folder, "--scaling-factor", "nan"], 2, "--scaling-factor nan: give a number above 0"),
+        ([run_folder, "--shift-factor", "inf"], 2, "--shift-factor inf: give a finite number"),
         ([run_folder, "--onnx", "--dtype", "float16"], 2, "--onnx writes float32"),
         ([run_folder, "--config", "a", "--config_base", "b"], 2, "give one of them"),
         (["nobody/nothing-here"], 1, "nobody/nothing-here: no such file or folder here"),
@@ -127,5 +127,5 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
         assert not out.exists()
     got, _, err = olvae(run_folder, "--out", run_folder, "--force")
     assert got == 1
-    assert "not an export, which is all that --force replaces" in err
+    assert "not an export: --force replaces exports only" in err
     assert (run_folder / "checkpoints" / "last.ckpt").is_file()

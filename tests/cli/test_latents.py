@@ -142,7 +142,7 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
     (broken / "a.png").write_bytes(b"not a picture")
     out = ["--out", tmp_path / "out"]
     cases = [
-        (["missing", *out], 1, "not there; a target is"),
+        (["missing", *out], 1, "not found; a target is"),
         ([empty, *out], 1, "neither a run folder"),
         ([weights, *out], 2, "name it with --config"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "add --data SRC"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import typer
 
-from olvae.cli.main import _repeat_flags, _tell, main
+from olvae.cli.main import main, print_error, repeat_flags
 from olvae.config import save
 from olvae.training.run import TrainingStopped
 from tests.conftest import tiny_config
@@ -182,7 +182,7 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
 
 
 @pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])
-def test_the_first_process_tells_that_training_was_stopped(olvae, monkeypatch, rank, code):
+def test_the_first_processprint_errors_that_training_was_stopped(olvae, monkeypatch, rank, code):
     """Lightning and torchrun kill all processes when one fails, and the first one still draws its curves."""
 
     def stopped(_: object) -> None:
@@ -204,17 +204,17 @@ def test_a_warning_is_one_line(olvae, monkeypatch):
 
 
 def test_debug_shows_the_traceback():
-    with pytest.raises(FileNotFoundError, match="not there"):
+    with pytest.raises(FileNotFoundError, match="not found"):
         main(["evaluate", "missing", "--debug"])
 
 
 def test_one_flag_with_several_values():
-    assert _repeat_flags(["train", "--base", "a", "b", "--name", "n", "x=1"]) == [
+    assert repeat_flags(["train", "--base", "a", "b", "--name", "n", "x=1"]) == [
         "train", "--base", "a", "--base", "b", "--name", "n", "x=1",
     ]  # fmt: skip
-    assert _repeat_flags(["--base", "a", "model.x=1", "b"]) == ["--base", "a", "model.x=1", "b"]
+    assert repeat_flags(["--base", "a", "model.x=1", "b"]) == ["--base", "a", "model.x=1", "b"]
     with pytest.raises(typer.BadParameter, match="needs one or more"):
-        _repeat_flags(["--base", "--name", "n"])
+        repeat_flags(["--base", "--name", "n"])
 
 
 def test_scripts_of_the_readme():
@@ -284,5 +284,5 @@ def test_weights_that_fit_in_part_are_for_who_asks(olvae, trained, tmp_path, com
 
 def test_an_error_without_words_in_a_loaders_process_is_told(capsys):
     error = AssertionError("Caught AssertionError in worker 0.\nOriginal Traceback (...):\n  File\nAssertionError")
-    assert _tell(error) == 1
+    assert print_error(error) == 1
     assert capsys.readouterr().err == "error: AssertionError: AssertionError (--debug shows where)\n"

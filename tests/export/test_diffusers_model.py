@@ -282,5 +282,5 @@ def test_a_config_that_contradicts_itself(vae, tmp_path):
     vae.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**content, "latent_channels": 5}))
-    with pytest.raises(ValueError, match=r"latent_channels is 5, but the networks make it 4"):
+    with pytest.raises(ValueError, match=r"latent_channels is 5, but for these networks it is 4"):
         AutoencoderLiteVAE.from_pretrained(tmp_path)

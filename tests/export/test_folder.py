@@ -91,7 +91,7 @@ def test_the_model_card(model, metrics, tmp_path):
 
     export(model.fold(), tmp_path / "bare", Provenance("x", raw=True))
     card = (tmp_path / "bare" / "README.md").read_text()
-    for text in ("license: unknown", "Not measured", "not measured: `olvae latents`", "Not known.", "Not stated.",
+    for text in ("license: unknown", "Not measured", "not measured: `olvae latents`", "Unknown.", "Not stated;",
                  "float32, as trained, self-modulated convolutions folded"):  # fmt: skip
         assert text in card
     assert not (tmp_path / "bare" / "metrics.json").exists()
@@ -102,14 +102,14 @@ def test_what_is_there_is_kept(model, tmp_path, monkeypatch):
     out.mkdir()
     export(model, out, SOURCE)  # an empty folder is none
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(FileExistsError, match=r"an export is there: --force replaces it"):
+    with pytest.raises(FileExistsError, match=r"contains an export: --force replaces it"):
         export(model, out, SOURCE)
     export(model.fold(), out, SOURCE, force=True)
     assert (out / WEIGHTS_NAME).read_bytes() != before[WEIGHTS_NAME]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     for force in (False, True):
-        with pytest.raises(FileExistsError, match=r"not an export, which is all that --force replaces"):
+        with pytest.raises(FileExistsError, match=r"not an export: --force replaces exports only"):
             export(model, tmp_path / "photos", SOURCE, force=force)
     with pytest.raises(FileExistsError, match=r"this is a file"):
         export(model, tmp_path / "photos" / "cat.png", SOURCE, force=True)
@@ -118,7 +118,7 @@ def test_what_is_there_is_kept(model, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for place in (".", tmp_path / "empty"):
-        with pytest.raises(FileExistsError, match=r"the current folder, or a mount point: name a folder in it"):
+        with pytest.raises(FileExistsError, match=r"the current folder, or a mount point: name a new folder in it"):
             export(model, place, SOURCE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "photos", "vae"]
 
@@ -175,7 +175,7 @@ def test_a_failure_leaves_nothing_and_takes_nothing(model, metrics, tmp_path, mo
 
     write = LiteVAE.save_pretrained
     monkeypatch.setattr(LiteVAE, "save_pretrained", spoil)
-    with pytest.raises(ValueError, match=r"decoder.conv_out.bias is not what was written"):
+    with pytest.raises(ValueError, match=r"decoder.conv_out.bias differs from what was written"):
         export(model, out, SOURCE, force=force)
     monkeypatch.undo()
     metrics.write_text("{}")

@@ -151,7 +151,7 @@ import torch
 from olvae import config as cfg
 from olvae.evaluation import reconstruct as module
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.spec import autoencoder_params
+from olvae.models.spec import AutoencoderSpec
 from olvae.models.large.tiling import decode_window
 from olvae.models.large.tiling import decode_tiled, split, tile_for
 
@@ -169,8 +169,8 @@ def watched(*arguments):
 kept = []
 module.decode_tiled = watched
 source, out = map(Path, sys.argv[1:])
-config = autoencoder_params(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
-model = LiteVAE.from_config(**config).eval().fold()
+spec = AutoencoderSpec.from_content(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
+model = LiteVAE.from_spec(spec).eval().fold()
 (job,) = module.plan([source], out)
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew

@@ -9,14 +9,15 @@ import pytest
 import torch
 import torchvision
 
-from olvae.losses.perceptual import LPIPS, VGG16_FILE
+from olvae.losses.perceptual import LPIPS
+from olvae.weights import VGG16
 
 
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory) -> Path:
     """Randomly initialised VGG16 weights in torchvision's own file format."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vgg") / VGG16_FILE
+    path = tmp_path_factory.mktemp("vgg") / VGG16.name
     torch.save(torchvision.models.vgg16(weights=None).state_dict(), path)
     return path
 
@@ -85,7 +86,7 @@ def test_float32_under_autocast(vgg):
 
 def test_finds_the_cached_file(vgg, hub):
     hub.mkdir(parents=True)
-    (hub / VGG16_FILE).symlink_to(vgg)
+    (hub / VGG16.name).symlink_to(vgg)
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
     assert LPIPS()(x, y).item() == LPIPS(str(vgg))(x, y).item()
 
@@ -95,7 +96,7 @@ def test_says_what_is_missing(hub):
         LPIPS()
     text = str(error.value)
     assert "\n" not in text
-    for part in (VGG16_FILE, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight=0"):
+    for part in (VGG16.name, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight=0"):
         assert part in text
 
 
@@ -107,7 +108,7 @@ def test_a_named_file_that_is_not_there(hub):
 def test_a_file_of_something_else(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"has no features\.0\.bias"):
+    with pytest.raises(ValueError, match=r"features\.0\.bias is missing"):
         LPIPS(str(path))
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match="not a file of VGG16 weights"):
@@ -119,4 +120,4 @@ def test_the_weights_download(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     x, y = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
     assert LPIPS()(x, y).item() > 0
-    assert (tmp_path / "hub" / "checkpoints" / VGG16_FILE).is_file()
+    assert (tmp_path / "hub" / "checkpoints" / VGG16.name).is_file()

@@ -78,7 +78,7 @@ def test_halves_that_do_not_fit():
 
     with pytest.raises(ValueError, match="latent_dim, 8, is not twice the decoder's z_channels, 6"):
         LiteVAE(encoder(), decoder(z_channels=3))
-    with pytest.raises(ValueError, match="shrinking factor, 4, is not the decoder's growing factor, 8"):
+    with pytest.raises(ValueError, match="downscale, 4, is not the decoder's upscale, 8"):
         LiteVAE(encoder(dct_levels=2), decoder())
     with pytest.raises(ValueError, match="in_channels, 1, is not"):
         LiteVAE(encoder(in_channels=1), decoder())

@@ -98,7 +98,7 @@ def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_fold
 
     def record(z, x, generator):
         state = generator.get_state().clone()
-        calls.append((model._iteration, state))
+        calls.append((model.global_step, state))
         return transform(z, x, generator)
 
     monkeypatch.setattr(liteautoencoder, "transform_alike", record)
@@ -106,8 +106,8 @@ def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_fold
     share = len(calls) / 2 / 30
     assert 0.1 < share < 0.9  # 0.5, and four standard deviations of 0.09
     assert model.adversary.updates == 30 - len(calls) // 2
-    for (iteration, state), (again, other) in zip(calls[::2], calls[1::2], strict=True):
-        assert iteration == again
+    for (step, state), (again, other) in zip(calls[::2], calls[1::2], strict=True):
+        assert step == again
         assert torch.equal(state, other)
 
 
@@ -139,7 +139,7 @@ def test_equivariance_leaves_the_kl_term_alone(image_folder):
     kls = []
     for seed in range(6):
         model = build(equivariance=1.0)
-        model._iteration = seed  # another transformation
+        model.seed = seed  # another transformation
         x = model.images(next(iter(source(image_folder, size=32).train_loader())))
         assert kl_loss(model.encode(x), x).item() == pytest.approx(expected, rel=1e-5)
         fit(model, image_folder, 1, size=32)

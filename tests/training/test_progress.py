@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress
 
 from olvae.training import progress
-from olvae.training.progress import _Clock, _StatusColumn
+from olvae.training.progress import Clock, StatusColumn
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def now(monkeypatch):
     return wait
 
 
-def step(clock: _Clock, now, wait: float, work: float, number: int) -> None:
+def step(clock: Clock, now, wait: float, work: float, number: int) -> None:
     now(wait)
     clock.came()
     now(work)
@@ -29,7 +29,7 @@ def step(clock: _Clock, now, wait: float, work: float, number: int) -> None:
 
 
 def test_rates_leave_out_the_first_step(now):
-    clock = _Clock()
+    clock = Clock()
     step(clock, now, 50.0, 10.0, 1)
     for i in (2, 3, 4):
         step(clock, now, 0.0, 0.5, i)
@@ -39,7 +39,7 @@ def test_rates_leave_out_the_first_step(now):
 
 
 def test_validation_is_left_out(now):
-    clock = _Clock()
+    clock = Clock()
     step(clock, now, 0.0, 1.0, 1)
     step(clock, now, 0.0, 1.0, 2)
     now(100.0)
@@ -50,7 +50,7 @@ def test_validation_is_left_out(now):
 
 
 def test_waiting_is_a_share_of_the_time_and_only_told_when_it_is_much(now):
-    clock = _Clock()
+    clock = Clock()
     step(clock, now, 9.0, 1.0, 1)
     step(clock, now, 0.3, 0.7, 2)
     assert clock.waiting() == "waiting for data 30%"
@@ -60,7 +60,7 @@ def test_waiting_is_a_share_of_the_time_and_only_told_when_it_is_much(now):
 
 
 def test_while_nothing_comes_it_says_for_how_long(now):
-    clock = _Clock()
+    clock = Clock()
     step(clock, now, 0.0, 1.0, 1)
     now(1.0)
     assert clock.waiting() == ""
@@ -71,7 +71,7 @@ def test_while_nothing_comes_it_says_for_how_long(now):
 
 
 def test_validation_is_no_waiting_for_data(now):
-    clock = _Clock()
+    clock = Clock()
     step(clock, now, 0.0, 1.0, 1)
     step(clock, now, 0.0, 1.0, 2)
     clock.pause()
@@ -83,10 +83,10 @@ def test_validation_is_no_waiting_for_data(now):
 
 
 def test_the_bar_stays_on_one_line(now):
-    clock = _Clock()
+    clock = Clock()
     step(clock, now, 9.0, 1.0, 1)
     step(clock, now, 0.3, 0.7, 2)
-    bar = Progress(BarColumn(), _StatusColumn(clock), console=Console(width=60, force_terminal=True))
+    bar = Progress(BarColumn(), StatusColumn(clock), console=Console(width=60, force_terminal=True))
     bar.add_task("train", total=10, status="loss 0.4325  137.2 images/s")
     for seconds, status in (
         (0.0, "loss 0.4325  137.2 images/s  waiting for data 30%"),

@@ -1,4 +1,4 @@
-"""How much memory an inference takes, computed before it is run."""
+"""The memory that an inference takes, computed before it runs."""
 
 import copy
 import weakref
@@ -21,15 +21,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def default_memory(device: torch.device) -> int:
-    """Bytes that a computation may take where nobody says: half of a GPU's free memory, elsewhere 1 GiB."""
+    """The default limit in bytes: half of a GPU's free memory, or 1 GiB on the CPU."""
     return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else GIB
 
 
 def peak_bytes(module: M, run: Callable[[M, Tensor], object], shape: tuple[int, ...]) -> int:
-    """The most bytes that tensors take while ``run(module, x)`` runs without gradients, x and parameters apart.
+    """The peak of bytes in tensors while ``run(module, x)`` runs without gradients, beside x and parameters.
 
-    It runs on the meta device: on shapes alone, in the parameters' dtype, in milliseconds whatever the size. A
-    convolution counts its input and output twice, because oneDNN and cuDNN may bring both into a layout of their own.
+    Computed on the meta device, from shapes alone, in the parameters' dtype, in milliseconds for any size. A
+    convolution's input and output count twice, because oneDNN and cuDNN may copy both into another layout.
     """
     meta = _meta_copy(module)
     x = torch.empty(shape, dtype=next(meta.parameters()).dtype, device="meta")
@@ -39,8 +39,7 @@ def peak_bytes(module: M, run: Callable[[M, Tensor], object], shape: tuple[int, 
 
 
 def _meta_copy(module: M) -> M:
-    """The module with parameters and buffers of no content, which are not copied on the way, and without its hooks,
-    which are not for trials."""
+    """A copy of the module on the meta device, without copying its tensors, and without its hooks."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -54,7 +53,7 @@ def _meta_copy(module: M) -> M:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed."""
+    """Adds up the storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

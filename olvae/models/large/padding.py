@@ -18,9 +18,9 @@ Size = tuple[int, int]
 def pad_to_multiple(x: Tensor, f: int) -> Tensor:
     """(..., H, W) -> (..., H', W'), the next multiples of f, of any dtype; :func:`crop_to` is the inverse.
 
-    What is added is at the bottom and at the right, so that latent position (i, j) belongs to the pixels from
-    (f i, f j) whatever the size. It is the image's reflection; along an axis with no more pixels than are added,
-    its last row or column again and again [D].
+    Rows are added at the bottom and columns at the right, so that latent position (i, j) belongs to the pixels from
+    (f i, f j) for any size. They are the image's reflection, or copies of its last row or column along an axis with no
+    more pixels than are added [D].
 
     Raises:
         ValueError: the image has no pixels, or f is not positive.
@@ -51,7 +51,7 @@ def encode_any(model: LiteVAE, x: Tensor, memory: int | None = None) -> tuple[Di
     """Images (B, C, H, W) in [-1, 1] of any size -> the posterior over (B, n_z, ceil(H/f), ceil(W/f)), and (H, W).
 
     Args:
-        memory: bytes that encoding may take; see :func:`encode_within`. None: whatever it takes.
+        memory: a limit in bytes, see :func:`encode_within`; by default none.
     """
     padded = pad_to_multiple(x, model.downscale)
     posterior = model.encode(padded) if memory is None else encode_within(model, padded, memory)
@@ -65,7 +65,7 @@ def decode_any(model: LiteVAE, z: Tensor, size: Size, tile: int | None = None, m
         tile, memory: see :func:`decode_tiled`; with neither, the latent is decoded whole.
 
     Raises:
-        ValueError: an image of that size does not have this latent.
+        ValueError: an image of that size has a latent of another size.
     """
     f = model.downscale
     expected = -(-size[0] // f), -(-size[1] // f)

@@ -1,8 +1,8 @@
-"""Encoding within a stated memory: the same result, layer by layer over the whole image.
+"""Encode within a memory limit: the same result, layer by layer over the whole image.
 
-Tiles can't do it: every GroupNorm of the encoder takes its mean and variance over the whole image. So each layer
-runs over the image in strips of rows and adds up the sums that the next norm needs; what lies between the layers
-is kept in memory as far as that goes, and in temporary files beyond.
+Tiles can't do it, because every GroupNorm of the encoder needs the mean and variance of the whole image. So each layer
+runs over the image in strips of rows, and adds up the sums that the next norm needs; layers' outputs are kept in memory
+up to the limit, then in temporary files.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ __all__ = ["encode_within", "moments_within"]
 Function = Callable[[Tensor], Tensor]
 
 STREAMED = (torch.float32, torch.float16, torch.bfloat16)
-"""What lies between the layers is kept in float32."""
+"""Dtypes that can be streamed: layers' outputs are kept in float32."""
 
 
 def encode_within(
@@ -41,19 +41,19 @@ def encode_within(
 def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None) -> Tensor:
     """``model.moments(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
 
-    What fits is encoded as always. What does not is streamed through the UNets: a quarter of the memory is
-    for strips, on x's device, the rest for what lies between layers, on the CPU; more goes to temporary files (in
-    ``TMPDIR``). The wavelet transform and the features, which are no larger than the image, stay outside the budget.
+    An image that fits is encoded as usual. Others are streamed through the UNets: a quarter of the memory is for strips
+    on x's device, the rest for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take what is left. The
+    wavelet transform and the features, no larger than the image, are not counted.
 
     Args:
         model: in evaluation mode.
         x: (B, C, H, W) in [-1, 1], H and W multiples of f.
         memory: bytes.
-        progress: called now and then with the fraction that is done.
+        progress: called from time to time with the fraction that is done.
 
     Raises:
-        ValueError: an encoder other than LiteVAE's does not fit.
-        OSError: the temporary files do not fit on the disk.
+        ValueError: the image does not fit, and the encoder is not LiteVAE's.
+        OSError: the disk is too small for the temporary files.
     """
     encoder = model.encoder
     needs = peak_bytes(encoder, lambda e, images: e(images), tuple(x.shape))
@@ -75,7 +75,7 @@ def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[f
 
     def stream(unet: nn.Module, h: Tensor) -> Tensor:
         nonlocal done
-        out = torch.cat([_Stream(memory, x.device, x.dtype).unet(unet, one) for one in h.split(1)])
+        out = torch.cat([Stream(memory, x.device, x.dtype).unet(unet, one) for one in h.split(1)])
         done += x.shape[0] * next(weights)
         if progress is not None:
             progress(done / whole)
@@ -87,7 +87,7 @@ def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[f
     return island(moments) if autocast_enabled(moments) else moments
 
 
-class _Plane:
+class Plane:
     """A layer's output over the whole image, (1, C, H, W) in float32, and the sums of its channels."""
 
     def __init__(self, channels: int, height: int, width: int, in_memory: bool) -> None:
@@ -120,7 +120,7 @@ class _Plane:
             self.file.write(np.ascontiguousarray(rows.float().cpu().numpy()).data.cast("B"))
 
 
-class _Stream:
+class Stream:
     """Runs UNets layer by layer; only one strip of rows is on the device."""
 
     def __init__(self, memory: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -128,11 +128,11 @@ class _Stream:
         self.strip = memory // 4
         self.left = memory - self.strip
 
-    def _plane(self, channels: int, height: int, width: int) -> _Plane:
+    def plane(self, channels: int, height: int, width: int) -> Plane:
         size = 4 * channels * height * width
         if size > self.left:
-            return _Plane(channels, height, width, in_memory=False)
-        plane = _Plane(channels, height, width, in_memory=True)
+            return Plane(channels, height, width, in_memory=False)
+        plane = Plane(channels, height, width, in_memory=True)
         self.left -= size
         weakref.finalize(plane, self._free, size)
         return plane
@@ -140,10 +140,10 @@ class _Stream:
     def _free(self, size: int) -> None:
         self.left += size
 
-    def sweep(self, inputs: Sequence[_Plane], channels: int, reach: int, run: Callable[..., Tensor]) -> _Plane:
+    def sweep(self, inputs: Sequence[Plane], channels: int, reach: int, run: Callable[..., Tensor]) -> Plane:
         """``run`` over strips of the inputs that are ``reach`` rows wider, on both sides, than those of the output."""
         _, height, width = inputs[0].shape
-        out = self._plane(channels, height, width)
+        out = self.plane(channels, height, width)
         per_row = 4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs))  # a layer copies both
         rows = max(1, self.strip // per_row - 2 * reach)
         for start in range(0, height, rows):
@@ -153,7 +153,7 @@ class _Stream:
             out.write(start, values[:, :, start - low : stop - low])
         return out
 
-    def conv(self, conv: nn.Module, inputs: Sequence[_Plane], before: Function | None = None) -> _Plane:
+    def conv(self, conv: nn.Module, inputs: Sequence[Plane], before: Function | None = None) -> Plane:
         """A convolution over concatenated inputs, after a function of single positions."""
         assert isinstance(conv, nn.Conv2d)
 
@@ -164,7 +164,7 @@ class _Stream:
 
         return self.sweep(inputs, conv.out_channels, conv.kernel_size[0] // 2, run)
 
-    def norm_silu(self, norm: nn.GroupNorm, inputs: Sequence[_Plane]) -> Function:
+    def norm_silu(self, norm: nn.GroupNorm, inputs: Sequence[Plane]) -> Function:
         """GroupNorm, then SiLU, with the statistics of the whole image."""
         _, height, width = inputs[0].shape
         sums = torch.cat([plane.sums for plane in inputs], dim=1)  # (2, C)
@@ -178,7 +178,7 @@ class _Stream:
         weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
         return lambda x: F.silu((x.float() - shift) * scale * weight + bias).to(x.dtype)
 
-    def post_activation(self, block: PostActivationBlock, inputs: Sequence[_Plane]) -> _Plane:
+    def post_activation(self, block: PostActivationBlock, inputs: Sequence[Plane]) -> Plane:
         h = self.conv(block.conv1, inputs)
         h = self.conv(block.conv2, [h], self.norm_silu(block.norm1, [h]))
         activate = self.norm_silu(block.norm2, [h])
@@ -189,7 +189,7 @@ class _Stream:
 
         return self.sweep([h, *inputs], h.shape[0], 0, add)
 
-    def pre_activation(self, block: PreActivationBlock, inputs: Sequence[_Plane]) -> _Plane:
+    def pre_activation(self, block: PreActivationBlock, inputs: Sequence[Plane]) -> Plane:
         h = self.conv(block.conv1, inputs, self.norm_silu(block.norm1, inputs))
         activate = self.norm_silu(block.norm2, [h])
 
@@ -199,7 +199,7 @@ class _Stream:
 
         return self.sweep([h, *inputs], block.conv2.out_channels, 1, add)
 
-    def block(self, block: nn.Module, inputs: Sequence[_Plane]) -> _Plane:
+    def block(self, block: nn.Module, inputs: Sequence[Plane]) -> Plane:
         if isinstance(block, PostActivationBlock):
             return self.post_activation(block, inputs)
         assert isinstance(block, PreActivationBlock)
@@ -209,11 +209,11 @@ class _Stream:
         """``unet(x)`` for one image, (1, C, H, W) -> (1, C', H, W) on x's device."""
         assert isinstance(unet, UNet)
         _, channels, height, width = x.shape
-        first = self._plane(channels, height, width)
+        first = self.plane(channels, height, width)
         first.write(0, x)
         h = self.conv(unet.init_conv, [first])
         del first
-        skips: list[_Plane] = []
+        skips: list[Plane] = []
         for step in unet.down():
             if isinstance(step, nn.Conv2d):
                 h = self.conv(step, [h])

@@ -1,4 +1,4 @@
-"""What a decoder looks at: which latent positions a window of the image depends on."""
+"""Decode in tiles, each from exactly the latent positions that it depends on."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -14,20 +14,20 @@ __all__ = ["Range", "Window", "decode_tiled", "decode_window", "receptive_field"
 
 
 Range = tuple[int, int]
-"""From, and up to but without: rows or columns."""
+"""Rows or columns: start and stop, without the stop."""
 
 Window = tuple[Range, Range]
 """Rows and columns."""
 
 
 def receptive_field(decoder: Decoder) -> int | None:
-    """How many latent positions beyond its own, on each side, an output pixel depends on at most.
+    """The most latent positions beyond its own, on each side, that an output pixel depends on.
 
-    Computed from the decoder's stages, and tight: the outermost position counts [D].
+    Computed from the decoder's stages, and tight: the outermost position matters [D].
 
     Returns:
-        Positions; None for a decoder without a finite field, such as Stable Diffusion's, whose GroupNorm and
-        attention see the whole latent.
+        Positions; None for a decoder without a finite field, such as Stable Diffusion's, whose GroupNorm and attention
+        depend on the whole latent.
     """
     stages = decoder.stages()
     if stages is None:
@@ -39,10 +39,10 @@ def receptive_field(decoder: Decoder) -> int | None:
 
 
 def decode_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
-    """A window of the image, from what it depends on and nothing else.
+    """Decode a window of the image from the latent positions that it depends on.
 
-    Between two stages, everything that the rest does not need is cut off. At the image's own borders nothing is
-    cut, and the zero padding there is that of the whole image: so the result is the window of the whole result.
+    Between two stages, whatever the rest does not need is cut off. At the image's borders nothing is cut, and the zero
+    padding is that of the whole image: so the result equals the window of the whole image.
 
     Args:
         stages: those of the decoder.
@@ -60,7 +60,7 @@ def decode_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
 
 
 def _needed(stages: Sequence[Stage], wanted: Range, size: int) -> list[Range]:
-    """Along one axis: what is needed before each stage, and last what is wanted; ``size`` is the latent's."""
+    """Along one axis: the range needed before each stage, and last the wanted one; ``size`` is the latent's."""
     for stage in stages:
         size *= stage.scale
     out = [wanted]
@@ -83,17 +83,17 @@ def decode_tiled(
     memory: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """``model.decode(z)``, tile by tile: equal to rounding, because each tile sees all that it depends on.
+    """``model.decode(z)`` tile by tile: equal to rounding, because each tile includes all that it depends on.
 
-    A decoder without a finite receptive field (see :func:`receptive_field`) is never tiled: with ``memory``
-    it decodes whole if that fits.
+    A decoder without a finite receptive field (see :func:`receptive_field`) is never tiled: with ``memory`` it decodes
+    the whole latent if that fits.
 
     Args:
-        model: in evaluation mode; folded, it is faster.
+        model: in evaluation mode; faster if folded.
         z: (B, n_z, h, w).
         tile: side of a tile, in latent positions.
-        memory: bytes that a tile may take beside z, the image and the parameters; the largest tile that does
-            is taken. Give one of the two.
+        memory: the bytes of a tile beside z, the image and the parameters, for the largest tile that fits. Give tile or
+            memory.
         progress: called after every tile with the fraction that is done.
 
     Returns:
@@ -118,7 +118,7 @@ def decode_tiled(
     if tile < 1:
         raise ValueError(f"a tile has at least one latent position, got {tile}")
     if model.quantizer is not None:
-        z = model.quantizer.post_quant_conv(z)  # 1x1: sees nothing but its position
+        z = model.quantizer.post_quant_conv(z)  # 1x1, no neighbours
     return _decode(decoder, stages, z, tile, progress)
 
 
@@ -151,18 +151,18 @@ def _decode(
 
 
 def split(size: int, tile: int, f: int) -> list[Range]:
-    """As few pieces of at most ``tile`` positions as will do, of about one size; in pixels."""
+    """The fewest pieces of at most ``tile`` positions, of about equal size; in pixels."""
     pieces = -(-size // tile)
     edges = [f * (size * i // pieces) for i in range(pieces + 1)]
     return list(pairwise(edges))
 
 
 def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
-    """What the costliest tile of a latent of shape (B, z_channels, h, w) takes; see :func:`peak_bytes`."""
+    """The bytes of the largest tile of a latent of shape (B, z_channels, h, w); see :func:`peak_bytes`."""
     f = decoder.upscale
 
     def one(size: int) -> tuple[int, int]:
-        start = (size - min(tile, size)) // 2  # in the middle, where both sides need their surroundings
+        start = (size - min(tile, size)) // 2  # in the middle, with surroundings on both sides
         return f * start, f * (start + min(tile, size))
 
     def run(module: Decoder, z: Tensor) -> Tensor:
@@ -174,10 +174,10 @@ def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
 
 
 def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
-    """The largest tile within ``memory`` bytes for a latent of that shape, or one that covers it.
+    """The largest tile within ``memory`` bytes for a latent of that shape, at most all of it.
 
     Raises:
-        ValueError: not even a tile of one position is.
+        ValueError: even a tile of one position takes more.
     """
     low, high = 1, max(shape[-2:])
     if (least := tile_bytes(decoder, low, shape)) > memory:

@@ -1,7 +1,7 @@
-"""Autoencoders of diffusers (KL, Tiny, DC, ...) behind the interface of our own."""
+"""Autoencoders of diffusers (KL, Tiny, DC, ...) with the interface of our own."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olvae.checkpoint import mismatches
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.hub import is_hub_id, snapshot
@@ -22,7 +23,7 @@ SUBFOLDER = "vae"
 """Where pipelines keep their autoencoder."""
 
 PROBE = 128
-"""Side in pixels of the image that tells an autoencoder's factor; the largest published one is 128."""
+"""Side in pixels of the image that measures an autoencoder's factor; the largest published factor is 128."""
 
 
 class DiffusersAutoencoder(Autoencoder):
@@ -88,14 +89,14 @@ class DiffusersAutoencoder(Autoencoder):
 
 
 def find_folder(text: str) -> Path:
-    """The folder of an autoencoder, downloaded if need be.
+    """Find the folder of an autoencoder, or download it.
 
     Args:
         text: a folder or an id of the hub, of an autoencoder or of a pipeline that has one in ``vae``; another
             subfolder is named after ``::``.
 
     Raises:
-        FileNotFoundError: there is none, or the hub can't be reached.
+        FileNotFoundError: it was not found, or the hub can't be reached.
     """
     name, _, subfolder = text.partition("::")
     if Path(name).is_dir():
@@ -109,19 +110,19 @@ def find_folder(text: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"diffusers:{text}: no config.json in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the subfolder "
-        f"of the autoencoder, as in diffusers:{name}::SUBFOLDER"
+        f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "
+        f"subfolder of the autoencoder, as in diffusers:{name}::SUBFOLDER"
     )
 
 
 def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = False) -> DiffusersAutoencoder:
-    """The autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
+    """Load the autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
 
     Args:
         allow_mismatch: load the tensors that fit, and warn of the others.
 
     Raises:
-        ConfigError: the config names something else than an autoencoder.
+        ConfigError: the config does not name an autoencoder of diffusers.
         ValueError: the weights are not readable, not finite, or do not fit.
     """
     import diffusers
@@ -148,7 +149,9 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
         raise ValueError(f"{folder}: not a readable {name}: {str(error).strip().splitlines()[0]}") from error
     state = model.state_dict()
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    loaded, wrong = len(state) - len(lacking), _mismatches(report)
+    misshapen = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in report["mismatched_keys"]]
+    wrong = mismatches([*report["missing_keys"]], [*report["unexpected_keys"]], misshapen)
+    loaded = len(state) - len(lacking)
     if wrong and not (allow_mismatch and loaded):
         raise ValueError(f"{folder}: these weights are of another model than its config.json: {wrong}")
     if wrong:
@@ -159,20 +162,13 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
         model.load_state_dict({name: t for name, t in state.items() if name not in lacking}, strict=False)
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{folder}: {len(broken)} of its tensors have values that are not finite ({broken[0]}, ...)")
+        raise ValueError(f"{folder}: {len(broken)} of its tensors have non-finite values ({broken[0]}, ...)")
     return DiffusersAutoencoder(model).eval()
-
-
-def _mismatches(report: Mapping[str, Any]) -> str:
-    """What is missing, unexpected and of another shape in diffusers' report; empty if everything fits."""
-    misshapen = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in report["mismatched_keys"]]
-    kinds = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"], "of another shape": misshapen}
-    return "; ".join(f"{len(names)} {kind} ({names[0]}, ...)" for kind, names in kinds.items() if names)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what diffusers says of its own configs and of weights; what matters of it is checked here."""
+    """Silence diffusers' notes on configs and weights; whatever matters is checked here."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()

@@ -4,7 +4,7 @@ The names are converted by diffusers; the configuration is read from the shapes.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from olvae.checkpoint import load_weights
 from olvae.models.loading.diffusers import DiffusersAutoencoder
 
-__all__ = ["from_latent_diffusion", "latent_diffusion_prefix"]
+__all__ = ["from_latent_diffusion", "latent_diffusion_config", "pick_latent_diffusion"]
 
 
 PREFIXES = ("first_stage_model.", "vae.", "")
@@ -21,47 +21,61 @@ PREFIXES = ("first_stage_model.", "vae.", "")
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
-def latent_diffusion_prefix(names: Iterable[str]) -> str | None:
-    """What stands before the autoencoder's names in a checkpoint of that code; None if it is none."""
-    known = set(names)
-    return next((p for p in PREFIXES if f"{p}encoder.down.0.block.0.norm1.weight" in known), None)
-
-
-def from_latent_diffusion(
-    state: Mapping[str, Any], origin: str | Path, allow_mismatch: bool = False, trained: bool = True
-) -> DiffusersAutoencoder:
-    """The autoencoder of a state dict in latent-diffusion's names, in evaluation mode; fresh if not ``trained``.
+def pick_latent_diffusion(state: Mapping[str, Any], origin: str | Path) -> dict[str, Tensor] | None:
+    """Pick the autoencoder's tensors out of a state dict of that code, without the names' prefix; None if it has none.
 
     Raises:
-        ValueError: it is of a kind that AutoencoderKL is not: vector-quantised, with attention outside the middle,
-            or with a latent of another width than the decoder's input; or weights do not fit or are not finite.
+        ValueError: the autoencoder is vector-quantised.
     """
-    from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    prefix = latent_diffusion_prefix(state)
-    assert prefix is not None
-    weights: dict[str, Tensor] = {
+    prefix = next((p for p in PREFIXES if f"{p}encoder.down.0.block.0.norm1.weight" in state), None)
+    if prefix is None:
+        return None
+    if f"{prefix}quantize.embedding.weight" in state:
+        raise ValueError(f"{origin}: a vector-quantised autoencoder of latent-diffusion; only the KL ones are read")
+    return {
         name.removeprefix(prefix): tensor
         for name, tensor in state.items()
         if name.startswith(prefix) and name.removeprefix(prefix).startswith(PARTS) and isinstance(tensor, Tensor)
     }
-    if f"{prefix}quantize.embedding.weight" in state:
-        raise ValueError(f"{origin}: a vector-quantised autoencoder of latent-diffusion; only the KL ones are read")
-    config = _configuration(weights, origin)
-    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(dict(weights), config)
-    if len(converted) != len(weights):
-        raise ValueError(f"{origin}: {len(weights) - len(converted)} of its tensors have no place in AutoencoderKL")
+
+
+def from_latent_diffusion(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    origin: str | Path = "",
+    allow_mismatch: bool = False,
+) -> DiffusersAutoencoder:
+    """Build the autoencoder of :func:`latent_diffusion_config`, in evaluation mode; fresh without weights.
+
+    Args:
+        weights: see :func:`pick_latent_diffusion`.
+        origin: the file that they are from, for messages.
+        allow_mismatch: load the tensors that fit, and warn of the others.
+
+    Raises:
+        ValueError: weights do not fit or are not finite.
+    """
+    from diffusers import AutoencoderKL  # seconds, which other targets do not need
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
     model: Any = AutoencoderKL(**config)
-    if trained:
+    if weights is not None:
+        converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(dict(weights), config)
+        if len(converted) != len(weights):
+            raise ValueError(f"{origin}: {len(weights) - len(converted)} of its tensors have no place in AutoencoderKL")
         load_weights(model, converted, origin, allow_mismatch, prefixes=("",))
     return DiffusersAutoencoder(model).eval()
 
 
-def _configuration(weights: Mapping[str, Tensor], origin: str | Path) -> dict[str, Any]:
-    """Arguments of AutoencoderKL. GroupNorm has 32 groups in that code always."""
+def latent_diffusion_config(weights: Mapping[str, Tensor], origin: str | Path) -> dict[str, Any]:
+    """The arguments of AutoencoderKL, from the shapes. GroupNorm always has 32 groups in that code.
+
+    Raises:
+        ValueError: it has attention outside the middle, a latent of another width than the decoder's input, or lacks
+            a tensor, which AutoencoderKL does not allow.
+    """
     if attention := [name for name in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)]:
-        raise ValueError(f"{origin}: has attention outside the middle ({attention[0]}), which AutoencoderKL has not")
+        raise ValueError(f"{origin}: attention outside the middle ({attention[0]}), which AutoencoderKL does not have")
     needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     if missing := [name for name in needed if name not in weights]:
         raise ValueError(f"{origin}: an autoencoder of latent-diffusion, but without {missing[0]}")

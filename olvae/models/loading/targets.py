@@ -1,4 +1,4 @@
-"""What can be evaluated, exported, encoded with: anything that a command's TARGET may be."""
+"""Find what a command's TARGET names: the model to evaluate, export or encode with."""
 
 import warnings
 from collections import Counter
@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from olvae import config as cfg
-from olvae.checkpoint import read_checkpoint, state_dict_of
+from olvae.checkpoint import pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError
-from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.autoencoder import Autoencoder, LiteVAE, load_located
 from olvae.models.hub import is_hub_id
 from olvae.models.loading.diffusers import SUBFOLDER, find_folder, load_diffusers
-from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_prefix
-from olvae.models.pretrained import find_weights, load_located, locate
-from olvae.models.spec import CLASS_NAME, build_autoencoder, class_in
+from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
+from olvae.models.pretrained import locate, locate_weights
+from olvae.models.spec import CLASS_NAME, class_in
 from olvae.runs import Run
 
 __all__ = ["KINDS", "RAW", "Target", "find_target", "name_apart"]
@@ -30,24 +31,24 @@ KINDS = (
 DIFFUSERS = "diffusers:"
 
 RAW = ", raw weights"
-"""Behind the name of a target whose weights as trained were asked for."""
+"""Ends the name of a target whose raw weights were asked for."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """An autoencoder that was found, not loaded yet."""
+    """An autoencoder that was found, and is not loaded yet."""
 
     name: str
     given: str
-    """As the user wrote it, and which weights, where there is a choice."""
-    config: Config = field(repr=False)
-    """The training config; empty for exports, the hub, diffusers, and where the config only came along with weights,
-    because its data would be built from it: name it with ``config``."""
-    run: Run | None
+    """As the user wrote it; ends with :data:`RAW` like the name."""
     trained: Callable[[], Autoencoder] = field(repr=False)
     fresh: Callable[[], Autoencoder] = field(repr=False)
+    config: Config = field(repr=False, default_factory=dict)
+    """The training config; empty for exports, the hub, diffusers, and for a config that came along with weights, whose
+    data must not be built: name that one with ``config``."""
+    run: Run | None = None
     raw: bool = False
-    """The weights as trained were asked for, where averaged ones may be beside them."""
+    """The raw weights were asked for, not the averaged ones (EMA)."""
 
     def load(self) -> Autoencoder:
         """The autoencoder, in evaluation mode and in float32.
@@ -58,7 +59,7 @@ class Target:
         return self.trained()
 
     def usual_size(self, model: Autoencoder) -> int:
-        """Pixels of the images that it was trained at, as far as that is known; else 256."""
+        """Side in pixels of the images that it was trained on, if that is known; else 256."""
         size = ((self.config.get("data") or {}).get("params") or {}).get("size")
         return int(size or (model.encoder.image_size if isinstance(model, LiteVAE) else 256))
 
@@ -78,35 +79,48 @@ def find_target(
 ) -> Target:
     """Find what a TARGET names; see :data:`KINDS`. Checkpoints of latent-diffusion's KL autoencoder are files too.
 
+    A file is read once: what was read to see its kind is kept for the first load.
+
     Args:
-        config: of a checkpoint, instead of the one that lies beside it.
+        config: of a checkpoint, instead of the one beside it.
         config_base: a folder in which a run's config is looked for by the run's name.
-        raw: weights as trained, where there are averaged ones (EMA) besides.
+        raw: weights as trained, not the averaged ones (EMA).
         allow_mismatch: load the tensors that fit, and warn of the others.
 
     Raises:
-        FileNotFoundError: there is no such thing, or the hub can't be reached.
-        ConfigError: the config has mistakes, or there is none.
-        ValueError: the file is not readable, or of a kind that is none of these.
+        FileNotFoundError: the target was not found, or the hub can't be reached.
+        ConfigError: the config has mistakes, or is missing.
+        ValueError: the file is not readable, or of another kind.
     """
     given = str(text)
     if given.startswith(DIFFUSERS):
         return _diffusers_target(given, find_folder(given.removeprefix(DIFFUSERS)), raw, allow_mismatch)
     path = Path(given)
     if not path.exists() and not is_hub_id(given):
-        raise FileNotFoundError(f"{given}: not there; a target is {KINDS}")
+        raise FileNotFoundError(f"{given}: not found; a target is {KINDS}")
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: a folder of diffusers: as a target, {DIFFUSERS}{given}")
-    weights = find_weights(given)
-    exported = class_in(weights.parent) == CLASS_NAME
+    weights = locate_weights(given)
+    in_run, exported = weights.parent.name == "checkpoints", class_in(weights.parent) == CLASS_NAME
     if raw and exported:
         warnings.warn(f"{given}: an export has one kind of weights: --raw is ignored", stacklevel=2)
         raw = False
     suffix = RAW if raw else ""
-    ours = weights.parent.name == "checkpoints" or exported
-    if not ours and (found := _latent_diffusion(weights, given, raw, allow_mismatch)):
-        return replace(found, name=found.name + suffix)
-    if config is None and config_base is not None and weights.parent.name == "checkpoints":
+
+    if in_run or exported:
+        tensors = _Tensors(lambda: read_weights(weights, raw))
+    else:  # it may be a file of another project
+        state = state_dict_of(read_checkpoint(weights), weights, raw)
+        if any(name.startswith("encoder.down_blocks.") for name in state):
+            raise ValueError(
+                f"{given}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
+            )
+        if (autoencoder := pick_latent_diffusion(state, weights)) is not None:
+            return _latent_diffusion_target(autoencoder, given + suffix, weights, raw, allow_mismatch)
+        tensors = _Tensors(lambda: read_weights(weights, raw), pick_weights(state, weights))
+        del state  # whatever else the file holds
+
+    if config is None and config_base is not None and in_run:
         config = find_config(config_base, weights.parent.parent.resolve().name)
     located = locate(given, config=config)
     if located.config and (mistakes := cfg.validate(located.config)):
@@ -114,21 +128,21 @@ def find_target(
     return Target(
         name=(path.resolve().name if path.is_dir() else given) + suffix,
         given=given + suffix,
+        trained=lambda: load_located(located, tensors.take(), allow_mismatch),
+        fresh=lambda: LiteVAE.from_spec(located.spec),
         config=located.config,
         run=located.run,
-        trained=lambda: load_located(located, raw, allow_mismatch),
-        fresh=lambda: build_autoencoder(**located.params),
         raw=raw,
     )
 
 
 def find_config(base: str | Path, run_name: str) -> Path:
-    """The YAML file in a folder, or below it, that has the name of a run, whole or without its first and last part.
+    """Find the YAML file of a run in a folder and those below: ``<run's name>.yaml``, or ``<config>.yaml``.
 
     A run's name is ``<timestamp>_<config>_<precision>`` [R].
 
     Raises:
-        ConfigError: there is none, or there are several.
+        ConfigError: it is missing, or there are several.
     """
     if not Path(base).is_dir():
         raise ConfigError(f"--config_base {base}: no such folder")
@@ -144,10 +158,10 @@ def find_config(base: str | Path, run_name: str) -> Path:
 
 
 def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Target]:
-    """The targets with names of which no two are equal: as the user wrote them, and counted, where that takes it.
+    """Give every target a name of its own: equal names become what the user wrote, and numbered if still equal.
 
     Args:
-        taken: names that none of them may have.
+        taken: names that are in use already.
     """
     for rename in (lambda t, _: t.given, lambda t, n: f"{t.name} ({n})"):
         counts = Counter([*(target.name for target in targets), *taken])
@@ -161,6 +175,22 @@ def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Tar
     return list(targets)
 
 
+class _Tensors:
+    """The autoencoder's tensors of a file, read at most once a load.
+
+    Args:
+        read: reads them.
+        kept: the result of a first read. The first load takes it, so that it does not stay in memory.
+    """
+
+    def __init__(self, read: Callable[[], dict[str, Tensor]], kept: dict[str, Tensor] | None = None) -> None:
+        self._read, self._kept = read, kept
+
+    def take(self) -> dict[str, Tensor]:
+        kept, self._kept = self._kept, None
+        return self._read() if kept is None else kept
+
+
 def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool) -> Target:
     if class_in(folder) == CLASS_NAME:  # an export of ours, in a pipeline
         return replace(find_target(folder, raw=raw, allow_mismatch=allow_mismatch), name=given, given=given)
@@ -169,31 +199,25 @@ def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool)
     return Target(
         name=given,
         given=given,
-        config={},
-        run=None,
         trained=lambda: load_diffusers(folder, allow_mismatch=allow_mismatch),
         fresh=lambda: load_diffusers(folder, trained=False),
     )
 
 
-def _latent_diffusion(weights: Path, given: str, raw: bool, allow_mismatch: bool) -> Target | None:
-    state = state_dict_of(read_checkpoint(weights), weights, raw)
-    if any(name.startswith("encoder.down_blocks.") for name in state):
-        raise ValueError(
-            f"{given}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
-        )
-    if latent_diffusion_prefix(state) is None:
-        return None
+def _latent_diffusion_target(
+    kept: dict[str, Tensor], name: str, weights: Path, raw: bool, allow_mismatch: bool
+) -> Target:
+    config = latent_diffusion_config(kept, weights)
 
-    def load(trained: bool) -> Autoencoder:
-        again = state_dict_of(read_checkpoint(weights), weights, raw)
-        return from_latent_diffusion(again, weights, allow_mismatch, trained)
+    def read() -> dict[str, Tensor]:
+        again = pick_latent_diffusion(state_dict_of(read_checkpoint(weights), weights, raw), weights)
+        assert again is not None
+        return again
 
+    tensors = _Tensors(read, kept)
     return Target(
-        name=given,
-        given=given,
-        config={},
-        run=None,
-        trained=lambda: load(True),
-        fresh=lambda: load(False),
+        name=name,
+        given=name,
+        trained=lambda: from_latent_diffusion(config, tensors.take(), weights, allow_mismatch),
+        fresh=lambda: from_latent_diffusion(config),
     )

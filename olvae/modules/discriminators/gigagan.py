@@ -1,4 +1,7 @@
-"""Self-attention by distance: Lipschitz-continuous where the dot product is not (Kim et al. 2021)."""
+"""GigaGAN: a discriminator at several scales, with attention at the coarse ones [R].
+
+Its self-attention is by distance: Lipschitz-continuous, which the dot product is not (Kim et al. 2021).
+"""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -18,11 +21,11 @@ __all__ = ["GigaGAN", "TransformerBlock", "l2_attention"]
 def l2_attention(qk: Tensor, v: Tensor) -> Tensor:
     """softmax_j(-|q_i - q_j|^2 / sqrt(D)) v_j, queries and keys being the same vectors.
 
-    In float32, autocast off. |q_i|^2 is the same for all j, so it leaves the softmax as it is and is left out;
-    distances do not depend on the origin, so the mean is taken off first, which keeps the differences exact.
+    In float32, without autocast. |q_i|^2 is the same for all j and cancels in the softmax, so it is left out; the mean
+    is subtracted first, which changes no distance and keeps the differences exact.
 
     Args:
-        qk: (..., N, D), the queries, which are the keys as well.
+        qk: (..., N, D), the queries, which are also the keys.
         v: (..., N, E).
 
     Returns:
@@ -39,16 +42,15 @@ def l2_attention(qk: Tensor, v: Tensor) -> Tensor:
 class TransformerBlock(nn.Module):
     """L2-distance attention, then a gated feed-forward network; LayerNorm before, the input added after, each.
 
-    The projection that makes queries and keys has no bias, for a distance would not see it; that of the values
-    has none, for the output's bias does its work. The feed-forward network is W3 (GELU(W1 x) * W2 x), with a
-    hidden width of four times the channels.
+    The projection to queries and keys has no bias, which no distance depends on; that to values has none either, since
+    the output has one. The feed-forward network is W3 (GELU(W1 x) * W2 x), four times as wide as the input.
 
     Args:
         channels: of the feature map.
         heads, head_channels: of the attention.
-        checkpoint_attention: compute the attention again in the backward pass instead of keeping its
-            (heads, H W, H W) weights. Only the weights are recomputed, not the layers with spectral norm around
-            them, so that their power iterations run once per pass and the gradients are the same.
+        checkpoint_attention: recompute the attention in the backward pass instead of keeping its (heads, H W, H W)
+            weights. The layers with spectral norm around it are not recomputed, so that their power iterations run
+            once per pass and the gradients are the same.
     """
 
     def __init__(
@@ -99,9 +101,9 @@ class GigaGAN(nn.Module):
     of the image at its own size, and applies two 3x3 convolutions; at the sizes in ``attention`` there follow
     ``blocks`` transformer blocks with a learned position embedding. The predictor of the last level reads its
     map through a 2x2 convolution of stride 2, as one vector. Spectral norm and orthogonal init throughout, no
-    BatchNorm. At the defaults 14.38 M parameters and 3.27 GMACs, beside 14.38 M and 3.23 G [R]; what the README
-    leaves open is decided here: the shortcut around a level, position embeddings, 8 heads, and half the width
-    inside predictors [D].
+    BatchNorm. At the defaults 14.38 M parameters and 3.27 GMACs; published are 14.38 M and 3.23 G [R]. Not in the
+    README, and decided here: the shortcut around a level, position embeddings, 8 heads, half the width inside
+    predictors [D].
 
     Args:
         in_channels: the image's channels.
@@ -130,7 +132,9 @@ class GigaGAN(nn.Module):
     ) -> None:
         super().__init__()
         if image_size < 64 or image_size & (image_size - 1):
-            raise ValueError(f"GigaGAN's image_size must be a power of two from 64, got {image_size}: use e.g. 256")
+            raise ValueError(
+                f"GigaGAN's image_size must be a power of two from 64, got {image_size}: use 256, for example"
+            )
         if base < image_size or max_channels < 2:
             raise ValueError(
                 f"every level of GigaGAN needs two channels: base at least image_size = {image_size} and "

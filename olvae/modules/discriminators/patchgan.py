@@ -1,4 +1,4 @@
-"""PatchGAN: a plain convolutional discriminator that judges overlapping patches (Isola et al. 2017)."""
+"""PatchGAN: a plain convolutional discriminator of overlapping patches (Isola et al. 2017)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ class PatchGAN(nn.Module):
     every layer, up to eight times. The first and the last convolution have no BatchNorm; those with one have no
     bias. Weights start from N(0, 0.02), BatchNorm's from N(1, 0.02). At the defaults a logit sees 70x70 pixels.
 
-    BatchNorm makes a sample's logits depend on its batch: in training, give real and fake images in batches of
-    their own, and convert to SyncBatchNorm when several devices share a batch.
+    BatchNorm makes a sample's logits depend on its batch: in training, use separate batches for real and fake images,
+    and convert to SyncBatchNorm when several devices share a batch.
 
     Args:
         in_channels: the image's channels.

@@ -1,4 +1,4 @@
-"""Spectral norm for convolutions, with its power iteration under control (Miyato et al. 2018)."""
+"""Convolutions with spectral norm, and control over its power iteration (Miyato et al. 2018)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,10 +43,10 @@ class SpectralConv2d(nn.Conv2d):
 
 @contextmanager
 def fixed_spectral_norm(module: nn.Module) -> Iterator[None]:
-    """Inside, forward passes run no power iteration, in training mode either: all of them see the same weights.
+    """Run no power iteration inside, not even in training mode, so that all forward passes use the same weights.
 
-    So the gradients of k micro-batches add up to those of one batch k times as large. Call
-    :func:`power_iteration` once per update in exchange.
+    Then the gradients of k micro-batches add up to those of one batch k times as large. Call :func:`power_iteration`
+    once per update instead.
     """
     norms = [norm for norm in _spectral_norms(module) if norm.training]
     for norm in norms:
@@ -60,7 +60,7 @@ def fixed_spectral_norm(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def power_iteration(module: nn.Module) -> None:
-    """One power iteration for every :class:`SpectralConv2d` in ``module``, whatever its mode."""
+    """Run one power iteration of every :class:`SpectralConv2d` in ``module``, in any mode."""
     for norm in _spectral_norms(module):
         training = norm.training
         norm.train()()  # computing the weight runs it
@@ -68,5 +68,5 @@ def power_iteration(module: nn.Module) -> None:
 
 
 def _spectral_norms(module: nn.Module) -> list[nn.Module]:
-    """What computes the weight of each SpectralConv2d."""
+    """The parametrizations of the weights of each SpectralConv2d."""
     return [m.get_submodule("parametrizations.weight") for m in module.modules() if isinstance(m, SpectralConv2d)]

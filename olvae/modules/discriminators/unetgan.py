@@ -1,4 +1,4 @@
-"""UNetGAN: a discriminator that judges the image as a whole and every pixel of it (Schönfeld et al. 2020)."""
+"""UNetGAN: a discriminator with logits for the whole image and for every pixel (Schönfeld et al. 2020)."""
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,15 @@ _LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up bloc
 class UNetGAN(nn.Module):
     """BigGAN-style residual blocks in a U, with spectral norm and orthogonal init [R].
 
-    The way down halves the image with every block; its end, after ReLU and a sum over the pixels, gives one logit
-    per image. The way up doubles it again, each block but the first also reading the features of the same size
-    from the way down; a plain 1x1 convolution gives one logit per pixel.
+    Each block on the way down halves the image; at its end, ReLU and a sum over the pixels give one logit per image.
+    Each block on the way up doubles it, and all but the first also take the features of the same size from the way
+    down; a plain 1x1 convolution gives one logit per pixel.
 
     Args:
         in_channels: the image's channels.
         base_channels: the width: 16, 32, 64 for UNetGAN-S, M, L.
-        image_size: the size that it is meant for, in pixels: under 256 it has five levels, as the paper's network
-            for 128 px; from 256 on six, as that for 256 px. Either one takes images of any size that fits.
+        image_size: the intended size in pixels: below 256 it has five levels, like the paper's network for 128 px, else
+            six, like that for 256 px. Both take images of any size in multiples of 64.
     """
 
     num_outputs = 2
@@ -34,7 +34,9 @@ class UNetGAN(nn.Module):
     def __init__(self, in_channels: int = 3, base_channels: int = 16, image_size: int = 256) -> None:
         super().__init__()
         if image_size < 64 or image_size % 64:
-            raise ValueError(f"UNetGAN's image_size must be a multiple of 64, got {image_size}: use e.g. 128 or 256")
+            raise ValueError(
+                f"UNetGAN's image_size must be a multiple of 64, got {image_size}: use 128 or 256, for example"
+            )
         down, up = ([base_channels * m for m in widths] for widths in _LAYOUTS[256 if image_size >= 256 else 128])
         self.down = nn.ModuleList(
             _DownBlock(c_in, c_out, first=i == 0)
@@ -81,8 +83,8 @@ class UNetGAN(nn.Module):
 class _DownBlock(nn.Module):
     """ReLU, 3x3 conv, ReLU, 3x3 conv, plus the 1x1-projected input; then the mean of 2x2 pixels.
 
-    The first block of the network reads an image and begins without a ReLU. Here and on the way up the shortcut is
-    computed at the larger size; it could as well be at the smaller one, but so are the published operations counted.
+    The first block takes an image, and starts without ReLU. Here and on the way up the shortcut is computed at the
+    larger size, not the smaller one, to match the published operation counts.
     """
 
     def __init__(self, in_channels: int, out_channels: int, first: bool) -> None:

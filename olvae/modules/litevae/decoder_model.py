@@ -74,8 +74,8 @@ class LiteVAE_Decoder(Decoder):
         num_res_blocks: blocks per level, less one, as in the latent-diffusion dialect.
         variant: ``open_litevae`` [R][M] has three middle blocks and SMC, SiLU before the last convolution;
             ``paper_smc`` [P App. G] has pre-activation blocks, two middle blocks, SiLU before the last.
-        output: ``image``, or ``wavelet``: the last upsampling gives way to predicting the four level-1 Haar
-            sub-bands in the image's range, followed by the inverse transform (times 2) [P App. G].
+        output: ``image``, or ``wavelet``: instead of the last upsampling it predicts the four level-1 Haar sub-bands
+            in the image's range, and applies the inverse transform (times 2) [P App. G].
         dropout: inside the blocks.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with f = 2^(len(channel_mult) - 1); [-1, 1],
@@ -159,6 +159,6 @@ def _inverse_wavelet(bands: Tensor) -> Tensor:
 
 
 def _reach(*modules: nn.Module) -> int:
-    """How far, in positions, convolutions that follow each other see; an SMC is one, and so is a folded one."""
+    """The reach in positions of convolutions in a row; an SMC is one, folded or not."""
     convolutions = (m for module in modules for m in module.modules() if isinstance(m, nn.Conv2d))
     return sum(conv.kernel_size[0] // 2 for conv in convolutions)

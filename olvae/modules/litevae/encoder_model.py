@@ -15,7 +15,7 @@ __all__ = ["SCALES", "LiteVAE_Encoder", "Scale"]
 
 
 class Scale(NamedTuple):
-    """Widths of a preset, and the blocks of the open_litevae variant [R]."""
+    """Widths of a preset, and blocks per level of the open_litevae variant [R]."""
 
     extractor_channels: int
     extractor_mult: tuple[int, ...]
@@ -34,24 +34,24 @@ SCALES = {
 
 
 class LiteVAE_Encoder(Encoder):
-    """Image to moments (or features, where a 1x1 convolution follows).
+    """Image to moments, or to features if a 1x1 convolution follows.
 
-    Level l of the wavelet transform, 4 * in_channels channels at H/2^l, goes through its own extractor to as
-    many features; these are pooled to H/2^levels, concatenated, and aggregated to ``latent_dim`` channels.
+    Each level of the wavelet transform, 4 * in_channels channels at H/2^l, goes through an extractor of its own, which
+    keeps the shape; the features are pooled to H/2^levels, concatenated, and aggregated to ``latent_dim`` channels.
 
     Args:
-        latent_dim: channels of the output. The autoencoder sets it to 2 n_z if no 1x1 convolution follows.
-        scale: a preset of widths: S, B, M or L. Any width given beside it overrides the preset.
+        latent_dim: channels of the output; the autoencoder sets it to 2 n_z if no 1x1 convolution follows.
+        scale: a preset of widths: S, B, M or L; further widths override the preset's.
         variant: ``open_litevae`` is the published code [R][M]; ``paper`` is the paper's [P App. G].
         in_channels: channels of the image.
-        dct_levels: levels of the wavelet transform; the encoder shrinks by 2^levels.
-        image_size: the size in pixels at which the model is meant to be used: what summaries count operations at.
+        dct_levels: levels of the wavelet transform; f = 2^levels.
+        image_size: the intended size in pixels, at which summaries count operations.
         extractor_channels, extractor_mult, extractor_resblocks: base width, its multiples, blocks per level.
         aggregate_channels, aggregate_mult, aggregate_resblocks: the same for the aggregator.
         wavelet: an orthogonal PyWavelets wavelet.
-        pool: how features reach the common resolution: ``average``, or ``conv``, an average followed by a
-            learned 3x3 convolution [P App. G], for the paper variant.
-        dropout: in the paper variant's blocks.
+        pool: to the common resolution: ``average``, or ``conv``, an average and a learned 3x3 convolution [P App. G],
+            in the paper variant only.
+        dropout: in the blocks of the paper variant.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
     """
@@ -125,7 +125,7 @@ class LiteVAE_Encoder(Encoder):
         return self.run(x, lambda unet, h: unet(h))
 
     def run(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """``forward``, with the way in which a UNet is applied to its input left to the caller."""
+        """``forward``, where ``apply`` runs each UNet on its input."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:

@@ -1,4 +1,4 @@
-"""Self-modulated convolution [P Eq. 3]: what the decoder has in place of convolution and normalisation."""
+"""Self-modulated convolution [P Eq. 3], which replaces convolution and normalisation in the decoder."""
 
 import copy
 
@@ -14,8 +14,8 @@ class SMC(nn.Module):
 
     w'(o,i,k) = gain * s_i w(o,i,k) / sqrt(sum_{i,k} (s_i w(o,i,k))^2 + eps)                    [P Eq. 3]
 
-    The scales s (one per input channel) and the gain (one for the layer) are learned and start at 1. Nothing
-    depends on the sample, so the layer is an ordinary convolution at inference: see :meth:`fold`.
+    The scales s (one per input channel) and the gain (one per layer) are learned and start at 1. Nothing depends on the
+    sample, so at inference the layer is an ordinary convolution: see :meth:`fold`.
 
     Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W), for odd kernel sizes.
     """
@@ -39,14 +39,14 @@ class SMC(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
-        """The same function as an ordinary convolution (a copy; this layer is left as it is)."""
+        """The same function as an ordinary convolution, a copy."""
         conv = copy.deepcopy(self.conv)
         conv.weight.copy_(self.modulated_weight())
         return conv
 
 
 def fold_smc(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` in which every SMC is an ordinary Conv2d, for inference."""
+    """A copy of ``module`` with an ordinary Conv2d for every SMC, for inference."""
     if isinstance(module, SMC):
         return module.fold()
     folded = copy.deepcopy(module)

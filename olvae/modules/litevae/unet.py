@@ -23,7 +23,7 @@ def _conv1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, which also takes groups of one value, as images of one latent position have: that value becomes 0."""
+    """torch's, but groups of one value, as in images of one latent position, are allowed and become 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -70,9 +70,10 @@ class PreActivationBlock(nn.Module):
 
 
 class UNet(nn.Module, ABC):
-    """What the two have in common: how steps and skips follow each other.
+    """The order of steps and skips, which both UNets share.
 
-    A block leaves its output as a skip on the way down, and takes one on the way up; a convolution changes the width.
+    Each block on the way down leaves its output as a skip, each block on the way up takes one; convolutions change the
+    width.
     """
 
     init_conv: nn.Conv2d
@@ -84,7 +85,7 @@ class UNet(nn.Module, ABC):
 
     @abstractmethod
     def middle(self) -> list[nn.Module]:
-        """The blocks in between."""
+        """The blocks in the middle."""
 
     @abstractmethod
     def up(self) -> list[nn.Module]:

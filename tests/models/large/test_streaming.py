@@ -50,7 +50,7 @@ def test_strips_give_the_posterior_of_the_whole(arguments, memory):
 
 
 def test_small_images_are_not_streamed(monkeypatch):
-    monkeypatch.setattr(streaming, "_Stream", None)
+    monkeypatch.setattr(streaming, "Stream", None)
     vae = autoencoder()
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
@@ -62,14 +62,14 @@ def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
         files, kept = [], []
         make = tempfile.TemporaryFile
         monkeypatch.setattr(streaming.tempfile, "TemporaryFile", lambda prefix: files.append(0) or make())
-        plane = streaming._Stream._plane
+        plane = streaming.Stream.plane
 
         def watch(stream, *shape):
             out = plane(stream, *shape)
             kept.append(memory - stream.strip - stream.left)
             return out
 
-        monkeypatch.setattr(streaming._Stream, "_plane", watch)
+        monkeypatch.setattr(streaming.Stream, "plane", watch)
         encode_within(autoencoder(), torch.randn(1, 3, 64, 64), memory)
         monkeypatch.undo()
         return len(files), max(kept)

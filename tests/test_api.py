@@ -1,0 +1,59 @@
+"""The public names: those of docs/api.md, each with an example, imported when they are used."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import olvae
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+DOCUMENTED = re.findall(r"^\| `(\w+)` \|", TEXT, re.M)
+EXAMPLES = [ast.parse(block) for block in re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)]
+
+
+def test_the_page_lists_every_public_name_once():
+    assert sorted(DOCUMENTED) == sorted(set(olvae.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize("name", olvae.__all__)
+def test_each_is_there(name):
+    value = getattr(olvae, name)
+    assert name in dir(olvae)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert value.__name__ == name
+        assert inspect.getdoc(value)
+
+
+def test_each_has_an_example():
+    imported, used = set(), set()
+    for node in (node for tree in EXAMPLES for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and node.module == "olvae":
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Name):
+            used.add(node.id)
+    assert set(DOCUMENTED) <= imported & used
+
+
+def test_type_checkers_see_the_same_names_in_the_same_modules():
+    tree = ast.parse(Path(olvae.__file__).read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in checked.body for alias in node.names}
+    for name in set(olvae.__all__) - {"__version__"}:
+        assert getattr(sys.modules[seen[name]], name) is getattr(olvae, name)
+    assert seen.keys() == set(olvae.__all__) - {"__version__"}
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="module 'olvae' has no attribute 'nothing'"):
+        _ = olvae.nothing
+
+
+def test_importing_waits_for_nothing():
+    code = "import sys, olvae; olvae.__all__; assert not {'torch', 'lightning', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
