@@ -1,6 +1,5 @@
 """Pretrained weights of other people's networks: which files, where they are looked for, what was found."""
 
-import hashlib
 import http.client
 import os
 import socket
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from olvae.files import file_sha256
 
 __all__ = [
     "ALEXNET",
@@ -139,11 +140,7 @@ def provenance(path: Path, file: WeightsFile) -> dict[str, object]:
 
 @lru_cache(maxsize=16)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  (they tell a changed file from a known one)
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def _ask(url: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.roundtrip import Cost
 from olvae.figures import error_map, labelled_grid
-from olvae.files import whole
+from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 
 __all__ = [
@@ -201,7 +201,7 @@ def write_metrics(evaluation: Evaluation, path: Path) -> None:
     """metrics.json, whole or not at all."""
     content = evaluation.as_dict()
     assert all(math.isfinite(value) for row in content["results"] for value in row["metrics"].values())
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 

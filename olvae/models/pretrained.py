@@ -14,7 +14,7 @@ import torch
 
 from olvae.checkpoint import WEIGHT_SUFFIXES, load_weights, read_weights
 from olvae.config import Config, ConfigError
-from olvae.files import whole, write_json
+from olvae.files import atomic_write, write_json
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.hub import USUAL, HubAccess, fetch, is_hub_id
 from olvae.models.spec import (
@@ -157,7 +157,7 @@ def write_export(model: LiteVAE, folder: Path) -> None:
     from safetensors.torch import save_file
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with whole(folder / WEIGHTS_NAME) as partial:
+    with atomic_write(folder / WEIGHTS_NAME) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors lets the owner alone read it
     write_json(export_config(model), folder / CONFIG_NAME)

@@ -130,7 +130,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, olvae):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == f"stopped: finished shards are in {out}; the same command goes on from there\n"
-    assert not list(out.glob(".packing/*.tar.*"))
+    assert not list(out.glob(".packing/.partial-*"))
     assert not (out / "index.json").exists()
     done = len(list(out.glob("*.tar")))
     assert 0 < done < 25

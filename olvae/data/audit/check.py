@@ -26,7 +26,7 @@ from olvae.data.image import Bands, Photo, Picture
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files, FolderSource
 from olvae.data.open import evaluation_source, holds_shards, list_images
-from olvae.data.pool import OnProgress, Ticker, cores, in_processes, unseen
+from olvae.data.pool import OnProgress, SharedProgress, cores, ignore_progress, run_in_processes
 from olvae.data.shards.index import INDEX, Index, ShardRecord, count_images
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local, local_path, stem
@@ -65,7 +65,7 @@ class CheckOptions:
     index: bool = False
 
 
-def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProgress = unseen) -> AuditResult:
+def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProgress = ignore_progress) -> AuditResult:
     """Read and decode every image of a source.
 
     Args:
@@ -110,7 +110,7 @@ class _ListReader:
         self.images = images
         self.channels = channels
 
-    def __call__(self, indices: range, ticker: Ticker) -> _Part:
+    def __call__(self, indices: range, progress: SharedProgress) -> _Part:
         part = _Part()
         for index in indices:
             name = self.images.key(index)
@@ -118,7 +118,7 @@ class _ListReader:
                 part.seen.append(_look(self.images[index], name, self.channels))
             except UnreadableImageError as error:
                 part.unreadable.append(ReadError(name, error.reason))
-            ticker.tick()
+            progress.advance()
         return part
 
 
@@ -127,7 +127,7 @@ class _ShardReader:
         self.channels = channels
         self.checksums = checksums
 
-    def __call__(self, url: str, ticker: Ticker) -> _Part:
+    def __call__(self, url: str, progress: SharedProgress) -> _Part:
         part = _Part()
         reasons: list[str] = []
         images = 0
@@ -140,7 +140,7 @@ class _ShardReader:
                 part.seen.append(_look(Photo(entry.data, entry.name, self.channels), entry.key, self.channels))
             except UnreadableImageError as error:
                 part.unreadable.append(ReadError(entry.key, error.reason))
-            ticker.tick()
+            progress.advance()
         path = Path(local_path(url)) if is_local(url) else None
         size = path.stat().st_size if path is not None and path.is_file() else None
         digest = file_sha256(path) if path is not None and size is not None and self.checksums else None
@@ -167,7 +167,7 @@ def _check_list(src: str, options: CheckOptions, workers: int, on_progress: OnPr
     seen: list[ImageFacts] = []
     unreadable: list[ReadError] = []
     reader = _ListReader(images, options.channels)
-    with closing(in_processes(reader, tasks, workers, lambda done: on_progress(done, count))) as parts:
+    with closing(run_in_processes(reader, tasks, workers, lambda done: on_progress(done, count))) as parts:
         for part in parts:
             seen += part.seen
             unreadable += part.unreadable
@@ -206,7 +206,7 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
     shards: list[ShardFacts] = []
     dotted: list[str] = []
     reader = _ShardReader(options.channels, options.index or bool(indexes))
-    with closing(in_processes(reader, urls, workers, lambda done: on_progress(done, total))) as parts:
+    with closing(run_in_processes(reader, urls, workers, lambda done: on_progress(done, total))) as parts:
         for part in parts:
             assert part.shard is not None
             seen += part.seen

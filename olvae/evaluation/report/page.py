@@ -8,7 +8,7 @@ from olvae.evaluation.report.content import Page
 from olvae.evaluation.report.parts import badges, band_table, cost_table, difference_table, gallery_parts, result_table
 from olvae.evaluation.report.patterns import artefact_summary, artefact_tables
 from olvae.figures import ERROR_RANGE
-from olvae.files import whole
+from olvae.files import atomic_write
 
 __all__ = ["render_page", "write_page"]
 
@@ -39,5 +39,5 @@ def render_page(page: Page) -> str:
 
 def write_page(page: Page, path: Path) -> None:
     """The page as a file, whole or not at all."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(render_page(page), encoding="utf-8", errors="backslashreplace")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import EQUAL, Evaluation
-from olvae.files import whole
+from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 
 __all__ = ["ImageValues", "print_evaluations", "write_csv", "write_markdown"]
@@ -53,7 +53,7 @@ def write_markdown(evaluation: Evaluation, path: Path) -> None:
     if costs:
         lines += ["", f"Cost of one image; speed and memory: {_plain(_conditions(rows))}."]
     lines += ["", *(f"- {_plain(remark)}" for remark in _remarks(evaluation))]
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -171,7 +171,10 @@ def write_csv(path: Path, rows: Iterable[ImageValues]) -> None:
     """
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        atomic_write(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["target", "key", *names])
         for row in rows:
