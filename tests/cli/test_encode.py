@@ -125,10 +125,10 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
     assert olvae(*encode())[0] == 0
     code, _, err = olvae(*encode("--seed", 1))
     assert (code, err.count("\n")) == (2, 1)
-    assert "begun as something else (seed was 0, now 1)" in err
+    assert "was begun with seed 0 (now 1): repeat the first command" in err
     code, _, err = olvae("encode", target, "--data", "samples", "--out", tmp_path / "out", "--size", 16)
     assert code == 2
-    assert "begun as something else (other images)" in err
+    assert "was begun with other images: repeat the first command" in err
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
@@ -142,7 +142,7 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("olvae.export.encode.Encoder.run", interrupted)
+    monkeypatch.setattr("olvae.export.encode.EncodeJob.run", interrupted)
     latents = tmp_path / "latents"
     code, out, err = olvae("encode", target, "--data", image_folder, "--size", 16, "--out", latents)
     assert (code, out) == (130, "")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from olvae.config import ConfigError
 from olvae.data.errors import ReadError
@@ -91,7 +91,7 @@ class ResumableShards:
         changes = _changes(begun, plan)
         if changes and (self.earlier or any(self._state.glob("[0-9]*.json")) or any(self.folder.glob("*.tar"))):
             raise ConfigError(
-                f"--out {self.folder}: was begun with {', '.join(changes)}: continue with what it was begun with, or "
+                f"--out {self.folder}: was begun with {', '.join(changes)}: repeat the first command to continue, or "
                 "name another folder"
             )
 
@@ -157,21 +157,23 @@ class ResumableShards:
         for unfinished in self._state.glob(f".partial-*-{path.name}"):  # of a run that was killed
             unfinished.unlink(missing_ok=True)
         images, unreadable = 0, []
-        with atomic_write(path, self._state) as partial, partial.open("wb") as file:
-            hashed = _HashedFile(file)
-            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-                for sample in samples:
-                    if isinstance(sample, ReadError):
-                        unreadable.append(sample)
-                        continue
-                    images += 1
-                    for extension, content in sample.files.items():
-                        member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                        member.size = len(content)
-                        archive.addfile(member, io.BytesIO(content))
+        with (
+            atomic_write(path, self._state) as partial,
+            _HashedFile(partial) as file,
+            tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for sample in samples:
+                if isinstance(sample, ReadError):
+                    unreadable.append(sample)
+                    continue
+                images += 1
+                for extension, content in sample.files.items():
+                    member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
         if not images:
             path.unlink()
-        record = ShardRecord(images, hashed.bytes if images else 0, hashed.digest.hexdigest())
+        record = ShardRecord(images, file.bytes if images else 0, file.digest.hexdigest())
         shard = FinishedShard(record, unreadable, details())
         write_json(asdict(shard), self._description(number))
         return shard
@@ -210,15 +212,15 @@ def _changes(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     return options or [f"other {name}" for name, value in plan.items() if begun.get(name) != value]
 
 
-class _HashedFile:
-    """A file that is written from front to back, and its checksum."""
+class _HashedFile(io.BufferedWriter):
+    """A new file that is written from front to back, its length and its checksum."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
         self.digest = hashlib.sha256()
         self.bytes = 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         self.digest.update(data)
         self.bytes += len(data)
-        return self.file.write(data)
+        return super().write(data)
