@@ -146,4 +146,4 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
     latents = tmp_path / "latents"
     code, out, err = olvae("encode", target, "--data", image_folder, "--size", 16, "--out", latents)
     assert (code, out) == (130, "")
-    assert err.endswith(f"stopped: finished shards are in {latents}; the same command goes on from there\n")
+    assert err.endswith(f"stopped: finished shards are in {latents}; the same command continues from there\n")
