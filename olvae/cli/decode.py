@@ -33,6 +33,7 @@ def command(
     from olvae.config import ConfigError
     from olvae.data.shards.index import with_counts
     from olvae.data.shards.latents import LATENT, read_stats
+    from olvae.data.shards.stream import total_images
     from olvae.data.shards.urls import find_shards
     from olvae.devices import device_of
     from olvae.export.decode import FORMATS, decode_shards
@@ -52,9 +53,7 @@ def command(
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
     model.to(where)
 
-    counts = [shard.images for shard in shards]
-    total = None if None in counts else sum(count for count in counts if count is not None)
-    with progress("decoding", total) as bar:
+    with progress("decoding", total_images(shards)) as bar:
         done = decode_shards(model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance)
     for error in done.unreadable:
         typer.echo(f"skipped {error.name}: {error.reason}", err=True)

@@ -84,10 +84,8 @@ def command(
             err=True,
         )
 
-    counts = [inputs.count(shard) for shard in range(rank, len(inputs), world)]
-    total = None if None in counts else sum(count for count in counts if count is not None)
     share = "" if world == 1 else f", 1 of {world} shares"
-    with progress(f"encoding{share}", total, enabled=rank == 0) as bar:
+    with progress(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0) as bar:
         try:
             encoder.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
         except KeyboardInterrupt:

@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from olvae.modules.distributions import Posterior, keyed_generator
 __all__ = ["DTYPES", "EncodeJob", "EncodeOptions", "LatentSums", "fingerprint"]
 
 
+@dataclass
 class LatentSums:
     """Counts, and sums per channel in float64, from which the moments of z = mean + std * noise are computed.
 
@@ -35,23 +38,14 @@ class LatentSums:
     Args:
         images: number of images.
         positions: number of positions of their latents, including those of mirrored images.
-        shape: of each latent, (n_z, h, w); None if they differ.
-        mean, square, var: sums of the means, of their squares and of the variances, n_z numbers each.
+        shape: of each latent, [n_z, h, w]; None if they differ.
+        sums: of the means, of their squares and of the variances, n_z numbers each.
     """
 
-    def __init__(
-        self,
-        images: int = 0,
-        positions: int = 0,
-        shape: Iterable[int] | None = None,
-        mean: Iterable[float] = (),
-        square: Iterable[float] = (),
-        var: Iterable[float] = (),
-    ) -> None:
-        self.images = images
-        self.positions = positions
-        self.shape = None if shape is None else tuple(shape)
-        self.sums = torch.tensor([list(mean), list(square), list(var)], dtype=torch.float64)  # (3, n_z)
+    images: int = 0
+    positions: int = 0
+    shape: list[int] | None = None
+    sums: list[list[float]] = field(default_factory=list)
 
     def update(self, latents: Iterable[Latent]) -> None:
         """Add one image: its latent, and that of the mirrored image if it is stored."""
@@ -59,33 +53,17 @@ class LatentSums:
             mean = latent.mean.double().flatten(1)  # (n_z, h w)
             var = torch.zeros_like(mean) if latent.std is None else latent.std.double().flatten(1).square()
             sums = torch.stack([mean.sum(1), mean.square().sum(1), var.sum(1)])
-            self._add(int(i == 0), mean.shape[1], tuple(latent.mean.shape), sums)
+            self.add(LatentSums(int(i == 0), mean.shape[1], list(latent.mean.shape), sums.tolist()))
 
     def add(self, other: "LatentSums") -> None:
-        self._add(other.images, other.positions, other.shape, other.sums)
-
-    def _add(self, images: int, positions: int, shape: tuple[int, ...] | None, sums: torch.Tensor) -> None:
-        self.shape = shape if not self.positions or shape == self.shape else None
-        self.sums = self.sums + sums if self.positions else sums
-        self.images += images
-        self.positions += positions
-
-    def state(self) -> dict[str, Any]:
-        """The constructor's arguments, as JSON."""
-        mean, square, var = self.sums.tolist()
-        shape = None if self.shape is None else list(self.shape)
-        return {
-            "images": self.images,
-            "positions": self.positions,
-            "shape": shape,
-            "mean": mean,
-            "square": square,
-            "var": var,
-        }
+        self.shape = other.shape if not self.positions or other.shape == self.shape else None
+        self.sums = np.add(self.sums, other.sums).tolist() if self.positions else other.sums
+        self.images += other.images
+        self.positions += other.positions
 
     def as_dict(self) -> dict[str, Any]:
         """The latents' shape, shift and scaling factors, and mean and standard deviation of each channel."""
-        mean, square, var = self.sums / self.positions
+        mean, square, var = torch.tensor(self.sums, dtype=torch.float64) / self.positions  # (n_z)
         shift = float(mean.mean())
         variance = float((square + var).mean()) - shift**2
         if not variance > 0.0:
@@ -93,7 +71,7 @@ class LatentSums:
                 "the latents are all equal: they have no scaling factor, and nothing can be learned from them"
             )
         return {
-            "latent_shape": None if self.shape is None else list(self.shape),
+            "latent_shape": self.shape,
             "shift_factor": shift,
             "scaling_factor": variance**-0.5,
             "latents_mean": mean.tolist(),
@@ -179,7 +157,7 @@ class EncodeJob:
             advance: called with the number of further images that are done, including those of finished shards.
 
         Raises:
-            ValueError: latents are not finite.
+            ValueError: latents have non-finite values, or are too large for the dtype.
             OSError: a remote shard can't be read now.
         """
         for shard in range(rank, len(self.inputs), world):
@@ -187,7 +165,7 @@ class EncodeJob:
             if finished is None:
                 sums = LatentSums()
                 samples = self._samples(shard, sums, batch_size, threads, memory, advance)
-                self.shards.write(shard, samples, sums.state)
+                self.shards.write(shard, samples, partial(asdict, sums))
             else:
                 advance(finished.record.images + len(finished.unreadable))
 
@@ -284,7 +262,7 @@ class EncodeJob:
                 continue
             if exact.isfinite().all():
                 raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
-            raise ValueError("the latents are not finite: the weights may be of a run that diverged")
+            raise ValueError("the latents have non-finite values: the training run may have diverged")
         means, stds = stored
         return [Latent(means[i], None if stds is None else stds[i]) for i in range(len(keys))]
 

@@ -18,6 +18,7 @@ from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.open import evaluation_source, holds_shards, list_images
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.read import Shard, read_shard
+from olvae.data.shards.stream import total_images
 from olvae.data.shards.urls import find_shards, is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.transforms import center_crop
@@ -51,9 +52,9 @@ class DatasetInputs:
     def _range(self, shard: int) -> range:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.images)))
 
-    def count(self, shard: int) -> int:
-        """Images of an output shard."""
-        return len(self._range(shard))
+    def count(self, shards: range) -> int:
+        """Images of these output shards."""
+        return sum(len(self._range(shard)) for shard in shards)
 
     def read(self, shard: int) -> Iterator[Item]:
         """The images of an output shard in order."""
@@ -85,9 +86,9 @@ class ShardInputs:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def count(self, shard: int) -> int | None:
-        """Images of an output shard; None if they are unknown before reading."""
-        return self.shards[shard].images
+    def count(self, shards: range) -> int | None:
+        """Images of these output shards; None if that is unknown before reading."""
+        return total_images([self.shards[shard] for shard in shards])
 
     def read(self, shard: int) -> Iterator[Item | ReadError]:
         """The images of an output shard in order, and what can't be read of it."""

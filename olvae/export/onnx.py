@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from olvae.models.autoencoder import LiteVAE
 
-__all__ = ["DECODER_NAME", "ENCODER_NAME", "Half", "export_onnx", "export_program", "halves"]
-
-ENCODER_NAME, DECODER_NAME = "encoder.onnx", "decoder.onnx"
+__all__ = ["Half", "export_onnx", "export_program", "halves"]
 
 TOLERANCE = 1e-4
 """The largest difference between onnxruntime and torch, relative to the largest value."""
