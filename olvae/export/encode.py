@@ -187,7 +187,7 @@ class EncodeJob:
             for number in range(len(finished)):
                 self.shards.forget(number)  # so that the same command tries again
             if not unreadable:
-                raise ValueError("no image is in these shards: they hold images as KEY.jpg, KEY.png, ...")
+                raise ValueError("no images in these shards: an image is a file KEY.jpg, KEY.png, ...")
             first = unreadable[0]
             raise ValueError(f"none of the images could be read: {first['name']}: {first['reason']}")
         stats = {

@@ -138,7 +138,7 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
         raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
     if holds_shards(src):
         if classes:
-            raise ConfigError("--classes is for folders: of shards, the .cls files are kept as they are")
+            raise ConfigError("--classes is for folders: the .cls files of shards are kept anyway")
         return ShardInputs(with_counts(find_shards(src)), channels)
     images = list_images(src, channels)
     return DatasetInputs(images, shard_size, _classes(images) if classes else ())
@@ -149,7 +149,7 @@ def _classes(images: ImageDataset) -> list[str]:
     names = set()
     for i in range(len(images)):
         if "/" not in images.key(i):
-            raise ConfigError(f"--classes: {images.key(i)} lies in no folder that could be its class")
+            raise ConfigError(f"--classes: {images.key(i)} is not in a folder that could be its class")
         names.add(_folder(images.key(i)))
     return sorted(names)
 

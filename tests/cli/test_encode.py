@@ -88,7 +88,7 @@ def test_shards_without_images(olvae, target, tmp_path, image_folder):
     assert olvae("encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "latents")[0] == 0
     code, _, err = olvae("encode", target, "--data", tmp_path / "latents", "--size", 16, "--out", tmp_path / "again")
     assert code == 1
-    assert err.endswith("error: no image is in these shards: they hold images as KEY.jpg, KEY.png, ...\n")
+    assert err.endswith("error: no images in these shards: an image is a file KEY.jpg, KEY.png, ...\n")
 
 
 def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):

@@ -216,7 +216,7 @@ def test_folders_are_classes_if_asked(tmp_path, image_folder):
                 folder = json.loads(content)["key"].split("/")[0]
                 assert shard[name.replace("latent.json", "cls")] == folder.removeprefix("class").encode()
     picture(0).save(image_folder / "loose.png")
-    with pytest.raises(ConfigError, match=r"--classes: loose\.png lies in no folder"):
+    with pytest.raises(ConfigError, match=r"--classes: loose\.png is not in a folder"):
         encode(image_folder, tmp_path / "loose", classes=True)
     write_shards(tmp_path / "shards", (2,))
     with pytest.raises(ConfigError, match="--classes is for folders"):

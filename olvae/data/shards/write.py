@@ -209,7 +209,7 @@ def _changes(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     """What differs between two plans, in a user's words; options first, because other entries may depend on them."""
     old, new = begun["options"], plan["options"]
     options = [f"{name} {old.get(name)} (now {value})" for name, value in new.items() if old.get(name) != value]
-    return options or [f"other {name}" for name, value in plan.items() if begun.get(name) != value]
+    return options or [f"other {name}" for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
 
 
 class _HashedFile(io.BufferedWriter):
