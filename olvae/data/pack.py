@@ -153,7 +153,7 @@ def _open_folder(out: Path) -> ResumableShards:
         return ResumableShards(out, STATE, checksums=True)
     index = Index.read(out / INDEX)
     if index.plan is None or index.packed is None:
-        raise ConfigError(f"--out {out}: holds shards that `olvae data pack` did not write: choose another folder")
+        raise ConfigError(f"--out {out}: holds shards that `olvae data pack` has not made: choose another folder")
     unreadable: dict[str, list[ReadError]] = {}
     for skipped in index.unreadable:
         unreadable.setdefault(skipped.shard, []).append(ReadError(skipped.name, skipped.reason))
