@@ -65,13 +65,8 @@ def bench_networks(
     """
     built = {name: build().eval().to(device) for name, build in networks.items()}
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    best = dict.fromkeys(built, float("inf"))
-    memory = {name: _memory(network, x) for name, network in built.items()}  # warms up a GPU
-    for turn in range(rounds + 1):
-        for name, network in built.items():
-            seconds = _time(network, x)
-            if turn:
-                best[name] = min(best[name], seconds)
+    memory = {name: _memory(network, x) for name, network in built.items()}
+    best = _best_seconds({name: partial(network, x) for name, network in built.items()}, device, rounds)
     return [
         {
             "name": name,
@@ -84,27 +79,35 @@ def bench_networks(
     ]
 
 
-@torch.inference_mode()
-def _time(network: nn.Module, x: Tensor) -> float:
-    _synchronize(x)
-    start = time.perf_counter()
-    network(x)
-    _synchronize(x)
-    return time.perf_counter() - start
-
-
 def _memory(network: nn.Module, x: Tensor) -> int:
     if x.device.type != "cuda":
         return peak_bytes(network, lambda module, images: module(images), tuple(x.shape))
     torch.cuda.reset_peak_memory_stats(x.device)
     before = torch.cuda.memory_allocated(x.device)
-    _time(network, x)
+    with torch.inference_mode():
+        network(x)
+    torch.cuda.synchronize(x.device)
     return torch.cuda.max_memory_allocated(x.device) - before
 
 
-def _synchronize(x: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+@torch.inference_mode()
+def _best_seconds(functions: Mapping[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
+    """The shortest time of each function in some rounds of all, after one that warms up."""
+    best = dict.fromkeys(functions, float("inf"))
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            function()
+            _synchronize(device)
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 PYWAVELETS = "PyWavelets"
@@ -129,16 +132,8 @@ def bench_dwt(batch_size: int, size: int, wavelet: str, device: str, rounds: int
         filters = _haar_filters().to(device)
         implementations["strided convolution"] = lambda: _convolution(on_device, filters)
     expected = _pywavelets(x, wavelet)
-    best = dict.fromkeys(implementations, float("inf"))
+    best = _best_seconds(implementations, device, rounds)
     with torch.inference_mode():
-        for turn in range(rounds + 1):
-            for name, run in implementations.items():
-                start = time.perf_counter()
-                run()
-                if device != "cpu":
-                    torch.cuda.synchronize(device)
-                if turn:
-                    best[name] = min(best[name], time.perf_counter() - start)
         differences = {name: float((run().cpu() - expected).abs().max()) for name, run in implementations.items()}
     return [
         {
