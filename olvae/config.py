@@ -20,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+from olvae.files import atomic_write
+
 __all__ = [
     "Config",
     "ConfigError",
@@ -137,7 +139,8 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
     """Write a config as YAML; :func:`load` reads it back unchanged."""
-    OmegaConf.save(OmegaConf.create(dict(config)), path)
+    with atomic_write(Path(path)) as partial:
+        OmegaConf.save(OmegaConf.create(dict(config)), partial)
 
 
 def resolve_target(target: str) -> Any:

@@ -1,7 +1,8 @@
-"""Pictures that the commands leave behind: labelled grids, error maps, curves."""
+"""Files of pictures: images, labelled grids, error maps, curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -9,10 +10,32 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["ERROR_RANGE", "comparison", "error_map", "labelled_grid", "plot_curves", "viewable"]
+from olvae.files import atomic_write
+
+__all__ = ["ERROR_RANGE", "comparison", "error_map", "labelled_grid", "plot_curves", "save_image", "viewable"]
 
 ERROR_RANGE = 64
-"""The error, in steps of 8-bit values, that error maps show as white."""
+"""The error, in 8-bit steps, that error maps show as white."""
+
+
+def save_image(image: Tensor, path: Path, **options: Any) -> None:
+    """Write a uint8 (C, H, W) image atomically, in the format of the extension; ``.npy`` is an array (H, W, C).
+
+    Args:
+        options: of Pillow's writer.
+
+    Raises:
+        ValueError: the format can't store this number of channels.
+    """
+    channels = image.shape[0]
+    array = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    if path.suffix != ".npy" and (channels not in (1, 3, 4) or (channels == 4 and path.suffix == ".jpg")):
+        raise ValueError(f"an image of {channels} channels can't be written as {path.suffix}")
+    with atomic_write(path) as partial:
+        if path.suffix == ".npy":
+            np.save(partial, array)
+        else:
+            Image.fromarray(array[..., 0] if channels == 1 else array).save(partial, **options)
 
 
 def error_map(x: Tensor, y: Tensor) -> Tensor:
@@ -23,11 +46,10 @@ def error_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4) -> Image.Image:
-    """One row of pictures per entry, its name above it.
+    """A row of pictures per entry, below its name.
 
     Args:
-        rows: names to uint8 (N, C, H, W), all of one size; N may differ. One channel is shown grey, of more than
-            three the first three.
+        rows: names to uint8 (N, C, H, W), all of one size; N may differ; see :func:`viewable` for C.
         min_side: pictures smaller than this are enlarged by a whole factor, pixel by pixel.
         gap: white pixels between pictures.
     """
@@ -51,12 +73,11 @@ def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4)
 
 
 def comparison(pictures: Mapping[str, Tensor], longest: int = 1200, gap: int = 8) -> Image.Image:
-    """Pictures of one size, each under its name: side by side, or above each other if they are wide.
+    """Pictures of one size, each below its name: side by side, or stacked if they are wide.
 
     Args:
-        pictures: names to uint8 (C, H, W); see :func:`labelled_grid` for other than three channels.
-        longest: pictures with a longer side are shown smaller; small ones are enlarged by a whole factor, pixel
-            by pixel.
+        pictures: names to uint8 (C, H, W); see :func:`viewable` for C.
+        longest: pictures with a longer side are shrunk; small ones are enlarged by a whole factor, pixel by pixel.
         gap: white pixels around pictures.
     """
     height, width = next(iter(pictures.values())).shape[-2:]
@@ -85,7 +106,7 @@ def comparison(pictures: Mapping[str, Tensor], longest: int = 1200, gap: int = 8
 
 
 def viewable(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, 3, H, W): one channel as grey, of more than three the first three."""
+    """(N, C, H, W) -> (N, 3, H, W): one channel is shown as grey, and of more than three the first three."""
     channels = images.shape[1]
     if channels == 1:
         return images.expand(-1, 3, -1, -1)
@@ -95,7 +116,7 @@ def viewable(images: Tensor) -> Tensor:
 
 
 def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
-    """Small multiples of values over steps, one per entry, as a PNG."""
+    """Plot values over steps, one panel per entry, into a PNG."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(curves))
@@ -110,4 +131,5 @@ def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], p
         panel.grid(alpha=0.3)
     for panel in panels[len(curves) :]:
         panel.set_axis_off()
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120)

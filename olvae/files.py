@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under another name, then renamed; and folders for them."""
+"""Files that are either complete or absent, folders for results, and file names in messages."""
 
 import hashlib
 import json
@@ -9,55 +9,62 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-__all__ = ["check_folder", "file_sha256", "legible", "named", "nearest", "printable", "whole", "write_json"]
+__all__ = ["atomic_write", "check_folder", "file_sha256", "legible", "named", "nearest", "printable", "write_json"]
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file beside its place; it is moved there if nothing goes wrong, and removed if something does.
+def atomic_write(path: Path, folder: Path | None = None, missing_ok: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write to; the file is moved to ``path`` at the end, or removed after an exception.
 
-    The name is another one each time, so that processes may write the same file at once.
+    The temporary name ends with that of ``path``, so that libraries recognise its extension. It is a new one each
+    time, so that several processes may write the same file at once.
+
+    Args:
+        path: where the file goes.
+        folder: where the temporary file is written, on the same file system; by default beside ``path``.
+        missing_ok: nothing need be written, for collective calls in which one rank writes for all.
     """
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name}"
     try:
         yield partial
-        partial.replace(path)
+        if partial.exists() or not missing_ok:
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """A file of JSON.
+    """Write a file of JSON, atomically.
 
     Raises:
-        ValueError: a number in it is not finite, for which JSON has no word.
+        ValueError: a number in it is not finite, which JSON can't express.
     """
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def check_folder(folder: Path) -> Path:
-    """A folder that is there or could be made, and in which files can be written: told before the work, not after it.
+    """Check that files can be written into a folder, which need not exist yet; call it before long work.
 
     Raises:
-        OSError: it is not so.
+        OSError: the path leads through a file, or the folder is not writable.
     """
     place = nearest(folder)
     if not place.is_dir():
         raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder}: {place} can't be written: name another folder")
+        raise PermissionError(f"{folder}: {place} is not writable: name another folder")
     return folder
 
 
 def nearest(folder: Path) -> Path:
-    """The folder itself if it is there, else what is there of the path to it; which may be a file."""
+    """The folder itself, or the nearest of its parents that exists, which may be a file."""
     place = folder.absolute()
     return next(path for path in (place, *place.parents) if path.exists())
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -66,17 +73,17 @@ def file_sha256(path: Path) -> str:
 
 
 def legible(name: str) -> str:
-    r"""A file's name as text that can be written anywhere: bytes of it that are not UTF-8 become ``\xe9``."""
+    r"""A file's name as valid Unicode: bytes that are not UTF-8 become ``\xe9``."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def printable(name: str) -> str:
-    """A file's name on one line: what can't be printed is escaped."""
+    """A file's name on one line: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
 
 
 def named(skipped: Iterable[tuple[str, str]], at_most: int = 10) -> str:
-    """Names with reasons, the first few of them."""
+    """The first few names with their reasons, and how many more there are."""
     texts = [f"{printable(name)} ({reason})" for name, reason in skipped]
     more = f", and {len(texts) - at_most} more" if len(texts) > at_most else ""
     return ", ".join(texts[:at_most]) + more

@@ -1,6 +1,5 @@
-"""Pretrained weights of other people's networks: which files, where they are looked for, what was found."""
+"""Files of pretrained weights of published networks: finding, downloading and reading them."""
 
-import hashlib
 import http.client
 import os
 import socket
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from olvae.files import file_sha256
 
 __all__ = [
     "ALEXNET",
@@ -30,10 +31,11 @@ __all__ = [
 VARIABLE = "OLVAE_WEIGHTS"
 """The environment variable that names a folder of weights."""
 
-PATIENCE = 5.0
-"""Seconds that a server has to answer at all; STALL is how long a running download may pause."""
+ANSWER_S = 5.0
+"""How long a server may take to answer."""
 
-STALL = 30.0
+STALL_S = 30.0
+"""How long a running download may pause."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class WeightsFile:
         what: the network, for messages.
         name: of the file.
         url: where it is published.
-        sha256: the first eight digits of its checksum, which its name ends with.
-        aliases: other names that the same file is published under.
+        sha256: the first eight digits of its checksum, with which its name ends.
+        aliases: other names under which the same file is published.
     """
 
     what: str
@@ -69,21 +71,21 @@ INCEPTION = WeightsFile(
 
 
 class MissingWeights(FileNotFoundError):  # noqa: N818  (it reads as what it says)
-    """Weights that are in none of the places and can't be downloaded; one line, with the remedy."""
+    """Weights were not found and can't be downloaded; one line, with the remedy."""
 
 
 def find_weights(
     file: WeightsFile, weights_dir: str | Path | None = None, remedy: str = "name its folder with --weights-dir"
 ) -> Path:
-    """The file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, or in torch hub's cache, in this order;
-    or else a fresh download into that cache, which is given up after seconds where there is no internet.
+    """Look for a file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, and in torch hub's cache; if it is in
+    none of them, download it into the cache, which fails within seconds without internet.
 
     Args:
         remedy: what else the user can do, for the message.
 
     Raises:
-        MissingWeights: it can't be had.
-        NotADirectoryError: ``weights_dir`` is no folder.
+        MissingWeights: the file was not found and could not be downloaded.
+        NotADirectoryError: ``weights_dir`` is not a folder.
     """
     if weights_dir is not None and not Path(weights_dir).is_dir():
         raise NotADirectoryError(f"{weights_dir}: no such folder of weights")
@@ -95,80 +97,76 @@ def find_weights(
                 return place / name
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _ask(file.url)
-        with _impatient_sockets():
+        _require_answer(file.url)
+        with _socket_timeout():
             torch.hub.download_url_to_file(file.url, str(cache / file.name), hash_prefix=file.sha256)
-    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: wrong checksum
         reason = " ".join(str(getattr(error, "reason", error)).split())
         searched = ", ".join(map(str, (*places, cache)))
         raise MissingWeights(
             f"{file.name} is not in {searched} and could not be downloaded ({reason}): "
-            f"get {file.url} into {cache}, or {remedy}"
+            f"download {file.url} into {cache}, or {remedy}"
         ) from error
     return cache / file.name
 
 
 def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a found file whose names begin with ``prefix``; code in it is not run.
+    """The tensors of a file whose names begin with ``prefix``; code in the file is not executed.
 
     Raises:
-        ValueError: it is cut off, is no such file, or holds values that are not finite.
+        ValueError: it is cut off, is another kind of file, or has non-finite values.
     """
     wrong = f"{path} is not a file of {file.what} weights"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises of every kind
-        raise ValueError(f"{wrong}: it is cut off or of another kind; get {file.url} again") from error
+    except Exception as error:  # torch raises all kinds
+        raise ValueError(f"{wrong}: it is cut off, or another kind of file; download {file.url} again") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
-        raise ValueError(f"{wrong}: it holds more than tensors; get {file.url} again")
+        raise ValueError(f"{wrong}: it holds more than tensors; download {file.url} again")
     chosen = {name: tensor for name, tensor in content.items() if name.startswith(prefix)}
     for name, tensor in chosen.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{wrong}: {name} has values that are not finite; get {file.url} again")
+            raise ValueError(f"{wrong}: {name} has non-finite values; download {file.url} again")
     return chosen
 
 
 def provenance(path: Path, file: WeightsFile) -> dict[str, object]:
-    """What to write beside a number: the file's name, its SHA-256, and whether that is the published file's."""
+    """What to report with a result: the file's name, its SHA-256, and whether that is the published file's."""
     state = path.stat()
     digest = _sha256(path.resolve(), state.st_size, state.st_mtime_ns)
     return {"file": path.name, "sha256": digest, "published": digest.startswith(file.sha256)}
 
 
 @lru_cache(maxsize=16)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  (they tell a changed file from a known one)
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  (they invalidate the cache)
+    return file_sha256(path)
 
 
-def _ask(url: str) -> None:
-    """Returns if a server answers for ``url`` in time. In a thread, because no timeout holds for resolving a name."""
-    failure: list[Exception] = [TimeoutError(f"no answer in {PATIENCE:g} s")]
+def _require_answer(url: str) -> None:
+    """Raise unless a server answers for ``url`` in time; in a thread, because resolving a name has no timeout."""
+    failure: list[Exception] = [TimeoutError(f"no answer in {ANSWER_S:g} s")]
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_S):
                 failure.clear()
         except (OSError, http.client.HTTPException) as error:
             failure[:] = [error]
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(ANSWER_S)
     if failure:
         raise failure[0]
 
 
 @contextmanager
-def _impatient_sockets() -> Iterator[None]:
-    """torch's download sets no timeout of its own."""
+def _socket_timeout() -> Iterator[None]:
+    """Give sockets a timeout, which torch's download does not set."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL)
+    socket.setdefaulttimeout(STALL_S)
     try:
         yield
     finally:

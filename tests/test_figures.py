@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.figures import comparison, error_map, labelled_grid, plot_curves
+from olvae.figures import comparison, error_map, labelled_grid, plot_curves, save_image
 
 
 def test_error_map_goes_from_black_to_white_at_64():
@@ -24,6 +24,23 @@ def test_the_grid_holds_each_picture():
     grid = np.asarray(labelled_grid({"red": red, "black": torch.zeros_like(red)[:1]}, min_side=32))
     assert (grid == (255, 0, 0)).all(-1).sum() == 2 * 32 * 32
     assert grid.shape[1] == 4 + 2 * 36
+
+
+@pytest.mark.parametrize(("channels", "extension"), [(1, "png"), (3, "png"), (4, "png"), (5, "npy")])
+def test_images_as_files(tmp_path, channels, extension):
+    image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+    path = tmp_path / f"x.{extension}"
+    save_image(image, path)
+    array = np.load(path) if extension == "npy" else np.atleast_3d(np.asarray(Image.open(path)))
+    assert np.array_equal(array, image.permute(1, 2, 0).numpy())
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(("channels", "name"), [(2, "x.png"), (4, "x.jpg")])
+def test_formats_without_so_many_channels(tmp_path, channels, name):
+    with pytest.raises(ValueError, match=f"{channels} channels can't be written as"):
+        save_image(torch.zeros(channels, 2, 2, dtype=torch.uint8), tmp_path / name)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_curves(tmp_path):

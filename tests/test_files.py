@@ -1,17 +1,18 @@
+import hashlib
 import json
 
 import pytest
 
-from olvae.files import check_folder, whole, write_json
+from olvae.files import atomic_write, check_folder, file_sha256, write_json
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_file_is_complete_or_as_it_was(tmp_path):
     path = tmp_path / "a.json"
     write_json({"a": 1}, path)
     assert json.loads(path.read_text()) == {"a": 1}
 
     def half() -> None:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("half")
             assert partial.parent == tmp_path
             raise ZeroDivisionError
@@ -24,15 +25,33 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_temporary_file_has_the_extension_and_may_lie_elsewhere(tmp_path):
+    (tmp_path / "drafts").mkdir()
+    with atomic_write(tmp_path / "a.png", tmp_path / "drafts") as partial:
+        assert partial.parent == tmp_path / "drafts"
+        assert partial.suffix == ".png"
+        partial.write_bytes(b"x")
+    assert file_sha256(tmp_path / "a.png") == hashlib.sha256(b"x").hexdigest()
+    assert not list((tmp_path / "drafts").iterdir())
+
+
+def test_a_missing_file_is_an_error_unless_another_rank_writes_it(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
+        pass
+    with atomic_write(tmp_path / "a", missing_ok=True):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_may_write_at_once(tmp_path):
-    with whole(tmp_path / "a") as first, whole(tmp_path / "a") as second:
+    with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
         assert first != second
         first.write_text("1")
         second.write_text("2")
     assert (tmp_path / "a").read_text() == "1"  # the outer one ends last
 
 
-def test_where_results_could_go(tmp_path, monkeypatch):
+def test_folders_for_results(tmp_path, monkeypatch):
     assert check_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -40,5 +59,5 @@ def test_where_results_could_go(tmp_path, monkeypatch):
         with pytest.raises(NotADirectoryError, match=r"results need a folder, and .*file is a file"):
             check_folder(place)
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(PermissionError, match="can't be written: name another folder"):
+    with pytest.raises(PermissionError, match="is not writable: name another folder"):
         check_folder(tmp_path / "a")

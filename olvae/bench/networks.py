@@ -1,8 +1,10 @@
-"""Encoders and decoders beside Stable Diffusion's, in one run: images per second, and memory."""
+"""Networks measured: speed and memory beside Stable Diffusion's, the wavelet transform beside PyWavelets, and the
+README's tables of parameters and multiply-accumulates."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import pywt
 import torch
@@ -25,21 +27,24 @@ from olvae.modules.wavelet import dwt2
 
 __all__ = ["DECODERS", "ENCODERS", "NetworkRow", "bench_dwt", "bench_networks", "network_table", "print_table"]
 
-
 LATENT, FACTOR = 12, 8
+"""Latent channels, and pixels per latent position along a side."""
+
+SIZES: tuple[Literal["S", "B", "M", "L"], ...] = ("S", "B", "M", "L")
 
 PEER = "sd"
+"""The network that ratios are relative to."""
 
 ENCODERS: Mapping[str, Callable[[], nn.Module]] = {
-    PEER: lambda: SDEncoder(latent_dim=2 * LATENT),
-    **{scale: lambda scale=scale: LiteVAE_Encoder(scale=scale, latent_dim=2 * LATENT) for scale in "SBML"},  # type: ignore[misc]
+    PEER: partial(SDEncoder, latent_dim=2 * LATENT),
+    **{scale: partial(LiteVAE_Encoder, scale=scale, latent_dim=2 * LATENT) for scale in SIZES},
 }
 
 DECODERS: Mapping[str, Callable[[], nn.Module]] = {
-    PEER: lambda: SDDecoder(z_channels=LATENT),
-    "open_litevae": lambda: LiteVAE_Decoder(z_channels=LATENT),
+    PEER: partial(SDDecoder, z_channels=LATENT),
+    "open_litevae": partial(LiteVAE_Decoder, z_channels=LATENT),
     "open_litevae, folded": lambda: fold_smc(LiteVAE_Decoder(z_channels=LATENT)),
-    "paper_smc": lambda: LiteVAE_Decoder(z_channels=LATENT, variant="paper_smc"),
+    "paper_smc": partial(LiteVAE_Decoder, z_channels=LATENT, variant="paper_smc"),
     "paper_smc, folded": lambda: fold_smc(LiteVAE_Decoder(z_channels=LATENT, variant="paper_smc")),
 }
 
@@ -47,26 +52,21 @@ DECODERS: Mapping[str, Callable[[], nn.Module]] = {
 def bench_networks(
     networks: Mapping[str, Callable[[], nn.Module]], shape: tuple[int, int, int, int], device: str, rounds: int = 3
 ) -> list[dict[str, Any]]:
-    """Time one forward pass of each, in turns; float32, without gradients.
+    """Time a forward pass of each network in turn; float32, without gradients.
 
     Args:
-        networks: names to what builds them; the one named ``sd`` is the peer that ratios are taken from.
+        networks: functions that build them, by name; ratios are relative to the one named ``sd``.
         shape: of the input.
-        rounds: turns after one that warms up; the best counts.
+        rounds: measured passes of each network after a warm-up; the fastest counts.
 
     Returns:
-        For each name, params, images_per_s, ratio (to the peer's images per second), and peak_memory_bytes beyond
-        parameters and input: measured on a GPU, computed from shapes elsewhere.
+        For each network: name, params, images_per_s, ratio (of images per second to the peer's) and
+        peak_memory_bytes besides parameters and input, measured on a GPU, computed from shapes on the CPU.
     """
     built = {name: build().eval().to(device) for name, build in networks.items()}
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    best = dict.fromkeys(built, float("inf"))
-    memory = {name: _memory(network, x) for name, network in built.items()}  # on a GPU this warms up
-    for turn in range(rounds + 1):
-        for name, network in built.items():
-            seconds = _time(network, x)
-            if turn:
-                best[name] = min(best[name], seconds)
+    memory = {name: _memory(network, x) for name, network in built.items()}
+    best = _best_seconds({name: partial(network, x) for name, network in built.items()}, device, rounds)
     return [
         {
             "name": name,
@@ -79,62 +79,62 @@ def bench_networks(
     ]
 
 
-@torch.inference_mode()
-def _time(network: nn.Module, x: Tensor) -> float:
-    _wait(x)
-    start = time.perf_counter()
-    network(x)
-    _wait(x)
-    return time.perf_counter() - start
-
-
 def _memory(network: nn.Module, x: Tensor) -> int:
     if x.device.type != "cuda":
         return peak_bytes(network, lambda module, images: module(images), tuple(x.shape))
     torch.cuda.reset_peak_memory_stats(x.device)
     before = torch.cuda.memory_allocated(x.device)
-    _time(network, x)
+    with torch.inference_mode():
+        network(x)
+    torch.cuda.synchronize(x.device)
     return torch.cuda.max_memory_allocated(x.device) - before
 
 
-def _wait(x: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+@torch.inference_mode()
+def _best_seconds(functions: Mapping[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
+    """The shortest time of each function in some rounds of all, after one that warms up."""
+    best = dict.fromkeys(functions, float("inf"))
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            function()
+            _synchronize(device)
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 PYWAVELETS = "PyWavelets"
 
 
 def bench_dwt(batch_size: int, size: int, wavelet: str, device: str, rounds: int = 5) -> list[dict[str, Any]]:
-    """Time one level of the transform of RGB images, in turns; float32.
+    """Time one level of the transform of RGB images by each implementation in turn; float32.
 
-    PyWavelets runs on the CPU whatever the device. The convolution has the same filters, four outputs per channel and
-    stride 2, and stands for what one would write without a library; it is there for Haar only.
+    PyWavelets always runs on the CPU. The strided convolution has the same filters, four per channel, and is what one
+    would write without a library; Haar only.
 
     Returns:
-        For each name, images_per_s, ratio (to PyWavelets), and max_difference from its coefficients.
+        For each implementation: name, images_per_s, ratio (to PyWavelets) and max_difference from PyWavelets.
     """
     x = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     on_device = x.to(device)
-    contenders: dict[str, Callable[[], Tensor]] = {
+    implementations: dict[str, Callable[[], Tensor]] = {
         PYWAVELETS: lambda: _pywavelets(x, wavelet),
         "olvae.modules.wavelet.dwt2": lambda: dwt2(on_device, wavelet),
     }
     if wavelet == "haar":
         filters = _haar_filters().to(device)
-        contenders["strided convolution"] = lambda: _convolution(on_device, filters)
+        implementations["strided convolution"] = lambda: _convolution(on_device, filters)
     expected = _pywavelets(x, wavelet)
-    best = dict.fromkeys(contenders, float("inf"))
+    best = _best_seconds(implementations, device, rounds)
     with torch.inference_mode():
-        for turn in range(rounds + 1):
-            for name, run in contenders.items():
-                start = time.perf_counter()
-                run()
-                if device != "cpu":
-                    torch.cuda.synchronize(device)
-                if turn:
-                    best[name] = min(best[name], time.perf_counter() - start)
-        differences = {name: float((run().cpu() - expected).abs().max()) for name, run in contenders.items()}
+        differences = {name: float((run().cpu() - expected).abs().max()) for name, run in implementations.items()}
     return [
         {
             "name": name,
@@ -142,7 +142,7 @@ def bench_dwt(batch_size: int, size: int, wavelet: str, device: str, rounds: int
             "ratio": best[PYWAVELETS] / best[name],
             "max_difference": differences[name],
         }
-        for name in contenders
+        for name in implementations
     ]
 
 
@@ -163,11 +163,8 @@ def _convolution(x: Tensor, filters: Tensor) -> Tensor:
     return ordered
 
 
-IMAGE = (1, 3, 256, 256)
-
-
 class NetworkRow(NamedTuple):
-    """One network; numbers of parameters, and multiply-accumulates of one 256x256 image."""
+    """A network: parameters, and multiply-accumulates for one 256x256 image, counted and as published."""
 
     group: str
     variant: str
@@ -179,86 +176,66 @@ class NetworkRow(NamedTuple):
 
 
 class _Published(NamedTuple):
+    """A network of the README's tables: parameters in millions and multiply-accumulates in billions, as published."""
+
     group: str
     variant: str
     name: str
     params: float | None
     macs: float | None
     build: Callable[[], nn.Module]
-    shape: tuple[int, int, int, int]
+    channels: int = 3
+    side: int = 256
 
 
-def _published() -> Iterator[_Published]:
-    """What is counted. The README's encoders have latent_dim = n_z = 12, as the published YAML gives it [M]; the
-    paper's give 2 n_z moments of n_z = 4; the Stable Diffusion networks n_z = 4; the other decoders take 12."""
-    for name, params, macs in (("S", 0.97, 5.5), ("B", 6.6, 37.4), ("M", 34.0, 234.9), ("L", 41.15, 242.1)):  # [R]
-        yield _Published(
-            "encoder",
-            "open_litevae",
-            name,
-            params * 1e6,
-            macs * 1e9,
-            lambda name=name: LiteVAE_Encoder(latent_dim=12, scale=name),  # type: ignore[misc]
-            IMAGE,
-        )
-    for name, params in (("S", 1.03), ("B", 6.75), ("M", 32.75), ("L", 41.42)):  # [P]
-        yield _Published(
-            "encoder",
-            "paper",
-            name,
-            params * 1e6,
-            None,
-            lambda name=name: LiteVAE_Encoder(latent_dim=8, scale=name, variant="paper"),  # type: ignore[misc]
-            IMAGE,
-        )
-    yield _Published("encoder", "sd", "sd", 34.16e6, 137e9, lambda: SDEncoder(latent_dim=8), IMAGE)  # [R]
-    yield _Published("decoder", "open_litevae", "open_litevae", 53.33e6, 324e9, LiteVAE_Decoder, (1, 12, 32, 32))
-    yield _Published(
-        "decoder",
-        "paper_smc",
-        "paper_smc",
-        48.46e6,
-        None,
-        lambda: LiteVAE_Decoder(variant="paper_smc"),
-        (1, 12, 32, 32),
-    )
-    yield _Published("decoder", "sd", "sd", 49.49e6, 312e9, lambda: SDDecoder(z_channels=4), (1, 4, 32, 32))  # [R]
-    yield _Published("discriminator", "patchgan", "PatchGAN", 2.77e6, 3.15e9, PatchGAN, IMAGE)  # [R]
-    yield _Published("discriminator", "gigagan", "GigaGAN", 14.38e6, 3.23e9, GigaGAN, IMAGE)  # [R]
-    for name, base, params, macs in (("S", 16, 2.75, 2.31), ("M", 32, 11.0, 9.13), ("L", 64, 44.1, 36.34)):  # [R]
-        yield _Published(
-            "discriminator",
-            "unetgan",
-            f"UNetGAN-{name}",
-            params * 1e6,
-            macs * 1e9,
-            lambda base=base: UNetGAN(base_channels=base),  # type: ignore[misc]
-            IMAGE,
-        )
+# Published for other latents than those timed above: the README's encoders have latent_dim = n_z = 12, as the published
+# YAML says [M], the paper's have latent_dim = 2 n_z = 8, and the Stable Diffusion networks have n_z = 4.
+_PUBLISHED = (
+    *(
+        _Published("encoder", "open_litevae", scale, params, macs, partial(LiteVAE_Encoder, 12, scale))
+        for scale, params, macs in zip(SIZES, (0.97, 6.6, 34.0, 41.15), (5.5, 37.4, 234.9, 242.1), strict=True)  # [R]
+    ),
+    *(
+        _Published("encoder", "paper", scale, params, None, partial(LiteVAE_Encoder, 8, scale, "paper"))
+        for scale, params in zip(SIZES, (1.03, 6.75, 32.75, 41.42), strict=True)  # [P]
+    ),
+    _Published("encoder", "sd", "sd", 34.16, 137, partial(SDEncoder, latent_dim=8)),  # [R]
+    _Published("decoder", "open_litevae", "open_litevae", 53.33, 324, LiteVAE_Decoder, LATENT, 32),
+    _Published(
+        "decoder", "paper_smc", "paper_smc", 48.46, None, partial(LiteVAE_Decoder, variant="paper_smc"), LATENT, 32
+    ),
+    _Published("decoder", "sd", "sd", 49.49, 312, partial(SDDecoder, z_channels=4), 4, 32),  # [R]
+    _Published("discriminator", "patchgan", "PatchGAN", 2.77, 3.15, PatchGAN),  # [R]
+    _Published("discriminator", "gigagan", "GigaGAN", 14.38, 3.23, GigaGAN),  # [R]
+    *(
+        _Published("discriminator", "unetgan", f"UNetGAN-{size}", params, macs, partial(UNetGAN, base_channels=base))
+        for size, base, params, macs in (("S", 16, 2.75, 2.31), ("M", 32, 11.0, 9.13), ("L", 64, 44.1, 36.34))  # [R]
+    ),
+)
 
 
 def network_table() -> list[NetworkRow]:
-    """Count every network of the tables, on the meta device: seconds, and no memory."""
+    """Count the networks of the README's tables; on the meta device, so in seconds and without memory."""
     rows: list[NetworkRow] = []
-    for entry in _published():
+    for network in _PUBLISHED:
         with torch.device("meta"):
-            network = entry.build()
+            module = network.build()
         rows.append(
             NetworkRow(
-                entry.group,
-                entry.variant,
-                entry.name,
-                count_parameters(network),
-                count_macs(network, *entry.shape),
-                entry.params,
-                entry.macs,
+                network.group,
+                network.variant,
+                network.name,
+                count_parameters(module),
+                count_macs(module, 1, network.channels, network.side, network.side),
+                None if network.params is None else network.params * 1e6,
+                None if network.macs is None else network.macs * 1e9,
             )
         )
     return rows
 
 
 def print_table(rows: list[NetworkRow]) -> None:
-    """The rows as a table on standard output."""
+    """Print the rows as a table to standard output."""
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,

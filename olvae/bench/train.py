@@ -1,4 +1,4 @@
-"""The training step against one that runs the autoencoder twice, once for each side, as the published module does."""
+"""The training step beside one that runs the autoencoder twice, once per optimizer, as the published module does."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ __all__ = ["bench_train"]
 
 
 class TwoForwards(LiteAutoencoderKL):
-    """The same step, preceded by the forward pass that it does without."""
+    """The same step after the additional forward pass that it saves."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         self(self.images(batch), sample_posterior=True)
@@ -26,18 +26,18 @@ class TwoForwards(LiteAutoencoderKL):
 def bench_train(
     params: Mapping[str, Any], size: int, batch_size: int, steps: int, rounds: int, device: str
 ) -> dict[str, float]:
-    """Time both steps in turns, on the same random images.
+    """Time both steps in turn, on the same random images.
 
     Args:
         params: ``model.params`` of a config with an adversary.
         size, batch_size: of the images.
-        steps: measured steps per turn, after one that is not.
-        rounds: turns of each.
-        device: as torch names it.
+        steps: measured steps per round, after one that warms up.
+        rounds: of both steps.
+        device: torch's name of it.
 
     Returns:
-        Median seconds of each step, images per second, their ratio (above 1: one forward pass is faster), and on
-        a GPU the peak memory in GiB.
+        Median seconds of each step, images per second, speedup (above 1 if one forward pass is faster), and on a GPU
+        the peak memory in GiB.
     """
     models = {"one_forward": LiteAutoencoderKL(**params), "two_forwards": TwoForwards(**params)}
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -7,12 +7,12 @@ import typer
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Speed and memory, against something named, in one run.")
+app = typer.Typer(no_args_is_help=True, help="Measure speed and memory beside a named peer.")
 
 
 @app.callback()
 def _group() -> None:
-    """Speed and memory, against something named, in one run."""
+    """Measure speed and memory beside a named peer."""
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,14 +24,14 @@ def train(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-B", min=1, help="By default the config's.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps per turn.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each kind of step.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps per round.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each kind of step.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Time the training step of phase B against one that runs the autoencoder's forward pass twice.
+    """Time the training step of phase B beside one that runs the autoencoder's forward pass twice.
 
-    LPIPS is left out, because it costs both the same.
+    Without LPIPS, which costs both the same.
 
     Example: olvae bench train --config configs/imagenet/B3.yaml --size 128 -B 1 --json
     """
@@ -48,10 +48,10 @@ def train(
         raise ConfigError(*mistakes)
     params, data = loaded["model"]["params"], loaded.get("data", {}).get("params", {})
     if params.get("adversary_config") is None:
-        raise ConfigError(f"{config}: has no adversary_config, so the step has one forward pass anyway")
+        raise ConfigError(f"{config}: has no adversary_config: name a config of phase B")
     size, batch_size = size or data.get("size"), batch_size or data.get("batch_size")
     if size is None or batch_size is None:
-        raise ConfigError(f"{config}: has no data to take sizes from: add --size and --batch-size")
+        raise ConfigError(f"{config}: has no data.params.size and batch_size: add --size and --batch-size")
     quieten()
     result = bench_train(params, size, batch_size, steps, rounds, resolve_device(device))
     if as_json:
@@ -65,15 +65,15 @@ def train(
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def data(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SRC...", help="Folders, shards, lists, data sets: as for --data.")
+        list[str], typer.Argument(metavar="SRC...", help="Folders, shards, lists, data sets, as for --data.")
     ],
-    size: Annotated[int, typer.Option(min=1, help="Pixels of the training crops; a config has its own.")] = 256,
+    size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels; a config has its own.")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 32,
     workers: Annotated[str, typer.Option(metavar="LIST", help="Numbers of loader processes to try.")] = "0,1,2",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Measured per loader, three times; the best counts.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds per measurement; the best of three counts.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Time the training loaders of sources against decoding and cropping their images alone.
+    """Time the training loaders of sources beside decoding and cropping the same images without a loader.
 
     Example: olvae bench data photos photos_shards --size 256 --workers 1,2
     """
@@ -87,7 +87,7 @@ def data(
     from olvae.config import ConfigError
 
     if not all(number.strip().isdigit() for number in workers.split(",")):
-        raise ConfigError(f"--workers {workers}: numbers of processes, as in 0,1,2")
+        raise ConfigError(f"--workers {workers}: give numbers of processes, such as 0,1,2")
     rows = bench_data(sources, size, batch_size, [int(number) for number in workers.split(",")], seconds)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -107,7 +107,7 @@ def dwt(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Time one level of the wavelet transform against PyWavelets and a strided convolution.
+    """Time one level of the wavelet transform beside PyWavelets and a strided convolution.
 
     Example: olvae bench dwt --size 512 --device cuda --json
     """
@@ -125,7 +125,7 @@ def encoder(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Time LiteVAE's encoders S, B, M, L against Stable Diffusion's.
+    """Time LiteVAE's encoders S, B, M and L beside Stable Diffusion's.
 
     Example: olvae bench encoder --size 256 -B 32 --device cuda
     """
@@ -143,7 +143,7 @@ def decoder(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Time the decoders with self-modulated convolutions, as trained and folded, against Stable Diffusion's.
+    """Time the decoders with self-modulated convolutions, as trained and folded, beside Stable Diffusion's.
 
     Example: olvae bench decoder --size 256 -B 8 --device cuda
     """
@@ -159,12 +159,12 @@ def _multiple(size: int) -> int:
     from olvae.config import ConfigError
 
     if size % 8:
-        raise ConfigError(f"--size {size}: a multiple of 8, such as {max(8, size // 8 * 8)}")
+        raise ConfigError(f"--size {size}: must be a multiple of 8, such as {max(8, size // 8 * 8)}")
     return size
 
 
 def _show(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
-    """Rows of one shape as JSON to standard output, or as a table to standard error."""
+    """Print rows of the same keys as JSON to standard output, or as a table to standard error."""
     import json
 
     from rich.console import Console

@@ -1,9 +1,6 @@
-"""``olvae data``."""
+"""``olvae data pack`` and ``olvae data check``."""
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +11,6 @@ from olvae.cli.options import STOPPED
 __all__ = ["app"]
 
 HELP = {"help_option_names": ["-h", "--help"]}
-LINE_EVERY_S = 15.0  # without a terminal
 
 app = typer.Typer(
     no_args_is_help=True, context_settings=HELP, help="Pack images into shards; check a source of images."
@@ -36,40 +32,40 @@ CheckSrc = Annotated[
         "torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img.",
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")]
-Channels = Annotated[
-    int, typer.Option(min=1, help="Channels of the images: 3, 1 or 4; another number for .npy arrays.")
-]
-MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the images that may be unreadable.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")]
+Channels = Annotated[int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")]
+MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest share of unreadable images.")]
 
 
 @app.command(context_settings=HELP)
 def pack(
     src: Src,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the shards.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the shards to.")],
     shard_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per shard, at most; by default 1000, or less for 20 shards.")
+        int | None,
+        typer.Option(min=1, help="Most images in a shard; by default 1000, or fewer to make 20 shards."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the images.")] = 0,
-    shuffle: Annotated[bool, typer.Option(help="Shuffle, so that each shard is a random sample of all.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle, so that each shard is a random sample.")] = True,
     resize: Annotated[
-        int | None, typer.Option(min=1, metavar="PIXELS", help="Make images smaller, to this shorter side.")
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Resize larger images to this shorter side.")
     ] = None,
     image_format: Annotated[
-        str | None, typer.Option("--format", metavar="{jpg,png,webp}", help="Of those; jpg by default.")
+        str | None, typer.Option("--format", metavar="{jpg,png,webp}", help="Format of resized images; jpg by default.")
     ] = None,
-    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of jpg and webp; 95 by default.")] = None,
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Quality of jpg and webp; 95 by default.")] = None,
     channels: Channels = 3,
     max_unreadable: MaxUnreadable = 0.01,
     workers: Workers = None,
 ) -> None:
     """Pack images into WebDataset shards, with an index of counts and checksums.
 
-    JPEG, PNG, WebP and .npy files go in as they are; others become PNG. Stopped or killed, the same command goes on
-    where it was, and the shards are the same byte for byte.
+    JPEG, PNG, WebP and .npy files are stored unchanged, others as PNG. After an interruption, the same command
+    continues where it stopped, and the shards are the same byte for byte.
 
     Example: olvae data pack photos --out shards --resize 512
     """
+    from olvae.cli.progress import progress
     from olvae.config import ConfigError
     from olvae.data.pack import PackOptions
     from olvae.data.pack import pack as pack_images
@@ -78,24 +74,24 @@ def pack(
 
     _refuse_configs(src)
     if resize is None and (image_format is not None or quality is not None):
-        raise ConfigError("--format and --quality are for images that --resize makes smaller; others are kept as is")
+        raise ConfigError("--format and --quality apply to images that --resize makes smaller: add --resize")
     if image_format == "png" and quality is not None:
-        raise ConfigError("--quality: png is lossless and has none")
+        raise ConfigError("--quality: png is lossless: leave --quality out")
     options = PackOptions(
         shard_size or 0, seed if shuffle else None, resize, image_format or "jpg", quality or 95, channels
     )
     try:
-        with _progress("packing") as on_progress:
-            packed = pack_images(src, out, options, workers or cores(), max_unreadable, on_progress)
+        with progress("packing", at_once=False) as bar:
+            packed = pack_images(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: finished shards are in {out}; the same command goes on from there", err=True)
+        typer.echo(f"stopped: finished shards are in {out}; the same command continues from there", err=True)
         sys.exit(STOPPED)
     index = packed.index
     for skipped in index.unreadable[:10]:
         typer.echo(f"skipped {printable(skipped.name)}: {skipped.reason}", err=True)
     if index.unreadable:
-        typer.echo(f"{len(index.unreadable)} unreadable images left out; the index names them", err=True)
-    found = f", {packed.found} of them from before" if packed.found else ""
+        typer.echo(f"{len(index.unreadable)} unreadable images left out; the index lists them", err=True)
+    found = f", {packed.found} of them from an earlier run" if packed.found else ""
     size = index.bytes / 1e6
     typer.echo(
         f"{index.images} images, {size:.1f} MB in {len(index.shards)} shard{'s' * (len(index.shards) != 1)}{found}",
@@ -136,6 +132,7 @@ def check(
 
     from rich.console import Console
 
+    from olvae.cli.progress import progress
     from olvae.data.audit.check import CheckOptions
     from olvae.data.audit.check import check as check_source
     from olvae.data.audit.result import print_audit
@@ -143,8 +140,8 @@ def check(
 
     _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
-    with _progress("reading") as on_progress:
-        result = check_source(src, options, workers or cores(), on_progress)
+    with progress("reading", at_once=False) as bar:
+        result = check_source(src, options, workers or cores(), bar.set)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
@@ -157,42 +154,4 @@ def _refuse_configs(src: str) -> None:
     from olvae.config import ConfigError
 
     if Path(src).suffix in (".yaml", ".yml"):
-        raise ConfigError(f"{src}: is a config: name the images or shards that it trains on")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on a terminal, else a line every 15 seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(what)
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-    bar = Progress(TextColumn(what), *columns, console=console, transient=True)
-    task = bar.add_task(what, total=None, speed="")
-    begin = time.perf_counter()
-
-    def update(done: int, total: int | None) -> None:
-        rate = done / (time.perf_counter() - begin)
-        bar.update(task, completed=done, total=total, speed=f"{rate:,.0f} images/s")
-        bar.start()  # not earlier, because its thread has to start after the processes
-
-    try:
-        yield update
-    finally:
-        bar.stop()
-
-
-def _lines(what: str) -> Callable[[int, int | None], None]:
-    last = time.perf_counter()
-
-    def update(done: int, total: int | None) -> None:
-        nonlocal last
-        if time.perf_counter() - last >= LINE_EVERY_S:
-            last = time.perf_counter()
-            typer.echo(f"{what}: {done}{'' if total is None else f' of {total}'} images", err=True)
-
-    return update
+        raise ConfigError(f"{src}: is a config: name the images or shards that it trains with")

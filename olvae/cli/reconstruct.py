@@ -1,15 +1,11 @@
 """``olvae reconstruct``."""
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 __all__ = ["command"]
 
@@ -17,7 +13,7 @@ __all__ = ["command"]
 def command(
     target: TargetArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.png and NAME_compare.png go.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for NAME.png and NAME_compare.png.")],
     config: ConfigFile = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
@@ -25,33 +21,31 @@ def command(
     precision: Annotated[str, typer.Option(help="32, 16 or bf16.")] = "32",
     tile: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Side of the decoder's tiles, in latent positions; else from --memory."),
+        typer.Option(metavar="N", min=1, help="Side of the decoder's tiles in latent positions; else from --memory."),
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
             metavar="GiB",
-            help="For what lies between the layers, beside images and weights; by default half of a GPU's free "
-            "memory, or 1 on the CPU. Tiles change nothing: see docs/any_size.md.",
+            help="Memory for activations, besides images and weights; by default half of a GPU's free memory, or 1 on "
+            "the CPU. Tiles do not change the result: see docs/any_size.md.",
         ),
     ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Decode a sample of the posterior, not its mode.")] = False,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Of --sample, the same for every image; 0 by default.")
+        int | None, typer.Option(metavar="N", min=0, help="Seed of --sample, the same for every image; 0 by default.")
     ] = None,
 ) -> None:
-    """Reconstruct images of any size: beside each result, input, output and error in one picture, and its PSNR.
+    """Reconstruct images of any size; write each result, and a picture of input, output and error with the PSNR.
 
     Example: olvae reconstruct runs/2026-01-31T12-00-00_demo_32 photo.jpg holiday/ --out reconstructions
     """
     import torch
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
 
+    from olvae.cli.progress import progress
     from olvae.config import ConfigError
     from olvae.devices import resolve_device, resolve_precision
-    from olvae.export.reconstruct import Settings, collect_images, plan, run_job
+    from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file
     from olvae.files import check_folder, legible
     from olvae.models.autoencoder import LiteVAE
     from olvae.models.large.memory import GIB, default_memory
@@ -61,7 +55,7 @@ def command(
     if tile is not None and memory is not None:
         raise ConfigError("--tile and --memory: give one of the two")
     if seed is not None and not sample:
-        raise ConfigError("--seed is of --sample: give both, or neither")
+        raise ConfigError("--seed applies to --sample: give both, or neither")
     if memory is not None and not 0 < memory < 2**20:
         raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
     check_folder(out)
@@ -77,9 +71,9 @@ def command(
         name = type(model if decoder is None else decoder).__name__
         raise ConfigError(f"--tile {tile}: {name} sees the whole latent at every position: leave --tile out")
     channels = model.in_channels
-    jobs = plan(pictures, out, ".png" if channels in (1, 3, 4) else ".npy")
+    outputs = name_outputs(pictures, out, ".png" if channels in (1, 3, 4) else ".npy")
     budget = default_memory(where) if memory is None else int(memory * GIB)
-    settings = Settings(
+    options = ReconstructOptions(
         where,
         budget,
         tile,
@@ -89,25 +83,22 @@ def command(
 
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for number, job in enumerate(jobs, start=1):
-            task = progress.add_task(f"{number}/{len(jobs)} {escape(job.source.name)}", total=1.0)
-            advance = partial(_advance, progress, task)
+    with progress("reconstructing", len(outputs)) as bar:
+        for number, files in enumerate(outputs):
+
+            def show(fraction: float, before: int = number) -> None:
+                bar.set(before + fraction)
+
             try:
-                value = run_job(model, job, settings, advance)
+                value = reconstruct_file(model, files, options, show)
             except ValueError as error:
                 failed += 1
-                console.print(f"error: {error}")
+                bar.print(f"error: {error}")
             else:
-                console.print(legible(f"{value:6.2f} dB  {job.source} -> {job.out}"))
-            progress.remove_task(task)
-    done = len(jobs) - failed
+                bar.print(legible(f"{value:6.2f} dB  {files.source} -> {files.out}"))
+            bar.set(number + 1)
+    done = len(outputs) - failed
     if done:
-        typer.echo(f"{done} of {len(jobs)} reconstructed by {found.name}: {out}", err=True)
+        typer.echo(f"{done} of {len(outputs)} reconstructed by {found.name}: {out}", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _advance(progress: "Progress", task: "TaskID", done: float) -> None:
-    progress.update(task, completed=done)

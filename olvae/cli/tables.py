@@ -8,9 +8,9 @@ __all__ = ["command"]
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """The README's tables of parameters and multiply-accumulates, counted now, beside the published figures.
+    """Count the parameters and multiply-accumulates in the README's tables, and show them beside the published ones.
 
     Example: olvae tables --json > tables.json
     """

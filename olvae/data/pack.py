@@ -1,50 +1,56 @@
-"""``olvae data pack``: images to shards, in parallel; the same bytes however often it is stopped on the way."""
+"""``olvae data pack``: the images of any source as WebDataset shards, written in parallel and resumable."""
 
-import fcntl
 import hashlib
 import io
 import json
-import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
-from webdataset import TarWriter
 
 from olvae.config import ConfigError
-from olvae.data.errors import TooManyUnreadableError, UnreadableImageError
+from olvae.data.errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.image import Bands, Photo, Picture
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files
 from olvae.data.mapped.torchvision import Items
 from olvae.data.open import open_images
-from olvae.data.pool import OnProgress, Ticker, in_processes, unseen
-from olvae.data.shards.index import INDEX, Index, ShardRecord, Skipped
+from olvae.data.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
+from olvae.data.shards.index import INDEX, Index, Skipped
+from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.data.transforms import resize_shorter_side
-from olvae.files import file_sha256, named, write_json
+from olvae.files import named
 
-__all__ = ["FORMATS", "STATE", "Finished", "PackOptions", "Packed", "ShardMaker", "pack", "shard_count", "shard_name"]
+__all__ = ["FORMATS", "PackOptions", "Packed", "pack", "shard_count", "usual_shard_size"]
+
+STATE = ".packing"
+"""The folder beside the shards, until they are complete, with what is needed to continue."""
+
+FORMATS = ("jpg", "png", "webp")
+"""What images that are made smaller can be stored as."""
+
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats, by Pillow's name, whose files go into shards unchanged, and the extension that they get."""
+
+LONGEST = {"jpg": 65_500, "webp": 16_383}
+"""The longest side in pixels that a format can store."""
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the shards' content, together with the source.
+    """What the shards' content depends on, besides the source.
 
     Args:
-        shard_size: the most images in a shard, those included that turn out to be unreadable; 0 for
-            :func:`usual_shard_size`.
-        seed: of the order of the images; None keeps the source's.
-        resize: pixels of the shorter side, of images in which it is longer.
-        format: one of :data:`FORMATS`, of images that are made smaller.
+        shard_size: the most images in a shard, unreadable ones included; 0 for :func:`usual_shard_size`.
+        seed: of the shuffled order of the images; None keeps the source's order.
+        resize: pixels of the shorter side to which larger images are made smaller.
+        format: of images that are made smaller, one of :data:`FORMATS`.
         quality: of JPEG and WebP, 1 to 100.
-        channels: of images in memory, arrays and images that are made smaller, see
+        channels: that arrays have, and to which images in memory and resized images are converted; see
             :func:`~olvae.data.image.read_picture`.
     """
 
@@ -69,23 +75,8 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A shard; without images where none of its images can be read, and then without a file."""
-
-    number: int
-    record: ShardRecord
-    unreadable: list[Skipped] = field(default_factory=list)
-    found: bool = False
-
-
-PLAN = "plan.json"
-
-LOCK_S = 5.0  # processes of a run that was killed need a moment to notice
-
-
-@dataclass(frozen=True)
 class Packed:
-    """The result: the index that was written, and how many of the shards were there from an earlier run."""
+    """The index that was written, and how many of the shards an earlier run had finished."""
 
     index: Index
     found: int
@@ -97,14 +88,13 @@ def pack(
     options: PackOptions,
     workers: int = 1,
     max_unreadable: float = 0.01,
-    on_progress: OnProgress = unseen,
+    on_progress: OnProgress = ignore_progress,
 ) -> Packed:
     """Write the images of a source to ``out/000000.tar``, ``000001.tar``, ... and last an ``index.json``.
 
-    In a shard there are for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the
-    source, its width and height, upright, and its class where a data set gives one; KEY is its place in the order.
-    Shards and index depend on the source and the options alone. Finished shards of an earlier run are verified and
-    kept.
+    A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the source, its
+    width and height, upright, and its class where a data set gives one; KEY is its position in the order. Shards and
+    index depend on the source and the options alone. Finished shards of an earlier run are verified and kept.
 
     Args:
         src: a folder, pattern, list or data set; see :data:`~olvae.data.open.SRC`.
@@ -113,40 +103,35 @@ def pack(
         on_progress: called with the number of images that are done, and of all.
 
     Raises:
-        ConfigError: the folder holds something else, or what other options made; it is inside the source or around it.
-        TooManyUnreadableError: too many images can't be read. No index is written then.
-        ValueError: the source has changed since the earlier run, or none of its images can be read.
+        ConfigError: the folder holds something else, or shards of other options or images; it lies inside the source
+            or around it.
+        TooManyUnreadableError: more images than allowed are unreadable; no index is written.
+        ValueError: none of the images can be read.
         OSError: a shard could not be written.
     """
     _keep_apart(src, out)
     images = open_images(src, options.channels)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
-    plan = _plan(src, images, options)
-    state = out / STATE
-    known = _earlier(out, plan, options)
+    shards = _open_folder(out)
+    digest = _source_digest(src, images, options)
+    plan = {"options": asdict(options), "images": digest}
+    shards.check(plan)
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        with _alone(state, out):
-            _remove_unfinished(state)
-            write_json({"plan": plan, "packed": asdict(options)}, state / PLAN)
-            count = shard_count(len(images), options.shard_size)
-            finished: dict[int, Finished] = {}
-            maker = ShardMaker(images, options, out, known)
-            running = in_processes(maker, range(count), workers, lambda done: on_progress(done, len(images)))
-            with closing(running):
-                for shard in running:
-                    finished[shard.number] = shard
-                    _check_unreadable(finished, len(images), max_unreadable)
-            index = _index(finished, plan, options)
-            if not index.shards:
-                raise ValueError(f"{src}: none of its {len(images)} images can be read: {_names(index.unreadable)}")
+        with shards.locked("olvae data pack"):
+            shards.begin(plan)
+            packed = _pack_all(images, options, shards, workers, max_unreadable, on_progress)
+            records = {shard_name(number): shard.record for number, shard, _ in packed if shard.record.images}
+            unreadable = _skipped(packed)
+            if not records:
+                raise ValueError(f"{src}: none of its {len(images)} images can be read: {_names(unreadable)}")
+            index = Index(records, asdict(options), digest, unreadable)
             index.write(out / INDEX)
-            shutil.rmtree(state)
+            shards.remove_state()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(f"{out}: {reason}; finished shards stay, and the same command goes on from there") from error
-    return Packed(index, sum(shard.found for shard in finished.values()))
+        raise OSError(f"{out}: {reason}; finished shards stay, and the same command continues from there") from error
+    return Packed(index, sum(shard.found for shard in packed))
 
 
 def _keep_apart(src: str, out: Path) -> None:
@@ -162,8 +147,24 @@ def _keep_apart(src: str, out: Path) -> None:
         raise ConfigError(f"--out {out}: holds the images' folder {src}: choose one beside it")
 
 
-def _plan(src: str, images: ImageDataset, options: PackOptions) -> str:
-    """A hash of what the shards depend on: the options, and names, sizes and times of files."""
+def _open_folder(out: Path) -> ResumableShards:
+    """The shards in a folder, with those that the index of a complete run describes."""
+    if not (out / INDEX).is_file():
+        return ResumableShards(out, STATE, checksums=True)
+    index = Index.read(out / INDEX)
+    if index.plan is None or index.packed is None:
+        raise ConfigError(f"--out {out}: holds shards that `olvae data pack` has not made: choose another folder")
+    unreadable: dict[str, list[ReadError]] = {}
+    for skipped in index.unreadable:
+        unreadable.setdefault(skipped.shard, []).append(ReadError(skipped.name, skipped.reason))
+    earlier = {
+        int(Path(name).stem): FinishedShard(record, unreadable.get(name, ())) for name, record in index.shards.items()
+    }
+    return ResumableShards(out, STATE, True, earlier, {"options": index.packed, "images": index.plan})
+
+
+def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
+    """A hash of all that the shards depend on: the options, and the names, sizes and times of files."""
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
     if not isinstance(images, Files):
         digest.update(src.encode())
@@ -179,170 +180,79 @@ def _plan(src: str, images: ImageDataset, options: PackOptions) -> str:
     return digest.hexdigest()
 
 
-def _earlier(out: Path, plan: str, options: PackOptions) -> dict[int, Finished]:
-    """The shards that earlier runs of the same plan have finished.
-
-    Raises:
-        ConfigError, ValueError: the folder holds something else, or shards of another plan.
-    """
-    finished: dict[int, Finished] = {}
-    if (out / INDEX).is_file():
-        index = Index.read(out / INDEX)
-        if index.plan is None or index.packed is None:
-            raise ConfigError(f"--out {out}: holds shards that this command has not made: choose another folder")
-        _compare(out, index.plan, index.packed, plan, options)
-        finished.update(_indexed(index))
-    if (out / STATE / PLAN).is_file():
-        head = json.loads((out / STATE / PLAN).read_text(encoding="utf-8"))
-        _compare(out, head["plan"], head["packed"], plan, options)
-        finished.update(_recorded(out / STATE))
-    elif not (out / INDEX).is_file() and out.exists() and any(path.name != STATE for path in out.iterdir()):
-        raise ConfigError(f"--out {out}: is not empty, and nothing that this command began: choose another folder")
-    return finished
+class _PackedShard(NamedTuple):
+    number: int
+    finished: FinishedShard
+    found: bool
 
 
-def _indexed(index: Index) -> dict[int, Finished]:
-    skipped: dict[str, list[Skipped]] = {}
-    for image in index.unreadable:
-        skipped.setdefault(image.shard, []).append(image)
-    shards = ((name, int(Path(name).stem), record) for name, record in index.shards.items())
-    return {number: Finished(number, record, skipped.get(name, []), found=True) for name, number, record in shards}
+def _pack_all(
+    images: ImageDataset,
+    options: PackOptions,
+    shards: ResumableShards,
+    workers: int,
+    max_unreadable: float,
+    on_progress: OnProgress,
+) -> list[_PackedShard]:
+    """All shards, by number; stops as soon as too many images are unreadable."""
+    packed: list[_PackedShard] = []
+    lost = 0
+    tasks = range(shard_count(len(images), options.shard_size))
+    packer = _Packer(images, options, shards)
+    with closing(run_in_processes(packer, tasks, workers, lambda done: on_progress(done, len(images)))) as results:
+        for shard in results:
+            packed.append(shard)
+            lost += len(shard.finished.unreadable)
+            if lost > max_unreadable * len(images):
+                raise TooManyUnreadableError(
+                    f"{lost} of {len(images)} images can't be read, more than --max-unreadable {max_unreadable:g}: "
+                    f"{_names(_skipped(packed))}"
+                )
+    return sorted(packed)
 
 
-def _recorded(state: Path) -> dict[int, Finished]:
-    finished = {}
-    for path in sorted(state.glob("[0-9]*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        unreadable = [Skipped(**skipped) for skipped in content["unreadable"]]
-        finished[int(path.stem)] = Finished(int(path.stem), ShardRecord(**content["record"]), unreadable, found=True)
-    return finished
-
-
-def _compare(out: Path, old_plan: str, old: Mapping[str, object], plan: str, options: PackOptions) -> None:
-    if old_plan == plan:
-        return
-    now = asdict(options)
-    others = [f"{name} {old.get(name)}, now {now[name]}" for name in now if old.get(name) != now[name]]
-    remedy = "choose another --out, or remove the folder to pack anew"
-    if others:
-        raise ConfigError(f"--out {out}: was begun with other options ({'; '.join(others)}): {remedy}")
-    raise ValueError(f"--out {out}: the images have changed since it was begun: {remedy}")
-
-
-@contextmanager
-def _alone(state: Path, out: Path) -> Iterator[None]:
-    """Two runs that write the same shards would take each other's unfinished files away."""
-    with (state / "lock").open("w") as file:
-        end = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    raise ConfigError(f"--out {out}: another `olvae data pack` is at work there") from error
-                time.sleep(0.1)
-        yield
-
-
-def _remove_unfinished(state: Path) -> None:
-    for path in [*state.glob("*.tar.*"), *state.glob(".*.partial")]:
-        path.unlink(missing_ok=True)
-
-
-def _check_unreadable(finished: Mapping[int, Finished], images: int, limit: float) -> None:
-    unreadable = [skipped for number in sorted(finished) for skipped in finished[number].unreadable]
-    if len(unreadable) > limit * images:
-        raise TooManyUnreadableError(
-            f"{len(unreadable)} of {images} images can't be read, more than --max-unreadable {limit:g}: "
-            f"{_names(unreadable)}"
-        )
+def _skipped(packed: Iterable[_PackedShard]) -> list[Skipped]:
+    return [
+        Skipped(shard_name(number), error.name, error.reason)
+        for number, shard, _ in sorted(packed)
+        for error in shard.unreadable
+    ]
 
 
 def _names(unreadable: Sequence[Skipped]) -> str:
     return named((skipped.name, skipped.reason) for skipped in unreadable)
 
 
-def _index(finished: Mapping[int, Finished], plan: str, options: PackOptions) -> Index:
-    shards = [finished[number] for number in sorted(finished)]
-    records = {shard_name(shard.number): shard.record for shard in shards if shard.record.images}
-    unreadable = [skipped for shard in shards for skipped in shard.unreadable]
-    return Index(records, asdict(options), plan, unreadable)
+class _Packer:
+    """Writes shards by number, in any process; those that are finished and intact are kept."""
 
-
-STATE = ".packing"
-"""A folder in the one of the shards while they are made: the plan, a record of each finished shard, unfinished ones."""
-
-KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats, by Pillow's name, whose files go into shards as they are, and under which extension."""
-
-LONGEST = {"jpg": 65_500, "webp": 16_383}
-"""The longest side in pixels that a format can store."""
-
-FORMATS = ("jpg", "png", "webp")
-"""What images that are made smaller can be stored as."""
-
-
-class ShardMaker:
-    """Makes shards by number, in any process.
-
-    Args:
-        images: of the source, all.
-        out: the folder of the shards, with :data:`STATE` in it.
-        known: shards that an earlier run has finished; those that are still whole are not made again.
-    """
-
-    def __init__(self, images: ImageDataset, options: PackOptions, out: Path, known: Mapping[int, Finished]) -> None:
+    def __init__(self, images: ImageDataset, options: PackOptions, shards: ResumableShards) -> None:
         self.images = images
         self.options = options
-        self.out = out
-        self.known = known
-        self.order: NDArray[np.int64] = np.arange(len(images))
+        self.shards = shards
+        self.order = np.arange(len(images))
         if options.seed is not None:
             self.order = np.random.default_rng(options.seed).permutation(len(images))
 
-    def __call__(self, number: int, ticker: Ticker) -> Finished:
-        places = shard_places(number, len(self.images), self.options.shard_size)
-        if number in self.known and self._is_whole(self.known[number]):
-            ticker.tick(len(places))
-            return self.known[number]
-        (self.out / INDEX).unlink(missing_ok=True)  # of a finished run, one of whose shards is damaged
-        name = shard_name(number)
-        partial = self.out / STATE / f"{name}.{os.getpid()}"
-        try:
-            finished = self._write(number, places, partial, ticker)
-            if finished.record.images:
-                partial.replace(self.out / name)
-        finally:
-            partial.unlink(missing_ok=True)
-        record = {"record": asdict(finished.record), "unreadable": [asdict(skipped) for skipped in finished.unreadable]}
-        write_json(record, self.out / STATE / f"{number:06d}.json")
-        return finished
+    def __call__(self, number: int, progress: SharedProgress) -> _PackedShard:
+        positions = shard_positions(number, len(self.images), self.options.shard_size)
+        if finished := self.shards.finished(number):
+            progress.advance(len(positions))
+            return _PackedShard(number, finished, found=True)
+        (self.shards.folder / INDEX).unlink(missing_ok=True)  # of a complete run, one of whose shards is damaged
+        return _PackedShard(number, self.shards.write(number, self._samples(positions, progress)), found=False)
 
-    def _is_whole(self, shard: Finished) -> bool:
-        path = self.out / shard_name(shard.number)
-        if not shard.record.images:
-            return True
-        return path.is_file() and path.stat().st_size == shard.record.bytes and file_sha256(path) == shard.record.sha256
+    def _samples(self, positions: range, progress: SharedProgress) -> Iterator[WebDatasetSample | ReadError]:
+        for position in positions:
+            index = int(self.order[position])
+            try:
+                yield WebDatasetSample(f"{position:08d}", self._files(index))
+            except UnreadableImageError as error:
+                yield ReadError(self.images.key(index), error.reason)
+            progress.advance()
 
-    def _write(self, number: int, places: range, path: Path, ticker: Ticker) -> Finished:
-        unreadable: list[Skipped] = []
-        with path.open("wb") as file:
-            hashed = _Hashed(file)
-            with TarWriter(hashed, user="", group="", mode=0o644, mtime=0, encoder=False) as shard:
-                for place in places:
-                    index = int(self.order[place])
-                    try:
-                        extension, data, details = self._image(index)
-                        shard.write({"__key__": f"{place:08d}", extension: data, "json": details})
-                    except UnreadableImageError as error:
-                        unreadable.append(Skipped(shard_name(number), self.images.key(index), error.reason))
-                    ticker.tick()
-        record = ShardRecord(len(places) - len(unreadable), hashed.bytes, hashed.digest.hexdigest())
-        return Finished(number, record, unreadable)
-
-    def _image(self, index: int) -> tuple[str, bytes, bytes]:
-        """Extension, file, and what is known about it."""
+    def _files(self, index: int) -> dict[str, bytes]:
+        """The image and what is known about it, by extension, sorted."""
         given = self.images[index]
         name = self.images.key(index)
         photo = given if isinstance(given, Photo) else Photo(given, name, self.options.channels)
@@ -352,17 +262,17 @@ class ShardMaker:
             except OSError as error:
                 raise UnreadableImageError(photo.name, error.strerror or str(error)) from error
             photo = Photo(data, photo.name, photo.channels)
-        extension, data, (width, height) = _stored(photo, self.options)
+        extension, data, (width, height) = _encode(photo, self.options)
         details = {"name": name, "width": width, "height": height}
         label = self.images.label(index) if isinstance(self.images, Items) else None
         if label is not None:
             details["label"] = label
-        return extension, data, json.dumps(details).encode()
+        return dict(sorted({extension: data, "json": json.dumps(details).encode()}.items()))
 
 
-def _stored(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, int]]:
-    """The file in which a photograph is stored: extension, bytes, width and height."""
-    picture = photo.read()  # whatever is stored can be read
+def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, int]]:
+    """The file that an image is stored as: extension, bytes, (width, height)."""
+    picture = photo.read()  # raises where it can't be decoded, even if its bytes are kept
     smaller = options.resize is not None and min(picture.size) > options.resize
     if isinstance(photo.content, bytes) and not smaller:
         if photo.format is None:
@@ -377,15 +287,15 @@ def _stored(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
     if longer > LONGEST.get(extension, longer):
         reason = f"its longer side becomes {longer} pixels, more than {extension} stores: choose --format png"
         raise UnreadableImageError(photo.name, reason)
-    return extension, _encoded(picture, extension, options.quality), picture.size
+    return extension, _picture_bytes(picture, extension, options.quality), picture.size
 
 
-def _encoded(picture: Picture, extension: str, quality: int) -> bytes:
+def _picture_bytes(picture: Picture, extension: str, quality: int) -> bytes:
     stream = io.BytesIO()
     if isinstance(picture, Bands):
         np.save(stream, np.stack([np.asarray(band) for band in picture.bands], axis=-1))
         return stream.getvalue()
-    bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # without the first file's metadata
+    bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # without the original file's metadata
     if extension == "jpg":
         bare.save(stream, "JPEG", quality=quality, subsampling="4:4:4")
     elif extension == "webp":
@@ -395,23 +305,8 @@ def _encoded(picture: Picture, extension: str, quality: int) -> bytes:
     return stream.getvalue()
 
 
-class _Hashed:
-    """A file that is written once, from front to back, and its checksum."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-
 def usual_shard_size(images: int) -> int:
-    """1000, or fewer where that would be less than 20 shards: the last one is held out, and each loader process
-    should have some."""
+    """1000 images, or fewer so that there are 20 shards: one is held out, and every loader process needs some."""
     return min(1000, max(1, -(-images // 20)))
 
 
@@ -419,11 +314,7 @@ def shard_count(images: int, at_most: int) -> int:
     return -(-images // at_most)
 
 
-def shard_places(number: int, images: int, at_most: int) -> range:
-    """The places in the order that belong to a shard: shards differ by one image at most."""
+def shard_positions(number: int, images: int, at_most: int) -> range:
+    """The positions in the order that belong to a shard; the sizes of shards differ by at most one."""
     count = shard_count(images, at_most)
     return range(number * images // count, (number + 1) * images // count)
-
-
-def shard_name(number: int) -> str:
-    return f"{number:06d}.tar"

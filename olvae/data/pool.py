@@ -1,4 +1,4 @@
-"""Work in several processes, that can be stopped between two images and leaves no process behind."""
+"""Tasks in worker processes, which stop between two images when told to and never outlive the main process."""
 
 import multiprocessing as mp
 import os
@@ -13,40 +13,38 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["OnProgress", "Ticker", "cores", "in_processes", "unseen"]
-
+__all__ = ["OnProgress", "SharedProgress", "cores", "ignore_progress", "run_in_processes"]
 
 T = TypeVar("T")
-
 R = TypeVar("R")
 
 OnProgress = Callable[[int, int | None], None]
-"""Called with the number of images that are done, and of all if that is known."""
+"""Called with the number of images done, and with their total if it is known."""
 
-LOOK_S = 0.1  # between looks at what is done, and at whether the main process lives
-
-
-class TaskStopped(Exception):  # noqa: N818  (nothing went wrong)
-    """In a working process: the main process wants no more."""
+POLL_S = 0.1  # seconds between looks at the progress, and at whether the main process is alive
 
 
-class Ticker:
-    """The number of images that all processes have done, and the word to stop."""
+class Cancelled(Exception):  # noqa: N818  (nothing went wrong)
+    """Raised in a worker process when the main process wants no more results."""
+
+
+class SharedProgress:
+    """The number of images that all processes have done, and whether they are to stop."""
 
     def __init__(self, context: Any) -> None:
         self._count = context.Value("Q", 0)
         self._stop = context.Value("b", 0, lock=False)
 
-    def tick(self, images: int = 1) -> None:
-        """Count images; a task calls this after each.
+    def advance(self, images: int = 1) -> None:
+        """Count images; a task calls this after each of them.
 
         Raises:
-            TaskStopped: the task is to end here.
+            Cancelled: the task is to end here.
         """
         with self._count.get_lock():
             self._count.value += images
         if self._stop.value:
-            raise TaskStopped
+            raise Cancelled
 
     def stop(self) -> None:
         self._stop.value = 1
@@ -56,67 +54,68 @@ class Ticker:
         return int(self._count.get_obj().value)
 
 
-def in_processes(
-    function: Callable[[T, Ticker], R], tasks: Sequence[T], workers: int, on_progress: Callable[[int], None]
+def run_in_processes(
+    function: Callable[[T, SharedProgress], R], tasks: Sequence[T], workers: int, on_progress: Callable[[int], None]
 ) -> Generator[R, None, None]:
-    """Results of ``function`` for every task, in the order in which they come.
+    """Yield the result of ``function`` for every task, in order of completion.
 
-    Close the iterator (``contextlib.closing``) to stop early: tasks end at their next tick. Should the main process
-    be killed, the others end themselves.
+    Close the iterator (``contextlib.closing``) to stop early: tasks end at their next :meth:`SharedProgress.advance`.
+    Worker processes exit by themselves if the main process is killed.
 
     Args:
         function: it and the tasks reach the processes by fork on Linux, elsewhere by pickle.
-        on_progress: called some times a second with the number of images that are done.
+        on_progress: called several times a second with the number of images done; not before the processes are
+            forked, so it may start threads.
 
     Raises:
-        ChildProcessError: a process was killed.
-        Exception: what a task raised.
+        ChildProcessError: a worker process was killed.
+        Exception: whatever a task raised.
     """
     context = mp.get_context("fork" if sys.platform == "linux" else None)
-    ticker = Ticker(context)
+    progress = SharedProgress(context)
     processes = max(1, min(workers, len(tasks)))
-    executor = ProcessPoolExecutor(processes, context, _begin, (function, ticker, os.getpid()))
+    executor = ProcessPoolExecutor(processes, context, _start_worker, (function, progress, os.getpid()))
     try:
-        waiting = {executor.submit(_call, task) for task in tasks}
+        waiting = {executor.submit(_run_task, task) for task in tasks}
         while waiting:
-            done, waiting = wait(waiting, LOOK_S, FIRST_COMPLETED)
-            on_progress(ticker.count)
+            done, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
+            on_progress(progress.count)
             for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
-        raise ChildProcessError("a working process was killed, perhaps for want of memory: lower --workers") from error
+        raise ChildProcessError("a worker process was killed, perhaps for lack of memory: lower --workers") from error
     finally:
-        ticker.stop()
+        progress.stop()
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def unseen(*_: int | None) -> None:
-    """Progress that nobody looks at."""
+def ignore_progress(*_: int | None) -> None:
+    """An :data:`OnProgress` that does nothing."""
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_work: tuple[Callable[[Any, Ticker], Any], Ticker] | None = None
+_work: tuple[Callable[[Any, SharedProgress], Any], SharedProgress] | None = None
 
 
-def _begin(function: Callable[[Any, Ticker], Any], ticker: Ticker, parent: int) -> None:
+def _start_worker(function: Callable[[Any, SharedProgress], Any], progress: SharedProgress, parent: int) -> None:
     global _work
-    _work = function, ticker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the main process, which tells the others
+    _work = function, progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one stops the others
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     os._exit(1)
 
 
-def _call(task: Any) -> Any:
+def _run_task(task: Any) -> Any:
     assert _work is not None
-    function, ticker = _work
-    return function(task, ticker)
+    function, progress = _work
+    return function(task, progress)

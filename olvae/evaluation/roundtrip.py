@@ -1,6 +1,5 @@
 """From images to reconstructions: by an autoencoder, under a protocol's choices and with its cost; or by bicubic."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from olvae.data.image import Bands, from_uint8, image_to_tensor, tensor_to_picture, to_uint8
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs, count_parameters
+from olvae.modules.distributions import keyed_generator
 from olvae.modules.precision import full_float32
 
 __all__ = ["AutoencoderRoundTrip", "Cost", "Meter", "RoundTrip", "bicubic_round_trip"]
@@ -61,12 +61,8 @@ class AutoencoderRoundTrip:
         return to_uint8(y).cpu()
 
     def _noise(self, keys: Sequence[str], z: Tensor) -> Tensor:
-        draws = []
-        for key in keys:
-            digest = hashlib.sha256(f"{self.seed} {key}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            draws.append(torch.randn(z.shape[1:], generator=generator))
-        return torch.stack(draws).to(z)
+        generators = [keyed_generator(f"{self.seed} {key}") for key in keys]
+        return torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators]).to(z)
 
 
 def bicubic_round_trip(factor: int) -> RoundTrip:

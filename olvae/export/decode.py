@@ -1,4 +1,4 @@
-"""Shards of latents back to files of images."""
+"""``olvae decode``: shards of latents to files of images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,13 +6,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from olvae.data.errors import ReadError, UnreadableImageError
 from olvae.data.image import EXTENSIONS, to_uint8
 from olvae.data.shards.latents import LATENT, read_latent
 from olvae.data.shards.read import Shard, read_shard
+from olvae.figures import save_image
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.large.memory import GIB
 from olvae.models.large.padding import crop_to
@@ -21,12 +21,12 @@ from olvae.models.large.tiling import decode_tiled
 __all__ = ["FORMATS", "Decoded", "decode_shards"]
 
 FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}}
-"""Extensions of the images, and what Pillow is told when it writes them."""
+"""Extensions of the images, and the options of Pillow's writers."""
 
 
 @dataclass
 class Decoded:
-    """How many images were written, and what could not be."""
+    """How many images were written, and which latents could not be read."""
 
     images: int = 0
     unreadable: list[ReadError] = field(default_factory=list)
@@ -48,22 +48,20 @@ def decode_shards(
     memory: int = 4 * GIB,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Decoded:
-    """Decode every latent, unscaled as it is stored, of a posterior the mode; an image's file is named by its key.
+    """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
-    What was added to images of their own sizes is cropped again.
-
-    The key's extension, if it is an image's, makes way for the format's; where another image has that name already,
-    the format's is added to it. Broken latents are skipped.
+    An image's file is named by its key, whose extension is replaced by the format's; if another image has that name
+    already, the format's extension is appended instead. Unreadable latents are skipped.
 
     Args:
         model: on its device, in evaluation mode.
-        folder: made if need be.
+        folder: of the images, created if missing.
         image_format: a name of :data:`FORMATS`.
         memory: bytes that decoding a batch may take, beyond which it is tiled; see :func:`decode_tiled`.
-        advance: is told how many images more are done.
+        advance: called with the number of further images that are done.
 
     Raises:
-        ValueError: the latents are not this model's, a key leads out of the folder, or none can be read.
+        ValueError: the latents are another model's, a key leads out of the folder, or no latent can be read.
     """
     done, names = Decoded(), set[str]()
     for batch in _batches(shards, batch_size, done):
@@ -71,24 +69,25 @@ def decode_shards(
         if z.shape[1] != model.latent_channels:
             raise ValueError(
                 f"{batch[0].key}: a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}: "
-                "give the target that encoded it"
+                "name the target that encoded it"
             )
         z = z.to(next(model.parameters()).device)
         y = decode_tiled(model, z, None, memory) if isinstance(model, LiteVAE) else model.decode(z)
         for latent, image in zip(batch, to_uint8(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)
-            _write(crop_to(image, latent.size), folder / name, FORMATS[image_format])
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            save_image(crop_to(image, latent.size), folder / name, **FORMATS[image_format])
         done.images += len(batch)
         advance(len(batch))
     if not done.images:
-        reasons = "; ".join(f"{fault.name}: {fault.reason}" for fault in done.unreadable[:3])
+        reasons = "; ".join(f"{error.name}: {error.reason}" for error in done.unreadable[:3])
         raise ValueError(f"no latents to decode{': ' if reasons else ''}{reasons}")
     return done
 
 
 def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterator[list[_Latent]]:
-    """Up to so many latents of one shape, in order."""
+    """Batches of up to ``batch_size`` latents of one shape, in order."""
     batch: list[_Latent] = []
     for shard in shards:
         for entry in read_shard(shard, LATENT):
@@ -113,21 +112,9 @@ def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterato
 def _name(key: str, image_format: str, taken: set[str]) -> str:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"the key {key!r} leads out of the folder of the images: its shard is not to be trusted")
+        raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")
     short = path.with_suffix("") if path.suffix.lower() in EXTENSIONS else path
     for name in (f"{short}.{image_format}", f"{path}.{image_format}"):
         if name not in taken:
             return name
     raise ValueError(f"two latents have the key {key!r}: decode their shards into different folders")
-
-
-def _write(image: Tensor, path: Path, options: dict[str, Any]) -> None:
-    """uint8 (C, H, W), whole or not at all."""
-    channels = image.shape[0]
-    if channels not in (1, 3, 4) or (channels == 4 and path.suffix == ".jpg"):
-        raise ValueError(f"an image of {channels} channels can't be written as {path.suffix}")
-    array = image.permute(1, 2, 0).numpy()  # (H, W, C)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    Image.fromarray(array[:, :, 0] if channels == 1 else array).save(partial, **options)
-    partial.replace(path)

@@ -1,99 +1,77 @@
-"""Images to shards of latents: planned up front, shared among processes, to be continued after any interruption."""
+"""``olvae encode``: images to shards of latents with their statistics, in one process or several, resumable."""
 
 import hashlib
-import io
 import json
-import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from olvae.config import ConfigError
 from olvae.data.errors import ReadError
 from olvae.data.image import from_uint8
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.latents import LATENT, META, STATS, Latent, latent_bytes
+from olvae.data.shards.write import ResumableShards, WebDatasetSample, shard_name
 from olvae.export.inputs import Inputs, ReadImage, read_batches
 from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.large.memory import GIB
 from olvae.models.large.padding import pad_to_multiple
 from olvae.models.large.streaming import encode_within
-from olvae.modules.distributions import Posterior
+from olvae.modules.distributions import Posterior, keyed_generator
 
 __all__ = ["DTYPES", "EncodeJob", "EncodeOptions", "LatentSums", "fingerprint"]
 
 
+@dataclass
 class LatentSums:
-    """Per channel and in float64, of images and positions: counts and moments of z = mean + std * noise.
+    """Counts, and sums per channel in float64, from which the moments of z = mean + std * noise are computed.
 
-    Kept for each shard, and added up in the shards' order, so that an interruption can't change the last digit.
-    The conventions are those of ``olvae latents``: the variance of z is that of the means plus the mean variance.
+    Kept for each shard and added in the shards' order, so that interruptions don't change the last digit. As in
+    ``olvae latents``, the variance of z is the variance of the means plus the mean of the variances.
 
     Args:
-        images: seen.
-        positions: of their latents, the mirrored ones' included.
-        shape: of each latent, (n_z, h, w); None if they differ.
-        mean, square, var: sums of the means, of their squares, of the variances; n_z numbers each.
+        images: number of images.
+        positions: number of positions of their latents, including those of mirrored images.
+        shape: of each latent, [n_z, h, w]; None if they differ.
+        sums: of the means, of their squares and of the variances, n_z numbers each.
     """
 
-    def __init__(
-        self,
-        images: int = 0,
-        positions: int = 0,
-        shape: Iterable[int] | None = None,
-        mean: Iterable[float] = (),
-        square: Iterable[float] = (),
-        var: Iterable[float] = (),
-    ) -> None:
-        self.images = images
-        self.positions = positions
-        self.shape = None if shape is None else tuple(shape)
-        self.sums = torch.tensor([list(mean), list(square), list(var)], dtype=torch.float64)  # (3, n_z)
+    images: int = 0
+    positions: int = 0
+    shape: list[int] | None = None
+    sums: list[list[float]] = field(default_factory=list)
 
     def update(self, latents: Iterable[Latent]) -> None:
-        """Add those of one image: its latent, and the mirrored one's."""
+        """Add one image: its latent, and that of the mirrored image if it is stored."""
         for i, latent in enumerate(latents):
             mean = latent.mean.double().flatten(1)  # (n_z, h w)
             var = torch.zeros_like(mean) if latent.std is None else latent.std.double().flatten(1).square()
             sums = torch.stack([mean.sum(1), mean.square().sum(1), var.sum(1)])
-            self._add(int(i == 0), mean.shape[1], tuple(latent.mean.shape), sums)
+            self.add(LatentSums(int(i == 0), mean.shape[1], list(latent.mean.shape), sums.tolist()))
 
     def add(self, other: "LatentSums") -> None:
-        self._add(other.images, other.positions, other.shape, other.sums)
-
-    def _add(self, images: int, positions: int, shape: tuple[int, ...] | None, sums: torch.Tensor) -> None:
-        self.shape = shape if not self.positions or shape == self.shape else None
-        self.sums = self.sums + sums if self.positions else sums
-        self.images += images
-        self.positions += positions
-
-    def state(self) -> dict[str, Any]:
-        """The constructor's arguments, as JSON has them."""
-        mean, square, var = self.sums.tolist()
-        shape = None if self.shape is None else list(self.shape)
-        return {
-            "images": self.images,
-            "positions": self.positions,
-            "shape": shape,
-            "mean": mean,
-            "square": square,
-            "var": var,
-        }
+        self.shape = other.shape if not self.positions or other.shape == self.shape else None
+        self.sums = np.add(self.sums, other.sums).tolist() if self.positions else other.sums
+        self.images += other.images
+        self.positions += other.positions
 
     def as_dict(self) -> dict[str, Any]:
-        """Shape, shift and scaling over everything, and mean and standard deviation per channel."""
-        mean, square, var = self.sums / self.positions
+        """The latents' shape, shift and scaling factors, and mean and standard deviation of each channel."""
+        mean, square, var = torch.tensor(self.sums, dtype=torch.float64) / self.positions  # (n_z)
         shift = float(mean.mean())
         variance = float((square + var).mean()) - shift**2
         if not variance > 0.0:
-            raise ValueError("the latents are all equal: there is nothing to scale, and nothing to learn from them")
+            raise ValueError(
+                "the latents are all equal: they have no scaling factor, and nothing can be learned from them"
+            )
         return {
-            "latent_shape": None if self.shape is None else list(self.shape),
+            "latent_shape": self.shape,
             "shift_factor": shift,
             "scaling_factor": variance**-0.5,
             "latents_mean": mean.tolist(),
@@ -104,7 +82,7 @@ class LatentSums:
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 STATE = ".encode"
-"""The folder, inside the one of the latents, with the plan and what is known of each finished shard."""
+"""The folder beside the shards of latents with the plan and what is known about each finished shard."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +90,12 @@ class EncodeOptions:
     """What is stored.
 
     Args:
-        size: of the images, after resizing the shorter side and cropping the centre; 0 leaves each at its own, padded
-            at the bottom and the right to a multiple of f.
-        moments: the posterior's mean and standard deviation; else one sample of it.
-        seed: of the samples.
+        size: pixels of the square images after resizing the shorter side and cropping the centre; 0 keeps every image
+            at its own size, padded at the bottom and the right to a multiple of f.
+        moments: store the posterior's mean and standard deviation, else one sample of it.
+        seed: of the samples' noise.
         dtype: of the latents, a name of :data:`DTYPES`.
-        flip: the mirrored image's latent as well.
+        flip: store the mirrored image's latent as well.
     """
 
     size: int
@@ -128,21 +106,20 @@ class EncodeOptions:
 
 
 class EncodeJob:
-    """Encodes the images of :class:`Inputs` into a folder, in one process or several.
+    """Encodes the images of :data:`~olvae.export.inputs.Inputs` into a folder, in one process or several.
 
-    Output shard i goes to process i modulo their number. A shard is written under another name and renamed when it
-    is whole; then its sums and faults are written down. So whoever is killed, and however often, begins a shard
-    anew or finds it finished, and neither this nor the number of processes changes a byte.
+    Output shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a
+    byte; see :class:`~olvae.data.shards.write.ResumableShards`.
 
     Args:
         model: on its device, in evaluation mode.
         inputs: the images.
         options: what is stored.
-        folder: where; made if need be.
-        describe: what stats.json says besides, such as the target's name.
+        folder: of the shards, created if missing.
+        describe: further entries of stats.json, such as the target's name.
 
     Raises:
-        ConfigError: the folder has other latents, or something else.
+        ConfigError: the folder holds latents of other options, images or weights, or something else.
         ValueError: images of this size don't suit the model.
     """
 
@@ -151,49 +128,16 @@ class EncodeJob:
     ) -> None:
         if options.size % model.downscale:
             raise ValueError(
-                f"images of {options.size}x{options.size} pixels, but a latent stands for "
+                f"images of {options.size}x{options.size} pixels, but a latent element stands for "
                 f"{model.downscale}x{model.downscale} of them: choose a --size that is a multiple of {model.downscale}"
             )
         self.model = model
         self.inputs = inputs
         self.options = options
-        self.folder = folder
-        self.weights = fingerprint(model)
-        self.describe = {**describe, "weights": self.weights, "downscale": model.downscale}
-        self._begin()
-
-    @property
-    def shards(self) -> int:
-        return len(self.inputs)
-
-    def _begin(self) -> None:
-        """Write the plan down, or compare it with the one that is there."""
-        plan = {"version": 1, "weights": self.weights, **asdict(self.options), **self.inputs.plan()}
-        path = self.folder / STATE / "plan.json"
-        if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / STATE).is_dir():
-                raise ConfigError(f"{self.folder}: has other files already: name a new or empty folder with --out")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(plan, path)
-            return
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        if begun != plan and not any(other != path for other in path.parent.glob("*.json")):
-            write_json(plan, path)  # nothing was finished under the other plan
-        elif begun != plan:
-            changed = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
-            changes = dict.fromkeys(self._change(name, begun, plan) for name in changed)
-            raise ConfigError(
-                f"{self.folder}: begun as something else ({', '.join(changes)}): give the same target, images and "
-                "options to continue, or another --out"
-            )
-
-    def _change(self, name: str, begun: Mapping[str, object], plan: Mapping[str, object]) -> str:
-        """What a user did otherwise, where two plans differ in an entry."""
-        if name in ("images", "keys", "shards"):
-            return "other images"
-        if name == "classes":
-            return "other classes"
-        return "other weights" if name == "weights" else f"{name} was {begun.get(name)}, now {plan.get(name)}"
+        self.shards = ResumableShards(folder, STATE)
+        weights = fingerprint(model)
+        self.describe = {**describe, "weights": weights, "downscale": model.downscale}
+        self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
 
     def run(
         self,
@@ -204,24 +148,26 @@ class EncodeJob:
         memory: int = 4 * GIB,
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Encode this process's shards, those that are not finished yet.
+        """Encode this process's shards, except those that are finished.
 
         Args:
-            batch_size: of images, all of one size.
+            batch_size: images at a time, all of one size.
             threads: that read images; 0 reads them in between.
             memory: bytes that encoding images of their own sizes may take; see :func:`encode_within`.
-            advance: is told how many images more are done, finished shards' included.
+            advance: called with the number of further images that are done, including those of finished shards.
 
         Raises:
-            ValueError: latents are not finite.
+            ValueError: latents have non-finite values, or are too large for the dtype.
             OSError: a remote shard can't be read now.
         """
-        for shard in range(rank, self.shards, world):
-            state = self._state(shard)
-            if state is None:
-                self._write(shard, batch_size, threads, memory, advance)
+        for shard in range(rank, len(self.inputs), world):
+            finished = self.shards.finished(shard)
+            if finished is None:
+                sums = LatentSums()
+                samples = self._samples(shard, sums, batch_size, threads, memory, advance)
+                self.shards.write(shard, samples, partial(asdict, sums))
             else:
-                advance(state["images"] + len(state["unreadable"]))
+                advance(finished.record.images + len(finished.unreadable))
 
     def finish(self) -> dict[str, Any]:
         """When all shards are finished: write ``index.json``, and last ``stats.json``, whose content is returned.
@@ -229,18 +175,19 @@ class EncodeJob:
         Raises:
             ValueError: no image could be read.
         """
-        states = [self._state(shard) for shard in range(self.shards)]
-        done = [state for state in states if state is not None]
-        assert len(done) == self.shards
-        sums, unreadable = LatentSums(), [fault for state in done for fault in state["unreadable"]]
-        for state in done:
-            if state["images"]:
-                sums.add(LatentSums(**state["sums"]))
+        finished = [shard for number in range(len(self.inputs)) if (shard := self.shards.finished(number)) is not None]
+        assert len(finished) == len(self.inputs)
+        sums, counts, unreadable = LatentSums(), {}, []
+        for number, shard in enumerate(finished):
+            unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
+            if shard.record.images:
+                sums.add(LatentSums(**shard.details))
+                counts[shard_name(number)] = {"images": shard.record.images}
         if not sums.images:
-            for shard in range(self.shards):  # so that the command tries again
-                self._note(shard).unlink()
+            for number in range(len(finished)):
+                self.shards.forget(number)  # so that the same command tries again
             if not unreadable:
-                raise ValueError("no image is in these shards: they hold images as KEY.jpg, KEY.png, ...")
+                raise ValueError("no images in these shards: an image is a file KEY.jpg, KEY.png, ...")
             first = unreadable[0]
             raise ValueError(f"none of the images could be read: {first['name']}: {first['reason']}")
         stats = {
@@ -248,55 +195,32 @@ class EncodeJob:
             **sums.as_dict(),
             **asdict(self.options),
             **self.describe,
-            "classes": self.inputs.plan().get("classes", []),
+            "classes": list(self.inputs.classes),
             "unreadable": {"count": len(unreadable), "images": unreadable},
         }
-        counts = {self._path(i).name: {"images": state["images"]} for i, state in enumerate(done) if state["images"]}
-        write_json({"version": 1, "images": sums.images, "shards": counts}, self.folder / INDEX)
-        write_json(stats, self.folder / STATS)
+        write_json({"version": 1, "images": sums.images, "shards": counts}, self.shards.folder / INDEX)
+        write_json(stats, self.shards.folder / STATS)
         return stats
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.tar"
-
-    def _note(self, shard: int) -> Path:
-        return self.folder / STATE / f"{shard:06d}.json"
-
-    def _state(self, shard: int) -> dict[str, Any] | None:
-        """What was written down of a shard, if it is finished."""
-        path = self._note(shard)
-        if not path.is_file():
-            return None
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        tar = self._path(shard)
-        there = tar.stat().st_size if tar.is_file() else 0
-        return state if there == state["bytes"] else None
+    def _samples(
+        self,
+        shard: int,
+        sums: LatentSums,
+        batch_size: int,
+        threads: int,
+        memory: int,
+        advance: Callable[[int], None],
+    ) -> Iterator[WebDatasetSample | ReadError]:
+        """What a shard is made of, in order; its latents are added to ``sums``."""
+        for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads):
+            images = [one for one in batch if isinstance(one, ReadImage)]
+            yield from (one for one in batch if isinstance(one, ReadError))
+            if images:
+                yield from self._encode(images, memory, sums)
+            advance(len(batch))
 
     @torch.inference_mode()
-    def _write(self, shard: int, batch_size: int, threads: int, memory: int, advance: Callable[[int], None]) -> None:
-        path, sums, faults = self._path(shard), LatentSums(), []
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
-                for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads):
-                    images = [one for one in batch if isinstance(one, ReadImage)]
-                    faults += [one for one in batch if isinstance(one, ReadError)]
-                    if images:
-                        self._encode(images, memory, archive, sums)
-                    advance(len(batch))
-            if sums.images:
-                partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        state = {
-            "images": sums.images,
-            "bytes": path.stat().st_size if sums.images else 0,
-            "unreadable": [{"name": fault.name, "reason": fault.reason} for fault in faults],
-            "sums": sums.state(),
-        }
-        write_json(state, self._note(shard))
-
-    def _encode(self, images: Sequence[ReadImage], memory: int, archive: tarfile.TarFile, sums: LatentSums) -> None:
+    def _encode(self, images: Sequence[ReadImage], memory: int, sums: LatentSums) -> list[WebDatasetSample]:
         device = next(self.model.parameters()).device
         x = from_uint8(torch.stack([image.pixels for image in images]).to(device))  # (B, C, H, W)
         keys = [image.item.key for image in images]
@@ -304,6 +228,7 @@ class EncodeJob:
         mirrored: list[Latent | None] = [None] * len(images)
         if self.options.flip:
             mirrored = [*self._latents(self._posterior(x.flip(-1), memory), [f"{key}\nflip" for key in keys])]
+        samples = []
         for image, latent, flipped in zip(images, latents, mirrored, strict=True):
             sums.update([latent] if flipped is None else [latent, flipped])
             meta = {
@@ -312,15 +237,9 @@ class EncodeJob:
                 "height": image.size[1],
                 "image": [image.pixels.shape[2], image.pixels.shape[1]],
             }
-            files = {
-                **image.item.files,
-                META: json.dumps(meta).encode(),
-                LATENT: latent_bytes(latent, flipped),
-            }
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{image.item.name}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+            files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(latent, flipped)}
+            samples.append(WebDatasetSample(image.item.name, {**image.item.files, **files}))
+        return samples
 
     def _posterior(self, x: Tensor, memory: int) -> Posterior:
         if self.options.size:
@@ -329,12 +248,13 @@ class EncodeJob:
         return encode_within(self.model, x, memory) if isinstance(self.model, LiteVAE) else self.model.encode(x)
 
     def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
-        """As they are stored, on the CPU."""
+        """Latents in the stored dtype, on the CPU."""
         dtype = DTYPES[self.options.dtype]
         mean = posterior.mean.float().cpu()
         std = None if posterior.deterministic else posterior.std.float().cpu()
         if std is not None and not self.options.moments:
-            drawn = [Latent(m, s).draw(self._noise(key)) for m, s, key in zip(mean, std, keys, strict=True)]
+            noise = [keyed_generator(f"{self.options.seed}\n{key}") for key in keys]
+            drawn = [Latent(m, s).draw(generator) for m, s, generator in zip(mean, std, noise, strict=True)]
             mean, std = torch.stack(drawn), None
         stored = mean.to(dtype), None if std is None else std.to(dtype)
         for exact, rounded in ((mean, stored[0]), (std, stored[1])):
@@ -342,18 +262,13 @@ class EncodeJob:
                 continue
             if exact.isfinite().all():
                 raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
-            raise ValueError("the latents are not finite: the weights may be of a run that diverged")
+            raise ValueError("the latents have non-finite values: the training run may have diverged")
         means, stds = stored
         return [Latent(means[i], None if stds is None else stds[i]) for i in range(len(keys))]
 
-    def _noise(self, key: str) -> torch.Generator:
-        """Of an image's sample: depends on the seed and its key alone."""
-        digest = hashlib.sha256(f"{self.options.seed}\n{key}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
 
 def fingerprint(model: Autoencoder) -> str:
-    """A checksum of a model's parameters and buffers: of their names, shapes and values."""
+    """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous()

@@ -1,14 +1,13 @@
-"""The images to encode, divided into shards before the first is read."""
+"""The images to encode, divided into output shards before the first is read, and read ahead in threads."""
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -21,13 +20,14 @@ from olvae.data.shards.index import with_counts
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local
 from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import total
 from olvae.data.transforms import center_crop
 
 __all__ = ["Inputs", "Item", "ReadImage", "find_inputs", "read_batches"]
 
 
 class Item(NamedTuple):
-    """An image to encode: the name of its files in the shard, its key, how to open it, and files that go with it."""
+    """An image to encode: the name of its files in the shard, its key, how to open it, and files to keep with it."""
 
     name: str
     key: str
@@ -35,31 +35,11 @@ class Item(NamedTuple):
     files: Mapping[str, bytes] = {}
 
 
-class Inputs(ABC):
-    """Images by output shard."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """How many output shards there are."""
-
-    @abstractmethod
-    def count(self, shard: int) -> int | None:
-        """Images of an output shard; None if only reading would tell."""
-
-    @abstractmethod
-    def read(self, shard: int) -> Iterator[Item | ReadError]:
-        """The images of an output shard in order."""
-
-    @abstractmethod
-    def plan(self) -> dict[str, Any]:
-        """What makes another plan of it, if it changes."""
-
-
 @dataclass(frozen=True)
-class DatasetInputs(Inputs):
-    """Output shard i holds the images from i * shard_size on; files are named by the image's number.
+class DatasetInputs:
+    """Images by number: output shard i holds those from i * shard_size on, and files are named by the number.
 
-    With ``classes``, names of folders, a file ``.cls`` says which of them the image lies in.
+    With ``classes``, names of folders, a file ``.cls`` holds the number of the folder that the image lies in.
     """
 
     images: ImageDataset
@@ -72,41 +52,46 @@ class DatasetInputs(Inputs):
     def _range(self, shard: int) -> range:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.images)))
 
-    def count(self, shard: int) -> int:
-        return len(self._range(shard))
+    def count(self, shards: range) -> int:
+        """Images of these output shards."""
+        return sum(len(self._range(shard)) for shard in shards)
 
     def read(self, shard: int) -> Iterator[Item]:
+        """The images of an output shard in order."""
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._range(shard):
             key = self.images.key(i)
             files = {"cls": numbers[_folder(key)]} if numbers else {}
             yield Item(f"{i:08d}", key, lambda i=i: self.images[i], files)  # type: ignore[misc]
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the shards' content depends on, together with the options."""
         keys = (self.images.key(i) for i in range(len(self.images)))
         return {
-            "images": len(self.images),
-            "keys": _digest(keys),
-            "shard_size": self.shard_size,
+            "options": {**options, "shard_size": self.shard_size},
+            "images": _digest(keys),
             "classes": list(self.classes),
         }
 
 
 @dataclass(frozen=True)
-class ShardInputs(Inputs):
-    """One output shard for each input shard; files keep their names, and bring the group's other files along."""
+class ShardInputs:
+    """One output shard for each input shard; files keep their names, and other files of an image are kept."""
 
     shards: Sequence[Shard]
     channels: int
-    image_key: str | None = field(default=None)
+    image_key: str | None = None
+    classes: ClassVar[Sequence[str]] = ()  # the .cls files of the shards are kept
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def count(self, shard: int) -> int | None:
-        return self.shards[shard].images
+    def count(self, shards: range) -> int | None:
+        """Images of these output shards; None if that is unknown before reading."""
+        return total([self.shards[shard].images for shard in shards])
 
     def read(self, shard: int) -> Iterator[Item | ReadError]:
+        """The images of an output shard in order, and what can't be read of it."""
         source = self.shards[shard]
         for entry in read_shard(source, self.image_key):
             if not isinstance(entry, ReadError):
@@ -119,12 +104,17 @@ class ShardInputs(Inputs):
                 )
             elif is_local(source.url):
                 yield entry
-            else:  # perhaps the network's fault: not to be taken for the end of the shard
+            else:  # the network may have failed, so this need not be the end of the shard
                 raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the shards' content depends on, together with the options."""
         names = [f"{Path(shard.url).name}:{shard.images}" for shard in self.shards]
-        return {"shards": len(self.shards), "keys": _digest(names)}
+        return {"options": dict(options), "images": _digest(names)}
+
+
+Inputs = DatasetInputs | ShardInputs
+"""Images by output shard."""
 
 
 def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
@@ -132,11 +122,11 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
 
     Args:
         channels: of the images.
-        shard_size: images in an output shard, where SRC has no shards itself.
-        classes: the folders of SRC are classes; shards say themselves which class an image is of.
+        shard_size: images in an output shard, unless SRC is made of shards.
+        classes: whether the folders of SRC are classes; shards keep their own .cls files.
 
     Raises:
-        ConfigError: SRC is none, or has no folders for classes.
+        ConfigError: SRC is not a source, or has no folders for classes.
         FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in (".yaml", ".yml"):
@@ -148,7 +138,7 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
         raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
     if holds_shards(src):
         if classes:
-            raise ConfigError("--classes is for folders: of shards, the .cls files are kept as they are")
+            raise ConfigError("--classes is for folders: the .cls files of shards are kept anyway")
         return ShardInputs(with_counts(find_shards(src)), channels)
     images = open_images(src, channels)
     return DatasetInputs(images, shard_size, _classes(images) if classes else ())
@@ -159,7 +149,7 @@ def _classes(images: ImageDataset) -> list[str]:
     names = set()
     for i in range(len(images)):
         if "/" not in images.key(i):
-            raise ConfigError(f"--classes: {images.key(i)} lies in no folder that could be its class")
+            raise ConfigError(f"--classes: {images.key(i)} is not in a folder that could be its class")
         names.add(_folder(images.key(i)))
     return sorted(names)
 
@@ -176,7 +166,7 @@ def _digest(lines: Sequence[str] | Iterator[str]) -> str:
 
 
 class ReadImage(NamedTuple):
-    """An image as it is encoded, uint8 (C, H, W), and the width and height that it had before."""
+    """An image ready to be encoded, uint8 (C, H, W), and its original width and height."""
 
     item: Item
     pixels: Tensor
@@ -186,12 +176,12 @@ class ReadImage(NamedTuple):
 def read_batches(
     items: Iterable[Item | ReadError], size: int, batch_size: int, threads: int
 ) -> Iterator[list[ReadImage | ReadError]]:
-    """Lists of so many images of one size, in order, and the faults between them.
+    """Batches of up to ``batch_size`` images of one size, in order, with the read errors among them.
 
     Args:
-        items: the images, and what could not be read of their shard.
-        size: of the images after the evaluation's resize and crop; 0 leaves them as they are.
-        threads: that read ahead; 0 reads when an image is asked for.
+        items: the images, and the errors met in their shard.
+        size: pixels after the evaluation's resize and crop; 0 leaves the images as they are.
+        threads: that read ahead; 0 reads an image when it is needed.
     """
     batch: list[ReadImage | ReadError] = []
     shape, count = None, 0
@@ -207,7 +197,7 @@ def read_batches(
 
 
 def _ahead(items: Iterable[Item | ReadError], size: int, threads: int, depth: int) -> Iterator[ReadImage | ReadError]:
-    """The images in the items' order, up to ``depth`` of them read ahead."""
+    """The images in the order of the items, with up to ``depth`` of them read ahead."""
     read = partial(_read, size)
     if not threads:
         yield from map(read, items)

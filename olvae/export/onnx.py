@@ -1,4 +1,4 @@
-"""The two halves as ONNX files (and torch.export programs) for any batch, height and width.
+"""Encoder and decoder as ONNX files (and torch.export programs) for any batch, height and width.
 
 ONNX needs the extra: ``pip install 'open-litevae[onnx]'``.
 """
@@ -13,25 +13,27 @@ from torch import Tensor, nn
 
 from olvae.models.autoencoder import LiteVAE
 
-__all__ = ["DECODER_NAME", "ENCODER_NAME", "Half", "export_onnx", "export_program", "halves"]
+__all__ = ["Half", "export_onnx", "export_program", "halves"]
 
-ENCODER_NAME, DECODER_NAME = "encoder.onnx", "decoder.onnx"
 TOLERANCE = 1e-4
-"""Of the largest value: how far onnxruntime may be from torch."""
+"""The largest difference between onnxruntime and torch, relative to the largest value."""
+
+TRACED = (2, 3, 4)
+"""Batch, and height and width in latent positions, at which a network is traced."""
 
 CHECKED = ((1, 5, 3), (2, 2, 6), (3, 1, 1))
-"""Batch, height and width in latent positions at which a file is checked; it is traced at another size."""
-TRACED = (2, 3, 4)
+"""The same for the sizes at which an ONNX file is checked."""
 
 
 class Half(nn.Module):
-    """The encoder as images to moments, or the decoder as latents to images, with what its inputs look like.
+    """The encoder (images to moments) or the decoder (latents to images) as a module, and the shapes of its inputs.
 
     Args:
-        name: of the file, without its ending.
+        function: the forward pass, a method of ``model``.
+        name: of the file, without its extension.
         input_name, output_name: of the graph's tensors.
         channels: of the input.
-        factor: the input's sides are multiples of this.
+        factor: that the input's height and width are multiples of.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Half(nn.Module):
         return self.function(x)
 
     def example(self, batch: int, height: int, width: int) -> Tensor:
-        """Random input for a latent of this size, the same at every call, in the model's dtype."""
+        """Random input for a latent of this size, the same in every call, in the model's dtype."""
         shape = (batch, self.channels, self.factor * height, self.factor * width)
         x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         return x.to(next(self.model.parameters()).dtype)
@@ -63,14 +65,14 @@ class Half(nn.Module):
     @property
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
         dim = torch.export.Dim
-        height, width = dim("latent_height", min=2), dim("latent_width", min=2)  # torch.export takes 1 as a constant
+        height, width = dim("latent_height", min=2), dim("latent_width", min=2)  # torch.export treats 1 as a constant
         sides = {2: height, 3: width} if self.factor == 1 else {2: self.factor * height, 3: self.factor * width}
         return {"x": {0: dim("batch", min=1), **sides}}
 
 
 def halves(model: LiteVAE) -> tuple[Half, Half]:
-    """Encoder (``image`` in [-1, 1] to ``moments``: means, then log-variances, not clamped) and decoder (``latent`` to
-    ``image``, not clamped), folded: see :meth:`LiteVAE.fold`.
+    """Encoder (``image`` in [-1, 1] to ``moments``: means, then log-variances, unclamped) and decoder (``latent`` to
+    ``image``, unclamped), folded: see :meth:`LiteVAE.fold`.
     """
     model = model if model.folded else model.fold().eval()
     return (
@@ -86,14 +88,14 @@ def export_program(half: Half) -> torch.export.ExportedProgram:
 
 
 def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
-    """Write ``encoder.onnx`` and ``decoder.onnx``, and check them in onnxruntime at sizes not seen before.
+    """Write ``encoder.onnx`` and ``decoder.onnx``, and check them in onnxruntime at sizes other than the traced one.
 
     Returns:
-        The largest difference to torch of each file, relative to the largest value.
+        For each file the largest difference from torch, relative to the largest value.
 
     Raises:
-        ModuleNotFoundError: the extra is not installed.
-        ValueError: the results differ by more than :data:`TOLERANCE`, or the model is not float32.
+        ModuleNotFoundError: the ``onnx`` extra is not installed.
+        ValueError: the difference is above :data:`TOLERANCE`, or the model is not float32.
     """
     if {p.dtype for p in model.parameters()} != {torch.float32}:
         raise ValueError("ONNX files are written and checked in float32: leave --dtype at float32")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from olvae.checkpoint import WEIGHT_SUFFIXES
 from olvae.config import Config, ConfigError
-from olvae.files import whole, write_json
+from olvae.files import atomic_write, write_json
 from olvae.models.hub import DEFAULT_ACCESS, HubAccess, fetch, is_hub_id
 from olvae.models.spec import CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
 from olvae.runs import Run
@@ -137,7 +137,7 @@ def _config_beside(weights: Path) -> Path | None:
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
     """Write the weights, in their dtype, and ``config.json``."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with whole(folder / WEIGHTS_NAME) as partial:
+    with atomic_write(folder / WEIGHTS_NAME) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors makes it readable by the owner alone
     write_json(config, folder / CONFIG_NAME)

@@ -1,11 +1,13 @@
-"""Posteriors of the latent: a diagonal Gaussian, or deterministic."""
+"""The posterior of the latent, and reproducible noise for samples of it."""
+
+import hashlib
 
 import torch
 from torch import Tensor
 
 from olvae.modules.precision import island
 
-__all__ = ["Deterministic", "DiagonalGaussian", "Posterior"]
+__all__ = ["Deterministic", "DiagonalGaussian", "Posterior", "keyed_generator", "keyed_seed"]
 
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 
@@ -86,3 +88,14 @@ class Deterministic:
 
 Posterior = DiagonalGaussian | Deterministic
 """What encoding gives."""
+
+
+def keyed_seed(content: bytes | str) -> int:
+    """The first 63 bits of the SHA-256 of some content: a seed in [0, 2^63) that depends on nothing else."""
+    data = content.encode() if isinstance(content, str) else content
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+
+
+def keyed_generator(content: bytes | str) -> torch.Generator:
+    """A generator on the CPU with :func:`keyed_seed`: an image's noise is the same in any batch, order and process."""
+    return torch.Generator().manual_seed(keyed_seed(content))

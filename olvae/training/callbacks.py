@@ -23,7 +23,7 @@ from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.figures import error_map, labelled_grid
-from olvae.files import whole
+from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -68,6 +68,9 @@ class KeepCheckpoints(Checkpoint):
         assert isinstance(pl_module, LiteAutoencoderKL)
         self._saved = self._kept = trainer.global_step
         self._images = pl_module.images_seen
+        if trainer.is_global_zero:
+            for partial in _run(trainer).checkpoints.glob(".partial-*"):  # of a run that was killed while it saved
+                partial.unlink()
         note = _run(trainer).checkpoints / "best.json"
         if note.is_file() and (before := json.loads(note.read_text()))["metric"] == self.best:
             self._best = before["value"]  # of a run that is resumed
@@ -127,11 +130,8 @@ class KeepCheckpoints(Checkpoint):
         if not all(bool(p.isfinite().all()) for p in module.parameters()):
             raise _non_finite(trainer, "weights")
         path = _run(trainer).checkpoints / name
-        if trainer.is_global_zero:
-            with whole(path) as partial:
-                trainer.save_checkpoint(partial)
-        else:
-            trainer.save_checkpoint(path)  # takes part, and writes nothing
+        with atomic_write(path, missing_ok=not trainer.is_global_zero) as partial:
+            trainer.save_checkpoint(partial)  # other ranks take part, and write nothing
         trainer.strategy.barrier()
 
 

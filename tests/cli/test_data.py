@@ -42,7 +42,7 @@ def test_pack_and_check(olvae, image_folder, tmp_path):
     assert err.endswith(f"shards:  {shards}\nindex:   {shards / 'index.json'}\n")
     code, _, err = olvae("pack", image_folder, "--out", shards, "--shard-size", 5)
     assert code == 0
-    assert "3 shards, 3 of them from before" in err
+    assert "3 shards, 3 of them from an earlier run" in err
     code, out, err = olvae("check", shards, "--size", 32, "-B", 2, "--num-workers", 1, "--json")
     assert code == 0
     found = json.loads(out)
@@ -129,11 +129,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, olvae):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes get it
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == f"stopped: finished shards are in {out}; the same command goes on from there\n"
-    assert not list(out.glob(".packing/*.tar.*"))
+    assert err == f"stopped: finished shards are in {out}; the same command continues from there\n"
+    assert not list(out.glob(".packing/.partial-*"))
     assert not (out / "index.json").exists()
     done = len(list(out.glob("*.tar")))
     assert 0 < done < 25
     code, _, err = olvae("pack", root, "--out", out, "--shard-size", 4)
     assert code == 0
-    assert f"in 25 shards, {done} of them from before" in err
+    assert f"in 25 shards, {done} of them from an earlier run" in err

@@ -88,7 +88,7 @@ def test_shards_without_images(olvae, target, tmp_path, image_folder):
     assert olvae("encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "latents")[0] == 0
     code, _, err = olvae("encode", target, "--data", tmp_path / "latents", "--size", 16, "--out", tmp_path / "again")
     assert code == 1
-    assert err.endswith("error: no image is in these shards: they hold images as KEY.jpg, KEY.png, ...\n")
+    assert err.endswith("error: no images in these shards: an image is a file KEY.jpg, KEY.png, ...\n")
 
 
 def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
@@ -125,10 +125,10 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
     assert olvae(*encode())[0] == 0
     code, _, err = olvae(*encode("--seed", 1))
     assert (code, err.count("\n")) == (2, 1)
-    assert "begun as something else (seed was 0, now 1)" in err
+    assert "was begun with seed 0 (now 1): repeat the first command" in err
     code, _, err = olvae("encode", target, "--data", "samples", "--out", tmp_path / "out", "--size", 16)
     assert code == 2
-    assert "begun as something else (other images)" in err
+    assert "was begun with other images: repeat the first command" in err
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
@@ -146,4 +146,4 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
     latents = tmp_path / "latents"
     code, out, err = olvae("encode", target, "--data", image_folder, "--size", 16, "--out", latents)
     assert (code, out) == (130, "")
-    assert err.endswith(f"stopped: finished shards are in {latents}; the same command goes on from there\n")
+    assert err.endswith(f"stopped: finished shards are in {latents}; the same command continues from there\n")

@@ -78,7 +78,7 @@ def test_samples_and_precision(olvae, target, tmp_path):
     ("options", "code", "text"),
     [
         (["--tile", 2, "--memory", 1], 2, "give one of the two"),
-        (["--seed", 1], 2, "--seed is of --sample"),
+        (["--seed", 1], 2, "--seed applies to --sample"),
         (["--memory", 0], 2, "--memory 0.0: give a number of GiB"),
         (["--tile", 0], 2, "--tile"),
         (["--device", "tpu"], 2, "--device tpu: choose cpu, cuda"),

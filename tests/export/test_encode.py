@@ -14,8 +14,8 @@ from safetensors.torch import load
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8, image_to_tensor
 from olvae.data.mapped.folder import find_images
+from olvae.data.shards import write as module
 from olvae.evaluation.latents.accumulator import LatentAccumulator
-from olvae.export import encode as module
 from olvae.export.encode import EncodeJob, EncodeOptions
 from olvae.export.inputs import find_inputs
 from olvae.models.large.padding import encode_any
@@ -216,7 +216,7 @@ def test_folders_are_classes_if_asked(tmp_path, image_folder):
                 folder = json.loads(content)["key"].split("/")[0]
                 assert shard[name.replace("latent.json", "cls")] == folder.removeprefix("class").encode()
     picture(0).save(image_folder / "loose.png")
-    with pytest.raises(ConfigError, match=r"--classes: loose\.png lies in no folder"):
+    with pytest.raises(ConfigError, match=r"--classes: loose\.png is not in a folder"):
         encode(image_folder, tmp_path / "loose", classes=True)
     write_shards(tmp_path / "shards", (2,))
     with pytest.raises(ConfigError, match="--classes is for folders"):
@@ -304,7 +304,7 @@ def test_killed_at_random_moments_and_continued(tmp_path, image_folder):
     job, amid = Job(image_folder, tmp_path / "killed"), 0
     for kill_after in np.random.default_rng(0).integers(1, 13, 12):
         assert job.start(int(kill_after)) == -signal.SIGKILL
-        amid += any(job.folder.glob(".*.partial"))
+        amid += any(job.folder.glob(".encode/.partial-*"))
         assert not (job.folder / "stats.json").exists()
     assert amid >= 3
     assert job.start() == 0
@@ -313,11 +313,17 @@ def test_killed_at_random_moments_and_continued(tmp_path, image_folder):
     assert len(tensors(job.folder)) == 12
 
 
-def test_killed_between_a_shard_and_the_note_of_it(tmp_path, image_folder, monkeypatch):
+def test_killed_between_a_shard_and_its_description(tmp_path, image_folder, monkeypatch):
     job = Job(image_folder, tmp_path / "out")
-    job.encoder()  # the plan
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        write_json = module.write_json
+
+        def write_or_die(content, path):
+            if path.name != "plan.json":
+                os.kill(os.getpid(), signal.SIGKILL)
+            write_json(content, path)
+
+        patch.setattr(module, "write_json", write_or_die)
         assert job.start() == -signal.SIGKILL
     assert [path.name for path in job.folder.glob("*.tar")] == ["000000.tar"]
     (job.folder / "000000.tar").write_bytes(b"something else")
@@ -344,11 +350,11 @@ def test_a_finished_shard_is_not_encoded_again_but_a_lost_one_is(tmp_path, image
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"size": 24}, "size was 16, now 24"),
-        ({"flip": True}, "flip was False, now True"),
-        ({"model": 1}, "(other weights)"),
-        ({"source": 1}, "(other images)"),
-        ({"shard_size": 4}, "shard_size was 5, now 4"),
+        ({"size": 24}, r"size 16 \(now 24\)"),
+        ({"flip": True}, r"flip False \(now True\)"),
+        ({"model": 1}, "begun with other weights:"),
+        ({"source": 1}, "begun with other images:"),
+        ({"shard_size": 4}, r"shard_size 5 \(now 4\)"),
     ],
 )
 def test_another_job_in_the_same_folder_is_refused(tmp_path, image_folder, change, text):

@@ -11,25 +11,35 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8, to_uint8
 from olvae.export import reconstruct as module
-from olvae.export.reconstruct import Job, Settings, collect_images, plan, psnr_by_rows, reconstruct, run_job
+from olvae.export.reconstruct import (
+    ReconstructionFiles,
+    ReconstructOptions,
+    collect_images,
+    name_outputs,
+    psnr_by_rows,
+    reconstruct,
+    reconstruct_file,
+)
 from olvae.metrics.pixel import psnr
 from olvae.models.large.padding import pad_to_multiple
 from tests.models.test_autoencoder import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 
-CPU = Settings(torch.device("cpu"), memory=2**30)
+CPU = ReconstructOptions(torch.device("cpu"), memory=2**30)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (24, 16), (13, 50)])
-@pytest.mark.parametrize("settings", [CPU, Settings(torch.device("cpu"), 2**20), Settings(torch.device("cpu"), 1, 2)])
-def test_the_reconstruction_is_the_models(size, settings):
+@pytest.mark.parametrize(
+    "options", [CPU, ReconstructOptions(torch.device("cpu"), 2**20), ReconstructOptions(torch.device("cpu"), 1, 2)]
+)
+def test_the_reconstruction_is_the_models(size, options):
     vae = tiny().eval()
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     with torch.no_grad():
         expected, _ = vae(pad_to_multiple(from_uint8(image[None]), 8))
     expected = to_uint8(expected[0, :, : size[0], : size[1]])
-    difference = (reconstruct(vae, image, settings).int() - expected.int()).abs()
+    difference = (reconstruct(vae, image, options).int() - expected.int()).abs()
     assert difference.max() <= 1  # rounding at .5
     assert difference.float().mean() < 0.01
 
@@ -37,7 +47,9 @@ def test_the_reconstruction_is_the_models(size, settings):
 def test_samples_are_drawn_from_the_seed():
     vae = tiny().eval()
     image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
-    seven, again, eight = (reconstruct(vae, image, Settings(CPU.device, 2**30, seed=seed)) for seed in (7, 7, 8))
+    seven, again, eight = (
+        reconstruct(vae, image, ReconstructOptions(CPU.device, 2**30, seed=seed)) for seed in (7, 7, 8)
+    )
     assert torch.equal(seven, again)
     assert not torch.equal(seven, eight)
     assert not torch.equal(seven, reconstruct(vae, image, CPU))
@@ -46,7 +58,7 @@ def test_samples_are_drawn_from_the_seed():
 def test_half_precision_is_near():
     vae = tiny().eval()
     image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
-    half = reconstruct(vae, image, Settings(CPU.device, 2**30, autocast=torch.bfloat16))
+    half = reconstruct(vae, image, ReconstructOptions(CPU.device, 2**30, autocast=torch.bfloat16))
     assert 0 < (half.int() - reconstruct(vae, image, CPU).int()).abs().float().mean() < 3
 
 
@@ -71,26 +83,26 @@ def test_what_is_read(tmp_path):
         collect_images([tmp_path / "missing.png"], out)
     b.unlink()
     c.unlink()
-    with pytest.raises(FileNotFoundError, match="no images in this folder but those of"):
+    with pytest.raises(FileNotFoundError, match="no images in this folder except those of"):
         collect_images([tmp_path / "in"], out)
 
 
 def test_no_name_twice(tmp_path):
     out = tmp_path / "out"
     names = ["a/x.png", "b/x.png", "c/b/x.jpg", "b/X.bmp", "a/y.png", "a/y_compare.png"]
-    jobs = plan([tmp_path / name for name in names], out)
-    assert [job.out.name for job in jobs] == [
+    outputs = name_outputs([tmp_path / name for name in names], out)
+    assert [files.out.name for files in outputs] == [
         "x.png", "b_x.png", "b_x_2.png", "b_X_3.png", "y.png", "a_y_compare.png",
     ]  # fmt: skip
-    files = [path.name.lower() for job in jobs for path in (job.out, job.comparison)]
-    assert len(set(files)) == len(files)
-    assert jobs[0].comparison == out / "x_compare.png"
+    names = [path.name.lower() for files in outputs for path in (files.out, files.comparison)]
+    assert len(set(names)) == len(names)
+    assert outputs[0].comparison == out / "x_compare.png"
 
 
 def test_inputs_are_not_replaced(tmp_path):
     for name in ("x.png", "x_compare.png"):
         with pytest.raises(ConfigError, match=f"{name} is one of the images"):
-            plan([tmp_path / "other" / "x.jpg", tmp_path / name], tmp_path)
+            name_outputs([tmp_path / "other" / "x.jpg", tmp_path / name], tmp_path)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 2])
@@ -105,12 +117,12 @@ def test_any_number_of_channels(tmp_path, channels, monkeypatch):
     monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: x)
     vae = tiny()
     vae.encoder.in_channels = channels
-    (job,) = plan([source], tmp_path / "out", suffix)
-    job.out.parent.mkdir()
-    assert run_job(vae, job, CPU) == math.inf
-    written = np.load(job.out) if suffix == ".npy" else np.asarray(Image.open(job.out))
+    (files,) = name_outputs([source], tmp_path / "out", suffix)
+    files.out.parent.mkdir()
+    assert reconstruct_file(vae, files, CPU) == math.inf
+    written = np.load(files.out) if suffix == ".npy" else np.asarray(Image.open(files.out))
     assert np.array_equal(np.atleast_3d(written), array)
-    assert job.comparison.is_file()
+    assert files.comparison.is_file()
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
@@ -118,27 +130,27 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     touch(source)
     out = tmp_path / "out"
     out.mkdir()
-    job = Job(source, out / "x.png", out / "x_compare.png")
+    files = ReconstructionFiles(source, out / "x.png", out / "x_compare.png")
 
     def fail(image, path):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "_save", fail)
+    monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="No space left"):
-        run_job(tiny().eval(), job, CPU)
+        reconstruct_file(tiny().eval(), files, CPU)
     assert list(out.iterdir()) == []
 
 
 def test_values_that_are_not_finite(tmp_path):
     vae = tiny().eval()
     torch.nn.init.constant_(vae.decoder.conv_in.bias, torch.nan)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         reconstruct(vae, torch.zeros(3, 8, 8, dtype=torch.uint8), CPU)
     Image.new("RGB", (9, 8)).save(tmp_path / "grey.png")
-    job = Job(tmp_path / "grey.png", tmp_path / "out.png", tmp_path / "out_compare.png")
-    with pytest.raises(ValueError, match=r"grey\.png: the reconstruction has values that are not finite"):
-        run_job(vae, job, CPU)
+    files = ReconstructionFiles(tmp_path / "grey.png", tmp_path / "out.png", tmp_path / "out_compare.png")
+    with pytest.raises(ValueError, match=r"grey\.png: the reconstruction has non-finite values"):
+        reconstruct_file(vae, files, CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["grey.png"]
 
 
@@ -149,7 +161,7 @@ from pathlib import Path
 import torch
 
 from olvae import config as cfg
-from olvae.evaluation import reconstruct as module
+from olvae.export import reconstruct as module
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import AutoencoderSpec
 from olvae.models.large.tiling import decode_window
@@ -171,10 +183,10 @@ module.decode_tiled = watched
 source, out = map(Path, sys.argv[1:])
 spec = AutoencoderSpec.from_content(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
 model = LiteVAE.from_spec(spec).eval().fold()
-(job,) = module.plan([source], out)
+(files,) = module.name_outputs([source], out)
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-module.run_job(model, job, module.Settings(torch.device("cpu"), 2**30))
+module.reconstruct_file(model, files, module.ReconstructOptions(torch.device("cpu"), 2**30))
 added = status("VmHWM") - before
 
 z, image = kept

@@ -19,7 +19,7 @@ from olvae.data.image import Bands, Photo, Picture
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files, FolderSource
 from olvae.data.open import holds_shards, open_images, open_source
-from olvae.data.pool import OnProgress, Ticker, cores, in_processes, unseen
+from olvae.data.pool import OnProgress, SharedProgress, cores, ignore_progress, run_in_processes
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
 from olvae.data.shards.read import Shard, read_shard
@@ -67,7 +67,7 @@ class CheckOptions:
         return max(1, self.num_workers) * self.ranks
 
 
-def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProgress = unseen) -> AuditResult:
+def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProgress = ignore_progress) -> AuditResult:
     """Read and decode every image of a source.
 
     Args:
@@ -113,15 +113,15 @@ class _Part:
             self.unreadable.append(ReadError(name, error.reason))
 
 
-def _read_images(images: ImageDataset, channels: int, indices: range, ticker: Ticker) -> _Part:
+def _read_images(images: ImageDataset, channels: int, indices: range, progress: SharedProgress) -> _Part:
     part = _Part()
     for index in indices:
         part.look(partial(images.__getitem__, index), images.key(index), channels)
-        ticker.tick()
+        progress.advance()
     return part
 
 
-def _read_shard(channels: int, checksums: bool, url: str, ticker: Ticker) -> _Part:
+def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgress) -> _Part:
     part = _Part()
     reasons: list[str] = []
     images = 0
@@ -131,7 +131,7 @@ def _read_shard(channels: int, checksums: bool, url: str, ticker: Ticker) -> _Pa
             continue
         images += 1
         part.look(partial(Photo, entry.data, entry.name, channels), entry.key, channels)
-        ticker.tick()
+        progress.advance()
     part.dotted = [f"{stem(url)}/{name}" for name in part.dotted]
     path = Path(local_path(url))
     there = is_local(url) and path.is_file()
@@ -141,10 +141,14 @@ def _read_shard(channels: int, checksums: bool, url: str, ticker: Ticker) -> _Pa
 
 
 def _read_all(
-    read: Callable[[T, Ticker], _Part], tasks: Sequence[T], workers: int, images: int | None, on_progress: OnProgress
+    read: Callable[[T, SharedProgress], _Part],
+    tasks: Sequence[T],
+    workers: int,
+    images: int | None,
+    on_progress: OnProgress,
 ) -> _Part:
     everything = _Part()
-    with closing(in_processes(read, tasks, workers, lambda done: on_progress(done, images))) as parts:
+    with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, images))) as parts:
         for part in parts:
             everything.seen += part.seen
             everything.unreadable += part.unreadable

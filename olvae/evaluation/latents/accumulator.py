@@ -1,6 +1,5 @@
 """The distribution of a model's latents over images, accumulated: what a diffusion model will have to learn."""
 
-import hashlib
 import heapq
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from olvae.evaluation.latents.summary import EDGES, LatentSummary, Totals
-from olvae.modules.distributions import Posterior
+from olvae.modules.distributions import Posterior, keyed_seed
 
 __all__ = ["MMD_LATENTS", "LatentAccumulator", "image_key"]
 
@@ -20,8 +19,7 @@ MMD_LATENTS = 10_000
 def image_key(image: Tensor) -> int:
     """A number below 2^63 that identifies the pixels of a uint8 (C, H, W) image."""
     array = image.cpu().contiguous().numpy()
-    digest = hashlib.sha256(repr(array.shape).encode() + array.tobytes())
-    return int.from_bytes(digest.digest()[:8], "big") >> 1
+    return keyed_seed(repr(array.shape).encode() + array.tobytes())
 
 
 class LatentAccumulator:

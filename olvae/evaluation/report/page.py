@@ -15,7 +15,7 @@ from olvae.evaluation.report.pictures import pattern_groups, side_limit, triple
 from olvae.evaluation.results import INFINITE, Results, Row, used_weights
 from olvae.evaluation.runner import Evaluated
 from olvae.figures import ERROR_RANGE
-from olvae.files import whole
+from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 
 __all__ = ["render_page", "write_page"]
@@ -36,7 +36,7 @@ PACKAGES = ("open-litevae", "torch", "torchmetrics", "torch-fidelity", "lpips", 
 def write_page(evaluated: Evaluated, path: Path, command: str = "", when: datetime | None = None) -> None:
     """Write the page, whole or not at all; see :func:`render_page`."""
     html = render_page(evaluated, command, when)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(html, encoding="utf-8", errors="backslashreplace")
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost
-from olvae.files import whole
+from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 
 __all__ = ["print_results", "write_csv", "write_markdown"]
@@ -53,7 +53,7 @@ def write_markdown(results: Results, path: Path) -> None:
     if costs:
         lines += ["", f"Cost of one image; speed and memory: {_plain(_conditions(rows))}."]
     lines += ["", *(f"- {_plain(remark)}" for remark in _remarks(results))]
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -64,7 +64,10 @@ def write_csv(results: Results, path: Path) -> None:
     of a file name that is not UTF-8 are kept.
     """
     names = list(dict.fromkeys(name for row in results.rows for name in row.per_image))
-    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        atomic_write(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["target", "key", *names])
         for row in results.rows:

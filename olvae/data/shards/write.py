@@ -1,0 +1,226 @@
+"""Shards written one by one into a folder, so that a run killed at any moment is continued by the same command."""
+
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from olvae.config import ConfigError
+from olvae.data.errors import ReadError
+from olvae.data.shards.index import ShardRecord
+from olvae.files import atomic_write, file_sha256, write_json
+
+__all__ = ["FinishedShard", "ResumableShards", "WebDatasetSample", "shard_name"]
+
+LOCK_S = 5.0  # worker processes of a killed run need a moment to notice
+
+
+class WebDatasetSample(NamedTuple):
+    """The files of one image, by extension, in the order in which they are stored under ``key``."""
+
+    key: str
+    files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """What is written down about a shard once its file is in place.
+
+    Args:
+        record: images, bytes and SHA-256; a shard without images has no file.
+        unreadable: images of the source that were left out.
+        details: the caller's, as JSON.
+    """
+
+    record: ShardRecord
+    unreadable: Sequence[ReadError] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResumableShards:
+    """A folder of shards ``000000.tar``, ``000001.tar``, ... that may be interrupted and continued.
+
+    A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a file of JSON about
+    each finished shard, and the shards that are being written. A shard is moved to its place when it is complete, and
+    only then described. Any process may write any shard; no two should write the same one.
+
+    Args:
+        folder: of the shards; made by :meth:`begin`.
+        state: the name of the folder inside it.
+        checksums: verify finished shards by their SHA-256, not by their size alone.
+        earlier: finished shards of a run that has removed its state.
+        earlier_plan: the plan of that run.
+    """
+
+    folder: Path
+    state: str
+    checksums: bool = False
+    earlier: Mapping[int, FinishedShard] = field(default_factory=dict)
+    earlier_plan: Mapping[str, Any] | None = None
+
+    def path(self, number: int) -> Path:
+        return self.folder / shard_name(number)
+
+    def check(self, plan: Mapping[str, Any]) -> None:
+        """Compare a plan with the one that the folder was begun with; writes nothing.
+
+        ``plan["options"]`` is a mapping, whose values the message shows; it names other entries, such as ``images``,
+        without their values. A plan under which nothing has been finished yet may be replaced.
+
+        Raises:
+            ConfigError: shards of another plan are finished, or the folder holds something else.
+        """
+        others = self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
+        begun = self._plan()  # read after the listing: another process may be writing both
+        if begun is None:
+            if others:
+                raise ConfigError(
+                    f"--out {self.folder}: has other files already: name a new or empty folder, or one that this "
+                    "command began"
+                )
+            return
+        changes = _changes(begun, plan)
+        if changes and (self.earlier or any(self._state.glob("[0-9]*.json")) or any(self.folder.glob("*.tar"))):
+            raise ConfigError(
+                f"--out {self.folder}: was begun with {', '.join(changes)}: repeat the first command to continue, or "
+                "name another folder"
+            )
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """:meth:`check`, then write the plan."""
+        self.check(plan)
+        self._state.mkdir(parents=True, exist_ok=True)
+        write_json(plan, self._state / "plan.json")
+
+    @contextmanager
+    def locked(self, command: str) -> Iterator[None]:
+        """Refuse to run beside another process that holds the lock; child processes that are forked hold it as well.
+
+        Raises:
+            ConfigError: another run is still at work after :data:`LOCK_S` seconds.
+        """
+        self._state.mkdir(parents=True, exist_ok=True)
+        with (self._state / "lock").open("w") as file:
+            end = time.monotonic() + LOCK_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > end:
+                        raise ConfigError(f"--out {self.folder}: another `{command}` is at work there") from error
+                    time.sleep(0.1)
+            yield
+
+    def finished(self, number: int) -> FinishedShard | None:
+        """What is known about a shard, if it is finished and its file is intact."""
+        description = self._description(number)
+        if description.is_file():
+            content = json.loads(description.read_text(encoding="utf-8"))
+            unreadable = [ReadError(*error) for error in content["unreadable"]]
+            shard = FinishedShard(ShardRecord(**content["record"]), unreadable, content["details"])
+        elif number in self.earlier:
+            shard = self.earlier[number]
+        else:
+            return None
+        if not shard.record.images:
+            return shard
+        path = self.path(number)
+        intact = path.is_file() and path.stat().st_size == shard.record.bytes
+        return shard if intact and (not self.checksums or file_sha256(path) == shard.record.sha256) else None
+
+    def write(
+        self,
+        number: int,
+        samples: Iterable[WebDatasetSample | ReadError],
+        details: Callable[[], Mapping[str, Any]] = dict,
+    ) -> FinishedShard:
+        """Write a shard; the same samples give the same bytes.
+
+        Args:
+            samples: made while the shard is written; errors are listed.
+            details: called after the last sample.
+
+        Raises:
+            OSError: the shard can't be written.
+        """
+        path = self.path(number)
+        for unfinished in self._state.glob(f".partial-*-{path.name}"):  # of a run that was killed
+            unfinished.unlink(missing_ok=True)
+        images, unreadable = 0, []
+        with (
+            atomic_write(path, self._state) as partial,
+            _HashedFile(partial) as file,
+            tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for sample in samples:
+                if isinstance(sample, ReadError):
+                    unreadable.append(sample)
+                    continue
+                images += 1
+                for extension, content in sample.files.items():
+                    member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        if not images:
+            path.unlink()
+        record = ShardRecord(images, file.bytes if images else 0, file.digest.hexdigest())
+        shard = FinishedShard(record, unreadable, details())
+        write_json(asdict(shard), self._description(number))
+        return shard
+
+    def forget(self, number: int) -> None:
+        """Have a finished shard written again by the next run."""
+        self._description(number).unlink(missing_ok=True)
+
+    def remove_state(self) -> None:
+        """Remove what is needed only to continue: the shards are complete."""
+        shutil.rmtree(self._state)
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / self.state
+
+    def _description(self, number: int) -> Path:
+        return self._state / f"{number:06d}.json"
+
+    def _plan(self) -> Mapping[str, Any] | None:
+        path = self._state / "plan.json"
+        if not path.is_file():
+            return self.earlier_plan
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return plan
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def _changes(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """What differs between two plans, in a user's words; options first, because other entries may depend on them."""
+    old, new = begun["options"], plan["options"]
+    options = [f"{name} {old.get(name)} (now {value})" for name, value in new.items() if old.get(name) != value]
+    return options or [f"other {name}" for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
+
+
+class _HashedFile(io.BufferedWriter):
+    """A new file that is written from front to back, its length and its checksum."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.bytes += len(data)
+        return super().write(data)

@@ -1,0 +1,57 @@
+import threading
+
+import pytest
+
+from olvae.cli import progress as module
+from olvae.cli.progress import progress
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
+    with progress("packing", at_once=False) as bar:
+        bar.set(3, 10)
+    assert capsys.readouterr().err == ""  # it was shorter than the first interval
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    with progress("packing") as bar:
+        bar.set(3)
+        bar.set(4, 10)
+        bar.advance()
+        bar.print("a line")
+    lines = ["packing: 3 images", "packing: 4 of 10 images", "packing: 5 of 10 images", "a line"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_bar_on_a_terminal(capsys):
+    with progress("[bold]decoding", 10) as bar:
+        for _ in range(4):
+            bar.advance(2)
+        bar.print("above [bold]it")
+    out, err = capsys.readouterr()
+    assert out == ""
+    for text in ("[bold]decoding", "8/10", "images/s", "above [bold]it"):
+        assert text in err
+
+
+@pytest.mark.usefixtures("terminal")
+def test_no_thread_before_the_first_count(capsys):
+    before = set(threading.enumerate())
+    with progress("packing", at_once=False) as bar:
+        assert not set(threading.enumerate()) - before  # processes may be forked here
+        bar.set(1, 2)
+        assert len(set(threading.enumerate()) - before) == 1
+    assert "1/2" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("terminal")
+def test_other_ranks_show_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    with progress("encoding", 10, enabled=False) as bar:
+        bar.advance()
+    assert capsys.readouterr() == ("", "")

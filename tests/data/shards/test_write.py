@@ -1,0 +1,91 @@
+"""The writer of resumable shards, beside what packing and encoding test of it."""
+
+import json
+
+import pytest
+
+from olvae.config import ConfigError
+from olvae.data.errors import ReadError
+from olvae.data.shards.read import Shard, read_shard
+from olvae.data.shards.write import ResumableShards, WebDatasetSample
+
+PLAN = {"options": {"size": 8, "flip": False}, "images": "abc"}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    shards = ResumableShards(tmp_path / "out", ".state", checksums=True)
+    shards.begin(PLAN)
+    return shards
+
+
+def samples(count: int):
+    return [WebDatasetSample(f"{i:03d}", {"jpg": b"x" * i, "cls": b"1"}) for i in range(count)]
+
+
+def test_a_shard_and_what_is_known_about_it(shards):
+    assert shards.finished(2) is None
+    error = ReadError("b.jpg", "the file is empty")
+    written = shards.write(2, [*samples(3), error], lambda: {"sum": 3.5})
+    assert (written.record.images, written.unreadable, written.details) == (3, [error], {"sum": 3.5})
+    assert ResumableShards(shards.folder, ".state", checksums=True).finished(2) == written
+    entries = list(read_shard(Shard(str(shards.path(2)))))
+    assert [(entry.data, dict(entry.files)) for entry in entries] == [(b"x" * i, {"cls": b"1"}) for i in range(3)]
+    shards.forget(2)
+    assert shards.finished(2) is None
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "changed"])
+def test_a_damaged_shard_is_not_finished(shards, damage):
+    shards.write(0, samples(2))
+    path, content = shards.path(0), shards.path(0).read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-1] if damage == "shorter" else content[:-1] + b"x")
+    assert shards.finished(0) is None
+    by_size = ResumableShards(shards.folder, ".state")
+    assert (by_size.finished(0) is None) == (damage != "changed")
+    shards.write(0, samples(2))
+    assert path.read_bytes() == content
+
+
+def test_a_shard_without_images_has_no_file(shards):
+    shards.write(0, samples(1))
+    shards.write(0, [ReadError("a.jpg", "broken")])
+    assert not shards.path(0).exists()
+    assert shards.finished(0).record.images == 0
+
+
+def test_what_a_failed_or_killed_run_leaves_is_removed(shards):
+    def fail():
+        yield samples(1)[0]
+        raise OSError("the source is gone")
+
+    with pytest.raises(OSError, match="the source is gone"):
+        shards.write(0, fail())
+    assert [path.name for path in shards.folder.rglob("*")] == [".state", "plan.json"]
+    (shards.folder / ".state" / ".partial-12345678-000000.tar").write_bytes(b"half")
+    shards.write(0, samples(1))
+    assert sorted(path.name for path in shards.folder.rglob("*.tar")) == ["000000.tar"]
+    shards.remove_state()
+    assert [path.name for path in shards.folder.iterdir()] == ["000000.tar"]
+
+
+def test_another_plan_is_refused_once_something_is_finished(shards):
+    other = {"options": {"size": 16, "flip": False}, "images": "abd"}
+    shards.begin(other)
+    shards.begin(PLAN)
+    shards.write(0, samples(1))
+    with pytest.raises(ConfigError, match=r"out: was begun with size 8 \(now 16\): repeat the first command"):
+        shards.begin(other)
+    with pytest.raises(ConfigError, match="was begun with other images: repeat"):
+        shards.begin({**PLAN, "images": "abd"})
+    assert json.loads((shards.folder / ".state" / "plan.json").read_text()) == PLAN
+    shards.begin(PLAN)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="has other files already"):
+        ResumableShards(tmp_path, ".state").begin(PLAN)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
