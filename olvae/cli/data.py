@@ -65,7 +65,7 @@ def pack(
 
     Example: olvae data pack photos --out shards --resize 512
     """
-    from olvae.cli.progress import progress
+    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.data.pack import PackOptions
     from olvae.data.pack import pack as pack_images
@@ -132,7 +132,7 @@ def check(
 
     from rich.console import Console
 
-    from olvae.cli.progress import progress
+    from olvae.cli.options import progress
     from olvae.data.audit.check import CheckOptions
     from olvae.data.audit.check import check as check_source
     from olvae.data.audit.result import print_audit

@@ -29,7 +29,7 @@ def command(
 
     Example: olvae decode runs/2026-01-31T12-00-00_demo_32 latents --out images
     """
-    from olvae.cli.progress import progress
+    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.data.shards.index import with_counts
     from olvae.data.shards.latents import LATENT, read_stats

@@ -55,7 +55,7 @@ def command(
     """
     import json
 
-    from olvae.cli.progress import progress
+    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.devices import gather, join, leave, resolve_device
     from olvae.export.encode import DTYPES, EncodeJob, EncodeOptions

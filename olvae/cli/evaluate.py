@@ -2,21 +2,18 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, watched
 
-if TYPE_CHECKING:  # both are slow to import
-    from olvae.data.source import Batch
+if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.runner import Evaluated
     from olvae.runs import Run
 
-__all__ = ["command", "progress", "results_folder", "watched"]
+__all__ = ["command", "results_folder"]
 
 
 def command(
@@ -177,35 +174,6 @@ def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
     else:
         raise ConfigError("--out DIR is missing: the first target is neither a run folder nor a file")
     return check_folder(folder)
-
-
-@contextmanager
-def progress(
-    description: str, total: int | None, enabled: bool = True, unit: str = "images"
-) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, if that is a terminal; gives a function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda n: bar.advance(task, n)
-
-
-def watched(description: str) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
-    """Wraps the batches of this process in a progress bar over the images of all; only the first process shows one."""
-    from olvae.devices import this_process
-
-    def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
-        rank, world = this_process()
-        with progress(description, total, enabled=rank == 0) as advance:
-            for batch in batches:
-                yield batch
-                advance(len(batch["image"]) * world)
-
-    return wrap
 
 
 def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> list[tuple[str, Path]]:

@@ -69,8 +69,7 @@ def command(
     from rich.console import Console
 
     from olvae.config import ConfigError
-    from olvae.export.card import Provenance
-    from olvae.export.folder import DTYPES, check_empty, export, first_target, read_factors
+    from olvae.export.folder import DTYPES, Provenance, check_empty, export, first_target, read_factors
     from olvae.models.autoencoder import LiteVAE
     from olvae.models.loading.targets import RAW, find_target
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.evaluate import progress, results_folder, watched
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw
+from olvae.cli.evaluate import results_folder
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, progress, watched
 
 __all__ = ["command"]
 
@@ -80,10 +80,10 @@ def command(
         for name, accumulator in part.items():
             accumulators[name].merge(accumulator)
     summaries = {}
-    with progress("comparing with N(0, I)", len(models), unit="models") as advance:
+    with progress("comparing with N(0, I)", len(models), unit="models") as bar:
         for name, accumulator in accumulators.items():
             summaries[name] = accumulator.compute()
-            advance(1)
+            bar.advance()
 
     folder.mkdir(parents=True, exist_ok=True)
     seen = next(iter(summaries.values())).n

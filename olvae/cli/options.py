@@ -1,11 +1,31 @@
-"""Arguments that several commands share, and the exit code of a stopped command."""
+"""What several commands share: arguments, the exit code after Ctrl-C, the progress bar."""
 
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-__all__ = ["STOPPED", "AllowMismatch", "ConfigFile", "Device", "Raw", "TargetArgument"]
+if TYPE_CHECKING:  # slow to import
+    from olvae.data.source import Batch
+
+__all__ = [
+    "STOPPED",
+    "AllowMismatch",
+    "ConfigFile",
+    "Device",
+    "ProgressBar",
+    "Raw",
+    "TargetArgument",
+    "progress",
+    "watched",
+]
+
 
 STOPPED = 130
 """The exit code after Ctrl-C, as in shells."""
@@ -17,11 +37,114 @@ TargetArgument = Annotated[
         help="A run folder, checkpoint, export, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
     ),
 ]
+
 ConfigFile = Annotated[
     Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
 ]
+
 Raw = Annotated[bool, typer.Option("--raw", help="Use the weights as trained, not the averaged ones (EMA).")]
+
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-mismatch", help="Load weights even if only some of them fit; the others are listed.")
 ]
+
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]
+
+LINE_EVERY_S = 15.0  # without a terminal
+
+
+@contextmanager
+def progress(
+    description: str, total: float | None = None, enabled: bool = True, unit: str = "images", at_once: bool = True
+) -> Iterator["ProgressBar"]:
+    """Show progress on standard error; the bar disappears at the end.
+
+    Args:
+        description: what is being done, such as ``encoding``.
+        total: of the units; None if unknown.
+        enabled: show anything at all; for ranks other than the first.
+        unit: what is counted.
+        at_once: show the bar immediately. Without it, the bar and its thread start with the first count, because worker
+            processes have to be forked before.
+    """
+    bar = ProgressBar(description, total, enabled, unit)
+    if at_once:
+        bar.start()
+    try:
+        yield bar
+    finally:
+        bar.stop()
+
+
+class ProgressBar:
+    """Counts what is done; see :func:`progress`."""
+
+    def __init__(self, description: str, total: float | None, enabled: bool, unit: str) -> None:
+        self.description = description
+        self.unit = unit
+        self.done = 0.0
+        self.total = total
+        self.enabled = enabled
+        self._line_at = time.monotonic() + LINE_EVERY_S
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        if enabled and console.is_terminal:
+            name = TextColumn("{task.description}", markup=False)
+            columns = (name, BarColumn(), MofNCompleteColumn(), _RateColumn(unit), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(description, total=total)
+
+    def start(self) -> None:
+        if self._bar is not None:
+            self._bar.start()
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, n: float = 1) -> None:
+        """Count further units."""
+        self.set(self.done + n)
+
+    def set(self, done: float, total: float | None = None) -> None:
+        """Set the number of units done, and the total once it is known."""
+        self.done = done
+        self.total = self.total if total is None else total
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=self.total)
+            self._bar.start()
+        elif self.enabled and time.monotonic() >= self._line_at:
+            self._line_at = time.monotonic() + LINE_EVERY_S
+            of_total = "" if self.total is None else f" of {self.total:.0f}"
+            typer.echo(f"{self.description}: {int(done)}{of_total} {self.unit}", err=True)
+
+    def print(self, line: str) -> None:
+        """Print a line to standard error, above the bar if there is one."""
+        if self._bar is None:
+            typer.echo(line, err=True)
+        else:
+            self._bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
+
+
+def watched(description: str) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
+    """Wraps the batches of this process in a progress bar over the images of all; only the first process shows one."""
+    from olvae.devices import this_process
+
+    def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
+        rank, world = this_process()
+        with progress(description, total, enabled=rank == 0, at_once=False) as bar:
+            for batch in batches:
+                yield batch
+                bar.advance(len(batch["image"]) * world)
+
+    return wrap

@@ -42,7 +42,7 @@ def command(
     """
     import torch
 
-    from olvae.cli.progress import progress
+    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.devices import resolve_device, resolve_precision
     from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file

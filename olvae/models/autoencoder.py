@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
-from olvae.models.hub import CARD, HubAccess, is_hub_id, upload_errors
-from olvae.models.pretrained import Located, config_kept, locate, write_export
+from olvae.models.pretrained import (
+    CARD,
+    HubAccess,
+    Located,
+    config_kept,
+    is_hub_id,
+    locate,
+    upload_errors,
+    write_export,
+)
 from olvae.models.spec import AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import DiagonalGaussian, Posterior

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.export import folder as folder_module
-from olvae.export.card import Provenance
-from olvae.export.folder import export, read_factors
+from olvae.export.folder import Provenance, export, read_factors
 from olvae.models.spec import WEIGHTS_NAME
 from tests.conftest import tiny_config
 

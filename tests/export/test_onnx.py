@@ -9,8 +9,7 @@ import torch
 
 from olvae import LiteVAE
 from olvae.export import onnx as onnx_module
-from olvae.export.card import Provenance
-from olvae.export.folder import export
+from olvae.export.folder import Provenance, export
 from olvae.export.onnx import export_onnx, export_program, halves
 from tests.conftest import tiny_config
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from olvae.checkpoint import mismatches
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
-from olvae.models.hub import is_hub_id, snapshot
+from olvae.models.pretrained import is_hub_id, snapshot
 from olvae.models.spec import class_in
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 

@@ -13,10 +13,9 @@ from olvae import config as cfg
 from olvae.checkpoint import pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder, LiteVAE, load_located
-from olvae.models.hub import is_hub_id
 from olvae.models.loading.diffusers import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
-from olvae.models.pretrained import locate, locate_weights
+from olvae.models.pretrained import is_hub_id, locate, locate_weights
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.runs import Run
 

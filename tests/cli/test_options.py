@@ -2,8 +2,8 @@ import threading
 
 import pytest
 
-from olvae.cli import progress as module
-from olvae.cli.progress import progress
+from olvae.cli import options as module
+from olvae.cli.options import progress
 
 
 @pytest.fixture
