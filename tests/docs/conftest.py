@@ -1,7 +1,6 @@
 """What the docs assume to be in the working directory: pictures, a run, and what was made with it."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ def run_command(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory) -> Iterator[Path]:
+def prepared(tmp_path_factory) -> Path:
     """The folder, made once: a tiny model with the demo's name and 12 latent channels stands for the demo's."""
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
@@ -53,7 +52,7 @@ def prepared(tmp_path_factory) -> Iterator[Path]:
         run_command(["olvae", "export", RUN, "--out", "my-vae"])
         shutil.copytree("my-vae", "demo-vae")
         run_command(["olvae", "encode", RUN, "--data", "photos", "--out", "latents"])
-        yield folder
+    return folder
 
 
 @pytest.fixture
