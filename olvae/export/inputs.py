@@ -62,7 +62,7 @@ class DatasetInputs:
         for i in self._range(shard):
             key = self.images.key(i)
             files = {"cls": numbers[_folder(key)]} if numbers else {}
-            yield Item(f"{i:08d}", key, lambda i=i: self.images[i], files)  # type: ignore[misc]
+            yield Item(f"{i:08d}", key, partial(self.images.__getitem__, i), files)
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the shards' content depends on, together with the options."""
@@ -96,12 +96,7 @@ class ShardInputs:
         for entry in read_shard(source, self.image_key):
             if not isinstance(entry, ReadError):
                 name = entry.key.removeprefix(f"{source.name}/")
-                yield Item(
-                    name,
-                    entry.key,
-                    lambda e=entry: Photo(e.data, e.name, self.channels),  # type: ignore[misc]
-                    entry.files,
-                )
+                yield Item(name, entry.key, partial(Photo, entry.data, entry.name, self.channels), entry.files)
             elif is_local(source.url):
                 yield entry
             else:  # the network may have failed, so this need not be the end of the shard

@@ -21,9 +21,9 @@ class ImageDataset(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def key(self, index: int) -> str:
-        """A unique name for each picture, without leading slash."""
+        """A unique name for each picture, without leading slash; by default its number."""
+        return f"{index:08d}"
 
     @abstractmethod
     def __getitem__(self, index: int) -> Picture | Photo:
