@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
 
 __all__ = ["command"]
 
@@ -42,7 +42,6 @@ def command(
     """
     import torch
 
-    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.devices import resolve_device, resolve_precision
     from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file
@@ -83,7 +82,7 @@ def command(
 
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with progress("reconstructing", len(outputs)) as bar:
+    with ProgressBar("reconstructing", len(outputs)) as bar:
         for number, files in enumerate(outputs):
 
             def show(fraction: float, before: int = number) -> None:
