@@ -91,7 +91,7 @@ def pack(
     index depend on the source and the options alone. Finished shards of an earlier run are verified and kept.
 
     Args:
-        src: a folder, pattern, list or data set; see :data:`~olvae.data.open.SRC`.
+        src: a folder, pattern, list or data set; see :mod:`olvae.data.open`.
         workers: processes.
         max_unreadable: share of the images that may be unreadable; these are left out.
         on_progress: called with the number of images that are done, and of all.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -106,13 +107,9 @@ def name_outputs(images: Sequence[Path], out: Path, suffix: str = ".png") -> lis
 
 
 def _names(image: Path) -> Iterable[str]:
-    yield image.stem
     longer = f"{image.resolve().parent.name}_{image.stem}".lstrip("_")
-    yield longer
-    number = 2
-    while True:
-        yield f"{longer}_{number}"
-        number += 1
+    yield from (image.stem, longer)
+    yield from (f"{longer}_{number}" for number in count(2))
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProg
     """Read and decode every image of a source.
 
     Args:
-        src: a folder, pattern, list, data set or shards; see :data:`~olvae.data.open.SRC`.
+        src: a folder, pattern, list, data set or shards; see :mod:`olvae.data.open`.
         workers: processes.
         on_progress: called with the number of images that are done, and of all.
 

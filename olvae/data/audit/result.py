@@ -165,10 +165,8 @@ def summarise(source: str, size: int, seen: Sequence[ImageFacts], unreadable: Se
     result.shorter_side, result.aspect_ratio = _spread(shorter), _spread(ratio)
     result.widest, result.tallest = seen[int(ratio.argmax())].name, seen[int(ratio.argmin())].name
     result.long = int((np.maximum(width, height) >= LONG * shorter).sum())
-    ends = [*SIDES[1:], None]
-    for low, high in zip(SIDES, ends, strict=True):
-        count = int(((shorter >= low) & (True if high is None else shorter < high)).sum())
-        result.sides.append((low, high, count))
+    counts = np.histogram(shorter, [*SIDES, np.inf])[0].tolist()
+    result.sides = list(zip(SIDES, [*SIDES[1:], None], counts, strict=True))
     result.smaller = int((shorter < size).sum())
     groups: dict[bytes, list[str]] = {}
     for image in seen:

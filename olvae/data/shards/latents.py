@@ -49,16 +49,14 @@ class Latent(NamedTuple):
         return mean + self.std.float() * torch.randn(mean.shape, generator=generator)
 
 
-def latent_bytes(latent: Latent, flipped: Latent | None) -> bytes:
+def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
     """The file of an image's tensors, with those of the mirrored image if given."""
     tensors: dict[str, Tensor] = {}
-    for ending, one in (("", latent), (FLIP, flipped)):
-        if one is None:
-            continue
-        if one.std is None:
+    for ending, one in {"": latent, FLIP: flipped}.items():
+        if one is not None and one.std is None:
             tensors[f"latent{ending}"] = one.mean.contiguous()
-        else:
-            tensors[f"mean{ending}"], tensors[f"std{ending}"] = one.mean.contiguous(), one.std.contiguous()
+        elif one is not None and one.std is not None:
+            tensors |= {f"mean{ending}": one.mean.contiguous(), f"std{ending}": one.std.contiguous()}
     return save(tensors)
 
 
@@ -183,10 +181,7 @@ class LatentSource(ShardSource):
 
 
 def _label(entry: Entry) -> int | None:
-    content = entry.files.get("cls")
-    if content is None:
-        return None
     try:
-        return int(content)
+        return int(entry.files["cls"]) if "cls" in entry.files else None
     except ValueError as error:
-        raise UnreadableImageError(entry.name, f"its .cls is not a number: {content[:20]!r}") from error
+        raise UnreadableImageError(entry.name, f"its .cls is not a number: {error}") from error
