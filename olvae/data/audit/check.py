@@ -23,7 +23,7 @@ from olvae.data.pool import OnProgress, SharedProgress, cores, ignore_progress, 
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
 from olvae.data.shards.read import Shard, read_shard
-from olvae.data.shards.urls import find_shards, is_local, local_path, stem
+from olvae.data.shards.urls import find_shards, is_local, stem
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
 from olvae.files import file_sha256, printable
@@ -133,7 +133,7 @@ def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgre
         part.look(partial(Photo, entry.data, entry.name, channels), entry.key, channels)
         progress.advance()
     part.dotted = [f"{stem(url)}/{name}" for name in part.dotted]
-    path = Path(local_path(url))
+    path = Path(url)
     there = is_local(url) and path.is_file()
     size, digest = path.stat().st_size if there else None, file_sha256(path) if there and checksums else None
     part.shards.append(ShardFacts(url, images, size, digest, "; ".join(reasons) or None))
@@ -190,7 +190,7 @@ def _check_images(src: str, options: CheckOptions, workers: int, on_progress: On
 
 def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
     urls = find_shards(src)
-    folders = sorted({Path(local_path(url)).parent for url in urls if is_local(url)})
+    folders = sorted({Path(url).parent for url in urls if is_local(url)})
     if options.index and not folders:
         raise ConfigError(f"--index: the shards of {src} are not on this machine")
     checksums = options.index or any((folder / INDEX).is_file() for folder in folders)
@@ -264,7 +264,7 @@ def _speed(src: str, options: CheckOptions) -> Speed | None:
 
 def _check_index(src: str, folder: Path, write: bool, result: AuditResult) -> None:
     """Compare the shards of a folder with its index; write one if there is none or it does not know all shards."""
-    here = {path.name: shard for shard in result.shards if (path := Path(local_path(shard.url))).parent == folder}
+    here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
     path, index = folder / INDEX, None
     if path.is_file():
         try:

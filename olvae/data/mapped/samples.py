@@ -1,6 +1,6 @@
 """Real photographs to train and test on without a download: thirteen from scikit-image, two in this package."""
 
-import importlib.util
+import importlib.resources
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,7 @@ class Photograph(NamedTuple):
 
     @property
     def path(self) -> Path:
-        spec = importlib.util.find_spec(self.package)
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(f"the sample photographs need {self.package}: pip install -r requirements.txt")
-        return Path(spec.origin).parent / self.file
+        return Path(str(importlib.resources.files(self.package))) / self.file
 
 
 PHOTOGRAPHS = (

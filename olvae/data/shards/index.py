@@ -12,7 +12,7 @@ from webdataset.tariterators import base_plus_ext
 
 from olvae.data.image import EXTENSIONS
 from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url
-from olvae.data.shards.urls import file_name, is_local, local_path, shard_names
+from olvae.data.shards.urls import file_name, is_local, shard_names
 from olvae.files import write_json
 
 __all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
@@ -120,7 +120,7 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
 
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
     """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
-    local = {url: Path(local_path(url)) for url in urls if is_local(url)}
+    local = {url: Path(url) for url in urls if is_local(url)}
     indexes = {
         folder: _read_index(str(folder / INDEX))
         for folder in dict.fromkeys(path.parent for path in local.values())

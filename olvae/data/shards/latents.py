@@ -53,10 +53,9 @@ def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
     """The file of an image's tensors, with those of the mirrored image if given."""
     tensors: dict[str, Tensor] = {}
     for ending, one in {"": latent, FLIP: flipped}.items():
-        if one is not None and one.std is None:
-            tensors[f"latent{ending}"] = one.mean.contiguous()
-        elif one is not None and one.std is not None:
-            tensors |= {f"mean{ending}": one.mean.contiguous(), f"std{ending}": one.std.contiguous()}
+        if one is not None:
+            parts = {"latent": one.mean} if one.std is None else {"mean": one.mean, "std": one.std}
+            tensors |= {f"{name}{ending}": part.contiguous() for name, part in parts.items()}
     return save(tensors)
 
 
