@@ -16,21 +16,11 @@ app = typer.Typer(
     no_args_is_help=True, context_settings=HELP, help="Pack images into shards; check a source of images."
 )
 
-Src = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC",
-        help="A folder of images, a pattern, a .txt list of files, samples, torchvision:CIFAR10,root=data, or "
-        "hf:cifar10,split=test,column=img.",
-    ),
-]
+NUMBERED = "a .txt list of files, samples, torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img."
+Src = Annotated[str, typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")]
 CheckSrc = Annotated[
     str,
-    typer.Argument(
-        metavar="SRC",
-        help="A folder of images or of .tar shards, a pattern or URL of shards, a .txt list of files, samples, "
-        "torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img.",
-    ),
+    typer.Argument(metavar="SRC", help=f"A folder of images or of .tar shards, a pattern or URL of shards, {NUMBERED}"),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")]
 Channels = Annotated[int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")]

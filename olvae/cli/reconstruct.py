@@ -83,11 +83,11 @@ def command(
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     with ProgressBar("reconstructing", len(outputs)) as bar:
+
+        def show(fraction: float) -> None:
+            bar.set(number + fraction)
+
         for number, files in enumerate(outputs):
-
-            def show(fraction: float, before: int = number) -> None:
-                bar.set(before + fraction)
-
             try:
                 value = reconstruct_file(model, files, options, show)
             except ValueError as error:

@@ -96,10 +96,7 @@ def holds_shards(src: str) -> bool:
         return False
     path = Path(src).expanduser()
     if path.is_dir():
-        try:
-            return any(file.name.endswith(SUFFIXES) for file in path.iterdir())
-        except OSError:  # an error when its images are read
-            return False
+        return any(file.name.endswith(SUFFIXES) for file in path.glob("*"))  # none if the folder can't be opened
     return not is_local(src) or src.endswith(SUFFIXES)
 
 
