@@ -87,14 +87,14 @@ def command(
         def show(fraction: float) -> None:
             bar.set(number + fraction)
 
-        for number, files in enumerate(outputs):
+        for number, (source, result) in enumerate(outputs.items()):
             try:
-                value = reconstruct_file(model, files, options, show)
+                value = reconstruct_file(model, source, result, options, show)
             except ValueError as error:
                 failed += 1
                 bar.print(f"error: {error}")
             else:
-                bar.print(legible(f"{value:6.2f} dB  {files.source} -> {files.out}"))
+                bar.print(legible(f"{value:6.2f} dB  {source} -> {result}"))
             bar.set(number + 1)
     done = len(outputs) - failed
     if done:

@@ -139,22 +139,15 @@ class LatentSource(ShardSource):
         self.stats = read_stats(folder)
         if self.stats["latent_shape"] is None and batch_size > 1:
             raise ValueError(f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1")
-        self.folder = folder
+        self.shift_factor: float = self.stats["shift_factor"]
+        """Mean of the stored latents."""
+        self.scaling_factor: float = self.stats["scaling_factor"]
+        """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
         size = max(1, self.stats["size"])
         super().__init__(shards, shards, shuffle, LATENT, size, batch_size, num_workers, max_unreadable=max_unreadable)
-
-    @property
-    def shift_factor(self) -> float:
-        """Mean of the stored latents."""
-        return float(self.stats["shift_factor"])
-
-    @property
-    def scaling_factor(self) -> float:
-        """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
-        return float(self.stats["scaling_factor"])
 
     @property
     def images(self) -> int | None:
