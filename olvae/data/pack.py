@@ -242,12 +242,10 @@ class _Packer:
 
     def _files(self, index: int) -> dict[str, bytes]:
         """The image and what is known about it, by extension, sorted."""
-        given = self.images[index]
-        name = self.images.key(index)
-        photo = given if isinstance(given, Photo) else Photo(given, name, self.options.channels)
+        photo = self.images[index]
         photo = Photo(photo.undecoded(), photo.name, photo.channels)  # what is checked is what is stored
         extension, data, (width, height) = _encode(photo, self.options)
-        details = {"name": name, "width": width, "height": height}
+        details = {"name": self.images.key(index), "width": width, "height": height}
         label = self.images.label(index) if isinstance(self.images, Items) else None
         if label is not None:
             details["label"] = label

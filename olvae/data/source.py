@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.errors import ReadError, ReadErrors, UnreadableImages
-from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.image import Photo, image_to_tensor
 from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from olvae.devices import this_process
@@ -48,13 +48,13 @@ class Sample(NamedTuple):
     enlarged: bool = False
 
 
-def eval_sample(image: Picture | Photo, key: str, transform: EvalTransform) -> Sample:
+def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
     """An image to validate with.
 
     Raises:
         UnreadableImageError: the photograph's file is broken.
     """
-    picture = image.read() if isinstance(image, Photo) else image
+    picture = photo.read()
     return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from olvae.data.image import Bands, Photo, Picture
 
-__all__ = ["FILTERS", "EvalTransform", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
+__all__ = ["FILTERS", "EvalTransform", "RandomScaleCrop", "resize_shorter_side"]
 
 FILTERS = {
     "box": Image.Resampling.BOX,
@@ -142,8 +142,3 @@ def resize_shorter_side(image: Picture, size: int, resample: Image.Resampling = 
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     return image.resize((width, height), resample)
-
-
-def center_crop(image: Picture, size: int) -> Picture:
-    """The evaluation transform of the results table: bicubic resize of the shorter side, then a centre crop."""
-    return EvalTransform(size)(image)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.errors import ReadError, UnreadableImageError
-from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.image import Photo, image_to_tensor
 from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.shards.index import with_counts
@@ -21,7 +21,7 @@ from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 
 __all__ = ["Inputs", "Item", "ReadImage", "find_inputs", "read_batches"]
 
@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
     name: str
     key: str
-    open: Callable[[], Picture | Photo]
+    open: Callable[[], Photo]
     files: Mapping[str, bytes] = {}
 
 
@@ -211,8 +211,8 @@ def _read(size: int, item: Item | ReadError) -> ReadImage | ReadError:
     if isinstance(item, ReadError):
         return item
     try:
-        opened = item.open()
-        picture = opened.read() if isinstance(opened, Photo) else opened
-        return ReadImage(item, image_to_tensor(center_crop(picture, size) if size else picture), picture.size)
+        picture = item.open().read()
+        pixels = image_to_tensor(EvalTransform(size)(picture) if size else picture)
+        return ReadImage(item, pixels, picture.size)
     except UnreadableImageError as error:
         return ReadError(item.key, error.reason)

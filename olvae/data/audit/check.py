@@ -15,7 +15,7 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.audit.result import AuditResult, EpochShares, ImageFacts, ShardFacts, Speed, summarise
 from olvae.data.errors import ReadError, UnreadableImageError
-from olvae.data.image import Bands, Photo, Picture
+from olvae.data.image import Bands, Photo
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files, FolderSource
 from olvae.data.open import holds_shards, open_images, open_source
@@ -106,17 +106,17 @@ class _Part:
     shards: list[ShardFacts] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)
 
-    def look(self, image: Callable[[], Picture | Photo], name: str, channels: int) -> None:
+    def look(self, image: Callable[[], Photo], name: str) -> None:
         try:
-            self.seen.append(_look(image(), name, channels))
+            self.seen.append(_look(image(), name))
         except UnreadableImageError as error:
             self.unreadable.append(ReadError(name, error.reason))
 
 
-def _read_images(images: ImageDataset, channels: int, indices: range, progress: SharedProgress) -> _Part:
+def _read_images(images: ImageDataset, indices: range, progress: SharedProgress) -> _Part:
     part = _Part()
     for index in indices:
-        part.look(partial(images.__getitem__, index), images.key(index), channels)
+        part.look(partial(images.__getitem__, index), images.key(index))
         progress.advance()
     return part
 
@@ -130,7 +130,7 @@ def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgre
             reasons.append(entry.reason)
             continue
         images += 1
-        part.look(partial(Photo, entry.data, entry.name, channels), entry.key, channels)
+        part.look(partial(Photo, entry.data, entry.name, channels), entry.key)
         progress.advance()
     part.dotted = [f"{stem(url)}/{name}" for name in part.dotted]
     path = Path(url)
@@ -157,8 +157,7 @@ def _read_all(
     return everything
 
 
-def _look(image: Picture | Photo, name: str, channels: int) -> ImageFacts:
-    photo = image if isinstance(image, Photo) else Photo(image, name, channels)
+def _look(photo: Photo, name: str) -> ImageFacts:
     in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
     kind = f"{photo.format or in_memory} {photo.mode or ''}".strip()
     picture = photo.read()
@@ -173,7 +172,7 @@ def _check_images(src: str, options: CheckOptions, workers: int, on_progress: On
     images = open_images(src, options.channels)
     count = len(images)
     tasks = [range(i, min(i + AT_ONCE, count)) for i in range(0, count, AT_ONCE)]
-    found = _read_all(partial(_read_images, images, options.channels), tasks, workers, count, on_progress)
+    found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
     result = summarise(src, options.size, found.seen, found.unreadable)
     if isinstance(images, Files):
         result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]

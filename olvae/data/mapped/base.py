@@ -7,7 +7,7 @@ from itertools import takewhile
 import numpy as np
 
 from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
-from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.image import Photo, image_to_tensor
 from olvae.data.sampler import LoaderProcess, draws
 from olvae.data.source import Sample, Source, eval_sample
 from olvae.data.transforms import RandomScaleCrop
@@ -26,7 +26,7 @@ class ImageDataset(ABC):
         return f"{index:08d}"
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Picture | Photo:
+    def __getitem__(self, index: int) -> Photo:
         """Raises UnreadableImageError where it can't be read."""
 
 
@@ -43,7 +43,7 @@ class Subset(ImageDataset):
     def key(self, index: int) -> str:
         return self.images.key(self.indices[index])
 
-    def __getitem__(self, index: int) -> Picture | Photo:
+    def __getitem__(self, index: int) -> Photo:
         return self.images[self.indices[index]]
 
 

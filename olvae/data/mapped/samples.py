@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from olvae.data.image import Picture, read_picture
+from olvae.data.image import Photo, Picture, read_picture
 from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.transforms import RandomScaleCrop, resize_shorter_side
 
@@ -64,8 +64,9 @@ class _Pictures(ImageDataset):
     def key(self, index: int) -> str:
         return self.pictures[index][0]
 
-    def __getitem__(self, index: int) -> Picture:
-        return self.pictures[index][1]
+    def __getitem__(self, index: int) -> Photo:
+        name, picture = self.pictures[index]
+        return Photo(picture, name)
 
 
 def sample_photographs(photographs: Sequence[Photograph] = (*PHOTOGRAPHS, *HELD_OUT)) -> ImageDataset:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from olvae.data.mapped.folder import Files, FolderSource, find_images
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 from tests.data.images import close_folders
 
 
@@ -62,7 +62,7 @@ def test_a_validation_folder(image_folder, tmp_path):
 def test_validation_is_each_picture_once_by_the_evaluation_transform(image_folder):
     s = source(image_folder)
     seen = torch.cat(batches(s.val_loader(), 99))
-    expected = [np.asarray(center_crop(Image.open(p).convert("RGB"), 16)) for p in s.val.paths]
+    expected = [np.asarray(EvalTransform(16)(Image.open(p).convert("RGB"))) for p in s.val.paths]
     assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
