@@ -146,6 +146,14 @@ class Source(ABC):
         """
         raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
 
+    def check_batch(self) -> None:
+        """Raises ValueError where a batch is larger than the training images of an epoch."""
+        if self.samples_per_epoch is not None and self.batch_size > self.samples_per_epoch:
+            raise ValueError(
+                f"batch_size {self.batch_size} is larger than the data, {self.samples_per_epoch} training images: "
+                "lower data.params.batch_size or add images"
+            )
+
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raises ValueError where the data can't be shared among the processes of ``world`` ranks."""
 

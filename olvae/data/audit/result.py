@@ -220,7 +220,7 @@ def _facts(result: AuditResult) -> Table:
     if result.shards:
         table.add_row("shards", _shards(result.shards))
     if result.consumers is not None:
-        table.add_row("epoch", _consumers(result.consumers))
+        table.add_row("epoch", _epoch(result.consumers))
     if result.speed is not None:
         table.add_row("speed", _speed(result.speed))
     return table
@@ -265,15 +265,15 @@ def _shards(shards: list[ShardFacts]) -> str:
     return f"{len(shards):,}, {each}{f'; {broken:,} broken' if broken else ''}"
 
 
-def _consumers(consumers: EpochShares) -> str:
-    who = f"{consumers.workers} workers x {consumers.ranks} ranks"
-    if consumers.images is None:
-        return f"an unknown number of images in {consumers.shards} training shards, for {who}"
-    of = "" if consumers.shards is None else f" in {consumers.shards:,} shards"
-    text = f"{consumers.images:,} training images{of}: {consumers.batches:,} batches of {consumers.batch_size} per rank"
-    if consumers.per_process is None:
+def _epoch(shares: EpochShares) -> str:
+    who = f"{shares.workers} workers x {shares.ranks} ranks"
+    if shares.images is None:
+        return f"an unknown number of images in {shares.shards} training shards, for {who}"
+    of = "" if shares.shards is None else f" in {shares.shards:,} shards"
+    text = f"{shares.images:,} training images{of}: {shares.batches:,} batches of {shares.batch_size} per rank"
+    if shares.per_process is None:
         return text
-    return f"{text}; {who}: {consumers.per_process:,} images per process, {consumers.left_out:,} left out"
+    return f"{text}; {who}: {shares.per_process:,} images per process, {shares.left_out:,} left out"
 
 
 def _speed(speed: Speed) -> str:

@@ -91,11 +91,7 @@ class MappedSource(Source):
         self.train, self.val = train, val
         self.transform = transform
         self.samples_per_image = samples_per_image
-        if batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
-                "lower data.params.batch_size or add images"
-            )
+        self.check_batch()
 
     @property
     def samples_per_epoch(self) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Index:
     shards: Mapping[str, ShardRecord]
     packed: Mapping[str, Any] | None = None
     plan: str | None = None
-    unreadable: Sequence[Skipped] = field(default=())
+    unreadable: Sequence[Skipped] = ()
 
     @property
     def images(self) -> int:
@@ -69,7 +69,7 @@ class Index:
             "version": VERSION,
             "images": self.images,
             "bytes": self.bytes,
-            "packed": None if self.packed is None else dict(self.packed),
+            "packed": self.packed,
             "plan": self.plan,
             "unreadable": [asdict(skipped) for skipped in self.unreadable],
             "shards": {name: asdict(self.shards[name]) for name in sorted(self.shards)},
