@@ -175,10 +175,10 @@ class EncodeJob:
         Raises:
             ValueError: no image could be read.
         """
-        finished = [shard for number in range(len(self.inputs)) if (shard := self.shards.finished(number)) is not None]
-        assert len(finished) == len(self.inputs)
+        finished = [self.shards.finished(number) for number in range(len(self.inputs))]
         sums, counts, unreadable = LatentSums(), {}, []
         for number, shard in enumerate(finished):
+            assert shard is not None
             unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
             if shard.record.images:
                 sums.add(LatentSums(**shard.details))

@@ -141,12 +141,10 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
 
 def _classes(images: ImageDataset) -> list[str]:
     """The folders that the images lie in, sorted."""
-    names = set()
-    for i in range(len(images)):
-        if "/" not in images.key(i):
-            raise ConfigError(f"--classes: {images.key(i)} is not in a folder that could be its class")
-        names.add(_folder(images.key(i)))
-    return sorted(names)
+    keys = [images.key(i) for i in range(len(images))]
+    if loose := [key for key in keys if "/" not in key]:
+        raise ConfigError(f"--classes: {loose[0]} is not in a folder that could be its class")
+    return sorted({_folder(key) for key in keys})
 
 
 def _folder(key: str) -> str:
