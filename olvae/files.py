@@ -82,8 +82,7 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
 
 
-def named(skipped: Iterable[tuple[str, str]], at_most: int = 10) -> str:
-    """The first few names with their reasons, and how many more there are."""
+def named(skipped: Iterable[tuple[str, str]]) -> str:
+    """The first ten names with their reasons, and how many more there are."""
     texts = [f"{printable(name)} ({reason})" for name, reason in skipped]
-    more = f", and {len(texts) - at_most} more" if len(texts) > at_most else ""
-    return ", ".join(texts[:at_most]) + more
+    return ", ".join(texts[:10]) + (f", and {len(texts) - 10} more" if len(texts) > 10 else "")

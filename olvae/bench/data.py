@@ -126,9 +126,8 @@ def _undecoded(source: Source) -> Iterator[_Raw]:
     elif isinstance(source, MappedSource):
         for i in np.random.default_rng(0).permutation(len(source.train)):
             with contextlib.suppress(UnreadableImageError):
-                image = source.train[int(i)]
-                name = image.name if isinstance(image, Photo) else source.train.key(int(i))
-                yield _Raw(name, image.undecoded() if isinstance(image, Photo) else image, source)
+                photo = source.train[int(i)]
+                yield _Raw(photo.name, photo.undecoded(), source)
     elif isinstance(source, MixSource):
         parts = [list(islice(_undecoded(part), FLOOR_IMAGES)) for part in source.sources]
         turns = [cycle(part) for part in parts]

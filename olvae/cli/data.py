@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED
+from olvae.cli.options import STOPPED, ProgressBar
 
 __all__ = ["app"]
 
@@ -16,21 +16,11 @@ app = typer.Typer(
     no_args_is_help=True, context_settings=HELP, help="Pack images into shards; check a source of images."
 )
 
-Src = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC",
-        help="A folder of images, a pattern, a .txt list of files, samples, torchvision:CIFAR10,root=data, or "
-        "hf:cifar10,split=test,column=img.",
-    ),
-]
+NUMBERED = "a .txt list of files, samples, torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img."
+Src = Annotated[str, typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")]
 CheckSrc = Annotated[
     str,
-    typer.Argument(
-        metavar="SRC",
-        help="A folder of images or of .tar shards, a pattern or URL of shards, a .txt list of files, samples, "
-        "torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img.",
-    ),
+    typer.Argument(metavar="SRC", help=f"A folder of images or of .tar shards, a pattern or URL of shards, {NUMBERED}"),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")]
 Channels = Annotated[int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")]
@@ -65,7 +55,6 @@ def pack(
 
     Example: olvae data pack photos --out shards --resize 512
     """
-    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.data.pack import PackOptions
     from olvae.data.pack import pack as pack_images
@@ -81,7 +70,7 @@ def pack(
         shard_size or 0, seed if shuffle else None, resize, image_format or "jpg", quality or 95, channels
     )
     try:
-        with progress("packing", at_once=False) as bar:
+        with ProgressBar("packing", at_once=False) as bar:
             packed = pack_images(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
         typer.echo(f"stopped: finished shards are in {out}; the same command continues from there", err=True)
@@ -132,7 +121,6 @@ def check(
 
     from rich.console import Console
 
-    from olvae.cli.options import progress
     from olvae.data.audit.check import CheckOptions
     from olvae.data.audit.check import check as check_source
     from olvae.data.audit.result import print_audit
@@ -140,7 +128,7 @@ def check(
 
     _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
-    with progress("reading", at_once=False) as bar:
+    with ProgressBar("reading", at_once=False) as bar:
         result = check_source(src, options, workers or cores(), bar.set)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))

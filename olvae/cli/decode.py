@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
 
 __all__ = ["command"]
 
@@ -29,7 +29,6 @@ def command(
 
     Example: olvae decode runs/2026-01-31T12-00-00_demo_32 latents --out images
     """
-    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.data.shards.index import with_counts
     from olvae.data.shards.latents import LATENT, read_stats
@@ -53,7 +52,7 @@ def command(
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
     model.to(where)
 
-    with progress("decoding", total([shard.images for shard in shards])) as bar:
+    with ProgressBar("decoding", total([shard.images for shard in shards])) as bar:
         done = decode_shards(model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance)
     for error in done.unreadable:
         typer.echo(f"skipped {error.name}: {error.reason}", err=True)

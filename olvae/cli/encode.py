@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED, AllowMismatch, ConfigFile, Device, Raw, TargetArgument
+from olvae.cli.options import STOPPED, AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
 
 __all__ = ["command"]
 
@@ -55,7 +55,6 @@ def command(
     """
     import json
 
-    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.devices import gather, join, leave, resolve_device
     from olvae.export.encode import DTYPES, EncodeJob, EncodeOptions
@@ -85,7 +84,7 @@ def command(
         )
 
     share = "" if world == 1 else f", 1 of {world} shares"
-    with progress(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0) as bar:
+    with ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0) as bar:
         try:
             encoder.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
         except KeyboardInterrupt:

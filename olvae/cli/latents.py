@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from olvae.cli.evaluate import results_folder
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, progress, watched
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, watched
 
 __all__ = ["command"]
 
@@ -80,7 +80,7 @@ def command(
         for name, accumulator in part.items():
             accumulators[name].merge(accumulator)
     summaries = {}
-    with progress("comparing with N(0, I)", len(models), unit="models") as bar:
+    with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
         for name, accumulator in accumulators.items():
             summaries[name] = accumulator.compute()
             bar.advance()

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +21,6 @@ __all__ = [
     "ProgressBar",
     "Raw",
     "TargetArgument",
-    "progress",
     "watched",
 ]
 
@@ -53,11 +51,8 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU 
 LINE_EVERY_S = 15.0  # without a terminal
 
 
-@contextmanager
-def progress(
-    description: str, total: float | None = None, enabled: bool = True, unit: str = "images", at_once: bool = True
-) -> Iterator["ProgressBar"]:
-    """Show progress on standard error; the bar disappears at the end.
+class ProgressBar:
+    """Progress on standard error, inside a ``with`` block; the bar disappears at its end.
 
     Args:
         description: what is being done, such as ``encoding``.
@@ -67,24 +62,20 @@ def progress(
         at_once: show the bar immediately. Without it, the bar and its thread start with the first count, because worker
             processes have to be forked before.
     """
-    bar = ProgressBar(description, total, enabled, unit)
-    if at_once:
-        bar.start()
-    try:
-        yield bar
-    finally:
-        bar.stop()
 
-
-class ProgressBar:
-    """Counts what is done; see :func:`progress`."""
-
-    def __init__(self, description: str, total: float | None, enabled: bool, unit: str) -> None:
+    def __init__(
+        self,
+        description: str,
+        total: float | None = None,
+        enabled: bool = True,
+        unit: str = "images",
+        at_once: bool = True,
+    ) -> None:
         self.description = description
-        self.unit = unit
-        self.done = 0.0
         self.total = total
         self.enabled = enabled
+        self.unit = unit
+        self.done = 0.0
         self._line_at = time.monotonic() + LINE_EVERY_S
         self._bar: Progress | None = None
         console = Console(stderr=True)
@@ -93,12 +84,13 @@ class ProgressBar:
             columns = (name, BarColumn(), MofNCompleteColumn(), _RateColumn(unit), TimeRemainingColumn())
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(description, total=total)
+            if at_once:
+                self._bar.start()
 
-    def start(self) -> None:
-        if self._bar is not None:
-            self._bar.start()
+    def __enter__(self) -> "ProgressBar":
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -142,7 +134,7 @@ def watched(description: str) -> Callable[["Iterable[Batch]", int | None], "Iter
 
     def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
         rank, world = this_process()
-        with progress(description, total, enabled=rank == 0, at_once=False) as bar:
+        with ProgressBar(description, total, enabled=rank == 0, at_once=False) as bar:
             for batch in batches:
                 yield batch
                 bar.advance(len(batch["image"]) * world)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, TargetArgument
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
 
 __all__ = ["command"]
 
@@ -42,7 +42,6 @@ def command(
     """
     import torch
 
-    from olvae.cli.options import progress
     from olvae.config import ConfigError
     from olvae.devices import resolve_device, resolve_precision
     from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file
@@ -83,19 +82,19 @@ def command(
 
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with progress("reconstructing", len(outputs)) as bar:
-        for number, files in enumerate(outputs):
+    with ProgressBar("reconstructing", len(outputs)) as bar:
 
-            def show(fraction: float, before: int = number) -> None:
-                bar.set(before + fraction)
+        def show(fraction: float) -> None:
+            bar.set(number + fraction)
 
+        for number, (source, result) in enumerate(outputs.items()):
             try:
-                value = reconstruct_file(model, files, options, show)
+                value = reconstruct_file(model, source, result, options, show)
             except ValueError as error:
                 failed += 1
                 bar.print(f"error: {error}")
             else:
-                bar.print(legible(f"{value:6.2f} dB  {files.source} -> {files.out}"))
+                bar.print(legible(f"{value:6.2f} dB  {source} -> {result}"))
             bar.set(number + 1)
     done = len(outputs) - failed
     if done:

@@ -1,11 +1,9 @@
 """From an image file to a uint8 tensor, and back to a picture."""
 
 import io
-import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -22,11 +20,11 @@ __all__ = [
     "Bands",
     "Photo",
     "Picture",
+    "array_to_picture",
     "from_uint8",
     "image_to_tensor",
     "read_picture",
     "tensor_to_picture",
-    "to_rgb",
     "to_uint8",
 ]
 
@@ -85,28 +83,17 @@ def image_to_tensor(image: Picture) -> Tensor:
     return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1).contiguous()
 
 
+def array_to_picture(array: NDArray[np.uint8]) -> Bands:
+    """uint8 (H, W, C) -> a picture."""
+    return Bands([Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(array, -1, 0)])
+
+
 def tensor_to_picture(x: Tensor) -> Bands:
     """uint8 (C, H, W) -> a picture, the inverse of :func:`image_to_tensor`."""
-    return Bands([Image.fromarray(band) for band in x.contiguous().cpu().numpy()])
+    return array_to_picture(x.permute(1, 2, 0).cpu().numpy())
 
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy")
-
-DECODER_ERRORS = (
-    OSError,  # with Pillow's UnidentifiedImageError
-    ValueError,
-    SyntaxError,
-    EOFError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    MemoryError,
-    RuntimeError,  # of AVIF's and torchvision's decoders, and as a subclass of it of DDS's
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow's decoders raise for broken files."""
 
 WHITE_16 = 65535  # in 16-bit greyscale, some of which Pillow reads as 32-bit integers
 
@@ -134,7 +121,7 @@ class Photo:
             self._image = self._open(content)
             self._orientation = _orientation(self._image) if isinstance(self._image, Image.Image) else 1
             self.size = self._upright_size()
-        except DECODER_ERRORS as error:
+        except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(name, _reason(error)) from error
         if isinstance(self._image, Image.Image) and channels not in (1, 3, 4):
             raise UnreadableImageError(
@@ -183,7 +170,7 @@ class Photo:
             image.load()
             turned = self._orientation != 1  # exif_transpose would copy upright pictures
             return _convert(ImageOps.exif_transpose(image) if turned else image, self.channels)
-        except DECODER_ERRORS as error:
+        except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(self.name, _reason(error)) from error
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
@@ -194,7 +181,9 @@ class Photo:
         if Path(self.name).suffix.lower() == ".npy":
             with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
                 return _array(file, self.channels)
-        return _header(io.BytesIO(content) if isinstance(content, bytes) else content)
+        with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
@@ -219,16 +208,18 @@ def read_picture(path: str | Path, channels: int = 3) -> Picture:
     return Photo(Path(path), legible(str(path)), channels).read()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """From any mode of Pillow to RGB; see :func:`read_picture` for the rules."""
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """From any mode of Pillow to 1, 3 or 4 channels of 8 bits; see :func:`read_picture` for the rules."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
     image = _to_8_bits(image)
     if _is_transparent(image):
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        if channels == 4:
+            return image
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return rgb if channels == 3 else rgb.convert("L" if channels == 1 else "RGBA")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -246,29 +237,15 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (array != image.info["transparency"]))))
 
 
-def _convert(upright: Image.Image, channels: int) -> Image.Image:
-    upright = _to_8_bits(upright)
-    if channels == 4:
-        return upright.convert("RGBA") if _is_transparent(upright) else to_rgb(upright).convert("RGBA")
-    rgb = to_rgb(upright)
-    return rgb.convert("L") if channels == 1 else rgb
-
-
 def _is_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-
-
-def _header(file: Path | io.BytesIO) -> Image.Image:
-    with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
 
 
 def _orientation(image: Image.Image) -> int:
     """By its EXIF; upright if that is broken, because the pixels may still be whole."""
     try:
         orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DECODER_ERRORS:
+    except Exception:
         if not image.info.keys() & {"exif", "Raw profile type exif"}:  # Pillow searched behind a PNG's broken pixels
             raise
         return 1
@@ -276,13 +253,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _array(file: io.BufferedIOBase, channels: int) -> Bands:
-    try:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, TokenError) as error:  # TokenError: its header is Python source
-        raise ValueError(f"not an array: {error}") from error
+    array = np.lib.format.read_array(file, allow_pickle=False)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
         raise ValueError(f"expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}")
-    return Bands([Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(channels)])
+    return array_to_picture(array)
 
 
 def _reason(error: BaseException) -> str:

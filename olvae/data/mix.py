@@ -59,7 +59,7 @@ class MixSource(Source):
         self.prefixes = [f"{i}/" if self._is_one_of_several(source) else "" for i, source in enumerate(self.sources)]
         self.shares = self._shares(weights)
         if any(source.crops for source in self.sources):
-            self.crops = self.describe_val_images()
+            self.crops = "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
 
     def _is_one_of_several(self, source: Source) -> bool:
         """Whether another source makes its keys in the same way."""
@@ -95,9 +95,6 @@ class MixSource(Source):
     @property
     def images(self) -> int | None:
         return total([source.images for source in self.sources])
-
-    def describe_val_images(self) -> str:
-        return "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
 
     def describe(self) -> str:
         parts = zip(self.shares, self.sources, strict=True)

@@ -1,4 +1,8 @@
-"""SRC, as commands take it, opened: a folder, shards, a list, a data set, a config."""
+"""Opens SRC, as commands take it.
+
+It is a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files, ``samples``,
+``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``, or a config.yaml.
+"""
 
 import re
 from pathlib import Path
@@ -18,14 +22,7 @@ from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.data.transforms import RandomScaleCrop
 
-__all__ = ["SRC", "holds_shards", "open_images", "open_source", "open_test_source"]
-
-
-SRC = (
-    "a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files, samples, "
-    "torchvision:CIFAR10,root=data,train=false, hf:cifar10,split=test,column=img, or a config.yaml"
-)
-"""What may stand for SRC, for help texts and errors."""
+__all__ = ["holds_shards", "open_images", "open_source", "open_test_source"]
 
 
 def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, channels: int = 3) -> Source:
@@ -34,7 +31,7 @@ def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, chan
     Unreadable images are skipped and counted, however many they are, unless a config says otherwise.
 
     Raises:
-        ConfigError: SRC is not one of :data:`SRC`.
+        ConfigError: SRC is not one of these.
         FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in (".yaml", ".yml"):
@@ -99,10 +96,7 @@ def holds_shards(src: str) -> bool:
         return False
     path = Path(src).expanduser()
     if path.is_dir():
-        try:
-            return any(file.name.endswith(SUFFIXES) for file in path.iterdir())
-        except OSError:  # an error when its images are read
-            return False
+        return any(file.name.endswith(SUFFIXES) for file in path.glob("*"))  # none if the folder can't be opened
     return not is_local(src) or src.endswith(SUFFIXES)
 
 

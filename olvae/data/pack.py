@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,15 +25,15 @@ from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSa
 from olvae.data.transforms import resize_shorter_side
 from olvae.files import named
 
-__all__ = ["FORMATS", "PackOptions", "Packed", "pack", "shard_count", "usual_shard_size"]
+__all__ = ["FORMATS", "PackOptions", "Packed", "pack", "shard_positions", "usual_shard_size"]
 
 STATE = ".packing"
 """The folder beside the shards, until they are complete, with what is needed to continue."""
 
-FORMATS = ("jpg", "png", "webp")
-"""What images that are made smaller can be stored as."""
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+"""What images that are made smaller can be stored as: extension, and Pillow's name of the format."""
 
-KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
 """Formats, by Pillow's name, whose files go into shards unchanged, and the extension that they get."""
 
 LONGEST = {"jpg": 65_500, "webp": 16_383}
@@ -62,14 +62,8 @@ class PackOptions:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.shard_size < 0:
-            raise ConfigError(f"--shard-size must be at least 1, got {self.shard_size}")
-        if self.resize is not None and self.resize < 1:
-            raise ConfigError(f"--resize must be at least 1, got {self.resize}")
         if self.format not in FORMATS:
             raise ConfigError(f"--format {self.format}: choose from {', '.join(FORMATS)}")
-        if not 1 <= self.quality <= 100:
-            raise ConfigError(f"--quality must be between 1 and 100, got {self.quality}")
         if self.resize is not None and self.channels == 4 and self.format == "jpg":
             raise ConfigError("--format jpg has no fourth channel: choose png or webp")
 
@@ -97,7 +91,7 @@ def pack(
     index depend on the source and the options alone. Finished shards of an earlier run are verified and kept.
 
     Args:
-        src: a folder, pattern, list or data set; see :data:`~olvae.data.open.SRC`.
+        src: a folder, pattern, list or data set; see :mod:`olvae.data.open`.
         workers: processes.
         max_unreadable: share of the images that may be unreadable; these are left out.
         on_progress: called with the number of images that are done, and of all.
@@ -124,7 +118,8 @@ def pack(
             records = {shard_name(number): shard.record for number, shard, _ in packed if shard.record.images}
             unreadable = _skipped(packed)
             if not records:
-                raise ValueError(f"{src}: none of its {len(images)} images can be read: {_names(unreadable)}")
+                names = named((skipped.name, skipped.reason) for skipped in unreadable)
+                raise ValueError(f"{src}: none of its {len(images)} images can be read: {names}")
             index = Index(records, asdict(options), digest, unreadable)
             index.write(out / INDEX)
             shards.remove_state()
@@ -135,15 +130,12 @@ def pack(
 
 
 def _keep_apart(src: str, out: Path) -> None:
-    source, target = Path(src).expanduser(), out.resolve()
-    if target.exists() and not target.is_dir():
+    source, target = Path(src).expanduser().resolve(), out.resolve()
+    if target.is_file():
         raise ConfigError(f"--out {out}: is a file")
-    if not source.is_dir():
-        return
-    source = source.resolve()
-    if target.is_relative_to(source):
+    if source.is_dir() and target.is_relative_to(source):
         raise ConfigError(f"--out {out}: is inside the images' folder {src}: choose one beside it")
-    if source.is_relative_to(target):
+    if source.is_dir() and source.is_relative_to(target):
         raise ConfigError(f"--out {out}: holds the images' folder {src}: choose one beside it")
 
 
@@ -197,16 +189,17 @@ def _pack_all(
     """All shards, by number; stops as soon as too many images are unreadable."""
     packed: list[_PackedShard] = []
     lost = 0
-    tasks = range(shard_count(len(images), options.shard_size))
+    tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
     packer = _Packer(images, options, shards)
     with closing(run_in_processes(packer, tasks, workers, lambda done: on_progress(done, len(images)))) as results:
         for shard in results:
             packed.append(shard)
             lost += len(shard.finished.unreadable)
             if lost > max_unreadable * len(images):
+                names = named((skipped.name, skipped.reason) for skipped in _skipped(packed))
                 raise TooManyUnreadableError(
                     f"{lost} of {len(images)} images can't be read, more than --max-unreadable {max_unreadable:g}: "
-                    f"{_names(_skipped(packed))}"
+                    f"{names}"
                 )
     return sorted(packed)
 
@@ -217,10 +210,6 @@ def _skipped(packed: Iterable[_PackedShard]) -> list[Skipped]:
         for number, shard, _ in sorted(packed)
         for error in shard.unreadable
     ]
-
-
-def _names(unreadable: Sequence[Skipped]) -> str:
-    return named((skipped.name, skipped.reason) for skipped in unreadable)
 
 
 class _Packer:
@@ -234,8 +223,8 @@ class _Packer:
         if options.seed is not None:
             self.order = np.random.default_rng(options.seed).permutation(len(images))
 
-    def __call__(self, number: int, progress: SharedProgress) -> _PackedShard:
-        positions = shard_positions(number, len(self.images), self.options.shard_size)
+    def __call__(self, task: tuple[int, range], progress: SharedProgress) -> _PackedShard:
+        number, positions = task
         if finished := self.shards.finished(number):
             progress.advance(len(positions))
             return _PackedShard(number, finished, found=True)
@@ -253,17 +242,10 @@ class _Packer:
 
     def _files(self, index: int) -> dict[str, bytes]:
         """The image and what is known about it, by extension, sorted."""
-        given = self.images[index]
-        name = self.images.key(index)
-        photo = given if isinstance(given, Photo) else Photo(given, name, self.options.channels)
-        if isinstance(photo.content, Path):
-            try:
-                data = photo.content.read_bytes()
-            except OSError as error:
-                raise UnreadableImageError(photo.name, error.strerror or str(error)) from error
-            photo = Photo(data, photo.name, photo.channels)
+        photo = self.images[index]
+        photo = Photo(photo.undecoded(), photo.name, photo.channels)  # what is checked is what is stored
         extension, data, (width, height) = _encode(photo, self.options)
-        details = {"name": name, "width": width, "height": height}
+        details = {"name": self.images.key(index), "width": width, "height": height}
         label = self.images.label(index) if isinstance(self.images, Items) else None
         if label is not None:
             details["label"] = label
@@ -273,15 +255,12 @@ class _Packer:
 def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, int]]:
     """The file that an image is stored as: extension, bytes, (width, height)."""
     picture = photo.read()  # raises where it can't be decoded, even if its bytes are kept
-    smaller = options.resize is not None and min(picture.size) > options.resize
-    if isinstance(photo.content, bytes) and not smaller:
-        if photo.format is None:
-            return "npy", photo.content, picture.size
-        if photo.format in KEPT:
-            return KEPT[photo.format], photo.content, picture.size
+    size = options.resize or min(picture.size)
+    smaller = min(picture.size) > size
+    if isinstance(photo.content, bytes) and not smaller and photo.format in KEPT:
+        return KEPT[photo.format], photo.content, picture.size
     if smaller:
-        assert options.resize is not None
-        picture = resize_shorter_side(picture, options.resize)
+        picture = resize_shorter_side(picture, size)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
     longer = max(picture.size)
     if longer > LONGEST.get(extension, longer):
@@ -296,12 +275,7 @@ def _picture_bytes(picture: Picture, extension: str, quality: int) -> bytes:
         np.save(stream, np.stack([np.asarray(band) for band in picture.bands], axis=-1))
         return stream.getvalue()
     bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # without the original file's metadata
-    if extension == "jpg":
-        bare.save(stream, "JPEG", quality=quality, subsampling="4:4:4")
-    elif extension == "webp":
-        bare.save(stream, "WEBP", quality=quality)
-    else:
-        bare.save(stream, "PNG")
+    bare.save(stream, FORMATS[extension], quality=quality, subsampling="4:4:4")  # formats ignore what others take
     return stream.getvalue()
 
 
@@ -310,11 +284,7 @@ def usual_shard_size(images: int) -> int:
     return min(1000, max(1, -(-images // 20)))
 
 
-def shard_count(images: int, at_most: int) -> int:
-    return -(-images // at_most)
-
-
-def shard_positions(number: int, images: int, at_most: int) -> range:
-    """The positions in the order that belong to a shard; the sizes of shards differ by at most one."""
-    count = shard_count(images, at_most)
-    return range(number * images // count, (number + 1) * images // count)
+def shard_positions(images: int, at_most: int) -> list[range]:
+    """The positions in the order that belong to each shard; the sizes of shards differ by at most one."""
+    count = -(-images // at_most)
+    return [range(number * images // count, (number + 1) * images // count) for number in range(count)]

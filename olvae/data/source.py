@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.errors import ReadError, ReadErrors, UnreadableImages
-from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.image import Photo, image_to_tensor
 from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from olvae.devices import this_process
@@ -48,13 +48,13 @@ class Sample(NamedTuple):
     enlarged: bool = False
 
 
-def eval_sample(image: Picture | Photo, key: str, transform: EvalTransform) -> Sample:
+def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
     """An image to validate with.
 
     Raises:
         UnreadableImageError: the photograph's file is broken.
     """
-    picture = image.read() if isinstance(image, Photo) else image
+    picture = photo.read()
     return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
 
 
@@ -145,6 +145,14 @@ class Source(ABC):
             ValueError: there are fewer, or only reading them would tell which are the first.
         """
         raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
+
+    def check_batch(self) -> None:
+        """Raises ValueError where a batch is larger than the training images of an epoch."""
+        if self.samples_per_epoch is not None and self.batch_size > self.samples_per_epoch:
+            raise ValueError(
+                f"batch_size {self.batch_size} is larger than the data, {self.samples_per_epoch} training images: "
+                "lower data.params.batch_size or add images"
+            )
 
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raises ValueError where the data can't be shared among the processes of ``world`` ranks."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from olvae.data.image import Bands, Photo, Picture
 
-__all__ = ["FILTERS", "RESIZES", "EvalTransform", "RandomScaleCrop", "center_crop", "resize_shorter_side"]
+__all__ = ["FILTERS", "EvalTransform", "RandomScaleCrop", "resize_shorter_side"]
 
 FILTERS = {
     "box": Image.Resampling.BOX,
@@ -86,7 +86,13 @@ class RandomScaleCrop:
         return next((n for n in (8, 4, 2) if side >= n * OVERSAMPLING * self.size), 1)
 
 
-RESIZES = ("shorter side", "adm", "squash", "none")
+RESIZES = {
+    "shorter side": "{filter} antialiased resize of the shorter side (Pillow), centre crop",
+    "adm": "halved by averaging while twice too large, {filter} resize of the shorter side (Pillow), centre crop",
+    "squash": "{filter} antialiased resize of both sides (Pillow)",
+    "none": "not resized, centre crop",
+}
+"""What the protocol says of each."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +134,7 @@ class EvalTransform:
 
     def describe(self) -> str:
         """A description for the protocol."""
-        first = {
-            "shorter side": f"{self.resample} antialiased resize of the shorter side (Pillow)",
-            "adm": f"halved by averaging while twice too large, {self.resample} resize of the shorter side (Pillow)",
-            "squash": f"{self.resample} antialiased resize of both sides (Pillow)",
-            "none": "not resized",
-        }[self.resize]
-        return first if self.resize == "squash" else f"{first}, centre crop"
+        return RESIZES[self.resize].format(filter=self.resample)
 
 
 def resize_shorter_side(image: Picture, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
@@ -142,8 +142,3 @@ def resize_shorter_side(image: Picture, size: int, resample: Image.Resampling = 
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     return image.resize((width, height), resample)
-
-
-def center_crop(image: Picture, size: int) -> Picture:
-    """The evaluation transform of the results table: bicubic resize of the shorter side, then a centre crop."""
-    return EvalTransform(size)(image)

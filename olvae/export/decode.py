@@ -97,7 +97,7 @@ def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterato
             try:
                 latent, _, meta = read_latent(entry)
             except UnreadableImageError as error:
-                done.unreadable.append(ReadError(error.name, error.reason))
+                done.unreadable.append(error.read_error())
                 continue
             z = latent.draw(None)
             if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):

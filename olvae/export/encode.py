@@ -175,10 +175,10 @@ class EncodeJob:
         Raises:
             ValueError: no image could be read.
         """
-        finished = [shard for number in range(len(self.inputs)) if (shard := self.shards.finished(number)) is not None]
-        assert len(finished) == len(self.inputs)
+        finished = [self.shards.finished(number) for number in range(len(self.inputs))]
         sums, counts, unreadable = LatentSums(), {}, []
         for number, shard in enumerate(finished):
+            assert shard is not None
             unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
             if shard.record.images:
                 sums.add(LatentSums(**shard.details))
@@ -224,20 +224,19 @@ class EncodeJob:
         device = next(self.model.parameters()).device
         x = from_uint8(torch.stack([image.pixels for image in images]).to(device))  # (B, C, H, W)
         keys = [image.item.key for image in images]
-        latents = self._latents(self._posterior(x, memory), keys)
-        mirrored: list[Latent | None] = [None] * len(images)
+        sides = [self._latents(self._posterior(x, memory), keys)]
         if self.options.flip:
-            mirrored = [*self._latents(self._posterior(x.flip(-1), memory), [f"{key}\nflip" for key in keys])]
+            sides.append(self._latents(self._posterior(x.flip(-1), memory), [f"{key}\nflip" for key in keys]))
         samples = []
-        for image, latent, flipped in zip(images, latents, mirrored, strict=True):
-            sums.update([latent] if flipped is None else [latent, flipped])
+        for image, *latents in zip(images, *sides, strict=True):
+            sums.update(latents)
             meta = {
                 "key": image.item.key,
                 "width": image.size[0],
                 "height": image.size[1],
                 "image": [image.pixels.shape[2], image.pixels.shape[1]],
             }
-            files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(latent, flipped)}
+            files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*latents)}
             samples.append(WebDatasetSample(image.item.name, {**image.item.files, **files}))
         return samples
 
@@ -249,22 +248,22 @@ class EncodeJob:
 
     def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
         """Latents in the stored dtype, on the CPU."""
-        dtype = DTYPES[self.options.dtype]
-        mean = posterior.mean.float().cpu()
-        std = None if posterior.deterministic else posterior.std.float().cpu()
-        if std is not None and not self.options.moments:
-            noise = [keyed_generator(f"{self.options.seed}\n{key}") for key in keys]
-            drawn = [Latent(m, s).draw(generator) for m, s, generator in zip(mean, std, noise, strict=True)]
-            mean, std = torch.stack(drawn), None
-        stored = mean.to(dtype), None if std is None else std.to(dtype)
-        for exact, rounded in ((mean, stored[0]), (std, stored[1])):
-            if exact is None or rounded is None or rounded.isfinite().all():
-                continue
-            if exact.isfinite().all():
-                raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
+        means = posterior.mean.float().cpu()
+        stds = [None] * len(keys) if posterior.deterministic else posterior.std.float().cpu()
+        latents = []
+        for key, mean, std in zip(keys, means, stds, strict=True):
+            if not self.options.moments:
+                mean, std = Latent(mean, std).draw(keyed_generator(f"{self.options.seed}\n{key}")), None
+            latents.append(Latent(self._stored(mean), None if std is None else self._stored(std)))
+        return latents
+
+    def _stored(self, exact: Tensor) -> Tensor:
+        rounded = exact.to(DTYPES[self.options.dtype])
+        if not exact.isfinite().all():
             raise ValueError("the latents have non-finite values: the training run may have diverged")
-        means, stds = stored
-        return [Latent(means[i], None if stds is None else stds[i]) for i in range(len(keys))]
+        if not rounded.isfinite().all():
+            raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
+        return rounded
 
 
 def fingerprint(model: Autoencoder) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.errors import ReadError, UnreadableImageError
-from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.image import Photo, image_to_tensor
 from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.shards.index import with_counts
@@ -21,7 +21,7 @@ from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 
 __all__ = ["Inputs", "Item", "ReadImage", "find_inputs", "read_batches"]
 
@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
     name: str
     key: str
-    open: Callable[[], Picture | Photo]
+    open: Callable[[], Photo]
     files: Mapping[str, bytes] = {}
 
 
@@ -62,7 +62,7 @@ class DatasetInputs:
         for i in self._range(shard):
             key = self.images.key(i)
             files = {"cls": numbers[_folder(key)]} if numbers else {}
-            yield Item(f"{i:08d}", key, lambda i=i: self.images[i], files)  # type: ignore[misc]
+            yield Item(f"{i:08d}", key, partial(self.images.__getitem__, i), files)
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the shards' content depends on, together with the options."""
@@ -96,12 +96,7 @@ class ShardInputs:
         for entry in read_shard(source, self.image_key):
             if not isinstance(entry, ReadError):
                 name = entry.key.removeprefix(f"{source.name}/")
-                yield Item(
-                    name,
-                    entry.key,
-                    lambda e=entry: Photo(e.data, e.name, self.channels),  # type: ignore[misc]
-                    entry.files,
-                )
+                yield Item(name, entry.key, partial(Photo, entry.data, entry.name, self.channels), entry.files)
             elif is_local(source.url):
                 yield entry
             else:  # the network may have failed, so this need not be the end of the shard
@@ -146,12 +141,10 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
 
 def _classes(images: ImageDataset) -> list[str]:
     """The folders that the images lie in, sorted."""
-    names = set()
-    for i in range(len(images)):
-        if "/" not in images.key(i):
-            raise ConfigError(f"--classes: {images.key(i)} is not in a folder that could be its class")
-        names.add(_folder(images.key(i)))
-    return sorted(names)
+    keys = [images.key(i) for i in range(len(images))]
+    if loose := [key for key in keys if "/" not in key]:
+        raise ConfigError(f"--classes: {loose[0]} is not in a folder that could be its class")
+    return sorted({_folder(key) for key in keys})
 
 
 def _folder(key: str) -> str:
@@ -216,8 +209,8 @@ def _read(size: int, item: Item | ReadError) -> ReadImage | ReadError:
     if isinstance(item, ReadError):
         return item
     try:
-        opened = item.open()
-        picture = opened.read() if isinstance(opened, Photo) else opened
-        return ReadImage(item, image_to_tensor(center_crop(picture, size) if size else picture), picture.size)
+        picture = item.open().read()
+        pixels = image_to_tensor(EvalTransform(size)(picture) if size else picture)
+        return ReadImage(item, pixels, picture.size)
     except UnreadableImageError as error:
         return ReadError(item.key, error.reason)

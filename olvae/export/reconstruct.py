@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from olvae.modules.distributions import Posterior
 
 __all__ = [
     "ReconstructOptions",
-    "ReconstructionFiles",
     "collect_images",
+    "comparison_path",
     "name_outputs",
     "psnr_by_rows",
     "reconstruct",
@@ -49,15 +50,6 @@ class ReconstructOptions:
     autocast: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
-class ReconstructionFiles:
-    """An image, and where its reconstruction and the comparison go."""
-
-    source: Path
-    out: Path
-    comparison: Path
-
-
 def collect_images(given: Iterable[Path], out: Path) -> list[Path]:
     """The given files, and the images in the given folders except those in ``out``; each once, in the given order.
 
@@ -81,8 +73,8 @@ def collect_images(given: Iterable[Path], out: Path) -> list[Path]:
     return list(found.values())
 
 
-def name_outputs(images: Sequence[Path], out: Path, suffix: str = ".png") -> list[ReconstructionFiles]:
-    """Where every image's files go: NAME.png and NAME_compare.png, all different.
+def name_outputs(images: Sequence[Path], out: Path, suffix: str = ".png") -> dict[Path, Path]:
+    """Where every image's result goes, NAME.png beside NAME_compare.png, all different.
 
     A name that is taken is prefixed with that of its folder, and numbered if that is taken as well.
 
@@ -90,29 +82,30 @@ def name_outputs(images: Sequence[Path], out: Path, suffix: str = ".png") -> lis
         ConfigError: a result would overwrite an input.
     """
     taken: set[str] = set()
-    outputs: list[ReconstructionFiles] = []
+    outputs: dict[Path, Path] = {}
     inputs = {image.resolve() for image in images}
     for image in images:
-        name = next(
-            name for name in _names(image) if not {f"{name}{suffix}".lower(), f"{name}_compare.png".lower()} & taken
-        )
-        files = ReconstructionFiles(image, out / f"{name}{suffix}", out / f"{name}_compare.png")
-        for path in (files.out, files.comparison):
-            taken.add(path.name.lower())
+        for name in _names(image):
+            result = out / f"{name}{suffix}"
+            files = {path.name.lower(): path for path in (result, comparison_path(result))}
+            if not files.keys() & taken:
+                break
+        taken |= files.keys()
+        for path in files.values():
             if path.resolve() in inputs:
                 raise ConfigError(f"--out {out}: {path} is one of the images: choose another folder")
-        outputs.append(files)
+        outputs[image] = result
     return outputs
 
 
+def comparison_path(result: Path) -> Path:
+    return result.with_name(f"{result.stem}_compare.png")
+
+
 def _names(image: Path) -> Iterable[str]:
-    yield image.stem
     longer = f"{image.resolve().parent.name}_{image.stem}".lstrip("_")
-    yield longer
-    number = 2
-    while True:
-        yield f"{longer}_{number}"
-        number += 1
+    yield from (image.stem, longer)
+    yield from (f"{longer}_{number}" for number in count(2))
 
 
 @torch.no_grad()
@@ -165,21 +158,22 @@ def psnr_by_rows(x: Tensor, y: Tensor) -> float:
 
 def reconstruct_file(
     model: Autoencoder,
-    files: ReconstructionFiles,
+    source: Path,
+    out: Path,
     options: ReconstructOptions,
     progress: Callable[[float], None] | None = None,
 ) -> float:
-    """Read an image, reconstruct it and write both files; the PSNR in dB.
+    """Read an image, reconstruct it, write the result and beside it the comparison; the PSNR in dB.
 
     Raises:
         ValueError: the image can't be read or reconstructed; the message names it, and nothing is written.
         OSError: a file can't be written.
     """
-    x = image_to_tensor(read_picture(files.source, model.in_channels))
+    x = image_to_tensor(read_picture(source, model.in_channels))
     try:
         y = reconstruct(model, x, options, progress)
     except ValueError as error:
-        raise ValueError(f"{files.source}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     value = psnr_by_rows(x, y)
     size = f"{x.shape[-1]}x{x.shape[-2]}"
     figure = comparison(
@@ -189,7 +183,7 @@ def reconstruct_file(
             "error, white: 64/255": _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
         }
     )
-    save_image(y, files.out)
-    with atomic_write(files.comparison) as partial:
+    save_image(y, out)
+    with atomic_write(comparison_path(out)) as partial:
         figure.save(partial)
     return value

@@ -12,7 +12,7 @@ from olvae.cli.main import main
 from olvae.config import load, save
 from olvae.data.image import from_uint8, image_to_tensor, read_picture
 from olvae.data.mapped.folder import find_images
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 from olvae.models.loading.targets import find_target
 from tests.models.loading.test_targets import taesd
 from tests.test_devices import fork_two
@@ -73,7 +73,7 @@ def test_two_models_on_a_folder(olvae, run, tmp_path, image_folder):
         "size": config["data"]["params"]["size"],
         "n": 12,
     }
-    pictures = [image_to_tensor(center_crop(read_picture(path), 16)) for path in find_images(image_folder)]
+    pictures = [image_to_tensor(EvalTransform(16)(read_picture(path))) for path in find_images(image_folder)]
     with torch.inference_mode():
         posterior = find_target(run).load().encode(from_uint8(torch.stack(pictures)))
     mean, var = posterior.mean.double().numpy(), posterior.var.double().numpy()

@@ -46,7 +46,7 @@ def test_pack_and_check(olvae, photos, tmp_path):
             packed |= {json.load(archive.extractfile(m))["name"] for m in archive if m.name.endswith(".json")}
     assert packed == KEYS
     code, out, _ = olvae("data", "check", photos, "--size", 16, "-B", 2, "--json")
-    assert [fault["name"] for fault in json.loads(out)["unreadable"]] == ["bad\\xe9.jpg"]
+    assert [error["name"] for error in json.loads(out)["unreadable"]] == ["bad\\xe9.jpg"]
     assert code == 1
 
 

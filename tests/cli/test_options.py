@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from olvae.cli import options as module
-from olvae.cli.options import progress
+from olvae.cli.options import ProgressBar
 
 
 @pytest.fixture
@@ -14,11 +14,11 @@ def terminal(monkeypatch):
 
 
 def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
-    with progress("packing", at_once=False) as bar:
+    with ProgressBar("packing", at_once=False) as bar:
         bar.set(3, 10)
     assert capsys.readouterr().err == ""  # it was shorter than the first interval
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
-    with progress("packing") as bar:
+    with ProgressBar("packing") as bar:
         bar.set(3)
         bar.set(4, 10)
         bar.advance()
@@ -29,7 +29,7 @@ def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
 
 @pytest.mark.usefixtures("terminal")
 def test_a_bar_on_a_terminal(capsys):
-    with progress("[bold]decoding", 10) as bar:
+    with ProgressBar("[bold]decoding", 10) as bar:
         for _ in range(4):
             bar.advance(2)
         bar.print("above [bold]it")
@@ -42,7 +42,7 @@ def test_a_bar_on_a_terminal(capsys):
 @pytest.mark.usefixtures("terminal")
 def test_no_thread_before_the_first_count(capsys):
     before = set(threading.enumerate())
-    with progress("packing", at_once=False) as bar:
+    with ProgressBar("packing", at_once=False) as bar:
         assert not set(threading.enumerate()) - before  # processes may be forked here
         bar.set(1, 2)
         assert len(set(threading.enumerate()) - before) == 1
@@ -52,6 +52,6 @@ def test_no_thread_before_the_first_count(capsys):
 @pytest.mark.usefixtures("terminal")
 def test_other_ranks_show_nothing(capsys, monkeypatch):
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
-    with progress("encoding", 10, enabled=False) as bar:
+    with ProgressBar("encoding", 10, enabled=False) as bar:
         bar.advance()
     assert capsys.readouterr() == ("", "")

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from olvae.data.image import Bands, image_to_tensor
-from olvae.data.transforms import FILTERS, RandomScaleCrop, center_crop, resize_shorter_side
+from olvae.data.transforms import FILTERS, EvalTransform, RandomScaleCrop, resize_shorter_side
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -24,14 +24,14 @@ def spans(crop: Image.Image) -> tuple[float, float]:
 def test_evaluation_is_pillows_bicubic_and_crop():
     image = Image.effect_noise((90, 61), 80).convert("RGB")
     expected = image.resize((47, 32), Image.Resampling.BICUBIC).crop((7, 0, 39, 32))
-    assert np.array_equal(np.asarray(center_crop(image, 32)), np.asarray(expected))
+    assert np.array_equal(np.asarray(EvalTransform(32)(image)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [(90, 61), (61, 90), (64, 64), (10, 300), (1, 1)])
 def test_sizes(size):
     image = gradient(*size)
     assert min(resize_shorter_side(image, 32).size) == 32
-    assert center_crop(image, 32).size == (32, 32)
+    assert EvalTransform(32)(image).size == (32, 32)
     assert RandomScaleCrop(32)(image, np.random.default_rng(0)).size == (32, 32)
 
 
@@ -82,7 +82,7 @@ def test_channels_change_places():
 def test_bands_are_transformed_as_a_picture_is():
     image = Image.effect_noise((90, 61), 80).convert("RGB")
     bands = Bands(image.split())
-    for transform in (lambda p: center_crop(p, 32), lambda p: RandomScaleCrop(32)(p, np.random.default_rng(1))):
+    for transform in (EvalTransform(32), lambda p: RandomScaleCrop(32)(p, np.random.default_rng(1))):
         assert torch.equal(image_to_tensor(transform(bands)), image_to_tensor(transform(image)))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from olvae import LiteVAE
 from olvae.data.image import from_uint8, image_to_tensor, read_picture
 from olvae.data.mapped.folder import find_images
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 from olvae.export.encode import EncodeJob, EncodeOptions
 from olvae.export.inputs import find_inputs
 from olvae.models.autoencoder import Autoencoder
@@ -51,5 +51,5 @@ def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, s
 
 def pictures(folder: Path, size: int = 16) -> Tensor:
     """All images of a folder as a model takes them, in the order of their paths."""
-    images = [image_to_tensor(center_crop(read_picture(path), size)) for path in find_images(folder)]
+    images = [image_to_tensor(EvalTransform(size)(read_picture(path))) for path in find_images(folder)]
     return from_uint8(torch.stack(images))

@@ -250,7 +250,7 @@ def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
     stats = encode(tmp_path / "shards", tmp_path / "out")
     assert sorted(files(tmp_path / "out")) == ["000001.tar", "000002.tar"]
     assert list(json.loads((tmp_path / "out/index.json").read_text())["shards"]) == ["000001.tar", "000002.tar"]
-    names = [fault["name"] for fault in stats["unreadable"]["images"]]
+    names = [error["name"] for error in stats["unreadable"]["images"]]
     assert names[:2] == ["000/0000", "000/0001"]
     assert names[2:] == [str(paths[2])]
 

@@ -12,9 +12,9 @@ from olvae.config import ConfigError
 from olvae.data.image import from_uint8, to_uint8
 from olvae.export import reconstruct as module
 from olvae.export.reconstruct import (
-    ReconstructionFiles,
     ReconstructOptions,
     collect_images,
+    comparison_path,
     name_outputs,
     psnr_by_rows,
     reconstruct,
@@ -91,12 +91,13 @@ def test_no_name_twice(tmp_path):
     out = tmp_path / "out"
     names = ["a/x.png", "b/x.png", "c/b/x.jpg", "b/X.bmp", "a/y.png", "a/y_compare.png"]
     outputs = name_outputs([tmp_path / name for name in names], out)
-    assert [files.out.name for files in outputs] == [
+    assert list(outputs) == [tmp_path / name for name in names]
+    assert [result.name for result in outputs.values()] == [
         "x.png", "b_x.png", "b_x_2.png", "b_X_3.png", "y.png", "a_y_compare.png",
     ]  # fmt: skip
-    names = [path.name.lower() for files in outputs for path in (files.out, files.comparison)]
+    names = [path.name.lower() for result in outputs.values() for path in (result, comparison_path(result))]
     assert len(set(names)) == len(names)
-    assert outputs[0].comparison == out / "x_compare.png"
+    assert comparison_path(out / "x.png") == out / "x_compare.png"
 
 
 def test_inputs_are_not_replaced(tmp_path):
@@ -117,12 +118,12 @@ def test_any_number_of_channels(tmp_path, channels, monkeypatch):
     monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: x)
     vae = tiny()
     vae.encoder.in_channels = channels
-    (files,) = name_outputs([source], tmp_path / "out", suffix)
-    files.out.parent.mkdir()
-    assert reconstruct_file(vae, files, CPU) == math.inf
-    written = np.load(files.out) if suffix == ".npy" else np.asarray(Image.open(files.out))
+    (result,) = name_outputs([source], tmp_path / "out", suffix).values()
+    result.parent.mkdir()
+    assert reconstruct_file(vae, source, result, CPU) == math.inf
+    written = np.load(result) if suffix == ".npy" else np.asarray(Image.open(result))
     assert np.array_equal(np.atleast_3d(written), array)
-    assert files.comparison.is_file()
+    assert comparison_path(result).is_file()
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
@@ -130,7 +131,6 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     touch(source)
     out = tmp_path / "out"
     out.mkdir()
-    files = ReconstructionFiles(source, out / "x.png", out / "x_compare.png")
 
     def fail(image, path):
         path.write_bytes(b"half")
@@ -138,7 +138,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="No space left"):
-        reconstruct_file(tiny().eval(), files, CPU)
+        reconstruct_file(tiny().eval(), source, out / "x.png", CPU)
     assert list(out.iterdir()) == []
 
 
@@ -148,9 +148,8 @@ def test_values_that_are_not_finite(tmp_path):
     with pytest.raises(ValueError, match="non-finite"):
         reconstruct(vae, torch.zeros(3, 8, 8, dtype=torch.uint8), CPU)
     Image.new("RGB", (9, 8)).save(tmp_path / "grey.png")
-    files = ReconstructionFiles(tmp_path / "grey.png", tmp_path / "out.png", tmp_path / "out_compare.png")
     with pytest.raises(ValueError, match=r"grey\.png: the reconstruction has non-finite values"):
-        reconstruct_file(vae, files, CPU)
+        reconstruct_file(vae, tmp_path / "grey.png", tmp_path / "out.png", CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["grey.png"]
 
 
@@ -183,10 +182,10 @@ module.decode_tiled = watched
 source, out = map(Path, sys.argv[1:])
 spec = AutoencoderSpec.from_content(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
 model = LiteVAE.from_spec(spec).eval().fold()
-(files,) = module.name_outputs([source], out)
+(result,) = module.name_outputs([source], out).values()
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-module.reconstruct_file(model, files, module.ReconstructOptions(torch.device("cpu"), 2**30))
+module.reconstruct_file(model, source, result, module.ReconstructOptions(torch.device("cpu"), 2**30))
 added = status("VmHWM") - before
 
 z, image = kept

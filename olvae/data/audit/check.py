@@ -15,7 +15,7 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.audit.result import AuditResult, EpochShares, ImageFacts, ShardFacts, Speed, summarise
 from olvae.data.errors import ReadError, UnreadableImageError
-from olvae.data.image import Bands, Photo, Picture
+from olvae.data.image import Bands, Photo
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files, FolderSource
 from olvae.data.open import holds_shards, open_images, open_source
@@ -23,7 +23,7 @@ from olvae.data.pool import OnProgress, SharedProgress, cores, ignore_progress, 
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
 from olvae.data.shards.read import Shard, read_shard
-from olvae.data.shards.urls import find_shards, is_local, local_path, stem
+from olvae.data.shards.urls import find_shards, is_local, stem
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
 from olvae.files import file_sha256, printable
@@ -71,7 +71,7 @@ def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProg
     """Read and decode every image of a source.
 
     Args:
-        src: a folder, pattern, list, data set or shards; see :data:`~olvae.data.open.SRC`.
+        src: a folder, pattern, list, data set or shards; see :mod:`olvae.data.open`.
         workers: processes.
         on_progress: called with the number of images that are done, and of all.
 
@@ -106,17 +106,17 @@ class _Part:
     shards: list[ShardFacts] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)
 
-    def look(self, image: Callable[[], Picture | Photo], name: str, channels: int) -> None:
+    def look(self, image: Callable[[], Photo], name: str) -> None:
         try:
-            self.seen.append(_look(image(), name, channels))
+            self.seen.append(_look(image(), name))
         except UnreadableImageError as error:
             self.unreadable.append(ReadError(name, error.reason))
 
 
-def _read_images(images: ImageDataset, channels: int, indices: range, progress: SharedProgress) -> _Part:
+def _read_images(images: ImageDataset, indices: range, progress: SharedProgress) -> _Part:
     part = _Part()
     for index in indices:
-        part.look(partial(images.__getitem__, index), images.key(index), channels)
+        part.look(partial(images.__getitem__, index), images.key(index))
         progress.advance()
     return part
 
@@ -130,10 +130,10 @@ def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgre
             reasons.append(entry.reason)
             continue
         images += 1
-        part.look(partial(Photo, entry.data, entry.name, channels), entry.key, channels)
+        part.look(partial(Photo, entry.data, entry.name, channels), entry.key)
         progress.advance()
     part.dotted = [f"{stem(url)}/{name}" for name in part.dotted]
-    path = Path(local_path(url))
+    path = Path(url)
     there = is_local(url) and path.is_file()
     size, digest = path.stat().st_size if there else None, file_sha256(path) if there and checksums else None
     part.shards.append(ShardFacts(url, images, size, digest, "; ".join(reasons) or None))
@@ -157,8 +157,7 @@ def _read_all(
     return everything
 
 
-def _look(image: Picture | Photo, name: str, channels: int) -> ImageFacts:
-    photo = image if isinstance(image, Photo) else Photo(image, name, channels)
+def _look(photo: Photo, name: str) -> ImageFacts:
     in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
     kind = f"{photo.format or in_memory} {photo.mode or ''}".strip()
     picture = photo.read()
@@ -173,7 +172,7 @@ def _check_images(src: str, options: CheckOptions, workers: int, on_progress: On
     images = open_images(src, options.channels)
     count = len(images)
     tasks = [range(i, min(i + AT_ONCE, count)) for i in range(0, count, AT_ONCE)]
-    found = _read_all(partial(_read_images, images, options.channels), tasks, workers, count, on_progress)
+    found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
     result = summarise(src, options.size, found.seen, found.unreadable)
     if isinstance(images, Files):
         result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
@@ -190,7 +189,7 @@ def _check_images(src: str, options: CheckOptions, workers: int, on_progress: On
 
 def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
     urls = find_shards(src)
-    folders = sorted({Path(local_path(url)).parent for url in urls if is_local(url)})
+    folders = sorted({Path(url).parent for url in urls if is_local(url)})
     if options.index and not folders:
         raise ConfigError(f"--index: the shards of {src} are not on this machine")
     checksums = options.index or any((folder / INDEX).is_file() for folder in folders)
@@ -264,7 +263,7 @@ def _speed(src: str, options: CheckOptions) -> Speed | None:
 
 def _check_index(src: str, folder: Path, write: bool, result: AuditResult) -> None:
     """Compare the shards of a folder with its index; write one if there is none or it does not know all shards."""
-    here = {path.name: shard for shard in result.shards if (path := Path(local_path(shard.url))).parent == folder}
+    here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
     path, index = folder / INDEX, None
     if path.is_file():
         try:

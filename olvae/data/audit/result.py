@@ -165,10 +165,8 @@ def summarise(source: str, size: int, seen: Sequence[ImageFacts], unreadable: Se
     result.shorter_side, result.aspect_ratio = _spread(shorter), _spread(ratio)
     result.widest, result.tallest = seen[int(ratio.argmax())].name, seen[int(ratio.argmin())].name
     result.long = int((np.maximum(width, height) >= LONG * shorter).sum())
-    ends = [*SIDES[1:], None]
-    for low, high in zip(SIDES, ends, strict=True):
-        count = int(((shorter >= low) & (True if high is None else shorter < high)).sum())
-        result.sides.append((low, high, count))
+    counts = np.histogram(shorter, [*SIDES, np.inf])[0].tolist()
+    result.sides = list(zip(SIDES, [*SIDES[1:], None], counts, strict=True))
     result.smaller = int((shorter < size).sum())
     groups: dict[bytes, list[str]] = {}
     for image in seen:
@@ -222,7 +220,7 @@ def _facts(result: AuditResult) -> Table:
     if result.shards:
         table.add_row("shards", _shards(result.shards))
     if result.consumers is not None:
-        table.add_row("epoch", _consumers(result.consumers))
+        table.add_row("epoch", _epoch(result.consumers))
     if result.speed is not None:
         table.add_row("speed", _speed(result.speed))
     return table
@@ -267,15 +265,15 @@ def _shards(shards: list[ShardFacts]) -> str:
     return f"{len(shards):,}, {each}{f'; {broken:,} broken' if broken else ''}"
 
 
-def _consumers(consumers: EpochShares) -> str:
-    who = f"{consumers.workers} workers x {consumers.ranks} ranks"
-    if consumers.images is None:
-        return f"an unknown number of images in {consumers.shards} training shards, for {who}"
-    of = "" if consumers.shards is None else f" in {consumers.shards:,} shards"
-    text = f"{consumers.images:,} training images{of}: {consumers.batches:,} batches of {consumers.batch_size} per rank"
-    if consumers.per_process is None:
+def _epoch(shares: EpochShares) -> str:
+    who = f"{shares.workers} workers x {shares.ranks} ranks"
+    if shares.images is None:
+        return f"an unknown number of images in {shares.shards} training shards, for {who}"
+    of = "" if shares.shards is None else f" in {shares.shards:,} shards"
+    text = f"{shares.images:,} training images{of}: {shares.batches:,} batches of {shares.batch_size} per rank"
+    if shares.per_process is None:
         return text
-    return f"{text}; {who}: {consumers.per_process:,} images per process, {consumers.left_out:,} left out"
+    return f"{text}; {who}: {shares.per_process:,} images per process, {shares.left_out:,} left out"
 
 
 def _speed(speed: Speed) -> str:

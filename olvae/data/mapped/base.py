@@ -7,7 +7,7 @@ from itertools import takewhile
 import numpy as np
 
 from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
-from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.image import Photo, image_to_tensor
 from olvae.data.sampler import LoaderProcess, draws
 from olvae.data.source import Sample, Source, eval_sample
 from olvae.data.transforms import RandomScaleCrop
@@ -21,12 +21,12 @@ class ImageDataset(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def key(self, index: int) -> str:
-        """A unique name for each picture, without leading slash."""
+        """A unique name for each picture, without leading slash; by default its number."""
+        return f"{index:08d}"
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Picture | Photo:
+    def __getitem__(self, index: int) -> Photo:
         """Raises UnreadableImageError where it can't be read."""
 
 
@@ -43,7 +43,7 @@ class Subset(ImageDataset):
     def key(self, index: int) -> str:
         return self.images.key(self.indices[index])
 
-    def __getitem__(self, index: int) -> Picture | Photo:
+    def __getitem__(self, index: int) -> Photo:
         return self.images[self.indices[index]]
 
 
@@ -91,11 +91,7 @@ class MappedSource(Source):
         self.train, self.val = train, val
         self.transform = transform
         self.samples_per_image = samples_per_image
-        if batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
-                "lower data.params.batch_size or add images"
-            )
+        self.check_batch()
 
     @property
     def samples_per_epoch(self) -> int:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from olvae.data.errors import ReadError
@@ -91,10 +91,7 @@ class FolderSource(MappedSource):
             raise ValueError(f"max_val_images must be at least 1, got {max_val_images}")
         root, val_root = _parts(root) if val_root is None else (root, val_root)
         train = find_images(root)
-        if val_root is not None:
-            val = find_images(val_root)
-        else:
-            train, val = _split(root, train, val_fraction)
+        train, val = _split(root, train, val_fraction) if val_root is None else (train, find_images(val_root))
         held_out = Files(val if max_val_images is None else _at_most(root, val, max_val_images), channels)
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
         super().__init__(Files(train, channels), held_out, transform, batch_size, num_workers, channels, max_unreadable)
@@ -165,10 +162,8 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 def _each_once(paths: Iterable[Path]) -> list[Path]:
     """Sorted, without the second paths to a file that ``**`` finds through links to folders."""
     real = cache(Path.resolve)
-    found: dict[tuple[Path, str], Path] = {}
-    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
-        found.setdefault((real(path.parent), path.name), path)
-    return sorted(found.values())
+    shortest_last = sorted(paths, key=lambda path: (len(path.parts), path), reverse=True)
+    return sorted({(real(path.parent), path.name): path for path in shortest_last}.values())
 
 
 @cache
@@ -177,15 +172,7 @@ def _tell(folder: ReadError) -> None:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
-
-
-def _may_be_file(path: Path) -> bool:
-    """Whether it is a file; True if that can't be found out, so that reading it gives the reason."""
-    try:
-        return path.is_file()
-    except OSError:
-        return True
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
 def _parts(root: str) -> tuple[str, str | None]:
@@ -202,24 +189,19 @@ def _split(root: str, paths: Sequence[Path], fraction: float) -> tuple[list[Path
     """Hold out about ``fraction`` of the paths, at least one, by the hash of their names."""
     if len(paths) < 2:
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
-    places = _places(root, paths)
-    held_out = {path for path in paths if places[path] < fraction} or {min(paths, key=places.__getitem__)}
+    place = partial(_place, Path(root).expanduser())
+    held_out = {path for path in paths if place(path) < fraction} or {min(paths, key=place)}
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 
 def _at_most(root: str, paths: Sequence[Path], count: int) -> list[Path]:
     """The ``count`` paths with the smallest hashes, in their order."""
-    chosen = set(sorted(paths, key=_places(root, paths).__getitem__)[:count])
+    chosen = set(sorted(paths, key=partial(_place, Path(root).expanduser()))[:count])
     return [path for path in paths if path in chosen]
 
 
-def _places(root: str, paths: Sequence[Path]) -> dict[Path, float]:
-    """For each path a number in [0, 1): the hash of its name below root."""
-    base = Path(root).expanduser()
-
-    def place(path: Path) -> float:
-        name = path.relative_to(base) if path.is_relative_to(base) else path
-        digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
-
-    return {path: place(path) for path in paths}
+def _place(root: Path, path: Path) -> float:
+    """A number in [0, 1) for each path: the hash of its name below root."""
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -30,17 +30,12 @@ class Column(ImageDataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def key(self, index: int) -> str:
-        return f"{index:08d}"
-
     def __getitem__(self, index: int) -> Photo:
-        cell = self.table[index][self.column] or {}
+        cell = self.table[index][self.column] or {"bytes": None, "path": None}
         name = f"row {index} of {self.column}"
-        if cell.get("bytes") is not None:
-            return Photo(cell["bytes"], name, self.channels)
-        if cell.get("path"):
-            return Photo(Path(cell["path"]), name, self.channels)
-        raise UnreadableImageError(name, "the cell is empty")
+        if not (content := cell["bytes"] or cell["path"]):
+            raise UnreadableImageError(name, "the cell is empty")
+        return Photo(Path(content) if isinstance(content, str) else content, name, self.channels)
 
 
 class HuggingFaceSource(MappedSource):
@@ -86,13 +81,12 @@ class HuggingFaceSource(MappedSource):
         def read(part: str) -> Any:
             return load_table(path, part, name=name, data_files=files, data_dir=data_dir, revision=revision)
 
-        train: ImageDataset = Column(read(split), column, channels)
-        if val_split is not None:
-            val: ImageDataset = Column(read(val_split), column, channels)
-        else:
-            train, val = hold_out(train, val_fraction)
+        train = Column(read(split), column, channels)
+        parts = (
+            hold_out(train, val_fraction) if val_split is None else (train, Column(read(val_split), column, channels))
+        )
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
-        super().__init__(train, val, transform, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 def load_table(path: str, split: str, **arguments: Any) -> Any:

@@ -1,12 +1,11 @@
 """Real photographs to train and test on without a download: thirteen from scikit-image, two in this package."""
 
-import importlib.util
+import importlib.resources
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from olvae.data.image import Picture, read_picture
+from olvae.data.image import Photo, Picture, read_picture
 from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.transforms import RandomScaleCrop, resize_shorter_side
 
@@ -22,10 +21,7 @@ class Photograph(NamedTuple):
 
     @property
     def path(self) -> Path:
-        spec = importlib.util.find_spec(self.package)
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(f"the sample photographs need {self.package}: pip install -r requirements.txt")
-        return Path(spec.origin).parent / self.file
+        return Path(str(importlib.resources.files(self.package))) / self.file
 
 
 PHOTOGRAPHS = (
@@ -56,55 +52,38 @@ HELD_OUT = (
 """For validation and test; never trained on."""
 
 
-class _Photographs(ImageDataset):
-    def __init__(self, photographs: Sequence[Photograph]) -> None:
-        self.photographs = photographs
+class _Pictures(ImageDataset):
+    """Pictures in memory, by name."""
 
-    @cached_property
-    def images(self) -> list[Picture]:
-        return [read_picture(photograph.path) for photograph in self.photographs]
+    def __init__(self, pictures: Sequence[tuple[str, Picture]]) -> None:
+        self.pictures = pictures
 
     def __len__(self) -> int:
-        return len(self.photographs)
+        return len(self.pictures)
 
     def key(self, index: int) -> str:
-        return Path(self.photographs[index].file).name
+        return self.pictures[index][0]
 
-    def __getitem__(self, index: int) -> Picture:
-        return self.images[index]
-
-
-def sample_photographs() -> ImageDataset:
-    """All fifteen photographs, whole."""
-    return _Photographs((*PHOTOGRAPHS, *HELD_OUT))
+    def __getitem__(self, index: int) -> Photo:
+        name, picture = self.pictures[index]
+        return Photo(picture, name)
 
 
-class _Tiles(_Photographs):
-    """Whole photographs, shrunk to a shorter side of two tiles, cut into tiles without overlap."""
+def sample_photographs(photographs: Sequence[Photograph] = (*PHOTOGRAPHS, *HELD_OUT)) -> ImageDataset:
+    """The photographs, whole; by default all fifteen."""
+    return _Pictures([(Path(photograph.file).name, read_picture(photograph.path)) for photograph in photographs])
 
-    def __init__(self, photographs: Sequence[Photograph], size: int) -> None:
-        super().__init__(photographs)
-        self.size = size
 
-    @cached_property
-    def tiles(self) -> list[tuple[str, Picture]]:
-        tiles: list[tuple[str, Picture]] = []
-        for photograph, picture in zip(self.photographs, self.images, strict=True):
-            image = resize_shorter_side(picture, 2 * self.size)
-            for top in range(0, image.height - self.size + 1, self.size):
-                for left in range(0, image.width - self.size + 1, self.size):
-                    name = f"{Path(photograph.file).name}/{top // self.size}-{left // self.size}"
-                    tiles.append((name, image.crop((left, top, left + self.size, top + self.size))))
-        return tiles
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def key(self, index: int) -> str:
-        return self.tiles[index][0]
-
-    def __getitem__(self, index: int) -> Picture:
-        return self.tiles[index][1]
+def _tiles(photographs: Sequence[Photograph], size: int) -> ImageDataset:
+    """The photographs, shrunk to a shorter side of two tiles, cut into tiles without overlap."""
+    tiles: list[tuple[str, Picture]] = []
+    for photograph in photographs:
+        image = resize_shorter_side(read_picture(photograph.path), 2 * size)
+        for top in range(0, image.height - size + 1, size):
+            for left in range(0, image.width - size + 1, size):
+                name = f"{Path(photograph.file).name}/{top // size}-{left // size}"
+                tiles.append((name, image.crop((left, top, left + size, top + size))))
+    return _Pictures(tiles)
 
 
 class SamplePhotographs(MappedSource):
@@ -131,7 +110,7 @@ class SamplePhotographs(MappedSource):
         shuffle_channels: float = 0.5,
     ) -> None:
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
-        train, val = _Photographs(PHOTOGRAPHS), _Tiles(HELD_OUT, size)
+        train, val = sample_photographs(PHOTOGRAPHS), _tiles(HELD_OUT, size)
         super().__init__(train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph)
         self.crops = "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
 

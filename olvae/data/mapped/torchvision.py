@@ -9,7 +9,7 @@ from torch import Tensor
 
 from olvae.config import Node, instantiate
 from olvae.data.errors import UnreadableImageError
-from olvae.data.image import DECODER_ERRORS, Bands, Photo, Picture, tensor_to_picture
+from olvae.data.image import Bands, Photo, Picture, array_to_picture
 from olvae.data.mapped.base import ImageDataset, MappedSource, hold_out
 from olvae.data.transforms import RandomScaleCrop
 
@@ -28,9 +28,6 @@ class Items(ImageDataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def key(self, index: int) -> str:
-        return f"{index:08d}"
-
     def label(self, index: int) -> int | None:
         """An item's second part, if that is an integer: its class."""
         item = self.dataset[index]
@@ -41,7 +38,7 @@ class Items(ImageDataset):
         try:
             item = self.dataset[index]
             return Photo(_picture(item[0] if isinstance(item, tuple | list) else item), name, self.channels)
-        except DECODER_ERRORS as error:
+        except Exception as error:  # the data set's own decoder raises all kinds
             raise UnreadableImageError(name, str(error)) from error
 
 
@@ -71,25 +68,20 @@ class TorchvisionSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        train: ImageDataset = Items(instantiate(dataset), channels)
-        if val_dataset is not None:
-            val: ImageDataset = Items(instantiate(val_dataset), channels)
-        else:
-            train, val = hold_out(train, val_fraction)
+        train = Items(instantiate(dataset), channels)
+        parts = (
+            hold_out(train, val_fraction) if val_dataset is None else (train, Items(instantiate(val_dataset), channels))
+        )
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
-        super().__init__(train, val, transform, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 def _picture(item: Any) -> Picture:
     if isinstance(item, Image.Image | Bands):
         return item
-    if isinstance(item, Tensor) and item.dim() == 3 and item.dtype.is_floating_point is False:
-        return _merged(tensor_to_picture(item))
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
-        return Image.fromarray(item[..., 0] if item.ndim == 3 and item.shape[2] == 1 else item)
-    raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
-
-
-def _merged(picture: Bands) -> Picture:
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    return Image.merge(modes[n], picture.bands) if (n := len(picture.bands)) in modes else picture
+    array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
+    if array.shape[2:] in ((), (1,), (3,), (4,)):
+        return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+    return array_to_picture(array)

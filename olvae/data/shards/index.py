@@ -4,7 +4,7 @@ import contextlib
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from webdataset.tariterators import base_plus_ext
 
 from olvae.data.image import EXTENSIONS
 from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url
-from olvae.data.shards.urls import file_name, is_local, local_path, shard_names
+from olvae.data.shards.urls import file_name, is_local, shard_names
 from olvae.files import write_json
 
 __all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
@@ -53,7 +53,7 @@ class Index:
     shards: Mapping[str, ShardRecord]
     packed: Mapping[str, Any] | None = None
     plan: str | None = None
-    unreadable: Sequence[Skipped] = field(default=())
+    unreadable: Sequence[Skipped] = ()
 
     @property
     def images(self) -> int:
@@ -69,7 +69,7 @@ class Index:
             "version": VERSION,
             "images": self.images,
             "bytes": self.bytes,
-            "packed": None if self.packed is None else dict(self.packed),
+            "packed": self.packed,
             "plan": self.plan,
             "unreadable": [asdict(skipped) for skipped in self.unreadable],
             "shards": {name: asdict(self.shards[name]) for name in sorted(self.shards)},
@@ -120,7 +120,7 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
 
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
     """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
-    local = {url: Path(local_path(url)) for url in urls if is_local(url)}
+    local = {url: Path(url) for url in urls if is_local(url)}
     indexes = {
         folder: _read_index(str(folder / INDEX))
         for folder in dict.fromkeys(path.parent for path in local.values())

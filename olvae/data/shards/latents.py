@@ -49,16 +49,13 @@ class Latent(NamedTuple):
         return mean + self.std.float() * torch.randn(mean.shape, generator=generator)
 
 
-def latent_bytes(latent: Latent, flipped: Latent | None) -> bytes:
+def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
     """The file of an image's tensors, with those of the mirrored image if given."""
     tensors: dict[str, Tensor] = {}
-    for ending, one in (("", latent), (FLIP, flipped)):
-        if one is None:
-            continue
-        if one.std is None:
-            tensors[f"latent{ending}"] = one.mean.contiguous()
-        else:
-            tensors[f"mean{ending}"], tensors[f"std{ending}"] = one.mean.contiguous(), one.std.contiguous()
+    for ending, one in {"": latent, FLIP: flipped}.items():
+        if one is not None:
+            parts = {"latent": one.mean} if one.std is None else {"mean": one.mean, "std": one.std}
+            tensors |= {f"{name}{ending}": part.contiguous() for name, part in parts.items()}
     return save(tensors)
 
 
@@ -142,22 +139,15 @@ class LatentSource(ShardSource):
         self.stats = read_stats(folder)
         if self.stats["latent_shape"] is None and batch_size > 1:
             raise ValueError(f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1")
-        self.folder = folder
+        self.shift_factor: float = self.stats["shift_factor"]
+        """Mean of the stored latents."""
+        self.scaling_factor: float = self.stats["scaling_factor"]
+        """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
         size = max(1, self.stats["size"])
         super().__init__(shards, shards, shuffle, LATENT, size, batch_size, num_workers, max_unreadable=max_unreadable)
-
-    @property
-    def shift_factor(self) -> float:
-        """Mean of the stored latents."""
-        return float(self.stats["shift_factor"])
-
-    @property
-    def scaling_factor(self) -> float:
-        """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
-        return float(self.stats["scaling_factor"])
 
     @property
     def images(self) -> int | None:
@@ -183,10 +173,7 @@ class LatentSource(ShardSource):
 
 
 def _label(entry: Entry) -> int | None:
-    content = entry.files.get("cls")
-    if content is None:
-        return None
     try:
-        return int(content)
+        return int(entry.files["cls"]) if "cls" in entry.files else None
     except ValueError as error:
-        raise UnreadableImageError(entry.name, f"its .cls is not a number: {content[:20]!r}") from error
+        raise UnreadableImageError(entry.name, f"its .cls is not a number: {error}") from error

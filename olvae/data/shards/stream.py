@@ -50,11 +50,7 @@ class ShardSource(Source):
         self.shuffle = shuffle
         self.image_key = image_key
         self._limited = False
-        if self.samples_per_epoch is not None and batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {self.samples_per_epoch} training images: "
-                "lower data.params.batch_size or add shards"
-            )
+        self.check_batch()
 
     @abstractmethod
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:

@@ -10,7 +10,7 @@ from webdataset.shardlists import expand_urls
 
 from olvae.files import legible
 
-__all__ = ["SUFFIXES", "file_name", "find_shards", "is_local", "local_path", "may_be_there", "shard_names", "stem"]
+__all__ = ["SUFFIXES", "file_name", "find_shards", "is_local", "may_be_there", "shard_names", "stem"]
 
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -42,34 +42,29 @@ def _expand(text: str) -> list[str]:
         expanded = expand_urls(text)
     except AssertionError as error:  # raised by webdataset for an environment variable that is not set
         raise ValueError(f"{text}: {error}") from error
-    urls = [str(Path(url).expanduser()) if is_local(url) else url for url in expanded]
-    return [found for url in urls for found in _matches(url)]
+    return [found for url in expanded for found in (_matches(Path(url).expanduser()) if is_local(url) else [url])]
 
 
-def _matches(url: str) -> list[str]:
-    if is_local(url) and glob.has_magic(url) and not Path(url).exists():
-        return sorted(glob.glob(url))  # noqa: PTH207  (a Path's own needs the folder apart)
-    return [url]
+def _matches(path: Path) -> list[str]:
+    if glob.has_magic(str(path)) and not path.exists():
+        return sorted(glob.glob(str(path)))  # noqa: PTH207  (a Path's own needs the folder apart)
+    return [str(path)]
 
 
 def is_local(url: str) -> bool:
     """Whether a shard is a file here, rather than a URL or a pipe."""
-    return url.startswith("file:") or not (url.startswith("pipe:") or "://" in url or url == "-")
+    return not (url.startswith("pipe:") or "://" in url or url == "-")
 
 
 def may_be_there(url: str) -> bool:
     """Whether a shard is a file that exists or, if remote, may exist: only reading it tells."""
-    return not is_local(url) or Path(local_path(url)).is_file()
-
-
-def local_path(url: str) -> str:
-    return url.removeprefix("file:").replace("//", "/", 1) if url.startswith("file:") else url
+    return not is_local(url) or Path(url).is_file()
 
 
 def file_name(url: str) -> str:
     """The name of a shard's file, even inside a command or before a URL's signature."""
     names = [] if is_local(url) else TAR_NAME.findall(url)
-    return names[-1] if names else Path(local_path(url)).name
+    return names[-1] if names else Path(url).name
 
 
 def stem(url: str) -> str:

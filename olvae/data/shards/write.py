@@ -1,7 +1,6 @@
 """Shards written one by one into a folder, so that a run killed at any moment is continued by the same command."""
 
 import fcntl
-import hashlib
 import io
 import json
 import shutil
@@ -157,23 +156,20 @@ class ResumableShards:
         for unfinished in self._state.glob(f".partial-*-{path.name}"):  # of a run that was killed
             unfinished.unlink(missing_ok=True)
         images, unreadable = 0, []
-        with (
-            atomic_write(path, self._state) as partial,
-            _HashedFile(partial) as file,
-            tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive,
-        ):
-            for sample in samples:
-                if isinstance(sample, ReadError):
-                    unreadable.append(sample)
-                    continue
-                images += 1
-                for extension, content in sample.files.items():
-                    member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+        with atomic_write(path, self._state) as partial:
+            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+                for sample in samples:
+                    if isinstance(sample, ReadError):
+                        unreadable.append(sample)
+                        continue
+                    images += 1
+                    for extension, content in sample.files.items():
+                        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+            record = ShardRecord(images, partial.stat().st_size if images else 0, file_sha256(partial))
         if not images:
             path.unlink()
-        record = ShardRecord(images, file.bytes if images else 0, file.digest.hexdigest())
         shard = FinishedShard(record, unreadable, details())
         write_json(asdict(shard), self._description(number))
         return shard
@@ -210,17 +206,3 @@ def _changes(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     old, new = begun["options"], plan["options"]
     options = [f"{name} {old.get(name)} (now {value})" for name, value in new.items() if old.get(name) != value]
     return options or [f"other {name}" for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
-
-
-class _HashedFile(io.BufferedWriter):
-    """A new file that is written from front to back, its length and its checksum."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "w"))
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return super().write(data)

@@ -1,4 +1,3 @@
-import errno
 import multiprocessing
 import os
 import shutil
@@ -10,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.errors import UnreadableImageError
 from olvae.data.mapped.folder import Files, FolderSource, find_images
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 from tests.data.images import close_folders
 
 
@@ -64,7 +62,7 @@ def test_a_validation_folder(image_folder, tmp_path):
 def test_validation_is_each_picture_once_by_the_evaluation_transform(image_folder):
     s = source(image_folder)
     seen = torch.cat(batches(s.val_loader(), 99))
-    expected = [np.asarray(center_crop(Image.open(p).convert("RGB"), 16)) for p in s.val.paths]
+    expected = [np.asarray(EvalTransform(16)(Image.open(p).convert("RGB"))) for p in s.val.paths]
     assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
@@ -183,21 +181,3 @@ def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, 
     close_folders(monkeypatch, image_folder)
     with pytest.raises(PermissionError, match="photos: this folder can't be opened: Permission denied"):
         source(image_folder)
-
-
-def test_a_file_of_which_nothing_can_be_known_is_an_unreadable_image(image_folder, monkeypatch):
-    """As in a folder that may be listed and not entered."""
-    stat = Path.stat
-
-    def refused(path: Path, **options: bool) -> os.stat_result:
-        if path.parent.name == "class1" and path.suffix:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return stat(path, **options)
-
-    monkeypatch.setattr(Path, "stat", refused)
-    found = Files(find_images(image_folder))
-    assert len(found) == 12
-    unreadable = [i for i in range(12) if found.key(i).startswith("class1/")]
-    for i in unreadable:
-        with pytest.raises(UnreadableImageError, match=r"not a readable image: Permission denied$"):
-            found[i]

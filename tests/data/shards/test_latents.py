@@ -10,7 +10,7 @@ from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import Photo, from_uint8, image_to_tensor
 from olvae.data.shards.latents import LATENT, LatentSource, read_latent
 from olvae.data.shards.read import Shard, read_shard
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 from olvae.files import write_json
 from tests.data.images import encoded, picture, write_tar
 from tests.export.latents import encode, tiny_vae
@@ -52,7 +52,7 @@ def test_visits_draw_other_noise_and_other_sides(latents):
     for batch in take(s.train_loader(seed=0), 200):
         visits.append(batch["latent"][batch["key"].index(key)])
     z = torch.stack(visits).double() / s.scaling_factor + s.shift_factor
-    picture = center_crop(Photo(encoded(10), "10.jpg").read(), 16)
+    picture = EvalTransform(16)(Photo(encoded(10), "10.jpg").read())
     x = from_uint8(image_to_tensor(picture))[None]
     with torch.inference_mode():
         plain, mirrored = model.encode(x), model.encode(x.flip(-1))

@@ -17,7 +17,7 @@ from PIL import Image
 from olvae.data.errors import TooManyUnreadableError
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.transforms import center_crop
+from olvae.data.transforms import EvalTransform
 from tests.data.images import encoded, same, take, write_shard, write_shards
 
 ALONE = LoaderProcess()
@@ -125,7 +125,7 @@ def test_images_are_the_pictures_and_validation_is_each_of_them_once(shards):
         )
     ((first, *_), images), *_ = take(s.val_loader(), 1)
     assert first == "000/0000"
-    expected = center_crop(Image.open(io.BytesIO(encoded(0))), 16)
+    expected = EvalTransform(16)(Image.open(io.BytesIO(encoded(0))))
     assert np.array_equal(images[0].permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
