@@ -191,18 +191,15 @@ def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> lis
         "table": folder / f"metrics{suffix}.md",
         "numbers": folder / f"metrics{suffix}.json",
     }
-    if evaluated.pictures.galleries:
-        write_figure(evaluated.pictures.galleries, files["figure"])
-    else:
-        del files["figure"]
+    if evaluated.galleries:
+        write_figure(evaluated.galleries, files["figure"])
     if page:
         write_page(evaluated, files["report"], shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    else:
-        del files["report"]
     write_csv(results, files["images"])
     write_markdown(results, files["table"])
     results.write(files["numbers"])
-    return list(files.items())
+    left_out = {"figure": not evaluated.galleries, "report": not page}
+    return [(what, path) for what, path in files.items() if not left_out.get(what)]
 
 
 def _names(text: str) -> list[str]:

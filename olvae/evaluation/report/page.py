@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from olvae.evaluation.artefacts import Artefacts, amplification, amplified
-from olvae.evaluation.report.pictures import pattern_groups, side_limit, triple
+from olvae.evaluation.report.pictures import PatternTable, side_limit, triple
 from olvae.evaluation.results import INFINITE, Results, Row, used_weights
 from olvae.evaluation.runner import Evaluated
 from olvae.figures import ERROR_RANGE
@@ -55,10 +55,9 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, significant=significant)
-    results, pictures = evaluated.results, evaluated.pictures
-    galleries = {target: gallery.examples() for target, gallery in pictures.galleries.items()}
+    results, artefacts = evaluated.results, evaluated.test_patterns
+    galleries = {target: gallery.examples() for target, gallery in evaluated.galleries.items()}
     count = sum(len(examples) for groups in galleries.values() for examples in groups.values())
-    artefacts = pictures.test_patterns
     versions = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     return environment.get_template("page.html").render(
         results=results,
@@ -72,12 +71,12 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         differences=_differences(results),
         costs=_costs(results.rows),
         galleries=galleries,
-        ranked_by=METRICS[pictures.ranked_by].label.partition(", "),
+        ranked_by=METRICS[evaluated.ranked_by].label.partition(", "),
         triple=lambda example: triple(example, side_limit(3 * count)),
         error_range=ERROR_RANGE,
         bars=_bars(results.rows),
         patterns=_patterns(artefacts),
-        pattern_groups=pattern_groups(artefacts),
+        pattern_table=PatternTable(artefacts) if artefacts else None,
         amplification=amplification(artefacts.values()) if artefacts else 1,
         amplified=amplified,
     )
