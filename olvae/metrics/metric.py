@@ -12,10 +12,7 @@ from torch import Tensor
 from olvae.modules.precision import full_float32
 from olvae.weights import WeightsFile
 
-__all__ = ["SAME", "Kind", "Metric", "MetricSet", "PerImage", "Unavailable", "check_pairs"]
-
-SAME = {"rel_tol": 1e-3, "abs_tol": 1e-5}
-"""How far two values of one key may differ and still come from the same pair of images, rounded twice."""
+__all__ = ["Kind", "Metric", "MetricSet", "PerImage", "Unavailable", "check_pairs"]
 
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)
@@ -140,7 +137,7 @@ class PerImage(Metric):
 
     def _add(self, key: str, value: float) -> None:
         known = self._values.setdefault(key, value)
-        if not math.isclose(known, value, **SAME):
+        if not math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5):  # the same pair, rounded twice
             raise ValueError(
                 f"two different pairs of images have the key {key!r} ({self.kind.name} {known:.6g} and {value:.6g}): "
                 "give each image its own"
