@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Row:
             "skipped": {**infinite, **self.skipped},
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "details": {name: details for name, details in self.details.items() if details},
-            "cost": self.cost.as_dict() if self.cost else None,
+            "cost": asdict(self.cost) if self.cost else None,
         }
         extras = {"bands": self.bands, "test_patterns": self.test_patterns}
         return row | {name: extra for name, extra in extras.items() if extra is not None}

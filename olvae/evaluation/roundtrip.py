@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -100,9 +100,6 @@ class Cost:
     peak_memory_bytes: int | None
     batch_size: int
     device: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 T = TypeVar("T")

@@ -48,6 +48,9 @@ RANKED_BY_LPIPS = 32
 
 T = TypeVar("T")
 
+Watched = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
+"""Gets a pass's batches and the number of images over all processes, None if it is not known."""
+
 Key = tuple[str, int | None]
 """A target's name, and the seed of its samples: None for the posterior's mode, and for baselines."""
 
@@ -100,14 +103,11 @@ class Evaluated:
     test_patterns: Mapping[str, Artefacts]
 
 
-def evaluate(
-    request: Request, watched: Callable[[Iterable[Batch], int | None], Iterable[Batch]] = lambda batches, _: batches
-) -> list[Evaluated] | None:
+def evaluate(request: Request, watched: Watched = lambda batches, _: batches) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
 
     Args:
-        watched: wraps the batches of a pass, to show progress; it also gets the number of images over all processes,
-            None if it is not known.
+        watched: wraps the batches of a pass, to show progress.
 
     Returns:
         One result per protocol, in the first process; None in the others.
@@ -125,10 +125,7 @@ def evaluate(
 
 
 def _one_pass(
-    request: Request,
-    protocols: Sequence[Protocol],
-    models: Mapping[str, Autoencoder],
-    watched: Callable[[Iterable[Batch], int | None], Iterable[Batch]],
+    request: Request, protocols: Sequence[Protocol], models: Mapping[str, Autoencoder], watched: Watched
 ) -> list[Evaluated] | None:
     """Results under protocols that prepare images alike; None in every process but the first."""
     # The images.
@@ -327,14 +324,13 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
 def measure(target: str, metrics: MetricSet, n: int) -> Row:
     """A target's values of all variants of the metrics, from ``n`` images."""
     values = metrics.compute()
-    of_images = {name: metrics.metrics[name].per_image() for name in values}
     return Row(
         target,
         n,
         values,
         metrics.skipped,
         details={name: metrics.metrics[name].details() for name in values},
-        per_image={name: found for name, found in of_images.items() if found is not None},
+        per_image={name: found for name in values if (found := metrics.metrics[name].per_image()) is not None},
     )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from olvae import __version__
 from olvae.evaluation.artefacts import Artefacts, amplification, amplified
 from olvae.evaluation.report.pictures import PatternTable, side_limit, triple
 from olvae.evaluation.results import INFINITE, Results, Row, used_weights
@@ -30,7 +31,7 @@ COLOURS = 7
 
 MEASURES = ("mse", "share_of_signal")
 
-PACKAGES = ("open-litevae", "torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
+PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 
 
 def write_page(evaluated: Evaluated, path: Path, command: str = "", when: datetime | None = None) -> None:
@@ -58,12 +59,12 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
     results, artefacts = evaluated.results, evaluated.test_patterns
     galleries = {target: gallery.examples() for target, gallery in evaluated.galleries.items()}
     count = sum(len(examples) for groups in galleries.values() for examples in groups.values())
-    versions = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return environment.get_template("page.html").render(
         results=results,
         command=command,
         when=when or datetime.now().astimezone(),
-        environment=versions,
+        environment={"Python": platform.python_version(), "open-litevae": __version__, **versions},
         labels={name: METRICS[name].label for name in used_weights(results.rows)},
         weights=used_weights(results.rows),
         badge={row.target: (_letter(i), i % COLOURS + 1) for i, row in enumerate(results.table)},
@@ -238,10 +239,3 @@ def significant(value: float) -> str:
     if value == 0.0 or not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

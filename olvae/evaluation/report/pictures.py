@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from olvae.evaluation.artefacts import Artefacts
 from olvae.evaluation.gallery import Example, Gallery
-from olvae.figures import error_map, labelled_grid, viewable
+from olvae.figures import error_map, labelled_grid, rgb
 
 __all__ = ["Inline", "PatternTable", "inline", "side_limit", "triple", "write_figure"]
 
@@ -59,8 +58,7 @@ def inline(image: Tensor, limit: int | None = None) -> Inline:
         image: uint8 (C, H, W).
         limit: of the longest side, in pixels.
     """
-    array = viewable(image[None])[0].permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(np.ascontiguousarray(array))
+    picture = rgb(image)
     longest = max(picture.size)
     exact = longest <= EXACT
     if limit is not None and longest > limit and not exact:
