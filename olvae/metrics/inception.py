@@ -105,13 +105,11 @@ class SetMetric(Metric):
 
     Args:
         features: may be shared by several metrics of one target; each key is computed once.
-        details: see :meth:`Metric.details`.
     """
 
     def __init__(self, kind: Kind, features: PairFeatures, details: Mapping[str, object] | None = None) -> None:
-        self.kind = kind
+        super().__init__(kind, details)
         self._features = features
-        self._details = dict(details or {})
         self._computed: dict[str, object] = {}
         """Details of the last value; compute() sets them."""
 

@@ -44,9 +44,14 @@ class Metric(ABC):
     Images are identified by keys, and a key counts once. So the batch size, the order, and images that two processes
     both saw make no difference. ``other.merge(metric.state())`` joins what two processes have; merging twice does no
     harm.
+
+    Args:
+        details: see :meth:`details`.
     """
 
-    kind: Kind
+    def __init__(self, kind: Kind, details: Mapping[str, object] | None = None) -> None:
+        self.kind = kind
+        self._details = dict(details or {})
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
@@ -77,9 +82,9 @@ class Metric(ABC):
             Unavailable: there are too few images.
         """
 
-    @abstractmethod
     def details(self) -> dict[str, object]:
         """What the value depends on, ready for JSON; ``warning`` is a sentence for the reader. Call compute() first."""
+        return self._details
 
     def per_image(self) -> dict[str, float] | None:
         """The values by key, sorted by key; None if the metric compares the whole sets."""
@@ -92,7 +97,6 @@ class PerImage(Metric):
     Args:
         compare: maps x, y, uint8 (B, C, H, W), to one value per pair (B,).
         device: where it is computed.
-        details: see :meth:`Metric.details`.
     """
 
     def __init__(
@@ -102,10 +106,9 @@ class PerImage(Metric):
         device: str | torch.device = "cpu",
         details: Mapping[str, object] | None = None,
     ) -> None:
-        self.kind = kind
+        super().__init__(kind, details)
         self._compare = compare
         self._device = torch.device(device)
-        self._details = dict(details or {})
         self._values: dict[str, float] = {}
 
     @torch.no_grad()
@@ -128,9 +131,6 @@ class PerImage(Metric):
         if not self._values:
             raise Unavailable(f"{self.kind.name} needs an image, got none")
         return math.fsum(self._values.values()) / len(self._values)  # fsum rounds once, whatever the order
-
-    def details(self) -> dict[str, object]:
-        return self._details
 
     def per_image(self) -> dict[str, float]:
         return dict(sorted(self._values.items()))

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -67,7 +68,10 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         environment={"Python": platform.python_version(), "open-litevae": __version__, **versions},
         labels={name: METRICS[name].label for name in used_weights(results.rows)},
         weights=used_weights(results.rows),
-        badge={row.target: (_letter(i), i % COLOURS + 1) for i, row in enumerate(results.table)},
+        badge={
+            row.target: (ascii_uppercase[i : i + 1] or str(i + 1), i % COLOURS + 1)
+            for i, row in enumerate(results.table)
+        },
         scores=_scores(results),
         differences=_differences(results),
         costs=_costs(results.rows),
@@ -218,10 +222,6 @@ def _best(name: str, rows: Sequence[Row]) -> float | None:
     if len(set(values)) < 2:
         return None
     return max(values) if METRICS[name].better == "higher" else min(values)
-
-
-def _letter(i: int) -> str:
-    return chr(ord("A") + i) if i < 26 else str(i + 1)
 
 
 def number(value: float, digits: int) -> str:
