@@ -30,10 +30,8 @@ def bench_train(
 
     Args:
         params: ``model.params`` of a config with an adversary.
-        size, batch_size: of the images.
         steps: measured steps per round, after one that warms up.
         rounds: of both steps.
-        device: torch's name of it.
 
     Returns:
         Median seconds of each step, images per second, speedup (above 1 if one forward pass is faster), and on a GPU

@@ -147,11 +147,8 @@ class PerImage(Metric):
 class MetricSet:
     """Several metrics of one target, and why some of them have no value.
 
-    A metric that raises :class:`Unavailable` is dropped, in every process once they are merged.
-
-    Args:
-        metrics: new ones, by name.
-        skipped: the reasons for metrics that could not be made, by name.
+    A metric that raises :class:`Unavailable` is dropped, in every process once they are merged. ``skipped`` has the
+    reasons, at first those of metrics that could not be made.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], skipped: Mapping[str, str] | None = None) -> None:

@@ -18,10 +18,7 @@ from olvae.data.source import Batch
 from olvae.metrics.metric import MetricSet
 from olvae.metrics.registry import MakeMetrics, build_metrics
 
-__all__ = ["ALWAYS", "ValidatedModule", "allow_uneven_batches", "weights_as_trained"]
-
-
-ALWAYS = ("psnr", "ssim")
+__all__ = ["ValidatedModule", "allow_uneven_batches", "weights_as_trained"]
 
 
 def allow_uneven_batches(trainer: pl.Trainer) -> None:
@@ -85,7 +82,7 @@ class ValidatedModule(pl.LightningModule, ABC):
             ValueError: a metric's name is unknown.
         """
         if self._make_metrics is None or self._make_metrics[0] != self.device:
-            make, missing = build_metrics((*ALWAYS, *self.val_metrics), self.weights_dir, self.device)
+            make, missing = build_metrics(("psnr", "ssim", *self.val_metrics), self.weights_dir, self.device)
             if missing:
                 raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in missing.items()))
             self._make_metrics = self.device, make

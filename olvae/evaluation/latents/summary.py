@@ -132,7 +132,7 @@ class LatentSummary:
             },
             "histogram": {
                 "edges": EDGES.tolist(),
-                "normal": _normal_mass()[1:-1].tolist(),
+                "normal": torch.special.ndtr(EDGES).diff().tolist(),
                 **_shares(self.mass.mean(0)),
                 "channels": [_shares(row) for row in self.mass],
             },
@@ -240,11 +240,6 @@ def _mmd(latents: list[Tensor], shift: float, scale: float) -> Mmd | None:
     raw = mmd2_normal(z)
     scaled = mmd2_normal(z.sub_(shift).mul_(scale))
     return Mmd(len(z), raw.tolist(), scaled.tolist(), mmd2_null_std(*z.shape).tolist())
-
-
-def _normal_mass() -> Tensor:
-    below = torch.special.ndtr(EDGES)
-    return torch.cat((torch.zeros(1), below, torch.ones(1))).diff()
 
 
 def _shares(mass: Tensor) -> dict[str, Any]:

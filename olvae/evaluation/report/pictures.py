@@ -21,6 +21,8 @@ __all__ = ["Inline", "PatternTable", "inline", "side_limit", "triple", "write_fi
 EXACT = 128
 """Pictures up to this side are kept to the pixel."""
 
+LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # the last two are effort: 14 ms instead of 130
+
 PIXELS = 15e6
 """Of all photographs of a page together: about 3 MB."""
 
@@ -68,10 +70,8 @@ def inline(image: Tensor, limit: int | None = None) -> Inline:
         factor = -(-SIDES[1] // longest)
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    if exact:
-        picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)  # both are effort: 14 ms instead of 130
-    else:
-        picture.save(buffer, "WEBP", quality=82)
+    options = LOSSLESS if exact else {"quality": 82}
+    picture.save(buffer, "WEBP", **options)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Inline(uri, picture.width, picture.height, exact and limit is None)
 
