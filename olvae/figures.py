@@ -12,7 +12,7 @@ from torch import Tensor
 
 from olvae.files import atomic_write
 
-__all__ = ["ERROR_RANGE", "comparison", "error_map", "labelled_grid", "plot_curves", "save_image", "viewable"]
+__all__ = ["ERROR_RANGE", "comparison", "error_map", "labelled_grid", "plot_curves", "rgb", "save_image"]
 
 ERROR_RANGE = 64
 """The error, in 8-bit steps, that error maps show as white."""
@@ -45,41 +45,36 @@ def error_map(x: Tensor, y: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(colours)).permute(0, 3, 1, 2)
 
 
-def labelled_grid(rows: Mapping[str, Tensor], min_side: int = 128, gap: int = 4) -> Image.Image:
+def labelled_grid(rows: Mapping[str, Tensor]) -> Image.Image:
     """A row of pictures per entry, below its name.
 
     Args:
-        rows: names to uint8 (N, C, H, W), all of one size; N may differ; see :func:`viewable` for C.
-        min_side: pictures smaller than this are enlarged by a whole factor, pixel by pixel.
-        gap: white pixels between pictures.
+        rows: names to uint8 (N, C, H, W), all of one size; N may differ; see :func:`rgb` for C. Below 128 pixels they
+            are enlarged by a whole factor, pixel by pixel.
     """
     height, width = next(iter(rows.values())).shape[-2:]
-    factor = max(1, -(-min_side // min(height, width)))
+    factor = max(1, -(-128 // min(height, width)))
     height, width = height * factor, width * factor
     columns = max(images.shape[0] for images in rows.values())
     font = ImageFont.load_default(size=18)
-    label = 28
+    label, gap = 28, 4
     canvas = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * (label + height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for r, (name, images) in enumerate(rows.items()):
-        images = viewable(images)
         top = gap + r * (label + height + gap)
         draw.text((gap, top + 2), name, fill="black", font=font)
         for c, image in enumerate(images):
-            array = image.permute(1, 2, 0).contiguous().cpu().numpy()
-            picture = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
+            picture = rgb(image).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (gap + c * (width + gap), top + label))
     return canvas
 
 
-def comparison(pictures: Mapping[str, Tensor], longest: int = 1200, gap: int = 8) -> Image.Image:
-    """Pictures of one size, each below its name: side by side, or stacked if they are wide.
+def comparison(pictures: Mapping[str, Tensor]) -> Image.Image:
+    """Pictures of one size, uint8 (C, H, W), each below its name: side by side, or stacked if they are wide.
 
-    Args:
-        pictures: names to uint8 (C, H, W); see :func:`viewable` for C.
-        longest: pictures with a longer side are shrunk; small ones are enlarged by a whole factor, pixel by pixel.
-        gap: white pixels around pictures.
+    A side of more than 1200 pixels is shrunk to that; small pictures are enlarged by a whole factor, pixel by pixel.
     """
+    longest, gap = 1200, 8
     height, width = next(iter(pictures.values())).shape[-2:]
     short, long = min(height, width), max(height, width)
     factor = max(1, 256 // long, min(-(-16 // short), longest // long))  # at least 256 long, or 16 wide
@@ -100,19 +95,17 @@ def comparison(pictures: Mapping[str, Tensor], longest: int = 1200, gap: int = 8
         left = gap + (0 if stacked else index * step[0])
         top = gap + (index * step[1] if stacked else 0)
         draw.text((left, top), name, fill="black", font=font)
-        array = viewable(picture[None])[0].permute(1, 2, 0).contiguous().cpu().numpy()
-        canvas.paste(Image.fromarray(array).resize(size, resample), (left, top + label))
+        canvas.paste(rgb(picture).resize(size, resample), (left, top + label))
     return canvas
 
 
-def viewable(images: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, 3, H, W): one channel is shown as grey, and of more than three the first three."""
-    channels = images.shape[1]
-    if channels == 1:
-        return images.expand(-1, 3, -1, -1)
-    if channels == 2:
-        return torch.cat((images, torch.zeros_like(images[:, :1])), dim=1)
-    return images[:, :3]
+def rgb(image: Tensor) -> Image.Image:
+    """uint8 (C, H, W) -> a picture: one channel is shown as grey, two as red and green, of more the first three."""
+    if image.shape[0] == 1:
+        image = image.expand(3, -1, -1)
+    elif image.shape[0] == 2:
+        image = torch.cat((image, torch.zeros_like(image[:1])))
+    return Image.fromarray(image[:3].permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:

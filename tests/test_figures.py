@@ -21,9 +21,9 @@ def test_error_map_goes_from_black_to_white_at_64():
 def test_the_grid_holds_each_picture():
     red = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 255
-    grid = np.asarray(labelled_grid({"red": red, "black": torch.zeros_like(red)[:1]}, min_side=32))
-    assert (grid == (255, 0, 0)).all(-1).sum() == 2 * 32 * 32
-    assert grid.shape[1] == 4 + 2 * 36
+    grid = np.asarray(labelled_grid({"red": red, "black": torch.zeros_like(red)[:1]}))
+    assert (grid == (255, 0, 0)).all(-1).sum() == 2 * 128 * 128
+    assert grid.shape[1] == 4 + 2 * 132
 
 
 @pytest.mark.parametrize(("channels", "extension"), [(1, "png"), (3, "png"), (4, "png"), (5, "npy")])

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -62,7 +62,9 @@ def bench_data(
                 raise ConfigError(f"--workers {count}: {name}: {error}") from error
     first = next(iter(opened.values()))
     floors = {name: "floor" if _crops_as(source, first) else f"floor of {name}" for name, source in opened.items()}
-    owners = {floor: next(name for name in opened if floors[name] == floor) for floor in dict.fromkeys(floors.values())}
+    owners: dict[str, str] = {}
+    for name, floor in floors.items():
+        owners.setdefault(floor, name)
     decoders = {floor: _floor(name, opened[name]) for floor, name in owners.items()}
     fastest = dict.fromkeys(decoders, 0.0)
     rates = {(name, count): 0.0 for name in opened for count in workers}
@@ -86,16 +88,12 @@ def bench_data(
     return rows
 
 
-class _Raw(NamedTuple):
-    """An image before it is decoded, and how its source crops it."""
+Decode = Callable[[np.random.Generator], Tensor]
 
-    name: str
-    data: bytes | Picture
-    source: MappedSource | WebDatasetSource
 
-    def decode(self, rng: np.random.Generator) -> Tensor:
-        photo = Photo(self.data, self.name, self.source.channels)
-        return image_to_tensor(self.source.transform(photo, rng))
+def _decoder(source: MappedSource | WebDatasetSource, data: bytes | Picture, name: str) -> Decode:
+    """Decodes and crops an image in memory as its source does."""
+    return lambda rng: image_to_tensor(source.transform(Photo(data, name, source.channels), rng))
 
 
 def _crops_as(source: Source, first: Source) -> bool:
@@ -107,27 +105,27 @@ def _crops_as(source: Source, first: Source) -> bool:
 
 def _floor(name: str, source: Source) -> Callable[[], Tensor]:
     rng, images = np.random.default_rng(0), []
-    for image in islice(_undecoded(source), FLOOR_IMAGES):
+    for decode in islice(_undecoded(source), FLOOR_IMAGES):
         with contextlib.suppress(UnreadableImageError):
-            image.decode(rng)
-            images.append(image)
+            decode(rng)
+            images.append(decode)
     if not images:
         raise ValueError(f"{name}: no image of it can be read")
     turns = cycle(images)
-    return lambda: next(turns).decode(rng)
+    return lambda: next(turns)(rng)
 
 
-def _undecoded(source: Source) -> Iterator[_Raw]:
-    """Training images; those of a mix in the shares of its sources."""
+def _undecoded(source: Source) -> Iterator[Decode]:
+    """Training images, in memory; those of a mix in the shares of its sources."""
     if isinstance(source, WebDatasetSource):
         for shard in source.train:
             entries = read_shard(shard, source.image_key)
-            yield from (_Raw(entry.name, entry.data, source) for entry in entries if isinstance(entry, Entry))
+            yield from (_decoder(source, entry.data, entry.name) for entry in entries if isinstance(entry, Entry))
     elif isinstance(source, MappedSource):
         for i in np.random.default_rng(0).permutation(len(source.train)):
             with contextlib.suppress(UnreadableImageError):
                 photo = source.train[int(i)]
-                yield _Raw(photo.name, photo.undecoded(), source)
+                yield _decoder(source, photo.undecoded(), photo.name)
     elif isinstance(source, MixSource):
         parts = [list(islice(_undecoded(part), FLOOR_IMAGES)) for part in source.sources]
         turns = [cycle(part) for part in parts]

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from olvae.models.large.memory import peak_bytes
-from olvae.modules.base import count_macs, count_parameters
+from olvae.modules.base import Decoder, count_macs, count_parameters
 from olvae.modules.discriminators.gigagan import GigaGAN
 from olvae.modules.discriminators.patchgan import PatchGAN
 from olvae.modules.discriminators.unetgan import UNetGAN
@@ -171,44 +171,30 @@ class NetworkRow(NamedTuple):
     name: str
     params: int
     macs: int
-    published_params: float | None
+    published_params: float
     published_macs: float | None
-
-
-class _Published(NamedTuple):
-    """A network of the README's tables: parameters in millions and multiply-accumulates in billions, as published."""
-
-    group: str
-    variant: str
-    name: str
-    params: float | None
-    macs: float | None
-    build: Callable[[], nn.Module]
-    channels: int = 3
-    side: int = 256
 
 
 # Published for other latents than those timed above: the README's encoders have latent_dim = n_z = 12, as the published
 # YAML says [M], the paper's have latent_dim = 2 n_z = 8, and the Stable Diffusion networks have n_z = 4.
-_PUBLISHED = (
+# In millions of parameters and billions of multiply-accumulates.
+_PUBLISHED: tuple[tuple[str, str, str, float, float | None, Callable[[], nn.Module]], ...] = (
     *(
-        _Published("encoder", "open_litevae", scale, params, macs, partial(LiteVAE_Encoder, 12, scale))
+        ("encoder", "open_litevae", scale, params, macs, partial(LiteVAE_Encoder, 12, scale))
         for scale, params, macs in zip(SIZES, (0.97, 6.6, 34.0, 41.15), (5.5, 37.4, 234.9, 242.1), strict=True)  # [R]
     ),
     *(
-        _Published("encoder", "paper", scale, params, None, partial(LiteVAE_Encoder, 8, scale, "paper"))
+        ("encoder", "paper", scale, params, None, partial(LiteVAE_Encoder, 8, scale, "paper"))
         for scale, params in zip(SIZES, (1.03, 6.75, 32.75, 41.42), strict=True)  # [P]
     ),
-    _Published("encoder", "sd", "sd", 34.16, 137, partial(SDEncoder, latent_dim=8)),  # [R]
-    _Published("decoder", "open_litevae", "open_litevae", 53.33, 324, LiteVAE_Decoder, LATENT, 32),
-    _Published(
-        "decoder", "paper_smc", "paper_smc", 48.46, None, partial(LiteVAE_Decoder, variant="paper_smc"), LATENT, 32
-    ),
-    _Published("decoder", "sd", "sd", 49.49, 312, partial(SDDecoder, z_channels=4), 4, 32),  # [R]
-    _Published("discriminator", "patchgan", "PatchGAN", 2.77, 3.15, PatchGAN),  # [R]
-    _Published("discriminator", "gigagan", "GigaGAN", 14.38, 3.23, GigaGAN),  # [R]
+    ("encoder", "sd", "sd", 34.16, 137, partial(SDEncoder, latent_dim=8)),  # [R]
+    ("decoder", "open_litevae", "open_litevae", 53.33, 324, LiteVAE_Decoder),
+    ("decoder", "paper_smc", "paper_smc", 48.46, None, partial(LiteVAE_Decoder, variant="paper_smc")),  # [P]
+    ("decoder", "sd", "sd", 49.49, 312, partial(SDDecoder, z_channels=4)),  # [R]
+    ("discriminator", "patchgan", "PatchGAN", 2.77, 3.15, PatchGAN),  # [R]
+    ("discriminator", "gigagan", "GigaGAN", 14.38, 3.23, GigaGAN),  # [R]
     *(
-        _Published("discriminator", "unetgan", f"UNetGAN-{size}", params, macs, partial(UNetGAN, base_channels=base))
+        ("discriminator", "unetgan", f"UNetGAN-{size}", params, macs, partial(UNetGAN, base_channels=base))
         for size, base, params, macs in (("S", 16, 2.75, 2.31), ("M", 32, 11.0, 9.13), ("L", 64, 44.1, 36.34))  # [R]
     ),
 )
@@ -216,21 +202,13 @@ _PUBLISHED = (
 
 def network_table() -> list[NetworkRow]:
     """Count the networks of the README's tables; on the meta device, so in seconds and without memory."""
-    rows: list[NetworkRow] = []
-    for network in _PUBLISHED:
+    rows = []
+    for group, variant, name, params, macs, build in _PUBLISHED:
         with torch.device("meta"):
-            module = network.build()
-        rows.append(
-            NetworkRow(
-                network.group,
-                network.variant,
-                network.name,
-                count_parameters(module),
-                count_macs(module, 1, network.channels, network.side, network.side),
-                None if network.params is None else network.params * 1e6,
-                None if network.macs is None else network.macs * 1e9,
-            )
-        )
+            module = build()
+        shape = (module.z_channels, 32, 32) if isinstance(module, Decoder) else (3, 256, 256)
+        counted = count_parameters(module), count_macs(module, 1, *shape)
+        rows.append(NetworkRow(group, variant, name, *counted, params * 1e6, None if macs is None else macs * 1e9))
     return rows
 
 
@@ -256,7 +234,7 @@ def print_table(rows: list[NetworkRow]) -> None:
             row.variant,
             row.name,
             f"{row.params / 1e6:.4f}",
-            "-" if row.published_params is None else f"{row.published_params / 1e6:.2f}",
+            f"{row.published_params / 1e6:.2f}",
             f"{row.macs / 1e9:.2f}",
             "-" if row.published_macs is None else f"{row.published_macs / 1e9:.1f}",
         )

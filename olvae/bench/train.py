@@ -3,11 +3,11 @@
 import statistics
 import time
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from olvae.data.source import Batch
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -30,10 +30,8 @@ def bench_train(
 
     Args:
         params: ``model.params`` of a config with an adversary.
-        size, batch_size: of the images.
         steps: measured steps per round, after one that warms up.
         rounds: of both steps.
-        device: torch's name of it.
 
     Returns:
         Median seconds of each step, images per second, speedup (above 1 if one forward pass is faster), and on a GPU
@@ -71,22 +69,10 @@ def _time_steps(model: LiteAutoencoderKL, size: int, batch_size: int, steps: int
         enable_model_summary=False,
         callbacks=[stopwatch],
     )
-    channels = model.autoencoder.encoder.in_channels
-    trainer.fit(model, DataLoader(_Noise(channels, size, batch_size * (steps + 1)), batch_size))
+    shape = batch_size, model.autoencoder.encoder.in_channels, size, size
+    x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    trainer.fit(model, repeat({"image": x}, steps + 1))
     return stopwatch.seconds[1:]
-
-
-class _Noise(Dataset[Batch]):
-    def __init__(self, channels: int, size: int, length: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.image = torch.randint(0, 256, (channels, size, size), dtype=torch.uint8, generator=generator)
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Batch:
-        return {"image": self.image.roll(index, dims=-1)}
 
 
 class _Stopwatch(pl.Callback):

@@ -1,21 +1,25 @@
 """``olvae bench``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Measure speed and memory beside a named peer.")
+app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure speed and memory beside a named peer.",
+)
+
+BatchSize = Annotated[int, typer.Option("--batch-size", "-B", min=1)]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Pixels = Annotated[int, typer.Option(min=8, help="Pixels, a multiple of 8.")]
 
 
-@app.callback()
-def _group() -> None:
-    """Measure speed and memory beside a named peer."""
-
-
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+@app.command()
 def train(
     config: Annotated[
         Path, typer.Option(metavar="CFG", help="A config with an adversary, or a run's config.yaml.")
@@ -26,8 +30,8 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps per round.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each kind of step.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
 ) -> None:
     """Time the training step of phase B beside one that runs the autoencoder's forward pass twice.
 
@@ -62,50 +66,37 @@ def train(
         typer.echo(f"  {name:<26} {value:.3f}", err=True)
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+@app.command()
 def data(
     sources: Annotated[
         list[str], typer.Argument(metavar="SRC...", help="Folders, shards, lists, data sets, as for --data.")
     ],
     size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels; a config has its own.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 32,
+    batch_size: BatchSize = 32,
     workers: Annotated[str, typer.Option(metavar="LIST", help="Numbers of loader processes to try.")] = "0,1,2",
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds per measurement; the best of three counts.")] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time the training loaders of sources beside decoding and cropping the same images without a loader.
 
     Example: olvae bench data photos photos_shards --size 256 --workers 1,2
     """
-    import json
-
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from olvae.bench.data import bench_data
     from olvae.config import ConfigError
 
     if not all(number.strip().isdigit() for number in workers.split(",")):
         raise ConfigError(f"--workers {workers}: give numbers of processes, such as 0,1,2")
     rows = bench_data(sources, size, batch_size, [int(number) for number in workers.split(",")], seconds)
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    table = Table("source", "crop", "workers", "images/s", "of the floor, per worker")
-    for row in rows:
-        crop, share = f"{row['size']}x{row['size']}", f"{row['of_floor']:.0%}"
-        table.add_row(escape(row["source"]), crop, str(row["workers"]), f"{row['images_per_s']:.0f}", share)
-    Console(stderr=True).print(table)
+    _show(rows, "training loaders; of the floor, per worker", as_json)
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+@app.command()
 def dwt(
     size: Annotated[int, typer.Option(min=2, help="Pixels.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 8,
+    batch_size: BatchSize = 8,
     wavelet: Annotated[str, typer.Option(help="An orthogonal wavelet of PyWavelets.")] = "haar",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
 ) -> None:
     """Time one level of the wavelet transform beside PyWavelets and a strided convolution.
 
@@ -118,12 +109,12 @@ def dwt(
     _show(rows, f"{wavelet}, {batch_size} RGB images of {size}x{size}, {device}", as_json)
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+@app.command()
 def encoder(
-    size: Annotated[int, typer.Option(min=8, help="Pixels, a multiple of 8.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+    size: Pixels = 256,
+    batch_size: BatchSize = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
 ) -> None:
     """Time LiteVAE's encoders S, B, M and L beside Stable Diffusion's.
 
@@ -136,12 +127,12 @@ def encoder(
     _show(rows, f"encoders, {batch_size} images of {size}x{size}, {device}", as_json)
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+@app.command()
 def decoder(
-    size: Annotated[int, typer.Option(min=8, help="Pixels, a multiple of 8.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+    size: Pixels = 256,
+    batch_size: BatchSize = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
 ) -> None:
     """Time the decoders with self-modulated convolutions, as trained and folded, beside Stable Diffusion's.
 
@@ -168,6 +159,7 @@ def _show(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if as_json:
@@ -175,9 +167,10 @@ def _show(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
         return
     table = Table(title=title)
     for key in rows[0]:
-        table.add_column(key.removesuffix("_bytes").replace("_", " "), justify="left" if key == "name" else "right")
+        justify: Literal["left", "right"] = "left" if key in ("name", "source") else "right"
+        table.add_column(key.removesuffix("_bytes").replace("_", " "), justify=justify)
     for row in rows:
-        table.add_row(*(_cell(key, value) for key, value in row.items()))
+        table.add_row(*(escape(_cell(key, value)) for key, value in row.items()))
     Console(stderr=True).print(table)
 
 
@@ -186,4 +179,6 @@ def _cell(key: str, value: Any) -> str:
         return f"{value / 1e6:.2f} M"
     if key == "peak_memory_bytes":
         return f"{value / 2**20:.0f} MiB"
-    return value if isinstance(value, str) else f"{value:.4g}"
+    if key == "of_floor":
+        return f"{value:.0%}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

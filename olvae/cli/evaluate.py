@@ -13,16 +13,29 @@ if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.runner import Evaluated
     from olvae.runs import Run
 
-__all__ = ["command", "results_folder"]
+__all__ = ["BatchSize", "First", "Targets", "TestImages", "command", "results_folder"]
+
+Targets = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="TARGET...", help="Run folders, checkpoints, exported folders, hub ids, or diffusers:ID_OR_FOLDER."
+    ),
+]
+
+TestImages = Annotated[
+    str | None,
+    typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
+]
+
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8.")
+]
+
+First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
 
 
 def command(
-    targets: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TARGET...", help="Run folders, checkpoints, exported folders, hub ids, or diffusers:ID_OR_FOLDER."
-        ),
-    ],
+    targets: Targets,
     config: ConfigFile = None,
     config_base: Annotated[
         Path | None,
@@ -30,9 +43,7 @@ def command(
             "--config_base", "--config-base", metavar="DIR", help="A folder in which to find a run's config by name."
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8.")
-    ] = None,
+    batch_size: BatchSize = None,
     metrics: Annotated[
         str,
         typer.Option(metavar="LIST", help="psnr, ssim, ms_ssim, l1, lpips, lpips_alex, rfid, kid, ssim_uniform."),
@@ -43,14 +54,11 @@ def command(
             metavar="NAME[,NAME]", help="open-litevae, latent-diffusion, dc-ae, llamagen, va-vae: docs/evaluation.md."
         ),
     ] = "open-litevae",
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
-    ] = None,
+    data: TestImages = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels per side; by default the config's, otherwise the protocol's.")
     ] = None,
-    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")] = None,
+    images: First = None,
     posterior: Annotated[str | None, typer.Option(help="mode or sample; by default the protocol's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")] = 0,
     raw: Raw = False,
@@ -94,7 +102,7 @@ def command(
 
     from olvae.config import ConfigError
     from olvae.devices import join, leave, resolve_device
-    from olvae.evaluation.protocol import PROTOCOLS, named
+    from olvae.evaluation.protocol import named
     from olvae.evaluation.report.tables import print_results
     from olvae.evaluation.results import Results
     from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, evaluate
@@ -106,8 +114,6 @@ def command(
         raise ConfigError(f"--metrics {metrics}: {', '.join(unknown) or 'none'}: choose from all, {', '.join(METRICS)}")
     if posterior not in (None, "mode", "sample"):
         raise ConfigError(f"--posterior {posterior}: choose mode or sample")
-    if unknown := [name for name in _names(protocol) if name not in PROTOCOLS]:
-        raise ConfigError(f"--protocol {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     folder = results_folder(out, targets[0], found[0].run)
@@ -191,18 +197,15 @@ def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> lis
         "table": folder / f"metrics{suffix}.md",
         "numbers": folder / f"metrics{suffix}.json",
     }
-    if evaluated.pictures.galleries:
-        write_figure(evaluated.pictures.galleries, files["figure"])
-    else:
-        del files["figure"]
+    if evaluated.galleries:
+        write_figure(evaluated.galleries, files["figure"])
     if page:
         write_page(evaluated, files["report"], shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    else:
-        del files["report"]
     write_csv(results, files["images"])
     write_markdown(results, files["table"])
     results.write(files["numbers"])
-    return list(files.items())
+    left_out = {"figure": not evaluated.galleries, "report": not page}
+    return [(what, path) for what, path in files.items() if not left_out.get(what)]
 
 
 def _names(text: str) -> list[str]:

@@ -5,31 +5,20 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.evaluate import results_folder
+from olvae.cli.evaluate import BatchSize, First, Targets, TestImages, results_folder
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, watched
 
 __all__ = ["command"]
 
 
 def command(
-    targets: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TARGET...",
-            help="Run folders, checkpoints, exported folders, hub ids, or diffusers:ID_OR_FOLDER.",
-        ),
-    ],
+    targets: Targets,
     config: ConfigFile = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8.")
-    ] = None,
-    images: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")] = None,
+    data: TestImages = None,
+    batch_size: BatchSize = None,
+    images: First = None,
     device: Device = None,
     out: Annotated[
         Path | None,

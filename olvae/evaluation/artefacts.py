@@ -120,28 +120,18 @@ def find_artefacts(
 
     Args:
         model: in evaluation mode; it is moved to the device.
-        size: side of the square patterns, in pixels.
-
-    Raises:
-        ValueError: the size is not a multiple of the model's downscale factor f.
+        size: side of the square patterns, in pixels; a multiple of the model's downscale factor f.
     """
     f = model.downscale
-    if size < f or size % f:
-        raise ValueError(
-            f"test patterns of {size} pixels do not divide into latent positions of {f}: use a multiple of {f}"
-        )
+    assert size % f == 0
     constants, patterns = _constants(model.in_channels, size), _patterns(model.in_channels, size)
     x = torch.stack([*constants.values(), *patterns.values()])
     y = _reconstruct(model.to(device), x, torch.device(device), batch_size)
-    pairs = list(zip(x, y, strict=True))
     frame = size // (4 * f) * f
-    count = len(constants)
+    colours = [_colour(name, a, b, f, frame) for name, a, b in zip(constants, x, y, strict=False)]
+    rest = zip(patterns, x[len(constants) :], to_uint8(y[len(constants) :]), strict=True)
     return Artefacts(
-        size,
-        f,
-        frame,
-        [_colour(name, *pair, f, frame) for name, pair in zip(constants, pairs[:count], strict=True)],
-        [_pattern(name, *pair) for name, pair in zip(patterns, pairs[count:], strict=True)],
+        size, f, frame, colours, [Pattern(name, float(psnr(a[None], b[None])), a, b) for name, a, b in rest]
     )
 
 
@@ -220,8 +210,3 @@ def _colour(name: str, x: Tensor, y: Tensor, f: int, frame: int) -> Colour:
 def _amplitude(values: Tensor) -> float:
     """Standard deviation over positions, root mean square over channels."""
     return math.sqrt(values.var((1, 2), correction=0).mean())
-
-
-def _pattern(name: str, x: Tensor, y: Tensor) -> Pattern:
-    rounded = to_uint8(y)
-    return Pattern(name, float(psnr(x[None], rounded[None])), x, rounded)

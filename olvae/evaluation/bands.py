@@ -26,8 +26,6 @@ class BandErrors:
     """
 
     def __init__(self, levels: int = 3) -> None:
-        if levels < 1:
-            raise ValueError(f"the wavelet bands need at least 1 level, got {levels}")
         self._levels = levels
         self._energies: dict[str, tuple[Energies, Energies]] = {}  # of the error, and of the input
 
@@ -41,7 +39,7 @@ class BandErrors:
 
         Raises:
             Unavailable: a side is odd.
-            ValueError: x and y do not fit together, or a key has two different pairs.
+            ValueError: x and y do not fit together.
         """
         check_pairs(keys, x, y)
         height, width = x.shape[-2:]
@@ -52,12 +50,11 @@ class BandErrors:
         error = y.double() - signal
         energies = zip(_energies(error, levels), _energies(signal, levels), strict=True)
         for key, pair in zip(keys, energies, strict=True):
-            self._note(key, pair)
+            self._energies.setdefault(key, pair)
 
     def merge(self, other: "BandErrors") -> None:
         """Add what another process has seen."""
-        for key, pair in other._energies.items():
-            self._note(key, pair)
+        self._energies = other._energies | self._energies
 
     def compute(self) -> dict[str, dict[str, float | None]]:
         """The bands, coarse to fine: LL3, LH3, HL3, HH3, LH2, ..., HH1.
@@ -68,22 +65,13 @@ class BandErrors:
         Returns:
             For each band ``mse``, and ``share_of_signal``: the energy of all errors over that of all inputs in the
             band, None if the inputs have none. The signal of LL includes the brightness, counted from black.
-
-        Raises:
-            Unavailable: there are no images.
         """
-        if not self._energies:
-            raise Unavailable("the error per wavelet band needs an image, got none")
         errors, signals = zip(*self._energies.values(), strict=True)
         bands: dict[str, dict[str, float | None]] = {}
         for name, place in _places(len(errors[0]) // 3).items():
             error, signal = (math.fsum(image[place] for image in side) for side in (errors, signals))
             bands[name] = {"mse": error / len(errors), "share_of_signal": error / signal if signal else None}
         return bands
-
-    def _note(self, key: str, pair: tuple[Energies, Energies]) -> None:
-        if self._energies.setdefault(key, pair) != pair:
-            raise ValueError(f"two different pairs of images have the key {key!r}: give each image its own")
 
 
 def _energies(images: Tensor, levels: int) -> list[Energies]:

@@ -1,14 +1,11 @@
 """Which images the report shows: the worst, the median and the best by one metric, and an arbitrary few."""
 
 import hashlib
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
-
-from olvae.metrics.metric import SAME, check_pairs
 
 __all__ = ["Example", "Gallery"]
 
@@ -31,17 +28,12 @@ class Gallery:
     Args:
         better: which values of the metric are better.
         each: images per group.
-        pool: images from which the median group is chosen, and the most that :meth:`spread` can return.
-
-    Raises:
-        ValueError: the pool is smaller than three groups, so that a group might stay empty.
+        pool: images from which the median group is chosen, and the most that :meth:`spread` can return; at least three
+            groups, so that none stays empty.
     """
 
     def __init__(self, better: Literal["higher", "lower"], each: int = 4, pool: int = 64) -> None:
-        if each < 1 or pool < 3 * each:
-            raise ValueError(
-                f"a gallery needs at least 1 image per group and a pool of 3 groups, got {each} and {pool}"
-            )
+        assert pool >= 3 * each
         self._sign = 1.0 if better == "higher" else -1.0
         self._each = each
         self._pool = pool
@@ -55,23 +47,17 @@ class Gallery:
             keys: of the B images.
             values: of the metric, one per image; may be infinite.
             x, y: inputs and reconstructions, uint8 (B, C, H, W), on any device.
-
-        Raises:
-            ValueError: x and y do not fit together, a value is not a number, or a key has two values.
         """
-        check_pairs(keys, x, y)
-        fresh: dict[str, int] = {}
-        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-            if self._note(key, float(value)):
-                fresh[key] = i
+        fresh = {key: i for i, key in enumerate(keys) if key not in self._values}
+        for key, value in zip(keys, values, strict=True):
+            self._values.setdefault(key, value)
         wanted = self._wanted([*self._images, *fresh])
         copies = {key: (x[i].cpu().clone(), y[i].cpu().clone()) for key, i in fresh.items() if key in wanted}
         self._images = {key: pair for key, pair in (self._images | copies).items() if key in wanted}
 
     def merge(self, other: "Gallery") -> None:
         """Add what another process has seen."""
-        for key, value in other._values.items():
-            self._note(key, value)
+        self._values = other._values | self._values
         together = other._images | self._images
         wanted = self._wanted(together)
         self._images = {key: pair for key, pair in together.items() if key in wanted}
@@ -89,34 +75,18 @@ class Gallery:
             groups = {"worst": ranked[: n // 2], "median": ranked[: n % 2], "best": ranked[n - n // 2 :]}
         else:
             worst, best = ranked[:each], ranked[-each:]
-            rest = [key for key in self._hashed(self._images)[: self._pool] if key not in {*worst, *best}]
+            rest = [key for key in sorted(self._images, key=_hash)[: self._pool] if key not in {*worst, *best}]
             groups = {"worst": worst, "median": self._ranked(self._nearest(rest)[:each]), "best": best}
         return {name: [self._example(key) for key in keys] for name, keys in groups.items()}
 
     def spread(self, n: int) -> list[Example]:
-        """The n images whose keys have the smallest hashes, or all if there are fewer: an arbitrary choice.
-
-        Raises:
-            ValueError: n is more than the pool.
-        """
-        if n > self._pool:
-            raise ValueError(f"{n} images are more than the pool of {self._pool}")
-        return [self._example(key) for key in self._hashed(self._images)[:n]]
-
-    def _note(self, key: str, value: float) -> bool:
-        """Keep a value. Returns whether the key is new."""
-        if math.isnan(value):
-            raise ValueError(f"{key}: the value to rank images by is not a number")
-        if (known := self._values.get(key)) is None:
-            self._values[key] = value
-            return True
-        if not math.isclose(known, value, **SAME):
-            raise ValueError(f"two different images have the key {key!r}: give each image its own")
-        return False
+        """The n images whose keys have the smallest hashes, or all if there are fewer: an arbitrary choice."""
+        assert n <= self._pool
+        return [self._example(key) for key in sorted(self._images, key=_hash)[:n]]
 
     def _wanted(self, keys: Iterable[str]) -> set[str]:
         ranked = self._ranked(keys)
-        return {*ranked[: self._each], *ranked[-self._each :], *self._hashed(ranked)[: self._pool]}
+        return {*ranked[: self._each], *ranked[-self._each :], *sorted(ranked, key=_hash)[: self._pool]}
 
     def _ranked(self, keys: Iterable[str]) -> list[str]:
         """From worst to best; ties by hash."""
@@ -127,9 +97,6 @@ class Gallery:
         middle = statistics.median_low(self._values.values())
         distance = {key: 0.0 if self._values[key] == middle else abs(self._values[key] - middle) for key in keys}
         return sorted(distance, key=lambda key: (distance[key], _hash(key)))
-
-    def _hashed(self, keys: Iterable[str]) -> list[str]:
-        return sorted(keys, key=_hash)
 
     def _example(self, key: str) -> Example:
         return Example(key, self._values[key], *self._images[key])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from olvae.config import ConfigError
 from olvae.data.transforms import EvalTransform
 
 __all__ = ["PROTOCOLS", "Protocol", "named"]
@@ -111,8 +112,8 @@ def named(name: str, **choices: Any) -> Protocol:
     """A preset with some choices changed; those that are None stay.
 
     Raises:
-        ValueError: there is no preset of this name.
+        ConfigError: there is no preset of this name.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"--protocol {name}: choose from {', '.join(PROTOCOLS)}")
+        raise ConfigError(f"--protocol {name}: choose from {', '.join(PROTOCOLS)}")
     return replace(PROTOCOLS[name], **{key: value for key, value in choices.items() if value is not None})

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,10 @@ from olvae.evaluation.statistics import Difference
 from olvae.files import write_json
 from olvae.metrics.registry import METRICS
 
-__all__ = ["INFINITE", "Bands", "Results", "Row", "used_weights"]
+__all__ = ["INFINITE", "Results", "Row", "used_weights"]
 
 INFINITE = "infinite: an image is equal to its reconstruction to the pixel"
 """Where a metric is infinite, metrics.json has this under ``skipped``: JSON has no infinity."""
-
-Bands = Mapping[str, Mapping[str, float | None]]
-"""The error per wavelet band: :meth:`olvae.evaluation.bands.BandErrors.compute`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Row:
         intervals: by metric, the ends of the 95 % bootstrap interval over images.
         details: by metric, what its value depends on: weights, subsets, a warning.
         cost: parameters, operations, speed and memory.
-        bands: the error per wavelet band.
+        bands: the error per wavelet band, :meth:`olvae.evaluation.bands.BandErrors.compute`.
         test_patterns: :meth:`olvae.evaluation.artefacts.Artefacts.as_dict`.
         per_image: by metric, the values by key; not in metrics.json.
         differences: by metric, the value minus the first row's, on the same images; not in metrics.json.
@@ -46,7 +43,7 @@ class Row:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cost: Cost | None = None
-    bands: Bands | None = None
+    bands: Mapping[str, Mapping[str, float | None]] | None = None
     test_patterns: Mapping[str, Any] | None = None
     per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
@@ -61,7 +58,7 @@ class Row:
             "skipped": {**infinite, **self.skipped},
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "details": {name: details for name, details in self.details.items() if details},
-            "cost": self.cost.as_dict() if self.cost else None,
+            "cost": asdict(self.cost) if self.cost else None,
         }
         extras = {"bands": self.bands, "test_patterns": self.test_patterns}
         return row | {name: extra for name, extra in extras.items() if extra is not None}

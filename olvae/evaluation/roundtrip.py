@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -53,16 +53,14 @@ class AutoencoderRoundTrip:
             posterior = self.meter.run("encode", len(images), lambda: self.model.encode(images))
             z = posterior.mode()  # (B, n_z, H/f, W/f)
             if self.seed is not None and not posterior.deterministic:
-                z = z + posterior.std * self._noise(keys, z)
+                generators = [keyed_generator(f"{self.seed} {key}") for key in keys]
+                noise = [torch.randn(z.shape[1:], generator=generator) for generator in generators]
+                z = z + posterior.std * torch.stack(noise).to(z)
             y = self.meter.run("decode", len(images), lambda: self.model.decode(z))
         finite = y.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")
         return to_uint8(y).cpu()
-
-    def _noise(self, keys: Sequence[str], z: Tensor) -> Tensor:
-        generators = [keyed_generator(f"{self.seed} {key}") for key in keys]
-        return torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators]).to(z)
 
 
 def bicubic_round_trip(factor: int) -> RoundTrip:
@@ -101,9 +99,6 @@ class Cost:
     batch_size: int
     device: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 T = TypeVar("T")
 Half = Literal["encode", "decode"]
@@ -141,7 +136,7 @@ class Meter:
         self._seconds[half].append((images, time.perf_counter() - start))
         return result
 
-    def rate(self, half: Half) -> float | None:
+    def _rate(self, half: Half) -> float | None:
         """Images per second."""
         counted = _warm(self._seconds[half])
         seconds = sum(s for _, s in counted)
@@ -156,8 +151,8 @@ class Meter:
             parameters=count_parameters(model),
             encode_macs=count_macs(_HalfModule(model, "encode"), 1, model.in_channels, size, size),
             decode_macs=count_macs(_HalfModule(model, "decode"), 1, model.latent_channels, latent, latent),
-            encode_images_per_s=self.rate("encode"),
-            decode_images_per_s=self.rate("decode"),
+            encode_images_per_s=self._rate("encode"),
+            decode_images_per_s=self._rate("decode"),
             peak_memory_bytes=max(_warm(self._peaks), default=None),
             batch_size=max((images for images, _ in self._seconds["decode"]), default=0),
             device=torch.cuda.get_device_name(self.device) if self._gpu else cpu,

@@ -30,7 +30,6 @@ __all__ = [
     "UNTRAINED",
     "Evaluated",
     "Observer",
-    "Pictures",
     "Request",
     "evaluate",
     "fingerprint",
@@ -48,6 +47,9 @@ RANKED_BY_LPIPS = 32
 """From this many pixels a side on, galleries are ranked by LPIPS; below, by PSNR."""
 
 T = TypeVar("T")
+
+Watched = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
+"""Gets a pass's batches and the number of images over all processes, None if it is not known."""
 
 Key = tuple[str, int | None]
 """A target's name, and the seed of its samples: None for the posterior's mode, and for baselines."""
@@ -89,30 +91,23 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What the page shows besides results, by target: galleries, ranked by one metric, and test patterns."""
+class Evaluated:
+    """The results under one protocol, and what the page shows besides, by target: galleries and test patterns.
 
+    Protocols of one pass share the pictures. Galleries are ranked by the metric ``ranked_by``.
+    """
+
+    results: Results
     galleries: Mapping[str, Gallery]
     ranked_by: str
     test_patterns: Mapping[str, Artefacts]
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """The results under one protocol, and the pictures, which protocols of one pass share."""
-
-    results: Results
-    pictures: Pictures
-
-
-def evaluate(
-    request: Request, watched: Callable[[Iterable[Batch], int | None], Iterable[Batch]] = lambda batches, _: batches
-) -> list[Evaluated] | None:
+def evaluate(request: Request, watched: Watched = lambda batches, _: batches) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
 
     Args:
-        watched: wraps the batches of a pass, to show progress; it also gets the number of images over all processes,
-            None if it is not known.
+        watched: wraps the batches of a pass, to show progress.
 
     Returns:
         One result per protocol, in the first process; None in the others.
@@ -130,10 +125,7 @@ def evaluate(
 
 
 def _one_pass(
-    request: Request,
-    protocols: Sequence[Protocol],
-    models: Mapping[str, Autoencoder],
-    watched: Callable[[Iterable[Batch], int | None], Iterable[Batch]],
+    request: Request, protocols: Sequence[Protocol], models: Mapping[str, Autoencoder], watched: Watched
 ) -> list[Evaluated] | None:
     """Results under protocols that prepare images alike; None in every process but the first."""
     # The images.
@@ -156,15 +148,14 @@ def _one_pass(
     # One pass over the images. Galleries and bands are those of the first protocol.
     lpips = source.size >= RANKED_BY_LPIPS and source.channels == 3
     rankings = [n for n in ("lpips", "psnr") if n in variants and n not in missing and (lpips or n != "lpips")]
-    observers = {key: Observer(make()) for key in trips}
-    first = {name: observers[_key(observers, name, seeds[0])] for name in names}
-    for observer in first.values():
-        observer.show(rankings[0] if rankings else None)
+    ranked_by = rankings[0] if rankings else None
+    shown = {_key(trips, name, seeds[0]) for name in names}
+    observers = {key: Observer(make(), key in shown, ranked_by) for key in trips}
     digests = observe(trips, observers, watched(loader, source.val_images))
     if this_process()[1] > 1:
         loader.read_errors.share()
-    unreadable = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
-    if digests is None or unreadable is None:
+    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
+    if digests is None or parts is None:
         return None
 
     # The numbers: for every way to draw a latent, then for every protocol.
@@ -177,7 +168,7 @@ def _one_pass(
         costs[name] = trip.meter.cost(model, source.size)
         if request.test_patterns:
             patterns[name] = find_artefacts(model, source.size, request.device, batch_size)
-    bands = {name: observer.bands.compute() for name, observer in first.items() if observer.bands}
+    bands = {name: observer.bands.compute() for (name, _), observer in observers.items() if observer.bands}
     measured = {
         (name, seed): replace(
             measure(name, observer.metrics, n),
@@ -187,15 +178,22 @@ def _one_pass(
         )
         for (name, seed), observer in observers.items()
     }
-    about = _describe(request, source, digests, unreadable)
-    galleries = {name: observer.gallery for name, observer in first.items() if observer.gallery}
-    pictures = Pictures(galleries, rankings[0] if rankings else "psnr", patterns)
+    about = {
+        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
+        "n": n,
+        "sha256": fingerprint(digests),
+        "unreadable": len({place for _, places, _ in parts for place in places}),
+        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
+        "enlarged": sum(enlarged for _, _, enlarged in parts),
+    }
+    galleries = {name: observer.gallery for (name, _), observer in observers.items() if observer.gallery}
     evaluated = []
     for protocol in protocols:
         keys = [_key(measured, name, _seed(protocol)) for name in names]
         complete = replace(protocol, n=n)
         rows = rows_under(complete, [measured[key] for key in keys], request.metrics)
-        evaluated.append(Evaluated(Results(complete.as_dict(), complete.hash(), about, rows), pictures))
+        results = Results(complete.as_dict(), complete.hash(), about, rows)
+        evaluated.append(Evaluated(results, galleries, ranked_by or "psnr", patterns))
     return evaluated
 
 
@@ -246,43 +244,22 @@ def _round_trips(
     return found
 
 
-def _describe(
-    request: Request, source: Source, digests: Mapping[str, bytes], parts: Sequence[tuple[dict[str, str], Any, int]]
-) -> dict[str, Any]:
-    """Which images they were, for metrics.json.
-
-    ``parts`` has for each process why files were unreadable, which images they were, and how many were enlarged.
-    """
-    return {
-        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
-        "n": len(digests),
-        "sha256": fingerprint(digests),
-        "unreadable": len({place for _, places, _ in parts for place in places}),
-        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
-        "enlarged": sum(enlarged for _, _, enlarged in parts),
-    }
-
-
 class Observer:
-    """What is kept of one target's reconstructions: metrics, and for the page a gallery and the error per band."""
+    """What is kept of one target's reconstructions: metrics, and for the page the error per band and a gallery.
 
-    def __init__(self, metrics: MetricSet) -> None:
+    The gallery is ranked by a metric of single images, if ``ranked_by`` names one.
+    """
+
+    def __init__(self, metrics: MetricSet, shown: bool = False, ranked_by: str | None = None) -> None:
         self.metrics = metrics
-        self.gallery: Gallery | None = None
-        self.bands: BandErrors | None = None
-        self._ranked_by = ""
-
-    def show(self, ranked_by: str | None) -> None:
-        """Keep bands, and a gallery ranked by a metric of single images if there is one."""
-        self.bands = BandErrors()
-        if ranked_by is not None:
-            self.gallery, self._ranked_by = Gallery(METRICS[ranked_by].better), ranked_by
+        self.bands = BandErrors() if shown else None
+        self.gallery = Gallery(METRICS[ranked_by].better) if shown and ranked_by else None
+        self._ranked_by = ranked_by or ""
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         self.metrics.update(keys, x, y)
-        ranking = self.metrics.metrics.get(self._ranked_by)
-        if self.gallery is not None and ranking is not None:
-            values = ranking.state()
+        if self.gallery is not None and self._ranked_by in self.metrics.metrics:
+            values = self.metrics.metrics[self._ranked_by].state()
             self.gallery.add(keys, [values[key] for key in keys], x, y)
         if self.bands is not None:
             try:
@@ -347,14 +324,13 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
 def measure(target: str, metrics: MetricSet, n: int) -> Row:
     """A target's values of all variants of the metrics, from ``n`` images."""
     values = metrics.compute()
-    of_images = {name: metrics.metrics[name].per_image() for name in values}
     return Row(
         target,
         n,
         values,
         metrics.skipped,
         details={name: metrics.metrics[name].details() for name in values},
-        per_image={name: found for name, found in of_images.items() if found is not None},
+        per_image={name: found for name in values if (found := metrics.metrics[name].per_image()) is not None},
     )
 
 

@@ -1,6 +1,6 @@
 """Inception features of images and reconstructions, kept by key, for the metrics that compare the two sets."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,6 @@ Extract = Callable[[Tensor], Features]
 
 class Inception:
     """The 2048 features of torch-fidelity's InceptionV3, in float32. The network resizes to 299x299 itself.
-
-    Args:
-        path: the weights, :data:`olvae.weights.INCEPTION`.
-        device: where it is computed.
 
     Raises:
         ValueError: the file holds something else.
@@ -94,7 +90,7 @@ class PairFeatures:
     def sets(self) -> tuple[Features, Features]:
         """Features of images and of reconstructions, (N, D) each, in the order of the keys."""
         keys = sorted(self._reconstructions)
-        return _stack(self._reference[key] for key in keys), _stack(self._reconstructions[key] for key in keys)
+        return np.stack([self._reference[key] for key in keys]), np.stack([self._reconstructions[key] for key in keys])
 
     def _fill(self, store: dict[str, Features], keys: Sequence[str], images: Tensor) -> None:
         new = {key: place for place, key in enumerate(keys) if key not in store}
@@ -104,22 +100,16 @@ class PairFeatures:
             store.update((key, row.copy()) for key, row in zip(new, features, strict=True))
 
 
-def _stack(rows: Iterable[Features]) -> Features:
-    return np.stack(list(rows))
-
-
 class SetMetric(Metric):
     """A distance between the features of all images and those of all reconstructions.
 
     Args:
         features: may be shared by several metrics of one target; each key is computed once.
-        details: see :meth:`Metric.details`.
     """
 
     def __init__(self, kind: Kind, features: PairFeatures, details: Mapping[str, object] | None = None) -> None:
-        self.kind = kind
+        super().__init__(kind, details)
         self._features = features
-        self._details = dict(details or {})
         self._computed: dict[str, object] = {}
         """Details of the last value; compute() sets them."""
 

@@ -12,10 +12,7 @@ from torch import Tensor
 from olvae.modules.precision import full_float32
 from olvae.weights import WeightsFile
 
-__all__ = ["SAME", "Kind", "Metric", "MetricSet", "PerImage", "Unavailable", "check_pairs"]
-
-SAME = {"rel_tol": 1e-3, "abs_tol": 1e-5}
-"""How far two values of one key may differ and still come from the same pair of images, rounded twice."""
+__all__ = ["Kind", "Metric", "MetricSet", "PerImage", "Unavailable", "check_pairs"]
 
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)
@@ -47,9 +44,14 @@ class Metric(ABC):
     Images are identified by keys, and a key counts once. So the batch size, the order, and images that two processes
     both saw make no difference. ``other.merge(metric.state())`` joins what two processes have; merging twice does no
     harm.
+
+    Args:
+        details: see :meth:`details`.
     """
 
-    kind: Kind
+    def __init__(self, kind: Kind, details: Mapping[str, object] | None = None) -> None:
+        self.kind = kind
+        self._details = dict(details or {})
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
@@ -80,9 +82,9 @@ class Metric(ABC):
             Unavailable: there are too few images.
         """
 
-    @abstractmethod
     def details(self) -> dict[str, object]:
         """What the value depends on, ready for JSON; ``warning`` is a sentence for the reader. Call compute() first."""
+        return self._details
 
     def per_image(self) -> dict[str, float] | None:
         """The values by key, sorted by key; None if the metric compares the whole sets."""
@@ -95,7 +97,6 @@ class PerImage(Metric):
     Args:
         compare: maps x, y, uint8 (B, C, H, W), to one value per pair (B,).
         device: where it is computed.
-        details: see :meth:`Metric.details`.
     """
 
     def __init__(
@@ -105,10 +106,9 @@ class PerImage(Metric):
         device: str | torch.device = "cpu",
         details: Mapping[str, object] | None = None,
     ) -> None:
-        self.kind = kind
+        super().__init__(kind, details)
         self._compare = compare
         self._device = torch.device(device)
-        self._details = dict(details or {})
         self._values: dict[str, float] = {}
 
     @torch.no_grad()
@@ -132,15 +132,12 @@ class PerImage(Metric):
             raise Unavailable(f"{self.kind.name} needs an image, got none")
         return math.fsum(self._values.values()) / len(self._values)  # fsum rounds once, whatever the order
 
-    def details(self) -> dict[str, object]:
-        return self._details
-
     def per_image(self) -> dict[str, float]:
         return dict(sorted(self._values.items()))
 
     def _add(self, key: str, value: float) -> None:
         known = self._values.setdefault(key, value)
-        if not math.isclose(known, value, **SAME):
+        if not math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5):  # the same pair, rounded twice
             raise ValueError(
                 f"two different pairs of images have the key {key!r} ({self.kind.name} {known:.6g} and {value:.6g}): "
                 "give each image its own"
@@ -150,11 +147,8 @@ class PerImage(Metric):
 class MetricSet:
     """Several metrics of one target, and why some of them have no value.
 
-    A metric that raises :class:`Unavailable` is dropped, in every process once they are merged.
-
-    Args:
-        metrics: new ones, by name.
-        skipped: the reasons for metrics that could not be made, by name.
+    A metric that raises :class:`Unavailable` is dropped, in every process once they are merged. ``skipped`` has the
+    reasons, at first those of metrics that could not be made.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], skipped: Mapping[str, str] | None = None) -> None:

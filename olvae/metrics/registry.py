@@ -12,7 +12,7 @@ from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
 from olvae.metrics.pixel import l1, psnr
 from olvae.metrics.rfid import KID, RFID
 from olvae.metrics.ssim import ms_ssim, ssim, ssim_uniform
-from olvae.modules.lpips import TRUNKS, Trunk
+from olvae.modules.lpips import Trunk
 from olvae.weights import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 
 __all__ = ["METRICS", "MakeMetrics", "build_metrics"]
@@ -35,13 +35,7 @@ METRICS: dict[str, Kind] = {
 MakeMetrics = Callable[[], MetricSet]
 """Makes the metrics of one target. Networks, and the features of the images, are shared by all that it makes."""
 
-PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "psnr": psnr,
-    "ssim": ssim,
-    "ssim_uniform": ssim_uniform,
-    "ms_ssim": ms_ssim,
-    "l1": l1,
-}
+PIXELS = {"psnr": psnr, "ssim": ssim, "ssim_uniform": ssim_uniform, "ms_ssim": ms_ssim, "l1": l1}
 LPIPS_TRUNKS: dict[str, Trunk] = {"lpips": "vgg", "lpips_alex": "alex"}
 SETS = {"rfid": RFID, "kid": KID}
 
@@ -77,24 +71,23 @@ def build_metrics(
     skipped = {kind.name: missing[kind.needs] for kind in kinds if kind.needs in missing}
     kinds = [kind for kind in kinds if kind.name not in skipped]
     weights = {file: provenance(path, file) for file, path in paths.items()}
-    distances = {
-        kind.name: LPIPSDistance(LPIPS_TRUNKS[kind.name], paths[TRUNKS[LPIPS_TRUNKS[kind.name]]], device)
-        for kind in kinds
-        if kind.name in LPIPS_TRUNKS
-    }
+    compare: dict[str, Callable[[Tensor, Tensor], Tensor]] = {**PIXELS}
+    for kind in kinds:
+        if kind.name in LPIPS_TRUNKS and kind.needs:
+            compare[kind.name] = LPIPSDistance(LPIPS_TRUNKS[kind.name], paths[kind.needs], device)
     inception = Inception(paths[INCEPTION], device) if INCEPTION in paths else None
     reference: dict[str, Features] = {}
 
     def make() -> MetricSet:
         features = PairFeatures(inception, reference) if inception else None
-        return MetricSet({kind.name: make_one(kind, features) for kind in kinds}, skipped)
-
-    def make_one(kind: Kind, features: PairFeatures | None) -> Metric:
-        details = {"weights": weights[kind.needs]} if kind.needs else {}
-        if kind.name in SETS:
-            assert features is not None
-            return SETS[kind.name](kind, features, details)
-        compare = PIXELS[kind.name] if kind.name in PIXELS else distances[kind.name]
-        return PerImage(kind, compare, device, details)
+        metrics: dict[str, Metric] = {}
+        for kind in kinds:
+            details = {"weights": weights[kind.needs]} if kind.needs else {}
+            if kind.name in SETS:
+                assert features is not None
+                metrics[kind.name] = SETS[kind.name](kind, features, details)
+            else:
+                metrics[kind.name] = PerImage(kind, compare[kind.name], device, details)
+        return MetricSet(metrics, skipped)
 
     return make, skipped

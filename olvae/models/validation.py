@@ -16,68 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from olvae.data.image import to_uint8
 from olvae.data.source import Batch
 from olvae.metrics.metric import MetricSet
-from olvae.metrics.registry import build_metrics
+from olvae.metrics.registry import MakeMetrics, build_metrics
 
-__all__ = ["ALWAYS", "ValidatedModule", "Validation", "allow_uneven_batches", "weights_as_trained"]
-
-
-ALWAYS = ("psnr", "ssim")
-
-
-class Validation:
-    """The metrics of one validation, over all processes.
-
-    Args:
-        names: of metrics besides PSNR and SSIM.
-        weights_dir: a folder of pretrained networks, searched first.
-        device: where metrics are computed.
-
-    Raises:
-        FileNotFoundError: a pretrained network is missing.
-        ValueError: a metric's name is unknown.
-    """
-
-    def __init__(self, names: Sequence[str], weights_dir: str | None, device: torch.device) -> None:
-        self.device = device
-        self._make, missing = build_metrics((*ALWAYS, *names), weights_dir, device)
-        if missing:
-            raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in missing.items()))
-        self._sets: dict[str, MetricSet] = {}
-
-    def __deepcopy__(self, memo: object) -> "Validation":
-        return self  # the averaged copy of a model shares it: its networks are constants
-
-    def start(self) -> None:
-        """Forget the images seen so far."""
-        self._sets = {}
-
-    def update(self, weights: str, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Add images.
-
-        Args:
-            weights: which weights made y: ``val`` (averaged) or ``val_raw`` (as trained).
-            keys: of the B images.
-            x, y: uint8 (B, C, H, W).
-        """
-        if weights not in self._sets:
-            self._sets[weights] = self._make()
-        self._sets[weights].update(keys, x, y)
-
-    def compute(self) -> dict[str, float]:
-        """Values as ``val/psnr``, the same in every process; without those that are infinite or not available."""
-        if dist.is_initialized():
-            states = {weights: metrics.state() for weights, metrics in self._sets.items()}
-            parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(parts, states)
-            for part in parts:
-                for weights, state in part.items():
-                    self._sets.setdefault(weights, self._make()).merge(state)
-        return {
-            f"{weights}/{name}": value
-            for weights, metrics in self._sets.items()
-            for name, value in metrics.compute().items()
-            if math.isfinite(value)
-        }
+__all__ = ["ValidatedModule", "allow_uneven_batches", "weights_as_trained"]
 
 
 def allow_uneven_batches(trainer: pl.Trainer) -> None:
@@ -126,39 +67,57 @@ class ValidatedModule(pl.LightningModule, ABC):
         """The step of the last validation."""
         self.validation_values: dict[str, float] = {}
         """The values of the last validation, as ``val/psnr``; empty if no image could be read."""
-        self._validation: Validation | None = None
+        self._make_metrics: tuple[torch.device, MakeMetrics] | None = None
+        self._metrics: dict[str, MetricSet] = {}  # by the weights, val (averaged) or val_raw (as trained)
 
     @abstractmethod
     def images(self, batch: Batch) -> Tensor:
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
 
-    def set_up_validation(self, device: torch.device | None = None) -> None:
-        """Make the metrics, which may need pretrained networks.
+    def set_up_validation(self) -> MakeMetrics:
+        """Prepare the metrics on the module's device; they may need pretrained networks.
 
         Raises:
-            FileNotFoundError, ValueError: see :class:`Validation`.
+            FileNotFoundError: a pretrained network is missing.
+            ValueError: a metric's name is unknown.
         """
-        if self._validation is None or device not in (None, self._validation.device):
-            self._validation = Validation(self.val_metrics, self.weights_dir, device or self.device)
+        if self._make_metrics is None or self._make_metrics[0] != self.device:
+            make, missing = build_metrics(("psnr", "ssim", *self.val_metrics), self.weights_dir, self.device)
+            if missing:
+                raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in missing.items()))
+            self._make_metrics = self.device, make
+        return self._make_metrics[1]
 
     def on_validation_epoch_start(self) -> None:
         allow_uneven_batches(self.trainer)
-        self.set_up_validation(self.device)
-        assert self._validation is not None
-        self._validation.start()
+        make = self.set_up_validation()
+        self._metrics = {"val": make()}
+        if weights_as_trained(self.trainer) is not None:
+            self._metrics["val_raw"] = make()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        assert self._validation is not None
         images, x = self.images(batch), batch["image"]
         keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
-        self._validation.update("val", keys, x, to_uint8(self(images)[0]))
+        self._metrics["val"].update(keys, x, to_uint8(self(images)[0]))
         raw = weights_as_trained(self.trainer)
         if raw is not None:
-            self._validation.update("val_raw", keys, x, to_uint8(raw(images)[0]))
+            self._metrics["val_raw"].update(keys, x, to_uint8(raw(images)[0]))
 
     def on_validation_epoch_end(self) -> None:
-        assert self._validation is not None
-        self.validation_values = self._validation.compute()
+        """Log the values over all processes, without those that are infinite or not available."""
+        if dist.is_initialized():
+            parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(parts, {weights: metrics.state() for weights, metrics in self._metrics.items()})
+            for part in parts:
+                for weights, state in part.items():
+                    self._metrics[weights].merge(state)
+        self.validation_values = {
+            f"{weights}/{name}": value
+            for weights, metrics in self._metrics.items()
+            for name, value in metrics.compute().items()
+            if math.isfinite(value)
+        }
+        self._metrics = {}
         self.log_dict(self.validation_values)
         self.log("step", float(self.global_step))
         self.validated_at = self.global_step

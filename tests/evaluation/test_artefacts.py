@@ -121,10 +121,3 @@ def test_numbers_for_json():
     assert content["patterns"]["squares 4 px"]["psnr"] > 30
     identity = find_artefacts(Faulty(), size=16).as_dict()
     assert identity["patterns"]["squares 4 px"] == {"psnr": None}
-
-
-def test_a_size_that_does_not_fit():
-    with pytest.raises(
-        ValueError, match="patterns of 30 pixels do not divide into latent positions of 4: use a multiple of 4"
-    ):
-        find_artefacts(Faulty(), size=30)

@@ -100,16 +100,3 @@ def test_images_are_copied_out_of_their_batch():
     x.zero_()
     y.zero_()
     assert shown(kept) == expected
-
-
-def test_what_is_refused():
-    keys, values, x, y = pairs(3)
-    with pytest.raises(ValueError, match="pool of 3 groups, got 4 and 8"):
-        Gallery("higher", each=4, pool=8)
-    kept = gallery("higher", keys, values, x, y)
-    with pytest.raises(ValueError, match=r"two different images have the key '0001\.png'"):
-        kept.add(["0001.png"], [values[1] + 1], x[:1], y[:1])
-    with pytest.raises(ValueError, match=r"a\.png: the value to rank images by is not a number"):
-        kept.add(["a.png"], [math.nan], x[:1], y[:1])
-    with pytest.raises(ValueError, match="65 images are more than the pool of 64"):
-        kept.spread(65)

@@ -37,14 +37,9 @@ class LatentAccumulator:
 
     def __init__(self, mmd_latents: int = MMD_LATENTS) -> None:
         self.mmd_latents = mmd_latents
-        self.totals: Totals | None = None
+        self._totals: Totals | None = None
         self._samples: dict[int, Tensor] = {}
         self._minus_keys: list[int] = []  # a heap with the largest key on top
-
-    @property
-    def n(self) -> int:
-        """Images seen."""
-        return self.totals.n if self.totals else 0
 
     def update(self, posterior: Posterior, keys: Sequence[int]) -> None:
         """Add a batch.
@@ -71,8 +66,8 @@ class LatentAccumulator:
 
     def merge(self, other: "LatentAccumulator") -> None:
         """Add what another accumulator has seen, for example in another process."""
-        if other.totals is not None:
-            self._add(other.totals)
+        if other._totals is not None:
+            self._add(other._totals)
         for key, z in other._samples.items():
             if self._wants(key):
                 self._keep(key, z)
@@ -83,12 +78,12 @@ class LatentAccumulator:
         Raises:
             ValueError: no images were seen.
         """
-        if self.totals is None:
+        if self._totals is None:
             raise ValueError("no images: there are no latents to describe")
-        return self.totals.summary([self._samples[key] for key in sorted(self._samples)])
+        return self._totals.summary([self._samples[key] for key in sorted(self._samples)])
 
     def _add(self, totals: Totals) -> None:
-        self.totals = totals if self.totals is None else self.totals + totals
+        self._totals = totals if self._totals is None else self._totals + totals
 
     def _wants(self, key: int) -> bool:
         if key in self._samples or not self.mmd_latents:

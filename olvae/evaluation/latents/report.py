@@ -16,7 +16,7 @@ from torch import Tensor
 from olvae.data.image import from_uint8
 from olvae.data.source import Batch
 from olvae.evaluation.latents.accumulator import LatentAccumulator, image_key
-from olvae.evaluation.latents.summary import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, LatentSummary
+from olvae.evaluation.latents.summary import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, SIGMAS, LatentSummary
 from olvae.models.autoencoder import Autoencoder
 
 __all__ = ["draw_channels", "draw_distribution", "encode_latents", "print_latents", "report_content"]
@@ -103,7 +103,7 @@ def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any
     )
     table.add_column("target", overflow="fold")
     table.add_column("of", no_wrap=True)
-    for sigma in next(iter(with_mmd.values())).sigmas:
+    for sigma in SIGMAS:
         table.add_column(f"{sigma:g}", justify="right", no_wrap=True)
     for name, mmd in with_mmd.items():
         rows = (("latents", mmd.raw), ("scaled", mmd.scaled), ("error", mmd.null_std))

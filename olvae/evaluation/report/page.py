@@ -6,12 +6,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from olvae import __version__
 from olvae.evaluation.artefacts import Artefacts, amplification, amplified
-from olvae.evaluation.report.pictures import pattern_groups, side_limit, triple
+from olvae.evaluation.report.pictures import PatternTable, side_limit, triple
 from olvae.evaluation.results import INFINITE, Results, Row, used_weights
 from olvae.evaluation.runner import Evaluated
 from olvae.figures import ERROR_RANGE
@@ -30,7 +32,7 @@ COLOURS = 7
 
 MEASURES = ("mse", "share_of_signal")
 
-PACKAGES = ("open-litevae", "torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
+PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 
 
 def write_page(evaluated: Evaluated, path: Path, command: str = "", when: datetime | None = None) -> None:
@@ -55,29 +57,31 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, significant=significant)
-    results, pictures = evaluated.results, evaluated.pictures
-    galleries = {target: gallery.examples() for target, gallery in pictures.galleries.items()}
+    results, artefacts = evaluated.results, evaluated.test_patterns
+    galleries = {target: gallery.examples() for target, gallery in evaluated.galleries.items()}
     count = sum(len(examples) for groups in galleries.values() for examples in groups.values())
-    artefacts = pictures.test_patterns
-    versions = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return environment.get_template("page.html").render(
         results=results,
         command=command,
         when=when or datetime.now().astimezone(),
-        environment=versions,
+        environment={"Python": platform.python_version(), "open-litevae": __version__, **versions},
         labels={name: METRICS[name].label for name in used_weights(results.rows)},
         weights=used_weights(results.rows),
-        badge={row.target: (_letter(i), i % COLOURS + 1) for i, row in enumerate(results.table)},
+        badge={
+            row.target: (ascii_uppercase[i : i + 1] or str(i + 1), i % COLOURS + 1)
+            for i, row in enumerate(results.table)
+        },
         scores=_scores(results),
         differences=_differences(results),
         costs=_costs(results.rows),
         galleries=galleries,
-        ranked_by=METRICS[pictures.ranked_by].label.partition(", "),
+        ranked_by=METRICS[evaluated.ranked_by].label.partition(", "),
         triple=lambda example: triple(example, side_limit(3 * count)),
         error_range=ERROR_RANGE,
         bars=_bars(results.rows),
         patterns=_patterns(artefacts),
-        pattern_groups=pattern_groups(artefacts),
+        pattern_table=PatternTable(artefacts) if artefacts else None,
         amplification=amplification(artefacts.values()) if artefacts else 1,
         amplified=amplified,
     )
@@ -220,10 +224,6 @@ def _best(name: str, rows: Sequence[Row]) -> float | None:
     return max(values) if METRICS[name].better == "higher" else min(values)
 
 
-def _letter(i: int) -> str:
-    return chr(ord("A") + i) if i < 26 else str(i + 1)
-
-
 def number(value: float, digits: int) -> str:
     """With a fixed number of decimals, or with an exponent if they would all be 0."""
     if math.isinf(value):
@@ -239,10 +239,3 @@ def significant(value: float) -> str:
     if value == 0.0 or not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.evaluation.artefacts import Artefacts, Colour, Pattern
+from olvae.evaluation.artefacts import Artefacts
 from olvae.evaluation.gallery import Example, Gallery
-from olvae.figures import error_map, labelled_grid, viewable
+from olvae.figures import error_map, labelled_grid, rgb
 
-__all__ = ["Inline", "PatternGroup", "inline", "pattern_groups", "side_limit", "triple", "write_figure"]
+__all__ = ["Inline", "PatternTable", "inline", "side_limit", "triple", "write_figure"]
 
 
 EXACT = 128
 """Pictures up to this side are kept to the pixel."""
+
+LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # the last two are effort: 14 ms instead of 130
 
 PIXELS = 15e6
 """Of all photographs of a page together: about 3 MB."""
@@ -59,8 +60,7 @@ def inline(image: Tensor, limit: int | None = None) -> Inline:
         image: uint8 (C, H, W).
         limit: of the longest side, in pixels.
     """
-    array = viewable(image[None])[0].permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(np.ascontiguousarray(array))
+    picture = rgb(image)
     longest = max(picture.size)
     exact = longest <= EXACT
     if limit is not None and longest > limit and not exact:
@@ -70,10 +70,8 @@ def inline(image: Tensor, limit: int | None = None) -> Inline:
         factor = -(-SIDES[1] // longest)
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    if exact:
-        picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)  # both are effort: 14 ms instead of 130
-    else:
-        picture.save(buffer, "WEBP", quality=82)
+    options = LOSSLESS if exact else {"quality": 82}
+    picture.save(buffer, "WEBP", **options)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Inline(uri, picture.width, picture.height, exact and limit is None)
 
@@ -85,48 +83,22 @@ def triple(example: Example, limit: int) -> dict[str, Inline]:
     return {name: inline(image, limit) for name, image in images.items()}
 
 
-class PatternGroup(NamedTuple):
-    """Targets whose test patterns have the same size and channels, so that they share a table.
+class PatternTable:
+    """What became of the test patterns with each target; the patterns have one size and number of channels.
 
-    Args:
-        artefacts: by target.
-        side: pixels of the top left corner that is shown.
-        screen: screen pixels for it: a whole multiple, because other scaling would add a grid.
+    The top left corner is shown: 64 pixels, or 128 where a target's downscale factor is above 16.
     """
 
-    artefacts: dict[str, Artefacts]
-    side: int
-    screen: int
-
-    @property
-    def colours(self) -> list[tuple[Colour, ...]]:
-        """By colour, what became of it with each target."""
-        return list(zip(*(found.colours for found in self.artefacts.values()), strict=True))
-
-    @property
-    def patterns(self) -> list[tuple[Pattern, ...]]:
-        """By pattern, what became of it with each target."""
-        return list(zip(*(found.patterns for found in self.artefacts.values()), strict=True))
+    def __init__(self, artefacts: Mapping[str, Artefacts]) -> None:
+        found = list(artefacts.values())
+        self.targets = list(artefacts)
+        self.colours = list(zip(*(one.colours for one in found), strict=True))
+        self.patterns = list(zip(*(one.patterns for one in found), strict=True))
+        self.side = min(PATCH // 2 if max(one.period for one in found) <= PATCH // 8 else PATCH, found[0].size)
+        self.screen = self.side * max(1, PATCH // self.side)  # a whole multiple: other scaling would add a grid
 
     def corner(self, image: Tensor) -> Inline:
         return inline(image[:, : self.side, : self.side])
-
-
-def pattern_groups(artefacts: Mapping[str, Artefacts]) -> list[PatternGroup]:
-    """One group per size and number of channels.
-
-    Corners of 64 pixels are shown, or of 128 where the grid's period is above 16 pixels.
-    """
-    together: dict[tuple[object, ...], dict[str, Artefacts]] = {}
-    for name, found in artefacts.items():
-        kind = (found.size, *(colour.name for colour in found.colours))
-        together.setdefault(kind, {})[name] = found
-    groups = []
-    for group in together.values():
-        period, size = max(found.period for found in group.values()), next(iter(group.values())).size
-        side = min(PATCH // 2 if period <= PATCH // 8 else PATCH, size)
-        groups.append(PatternGroup(group, side, side * max(1, PATCH // side)))
-    return groups
 
 
 def write_figure(galleries: Mapping[str, Gallery], path: Path) -> None:

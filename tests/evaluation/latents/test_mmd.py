@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from olvae.evaluation.latents.summary import SIGMAS, mmd2_normal, mmd2_null_std
+from olvae.evaluation.latents.summary import mmd2_normal, mmd2_null_std
 
 
 def kernel(x: np.ndarray, y: np.ndarray, sigma: float) -> float:
@@ -85,15 +85,3 @@ def test_a_latent_of_many_values_in_float32_and_half():
     assert (value.abs() < 4 * bound).all()
     assert torch.allclose(mmd2_normal(z.bfloat16()), mmd2_normal(z.bfloat16().double()), rtol=0, atol=0)
     assert torch.allclose(mmd2_normal(z.flip(0)), value, rtol=1e-6, atol=1e-14)
-
-
-def test_what_it_refuses():
-    with pytest.raises(ValueError, match="at least two"):
-        mmd2_normal(torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="not finite"):
-        mmd2_normal(torch.full((2, 4), math.nan))
-    with pytest.raises(ValueError, match="above 0"):
-        mmd2_normal(torch.zeros(2, 4), (0.0,))
-    with pytest.raises(ValueError, match="at least two"):
-        mmd2_null_std(1, 4)
-    assert len(SIGMAS) == 5

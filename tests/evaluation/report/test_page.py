@@ -19,7 +19,7 @@ from olvae.evaluation.report.page import render_page, write_page
 from olvae.evaluation.report.pictures import inline, side_limit
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost, bicubic_round_trip
-from olvae.evaluation.runner import Evaluated, Pictures
+from olvae.evaluation.runner import Evaluated
 from olvae.evaluation.statistics import Difference
 from olvae.metrics.pixel import psnr
 from tests.evaluation.chromium import chromium
@@ -102,7 +102,7 @@ def page(targets: list[str], size: int = 64, patterns: bool = True) -> Evaluated
         )
     protocol = {"name": "open-litevae", "version": 1, "size": size}
     images = {"source": "tiles", "n": len(keys), "sha256": "ab" * 32, "unreadable": 0, "enlarged": 0}
-    return Evaluated(Results(protocol, "0123456789abcdef", images, rows), Pictures(galleries, "psnr", artefacts))
+    return Evaluated(Results(protocol, "0123456789abcdef", images, rows), galleries, "psnr", artefacts)
 
 
 COMMAND = "olvae evaluate --metrics psnr,lpips,kid runs/a runs/b"
@@ -163,8 +163,8 @@ def test_what_users_write_is_text():
         [first, replace(first, target=HOSTILE + "2")],
         [replace(first, target=HOSTILE + "3")],
     )
-    pictures = Pictures({HOSTILE: gallery}, "psnr", {HOSTILE: find_artefacts(Faulty(), 16)})
-    reader = Reader(render_page(Evaluated(results, pictures), HOSTILE))
+    evaluated = Evaluated(results, {HOSTILE: gallery}, "psnr", {HOSTILE: find_artefacts(Faulty(), 16)})
+    reader = Reader(render_page(evaluated, HOSTILE))
     assert "script" not in {tag for tag, _ in reader.elements}
     assert all(a["src"].startswith("data:") for tag, a in reader.elements if tag == "img")
     assert not any(name.startswith("on") for _, attributes in reader.elements for name in attributes)
@@ -218,7 +218,7 @@ def test_infinite_values_and_uneven_sets():
     images = {"source": "tiles", "n": 2, "sha256": "ab", "unreadable": 0, "enlarged": 0}
     rows, protocol = [Row("a", 1, {"psnr": math.inf})], {"name": "mine", "size": 8}
     results = Results(protocol, "0", images, rows, earlier=[Row("b", 2, {})])
-    html = render_page(Evaluated(results, Pictures({}, "psnr", {})))
+    html = render_page(Evaluated(results, {}, "psnr", {}))
     assert "∞" in html
     assert "Images: A 1, B 2." in html
     assert "best</span>" not in html
