@@ -13,7 +13,6 @@ from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
 from olvae.models.pretrained import (
     CARD,
-    HubAccess,
     Located,
     config_kept,
     is_hub_id,
@@ -196,8 +195,15 @@ class LiteVAE(
             ConfigError: the config is missing, has mistakes, or names code from outside this package.
             ValueError: the weights are not readable, non-finite, or of another model; the message lists the names.
         """
-        hub = HubAccess(revision, token, cache_dir, force_download, local_files_only)
-        found = locate(path_or_id, config, hub)
+        found = locate(
+            path_or_id,
+            config,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:

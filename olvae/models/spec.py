@@ -15,7 +15,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.modules.base import Decoder, Encoder
 
-__all__ = ["CLASS_NAME", "CONFIG_NAME", "WEIGHTS_NAME", "AutoencoderSpec", "class_in", "read_config"]
+__all__ = ["CLASS_NAME", "CONFIG_NAME", "DERIVED", "WEIGHTS_NAME", "AutoencoderSpec", "class_in", "read_config"]
 
 
 OURS = "olvae."

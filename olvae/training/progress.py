@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class StepProgress(ProgressBar):
             if self._clock.due(0.5) or last:
                 self._bar.update(self._bar.task_ids[0], completed=step, status=self._status(trainer))
         elif self._clock.due(self.line_every_s) or last:
-            left = _duration(self._clock.seconds_left(trainer.max_steps))
+            left = timedelta(seconds=round(self._clock.seconds_left(trainer.max_steps)))
             waiting = self._clock.waiting()
             status = f"{self._status(trainer)}{'  ' if waiting else ''}{waiting}"
             self.console.print(f"step {step}/{trainer.max_steps}  {status}  {left} left")
@@ -206,12 +207,6 @@ class StepProgress(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def print_summary(
