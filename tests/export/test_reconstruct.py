@@ -116,7 +116,7 @@ def test_any_number_of_channels(tmp_path, channels, monkeypatch):
         Image.fromarray(array[..., 0] if channels == 1 else array).save(source)
     monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: x)
     vae = tiny()
-    vae.encoder.in_channels = channels
+    vae.in_channels = channels
     (files,) = name_outputs([source], tmp_path / "out", suffix)
     files.out.parent.mkdir()
     assert reconstruct_file(vae, files, CPU) == math.inf

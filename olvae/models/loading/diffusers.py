@@ -41,6 +41,7 @@ class DiffusersAutoencoder(Autoencoder):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.in_channels = int(getattr(model.config, "in_channels", 3))
         name = type(model).__name__
         try:
             with torch.no_grad():
@@ -51,19 +52,7 @@ class DiffusersAutoencoder(Autoencoder):
         mean = latent.mean
         if mean.ndim != 4 or PROBE % mean.shape[-1] or mean.shape[-1] != mean.shape[-2]:
             raise ValueError(f"{name} makes {tuple(mean.shape[1:])} of an image of {PROBE}x{PROBE}: no latent image")
-        self._downscale, self._latent_channels = PROBE // mean.shape[-1], mean.shape[1]
-
-    @property
-    def in_channels(self) -> int:
-        return int(getattr(self.model.config, "in_channels", 3))
-
-    @property
-    def downscale(self) -> int:
-        return self._downscale
-
-    @property
-    def latent_channels(self) -> int:
-        return self._latent_channels
+        self.downscale, self.latent_channels = PROBE // mean.shape[-1], mean.shape[1]
 
     def encode(self, x: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f), deterministic where the model has none.
