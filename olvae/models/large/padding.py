@@ -30,12 +30,11 @@ def pad_to_multiple(x: Tensor, f: int) -> Tensor:
     if x.ndim < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"expected images of at least one pixel, got shape {tuple(x.shape)}")
     for axis in (-2, -1):
-        n = x.shape[axis]
-        if pad := -n % f:
-            places = torch.arange(n + pad, device=x.device)
-            last = n - 1
-            beyond = 2 * last - places if pad < n else places.clamp(max=last)
-            x = x.index_select(axis % x.ndim, torch.where(places < n, places, beyond))
+        last = x.shape[axis] - 1
+        if pad := -x.shape[axis] % f:
+            places = torch.arange(last + 1 + pad, device=x.device)
+            mirrored = last - (places - last).abs() if pad <= last else places.clamp(max=last)
+            x = x.index_select(axis % x.ndim, mirrored)
     return x
 
 
