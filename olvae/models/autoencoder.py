@@ -297,7 +297,6 @@ class LiteVAE(
         return DiagonalGaussian(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         if self.quantizer is not None:
             z = self.quantizer.post_quant_conv(z)
         x: Tensor = self.decoder(z)

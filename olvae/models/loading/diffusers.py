@@ -72,7 +72,6 @@ class DiffusersAutoencoder(Autoencoder):
         return Deterministic(output["latents"] if "latents" in output else output["latent"])
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         x: Tensor = self.model.decode(z).sample
         return x
 
@@ -88,20 +87,24 @@ def find_folder(text: str) -> Path:
         FileNotFoundError: it was not found, or the hub can't be reached.
     """
     name, _, subfolder = text.partition("::")
-    if Path(name).is_dir():
-        root = Path(name)
-    elif is_hub_id(name):
-        root = _download(name, subfolder)
-    else:
+    root, prefixes = Path(name), [f"{subfolder}/"] if subfolder else ["", f"{SUBFOLDER}/"]
+    on_hub = not root.is_dir()
+    if on_hub and not is_hub_id(name):
         raise FileNotFoundError(f"diffusers:{text}: no such folder, and not an id of the hub (OWNER/NAME)")
-    candidates = [root / subfolder] if subfolder else [root, root / SUBFOLDER]
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "
-        f"subfolder of the autoencoder, as in diffusers:{name}::SUBFOLDER"
-    )
+    if on_hub:  # the configs first, then the weights of the one folder that has the autoencoder
+        root = snapshot(name, [f"{prefix}config.json" for prefix in prefixes])
+    prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
+    if prefix is None:
+        raise FileNotFoundError(
+            f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "
+            f"subfolder of the autoencoder, as in diffusers:{name}::SUBFOLDER"
+        )
+    for pattern in ("*.safetensors", "*.bin") if on_hub else ():
+        ignored = [f"{prefix}*/*", "*.fp16.*", "*.non_ema.*"]
+        root = snapshot(name, [f"{prefix}config.json", f"{prefix}{pattern}"], ignored)
+        if any((root / prefix).glob(pattern)):
+            break
+    return root / prefix
 
 
 def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = False) -> DiffusersAutoencoder:
@@ -166,18 +169,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _download(repo_id: str, subfolder: str) -> Path:
-    """The configs first, then the weights of the one folder that has the autoencoder."""
-    prefixes = [f"{subfolder}/"] if subfolder else ["", f"{SUBFOLDER}/"]
-    root = snapshot(repo_id, [f"{prefix}config.json" for prefix in prefixes])
-    prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
-    if prefix is None:
-        return root
-    for pattern in ("*.safetensors", "*.bin"):
-        ignored = [f"{prefix}*/*", "*.fp16.*", "*.non_ema.*"]
-        root = snapshot(repo_id, [f"{prefix}config.json", f"{prefix}{pattern}"], ignored)
-        if any((root / prefix).glob(pattern)):
-            break
-    return root
