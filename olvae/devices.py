@@ -55,7 +55,7 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     lightning.trainer decides; by default it is every GPU, or the CPU if there is none.
 
     Raises:
-        ConfigError: this machine does not have such a GPU.
+        ConfigError: this machine does not have that GPU.
     """
     if gpus is not None:
         return _devices_of_flag(gpus, trainer)

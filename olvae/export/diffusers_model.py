@@ -1,6 +1,7 @@
 """LiteVAE as a model of diffusers, for its pipelines in place of AutoencoderKL."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,10 +73,10 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         self.tiling_memory: int | None = None
 
         follows = {name: value for name, value in built.export_config().items() if name in DERIVED}
-        for name in follows:
+        for name, expected in follows.items():
             value = list(said[name]) if isinstance(said[name], tuple) else said[name]
-            if value is not None and value != follows[name]:
-                raise ValueError(f"{name} is {value}, but for these networks it is {follows[name]}: leave it out")
+            if value is not None and value != expected:
+                raise ValueError(f"{name} is {value}, but for these networks it is {expected}: leave it out")
         self.register_to_config(**follows)
 
     @classmethod
@@ -103,11 +104,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         returns the padded size, f h rows and f w columns.
         """
         model = self.autoencoder
-        posterior = DiagonalGaussianDistribution(
-            self._run(
-                model.moments, lambda x, memory: moments_within(model, x, memory), pad_to_multiple(x, model.downscale)
-            )
-        )
+        padded = pad_to_multiple(x, model.downscale)
+        posterior = DiagonalGaussianDistribution(self._run(model.moments, partial(moments_within, model), padded))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook

@@ -285,14 +285,11 @@ def _data(config: Mapping[str, Any]) -> str:
     root = f", {Path(str(params['root'])).name}" if "root" in params else ""
     size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
     steps = ((config.get("lightning") or {}).get("trainer") or {}).get("max_steps")
-    before = (config.get("run") or {}).get("weights")
-    begun = f", from the weights of {_run_name(Path(str(before)))}" if before else ""
+    begun = ""
+    if before := (config.get("run") or {}).get("weights"):
+        file = Path(before)
+        begun = f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
     return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}{begun}."
-
-
-def _run_name(weights: Path) -> str:
-    """The name of the run that a checkpoint belongs to; else of the file or folder."""
-    return weights.parent.parent.name if weights.parent.name == "checkpoints" else weights.name
 
 
 def _use(onnx: bool) -> str:

@@ -80,7 +80,7 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Te
 
 
 class LiteAutoencoderKL(ValidatedModule):
-    """An autoencoder with its objective, its adversary and their optimisers, under Lightning's manual optimisation.
+    """An autoencoder with its objective, its adversary and their optimizers, under Lightning's manual optimisation.
 
     The weights are held under their published names [M]; ``autoencoder`` is the plain LiteVAE over them.
     ``global_step``, logs, schedules and checkpoint names count updates of the autoencoder.

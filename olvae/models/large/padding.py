@@ -68,7 +68,7 @@ def decode_any(model: LiteVAE, z: Tensor, size: Size, tile: int | None = None, m
     """
     f = model.downscale
     expected = -(-size[0] // f), -(-size[1] // f)
-    if (z.shape[-2], z.shape[-1]) != expected or min(size) < 1:
+    if (z.shape[-2], z.shape[-1]) != expected:
         raise ValueError(
             f"an image of {size[1]}x{size[0]} pixels has a latent of {expected[1]}x{expected[0]}, "
             f"got {z.shape[-1]}x{z.shape[-2]}"

@@ -115,7 +115,7 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
 
     Raises:
         ConfigError: the config does not name an autoencoder of diffusers.
-        ValueError: the weights are not readable, not finite, or do not fit.
+        ValueError: the weights are not readable, non-finite, or do not fit.
     """
     import diffusers
     from diffusers import ModelMixin

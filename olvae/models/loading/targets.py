@@ -53,7 +53,7 @@ class Target:
         """The autoencoder, in evaluation mode and in float32.
 
         Raises:
-            ValueError: the weights are not readable, not finite, or of another model.
+            ValueError: the weights are not readable, non-finite, or of another model.
         """
         return self.trained()
 
@@ -164,12 +164,11 @@ def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Tar
     for rename in (lambda t, _: t.given, lambda t, n: f"{t.name} ({n})"):
         counts = Counter([*(target.name for target in targets), *taken])
         seen: Counter[str] = Counter()
-        out: list[Target] = []
-        for target in targets:
+        targets = list(targets)
+        for i, target in enumerate(targets):
             seen[target.name] += 1
-            again = counts[target.name] > 1
-            out.append(replace(target, name=rename(target, seen[target.name])) if again else target)
-        targets = out
+            if counts[target.name] > 1:
+                targets[i] = replace(target, name=rename(target, seen[target.name]))
     return list(targets)
 
 
