@@ -44,9 +44,6 @@ TOP_LEVEL = ("model", "data", "lightning", "run")
 LIGHTNING = ("trainer", "callbacks")
 NODE_KEYS = ("target", "params")
 MODEL_KEYS = ("base_learning_rate", *NODE_KEYS)
-FILLED_IN = {"model": {"learning_rate"}}
-"""Arguments that a config may leave out, by section; the trainer fills them in."""
-
 SAID_ELSEWHERE = {
     "learning_rate": "model.base_learning_rate",
     "accumulate_grad_batches": "lightning.trainer.accumulate_grad_batches",
@@ -191,7 +188,7 @@ def validate(config: Mapping[str, Any]) -> list[str]:
         mistakes.append("model: missing")
     for section in ("model", "data"):
         if section in config:
-            mistakes += _check_node(config[section], section, FILLED_IN.get(section, set()))
+            mistakes += _check_node(config[section], section)
     lightning = config.get("lightning")
     if lightning is not None:
         mistakes += _check_lightning(lightning)
@@ -213,12 +210,12 @@ def _check_lightning(section: Any) -> Iterator[str]:
     callbacks = section.get("callbacks")
     if isinstance(callbacks, Mapping):
         for name, node in callbacks.items():
-            yield from _check_node(node, f"lightning.callbacks.{name}", set())
+            yield from _check_node(node, f"lightning.callbacks.{name}")
     elif callbacks is not None:
         yield f"lightning.callbacks: expected a mapping of names to nodes, got {callbacks!r}"
 
 
-def _check_node(node: Any, where: str, filled_in: Container[str]) -> Iterator[str]:
+def _check_node(node: Any, where: str) -> Iterator[str]:
     if not isinstance(node, Mapping):
         yield f"{where}: expected {_NODE}, got {node!r}"
         return
@@ -239,6 +236,7 @@ def _check_node(node: Any, where: str, filled_in: Container[str]) -> Iterator[st
     if where == "model" and isinstance(params, Mapping):
         for key in set(params) & set(SAID_ELSEWHERE):
             yield f"model.params.{key}: set {SAID_ELSEWHERE[key]} instead"
+    filled_in = ("learning_rate",) if where == "model" else ()  # by the trainer
     yield from check_arguments(factory, params, f"{where}.params", filled_in)
 
 
@@ -269,9 +267,9 @@ def check_arguments(factory: Any, params: Any, where: str = "", filled_in: Conta
         hint = hints.get(name)
         if _is_node(hint) and isinstance(value, list) and typing.get_origin(hint) is Sequence:
             for i, part in enumerate(value):
-                yield from _check_node(part, f"{prefix}{name}.{i}", set())
+                yield from _check_node(part, f"{prefix}{name}.{i}")
         elif _is_node(hint) and value is not None:
-            yield from _check_node(value, f"{prefix}{name}", set())
+            yield from _check_node(value, f"{prefix}{name}")
         elif hint is not None:
             try:
                 check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

@@ -1,6 +1,7 @@
 """Devices, precision, and the processes that torchrun started."""
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -19,23 +20,16 @@ def resolve_device(device: str | None = None) -> str:
     Raises:
         ConfigError: this machine does not have it.
     """
+    present = torch.cuda.device_count()
     if device is not None:
-        _check_device(device)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ConfigError(f"--device {device}: choose cpu, cuda, or cuda:N")
+        if device != "cpu" and int(device.partition(":")[2] or 0) >= present:
+            raise ConfigError(f"--device {device}: this machine has {present} GPUs")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and torch.cuda.device_count() > 1:
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    if device == "cuda" and present > 1:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % present}"
     return device
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: choose cpu, cuda, or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
 
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -61,12 +55,10 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     lightning.trainer decides; by default it is every GPU, or the CPU if there is none.
 
     Raises:
-        ConfigError: this machine does not have such a GPU.
+        ConfigError: this machine does not have that GPU.
     """
-    return _devices_of_trainer(trainer) if gpus is None else _devices_of_flag(gpus, trainer)
-
-
-def _devices_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    if gpus is not None:
+        return _devices_of_flag(gpus, trainer)
     present = torch.cuda.device_count()
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if accelerator == "auto":

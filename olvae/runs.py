@@ -1,5 +1,6 @@
 """Run folders: their names, the files in them, and how one is opened again."""
 
+import itertools
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,31 +12,18 @@ from olvae.files import check_folder
 __all__ = ["Run", "check_name", "create", "open_run"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A run folder, ``<logdir>/<timestamp>_<name>_<precision>/``, and the paths in it."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        return self.checkpoints / "last.ckpt"
-
-    @property
-    def images(self) -> Path:
-        return self.path / "images"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.json"
+    def __post_init__(self) -> None:
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.images = self.path / "images"
+        self.metrics = self.path / "metrics.json"
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
@@ -48,18 +36,18 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
     check_name(name)
     check_folder(Path(logdir))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H-%M-%S")
-    for attempt in range(100):
+    for attempt in itertools.count():
         suffix = f"-{attempt}" if attempt else ""
         path = Path(logdir) / f"{stamp}{suffix}_{name}_{precision}"
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
-        run = Run(path)
-        run.checkpoints.mkdir()
-        run.images.mkdir()
-        return run
-    raise FileExistsError(f"{logdir}: 100 runs were started in this second")
+        break
+    run = Run(path)
+    run.checkpoints.mkdir()
+    run.images.mkdir()
+    return run
 
 
 def check_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """LiteVAE as a model of diffusers, for its pipelines in place of AutoencoderKL."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from olvae.models.large.memory import default_memory
 from olvae.models.large.padding import crop_to, pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.models.large.tiling import decode_tiled
-from olvae.models.spec import AutoencoderSpec
+from olvae.models.spec import DERIVED, AutoencoderSpec
 
 __all__ = ["AutoencoderLiteVAE"]
 
@@ -62,16 +63,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         use_quant_conv: bool | None = None,
     ) -> None:
         super().__init__()
-        given = {
-            "encoder_config": encoder_config,
-            "decoder_config": decoder_config,
-            "embed_dim": embed_dim,
-            "use_quant": use_quant,
-            "folded": folded,
-            "scaling_factor": scaling_factor,
-            "shift_factor": shift_factor,
-        }
-        built = LiteVAE.from_spec(AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True))
+        said = {name: value for name, value in self.config.items() if not name.startswith("_")}  # the arguments
+        built = LiteVAE.from_spec(AutoencoderSpec.from_content(said, type(self).__name__, only_ours=True))
         self.encoder = built.encoder
         self.decoder = built.decoder
         self.quantizer = built.quantizer
@@ -79,21 +72,11 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         self.use_tiling = False
         self.tiling_memory: int | None = None
 
-        follows = {name: value for name, value in built.export_config().items() if name not in given}
-        del follows["_class_name"]
-        said = {
-            "block_out_channels": None if block_out_channels is None else list(block_out_channels),
-            "force_upcast": force_upcast,
-            "in_channels": in_channels,
-            "latent_channels": latent_channels,
-            "out_channels": out_channels,
-            "sample_size": sample_size,
-            "use_post_quant_conv": use_post_quant_conv,
-            "use_quant_conv": use_quant_conv,
-        }
-        for name, value in said.items():
-            if value is not None and value != follows[name]:
-                raise ValueError(f"{name} is {value}, but for these networks it is {follows[name]}: leave it out")
+        follows = {name: value for name, value in built.export_config().items() if name in DERIVED}
+        for name, expected in follows.items():
+            value = list(said[name]) if isinstance(said[name], tuple) else said[name]
+            if value is not None and value != expected:
+                raise ValueError(f"{name} is {value}, but for these networks it is {expected}: leave it out")
         self.register_to_config(**follows)
 
     @classmethod
@@ -121,11 +104,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         returns the padded size, f h rows and f w columns.
         """
         model = self.autoencoder
-        posterior = DiagonalGaussianDistribution(
-            self._run(
-                model.moments, lambda x, memory: moments_within(model, x, memory), pad_to_multiple(x, model.downscale)
-            )
-        )
+        padded = pad_to_multiple(x, model.downscale)
+        posterior = DiagonalGaussianDistribution(self._run(model.moments, partial(moments_within, model), padded))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -133,7 +113,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         self,
         z: Tensor,
         return_dict: bool = True,
-        generator: torch.Generator | None = None,  # noqa: ARG002  (pipelines pass one; nothing here is random)
+        generator: torch.Generator | None = None,  # pipelines pass one; nothing here is random
     ) -> DecoderOutput | tuple[Tensor]:
         """(B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         model = self.autoencoder

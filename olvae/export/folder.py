@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.files import nearest
+from olvae.metrics.registry import METRICS
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 from olvae.modules.base import count_parameters
@@ -162,7 +162,8 @@ def _rounded(model: LiteVAE, dtype: torch.dtype) -> LiteVAE:
 def _compare(model: LiteVAE, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     written, meant = load_file(folder / WEIGHTS_NAME), model.state_dict()
     for name in {*written, *meant}:
-        if name not in written or name not in meant or not _same_bits(written[name], meant[name]):
+        a, b = written.get(name), meant.get(name)
+        if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b.cpu()):
             raise ValueError(
                 f"{folder / WEIGHTS_NAME}: {name} differs from what was written: is the disk full, or broken?"
             )
@@ -174,10 +175,6 @@ def _compare(model: LiteVAE, folder: Path, dtype: torch.dtype) -> dict[str, floa
         "loaded back": _require("loading it back", _distance(model, ours), TOLERANCE),
         "in diffusers": _require("loading it with diffusers", _distance(model, theirs.autoencoder), TOLERANCE),
     }
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
 @torch.no_grad()
@@ -213,19 +210,21 @@ def _replace(partial: Path, folder: Path) -> None:
         raise
 
 
-UNITS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "kid": "KID", "l1": "L1"}
-
-
 def model_card(model: LiteVAE, title: str, provenance: Provenance, onnx: bool) -> str:
     """Markdown, with the hub's metadata in front."""
     encoder, decoder = (count_parameters(half) / 1e6 for half in (model.encoder, model.decoder))
     f, n_z = model.downscale, model.latent_channels
+    factors, licence = "(not measured: `olvae latents` does)", "Not stated; the training data may restrict it."
+    if provenance.factors_from is not None:
+        factors = f"({provenance.factors_from}); a diffusion model takes (z - shift) * scaling"
+    if provenance.licence is not None:
+        licence = f"Weights: {provenance.licence}."
     facts = [
         f"| images to latents | ({model.in_channels}, H, W) to ({n_z}, H/{f}, W/{f}) |",
         f"| encoder | {type(model.encoder).__name__}, {encoder:.2f} M parameters |",
         f"| decoder | {type(model.decoder).__name__}, {decoder:.2f} M parameters |",
         f"| weights | {_weights(model, provenance)} |",
-        f"| scaling factor, shift factor | {model.scaling_factor:g}, {model.shift_factor:g}{_factors(provenance)} |",
+        f"| scaling factor, shift factor | {model.scaling_factor:g}, {model.shift_factor:g} {factors} |",
         f"| made from | {provenance.name} |",
     ]
     parts = [
@@ -236,7 +235,7 @@ def model_card(model: LiteVAE, title: str, provenance: Provenance, onnx: bool) -
         "\n".join(["| | |", "|---|---|", *facts]) + "\n",
         "## Quality\n\n" + _quality(provenance.metrics) + "\n",
         "## Training data\n\n" + _data(provenance.config) + "\n",
-        "## Licence\n\n" + _licence(provenance.licence) + "\n",
+        f"## Licence\n\n{licence} open-LiteVAE, the code, is under Apache-2.0.\n",
         "## Use\n\n" + _use(onnx),
     ]
     return "\n".join(parts)
@@ -254,12 +253,6 @@ def _weights(model: LiteVAE, provenance: Provenance) -> str:
     return ", ".join(kinds)
 
 
-def _factors(provenance: Provenance) -> str:
-    if provenance.factors_from is None:
-        return " (not measured: `olvae latents` does)"
-    return f" ({provenance.factors_from}); a diffusion model takes (z - shift) * scaling"
-
-
 def _quality(metrics: Path | None) -> str:
     if metrics is None:
         return "Not measured: `olvae evaluate` does."
@@ -274,7 +267,7 @@ def _quality(metrics: Path | None) -> str:
             for result in results
         ]
         protocol = content["protocol"]
-        titles = " | ".join(UNITS.get(name, name) for name in names)
+        titles = " | ".join(METRICS[name].label if name in METRICS else name for name in names)
         return (
             f"| | images | {titles} |\n|---|--:|{'--:|' * len(names)}\n" + "\n".join(rows) + "\n\n"
             f"Protocol `{protocol['name']}`, version {protocol['version']}, {content['protocol_hash']}: in "
@@ -292,20 +285,11 @@ def _data(config: Mapping[str, Any]) -> str:
     root = f", {Path(str(params['root'])).name}" if "root" in params else ""
     size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
     steps = ((config.get("lightning") or {}).get("trainer") or {}).get("max_steps")
-    before = (config.get("run") or {}).get("weights")
-    begun = f", from the weights of {_run_name(Path(str(before)))}" if before else ""
+    begun = ""
+    if before := (config.get("run") or {}).get("weights"):
+        file = Path(before)
+        begun = f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
     return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}{begun}."
-
-
-def _run_name(weights: Path) -> str:
-    """The name of the run that a checkpoint belongs to; else of the file or folder."""
-    return weights.parent.parent.name if weights.parent.name == "checkpoints" else weights.name
-
-
-def _licence(licence: str | None) -> str:
-    if licence is None:
-        return "Not stated; the training data may restrict it. open-LiteVAE, the code, is under Apache-2.0."
-    return f"Weights: {licence}. open-LiteVAE, the code, is under Apache-2.0."
 
 
 def _use(onnx: bool) -> str:

@@ -234,7 +234,7 @@ class LeCam(nn.Module):
     @torch.no_grad()
     def _move(self, real: Sequence[Tensor], fake: Sequence[Tensor]) -> None:
         means = torch.stack([t.mean() for t in (*real, *fake)]).to(self.real_anchors.dtype)
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(means)
             means = means / dist.get_world_size()
         decay = torch.where(self.started, self.decay, 0.0)  # no synchronisation with the device

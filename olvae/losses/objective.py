@@ -1,7 +1,7 @@
 """Phase A's objective [P 4.3]: named terms, their weights, and their sum. Owns no network that learns."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,19 +67,18 @@ class Objective(nn.Module):
             posterior: the encoder's, for x.
             encoded: the images of the posterior, if they are not x.
         """
+        compare: dict[str, Any] = {
+            "rec": self.pixel_loss,
+            "lpips": self.lpips,
+            "wavelet": wavelet_loss,
+            "gaussian": gaussian_loss,
+        }
         terms: dict[str, Tensor] = {}
         for name in self.weights:
-            if name == "rec":
-                terms[name] = self.pixel_loss(x, reconstruction)
-            elif name == "lpips":
-                assert self.lpips is not None
-                terms[name] = self.lpips(x, reconstruction)
-            elif name == "kl":
+            if name == "kl":
                 terms[name] = kl_loss(posterior, x if encoded is None else encoded)
-            elif name == "wavelet":
-                terms[name] = wavelet_loss(x, reconstruction)
-            elif name == "gaussian":
-                terms[name] = gaussian_loss(x, reconstruction)
+            else:
+                terms[name] = compare[name](x, reconstruction)
         return self.weighted(terms, *terms), terms
 
     def weighted(self, terms: Mapping[str, Tensor], *names: str) -> Tensor:

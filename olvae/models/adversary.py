@@ -25,7 +25,7 @@ __all__ = ["Adversary"]
 
 
 class Adversary(nn.Module):
-    """A discriminator with its losses. It owns no optimiser, and sees the autoencoder only through images.
+    """A discriminator with its losses. It owns no optimizer, and sees the autoencoder only through images.
 
     Args:
         discriminator_config: PatchGAN, GigaGAN or UNetGAN, or any module from images to a list of logit tensors with

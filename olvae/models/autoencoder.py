@@ -13,7 +13,6 @@ from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
 from olvae.models.pretrained import (
     CARD,
-    HubAccess,
     Located,
     config_kept,
     is_hub_id,
@@ -33,20 +32,11 @@ __all__ = ["Autoencoder", "LiteVAE", "Quantizer", "load_located"]
 class Autoencoder(nn.Module, ABC):
     """The interface of every autoencoder to evaluate, encode and reconstruct with; images are in [-1, 1]."""
 
-    @property
-    @abstractmethod
-    def in_channels(self) -> int:
-        """Channels of the image."""
-
-    @property
-    @abstractmethod
-    def downscale(self) -> int:
-        """f: pixels of the image per latent position, along each side."""
-
-    @property
-    @abstractmethod
-    def latent_channels(self) -> int:
-        """n_z: channels of the latent."""
+    in_channels: int
+    downscale: int
+    """f: pixels of the image per latent position, along each side."""
+    latent_channels: int
+    """n_z."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
@@ -101,17 +91,15 @@ class LiteVAE(
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = quantizer
+        self.in_channels, self.downscale = encoder.in_channels, encoder.downscale
+        self.latent_channels = quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
         self.folded = False
         """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
         self.scaling_factor, self.shift_factor = 1.0, 0.0
         """For a diffusion model, whose input is (z - shift_factor) * scaling_factor; encode and decode use neither."""
         if quantizer is None:
-            _check(
-                "encoder's latent_dim",
-                encoder.latent_dim,
-                "twice the decoder's z_channels",
-                2 * decoder.z_channels,
-            )
+            moments = 2 * decoder.z_channels
+            _check("encoder's latent_dim", encoder.latent_dim, "twice the decoder's z_channels", moments)
         _check("encoder's downscale", encoder.downscale, "the decoder's upscale", decoder.upscale)
         _check("encoder's in_channels", encoder.in_channels, "the decoder's out_channels", decoder.out_channels)
 
@@ -196,8 +184,15 @@ class LiteVAE(
             ConfigError: the config is missing, has mistakes, or names code from outside this package.
             ValueError: the weights are not readable, non-finite, or of another model; the message lists the names.
         """
-        hub = HubAccess(revision, token, cache_dir, force_download, local_files_only)
-        found = locate(path_or_id, config, hub)
+        found = locate(
+            path_or_id,
+            config,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -284,20 +279,6 @@ class LiteVAE(
             use_quant_conv=self.quantizer is not None,
         )
 
-    @property
-    def in_channels(self) -> int:
-        return self.encoder.in_channels
-
-    @property
-    def downscale(self) -> int:
-        return self.encoder.downscale
-
-    @property
-    def latent_channels(self) -> int:
-        if self.quantizer is not None:
-            return self.quantizer.post_quant_conv.in_channels
-        return self.decoder.z_channels
-
     def moments(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast.
 
@@ -316,7 +297,6 @@ class LiteVAE(
         return DiagonalGaussian(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         if self.quantizer is not None:
             z = self.quantizer.post_quant_conv(z)
         x: Tensor = self.decoder(z)

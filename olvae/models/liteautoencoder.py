@@ -1,7 +1,7 @@
 """LiteAutoencoderKL: what happens in a training step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,7 +22,6 @@ from olvae.modules.distributions import DiagonalGaussian, Posterior
 
 __all__ = [
     "LiteAutoencoderKL",
-    "adam_with_schedule",
     "grad_scaler",
     "gradient_ratio",
     "last_convolution",
@@ -48,14 +47,6 @@ def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_fac
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
     return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def adam_with_schedule(
-    parameters: list[nn.Parameter], rate: float, betas: tuple[float, float], factor: Callable[[int], float]
-) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    """Adam [P App. F], and the schedule that multiplies its rate by ``factor`` of the step."""
-    optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def grad_scaler(module: pl.LightningModule) -> torch.amp.GradScaler | None:
@@ -89,7 +80,7 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Te
 
 
 class LiteAutoencoderKL(ValidatedModule):
-    """An autoencoder with its objective, its adversary and their optimisers, under Lightning's manual optimisation.
+    """An autoencoder with its objective, its adversary and their optimizers, under Lightning's manual optimisation.
 
     The weights are held under their published names [M]; ``autoencoder`` is the plain LiteVAE over them.
     ``global_step``, logs, schedules and checkpoint names count updates of the autoencoder.
@@ -372,7 +363,9 @@ class LiteAutoencoderKL(ValidatedModule):
         def factor(step: int) -> float:
             return lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
 
-        pairs = [adam_with_schedule(self.autoencoder_parameters(), self.learning_rate, self.betas, factor)]
+        adam, schedule = torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR
+        optimizers = [adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=self.betas, fused=True)]
+        schedules = [schedule(optimizers[0], factor)]
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
             parameters = list(self.adversary.discriminator.parameters())
@@ -380,8 +373,9 @@ class LiteAutoencoderKL(ValidatedModule):
             def own_warmup(updates: int) -> float:  # counted from its first update; then it follows the autoencoder's
                 return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
 
-            pairs.append(adam_with_schedule(parameters, rate, self.adversary.betas, own_warmup))
-        return [optimizer for optimizer, _ in pairs], [schedule for _, schedule in pairs]
+            optimizers.append(adam(parameters, lr=rate, betas=self.adversary.betas, fused=True))
+            schedules.append(schedule(optimizers[1], own_warmup))
+        return optimizers, schedules
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [EMAWeightAveraging(decay=self.ema_decay)] if self.use_ema else []

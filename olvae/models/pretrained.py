@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,9 @@ from olvae.runs import Run
 
 __all__ = [
     "CARD",
-    "DEFAULT_ACCESS",
     "PUBLISHED",
-    "HubAccess",
     "Located",
     "config_kept",
-    "fetch",
     "is_hub_id",
     "locate",
     "locate_weights",
@@ -69,52 +66,24 @@ vae = AutoencoderLiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", tru
 """The README.md that is written beside saved weights; ``olvae export`` writes a longer one."""
 
 
-@dataclass(frozen=True)
-class HubAccess:
-    """Arguments of huggingface_hub's downloads; the defaults leave the choice to its environment."""
-
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | Path | None = None
-    force_download: bool = False
-    local_files_only: bool = False
-
-
-DEFAULT_ACCESS = HubAccess()
-
-
 def is_hub_id(text: str) -> bool:
     """Whether this could be OWNER/NAME on the hub."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(WEIGHT_SUFFIXES)
 
 
-def fetch(repo_id: str, access: HubAccess = DEFAULT_ACCESS) -> Path:
-    """Download the config and the weights, or find them in the cache; returns their folder.
+def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any) -> Path:
+    """Download the files of these patterns, or find them in the cache; returns their folder.
 
-    Only files at the top of the repository, and safetensors rather than pickles.
+    Args:
+        access: further arguments of huggingface_hub's snapshot_download, such as revision and token.
 
     Raises:
         FileNotFoundError: the repository or revision does not exist, or the hub can't be reached.
         OSError: the download broke off.
     """
-    for suffix in WEIGHT_SUFFIXES:
-        folder = snapshot(repo_id, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], access)
-        if any(folder.glob(f"*{suffix}")):
-            break
-    return folder
-
-
-def snapshot(
-    repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), access: HubAccess = DEFAULT_ACCESS
-) -> Path:
-    """Download the files of these patterns, or find them in the cache; returns their folder.
-
-    Raises:
-        FileNotFoundError, OSError: as :func:`fetch`.
-    """
-    where = f"{repo_id}@{access.revision}" if access.revision else repo_id
+    where = f"{repo_id}@{access['revision']}" if access.get("revision") else repo_id
     try:
-        folder = snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **asdict(access))
+        folder = snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **access)
     except Exception as error:
         for kind, message in _NOT_FOUND.items():
             if isinstance(error, kind):
@@ -197,7 +166,7 @@ class Located:
 def locate(
     path_or_id: str | Path,
     config: str | Path | Mapping[str, Any] | None = None,
-    hub: HubAccess = DEFAULT_ACCESS,
+    **access: Any,
 ) -> Located:
     """Find the weights, and the config that belongs to them.
 
@@ -205,7 +174,7 @@ def locate(
         path_or_id: a run folder, an export, another folder with one file of weights and one config, a file of
             weights with its config beside it, or an id of the hub.
         config: the config, instead of the one beside the weights: a YAML file, a config.json, or its content.
-        hub: how the hub is asked.
+        access: see :func:`snapshot`.
 
     Raises:
         FileNotFoundError: nothing of that name was found.
@@ -213,7 +182,7 @@ def locate(
         ConfigError: the config is missing, or has mistakes.
     """
     path, given = Path(path_or_id), os.fspath(path_or_id)
-    weights = locate_weights(path_or_id, hub)
+    weights = locate_weights(path_or_id, **access)
     in_run = weights.parent.name == "checkpoints"
     run = Run(path) if in_run and path.is_dir() else None
     found = config if config is not None else _config_beside(weights)
@@ -231,7 +200,7 @@ def locate(
     return Located(weights, spec, origin, dict(content) if trusted else {}, run)
 
 
-def locate_weights(path_or_id: str | Path, hub: HubAccess = DEFAULT_ACCESS) -> Path:
+def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     """Find the file of weights of a path or of an id of the hub; see :func:`locate`."""
     path, given = Path(path_or_id), os.fspath(path_or_id)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
@@ -241,7 +210,11 @@ def locate_weights(path_or_id: str | Path, hub: HubAccess = DEFAULT_ACCESS) -> P
     if path.is_dir():
         return _weights_in(path, given)
     if is_hub_id(given):
-        return _weights_in(fetch(given, hub), given)
+        for suffix in WEIGHT_SUFFIXES:  # files at the top of the repository, and safetensors rather than pickles
+            folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
+            if any(folder.glob(f"*{suffix}")):
+                break
+        return _weights_in(folder, given)
     raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
 
 

@@ -22,9 +22,8 @@ class Anchor(nn.Module):
 
     def __init__(self, encoder: Encoder, quantizer: Quantizer | None) -> None:
         super().__init__()
-        self.moments = nn.Sequential(copy.deepcopy(encoder))
-        if quantizer is not None:
-            self.moments.append(copy.deepcopy(quantizer.quant_conv))
+        parts = [encoder] if quantizer is None else [encoder, quantizer.quant_conv]
+        self.moments = nn.Sequential(*copy.deepcopy(parts))
         self.requires_grad_(False).eval()
 
     def set(self, encoder: Encoder, quantizer: Quantizer | None) -> None:

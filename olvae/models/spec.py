@@ -15,7 +15,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.modules.base import Decoder, Encoder
 
-__all__ = ["CLASS_NAME", "CONFIG_NAME", "WEIGHTS_NAME", "AutoencoderSpec", "class_in", "read_config"]
+__all__ = ["CLASS_NAME", "CONFIG_NAME", "DERIVED", "WEIGHTS_NAME", "AutoencoderSpec", "class_in", "read_config"]
 
 
 OURS = "olvae."
@@ -85,7 +85,7 @@ class AutoencoderSpec:
         else:
             _check_export(content, origin)
             params, prefix = {key: content[key] for key in IN_EXPORT if key in content}, ""
-        targets = {key: _target(params.get(key)) for key in ("encoder_config", "decoder_config")}
+        targets = {key: _text(params.get(key), "target") for key in ("encoder_config", "decoder_config")}
         foreign = [
             f"{key}.target: {target}" for key, target in targets.items() if target and not target.startswith(OURS)
         ]
@@ -143,13 +143,12 @@ def class_in(folder: Path) -> str | None:
         content = read_config(folder / CONFIG_NAME)
     except ConfigError:
         return None
-    name = content.get("_class_name")
-    return name if isinstance(name, str) else None
+    return _text(content, "_class_name")
 
 
-def _target(node: Any) -> str | None:
-    target = node.get("target") if isinstance(node, Mapping) else None
-    return target if isinstance(target, str) else None
+def _text(node: Any, key: str) -> str | None:
+    text = node.get(key) if isinstance(node, Mapping) else None
+    return text if isinstance(text, str) else None
 
 
 def _is_another_kind(target: str, kind: type) -> bool:

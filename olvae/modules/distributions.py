@@ -67,9 +67,7 @@ class Deterministic:
     def std(self) -> Tensor:
         return torch.zeros_like(self.mean)
 
-    @property
-    def var(self) -> Tensor:
-        return torch.zeros_like(self.mean)
+    var = std
 
     @property
     def logvar(self) -> Tensor:

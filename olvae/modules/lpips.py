@@ -34,21 +34,13 @@ def perceptual_network(trunk: Trunk, path: Path) -> nn.Module:
         warnings.simplefilter("ignore", UserWarning)
         network = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     assert isinstance(network, nn.Module)
-    _load_trunk(network, path, TRUNKS[trunk])
+    assert isinstance(network.net, nn.Module)
+    state = read_weights_file(path, TRUNKS[trunk], "features.")
+    for name, own in sorted(network.net.state_dict().items()):
+        source = f"features.{name.split('.', 1)[1]}"  # the package cuts torchvision's trunk into slices
+        if source not in state or state[source].shape != own.shape:
+            raise ValueError(
+                f"{path} is not a file of {TRUNKS[trunk].what} weights: {source} is missing or of another shape"
+            )
+        own.copy_(state[source])
     return network.requires_grad_(False).eval()
-
-
-def _load_trunk(network: nn.Module, path: Path, file: WeightsFile) -> None:
-    """torchvision's ``features.N.*`` into the slices of the lpips package, which keep the index N."""
-    state = read_weights_file(path, file, "features.")
-    trunk = network.net
-    assert isinstance(trunk, nn.Module)
-    own = trunk.state_dict()
-    sources = {name: f"features.{name.split('.', 1)[1]}" for name in own}
-    for name, source in sorted(sources.items(), key=lambda pair: pair[1]):
-        if source not in state:
-            raise ValueError(f"{path} is not a file of {file.what} weights: {source} is missing")
-        if state[source].shape != own[name].shape:
-            shapes = f"{tuple(state[source].shape)} for {tuple(own[name].shape)}"
-            raise ValueError(f"{path} is not a file of {file.what} weights: {source} is {shapes}")
-    trunk.load_state_dict({name: state[source] for name, source in sources.items()})

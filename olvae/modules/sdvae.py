@@ -16,9 +16,7 @@ class SDEncoder(Encoder):
     """Stable Diffusion's convolutional encoder with attention in the middle.
 
     Args:
-        latent_dim: channels of the output, 2 n_z.
-        in_channels: channels of the image.
-        image_size: the intended size in pixels.
+        latent_dim, in_channels, image_size: as LiteVAE_Encoder's.
         channels, channel_mult, num_res_blocks: base width, its multiples, blocks per level.
         norm_groups: groups of every GroupNorm; divides every width.
 

@@ -12,8 +12,6 @@ Everything is computed in float32 (float64 for float64), under autocast too: hal
 as float32 inside an autocast region, like torch's own float32 operations there, and in its own dtype outside.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,11 +152,6 @@ def _haar_synthesis(ll: Tensor, dw: Tensor, dh: Tensor, dd: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result
 def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Lowpass and highpass analysis filters."""
-    return _pywavelets_filters(wavelet)
-
-
-@lru_cache
-def _pywavelets_filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     import pywt
 
     try:
@@ -173,7 +166,7 @@ def _pywavelets_filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, .
 @torch.compiler.assume_constant_result
 def _synthesis_taps(wavelet: str) -> list[list[list[float]]]:
     """Pixel 2m + p collects f[F/2 + 2t - p] times the coefficient m + t, for each of the two phases p."""
-    filters = _pywavelets_filters(wavelet)
+    filters = _filters(wavelet)
     length = len(filters[0])
     reach = length // 4 + 1  # |t| stays within it for both phases
 

@@ -6,7 +6,6 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -220,35 +219,27 @@ class FiniteLoss(Callback):
 SETTINGS = "model.params.adversary_config.params"
 
 
-@dataclass(frozen=True)
-class _Symptom:
-    """A condition on a logged value, and the sentence for when it has held for long."""
-
-    metric: str
-    holds: Callable[[float], bool]
-    sentence: str
-
-
-SYMPTOMS = (
-    _Symptom(
+SYMPTOMS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
         "health/accuracy",
         lambda accuracy: accuracy > 0.95,
         "the discriminator has won: it is right about {value:.0%} of its logits. "
         f"Lower {SETTINGS}.learning_rate_ratio, or set lecam_weight or r1_weight",
     ),
-    _Symptom(
+    (
         "health/accuracy",
         lambda accuracy: abs(accuracy - 0.5) < 0.02,
         "the discriminator is blind: it is right about {value:.0%} of its logits, as a coin would be. "
         f"Raise {SETTINGS}.learning_rate_ratio or updates_per_step, or take a larger discriminator",
     ),
-    _Symptom(
+    (
         "health/gradient_ratio",
         lambda ratio: ratio > 2.0,
         "the adversarial gradient dominates: at the decoder's last layer it is {value:.1f} times that of the pixel "
         f"terms. Lower {SETTINGS}.weight, or set adaptive_weight",
     ),
 )
+"""Logged values, a condition on each, and the sentence for when it has held for long."""
 
 
 class Health(Callback):
@@ -266,7 +257,7 @@ class Health(Callback):
         self.patience = patience
         self.every_n_steps = every_n_steps
         self.console = Console(stderr=True)
-        self._since: list[int | None] = [None] * len(SYMPTOMS)
+        self._since: dict[str, int] = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -275,20 +266,14 @@ class Health(Callback):
         step = trainer.global_step
         if pl_module.adversary is None or not trainer.is_global_zero or step % self.every_n_steps:
             return
-        for i, symptom in enumerate(SYMPTOMS):
-            value = trainer.callback_metrics.get(symptom.metric)
-            if value is None or not symptom.holds(float(value)):
-                self._since[i] = None
-                continue
-            since = self._since[i]
-            if since is None:
-                self._since[i] = step
-            elif step - since >= self.patience:
-                text = symptom.sentence.format(value=float(value))
-                self.console.print(
-                    f"[bold yellow]step {step}, for {step - since} steps: {text}", highlight=False, soft_wrap=True
-                )
-                self._since[i] = step
+        for name, holds, sentence in SYMPTOMS:
+            value = float(trainer.callback_metrics.get(name, math.nan))
+            if not holds(value):  # or it was not logged: no condition holds for nan
+                self._since.pop(sentence, None)
+            elif (steps := step - self._since.setdefault(sentence, step)) >= self.patience:
+                text = f"[bold yellow]step {step}, for {steps} steps: {sentence.format(value=value)}"
+                self.console.print(text, highlight=False, soft_wrap=True)
+                self._since[sentence] = step
 
 
 class UnreadableLimit(Callback):

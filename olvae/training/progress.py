@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class StepProgress(ProgressBar):
             if self._clock.due(0.5) or last:
                 self._bar.update(self._bar.task_ids[0], completed=step, status=self._status(trainer))
         elif self._clock.due(self.line_every_s) or last:
-            left = _duration(self._clock.seconds_left(trainer.max_steps))
+            left = timedelta(seconds=round(self._clock.seconds_left(trainer.max_steps)))
             waiting = self._clock.waiting()
             status = f"{self._status(trainer)}{'  ' if waiting else ''}{waiting}"
             self.console.print(f"step {step}/{trainer.max_steps}  {status}  {left} left")
@@ -208,12 +209,6 @@ class StepProgress(ProgressBar):
             self._bar = None
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
 def print_summary(
     settings: Config,
     run: Run,
@@ -226,9 +221,9 @@ def print_summary(
     if not trainer.is_global_zero:
         return
     size, vae = source.size, model.autoencoder
-    nominal = vae.encoder.image_size  # the crops of training may be smaller
-    latent = (1, vae.decoder.z_channels, nominal // vae.downscale, nominal // vae.downscale)
-    crop, position = f"{size}x{size}", f"{size // vae.downscale}x{size // vae.downscale}"
+    nominal, f = vae.encoder.image_size, vae.downscale  # the crops of training may be smaller
+    latent = (1, vae.decoder.z_channels, nominal // f, nominal // f)
+    crop, position = f"{size}x{size}", f"{size // f}x{size // f}"
     rows = {
         "run": str(run.path),
         "encoder": _network(model.encoder, (1, vae.encoder.in_channels, nominal, nominal), nominal),
@@ -284,12 +279,8 @@ def _adversary(adversary: Adversary) -> str:
 
 def _batch(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> str:
     total = source.batch_size * model.accumulate_grad_batches * trainer.world_size
-    devices = _number(trainer.world_size, "device")
+    devices = f"{trainer.world_size} device{'' if trainer.world_size == 1 else 's'}"
     return f"{total} = {source.batch_size} x {model.accumulate_grad_batches} accumulated x {devices}"
-
-
-def _number(n: int, one: str, many: str | None = None) -> str:
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def _rate(trainer: pl.Trainer, model: LiteAutoencoderKL) -> str:
@@ -302,8 +293,10 @@ def _device(trainer: pl.Trainer, precision: str) -> str:
     if trainer.strategy.root_device.type == "cuda":
         names = f"{trainer.num_devices} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
     else:
-        processes = _number(trainer.num_devices, "process", "processes")
-        names = f"CPU, {_number(torch.get_num_threads(), 'thread')}, {processes}"
+        threads, processes = torch.get_num_threads(), trainer.num_devices
+        names = (
+            f"CPU, {threads} thread{'' if threads == 1 else 's'}, {processes} process{'' if processes == 1 else 'es'}"
+        )
     return f"{names}, precision {precision}"
 
 

@@ -87,7 +87,8 @@ def train(options: TrainOptions) -> runs.Run:
     settings = _settings(options, config, resumed)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
-    check_torchrun(process_count(trainer_args))
+    processes = process_count(trainer_args)
+    check_torchrun(processes)
     precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
 
     # Data and model, from the seed alone
@@ -107,10 +108,12 @@ def train(options: TrainOptions) -> runs.Run:
             f"--resume: this run is already at max_steps = {done}: to continue it, set more, as in "
             f"lightning.trainer.max_steps={2 * done}"
         )
-    source.check_processes(process_count(trainer_args))
+    source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
-    if model.adversary is not None:
-        _share_two_sides(trainer_args)
+    if model.adversary is not None and trainer_args["accelerator"] in ("cuda", "gpu"):
+        trainer_args.setdefault("sync_batchnorm", True)
+    if model.adversary is not None and trainer_args.get("strategy", "auto") == "auto" and processes > 1:
+        trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
     run = resumed or _new_run(options.logdir, settings)
     stop = GracefulStop()
     try:
@@ -176,9 +179,8 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
         raise ConfigError("lightning.trainer.gradient_clip_algorithm: only norm is supported")
     for key in ("accumulate_grad_batches", "gradient_clip_val"):  # the model does both: manual optimisation
-        if trainer_args.get(key) is not None:
-            extra[key] = trainer_args[key]
-        trainer_args.pop(key, None)
+        if (value := trainer_args.pop(key, None)) is not None:
+            extra[key] = value
     if "base_learning_rate" in node:
         extra["learning_rate"] = node["base_learning_rate"]
     model = cfg.instantiate(node, **extra)
@@ -217,18 +219,15 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
     """Convert epochs to steps, since the stream has no end, and intervals of steps to Lightning's, of batches."""
     args = dict(trainer_args)
     per_step = source.batch_size * model.accumulate_grad_batches * process_count(args)
-    epochs, steps = args.pop("max_epochs", None), args.pop("max_steps", None)
-    if epochs is None and steps is None:
+    limits = {key: args.pop(key, None) for key in ("max_steps", "max_epochs")}
+    limits = {key: limit for key, limit in limits.items() if limit not in (None, -1)}  # -1 is Lightning's "no limit"
+    if not limits:
         raise ConfigError("lightning.trainer.max_steps: missing: the number of steps to train")
-    limits = [steps] if steps is not None else []
-    if epochs is not None:
+    if "max_epochs" in limits:
         if source.samples_per_epoch is None:
             raise ConfigError("lightning.trainer.max_epochs: the length of an epoch is not known: use max_steps")
-        limits.append(epochs * max(1, source.samples_per_epoch // per_step) if epochs != -1 else -1)
-    limits = [limit for limit in limits if limit != -1]  # Lightning: no limit
-    if not limits:
-        raise ConfigError("lightning.trainer.max_steps: -1 never ends: set the number of steps to train")
-    args["max_steps"] = min(limits)
+        limits["max_epochs"] *= max(1, source.samples_per_epoch // per_step)
+    args["max_steps"] = min(limits.values())
     if args["max_steps"] < 1:
         raise ConfigError(f"lightning.trainer.max_steps: must be at least 1, got {args['max_steps']}")
     every = args.pop("val_check_interval", None) or 1000
@@ -240,44 +239,27 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
     return args
 
 
-def _share_two_sides(trainer_args: Config) -> None:
-    """Set what two players need on several devices."""
-    if trainer_args.get("strategy", "auto") == "auto" and process_count(trainer_args) > 1:
-        trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
-    if trainer_args["accelerator"] in ("cuda", "gpu"):
-        trainer_args.setdefault("sync_batchnorm", True)
-
-
 def _trainer(
-    run: runs.Run,
-    precision: str,
-    trainer_args: Mapping[str, Any],
-    config: Config,
-    ours: Sequence[pl.Callback],
+    run: runs.Run, precision: str, trainer_args: Config, config: Config, ours: Sequence[pl.Callback]
 ) -> pl.Trainer:
     nodes = (config.get("lightning") or {}).get("callbacks") or {}
-    callbacks = [cfg.instantiate(node) for node in nodes.values()]
-    callbacks += ours
+    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours]
     for default in (KeepCheckpoints, ImageGrids, FiniteLoss, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
-    defaults: Config = {
+    settings: Config = {
         "check_val_every_n_epoch": None,
         "deterministic": trainer_args["accelerator"] == "cpu",
         "enable_model_summary": False,
         "max_epochs": -1,
+        **trainer_args,
+        "precision": precision,
+        "callbacks": callbacks,
+        "logger": TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard"),
+        "default_root_dir": run.path,
+        "use_distributed_sampler": False,
     }
-    return pl.Trainer(
-        **{
-            **defaults,
-            **trainer_args,
-            "precision": precision,
-            "callbacks": callbacks,
-            "logger": TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard"),
-            "default_root_dir": run.path,
-            "use_distributed_sampler": False,
-        }
-    )
+    return pl.Trainer(**settings)
 
 
 def _new_run(logdir: str | Path, settings: Config) -> runs.Run:

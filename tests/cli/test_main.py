@@ -182,7 +182,7 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
 
 
 @pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])
-def test_the_first_processprint_errors_that_training_was_stopped(olvae, monkeypatch, rank, code):
+def test_the_first_process_reports_that_training_was_stopped(olvae, monkeypatch, rank, code):
     """Lightning and torchrun kill all processes when one fails, and the first one still draws its curves."""
 
     def stopped(_: object) -> None:

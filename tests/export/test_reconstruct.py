@@ -117,7 +117,7 @@ def test_any_number_of_channels(tmp_path, channels, monkeypatch):
         Image.fromarray(array[..., 0] if channels == 1 else array).save(source)
     monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: x)
     vae = tiny()
-    vae.encoder.in_channels = channels
+    vae.in_channels = channels
     (result,) = name_outputs([source], tmp_path / "out", suffix).values()
     result.parent.mkdir()
     assert reconstruct_file(vae, source, result, CPU) == math.inf

@@ -1,4 +1,4 @@
-"""Every update of an optimiser, as a fixture."""
+"""Every update of an optimizer, as a fixture."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.models.steps import Update, Updates
 
 @pytest.fixture
 def updates(monkeypatch) -> Updates:
-    """Every update of either optimiser, in order."""
+    """Every update of either optimizer, in order."""
     seen = Updates()
     step = torch.optim.Adam.step
 

@@ -1,4 +1,4 @@
-"""Small trainings through Lightning, and what they did to weights and optimisers."""
+"""Small trainings through Lightning, and what they did to weights and optimizers."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -218,7 +218,7 @@ def test_accumulation_counts_updates_and_equals_a_larger_batch(image_folder, mon
 
 
 def test_clipping(image_folder, updates):
-    """Norm 1e-3, where it would be more, as the optimiser sees it."""
+    """Norm 1e-3, where it would be more, as the optimizer sees it."""
     fit(build(), image_folder, 1)
     fit(build(gradient_clip_val=1e-3), image_folder, 1)
     free, clipped = (norm(update.gradients) for update in updates)
@@ -226,7 +226,7 @@ def test_clipping(image_folder, updates):
     assert clipped == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_the_schedule_reaches_the_optimiser(image_folder, updates):
+def test_the_schedule_reaches_the_optimizer(image_folder, updates):
     fit(build(scheduler="cosine", warmup_steps=2, min_lr_factor=0.5, learning_rate=1e-2), image_folder, 4)
     assert [update.lr for update in updates] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
 

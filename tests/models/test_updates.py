@@ -1,4 +1,4 @@
-"""Updates of the two optimisers: accumulation, clipping, rates, and fp16's loss scale."""
+"""Updates of the two optimizers: accumulation, clipping, rates, and fp16's loss scale."""
 
 import copy
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.models.steps import UNETGAN, Each, against, assert_same, build, fit, metrics, moved, norm, snapshot
 
 
-def test_accumulation_equals_a_larger_batch_for_both_optimisers(image_folder, updates):
+def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, updates):
     """3 x 2 images give the gradients of 6; in float64, because hinge and ReLU turn a rounding into a jump."""
     settings = {"sample_posterior": False}
     small = build(against(UNETGAN, weight=0.5), accumulate_grad_batches=3, **settings)
@@ -108,7 +108,7 @@ def test_rates_and_betas_of_the_two(image_folder, updates):
     assert {u.betas for u in updates.of(model.adversary)} == {(0.1, 0.7)}
 
 
-def test_each_optimiser_has_its_own_parameters(image_folder, updates):
+def test_each_optimizer_has_its_own_parameters(image_folder, updates):
     model = fit(build(against(lecam_weight=1.0), use_quant=True, anchor_weight=1.0), image_folder, 1)
     (autoencoder,), (adversary,) = updates.of(model.autoencoder), updates.of(model.adversary)
     assert {id(p) for p in autoencoder.parameters} == {id(p) for p in model.autoencoder.parameters()}
@@ -128,7 +128,7 @@ def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_f
     assert rates[-1][0] < rates[0][0]
 
 
-# fp16's loss scale, with two optimisers: Lightning's own plugin and torch's own scaler, on the CPU. Only autocast is
+# fp16's loss scale, with two optimizers: Lightning's own plugin and torch's own scaler, on the CPU. Only autocast is
 # left out, so that float32 is exact under a scale that is a power of two, and a run must equal one without a scale.
 class Scaler(torch.amp.GradScaler):
     """Counts its updates."""
@@ -179,7 +179,7 @@ def test_a_loss_scale_changes_nothing(image_folder, name):
     assert plugin.scaler.scales == [2.0 ** (11 + i) for i in range(expected)]
 
 
-def test_both_optimisers_see_unscaled_gradients(image_folder, updates):
+def test_both_optimizers_see_unscaled_gradients(image_folder, updates):
     settings = {"gradient_clip_val": 1e6}  # without it the fused Adam takes the scale off itself
     plain = fit(build(against(), **settings), image_folder, 1)
     scaled = fit(build(against(), **settings), image_folder, 1, plugins=[Scaled(init_scale=2.0**16)])

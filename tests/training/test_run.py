@@ -51,7 +51,7 @@ def checkpoint(run: Run) -> dict:
 
 
 def assert_same_state(a: Run, b: Run) -> None:
-    """Averaged and raw weights, optimiser and schedule, bit for bit."""
+    """Averaged and raw weights, optimizer and schedule, bit for bit."""
     one, other = checkpoint(a), checkpoint(b)
     for part in ("state_dict", "current_model_state"):
         assert one[part].keys() == other[part].keys()
@@ -111,7 +111,7 @@ def test_one_seed_gives_the_same_weights_bit_for_bit(go):
     "overrides", [(), ("lightning.trainer.accumulate_grad_batches=2", "data.params.num_workers=1")]
 )
 def test_stopping_and_resuming_is_not_stopping(go, overrides):
-    """3 steps, resume, 5 steps equal 8 steps: weights, average, optimiser, schedule, place in the data."""
+    """3 steps, resume, 5 steps equal 8 steps: weights, average, optimizer, schedule, place in the data."""
     whole = go("lightning.trainer.max_steps=8", *overrides)
     half = go("lightning.trainer.max_steps=3", *overrides)
     resumed = go("lightning.trainer.max_steps=8", resume=half.path)

@@ -53,7 +53,7 @@ def checkpoint(run: Run) -> dict:
 
 
 def test_stopping_and_resuming_is_not_stopping(go):
-    """3 steps, resume, 3 steps equal 6: both sides' weights, average, optimisers, schedules, counts, anchors."""
+    """3 steps, resume, 3 steps equal 6: both sides' weights, average, optimizers, schedules, counts, anchors."""
     run, half = go(6), go(3)
     whole, before = checkpoint(run), checkpoint(half)
     resumed = checkpoint(go(6, resume=half.path))

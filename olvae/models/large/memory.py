@@ -69,9 +69,7 @@ class _LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in known:
                 self._count(leaf.untyped_storage())
-        extra = 0
-        if func in CONVOLUTIONS:
-            extra = sum(t.numel() * t.element_size() for t in (args[0], out))
+        extra = sum(t.nbytes for t in (args[0], out)) if func in CONVOLUTIONS else 0
         self.peak = max(self.peak, self.now + extra)
         return out
 

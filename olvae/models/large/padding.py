@@ -30,12 +30,11 @@ def pad_to_multiple(x: Tensor, f: int) -> Tensor:
     if x.ndim < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"expected images of at least one pixel, got shape {tuple(x.shape)}")
     for axis in (-2, -1):
-        n = x.shape[axis]
-        if pad := -n % f:
-            places = torch.arange(n + pad, device=x.device)
-            last = n - 1
-            beyond = 2 * last - places if pad < n else places.clamp(max=last)
-            x = x.index_select(axis % x.ndim, torch.where(places < n, places, beyond))
+        last = x.shape[axis] - 1
+        if pad := -x.shape[axis] % f:
+            places = torch.arange(last + 1 + pad, device=x.device)
+            mirrored = last - (places - last).abs() if pad <= last else places.clamp(max=last)
+            x = x.index_select(axis % x.ndim, mirrored)
     return x
 
 
@@ -69,7 +68,7 @@ def decode_any(model: LiteVAE, z: Tensor, size: Size, tile: int | None = None, m
     """
     f = model.downscale
     expected = -(-size[0] // f), -(-size[1] // f)
-    if (z.shape[-2], z.shape[-1]) != expected or min(size) < 1:
+    if (z.shape[-2], z.shape[-1]) != expected:
         raise ValueError(
             f"an image of {size[1]}x{size[0]} pixels has a latent of {expected[1]}x{expected[0]}, "
             f"got {z.shape[-1]}x{z.shape[-2]}"

@@ -199,11 +199,12 @@ class Stream:
 
         return self.sweep([h, *inputs], block.conv2.out_channels, 1, add)
 
-    def block(self, block: nn.Module, inputs: Sequence[Plane]) -> Plane:
-        if isinstance(block, PostActivationBlock):
-            return self.post_activation(block, inputs)
-        assert isinstance(block, PreActivationBlock)
-        return self.pre_activation(block, inputs)
+    def step(self, step: nn.Module, inputs: Sequence[Plane]) -> Plane:
+        if isinstance(step, PostActivationBlock):
+            return self.post_activation(step, inputs)
+        if isinstance(step, PreActivationBlock):
+            return self.pre_activation(step, inputs)
+        return self.conv(step, inputs)
 
     def unet(self, unet: nn.Module, x: Tensor) -> Tensor:
         """``unet(x)`` for one image, (1, C, H, W) -> (1, C', H, W) on x's device."""
@@ -215,13 +216,11 @@ class Stream:
         del first
         skips: list[Plane] = []
         for step in unet.down():
-            if isinstance(step, nn.Conv2d):
-                h = self.conv(step, [h])
-            else:
-                h = self.block(step, [h])
+            h = self.step(step, [h])
+            if not isinstance(step, nn.Conv2d):
                 skips.append(h)
         for step in unet.middle():
-            h = self.block(step, [h])
+            h = self.step(step, [h])
         for step in unet.up():
-            h = self.conv(step, [h]) if isinstance(step, nn.Conv2d) else self.block(step, [h, skips.pop()])
+            h = self.step(step, [h] if isinstance(step, nn.Conv2d) else [h, skips.pop()])
         return self.conv(unet.conv_out, [h]).read(0, height).to(x)

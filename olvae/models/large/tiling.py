@@ -1,5 +1,6 @@
 """Decode in tiles, each from exactly the latent positions that it depends on."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -107,7 +108,7 @@ def decode_tiled(
     decoder = model.decoder
     stages = decoder.stages()
     if stages is None:
-        _whole_or_refuse(decoder, z, tile, memory)
+        _check_whole(decoder, z, memory)
         image = model.decode(z)
         if progress is not None:
             progress(1.0)
@@ -119,26 +120,6 @@ def decode_tiled(
         raise ValueError(f"a tile has at least one latent position, got {tile}")
     if model.quantizer is not None:
         z = model.quantizer.post_quant_conv(z)  # 1x1, no neighbours
-    return _decode(decoder, stages, z, tile, progress)
-
-
-def _whole_or_refuse(decoder: Decoder, z: Tensor, tile: int | None, memory: int | None) -> None:
-    name = type(decoder).__name__
-    if tile is not None:
-        raise ValueError(f"{name} sees the whole latent at every position: tiles would change its result; leave --tile")
-    assert memory is not None
-    needs = peak_bytes(decoder, lambda d, x: d(x), (z.shape[0], decoder.z_channels, *z.shape[-2:]))
-    if needs > memory:
-        raise ValueError(
-            f"{name} sees the whole latent at every position and can't be tiled; decoding "
-            f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale} pixels whole takes "
-            f"{needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
-        )
-
-
-def _decode(
-    decoder: Decoder, stages: list[Stage], z: Tensor, tile: int, progress: Callable[[float], None] | None
-) -> Tensor:
     f = decoder.upscale
     height, width = z.shape[-2:]
     image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
@@ -148,6 +129,20 @@ def _decode(
         if progress is not None:
             progress(done / len(windows))
     return image
+
+
+def _check_whole(decoder: Decoder, z: Tensor, memory: int | None) -> None:
+    """Raise unless a decoder that can't be tiled may decode the whole latent."""
+    name = type(decoder).__name__
+    if memory is None:
+        raise ValueError(f"{name} sees the whole latent at every position: tiles would change its result; leave --tile")
+    needs = peak_bytes(decoder, lambda d, x: d(x), (z.shape[0], decoder.z_channels, *z.shape[-2:]))
+    if needs > memory:
+        raise ValueError(
+            f"{name} sees the whole latent at every position and can't be tiled; decoding "
+            f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale} pixels whole takes "
+            f"{needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
+        )
 
 
 def split(size: int, tile: int, f: int) -> list[Range]:
@@ -179,15 +174,8 @@ def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
     Raises:
         ValueError: even a tile of one position takes more.
     """
-    low, high = 1, max(shape[-2:])
-    if (least := tile_bytes(decoder, low, shape)) > memory:
-        raise ValueError(
-            f"the smallest tile takes {least / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory"
-        )
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tile_bytes(decoder, middle, shape) <= memory:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    tile = bisect_right(range(1, max(shape[-2:]) + 1), memory, key=lambda tile: tile_bytes(decoder, tile, shape))
+    if not tile:
+        least = tile_bytes(decoder, 1, shape) / GIB
+        raise ValueError(f"the smallest tile takes {least:.3g} GiB, more than {memory / GIB:.3g}: allow more memory")
+    return tile

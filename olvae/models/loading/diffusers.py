@@ -41,6 +41,7 @@ class DiffusersAutoencoder(Autoencoder):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.in_channels = int(getattr(model.config, "in_channels", 3))
         name = type(model).__name__
         try:
             with torch.no_grad():
@@ -51,19 +52,7 @@ class DiffusersAutoencoder(Autoencoder):
         mean = latent.mean
         if mean.ndim != 4 or PROBE % mean.shape[-1] or mean.shape[-1] != mean.shape[-2]:
             raise ValueError(f"{name} makes {tuple(mean.shape[1:])} of an image of {PROBE}x{PROBE}: no latent image")
-        self._downscale, self._latent_channels = PROBE // mean.shape[-1], mean.shape[1]
-
-    @property
-    def in_channels(self) -> int:
-        return int(getattr(self.model.config, "in_channels", 3))
-
-    @property
-    def downscale(self) -> int:
-        return self._downscale
-
-    @property
-    def latent_channels(self) -> int:
-        return self._latent_channels
+        self.downscale, self.latent_channels = PROBE // mean.shape[-1], mean.shape[1]
 
     def encode(self, x: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f), deterministic where the model has none.
@@ -83,7 +72,6 @@ class DiffusersAutoencoder(Autoencoder):
         return Deterministic(output["latents"] if "latents" in output else output["latent"])
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         x: Tensor = self.model.decode(z).sample
         return x
 
@@ -99,20 +87,24 @@ def find_folder(text: str) -> Path:
         FileNotFoundError: it was not found, or the hub can't be reached.
     """
     name, _, subfolder = text.partition("::")
-    if Path(name).is_dir():
-        root = Path(name)
-    elif is_hub_id(name):
-        root = _download(name, subfolder)
-    else:
+    root, prefixes = Path(name), [f"{subfolder}/"] if subfolder else ["", f"{SUBFOLDER}/"]
+    on_hub = not root.is_dir()
+    if on_hub and not is_hub_id(name):
         raise FileNotFoundError(f"diffusers:{text}: no such folder, and not an id of the hub (OWNER/NAME)")
-    candidates = [root / subfolder] if subfolder else [root, root / SUBFOLDER]
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "
-        f"subfolder of the autoencoder, as in diffusers:{name}::SUBFOLDER"
-    )
+    if on_hub:  # the configs first, then the weights of the one folder that has the autoencoder
+        root = snapshot(name, [f"{prefix}config.json" for prefix in prefixes])
+    prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
+    if prefix is None:
+        raise FileNotFoundError(
+            f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "
+            f"subfolder of the autoencoder, as in diffusers:{name}::SUBFOLDER"
+        )
+    for pattern in ("*.safetensors", "*.bin") if on_hub else ():
+        ignored = [f"{prefix}*/*", "*.fp16.*", "*.non_ema.*"]
+        root = snapshot(name, [f"{prefix}config.json", f"{prefix}{pattern}"], ignored)
+        if any((root / prefix).glob(pattern)):
+            break
+    return root / prefix
 
 
 def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = False) -> DiffusersAutoencoder:
@@ -123,7 +115,7 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
 
     Raises:
         ConfigError: the config does not name an autoencoder of diffusers.
-        ValueError: the weights are not readable, not finite, or do not fit.
+        ValueError: the weights are not readable, non-finite, or do not fit.
     """
     import diffusers
     from diffusers import ModelMixin
@@ -177,18 +169,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _download(repo_id: str, subfolder: str) -> Path:
-    """The configs first, then the weights of the one folder that has the autoencoder."""
-    prefixes = [f"{subfolder}/"] if subfolder else ["", f"{SUBFOLDER}/"]
-    root = snapshot(repo_id, [f"{prefix}config.json" for prefix in prefixes])
-    prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
-    if prefix is None:
-        return root
-    for pattern in ("*.safetensors", "*.bin"):
-        ignored = [f"{prefix}*/*", "*.fp16.*", "*.non_ema.*"]
-        root = snapshot(repo_id, [f"{prefix}config.json", f"{prefix}{pattern}"], ignored)
-        if any((root / prefix).glob(pattern)):
-            break
-    return root

@@ -53,7 +53,7 @@ def from_latent_diffusion(
         allow_mismatch: load the tensors that fit, and warn of the others.
 
     Raises:
-        ValueError: weights do not fit or are not finite.
+        ValueError: weights do not fit or are non-finite.
     """
     from diffusers import AutoencoderKL  # seconds, which other targets do not need
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
@@ -82,9 +82,7 @@ def latent_diffusion_config(weights: Mapping[str, Tensor], origin: str | Path) -
     widths: list[int] = []
     while (first := f"encoder.down.{len(widths)}.block.0.conv1.weight") in weights:
         widths.append(weights[first].shape[0])
-    blocks = 0
-    while f"encoder.down.0.block.{blocks}.norm1.weight" in weights:
-        blocks += 1
+    blocks = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.norm1\.weight", name) is not None for name in weights)
     latent = weights["decoder.conv_in.weight"].shape[1]
     moments = weights["encoder.conv_out.weight"].shape[0]
     embedded = weights["post_quant_conv.weight"].shape[1] if "post_quant_conv.weight" in weights else latent

@@ -53,7 +53,7 @@ class Target:
         """The autoencoder, in evaluation mode and in float32.
 
         Raises:
-            ValueError: the weights are not readable, not finite, or of another model.
+            ValueError: the weights are not readable, non-finite, or of another model.
         """
         return self.trained()
 
@@ -106,9 +106,8 @@ def find_target(
         raw = False
     suffix = RAW if raw else ""
 
-    if in_run or exported:
-        tensors = _Tensors(lambda: read_weights(weights, raw))
-    else:  # it may be a file of another project
+    kept: list[dict[str, Tensor]] = []  # what was read already: the first load takes it, so that it is not held twice
+    if not (in_run or exported):  # it may be a file of another project
         state = state_dict_of(read_checkpoint(weights), weights, raw)
         if any(name.startswith("encoder.down_blocks.") for name in state):
             raise ValueError(
@@ -116,7 +115,7 @@ def find_target(
             )
         if (autoencoder := pick_latent_diffusion(state, weights)) is not None:
             return _latent_diffusion_target(autoencoder, given + suffix, weights, raw, allow_mismatch)
-        tensors = _Tensors(lambda: read_weights(weights, raw), pick_weights(state, weights))
+        kept.append(pick_weights(state, weights))
         del state  # whatever else the file holds
 
     if config is None and config_base is not None and in_run:
@@ -127,7 +126,7 @@ def find_target(
     return Target(
         name=(path.resolve().name if path.is_dir() else given) + suffix,
         given=given + suffix,
-        trained=lambda: load_located(located, tensors.take(), allow_mismatch),
+        trained=lambda: load_located(located, kept.pop() if kept else read_weights(weights, raw), allow_mismatch),
         fresh=lambda: LiteVAE.from_spec(located.spec),
         config=located.config,
         run=located.run,
@@ -165,29 +164,12 @@ def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Tar
     for rename in (lambda t, _: t.given, lambda t, n: f"{t.name} ({n})"):
         counts = Counter([*(target.name for target in targets), *taken])
         seen: Counter[str] = Counter()
-        out: list[Target] = []
-        for target in targets:
+        targets = list(targets)
+        for i, target in enumerate(targets):
             seen[target.name] += 1
-            again = counts[target.name] > 1
-            out.append(replace(target, name=rename(target, seen[target.name])) if again else target)
-        targets = out
+            if counts[target.name] > 1:
+                targets[i] = replace(target, name=rename(target, seen[target.name]))
     return list(targets)
-
-
-class _Tensors:
-    """The autoencoder's tensors of a file, read at most once a load.
-
-    Args:
-        read: reads them.
-        kept: the result of a first read. The first load takes it, so that it does not stay in memory.
-    """
-
-    def __init__(self, read: Callable[[], dict[str, Tensor]], kept: dict[str, Tensor] | None = None) -> None:
-        self._read, self._kept = read, kept
-
-    def take(self) -> dict[str, Tensor]:
-        kept, self._kept = self._kept, None
-        return self._read() if kept is None else kept
 
 
 def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool) -> Target:
@@ -204,19 +186,16 @@ def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool)
 
 
 def _latent_diffusion_target(
-    kept: dict[str, Tensor], name: str, weights: Path, raw: bool, allow_mismatch: bool
+    tensors: dict[str, Tensor], name: str, weights: Path, raw: bool, allow_mismatch: bool
 ) -> Target:
-    config = latent_diffusion_config(kept, weights)
+    config, kept = latent_diffusion_config(tensors, weights), [tensors]
 
-    def read() -> dict[str, Tensor]:
-        again = pick_latent_diffusion(state_dict_of(read_checkpoint(weights), weights, raw), weights)
-        assert again is not None
-        return again
+    def read() -> dict[str, Tensor] | None:
+        return pick_latent_diffusion(state_dict_of(read_checkpoint(weights), weights, raw), weights)
 
-    tensors = _Tensors(read, kept)
     return Target(
         name=name,
         given=name,
-        trained=lambda: from_latent_diffusion(config, tensors.take(), weights, allow_mismatch),
+        trained=lambda: from_latent_diffusion(config, kept.pop() if kept else read(), weights, allow_mismatch),
         fresh=lambda: from_latent_diffusion(config),
     )

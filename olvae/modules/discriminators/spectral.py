@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -16,20 +16,12 @@ __all__ = ["SpectralConv2d", "fixed_spectral_norm", "power_iteration"]
 class SpectralConv2d(nn.Conv2d):
     """A convolution divided by its largest singular value (Miyato et al. 2018); orthogonal init, zero bias.
 
-    The weight is taken as a matrix (out_channels, in_channels k k). One power iteration per forward pass in
-    training, none in evaluation. The normalised weight is computed in float32 under autocast too.
+    The arguments are Conv2d's. The weight is taken as a matrix (out_channels, in_channels k k). One power iteration per
+    forward pass in training, none in evaluation. The normalised weight is computed in float32 under autocast too.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         nn.init.orthogonal_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -38,7 +30,8 @@ class SpectralConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x):
             weight = self.weight  # runs the power iteration
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 @contextmanager

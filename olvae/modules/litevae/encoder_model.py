@@ -113,12 +113,10 @@ class LiteVAE_Encoder(Encoder):
             return OpenUNet(inputs, outputs, channels, mult, blocks)
 
         self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(dct_levels))
-        if pool == "conv":
-            self.pool_convs = nn.ModuleList(
-                nn.Conv2d(bands, bands, kernel_size=3, padding=1) for _ in range(dct_levels)
-            )
-        else:
-            self.pool_convs = nn.ModuleList(nn.Identity() for _ in range(dct_levels))
+        self.pool_convs = nn.ModuleList(
+            nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity()
+            for _ in range(dct_levels)
+        )
         self.aggregator = unet(bands * dct_levels, latent_dim, *widths[3:])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,9 +128,9 @@ class LiteVAE_Encoder(Encoder):
             raise ValueError(f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
             h, w = x.shape[-2:]
+            padded = "x".join(str(-(-side // self.downscale) * self.downscale) for side in (h, w))
             raise ValueError(
-                f"image size {h}x{w} is not a multiple of {self.downscale}: crop or pad it, "
-                f"for example to {-(-h // self.downscale) * self.downscale}x{-(-w // self.downscale) * self.downscale}"
+                f"image size {h}x{w} is not a multiple of {self.downscale}: crop or pad it, for example to {padded}"
             )
         features: list[Tensor] = []
         levels = wavedec2(x, self.wavelet, self.levels)  # level l: (B, 4C, H/2^l, W/2^l)

@@ -154,13 +154,7 @@ class PaperUNet(UNet):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        channels: int,
-        mult: Sequence[int],
-        blocks: int = 2,
-        dropout: float = 0.0,
+        self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int, dropout: float
     ) -> None:
         super().__init__()
         self.init_conv = _conv3(in_channels, channels)
