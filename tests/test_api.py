@@ -18,7 +18,7 @@ EXAMPLES = [ast.parse(block) for block in re.findall(r"^```python\n(.*?)^```$", 
 
 
 def test_the_page_lists_every_public_name_once():
-    assert sorted(DOCUMENTED) == sorted(set(olvae.__all__) - {"__version__"})
+    assert sorted(DOCUMENTED) == sorted(set(olvae.__all__))
 
 
 @pytest.mark.parametrize("name", olvae.__all__)
@@ -40,17 +40,8 @@ def test_each_has_an_example():
     assert set(DOCUMENTED) <= imported & used
 
 
-def test_type_checkers_see_the_same_names_in_the_same_modules():
-    tree = ast.parse(Path(olvae.__file__).read_text(encoding="utf-8"))
-    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.name: node.module for node in checked.body for alias in node.names}
-    for name in set(olvae.__all__) - {"__version__"}:
-        assert getattr(sys.modules[seen[name]], name) is getattr(olvae, name)
-    assert seen.keys() == set(olvae.__all__) - {"__version__"}
-
-
 def test_an_unknown_name():
-    with pytest.raises(AttributeError, match="module 'olvae' has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="nothing"):
         _ = olvae.nothing
 
 

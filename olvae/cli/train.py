@@ -55,6 +55,7 @@ def command(
         seed=seed,
         resume=resume,
         actual_resume=actual_resume,
+        by_script=Path(sys.argv[0]).name == "train.py",
     )
     try:
         train(options)

@@ -1,6 +1,5 @@
 """What training prints: the summary before, the progress bar, and where the results are; and the curves."""
 
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -247,8 +246,8 @@ def print_summary(
     Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
 
 
-def print_ending(run: Run, trainer: pl.Trainer) -> None:
-    """Draw the curves, and print where the results are and what to run next."""
+def print_ending(run: Run, trainer: pl.Trainer, by_script: bool) -> None:
+    """Draw the curves, and print where the results are and what to run next; ``by_script``: with train.py."""
     curves = draw_curves(run)
     console = Console(stderr=True)
     stopped = trainer.global_step < trainer.max_steps
@@ -258,7 +257,7 @@ def print_ending(run: Run, trainer: pl.Trainer) -> None:
         if place is not None and place.exists():
             console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True, markup=False)
     train, evaluate = "olvae train", "olvae evaluate"
-    if Path(sys.argv[0]).name == "train.py":
+    if by_script:
         train, evaluate = "python train.py", "python scripts/compute_metrics.py"
     hint = f"continue with: {train} --resume {run.path}" if stopped else f"evaluate with: {evaluate} {run.path}"
     console.print(hint, highlight=False, soft_wrap=True, markup=False)

@@ -63,6 +63,8 @@ class TrainOptions:
     seed: int | None = None
     resume: str | Path | None = None
     actual_resume: str | Path | None = None
+    by_script: bool = False
+    """Started as ``python train.py``: hints on what to run next name the scripts."""
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -136,7 +138,7 @@ def train(options: TrainOptions) -> runs.Run:
         if resumed is None and "LOCAL_RANK" not in os.environ and not any(run.checkpoints.glob("*.ckpt")):
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
-        print_ending(run, trainer)
+        print_ending(run, trainer, options.by_script)
     if stop.asked:
         raise TrainingStopped  # so that the caller, Python or make, does not go on to the next command
     return run

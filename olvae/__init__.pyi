@@ -1,0 +1,39 @@
+"""The public names, which docs/api.md documents; ``olvae/__init__.py`` imports each when it is first used."""
+
+from .data.mapped.folder import FolderSource as FolderSource
+from .data.mapped.huggingface import HuggingFaceSource as HuggingFaceSource
+from .data.mapped.samples import SamplePhotographs as SamplePhotographs
+from .data.mapped.torchvision import TorchvisionSource as TorchvisionSource
+from .data.mix import MixSource as MixSource
+from .data.shards.latents import LatentSource as LatentSource
+from .data.shards.webdataset import WebDatasetSource as WebDatasetSource
+from .evaluation.runner import Request as Request
+from .evaluation.runner import evaluate as evaluate
+from .export.diffusers_model import AutoencoderLiteVAE as AutoencoderLiteVAE
+from .losses.adversarial import LeCam as LeCam
+from .losses.adversarial import cutmix as cutmix
+from .losses.adversarial import cutmix_consistency as cutmix_consistency
+from .losses.adversarial import discriminator_accuracy as discriminator_accuracy
+from .losses.adversarial import discriminator_loss as discriminator_loss
+from .losses.adversarial import generator_loss as generator_loss
+from .losses.adversarial import r1_penalty as r1_penalty
+from .losses.objective import Objective as Objective
+from .losses.perceptual import LPIPS as LPIPS
+from .losses.terms import gaussian_loss as gaussian_loss
+from .losses.terms import kl_loss as kl_loss
+from .losses.terms import wavelet_loss as wavelet_loss
+from .metrics.registry import METRICS as METRICS
+from .metrics.registry import build_metrics as build_metrics
+from .models.adversary import Adversary as Adversary
+from .models.autoencoder import LiteVAE as LiteVAE
+from .models.liteautoencoder import LiteAutoencoderKL as LiteAutoencoderKL
+from .models.loading.targets import find_target as find_target
+from .modules.discriminators.gigagan import GigaGAN as GigaGAN
+from .modules.discriminators.patchgan import PatchGAN as PatchGAN
+from .modules.discriminators.unetgan import UNetGAN as UNetGAN
+from .modules.wavelet import dwt2 as dwt2
+from .modules.wavelet import idwt2 as idwt2
+from .modules.wavelet import wavedec2 as wavedec2
+from .modules.wavelet import waverec2 as waverec2
+
+__version__: str
