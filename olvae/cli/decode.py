@@ -36,7 +36,7 @@ def command(
     from olvae.data.source import total
     from olvae.devices import resolve_device
     from olvae.export.decode import FORMATS, decode_shards
-    from olvae.export.encode import fingerprint
+    from olvae.export.encode import weights_checksum
     from olvae.files import check_folder
     from olvae.models.large.memory import GIB
     from olvae.models.loading.targets import find_target
@@ -48,7 +48,7 @@ def command(
     stats = read_stats(source) if Path(source).is_dir() else {}
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
-    if stats.get("weights", (mine := fingerprint(model))) != mine:
+    if stats.get("weights", (mine := weights_checksum(model))) != mine:
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
     model.to(where)
 

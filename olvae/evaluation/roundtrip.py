@@ -101,7 +101,7 @@ class Cost:
 
 
 T = TypeVar("T")
-Half = Literal["encode", "decode"]
+Direction = Literal["encode", "decode"]
 
 
 class Meter:
@@ -113,7 +113,7 @@ class Meter:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self._gpu = self.device.type == "cuda"
-        self._seconds: dict[Half, list[tuple[int, float]]] = {"encode": [], "decode": []}
+        self._seconds: dict[Direction, list[tuple[int, float]]] = {"encode": [], "decode": []}
         self._peaks: list[int] = []
 
     @contextmanager
@@ -127,18 +127,18 @@ class Meter:
         yield
         self._peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
 
-    def run(self, half: Half, images: int, work: Callable[[], T]) -> T:
+    def run(self, direction: Direction, images: int, work: Callable[[], T]) -> T:
         """Encode or decode a number of images, and measure the time."""
         self._wait()
         start = time.perf_counter()
         result = work()
         self._wait()
-        self._seconds[half].append((images, time.perf_counter() - start))
+        self._seconds[direction].append((images, time.perf_counter() - start))
         return result
 
-    def _rate(self, half: Half) -> float | None:
+    def _rate(self, direction: Direction) -> float | None:
         """Images per second."""
-        counted = _warm(self._seconds[half])
+        counted = _warm(self._seconds[direction])
         seconds = sum(s for _, s in counted)
         return sum(n for n, _ in counted) / seconds if seconds else None
 
@@ -149,8 +149,8 @@ class Meter:
         cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
         return Cost(
             parameters=count_parameters(model),
-            encode_macs=count_macs(_HalfModule(model, "encode"), 1, model.in_channels, size, size),
-            decode_macs=count_macs(_HalfModule(model, "decode"), 1, model.latent_channels, latent, latent),
+            encode_macs=count_macs(_OneWay(model, "encode"), 1, model.in_channels, size, size),
+            decode_macs=count_macs(_OneWay(model, "decode"), 1, model.latent_channels, latent, latent),
             encode_images_per_s=self._rate("encode"),
             decode_images_per_s=self._rate("decode"),
             peak_memory_bytes=max(_warm(self._peaks), default=None),
@@ -168,13 +168,13 @@ def _warm(measured: list[T]) -> list[T]:
     return measured[1:] or measured
 
 
-class _HalfModule(nn.Module):
-    """One half of an autoencoder as a module's forward pass."""
+class _OneWay(nn.Module):
+    """One direction of an autoencoder as a module's forward pass."""
 
-    def __init__(self, model: Autoencoder, half: Half) -> None:
+    def __init__(self, model: Autoencoder, direction: Direction) -> None:
         super().__init__()
         self.model = model
-        self._encodes = half == "encode"
+        self._encodes = direction == "encode"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.encode(x).mean if self._encodes else self.model.decode(x)

@@ -25,7 +25,7 @@ from olvae.models.large.padding import pad_to_multiple
 from olvae.models.large.streaming import encode_within
 from olvae.modules.distributions import Posterior, keyed_generator
 
-__all__ = ["DTYPES", "EncodeJob", "EncodeOptions", "LatentSums", "fingerprint"]
+__all__ = ["DTYPES", "EncodeJob", "EncodeOptions", "LatentSums", "weights_checksum"]
 
 
 @dataclass
@@ -135,7 +135,7 @@ class EncodeJob:
         self.inputs = inputs
         self.options = options
         self.shards = ResumableShards(folder, STATE)
-        weights = fingerprint(model)
+        weights = weights_checksum(model)
         self.describe = {**describe, "weights": weights, "downscale": model.downscale}
         self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
 
@@ -266,7 +266,7 @@ class EncodeJob:
         return rounded
 
 
-def fingerprint(model: Autoencoder) -> str:
+def weights_checksum(model: Autoencoder) -> str:
     """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
