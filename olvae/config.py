@@ -63,6 +63,21 @@ TRAINER_OURS = {
 """Trainer arguments that this package sets, and the setting to use instead."""
 
 
+MOVED = {
+    "olvae.data.folder": "olvae.data.mapped.folder",
+    "olvae.data.huggingface": "olvae.data.mapped.huggingface",
+    "olvae.data.latents": "olvae.data.shards.latents",
+    "olvae.data.samples": "olvae.data.mapped.samples",
+    "olvae.data.torchvision": "olvae.data.mapped.torchvision",
+    "olvae.data.webdataset": "olvae.data.shards.webdataset",
+    "olvae.modules.basicgan.patchgan": "olvae.modules.discriminators.patchgan",
+    "olvae.modules.gigagan.gigagan": "olvae.modules.discriminators.gigagan",
+    "olvae.modules.unetgan.unetgan": "olvae.modules.discriminators.unetgan",
+    "olvae.training.health": "olvae.training.callbacks",
+}
+"""Where modules are now that the config.yaml of an older run may name."""
+
+
 class ConfigError(ValueError):
     """One or more mistakes of a config, one line each."""
 
@@ -121,7 +136,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
     """``above`` over ``below``; where it names another target, the params of the old one are dropped."""
 
     def drop_params(low: DictConfig, high: DictConfig) -> None:
-        if "target" in low and "target" in high and low.target != high.target:
+        if "target" in low and "target" in high and _moved(low.target) != _moved(high.target):
             low.pop("params", None)
         for key in high:
             if OmegaConf.is_dict(low._get_node(key)) and OmegaConf.is_dict(high._get_node(key)):
@@ -146,7 +161,7 @@ def resolve_target(target: str) -> Any:
     Raises:
         ConfigError: it does not import; the message has the nearest right name.
     """
-    module_name, _, name = target.rpartition(".")
+    module_name, _, name = _moved(target).rpartition(".")
     if not all(part.isidentifier() for part in target.split(".")) or not module_name:
         raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.folder.FolderSource")
     try:
@@ -161,6 +176,12 @@ def resolve_target(target: str) -> Any:
     if not callable(found):
         raise ConfigError(f"target {target!r} is a {type(found).__name__}, not a class or function")
     return found
+
+
+def _moved(target: Any) -> str:
+    """A target by the name that its module has now."""
+    module, _, name = str(target).rpartition(".")
+    return f"{MOVED.get(module, module)}.{name}"
 
 
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:

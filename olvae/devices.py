@@ -22,9 +22,9 @@ def resolve_device(device: str | None = None) -> str:
     """
     present = torch.cuda.device_count()
     if device is not None:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        if not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", device):
             raise ConfigError(f"--device {device}: choose cpu, cuda, or cuda:N")
-        if device != "cpu" and int(device.partition(":")[2] or 0) >= present:
+        if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= present:
             raise ConfigError(f"--device {device}: this machine has {present} GPUs")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and present > 1:

@@ -24,7 +24,7 @@ def atomic_write(path: Path, folder: Path | None = None, missing_ok: bool = Fals
         folder: where the temporary file is written, on the same file system; by default beside ``path``.
         missing_ok: nothing need be written, for collective calls in which one rank writes for all.
     """
-    partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name}"
+    partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name[-50:]}"
     try:
         yield partial
         if partial.exists() or not missing_ok:

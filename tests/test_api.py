@@ -18,7 +18,7 @@ EXAMPLES = [ast.parse(block) for block in re.findall(r"^```python\n(.*?)^```$", 
 
 
 def test_the_page_lists_every_public_name_once():
-    assert sorted(DOCUMENTED) == sorted(set(olvae.__all__))
+    assert sorted(DOCUMENTED) == sorted(set(olvae.__all__) - {"__version__"})
 
 
 @pytest.mark.parametrize("name", olvae.__all__)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olvae.config import ConfigError, instantiate, load, save, validate
+from olvae.config import ConfigError, instantiate, load, resolve_target, save, validate
 from tests.conftest import tiny_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -28,6 +28,31 @@ def test_later_files_and_overrides_win(tmp_path):
 
 def test_interpolations_are_resolved(tmp_path):
     assert load([write(tmp_path / "a.yaml", "size: 64\nother: ${size}")])["other"] == 64
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "olvae.data.folder.FolderSource",
+        "olvae.data.huggingface.HuggingFaceSource",
+        "olvae.data.latents.LatentSource",
+        "olvae.data.samples.SamplePhotographs",
+        "olvae.data.torchvision.TorchvisionSource",
+        "olvae.data.webdataset.WebDatasetSource",
+        "olvae.modules.basicgan.patchgan.PatchGAN",
+        "olvae.modules.gigagan.gigagan.GigaGAN",
+        "olvae.modules.unetgan.unetgan.UNetGAN",
+        "olvae.training.health.Health",
+    ],
+)
+def test_targets_in_configs_of_older_runs_are_found(target):
+    assert resolve_target(target).__name__ == target.rpartition(".")[2]
+
+
+def test_a_target_that_moved_is_the_same_target(tmp_path):
+    old = write(tmp_path / "run.yaml", "data: {target: olvae.data.folder.FolderSource, params: {root: a, size: 8}}")
+    new = write(tmp_path / "new.yaml", "data: {target: olvae.data.mapped.folder.FolderSource, params: {size: 16}}")
+    assert load([old, new])["data"]["params"] == {"root": "a", "size": 16}
 
 
 def test_another_target_has_params_of_its_own(tmp_path):

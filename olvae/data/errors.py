@@ -1,4 +1,4 @@
-"""Files that can't be read: replaced by others, named once, counted, and too many above a set share."""
+"""Unreadable files: replaced by others, logged once, counted; an error once their share is too large."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence

@@ -174,6 +174,8 @@ class Photo:
             raise UnreadableImageError(self.name, _reason(error)) from error
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
+        if isinstance(content, Bands) and len(content.bands) != self.channels:
+            raise ValueError(f"it has {len(content.bands)} channels, not {self.channels}")
         if not isinstance(content, Path | bytes):
             return content
         if not (len(content) if isinstance(content, bytes) else content.stat().st_size):

@@ -76,7 +76,7 @@ def open_images(src: str, channels: int = 3) -> ImageDataset:
     """
     kind, _, rest = src.partition(":")
     if src == "samples":
-        return sample_photographs()
+        return sample_photographs(channels=channels)
     if kind == "torchvision":
         name, arguments = _arguments(rest)
         return Items(instantiate({"target": f"torchvision.datasets.{name}", "params": arguments}), channels)

@@ -62,6 +62,8 @@ class PackOptions:
     channels: int = 3
 
     def __post_init__(self) -> None:
+        if self.shard_size < 0:
+            raise ConfigError(f"--shard-size {self.shard_size}: at least 1 image")
         if self.format not in FORMATS:
             raise ConfigError(f"--format {self.format}: choose from {', '.join(FORMATS)}")
         if self.resize is not None and self.channels == 4 and self.format == "jpg":

@@ -89,24 +89,21 @@ class Artefacts:
     patterns: list[Pattern]
 
     def as_dict(self) -> dict[str, object]:
-        """The numbers for metrics.json; an infinite PSNR is None."""
+        """The numbers for metrics.json; None where one is infinite or not a number."""
         return {
             "size": self.size,
             "period": self.period,
             "frame": self.frame,
             "colours": {
                 colour.name: {
-                    "shift": list(colour.shift),
-                    "amplitude": colour.amplitude,
-                    "grid": colour.grid,
-                    "amplitude_with_border": colour.amplitude_with_border,
+                    "shift": [_finite(value) for value in colour.shift],
+                    "amplitude": _finite(colour.amplitude),
+                    "grid": _finite(colour.grid),
+                    "amplitude_with_border": _finite(colour.amplitude_with_border),
                 }
                 for colour in self.colours
             },
-            "patterns": {
-                pattern.name: {"psnr": pattern.psnr if math.isfinite(pattern.psnr) else None}
-                for pattern in self.patterns
-            },
+            "patterns": {pattern.name: {"psnr": _finite(pattern.psnr)} for pattern in self.patterns},
         }
 
 
@@ -205,6 +202,10 @@ def _colour(name: str, x: Tensor, y: Tensor, f: int, frame: int) -> Colour:
         to_uint8(y),
         values - mean.float().view(-1, 1, 1),
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _amplitude(values: Tensor) -> float:

@@ -79,7 +79,7 @@ class Row:
             int(row["n"]),
             metrics | {name: math.inf for name, reason in skipped.items() if reason == INFINITE},
             {name: reason for name, reason in skipped.items() if reason != INFINITE},
-            {str(name): (float(low), float(high)) for name, (low, high) in row.get("intervals", {}).items()},
+            {str(name): (float(low), float(high)) for name, (low, high) in (row.get("intervals") or {}).items()},
             {str(name): dict(details) for name, details in row.get("details", {}).items()},
             Cost(**row["cost"]) if row.get("cost") else None,
             row.get("bands"),
@@ -154,8 +154,8 @@ class Results:
         if what := self._not_comparable(earlier):
             if not mix:
                 raise ValueError(
-                    f"has results of {what}, which do not compare with these; to put them into one table all the same, "
-                    "add --mix-protocols"
+                    f"has results of {what}, which are not comparable with these; to show them in one table "
+                    "anyway, add --mix-protocols"
                 )
             mark = f" [{what}]"
         taken = {row.target for row in self.table}
@@ -179,7 +179,7 @@ class Results:
             if not file["published"]:
                 found.append(
                     f"{METRICS[name].label} rests on a {file['file']} that is not the published file: its values "
-                    "compare with no one else's"
+                    "are not comparable with published ones"
                 )
         return list(dict.fromkeys(found))
 

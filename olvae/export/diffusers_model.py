@@ -17,7 +17,7 @@ from olvae.models.large.memory import default_memory
 from olvae.models.large.padding import crop_to, pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.models.large.tiling import decode_tiled
-from olvae.models.spec import DERIVED, AutoencoderSpec
+from olvae.models.spec import DERIVED, IN_EXPORT, AutoencoderSpec
 
 __all__ = ["AutoencoderLiteVAE"]
 
@@ -63,7 +63,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         use_quant_conv: bool | None = None,
     ) -> None:
         super().__init__()
-        said = {name: value for name, value in self.config.items() if not name.startswith("_")}  # the arguments
+        said = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}  # the arguments
         built = LiteVAE.from_spec(AutoencoderSpec.from_content(said, type(self).__name__, only_ours=True))
         self.encoder = built.encoder
         self.decoder = built.decoder

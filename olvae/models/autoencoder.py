@@ -258,7 +258,7 @@ class LiteVAE(
         """The config.json of an export.
 
         Raises:
-            ValueError: a network is not of this package, or has an argument that JSON does not have.
+            ValueError: a network is not of this package, or has an argument that JSON can't represent.
         """
         spec = AutoencoderSpec(
             **self.config,

@@ -222,7 +222,7 @@ def _weights_in(folder: Path, name: str) -> Path:
     if Run(folder).last_checkpoint.is_file():
         return Run(folder).last_checkpoint
     for suffix in WEIGHT_SUFFIXES:
-        files = sorted(folder.glob(f"*{suffix}"))
+        files = _visible(folder, f"*{suffix}")
         if folder / WEIGHTS_NAME in files:
             files = [file for file in files if file.name == WEIGHTS_NAME or not file.match(VARIANTS)]
         if len(files) > 1:
@@ -244,8 +244,13 @@ def _config_beside(weights: Path) -> Path | None:
     for name in (CONFIG_NAME, "config.yaml", f"{weights.stem}.yaml"):
         if (folder / name).is_file():
             return folder / name
-    yaml = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
+    yaml = [*_visible(folder, "*.yaml"), *_visible(folder, "*.yml")]
     return yaml[0] if len(yaml) == 1 else None
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Files without those that a killed process was writing, whose names begin with a dot."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:

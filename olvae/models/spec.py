@@ -15,7 +15,16 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.modules.base import Decoder, Encoder
 
-__all__ = ["CLASS_NAME", "CONFIG_NAME", "DERIVED", "WEIGHTS_NAME", "AutoencoderSpec", "class_in", "read_config"]
+__all__ = [
+    "CLASS_NAME",
+    "CONFIG_NAME",
+    "DERIVED",
+    "IN_EXPORT",
+    "WEIGHTS_NAME",
+    "AutoencoderSpec",
+    "class_in",
+    "read_config",
+]
 
 
 OURS = "olvae."
@@ -103,7 +112,7 @@ class AutoencoderSpec:
         """The content of an export's config.json, with the ``derived`` keys.
 
         Raises:
-            ValueError: a network is not of this package, or has an argument that JSON does not have.
+            ValueError: a network is not of this package, or has an argument that JSON can't represent.
         """
         for target in (self.encoder_config["target"], self.decoder_config["target"]):
             if not target.startswith(OURS):
@@ -115,7 +124,7 @@ class AutoencoderSpec:
         try:
             content: Config = json.loads(json.dumps({"_class_name": CLASS_NAME, **arguments, **derived}))
         except TypeError as error:
-            raise ValueError(f"a network has an argument that JSON does not have: {error}") from error
+            raise ValueError(f"a network has an argument that JSON can't represent: {error}") from error
         return content
 
 

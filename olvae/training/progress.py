@@ -1,7 +1,6 @@
 """What training prints: the summary before, the progress bar, and where the results are; and the curves."""
 
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ class Clock:
     def waiting(self) -> str:
         """A note if training waits for data: the seconds by now, or the share of its time; else empty."""
         if seconds := self.seconds_waiting():
-            return f"waiting for data since {seconds:.0f} s"
+            return f"waiting for data for {seconds:.0f} s"
         share = self._waited / self._spent if self._spent else 0.0
         return f"waiting for data {share:.0%}" if share > MUCH_WAITING else ""
 
@@ -108,6 +107,11 @@ class Clock:
     def seconds_left(self, last_step: int) -> float:
         done = self._step - self._first_step
         return (last_step - self._step) * self._spent / done if done else 0.0
+
+
+def _hours(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 class StatusColumn(ProgressColumn):
@@ -176,7 +180,7 @@ class StepProgress(ProgressBar):
             if self._clock.due(0.5) or last:
                 self._bar.update(self._bar.task_ids[0], completed=step, status=self._status(trainer))
         elif self._clock.due(self.line_every_s) or last:
-            left = timedelta(seconds=round(self._clock.seconds_left(trainer.max_steps)))
+            left = _hours(self._clock.seconds_left(trainer.max_steps))
             waiting = self._clock.waiting()
             status = f"{self._status(trainer)}{'  ' if waiting else ''}{waiting}"
             self.console.print(f"step {step}/{trainer.max_steps}  {status}  {left} left")

@@ -125,10 +125,10 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
     assert olvae(*encode())[0] == 0
     code, _, err = olvae(*encode("--seed", 1))
     assert (code, err.count("\n")) == (2, 1)
-    assert "was begun with seed 0 (now 1): repeat the first command" in err
+    assert "was begun with seed 0 (now 1): give the same options and images" in err
     code, _, err = olvae("encode", target, "--data", "samples", "--out", tmp_path / "out", "--size", 16)
     assert code == 2
-    assert "was begun with other images: repeat the first command" in err
+    assert "was begun with other images: give the same options and images" in err
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])

@@ -121,3 +121,9 @@ def test_numbers_for_json():
     assert content["patterns"]["squares 4 px"]["psnr"] > 30
     identity = find_artefacts(Faulty(), size=16).as_dict()
     assert identity["patterns"]["squares 4 px"] == {"psnr": None}
+
+
+def test_what_is_not_finite_is_null_in_json():
+    found = find_artefacts(Faulty(grid=math.nan), size=16).as_dict()
+    assert all(colour["grid"] is None for colour in found["colours"].values())
+    json.dumps(found, allow_nan=False)

@@ -322,6 +322,13 @@ def test_folders_that_hold_none_or_several(tmp_path):
 # The hub
 
 
+def test_what_a_killed_save_left_is_not_taken_for_weights(tmp_path):
+    vae = tiny()
+    vae.save_pretrained(tmp_path)
+    (tmp_path / f".partial-0123abcd-{WEIGHTS_NAME}").write_bytes(b"half of a file")
+    assert same_weights(LiteVAE.from_pretrained(tmp_path), vae)
+
+
 @pytest.fixture
 def cached(tmp_path, monkeypatch) -> Path:
     """A folder of the hub's cache, which stands for the repository RGenDiff/tiny; nothing is asked of a server."""

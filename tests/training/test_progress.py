@@ -65,7 +65,7 @@ def test_while_nothing_comes_it_says_for_how_long(now):
     now(1.0)
     assert clock.waiting() == ""
     now(progress.LONG_WAIT_S)
-    assert clock.waiting() == "waiting for data since 3 s"
+    assert clock.waiting() == "waiting for data for 3 s"
     clock.came()
     assert "since" not in clock.waiting()
 
@@ -79,7 +79,7 @@ def test_validation_is_no_waiting_for_data(now):
     assert clock.waiting() == ""
     clock.restart()
     now(3.0)
-    assert clock.waiting() == "waiting for data since 3 s"
+    assert clock.waiting() == "waiting for data for 3 s"
 
 
 def test_the_bar_stays_on_one_line(now):
@@ -90,7 +90,7 @@ def test_the_bar_stays_on_one_line(now):
     bar.add_task("train", total=10, status="loss 0.4325  137.2 images/s")
     for seconds, status in (
         (0.0, "loss 0.4325  137.2 images/s  waiting for data 30%"),
-        (9.0, "waiting for data since 9 s"),
+        (9.0, "waiting for data for 9 s"),
     ):
         now(seconds)
         with bar.console.capture() as capture:

@@ -182,7 +182,7 @@ def _check_images(src: str, options: CheckOptions, workers: int, on_progress: On
             result.problems.append(str(error))
             return result
     if 0 < count < options.batch_size * options.ranks:
-        result.problems.append(f"{count} training images are less than a batch of {options.batch_size} on each rank")
+        result.problems.append(f"{count} training images are fewer than a batch of {options.batch_size} on each rank")
     result.consumers = _epoch_shares(options, count, None)
     return result
 
@@ -293,7 +293,7 @@ def _check_index(src: str, folder: Path, write: bool, result: AuditResult) -> No
 def _compare(shard: ShardFacts, record: ShardRecord | None) -> str | None:
     """How a shard differs from what the index says."""
     if record is None:
-        return f"{shard.url}: {INDEX} does not know it: --index writes it anew"
+        return f"{shard.url}: it is not in {INDEX}: --index writes that anew"
     if shard.images != record.images:
         return f"{shard.url}: has {shard.images} images, and by {INDEX} {record.images}"
     if shard.sha256 is not None and shard.sha256 != record.sha256:

@@ -280,7 +280,9 @@ def _speed(speed: Speed) -> str:
     text = f"{speed.images_per_s:,.0f} images/s per worker at {speed.size} pixels, read, decoded and cropped"
     if speed.need is None:
         return text
-    return f"{text}; {speed.need:,.0f} images/s take {speed.workers} workers in all, and here are {speed.cores} cores"
+    return (
+        f"{text}; {speed.need:,.0f} images/s need {speed.workers} workers in all; this machine has {speed.cores} cores"
+    )
 
 
 def _print_names(title: str, lines: list[str], console: Console) -> None:

@@ -91,6 +91,7 @@ class MappedSource(Source):
         self.train, self.val = train, val
         self.transform = transform
         self.samples_per_image = samples_per_image
+        self._images = len(train) + len(val)  # whatever part of them is evaluated
         self.check_batch()
 
     @property
@@ -103,7 +104,7 @@ class MappedSource(Source):
 
     @property
     def images(self) -> int:
-        return len(self.train) + len(self.val)
+        return self._images
 
     def describe(self) -> str:
         return f"{len(self.train)} training, {len(self.val)} validation and test images"

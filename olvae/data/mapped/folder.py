@@ -172,7 +172,14 @@ def _tell(folder: ReadError) -> None:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
+
+
+def _may_be_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
+        return True
 
 
 def _parts(root: str) -> tuple[str, str | None]:

@@ -21,7 +21,10 @@ class Photograph(NamedTuple):
 
     @property
     def path(self) -> Path:
-        return Path(str(importlib.resources.files(self.package))) / self.file
+        try:
+            return Path(str(importlib.resources.files(self.package))) / self.file
+        except ModuleNotFoundError as error:
+            raise FileNotFoundError("the sample photographs need scikit-image: pip install scikit-image") from error
 
 
 PHOTOGRAPHS = (
@@ -55,8 +58,9 @@ HELD_OUT = (
 class _Pictures(ImageDataset):
     """Pictures in memory, by name."""
 
-    def __init__(self, pictures: Sequence[tuple[str, Picture]]) -> None:
+    def __init__(self, pictures: Sequence[tuple[str, Picture]], channels: int = 3) -> None:
         self.pictures = pictures
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -66,12 +70,15 @@ class _Pictures(ImageDataset):
 
     def __getitem__(self, index: int) -> Photo:
         name, picture = self.pictures[index]
-        return Photo(picture, name)
+        return Photo(picture, name, self.channels)
 
 
-def sample_photographs(photographs: Sequence[Photograph] = (*PHOTOGRAPHS, *HELD_OUT)) -> ImageDataset:
+def sample_photographs(
+    photographs: Sequence[Photograph] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3
+) -> ImageDataset:
     """The photographs, whole; by default all fifteen."""
-    return _Pictures([(Path(photograph.file).name, read_picture(photograph.path)) for photograph in photographs])
+    pictures = [(Path(photograph.file).name, read_picture(photograph.path)) for photograph in photographs]
+    return _Pictures(pictures, channels)
 
 
 def _tiles(photographs: Sequence[Photograph], size: int) -> ImageDataset:

@@ -108,7 +108,7 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
     if index is not None:
         given = _read_index(index)
         if unknown := [url for url in urls if file_name(url) not in given]:
-            raise ValueError(f"{index}: does not know {unknown[0]}: make it anew with `olvae data check --index`")
+            raise ValueError(f"{index}: does not list {unknown[0]}: make it anew with `olvae data check --index`")
         counts: dict[str, int | None] = {url: given[file_name(url)] for url in urls}
     else:
         counts = counts_beside(urls, image_key)

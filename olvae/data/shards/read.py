@@ -187,7 +187,7 @@ def open_url(url: str) -> Any:
     except FileNotFoundError as error:
         if "://" not in address or address.startswith("file:"):
             raise
-        command = f"it takes the command {error.filename}, which is not installed"
+        command = f"it needs the command {error.filename}, which is not installed"
         raise OSError(command if error.filename else str(error)) from error
     except (OSError, ValueError):
         raise

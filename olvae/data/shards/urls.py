@@ -35,6 +35,7 @@ def find_shards(shards: str | Sequence[str]) -> list[str]:
 
 
 def _expand(text: str) -> list[str]:
+    text = re.sub("^file:(//)?", "", text)
     path = Path(text).expanduser()
     if path.is_dir():
         return [str(file) for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES)]
@@ -80,18 +81,20 @@ def shard_names(urls: Sequence[str]) -> dict[str, str]:
     """
     stems = {url: stem(url) for url in urls}
     shared = Counter(stems.values())
-    names = {url: name if shared[name] == 1 else _whole_name(url) for url, name in stems.items()}
+    names = {url: name if shared[name] == 1 else _whole_name(url, urls) for url, name in stems.items()}
     first: dict[str, str] = {}
     for url, name in names.items():
         if name in first:
             raise ValueError(
                 f"{first[name]} and {url}: shards of the same name, whose images would have the same keys: rename "
-                "one of them, or make them two sources of an olvae.data.mix.MixSource"
+                "one of them, take one folder after the other, or make them two sources of an olvae.data.mix.MixSource"
             )
         first[name] = url
     return names
 
 
-def _whole_name(url: str) -> str:
-    """The name of a shard's file without its extension."""
+def _whole_name(url: str, urls: Sequence[str]) -> str:
+    """The name of a shard's file without its extension; of a command that names none, its place among the shards."""
+    if not is_local(url) and not TAR_NAME.search(url):
+        return f"{urls.index(url)}/{stem(url)}"
     return legible(re.sub(r"\.(tar\.gz|tgz|tar)$", "", file_name(url)))

@@ -87,11 +87,13 @@ class ResumableShards:
                     "command began"
                 )
             return
+        if "options" not in begun:
+            raise ConfigError(f"--out {self.folder}: was begun by an earlier version of olvae: name another folder")
         changes = _changes(begun, plan)
         if changes and (self.earlier or any(self._state.glob("[0-9]*.json")) or any(self.folder.glob("*.tar"))):
             raise ConfigError(
-                f"--out {self.folder}: was begun with {', '.join(changes)}: repeat the first command to continue, or "
-                "name another folder"
+                f"--out {self.folder}: was begun with {', '.join(changes)}: give the same options and images to "
+                "continue, name another folder, or remove this one to start again"
             )
 
     def begin(self, plan: Mapping[str, Any]) -> None:
@@ -175,7 +177,7 @@ class ResumableShards:
         return shard
 
     def forget(self, number: int) -> None:
-        """Have a finished shard written again by the next run."""
+        """Mark a shard as unfinished, so that the next run writes it again."""
         self._description(number).unlink(missing_ok=True)
 
     def remove_state(self) -> None:

@@ -60,7 +60,7 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
     results, artefacts = evaluated.results, evaluated.test_patterns
     galleries = {target: gallery.examples() for target, gallery in evaluated.galleries.items()}
     count = sum(len(examples) for groups in galleries.values() for examples in groups.values())
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     return environment.get_template("page.html").render(
         results=results,
         command=command,
@@ -239,3 +239,10 @@ def significant(value: float) -> str:
     if value == 0.0 or not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # installed under another name, such as pillow-simd
+        return "unknown"

@@ -28,9 +28,10 @@ def print_results(several: Sequence[Results]) -> None:
         console.print(_quality(results))
     costs = {row.target: row.cost for row in several[0].rows if row.cost}
     if costs:
-        table = _table(f"cost: {_conditions(several[0].rows)}", COSTS)
+        columns = _cost_columns(several[0].rows)
+        table = _table(f"cost: {_conditions(several[0].rows)}", columns)
         for target, cost in costs.items():
-            table.add_row(escape(target), *_cost_cells(cost))
+            table.add_row(escape(target), *_cost_cells(cost)[: len(columns)])
         console.print(table)
     for line in dict.fromkeys(line for results in several for line in _remarks(results)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -39,8 +40,8 @@ def print_results(several: Sequence[Results]) -> None:
 def write_markdown(results: Results, path: Path) -> None:
     """metrics.md: the protocol, one table of quality and costs, and what was skipped and why."""
     rows = results.table
-    names, costs = _names(rows), any(row.cost for row in rows)
-    headings = ["target", "images", *(METRICS[name].label for name in names), *(COSTS if costs else ())]
+    names, costs = _names(rows), _cost_columns(rows)
+    headings = ["target", "images", *(METRICS[name].label for name in names), *costs]
     lines = [
         f"Protocol {_title(results)}, of {_plain(str(results.images['source']))}.",
         "",
@@ -49,7 +50,7 @@ def write_markdown(results: Results, path: Path) -> None:
     ]
     for row in rows:
         cells = [_plain(row.target), str(row.n), *(_cell(row, name) for name in names)]
-        lines.append(_line([*cells, *(_cost_cells(row.cost) if costs else ())]))
+        lines.append(_line([*cells, *_cost_cells(row.cost)[: len(costs)]]))
     if costs:
         lines += ["", f"Cost of one image; speed and memory: {_plain(_conditions(rows))}."]
     lines += ["", *(f"- {_plain(remark)}" for remark in _remarks(results))]
@@ -109,8 +110,10 @@ def _conditions(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.cost:
             found.setdefault(f"{row.cost.device}, batches of {row.cost.batch_size}", []).append(row.target)
-    measured = [f"{where} ({', '.join(names)})" if len(found) > 1 else where for where, names in found.items()]
-    return "; ".join([*measured, "memory beyond weights and images"])
+    parts = [f"{where} ({', '.join(names)})" if len(found) > 1 else where for where, names in found.items()]
+    if _cost_columns(rows) == COSTS:
+        parts.append("memory beyond weights and images")
+    return "; ".join(parts)
 
 
 def _remarks(results: Results) -> Iterator[str]:
@@ -138,6 +141,14 @@ def _cell(row: Row, name: str) -> str:
         return "∞"
     text = f"{value:.{METRICS[name].digits}f}" if abs(value) < 1000 else f"{value:.0f}"
     return text if ends is None or name != "psnr" else f"{text} ±{(ends[1] - ends[0]) / 2:.2f}"
+
+
+def _cost_columns(rows: Sequence[Row]) -> Sequence[str]:
+    """None if no cost is known; without memory if none was measured, as on a CPU."""
+    costs = [row.cost for row in rows if row.cost]
+    if not costs:
+        return ()
+    return COSTS if any(cost.peak_memory_bytes is not None for cost in costs) else COSTS[:-1]
 
 
 def _cost_cells(cost: Cost | None) -> list[str]:

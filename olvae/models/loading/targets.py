@@ -98,7 +98,7 @@ def find_target(
     if not path.exists() and not is_hub_id(given):
         raise FileNotFoundError(f"{given}: not found; a target is {KINDS}")
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
-        raise ValueError(f"{given}: a folder of diffusers: as a target, {DIFFUSERS}{given}")
+        raise ValueError(f"{given}: this is a diffusers folder: pass it as {DIFFUSERS}{given}")
     weights = locate_weights(given)
     in_run, exported = weights.parent.name == "checkpoints", class_in(weights.parent) == CLASS_NAME
     if raw and exported:
@@ -190,8 +190,11 @@ def _latent_diffusion_target(
 ) -> Target:
     config, kept = latent_diffusion_config(tensors, weights), [tensors]
 
-    def read() -> dict[str, Tensor] | None:
-        return pick_latent_diffusion(state_dict_of(read_checkpoint(weights), weights, raw), weights)
+    def read() -> dict[str, Tensor]:
+        again = pick_latent_diffusion(state_dict_of(read_checkpoint(weights), weights, raw), weights)
+        if again is None:
+            raise ValueError(f"{weights}: the file has been replaced by something else")
+        return again
 
     return Target(
         name=name,

@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
 
 def test_less_than_a_batch(photos):
     problems = check(str(photos), CheckOptions(size=16, batch_size=16, ranks=2)).problems
-    assert problems == ["23 training images are less than a batch of 16 on each rank"]
+    assert problems == ["23 training images are fewer than a batch of 16 on each rank"]
 
 
 def test_an_epoch_is_of_the_images_that_are_not_held_out(photos):
@@ -201,7 +201,7 @@ def test_a_changed_shard_and_a_missing_one(shards):
     ]
     shutil.copy(shards / "000000.tar", shards / "new.tar")
     problems = check(str(shards), OPTIONS, 2).problems
-    assert f"{shards / 'new.tar'}: index.json does not know it: --index writes it anew" in problems
+    assert f"{shards / 'new.tar'}: it is not in index.json: --index writes that anew" in problems
     picked = check(str(shards / "{000000..000001}.tar"), OPTIONS, 2)
     assert picked.problems == []
 

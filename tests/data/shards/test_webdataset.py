@@ -252,3 +252,11 @@ def test_two_ranks_of_two_workers_over_seven_shards(shards):
     assert len(training) == len(set(training)) == 48
     validation = [key for _, _, val in found for key in val]
     assert len(validation) == len(set(validation)) == 7
+
+
+def test_shards_by_file_urls_are_local(tmp_path):
+    write_shards(tmp_path / "shards", (4, 4, 4))
+    urls = [f"file://{path}" for path in sorted((tmp_path / "shards").glob("*.tar"))]
+    plain, by_url = (WebDatasetSource(shards, 16, 4) for shards in (str(tmp_path / "shards"), urls))
+    assert (by_url.samples_per_epoch, by_url.val_images) == (plain.samples_per_epoch, plain.val_images) == (8, 4)
+    assert keys(by_url, 8) == keys(plain, 8)

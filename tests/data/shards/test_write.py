@@ -76,12 +76,19 @@ def test_another_plan_is_refused_once_something_is_finished(shards):
     shards.begin(other)
     shards.begin(PLAN)
     shards.write(0, samples(1))
-    with pytest.raises(ConfigError, match=r"out: was begun with size 8 \(now 16\): repeat the first command"):
+    with pytest.raises(ConfigError, match=r"out: was begun with size 8 \(now 16\): give the same options and images"):
         shards.begin(other)
-    with pytest.raises(ConfigError, match="was begun with other images: repeat"):
+    with pytest.raises(ConfigError, match="was begun with other images: give"):
         shards.begin({**PLAN, "images": "abd"})
     assert json.loads((shards.folder / ".state" / "plan.json").read_text()) == PLAN
     shards.begin(PLAN)
+
+
+def test_a_folder_of_an_earlier_version(tmp_path):
+    (tmp_path / "out" / ".state").mkdir(parents=True)
+    (tmp_path / "out" / ".state" / "plan.json").write_text('{"version": 1, "size": 8}')
+    with pytest.raises(ConfigError, match="was begun by an earlier version of olvae: name another folder"):
+        ResumableShards(tmp_path / "out", ".state").begin({"options": {"size": 8}})
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
