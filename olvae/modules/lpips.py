@@ -38,9 +38,9 @@ def perceptual_network(trunk: Trunk, path: Path) -> nn.Module:
     state = read_weights_file(path, TRUNKS[trunk], "features.")
     for name, own in sorted(network.net.state_dict().items()):
         source = f"features.{name.split('.', 1)[1]}"  # the package cuts torchvision's trunk into slices
-        if source not in state or state[source].shape != own.shape:
-            raise ValueError(
-                f"{path} is not a file of {TRUNKS[trunk].what} weights: {source} is missing or of another shape"
-            )
-        own.copy_(state[source])
+        found = state.get(source)
+        if found is None or found.shape != own.shape:
+            wrong = "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"
+            raise ValueError(f"{path} is not a file of {TRUNKS[trunk].what} weights: {source} {wrong}")
+        own.copy_(found)
     return network.requires_grad_(False).eval()

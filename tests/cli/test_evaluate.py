@@ -176,7 +176,7 @@ def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, ph
     assert len(metrics(tmp_path / "same")) == 2
     code, _, err = evaluate("sampled", *earlier, "--posterior", "sample")
     assert code == 1
-    assert "has results of another protocol, which do not compare" in err
+    assert "has results of another protocol, which are not comparable" in err
     assert len(metrics(tmp_path / "sampled")) == 1  # its own are not lost
     code, _, err = evaluate("fewer", *earlier, "--images", "5")
     assert code == 1

@@ -73,7 +73,7 @@ def test_equal_names_are_counted(tmp_path):
 )
 def test_results_that_are_not_comparable_are_refused_unless_mixed(tmp_path, earlier, what):
     other = read_back(earlier, tmp_path)
-    with pytest.raises(ValueError, match=f"has results of {what}, which do not compare"):
+    with pytest.raises(ValueError, match=f"has results of {what}, which are not comparable"):
         results_of(row()).beside(other)
     (added,) = results_of(row()).beside(other, mix=True).earlier
     assert added.target == f"{NAME} [{what}]"

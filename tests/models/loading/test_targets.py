@@ -247,7 +247,7 @@ def test_pipelines_and_subfolders(tmp_path, image):
     assert torch.equal(find_target(f"diffusers:{tmp_path}").load()(image)[0], model(image).sample)
     assert find_target(f"diffusers:{tmp_path}::taesd").load().encode(image).deterministic
     for folder in (tmp_path, tmp_path / "vae"):
-        with pytest.raises(ValueError, match=f"as a target, diffusers:{folder}"):
+        with pytest.raises(ValueError, match=f"pass it as diffusers:{folder}"):
             find_target(folder)
     with pytest.raises(FileNotFoundError, match=r"config.json not found in it: name the subfolder"):
         find_target(f"diffusers:{tmp_path}::missing")
