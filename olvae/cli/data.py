@@ -58,8 +58,8 @@ def pack(
     from olvae.config import ConfigError
     from olvae.data.pack import PackOptions
     from olvae.data.pack import pack as pack_images
-    from olvae.data.pool import cores
     from olvae.files import printable
+    from olvae.pool import cores
 
     _refuse_configs(src)
     if resize is None and (image_format is not None or quality is not None):
@@ -124,7 +124,7 @@ def check(
     from olvae.data.audit.check import CheckOptions
     from olvae.data.audit.check import check as check_source
     from olvae.data.audit.result import print_audit
-    from olvae.data.pool import cores
+    from olvae.pool import cores
 
     _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)

@@ -19,11 +19,11 @@ from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files
 from olvae.data.mapped.torchvision import Items
 from olvae.data.open import open_images
-from olvae.data.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.data.transforms import resize_shorter_side
 from olvae.files import named
+from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
 __all__ = ["FORMATS", "PackOptions", "Packed", "pack", "shard_positions", "usual_shard_size"]
 

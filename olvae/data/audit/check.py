@@ -19,7 +19,6 @@ from olvae.data.image import Bands, Photo
 from olvae.data.mapped.base import ImageDataset
 from olvae.data.mapped.folder import Files, FolderSource
 from olvae.data.open import holds_shards, open_images, open_source
-from olvae.data.pool import OnProgress, SharedProgress, cores, ignore_progress, run_in_processes
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
 from olvae.data.shards.read import Shard, read_shard
@@ -27,6 +26,7 @@ from olvae.data.shards.urls import find_shards, is_local, stem
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
 from olvae.files import file_sha256, printable
+from olvae.pool import OnProgress, SharedProgress, cores, ignore_progress, run_in_processes
 
 __all__ = ["CheckOptions", "check"]
 
