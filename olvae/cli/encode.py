@@ -57,11 +57,12 @@ def command(
 
     from olvae.config import ConfigError
     from olvae.devices import gather, join, leave, resolve_device
-    from olvae.export.encode import DTYPES, EncodeJob, EncodeOptions
+    from olvae.export.encode import EncodeJob, EncodeOptions
     from olvae.export.inputs import find_inputs
     from olvae.files import check_folder
     from olvae.models.large.memory import GIB
     from olvae.models.loading.targets import find_target
+    from olvae.modules.precision import DTYPES
 
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")

@@ -69,9 +69,10 @@ def command(
     from rich.console import Console
 
     from olvae.config import ConfigError
-    from olvae.export.folder import DTYPES, Provenance, check_empty, export, first_target, read_factors
+    from olvae.export.folder import Provenance, check_empty, export, first_target, read_factors
     from olvae.models.autoencoder import LiteVAE
     from olvae.models.loading.targets import RAW, find_target
+    from olvae.modules.precision import DTYPES
 
     if latents is not None and (scaling_factor is not None or shift_factor is not None):
         raise ConfigError("--latents has both factors: leave out --scaling-factor and --shift-factor")

@@ -24,8 +24,9 @@ from olvae.models.large.memory import GIB
 from olvae.models.large.padding import pad_to_multiple
 from olvae.models.large.streaming import encode_within
 from olvae.modules.distributions import Posterior, keyed_generator
+from olvae.modules.precision import DTYPES
 
-__all__ = ["DTYPES", "EncodeJob", "EncodeOptions", "LatentSums", "weights_checksum"]
+__all__ = ["EncodeJob", "EncodeOptions", "LatentSums", "weights_checksum"]
 
 
 @dataclass
@@ -78,8 +79,6 @@ class LatentSums:
             "latents_std": (square - mean.square() + var).clamp(min=0.0).sqrt().tolist(),
         }
 
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 STATE = ".encode"
 """The folder beside the shards of latents with the plan and what is known about each finished shard."""

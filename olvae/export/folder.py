@@ -20,7 +20,7 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 from olvae.modules.base import count_parameters
 
-__all__ = ["DTYPES", "Provenance", "check_empty", "export", "first_target", "model_card", "read_factors"]
+__all__ = ["Provenance", "check_empty", "export", "first_target", "model_card", "read_factors"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,6 @@ class Provenance:
     """The weights' licence, by the hub's name for it."""
     factors_from: str | None = None
 
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 TOLERANCE = 1e-6
 """How far the model that is loaded back may be from the one that was written, relative to the largest value."""

@@ -6,7 +6,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_enabled", "full_float32", "island", "no_autocast"]
+__all__ = ["DTYPES", "autocast_enabled", "full_float32", "island", "no_autocast"]
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What weights and latents can be stored in, by name."""
 
 
 def autocast_enabled(x: Tensor) -> bool:
