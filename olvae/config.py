@@ -43,7 +43,9 @@ Node = Annotated[Mapping[str, Any], _NODE]
 TOP_LEVEL = ("model", "data", "lightning", "run")
 LIGHTNING = ("trainer", "callbacks")
 NODE_KEYS = ("target", "params")
-MODEL_KEYS = ("base_learning_rate", *NODE_KEYS)
+MODEL_KEYS = ("base_learning_rate", "from", *NODE_KEYS)
+FOUND = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
+"""Arguments of the model that ``model.from``, an autoencoder to start from, has the values of."""
 SAID_ELSEWHERE = {
     "learning_rate": "model.base_learning_rate",
     "accumulate_grad_batches": "lightning.trainer.accumulate_grad_batches",
@@ -254,10 +256,16 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
         yield f"{where}.target: {error}"
         return
     params = node.get("params") or {}
+    filled_in: tuple[str, ...] = ()
     if where == "model" and isinstance(params, Mapping):
         for key in set(params) & set(SAID_ELSEWHERE):
             yield f"model.params.{key}: set {SAID_ELSEWHERE[key]} instead"
-    filled_in = ("learning_rate",) if where == "model" else ()  # by the trainer
+        filled_in = ("learning_rate",)  # by the trainer
+        if "from" in node:
+            filled_in += FOUND
+            params = {key: value for key, value in params.items() if key not in FOUND}
+            if not isinstance(node["from"], str):
+                yield f"model.from: expected an autoencoder to start from, got {node['from']!r}"
     yield from check_arguments(factory, params, f"{where}.params", filled_in)
 
 

@@ -37,10 +37,23 @@ def command(
         Path | None,
         typer.Option("--actual_resume", "--actual-resume", metavar="CKPT", help="Start a new run from weights."),
     ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="TARGET",
+            help="Start from an autoencoder that exists, with its networks: diffusers:ID_OR_FOLDER, a file, a run.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="Learn the latents of this autoencoder: configs/distil.")
+    ] = None,
 ) -> None:
     """Train an autoencoder.
 
     Example: python train.py --base configs/demo.yaml --logdir runs --gpus 0 lightning.trainer.max_steps=100
+
+    Example: olvae train --base configs/finetune/sdxl.yaml --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
     from olvae.training.run import TrainingStopped, TrainOptions, train
 
@@ -55,6 +68,8 @@ def command(
         seed=seed,
         resume=resume,
         actual_resume=actual_resume,
+        start_from=start_from,
+        teacher=teacher,
         by_script=Path(sys.argv[0]).name == "train.py",
     )
     try:

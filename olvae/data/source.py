@@ -23,12 +23,14 @@ __all__ = ["Batch", "Loader", "Sample", "Source", "eval_sample", "total"]
 class Batch(TypedDict, total=False):
     """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
 
-    Where the source knows classes, ``label``: int64 (B,).
+    Where the source knows classes, ``label``: int64 (B,). Where it has a teacher's latents, ``moments``: float32
+    (B, 2 n_z, size / f, size / f), the means, then the log-variances.
     """
 
     image: Tensor
     key: list[str]
     label: Tensor
+    moments: Tensor
 
 
 class Sample(NamedTuple):

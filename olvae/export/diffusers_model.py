@@ -17,7 +17,7 @@ from olvae.models.large.memory import default_memory
 from olvae.models.large.padding import crop_to, pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.models.large.tiling import decode_tiled
-from olvae.models.spec import DERIVED, IN_EXPORT, AutoencoderSpec
+from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, AutoencoderSpec
 
 __all__ = ["AutoencoderLiteVAE"]
 
@@ -33,8 +33,9 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         encoder_config, decoder_config, embed_dim, use_quant: see :meth:`LiteVAE.from_config`; networks of this package
             only, because a config may come from the hub.
         folded: the self-modulated convolutions are ordinary ones.
-        scaling_factor, shift_factor: for a diffusion model on the latents.
-        block_out_channels, force_upcast, in_channels, latent_channels, out_channels, sample_size,
+        scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: for a diffusion model on the latents; see
+            :class:`AutoencoderSpec`.
+        block_out_channels, in_channels, latent_channels, out_channels, sample_size,
             use_post_quant_conv, use_quant_conv: keys that pipelines read in an AutoencoderKL's config. They follow
             from the other arguments, and are checked if given.
 
@@ -53,8 +54,10 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         folded: bool = False,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        force_upcast: bool = False,
         block_out_channels: list[int] | None = None,
-        force_upcast: bool | None = None,
         in_channels: int | None = None,
         latent_channels: int | None = None,
         out_channels: int | None = None,
@@ -93,7 +96,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """The plain module over the same weights."""
         plain = LiteVAE(self.encoder, self.decoder, self.quantizer)
         plain.folded = self.config["folded"]
-        plain.scaling_factor, plain.shift_factor = self.config["scaling_factor"], self.config["shift_factor"]
+        plain.set_for_diffusion({name: self.config[name] for name in FOR_DIFFUSION})
         return plain.train(self.training)
 
     @apply_forward_hook

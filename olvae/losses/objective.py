@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from olvae.losses.perceptual import LPIPS
 from olvae.losses.terms import RECONSTRUCTION, gaussian_loss, kl_loss, wavelet_loss
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import Posterior
 
 __all__ = ["IMAGE_TERMS", "Objective"]
 
@@ -58,13 +58,13 @@ class Objective(nn.Module):
         self.lpips = LPIPS(lpips_weights) if "lpips" in self.weights else None
 
     def forward(
-        self, x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, encoded: Tensor | None = None
+        self, x: Tensor, reconstruction: Tensor, posterior: Posterior | None, encoded: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each unweighted term by its name; scalars in float32.
 
         Args:
             x, reconstruction: (B, C, H, W) in [-1, 1].
-            posterior: the encoder's, for x.
+            posterior: the encoder's, for x; None if KL is off.
             encoded: the images of the posterior, if they are not x.
         """
         compare: dict[str, Any] = {
@@ -76,6 +76,7 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         for name in self.weights:
             if name == "kl":
+                assert posterior is not None
                 terms[name] = kl_loss(posterior, x if encoded is None else encoded)
             else:
                 terms[name] = compare[name](x, reconstruction)

@@ -1,4 +1,4 @@
-"""The terms of the objective: pixel, wavelet, Gaussian and KL losses; means over elements, in float32."""
+"""Pixel, wavelet, Gaussian and KL losses, and those between two latents; means over elements, in float32."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import Posterior
 from olvae.modules.precision import island, no_autocast
 from olvae.modules.wavelet import dwt2
 
-__all__ = ["RECONSTRUCTION", "charbonnier", "gaussian_blur", "gaussian_loss", "kl_loss", "l1", "l2", "wavelet_loss"]
+__all__ = [
+    "RECONSTRUCTION",
+    "charbonnier",
+    "gaussian_blur",
+    "gaussian_loss",
+    "kl_loss",
+    "l1",
+    "l2",
+    "latent_loss",
+    "logvar_loss",
+    "wavelet_loss",
+]
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -74,10 +85,33 @@ def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0
     return l1(difference, gaussian_blur(difference, kernel_size, sigma))
 
 
-def kl_loss(posterior: DiagonalGaussian, x: Tensor) -> Tensor:
+def kl_loss(posterior: Posterior, x: Tensor) -> Tensor:
     """Mean over the batch of KL(posterior || N(0, I)) in nats, per value of the image.
 
     The sum over a sample's latent is divided by its image's number of values, C H W [D], because the other terms are
     means per value: so weights mean the same as in the latent-diffusion code, where all terms are sums.
     """
     return posterior.kl().mean() / x[0].numel()
+
+
+def latent_loss(mean: Tensor, target: Tensor, std: Tensor) -> Tensor:
+    """Mean squared distance of two latents, in units of a standard deviation per channel.
+
+    Args:
+        mean, target: (B, n_z, h, w).
+        std: (n_z), above 0.
+    """
+    return ((island(mean) - island(target)) / island(std)[:, None, None]).square().mean()
+
+
+def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
+    """Mean KL(target || ours) per latent element in nats, of two Gaussians with equal means.
+
+    In this direction it is steep where ours is too narrow and grows linearly where it is too wide, which fresh weights
+    are.
+
+    Args:
+        logvar, target: log-variances, (B, n_z, h, w).
+    """
+    difference = island(target) - island(logvar)
+    return 0.5 * (difference.exp() - 1.0 - difference).mean()

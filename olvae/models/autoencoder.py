@@ -1,7 +1,7 @@
 """LiteVAE as a plain module: images to a posterior, latents to images. No Lightning needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from olvae.models.pretrained import (
     upload_errors,
     write_export,
 )
-from olvae.models.spec import AutoencoderSpec
+from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
@@ -37,6 +37,27 @@ class Autoencoder(nn.Module, ABC):
     """f: pixels of the image per latent position, along each side."""
     latent_channels: int
     """n_z."""
+
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    """For a diffusion model, whose input is (z - shift_factor) * scaling_factor; encode and decode use neither."""
+    latents_mean: Sequence[float] | None = None
+    latents_std: Sequence[float] | None = None
+    """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std."""
+    force_upcast: bool = False
+    """Tells pipelines in fp16 to decode in float32."""
+
+    @property
+    def for_diffusion(self) -> dict[str, Any]:
+        """What a diffusion model has to know, by the names of :data:`FOR_DIFFUSION`."""
+        return {name: getattr(self, name) for name in FOR_DIFFUSION}
+
+    def from_diffusion(self, z: Tensor) -> Tensor:
+        """What a diffusion model makes, of standard deviation 1, as a latent to decode: (B, n_z, h, w), both."""
+        if self.latents_mean is None or self.latents_std is None:
+            return z / self.scaling_factor + self.shift_factor
+        mean, std = (z.new_tensor(values)[:, None, None] for values in (self.latents_mean, self.latents_std))
+        return z * std / self.scaling_factor + mean
 
     @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
@@ -95,8 +116,6 @@ class LiteVAE(
         self.latent_channels = quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
         self.folded = False
         """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
-        self.scaling_factor, self.shift_factor = 1.0, 0.0
-        """For a diffusion model, whose input is (z - shift_factor) * scaling_factor; encode and decode use neither."""
         if quantizer is None:
             moments = 2 * decoder.z_channels
             _check("encoder's latent_dim", encoder.latent_dim, "twice the decoder's z_channels", moments)
@@ -147,8 +166,15 @@ class LiteVAE(
             spec.encoder_config, spec.decoder_config, spec.embed_dim, spec.use_quant, spec.initial_logvar
         )
         model = model.fold() if spec.folded else model
-        model.scaling_factor, model.shift_factor = float(spec.scaling_factor), float(spec.shift_factor)
-        return model
+        return model.set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
+
+    def set_for_diffusion(self, values: Mapping[str, Any]) -> "LiteVAE":
+        """Set what a diffusion model has to know, all or some of :attr:`Autoencoder.for_diffusion`."""
+        for name, value in values.items():
+            assert name in FOR_DIFFUSION
+            number = float(value) if name.endswith("_factor") else value
+            setattr(self, name, [float(v) for v in value] if isinstance(value, Sequence) else number)
+        return self
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # other arguments than the mixin's
@@ -260,17 +286,11 @@ class LiteVAE(
         Raises:
             ValueError: a network is not of this package, or has an argument that JSON can't represent.
         """
-        spec = AutoencoderSpec(
-            **self.config,
-            folded=self.folded,
-            scaling_factor=self.scaling_factor,
-            shift_factor=self.shift_factor,
-        )
+        spec = AutoencoderSpec(**self.config, folded=self.folded, **self.for_diffusion)
         decoder = self.decoder.node["params"]
         return spec.to_export(
             # Pipelines count the entries of block_out_channels to know by how much the latent is smaller.
             block_out_channels=[decoder["channels"] * m for m in decoder["channel_mult"]],
-            force_upcast=False,
             in_channels=self.in_channels,
             latent_channels=self.latent_channels,
             out_channels=self.decoder.out_channels,

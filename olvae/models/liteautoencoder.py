@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,11 +15,15 @@ from olvae.config import ConfigError, Node, instantiate
 from olvae.data.image import from_uint8
 from olvae.data.source import Batch
 from olvae.losses.objective import IMAGE_TERMS, Objective
+from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.regularizers import Anchor, transform_alike
+from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
+from olvae.models.spec import FOR_DIFFUSION
+from olvae.models.teacher import Teacher
 from olvae.models.validation import ValidatedModule
 from olvae.modules.distributions import DiagonalGaussian, Posterior
+from olvae.modules.precision import island
 
 __all__ = [
     "LiteAutoencoderKL",
@@ -103,11 +108,22 @@ class LiteAutoencoderKL(ValidatedModule):
         accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer.
         channels_last: memory layout of the weights and images; often faster.
         sample_posterior: decode a sample of the posterior in training, not its mode.
+        latent_noise: the standard deviation of noise that is added to what the decoder gets in training, so that it
+            learns to decode a diffusion model's errors too; in units of ``latent_noise_of``: the ``posterior``'s
+            standard deviation at each element, or the ``data``'s in each channel, measured on the batch.
         freeze_encoder: train the decoder alone, so that latents do not change.
+        freeze_decoder: train the encoder alone.
         anchor_weight: weight of the mean squared distance between the posterior's means and those of the encoder that
             training started from: fine-tunes encoder and decoder, and keeps old latents usable.
         equivariance: share of the steps on which the latent and the image are scaled and rotated alike before the
             reconstruction is compared with the image, as in EQ-VAE; the adversary pauses on them.
+        activation_bound: a size that activations in the decoder should not exceed, such as 8192 to be safe in fp16,
+            which ends at 65504; None bounds nothing.
+        activation_weight: of what exceeds the bound, relative to it, squared.
+        teacher_config: the :class:`Teacher` of a distillation. The encoder learns its latents; the decoder learns
+            images from its latents; with one of them frozen, validation takes the teacher's half in its place.
+        scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model,
+            which exports hand on; see :class:`~olvae.models.spec.AutoencoderSpec`. By default they are the teacher's.
         val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…``, with the
             averaged weights if there are any, and then also as ``val_raw/…``, with the raw ones.
         weights_dir: a folder in which the metrics' pretrained networks are looked for first.
@@ -134,9 +150,20 @@ class LiteAutoencoderKL(ValidatedModule):
         channels_last: bool = False,
         adversary_config: Node | None = None,
         sample_posterior: bool = True,
+        latent_noise: float = 0.0,
+        latent_noise_of: Literal["posterior", "data"] = "posterior",
         freeze_encoder: bool = False,
+        freeze_decoder: bool = False,
         anchor_weight: float = 0.0,
         equivariance: float = 0.0,
+        activation_bound: float | None = None,
+        activation_weight: float = 1.0,
+        teacher_config: Node | None = None,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        force_upcast: bool | None = None,
         val_metrics: Sequence[str] = (),
         weights_dir: str | None = None,
     ) -> None:
@@ -159,11 +186,28 @@ class LiteAutoencoderKL(ValidatedModule):
             self.adversary = instantiate(adversary_config)
             if not isinstance(self.adversary, Adversary):
                 raise ConfigError(f"adversary_config: {adversary_config['target']} is not an Adversary")
+        self.teacher: Teacher | None = None
+        self.teacher_std: Tensor  # of its latents per channel, (n_z), measured by the trainer
+        if teacher_config is not None:
+            self.teacher = instantiate(teacher_config)
+            if not isinstance(self.teacher, Teacher):
+                raise ConfigError(f"teacher_config: {teacher_config['target']} is not a Teacher")
+            self.teacher.check_student(autoencoder)
+            autoencoder.set_for_diffusion(self.teacher.model.for_diffusion)
+            self.register_buffer("teacher_std", torch.ones(autoencoder.latent_channels))
         if freeze_encoder:
             self.encoder.requires_grad_(False)
             if self.quantizer is not None:
                 self.quantizer.quant_conv.requires_grad_(False)
+        if freeze_decoder:
+            self.decoder.requires_grad_(False)
+            if self.quantizer is not None:
+                self.quantizer.post_quant_conv.requires_grad_(False)
+        given = (scaling_factor, shift_factor, latents_mean, latents_std, force_upcast)
+        autoencoder.set_for_diffusion({n: v for n, v in zip(FOR_DIFFUSION, given, strict=True) if v is not None})
+        self.for_diffusion = autoencoder.for_diffusion
         self.anchor = Anchor(self.encoder, self.quantizer) if anchor_weight else None
+        self.bound = ActivationBound(activation_bound) if activation_bound is not None else None
         if channels_last:
             self.to(memory_format=torch.channels_last)
 
@@ -179,9 +223,14 @@ class LiteAutoencoderKL(ValidatedModule):
         self.gradient_clip_val = gradient_clip_val
         self.channels_last = channels_last
         self.sample_posterior = sample_posterior
+        self.latent_noise = latent_noise
+        self.latent_noise_of = latent_noise_of
         self.freeze_encoder = freeze_encoder
+        self.freeze_decoder = freeze_decoder
         self.anchor_weight = anchor_weight
         self.equivariance = equivariance
+        self.activation_weight = activation_weight
+        self._check_choices()
 
         self.seed = 0
         """Seed of the noise in training; set by the trainer."""
@@ -191,10 +240,50 @@ class LiteAutoencoderKL(ValidatedModule):
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
 
+    def _check_choices(self) -> None:
+        """Raise ConfigError where two arguments contradict each other."""
+        weights = self.loss.weights if isinstance(self.loss, Objective) else {}
+        distils, lessons = self.teacher is not None, self.teacher.weights.values() if self.teacher is not None else ()
+        for wrong, message in (
+            (self.freeze_encoder and self.freeze_decoder, "freeze_encoder, freeze_decoder: nothing is left to train"),
+            (
+                self.freeze_encoder and "kl" in weights,
+                "lossconfig.params.kl_weight: the encoder is frozen (freeze_encoder), KL is a loss of it: set it to 0",
+            ),
+            (
+                self.freeze_encoder and self.anchor is not None,
+                "anchor_weight: the encoder is frozen (freeze_encoder), so its latents can't change: leave it out",
+            ),
+            (
+                distils and "kl" in weights,
+                "lossconfig.params.kl_weight: the latents have to be the teacher's, KL pulls them away: set it to 0",
+            ),
+            (
+                distils and self.anchor is not None,
+                "anchor_weight: the latents have to be the teacher's, not those of the initial weights: leave it out",
+            ),
+            (
+                distils and not self.freeze_encoder and not any(lessons),
+                "teacher_config.params: every weight is 0: nothing teaches the encoder",
+            ),
+            (
+                self.freeze_decoder and self.adversary is not None,
+                "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train",
+            ),
+            (
+                self.freeze_decoder and ((distils and self.equivariance > 0) or self.latent_noise > 0),
+                "equivariance, latent_noise: the decoder is frozen (freeze_decoder): leave them out",
+            ),
+            (self.latent_noise < 0, f"latent_noise must not be negative, got {self.latent_noise}"),
+            (self.latent_noise_of not in ("posterior", "data"), "latent_noise_of: posterior or data"),
+        ):
+            if wrong:
+                raise ConfigError(f"model.params.{message}")
+
     @property
     def autoencoder(self) -> LiteVAE:
         """The plain module over the same weights (a view: cheap to make, nothing is copied)."""
-        return LiteVAE(self.encoder, self.decoder, self.quantizer)
+        return LiteVAE(self.encoder, self.decoder, self.quantizer).set_for_diffusion(self.for_diffusion)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """See :meth:`LiteVAE.encode`."""
@@ -205,8 +294,13 @@ class LiteAutoencoderKL(ValidatedModule):
         return self.autoencoder.decode(z)
 
     def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
-        """See :meth:`LiteVAE.forward`."""
-        return self.autoencoder.forward(x, sample_posterior)
+        """See :meth:`LiteVAE.forward`; with a teacher, its half takes the place of the one that is not trained."""
+        posterior = self.teacher.posterior(x) if self.teacher is not None and self.freeze_encoder else self.encode(x)
+        return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
+
+    def decode_trained(self, z: Tensor) -> Tensor:
+        """Decode, with the teacher's decoder if this one is not trained."""
+        return self.teacher.decode(z) if self.teacher is not None and self.freeze_decoder else self.decode(z)
 
     def images(self, batch: Batch) -> Tensor:
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
@@ -238,24 +332,24 @@ class LiteAutoencoderKL(ValidatedModule):
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(self.global_step) else None
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
 
-        # Forward: one pass of the autoencoder, for both sides.
-        with torch.set_grad_enabled(not warming_up):
-            posterior = self.encode(x)
-            z = posterior.sample() if self.sample_posterior else posterior.mode()  # (B, n_z, H/f, W/f)
+        # Forward: one pass of the autoencoder, for both sides. With a teacher, the decoder learns from its latents.
+        watched = self.bound.watch(self.encoder, self.decoder) if self.bound is not None else nullcontext()
+        with torch.set_grad_enabled(not warming_up), watched:
+            taught = self.teacher.posterior(x, batch.get("moments")) if self.teacher is not None else None
+            posterior = self.encode(x) if taught is None or not self.freeze_encoder else None
+            z = self._latent(taught or posterior)  # (B, n_z, H/f, W/f)
             if self.equivariance:  # the same on every rank and for the whole update
                 shared = torch.Generator().manual_seed(mix_seeds(self.seed, self._iteration))
                 if not warming_up and torch.rand((), generator=shared).item() < self.equivariance:
                     z, x = transform_alike(z, x, shared)
                     adversary = None
-            reconstruction = self.decode(z)
+            reconstruction = self.decode(z) if taught is None or not self.freeze_decoder else None
 
         # The autoencoder: losses by name, and their weighted sum.
         if not warming_up:
-            total, losses = self.objective(x, reconstruction, posterior, encoded)
-            if self.anchor is not None:
-                losses["anchor"] = self.anchor(encoded, posterior)
-                total = total + self.anchor_weight * losses["anchor"]
+            total, losses = self._losses(x, encoded, reconstruction, posterior, taught)
             if adversary is not None:
+                assert reconstruction is not None
                 losses["adversarial"] = adversary.generator_loss(reconstruction)
                 total = total + self._adversarial_weight(adversary, losses, last) * losses["adversarial"]
             self.manual_backward(total / self.accumulate_grad_batches)
@@ -263,6 +357,7 @@ class LiteAutoencoderKL(ValidatedModule):
 
         # The discriminator: its loss on the same reconstruction, without the graph.
         if adversary is not None:
+            assert reconstruction is not None
             pair = (x, reconstruction.detach())
             self._discriminator_backward(adversary, *pair)
             if adversary.updates_per_step > 1:
@@ -275,6 +370,54 @@ class LiteAutoencoderKL(ValidatedModule):
             self._iteration += 1
             self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
             self.log("step", float(self.global_step))  # Lightning would count micro-batches on the logger's axis
+
+    def _latent(self, posterior: Posterior | None) -> Tensor:
+        """What the decoder gets in training: a sample of the posterior, or its mode, and noise on it if asked for."""
+        assert posterior is not None
+        z = posterior.sample() if self.sample_posterior else posterior.mode()  # (B, n_z, H/f, W/f)
+        if not self.latent_noise:
+            return z
+        if self.latent_noise_of == "data":
+            std = island(posterior.mean.detach()).std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
+        else:
+            std = posterior.std.detach()
+        return z + self.latent_noise * std * torch.randn_like(z)
+
+    def _losses(
+        self,
+        x: Tensor,
+        encoded: Tensor,
+        reconstruction: Tensor | None,
+        posterior: DiagonalGaussian | None,
+        taught: Posterior | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the autoencoder's losses without the adversary's, and each unweighted loss by name.
+
+        Args:
+            x: what the reconstruction is compared with.
+            encoded: what the posterior is of.
+            reconstruction: None if the decoder is not trained, and a teacher decodes.
+            posterior: None if the encoder is not trained, and a teacher encodes.
+            taught: the teacher's.
+        """
+        total, losses = encoded.new_zeros(()), {}
+        if reconstruction is not None:
+            total, losses = self.objective(x, reconstruction, posterior, encoded)
+        if self.anchor is not None:
+            losses["anchor"] = self.anchor(encoded, posterior)
+            total = total + self.anchor_weight * losses["anchor"]
+        if self.teacher is not None and posterior is not None:
+            assert taught is not None
+            terms = self.teacher.losses(posterior, taught, self.teacher_std)
+            if self.teacher.weights["teacher_decoder"]:
+                z = posterior.sample() if self.sample_posterior else posterior.mode()
+                terms["teacher_decoder"], _ = self.objective(encoded, self.teacher.decode(z), posterior)
+            total = total + torch.stack([self.teacher.weights[name] * term for name, term in terms.items()]).sum()
+            losses |= terms
+        if self.bound is not None:
+            losses["activation"] = self.bound.penalty()
+            total = total + self.activation_weight * losses["activation"]
+        return total, losses
 
     @property
     def update_is_complete(self) -> bool:
@@ -350,6 +493,30 @@ class LiteAutoencoderKL(ValidatedModule):
             scaler.unscale_(optimizer)
         self.log(name, torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val))
 
+    # Validation of a student: how far its latents are from the teacher's
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._latent_error = torch.zeros(2, dtype=torch.float64)  # sum over images of the mean square, their number
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.teacher is not None and not self.freeze_encoder:
+            x = self.images(batch)
+            taught = self.teacher.posterior(x, batch.get("moments"))
+            error = latent_loss(self.encode(x).mean, taught.mean, self.teacher_std)
+            self._latent_error += torch.tensor([float(error) * len(x), len(x)], dtype=torch.float64)
+
+    def further_values(self) -> dict[str, float]:
+        """``val/latent_rmse``: the root mean square distance from the teacher's means, in its standard deviations."""
+        if self.teacher is None or self.freeze_encoder:
+            return {}
+        error = self._latent_error.to(self.device, torch.float32)
+        if self.trainer.world_size > 1:
+            error = self.trainer.strategy.reduce(error, reduce_op="sum")
+        square, images = error.tolist()
+        return {"val/latent_rmse": math.sqrt(square / images)} if images else {}
+
     # Lightning's hooks
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
@@ -388,6 +555,10 @@ class LiteAutoencoderKL(ValidatedModule):
         self.images_seen = checkpoint["images_seen"]
         self._iteration = checkpoint["iteration"]
 
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
     def on_train_start(self) -> None:
         if self.anchor is not None:
             if self._iteration == 0:
@@ -395,6 +566,8 @@ class LiteAutoencoderKL(ValidatedModule):
             self.anchor.eval()
         if self.freeze_encoder:
             self.encoder.eval()
+        if self.freeze_decoder:
+            self.decoder.eval()
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,6 +1,9 @@
-"""Regularizers of fine-tuning: an anchor that keeps old latents usable, and equivariance."""
+"""Regularizers of fine-tuning: an anchor that keeps old latents usable, equivariance, bounded activations."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,7 @@ from olvae.modules.base import Encoder
 from olvae.modules.distributions import DiagonalGaussian
 from olvae.modules.precision import island
 
-__all__ = ["SCALES", "Anchor", "transform_alike"]
+__all__ = ["SCALES", "ActivationBound", "Anchor", "transform_alike"]
 
 
 class Anchor(nn.Module):
@@ -68,3 +71,37 @@ def transform_alike(z: Tensor, x: Tensor, generator: torch.Generator) -> tuple[T
         return t.rot90(turns, dims=(-2, -1))
 
     return transform(z), transform(x)
+
+
+class ActivationBound:
+    """A penalty on activations beyond a bound, of every module of a network whose output is a tensor.
+
+    Args:
+        bound: above 0.
+    """
+
+    def __init__(self, bound: float) -> None:
+        if bound <= 0:
+            raise ValueError(f"activation_bound must be above 0, got {bound}")
+        self.bound = bound
+        self._excess: list[Tensor] = []
+
+    @contextmanager
+    def watch(self, *networks: nn.Module) -> Iterator[None]:
+        """Collect the excess of what the networks compute in this context."""
+
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
+            if isinstance(output, Tensor):
+                self._excess.append(F.relu(island(output).abs() / self.bound - 1.0).square().mean())
+
+        self._excess = []
+        hooks = [module.register_forward_hook(look) for network in networks for module in network.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def penalty(self) -> Tensor:
+        """The sum over modules of the mean of ((|activation| - bound) / bound)^2 where that is positive; a scalar."""
+        return torch.stack(self._excess).sum()

@@ -6,7 +6,7 @@ parameters under their published names, so that this package, the hub and diffus
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ __all__ = [
     "CLASS_NAME",
     "CONFIG_NAME",
     "DERIVED",
+    "FOR_DIFFUSION",
     "IN_EXPORT",
+    "NETWORKS",
     "WEIGHTS_NAME",
     "AutoencoderSpec",
     "class_in",
@@ -36,19 +38,22 @@ CONFIG_NAME = "config.json"
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
-IN_TRAINING = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
+NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
+"""Arguments of :class:`AutoencoderSpec` that build the networks."""
+
+FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+"""Arguments of :class:`AutoencoderSpec` that change nothing here, and tell a diffusion model's pipeline what to do."""
+
+IN_TRAINING = (*NETWORKS, "initial_logvar", *FOR_DIFFUSION)
 """Arguments of :class:`AutoencoderSpec` in a training config."""
 
-IN_EXPORT = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "folded", "scaling_factor", "shift_factor")
+IN_EXPORT = (*NETWORKS, "folded", *FOR_DIFFUSION)
 """Arguments of :class:`AutoencoderSpec` in an export."""
 
 DERIVED = (
     "block_out_channels",
-    "force_upcast",
     "in_channels",
     "latent_channels",
-    "latents_mean",
-    "latents_std",
     "out_channels",
     "sample_size",
     "use_post_quant_conv",
@@ -65,6 +70,8 @@ class AutoencoderSpec:
         encoder_config, decoder_config, embed_dim, use_quant, initial_logvar: see ``LiteVAE.from_config``.
         folded: the self-modulated convolutions are ordinary ones.
         scaling_factor, shift_factor: for a diffusion model on the latents.
+        latents_mean, latents_std: the same per channel, n_z numbers each; None for most autoencoders.
+        force_upcast: pipelines in fp16 decode in float32, because fp16 overflows, as in SDXL's.
     """
 
     encoder_config: Node
@@ -75,6 +82,9 @@ class AutoencoderSpec:
     folded: bool = False
     scaling_factor: float | int = 1.0
     shift_factor: float | int = 0.0
+    latents_mean: Sequence[float | int] | None = None
+    latents_std: Sequence[float | int] | None = None
+    force_upcast: bool = False
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], origin: str, only_ours: bool) -> "AutoencoderSpec":
@@ -100,7 +110,7 @@ class AutoencoderSpec:
         ]
         if only_ours and foreign:  # before anything of it is imported
             raise ConfigError(*(f"{origin}: {prefix}{it} is not a network of this package: refused" for it in foreign))
-        mistakes = list(cfg.check_arguments(cls, params))
+        mistakes = list(cfg.check_arguments(cls, params)) or list(_check_factors(params))
         for (key, target), kind in zip(targets.items(), (Encoder, Decoder), strict=True):
             if target is not None and _is_another_kind(target, kind):
                 mistakes = [f"{key}.target: {target} is not a kind of {kind.__module__}.{kind.__name__}"]
@@ -175,7 +185,20 @@ def _check_export(content: Mapping[str, Any], origin: str) -> None:
     given = {key: value for key, value in content.items() if not key.startswith("_")}
     if mistakes := list(cfg.unknown_keys(given, (*IN_EXPORT, *DERIVED))):
         raise ConfigError(*(f"{origin}: {mistake}" for mistake in mistakes))
-    for key, at_least in (("scaling_factor", " above 0"), ("shift_factor", "")):
-        value = content.get(key, 1.0)
-        if not isinstance(value, int | float) or not math.isfinite(value) or (at_least and value <= 0):
-            raise ConfigError(f"{origin}: {key}: expected a number{at_least}, got {value!r}")
+
+
+def _check_factors(params: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each number for a diffusion model that can't be one."""
+    for key, positive in (("scaling_factor", True), ("shift_factor", False)):
+        if not _is_number(value := params.get(key, 1.0), positive):
+            yield f"{key}: expected a number{' above 0' if positive else ''}, got {value!r}"
+    for key, positive in (("latents_mean", False), ("latents_std", True)):
+        values, n_z = params.get(key), params["embed_dim"]
+        if values is not None and (len(values) != n_z or not all(_is_number(value, positive) for value in values)):
+            yield f"{key}: expected {n_z} numbers{' above 0' if positive else ''}, one per channel, got {values!r}"
+    if (params.get("latents_mean") is None) != (params.get("latents_std") is None):
+        yield "latents_mean, latents_std: give both, or neither"
+
+
+def _is_number(value: Any, positive: bool) -> bool:
+    return math.isfinite(value) and (value > 0 or not positive)

@@ -74,6 +74,10 @@ class ValidatedModule(pl.LightningModule, ABC):
     def images(self, batch: Batch) -> Tensor:
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
 
+    def further_values(self) -> dict[str, float]:
+        """Values beside the metrics, over all processes, by name; called in each at the end of validation."""
+        return {}
+
     def set_up_validation(self) -> MakeMetrics:
         """Prepare the metrics on the module's device; they may need pretrained networks.
 
@@ -117,6 +121,7 @@ class ValidatedModule(pl.LightningModule, ABC):
             for name, value in metrics.compute().items()
             if math.isfinite(value)
         }
+        self.validation_values |= self.further_values()
         self._metrics = {}
         self.log_dict(self.validation_values)
         self.log("step", float(self.global_step))

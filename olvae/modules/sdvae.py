@@ -4,8 +4,9 @@ Together, with ``use_quant: true`` and the encoder's ``latent_dim`` at 2 n_z, th
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Encoder
 
@@ -19,6 +20,9 @@ class SDEncoder(Encoder):
         latent_dim, in_channels, image_size: as LiteVAE_Encoder's.
         channels, channel_mult, num_res_blocks: base width, its multiples, blocks per level.
         norm_groups: groups of every GroupNorm; divides every width.
+        attention: self-attention in the middle.
+        padding: at the borders of every convolution: ``zeros``, as published, or ``reflect``, as in some copies that
+            were fine-tuned with EQ-VAE. Strided convolutions keep their zeros, at the bottom and the right.
 
     Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f), f = 2^(len(channel_mult) - 1).
     """
@@ -32,6 +36,8 @@ class SDEncoder(Encoder):
         channel_mult: Sequence[int] = (1, 2, 4, 4),
         num_res_blocks: int = 2,
         norm_groups: int = 32,
+        attention: bool = True,
+        padding: Literal["zeros", "reflect"] = "zeros",
     ) -> None:
         super().__init__()
         from diffusers.models.autoencoders import vae  # seconds, for this network only
@@ -50,7 +56,9 @@ class SDEncoder(Encoder):
             layers_per_block=num_res_blocks,
             norm_num_groups=norm_groups,
             double_z=False,
+            mid_block_add_attention=attention,
         )
+        _pad(self.model, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.model(x)
@@ -60,7 +68,8 @@ class SDEncoder(Encoder):
 class SDDecoder(Decoder):
     """Stable Diffusion's convolutional decoder with attention in the middle.
 
-    The arguments are LiteVAE_Decoder's, so that a config can exchange the two.
+    The first five arguments are LiteVAE_Decoder's, so that a config can exchange the two; the others are
+    :class:`SDEncoder`'s.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(channel_mult) - 1).
     """
@@ -73,6 +82,8 @@ class SDDecoder(Decoder):
         channel_mult: Sequence[int] = (1, 2, 4, 4),
         num_res_blocks: int = 2,
         norm_groups: int = 32,
+        attention: bool = True,
+        padding: Literal["zeros", "reflect"] = "zeros",
     ) -> None:
         super().__init__()
         from diffusers.models.autoencoders import vae  # seconds, for this network only
@@ -87,8 +98,18 @@ class SDDecoder(Decoder):
             block_out_channels=tuple(channels * m for m in channel_mult),
             layers_per_block=num_res_blocks,
             norm_num_groups=norm_groups,
+            mid_block_add_attention=attention,
         )
+        _pad(self.model, padding)
 
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.model(z)
         return out
+
+
+def _pad(network: nn.Module, padding: Literal["zeros", "reflect"]) -> None:
+    if padding not in ("zeros", "reflect"):
+        raise ValueError(f"padding must be zeros or reflect, got {padding!r}")
+    for conv in network.modules():
+        if isinstance(conv, nn.Conv2d) and conv.padding != (0, 0):
+            conv.padding_mode = padding

@@ -174,10 +174,10 @@ class ImageGrids(Callback):
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
         batch = {"image": batch["image"][: self.count]}
-        posterior = pl_module.encode(pl_module.images(batch))
-        reconstruction = to_uint8(pl_module.decode(posterior.mode()))
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-        samples = to_uint8(pl_module.decode(noise.to(posterior.mean)))
+        decoded, posterior = pl_module(pl_module.images(batch))
+        reconstruction = to_uint8(decoded)
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(posterior.mean)
+        samples = to_uint8(pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise)))
         step = trainer.global_step
         grid = labelled_grid(
             {

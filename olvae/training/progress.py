@@ -242,6 +242,10 @@ def print_summary(
     }
     if model.adversary is not None:
         rows["adversary"] = _adversary(model.adversary)
+    if model.teacher is not None:
+        rows["teacher"] = model.teacher.describe()
+    if model.freeze_encoder or model.freeze_decoder:
+        rows["trained"] = f"the {'decoder' if model.freeze_encoder else 'encoder'} alone"
     if settings["weights"]:
         rows["weights from"] = settings["weights"]
     table = Table.grid(padding=(0, 2))

@@ -32,6 +32,7 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
+from olvae.training.origin import Found, measure_teacher, set_teacher, start_from, untrained_half
 from olvae.training.progress import StepProgress, print_ending, print_summary
 
 __all__ = [
@@ -63,6 +64,9 @@ class TrainOptions:
     seed: int | None = None
     resume: str | Path | None = None
     actual_resume: str | Path | None = None
+    start_from: str | None = None
+    """``--from``: an autoencoder whose networks and weights the run starts from."""
+    teacher: str | None = None
     by_script: bool = False
     """Started as ``python train.py``: hints on what to run next name the scripts."""
 
@@ -81,12 +85,17 @@ def train(options: TrainOptions) -> runs.Run:
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
     resumed = runs.open_run(options.resume) if options.resume is not None else None
-    if resumed is not None and options.actual_resume is not None:
-        raise ConfigError("--resume continues a run, --actual_resume starts one from weights: give one of them")
+    starts = {
+        "--resume continues a run": options.resume,
+        "--actual_resume starts one from weights": options.actual_resume,
+        "--from starts one from an autoencoder's networks and weights": options.start_from,
+    }
+    if len(given := [what for what, value in starts.items() if value is not None]) > 1:
+        raise ConfigError(f"{', '.join(given)}: give one of them")
     if resumed is None and not options.base:
         raise ConfigError("--base names the config to train, as in --base configs/demo.yaml")
-    config = _config(options, resumed)
-    settings = _settings(options, config, resumed)
+    config, found = _config(options, resumed)
+    settings = _settings(options, config, resumed, found)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
     processes = process_count(trainer_args)
@@ -102,7 +111,16 @@ def train(options: TrainOptions) -> runs.Run:
     model = _model(config, trainer_args)
     model.seed = settings["seed"]
     check_images(model, source)
+    if found is not None:
+        load_weights(model, found.weights, found.target)
     start, done = _restore(model, resumed, options.actual_resume)
+    if model.teacher is not None:
+        config["model"]["params"].update(model.for_diffusion)
+        if resumed is None:  # else it is in the checkpoint
+            measure_teacher(model, source, settings["seed"])
+    settings["untrained"] = untrained_half(
+        model, {} if found is not None else _config_of(resumed, options.actual_resume)
+    )
 
     trainer_args = _steps(trainer_args, source, model)
     if resumed is not None and done >= trainer_args["max_steps"]:
@@ -144,20 +162,40 @@ def train(options: TrainOptions) -> runs.Run:
     return run
 
 
-def _config(options: TrainOptions, resumed: runs.Run | None) -> Config:
-    """The resumed run's config, the given files over it, then the overrides; checked."""
+def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Found | None]:
+    """The resumed run's config, the given files over it, then the overrides; checked.
+
+    With an autoencoder to start from, its networks are in the config; the second value is what was found.
+    """
     files = [resumed.config] if resumed is not None else []
     config = cfg.load([*files, *options.base], options.overrides)
+    if options.start_from is not None and isinstance(config.get("model"), dict):
+        config["model"]["from"] = options.start_from
+    if options.teacher is not None and isinstance(config.get("model"), dict):
+        set_teacher(config, options.teacher)
+    _check_config(config)
+    if "from" not in config["model"]:
+        return config, None
+    if options.actual_resume is not None:
+        raise ConfigError(
+            "model.from names an autoencoder to start from, and --actual_resume another: give one of them"
+        )
+    found = start_from(config)
+    _check_config(config)
+    return config, found
+
+
+def _check_config(config: Config) -> None:
     mistakes = cfg.validate(config)
     if "data" not in config:
         mistakes.append("data: missing: the source of the training images")
     if mistakes:
         raise ConfigError(*mistakes)
-    return config
 
 
-def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None) -> Config:
+def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, found: Found | None) -> Config:
     """The flags; for one that was not given, the resumed run's setting, then the default."""
+    weights = found.target if found is not None else options.actual_resume
     before = (config.get("run") or {}) if resumed is not None else {}
     if resumed is not None and options.name not in (None, before.get("name")):
         raise ConfigError("--name: a resumed run keeps the name of its folder: leave it out")
@@ -171,7 +209,7 @@ def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None) -
         "gpus": options.gpus if options.gpus is not None else before.get("gpus"),
         "seed": seed,
         "initial_seed": before.get("initial_seed", seed),  # of the initial weights, if a resumed run changed the seed
-        "weights": str(options.actual_resume) if options.actual_resume is not None else before.get("weights"),
+        "weights": str(weights) if weights is not None else before.get("weights"),
     }
 
 
@@ -215,6 +253,15 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
             "start a new run from its weights with --actual_resume"
         )
     return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
+
+
+def _config_of(resumed: runs.Run | None, weights: str | Path | None) -> Config | None:
+    """The config of the weights that training starts from: empty for weights without one, None for fresh ones."""
+    if resumed is None and weights is None:
+        return None
+    path = Path(weights) if weights is not None else Path()
+    run = resumed or runs.Run(path if path.is_dir() else path.parent.parent)
+    return cfg.load([run.config]) if run.config.is_file() else {}
 
 
 def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:

@@ -79,6 +79,7 @@ def test_what_a_run_leaves(go):
         "seed": 5,
         "initial_seed": 5,
         "weights": None,
+        "untrained": None,
     }
     assert checkpoint(run)["images_seen"] == 16
 

@@ -13,7 +13,7 @@ from olvae.checkpoint import mismatches
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.pretrained import is_hub_id, snapshot
-from olvae.models.spec import class_in
+from olvae.models.spec import FOR_DIFFUSION, class_in
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 
 __all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]
@@ -53,6 +53,9 @@ class DiffusersAutoencoder(Autoencoder):
         if mean.ndim != 4 or PROBE % mean.shape[-1] or mean.shape[-1] != mean.shape[-2]:
             raise ValueError(f"{name} makes {tuple(mean.shape[1:])} of an image of {PROBE}x{PROBE}: no latent image")
         self.downscale, self.latent_channels = PROBE // mean.shape[-1], mean.shape[1]
+        for factor in FOR_DIFFUSION:
+            if (value := getattr(model.config, factor, None)) is not None:
+                setattr(self, factor, value)
 
     def encode(self, x: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f), deterministic where the model has none.
