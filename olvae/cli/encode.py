@@ -33,6 +33,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")] = 0,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     flip: Annotated[bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Store the encoded pixels as well, as PNG; needs one size.")
+    ] = False,
     classes: Annotated[
         bool, typer.Option("--classes", help="Folders are classes: store the number of an image's folder as .cls.")
     ] = False,
@@ -74,7 +77,7 @@ def command(
     model = found.load().to(resolve_device(device))
     inputs = find_inputs(data, model.in_channels, shard_size, classes)
     size = 0 if native else size or found.usual_size(model)
-    options = EncodeOptions(size, moments, seed, dtype, flip)
+    options = EncodeOptions(size, moments, seed, dtype, flip, images)
     describe = {"target": found.name, "source": data}
     encoder = EncodeJob(model, inputs, options, out, describe)
     if rank == 0 and len(inputs) < world:

@@ -41,6 +41,7 @@ class Sample(NamedTuple):
         errors: met on the way to it.
         label: number of its class, where the source knows it.
         enlarged: whether the picture was smaller than the image.
+        moments: of the image's latent, float32 (2 n_z, h, w), where the source has them.
     """
 
     image: Tensor | None
@@ -48,6 +49,7 @@ class Sample(NamedTuple):
     errors: tuple[ReadError, ...] = ()
     label: int | None = None
     enlarged: bool = False
+    moments: Tensor | None = None
 
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
@@ -240,6 +242,7 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
     """A :class:`Batch` of those that could be read; with it, for the loader, ``errors`` and the number ``enlarged``."""
     good = [sample for sample in samples if sample.image is not None]
     labels = [sample.label for sample in good if sample.label is not None]
+    moments = [sample.moments for sample in good if sample.moments is not None]
     batch: dict[str, Any] = {
         "key": [sample.key for sample in good],
         "errors": [error for sample in samples for error in sample.errors],
@@ -249,6 +252,8 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
         batch[tensor] = default_collate([sample.image for sample in good])  # in a worker straight to shared memory
         if len(labels) == len(good):
             batch["label"] = torch.tensor(labels)
+        if len(moments) == len(good):
+            batch["moments"] = default_collate(moments)
     return batch
 
 

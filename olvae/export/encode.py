@@ -16,6 +16,7 @@ from olvae.data.errors import ReadError
 from olvae.data.image import from_uint8
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.latents import LATENT, META, STATS, Latent, latent_bytes
+from olvae.data.shards.pairs import CHANNELS
 from olvae.data.shards.write import ResumableShards, WebDatasetSample, shard_name
 from olvae.export.inputs import Inputs, ReadImage, read_batches
 from olvae.files import write_json
@@ -95,6 +96,7 @@ class EncodeOptions:
         seed: of the samples' noise.
         dtype: of the latents, a name of :data:`DTYPES`.
         flip: store the mirrored image's latent as well.
+        images: store the pixels that are encoded as well, as PNG.
     """
 
     size: int
@@ -102,6 +104,7 @@ class EncodeOptions:
     seed: int = 0
     dtype: str = "float16"
     flip: bool = False
+    images: bool = False
 
 
 class EncodeJob:
@@ -119,7 +122,8 @@ class EncodeJob:
 
     Raises:
         ConfigError: the folder holds latents of other options, images or weights, or something else.
-        ValueError: images of this size don't suit the model.
+        ValueError: images of this size don't suit the model, or images that are to be stored have several sizes or a
+            number of channels that PNG doesn't know.
     """
 
     def __init__(
@@ -130,12 +134,16 @@ class EncodeJob:
                 f"images of {options.size}x{options.size} pixels, but a latent element stands for "
                 f"{model.downscale}x{model.downscale} of them: choose a --size that is a multiple of {model.downscale}"
             )
+        if options.images and not options.size:
+            raise ValueError("--images and --native: images that are stored beside latents have one size: give --size")
+        if options.images and model.in_channels not in CHANNELS.values():
+            raise ValueError(f"--images: PNG stores 1, 3 or 4 channels, but the images have {model.in_channels}")
         self.model = model
         self.inputs = inputs
         self.options = options
         self.shards = ResumableShards(folder, STATE)
         weights = weights_checksum(model)
-        self.describe = {**describe, "weights": weights, "downscale": model.downscale}
+        self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
         self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
 
     def run(
@@ -211,7 +219,7 @@ class EncodeJob:
         advance: Callable[[int], None],
     ) -> Iterator[WebDatasetSample | ReadError]:
         """What a shard is made of, in order; its latents are added to ``sums``."""
-        for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads):
+        for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads, self.options.images):
             images = [one for one in batch if isinstance(one, ReadImage)]
             yield from (one for one in batch if isinstance(one, ReadError))
             if images:

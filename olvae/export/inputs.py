@@ -17,6 +17,7 @@ from olvae.data.image import Photo, image_to_tensor
 from olvae.data.mapped.base import ImageDataset, MappedSource
 from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.shards.index import with_counts
+from olvae.data.shards.pairs import PIXELS, pixel_bytes
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -167,7 +168,7 @@ class ReadImage(NamedTuple):
 
 
 def read_batches(
-    items: Iterable[Item | ReadError], size: int, batch_size: int, threads: int
+    items: Iterable[Item | ReadError], size: int, batch_size: int, threads: int, keep: bool = False
 ) -> Iterator[list[ReadImage | ReadError]]:
     """Batches of up to ``batch_size`` images of one size, in order, with the read errors among them.
 
@@ -175,10 +176,11 @@ def read_batches(
         items: the images, and the errors met in their shard.
         size: pixels after the evaluation's resize and crop; 0 leaves the images as they are.
         threads: that read ahead; 0 reads an image when it is needed.
+        keep: add the pixels, as PNG, to the files that are kept with an image.
     """
     batch: list[ReadImage | ReadError] = []
     shape, count = None, 0
-    for image in _ahead(items, size, threads, 2 * batch_size):
+    for image in _ahead(items, partial(_read, size, keep), threads, 2 * batch_size):
         if isinstance(image, ReadImage):
             if count == batch_size or shape not in (None, image.pixels.shape):
                 yield batch
@@ -189,9 +191,13 @@ def read_batches(
         yield batch
 
 
-def _ahead(items: Iterable[Item | ReadError], size: int, threads: int, depth: int) -> Iterator[ReadImage | ReadError]:
+def _ahead(
+    items: Iterable[Item | ReadError],
+    read: Callable[[Item | ReadError], ReadImage | ReadError],
+    threads: int,
+    depth: int,
+) -> Iterator[ReadImage | ReadError]:
     """The images in the order of the items, with up to ``depth`` of them read ahead."""
-    read = partial(_read, size)
     if not threads:
         yield from map(read, items)
         return
@@ -205,12 +211,14 @@ def _ahead(items: Iterable[Item | ReadError], size: int, threads: int, depth: in
             yield waiting.popleft().result()
 
 
-def _read(size: int, item: Item | ReadError) -> ReadImage | ReadError:
+def _read(size: int, keep: bool, item: Item | ReadError) -> ReadImage | ReadError:
     if isinstance(item, ReadError):
         return item
     try:
         picture = item.open().read()
         pixels = image_to_tensor(EvalTransform(size)(picture) if size else picture)
+        if keep:
+            item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
         return ReadImage(item, pixels, picture.size)
     except UnreadableImageError as error:
         return ReadError(item.key, error.reason)

@@ -72,7 +72,8 @@ def test_images_of_their_own_sizes_and_classes(olvae, target, tmp_path, image_fo
 
 
 def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path, image_folder):
-    encode = ["encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3, "--flip", "--device", "cpu"]
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3, "--flip", "--images"]
+    encode += ["--device", "cpu"]
     assert olvae(*encode, "--out", tmp_path / "one")[0] == 0
     err = olvae_on_two(*encode, "--out", tmp_path / "two")
     assert everything(tmp_path / "one") == everything(tmp_path / "two")
@@ -103,6 +104,7 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
         (encode("--dtype", "int8"), 2, "--dtype int8: choose from float16, bfloat16, float32"),
         (encode("--native"), 2, "--native and --size: give one of the two"),
         (encode("--size", 20), 1, "multiple of 8"),
+        (["encode", target, "--data", image_folder, "--native", "--images", "--out", tmp_path / "out"], 1, "one size"),
         (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
         (encode("--out", image_folder), 2, "has other files already"),
         (encode("--out", image_folder / "class0/0.png"), 1, "results need a folder"),

@@ -13,7 +13,7 @@ from olvae.data.transforms import EvalTransform
 from olvae.export.encode import EncodeJob, EncodeOptions
 from olvae.export.inputs import find_inputs
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.distributions import Deterministic
+from olvae.modules.distributions import Deterministic, DiagonalGaussian
 from tests.conftest import tiny_config
 
 
@@ -37,6 +37,23 @@ class Shrunk(Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         return torch.nn.functional.interpolate(z / self.gain, scale_factor=2)
+
+
+class Blocks(Autoencoder):
+    """A distribution whose element at a position is a function of the 4x4 pixels there, and of no others."""
+
+    in_channels, downscale, latent_channels = 3, 4, 48
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        mean = torch.nn.functional.pixel_unshuffle(x, 4) * self.gain
+        return DiagonalGaussian(torch.cat([mean, 2.0 * mean - 3.0], dim=1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.pixel_shuffle(z / self.gain, 4)
 
 
 def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, shard_size: int = 5, **options: Any):

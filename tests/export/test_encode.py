@@ -1,3 +1,4 @@
+import io
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from olvae.config import ConfigError
 from olvae.data.image import from_uint8, image_to_tensor
 from olvae.data.mapped.folder import find_images
 from olvae.data.shards import write as module
+from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latents.accumulator import LatentAccumulator
 from olvae.export.encode import EncodeJob, EncodeOptions
 from olvae.export.inputs import find_inputs
@@ -111,6 +113,33 @@ def test_the_layout(tmp_path, image_folder):
     said = {"count": 12, "size": 16, "moments": True, "dtype": "float16", "flip": False, "target": "tiny"}
     assert said.items() <= stats.items()
     assert stats["unreadable"] == {"count": 0, "images": []}
+
+
+@pytest.mark.parametrize("source", ["folder", "shards"])
+def test_the_pixels_that_were_encoded_lie_beside_the_latents(tmp_path, image_folder, source):
+    """Everything else is as without them."""
+    if source == "shards":
+        image_folder = tmp_path / "shards"
+        write_shards(image_folder, (5, 4))
+    plain = encode(image_folder, tmp_path / "plain", flip=True)
+    stats = encode(image_folder, tmp_path / "out", flip=True, images=True)
+    assert stats == {**plain, "images": True}
+    before, after = files(tmp_path / "plain"), files(tmp_path / "out")
+    assert before.keys() == after.keys()
+    pixels = []
+    for name, shard in after.items():
+        pixels += [(n, c) for n, c in shard.items() if n.endswith(".latent.png")]
+        assert before[name] == {n: c for n, c in shard.items() if not n.endswith(".latent.png")}
+    if source == "folder":
+        photographs = [path.read_bytes() for path in find_images(image_folder)]
+    else:
+        photographs = [encoded(number) for number in range(9)]
+    assert len(pixels) == len(photographs)
+    for (_, content), photograph in zip(pixels, photographs, strict=True):
+        found = Image.open(io.BytesIO(content))
+        expected = EvalTransform(16)(Image.open(io.BytesIO(photograph)).convert("RGB"))
+        assert (found.format, found.mode, found.size) == ("PNG", "RGB", (16, 16))
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -276,7 +305,9 @@ class Job:
         self.model = tiny_vae()
 
     def encoder(self) -> EncodeJob:
-        return EncodeJob(self.model, self.inputs, EncodeOptions(16, flip=True), self.folder, {"target": "tiny"})
+        return EncodeJob(
+            self.model, self.inputs, EncodeOptions(16, flip=True, images=True), self.folder, {"target": "tiny"}
+        )
 
     def start(self, kill_after: int | None = None) -> int | None:
         """Run to the end, or until so many images are done, those of finished shards included; the exit code."""
@@ -352,6 +383,7 @@ def test_a_finished_shard_is_not_encoded_again_but_a_lost_one_is(tmp_path, image
     [
         ({"size": 24}, r"size 16 \(now 24\)"),
         ({"flip": True}, r"flip False \(now True\)"),
+        ({"images": True}, r"images False \(now True\)"),
         ({"model": 1}, "begun with other weights:"),
         ({"source": 1}, "begun with other images:"),
         ({"shard_size": 4}, r"shard_size 5 \(now 4\)"),
@@ -372,6 +404,12 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path, image_folder, chang
 def test_what_it_refuses(tmp_path, image_folder):
     with pytest.raises(ValueError, match=r"20x20.*multiple of 8"):
         encode(image_folder, tmp_path / "out", size=20)
+    with pytest.raises(ValueError, match=r"--images and --native: .*one size"):
+        encode(image_folder, tmp_path / "out", size=0, images=True)
+    multispectral = Shrunk()
+    multispectral.in_channels = 6
+    with pytest.raises(ValueError, match="PNG stores 1, 3 or 4 channels, but the images have 6"):
+        encode(image_folder, tmp_path / "out", multispectral, images=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="has other files already"):
         encode(image_folder, image_folder)

@@ -21,6 +21,7 @@ from olvae.data.mapped.folder import Files, FolderSource
 from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
+from olvae.data.shards.pairs import PIXELS
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.urls import find_shards, is_local, stem
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -132,7 +133,7 @@ def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgre
         images += 1
         part.look(partial(Photo, entry.data, entry.name, channels), entry.key)
         progress.advance()
-    part.dotted = [f"{stem(url)}/{name}" for name in part.dotted]
+    part.dotted = [f"{stem(url)}/{name}" for name in part.dotted if not name.endswith(f".{PIXELS}")]
     path = Path(url)
     there = is_local(url) and path.is_file()
     size, digest = path.stat().st_size if there else None, file_sha256(path) if there and checksums else None

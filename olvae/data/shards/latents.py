@@ -18,7 +18,18 @@ from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.urls import find_shards
 from olvae.data.source import Sample
 
-__all__ = ["FLIP", "LATENT", "META", "STATS", "Latent", "LatentSource", "latent_bytes", "read_latent", "read_stats"]
+__all__ = [
+    "FLIP",
+    "LATENT",
+    "META",
+    "STATS",
+    "Latent",
+    "LatentSource",
+    "latent_bytes",
+    "read_label",
+    "read_latent",
+    "read_stats",
+]
 
 
 LATENT = "latent.safetensors"
@@ -169,10 +180,15 @@ class LatentSource(ShardSource):
 
     def _sample(self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry) -> Sample:
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
-        return Sample(z, key, label=_label(entry))
+        return Sample(z, key, label=read_label(entry))
 
 
-def _label(entry: Entry) -> int | None:
+def read_label(entry: Entry) -> int | None:
+    """The number in an image's ``.cls`` file, if it has one.
+
+    Raises:
+        UnreadableImageError: the file holds something else.
+    """
     try:
         return int(entry.files["cls"]) if "cls" in entry.files else None
     except ValueError as error:

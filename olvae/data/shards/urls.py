@@ -10,7 +10,7 @@ from webdataset.shardlists import expand_urls
 
 from olvae.files import legible
 
-__all__ = ["SUFFIXES", "file_name", "find_shards", "is_local", "may_be_there", "shard_names", "stem"]
+__all__ = ["SUFFIXES", "file_name", "find_shards", "is_local", "may_be_there", "shard_names", "split_shards", "stem"]
 
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -50,6 +50,31 @@ def _matches(path: Path) -> list[str]:
     if glob.has_magic(str(path)) and not path.exists():
         return sorted(glob.glob(str(path)))  # noqa: PTH207  (a Path's own needs the folder apart)
     return [str(path)]
+
+
+def split_shards(
+    shards: list[str], val: list[str] | None, fraction: float, argument: str
+) -> tuple[list[str], list[str]]:
+    """The shards to train with, and those to validate with: ``val``, or the last ones of all.
+
+    Args:
+        fraction: of the shards that is held out where ``val`` is None, at least one of them.
+        argument: of the source that names ``val``.
+
+    Raises:
+        ValueError: the fraction is not between 0 and 1, or a single shard is to be split.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
+    if val is not None:
+        return shards, val
+    if len(shards) < 2:
+        raise ValueError(
+            f"{shards[0]}: one shard can't be split into training and validation: make smaller ones (--shard-size), "
+            f"or set data.params.{argument}"
+        )
+    held_out = max(1, round(fraction * len(shards)))
+    return shards[:-held_out], shards[-held_out:]
 
 
 def is_local(url: str) -> bool:

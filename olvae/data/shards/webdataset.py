@@ -8,7 +8,7 @@ from olvae.data.image import Photo, image_to_tensor
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.read import Entry
 from olvae.data.shards.stream import ShardSource
-from olvae.data.shards.urls import find_shards, may_be_there
+from olvae.data.shards.urls import find_shards, may_be_there, split_shards
 from olvae.data.source import Sample, eval_sample
 from olvae.data.transforms import RandomScaleCrop
 
@@ -64,20 +64,11 @@ class WebDatasetSource(ShardSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        if not 0.0 < val_fraction < 1.0:
-            raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
         self.transform = RandomScaleCrop(size, min_fraction, filters, flip)
         found = find_shards(shards)
-        if val_shards is not None:
-            train, val = found, find_shards(val_shards)
-        elif len(found) < 2:
-            raise ValueError(
-                f"{found[0]}: one shard can't be split into training and validation: pack smaller ones (--shard-size), "
-                "or set data.params.val_shards"
-            )
-        else:
-            held_out = max(1, round(val_fraction * len(found)))
-            train, val = found[:-held_out], found[-held_out:]
+        given = None if val_shards is None else find_shards(val_shards)
+        train, val = split_shards(found, given, val_fraction, "val_shards")
+        if given is None:
             for part, use in ((train, "training"), (val, "validation")):
                 if not any(may_be_there(url) for url in part):
                     raise FileNotFoundError(

@@ -19,6 +19,7 @@ from olvae.data.pack import PackOptions, pack
 from olvae.data.shards.webdataset import WebDatasetSource
 from tests.data.images import close_folders, encoded, write_tar
 from tests.data.packing import picture
+from tests.export.latents import encode
 
 OPTIONS = CheckOptions(size=16, batch_size=2, num_workers=2)
 
@@ -282,6 +283,13 @@ def test_files_that_a_second_dot_keeps_from_being_images(tmp_path):
     assert "such as 0/img_0.5.jpg, of which WebDataset takes 5.jpg for the extension" in problem
     assert "set data.params.image_key" in problem
     assert "`olvae data pack`" in problem
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_latents_are_no_images_even_with_images_beside_them(tmp_path, image_folder, images):
+    encode(image_folder, tmp_path / "latents", images=images)
+    result = check(str(tmp_path / "latents"), CheckOptions(16, 1, 1), 2)
+    assert (result.images, result.problems) == (0, ["no images"])
 
 
 def test_workers_for_what_is_needed(photos):

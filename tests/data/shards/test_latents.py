@@ -96,6 +96,18 @@ def test_the_loader_goes_on_at_any_batch_with_the_same_noise(latents, workers):
         assert torch.equal(x["label"], y["label"])
 
 
+def test_images_beside_the_latents_change_nothing(latents, tmp_path):
+    encode(tmp_path / "shards", tmp_path / "pairs", flip=True, dtype="float32", images=True)
+    a, b = source(latents), source(tmp_path / "pairs")
+    loaders = [(take(a.train_loader(seed=1), 12), take(b.train_loader(seed=1), 12)), (a.val_loader(), b.val_loader())]
+    for one, other in loaders:
+        for x, y in zip(one, other, strict=True):
+            assert x.keys() == y.keys() == {"latent", "key", "label"}
+            assert x["key"] == y["key"]
+            assert torch.equal(x["latent"], y["latent"])
+            assert torch.equal(x["label"], y["label"])
+
+
 def test_validation_gives_each_mode_once_in_order(latents):
     s = source(latents)
     for loader in (s.val_loader(), s.test_loader(5)):
