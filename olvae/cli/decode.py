@@ -36,10 +36,10 @@ def command(
     from olvae.data.source import total
     from olvae.devices import resolve_device
     from olvae.export.decode import FORMATS, decode_shards
-    from olvae.export.encode import weights_checksum
     from olvae.files import check_folder
     from olvae.models.large.memory import GIB
     from olvae.models.loading.targets import find_target
+    from olvae.modules.base import weights_checksum
 
     if image_format not in FORMATS:
         raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")

@@ -1,6 +1,5 @@
 """``olvae encode``: images to shards of latents with their statistics, in one process or several, resumable."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,10 +23,11 @@ from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.large.memory import GIB
 from olvae.models.large.padding import pad_to_multiple
 from olvae.models.large.streaming import encode_within
+from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import Posterior, keyed_generator
 from olvae.modules.precision import DTYPES
 
-__all__ = ["EncodeJob", "EncodeOptions", "LatentSums", "weights_checksum"]
+__all__ = ["EncodeJob", "EncodeOptions", "LatentSums"]
 
 
 @dataclass
@@ -271,13 +271,3 @@ class EncodeJob:
         if not rounded.isfinite().all():
             raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
         return rounded
-
-
-def weights_checksum(model: Autoencoder) -> str:
-    """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from olvae.config import ConfigError
 from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
+from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.precision import DTYPES, no_autocast
 
@@ -55,7 +56,9 @@ class Teacher:
         self.name = autoencoder
         self.dtype = DTYPES[dtype]
         self.weights = {"latent": latent_weight, "logvar": logvar_weight, "teacher_decoder": decoder_weight}
-        self.model: Autoencoder = find_target(autoencoder).load().requires_grad_(False).to(self.dtype)
+        model = find_target(autoencoder).load().requires_grad_(False)
+        self.checksum = weights_checksum(model)
+        self.model: Autoencoder = model.to(self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self

@@ -1,6 +1,7 @@
-"""Base classes of encoders and decoders, and counts of parameters and operations."""
+"""Base classes of encoders and decoders, counts of parameters and operations, a checksum of weights."""
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Decoder", "Encoder", "Stage", "count_macs", "count_parameters"]
+__all__ = ["Decoder", "Encoder", "Stage", "count_macs", "count_parameters", "weights_checksum"]
 
 
 class Stage(NamedTuple):
@@ -72,3 +73,13 @@ def count_macs(module: nn.Module, *shape: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(torch.empty(shape, device="meta"))
     return int(counter.get_total_flops()) // 2
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
 from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.data.image import from_uint8
 from olvae.data.sampler import LoaderProcess
+from olvae.data.shards.pairs import PairSource
 from olvae.data.source import Source
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.stable_diffusion import as_litevae
@@ -64,9 +66,20 @@ def set_teacher(config: Config, target: str) -> None:
 
 
 def measure_teacher(model: LiteAutoencoderKL, source: Source, seed: int) -> None:
-    """Measure the teacher's standard deviation per channel on the first training images; the same in all processes."""
+    """Measure the teacher's standard deviation per channel on the first training images; the same in all processes.
+
+    Raises:
+        ConfigError: the data have latents of another autoencoder.
+    """
     teacher = model.teacher
-    if teacher is None:
+    assert teacher is not None
+    if isinstance(source, PairSource):  # measured on all of them
+        if source.encoded_by.described["weights"] != teacher.checksum:
+            raise ConfigError(
+                f"data.params.folder: its latents are of {source.encoded_by.described['target']}, whose weights are "
+                f"not those of the teacher, {teacher.name}"
+            )
+        model.teacher_std.copy_(torch.tensor(source.encoded_by.latents_std))
         return
     process = LoaderProcess(0, 1, 0, 1, source.batch_size)
     images = (sample.image for sample in source.stream(seed, 0, process) if sample.image is not None)

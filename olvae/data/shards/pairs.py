@@ -23,7 +23,7 @@ from olvae.data.source import Sample
 from olvae.data.transforms import EvalTransform
 from olvae.modules.distributions import LOGVAR_RANGE
 
-__all__ = ["CHANNELS", "PIXELS", "PairSource", "Teacher", "pixel_bytes"]
+__all__ = ["CHANNELS", "PIXELS", "EncodedBy", "PairSource", "pixel_bytes"]
 
 PIXELS = "latent.png"
 """The extension of the pixels that were encoded. For its dot, sources of images don't take it for an image."""
@@ -44,7 +44,7 @@ def pixel_bytes(pixels: Tensor) -> bytes:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class EncodedBy:
     """The autoencoder that made a folder's latents, as the folder's ``stats.json`` describes it.
 
     Args:
@@ -103,10 +103,10 @@ class PairSource(ShardSource):
         flip: bool = True,
         max_unreadable: float = 0.01,
     ) -> None:
-        self.teacher, self.stats = _open(folder, size)
+        self.encoded_by, self.stats = _open(folder, size)
         size = self.stats["size"] if size is None else size
-        teacher, held_out = (self.teacher, self.stats) if val_folder is None else _open(val_folder, size)
-        if teacher.described["weights"] != self.teacher.described["weights"]:
+        teacher, held_out = (self.encoded_by, self.stats) if val_folder is None else _open(val_folder, size)
+        if teacher.described["weights"] != self.encoded_by.described["weights"]:
             raise ValueError(
                 f"data.params.val_folder: {val_folder} has latents of other weights than {folder}: encode both with "
                 "the same target"
@@ -127,13 +127,13 @@ class PairSource(ShardSource):
         )
         self.crops = f"at {held_out['size']} pixels: {EvalTransform(held_out['size']).describe()}"
         if self.size < held_out["size"]:
-            self.crops += f", of which the central {self.size} pixels, at a multiple of {self.teacher.downscale}"
+            self.crops += f", of which the central {self.size} pixels, at a multiple of {self.encoded_by.downscale}"
 
     def describe(self) -> str:
         mirrored = ", half of them mirrored" if self.flip else ""
         return (
             f"{self.samples_per_epoch} training images in {len(self.train)} shards{mirrored}, {self.val_images} "
-            f"validation and test images, with the latents of {self.teacher.described['target']}"
+            f"validation and test images, with the latents of {self.encoded_by.described['target']}"
         )
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
@@ -151,14 +151,14 @@ class PairSource(ShardSource):
         """
         plain, mirrored, meta = read_latent(entry)
         latent = mirrored if mirror else plain
-        f, side = self.teacher.downscale, self.size // self.teacher.downscale
+        f, side = self.encoded_by.downscale, self.size // self.encoded_by.downscale
         if PIXELS not in entry.files or latent is None or latent.std is None:
             raise UnreadableImageError(entry.name, f"no {PIXELS} beside it, or no mean and std in it")
         name = f"{entry.name.removesuffix(LATENT)}{PIXELS}"
         pixels = image_to_tensor(Photo(entry.files[PIXELS], name, self.channels).read())  # (C, H, W)
         channels, height, width = latent.mean.shape
         fits = pixels.shape[1:] == (height * f, width * f) and min(height, width) >= side
-        if channels != self.teacher.latent_channels or not fits:
+        if channels != self.encoded_by.latent_channels or not fits:
             raise UnreadableImageError(name, f"{tuple(pixels.shape)} pixels for a latent {tuple(latent.mean.shape)}")
         if mirror:
             pixels = pixels.flip(-1)
@@ -169,7 +169,7 @@ class PairSource(ShardSource):
         return Sample(image, meta["key"], label=read_label(entry), moments=moments)
 
 
-def _open(folder: str, size: int | None) -> tuple[Teacher, dict[str, Any]]:
+def _open(folder: str, size: int | None) -> tuple[EncodedBy, dict[str, Any]]:
     """The teacher of a folder of pairs, and the folder's description.
 
     Raises:
@@ -182,7 +182,7 @@ def _open(folder: str, size: int | None) -> tuple[Teacher, dict[str, Any]]:
             "another folder"
         )
     try:
-        teacher = Teacher(
+        teacher = EncodedBy(
             int(stats["downscale"]),
             int(stats["latent_shape"][0]),
             [float(value) for value in stats["latents_mean"]],

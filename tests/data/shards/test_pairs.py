@@ -184,7 +184,7 @@ def test_pixels_come_back_as_they_were(channels):
 
 def test_what_is_known_of_the_teacher(pairs):
     stats = json.loads((pairs / "stats.json").read_text())
-    teacher = source(pairs).teacher
+    teacher = source(pairs).encoded_by
     assert (teacher.downscale, teacher.latent_channels) == (4, 48)
     assert teacher.latents_mean == stats["latents_mean"]
     assert teacher.latents_std == stats["latents_std"]
