@@ -138,12 +138,12 @@ def findings(rows: Iterable[Row]) -> Iterator[str]:
     full: Precision | None = None
     for row in rows:
         if row.latents is not None:
-            known = [value for value in row.latents.per_channel if value is not None]
-            channels = f"; channels {min(known):.3f} to {max(known):.3f}" if len(known) > 1 else ""
-            overall = "not known, its latents are constant" if row.latents.rmse is None else f"{row.latents.rmse:.3f}"
+            overall, *channels = (
+                "-" if value is None else f"{value:.3f}" for value in (row.latents.rmse, *row.latents.per_channel)
+            )
             yield (
-                f"latents of {row.target} against {row.latents.teacher}: RMS error {overall} "
-                f"in standard deviations of {row.latents.teacher}{channels}"
+                f"latents of {row.target}: RMS error {overall} in standard deviations of {row.latents.teacher}; per "
+                f"channel {', '.join(channels)}"
             )
         if row.precision is not None:
             full = row.precision if row.precision.dtype == FULL else full
@@ -195,10 +195,12 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _cost_columns(rows: Sequence[Row]) -> Sequence[str]:
-    """None if no cost is known; without memory if none was measured, as on a CPU."""
+    """None if no cost is known; without memory if none was measured, as on a CPU; without speed, the same."""
     costs = [row.cost for row in rows if row.cost]
     if not costs:
         return ()
+    if not any(cost.encode_images_per_s or cost.decode_images_per_s for cost in costs):
+        return COSTS[:3]
     return COSTS if any(cost.peak_memory_bytes is not None for cost in costs) else COSTS[:-1]
 
 
