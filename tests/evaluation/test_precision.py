@@ -218,5 +218,5 @@ def test_names_of_precisions_and_rows():
             parse_precisions(wrong)
     model = Tiny(1.0, 1.0)
     assert list(in_precisions({"a": model, "b": model}, ("32", "fp16"))) == ["a", "a, fp16", "b", "b, fp16"]
-    with pytest.raises(ConfigError, match="^a, fp16: a target has the name of another's row"):
+    with pytest.raises(ConfigError, match=r"^a, fp16: a target has the name of another's row"):
         in_precisions({"a": model, "a, fp16": model}, ("32", "fp16"))
