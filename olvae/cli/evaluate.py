@@ -138,7 +138,6 @@ def command(
     rank, _ = join()
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
-    where = resolve_device(device)
     request = Request(
         found,
         protocols,
@@ -148,11 +147,11 @@ def command(
         images,
         batch_size,
         weights_dir,
-        where,
+        resolve_device(device),
         baselines,
-        report,
-        cross,
-        precisions,
+        test_patterns=report,
+        cross=cross,
+        precisions=precisions,
     )
     evaluated = evaluate(request, watched("evaluating"))
     leave()

@@ -64,7 +64,7 @@ class AutoencoderRoundTrip:
         return to_uint8(self.finite(keys, y)).cpu()
 
     def finite(self, keys: Sequence[str], y: Tensor) -> Tensor:
-        """Reconstructions of a batch that are finite, or ArithmeticError."""
+        """The reconstructions of a batch, float (B, C, H, W), if all are finite; ArithmeticError if not."""
         finite = y.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")

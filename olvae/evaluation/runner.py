@@ -18,14 +18,7 @@ from olvae.evaluation.artefacts import Artefacts, find_artefacts
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.cross import Crossed, LatentErrors, crossed
 from olvae.evaluation.gallery import Gallery
-from olvae.evaluation.precision import (
-    FULL,
-    Activations,
-    InPrecision,
-    PrecisionRoundTrip,
-    in_precisions,
-    judged,
-)
+from olvae.evaluation.precision import FULL, Activations, InPrecision, PrecisionRoundTrip, in_precisions, judged
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip, Cost, RoundTrip, bicubic_round_trip

@@ -174,6 +174,19 @@ def test_without_them_nothing_is_recorded(olvae, trained, photos, tmp_path, monk
     assert plain.keys() == asked.keys() == full.keys() - {"precision"}
 
 
+def test_a_sampled_latent_has_activations_of_its_own(olvae, trained, photos, tmp_path):
+    protocols = ("--protocol", "open-litevae,latent-diffusion", "--precision", "bf16")
+    code, _, err = olvae("evaluate", trained, "--data", photos, *PIXELS, *protocols, "--out", tmp_path)
+    assert code == 0, err
+    mode, sampled = rows(tmp_path), rows(tmp_path, "metrics_latent-diffusion.json")
+    for name in (trained.name, f"{trained.name}, bf16"):
+        one, other = mode[name]["precision"], sampled[name]["precision"]
+        assert one["largest"]["encoder"] == other["largest"]["encoder"]
+        assert one["largest"]["decoder.conv_in"] != other["largest"]["decoder.conv_in"]
+        assert mode[name]["metrics"]["psnr"] > sampled[name]["metrics"]["psnr"]
+        assert (other["psnr_lost"] == 0.0) == (other["dtype"] == "32")
+
+
 def test_the_sample_photographs_and_the_card(olvae, tmp_path):
     model = litevae()
     with torch.no_grad():

@@ -99,3 +99,14 @@ def test_an_earlier_file_with_values_that_are_not_finite_numbers(tmp_path, value
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"not a metrics\.json"):
         Results.read(path)
+
+
+@pytest.mark.parametrize("extra", [{"precision": {"dtype": "fp16"}}, {"latents": {"rmse": 0.1}}])
+def test_an_earlier_file_with_half_of_an_extra(tmp_path, extra):
+    path = tmp_path / "metrics.json"
+    results_of(row()).write(path)
+    content = json.loads(path.read_text())
+    content["results"][0] |= extra
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"not a metrics\.json"):
+        Results.read(path)
