@@ -70,6 +70,14 @@ def command(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add rows for the first target untrained, and for bicubic resampling.")
     ] = False,
+    cross: Annotated[
+        bool,
+        typer.Option("--cross", help="Of TEACHER STUDENT: each encoder with each decoder, and the latents' error."),
+    ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="fp16, bf16, 32: a row for each, with its largest activations; 32 always."),
+    ] = "32",
     beside: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Add the rows of an earlier metrics.json. May be repeated."),
@@ -94,6 +102,8 @@ def command(
 
     Example: python scripts/compute_metrics.py -B 16 runs/2026-01-31T12-00-00_demo_32
 
+    Example: olvae evaluate my-vae --data photos --precision fp16,bf16,32 --out precisions
+
     Example: olvae evaluate runs/… diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
     """
     import json
@@ -102,6 +112,7 @@ def command(
 
     from olvae.config import ConfigError
     from olvae.devices import join, leave, resolve_device
+    from olvae.evaluation.precision import parse_precisions
     from olvae.evaluation.protocol import named
     from olvae.evaluation.report.tables import print_results
     from olvae.evaluation.results import Results
@@ -115,6 +126,7 @@ def command(
     if posterior not in (None, "mode", "sample"):
         raise ConfigError(f"--posterior {posterior}: choose mode or sample")
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
+    precisions = parse_precisions(precision)
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     folder = results_folder(out, targets[0], found[0].run)
     earlier = [(path, Results.read(path)) for path in beside or ()]
@@ -127,7 +139,19 @@ def command(
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     request = Request(
-        found, protocols, names, data, size, images, batch_size, weights_dir, resolve_device(device), baselines, report
+        found,
+        protocols,
+        names,
+        data,
+        size,
+        images,
+        batch_size,
+        weights_dir,
+        resolve_device(device),
+        baselines,
+        test_patterns=report,
+        cross=cross,
+        precisions=precisions,
     )
     evaluated = evaluate(request, watched("evaluating"))
     leave()

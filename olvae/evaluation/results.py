@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from olvae.evaluation.cross import LatentError
+from olvae.evaluation.precision import Precision
 from olvae.evaluation.roundtrip import Cost
 from olvae.evaluation.statistics import Difference
 from olvae.files import write_json
@@ -32,6 +34,8 @@ class Row:
         cost: parameters, operations, speed and memory.
         bands: the error per wavelet band, :meth:`olvae.evaluation.bands.BandErrors.compute`.
         test_patterns: :meth:`olvae.evaluation.artefacts.Artefacts.as_dict`.
+        latents: the error of its latents against those of the first target; only of a student.
+        precision: the largest activations; only if several precisions were asked for.
         per_image: by metric, the values by key; not in metrics.json.
         differences: by metric, the value minus the first row's, on the same images; not in metrics.json.
     """
@@ -45,6 +49,8 @@ class Row:
     cost: Cost | None = None
     bands: Mapping[str, Mapping[str, float | None]] | None = None
     test_patterns: Mapping[str, Any] | None = None
+    latents: LatentError | None = None
+    precision: Precision | None = None
     per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
 
@@ -60,7 +66,12 @@ class Row:
             "details": {name: details for name, details in self.details.items() if details},
             "cost": asdict(self.cost) if self.cost else None,
         }
-        extras = {"bands": self.bands, "test_patterns": self.test_patterns}
+        extras = {
+            "bands": self.bands,
+            "test_patterns": self.test_patterns,
+            "latents": asdict(self.latents) if self.latents else None,
+            "precision": asdict(self.precision) if self.precision else None,
+        }
         return row | {name: extra for name, extra in extras.items() if extra is not None}
 
     @classmethod
@@ -84,6 +95,8 @@ class Row:
             Cost(**row["cost"]) if row.get("cost") else None,
             row.get("bands"),
             row.get("test_patterns"),
+            LatentError(**row["latents"]) if row.get("latents") else None,
+            Precision.from_dict(row["precision"]) if row.get("precision") else None,
         )
 
 

@@ -16,7 +16,7 @@ from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.distributions import keyed_generator
 from olvae.modules.precision import full_float32
 
-__all__ = ["AutoencoderRoundTrip", "Cost", "Meter", "RoundTrip", "bicubic_round_trip"]
+__all__ = ["AutoencoderRoundTrip", "Cost", "Direction", "Meter", "OneWay", "RoundTrip", "bicubic_round_trip"]
 
 RoundTrip = Callable[[Sequence[str], Tensor], Tensor]
 """From keys and images, uint8 (B, C, H, W) on the CPU, to reconstructions of the same kind."""
@@ -40,6 +40,8 @@ class AutoencoderRoundTrip:
         self.seed = seed
         self.name = name
         self.meter = Meter(device)
+        self.on_latents: Callable[[Sequence[str], Tensor], None] | None = None
+        """Gets the keys and the posterior's means, (B, n_z, H/f, W/f), of every batch."""
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str], x: Tensor) -> Tensor:
@@ -57,10 +59,20 @@ class AutoencoderRoundTrip:
                 noise = [torch.randn(z.shape[1:], generator=generator) for generator in generators]
                 z = z + posterior.std * torch.stack(noise).to(z)
             y = self.meter.run("decode", len(images), lambda: self.model.decode(z))
+        if self.on_latents is not None:
+            self.on_latents(keys, posterior.mean)
+        return to_uint8(self.finite(keys, y)).cpu()
+
+    def finite(self, keys: Sequence[str], y: Tensor) -> Tensor:
+        """The reconstructions of a batch, float (B, C, H, W), if all are finite; ArithmeticError if not."""
         finite = y.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")
-        return to_uint8(y).cpu()
+        return y
+
+    def cost(self, size: int) -> "Cost":
+        """What images of ``size`` pixels cost, as counted and as measured so far."""
+        return self.meter.cost(self.model, size)
 
 
 def bicubic_round_trip(factor: int) -> RoundTrip:
@@ -149,8 +161,8 @@ class Meter:
         cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
         return Cost(
             parameters=count_parameters(model),
-            encode_macs=count_macs(_OneWay(model, "encode"), 1, model.in_channels, size, size),
-            decode_macs=count_macs(_OneWay(model, "decode"), 1, model.latent_channels, latent, latent),
+            encode_macs=count_macs(OneWay(model, "encode"), 1, model.in_channels, size, size),
+            decode_macs=count_macs(OneWay(model, "decode"), 1, model.latent_channels, latent, latent),
             encode_images_per_s=self._rate("encode"),
             decode_images_per_s=self._rate("decode"),
             peak_memory_bytes=max(_warm(self._peaks), default=None),
@@ -168,7 +180,7 @@ def _warm(measured: list[T]) -> list[T]:
     return measured[1:] or measured
 
 
-class _OneWay(nn.Module):
+class OneWay(nn.Module):
     """One direction of an autoencoder as a module's forward pass."""
 
     def __init__(self, model: Autoencoder, direction: Direction) -> None:

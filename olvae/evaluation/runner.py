@@ -1,6 +1,7 @@
 """``evaluate``: from a request (targets, images, protocols) to results."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from olvae.data.source import Batch, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.artefacts import Artefacts, find_artefacts
 from olvae.evaluation.bands import BandErrors
+from olvae.evaluation.cross import Crossed, LatentErrors, crossed
 from olvae.evaluation.gallery import Gallery
+from olvae.evaluation.precision import FULL, Activations, InPrecision, PrecisionRoundTrip, in_precisions, judged
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip, Cost, RoundTrip, bicubic_round_trip
@@ -71,6 +74,13 @@ class Request:
         device: in torch's notation.
         baselines: add bicubic by the first target's factor, and the first target untrained.
         test_patterns: reconstruct test patterns as well.
+        cross: of the two targets, teacher and student, also evaluate each encoder with the other's decoder, and compare
+            the student's latents with the teacher's.
+        precisions: 32 first, then fp16, bf16: :func:`~olvae.evaluation.precision.parse_precisions`. With several, each
+            target has a row for each, and activations are measured.
+
+    Raises:
+        ConfigError: the parts do not fit together.
     """
 
     targets: Sequence[Target]
@@ -84,6 +94,16 @@ class Request:
     device: str = "cpu"
     baselines: bool = False
     test_patterns: bool = True
+    cross: bool = False
+    precisions: Sequence[str] = (FULL,)
+
+    def __post_init__(self) -> None:
+        if self.cross and len(self.targets) != 2:
+            raise ConfigError(f"--cross takes two targets, TEACHER STUDENT, and got {len(self.targets)}")
+        if self.cross and len(self.precisions) > 1:
+            raise ConfigError("--cross and --precision are two evaluations: leave one of them out")
+        if len(self.precisions) > 1 and "psnr" not in self.metrics:
+            raise ConfigError("--precision is judged by PSNR: add psnr to --metrics")
 
     @property
     def config(self) -> Config:
@@ -116,7 +136,11 @@ def evaluate(request: Request, watched: Watched = lambda batches, _: batches) ->
         ConfigError: the request's parts do not fit together.
         FileNotFoundError, ValueError: images or weights are missing or unreadable.
     """
-    models = {target.name: target.load() for target in request.targets}
+    models: dict[str, Autoencoder] = {target.name: target.load() for target in request.targets}
+    if request.cross:
+        models = crossed(models)
+    elif len(request.precisions) > 1:
+        models = in_precisions(models, request.precisions)
     passes: dict[tuple[str, str], list[Protocol]] = {}
     for protocol in request.protocols:
         passes.setdefault((protocol.resize, protocol.resample), []).append(protocol)
@@ -151,6 +175,16 @@ def _one_pass(
     ranked_by = rankings[0] if rankings else None
     shown = {_key(trips, name, seeds[0]) for name in names}
     observers = {key: Observer(make(), key in shown, ranked_by) for key in trips}
+    for key, trip in trips.items():
+        if isinstance(trip, PrecisionRoundTrip):
+            observers[key].activations = trip.activations
+    if request.cross:
+        teacher, student = (target.name for target in request.targets)
+        errors = observers[student, seeds[0]].latents = LatentErrors(teacher)
+        for name, take in ((teacher, errors.teacher), (student, errors.student)):
+            trip = trips[name, seeds[0]]
+            assert isinstance(trip, AutoencoderRoundTrip)
+            trip.on_latents = take
     digests = observe(trips, observers, watched(loader, source.val_images))
     if this_process()[1] > 1:
         loader.read_errors.share()
@@ -165,16 +199,22 @@ def _one_pass(
     for name, model in models.items():
         trip = trips[name, seeds[0]]
         assert isinstance(trip, AutoencoderRoundTrip)
-        costs[name] = trip.meter.cost(model, source.size)
-        if request.test_patterns:
+        costs[name] = trip.cost(source.size)
+        if isinstance(model, Crossed):
+            costs[name] = replace(costs[name], parameters=model.used_parameters())
+        if request.test_patterns and not (isinstance(model, InPrecision) and model.precision != FULL):
             patterns[name] = find_artefacts(model, source.size, request.device, batch_size)
     bands = {name: observer.bands.compute() for (name, _), observer in observers.items() if observer.bands}
+    latents = {name: observer.latents.compute() for (name, _), observer in observers.items() if observer.latents}
+    precisions = {name: model.precision for name, model in models.items() if isinstance(model, InPrecision)}
     measured = {
         (name, seed): replace(
             measure(name, observer.metrics, n),
             cost=costs.get(name),
             bands=bands.get(name),
             test_patterns=patterns[name].as_dict() if name in patterns else None,
+            latents=latents.get(name),
+            precision=observer.activations.compute(precisions[name]) if observer.activations else None,
         )
         for (name, seed), observer in observers.items()
     }
@@ -191,7 +231,7 @@ def _one_pass(
     for protocol in protocols:
         keys = [_key(measured, name, _seed(protocol)) for name in names]
         complete = replace(protocol, n=n)
-        rows = rows_under(complete, [measured[key] for key in keys], request.metrics)
+        rows = _judged(rows_under(complete, [measured[key] for key in keys], request.metrics))
         results = Results(complete.as_dict(), complete.hash(), about, rows)
         evaluated.append(Evaluated(results, galleries, ranked_by or "psnr", patterns))
     return evaluated
@@ -235,7 +275,10 @@ def _round_trips(
     found: dict[Key, RoundTrip] = {}
     for seed in seeds:
         for name, model in models.items():
-            found[name, seed] = AutoencoderRoundTrip(model, request.device, seed, name)
+            if isinstance(model, InPrecision):
+                found[name, seed] = PrecisionRoundTrip(model, request.device, seed, name)
+            else:
+                found[name, seed] = AutoencoderRoundTrip(model, request.device, seed, name)
     if request.baselines:
         untrained = request.targets[0].untrained()
         factor = untrained.downscale
@@ -247,13 +290,16 @@ def _round_trips(
 class Observer:
     """What is kept of one target's reconstructions: metrics, and for the page the error per band and a gallery.
 
-    The gallery is ranked by a metric of single images, if ``ranked_by`` names one.
+    The gallery is ranked by a metric of single images, if ``ranked_by`` names one. Its round trip fills ``latents`` and
+    ``activations``, where there are any.
     """
 
     def __init__(self, metrics: MetricSet, shown: bool = False, ranked_by: str | None = None) -> None:
         self.metrics = metrics
         self.bands = BandErrors() if shown else None
         self.gallery = Gallery(METRICS[ranked_by].better) if shown and ranked_by else None
+        self.latents: LatentErrors | None = None
+        self.activations: Activations | None = None
         self._ranked_by = ranked_by or ""
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
@@ -268,11 +314,15 @@ class Observer:
                 self.bands = None
 
     def state(self) -> Any:
-        return self.metrics.state(), self.gallery, self.bands
+        return self.metrics.state(), self.gallery, self.bands, self.latents, self.activations
 
     def merge(self, state: Any) -> None:
-        metrics, gallery, bands = state
+        metrics, gallery, bands, latents, activations = state
         self.metrics.merge(metrics)
+        if self.latents is not None:
+            self.latents.merge(latents)
+        if self.activations is not None:
+            self.activations.merge(activations)
         if self.gallery is not None:
             self.gallery.merge(gallery)
         if bands is None:
@@ -368,6 +418,17 @@ def rows_under(protocol: Protocol, measured: Sequence[Row], names: Sequence[str]
             )
         )
     return rows
+
+
+def _judged(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the verdict on their precisions; each follows its target's row in float32."""
+    full, found = math.inf, []
+    for row in rows:
+        if row.precision is not None:
+            full = row.metrics["psnr"] if row.precision.dtype == FULL else full
+            row = replace(row, precision=judged(row.precision, row.metrics["psnr"], full))
+        found.append(row)
+    return found
 
 
 def _renamed(values: Mapping[str, T], columns: Mapping[str, str]) -> dict[str, T]:

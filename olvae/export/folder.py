@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -269,10 +269,31 @@ def _quality(metrics: Path | None) -> str:
         return (
             f"| | images | {titles} |\n|---|--:|{'--:|' * len(names)}\n" + "\n".join(rows) + "\n\n"
             f"Protocol `{protocol['name']}`, version {protocol['version']}, {content['protocol_hash']}: in "
-            "`metrics.json`. Measured before the export."
+            f"`metrics.json`. Measured before the export.\n\n{_precision(content['results'])}"
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{metrics}: not a metrics.json of olvae evaluate: {type(error).__name__}: {error}") from error
+
+
+def _precision(results: Sequence[Mapping[str, Any]]) -> str:
+    """Which precisions are safe for the first target, by its rows of a metrics.json."""
+    first = results[0]["target"]
+    measured = [(result["target"], result["precision"]) for result in results if result.get("precision")]
+    rows = [found for target, found in measured if target == f"{first}, {found['dtype']}"]
+    if not rows:
+        return "Precision: not measured: `olvae evaluate --precision fp16,bf16,32` does."
+    safe, sentences = [row["dtype"] for row in rows if row["safe"]], []
+    if safe:
+        top = max((row for row in rows if row["safe"]), key=lambda row: row["largest_value"])
+        where = f"largest activation {top['largest_value']:.4g} at `{top['largest_name']}`"
+        sentences.append(f"{' and '.join(safe)} {'are' if len(safe) > 1 else 'is'} safe ({where})")
+    for row in rows:
+        if not row["safe"]:
+            first_at, lost = row["non_finite"]["first"], row["psnr_lost"]
+            change = "changes PSNR" if lost is None else f"changes PSNR by {-lost:+.2f} dB"
+            what = f"overflows at `{first_at}`" if first_at else change
+            sentences.append(f"{row['dtype']} {what}: use {' or '.join([*safe, 'float32'])}")
+    return f"Precision: {'; '.join(sentences)}."
 
 
 def _data(config: Mapping[str, Any]) -> str:

@@ -80,6 +80,7 @@ def test_the_model_card(model, metrics, tmp_path):
         "| a_run | 22 | 24.63 | 0.7 |",
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
+        "Precision: not measured: `olvae evaluate --precision fp16,bf16,32` does.",
         "`olvae.data.mapped.folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
@@ -94,6 +95,48 @@ def test_the_model_card(model, metrics, tmp_path):
                  "float32, as trained, self-modulated convolutions folded"):  # fmt: skip
         assert text in card
     assert not (tmp_path / "bare" / "metrics.json").exists()
+
+
+def measured(target: str, dtype: str, largest: float, first: str | None = None, lost: float | None = 0.0) -> dict:
+    precision = {
+        "dtype": dtype,
+        "largest_name": "decoder.conv_in",
+        "largest_value": largest,
+        "non_finite": {"images": int(first is not None), "values": int(first is not None), "first": first},
+        "psnr_lost": lost,
+        "safe": first is None and lost == 0.0,
+    }
+    return {"target": target, "n": 22, "metrics": {"psnr": 20.0}, "precision": precision}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (
+            [measured("a_run, fp16", "fp16", 812.0), measured("a_run, bf16", "bf16", 810.0)],
+            "Precision: fp16 and bf16 are safe (largest activation 812 at `decoder.conv_in`).",
+        ),
+        (
+            [measured("a_run, fp16", "fp16", 9.0, "encoder.x"), measured("a_run, bf16", "bf16", 7e4)],
+            "Precision: bf16 is safe (largest activation 7e+04 at `decoder.conv_in`); fp16 overflows at `encoder.x`: "
+            "use bf16 or float32.",
+        ),
+        (
+            [measured("a_run, bf16", "bf16", 9.0, lost=0.25)],
+            "Precision: bf16 changes PSNR by -0.25 dB: use float32.",
+        ),
+        (
+            [measured("other", "32", 1.0), measured("other, fp16", "fp16", 9.0)],
+            "Precision: not measured: `olvae evaluate --precision fp16,bf16,32` does.",
+        ),
+    ],
+)
+def test_the_card_says_which_precisions_are_safe(model, tmp_path, metrics, rows, sentence):
+    content = json.loads(metrics.read_text())
+    content["results"] = [measured("a_run", "32", 812.0), *rows, measured("b", "32", 1.0)]
+    metrics.write_text(json.dumps(content))
+    export(model, tmp_path / "vae", Provenance("a_run", metrics=metrics))
+    assert f"\n{sentence}\n" in (tmp_path / "vae" / "README.md").read_text()
 
 
 def test_what_is_there_is_kept(model, tmp_path, monkeypatch):

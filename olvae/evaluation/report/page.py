@@ -13,7 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from olvae import __version__
 from olvae.evaluation.artefacts import Artefacts, amplification, amplified
+from olvae.evaluation.precision import TOLERANCE
 from olvae.evaluation.report.pictures import PatternTable, side_limit, triple
+from olvae.evaluation.report.tables import findings, large
 from olvae.evaluation.results import INFINITE, Results, Row, used_weights
 from olvae.evaluation.runner import Evaluated
 from olvae.figures import ERROR_RANGE
@@ -75,6 +77,11 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         scores=_scores(results),
         differences=_differences(results),
         costs=_costs(results.rows),
+        latents=_latents(results.table),
+        precisions=_precisions(results.table),
+        activations=_activations(results.table),
+        findings=list(findings(row for row in results.table if row.precision)),
+        tolerance=TOLERANCE,
         galleries=galleries,
         ranked_by=METRICS[evaluated.ranked_by].label.partition(", "),
         triple=lambda example: triple(example, side_limit(3 * count)),
@@ -155,6 +162,48 @@ def _costs(rows: Sequence[Row]) -> Table:
             texts = [*(NONE if value is None else significant(value) for value in numbers), cost.device]
             cells[row.target] = [Cell(text) for text in texts]
     return Table(headings, cells)
+
+
+def _latents(rows: Sequence[Row]) -> Table:
+    """A student's latents: the error, and below it the teacher's standard deviation."""
+    cells = {}
+    channels = max((len(row.latents.per_channel) for row in rows if row.latents), default=0)
+    for row in rows:
+        if found := row.latents:
+            pairs = zip(found.per_channel, found.teacher_std, strict=True)
+            one = [Cell(NONE if error is None else significant(error), significant(std)) for error, std in pairs]
+            overall = Cell(NONE if found.rmse is None else significant(found.rmse))
+            cells[row.target] = [overall, *one, *[Cell(NONE)] * (channels - len(one))]
+    return Table(["all", *(f"channel {i + 1}" for i in range(channels))], cells)
+
+
+def _precisions(rows: Sequence[Row]) -> Table:
+    cells = {}
+    for row in rows:
+        if found := row.precision:
+            texts = (
+                "yes" if found.safe else "no",
+                NONE if found.psnr_lost is None else number(found.psnr_lost, 3),
+                large(found.largest_value),
+                found.largest_name,
+                large(found.limit),
+                str(found.non_finite.images),
+                found.non_finite.first or NONE,
+            )
+            cells[row.target] = [Cell(text) for text in texts]
+    headings = ["safe", "PSNR lost, dB", "largest", "at", "limit", "images non-finite", "first at"]
+    return Table(headings, cells)
+
+
+def _activations(rows: Sequence[Row]) -> Table:
+    """The largest activation by stage; targets may have stages of other names."""
+    found = {row.target: row.precision.largest for row in rows if row.precision}
+    stages = list(dict.fromkeys(stage for largest in found.values() for stage in largest))
+    cells = {
+        target: [Cell(large(largest[stage]) if stage in largest else NONE) for stage in stages]
+        for target, largest in found.items()
+    }
+    return Table(stages, cells)
 
 
 def _patterns(artefacts: Mapping[str, Artefacts]) -> Table:

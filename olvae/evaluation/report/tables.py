@@ -3,20 +3,24 @@
 import csv
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from olvae.evaluation.precision import FULL, Precision
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost
 from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 
-__all__ = ["print_results", "write_csv", "write_markdown"]
+__all__ = ["findings", "large", "print_results", "write_csv", "write_markdown"]
+
+FP16 = torch.finfo(torch.float16).max
 
 COSTS = ("M params", "GMACs encode", "GMACs decode", "img/s encode", "img/s decode", "MiB peak")
 
@@ -117,7 +121,8 @@ def _conditions(rows: Sequence[Row]) -> str:
 
 
 def _remarks(results: Results) -> Iterator[str]:
-    """What was skipped, and why; and the warnings."""
+    """What was found besides the table; what was skipped, and why; and the warnings."""
+    yield from findings(results.table)
     skipped: dict[str, list[str]] = {}
     for row in results.table:
         for name, reason in row.skipped.items():
@@ -126,6 +131,52 @@ def _remarks(results: Results) -> Iterator[str]:
                 skipped[reason].append(label)
     yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in skipped.items())
     yield from (f"note: {note}" for note in results.warnings())
+
+
+def findings(rows: Iterable[Row]) -> Iterator[str]:
+    """A line for each student's latents, and one for each precision; rows in fp16 and bf16 follow that in float32."""
+    full: Precision | None = None
+    for row in rows:
+        if row.latents is not None:
+            overall, *channels = (
+                "-" if value is None else f"{value:.3f}" for value in (row.latents.rmse, *row.latents.per_channel)
+            )
+            yield (
+                f"latents of {row.target}: RMS error {overall} in standard deviations of {row.latents.teacher}; per "
+                f"channel {', '.join(channels)}"
+            )
+        if row.precision is not None:
+            full = row.precision if row.precision.dtype == FULL else full
+            yield f"{row.target}: {_range(row, row.precision, full)}"
+
+
+def _range(row: Row, found: Precision, full: Precision | None) -> str:
+    """A precision in words.
+
+    Args:
+        full: the same target in float32.
+    """
+    broken = found.non_finite
+    largest = full if full and broken.images else found  # in float32 the value that overflows is known
+    parts = [f"largest activation {large(largest.largest_value)} at {largest.largest_name}"]
+    if largest is not found:
+        parts[0] += " in float32"
+    if largest.largest_value > found.limit:
+        parts[0] += f", beyond {large(found.limit)}"
+    elif found.dtype == FULL:
+        parts[0] += f"; fp16 ends at {large(FP16)}"
+    if broken.images:
+        parts.append(f"{broken.images} of {row.n} images non-finite, first at {broken.first}")
+    if found.dtype == FULL:
+        return "; ".join(parts)
+    if found.psnr_lost is not None:
+        parts.append(f"PSNR {-found.psnr_lost:+.3f} dB")
+    return f"{'; '.join(parts)}: {'safe' if found.safe else 'not safe'}"
+
+
+def large(value: float) -> str:
+    """A magnitude: 71,234, 3.14, or 3.39e+38."""
+    return f"{value:.2e}" if value >= 1e9 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -144,10 +195,12 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _cost_columns(rows: Sequence[Row]) -> Sequence[str]:
-    """None if no cost is known; without memory if none was measured, as on a CPU."""
+    """None if no cost is known; without memory if none was measured, as on a CPU; without speed, the same."""
     costs = [row.cost for row in rows if row.cost]
     if not costs:
         return ()
+    if not any(cost.encode_images_per_s or cost.decode_images_per_s for cost in costs):
+        return COSTS[:3]
     return COSTS if any(cost.peak_memory_bytes is not None for cost in costs) else COSTS[:-1]
 
 

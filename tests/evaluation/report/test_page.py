@@ -14,7 +14,9 @@ from skimage import data
 
 from olvae.evaluation.artefacts import find_artefacts
 from olvae.evaluation.bands import BandErrors
+from olvae.evaluation.cross import LatentError
 from olvae.evaluation.gallery import Gallery
+from olvae.evaluation.precision import NonFinite, Precision
 from olvae.evaluation.report.page import render_page, write_page
 from olvae.evaluation.report.pictures import inline, side_limit
 from olvae.evaluation.results import Results, Row
@@ -69,6 +71,19 @@ def photographs(size: int) -> tuple[list[str], torch.Tensor]:
 WEIGHTS = {"file": "vgg16-397923af.pth", "sha256": "397923af" * 8, "published": True}
 
 
+BLOCK = "encoder.extractors.1.down_blocks.0.0.conv1"
+
+
+def precision(i: int) -> Precision:
+    """The rows of a target in float32, fp16, where it overflows, and bf16."""
+    dtype = ("32", "fp16", "bf16")[i % 3]
+    largest = {"encoder.extractors.1": 71234.0 if i != 1 else 9.5, "decoder.mid.0": 2.25}
+    broken = NonFinite(3, 700, BLOCK) if i == 1 else NonFinite(0, 0, None)
+    return Precision(
+        dtype, largest, BLOCK, largest["encoder.extractors.1"], 65504.0 if i == 1 else 3e38, broken, 6.5 * i, i != 1
+    )
+
+
 def page(targets: list[str], size: int = 64, patterns: bool = True) -> Evaluated:
     """Real photographs, reduced and enlarged again by as many factors as there are targets."""
     keys, x = photographs(size)
@@ -93,6 +108,8 @@ def page(targets: list[str], size: int = 64, patterns: bool = True) -> Evaluated
                 {"lpips_alex": {"weights": WEIGHTS}, "kid": {"warning": "12 images are few."}},
                 Cost(3_012_345, 12_000_000_000, 345_678_901, 129.34, 8.8123, 3 << 30, 4, "a GPU") if i == 0 else None,
                 errors.compute(),
+                latents=LatentError("one", 0.21, [0.12345, None], [2.5, 0.0]) if i == 1 else None,
+                precision=precision(i),
                 differences={
                     "psnr": Difference(-2.5, -3.0, -2.0),
                     "lpips_alex": Difference(-0.05, -0.06, -0.04),
@@ -194,6 +211,18 @@ def test_the_numbers_and_marks(whole):
     for words in ("0123456789abcdef", "397923af" * 8, "the same", "12 images are few.", COMMAND, LONG, "batches of 4"):
         assert words in text
     assert "12 images of tiles, sha256 abababababababab…" in text
+
+
+def test_latents_and_precisions(whole):
+    html = render_page(whole)
+    text = Reader(html).all_text()
+    assert '<span>0.123</span><span class="interval">2.50</span>' in html  # the teacher's deviation below
+    assert "one: largest activation 71,234 at " + BLOCK in text
+    assert f"{LONG}: largest activation 71,234 at {BLOCK} in float32, beyond 65,504; 3 of 12 images" in text
+    assert "within 0.1 dB of float32's" in text
+    assert html.count("<span>71,234</span>") == 4  # of two targets, as the largest of all and of its stage
+    rest = [replace(row, latents=None, precision=None) for row in whole.results.rows]
+    assert not {"latents", "precision"} & {a.get("id") for _, a in Reader(render_page(changed(whole, rest))).elements}
 
 
 def test_earlier_rows_stand_below(whole):

@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from olvae.evaluation.cross import LatentError
+from olvae.evaluation.precision import NonFinite, Precision
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.report.tables import print_results, write_csv, write_markdown
 from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Cost
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
+FINITE = NonFinite(0, 0, None)
+COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")
 COST = Cost(1_500_000, 2_000_000_000, 3_000_000_000, 12.34, None, 3 * 2**20, 4, "CPU, 1 thread")
 
 
@@ -44,6 +48,30 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
         "- skipped LPIPS: no weights\n"
         "- note: unreadable images, which are not in these numbers: 1\n"
     )
+
+
+def test_latents_and_precisions_are_lines_below_the_table(tmp_path):
+    def found(
+        dtype: str, value: float, limit: float, broken: NonFinite = FINITE, lost: float | None = 0.0
+    ) -> Precision:
+        return Precision(dtype, {"decoder": value}, "decoder.conv_out", value, limit, broken, lost, not broken.values)
+
+    rows = (
+        Row("a", 5, {"psnr": 20.0}, precision=found("32", 71234.4, 3.4e38)),
+        Row("a, fp16", 5, {"psnr": 5.0}, precision=found("fp16", 9.0, 65504.0, NonFinite(3, 8, "decoder.up.0"), 15.0)),
+        Row("a, bf16", 5, {"psnr": 20.0}, precision=found("bf16", 3.14159, 3.4e38, lost=-0.0625)),
+        Row("b", 5, {"psnr": 20.0}, latents=LatentError("a", 0.18, [0.18, None], [1.0, 0.0]), cost=COUNTED),
+    )
+    write_markdown(results_of(*rows), tmp_path / "m.md")
+    lines = (tmp_path / "m.md").read_text().splitlines()
+    assert lines[-4:] == [
+        "- a: largest activation 71,234 at decoder.conv_out; fp16 ends at 65,504",
+        "- a, fp16: largest activation 71,234 at decoder.conv_out in float32, beyond 65,504; 3 of 5 images non-finite, "
+        "first at decoder.up.0; PSNR -15.000 dB: not safe",
+        "- a, bf16: largest activation 3.14 at decoder.conv_out; PSNR +0.062 dB: safe",
+        "- latents of b: RMS error 0.180 in standard deviations of a; per channel 0.180, -",
+    ]
+    assert lines[2] == "| target | images | PSNR, dB | M params | GMACs encode | GMACs decode |"
 
 
 def test_costs_of_earlier_results_stand_in_their_rows(tmp_path):

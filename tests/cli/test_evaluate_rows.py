@@ -1,0 +1,237 @@
+"""``olvae evaluate --cross`` and ``--precision``, which add rows to the table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from olvae.models.loading.targets import find_target
+from tests.evaluation.test_cross import kl, litevae
+from tests.test_devices import run_on_two
+
+PIXELS = ("--metrics", "psnr,ssim")
+
+
+def rows(folder: Path, name: str = "metrics.json") -> dict[str, dict]:
+    return {row["target"]: row for row in json.loads((folder / name).read_text())["results"]}
+
+
+@pytest.fixture(scope="module")
+def photos(trained):
+    return trained.parent.parent / "photos"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("peers") / "kl"
+    torch.manual_seed(1)
+    kl().model.save_pretrained(folder)
+    return f"diffusers:{folder}"
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory) -> Path:
+    """A GroupNorm follows the scaled layer, so in float32 nothing changes."""
+    torch.manual_seed(2)
+    model = litevae()
+    with torch.no_grad():
+        model.encoder.extractors[1].down_blocks[0][0].conv1.weight *= 1e6
+    folder = tmp_path_factory.mktemp("scaled") / "scaled"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_every_encoder_with_every_decoder(olvae, trained, teacher, photos, tmp_path):
+    arguments = ["evaluate", teacher, str(trained), "--cross", "--data", str(photos), "--size", "32", *PIXELS]
+    protocols = ["--protocol", "open-litevae,latent-diffusion"]
+    code, _, err = olvae(*arguments, *protocols, "--baselines", "-B", 5, "--out", tmp_path / "one")
+    assert code == 0, err
+    found, a, b = rows(tmp_path / "one"), teacher, trained.name
+    crossed = [a, b, f"{a}'s encoder, {b}'s decoder", f"{b}'s encoder, {a}'s decoder"]
+    assert list(found) == [*crossed, "bicubic, 8x smaller and back", "untrained"]
+
+    models = [find_target(target).load() for target in (teacher, trained)]
+    pairs = [(models[i], models[j]) for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))]
+    x = np.stack([crop(path) for path in sorted(photos.iterdir())])  # (N, 32, 32, 3)
+    images = torch.tensor(x).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        for name, (encoder, decoder) in zip(crossed, pairs, strict=True):
+            y = decoder.decode(encoder.encode(images).mode())
+            y = ((y.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+            expected = np.mean([peak_signal_noise_ratio(p, q) for p, q in zip(x, y, strict=True)])
+            assert found[name]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-3)
+        first, second = (
+            model.encode(images).mean.double().numpy().transpose(1, 0, 2, 3).reshape(4, -1) for model in models
+        )
+    std = first.std(1)
+    latents = found[b]["latents"]
+    expected = np.sqrt(((second - first) ** 2).mean(1)) / std
+    assert latents["teacher"] == a
+    assert latents["per_channel"] == pytest.approx(list(expected), rel=1e-4)
+    assert latents["teacher_std"] == pytest.approx(list(std), rel=1e-4)
+    assert latents["rmse"] == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-4)
+    assert [name for name, row in found.items() if "latents" in row] == [b]
+    costs = [found[name]["cost"] for name in crossed]
+    assert costs[0]["parameters"] + costs[1]["parameters"] == costs[2]["parameters"] + costs[3]["parameters"]
+    for key in ("encode_macs", "decode_macs"):
+        assert {costs[0][key], costs[1][key]} == {costs[2][key], costs[3][key]}
+    assert costs[2]["encode_macs"] == costs[0]["encode_macs"]
+    assert costs[2]["decode_images_per_s"] > 0
+
+    sampled = rows(tmp_path / "one", "metrics_latent-diffusion.json")
+    assert sampled[b]["latents"] == latents
+    assert sampled[crossed[2]]["metrics"]["psnr"] != found[crossed[2]]["metrics"]["psnr"]
+    line = f"latents of {b}: RMS error {latents['rmse']:.3f} in standard deviations of {a}; per channel"
+    assert line in err
+    assert line in (tmp_path / "one" / "metrics.md").read_text()
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert '<section id="latents">' in page
+    assert "encoder, diffusers:" in page
+
+    beside = ("--beside", tmp_path / "one" / "metrics.json")
+    assert olvae(*arguments, *beside, "-B", 3, "--no-report", "--out", tmp_path / "beside")[0] == 0
+    assert rows(tmp_path / "beside")[f"{b} (2)"]["latents"] == latents
+    run_on_two("-m", "olvae.cli.main", *arguments, "--out", str(tmp_path / "two"))
+    for folder in ("beside", "two"):
+        again = rows(tmp_path / folder)
+        assert again[b]["latents"]["per_channel"] == pytest.approx(latents["per_channel"], rel=1e-4)
+        for name in crossed:
+            assert again[name]["metrics"] == pytest.approx(found[name]["metrics"], rel=1e-3)
+
+
+def crop(path: Path) -> np.ndarray:
+    """As the protocol says: 48x40 to 38x32, then the middle."""
+    picture = Image.open(path).resize((38, 32), Image.Resampling.BICUBIC)
+    return np.asarray(picture.crop((3, 0, 35, 32)))
+
+
+def test_rows_of_precisions(olvae, trained, overflowing, photos, tmp_path):
+    arguments = ["evaluate", str(overflowing), str(trained), "--data", str(photos), "--size", "16", *PIXELS]
+    precision = ("--precision", "fp16,bf16,32")
+    code, _, err = olvae(*arguments, *precision, "--baselines", "-B", 5, "--out", tmp_path / "one")
+    assert code == 0, err
+    found = rows(tmp_path / "one")
+    scaled, healthy = overflowing.name, trained.name
+    lower = [f"{name}{end}" for name in (scaled, healthy) for end in ("", ", fp16", ", bf16")]
+    assert list(found) == [*lower, "bicubic, 8x smaller and back", "untrained"]
+    assert ["precision" in row for row in found.values()] == [True] * 6 + [False] * 2
+
+    layer = "encoder.extractors.1.down_blocks.0.0.conv1"
+    half = found[f"{scaled}, fp16"]["precision"]
+    assert half["non_finite"]["first"] == layer
+    assert half["non_finite"]["images"] == 12
+    assert not half["safe"]
+    assert all(np.isfinite(value) for value in found[f"{scaled}, fp16"]["metrics"].values())
+    assert half["psnr_lost"] == pytest.approx(
+        found[scaled]["metrics"]["psnr"] - found[f"{scaled}, fp16"]["metrics"]["psnr"]
+    )
+    for name in (scaled, f"{scaled}, bf16"):
+        row = found[name]["precision"]
+        assert row["largest_name"] == layer
+        assert row["largest_value"] == row["largest"]["encoder.extractors.1"] > 65504
+        assert row["non_finite"] == {"images": 0, "values": 0, "first": None}
+        assert row["safe"]
+    for name in (f"{healthy}, fp16", f"{healthy}, bf16"):
+        assert found[name]["precision"]["safe"]
+        assert abs(found[name]["metrics"]["psnr"] - found[healthy]["metrics"]["psnr"]) <= 0.1
+        assert found[name]["cost"]["encode_macs"] == found[healthy]["cost"]["encode_macs"]
+        assert found[name]["cost"]["encode_images_per_s"] is None
+    line = f"12 of 12 images non-finite, first at {layer}; PSNR {-half['psnr_lost']:+.3f} dB: not safe"
+    assert f"{scaled}, fp16: largest activation {found[scaled]['precision']['largest_value']:,.0f} at {layer} in" in err
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert '<section id="precision">' in page
+    for text in (err, (tmp_path / "one" / "metrics.md").read_text(), page):
+        assert line in text
+    assert len(set((tmp_path / "one" / "per_image.csv").read_text().split("\n")[0].split(","))) == 4
+
+    run_on_two("-m", "olvae.cli.main", *arguments, *precision, "--no-report", "--out", str(tmp_path / "two"))
+    for name, row in rows(tmp_path / "two").items():
+        for key in ("images", "first"):
+            assert row["precision"]["non_finite"][key] == found[name]["precision"]["non_finite"][key]
+        assert row["precision"]["largest"] == pytest.approx(found[name]["precision"]["largest"], rel=2e-2)
+
+    beside = ("--beside", tmp_path / "one" / "metrics.json")
+    assert olvae("evaluate", trained, "--data", photos, *PIXELS, *beside, "--out", tmp_path / "beside")[0] == 0
+    assert rows(tmp_path / "beside")[f"{scaled}, fp16"]["precision"] == half
+    assert line in (tmp_path / "beside" / "metrics.md").read_text()
+
+
+def test_without_them_nothing_is_recorded(olvae, trained, photos, tmp_path, monkeypatch):
+    def evaluate(out: str, *more: object) -> dict:
+        code, _, err = olvae("evaluate", trained, "--data", photos, *PIXELS, "--out", tmp_path / out, *more)
+        assert code == 0, err
+        return rows(tmp_path / out)[trained.name]
+
+    full = evaluate("measured", "--precision", "bf16")
+    monkeypatch.setattr("olvae.evaluation.precision.recorded", None)
+    plain, asked = evaluate("plain"), evaluate("asked", "--precision", "32")
+    for name in ("metrics", "intervals", "bands", "test_patterns"):
+        assert plain[name] == asked[name] == full[name]
+    assert plain.keys() == asked.keys() == full.keys() - {"precision"}
+
+
+def test_a_sampled_latent_has_activations_of_its_own(olvae, trained, photos, tmp_path):
+    protocols = ("--protocol", "open-litevae,latent-diffusion", "--precision", "bf16")
+    code, _, err = olvae("evaluate", trained, "--data", photos, *PIXELS, *protocols, "--out", tmp_path)
+    assert code == 0, err
+    mode, sampled = rows(tmp_path), rows(tmp_path, "metrics_latent-diffusion.json")
+    for name in (trained.name, f"{trained.name}, bf16"):
+        one, other = mode[name]["precision"], sampled[name]["precision"]
+        assert one["largest"]["encoder"] == other["largest"]["encoder"]
+        assert one["largest"]["decoder.conv_in"] != other["largest"]["decoder.conv_in"]
+        assert mode[name]["metrics"]["psnr"] > sampled[name]["metrics"]["psnr"]
+        assert (other["psnr_lost"] == 0.0) == (other["dtype"] == "32")
+
+
+def test_the_sample_photographs_and_the_card(olvae, tmp_path):
+    model = litevae()
+    with torch.no_grad():
+        model.encoder.aggregator.init_conv.weight *= 1e7  # a GroupNorm follows
+    model.save_pretrained(tmp_path / "vae")
+    arguments = ["--data", "samples", "--size", "32", "--metrics", "psnr", "--precision", "fp16,bf16"]
+    code, _, err = olvae("evaluate", tmp_path / "vae", *arguments, "--out", tmp_path / "vae")
+    assert code == 0, err
+    code, _, err = olvae("export", tmp_path / "vae", "--out", tmp_path / "out")
+    assert code == 0, err
+    found = rows(tmp_path / "vae")["vae, bf16"]["precision"]
+    name = found["largest_name"]
+    assert name.startswith("encoder.aggregator.")
+    assert (
+        f"Precision: bf16 is safe (largest activation {found['largest_value']:.4g} at `{name}`); fp16 overflows at "
+        "`encoder.aggregator.init_conv`: use bf16 or float32."
+    ) in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("targets", "arguments", "text"),
+    [
+        (1, ["--cross"], "--cross takes two targets, TEACHER STUDENT, and got 1"),
+        (2, ["--cross", "--precision", "fp16"], "--cross and --precision are two evaluations"),
+        (1, ["--precision", "fp8"], "--precision fp8: choose from fp16, bf16, 32"),
+        (1, ["--precision", "bf16", "--metrics", "ssim"], "--precision is judged by PSNR: add psnr to --metrics"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, photos, tmp_path, targets, arguments, text):
+    given = [trained] * targets + ["--data", photos, "--out", tmp_path / "out", *arguments]
+    code, out, err = olvae("evaluate", *given)
+    assert (code, out) == (2, ""), err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert text in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_latents_are_told_before_any_image_is_read(olvae, trained, tmp_path):
+    kl(5).model.save_pretrained(tmp_path / "kl")
+    code, _, err = olvae(
+        "evaluate", trained, f"diffusers:{tmp_path}/kl", "--cross", "--data", tmp_path / "gone", "--out", tmp_path / "o"
+    )
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        f"error: {trained.name} has 4 channels at f8, diffusers:{tmp_path}/kl 5 at f8: crossed evaluation needs the "
+        "same latent"
+    )
+    assert not (tmp_path / "o").exists()

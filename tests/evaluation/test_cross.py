@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from olvae.config import ConfigError
+from olvae.evaluation.cross import Crossed, LatentErrors, crossed
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.loading.diffusers import DiffusersAutoencoder
+from tests.conftest import tiny_config
+
+KEYS = [f"image{i}" for i in range(7)]
+
+
+def litevae(**more) -> LiteVAE:
+    params = tiny_config(**more)["model"]["params"]
+    return LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
+
+
+def kl(latent_channels: int = 4) -> DiffusersAutoencoder:
+    model = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    return DiffusersAutoencoder(model.eval()).eval()
+
+
+def seen(teacher, student, size=7, order=None) -> LatentErrors:
+    errors = LatentErrors("teacher")
+    order = order or list(range(len(teacher)))
+    for i in range(0, len(order), size):
+        part = order[i : i + size]
+        keys = [KEYS[j] for j in part]
+        errors.teacher(keys, teacher[part])
+        errors.student(keys, student[part])
+    return errors
+
+
+def test_the_error_by_hand():
+    """The teacher's values are 0 and 2, so their deviation is 1; the student is wrong by 1 once in two positions."""
+    found = seen(torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[1.0, 2.0]]]])).compute()
+    assert found.teacher == "teacher"
+    assert found.teacher_std == [1.0]
+    assert found.per_channel == [0.5**0.5]
+    assert found.rmse == pytest.approx(0.5**0.5)
+
+
+def test_the_error_is_numpys_whatever_batches_and_processes():
+    teacher = torch.randn(7, 3, 4, 5) * torch.tensor([1.0, 0.1, 30.0]).view(3, 1, 1) + torch.randn(7, 3, 1, 1) + 5.0
+    student = teacher + torch.randn(7, 3, 4, 5) * torch.tensor([0.5, 0.5, 1.0]).view(3, 1, 1)
+    a, b = (x.double().numpy().transpose(1, 0, 2, 3).reshape(3, -1) for x in (teacher, student))
+    expected = np.sqrt(((b - a) ** 2).mean(1)) / a.std(1)
+    found = seen(teacher, student).compute()
+    assert found.per_channel == pytest.approx(list(expected), rel=1e-9)
+    assert found.teacher_std == pytest.approx(list(a.std(1)), rel=1e-9)
+    assert found.rmse == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-9)
+
+    halves = seen(teacher, student, order=[0, 1, 2, 3]), seen(teacher, student, order=[6, 5, 4, 3])  # 3 in both
+    halves[0].merge(halves[1])
+    for other in (seen(teacher, student, 1), seen(teacher, student, 2, [6, 5, 4, 3, 2, 1, 0]), halves[0]):
+        assert other.compute().per_channel == pytest.approx(found.per_channel, rel=1e-12)
+
+
+def test_a_constant_channel_of_the_teacher_has_no_error():
+    teacher = torch.full((2, 2, 4, 4), 0.3)
+    teacher[:, 1] = torch.randn(2, 4, 4)
+    found = seen(teacher, teacher + 1.0).compute()
+    assert found.per_channel[0] is None
+    assert found.rmse == found.per_channel[1] > 0
+    nothing = seen(teacher[:, :1], teacher[:, :1] + 1.0).compute()
+    assert (nothing.rmse, nothing.per_channel) == (None, [None])
+
+
+@pytest.mark.parametrize("quantizer", [False, True])
+def test_the_encoder_of_one_and_the_decoder_of_the_other(quantizer):
+    a, b = litevae(use_quant=quantizer), kl()
+    models = crossed({"a": a, "b": b})
+    assert list(models) == ["a", "b", "a's encoder, b's decoder", "b's encoder, a's decoder"]
+    ab, ba = list(models.values())[2:]
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(ab(x)[0], b.decode(a.encode(x).mode()))
+        assert torch.equal(ba(x)[0], a.decode(b.encode(x).mode()))
+
+    def count(*modules):
+        return sum(p.numel() for module in modules if module for p in module.parameters())
+
+    ours, theirs = a.quantizer, b.model
+    assert isinstance(ab, Crossed)
+    assert isinstance(ba, Crossed)
+    assert ab.used_parameters() == (
+        count(a.encoder, ours and ours.quant_conv) + count(theirs.decoder, theirs.post_quant_conv)
+    )
+    assert ba.used_parameters() == (
+        count(theirs.encoder, theirs.quant_conv) + count(a.decoder, ours and ours.post_quant_conv)
+    )
+    assert all(p.grad is None for p in [*a.parameters(), *b.parameters()])
+
+
+def test_latents_of_other_shapes():
+    with pytest.raises(ConfigError, match=r"^a has 4 channels at f8, b 5 at f8: crossed evaluation needs the same"):
+        crossed({"a": litevae(), "b": kl(5)})

@@ -1,0 +1,222 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from olvae.config import ConfigError
+from olvae.evaluation.precision import (
+    Activations,
+    InPrecision,
+    PrecisionRoundTrip,
+    in_precisions,
+    judged,
+    parse_precisions,
+    stage_of,
+)
+from olvae.evaluation.roundtrip import AutoencoderRoundTrip
+from olvae.models.autoencoder import Autoencoder
+from olvae.modules.distributions import Deterministic
+from tests.evaluation.test_cross import kl, litevae
+
+KEYS = ["white", "black"]
+
+
+def one(weight: float, bias: float = 0.0) -> nn.Conv2d:
+    conv = nn.Conv2d(1, 1, kernel_size=1)
+    nn.init.constant_(conv.weight, weight)
+    nn.init.constant_(conv.bias, bias)
+    return conv
+
+
+class Tiny(Autoencoder):
+    """z = 3 x + 1, then two factors."""
+
+    in_channels, downscale, latent_channels = 1, 1, 1
+
+    def __init__(self, first: float, second: float) -> None:
+        super().__init__()
+        self.encoder = one(3.0, 1.0)
+        self.decoder = nn.Sequential(one(first), one(second))
+
+    def encode(self, x):
+        return Deterministic(self.encoder(x))
+
+    def decode(self, z):
+        return self.decoder(z)
+
+
+@pytest.fixture
+def images():
+    """The first has three white pixels, the rest of both is black; as floats 1 and -1."""
+    x = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    x[0, 0, 0, :3] = 255
+    return x
+
+
+def trip(model: Autoencoder, precision: str) -> PrecisionRoundTrip:
+    return PrecisionRoundTrip(InPrecision(model, precision), name="mine")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "32"])
+def test_the_largest_activations_by_hand(images, precision):
+    """White is 4 in the latent, 8 after the first factor, 2 at the end; black is -2, -4 and -1."""
+    reconstruct = trip(Tiny(2.0, 0.25), precision)
+    y = reconstruct(KEYS, images)
+    assert set(y[0, 0, 0, :3].tolist()) == {255}
+    assert set(y[1].flatten().tolist()) == {0}
+    found = reconstruct.activations.compute(precision)
+    assert found.largest == {"encoder": 4.0, "decoder.0": 8.0, "decoder.1": 2.0, "decoder": 2.0}
+    assert (found.largest_name, found.largest_value) == ("decoder.0", 8.0)
+    assert (found.non_finite.images, found.non_finite.values, found.non_finite.first) == (0, 0, None)
+    assert found.limit == {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127, "32": (2 - 2**-23) * 2.0**127}[precision]
+
+
+def test_an_overflow_is_counted_named_and_black(images):
+    """White is 4 * 30,000 after the first factor, beyond fp16; black is -2 * 30,000, within."""
+    model = Tiny(3e4, 2.0**-13)
+    reconstruct = trip(model, "fp16")
+    y = reconstruct(KEYS, images)
+    assert set(y[0, 0, 0, :3].tolist()) == {0}
+    found = reconstruct.activations.compute("fp16")
+    assert found.largest["decoder.0"] == found.largest_value == pytest.approx(6e4, rel=1e-3)
+    assert found.non_finite.first == "decoder.0"
+    assert found.non_finite.images == 1
+    assert found.non_finite.values == 3 * 4  # both factors, their sequence, the reconstruction
+
+    for precision in ("bf16", "32"):
+        other = trip(model, precision)
+        assert set(other(KEYS, images)[0, 0, 0, :3].tolist()) == {255}
+        found = other.activations.compute(precision)
+        assert found.largest_value == pytest.approx(12e4, rel=1e-2)
+        assert found.non_finite.first is None
+
+
+def test_an_overflow_inside_counts_though_the_output_is_finite(images):
+    """1 / inf is 0."""
+
+    class Inverse(Tiny):
+        def decode(self, z):
+            return 1.0 / self.decoder(z)
+
+    reconstruct = trip(Inverse(3e4, 100.0), "fp16")
+    reconstruct(KEYS, images)
+    found = reconstruct.activations.compute("fp16")
+    assert "reconstruction" not in found.largest
+    assert found.non_finite.first == "decoder.0"
+    assert not judged(found, 20.0, 20.0).safe
+
+
+def test_in_float32_it_stays_an_error(images):
+    with pytest.raises(ArithmeticError, match="mine: its reconstruction of white is not finite"):
+        trip(Tiny(1e38, 1e38), "32")(KEYS, images)
+
+
+def test_two_processes_are_one(images):
+    model = Tiny(3e4, 2.0**-13)
+    whole, first, second = (trip(model, "fp16") for _ in range(3))
+    whole(KEYS, images)
+    first(KEYS[:1], images[:1])
+    second(KEYS[::-1], images.flip(0))  # "white" was seen by both
+    merged = Activations()
+    for part in (first, second, second):
+        merged.merge(part.activations)
+    assert merged.compute("fp16") == whole.activations.compute("fp16")
+
+
+@pytest.mark.parametrize("make", [litevae, kl])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_networks_run_as_they_do_in_a_pipeline(make, precision):
+    model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reconstruct = trip(model, precision)
+    y = reconstruct(KEYS, x)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    half = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        images = x.float() / 127.5 - 1.0
+        posterior = half.encode(images.to(dtype))
+        expected = half.decode(posterior.mode()).float()
+        lowered = reconstruct.model.encode(images)
+    assert torch.equal(y, expected.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
+    assert lowered.mean.dtype == lowered.std.dtype == torch.float32
+    assert torch.equal(lowered.mean, posterior.mean.float())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in reconstruct.model.modules())
+    found = reconstruct.activations.compute(precision)
+    assert found.non_finite.images == 0
+    assert {"encoder", "decoder", "decoder.conv_in"} <= found.largest.keys()
+
+
+def test_recording_changes_no_pixel_and_gives_no_speed():
+    model, x = litevae(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    recorded, plain = trip(model, "32"), AutoencoderRoundTrip(model)
+    assert torch.equal(recorded(KEYS, x), plain(KEYS, x))
+    measured, cost = plain.cost(16), recorded.cost(16)
+    assert (cost.parameters, cost.encode_macs, cost.decode_macs) == (
+        measured.parameters,
+        measured.encode_macs,
+        measured.decode_macs,
+    )
+    assert measured.encode_images_per_s > 0
+    assert cost.encode_images_per_s is cost.decode_images_per_s is None
+
+
+def test_a_missing_operator_is_one_line(images):
+    class Complex(Tiny):
+        def decode(self, z):
+            return torch.linalg.inv(z)  # torch has no half of it
+
+    with pytest.raises(ValueError, match=r"^mine: torch can't compute it on cpu: .*: leave fp16 out of --precision$"):
+        PrecisionRoundTrip(InPrecision(Complex(1.0, 1.0), "fp16", "mine"))(KEYS, images)
+
+
+@pytest.mark.parametrize(
+    ("psnr", "full", "lost", "safe"),
+    [
+        (25.0, 25.05, 0.05, True),
+        (25.05, 25.0, -0.05, True),
+        (25.0, 25.25, 0.25, False),
+        (math.inf, math.inf, 0.0, True),
+        (25.0, math.inf, None, False),
+    ],
+)
+def test_the_verdict(images, psnr, full, lost, safe):
+    reconstruct = trip(Tiny(2.0, 0.25), "fp16")
+    reconstruct(KEYS, images)
+    verdict = judged(reconstruct.activations.compute("fp16"), psnr, full)
+    assert verdict.psnr_lost == (None if lost is None else pytest.approx(lost))
+    assert verdict.safe == safe
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("encoder", "encoder"),
+        ("encoder.extractors.0.down_blocks.1.0.conv1", "encoder.extractors.0"),
+        ("encoder.aggregator.mid_block.0", "encoder.aggregator"),
+        ("decoder.conv_in", "decoder.conv_in"),
+        ("decoder.mid.0.conv1", "decoder.mid.0"),
+        ("decoder.up.2.block.0.conv1", "decoder.up.2"),
+        ("quantizer.quant_conv", "quantizer.quant_conv"),
+        ("encoder.model.down_blocks.0.resnets.1.norm1", "encoder.down_blocks.0"),
+        ("decoder.model.mid_block.attentions.0.to_q", "decoder.mid_block"),
+        ("model.decoder.up_blocks.3.resnets.0.conv2", "decoder.up_blocks.3"),
+        ("model.quant_conv", "quant_conv"),
+    ],
+)
+def test_stages(name, stage):
+    assert stage_of(name) == stage
+
+
+def test_names_of_precisions_and_rows():
+    assert parse_precisions("32") == ("32",)
+    assert parse_precisions("fp16, bf16,16") == ("32", "fp16", "bf16")
+    for wrong in ("", "fp8", "fp16,fp8"):
+        with pytest.raises(ConfigError, match=f"--precision {wrong}: choose from fp16, bf16, 32"):
+            parse_precisions(wrong)
+    model = Tiny(1.0, 1.0)
+    assert list(in_precisions({"a": model, "b": model}, ("32", "fp16"))) == ["a", "a, fp16", "b", "b, fp16"]
+    with pytest.raises(ConfigError, match=r"^a, fp16: a target has the name of another's row"):
+        in_precisions({"a": model, "a, fp16": model}, ("32", "fp16"))
