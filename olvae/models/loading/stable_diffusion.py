@@ -143,4 +143,4 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
 def _size(config: Mapping[str, Any]) -> int:
     """The side of the images in pixels that it was made for."""
     size, f = config["sample_size"], 2 ** (len(config["block_out_channels"]) - 1)
-    return size if isinstance(size, int) and size % f == 0 else 256 * f
+    return size if isinstance(size, int) and size % f == 0 else max(256, f)

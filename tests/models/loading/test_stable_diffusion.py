@@ -1,0 +1,202 @@
+"""AutoencoderKL as a LiteVAE object and back, against diffusers' own networks."""
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from olvae import LiteVAE
+from olvae.config import ConfigError
+from olvae.models.loading.diffusers import DiffusersAutoencoder
+from olvae.models.loading.stable_diffusion import (
+    as_litevae,
+    diffusers_config,
+    diffusers_weights,
+    is_stable_diffusion,
+)
+from olvae.models.loading.targets import find_target
+from tests.export.latents import Shrunk, tiny_vae
+from tests.models.autoencoder_kl import SHAPES, autoencoder_kl, tiny_kl
+from tests.models.loading.test_targets import taesd
+
+OTHERS = {
+    "per channel": {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]},
+    "no attention": {"mid_block_add_attention": False},
+    "other groups": {"norm_num_groups": 8},
+    "no multiples": {"widths": (24, 40, 56), "norm_num_groups": 8},
+    "one level": {"widths": (32,)},
+    "grey": {"in_channels": 1, "out_channels": 1},
+    "one block": {"widths": (16, 32), "norm_num_groups": 4, "layers_per_block": 1},
+}
+"""Each beside diffusers' defaults, and narrow where it is not about widths."""
+
+NARROW = {"widths": (32, 64), "layers_per_block": 1}
+
+
+def make(name: str) -> diffusers.AutoencoderKL:
+    return autoencoder_kl(**(SHAPES[name] if name in SHAPES else {**NARROW, **OTHERS[name]}))
+
+
+def ours_of(theirs: diffusers.AutoencoderKL) -> LiteVAE:
+    return as_litevae(DiffusersAutoencoder(theirs).eval(), "it")
+
+
+def image(model: diffusers.AutoencoderKL) -> Tensor:
+    return torch.rand(2, model.config.in_channels, 32, 48) * 2 - 1
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *OTHERS])
+@torch.no_grad()
+def test_encode_and_decode_are_diffusers_own(name):
+    theirs = make(name)
+    ours = ours_of(theirs)
+    x = image(theirs)
+    expected, posterior = theirs.encode(x).latent_dist, ours.encode(x)
+    assert torch.equal(posterior.mean, expected.mean)
+    assert torch.equal(posterior.logvar, expected.logvar)
+    assert expected.mean.std() > 0
+    assert torch.equal(ours.decode(expected.mean), theirs.decode(expected.mean).sample)
+    assert is_stable_diffusion(ours)
+    assert not ours.training
+    assert (ours.downscale, ours.latent_channels) == (x.shape[-1] // expected.mean.shape[-1], expected.mean.shape[1])
+    assert (ours.quantizer is not None) == theirs.config.use_quant_conv
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *OTHERS])
+def test_there_and_back_bit_for_bit(name):
+    theirs = make(name)
+    ours = ours_of(theirs)
+    config = diffusers_config(ours)
+    for key, value in config.items():
+        given = theirs.config[key]
+        if key == "shift_factor":
+            given = given or 0.0
+        assert value == (list(given) if isinstance(given, tuple) else given), key
+    again = diffusers.AutoencoderKL(**config)
+    # Nothing in their config that training or pipelines use is left out.
+    for key in set(theirs.config) - {"shift_factor", "_use_default_values"}:
+        if isinstance(theirs.config[key], tuple | list):
+            assert list(again.config[key]) == list(theirs.config[key]), key
+        else:
+            assert again.config[key] == theirs.config[key], key
+    before, after = theirs.state_dict(), diffusers_weights(ours)
+    assert before.keys() == after.keys() == again.state_dict().keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_factors_are_kept(name):
+    factors = ours_of(make(name)).for_diffusion
+    given = SHAPES[name]
+    assert factors == {
+        "scaling_factor": given["scaling_factor"],
+        "shift_factor": given.get("shift_factor", 0.0),
+        "latents_mean": None,
+        "latents_std": None,
+        "force_upcast": given.get("force_upcast", True),  # diffusers' default
+    }
+
+
+def test_factors_per_channel():
+    """What a diffusion model makes of mean 0 and deviation 1, as a latent."""
+    given = OTHERS["per channel"]
+    ours = ours_of(make("per channel"))
+    assert (ours.latents_mean, ours.latents_std) == (given["latents_mean"], given["latents_std"])
+    z = torch.randn(1, 4, 2, 3)
+    mean, std = (torch.tensor(given[key]).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
+    torch.testing.assert_close((ours.from_diffusion(z) - mean) * ours.scaling_factor / std, z)
+    ours.set_for_diffusion({"latents_mean": None, "latents_std": None, "scaling_factor": 0.5, "shift_factor": 0.1})
+    torch.testing.assert_close((ours.from_diffusion(z) - 0.1) * 0.5, z)
+
+
+def test_weights_are_copies_and_the_generator_is_left_alone():
+    theirs = tiny_kl()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    ours = ours_of(theirs)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        ours.decoder.model.conv_in.weight.zero_()
+    assert theirs.decoder.conv_in.weight.abs().max() > 0
+
+
+def test_a_litevae_is_itself():
+    ours = tiny_vae()
+    assert as_litevae(ours, "x") is ours
+    assert not is_stable_diffusion(ours)
+    assert not is_stable_diffusion(Shrunk())
+    assert not is_stable_diffusion(DiffusersAutoencoder(tiny_kl()))
+
+
+@pytest.mark.parametrize("sample_size", [64, (64, 32), 30])
+def test_a_size_that_our_encoder_does_not_take(sample_size):
+    """diffusers' encoder does not use it."""
+    ours = ours_of(tiny_kl(sample_size=sample_size))
+    assert ours.encoder.image_size == (64 if sample_size == 64 else 256)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (taesd, "diffusers:it: diffusers' AutoencoderTiny: only LiteVAE and AutoencoderKL can be trained"),
+        (
+            lambda: diffusers.AsymmetricAutoencoderKL(
+                down_block_out_channels=(32,), up_block_out_channels=(32,), norm_num_groups=8
+            ).eval(),
+            "diffusers:it: diffusers' AsymmetricAutoencoderKL: only",
+        ),
+        (
+            lambda: tiny_kl(down_block_types=("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)),
+            "diffusers:it: down_block_types: AttnDownEncoderBlock2D: only DownEncoderBlock2D",
+        ),
+        (
+            lambda: tiny_kl(up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 2),
+            "diffusers:it: up_block_types: AttnUpDecoderBlock2D: only UpDecoderBlock2D",
+        ),
+        (lambda: tiny_kl(use_quant_conv=False), "diffusers:it: it has one of quant_conv and post_quant_conv"),
+        (lambda: tiny_kl(use_post_quant_conv=False), "diffusers:it: it has one of quant_conv and post_quant_conv"),
+        (lambda: tiny_kl(act_fn="gelu"), "diffusers:it: act_fn: gelu: only silu"),
+    ],
+)
+def test_what_our_networks_are_not(make, message):
+    with pytest.raises(ConfigError) as caught:
+        as_litevae(DiffusersAutoencoder(make()), "diffusers:it")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_autoencoder_of_ones_own():
+    with pytest.raises(ConfigError, match=r"^it: .*Shrunk"):
+        as_litevae(Shrunk(), "it")
+
+
+@pytest.mark.parametrize(
+    ("half", "params", "message"),
+    [
+        ("decoder", {"channels": 16}, r"widths \[8, 8, 16\], the decoder \[16, 16, 32\]"),
+        ("decoder", {"num_res_blocks": 2}, "num_res_blocks 1, the decoder 2"),
+        ("encoder", {"attention": False}, "attention False, the decoder True"),
+        ("encoder", {"norm_groups": 8}, "norm_groups 8, the decoder 4"),
+        ("encoder", {"latent_dim": 16}, "the encoder gives 16: AutoencoderKL has one width"),
+        ("decoder", {"z_channels": 6}, "the decoder takes 6, the encoder gives 8"),
+    ],
+)
+def test_halves_that_autoencoder_kl_does_not_have(half, params, message):
+    ours = ours_of(tiny_kl()).config
+    node = ours[f"{half}_config"]
+    mixed = LiteVAE.from_config(**{**ours, f"{half}_config": {**node, "params": {**node["params"], **params}}})
+    with pytest.raises(ValueError, match=message):
+        diffusers_config(mixed)
+
+
+def test_a_folder_and_its_export_are_one_autoencoder(tmp_path):
+    """Through files: theirs, ours in our layout, and theirs again."""
+    theirs = tiny_kl(**SHAPES["sd3"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = as_litevae(find_target(f"diffusers:{tmp_path / 'theirs'}").load(), "x")
+    ours.save_pretrained(tmp_path / "ours")
+    loaded = LiteVAE.from_pretrained(tmp_path / "ours")
+    assert loaded.for_diffusion == ours.for_diffusion
+    assert diffusers_config(loaded) == diffusers_config(ours)
+    again = diffusers_weights(loaded)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in theirs.state_dict().items())
