@@ -19,7 +19,7 @@ from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
-from olvae.models.spec import FOR_DIFFUSION
+from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.teacher import Teacher
 from olvae.models.validation import ValidatedModule
 from olvae.modules.distributions import DiagonalGaussian, Posterior
@@ -244,6 +244,8 @@ class LiteAutoencoderKL(ValidatedModule):
         """Raise ConfigError where two arguments contradict each other."""
         weights = self.loss.weights if isinstance(self.loss, Objective) else {}
         distils, lessons = self.teacher is not None, self.teacher.weights.values() if self.teacher is not None else ()
+        if mistakes := list(check_factors(self.for_diffusion, self.autoencoder.latent_channels)):
+            raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         for wrong, message in (
             (self.freeze_encoder and self.freeze_decoder, "freeze_encoder, freeze_decoder: nothing is left to train"),
             (

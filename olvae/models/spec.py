@@ -24,6 +24,7 @@ __all__ = [
     "NETWORKS",
     "WEIGHTS_NAME",
     "AutoencoderSpec",
+    "check_factors",
     "class_in",
     "read_config",
 ]
@@ -101,6 +102,7 @@ class AutoencoderSpec:
             node, prefix = content["model"], "model.params."
             params = node.get("params") if isinstance(node, Mapping) else None
             params = {key: params[key] for key in IN_TRAINING if key in params} if isinstance(params, Mapping) else {}
+            params = {key: value for key, value in params.items() if value is not None or key not in FOR_DIFFUSION}
         else:
             _check_export(content, origin)
             params, prefix = {key: content[key] for key in IN_EXPORT if key in content}, ""
@@ -110,7 +112,7 @@ class AutoencoderSpec:
         ]
         if only_ours and foreign:  # before anything of it is imported
             raise ConfigError(*(f"{origin}: {prefix}{it} is not a network of this package: refused" for it in foreign))
-        mistakes = list(cfg.check_arguments(cls, params)) or list(_check_factors(params))
+        mistakes = list(cfg.check_arguments(cls, params)) or list(check_factors(params, params["embed_dim"]))
         for (key, target), kind in zip(targets.items(), (Encoder, Decoder), strict=True):
             if target is not None and _is_another_kind(target, kind):
                 mistakes = [f"{key}.target: {target} is not a kind of {kind.__module__}.{kind.__name__}"]
@@ -187,16 +189,16 @@ def _check_export(content: Mapping[str, Any], origin: str) -> None:
         raise ConfigError(*(f"{origin}: {mistake}" for mistake in mistakes))
 
 
-def _check_factors(params: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each number for a diffusion model that can't be one."""
+def check_factors(values: Mapping[str, Any], n_z: int) -> Iterator[str]:
+    """One line for each number for a diffusion model, of those given by name, that can't be one."""
     for key, positive in (("scaling_factor", True), ("shift_factor", False)):
-        if not _is_number(value := params.get(key, 1.0), positive):
+        if not _is_number(value := values.get(key, 1.0), positive):
             yield f"{key}: expected a number{' above 0' if positive else ''}, got {value!r}"
     for key, positive in (("latents_mean", False), ("latents_std", True)):
-        values, n_z = params.get(key), params["embed_dim"]
-        if values is not None and (len(values) != n_z or not all(_is_number(value, positive) for value in values)):
-            yield f"{key}: expected {n_z} numbers{' above 0' if positive else ''}, one per channel, got {values!r}"
-    if (params.get("latents_mean") is None) != (params.get("latents_std") is None):
+        several = values.get(key)
+        if several is not None and (len(several) != n_z or not all(_is_number(value, positive) for value in several)):
+            yield f"{key}: expected {n_z} numbers{' above 0' if positive else ''}, one per channel, got {several!r}"
+    if (values.get("latents_mean") is None) != (values.get("latents_std") is None):
         yield "latents_mean, latents_std: give both, or neither"
 
 
