@@ -25,44 +25,51 @@ MEASURED_IMAGES = 64
 
 @dataclass(frozen=True)
 class Found:
-    """An autoencoder to start from: the TARGET as the user wrote it, and its weights by our names."""
+    """An autoencoder to start from: the TARGET as the user wrote it, its weights by our names, and its config."""
 
     target: str
     weights: Mapping[str, Tensor]
+    config: Config
+    """The training config, empty for what has none."""
 
 
 def start_from(config: Config) -> Found:
     """Find the autoencoder that ``model.from`` names, and put its networks into the config.
 
     Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
-    added to those that were found. The decoder alone is trained unless the config says otherwise. A resolved config is
-    complete without ``model.from``, so the key is removed.
+    added to those that were found. Its factors for a diffusion model are the config's, unless the config gives others
+    or has a teacher, whose factors count. The decoder alone is trained unless the config says otherwise; a teacher
+    does. A resolved config is complete without ``model.from``, so the key is removed.
 
     Raises:
         ConfigError: the autoencoder's networks can't be trained here.
         FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
     """
     node = config["model"]
-    target, params = node.pop("from"), node.setdefault("params", {})
-    found = as_litevae(find_target(target).load(), target)
+    name, params = node.pop("from"), dict(node.get("params") or {})
+    target = find_target(name)
+    found = as_litevae(target.load(), name)
     if found.folded:
-        raise ConfigError(f"{target}: its convolutions are folded, for inference only: start from an export without it")
-    for name, value in found.config.items():
-        given = params.get(name)
-        if name.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
-            value = {**value, "params": {**value["params"], **(given.get("params") or {})}}
-        params[name] = value
+        raise ConfigError(f"{name}: its convolutions are folded, for inference only: start from an export without it")
+    for key, value in found.config.items():
+        given = params.get(key)
+        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
+            value = {**value, **given, "params": {**value["params"], **(given.get("params") or {})}}
+        params[key] = value
     params.pop("initial_logvar", None)
-    params.update(found.for_diffusion)
-    params.setdefault("freeze_encoder", not (params.get("anchor_weight") or params.get("freeze_decoder")))
-    return Found(target, found.state_dict())
+    if not params.get("teacher_config"):
+        params |= {key: value for key, value in found.for_diffusion.items() if params.get(key) is None}
+        params.setdefault("freeze_encoder", not (params.get("anchor_weight") or params.get("freeze_decoder")))
+    node["params"] = params
+    return Found(name, found.state_dict(), target.config)
 
 
 def set_teacher(config: Config, target: str) -> None:
     """Let the autoencoder of a TARGET be the teacher; the other settings of a teacher in the config stay."""
-    params = config["model"].setdefault("params", {})
-    node = params.get("teacher_config") or {"target": f"{Teacher.__module__}.Teacher"}
-    params["teacher_config"] = {**node, "params": {**(node.get("params") or {}), "autoencoder": target}}
+    params = config["model"].get("params") or {}
+    node = {"target": f"{Teacher.__module__}.Teacher", **(params.get("teacher_config") or {})}
+    node["params"] = {**(node.get("params") or {}), "autoencoder": target}
+    config["model"]["params"] = {**params, "teacher_config": node}
 
 
 def measure_teacher(model: LiteAutoencoderKL, source: Source, seed: int) -> None:

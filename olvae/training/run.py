@@ -118,9 +118,8 @@ def train(options: TrainOptions) -> runs.Run:
         config["model"]["params"].update(model.for_diffusion)
         if resumed is None:  # else it is in the checkpoint
             measure_teacher(model, source, settings["seed"])
-    settings["untrained"] = untrained_half(
-        model, {} if found is not None else _config_of(resumed, options.actual_resume)
-    )
+    before = found.config if found is not None else _config_of(resumed, options.actual_resume)
+    settings["untrained"] = untrained_half(model, before)
 
     trainer_args = _steps(trainer_args, source, model)
     if resumed is not None and done >= trainer_args["max_steps"]:
@@ -176,10 +175,9 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
     _check_config(config)
     if "from" not in config["model"]:
         return config, None
-    if options.actual_resume is not None:
-        raise ConfigError(
-            "model.from names an autoencoder to start from, and --actual_resume another: give one of them"
-        )
+    for flag, value in (("--resume", options.resume), ("--actual_resume", options.actual_resume)):
+        if value is not None:
+            raise ConfigError(f"model.from names an autoencoder to start from, {flag} another: give one of them")
     found = start_from(config)
     _check_config(config)
     return config, found
@@ -257,11 +255,13 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
 
 def _config_of(resumed: runs.Run | None, weights: str | Path | None) -> Config | None:
     """The config of the weights that training starts from: empty for weights without one, None for fresh ones."""
-    if resumed is None and weights is None:
+    given = resumed.path if resumed is not None else weights
+    if given is None:
         return None
-    path = Path(weights) if weights is not None else Path()
-    run = resumed or runs.Run(path if path.is_dir() else path.parent.parent)
-    return cfg.load([run.config]) if run.config.is_file() else {}
+    path = Path(given).resolve()
+    config = runs.Run(path if path.is_dir() else path.parent.parent).config
+    in_run = path.is_dir() or path.parent.name == "checkpoints"
+    return cfg.load([config]) if in_run and config.is_file() else {}
 
 
 def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
