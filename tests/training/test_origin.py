@@ -1,0 +1,314 @@
+"""Runs that start from an autoencoder that exists (--from), or learn from one (--teacher), as the command trains."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import diffusers
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from olvae import LiteVAE
+from olvae.config import ConfigError, load, save, validate
+from olvae.data.image import from_uint8
+from olvae.data.mapped.folder import FolderSource
+from olvae.losses.objective import Objective
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.loading.targets import find_target
+from tests.conftest import tiny_config
+from tests.export.latents import tiny_vae
+from tests.models.autoencoder_kl import tiny_kl
+from tests.models.loading.test_targets import latent_diffusion_names, taesd
+from tests.training.origins import OBJECTIVE, assert_same_checkpoint, checkpoint, one_line, without_networks
+
+
+@pytest.fixture
+def starts(monkeypatch) -> list[LiteVAE]:
+    """The autoencoder of every training before its first step."""
+    seen, hook = [], LiteAutoencoderKL.on_train_start
+
+    def look(self):
+        seen.append(copy.deepcopy(self.autoencoder).eval())
+        hook(self)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "on_train_start", look)
+    return seen
+
+
+def images(count: int = 2, size: int = 16) -> Tensor:
+    torch.manual_seed(7)
+    return torch.rand(count, 3, size, size) * 2 - 1
+
+
+def photographs(folder: Path) -> Tensor:
+    """A fixed batch of the training images, in [-1, 1]."""
+    return from_uint8(next(iter(FolderSource(str(folder), 16, 8, val_fraction=0.2).train_loader()))["image"])
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, x: Tensor) -> float:
+    posterior = model.encode(x)
+    return float(Objective(lpips_weight=0, kl_weight=0)(x, model.decode(posterior.mode()), posterior)[0])
+
+
+@torch.no_grad()
+def assert_like(model: LiteVAE, theirs: diffusers.AutoencoderKL) -> None:
+    x = images()
+    posterior, expected = model.encode(x), theirs.encode(x).latent_dist
+    assert torch.equal(posterior.mean, expected.mean)
+    assert torch.equal(posterior.logvar, expected.logvar)
+    assert torch.equal(model.decode(expected.mean), theirs.decode(expected.mean).sample)
+
+
+def make_source(kind: str, folder: Path, theirs: diffusers.AutoencoderKL) -> str:
+    match kind:
+        case "diffusers":
+            theirs.save_pretrained(folder / "source")
+            return f"diffusers:{folder / 'source'}"
+        case "pipeline":
+            theirs.save_pretrained(folder / "source" / "vae")
+            return f"diffusers:{folder / 'source'}"
+    state = {kind + name: tensor for name, tensor in latent_diffusion_names(theirs).items()}
+    if kind:
+        state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(2)
+    else:
+        state["loss.discriminator.main.0.weight"] = torch.zeros(2)
+    save_file(state, folder / "source.safetensors")
+    return str(folder / "source.safetensors")
+
+
+# Starting from an autoencoder
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "pipeline", "", "first_stage_model.", "vae."])
+def test_from_every_kind_of_file_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts, kind):
+    theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)  # latent-diffusion has 32 groups
+    target = make_source(kind, tmp_path, theirs)
+    run = train_with("lightning.trainer.max_steps=20", start_from=target)
+    (start,) = starts
+    assert_like(start, theirs)
+
+    after = find_target(run.path).load()
+    before = start.state_dict()
+    for name, tensor in after.state_dict().items():
+        frozen = name.startswith(("encoder.", "quantizer.quant_conv."))
+        assert torch.equal(tensor, before[name]) == frozen, name
+    x = photographs(image_folder)
+    assert loss_of(after, x) < 0.9 * loss_of(start, x)
+    with torch.no_grad():
+        assert torch.equal(after.encode(images()).mean, theirs.encode(images()).latent_dist.mean)
+
+
+def test_the_config_of_the_run_is_complete(train_with, tmp_path):
+    theirs = tiny_kl(scaling_factor=0.5, shift_factor=0.25, force_upcast=False, use_quant_conv=True)
+    target = make_source("diffusers", tmp_path, theirs)
+    run = train_with(start_from=target)
+    config = load([run.config])
+    assert validate(config) == []
+    assert "from" not in config["model"]
+    params = config["model"]["params"]
+    assert params["encoder_config"]["target"] == "olvae.modules.sdvae.SDEncoder"
+    assert params["decoder_config"]["target"] == "olvae.modules.sdvae.SDDecoder"
+    assert (params["embed_dim"], params["use_quant"], params["freeze_encoder"]) == (4, True, True)
+    assert config["run"]["weights"] == target
+    assert config["run"]["untrained"] is None
+    shutil.rmtree(tmp_path / "source")
+    factors = {
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+        "latents_mean": None,
+        "latents_std": None,
+        "force_upcast": False,
+    }
+    assert {name: params[name] for name in factors} == factors
+    found = LiteVAE.from_pretrained(run.path)
+    assert found.for_diffusion == factors
+    assert find_target(run.path).load().downscale == 4
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_goes_on_without_its_source(train_with, tmp_path, image_folder, ema):
+    """4 steps equal 2 steps, a resume and 2 more; the folder that they started from is gone."""
+    target = make_source("diffusers", tmp_path, tiny_kl())
+    config = without_networks(image_folder, use_ema=ema, ema_decay=0.5, latent_noise=0.1)
+    whole = train_with(config=config, start_from=target)
+    half = train_with("lightning.trainer.max_steps=2", config=config, start_from=target)
+    shutil.rmtree(tmp_path / "source")
+    resumed = train_with("lightning.trainer.max_steps=4", resume=half.path)
+    assert resumed.path == half.path
+    assert_same_checkpoint(whole, resumed)
+
+
+def test_from_one_of_our_own_runs_and_its_export(train_with, tmp_path, image_folder, starts):
+    """With its width and its factors; the objective is the new config's."""
+    first = train_with(config=tiny_config(image_folder, lossconfig=OBJECTIVE, scaling_factor=0.7, initial_logvar=-4.0))
+    LiteVAE.from_pretrained(first.path).save_pretrained(tmp_path / "export")
+    expected = LiteVAE.from_pretrained(first.path)
+    for source in (first.path, first.last_checkpoint, tmp_path / "export"):
+        second = train_with("lightning.trainer.max_steps=1", start_from=str(source))
+        start = starts[-1].state_dict()
+        assert all(torch.equal(tensor, start[name]) for name, tensor in expected.state_dict().items())
+        params = load([second.config])["model"]["params"]
+        assert params["encoder_config"]["params"]["extractor_channels"] == 8
+        assert params["scaling_factor"] == 0.7
+        assert "initial_logvar" not in params
+
+
+def test_in_the_config_as_well_as_by_flag(train_with, tmp_path, image_folder, starts):
+    theirs = tiny_kl()
+    target = make_source("diffusers", tmp_path, theirs)
+    config = without_networks(image_folder)
+    config["model"]["from"] = target
+    assert validate(config) == []
+    run = train_with("lightning.trainer.max_steps=1", config=config)
+    assert_like(starts[-1], theirs)
+    assert "from" not in load([run.config])["model"]
+    config["model"]["from"] = "nowhere"
+    train_with("lightning.trainer.max_steps=1", config=config, start_from=target)  # the flag wins
+    assert_like(starts[-1], theirs)
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_params_without_a_target_are_added_to_what_was_found(train_with, tmp_path, half):
+    run = train_with(
+        f"model.params.{half}_config.params.padding=reflect",
+        start_from=make_source("diffusers", tmp_path, tiny_kl()),
+    )
+    found = find_target(run.path).load()
+    modes = {
+        half: {m.padding_mode for m in getattr(found, half).modules() if isinstance(m, nn.Conv2d) and any(m.padding)}
+        for half in ("encoder", "decoder")
+    }
+    assert modes == {"encoder": {"zeros"}, "decoder": {"zeros"}} | {half: {"reflect"}}
+
+
+def test_networks_of_the_config_give_way_to_those_that_were_found(train_with, tmp_path, image_folder, starts):
+    theirs = tiny_kl()
+    target = make_source("diffusers", tmp_path, theirs)
+    train_with(
+        "lightning.trainer.max_steps=1", config=tiny_config(image_folder, lossconfig=OBJECTIVE), start_from=target
+    )
+    assert_like(starts[-1], theirs)
+
+
+def test_factors_of_the_config_stay(train_with, tmp_path):
+    target = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.5))
+    run = train_with("lightning.trainer.max_steps=1", "model.params.scaling_factor=0.25", start_from=target)
+    assert LiteVAE.from_pretrained(run.path).scaling_factor == 0.25
+
+
+def test_what_is_trained_is_a_choice(train_with, tmp_path):
+    target = make_source("diffusers", tmp_path, tiny_kl())
+
+    def moved(*overrides: str) -> set[str]:
+        run = train_with("lightning.trainer.max_steps=2", *overrides, start_from=target)
+        before, after = tiny_kl().state_dict(), find_target(run.path).load().state_dict()
+        renamed = {
+            name.replace("quantizer.", "").replace("coder.model.", "coder."): tensor for name, tensor in after.items()
+        }
+        assert renamed.keys() == before.keys()
+        return {name.partition(".")[0] for name in before if not torch.equal(before[name], renamed[name])}
+
+    old, new = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
+    assert moved() == new
+    assert moved("model.params.freeze_encoder=false") == old | new
+    assert moved("model.params.anchor_weight=1.0") == old | new
+    assert moved("model.params.freeze_decoder=true") == old
+    assert moved("model.params.equivariance=0.5", "model.params.freeze_encoder=false") == old | new
+
+
+def test_the_anchor_is_the_source(train_with, tmp_path):
+    theirs = tiny_kl()
+    target = make_source("diffusers", tmp_path, theirs)
+    run = train_with("model.params.anchor_weight=1.0", start_from=target)
+    state = checkpoint(run)["state_dict"]
+    for name, tensor in theirs.encoder.state_dict().items():
+        assert torch.equal(state[f"anchor.moments.0.model.{name}"], tensor), name
+    resumed = train_with("lightning.trainer.max_steps=6", resume=run.path)
+    state = checkpoint(resumed)["state_dict"]
+    assert torch.equal(state["anchor.moments.1.weight"], theirs.quant_conv.weight)
+
+
+def test_the_half_that_a_source_never_trained_is_still_said_to_be(train_with, image_folder):
+    fresh = train_with(config=tiny_config(image_folder, lossconfig=OBJECTIVE, freeze_decoder=True))
+    assert load([fresh.config])["run"]["untrained"] == "decoder"
+    again = train_with("model.params.freeze_decoder=true", start_from=str(fresh.path))
+    assert load([again.config])["run"]["untrained"] == "decoder"
+    trained = train_with(start_from=str(fresh.path))
+    assert load([trained.config])["run"]["untrained"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.params.lossconfig.params.kl_weight=0.1",), "kl_weight: the encoder is frozen"),
+        (("model.params.anchor_weight=1.0", "model.params.freeze_encoder=true"), "anchor_weight: the encoder is"),
+        (("model.params.freeze_encoder=true", "model.params.freeze_decoder=true"), "nothing is left to train"),
+        (("model.params.decoder_config.params.channels=16",), "weights are of another model"),
+        (("model.params.decoder_config.params.paddings=reflect",), "paddings: unknown key; did you mean padding?"),
+        (("model.params.decoder_config.padding=reflect",), "model.params.decoder_config.padding: unknown key"),
+        (("model.params.decoder_config.params.padding=mirror",), "model.params.decoder_config.params.padding: "),
+        (
+            ("model.params.latents_mean=[0,1,2]", "model.params.latents_std=[1,1,1,1]"),
+            "latents_mean: expected 4 numbers",
+        ),
+        (("model.params.scaling_factor=-1",), "scaling_factor: expected a number above 0"),
+        (("data.params.size=18",), "18 is not a multiple of 4"),
+    ],
+)
+def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, message):
+    target = make_source("diffusers", tmp_path, tiny_kl())
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        train_with(*overrides, start_from=target)
+    assert message in one_line(caught)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sources_that_are_none(train_with, tmp_path, image_folder, monkeypatch):
+    """One line each, and no run folder."""
+    taesd().save_pretrained(tmp_path / "tiny")
+    state = latent_diffusion_names(tiny_kl())
+    save_file({f"model.diffusion_model.{name}": t for name, t in state.items()}, tmp_path / "unet.safetensors")
+    torch.save({"state_dict": {"main.0.weight": torch.zeros(4, 3, 4, 4)}}, tmp_path / "discriminator.ckpt")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folded = tiny_vae().fold()
+    folded.save_pretrained(tmp_path / "folded")
+    for target, message in (
+        (f"diffusers:{tmp_path / 'tiny'}", "AutoencoderTiny: only LiteVAE and AutoencoderKL"),
+        ("diffusers:/no/where", "diffusers:/no/where: no such folder, and not an id of the hub"),
+        ("diffusers:some/vae", "some/vae: no such file or folder here, not in the hub's cache, and the hub can't be"),
+        ("some/vae", "some/vae: no such file or folder here"),
+        (str(tmp_path / "unet.safetensors"), "no autoencoder in it"),
+        (str(tmp_path / "discriminator.ckpt"), "no autoencoder in it"),
+        (str(tmp_path / "missing.ckpt"), "not found"),
+        (str(tmp_path / "folded"), "its convolutions are folded, for inference only"),
+    ):
+        with pytest.raises((ConfigError, FileNotFoundError, ValueError)) as caught:
+            train_with(start_from=target)
+        assert message in one_line(caught), target
+        assert not (tmp_path / "runs").exists()
+
+
+def test_one_start_at_a_time(train_with, tmp_path, image_folder):
+    target = make_source("diffusers", tmp_path, tiny_kl())
+    run = train_with("lightning.trainer.max_steps=1", start_from=target)
+    before = run.config.read_bytes()
+    named = without_networks(image_folder)
+    named["model"]["from"] = target
+    save(named, tmp_path / "named.yaml")
+    for options, message in (
+        ({"resume": run.path, "start_from": target}, "--resume continues a run, --from starts one from an"),
+        ({"actual_resume": run.path, "start_from": target}, "--actual_resume starts one from weights, --from starts"),
+        ({"actual_resume": run.path, "base": [tmp_path / "named.yaml"]}, "model.from names an autoencoder to start"),
+        ({"resume": run.path, "base": [tmp_path / "named.yaml"]}, "model.from names an autoencoder to start"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            train_with("lightning.trainer.max_steps=2", **options)
+        assert message in one_line(caught)
+        assert "give one of them" in str(caught.value)
+    assert list((tmp_path / "runs").iterdir()) == [run.path]
+    assert run.config.read_bytes() == before
