@@ -103,5 +103,9 @@ class ActivationBound:
                 hook.remove()
 
     def penalty(self) -> Tensor:
-        """The sum over modules of the mean of ((|activation| - bound) / bound)^2 where that is positive; a scalar."""
-        return torch.stack(self._excess).sum()
+        """The sum over modules of the mean of ((|activation| - bound) / bound)^2 where that is positive; a scalar.
+
+        What was collected is let go, and the graph behind it, which no copy of the object may hold.
+        """
+        excess, self._excess = self._excess, []
+        return torch.stack(excess).sum()
