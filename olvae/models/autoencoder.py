@@ -37,6 +37,8 @@ class Autoencoder(nn.Module, ABC):
     """f: pixels of the image per latent position, along each side."""
     latent_channels: int
     """n_z."""
+    deterministic: bool = False
+    """Whether its latents have no distribution."""
 
     scaling_factor: float = 1.0
     shift_factor: float = 0.0

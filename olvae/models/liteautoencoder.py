@@ -117,8 +117,8 @@ class LiteAutoencoderKL(ValidatedModule):
             training started from: fine-tunes encoder and decoder, and keeps old latents usable.
         equivariance: share of the steps on which the latent and the image are scaled and rotated alike before the
             reconstruction is compared with the image, as in EQ-VAE; the adversary pauses on them.
-        activation_bound: a size that activations in the decoder should not exceed, such as 8192 to be safe in fp16,
-            which ends at 65504; None bounds nothing.
+        activation_bound: a size that activations should not exceed in the networks that are trained, such as 8192 to be
+            safe in fp16, which ends at 65504; None bounds nothing.
         activation_weight: of what exceeds the bound, relative to it, squared.
         teacher_config: the :class:`Teacher` of a distillation. The encoder learns its latents; the decoder learns
             images from its latents; with one of them frozen, validation takes the teacher's half in its place.
@@ -243,7 +243,8 @@ class LiteAutoencoderKL(ValidatedModule):
     def _check_choices(self) -> None:
         """Raise ConfigError where two arguments contradict each other."""
         weights = self.loss.weights if isinstance(self.loss, Objective) else {}
-        distils, lessons = self.teacher is not None, self.teacher.weights.values() if self.teacher is not None else ()
+        distils, lessons = self.teacher is not None, self.teacher.weights if self.teacher is not None else {}
+        pointwise = self.teacher is not None and self.teacher.model.deterministic
         if mistakes := list(check_factors(self.for_diffusion, self.autoencoder.latent_channels)):
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         for wrong, message in (
@@ -265,8 +266,20 @@ class LiteAutoencoderKL(ValidatedModule):
                 "anchor_weight: the latents have to be the teacher's, not those of the initial weights: leave it out",
             ),
             (
-                distils and not self.freeze_encoder and not any(lessons),
+                distils and not self.freeze_encoder and not any(lessons.values()),
                 "teacher_config.params: every weight is 0: nothing teaches the encoder",
+            ),
+            (
+                pointwise and not self.freeze_encoder and lessons["logvar"] > 0,
+                "teacher_config.params.logvar_weight: the teacher's latents have no distribution: set it to 0",
+            ),
+            (
+                pointwise and self.latent_noise > 0 and self.latent_noise_of == "posterior",
+                "latent_noise_of: the teacher's latents have no distribution: set it to data",
+            ),
+            (
+                distils and self.freeze_encoder and lessons["teacher_decoder"] > 0,
+                "teacher_config.params.decoder_weight: the encoder is frozen (freeze_encoder): leave it out",
             ),
             (
                 self.freeze_decoder and self.adversary is not None,
@@ -335,7 +348,7 @@ class LiteAutoencoderKL(ValidatedModule):
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
 
         # Forward: one pass of the autoencoder, for both sides. With a teacher, the decoder learns from its latents.
-        watched = self.bound.watch(self.encoder, self.decoder) if self.bound is not None else nullcontext()
+        watched = self.bound.watch(*self._trained_networks()) if self.bound is not None else nullcontext()
         with torch.set_grad_enabled(not warming_up), watched:
             taught = self.teacher.posterior(x, batch.get("moments")) if self.teacher is not None else None
             posterior = self.encode(x) if taught is None or not self.freeze_encoder else None
@@ -521,6 +534,10 @@ class LiteAutoencoderKL(ValidatedModule):
 
     # Lightning's hooks
 
+    def _trained_networks(self) -> list[nn.Module]:
+        halves = ((self.encoder, self.freeze_encoder), (self.decoder, self.freeze_decoder))
+        return [network for network, frozen in halves if not frozen]
+
     def autoencoder_parameters(self) -> list[nn.Parameter]:
         """The autoencoder's parameters that training changes."""
         parts = (self.encoder, self.decoder, self.quantizer)
@@ -558,6 +575,10 @@ class LiteAutoencoderKL(ValidatedModule):
         self._iteration = checkpoint["iteration"]
 
     def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_validation_start(self) -> None:  # of a model that was not fitted
         if self.teacher is not None:
             self.teacher.to(self.device)
 

@@ -104,19 +104,13 @@ class Teacher:
         """The unweighted terms that compare posteriors, by name, if their weights are above 0.
 
         Args:
+            teacher: with a distribution, if ``logvar_weight`` is above 0.
             std: the teacher's standard deviation per channel, (n_z).
-
-        Raises:
-            ConfigError: ``logvar_weight`` is set, and the teacher has no distribution.
         """
         terms: dict[str, Tensor] = {}
         if self.weights["latent"]:
             terms["latent"] = latent_loss(student.mean, teacher.mean, std)
         if self.weights["logvar"]:
-            if isinstance(teacher, Deterministic):
-                raise ConfigError(
-                    f"teacher_config.params.logvar_weight: {self.name} has latents without a distribution: set it to 0"
-                )
             terms["logvar"] = logvar_loss(student.logvar, teacher.logvar)
         return terms
 

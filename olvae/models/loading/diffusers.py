@@ -53,6 +53,7 @@ class DiffusersAutoencoder(Autoencoder):
         if mean.ndim != 4 or PROBE % mean.shape[-1] or mean.shape[-1] != mean.shape[-2]:
             raise ValueError(f"{name} makes {tuple(mean.shape[1:])} of an image of {PROBE}x{PROBE}: no latent image")
         self.downscale, self.latent_channels = PROBE // mean.shape[-1], mean.shape[1]
+        self.deterministic = latent.deterministic
         for factor in FOR_DIFFUSION:
             if (value := getattr(model.config, factor, None)) is not None:
                 setattr(self, factor, value)
