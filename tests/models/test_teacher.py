@@ -1,0 +1,455 @@
+"""A student that learns a teacher's latents, a teacher's images, or both."""
+
+import copy
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from olvae.config import ConfigError
+from olvae.data.image import from_uint8
+from olvae.losses.terms import latent_loss, logvar_loss
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.teacher import Teacher
+from olvae.modules.distributions import Deterministic, DiagonalGaussian
+from tests.models.autoencoder_kl import tiny_kl
+from tests.models.loading.test_targets import taesd
+from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot, source
+
+OBJECTIVE = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+
+EIGHT = {"block_out_channels": (8, 8, 8, 16), "down_block_types": ("DownEncoderBlock2D",) * 4}
+
+DTYPES = {"float32": 0.0, "bfloat16": 0.05}
+
+
+@pytest.fixture
+def target(tmp_path) -> str:
+    """A teacher with the factor and channels of the tiny student: f8, 4 channels."""
+    tiny_kl(**EIGHT, up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(tmp_path / "teacher")
+    return f"diffusers:{tmp_path / 'teacher'}"
+
+
+def student(target: str, adversary: dict | None = None, teacher: dict | None = None, **model) -> LiteAutoencoderKL:
+    node = {"target": "olvae.models.teacher.Teacher", "params": {"autoencoder": target, **(teacher or {})}}
+    settings = {"lossconfig": OBJECTIVE, "learning_rate": 1e-3, "initial_logvar": -4.0, "teacher_config": node}
+    return build(adversary, **{**settings, **model})
+
+
+def bits(teacher: Teacher) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+
+
+MODES = {
+    "encoder": {"freeze_decoder": True},
+    "decoder": {"freeze_encoder": True},
+    "both": {},
+    "encoder, through the teacher's decoder": {"freeze_decoder": True, "teacher": {"decoder_weight": 0.5}},
+    "both, through the teacher's decoder": {"teacher": {"decoder_weight": 0.5}},
+    "decoder, adversary": {"freeze_encoder": True, "adversary": against(weight=0.1)},
+    "both, adversary": {"adversary": against(weight=0.1, warmup_updates=2)},
+    "both, quantizer": {"use_quant": True},
+    "both, bfloat16": {"teacher": {"dtype": "bfloat16", "decoder_weight": 0.5}},
+    "both, equivariance": {"equivariance": 1.0},
+    "both, noise": {"latent_noise": 0.5, "latent_noise_of": "data"},
+    "both, bounded": {"activation_bound": 0.1},
+    "encoder, bounded": {"freeze_decoder": True, "activation_bound": 0.1},
+    "accumulated": {"accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_step_changes(target, image_folder, mode):
+    """The student's trained half, and nothing of the teacher or of the other half."""
+    model = student(target, use_ema=True, ema_decay=0.5, **MODES[mode])
+    teacher, start, before = model.teacher, snapshot(model.autoencoder), bits(model.teacher)
+    fit(model, image_folder, 3)
+    assert model.trainer.global_step == 3
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+    assert_same(bits(teacher), before)
+    assert not teacher.model.training
+    changed = moved(start, snapshot(model.autoencoder))
+    trained = [half for half in ("encoder", "decoder") if not MODES[mode].get(f"freeze_{half}")]
+    names = {
+        "encoder": [n for n in start if n.startswith(("encoder.", "quantizer.quant_conv."))],
+        "decoder": [n for n in start if n.startswith(("decoder.", "quantizer.post_quant_conv."))],
+    }
+    for half in ("encoder", "decoder"):
+        share = len(changed & set(names[half])) / len(names[half])
+        assert share > 0.9 if half in trained else share == 0, half
+    assert math.isfinite(metrics(model)["train/loss"])
+    ours = {id(p) for p in model.parameters()}
+    theirs = {id(p) for p in teacher.model.parameters()}
+    assert not ours & theirs
+    for optimizer in model.trainer.optimizers:
+        assert not theirs & {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_none_of_its_tensors_is_anywhere(target, image_folder, tmp_path):
+    """Not by name, nor by value: in the module, the averaged copy, the checkpoint, the optimizers."""
+    model = student(target, use_ema=True, teacher={"decoder_weight": 0.5})
+    fit(model, image_folder, 2)
+    model.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    theirs = [t for t in bits(model.teacher).values() if t.numel() > 8]  # fewer could be equal by chance
+    found: list[Tensor] = []
+
+    def walk(value):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            assert not any("teacher" in str(key) and key != "teacher_std" for key in value)
+            for part in value.values():
+                walk(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                walk(part)
+
+    walk(checkpoint)
+    assert {"state_dict", "current_model_state"} <= checkpoint.keys()
+    assert len(found) > 200
+    for tensor in found:
+        assert not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in theirs)
+    assert not any("teacher" in name and name != "teacher_std" for name in model.state_dict())
+    assert not any("teacher" in name for name, _ in [*model.named_modules(), *model.named_parameters()])
+
+
+def test_a_copy_of_the_student_shares_it(target, image_folder):
+    model = student(target)
+    again = copy.deepcopy(model)
+    assert again.teacher is model.teacher
+    assert again.encoder is not model.encoder
+    fit(model, image_folder, 1)
+    copy.deepcopy(model.bound)
+
+
+def test_it_does_not_change_the_students_first_weights(target):
+    """A run's untrained baseline is built without it."""
+    torch.manual_seed(0)
+    with_teacher, without = student(target, against()), build(against(), initial_logvar=-4.0)
+    assert_same(snapshot(with_teacher), snapshot(without))
+
+
+def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(target, image_folder, updates):
+    """Against the objective of what it decodes, written down."""
+    weights = {"latent_weight": 0.0, "logvar_weight": 0.0, "decoder_weight": 2.0}
+    model = student(target, teacher=weights, freeze_decoder=True, sample_posterior=False)
+    plain = copy.deepcopy(model)
+    fit(model, image_folder, 1)
+    x = plain.images(next(iter(source(image_folder).train_loader())))
+    loss, _ = plain.objective(x, plain.teacher.model.decode(plain.encode(x).mean), None)
+    expected = torch.autograd.grad(2.0 * loss, list(plain.encoder.parameters()))
+    (update,) = updates
+    assert len(update.gradients) == len(expected)
+    for gradient, by_hand in zip(update.gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, by_hand)
+    assert max(float(gradient.abs().max()) for gradient in update.gradients) > 0
+    assert metrics(model)["train/loss"] == pytest.approx(2.0 * loss.item(), rel=1e-5)
+
+
+def test_the_losses_by_hand(target, image_folder):
+    """The sum that is logged, from torch's own divergence and plain arithmetic."""
+    model = student(target, teacher={"latent_weight": 3.0, "logvar_weight": 0.7}, freeze_decoder=True)
+    model.teacher_std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    plain = copy.deepcopy(model)
+    fit(model, image_folder, 1)
+    x = plain.images(next(iter(source(image_folder).train_loader())))
+    with torch.no_grad():
+        ours, theirs = plain.encode(x), plain.teacher.model.encode(x)
+    units = (ours.mean - theirs.mean).double() / torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1)
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(
+        normal(torch.zeros_like(theirs.mean).double(), theirs.std.double()),
+        normal(torch.zeros_like(theirs.mean).double(), ours.std.double()),
+    )
+    values = metrics(model)
+    assert values["train/latent"] == pytest.approx(float((units**2).mean()), rel=1e-5)
+    assert values["train/logvar"] == pytest.approx(float(divergence.mean()), rel=1e-5)
+    expected = 3.0 * values["train/latent"] + 0.7 * values["train/logvar"]
+    assert values["train/loss"] == pytest.approx(expected, rel=1e-6)
+    assert not {"train/rec", "train/teacher_decoder"} & set(values)
+
+
+def test_the_decoder_learns_from_the_teachers_latents(target, image_folder, updates):
+    """Not from the student's, in both modes that train it."""
+    for mode in ({"freeze_encoder": True}, {}):
+        model = student(target, sample_posterior=False, **mode)
+        plain = copy.deepcopy(model)
+        updates.clear()
+        fit(model, image_folder, 1)
+        x = plain.images(next(iter(source(image_folder).train_loader())))
+        with torch.no_grad():
+            z = plain.teacher.model.encode(x).mean
+        loss, _ = plain.objective(x, plain.decode(z), None)
+        expected = torch.autograd.grad(loss, list(plain.decoder.parameters()))
+        gradients = dict(zip(map(id, updates[0].parameters), updates[0].gradients, strict=True))
+        for p, by_hand in zip(model.decoder.parameters(), expected, strict=True):
+            torch.testing.assert_close(gradients[id(p)], by_hand)
+
+
+def test_an_encoder_gets_nearer_to_it(target, image_folder):
+    model = student(target, freeze_decoder=True, learning_rate=3e-3)
+    x = torch.rand(8, 3, 16, 16) * 2 - 1
+
+    @torch.no_grad()
+    def distance() -> float:
+        return float(latent_loss(model.encode(x).mean, model.teacher.posterior(x).mean, model.teacher_std))
+
+    before = distance()
+    fit(model, image_folder, 40)
+    assert distance() < 0.9 * before
+
+
+# Moments, measuring, precision
+
+
+def test_moments_that_are_known_are_taken_instead(target, monkeypatch):
+    model = student(target)
+    x, moments = torch.rand(2, 3, 16, 16), torch.randn(2, 8, 2, 2).half()
+    monkeypatch.setattr(model.teacher.model, "encode", None)
+    posterior = model.teacher.posterior(x, moments)
+    assert torch.equal(posterior.mean, moments[:, :4].float())
+    assert torch.equal(posterior.logvar, moments[:, 4:].float())
+    assert not posterior.deterministic
+
+
+@pytest.mark.parametrize("batches", [[12], [4, 4, 4], [1, 2, 3, 6]])
+def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
+    teacher = student(target).teacher
+    x = torch.rand(12, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        means = teacher.model.encode(x).mean
+    measured = teacher.measure(x.split(batches))
+    expected = means.double().transpose(0, 1).flatten(1).std(1, unbiased=False)
+    assert measured.dtype == torch.float32
+    torch.testing.assert_close(measured.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_channel_without_deviation(target):
+    teacher = student(target).teacher
+    with torch.no_grad():
+        teacher.model.model.quant_conv.weight[2] = 0
+    with pytest.raises(ValueError, match=r"channel 2 of its latents is the same everywhere"):
+        teacher.measure([torch.rand(3, 3, 16, 16)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_computes_in_its_own_precision(target, dtype, autocast):
+    """Whatever precision the student trains in."""
+    teacher, exact = (student(target, teacher={"dtype": d}).teacher for d in (dtype, "float32"))
+    assert {p.dtype for p in teacher.model.parameters()} == {getattr(torch, dtype)}
+    assert teacher.checksum == exact.checksum
+    x, z = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        posterior, image = teacher.posterior(x), teacher.decode(z)
+    reference, expected = exact.posterior(x), exact.decode(z)
+    for tensor, other in (
+        (posterior.mean, reference.mean),
+        (posterior.logvar, reference.logvar),
+        (image, expected),
+    ):
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, other, rtol=0, atol=DTYPES[dtype])
+        assert torch.equal(tensor, other) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_student_in_half_precision(target, image_folder, dtype):
+    model = student(target, teacher={"dtype": dtype, "decoder_weight": 0.5})
+    start = snapshot(model.autoencoder)
+    fit(model, image_folder, 2, precision="bf16-mixed")
+    assert len(moved(start, snapshot(model.autoencoder))) > 0.9 * len(start)
+    assert math.isfinite(metrics(model)["train/loss"])
+
+
+def test_the_layout_of_the_students_weights_does_not_matter(target, image_folder):
+    plain, last = (fit(student(target, channels_last=c), image_folder, 1) for c in (False, True))
+    assert metrics(plain)["train/loss"] == pytest.approx(metrics(last)["train/loss"], rel=1e-4)
+
+
+def test_a_teacher_without_a_distribution(tmp_path, image_folder):
+    taesd().save_pretrained(tmp_path / "taesd")
+    target = f"diffusers:{tmp_path / 'taesd'}"
+    model = student(target, teacher={"logvar_weight": 0.0, "decoder_weight": 0.1})
+    fit(model, image_folder, 2)
+    assert math.isfinite(metrics(model)["train/loss"])
+    assert isinstance(model.teacher.posterior(torch.rand(1, 3, 16, 16)), Deterministic)
+    with pytest.raises(ConfigError, match=r"params.logvar_weight: the teacher's latents have no distribution: set it"):
+        student(target)
+    decoder_only = fit(student(target, freeze_encoder=True, latent_noise=0.1, latent_noise_of="data"), image_folder, 1)
+    assert decoder_only.trainer.global_step == 1
+    with pytest.raises(ConfigError, match=r"latent_noise_of: the teacher's latents have no distribution: set it to"):
+        student(target, freeze_encoder=True, latent_noise=0.1)
+
+
+# Validation
+
+
+class Fit:
+    """A training with validation."""
+
+    def __init__(self, model, root, steps=2):
+        self.trainer = pl.Trainer(
+            max_steps=steps,
+            val_check_interval=steps,
+            check_val_every_n_epoch=None,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = source(root)
+        self.batches = list(data.val_loader())
+        self.trainer.fit(model, data.train_loader(), data.val_loader())
+        self.values = model.validation_values
+
+
+@pytest.mark.parametrize("mode", [{"freeze_decoder": True}, {}, {"use_ema": True, "ema_decay": 0.5}])
+def test_the_latents_error_in_validation_by_hand(target, image_folder, mode):
+    model = student(target, **mode)
+    model.teacher_std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    done = Fit(model, image_folder)
+    squares = []
+    with torch.no_grad():
+        for batch in done.batches:
+            x = from_uint8(batch["image"])
+            units = (model.encode(x).mean - model.teacher.model.encode(x).mean) / model.teacher_std.view(1, 4, 1, 1)
+            squares += units.double().square().mean((1, 2, 3)).tolist()
+    expected = math.sqrt(sum(squares) / len(squares))
+    assert done.values["val/latent_rmse"] == pytest.approx(expected, rel=1e-5)
+    assert "val_raw/latent_rmse" not in done.values
+
+
+def test_a_decoder_alone_has_no_error_of_latents(target, image_folder):
+    assert "val/latent_rmse" not in Fit(student(target, freeze_encoder=True), image_folder).values
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_the_teachers_half_takes_the_place_of_the_one_that_is_not_trained(target, half):
+    model = student(target, **{f"freeze_{'decoder' if half == 'encoder' else 'encoder'}": True}).eval()
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    theirs = model.teacher.model
+    with torch.no_grad():
+        image, posterior = model(x)
+        latent = model.encode(x).mean if half == "encoder" else theirs.encode(x).mean
+        expected = theirs.decode(latent) if half == "encoder" else model.decode(latent)
+        assert torch.equal(posterior.mode(), latent)
+        assert torch.equal(image, expected)
+        assert torch.equal(model.decode_trained(latent), expected)
+        both = student(target).eval()
+        assert torch.equal(both(x)[0], both.decode(both.encode(x).mean))
+
+
+def test_it_follows_the_students_device(target, image_folder, monkeypatch):
+    """In a validation without a training too."""
+    model, devices = student(target, freeze_decoder=True), []
+    monkeypatch.setattr(Teacher, "to", lambda self, device: devices.append(device) or self)
+    Fit(model, image_folder, 1)
+    assert devices
+    devices.clear()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(model, source(image_folder).val_loader(), verbose=False)
+    assert devices == [model.device]
+
+
+# Factors and refusals
+
+
+def test_the_student_has_its_factors(tmp_path):
+    factors = {"scaling_factor": 0.5, "latents_mean": [0.0, 1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    tiny_kl(**EIGHT, up_block_types=("UpDecoderBlock2D",) * 4, force_upcast=False, **factors).save_pretrained(tmp_path)
+    model = student(f"diffusers:{tmp_path}")
+    assert model.for_diffusion == {"shift_factor": 0.0, "force_upcast": False, **factors}
+    assert model.autoencoder.for_diffusion == model.for_diffusion
+    changed = student(f"diffusers:{tmp_path}", scaling_factor=0.25)
+    assert changed.autoencoder.for_diffusion == {**model.for_diffusion, "scaling_factor": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student_of", "message"),
+    [
+        ({}, {"embed_dim": 6}, "the latent: f8, 4 channels, but the student's: f8, 6 channels"),
+        ({"in_channels": 1, "out_channels": 1}, {}, "images: 1 channels, but the student's: 3 channels"),
+    ],
+)
+def test_a_student_of_another_shape(tmp_path, teacher, student_of, message):
+    tiny_kl(**EIGHT, up_block_types=("UpDecoderBlock2D",) * 4, **teacher).save_pretrained(tmp_path)
+    if "embed_dim" in student_of:
+        params = build().decoder.node["params"]
+        student_of["decoder_config"] = {
+            "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
+            "params": {**params, "z_channels": 6},
+        }
+    with pytest.raises(ConfigError, match=message) as caught:
+        student(f"diffusers:{tmp_path}", **student_of)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_student_of_another_factor(tmp_path):
+    tiny_kl().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="the latent: f4, 4 channels, but the student's: f8, 4 channels"):
+        student(f"diffusers:{tmp_path}")
+
+
+KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lossconfig": KL}, "kl_weight: the latents have to be the teacher's"),
+        ({"anchor_weight": 1.0}, "anchor_weight: the latents have to be the teacher's"),
+        ({"teacher": {"latent_weight": 0, "logvar_weight": 0}}, "every weight is 0: nothing teaches the encoder"),
+        ({"freeze_encoder": True, "teacher": {"decoder_weight": 1.0}}, "decoder_weight: the encoder is frozen"),
+        ({"freeze_decoder": True, "adversary": against()}, "an adversary has nothing to train"),
+        ({"freeze_decoder": True, "equivariance": 0.5}, "equivariance, latent_noise: the decoder is frozen"),
+        ({"freeze_decoder": True, "latent_noise": 0.5}, "equivariance, latent_noise: the decoder is frozen"),
+        ({"freeze_decoder": True, "freeze_encoder": True}, "nothing is left to train"),
+        ({"teacher": {"latent_weight": -1.0}}, "latent_weight must not be negative, got -1"),
+        ({"teacher": {"dtype": "float8"}}, "dtype must be one of float16, bfloat16, float32, got 'float8'"),
+        ({"teacher_config": OBJECTIVE}, "olvae.losses.objective.Objective is not a Teacher"),
+    ],
+)
+def test_settings_that_contradict_each_other(target, settings, message):
+    with pytest.raises((ConfigError, ValueError), match=message) as caught:
+        student(target, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_frozen_encoder_needs_no_lesson(target, image_folder):
+    model = student(target, freeze_encoder=True, teacher={"latent_weight": 0, "logvar_weight": 0})
+    assert fit(model, image_folder, 1).trainer.global_step == 1
+
+
+def test_what_the_summary_says(target):
+    model = student(target, teacher={"dtype": "bfloat16", "decoder_weight": 0.5, "logvar_weight": 0})
+    assert model.teacher.describe() == f"{target}, bfloat16; 1 latent, 0.5 teacher_decoder"
+
+
+def test_posteriors_are_compared_in_float32(target):
+    teacher = student(target).teacher
+    ours = DiagonalGaussian(torch.randn(2, 8, 2, 2).bfloat16())
+    theirs = DiagonalGaussian(torch.randn(2, 8, 2, 2))
+    terms = teacher.losses(ours, theirs, torch.ones(4))
+    assert terms.keys() == {"latent", "logvar"}
+    assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
+    torch.testing.assert_close(terms["logvar"], logvar_loss(ours.logvar.float(), theirs.logvar))
+
+
+def test_an_encoder_alone_without_a_teacher(image_folder):
+    """Through its own decoder, which stays as it is."""
+    model = build(freeze_decoder=True, use_quant=True, learning_rate=1e-3)
+    start, modes = snapshot(model.autoencoder), []
+    fit(model, image_folder, 3, callbacks=[Each(lambda m: modes.append(m.decoder.training))])
+    changed = moved(start, snapshot(model.autoencoder))
+    fresh = ("decoder.", "quantizer.post_quant_conv.")
+    assert not any(name.startswith(fresh) for name in changed)
+    assert len(changed) > 0.9 * len([name for name in start if not name.startswith(fresh)])
+    assert modes == [False] * 3
+    assert all(
+        not p.requires_grad for p in nn.ModuleList([model.decoder, model.quantizer.post_quant_conv]).parameters()
+    )
