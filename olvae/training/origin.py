@@ -17,7 +17,7 @@ from olvae.models.loading.stable_diffusion import as_litevae
 from olvae.models.loading.targets import find_target
 from olvae.models.teacher import Teacher
 
-__all__ = ["Found", "measure_teacher", "set_teacher", "start_from", "untrained_half"]
+__all__ = ["Found", "check_teacher", "measure_teacher", "set_teacher", "start_from", "untrained_half"]
 
 MEASURED_IMAGES = 64
 """Training images that the teacher's standard deviation per channel is measured on."""
@@ -72,20 +72,20 @@ def set_teacher(config: Config, target: str) -> None:
     config["model"]["params"] = {**params, "teacher_config": node}
 
 
-def measure_teacher(model: LiteAutoencoderKL, source: Source, seed: int) -> None:
-    """Measure the teacher's standard deviation per channel on the first training images; the same in all processes.
+def check_teacher(teacher: Teacher, source: Source) -> None:
+    """Raise ConfigError if the data have latents of another autoencoder."""
+    if isinstance(source, PairSource) and source.encoded_by.described["weights"] != teacher.checksum:
+        raise ConfigError(
+            f"data.params.folder: its latents are of {source.encoded_by.described['target']}, whose weights are "
+            f"not those of the teacher, {teacher.name}"
+        )
 
-    Raises:
-        ConfigError: the data have latents of another autoencoder.
-    """
+
+def measure_teacher(model: LiteAutoencoderKL, source: Source, seed: int) -> None:
+    """Measure the teacher's standard deviation per channel on the first training images; the same in all processes."""
     teacher = model.teacher
     assert teacher is not None
     if isinstance(source, PairSource):  # measured on all of them
-        if source.encoded_by.described["weights"] != teacher.checksum:
-            raise ConfigError(
-                f"data.params.folder: its latents are of {source.encoded_by.described['target']}, whose weights are "
-                f"not those of the teacher, {teacher.name}"
-            )
         model.teacher_std.copy_(torch.tensor(source.encoded_by.latents_std))
         return
     process = LoaderProcess(0, 1, 0, 1, source.batch_size)

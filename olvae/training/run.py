@@ -32,7 +32,14 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
-from olvae.training.origin import Found, measure_teacher, set_teacher, start_from, untrained_half
+from olvae.training.origin import (
+    Found,
+    check_teacher,
+    measure_teacher,
+    set_teacher,
+    start_from,
+    untrained_half,
+)
 from olvae.training.progress import StepProgress, print_ending, print_summary
 
 __all__ = [
@@ -114,12 +121,19 @@ def train(options: TrainOptions) -> runs.Run:
     if found is not None:
         load_weights(model, found.weights, found.target)
     start, done = _restore(model, resumed, options.actual_resume)
-    if model.teacher is not None:
-        config["model"]["params"].update(model.for_diffusion)
-        if resumed is None:  # else it is in the checkpoint
-            measure_teacher(model, source, settings["seed"])
     before = found.config if found is not None else _config_of(resumed, options.actual_resume)
     settings["untrained"] = untrained_half(model, before)
+    settings["teacher"] = model.teacher.checksum if model.teacher is not None else None
+    if resumed is not None and settings["teacher"] != ((before or {}).get("run") or {}).get("teacher"):
+        raise ConfigError(
+            "teacher_config: a resumed run keeps its teacher, and these weights are not that one's: start a new run "
+            "from its weights with --actual_resume"
+        )
+    if model.teacher is not None:
+        config["model"]["params"].update(model.for_diffusion)
+        check_teacher(model.teacher, source)
+        if resumed is None:  # else it is in the checkpoint
+            measure_teacher(model, source, settings["seed"])
 
     trainer_args = _steps(trainer_args, source, model)
     if resumed is not None and done >= trainer_args["max_steps"]:

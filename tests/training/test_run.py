@@ -80,6 +80,7 @@ def test_what_a_run_leaves(go):
         "initial_seed": 5,
         "weights": None,
         "untrained": None,
+        "teacher": None,
     }
     assert checkpoint(run)["images_seen"] == 16
 

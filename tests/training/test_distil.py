@@ -1,0 +1,289 @@
+"""Runs that learn from a teacher (--teacher), as the command trains."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olvae import LiteVAE
+from olvae.config import ConfigError, load, validate
+from olvae.data.image import from_uint8
+from olvae.data.mapped.folder import FolderSource
+from olvae.export.diffusers_model import AutoencoderLiteVAE
+from olvae.models.loading.diffusers import DiffusersAutoencoder
+from olvae.models.loading.targets import find_target
+from tests.conftest import tiny_config
+from tests.export.latents import encode
+from tests.models.autoencoder_kl import tiny_kl
+from tests.models.loading.test_targets import taesd
+from tests.models.steps import against
+from tests.training.origins import OBJECTIVE, assert_same_checkpoint, checkpoint, one_line
+
+FACTORS: dict[str, Any] = {
+    "scaling_factor": 0.5,
+    "shift_factor": 0.25,
+    "latents_mean": [0.0, 1.0, 2.0, 3.0],
+    "latents_std": [1.0, 2.0, 3.0, 4.0],
+    "force_upcast": False,
+}
+
+EIGHT = {
+    "block_out_channels": (8, 8, 8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+"""AutoencoderKL with the student's factor."""
+
+
+@pytest.fixture
+def target(tmp_path) -> str:
+    tiny_kl(**EIGHT, **FACTORS).save_pretrained(tmp_path / "teacher")
+    return f"diffusers:{tmp_path / 'teacher'}"
+
+
+def student(root: Path, **model: Any) -> dict[str, Any]:
+    config = tiny_config(root, lossconfig=OBJECTIVE, initial_logvar=-4.0, **model)
+    config["data"]["params"]["val_fraction"] = 0.4
+    return config
+
+
+def test_the_student_carries_the_teachers_factors_through_every_format(train_with, tmp_path, image_folder, target):
+    run = train_with(config=student(image_folder), teacher=target)
+    params = load([run.config])["model"]["params"]
+    assert validate(load([run.config])) == []
+    assert {name: params[name] for name in FACTORS} == FACTORS
+    assert params["teacher_config"] == {"target": "olvae.models.teacher.Teacher", "params": {"autoencoder": target}}
+    shutil.rmtree(tmp_path / "teacher")  # only training needs it
+    model = LiteVAE.from_pretrained(run.path)
+    assert model.for_diffusion == FACTORS
+    assert find_target(run.path).load().for_diffusion == FACTORS
+    model.save_pretrained(tmp_path / "export")
+    assert LiteVAE.from_pretrained(tmp_path / "export").for_diffusion == FACTORS
+    theirs = AutoencoderLiteVAE.from_pretrained(tmp_path / "export")
+    assert {name: theirs.config[name] for name in FACTORS} == FACTORS
+    theirs.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {name: again[name] for name in FACTORS} == FACTORS
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(AutoencoderLiteVAE.from_pretrained(tmp_path / "again")(x).sample, model(x)[0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"freeze_decoder": True, "use_ema": True, "ema_decay": 0.5},
+        {"freeze_encoder": True, "use_ema": True, "adversary_config": against(weight=0.1)},
+    ],
+    ids=["both", "encoder", "decoder"],
+)
+def test_stopping_and_resuming_is_not_stopping(train_with, image_folder, target, model):
+    config = student(image_folder, **model)
+    options = {"config": config, "teacher": target}
+    whole = train_with("lightning.trainer.accumulate_grad_batches=2", **options)
+    half = train_with("lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.max_steps=2", **options)
+    assert_same_checkpoint(whole, train_with("lightning.trainer.max_steps=4", resume=half.path))
+    assert set(checkpoint(whole)["state_dict"]["teacher_std"].tolist()) != {1.0}
+
+
+def test_the_deviation_is_measured_on_the_training_images(train_with, image_folder, target):
+    """The first 64 of the stream, here each of the seven training images about nine times."""
+    run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target, seed=4)
+    teacher = find_target(target).load()
+    stream = iter(FolderSource(str(image_folder), 16, 4, val_fraction=0.4).train_loader(seed=4))
+    images = torch.cat([next(stream)["image"] for _ in range(16)])
+    with torch.no_grad():
+        means = teacher.encode(from_uint8(images)).mean
+    expected = means.double().std((0, 2, 3), unbiased=False).float()
+    torch.testing.assert_close(checkpoint(run)["state_dict"]["teacher_std"], expected, rtol=1e-5, atol=0)
+
+
+def test_a_teacher_does_not_change_what_the_student_starts_from(train_with, image_folder, target):
+    """The baseline `untrained` is built from the seed alone."""
+    run = train_with(
+        "lightning.trainer.max_steps=1", "model.base_learning_rate=1e-12", config=student(image_folder), teacher=target
+    )
+    fresh, first = find_target(run.path).untrained().state_dict(), find_target(run.path).load().state_dict()
+    for name, tensor in fresh.items():
+        torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-7, msg=name)
+
+
+def test_teachers_of_the_config(train_with, image_folder, target):
+    node = {"params": {"decoder_weight": 0.5}}
+    for given, autoencoder in ((node, target), ({"target": "olvae.models.teacher.Teacher", **node}, target)):
+        config = student(image_folder, teacher_config=given)
+        run = train_with("lightning.trainer.max_steps=1", config=config, teacher=autoencoder)
+        assert load([run.config])["model"]["params"]["teacher_config"]["params"] == {
+            "autoencoder": target,
+            "decoder_weight": 0.5,
+        }
+
+
+def untrained(run) -> str | None:
+    return load([run.config])["run"]["untrained"]
+
+
+def test_which_half_has_fresh_weights_is_known_through_a_sequence(train_with, image_folder, target):
+    encoder = student(image_folder, freeze_decoder=True)
+    decoder = student(image_folder, freeze_encoder=True)
+    first = train_with("lightning.trainer.max_steps=1", config=encoder, teacher=target)
+    assert untrained(first) == "decoder"
+    assert untrained(train_with("lightning.trainer.max_steps=2", resume=first.path)) == "decoder"
+    for weights in (first.last_checkpoint, first.path):
+        second = train_with("lightning.trainer.max_steps=1", config=decoder, teacher=target, actual_resume=weights)
+        assert untrained(second) is None
+        before, after = (checkpoint(run)["state_dict"] for run in (first, second))
+        assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
+    third = train_with("lightning.trainer.max_steps=1", config=decoder, teacher=target)
+    assert untrained(third) == "encoder"
+    again = train_with("lightning.trainer.max_steps=1", config=decoder, teacher=target, actual_resume=third.path)
+    assert untrained(again) == "encoder"
+    both = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target)
+    assert untrained(both) is None
+
+
+def test_weights_without_a_run_are_taken_for_trained(train_with, tmp_path, image_folder, target, monkeypatch):
+    """A config two folders up is not theirs."""
+    first = train_with(
+        "lightning.trainer.max_steps=1", config=student(image_folder, freeze_decoder=True), teacher=target
+    )
+    alone = tmp_path / "else" / "where" / "last.ckpt"
+    alone.parent.mkdir(parents=True)
+    shutil.copy(first.last_checkpoint, alone)
+    shutil.copy(first.config, tmp_path / "else" / "config.yaml")
+    config = student(image_folder, freeze_decoder=True)
+    run = train_with("lightning.trainer.max_steps=1", config=config, teacher=target, actual_resume=alone)
+    assert untrained(run) is None
+    monkeypatch.chdir(first.checkpoints)
+    config["data"]["params"]["root"] = str(image_folder)
+    run = train_with("lightning.trainer.max_steps=1", config=config, teacher=target, actual_resume="last.ckpt")
+    assert untrained(run) == "decoder"
+
+
+def test_a_student_that_starts_from_another_run_keeps_learning(train_with, image_folder, target):
+    """With --from and --teacher the encoder is trained, and the factors are the teacher's."""
+    first = train_with(
+        "lightning.trainer.max_steps=1",
+        config=tiny_config(image_folder, lossconfig=OBJECTIVE, scaling_factor=0.7),
+    )
+    run = train_with(
+        "lightning.trainer.max_steps=1", config=student(image_folder), start_from=str(first.path), teacher=target
+    )
+    params = load([run.config])["model"]["params"]
+    assert not params.get("freeze_encoder")
+    assert LiteVAE.from_pretrained(run.path).for_diffusion == FACTORS
+    assert untrained(run) is None
+
+
+def test_teachers_that_do_not_fit(train_with, tmp_path, image_folder):
+    """One line each, and no run folder."""
+    shapes = {
+        "factor": ({}, "the latent: f4, 4 channels, but the student's: f8, 4 channels"),
+        "channels": ({**EIGHT, "latent_channels": 16}, "the latent: f8, 16 channels, but the student's: f8, 4"),
+        "images": ({**EIGHT, "in_channels": 1, "out_channels": 1}, "images: 1 channels, but the student's: 3 channels"),
+    }
+    for name, (arguments, message) in shapes.items():
+        tiny_kl(**arguments).save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=message) as caught:
+            train_with(config=student(image_folder), teacher=f"diffusers:{tmp_path / name}")
+        one_line(caught)
+    taesd().save_pretrained(tmp_path / "taesd")
+    for teacher, message in (
+        (f"diffusers:{tmp_path / 'taesd'}", "logvar_weight: the teacher's latents have no distribution"),
+        ("diffusers:/no/where", "no such folder"),
+        ("/no/where.ckpt", "not found"),
+    ):
+        with pytest.raises((ConfigError, FileNotFoundError), match=message) as caught:
+            train_with(config=student(image_folder), teacher=teacher)
+        one_line(caught)
+    assert not (tmp_path / "runs").exists()
+
+
+# Latents from shards
+
+
+@pytest.fixture
+def pairs(tmp_path, image_folder, target) -> Path:
+    """Moments of the teacher, of mirrored images too, and the pixels."""
+    options = {"size": 16, "flip": True, "images": True, "dtype": "float32"}
+    encode(image_folder, tmp_path / "pairs", find_target(target).load(), shard_size=4, **options)
+    return tmp_path / "pairs"
+
+
+def of_pairs(pairs: Path, **model: Any) -> dict[str, Any]:
+    config = student(pairs, **model)
+    config["data"] = {
+        "target": "olvae.data.shards.pairs.PairSource",
+        "params": {"folder": str(pairs), "batch_size": 4, "shuffle": 4},
+    }
+    return config
+
+
+@pytest.mark.parametrize("model", [{}, {"freeze_decoder": True}, {"freeze_encoder": True}], ids=["both", "e", "d"])
+def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(train_with, pairs, target, monkeypatch, model):
+    asked, encoded = [], DiffusersAutoencoder.encode
+
+    def count(self, x):
+        asked.append(len(x))
+        return encoded(self, x)
+
+    monkeypatch.setattr(DiffusersAutoencoder, "encode", count)
+    config = of_pairs(pairs, **model)
+    if model.get("freeze_encoder"):  # its validation is of the teacher's encoder
+        config["lightning"]["trainer"]["limit_val_batches"] = 0
+    run = train_with(config=config, teacher=target)
+    assert asked == []
+    stats = json.loads((pairs / "stats.json").read_text())
+    assert checkpoint(run)["state_dict"]["teacher_std"].tolist() == pytest.approx(stats["latents_std"], rel=1e-6)
+
+
+def test_latents_of_other_weights(train_with, tmp_path, pairs, target):
+    """Beside a teacher, at the start and where a run goes on."""
+    run = train_with("lightning.trainer.max_steps=1", config=of_pairs(pairs), teacher=target)
+    other = tiny_kl(**EIGHT)
+    with torch.no_grad():
+        other.encoder.conv_in.bias.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"data.params.folder: its latents are of tiny, whose weights are not") as e:
+        train_with(config=of_pairs(pairs), teacher=f"diffusers:{tmp_path / 'other'}")
+    one_line(e)
+    encode(
+        tmp_path / "photos",
+        tmp_path / "others",
+        find_target(f"diffusers:{tmp_path / 'other'}").load(),
+        shard_size=4,
+        size=16,
+        images=True,
+    )
+    with pytest.raises(ConfigError, match=r"whose weights are not"):
+        train_with("lightning.trainer.max_steps=2", f"data.params.folder={tmp_path / 'others'}", resume=run.path)
+    assert list((tmp_path / "runs").iterdir()) == [run.path]
+
+
+def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, target):
+    """Wherever that is by now; its deviation is in the checkpoint."""
+    run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target)
+    shutil.move(tmp_path / "teacher", tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        train_with("lightning.trainer.max_steps=2", resume=run.path)
+    resumed = train_with("lightning.trainer.max_steps=2", resume=run.path, teacher=f"diffusers:{tmp_path / 'moved'}")
+    assert checkpoint(resumed)["global_step"] == 2
+    assert load([run.config])["model"]["params"]["teacher_config"]["params"]["autoencoder"].endswith("moved")
+
+    other = tiny_kl(**EIGHT)
+    with torch.no_grad():
+        other.encoder.conv_in.bias.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    plain = train_with("lightning.trainer.max_steps=1", config=student(image_folder))
+    for path, overrides, options in (
+        (run.path, (), {"teacher": f"diffusers:{tmp_path / 'other'}"}),
+        (run.path, ("model.params.teacher_config=null",), {}),
+        (plain.path, (), {"teacher": f"diffusers:{tmp_path / 'moved'}"}),
+    ):
+        with pytest.raises(ConfigError, match=r"^teacher_config: a resumed run keeps its teacher") as caught:
+            train_with("lightning.trainer.max_steps=3", *overrides, resume=path, **options)
+        one_line(caught)
