@@ -6,7 +6,16 @@ import pywt
 import torch
 from scipy.ndimage import gaussian_filter
 
-from olvae.losses.terms import RECONSTRUCTION, charbonnier, gaussian_blur, gaussian_loss, kl_loss, wavelet_loss
+from olvae.losses.terms import (
+    RECONSTRUCTION,
+    charbonnier,
+    gaussian_blur,
+    gaussian_loss,
+    kl_loss,
+    latent_loss,
+    logvar_loss,
+    wavelet_loss,
+)
 from olvae.modules.distributions import DiagonalGaussian
 
 X = torch.tensor([[[[0.5, -0.25], [1.0, 0.0]]]], dtype=torch.float64)
@@ -124,3 +133,39 @@ def test_the_weight_means_what_it_means_in_latent_diffusion():
 def test_kl_gradients():
     moments = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda m: kl_loss(DiagonalGaussian(m), torch.zeros(2, 3, 4, 4)), moments)
+
+
+def test_latents_by_hand():
+    """Two channels of 1x2, whose deviations are 0.5 and 4."""
+    mean = torch.tensor([[[[1.0, 2.0]], [[0.0, 8.0]]]], dtype=torch.float64)
+    target = torch.tensor([[[[0.5, 2.0]], [[2.0, 0.0]]]], dtype=torch.float64)
+    std = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    expected = (1.0**2 + 0.0 + 0.5**2 + 2.0**2) / 4
+    assert latent_loss(mean, target, std).item() == pytest.approx(expected, rel=1e-12)
+    assert latent_loss(mean.bfloat16(), target, std).dtype == torch.float64
+    assert latent_loss(mean.bfloat16(), target.bfloat16(), std.float()).dtype == torch.float32
+
+
+def test_log_variances_are_torchs_divergence_at_equal_means():
+    """KL(target || ours), in nats per element."""
+    logvar, target = (2 * torch.randn(3, 4, 2, 5, dtype=torch.float64) for _ in range(2))
+    mean = torch.randn(3, 4, 2, 5, dtype=torch.float64)
+    ours, theirs = (torch.distributions.Normal(mean, (0.5 * value).exp()) for value in (logvar, target))
+    expected = torch.distributions.kl_divergence(theirs, ours).mean().item()
+    assert logvar_loss(logvar, target).item() == pytest.approx(expected, rel=1e-10)
+    assert logvar_loss(target, target).item() == 0.0
+    assert logvar_loss(logvar.bfloat16(), target.bfloat16()).dtype == torch.float32
+
+
+def test_log_variances_by_hand():
+    """Ours twice as narrow, in standard deviations, as the target: (4 - 1 - log 4) / 2; twice as wide: less."""
+    narrow, wide, target = (torch.full((1, 1, 1, 1), value) for value in (-math.log(4.0), math.log(4.0), 0.0))
+    assert logvar_loss(narrow, target).item() == pytest.approx(0.5 * (4 - 1 - math.log(4.0)), rel=1e-6)
+    assert logvar_loss(wide, target).item() == pytest.approx(0.5 * (0.25 - 1 + math.log(4.0)), rel=1e-6)
+
+
+def test_gradients_between_latents():
+    first, second = (torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    std = torch.rand(3, dtype=torch.float64) + 0.5
+    assert torch.autograd.gradcheck(lambda a, b: latent_loss(a, b, std), (first, second))
+    assert torch.autograd.gradcheck(logvar_loss, (first, second))

@@ -1,12 +1,14 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.regularizers import SCALES, Anchor, transform_alike
+from olvae.models.regularizers import SCALES, ActivationBound, Anchor, transform_alike
 from tests.conftest import tiny_config
 
 
@@ -197,3 +199,105 @@ def test_half_precision_is_scaled_in_float32():
     expected = F.interpolate(z.double(), size=(4, 4), mode="bilinear", antialias=True)
     turned = [expected.rot90(k, (2, 3)).float() for k in range(4)]
     assert any(torch.allclose(z_out, t, atol=1e-6) for t in turned)
+
+
+class Pair(nn.Module):
+    """An inner module with two outputs, of which none is watched."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, 100 * x
+
+
+class Small(nn.Module):
+    """x -> 2x -> 6x, and a tuple on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.thrice, self.pair = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), Pair()
+        with torch.no_grad():
+            self.twice.weight.fill_(2.0)
+            self.thrice.weight.fill_(3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.thrice(self.pair(self.twice(x))[0])
+        return out
+
+
+def test_the_excess_by_hand():
+    """Activations 2 and -8 of ``twice``, 6 and -24 of ``thrice``, which are those of the whole too; the bound is 4."""
+    network, bound = Small(), ActivationBound(4.0)
+    x = torch.tensor([[1.0], [-4.0]])
+    with bound.watch(network):
+        y = network(x)
+    assert y.flatten().tolist() == [6.0, -24.0]
+    double, triple = (8 / 4 - 1) ** 2 / 2, ((6 / 4 - 1) ** 2 + (24 / 4 - 1) ** 2) / 2
+    assert bound.penalty().item() == pytest.approx(double + 2 * triple, rel=1e-6)
+
+
+def test_the_gradient_of_the_excess_by_finite_differences():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU(), nn.Conv2d(2, 1, 1)).double()
+    weights = [p.detach().clone().requires_grad_() for p in network.parameters()]
+    names = [name for name, _ in network.named_parameters()]
+    x = torch.randn(2, 1, 5, 5, dtype=torch.float64)
+    bound = ActivationBound(0.2)
+
+    def penalty(*values: Tensor) -> Tensor:
+        with bound.watch(network):
+            torch.func.functional_call(network, dict(zip(names, values, strict=True)), (x,))
+        return bound.penalty()
+
+    assert penalty(*weights).item() > 0
+    assert torch.autograd.gradcheck(penalty, weights)
+
+
+def test_below_the_bound_nothing_is_lost():
+    network, bound = Small(), ActivationBound(24.0)
+    with bound.watch(network):
+        network(torch.tensor([[4.0]]))
+    penalty = bound.penalty()
+    assert penalty.item() == 0.0
+    penalty.backward()
+    assert network.twice.weight.grad.abs().max() == 0
+
+
+def hooks(network: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in network.modules())
+
+
+def test_hooks_are_removed_after_an_error_too():
+    network, bound = Small(), ActivationBound(4.0)
+    with bound.watch(network):
+        assert hooks(network) == 4
+    assert hooks(network) == 0
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), bound.watch(network):
+        network(torch.zeros(1, 2))
+    assert hooks(network) == 0
+    network(torch.tensor([[99.0]]))  # not watched
+    with bound.watch(network):
+        network(torch.tensor([[0.1]]))
+    assert bound.penalty().item() == 0.0
+
+
+def test_half_precision_is_compared_in_float32():
+    network, bound = Small().half(), ActivationBound(1e-3)
+    with bound.watch(network):
+        network(torch.tensor([[100.0]]).half())
+    penalty = bound.penalty()  # 600000 times the bound, squared: beyond fp16
+    assert penalty.dtype == torch.float32
+    assert penalty.item() == pytest.approx((200 / 1e-3 - 1) ** 2 + 2 * (600 / 1e-3 - 1) ** 2, rel=1e-3)
+
+
+def test_the_graph_goes_with_the_penalty():
+    """A copy of the object, which averaging makes when training begins, can't hold one."""
+    network, bound = Small(), ActivationBound(4.0)
+    with bound.watch(network):
+        network(torch.tensor([[1.0]]))
+    bound.penalty().backward()
+    assert copy.deepcopy(bound).bound == 4.0
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0])
+def test_a_bound_is_above_zero(bound):
+    with pytest.raises(ValueError, match="activation_bound must be above 0, got"):
+        ActivationBound(bound)

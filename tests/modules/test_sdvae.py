@@ -1,6 +1,8 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from torch import nn
 
 from olvae.models.autoencoder import LiteVAE, Quantizer
 from olvae.modules.base import count_macs, count_parameters
@@ -47,3 +49,64 @@ def test_with_the_quantizer_it_is_diffusers_autoencoder():
 def test_image_size_must_fit():
     with pytest.raises(ValueError, match="multiple of 8"):
         SDEncoder(image_size=100)
+
+
+SMALL = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
+
+
+def networks(**arguments) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [SDEncoder(8, image_size=32, **SMALL, **arguments), SDDecoder(z_channels=4, **SMALL, **arguments)]
+
+
+def test_reflection_pads_every_convolution_with_a_border():
+    """The weights are those of zeros; a network of constant images is constant up to the border."""
+    for zeros, reflect in zip(networks(), networks(padding="reflect", attention=False), strict=True):
+        convolutions = [m for m in reflect.modules() if isinstance(m, nn.Conv2d)]
+        assert {m.padding_mode for m in convolutions if m.kernel_size == (3, 3) and m.stride == (1, 1)} == {"reflect"}
+        assert {m.padding_mode for m in zeros.modules() if isinstance(m, nn.Conv2d)} == {"zeros"}
+    decoder = networks(padding="reflect")[1]
+    z = torch.randn(1, 4, 1, 1).expand(1, 4, 6, 8)
+    with torch.no_grad():
+        x = decoder(z)
+        torch.testing.assert_close(x, x[..., :1, :1].expand_as(x), atol=1e-5, rtol=0)
+        x = networks()[1](z)
+        assert (x - x[..., 6:7, 8:9]).abs().max() > 1e-3  # zeros are seen
+
+
+def test_one_reflected_convolution_by_hand():
+    convolution = networks(padding="reflect")[0].model.conv_in
+    x = torch.randn(1, 3, 8, 8)
+    expected = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), convolution.weight, convolution.bias)
+    torch.testing.assert_close(convolution(x), expected)
+
+
+def test_a_strided_convolution_keeps_its_zeros():
+    """At the bottom and the right, as published; diffusers adds them by itself."""
+    for encoder in (networks()[0], networks(padding="reflect")[0]):
+        (down,) = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+        assert down.padding_mode == "zeros"
+        seen = []
+        down.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        encoder(torch.rand(1, 3, 8, 8))
+        assert seen[0].shape[-2:] == (9, 9)
+        assert seen[0][..., -1, :].abs().max() == seen[0][..., -1].abs().max() == 0
+
+
+def test_without_attention():
+    for with_it, without in zip(networks(), networks(attention=False), strict=True):
+        named = {name for name, _ in with_it.named_parameters()} - {name for name, _ in without.named_parameters()}
+        assert named
+        assert all(".attentions." in name for name in named)
+
+
+def test_the_node_remembers_the_choices():
+    for network in networks(padding="reflect", attention=False):
+        assert network.node["params"]["padding"] == "reflect"
+        assert network.node["params"]["attention"] is False
+
+
+def test_another_padding():
+    for network in (SDEncoder, SDDecoder):
+        with pytest.raises(ValueError, match="padding must be zeros or reflect, got 'circular'"):
+            network(padding="circular", **SMALL)
