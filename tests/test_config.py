@@ -204,3 +204,52 @@ def test_numbers_of_yaml_are_what_they_look_like(tmp_path):
 
 def test_no_model():
     assert validate({}) == ["model: missing"]
+
+
+FROM = {"from": "diffusers:some/vae"}
+
+
+def without(config: dict, *keys: str) -> dict:
+    params = {key: value for key, value in config["model"]["params"].items() if key not in keys}
+    return {**config, "model": {**config["model"], "params": params}}
+
+
+def test_what_an_autoencoder_to_start_from_has_the_values_of(image_folder):
+    """It is not loaded: networks may be missing, replaced, or be params alone."""
+    config = without(tiny_config(image_folder), "encoder_config", "decoder_config", "embed_dim")
+    assert sorted(validate(config)) == [
+        f"model.params.{key}: missing" for key in ("decoder_config", "embed_dim", "encoder_config")
+    ]
+    config["model"] |= FROM
+    assert validate(config) == []
+    config["model"]["params"] |= {"encoder_config": {"params": {"padding": "reflect"}}, "use_quant": True}
+    assert validate(config) == []
+    config["model"]["params"] |= {"anchor_wieght": 1.0}
+    config["model"]["fron"] = "x"
+    assert sorted(validate(config)) == [
+        "model.fron: unknown key; did you mean from?",
+        "model.params.anchor_wieght: unknown key; did you mean anchor_weight?",
+    ]
+
+
+def test_an_autoencoder_to_start_from_is_named_by_a_text(image_folder):
+    config = tiny_config(image_folder)
+    config["model"]["from"] = {"target": "diffusers:some/vae"}
+    (mistake,) = validate(config)
+    assert mistake.startswith("model.from: expected an autoencoder to start from, got {'target'")
+    del config["model"]["from"]
+    config["data"]["from"] = "x"
+    assert validate(config) == ["data.from: unknown key; known: target, params"]
+
+
+def test_mistakes_in_a_teacher(image_folder):
+    node = {
+        "target": "olvae.models.teacher.Teacher",
+        "params": {"autoencoder": "x", "dtype": "float8", "latent_wieght": 1},
+    }
+    assert sorted(validate(tiny_config(image_folder, teacher_config=node))) == [
+        "model.params.teacher_config.params.dtype: expected Literal['float32', 'bfloat16', 'float16'], got 'float8'",
+        "model.params.teacher_config.params.latent_wieght: unknown key; did you mean latent_weight?",
+    ]
+    (mistake,) = validate(tiny_config(image_folder, teacher_config={"target": "olvae.models.teacher.Teacher"}))
+    assert mistake == "model.params.teacher_config.params.autoencoder: missing"

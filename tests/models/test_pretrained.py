@@ -1,5 +1,6 @@
 import http.server
 import json
+import math
 import os
 import pickle
 import threading
@@ -36,6 +37,9 @@ def reference() -> LiteVAE:
     """The reference's small cases as one autoencoder."""
     encoder = fill(LiteVAE_Encoder(**parity_case("encoder_S")["config"]))
     return LiteVAE(encoder, fill(LiteVAE_Decoder(**parity_case("decoder")["config"])))
+
+
+PER_CHANNEL = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [1.0, 0.25, 3.0, 8.0]}
 
 
 def training_config(model: LiteVAE) -> dict:
@@ -250,6 +254,17 @@ class OwnEncoder(Encoder):
         ({"embed_dim": None}, "embed_dim: expected int, got None"),
         ({"scaling_factor": 0}, "scaling_factor: expected a number above 0, got 0"),
         ({"shift_factor": float("nan")}, "shift_factor: expected a number, got nan"),
+        ({"scaling_factor": None}, "scaling_factor: expected float . int, got None"),
+        (
+            {**PER_CHANNEL, "latents_mean": [0, 1, 2]},
+            r"latents_mean: expected 4 numbers, one per channel, got \[0, 1, 2\]",
+        ),
+        ({**PER_CHANNEL, "latents_std": [1, 2, 3, 0]}, "latents_std: expected 4 numbers above 0, one per channel"),
+        ({**PER_CHANNEL, "latents_std": [1, 2, 3, math.inf]}, "latents_std: expected 4 numbers above 0, one per"),
+        ({**PER_CHANNEL, "latents_mean": ["a", 1, 2, 3]}, "latents_mean: expected Sequence.*, got "),
+        ({**PER_CHANNEL, "latents_std": None}, "latents_mean, latents_std: give both, or neither"),
+        ({**PER_CHANNEL, "latents_mean": None}, "latents_mean, latents_std: give both, or neither"),
+        ({"force_upcast": "yes"}, "force_upcast: expected bool, got 'yes'"),
         ({"decoder_config.params.channels": -4}, "no autoencoder can be built of this: .*negative dimension"),
         ({"decoder_config.params.channels": 10**20}, "no autoencoder can be built of this: "),
         ({"encoder_config.params.extractor_mult": []}, "no autoencoder can be built of this: "),
@@ -498,3 +513,64 @@ def test_a_training_module_loads_what_is_saved(tmp_path):
     trained = LiteAutoencoderKL(**tiny_config()["model"]["params"])
     trained.load_state_dict(load_file(tmp_path / WEIGHTS_NAME), strict=True)
     assert same_weights(trained.autoencoder, model)
+
+
+FACTORS = {"scaling_factor": 0.5, "shift_factor": 0.25, "force_upcast": True, **PER_CHANNEL}
+
+
+def test_what_a_diffusion_model_has_to_know_through_every_format(tmp_path):
+    """config.json, diffusers' class and its files, a training config; and numbers from a config that are integers."""
+    model = tiny().set_for_diffusion(FACTORS)
+    model.save_pretrained(tmp_path / "ours")
+    content = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {name: content[name] for name in FACTORS} == FACTORS
+    theirs = AutoencoderLiteVAE.from_pretrained(tmp_path / "ours")
+    assert {name: theirs.config[name] for name in FACTORS} == FACTORS
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = LiteVAE.from_pretrained(tmp_path / "theirs")
+    assert again.for_diffusion == FACTORS
+    assert again.fold().for_diffusion == FACTORS
+    assert AutoencoderLiteVAE.from_autoencoder(again).autoencoder.for_diffusion == FACTORS
+
+    config = training_config(model)
+    config["model"]["params"] |= {"scaling_factor": 1, "latents_mean": [0, 1, 2, 3], "latents_std": [1, 2, 3, 4]}
+    save(config, tmp_path / "tiny.yaml")
+    torch.save(model.state_dict(), tmp_path / "tiny.ckpt")
+    found = LiteVAE.from_pretrained(tmp_path / "tiny.ckpt").for_diffusion
+    assert found["latents_std"] == [1.0, 2.0, 3.0, 4.0]
+    assert all(isinstance(value, float) for value in (found["scaling_factor"], *found["latents_mean"]))
+
+
+def test_by_default_there_is_nothing_to_know(tmp_path):
+    nothing = {
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+        "latents_mean": None,
+        "latents_std": None,
+        "force_upcast": False,
+    }
+    model = tiny()
+    assert model.for_diffusion == nothing
+    z = torch.randn(2, 4, 2, 2)
+    assert torch.equal(model.from_diffusion(z), z)
+    config = training_config(model)
+    config["model"]["params"] |= dict.fromkeys(nothing)  # as a training config may say
+    save(config, tmp_path / "tiny.yaml")
+    torch.save(model.state_dict(), tmp_path / "tiny.ckpt")
+    assert LiteVAE.from_pretrained(tmp_path / "tiny.ckpt").for_diffusion == nothing
+    changed = LiteVAE.from_pretrained(tmp_path / "tiny.ckpt").set_for_diffusion(PER_CHANNEL)
+    assert tiny().for_diffusion == nothing  # one's own, not the class's
+    assert changed.for_diffusion == {**nothing, **PER_CHANNEL}
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"scaling_factor": 0.0}, "model.params.scaling_factor: expected a number above 0, got 0.0"),
+        ({**PER_CHANNEL, "latents_std": [1.0]}, r"model.params.latents_std: expected 4 numbers above 0, .*got \[1.0\]"),
+        ({"latents_mean": [0.0] * 4}, "model.params.latents_mean, latents_std: give both, or neither"),
+    ],
+)
+def test_a_training_module_refuses_factors_that_could_not_be_loaded(factors, message):
+    with pytest.raises(ConfigError, match=message):
+        LiteAutoencoderKL(**tiny_config(**factors)["model"]["params"])
