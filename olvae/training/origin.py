@@ -9,6 +9,7 @@ from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.data.image import from_uint8
+from olvae.data.mix import MixSource
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.pairs import PairSource
 from olvae.data.source import Source
@@ -73,11 +74,13 @@ def set_teacher(config: Config, target: str) -> None:
 
 
 def check_teacher(teacher: Teacher, source: Source) -> None:
-    """Raise ConfigError if the data have latents of another autoencoder."""
+    """Raise ConfigError if the data, or one of the sources in them, have latents of another autoencoder."""
+    for part in source.sources if isinstance(source, MixSource) else ():
+        check_teacher(teacher, part)
     if isinstance(source, PairSource) and source.encoded_by.described["weights"] != teacher.checksum:
         raise ConfigError(
-            f"data.params.folder: its latents are of {source.encoded_by.described['target']}, whose weights are "
-            f"not those of the teacher, {teacher.name}"
+            f"data: its latents are of {source.encoded_by.described['target']}, whose weights are not those of the "
+            f"teacher, {teacher.name}"
         )
 
 

@@ -132,8 +132,6 @@ def train(options: TrainOptions) -> runs.Run:
     if model.teacher is not None:
         config["model"]["params"].update(model.for_diffusion)
         check_teacher(model.teacher, source)
-        if resumed is None:  # else it is in the checkpoint
-            measure_teacher(model, source, settings["seed"])
 
     trainer_args = _steps(trainer_args, source, model)
     if resumed is not None and done >= trainer_args["max_steps"]:
@@ -143,6 +141,8 @@ def train(options: TrainOptions) -> runs.Run:
         )
     source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
+    if model.teacher is not None and resumed is None:  # else it is in the checkpoint
+        measure_teacher(model, source, settings["seed"])
     if model.adversary is not None and trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
     if model.adversary is not None and trainer_args.get("strategy", "auto") == "auto" and processes > 1:

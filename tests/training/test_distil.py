@@ -248,9 +248,14 @@ def test_latents_of_other_weights(train_with, tmp_path, pairs, target):
     with torch.no_grad():
         other.encoder.conv_in.bias.add_(1)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"data.params.folder: its latents are of tiny, whose weights are not") as e:
+    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not those") as e:
         train_with(config=of_pairs(pairs), teacher=f"diffusers:{tmp_path / 'other'}")
     one_line(e)
+    mixed = of_pairs(pairs)
+    params = {"sources": [mixed["data"]], "size": 16, "batch_size": 4}
+    mixed["data"] = {"target": "olvae.data.mix.MixSource", "params": params}
+    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not those") as e:
+        train_with(config=mixed, teacher=f"diffusers:{tmp_path / 'other'}")
     encode(
         tmp_path / "photos",
         tmp_path / "others",
@@ -262,6 +267,8 @@ def test_latents_of_other_weights(train_with, tmp_path, pairs, target):
     with pytest.raises(ConfigError, match=r"whose weights are not"):
         train_with("lightning.trainer.max_steps=2", f"data.params.folder={tmp_path / 'others'}", resume=run.path)
     assert list((tmp_path / "runs").iterdir()) == [run.path]
+    mixed_run = train_with("lightning.trainer.max_steps=1", config=mixed, teacher=target)
+    assert checkpoint(mixed_run)["global_step"] == 1
 
 
 def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, target):
