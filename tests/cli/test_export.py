@@ -107,7 +107,7 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     taesd = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     taesd.save_pretrained(tmp_path / "taesd")
     for arguments, code, text in (
-        ([f"diffusers:{tmp_path / 'taesd'}"], 2, "not a LiteVAE"),
+        ([f"diffusers:{tmp_path / 'taesd'}"], 2, "AutoencoderTiny: only LiteVAE and AutoencoderKL can be trained and exported here"),
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
-from olvae.export import folder as folder_module
+from olvae.export import compare as compare_module
 from olvae.export.folder import Provenance, export, read_factors
 from olvae.models.spec import WEIGHTS_NAME
 from tests.conftest import tiny_config
@@ -182,7 +182,7 @@ def test_a_failure_leaves_nothing_and_takes_nothing(model, metrics, tmp_path, mo
         export(model, out, Provenance("x", metrics=metrics), force=force)
     metrics.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "FOLDING", -1.0)
+        patch.setattr(compare_module, "FOLDING", -1.0)
         with pytest.raises(ValueError, match=r"folding changes the result by"):
             export(model, out, SOURCE, fold=True, force=force)
     model.decoder.conv_out.weight.data[0, 0, 0, 0] = 1e6
@@ -197,8 +197,8 @@ def test_outputs_that_differ_are_noticed(model, tmp_path, monkeypatch):
     """The same tensors, and another function: what only a comparison of outputs finds."""
     load = LiteVAE.from_pretrained
 
-    def other(folder: Path, dtype: torch.dtype) -> LiteVAE:
-        loaded = load(folder, dtype=dtype)
+    def other(folder: Path) -> LiteVAE:
+        loaded = load(folder)
         loaded.decoder.conv_out.register_forward_hook(lambda _, __, out: out * (1 + 4e-6))
         return loaded
 
