@@ -11,17 +11,14 @@ from olvae.export import compare as compare_module
 from olvae.export.folder import Provenance, export, read_factors
 from olvae.models.spec import WEIGHTS_NAME
 from tests.conftest import tiny_config
+from tests.export.tiny import tiny_litevae
 
 SOURCE = Provenance("a_run", config=tiny_config(), licence="mit", factors_from="measured")
 
 
 @pytest.fixture
 def model() -> LiteVAE:
-    params = tiny_config()["model"]["params"]
-    model = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
-    for name, p in model.named_parameters():  # so that folding is not the identity
-        if name.endswith(("scales", "gain")):
-            torch.nn.init.uniform_(p, 0.5, 2.0)
+    model = tiny_litevae()
     model.scaling_factor, model.shift_factor = 0.9, -0.1
     return model
 
