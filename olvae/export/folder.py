@@ -206,7 +206,7 @@ def model_card(model: LiteVAE, title: str, provenance: Provenance, onnx: bool, s
     ]
     kind, tags = "A [LiteVAE](https://arxiv.org/abs/2405.14477)", "autoencoder, vae, litevae"
     if is_stable_diffusion(model):
-        kind, tags = "An AutoencoderKL, with Stable Diffusion's networks", "autoencoder, vae"
+        kind, tags = "An autoencoder with the networks of diffusers' AutoencoderKL", "autoencoder, vae"
     parts = [
         f"---\nlibrary_name: diffusers\npipeline_tag: image-to-image\ntags: [{tags}]\n"
         f"license: {provenance.licence or 'unknown'}\n---\n",

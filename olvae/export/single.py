@@ -36,12 +36,13 @@ def export_file(
     """Write a file beside its place, call ``compare``, which raises if it is not as it should be, and move it there.
 
     Args:
-        file: see :func:`check_file`; folders that it lies in are created.
+        file: see :func:`check_file`; folders that it lies in are created, and a link stays a link.
         metadata: for the file's header.
     """
-    with atomic_write(file, folder=nearest(file.absolute().parent)) as partial:
+    place = file.resolve()
+    with atomic_write(place, folder=nearest(place.parent)) as partial:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(weights, partial, metadata={"format": "pt", **metadata})
         partial.chmod(0o644)  # safetensors makes it readable by the owner alone
         compare(partial)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)

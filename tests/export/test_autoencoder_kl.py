@@ -130,7 +130,7 @@ def test_the_card(tmp_path):
     card = (tmp_path / "vae" / "README.md").read_text()
     for text in (
         "tags: [autoencoder, vae]\n",
-        "An AutoencoderKL, with Stable Diffusion's networks, f8 with 4 channels, made with open-LiteVAE.",
+        "An autoencoder with the networks of diffusers' AutoencoderKL, f8 with 4 channels, made with open-LiteVAE.",
         "| scaling factor | 1 (from sd); a diffusion model takes (z - latents_mean) * scaling / latents_std |",
         "| latents_mean | 0.1, -0.2, 0.3, 0 |",
         "| latents_std | 1.5, 0.5, 2, 1 |",

@@ -183,6 +183,17 @@ def test_where_a_file_can_not_go(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
+def test_a_link_stays_a_link(tmp_path):
+    """A file that stands for one on a larger disk: now and when it is replaced."""
+    (tmp_path / "disk").mkdir()
+    link, model = tmp_path / "vae.safetensors", ours(autoencoder_kl(widths=(32, 32)))
+    link.symlink_to(tmp_path / "disk" / "vae.safetensors")
+    for force in (False, True):
+        export_latent_diffusion(model, link, force=force)
+        assert link.is_symlink()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["vae.safetensors"]
+
+
 def test_stock_shapes():
     for widths, odd in (
         ((128, 256, 512), None),
