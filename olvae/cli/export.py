@@ -191,7 +191,7 @@ def command(
         model.scaling_factor = model.scaling_factor if scaling_factor is None else scaling_factor
         model.shift_factor = model.shift_factor if shift_factor is None else shift_factor
         factors_from = "given to olvae export"
-    elif loaded is not model and not target.startswith(DIFFUSERS):  # a file of latent-diffusion's
+    elif not loaded.factors_known:
         factors_from, guessed = "diffusers' default, the file holds none", True
 
     folder = found.run.path if found.run is not None else Path(target.removeprefix(DIFFUSERS))

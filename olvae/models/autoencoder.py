@@ -46,6 +46,8 @@ class Autoencoder(nn.Module, ABC):
     """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std."""
     force_upcast: bool = False
     """Tells pipelines in fp16 to decode in float32."""
+    factors_known: bool = True
+    """False where the file has none of these, and they are a guess."""
 
     @property
     def for_diffusion(self) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def start_from(config: Config) -> Found:
     """Find the autoencoder that ``model.from`` names, and put its networks into the config.
 
     Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
-    added to those that were found. The decoder alone is trained unless the config says otherwise. A resolved config is
-    complete without ``model.from``, so the key is removed.
+    added to those that were found. The decoder alone is trained unless the config says otherwise. The factors of a
+    file that has none, latent-diffusion's, are the config's. A resolved config is complete without ``model.from``, so
+    the key is removed.
 
     Raises:
         ConfigError: the autoencoder's networks can't be trained here.
@@ -44,7 +45,8 @@ def start_from(config: Config) -> Found:
     """
     node = config["model"]
     target, params = node.pop("from"), node.setdefault("params", {})
-    found = as_litevae(find_target(target).load(), target)
+    source = find_target(target).load()
+    found = as_litevae(source, target)
     if found.folded:
         raise ConfigError(f"{target}: its convolutions are folded, for inference only: start from an export without it")
     for name, value in found.config.items():
@@ -53,7 +55,9 @@ def start_from(config: Config) -> Found:
             value = {**value, "params": {**value["params"], **(given.get("params") or {})}}
         params[name] = value
     params.pop("initial_logvar", None)
-    params.update(found.for_diffusion)
+    for name, value in found.for_diffusion.items():
+        if source.factors_known or name not in params:  # a file that has none leaves the recipe's
+            params[name] = value
     params.setdefault("freeze_encoder", not (params.get("anchor_weight") or params.get("freeze_decoder")))
     return Found(target, found.state_dict())
 
