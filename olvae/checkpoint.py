@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 __all__ = [
+    "APART",
     "AUTOENCODER",
     "WEIGHT_SUFFIXES",
     "load_weights",
@@ -28,6 +29,9 @@ __all__ = [
 
 AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 """Prefixes of an autoencoder's parameters; a checkpoint may also hold a loss, a discriminator, EMA copies."""
+
+APART = "olvae."
+"""In front of these prefixes in files whose names other projects' loaders must not take for their own."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 """Suffixes of files of weights, the preferred one first."""
@@ -81,7 +85,8 @@ def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
 
 def pick_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """Pick the autoencoder's tensors out of the state dict that was read from ``path``; see :func:`read_weights`."""
-    weights = {n: t for n, t in state.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
+    named = {name.removeprefix(APART): value for name, value in state.items()}
+    weights = {n: t for n, t in named.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
         raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")
     return weights

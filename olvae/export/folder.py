@@ -1,8 +1,6 @@
 """An autoencoder as a folder that this package, the hub and diffusers load, with a model card; whole or not at all."""
 
-import copy
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,16 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from olvae.export.autoencoder_kl import KL_CLASS, compare_autoencoder_kl, reflects, write_autoencoder_kl
+from olvae.export.compare import as_exported, check_equal, check_factors, check_tensors, distance
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.files import nearest
 from olvae.metrics.registry import METRICS
 from olvae.models.autoencoder import LiteVAE
+from olvae.models.loading.stable_diffusion import is_stable_diffusion
+from olvae.models.pretrained import is_hub_id
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 from olvae.modules.base import count_parameters
 
 __all__ = ["Provenance", "check_empty", "export", "first_target", "model_card", "read_factors"]
+
+
+CARD_NAME = "README.md"
+
+MADE_WITH = "made with open-LiteVAE"
+"""In every model card: tells a stock folder of ours from one that somebody downloaded."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,6 @@ class Provenance:
     factors_from: str | None = None
 
 
-TOLERANCE = 1e-6
-"""How far the model that is loaded back may be from the one that was written, relative to the largest value."""
-
-FOLDING = 1e-5
-"""The same for folding, which computes in another order."""
-
-
 def check_empty(folder: Path, force: bool) -> None:
     """Raise FileExistsError if ``folder`` is not empty, unless it is an export that may be replaced, and if it can't be
     replaced in one step.
@@ -57,10 +57,17 @@ def check_empty(folder: Path, force: bool) -> None:
         raise FileExistsError(f"{folder}: the current folder, or a mount point: name a new folder in it")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if class_in(folder) != CLASS_NAME:
+    if not _is_export(folder):
         raise FileExistsError(f"{folder}: not empty, and not an export: --force replaces exports only")
     if not force:
         raise FileExistsError(f"{folder}: contains an export: --force replaces it")
+
+
+def _is_export(folder: Path) -> bool:
+    if class_in(folder) == KL_CLASS:
+        card = folder / CARD_NAME
+        return card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
+    return class_in(folder) == CLASS_NAME
 
 
 def export(
@@ -71,10 +78,11 @@ def export(
     fold: bool = False,
     onnx: bool = False,
     force: bool = False,
+    stock: bool = False,
 ) -> dict[str, float]:
     """Write config.json, the weights, a model card and the metrics; load it all back and compare; then move the folder.
 
-    Tensors are compared bit for bit, reconstructions by this package and by diffusers to :data:`TOLERANCE`.
+    Tensors are compared bit for bit, outputs by this package and by diffusers to ``compare.TOLERANCE``.
 
     Args:
         model: in float32, with its scaling and shift factors.
@@ -82,14 +90,15 @@ def export(
         fold: write the self-modulated convolutions as ordinary ones.
         onnx: also write encoder.onnx and decoder.onnx.
         force: replace the export in ``folder``.
+        stock: write diffusers' own AutoencoderKL, for networks of Stable Diffusion's kind, not AutoencoderLiteVAE.
 
     Returns:
         The relative differences, by what was compared.
 
     Raises:
         FileExistsError: the folder is not empty.
-        ValueError: a network is not of this package, weights are non-finite, also after rounding, or a comparison
-            fails.
+        ValueError: a network is not of this package, AutoencoderKL can't express it, weights are non-finite, also after
+            rounding, or a comparison fails.
         ModuleNotFoundError: ``onnx`` without the extra.
     """
     title = Path(folder).absolute().name
@@ -97,21 +106,19 @@ def export(
     check_empty(folder, force)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=nearest(folder.parent)) as beside:
         partial = Path(beside) / folder.name
-        differences: dict[str, float] = {}
-        out = model.eval()
-        if fold and not model.folded:
-            out = model.fold().eval()
-            differences["folded"] = _require("folding", _distance(model, out), FOLDING)
-        out = out if dtype == torch.float32 else _rounded(out, dtype)
-        out.save_pretrained(partial)
+        out, differences = as_exported(model, dtype, fold)
+        if stock:
+            write_autoencoder_kl(out, partial)
+        else:
+            out.save_pretrained(partial)
         if onnx:
             from olvae.export.onnx import export_onnx  # needs an extra
 
             differences |= export_onnx(out, partial)
         if provenance.metrics is not None:
             shutil.copyfile(provenance.metrics, partial / "metrics.json")
-        (partial / "README.md").write_text(model_card(out, title, provenance, onnx))
-        differences |= _compare(out, partial, dtype)
+        (partial / CARD_NAME).write_text(model_card(out, title, provenance, onnx, stock))
+        differences |= compare_autoencoder_kl(out, partial) if stock else _compare(out, partial)
         _replace(partial, folder)
     return differences
 
@@ -149,49 +156,16 @@ def read_factors(path: str | Path, target: str) -> tuple[float, float]:
     raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(factors) or 'nothing'}")
 
 
-def _rounded(model: LiteVAE, dtype: torch.dtype) -> LiteVAE:
-    rounded = copy.deepcopy(model).to(dtype)
-    lost = [name for name, tensor in rounded.state_dict().items() if not tensor.isfinite().all()]
-    if lost:
-        raise ValueError(f"{len(lost)} tensors do not fit into {dtype} ({lost[0]}, ...): use bfloat16 or float32")
-    return rounded
-
-
-def _compare(model: LiteVAE, folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    written, meant = load_file(folder / WEIGHTS_NAME), model.state_dict()
-    for name in {*written, *meant}:
-        a, b = written.get(name), meant.get(name)
-        if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b.cpu()):
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME}: {name} differs from what was written: is the disk full, or broken?"
-            )
-    ours = LiteVAE.from_pretrained(folder, dtype=dtype)
-    theirs = AutoencoderLiteVAE.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
-    if (ours.scaling_factor, ours.shift_factor) != (model.scaling_factor, model.shift_factor):
-        raise ValueError(f"{folder / CONFIG_NAME}: the factors differ from what was written")
+def _compare(model: LiteVAE, folder: Path) -> dict[str, float]:
+    check_tensors(folder / WEIGHTS_NAME, model.state_dict())
+    ours = LiteVAE.from_pretrained(folder)
+    theirs = AutoencoderLiteVAE.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).autoencoder
+    check_factors(folder / CONFIG_NAME, ours.for_diffusion, model.for_diffusion)
+    check_factors(folder / CONFIG_NAME, theirs.for_diffusion, model.for_diffusion)
     return {
-        "loaded back": _require("loading it back", _distance(model, ours), TOLERANCE),
-        "in diffusers": _require("loading it with diffusers", _distance(model, theirs.autoencoder), TOLERANCE),
+        "loaded back": check_equal("loading it back", distance(model, ours.moments, ours.decode)),
+        "in diffusers": check_equal("loading it with diffusers", distance(model, theirs.moments, theirs.decode)),
     }
-
-
-@torch.no_grad()
-def _distance(a: LiteVAE, b: LiteVAE) -> float:
-    """The largest difference of moments and reconstructions of one image of noise, relative to the largest value."""
-    size = 4 * a.downscale
-    p = next(a.parameters())
-    x = torch.rand((1, a.in_channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x = x.to(p)
-    moments = a.moments(x)
-    z = moments.chunk(2, dim=1)[0]
-    pairs = ((moments, b.moments(x)), (a.decode(z), b.decode(z)))
-    return max(float((m.float() - n.float()).abs().max() / m.float().abs().max()) for m, n in pairs)
-
-
-def _require(what: str, difference: float, limit: float) -> float:
-    if not math.isfinite(difference) or difference > limit:
-        raise ValueError(f"{what} changes the result by {difference:.1e} of the largest value: nothing is written")
-    return difference
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -208,13 +182,16 @@ def _replace(partial: Path, folder: Path) -> None:
         raise
 
 
-def model_card(model: LiteVAE, title: str, provenance: Provenance, onnx: bool) -> str:
-    """Markdown, with the hub's metadata in front."""
+def model_card(model: LiteVAE, title: str, provenance: Provenance, onnx: bool, stock: bool = False) -> str:
+    """Markdown, with the hub's metadata in front.
+
+    Args:
+        onnx: the folder has ONNX files.
+        stock: it is diffusers' AutoencoderKL, not AutoencoderLiteVAE.
+    """
     encoder, decoder = (count_parameters(half) / 1e6 for half in (model.encoder, model.decoder))
     f, n_z = model.downscale, model.latent_channels
-    factors, licence = "(not measured: `olvae latents` does)", "Not stated; the training data may restrict it."
-    if provenance.factors_from is not None:
-        factors = f"({provenance.factors_from}); a diffusion model takes (z - shift) * scaling"
+    licence = "Not stated; the training data may restrict it."
     if provenance.licence is not None:
         licence = f"Weights: {provenance.licence}."
     facts = [
@@ -222,21 +199,61 @@ def model_card(model: LiteVAE, title: str, provenance: Provenance, onnx: bool) -
         f"| encoder | {type(model.encoder).__name__}, {encoder:.2f} M parameters |",
         f"| decoder | {type(model.decoder).__name__}, {decoder:.2f} M parameters |",
         f"| weights | {_weights(model, provenance)} |",
-        f"| scaling factor, shift factor | {model.scaling_factor:g}, {model.shift_factor:g} {factors} |",
+        *_factors(model, provenance),
+        *_latents(provenance.config),
+        *_padding(model, stock),
         f"| made from | {provenance.name} |",
     ]
+    kind, tags = "A [LiteVAE](https://arxiv.org/abs/2405.14477)", "autoencoder, vae, litevae"
+    if is_stable_diffusion(model):
+        kind, tags = "An autoencoder with the networks of diffusers' AutoencoderKL", "autoencoder, vae"
     parts = [
-        f"---\nlibrary_name: diffusers\npipeline_tag: image-to-image\ntags: [autoencoder, vae, litevae]\n"
+        f"---\nlibrary_name: diffusers\npipeline_tag: image-to-image\ntags: [{tags}]\n"
         f"license: {provenance.licence or 'unknown'}\n---\n",
         f"# {title}\n",
-        f"A [LiteVAE](https://arxiv.org/abs/2405.14477), f{f} with {n_z} channels, made with open-LiteVAE.\n",
+        f"{kind}, f{f} with {n_z} channels, {MADE_WITH}.\n",
         "\n".join(["| | |", "|---|---|", *facts]) + "\n",
         "## Quality\n\n" + _quality(provenance.metrics) + "\n",
         "## Training data\n\n" + _data(provenance.config) + "\n",
         f"## Licence\n\n{licence} open-LiteVAE, the code, is under Apache-2.0.\n",
-        "## Use\n\n" + _use(onnx),
+        "## Use\n\n" + (_use_stock(model) if stock else _use(onnx)),
     ]
     return "\n".join(parts)
+
+
+def _factors(model: LiteVAE, provenance: Provenance) -> list[str]:
+    known, means, stds = provenance.factors_from, model.latents_mean, model.latents_std
+    if means is None or stds is None:
+        how = "(not measured: `olvae latents` does)"
+        if known is not None:
+            how = f"({known}); a diffusion model takes (z - shift) * scaling"
+        return [f"| scaling factor, shift factor | {model.scaling_factor:g}, {model.shift_factor:g} {how} |"]
+    numbers = [", ".join(f"{value:g}" for value in values) for values in (means, stds)]
+    origin = "" if known is None else f" ({known})"
+    return [
+        f"| scaling factor | {model.scaling_factor:g}{origin}; a diffusion model takes "
+        "(z - latents_mean) * scaling / latents_std |",
+        *(f"| {name} | {text} |" for name, text in zip(("latents_mean", "latents_std"), numbers, strict=True)),
+    ]
+
+
+def _latents(config: Mapping[str, Any]) -> list[str]:
+    """Whose latents they are, if the training had a teacher; a folder of the user's is named without its path."""
+    params = (config.get("model") or {}).get("params") or {}
+    teacher = ((params.get("teacher_config") or {}).get("params") or {}).get("autoencoder")
+    if not teacher:
+        return []
+    plain = str(teacher).removeprefix("diffusers:")
+    name = plain if is_hub_id(plain) else Path(plain).name
+    return [f"| latents | distilled from {name}: latents are those of {name} |"]
+
+
+def _padding(model: LiteVAE, stock: bool) -> list[str]:
+    halves = reflects(model)
+    if not halves:
+        return []
+    how = "; loaders have to set it, otherwise borders differ, see Use" if stock else ""
+    return [f"| padding | reflect, in the {' and the '.join(halves)}{how} |"]
 
 
 def _weights(model: LiteVAE, provenance: Provenance) -> str:
@@ -309,6 +326,25 @@ def _data(config: Mapping[str, Any]) -> str:
         file = Path(before)
         begun = f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
     return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}{begun}."
+
+
+def _use_stock(model: LiteVAE) -> str:
+    set_padding = "".join(
+        f"""for conv in vae.{half}.modules():
+    if isinstance(conv, torch.nn.Conv2d) and conv.padding != (0, 0):
+        conv.padding_mode = "reflect"
+"""
+        for half in reflects(model)
+    )
+    return f"""```python
+import torch
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("FOLDER_OR_ID")
+{set_padding}z = vae.encode(images).latent_dist.sample()  # images in [-1, 1], (B, 3, H, W)
+images = vae.decode(z).sample
+```
+"""
 
 
 def _use(onnx: bool) -> str:

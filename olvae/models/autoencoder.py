@@ -48,6 +48,8 @@ class Autoencoder(nn.Module, ABC):
     """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std."""
     force_upcast: bool = False
     """Tells pipelines in fp16 to decode in float32."""
+    factors_known: bool = True
+    """False where the file has none of these, and they are a guess."""
 
     @property
     def for_diffusion(self) -> dict[str, Any]:
@@ -196,8 +198,8 @@ class LiteVAE(
         """Load a trained autoencoder, in evaluation mode.
 
         Args:
-            path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config beside
-                it, a folder with one of each, or an id of the Hugging Face hub, such as
+            path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config in it or
+                beside it, a folder with one of each, or an id of the Hugging Face hub, such as
                 RGenDiff/olitevaeB_im_f8c12.
             revision: a branch, tag or commit of the hub's repository.
             token, cache_dir, force_download, local_files_only: as in huggingface_hub; by default its environment

@@ -5,6 +5,7 @@ Nothing here builds a network: what the config says is in ``spec``, the autoenco
 The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, HF_TOKEN.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,19 +24,22 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from olvae.checkpoint import WEIGHT_SUFFIXES
 from olvae.config import Config, ConfigError
 from olvae.files import atomic_write, write_json
-from olvae.models.spec import CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
+from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
 from olvae.runs import Run
 
 __all__ = [
     "CARD",
+    "CONFIG_KEY",
     "PUBLISHED",
     "Located",
+    "config_inside",
     "config_kept",
     "is_hub_id",
     "locate",
@@ -45,6 +49,9 @@ __all__ = [
     "write_export",
 ]
 
+
+CONFIG_KEY = "config"
+"""In the header of a safetensors file: an export's config.json."""
 
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
@@ -172,7 +179,7 @@ def locate(
 
     Args:
         path_or_id: a run folder, an export, another folder with one file of weights and one config, a file of
-            weights with its config beside it, or an id of the hub.
+            weights with its config in it or beside it, or an id of the hub.
         config: the config, instead of the one beside the weights: a YAML file, a config.json, or its content.
         access: see :func:`snapshot`.
 
@@ -185,7 +192,9 @@ def locate(
     weights = locate_weights(path_or_id, **access)
     in_run = weights.parent.name == "checkpoints"
     run = Run(path) if in_run and path.is_dir() else None
-    found = config if config is not None else _config_beside(weights)
+    found: str | Path | Mapping[str, Any] | None = config
+    if found is None:
+        found = config_inside(weights) or _config_beside(weights)
     if found is None and given in PUBLISHED:
         return Located(weights, PUBLISHED[given], given, {}, None)
     if found is None:
@@ -234,6 +243,18 @@ def _weights_in(folder: Path, name: str) -> Path:
         f"{name}: neither a run folder (checkpoints/last.ckpt is missing) nor a folder with weights "
         f"({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
     )
+
+
+def config_inside(weights: Path) -> Config | None:
+    """The config.json that a safetensors file of ours has in its header; None if there is none."""
+    if weights.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(weights, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[CONFIG_KEY])
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        return None  # it has none; reading the weights will say whether the file is whole
+    return content if isinstance(content, dict) and content.get("_class_name") == CLASS_NAME else None
 
 
 def _config_beside(weights: Path) -> Path | None:

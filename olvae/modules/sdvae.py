@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Encoder
 
-__all__ = ["SDDecoder", "SDEncoder"]
+__all__ = ["SDDecoder", "SDEncoder", "set_padding"]
 
 
 class SDEncoder(Encoder):
@@ -58,7 +58,7 @@ class SDEncoder(Encoder):
             double_z=False,
             mid_block_add_attention=attention,
         )
-        _pad(self.model, padding)
+        set_padding(self.model, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.model(x)
@@ -100,14 +100,15 @@ class SDDecoder(Decoder):
             norm_num_groups=norm_groups,
             mid_block_add_attention=attention,
         )
-        _pad(self.model, padding)
+        set_padding(self.model, padding)
 
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.model(z)
         return out
 
 
-def _pad(network: nn.Module, padding: Literal["zeros", "reflect"]) -> None:
+def set_padding(network: nn.Module, padding: Literal["zeros", "reflect"]) -> None:
+    """Set what a network's convolutions see beyond the borders; see :class:`SDEncoder`."""
     if padding not in ("zeros", "reflect"):
         raise ValueError(f"padding must be zeros or reflect, got {padding!r}")
     for conv in network.modules():

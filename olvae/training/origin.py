@@ -38,9 +38,9 @@ def start_from(config: Config) -> Found:
     """Find the autoencoder that ``model.from`` names, and put its networks into the config.
 
     Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
-    added to those that were found. Its factors for a diffusion model are the config's, unless the config gives others
-    or has a teacher, whose factors count. The decoder alone is trained unless the config says otherwise; a teacher
-    does. A resolved config is complete without ``model.from``, so the key is removed.
+    added to those that were found. Its factors for a diffusion model replace the config's, unless its file has none,
+    as latent-diffusion's, or the config has a teacher, whose factors count. The decoder alone is trained unless the
+    config says otherwise; a teacher does. A resolved config is complete without ``model.from``, so the key is removed.
 
     Raises:
         ConfigError: the autoencoder's networks can't be trained here.
@@ -49,7 +49,8 @@ def start_from(config: Config) -> Found:
     node = config["model"]
     name, params = node.pop("from"), dict(node.get("params") or {})
     target = find_target(name)
-    found = as_litevae(target.load(), name)
+    source = target.load()
+    found = as_litevae(source, name)
     if found.folded:
         raise ConfigError(f"{name}: its convolutions are folded, for inference only: start from an export without it")
     for key, value in found.config.items():
@@ -59,7 +60,9 @@ def start_from(config: Config) -> Found:
         params[key] = value
     params.pop("initial_logvar", None)
     if not params.get("teacher_config"):
-        params |= {key: value for key, value in found.for_diffusion.items() if params.get(key) is None}
+        for key, value in found.for_diffusion.items():
+            if source.factors_known or params.get(key) is None:  # a file that has none leaves the recipe's
+                params[key] = value
         params.setdefault("freeze_encoder", not (params.get("anchor_weight") or params.get("freeze_decoder")))
     node["params"] = params
     return Found(name, found.state_dict(), target.config)

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
-from olvae.config import save
+from olvae.config import load, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.training.origin import start_from
 from tests.conftest import tiny_config
+from tests.export.kl import autoencoder_kl
 
 
 @pytest.fixture
@@ -107,7 +110,11 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     taesd = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     taesd.save_pretrained(tmp_path / "taesd")
     for arguments, code, text in (
-        ([f"diffusers:{tmp_path / 'taesd'}"], 2, "not a LiteVAE"),
+        (
+            [f"diffusers:{tmp_path / 'taesd'}"],
+            2,
+            "AutoencoderTiny: only LiteVAE and AutoencoderKL",
+        ),
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),
@@ -129,3 +136,152 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     assert got == 1
     assert "not an export: --force replaces exports only" in err
     assert (run_folder / "checkpoints" / "last.ckpt").is_file()
+
+
+# Stable Diffusion's networks
+@pytest.fixture
+def stock_folder(tmp_path):
+    model = autoencoder_kl("SDXL", (32, 32, 64))
+    model.save_pretrained(tmp_path / "sd-vae")
+    return tmp_path / "sd-vae"
+
+
+@pytest.fixture
+def make_stock_run(stock_folder, tmp_path):
+    """A run that began with --from diffusers:sd-vae."""
+
+    def make(name="2026-01-31T12-00-00_sd_32", run=None):
+        config = tiny_config(use_ema=False, freeze_encoder=False)
+        config["model"]["from"] = f"diffusers:{stock_folder}"
+        found = start_from(config)
+        config["run"] = run or {}
+        model = LiteAutoencoderKL(**config["model"]["params"])
+        model.load_state_dict(found.weights, strict=False)
+        folder = tmp_path / name
+        (folder / "checkpoints").mkdir(parents=True)
+        torch.save({"state_dict": model.state_dict()}, folder / "checkpoints" / "last.ckpt")
+        save(config, folder / "config.yaml")
+        return folder
+
+    return make
+
+
+def test_stock_networks_go_everywhere(olvae, stock_folder, make_stock_run, tmp_path):
+    """A run to diffusers' folder, to one file, and back: the same bits as the folder that it began with."""
+    expected = AutoencoderKL.from_pretrained(stock_folder).state_dict()
+    run = make_stock_run()
+    code, stdout, err = olvae(run, "--out", tmp_path / "diffusers", "--license", "mit")
+    assert (code, stdout) == (0, "")
+    assert err == f"in diffusers: equal\nexport: {tmp_path / 'diffusers'}\n"
+    card = (tmp_path / "diffusers" / "README.md").read_text()
+    assert f"| scaling factor, shift factor | 0.13025, 0 (from {run.name});" in card
+    assert "Weights: mit." in card
+    assert AutoencoderKL.from_pretrained(tmp_path / "diffusers").config.force_upcast
+
+    file = tmp_path / "vae.safetensors"
+    for target in (run, f"diffusers:{tmp_path / 'diffusers'}"):
+        code, stdout, err = olvae(target, "--format", "ldm", "--out", file, "--force")
+        assert (code, stdout) == (0, "")
+        assert err == (
+            "loaded back: equal\n"
+            "note: ComfyUI and A1111 build Stable Diffusion's widths only, not block_out_channels [32, 32, 64]\n"
+            f"export: {file}\n"
+        )
+    code, _, err = olvae(file, "--out", tmp_path / "back")
+    assert code == 0
+    assert f"note: {file} holds no factors: 0.18215 and 0 are diffusers' defaults" in err
+    assert "(diffusers' default, the file holds none)" in (tmp_path / "back" / "README.md").read_text()
+    code, _, err = olvae(file, "--out", tmp_path / "back", "--force", "--scaling-factor", 0.13025)
+    assert "note:" not in err
+    assert AutoencoderKL.from_pretrained(tmp_path / "back").config.scaling_factor == 0.13025
+    for folder in ("diffusers", "back"):
+        state = AutoencoderKL.from_pretrained(tmp_path / folder).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+
+    code, _, err = olvae(run, "--out", tmp_path / "litevae", "--format", "litevae")
+    assert (code, err.splitlines()[:2]) == (0, ["loaded back: equal", "in diffusers: equal"])
+    assert AutoencoderLiteVAE.from_pretrained(tmp_path / "litevae").config.scaling_factor == 0.13025
+    code, _, _ = olvae(tmp_path / "litevae", "--out", tmp_path / "half", "--dtype", "float16")  # an export is a target
+    half = load_file(tmp_path / "half" / WEIGHTS_NAME)
+    assert code == 0
+    assert all(torch.equal(tensor, expected[name].half()) for name, tensor in half.items())
+
+
+def test_reflect_padding_is_told(olvae, make_stock_run, tmp_path):
+    run = make_stock_run()
+    config = load([run / "config.yaml"])
+    for half in ("encoder_config", "decoder_config"):
+        config["model"]["params"][half]["params"]["padding"] = "reflect"
+    save(config, run / "config.yaml")
+    for arguments in (["--out", tmp_path / "vae"], ["--out", tmp_path / "vae.safetensors", "--format", "ldm"]):
+        code, _, err = olvae(run, *arguments)
+        assert code == 0
+        assert "note: padding: reflect in the encoder and the decoder, which this format can't say: loaders have" in err
+    assert "| padding | reflect, in the encoder and the decoder;" in (tmp_path / "vae" / "README.md").read_text()
+    code, _, err = olvae(run, "--out", tmp_path / "ours", "--format", "litevae")
+    assert (code, "note" in err) == (0, False)
+    assert LiteVAE.from_pretrained(tmp_path / "ours").encoder.node["params"]["padding"] == "reflect"
+
+
+def test_for_comfyui(olvae, run_folder, tmp_path):
+    file = tmp_path / "vae.safetensors"
+    code, stdout, err = olvae(run_folder, "--format", "comfyui", "--fold", "--out", file, "--dtype", "bfloat16")
+    assert (code, stdout) == (0, "")
+    assert err.endswith(f"loaded back: equal\nexport: {file}\n")
+    assert LiteVAE.from_pretrained(file).folded
+    assert all(name.startswith("olvae.") for name in load_file(file))
+    code, _, err = olvae(file, "--out", tmp_path / "folder")  # a target
+    assert code == 0
+    assert LiteVAE.from_pretrained(tmp_path / "folder").folded
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize("layout", ["litevae", "diffusers", "ldm", "comfyui"])
+def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half, layout):
+    run = make_stock_run(run={"untrained": half})
+    out = tmp_path / ("vae" if layout in ("litevae", "diffusers") else "vae.safetensors")
+    code, stdout, err = olvae(run, "--out", out, "--format", layout)
+    assert (code, stdout, err.count("\n")) == (2, "", 1)
+    assert (
+        f"its {half} has never been trained: train it first, with configs/distil/{half}.yaml and --actual_resume" in err
+    )
+    assert not out.exists()
+
+
+def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
+    olvae, run_folder, stock_folder, make_stock_run, tmp_path
+):
+    stock, other = f"diffusers:{stock_folder}", "a LiteVAE has other networks than AutoencoderKL: --format litevae for"
+    autoencoder_kl(norm_num_groups=16, widths=(32, 32)).save_pretrained(tmp_path / "groups")
+    autoencoder_kl("per channel", (32, 32)).save_pretrained(tmp_path / "channels")
+    wider = make_stock_run("2026-01-31T12-00-01_wider_32")
+    config = load([wider / "config.yaml"])
+    config["model"]["params"]["decoder_config"]["params"]["num_res_blocks"] = 1
+    save(config, wider / "config.yaml")
+    state = LiteAutoencoderKL(**config["model"]["params"]).state_dict()
+    torch.save({"state_dict": state}, wider / "checkpoints" / "last.ckpt")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    file, folder = tmp_path / "vae.safetensors", tmp_path / "vae"
+    for target, layout, out, arguments, code, text in (
+        (run_folder, "diffusers", folder, [], 2, other),
+        (run_folder, "ldm", file, [], 2, other),
+        (stock, "comfyui", file, [], 2, "an AutoencoderKL: what ComfyUI loads is --format ldm"),
+        (stock, "ldm", stock_folder, [], 1, "sd-vae: a folder, but this format is one file"),
+        (stock, "ldm", folder, [], 1, "vae: this format is one file: its name ends with .safetensors"),
+        (stock, "diffusers", file, [], 2, "names a file, but the export is a folder; one file is --format ldm"),
+        (stock, None, folder, ["--fold"], 2, "--fold does not go with --format diffusers: AutoencoderKL has no"),
+        (stock, "diffusers", folder, ["--onnx"], 2, "--onnx does not go with --format diffusers: ONNX files are"),
+        (stock, "ldm", file, ["--license", "mit"], 2, "--license does not go with --format ldm: one file has no"),
+        (stock, "ldm", file, ["--latents", "x"], 2, "--latents does not go with --format ldm: the factors are the"),
+        (run_folder, "comfyui", file, ["--shift-factor", "1"], 2, "--shift-factor does not go with --format comfyui"),
+        (f"diffusers:{tmp_path / 'groups'}", "ldm", file, [], 2, "GroupNorm with 16 groups"),
+        (f"diffusers:{tmp_path / 'channels'}", None, folder, ["--scaling-factor", "2"], 2, "has latents_mean and"),
+        (wider, None, folder, [], 2, "the encoder has num_res_blocks 2, the decoder 1: AutoencoderKL has the same in"),
+        (wider, "ldm", file, [], 2, "AutoencoderKL has the same in both: --format litevae can hold it"),
+    ):
+        form = [] if layout is None else ["--format", layout]
+        got, stdout, err = olvae(target, "--out", out, *form, *arguments)
+        assert (got, stdout, err.count("\n")) == (code, "", 1), err
+        assert text in err
+        assert sorted(path for path in tmp_path.rglob("*")) == before

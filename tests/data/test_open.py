@@ -25,7 +25,7 @@ def test_what_stands_for_a_source(tmp_path, image_folder):
         "torchvision:FakeData,size=5,image_size=[3, 20, 20]": 5,
         "torchvision:FakeData,size=6": 6,
         f"hf:imagefolder,data_dir={image_folder}": 12,
-        "samples": 22,
+        "samples": 42,
         tmp_path / "config.yaml": None,
     }.items():
         if expected is not None:
@@ -42,7 +42,7 @@ def test_unreadable_images_are_skipped_however_many(image_folder):
 
 
 def test_lists(image_folder, tmp_path):
-    assert len(open_images("samples")) == 15
+    assert len(open_images("samples")) == 60
     images = open_images(str(image_folder))
     assert images.key(0) == "class0/0.png"
     assert images[0].size == (48, 40)

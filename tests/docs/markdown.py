@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
 
-DOCS = sorted([*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/*.md")])
+DOCS = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("integrations/*/README.md"),
+    ]
+)
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 

@@ -7,21 +7,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
-from olvae.export import folder as folder_module
+from olvae.export import compare as compare_module
 from olvae.export.folder import Provenance, export, read_factors
 from olvae.models.spec import WEIGHTS_NAME
 from tests.conftest import tiny_config
+from tests.export.tiny import tiny_litevae
 
 SOURCE = Provenance("a_run", config=tiny_config(), licence="mit", factors_from="measured")
 
 
 @pytest.fixture
 def model() -> LiteVAE:
-    params = tiny_config()["model"]["params"]
-    model = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
-    for name, p in model.named_parameters():  # so that folding is not the identity
-        if name.endswith(("scales", "gain")):
-            torch.nn.init.uniform_(p, 0.5, 2.0)
+    model = tiny_litevae()
     model.scaling_factor, model.shift_factor = 0.9, -0.1
     return model
 
@@ -225,7 +222,7 @@ def test_a_failure_leaves_nothing_and_takes_nothing(model, metrics, tmp_path, mo
         export(model, out, Provenance("x", metrics=metrics), force=force)
     metrics.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "FOLDING", -1.0)
+        patch.setattr(compare_module, "FOLDING", -1.0)
         with pytest.raises(ValueError, match=r"folding changes the result by"):
             export(model, out, SOURCE, fold=True, force=force)
     model.decoder.conv_out.weight.data[0, 0, 0, 0] = 1e6
@@ -240,8 +237,8 @@ def test_outputs_that_differ_are_noticed(model, tmp_path, monkeypatch):
     """The same tensors, and another function: what only a comparison of outputs finds."""
     load = LiteVAE.from_pretrained
 
-    def other(folder: Path, dtype: torch.dtype) -> LiteVAE:
-        loaded = load(folder, dtype=dtype)
+    def other(folder: Path) -> LiteVAE:
+        loaded = load(folder)
         loaded.decoder.conv_out.register_forward_hook(lambda _, __, out: out * (1 + 4e-6))
         return loaded
 

@@ -194,10 +194,18 @@ def test_networks_of_the_config_give_way_to_those_that_were_found(train_with, tm
     assert_like(starts[-1], theirs)
 
 
-def test_factors_of_the_config_stay(train_with, tmp_path):
-    target = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.5))
-    run = train_with("lightning.trainer.max_steps=1", "model.params.scaling_factor=0.25", start_from=target)
-    assert LiteVAE.from_pretrained(run.path).scaling_factor == 0.25
+def test_factors_are_the_sources_and_the_recipes_where_a_file_has_none(train_with, tmp_path):
+    """A scaling_factor of null is none, wherever the value comes from."""
+    theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32, scaling_factor=0.5)
+    folder, file = (make_source(kind, tmp_path, theirs) for kind in ("diffusers", "vae."))
+    for target, given, expected in (
+        (folder, "0.25", 0.5),
+        (folder, "null", 0.5),
+        (file, "0.25", 0.25),
+        (file, "null", 0.18215),  # diffusers' default
+    ):
+        run = train_with("lightning.trainer.max_steps=1", f"model.params.scaling_factor={given}", start_from=target)
+        assert LiteVAE.from_pretrained(run.path).scaling_factor == expected, (target, given)
 
 
 def test_what_is_trained_is_a_choice(train_with, tmp_path):
@@ -260,7 +268,7 @@ def test_the_half_that_a_source_never_trained_is_still_said_to_be(train_with, im
     ],
 )
 def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, message):
-    target = make_source("diffusers", tmp_path, tiny_kl())
+    target = make_source("vae.", tmp_path, tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32))
     with pytest.raises((ConfigError, ValueError)) as caught:
         train_with(*overrides, start_from=target)
     assert message in one_line(caught)

@@ -1,6 +1,5 @@
-"""Real photographs to train and test on without a download: thirteen from scikit-image, two in this package."""
+"""Photographs, and a few drawings, to train and test on without a download: sixty files in this package."""
 
-import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,47 +10,49 @@ from olvae.data.transforms import RandomScaleCrop, resize_shorter_side
 
 __all__ = ["HELD_OUT", "PHOTOGRAPHS", "Photograph", "SamplePhotographs", "sample_photographs"]
 
+_FOLDER = Path(__file__).parent / "photographs"
+
+_HELD_OUT = (
+    "camera.jpg",
+    "chelsea.jpg",
+    "coffee.jpg",
+    "colosseum.jpg",
+    "flower.jpg",
+    "gateway-of-india.jpg",
+    "picos-de-europa.jpg",
+    "safe-landing.jpg",
+)
+
 
 class Photograph(NamedTuple):
-    """A file inside an installed package, and its licence."""
+    """A JPEG file of this package, who made it, and its licence; ``LICENCES.txt`` beside it says more."""
 
-    package: str
     file: str
+    author: str
     licence: str
 
     @property
     def path(self) -> Path:
-        try:
-            return Path(str(importlib.resources.files(self.package))) / self.file
-        except ModuleNotFoundError as error:
-            raise FileNotFoundError("the sample photographs need scikit-image: pip install scikit-image") from error
+        return _FOLDER / self.file
 
 
-PHOTOGRAPHS = (
-    Photograph("skimage", "data/astronaut.png", "public domain (NASA)"),
-    Photograph("skimage", "data/brick.png", "CC0 (cc0textures.com)"),
-    Photograph("skimage", "data/coins.png", "no known copyright restrictions (Brooklyn Museum)"),
-    Photograph("skimage", "data/grass.png", "CC0 (linolafett)"),
-    Photograph("skimage", "data/gravel.png", "CC0 (cc0textures.com)"),
-    Photograph("skimage", "data/hubble_deep_field.jpg", "public domain (NASA)"),
-    Photograph("skimage", "data/ihc.png", "no known copyright restrictions (CMMI)"),
-    Photograph(
-        "skimage",
-        "data/motorcycle_left.png",
-        "no licence stated (Middlebury 2014 stereo benchmark, Scharstein et al.)",
-    ),
-    Photograph("skimage", "data/retina.jpg", "CC0 (M. Häggström)"),
-    Photograph("skimage", "data/rocket.jpg", "public domain (SpaceX)"),
-    Photograph("olvae", "data/mapped/photographs/china.jpg", "CC BY 2.0 (danielbuechele)"),
-)
+def _read_licences() -> list[Photograph]:
+    """One for each entry of LICENCES.txt: a file's name, then a line ``Author:``, ``Licence:`` and others."""
+    photographs = []
+    for entry in (_FOLDER / "LICENCES.txt").read_text(encoding="utf-8").split("\n\n"):
+        file, *lines = entry.strip().splitlines()
+        if file.endswith(".jpg"):
+            fields = dict(line.strip().split(": ", 1) for line in lines)
+            photographs.append(Photograph(file, fields["Author"], fields["Licence"]))
+    return photographs
+
+
+_ALL = _read_licences()
+
+PHOTOGRAPHS = tuple(photograph for photograph in _ALL if photograph.file not in _HELD_OUT)
 """For training."""
 
-HELD_OUT = (
-    Photograph("skimage", "data/camera.png", "CC0 (L. Varshney)"),
-    Photograph("skimage", "data/chelsea.png", "CC0 (S. van der Walt)"),
-    Photograph("skimage", "data/coffee.png", "CC0 (R. Michetti)"),
-    Photograph("olvae", "data/mapped/photographs/flower.jpg", "CC BY 2.0 (vultilion)"),
-)
+HELD_OUT = tuple(photograph for photograph in _ALL if photograph.file in _HELD_OUT)
 """For validation and test; never trained on."""
 
 
@@ -76,28 +77,37 @@ class _Pictures(ImageDataset):
 def sample_photographs(
     photographs: Sequence[Photograph] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3
 ) -> ImageDataset:
-    """The photographs, whole; by default all fifteen."""
-    pictures = [(Path(photograph.file).name, read_picture(photograph.path)) for photograph in photographs]
+    """The photographs, whole; by default all sixty."""
+    pictures = [(photograph.file, read_picture(photograph.path)) for photograph in photographs]
     return _Pictures(pictures, channels)
 
 
 def _tiles(photographs: Sequence[Photograph], size: int) -> ImageDataset:
-    """The photographs, shrunk to a shorter side of two tiles, cut into tiles without overlap."""
+    """The photographs, shrunk to a shorter side of two tiles, cut into whole tiles without overlap around the centre.
+
+    Nothing is enlarged: a photograph whose shorter side is less than two tiles is cut as it is. If that side is less
+    than one tile, it is the tile's side.
+    """
     tiles: list[tuple[str, Picture]] = []
     for photograph in photographs:
-        image = resize_shorter_side(read_picture(photograph.path), 2 * size)
-        for top in range(0, image.height - size + 1, size):
-            for left in range(0, image.width - size + 1, size):
-                name = f"{Path(photograph.file).name}/{top // size}-{left // size}"
-                tiles.append((name, image.crop((left, top, left + size, top + size))))
+        image = read_picture(photograph.path)
+        if min(image.size) > 2 * size:
+            image = resize_shorter_side(image, 2 * size)
+        side = min(size, *image.size)
+        for row in range(image.height // side):
+            for column in range(image.width // side):
+                left, top = image.width % side // 2 + column * side, image.height % side // 2 + row * side
+                tiles.append((f"{photograph.file}/{row}-{column}", image.crop((left, top, left + side, top + side))))
     return _Pictures(tiles)
 
 
 class SamplePhotographs(MappedSource):
-    """Eleven photographs to train on and four held out, from packages that are dependencies anyway.
+    """52 photographs to train on and 8 held out, files of this package with a shorter side of 300 to 317 pixels.
 
     Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of
-    2 ``size`` and cut into tiles of ``size`` pixels without overlap, 22 tiles in all.
+    2 ``size`` and cut into tiles of ``size`` pixels without overlap. That gives 42 tiles for a ``size`` up to 150
+    pixels. Larger tiles are cut from the photographs as they are, and are fewer: from 229 pixels on 8, the centre of
+    each. Above 300 pixels a photograph is smaller than ``size``: its centre is enlarged, which evaluation reports.
 
     Args:
         size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
@@ -110,7 +120,7 @@ class SamplePhotographs(MappedSource):
         size: int = 64,
         batch_size: int = 16,
         num_workers: int = 0,
-        crops_per_photograph: int = 64,
+        crops_per_photograph: int = 16,
         min_fraction: float = 0.15,
         filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
         flip: bool = True,
@@ -119,7 +129,9 @@ class SamplePhotographs(MappedSource):
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         train, val = sample_photographs(PHOTOGRAPHS), _tiles(HELD_OUT, size)
         super().__init__(train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph)
-        self.crops = "the held-out sample photographs: bicubic resize of the shorter side to two tiles, all whole tiles"
+        self.crops = (
+            "the held-out sample photographs: bicubic resize of the shorter side to at most two tiles, all whole tiles"
+        )
 
     def describe(self) -> str:
         return f"crops of {len(self.train)} photographs, {len(self.val)} tiles of {len(HELD_OUT)} held-out ones"

@@ -64,7 +64,9 @@ def from_latent_diffusion(
         if len(converted) != len(weights):
             raise ValueError(f"{origin}: {len(weights) - len(converted)} of its tensors have no place in AutoencoderKL")
         load_weights(model, converted, origin, allow_mismatch, prefixes=("",))
-    return DiffusersAutoencoder(model).eval()
+    autoencoder = DiffusersAutoencoder(model).eval()
+    autoencoder.factors_known = False  # diffusers' defaults are those of Stable Diffusion 1
+    return autoencoder
 
 
 def latent_diffusion_config(weights: Mapping[str, Tensor], origin: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder, LiteVAE, load_located
 from olvae.models.loading.diffusers import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
-from olvae.models.pretrained import is_hub_id, locate, locate_weights
+from olvae.models.pretrained import config_inside, is_hub_id, locate, locate_weights
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.runs import Run
 
@@ -100,7 +100,8 @@ def find_target(
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: this is a diffusers folder: pass it as {DIFFUSERS}{given}")
     weights = locate_weights(given)
-    in_run, exported = weights.parent.name == "checkpoints", class_in(weights.parent) == CLASS_NAME
+    in_run = weights.parent.name == "checkpoints"
+    exported = class_in(weights.parent) == CLASS_NAME or config_inside(weights) is not None
     if raw and exported:
         warnings.warn(f"{given}: an export has one kind of weights: --raw is ignored", stacklevel=2)
         raw = False

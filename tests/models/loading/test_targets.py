@@ -15,6 +15,7 @@ from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target, name_apart
 from tests.conftest import tiny_config
+from tests.models.loading.names import latent_diffusion_names
 
 
 def kl(**changes) -> diffusers.AutoencoderKL:
@@ -325,35 +326,6 @@ def test_weights_of_diffusers_that_do_not_fit(tmp_path):
 
 
 # latent-diffusion
-def latent_diffusion_names(model: diffusers.AutoencoderKL) -> dict[str, torch.Tensor]:
-    """Written from the latent-diffusion code's names, independently of what converts them."""
-    levels = len(model.config.block_out_channels)
-    out = {}
-    for name, tensor in model.state_dict().items():
-        parts = name.split(".")
-        match parts:
-            case [half, "down_blocks", i, "resnets", j, *rest]:
-                new = [half, "down", i, "block", j, *rest]
-            case [half, "down_blocks", i, "downsamplers", "0", *rest]:
-                new = [half, "down", i, "downsample", *rest]
-            case [half, "up_blocks", i, "resnets", j, *rest]:
-                new = [half, "up", str(levels - 1 - int(i)), "block", j, *rest]
-            case [half, "up_blocks", i, "upsamplers", "0", *rest]:
-                new = [half, "up", str(levels - 1 - int(i)), "upsample", *rest]
-            case [half, "mid_block", "resnets", i, *rest]:
-                new = [half, "mid", f"block_{int(i) + 1}", *rest]
-            case [half, "mid_block", "attentions", "0", *layer, kind]:
-                layers = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-                new = [half, "mid", "attn_1", layers[".".join(layer)], kind]
-                if tensor.ndim == 2:
-                    tensor = tensor[:, :, None, None]  # 1x1 convolutions there
-            case _:
-                new = ["norm_out" if part == "conv_norm_out" else part for part in parts]
-        new = ["nin_shortcut" if part == "conv_shortcut" else part for part in new]
-        out[".".join(new)] = tensor.contiguous()
-    return out
-
-
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 @pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
 def test_latent_diffusion(prefix, kind, tmp_path, image):
