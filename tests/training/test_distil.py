@@ -294,3 +294,25 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
         with pytest.raises(ConfigError, match=r"^teacher_config: a resumed run keeps its teacher") as caught:
             train_with("lightning.trainer.max_steps=3", *overrides, resume=path, **options)
         one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder", "both"])
+def test_the_shipped_recipes(train_with, image_folder, target, name):
+    """On a small teacher and small images; the half that is not trained keeps its fresh weights."""
+    small = [
+        "lightning.trainer.max_steps=1",
+        "model.params.lossconfig.params.lpips_weight=0",  # whose network is a download
+        "model.params.encoder_config.params.scale=S",
+        "model.params.decoder_config.params.channels=16",
+        f"data.params.root={image_folder}",
+        "data.params.size=64",
+        "data.params.batch_size=2",
+        "data.params.num_workers=0",
+        "data.params.val_fraction=0.2",
+    ]
+    if name == "decoder":
+        adversary = "model.params.adversary_config.params"
+        small += [f"{adversary}.start_step=0", f"{adversary}.discriminator_config.params.image_size=64"]
+    run = train_with(*small, base=[f"configs/distil/{name}.yaml"], teacher=target)
+    assert untrained(run) == {"encoder": "decoder", "decoder": "encoder", "both": None}[name]
+    assert LiteVAE.from_pretrained(run.path).for_diffusion == FACTORS

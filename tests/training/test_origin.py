@@ -255,7 +255,7 @@ def test_the_half_that_a_source_never_trained_is_still_said_to_be(train_with, im
         (("model.params.lossconfig.params.kl_weight=0.1",), "kl_weight: the encoder is frozen"),
         (("model.params.anchor_weight=1.0", "model.params.freeze_encoder=true"), "anchor_weight: the encoder is"),
         (("model.params.freeze_encoder=true", "model.params.freeze_decoder=true"), "nothing is left to train"),
-        (("model.params.decoder_config.params.channels=16",), "weights are of another model"),
+        (("model.params.decoder_config.params.channels=64",), "weights are of another model"),
         (("model.params.decoder_config.params.paddings=reflect",), "paddings: unknown key; did you mean padding?"),
         (("model.params.decoder_config.padding=reflect",), "model.params.decoder_config.padding: unknown key"),
         (("model.params.decoder_config.params.padding=mirror",), "model.params.decoder_config.params.padding: "),
@@ -320,3 +320,27 @@ def test_one_start_at_a_time(train_with, tmp_path, image_folder):
         assert "give one of them" in str(caught.value)
     assert list((tmp_path / "runs").iterdir()) == [run.path]
     assert run.config.read_bytes() == before
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/finetune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
+    """On a small AutoencoderKL: the encoder keeps its bits, the decoder moves, the source's factors are kept."""
+    theirs = tiny_kl(scaling_factor=0.5)
+    run = train_with(
+        "lightning.trainer.max_steps=2",
+        "model.params.lossconfig.params.lpips_weight=0",  # whose network is a download
+        "model.params.warmup_steps=0",
+        "model.params.ema_decay=0.5",
+        f"data.params.root={image_folder}",
+        "data.params.size=16",
+        "data.params.batch_size=2",
+        "data.params.num_workers=0",
+        "data.params.val_fraction=0.2",
+        base=[path],
+        start_from=make_source("diffusers", tmp_path, theirs),
+    )
+    model = LiteVAE.from_pretrained(run.path)
+    with torch.no_grad():
+        assert torch.equal(model.encode(images()).mean, theirs.encode(images()).latent_dist.mean)
+        assert not torch.equal(model(images())[0], theirs(images()).sample)
+    assert model.scaling_factor == 0.5
