@@ -30,7 +30,7 @@ class Teacher:
         logvar_weight: of the KL divergence between teacher's and student's Gaussians of equal means, which teaches the
             log-variances. 0 for a teacher without a distribution.
         decoder_weight: of the objective's image terms between the image and what the teacher's decoder makes of the
-            student's latents: its gradient goes through that decoder. 0 saves the time.
+            student's latents: its gradient goes through that decoder, in bfloat16 or float32. 0 saves the time.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
@@ -53,6 +53,8 @@ class Teacher:
                 raise ValueError(f"{name} must not be negative, got {weight}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if dtype == "float16" and decoder_weight:
+            raise ValueError("decoder_weight: the gradients of a mean over pixels are 0 in float16: use bfloat16")
         self.name = autoencoder
         self.dtype = DTYPES[dtype]
         self.weights = {"latent": latent_weight, "logvar": logvar_weight, "teacher_decoder": decoder_weight}

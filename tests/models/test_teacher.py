@@ -22,7 +22,7 @@ OBJECTIVE = {"target": "olvae.losses.objective.Objective", "params": {"lpips_wei
 
 EIGHT = {"block_out_channels": (8, 8, 8, 16), "down_block_types": ("DownEncoderBlock2D",) * 4}
 
-DTYPES = {"float32": 0.0, "bfloat16": 0.05}
+DTYPES = {"float32": 0.0, "bfloat16": 0.05, "float16": 0.01}
 
 
 @pytest.fixture
@@ -256,7 +256,19 @@ def test_it_computes_in_its_own_precision(target, dtype, autocast):
         assert torch.equal(tensor, other) == (dtype == "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_through_its_decoder_survives_bfloat16(target):
+    """Of a mean over two million pixel values, which float16 would round to 0."""
+    teacher, exact = (student(target, teacher={"dtype": d}).teacher for d in ("bfloat16", "float32"))
+    gradients = []
+    for one in (teacher, exact):
+        torch.manual_seed(0)
+        z = torch.randn(10, 4, 32, 32, requires_grad=True)
+        (0.1 * one.decode(z).abs().mean()).backward()
+        gradients.append(z.grad)
+    assert (gradients[0] - gradients[1]).norm() < 0.3 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_student_in_half_precision(target, image_folder, dtype):
     model = student(target, teacher={"dtype": dtype, "decoder_weight": 0.5})
     start = snapshot(model.autoencoder)
@@ -411,6 +423,7 @@ KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0
         ({"freeze_decoder": True, "freeze_encoder": True}, "nothing is left to train"),
         ({"teacher": {"latent_weight": -1.0}}, "latent_weight must not be negative, got -1"),
         ({"teacher": {"dtype": "float8"}}, "dtype must be one of float16, bfloat16, float32, got 'float8'"),
+        ({"teacher": {"dtype": "float16", "decoder_weight": 0.1}}, "decoder_weight: .* are 0 in float16: use bfloat16"),
         ({"teacher_config": OBJECTIVE}, "olvae.losses.objective.Objective is not a Teacher"),
     ],
 )
