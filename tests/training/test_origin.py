@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from olvae import LiteVAE
+from olvae.cli.main import main
 from olvae.config import ConfigError, load, save, validate
 from olvae.data.image import from_uint8
 from olvae.data.mapped.folder import FolderSource
 from olvae.losses.objective import Objective
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
+from olvae.training import run as training
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
@@ -344,3 +346,34 @@ def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
         assert torch.equal(model.encode(images()).mean, theirs.encode(images()).latent_dist.mean)
         assert not torch.equal(model(images())[0], theirs(images()).sample)
     assert model.scaling_factor == 0.5
+
+
+def test_the_flags(tmp_path, image_folder, capsys, monkeypatch):
+    """--from and --teacher reach the run, and a mistake is one line."""
+    monkeypatch.delenv(training.RUN_ENV, raising=False)
+    config = without_networks(image_folder, freeze_encoder=True)
+    config["lightning"]["trainer"]["max_steps"] = 1
+    save(config, tmp_path / "cfg.yaml")
+    target = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.5))
+    flags = ["train", "--base", str(tmp_path / "cfg.yaml"), "--logdir", str(tmp_path / "runs"), "--gpus", "0"]
+    with pytest.raises(SystemExit) as done:
+        main([*flags, "--from", target, "--teacher", target])
+    assert done.value.code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    found = load([run / "config.yaml"])
+    assert found["run"]["weights"] == target
+    assert found["model"]["params"]["teacher_config"]["params"] == {"autoencoder": target}
+    assert found["model"]["params"]["scaling_factor"] == 0.5
+    capsys.readouterr()
+    for given, code, message in (
+        (["--from", "diffusers:/no/where"], 1, "error: diffusers:/no/where: no such folder, and not an id of the hub"),
+        (["--from", target, "--teacher", "diffusers:/no/where"], 1, "error: diffusers:/no/where: no such folder"),
+        (["--from", target, "--actual_resume", str(run)], 2, "error: --actual_resume starts one from weights, --from"),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main([*flags, *given])
+        assert done.value.code == code
+        printed = capsys.readouterr().err
+        assert printed.startswith(message)
+        assert printed.count("\n") == 1
+    assert list((tmp_path / "runs").iterdir()) == [run]
