@@ -62,6 +62,20 @@ def test_encode_and_decode_are_diffusers_own(name):
     assert (ours.quantizer is not None) == theirs.config.use_quant_conv
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_the_published_widths(name):
+    theirs = autoencoder_kl((128, 256, 512, 512), **SHAPES[name])
+    ours = ours_of(theirs)
+    x = image(theirs)
+    expected = theirs.encode(x).latent_dist
+    assert torch.equal(ours.encode(x).mean, expected.mean)
+    assert torch.equal(ours.decode(expected.mean), theirs.decode(expected.mean).sample)
+    back = diffusers_weights(ours)
+    assert all(torch.equal(tensor, back[key]) for key, tensor in theirs.state_dict().items())
+
+
 @pytest.mark.parametrize("name", [*SHAPES, *OTHERS])
 def test_there_and_back_bit_for_bit(name):
     theirs = make(name)
