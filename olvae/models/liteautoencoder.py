@@ -386,6 +386,10 @@ class LiteAutoencoderKL(ValidatedModule):
             self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
             self.log("step", float(self.global_step))  # Lightning would count micro-batches on the logger's axis
 
+    def _trained_networks(self) -> list[nn.Module]:
+        halves = ((self.encoder, self.freeze_encoder), (self.decoder, self.freeze_decoder))
+        return [network for network, frozen in halves if not frozen]
+
     def _latent(self, posterior: Posterior | None) -> Tensor:
         """What the decoder gets in training: a sample of the posterior, or its mode, and noise on it if asked for."""
         assert posterior is not None
@@ -533,10 +537,6 @@ class LiteAutoencoderKL(ValidatedModule):
         return {"val/latent_rmse": math.sqrt(square / images)} if images else {}
 
     # Lightning's hooks
-
-    def _trained_networks(self) -> list[nn.Module]:
-        halves = ((self.encoder, self.freeze_encoder), (self.decoder, self.freeze_decoder))
-        return [network for network, frozen in halves if not frozen]
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
         """The autoencoder's parameters that training changes."""
