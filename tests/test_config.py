@@ -125,7 +125,7 @@ def test_instantiate():
         ({"target": "Fraction"}, "not a dotted path"),
         ({"target": "no.such.module"}, "does not import"),
         ({"target": "fractions.Fractoin"}, "did you mean Fraction"),
-        ({"target": "olvae.models.liteautoencoder.lr_factor", "params": {"stap": 1}}, "lr_factor: "),
+        ({"target": "olvae.models.optimization.lr_factor", "params": {"stap": 1}}, "lr_factor: "),
     ):
         with pytest.raises(ConfigError, match=message):
             instantiate(node)

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
+from olvae.models.choices import contradictions
+from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
 from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.teacher import Teacher
@@ -25,63 +26,7 @@ from olvae.models.validation import ValidatedModule
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.precision import island
 
-__all__ = [
-    "LiteAutoencoderKL",
-    "grad_scaler",
-    "gradient_ratio",
-    "last_convolution",
-    "lr_factor",
-    "mix_seeds",
-]
-
-
-def mix_seeds(*numbers: int) -> int:
-    """One seed from several numbers, different for each list of them."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0] >> 1)
-
-
-def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
-    """The factor of the base rate at a step, counted from 0.
-
-    Linear from 1/warmup_steps to 1 over the warm-up; then 1 (``constant``), or half a cosine from 1 down to
-    ``min_factor`` at ``decay_steps`` and ``min_factor`` from there on (``cosine``).
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if name == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
-    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def grad_scaler(module: pl.LightningModule) -> torch.amp.GradScaler | None:
-    """The scaler of the losses under fp16; None in any other precision."""
-    scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
-    return scaler
-
-
-def last_convolution(module: nn.Module) -> nn.Conv2d:
-    """The last convolution in the order of definition: in a decoder, the one that makes the image."""
-    return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
-
-
-def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Tensor:
-    """|gradient of one loss| / |gradient of the other| at the decoder's last layer, in float32.
-
-    The gradients are those of the whole batch, over all ranks. Under fp16 both losses are scaled first, or small
-    gradients would be lost.
-    """
-    assert isinstance(module.decoder, nn.Module)
-    weight = last_convolution(module.decoder).weight
-    scaler = grad_scaler(module)
-    scale = float(scaler.get_scale()) if scaler is not None else 1.0
-    norms: list[Tensor] = []
-    for loss in (one, other):
-        (gradient,) = torch.autograd.grad(scale * loss, weight, retain_graph=True)
-        if module.trainer.world_size > 1:
-            gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
-        norms.append(gradient.float().norm() / scale)
-    return norms[0] / norms[1].clamp_min(1e-12)
+__all__ = ["LiteAutoencoderKL"]
 
 
 class LiteAutoencoderKL(ValidatedModule):
@@ -123,7 +68,8 @@ class LiteAutoencoderKL(ValidatedModule):
         teacher_config: the :class:`Teacher` of a distillation. The encoder learns its latents; the decoder learns
             images from its latents; with one of them frozen, validation takes the teacher's half in its place.
         scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model,
-            which exports hand on; see :class:`~olvae.models.spec.AutoencoderSpec`. By default they are the teacher's.
+            which exports hand on; see :class:`~olvae.models.spec.AutoencoderSpec`. By default they are the teacher's,
+            except for force_upcast.
         val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…``, with the
             averaged weights if there are any, and then also as ``val_raw/…``, with the raw ones.
         weights_dir: a folder in which the metrics' pretrained networks are looked for first.
@@ -193,7 +139,8 @@ class LiteAutoencoderKL(ValidatedModule):
             if not isinstance(self.teacher, Teacher):
                 raise ConfigError(f"teacher_config: {teacher_config['target']} is not a Teacher")
             self.teacher.check_student(autoencoder)
-            autoencoder.set_for_diffusion(self.teacher.model.for_diffusion)
+            factors = {n: v for n, v in self.teacher.model.for_diffusion.items() if n != "force_upcast"}
+            autoencoder.set_for_diffusion(factors)  # upcasting is about the weights of a decoder
             self.register_buffer("teacher_std", torch.ones(autoencoder.latent_channels))
         if freeze_encoder:
             self.encoder.requires_grad_(False)
@@ -230,7 +177,22 @@ class LiteAutoencoderKL(ValidatedModule):
         self.anchor_weight = anchor_weight
         self.equivariance = equivariance
         self.activation_weight = activation_weight
-        self._check_choices()
+        mistakes = [
+            *check_factors(self.for_diffusion, autoencoder.latent_channels),
+            *contradictions(
+                self.loss.weights if isinstance(self.loss, Objective) else (),
+                self.teacher,
+                freeze_encoder,
+                freeze_decoder,
+                anchored=self.anchor is not None,
+                adversarial=self.adversary is not None,
+                equivariance=equivariance,
+                latent_noise=latent_noise,
+                latent_noise_of=latent_noise_of,
+            ),
+        ]
+        if mistakes:
+            raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
 
         self.seed = 0
         """Seed of the noise in training; set by the trainer."""
@@ -239,61 +201,6 @@ class LiteAutoencoderKL(ValidatedModule):
         self._micro_batch = 0  # within the update
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
-
-    def _check_choices(self) -> None:
-        """Raise ConfigError where two arguments contradict each other."""
-        weights = self.loss.weights if isinstance(self.loss, Objective) else {}
-        distils, lessons = self.teacher is not None, self.teacher.weights if self.teacher is not None else {}
-        pointwise = self.teacher is not None and self.teacher.model.deterministic
-        if mistakes := list(check_factors(self.for_diffusion, self.autoencoder.latent_channels)):
-            raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
-        for wrong, message in (
-            (self.freeze_encoder and self.freeze_decoder, "freeze_encoder, freeze_decoder: nothing is left to train"),
-            (
-                self.freeze_encoder and "kl" in weights,
-                "lossconfig.params.kl_weight: the encoder is frozen (freeze_encoder), KL is a loss of it: set it to 0",
-            ),
-            (
-                self.freeze_encoder and self.anchor is not None,
-                "anchor_weight: the encoder is frozen (freeze_encoder), so its latents can't change: leave it out",
-            ),
-            (
-                distils and "kl" in weights,
-                "lossconfig.params.kl_weight: the latents have to be the teacher's, KL pulls them away: set it to 0",
-            ),
-            (
-                distils and self.anchor is not None,
-                "anchor_weight: the latents have to be the teacher's, not those of the initial weights: leave it out",
-            ),
-            (
-                distils and not self.freeze_encoder and not any(lessons.values()),
-                "teacher_config.params: every weight is 0: nothing teaches the encoder",
-            ),
-            (
-                pointwise and not self.freeze_encoder and lessons["logvar"] > 0,
-                "teacher_config.params.logvar_weight: the teacher's latents have no distribution: set it to 0",
-            ),
-            (
-                pointwise and self.latent_noise > 0 and self.latent_noise_of == "posterior",
-                "latent_noise_of: the teacher's latents have no distribution: set it to data",
-            ),
-            (
-                distils and self.freeze_encoder and lessons["teacher_decoder"] > 0,
-                "teacher_config.params.decoder_weight: the encoder is frozen (freeze_encoder): leave it out",
-            ),
-            (
-                self.freeze_decoder and self.adversary is not None,
-                "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train",
-            ),
-            (
-                self.freeze_decoder and ((distils and self.equivariance > 0) or self.latent_noise > 0),
-                "equivariance, latent_noise: the decoder is frozen (freeze_decoder): leave them out",
-            ),
-            (self.latent_noise < 0, f"latent_noise must not be negative, got {self.latent_noise}"),
-            (self.latent_noise_of not in ("posterior", "data"), "latent_noise_of: posterior or data"),
-        ):
-            if wrong:
-                raise ConfigError(f"model.params.{message}")
 
     @property
     def autoencoder(self) -> LiteVAE:

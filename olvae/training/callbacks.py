@@ -33,6 +33,10 @@ __all__ = ["FiniteLoss", "GracefulStop", "Health", "ImageGrids", "KeepCheckpoint
 log = logging.getLogger("olvae.training")
 
 
+BETTER = {name: metric.better for name, metric in METRICS.items()} | {"latent_rmse": "lower"}
+"""Which way is better, of the metrics and of the distance between a student's latents and its teacher's."""
+
+
 class KeepCheckpoints(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` up to date, through the last step and a stop before it.
 
@@ -42,16 +46,14 @@ class KeepCheckpoints(Checkpoint):
     Args:
         every_n_steps: updates of the autoencoder between two saves.
         keep_every_n_steps: also keep ``step=N.ckpt`` for good at multiples of this; 0 keeps none.
-        best: a metric of validation, such as ``val/psnr``, ``val/rfid`` or ``val_raw/lpips``: its best weights so far
-            are kept as ``best.ckpt``, with value and step in ``best.json``; None keeps none. A validation without a
-            readable image changes nothing.
+        best: a value of validation, such as ``val/psnr``, ``val/rfid``, ``val_raw/lpips`` or ``val/latent_rmse``: its
+            best weights so far are kept as ``best.ckpt``, with value and step in ``best.json``; None keeps none. A
+            validation without a readable image changes nothing.
     """
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
-        if best is not None and best.rpartition("/")[2] not in METRICS:
-            raise ValueError(
-                f"best: {best!r} is not a metric of validation: choose one of val/{', val/'.join(METRICS)}"
-            )
+        if best is not None and best.rpartition("/")[2] not in BETTER:
+            raise ValueError(f"best: {best!r} is not a metric of validation: choose one of val/{', val/'.join(BETTER)}")
         if every_n_steps < 1 or keep_every_n_steps < 0:
             raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
         self.every_n_steps = every_n_steps
@@ -117,7 +119,7 @@ class KeepCheckpoints(Checkpoint):
                 "model.params.val_metrics, or set best to null"
             )
         value = values[self.best]
-        higher = METRICS[self.best.rpartition("/")[2]].better == "higher"
+        higher = BETTER[self.best.rpartition("/")[2]] == "higher"
         if self._best is None or (value > self._best if higher else value < self._best):
             self._best = value
             self._save(trainer, pl_module, "best.ckpt")

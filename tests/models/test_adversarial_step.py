@@ -9,7 +9,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from olvae.models import liteautoencoder
-from olvae.models.liteautoencoder import LiteAutoencoderKL, mix_seeds
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.optimization import mix_seeds
 from olvae.modules.discriminators.spectral import fixed_spectral_norm
 from tests.models.steps import (
     PATCHGAN,

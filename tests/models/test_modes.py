@@ -225,7 +225,7 @@ def test_without_noise_a_step_is_what_it_was(image_folder):
     ("settings", "message"),
     [
         ({"latent_noise": -0.1}, "latent_noise must not be negative, got -0.1"),
-        ({"latent_noise_of": "batch"}, "latent_noise_of: posterior or data"),
+        ({"latent_noise_of": "batch"}, "latent_noise_of must be posterior or data"),
         ({"freeze_encoder": True}, "kl_weight: the encoder is frozen"),
         (
             {"freeze_encoder": True, "lossconfig": WITHOUT_KL, "anchor_weight": 1.0},

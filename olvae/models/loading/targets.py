@@ -124,6 +124,8 @@ def find_target(
     located = locate(given, config=config)
     if located.config and (mistakes := cfg.validate(located.config)):
         raise ConfigError(*mistakes)
+    if half := (located.config.get("run") or {}).get("untrained"):
+        warnings.warn(f"{given}: its {half} has never been trained", stacklevel=2)
     return Target(
         name=(path.resolve().name if path.is_dir() else given) + suffix,
         given=given + suffix,

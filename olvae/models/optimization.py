@@ -1,0 +1,59 @@
+"""What a training step computes around its losses: seeds, learning rates, the scale of fp16, a ratio of gradients."""
+
+import math
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["grad_scaler", "gradient_ratio", "last_convolution", "lr_factor", "mix_seeds"]
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One seed from several numbers, different for each list of them."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0] >> 1)
+
+
+def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
+    """The factor of the base rate at a step, counted from 0.
+
+    Linear from 1/warmup_steps to 1 over the warm-up; then 1 (``constant``), or half a cosine from 1 down to
+    ``min_factor`` at ``decay_steps`` and ``min_factor`` from there on (``cosine``).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def grad_scaler(module: pl.LightningModule) -> torch.amp.GradScaler | None:
+    """The scaler of the losses under fp16; None in any other precision."""
+    scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
+    return scaler
+
+
+def last_convolution(module: nn.Module) -> nn.Conv2d:
+    """The last convolution in the order of definition: in a decoder, the one that makes the image."""
+    return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
+
+
+def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Tensor:
+    """|gradient of one loss| / |gradient of the other| at the decoder's last layer, in float32.
+
+    The gradients are those of the whole batch, over all ranks. Under fp16 both losses are scaled first, or small
+    gradients would be lost.
+    """
+    assert isinstance(module.decoder, nn.Module)
+    weight = last_convolution(module.decoder).weight
+    scaler = grad_scaler(module)
+    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+    norms: list[Tensor] = []
+    for loss in (one, other):
+        (gradient,) = torch.autograd.grad(scale * loss, weight, retain_graph=True)
+        if module.trainer.world_size > 1:
+            gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
+        norms.append(gradient.float().norm() / scale)
+    return norms[0] / norms[1].clamp_min(1e-12)

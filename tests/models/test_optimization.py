@@ -1,0 +1,174 @@
+"""Seeds, learning rates, gradients at the decoder's last layer."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from olvae.models.optimization import grad_scaler, gradient_ratio, last_convolution, lr_factor, mix_seeds
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.sdvae import SDDecoder
+
+CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").rglob("*.yaml"))
+
+# Seeds and rates
+
+
+def test_seeds_differ_with_every_number_and_with_their_order():
+    grid = [(seed, step, micro, rank) for seed in (0, 1, 7) for step in range(9) for micro in (0, 1) for rank in (0, 1)]
+    assert len({mix_seeds(*numbers) for numbers in grid}) == len(grid)
+    assert mix_seeds(1, 2) != mix_seeds(2, 1)
+
+
+def test_seeds_differ_from_those_with_zeros_after_them():
+    """So that what an update shares does not follow its first micro-batch's noise."""
+    assert mix_seeds(0, 5) != mix_seeds(0, 5, 0, 0)
+
+
+def test_seeds_are_what_torch_takes_and_the_same_again():
+    for step in range(100):
+        seed = mix_seeds(3, step)
+        assert 0 <= seed < 2**63
+        assert seed == mix_seeds(3, step)
+        torch.manual_seed(seed)
+
+
+def test_warm_up_then_constant():
+    assert [lr_factor(s, "constant", 4, 100, 0.0) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+
+
+def test_cosine():
+    values = [lr_factor(s, "cosine", 10, 110, 0.1) for s in (10, 60, 110, 500)]
+    assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def test_no_warm_up():
+    assert lr_factor(0, "cosine", 0, 10, 0.0) == 1.0
+    assert lr_factor(0, "constant", 0, 10, 0.0) == 1.0
+
+
+# The decoder's last layer, and gradients there
+
+
+@pytest.mark.parametrize("output", ["image", "wavelet"])
+@pytest.mark.parametrize("variant", ["open_litevae", "paper_smc"])
+def test_the_last_convolution_of_litevae(variant, output):
+    decoder = LiteVAE_Decoder(8, 4, channel_mult=(1, 2), num_res_blocks=0, variant=variant, output=output)
+    assert last_convolution(decoder) is decoder.conv_out
+
+
+def test_the_last_convolution_of_the_sd_decoder():
+    decoder = SDDecoder(8, 4, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)
+    assert last_convolution(decoder) is decoder.model.conv_out
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        LiteVAE_Decoder(8, 4, channel_mult=(1, 2), num_res_blocks=0),
+        SDDecoder(8, 4, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4),
+    ],
+    ids=["litevae", "sd"],
+)
+def test_the_last_convolution_makes_the_image(decoder):
+    """Its output is the decoder's."""
+    outputs: list[Tensor] = []
+    last_convolution(decoder).register_forward_hook(lambda _, __, y: outputs.append(y))
+    image = decoder(torch.randn(1, 4, 4, 4))
+    assert len(outputs) == 1
+    assert torch.equal(outputs[0], image)
+
+
+def module(decoder: nn.Module, scaler=None, world_size: int = 1, reduce=None) -> SimpleNamespace:
+    """What gradient_ratio asks of a LightningModule in training."""
+    plugin = SimpleNamespace(scaler=scaler)
+    strategy = SimpleNamespace(reduce=reduce)
+    trainer = SimpleNamespace(world_size=world_size, precision_plugin=plugin, strategy=strategy)
+    return SimpleNamespace(decoder=decoder, trainer=trainer)
+
+
+def two_losses(decoder: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """Two losses of one image, and by hand the ratio of their gradients at the only convolution, a 1x1 one.
+
+    The image is w_oc z_c at every pixel: d(sum of a * image)/dw_oc = a * sum of z_c.
+    """
+    z = torch.randn(2, 3, 4, 4)
+    image = decoder(z)
+    (conv,) = decoder
+    sums = z.sum(dim=(0, 2, 3))  # (3,)
+    one, other = (2.0 * image).sum(), (0.5 * image[:, :1]).sum()
+    assert conv.weight.shape[:2] == (2, 3)
+    by_hand = (2.0 * 2**0.5 * sums.norm()) / (0.5 * sums.norm())  # two output channels, and one
+    return one, other, by_hand.item()
+
+
+@pytest.fixture
+def decoder() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 2, kernel_size=1))
+
+
+def test_gradient_ratio_by_hand(decoder):
+    one, other, by_hand = two_losses(decoder)
+    ratio = gradient_ratio(module(decoder), one, other)
+    assert ratio.item() == pytest.approx(by_hand, rel=1e-5)
+    assert ratio.item() == pytest.approx(4 * 2**0.5, rel=1e-5)
+    assert ratio.dtype == torch.float32
+    assert gradient_ratio(module(decoder), other, one).item() == pytest.approx(1 / by_hand, rel=1e-5)
+
+
+def test_gradient_ratio_leaves_the_graph_and_no_gradient(decoder):
+    one, other, _ = two_losses(decoder)
+    ratio = gradient_ratio(module(decoder), one, other)
+    assert not ratio.requires_grad
+    assert decoder[0].weight.grad is None
+    (one + other).backward()  # what follows in a step
+    assert decoder[0].weight.grad.abs().max() > 0
+
+
+def test_no_adversarial_gradient_is_a_large_number_and_not_infinite(decoder):
+    one, other, _ = two_losses(decoder)
+    assert 1e9 < gradient_ratio(module(decoder), one, 0.0 * other).item() < float("inf")
+
+
+def test_the_loss_scale_does_not_show(decoder):
+    one, other, by_hand = two_losses(decoder)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    assert grad_scaler(module(decoder, scaler)) is scaler
+    assert gradient_ratio(module(decoder, scaler), one, 0.0 * other).item() == pytest.approx(
+        gradient_ratio(module(decoder), one, 0.0 * other).item(), rel=1e-5
+    )
+    assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_loss_scale_saves_gradients_that_half_precision_would_lose(decoder):
+    """1e-9 is under float16's smallest number, 6e-8; times 2^16 it is not."""
+    weight = decoder[0].weight
+    one, other = (1e-9 * factor * weight.half().float().sum() for factor in (3.0, 1.0))
+    assert gradient_ratio(module(decoder), one, other).item() == 0.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(3.0, rel=1e-2)
+
+
+def test_without_a_scaler():
+    assert grad_scaler(module(nn.Identity())) is None
+    plain = SimpleNamespace(trainer=SimpleNamespace(precision_plugin=SimpleNamespace()))
+    assert grad_scaler(plain) is None
+
+
+def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder):
+    """Two ranks with opposite gradients of the second loss but for a tenth: its norm is that of the mean."""
+    weight = decoder[0].weight
+    one, other = weight.sum(), weight[0].sum()
+    calls = []
+
+    def reduce(gradient, reduce_op):
+        assert reduce_op == "mean"
+        calls.append(gradient.clone())
+        theirs = gradient if len(calls) == 1 else -0.8 * gradient
+        return (gradient + theirs) / 2
+
+    ratio = gradient_ratio(module(decoder, world_size=2, reduce=reduce), one, other)
+    assert len(calls) == 2
+    assert ratio.item() == pytest.approx(2**0.5 / 0.1, rel=1e-5)
