@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: demo test test-portable test-slow test-gpu test-network test-browser lint format clean help
+.PHONY: demo distil-demo test test-portable test-slow test-gpu test-network test-browser lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -28,6 +28,14 @@ demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, 
 		--actual_resume "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)/checkpoints/last.ckpt"
 	$(BIN)/python scripts/compute_metrics.py --baselines --metrics psnr,ssim \
 		"$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)"
+
+distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE with the same latents, and cross their halves (CPU, minutes)
+	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil_encoder
+	$(BIN)/python train.py --base configs/distil/demo_decoder.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil \
+		--actual_resume "$$(ls -d $(RUNS)/*_distil_encoder_32 | tail -n 1)/checkpoints/last.ckpt"
+	$(BIN)/python scripts/compute_metrics.py --cross --data samples --size 256 --metrics psnr,ssim \
+		--out "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)" \
+		diffusers:configs/distil/teacher "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)"
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2

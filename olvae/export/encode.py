@@ -64,7 +64,7 @@ class LatentSums:
         self.positions += other.positions
 
     def as_dict(self) -> dict[str, Any]:
-        """The latents' shape, shift and scaling factors, and mean and standard deviation of each channel."""
+        """The latents' shape, shift and scaling factors, and by channel mean and deviation, also of the means alone."""
         mean, square, var = torch.tensor(self.sums, dtype=torch.float64) / self.positions  # (n_z)
         shift = float(mean.mean())
         variance = float((square + var).mean()) - shift**2
@@ -78,6 +78,7 @@ class LatentSums:
             "scaling_factor": variance**-0.5,
             "latents_mean": mean.tolist(),
             "latents_std": (square - mean.square() + var).clamp(min=0.0).sqrt().tolist(),
+            "means_std": (square - mean.square()).clamp(min=0.0).sqrt().tolist(),
         }
 
 

@@ -21,7 +21,7 @@ from olvae.models.choices import contradictions
 from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
 from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
 from olvae.models.spec import FOR_DIFFUSION, check_factors
-from olvae.models.teacher import Teacher
+from olvae.models.teacher import NO_FACTORS, Teacher
 from olvae.models.validation import ValidatedModule
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.precision import island
@@ -177,7 +177,9 @@ class LiteAutoencoderKL(ValidatedModule):
         self.anchor_weight = anchor_weight
         self.equivariance = equivariance
         self.activation_weight = activation_weight
+        guessed = self.teacher is not None and not self.teacher.model.factors_known and scaling_factor is None
         mistakes = [
+            *([f"scaling_factor: {NO_FACTORS}"] if guessed else ()),
             *check_factors(self.for_diffusion, autoencoder.latent_channels),
             *contradictions(
                 self.loss.weights if isinstance(self.loss, Objective) else (),
@@ -215,9 +217,16 @@ class LiteAutoencoderKL(ValidatedModule):
         """See :meth:`LiteVAE.decode`."""
         return self.autoencoder.decode(z)
 
-    def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
-        """See :meth:`LiteVAE.forward`; with a teacher, its half takes the place of the one that is not trained."""
-        posterior = self.teacher.posterior(x) if self.teacher is not None and self.freeze_encoder else self.encode(x)
+    def forward(
+        self, x: Tensor, sample_posterior: bool = False, moments: Tensor | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """See :meth:`LiteVAE.forward`; with a teacher, its half takes the place of the one that is not trained.
+
+        Args:
+            moments: of the teacher's posterior, if they are known.
+        """
+        taught = self.teacher is not None and self.freeze_encoder
+        posterior = self.teacher.posterior(x, moments) if self.teacher is not None and taught else self.encode(x)
         return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
     def decode_trained(self, z: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.precision import DTYPES, no_autocast
 
-__all__ = ["Teacher"]
+__all__ = ["NO_FACTORS", "Teacher"]
+
+NO_FACTORS = (
+    "its file holds no factors for a diffusion model: set model.params.scaling_factor (Stable Diffusion 1 has 0.18215, "
+    "SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609, FLUX.1 0.3611 with 0.1159)"
+)
 
 
 class Teacher:
@@ -123,14 +128,23 @@ class Teacher:
             images: batches (B, C, H, W) in [-1, 1].
 
         Raises:
-            ValueError: a channel is constant over these images.
+            ValueError: as :meth:`check_std`.
         """
         count, total, square = 0, torch.zeros(()), torch.zeros(())
         for x in images:
             mean = self.posterior(x).mean.double().transpose(0, 1).flatten(1)  # (n_z, B h w)
             count += mean.shape[1]
-            total, square = total + mean.sum(1), square + mean.square().sum(1)
-        std = (square / count - (total / count).square()).clamp(min=0.0).sqrt().float()
+            total, square = total + mean.sum(1).cpu(), square + mean.square().sum(1).cpu()
+        return self.check_std((square / count - (total / count).square()).clamp(min=0.0).sqrt().float())
+
+    def check_std(self, std: Tensor) -> Tensor:
+        """The same standard deviations per channel, (n_z).
+
+        Raises:
+            ValueError: one is not finite, or 0.
+        """
+        if not bool(std.isfinite().all()):
+            raise ValueError(f"{self.name}: its latents are not finite: set teacher_config.params.dtype to float32")
         if not bool((std > 0).all()):
             raise ValueError(f"{self.name}: channel {int(std.argmin())} of its latents is the same everywhere")
         return std

@@ -52,7 +52,8 @@ def weights_as_trained(trainer: pl.Trainer) -> pl.LightningModule | None:
 class ValidatedModule(pl.LightningModule, ABC):
     """A module whose reconstructions are validated, with the averaged weights and with the weights as trained.
 
-    ``forward`` takes images (B, C, H, W) in [-1, 1] and returns the reconstructions first.
+    ``forward`` takes images (B, C, H, W) in [-1, 1], and ``moments``, a teacher's or None; it returns the
+    reconstructions first.
 
     Args:
         val_metrics: names of metrics besides PSNR and SSIM.
@@ -102,10 +103,11 @@ class ValidatedModule(pl.LightningModule, ABC):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, x = self.images(batch), batch["image"]
         keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
-        self._metrics["val"].update(keys, x, to_uint8(self(images)[0]))
+        moments = batch.get("moments")
+        self._metrics["val"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
         raw = weights_as_trained(self.trainer)
         if raw is not None:
-            self._metrics["val_raw"].update(keys, x, to_uint8(raw(images)[0]))
+            self._metrics["val_raw"].update(keys, x, to_uint8(raw(images, moments=moments)[0]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the values over all processes, without those that are infinite or not available."""

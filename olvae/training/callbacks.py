@@ -175,8 +175,9 @@ class ImageGrids(Callback):
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
+        moments = batch["moments"][: self.count] if "moments" in batch else None
         batch = {"image": batch["image"][: self.count]}
-        decoded, posterior = pl_module(pl_module.images(batch))
+        decoded, posterior = pl_module(pl_module.images(batch), moments=moments)
         reconstruction = to_uint8(decoded)
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(posterior.mean)
         samples = to_uint8(pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise)))

@@ -16,7 +16,7 @@ from olvae.data.source import Source
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.stable_diffusion import as_litevae
 from olvae.models.loading.targets import find_target
-from olvae.models.teacher import Teacher
+from olvae.models.teacher import NO_FACTORS, Teacher
 
 __all__ = ["Found", "check_teacher", "measure_teacher", "set_teacher", "start_from", "untrained_half"]
 
@@ -59,11 +59,19 @@ def start_from(config: Config) -> Found:
             value = {**value, **given, "params": {**value["params"], **(given.get("params") or {})}}
         params[key] = value
     params.pop("initial_logvar", None)
+    if not source.factors_known and params.get("scaling_factor") is None and not params.get("teacher_config"):
+        raise ConfigError(f"{name}: {NO_FACTORS}")
     if not params.get("teacher_config"):
         for key, value in found.for_diffusion.items():
             if source.factors_known or params.get(key) is None:  # a file that has none leaves the recipe's
                 params[key] = value
         params.setdefault("freeze_encoder", not (params.get("anchor_weight") or params.get("freeze_decoder")))
+    padding = [node["params"].get("padding") for node in (found.config["encoder_config"], params["encoder_config"])]
+    if params.get("freeze_encoder") and padding[0] != padding[1]:
+        raise ConfigError(
+            f"model.params.encoder_config.params.padding: {padding[1]}, but {name} has {padding[0]}: with a frozen "
+            "encoder the latents would change at the borders: leave it out, or set freeze_encoder to false"
+        )
     node["params"] = params
     return Found(name, found.state_dict(), target.config)
 
@@ -76,27 +84,42 @@ def set_teacher(config: Config, target: str) -> None:
     config["model"]["params"] = {**params, "teacher_config": node}
 
 
-def check_teacher(teacher: Teacher, source: Source) -> None:
-    """Raise ConfigError if the data, or one of the sources in them, have latents of another autoencoder."""
+def check_teacher(teacher: Teacher | None, source: Source) -> None:
+    """Raise ConfigError if the data, or one of the sources in them, have latents of another autoencoder, or in vain."""
     for part in source.sources if isinstance(source, MixSource) else ():
         check_teacher(teacher, part)
-    if isinstance(source, PairSource) and source.encoded_by.described["weights"] != teacher.checksum:
+    if isinstance(source, PairSource) and teacher is None:
+        raise ConfigError(
+            "data: it has the latents of a teacher, but there is none: name it with --teacher, or take the images alone"
+        )
+    if (
+        isinstance(source, PairSource)
+        and teacher is not None
+        and source.encoded_by.described["weights"] != teacher.checksum
+    ):
         raise ConfigError(
             f"data: its latents are of {source.encoded_by.described['target']}, whose weights are not those of the "
             f"teacher, {teacher.name}"
         )
 
 
-def measure_teacher(model: LiteAutoencoderKL, source: Source, seed: int) -> None:
-    """Measure the teacher's standard deviation per channel on the first training images; the same in all processes."""
+def measure_teacher(model: LiteAutoencoderKL, source: Source, seed: int, device: torch.device) -> None:
+    """Measure the standard deviation of the teacher's means per channel, on the first training images.
+
+    The images are the same in all processes; each measures on its own device.
+
+    Raises:
+        ValueError: the teacher's latents are not finite, or a channel is constant.
+    """
     teacher = model.teacher
     assert teacher is not None
+    teacher.to(device)
     if isinstance(source, PairSource):  # measured on all of them
-        model.teacher_std.copy_(torch.tensor(source.encoded_by.latents_std))
+        model.teacher_std.copy_(teacher.check_std(torch.tensor(source.encoded_by.means_std)))
         return
     process = LoaderProcess(0, 1, 0, 1, source.batch_size)
     images = (sample.image for sample in source.stream(seed, 0, process) if sample.image is not None)
-    batches = (from_uint8(image[None]) for image in islice(images, MEASURED_IMAGES))
+    batches = (from_uint8(image[None].to(device)) for image in islice(images, MEASURED_IMAGES))
     model.teacher_std.copy_(teacher.measure(batches))
 
 

@@ -129,9 +129,9 @@ def train(options: TrainOptions) -> runs.Run:
             "teacher_config: a resumed run keeps its teacher, and these weights are not that one's: start a new run "
             "from its weights with --actual_resume"
         )
+    check_teacher(model.teacher, source)
     if model.teacher is not None:
         config["model"]["params"].update(model.for_diffusion)
-        check_teacher(model.teacher, source)
 
     trainer_args = _steps(trainer_args, source, model)
     if resumed is not None and done >= trainer_args["max_steps"]:
@@ -141,8 +141,6 @@ def train(options: TrainOptions) -> runs.Run:
         )
     source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
-    if model.teacher is not None and resumed is None:  # else it is in the checkpoint
-        measure_teacher(model, source, settings["seed"])
     if model.adversary is not None and trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
     if model.adversary is not None and trainer_args.get("strategy", "auto") == "auto" and processes > 1:
@@ -154,6 +152,8 @@ def train(options: TrainOptions) -> runs.Run:
             run, precision, trainer_args, config, [stop, UnreadableLimit(), SaveConfig({**config, "run": settings})]
         )
         print_summary(settings, run, trainer, model, source, start)
+        if model.teacher is not None and resumed is None:  # else it is in the checkpoint
+            measure_teacher(model, source, settings["seed"], trainer.strategy.root_device)
         trainer.fit(
             model,
             train_dataloaders=source.train_loader(settings["seed"], start),
@@ -187,7 +187,8 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
     if options.teacher is not None and isinstance(config.get("model"), dict):
         set_teacher(config, options.teacher)
     _check_config(config)
-    if "from" not in config["model"]:
+    if config["model"].get("from") is None:
+        config["model"].pop("from", None)
         return config, None
     for flag, value in (("--resume", options.resume), ("--actual_resume", options.actual_resume)):
         if value is not None:

@@ -233,6 +233,10 @@ def test_a_channel_without_deviation(target):
         teacher.model.model.quant_conv.weight[2] = 0
     with pytest.raises(ValueError, match=r"channel 2 of its latents is the same everywhere"):
         teacher.measure([torch.rand(3, 3, 16, 16)])
+    with torch.no_grad():
+        teacher.model.model.quant_conv.weight[1] = torch.nan
+    with pytest.raises(ValueError, match=r"its latents are not finite"):
+        teacher.measure([torch.rand(3, 3, 16, 16)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,8 @@ from olvae import LiteVAE
 from olvae.config import ConfigError, load, validate
 from olvae.data.image import from_uint8
 from olvae.data.mapped.folder import FolderSource
+from olvae.data.shards.latents import LATENT, read_latent
+from olvae.data.shards.read import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.loading.diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
@@ -232,13 +234,21 @@ def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(train_wit
         return encoded(self, x)
 
     monkeypatch.setattr(DiffusersAutoencoder, "encode", count)
-    config = of_pairs(pairs, **model)
-    if model.get("freeze_encoder"):  # its validation is of the teacher's encoder
-        config["lightning"]["trainer"]["limit_val_batches"] = 0
-    run = train_with(config=config, teacher=target)
+    run = train_with(config=of_pairs(pairs, **model), teacher=target)
     assert asked == []
     stats = json.loads((pairs / "stats.json").read_text())
-    assert checkpoint(run)["state_dict"]["teacher_std"].tolist() == pytest.approx(stats["latents_std"], rel=1e-6)
+    assert checkpoint(run)["state_dict"]["teacher_std"].tolist() == pytest.approx(stats["means_std"], rel=1e-6)
+    shards = [Shard(str(path)) for path in sorted(pairs.glob("*.tar"))]
+    entries = [read_latent(entry) for shard in shards for entry in read_shard(shard, LATENT)]
+    sides = [latent for one, mirrored, _ in entries for latent in (one, mirrored)]
+    means = torch.cat([latent.mean.double().flatten(1) for latent in sides], dim=1)  # (n_z, all positions)
+    assert stats["means_std"] == pytest.approx(means.std(1, correction=0).tolist(), rel=1e-5)
+
+
+def test_a_teachers_latents_without_a_teacher(train_with, pairs):
+    with pytest.raises(ConfigError, match=r"^data: it has the latents of a teacher, but there is none") as caught:
+        train_with(config=of_pairs(pairs))
+    one_line(caught)
 
 
 def test_latents_of_other_weights(train_with, tmp_path, pairs, target):

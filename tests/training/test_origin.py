@@ -89,7 +89,7 @@ def make_source(kind: str, folder: Path, theirs: diffusers.AutoencoderKL) -> str
 def test_from_every_kind_of_file_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts, kind):
     theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)  # latent-diffusion has 32 groups
     target = make_source(kind, tmp_path, theirs)
-    run = train_with("lightning.trainer.max_steps=20", start_from=target)
+    run = train_with("lightning.trainer.max_steps=20", "model.params.scaling_factor=0.18215", start_from=target)
     (start,) = starts
     assert_like(start, theirs)
 
@@ -177,6 +177,7 @@ def test_in_the_config_as_well_as_by_flag(train_with, tmp_path, image_folder, st
 def test_params_without_a_target_are_added_to_what_was_found(train_with, tmp_path, half):
     run = train_with(
         f"model.params.{half}_config.params.padding=reflect",
+        f"model.params.freeze_encoder={str(half == 'decoder').lower()}",
         start_from=make_source("diffusers", tmp_path, tiny_kl()),
     )
     found = find_target(run.path).load()
@@ -200,14 +201,12 @@ def test_factors_are_the_sources_and_the_recipes_where_a_file_has_none(train_wit
     """A scaling_factor of null is none, wherever the value comes from."""
     theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32, scaling_factor=0.5)
     folder, file = (make_source(kind, tmp_path, theirs) for kind in ("diffusers", "vae."))
-    for target, given, expected in (
-        (folder, "0.25", 0.5),
-        (folder, "null", 0.5),
-        (file, "0.25", 0.25),
-        (file, "null", 0.18215),  # diffusers' default
-    ):
+    for target, given, expected in ((folder, "0.25", 0.5), (folder, "null", 0.5), (file, "0.25", 0.25)):
         run = train_with("lightning.trainer.max_steps=1", f"model.params.scaling_factor={given}", start_from=target)
         assert LiteVAE.from_pretrained(run.path).scaling_factor == expected, (target, given)
+    with pytest.raises(ConfigError, match=r"vae.safetensors|source.safetensors: its file holds no factors") as caught:
+        train_with("model.params.scaling_factor=null", start_from=file)
+    one_line(caught)
 
 
 def test_what_is_trained_is_a_choice(train_with, tmp_path):
@@ -265,6 +264,7 @@ def test_the_half_that_a_source_never_trained_is_still_said_to_be(train_with, im
             ("model.params.latents_mean=[0,1,2]", "model.params.latents_std=[1,1,1,1]"),
             "latents_mean: expected 4 numbers",
         ),
+        (("model.params.encoder_config.params.padding=reflect",), "encoder_config.params.padding: reflect, but "),
         (("model.params.scaling_factor=-1",), "scaling_factor: expected a number above 0"),
         (("data.params.size=18",), "18 is not a multiple of 4"),
     ],
@@ -272,7 +272,7 @@ def test_the_half_that_a_source_never_trained_is_still_said_to_be(train_with, im
 def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, message):
     target = make_source("vae.", tmp_path, tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32))
     with pytest.raises((ConfigError, ValueError)) as caught:
-        train_with(*overrides, start_from=target)
+        train_with("model.params.scaling_factor=0.5", *overrides, start_from=target)
     assert message in one_line(caught)
     assert not (tmp_path / "runs").exists()
 

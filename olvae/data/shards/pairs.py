@@ -51,6 +51,7 @@ class EncodedBy:
         downscale: pixels per side of a latent element.
         latent_channels: n_z.
         latents_mean, latents_std: of the latents z, before any scaling, by channel: n_z numbers each.
+        means_std: standard deviation of the posteriors' means alone, by channel.
         scaling_factor, shift_factor: of the latents as a whole; (z - shift) * scaling has mean 0 and deviation 1.
         described: ``target``, its name, and ``weights``, a checksum of them.
     """
@@ -59,6 +60,7 @@ class EncodedBy:
     latent_channels: int
     latents_mean: list[float]
     latents_std: list[float]
+    means_std: list[float]
     scaling_factor: float
     shift_factor: float
     described: dict[str, str]
@@ -187,6 +189,7 @@ def _open(folder: str, size: int | None) -> tuple[EncodedBy, dict[str, Any]]:
             int(stats["latent_shape"][0]),
             [float(value) for value in stats["latents_mean"]],
             [float(value) for value in stats["latents_std"]],
+            [float(value) for value in stats["means_std"]],
             stats["scaling_factor"],
             stats["shift_factor"],
             {name: str(stats[name]) for name in ("target", "weights")},
