@@ -201,7 +201,13 @@ def _one_pass(
         assert isinstance(trip, AutoencoderRoundTrip)
         costs[name] = trip.cost(source.size)
         if isinstance(model, Crossed):
-            costs[name] = replace(costs[name], parameters=model.used_parameters())
+            encoder, decoder = (_of(half, models, costs) for half in (model.encoder_of, model.decoder_of))
+            costs[name] = replace(
+                costs[name],
+                parameters=model.used_parameters(),
+                encode_images_per_s=encoder.encode_images_per_s,  # the same half has one speed in all rows
+                decode_images_per_s=decoder.decode_images_per_s,
+            )
         if request.test_patterns and not (isinstance(model, InPrecision) and model.precision != FULL):
             patterns[name] = find_artefacts(model, source.size, request.device, batch_size)
     bands = {name: observer.bands.compute() for (name, _), observer in observers.items() if observer.bands}
@@ -235,6 +241,10 @@ def _one_pass(
         results = Results(complete.as_dict(), complete.hash(), about, rows)
         evaluated.append(Evaluated(results, galleries, ranked_by or "psnr", patterns))
     return evaluated
+
+
+def _of(model: Autoencoder, models: Mapping[str, Autoencoder], costs: Mapping[str, Cost]) -> Cost:
+    return next(costs[name] for name, other in models.items() if other is model)
 
 
 def _source(request: Request, channels: int) -> Source:

@@ -80,7 +80,9 @@ def test_every_encoder_with_every_decoder(olvae, trained, teacher, photos, tmp_p
     for key in ("encode_macs", "decode_macs"):
         assert {costs[0][key], costs[1][key]} == {costs[2][key], costs[3][key]}
     assert costs[2]["encode_macs"] == costs[0]["encode_macs"]
-    assert costs[2]["decode_images_per_s"] > 0
+    for crossed_cost, encoder, decoder in ((costs[2], costs[0], costs[1]), (costs[3], costs[1], costs[0])):
+        assert crossed_cost["encode_images_per_s"] == encoder["encode_images_per_s"] > 0
+        assert crossed_cost["decode_images_per_s"] == decoder["decode_images_per_s"] > 0
 
     sampled = rows(tmp_path / "one", "metrics_latent-diffusion.json")
     assert sampled[b]["latents"] == latents
