@@ -35,7 +35,7 @@ FULL = "32"
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, FULL: torch.float32}
 
-SYNONYMS = {"16": "fp16"}
+SYNONYMS = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
 
 TOLERANCE = 0.1
 """In dB: a precision whose PSNR is further from float32's is not safe."""

@@ -18,7 +18,15 @@ from olvae.evaluation.artefacts import Artefacts, find_artefacts
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.cross import Crossed, LatentErrors, crossed
 from olvae.evaluation.gallery import Gallery
-from olvae.evaluation.precision import FULL, Activations, InPrecision, PrecisionRoundTrip, in_precisions, judged
+from olvae.evaluation.precision import (
+    FULL,
+    Activations,
+    InPrecision,
+    PrecisionRoundTrip,
+    in_precisions,
+    judged,
+    parse_precisions,
+)
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip, Cost, RoundTrip, bicubic_round_trip
@@ -100,6 +108,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.cross and len(self.targets) != 2:
             raise ConfigError(f"--cross takes two targets, TEACHER STUDENT, and got {len(self.targets)}")
+        if tuple(self.precisions) != parse_precisions(",".join(self.precisions)):
+            raise ConfigError(f"precisions {', '.join(self.precisions)}: {FULL} comes first, and each once")
         if self.cross and len(self.precisions) > 1:
             raise ConfigError("--cross and --precision are two evaluations: leave one of them out")
         if len(self.precisions) > 1 and "psnr" not in self.metrics:

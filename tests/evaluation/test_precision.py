@@ -16,6 +16,7 @@ from olvae.evaluation.precision import (
     stage_of,
 )
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip
+from olvae.evaluation.runner import Request
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.evaluation.test_cross import kl, litevae
@@ -186,6 +187,13 @@ def test_a_missing_operator_is_one_line(images):
         PrecisionRoundTrip(InPrecision(Complex(1.0, 1.0), "fp16", "mine"))(KEYS, images)
 
 
+@pytest.mark.parametrize("precisions", [("fp16",), ("fp16", "32"), ("32", "fp16", "fp16"), ("32", "fp8"), ()])
+def test_a_request_without_float32_is_refused(precisions):
+    with pytest.raises(ConfigError, match="precision"):
+        Request((), precisions=precisions)
+    assert Request((), precisions=("32", "bf16")).precisions == ("32", "bf16")
+
+
 @pytest.mark.parametrize(
     ("psnr", "full", "lost", "safe"),
     [
@@ -227,6 +235,8 @@ def test_stages(name, stage):
 def test_names_of_precisions_and_rows():
     assert parse_precisions("32") == ("32",)
     assert parse_precisions("fp16, bf16,16") == ("32", "fp16", "bf16")
+    assert parse_precisions("float16,bfloat16,float32") == ("32", "fp16", "bf16")
+    assert parse_precisions("float32") == ("32",)
     for wrong in ("", "fp8", "fp16,fp8"):
         with pytest.raises(ConfigError, match=f"--precision {wrong}: choose from fp16, bf16, 32"):
             parse_precisions(wrong)
