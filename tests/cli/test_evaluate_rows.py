@@ -204,7 +204,8 @@ def test_the_sample_photographs_and_the_card(olvae, tmp_path):
     name = found["largest_name"]
     assert name.startswith("encoder.aggregator.")
     assert (
-        f"Precision: bf16 is safe (largest activation {found['largest_value']:.4g} at `{name}`); fp16 overflows at "
+        f"Precision, measured on 42 images of 32 px: bf16 is safe (largest activation {found['largest_value']:.4g} at "
+        f"`{name}`); fp16 overflows at "
         "`encoder.aggregator.init_conv`: use bf16 or float32."
     ) in (tmp_path / "out" / "README.md").read_text()
 
