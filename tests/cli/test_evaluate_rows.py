@@ -10,7 +10,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from olvae.models.loading.targets import find_target
-from tests.evaluation.test_cross import kl, litevae
+from tests.evaluation.peers import kl, litevae
 from tests.test_devices import run_on_two
 
 PIXELS = ("--metrics", "psnr,ssim")

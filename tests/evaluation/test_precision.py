@@ -19,7 +19,7 @@ from olvae.evaluation.roundtrip import AutoencoderRoundTrip
 from olvae.evaluation.runner import Request
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
-from tests.evaluation.test_cross import kl, litevae
+from tests.evaluation.peers import kl, litevae
 
 KEYS = ["white", "black"]
 
