@@ -261,7 +261,7 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
         for key in set(params) & set(SAID_ELSEWHERE):
             yield f"model.params.{key}: set {SAID_ELSEWHERE[key]} instead"
         filled_in = ("learning_rate",)  # by the trainer
-        if "from" in node:
+        if node.get("from") is not None:
             filled_in += FOUND
             params = {key: value for key, value in params.items() if key not in FOUND}
             if not isinstance(node["from"], str):

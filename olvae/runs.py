@@ -9,7 +9,7 @@ from pathlib import Path
 from olvae.config import ConfigError
 from olvae.files import check_folder
 
-__all__ = ["Run", "check_name", "create", "open_run"]
+__all__ = ["Run", "check_name", "create", "open_run", "run_of"]
 
 
 @dataclass
@@ -54,6 +54,12 @@ def check_name(name: str) -> None:
     """Raise ConfigError if a run folder can't have this name."""
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ConfigError(f"--name {name!r}: use letters, digits and . _ - + = only")
+
+
+def run_of(checkpoint: Path) -> Run | None:
+    """The run that a file is a checkpoint of; None if it lies elsewhere, be it in a folder of that name."""
+    run = Run(checkpoint.parent.parent)
+    return run if checkpoint.parent.name == run.checkpoints.name and run.config.is_file() else None
 
 
 def open_run(path: str | Path) -> Run:

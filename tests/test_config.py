@@ -237,6 +237,10 @@ def test_an_autoencoder_to_start_from_is_named_by_a_text(image_folder):
     config["model"]["from"] = {"target": "diffusers:some/vae"}
     (mistake,) = validate(config)
     assert mistake.startswith("model.from: expected an autoencoder to start from, got {'target'")
+    config["model"]["from"] = None  # none, so networks are needed
+    assert validate(config) == []
+    (mistake,) = validate(without(config, "embed_dim"))
+    assert mistake == "model.params.embed_dim: missing"
     del config["model"]["from"]
     config["data"]["from"] = "x"
     assert validate(config) == ["data.from: unknown key; known: target, params"]

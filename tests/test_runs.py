@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from olvae.runs import create, open_run
+from olvae.runs import create, open_run, run_of
 
 
 def test_names(tmp_path):
@@ -39,3 +39,7 @@ def test_open(tmp_path):
         open_run(run.path)
     run.last_checkpoint.write_bytes(b"")
     assert open_run(run.path) == run
+    assert run_of(run.last_checkpoint) == run_of(run.checkpoints / "best.ckpt") == run
+    assert run_of(run.images / "x.ckpt") is None
+    run.config.unlink()
+    assert run_of(run.last_checkpoint) is None

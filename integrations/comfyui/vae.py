@@ -7,7 +7,7 @@ diffusion model's latent format, never in the VAE.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from comfy import model_management
@@ -105,6 +105,17 @@ class VAE:
 
     def temporal_compression_decode(self) -> None:
         """An image VAE has none."""
+
+    def get_sd(self) -> NoReturn:
+        """What VAESave writes; it would lose the config, without which the weights can't be loaded.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "Save VAE can't write a LiteVAE, whose file has its config in it: copy the file in models/vae, or write "
+            "another with olvae export --format comfyui"
+        )
 
     def throw_exception_if_invalid(self) -> None:
         """Nothing to check: :meth:`from_file` has."""

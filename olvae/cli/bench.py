@@ -50,6 +50,8 @@ def train(
     loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
     if mistakes := cfg.validate(loaded):
         raise ConfigError(*mistakes)
+    if loaded["model"].get("from") is not None:
+        raise ConfigError(f"{config}: model.from names an autoencoder: give --config the run's config.yaml")
     params, data = loaded["model"]["params"], loaded.get("data", {}).get("params", {})
     if params.get("adversary_config") is None:
         raise ConfigError(f"{config}: has no adversary_config: name a config of phase B")

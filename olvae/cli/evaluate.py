@@ -72,11 +72,18 @@ def command(
     ] = False,
     cross: Annotated[
         bool,
-        typer.Option("--cross", help="Of TEACHER STUDENT: each encoder with each decoder, and the latents' error."),
+        typer.Option(
+            "--cross",
+            help="Two targets, teacher then student: also each encoder with the other's decoder, and the error of the "
+            "student's latents.",
+        ),
     ] = False,
     precision: Annotated[
         str,
-        typer.Option(metavar="LIST", help="fp16, bf16, 32: a row for each, with its largest activations; 32 always."),
+        typer.Option(
+            metavar="LIST",
+            help="fp16, bf16: adds a row in that precision, with its largest activations; float32 is always included.",
+        ),
     ] = "32",
     beside: Annotated[
         list[Path] | None,
@@ -138,6 +145,7 @@ def command(
     rank, _ = join()
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
+    device = resolve_device(device)
     request = Request(
         found,
         protocols,
@@ -147,12 +155,14 @@ def command(
         images,
         batch_size,
         weights_dir,
-        resolve_device(device),
+        device,
         baselines,
         test_patterns=report,
         cross=cross,
         precisions=precisions,
     )
+    if device.startswith("cpu") and "fp16" in precisions and not rank:
+        typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
     evaluated = evaluate(request, watched("evaluating"))
     leave()
     if evaluated is None:

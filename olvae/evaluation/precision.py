@@ -35,7 +35,7 @@ FULL = "32"
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, FULL: torch.float32}
 
-SYNONYMS = {"16": "fp16"}
+SYNONYMS = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
 
 TOLERANCE = 0.1
 """In dB: a precision whose PSNR is further from float32's is not safe."""
@@ -251,8 +251,8 @@ def recorded(model: nn.Module, keys: Sequence[str], into: Activations) -> Iterat
 class PrecisionRoundTrip(AutoencoderRoundTrip):
     """A round trip in one precision that records the activations.
 
-    In fp16 and bf16 a value of a reconstruction that is not finite becomes 0, black, so that metrics show the damage;
-    in 32 it is an error, as ever.
+    In fp16 and bf16 a value of a reconstruction that is not finite becomes what a pipeline makes of it: plus infinity
+    255, minus infinity and NaN 0. So metrics show the damage. In 32 it is an error, as ever.
     """
 
     model: InPrecision
@@ -273,7 +273,6 @@ class PrecisionRoundTrip(AutoencoderRoundTrip):
     def finite(self, keys: Sequence[str], y: Tensor) -> Tensor:
         if self.model.precision == FULL:
             return super().finite(keys, y)
-        finite = y.isfinite()
-        if not finite.all():
+        if not y.isfinite().all():
             self.activations.add(keys, "reconstruction", y)
-        return torch.where(finite, y, -1.0)
+        return y.nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)

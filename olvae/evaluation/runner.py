@@ -18,7 +18,15 @@ from olvae.evaluation.artefacts import Artefacts, find_artefacts
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.cross import Crossed, LatentErrors, crossed
 from olvae.evaluation.gallery import Gallery
-from olvae.evaluation.precision import FULL, Activations, InPrecision, PrecisionRoundTrip, in_precisions, judged
+from olvae.evaluation.precision import (
+    FULL,
+    Activations,
+    InPrecision,
+    PrecisionRoundTrip,
+    in_precisions,
+    judged,
+    parse_precisions,
+)
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip, Cost, RoundTrip, bicubic_round_trip
@@ -100,6 +108,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.cross and len(self.targets) != 2:
             raise ConfigError(f"--cross takes two targets, TEACHER STUDENT, and got {len(self.targets)}")
+        if tuple(self.precisions) != parse_precisions(",".join(self.precisions)):
+            raise ConfigError(f"precisions {', '.join(self.precisions)}: {FULL} comes first, and each once")
         if self.cross and len(self.precisions) > 1:
             raise ConfigError("--cross and --precision are two evaluations: leave one of them out")
         if len(self.precisions) > 1 and "psnr" not in self.metrics:
@@ -201,7 +211,13 @@ def _one_pass(
         assert isinstance(trip, AutoencoderRoundTrip)
         costs[name] = trip.cost(source.size)
         if isinstance(model, Crossed):
-            costs[name] = replace(costs[name], parameters=model.used_parameters())
+            encoder, decoder = (_of(half, models, costs) for half in (model.encoder_of, model.decoder_of))
+            costs[name] = replace(
+                costs[name],
+                parameters=model.used_parameters(),
+                encode_images_per_s=encoder.encode_images_per_s,  # the same half has one speed in all rows
+                decode_images_per_s=decoder.decode_images_per_s,
+            )
         if request.test_patterns and not (isinstance(model, InPrecision) and model.precision != FULL):
             patterns[name] = find_artefacts(model, source.size, request.device, batch_size)
     bands = {name: observer.bands.compute() for (name, _), observer in observers.items() if observer.bands}
@@ -235,6 +251,10 @@ def _one_pass(
         results = Results(complete.as_dict(), complete.hash(), about, rows)
         evaluated.append(Evaluated(results, galleries, ranked_by or "psnr", patterns))
     return evaluated
+
+
+def _of(model: Autoencoder, models: Mapping[str, Autoencoder], costs: Mapping[str, Cost]) -> Cost:
+    return next(costs[name] for name, other in models.items() if other is model)
 
 
 def _source(request: Request, channels: int) -> Source:

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.memory import default_memory
@@ -98,6 +98,11 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         plain.folded = self.config["folded"]
         plain.set_for_diffusion({name: self.config[name] for name in FOR_DIFFUSION})
         return plain.train(self.training)
+
+    @property
+    def post_quant_conv(self) -> nn.Module:
+        """What latents go to first; pipelines of ``force_upcast`` read the dtype of its parameters."""
+        return self.decoder if self.quantizer is None else self.quantizer.post_quant_conv
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:

@@ -286,15 +286,15 @@ def _quality(metrics: Path | None) -> str:
         return (
             f"| | images | {titles} |\n|---|--:|{'--:|' * len(names)}\n" + "\n".join(rows) + "\n\n"
             f"Protocol `{protocol['name']}`, version {protocol['version']}, {content['protocol_hash']}: in "
-            f"`metrics.json`. Measured before the export.\n\n{_precision(content['results'])}"
+            f"`metrics.json`. Measured before the export.\n\n{_precision(content['results'], protocol)}"
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{metrics}: not a metrics.json of olvae evaluate: {type(error).__name__}: {error}") from error
 
 
-def _precision(results: Sequence[Mapping[str, Any]]) -> str:
-    """Which precisions are safe for the first target, by its rows of a metrics.json."""
-    first = results[0]["target"]
+def _precision(results: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any]) -> str:
+    """Which precisions are safe for the first target, by its rows of a metrics.json and its protocol."""
+    first, n = results[0]["target"], results[0]["n"]
     measured = [(result["target"], result["precision"]) for result in results if result.get("precision")]
     rows = [found for target, found in measured if target == f"{first}, {found['dtype']}"]
     if not rows:
@@ -310,7 +310,8 @@ def _precision(results: Sequence[Mapping[str, Any]]) -> str:
             change = "changes PSNR" if lost is None else f"changes PSNR by {-lost:+.2f} dB"
             what = f"overflows at `{first_at}`" if first_at else change
             sentences.append(f"{row['dtype']} {what}: use {' or '.join([*safe, 'float32'])}")
-    return f"Precision: {'; '.join(sentences)}."
+    images = f"{n} image{'' if n == 1 else 's'} of {protocol['size']} px"
+    return f"Precision, measured on {images}: {'; '.join(sentences)}."
 
 
 def _data(config: Mapping[str, Any]) -> str:

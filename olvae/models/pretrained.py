@@ -32,7 +32,7 @@ from olvae.checkpoint import WEIGHT_SUFFIXES
 from olvae.config import Config, ConfigError
 from olvae.files import atomic_write, write_json
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
-from olvae.runs import Run
+from olvae.runs import Run, run_of
 
 __all__ = [
     "CARD",
@@ -190,11 +190,11 @@ def locate(
     """
     path, given = Path(path_or_id), os.fspath(path_or_id)
     weights = locate_weights(path_or_id, **access)
-    in_run = weights.parent.name == "checkpoints"
-    run = Run(path) if in_run and path.is_dir() else None
+    run = Run(path) if weights == Run(path).last_checkpoint else None
+    inside = config_inside(weights) if config is None else None
     found: str | Path | Mapping[str, Any] | None = config
     if found is None:
-        found = config_inside(weights) or _config_beside(weights)
+        found = inside or _config_beside(weights)
     if found is None and given in PUBLISHED:
         return Located(weights, PUBLISHED[given], given, {}, None)
     if found is None:
@@ -204,7 +204,8 @@ def locate(
         )
     origin = given if isinstance(found, Mapping) else str(found)
     content = found if isinstance(found, Mapping) else read_config(found)
-    trusted = "model" in content and (config is not None or in_run)  # a config of the user's own, not a received one
+    own = config is not None or (inside is None and run_of(weights) is not None)  # the user's, not a received one
+    trusted = "model" in content and own
     spec = AutoencoderSpec.from_content(content, origin, only_ours=not trusted)
     return Located(weights, spec, origin, dict(content) if trusted else {}, run)
 
@@ -254,14 +255,14 @@ def config_inside(weights: Path) -> Config | None:
             content = json.loads((file.metadata() or {})[CONFIG_KEY])
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
         return None  # it has none; reading the weights will say whether the file is whole
-    return content if isinstance(content, dict) and content.get("_class_name") == CLASS_NAME else None
+    is_export = isinstance(content, dict) and content.get("_class_name") == CLASS_NAME and "model" not in content
+    return content if is_export else None
 
 
 def _config_beside(weights: Path) -> Path | None:
     """The run's config, or one in the same folder; a folder's only YAML file counts as its config."""
-    folder = weights.parent
-    if folder.name == "checkpoints":
-        folder = folder.parent
+    run = run_of(weights)
+    folder = weights.parent if run is None else run.path
     for name in (CONFIG_NAME, "config.yaml", f"{weights.stem}.yaml"):
         if (folder / name).is_file():
             return folder / name

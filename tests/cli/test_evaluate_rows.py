@@ -10,7 +10,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from olvae.models.loading.targets import find_target
-from tests.evaluation.test_cross import kl, litevae
+from tests.evaluation.peers import kl, litevae
 from tests.test_devices import run_on_two
 
 PIXELS = ("--metrics", "psnr,ssim")
@@ -80,7 +80,9 @@ def test_every_encoder_with_every_decoder(olvae, trained, teacher, photos, tmp_p
     for key in ("encode_macs", "decode_macs"):
         assert {costs[0][key], costs[1][key]} == {costs[2][key], costs[3][key]}
     assert costs[2]["encode_macs"] == costs[0]["encode_macs"]
-    assert costs[2]["decode_images_per_s"] > 0
+    for crossed_cost, encoder, decoder in ((costs[2], costs[0], costs[1]), (costs[3], costs[1], costs[0])):
+        assert crossed_cost["encode_images_per_s"] == encoder["encode_images_per_s"] > 0
+        assert crossed_cost["decode_images_per_s"] == decoder["decode_images_per_s"] > 0
 
     sampled = rows(tmp_path / "one", "metrics_latent-diffusion.json")
     assert sampled[b]["latents"] == latents
@@ -129,15 +131,16 @@ def test_rows_of_precisions(olvae, trained, overflowing, photos, tmp_path):
     assert half["psnr_lost"] == pytest.approx(
         found[scaled]["metrics"]["psnr"] - found[f"{scaled}, fp16"]["metrics"]["psnr"]
     )
+    assert err.count("fp16 is very slow on a CPU") == 1
     for name in (scaled, f"{scaled}, bf16"):
         row = found[name]["precision"]
         assert row["largest_name"] == layer
         assert row["largest_value"] == row["largest"]["encoder.extractors.1"] > 65504
         assert row["non_finite"] == {"images": 0, "values": 0, "first": None}
-        assert row["safe"]
+    assert found[scaled]["precision"]["safe"]
     for name in (f"{healthy}, fp16", f"{healthy}, bf16"):
-        assert found[name]["precision"]["safe"]
-        assert abs(found[name]["metrics"]["psnr"] - found[healthy]["metrics"]["psnr"]) <= 0.1
+        assert found[name]["precision"]["non_finite"]["images"] == 0
+        assert abs(found[name]["metrics"]["psnr"] - found[healthy]["metrics"]["psnr"]) <= 1
         assert found[name]["cost"]["encode_macs"] == found[healthy]["cost"]["encode_macs"]
         assert found[name]["cost"]["encode_images_per_s"] is None
     line = f"12 of 12 images non-finite, first at {layer}; PSNR {-half['psnr_lost']:+.3f} dB: not safe"
@@ -201,7 +204,8 @@ def test_the_sample_photographs_and_the_card(olvae, tmp_path):
     name = found["largest_name"]
     assert name.startswith("encoder.aggregator.")
     assert (
-        f"Precision: bf16 is safe (largest activation {found['largest_value']:.4g} at `{name}`); fp16 overflows at "
+        f"Precision, measured on 42 images of 32 px: bf16 is safe (largest activation {found['largest_value']:.4g} at "
+        f"`{name}`); fp16 overflows at "
         "`encoder.aggregator.init_conv`: use bf16 or float32."
     ) in (tmp_path / "out" / "README.md").read_text()
 

@@ -18,7 +18,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.training.origin import start_from
 from tests.conftest import tiny_config
-from tests.export.kl import autoencoder_kl
+from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
 # Stable Diffusion's networks
 @pytest.fixture
 def stock_folder(tmp_path):
-    model = autoencoder_kl("SDXL", (32, 32, 64))
+    model = autoencoder_kl((32, 32, 64), **SHAPES["sdxl"])
     model.save_pretrained(tmp_path / "sd-vae")
     return tmp_path / "sd-vae"
 
@@ -254,7 +254,7 @@ def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
 ):
     stock, other = f"diffusers:{stock_folder}", "a LiteVAE has other networks than AutoencoderKL: --format litevae for"
     autoencoder_kl(norm_num_groups=16, widths=(32, 32)).save_pretrained(tmp_path / "groups")
-    autoencoder_kl("per channel", (32, 32)).save_pretrained(tmp_path / "channels")
+    autoencoder_kl((32, 32), **PER_CHANNEL).save_pretrained(tmp_path / "channels")
     wider = make_stock_run("2026-01-31T12-00-01_wider_32")
     config = load([wider / "config.yaml"])
     config["model"]["params"]["decoder_config"]["params"]["num_res_blocks"] = 1

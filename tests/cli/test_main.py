@@ -250,6 +250,20 @@ def test_a_device_that_is_not_there(olvae, trained, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
+def test_bench_train_needs_the_networks(olvae, tmp_path):
+    for name, start in (("named", "diffusers:some/vae"), ("none", "null")):
+        adversary = "adversary_config: null" if name == "none" else ""
+        (tmp_path / f"{name}.yaml").write_text(
+            f"include: {ROOT}/configs/demo_b.yaml\nmodel:\n  from: {start}\n  params: {{{adversary}}}\n"
+        )
+    code, out, err = olvae("bench", "train", "--config", tmp_path / "named.yaml")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: {tmp_path}/named.yaml: model.from names an autoencoder: give --config the run's config.yaml\n"
+    )
+    assert "has no adversary_config" in olvae("bench", "train", "--config", tmp_path / "none.yaml")[2]
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -1,34 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from olvae.config import ConfigError
 from olvae.evaluation.cross import Crossed, LatentErrors, crossed
-from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.diffusers import DiffusersAutoencoder
-from tests.conftest import tiny_config
+from tests.evaluation.peers import kl, litevae
 
 KEYS = [f"image{i}" for i in range(7)]
-
-
-def litevae(**more) -> LiteVAE:
-    params = tiny_config(**more)["model"]["params"]
-    return LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
-
-
-def kl(latent_channels: int = 4) -> DiffusersAutoencoder:
-    model = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    return DiffusersAutoencoder(model.eval()).eval()
 
 
 def seen(teacher, student, size=7, order=None) -> LatentErrors:

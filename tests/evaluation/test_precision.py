@@ -16,9 +16,10 @@ from olvae.evaluation.precision import (
     stage_of,
 )
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip
+from olvae.evaluation.runner import Request
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
-from tests.evaluation.test_cross import kl, litevae
+from tests.evaluation.peers import kl, litevae
 
 KEYS = ["white", "black"]
 
@@ -73,12 +74,12 @@ def test_the_largest_activations_by_hand(images, precision):
     assert found.limit == {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127, "32": (2 - 2**-23) * 2.0**127}[precision]
 
 
-def test_an_overflow_is_counted_named_and_black(images):
+def test_an_overflow_is_counted_and_named(images):
     """White is 4 * 30,000 after the first factor, beyond fp16; black is -2 * 30,000, within."""
     model = Tiny(3e4, 2.0**-13)
     reconstruct = trip(model, "fp16")
     y = reconstruct(KEYS, images)
-    assert set(y[0, 0, 0, :3].tolist()) == {0}
+    assert set(y[0, 0, 0, :3].tolist()) == {255}
     found = reconstruct.activations.compute("fp16")
     assert found.largest["decoder.0"] == found.largest_value == pytest.approx(6e4, rel=1e-3)
     assert found.non_finite.first == "decoder.0"
@@ -91,6 +92,20 @@ def test_an_overflow_is_counted_named_and_black(images):
         found = other.activations.compute(precision)
         assert found.largest_value == pytest.approx(12e4, rel=1e-2)
         assert found.non_finite.first is None
+
+
+def test_what_is_not_finite_is_as_in_a_pipeline(images):
+    """There infinities are clamped, to white and black, and a NaN becomes a 0."""
+    values = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
+
+    class Broken(Tiny):
+        def decode(self, z):
+            return values.to(z.dtype).expand(z.shape)
+
+    reconstruct = trip(Broken(1.0, 1.0), "fp16")
+    assert reconstruct(KEYS, images)[:, 0, 0].tolist() == [[255, 0, 0, 255]] * 2
+    found = reconstruct.activations.compute("fp16").non_finite
+    assert (found.images, found.values, found.first) == (2, 2 * 4 * 3, "reconstruction")
 
 
 def test_an_overflow_inside_counts_though_the_output_is_finite(images):
@@ -172,6 +187,13 @@ def test_a_missing_operator_is_one_line(images):
         PrecisionRoundTrip(InPrecision(Complex(1.0, 1.0), "fp16", "mine"))(KEYS, images)
 
 
+@pytest.mark.parametrize("precisions", [("fp16",), ("fp16", "32"), ("32", "fp16", "fp16"), ("32", "fp8"), ()])
+def test_a_request_without_float32_is_refused(precisions):
+    with pytest.raises(ConfigError, match="precision"):
+        Request((), precisions=precisions)
+    assert Request((), precisions=("32", "bf16")).precisions == ("32", "bf16")
+
+
 @pytest.mark.parametrize(
     ("psnr", "full", "lost", "safe"),
     [
@@ -213,6 +235,8 @@ def test_stages(name, stage):
 def test_names_of_precisions_and_rows():
     assert parse_precisions("32") == ("32",)
     assert parse_precisions("fp16, bf16,16") == ("32", "fp16", "bf16")
+    assert parse_precisions("float16,bfloat16,float32") == ("32", "fp16", "bf16")
+    assert parse_precisions("float32") == ("32",)
     for wrong in ("", "fp8", "fp16,fp8"):
         with pytest.raises(ConfigError, match=f"--precision {wrong}: choose from fp16, bf16, 32"):
             parse_precisions(wrong)

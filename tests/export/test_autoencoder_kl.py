@@ -15,7 +15,7 @@ from olvae.models.loading.stable_diffusion import as_litevae
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.modules.sdvae import set_padding
-from tests.export.kl import SHAPES, autoencoder_kl
+from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
 
 SOURCE = Provenance("sd", factors_from="from sd")
 
@@ -47,18 +47,13 @@ def settings(model: AutoencoderKL) -> dict:
 
 
 def test_the_shapes_are_the_published_ones():
-    assert [f"{name} {len(autoencoder_kl(name).state_dict())}" for name in SHAPES] == [
-        "SD 1 248",
-        "SDXL 248",
-        "SD 3 244",
-        "FLUX 244",
-        "per channel 248",
-    ]
+    counts = {name: len(autoencoder_kl(**shape).state_dict()) for name, shape in SHAPES.items()}
+    assert counts == {"sd1": 248, "sdxl": 248, "sd3": 244, "flux": 244}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), PER_CHANNEL], ids=[*SHAPES, "per channel"])
 def test_there_and_back(shape, tmp_path):
-    before = autoencoder_kl(shape)
+    before = autoencoder_kl(**shape)
     assert export(ours(before), tmp_path / "vae", SOURCE, stock=True) == {"in diffusers": 0.0}
     after, report = AutoencoderKL.from_pretrained(tmp_path / "vae", output_loading_info=True)
     assert not any(report.values())
@@ -79,9 +74,9 @@ def test_there_and_back(shape, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["SDXL", "FLUX"])
+@pytest.mark.parametrize("shape", ["sdxl", "flux"])
 def test_there_and_back_at_full_width(shape, tmp_path):
-    before = autoencoder_kl(shape, (128, 256, 512, 512))
+    before = autoencoder_kl((128, 256, 512, 512), **SHAPES[shape])
     export(ours(before), tmp_path / "vae", SOURCE, stock=True)
     after = AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.state_dict().items())
@@ -96,7 +91,7 @@ def test_half_precision(tmp_path):
 
 def test_fp16_weights_whose_activations_overflow_are_no_failure(tmp_path):
     """As SDXL's: the weights fit, what fp16 computes of them does not, and the comparison is in float32."""
-    model = autoencoder_kl("SDXL")
+    model = autoencoder_kl(**SHAPES["sdxl"])
     with torch.no_grad():
         model.decoder.conv_in.weight *= 1e5
         model.decoder.conv_in.bias *= 1e3
@@ -126,7 +121,7 @@ def test_reflect_padding(halves, tmp_path):
 
 
 def test_the_card(tmp_path):
-    export(ours(autoencoder_kl("per channel")), tmp_path / "vae", SOURCE, stock=True)
+    export(ours(autoencoder_kl(**PER_CHANNEL)), tmp_path / "vae", SOURCE, stock=True)
     card = (tmp_path / "vae" / "README.md").read_text()
     for text in (
         "tags: [autoencoder, vae]\n",
@@ -210,7 +205,7 @@ def test_what_differs_is_noticed_and_leaves_nothing(spoil, message, tmp_path, mo
     write = folder_module.write_autoencoder_kl
     monkeypatch.setattr(folder_module, "write_autoencoder_kl", spoil(write))
     with pytest.raises(ValueError, match=message):
-        export(ours(autoencoder_kl("per channel")), tmp_path / "vae", SOURCE, stock=True)
+        export(ours(autoencoder_kl(**PER_CHANNEL)), tmp_path / "vae", SOURCE, stock=True)
     assert not any(tmp_path.iterdir())
 
 

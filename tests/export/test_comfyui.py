@@ -8,9 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
+from olvae.config import save
 from olvae.export import comfyui as module
 from olvae.export.comfyui import export_comfyui
 from olvae.models.loading.targets import find_target
+from olvae.models.pretrained import config_inside, locate
 from tests.export.tiny import tiny_litevae
 
 
@@ -62,6 +64,24 @@ def test_received_files_build_networks_of_ours_only(model, tmp_path):
     save_file(state, tmp_path / "vae.safetensors", metadata={"config": json.dumps(content)})
     with pytest.raises(ValueError, match=r"os.system is not a network of this package: refused"):
         find_target(tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize("in_run", [False, True])
+def test_a_training_config_in_a_header_does_not_count(model, tmp_path, in_run):
+    """Wherever the file lies: beside a run's config, that one counts."""
+    file = tmp_path / "checkpoints" / "vae.safetensors"
+    file.parent.mkdir()
+    node = {"target": "os.system", "params": {"command": "touch harmed"}}
+    content = {**model.export_config(), "model": {"params": {**model.config, "encoder_config": node}}, "data": node}
+    state = {f"olvae.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(state, file, metadata={"config": json.dumps(content)})
+    assert config_inside(file) is None
+    if in_run:
+        save({"model": {"params": model.config}}, tmp_path / "config.yaml")
+        assert locate(file).config == {"model": {"params": model.config}}
+    else:
+        with pytest.raises(ValueError, match=r"no config beside the weights"):
+            find_target(file)
 
 
 def test_what_differs_is_noticed_and_leaves_nothing(model, tmp_path, monkeypatch):

@@ -89,6 +89,22 @@ def test_the_interface_is_that_of_autoencoder_kl(vae, image):
     assert torch.equal(model(image, return_dict=False)[0], vae(image)[0])
 
 
+def test_upcasting_as_the_pipelines_of_sdxl_do(vae, image):
+    """In fp16 they turn the VAE to float32, and the latents to the dtype of what comes first in it."""
+    vae.set_for_diffusion({"force_upcast": True})
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    names = {*model.state_dict()}
+    z = vae.encode(image).mode().half()
+    expected = vae.decode(z.float())
+    model.to(torch.float16)
+    assert model.config.force_upcast
+    assert next(iter(model.post_quant_conv.parameters())).dtype == torch.float16
+    model.to(torch.float32)
+    latents = z.to(next(iter(model.post_quant_conv.parameters())).dtype)
+    torch.testing.assert_close(model.decode(latents).sample, expected, rtol=0.05, atol=0.01)  # weights were in fp16
+    assert {*model.state_dict()} == names == {*vae.state_dict()}
+
+
 def test_slicing_changes_nothing_but_the_batch(vae, image, monkeypatch):
     model = AutoencoderLiteVAE.from_autoencoder(vae)
     whole = model(image).sample

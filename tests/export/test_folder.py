@@ -28,7 +28,7 @@ def metrics(tmp_path) -> Path:
     path = tmp_path / "metrics.json"
     result = {"target": "a_run", "n": 22, "metrics": {"psnr": 24.6312, "ssim": 0.7}, "skipped": {"rfid": "why"}}
     other = {"target": "bicubic", "n": 22, "metrics": {"ssim": 0.612}, "skipped": {}}
-    protocol = {"name": "open-litevae", "version": 1}
+    protocol = {"name": "open-litevae", "version": 1, "size": 64}
     path.write_text(json.dumps({"protocol": protocol, "protocol_hash": "ab12", "results": [result, other]}))
     return path
 
@@ -111,20 +111,20 @@ def measured(target: str, dtype: str, largest: float, first: str | None = None, 
     [
         (
             [measured("a_run, fp16", "fp16", 812.0), measured("a_run, bf16", "bf16", 810.0)],
-            "Precision: fp16 and bf16 are safe (largest activation 812 at `decoder.conv_in`).",
+            ", measured on 22 images of 64 px: fp16 and bf16 are safe (largest activation 812 at `decoder.conv_in`).",
         ),
         (
             [measured("a_run, fp16", "fp16", 9.0, "encoder.x"), measured("a_run, bf16", "bf16", 7e4)],
-            "Precision: bf16 is safe (largest activation 7e+04 at `decoder.conv_in`); fp16 overflows at `encoder.x`: "
-            "use bf16 or float32.",
+            ", measured on 22 images of 64 px: bf16 is safe (largest activation 7e+04 at `decoder.conv_in`); "
+            "fp16 overflows at `encoder.x`: use bf16 or float32.",
         ),
         (
             [measured("a_run, bf16", "bf16", 9.0, lost=0.25)],
-            "Precision: bf16 changes PSNR by -0.25 dB: use float32.",
+            ", measured on 22 images of 64 px: bf16 changes PSNR by -0.25 dB: use float32.",
         ),
         (
             [measured("other", "32", 1.0), measured("other, fp16", "fp16", 9.0)],
-            "Precision: not measured: `olvae evaluate --precision fp16,bf16,32` does.",
+            ": not measured: `olvae evaluate --precision fp16,bf16,32` does.",
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_the_card_says_which_precisions_are_safe(model, tmp_path, metrics, rows,
     content["results"] = [measured("a_run", "32", 812.0), *rows, measured("b", "32", 1.0)]
     metrics.write_text(json.dumps(content))
     export(model, tmp_path / "vae", Provenance("a_run", metrics=metrics))
-    assert f"\n{sentence}\n" in (tmp_path / "vae" / "README.md").read_text()
+    assert f"\nPrecision{sentence}\n" in (tmp_path / "vae" / "README.md").read_text()
 
 
 def test_what_is_there_is_kept(model, tmp_path, monkeypatch):

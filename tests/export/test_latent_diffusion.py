@@ -11,8 +11,8 @@ from olvae.export import latent_diffusion as module
 from olvae.export.latent_diffusion import export_latent_diffusion, not_stock
 from olvae.models.loading.stable_diffusion import as_litevae
 from olvae.models.loading.targets import find_target
-from tests.export.kl import SHAPES, autoencoder_kl
 from tests.export.test_autoencoder_kl import ours, reflecting
+from tests.models.autoencoder_kl import SHAPES, autoencoder_kl
 from tests.models.loading.names import latent_diffusion_names
 
 WIDTHS = (128, 256, 512, 512)
@@ -76,7 +76,7 @@ def test_the_list_has_the_published_names():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_bits_and_outputs(shape, tmp_path):
-    before = autoencoder_kl(shape)
+    before = autoencoder_kl(**SHAPES[shape])
     file = tmp_path / "new" / "vae.safetensors"
     assert export_latent_diffusion(ours(before), file) == {"loaded back": 0.0}
     written = load_file(file)
@@ -99,9 +99,9 @@ def test_names_bits_and_outputs(shape, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["SD 1", "FLUX"])
+@pytest.mark.parametrize("shape", ["sd1", "flux"])
 def test_at_full_width(shape, tmp_path):
-    before = autoencoder_kl(shape, WIDTHS)
+    before = autoencoder_kl(WIDTHS, **SHAPES[shape])
     assert not_stock(ours(before)) is None
     export_latent_diffusion(ours(before), tmp_path / "vae.safetensors")
     written = load_file(tmp_path / "vae.safetensors")

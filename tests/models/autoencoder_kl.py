@@ -6,7 +6,7 @@ import diffusers
 import torch
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "sd1": {"latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": False},
+    "sd1": {"latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": False, "sample_size": 512},
     "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024},
     "sd3": {
         "latent_channels": 16,
@@ -22,9 +22,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": False,
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
+        "sample_size": 1024,
     },
 }
 """What the config.json of each says, beside widths."""
+
+PER_CHANNEL: dict[str, Any] = {
+    "scaling_factor": 1.0,
+    "latents_mean": [0.1, -0.2, 0.3, 0.0],
+    "latents_std": [1.5, 0.5, 2.0, 1.0],
+}
+"""Factors for four latent channels, as some autoencoders have them."""
 
 
 def autoencoder_kl(widths: tuple[int, ...] = (32, 64, 128, 128), **arguments: Any) -> diffusers.AutoencoderKL:

@@ -17,7 +17,7 @@ from olvae.models.loading.diffusers import SUBFOLDER, find_folder, load_diffuser
 from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
 from olvae.models.pretrained import config_inside, is_hub_id, locate, locate_weights
 from olvae.models.spec import CLASS_NAME, class_in
-from olvae.runs import Run
+from olvae.runs import Run, run_of
 
 __all__ = ["KINDS", "RAW", "Target", "find_target", "name_apart"]
 
@@ -100,7 +100,6 @@ def find_target(
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: this is a diffusers folder: pass it as {DIFFUSERS}{given}")
     weights = locate_weights(given)
-    in_run = weights.parent.name == "checkpoints"
     exported = class_in(weights.parent) == CLASS_NAME or config_inside(weights) is not None
     if raw and exported:
         warnings.warn(f"{given}: an export has one kind of weights: --raw is ignored", stacklevel=2)
@@ -108,7 +107,7 @@ def find_target(
     suffix = RAW if raw else ""
 
     kept: list[dict[str, Tensor]] = []  # what was read already: the first load takes it, so that it is not held twice
-    if not (in_run or exported):  # it may be a file of another project
+    if not (run_of(weights) or exported):  # it may be a file of another project
         state = state_dict_of(read_checkpoint(weights), weights, raw)
         if any(name.startswith("encoder.down_blocks.") for name in state):
             raise ValueError(
@@ -119,7 +118,7 @@ def find_target(
         kept.append(pick_weights(state, weights))
         del state  # whatever else the file holds
 
-    if config is None and config_base is not None and in_run:
+    if config is None and config_base is not None and weights.parent.name == "checkpoints":
         config = find_config(config_base, weights.parent.parent.resolve().name)
     located = locate(given, config=config)
     if located.config and (mistakes := cfg.validate(located.config)):

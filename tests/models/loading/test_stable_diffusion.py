@@ -16,11 +16,11 @@ from olvae.models.loading.stable_diffusion import (
 )
 from olvae.models.loading.targets import find_target
 from tests.export.latents import Shrunk, tiny_vae
-from tests.models.autoencoder_kl import SHAPES, autoencoder_kl, tiny_kl
+from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
 from tests.models.loading.test_targets import taesd
 
 OTHERS = {
-    "per channel": {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]},
+    "per channel": PER_CHANNEL,
     "no attention": {"mid_block_add_attention": False},
     "other groups": {"norm_num_groups": 8},
     "no multiples": {"widths": (24, 40, 56), "norm_num_groups": 8},

@@ -357,6 +357,15 @@ def test_latent_diffusion_without_quant_convolutions(tmp_path, image):
         assert torch.equal(find_target(tmp_path / "ae.safetensors").load()(image)[0], model(image).sample)
 
 
+def test_latent_diffusion_in_a_folder_named_checkpoints(tmp_path, image):
+    """As ComfyUI's, which is no run's."""
+    model, file = kl(), tmp_path / "checkpoints" / "v.safetensors"
+    file.parent.mkdir()
+    save_file(latent_diffusion_names(model), file)
+    with torch.no_grad():
+        assert torch.equal(find_target(file).load()(image)[0], model(image).sample)
+
+
 def test_latent_diffusion_that_does_not_fit(tmp_path):
     state = latent_diffusion_names(kl())
     for change, message in (
