@@ -274,9 +274,8 @@ def _config_of(resumed: runs.Run | None, weights: str | Path | None) -> Config |
     if given is None:
         return None
     path = Path(given).resolve()
-    config = runs.Run(path if path.is_dir() else path.parent.parent).config
-    in_run = path.is_dir() or path.parent.name == "checkpoints"
-    return cfg.load([config]) if in_run and config.is_file() else {}
+    run = runs.Run(path) if path.is_dir() else runs.run_of(path)
+    return cfg.load([run.config]) if run is not None and run.config.is_file() else {}
 
 
 def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
