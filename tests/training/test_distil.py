@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from olvae.models.loading.diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config
 from tests.export.latents import encode
+from tests.export.test_diffusers_model import dit
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import taesd
 from tests.models.steps import against
@@ -72,6 +74,31 @@ def test_the_student_carries_the_teachers_factors_through_every_format(train_wit
     x = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(AutoencoderLiteVAE.from_pretrained(tmp_path / "again")(x).sample, model(x)[0])
+
+
+def test_the_student_stands_in_for_the_teacher_in_a_pipeline(train_with, tmp_path, image_folder, target, monkeypatch):
+    """From one seed both get the same latents; the images differ as what the two decoders make of these does."""
+    run = train_with(config=student(image_folder), teacher=target)
+    LiteVAE.from_pretrained(run.path).save_pretrained(tmp_path / "export")
+    teacher = diffusers.AutoencoderKL.from_pretrained(target.removeprefix("diffusers:")).eval()
+    images, latents = [], []
+    for vae in (teacher, AutoencoderLiteVAE.from_pretrained(tmp_path / "export").eval()):
+        decode = vae.decode
+
+        def seen(z, *args, decode=decode, **more):
+            latents.append(z)
+            return decode(z, *args, **more)
+
+        monkeypatch.setattr(vae, "decode", seen)
+        pipeline = diffusers.DiTPipeline(dit(), vae, diffusers.DDIMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        seed = torch.Generator().manual_seed(0)
+        images.append(pipeline([3, 7], num_inference_steps=3, generator=seed, output_type="pt").images)
+    assert torch.equal(*latents)
+    with torch.no_grad():
+        crossed = teacher.decode(latents[0]).sample - LiteVAE.from_pretrained(run.path).decode(latents[0])
+    difference = (images[0] - images[1]).abs().max()  # images are in [0, 1], reconstructions in [-1, 1]
+    assert 0 < difference <= crossed.abs().max() / 2 + 1e-5
 
 
 @pytest.mark.parametrize(
