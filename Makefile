@@ -30,9 +30,9 @@ demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, 
 		"$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)"
 
 distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE with the same latents, and cross their halves (CPU, minutes)
-	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil_encoder
+	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil_32px
 	$(BIN)/python train.py --base configs/distil/demo_decoder.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil \
-		--actual_resume "$$(ls -d $(RUNS)/*_distil_encoder_32 | tail -n 1)/checkpoints/last.ckpt"
+		--actual_resume "$$(ls -d $(RUNS)/*_distil_32px_32 | tail -n 1)/checkpoints/last.ckpt"
 	$(BIN)/python scripts/compute_metrics.py --cross --data samples --size 256 --metrics psnr,ssim \
 		--out "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)" \
 		diffusers:configs/distil/teacher "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)"
