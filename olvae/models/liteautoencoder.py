@@ -225,8 +225,8 @@ class LiteAutoencoderKL(ValidatedModule):
         Args:
             moments: of the teacher's posterior, if they are known.
         """
-        taught = self.teacher is not None and self.freeze_encoder
-        posterior = self.teacher.posterior(x, moments) if self.teacher is not None and taught else self.encode(x)
+        taught = self.teacher if self.freeze_encoder else None
+        posterior = taught.posterior(x, moments) if taught is not None else self.encode(x)
         return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
     def decode_trained(self, z: Tensor) -> Tensor:
@@ -306,10 +306,14 @@ class LiteAutoencoderKL(ValidatedModule):
         halves = ((self.encoder, self.freeze_encoder), (self.decoder, self.freeze_decoder))
         return [network for network, frozen in halves if not frozen]
 
+    def _draw(self, posterior: Posterior) -> Tensor:
+        """A sample of the posterior in training, or its mode: (B, n_z, H/f, W/f)."""
+        return posterior.sample() if self.sample_posterior else posterior.mode()
+
     def _latent(self, posterior: Posterior | None) -> Tensor:
         """What the decoder gets in training: a sample of the posterior, or its mode, and noise on it if asked for."""
         assert posterior is not None
-        z = posterior.sample() if self.sample_posterior else posterior.mode()  # (B, n_z, H/f, W/f)
+        z = self._draw(posterior)
         if not self.latent_noise:
             return z
         if self.latent_noise_of == "data":
@@ -345,8 +349,8 @@ class LiteAutoencoderKL(ValidatedModule):
             assert taught is not None
             terms = self.teacher.losses(posterior, taught, self.teacher_std)
             if self.teacher.weights["teacher_decoder"]:
-                z = posterior.sample() if self.sample_posterior else posterior.mode()
-                terms["teacher_decoder"], _ = self.objective(encoded, self.teacher.decode(z), posterior)
+                decoded = self.teacher.decode(self._draw(posterior))
+                terms["teacher_decoder"], _ = self.objective(encoded, decoded, posterior)
             total = total + torch.stack([self.teacher.weights[name] * term for name, term in terms.items()]).sum()
             losses |= terms
         if self.bound is not None:

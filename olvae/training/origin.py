@@ -59,17 +59,17 @@ def start_from(config: Config) -> Found:
             value = {**value, **given, "params": {**value["params"], **(given.get("params") or {})}}
         params[key] = value
     params.pop("initial_logvar", None)
-    if not source.factors_known and params.get("scaling_factor") is None and not params.get("teacher_config"):
-        raise ConfigError(f"{name}: {NO_FACTORS}")
     if not params.get("teacher_config"):
+        if not source.factors_known and params.get("scaling_factor") is None:
+            raise ConfigError(f"{name}: {NO_FACTORS}")
         for key, value in found.for_diffusion.items():
             if source.factors_known or params.get(key) is None:  # a file that has none leaves the recipe's
                 params[key] = value
         params.setdefault("freeze_encoder", not (params.get("anchor_weight") or params.get("freeze_decoder")))
-    padding = [node["params"].get("padding") for node in (found.config["encoder_config"], params["encoder_config"])]
-    if params.get("freeze_encoder") and padding[0] != padding[1]:
+    old, new = (half["encoder_config"]["params"].get("padding") for half in (found.config, params))
+    if params.get("freeze_encoder") and old != new:
         raise ConfigError(
-            f"model.params.encoder_config.params.padding: {padding[1]}, but {name} has {padding[0]}: with a frozen "
+            f"model.params.encoder_config.params.padding: {new}, but {name} has {old}: with a frozen "
             "encoder the latents would change at the borders: leave it out, or set freeze_encoder to false"
         )
     node["params"] = params
@@ -88,15 +88,13 @@ def check_teacher(teacher: Teacher | None, source: Source) -> None:
     """Raise ConfigError if the data, or one of the sources in them, have latents of another autoencoder, or in vain."""
     for part in source.sources if isinstance(source, MixSource) else ():
         check_teacher(teacher, part)
-    if isinstance(source, PairSource) and teacher is None:
+    if not isinstance(source, PairSource):
+        return
+    if teacher is None:
         raise ConfigError(
             "data: it has the latents of a teacher, but there is none: name it with --teacher, or take the images alone"
         )
-    if (
-        isinstance(source, PairSource)
-        and teacher is not None
-        and source.encoded_by.described["weights"] != teacher.checksum
-    ):
+    if source.encoded_by.described["weights"] != teacher.checksum:
         raise ConfigError(
             f"data: its latents are of {source.encoded_by.described['target']}, whose weights are not those of the "
             f"teacher, {teacher.name}"
