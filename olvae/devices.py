@@ -11,7 +11,16 @@ import torch.distributed as dist
 
 from olvae.config import ConfigError
 
-__all__ = ["gather", "join", "leave", "resolve_device", "resolve_devices", "resolve_precision", "this_process"]
+__all__ = [
+    "Agreement",
+    "gather",
+    "join",
+    "leave",
+    "resolve_device",
+    "resolve_devices",
+    "resolve_precision",
+    "this_process",
+]
 
 
 def resolve_device(device: str | None = None) -> str:
@@ -134,3 +143,33 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+class Agreement:
+    """Whether any process has asked for something, which all of them learn at the same step.
+
+    Nothing waits for a device: the flags travel between the CPUs while the next step runs, so with several processes
+    the answer comes one call later.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._flag = torch.zeros((), dtype=torch.uint8)
+        self._sent: dist.Work | None = None
+
+    def any_asked(self, asked: bool, wait: bool = False) -> bool:
+        """Whether any process asked by the call before, or with ``wait`` by this one. All call it equally often."""
+        if this_process()[1] == 1:
+            return asked
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        answer = self._received()
+        self._flag.fill_(asked)
+        self._sent = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
+        return self._received() or answer if wait else answer
+
+    def _received(self) -> bool:
+        if self._sent is not None:
+            self._sent.wait()
+            self._sent = None
+        return bool(self._flag.numpy())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
-from olvae.devices import gather, join, leave, resolve_device, resolve_devices, resolve_precision
+from olvae.devices import Agreement, gather, join, leave, resolve_device, resolve_devices, resolve_precision
 
 
 @pytest.fixture
@@ -89,14 +89,18 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from olvae.devices import gather, join, leave
+from olvae.devices import Agreement, gather, join, leave
 rank, world = join()
 assert join() == (rank, world)
 first = gather({"rank": rank, "z": torch.full((2,), float(rank))})
 second = gather(None if rank else 7)
 assert (first is None) == (rank > 0) == (second is None)
+agreement = Agreement()  # the second process asks at its second call, the first one at the end
+answers = [agreement.any_asked(asked) for asked in (False, rank == 1, False, False)]
+answers.append(agreement.any_asked(rank == 0, wait=True))
+both = gather(answers)
 if first:
-    Path(sys.argv[1]).write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second}")
+    Path(sys.argv[1]).write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second} {both}")
 leave()
 assert gather(1) == [1]
 """
@@ -154,7 +158,9 @@ def run_on_two(*arguments: str) -> list[str]:
 def test_two_processes_meet_and_the_first_gets_what_each_has(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     run_on_two(str(tmp_path / "program.py"), str(tmp_path / "out"))
-    assert (tmp_path / "out").read_text() == "2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None]"
+    answers = [False, False, True, False, True]
+    expected = f"2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None] {[answers, answers]}"
+    assert (tmp_path / "out").read_text() == expected
 
 
 def test_alone_there_is_nobody_to_meet(monkeypatch):
@@ -165,6 +171,7 @@ def test_alone_there_is_nobody_to_meet(monkeypatch):
     assert join() == (0, 1)
     assert not dist.is_initialized()
     assert gather("mine") == ["mine"]
+    assert [Agreement().any_asked(asked) for asked in (False, True)] == [False, True]
     leave()
 
 

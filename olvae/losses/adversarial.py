@@ -32,6 +32,7 @@ __all__ = [
     "LeCam",
     "cutmix",
     "cutmix_consistency",
+    "cutmix_loss",
     "discriminator_accuracy",
     "discriminator_loss",
     "generator_loss",
@@ -237,7 +238,7 @@ class LeCam(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(means)
             means = means / dist.get_world_size()
-        decay = torch.where(self.started, self.decay, 0.0)  # no synchronisation with the device
+        decay = self.started * self.decay  # no synchronisation with the device
         new_real, new_fake = means.chunk(2)
         self.real_anchors.copy_(torch.lerp(new_real, self.real_anchors, decay))
         self.fake_anchors.copy_(torch.lerp(new_fake, self.fake_anchors, decay))
@@ -296,3 +297,24 @@ def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: T
     """
     target = torch.where(mask > 0.5, island(real_logits), island(fake_logits))
     return (island(mixed_logits) - target).square().mean()
+
+
+def cutmix_loss(name: str, mixed_logits: Tensor, mask: Tensor) -> Tensor:
+    """The discriminator's loss on mixed images: the mean over their real pixels plus that over their fake ones.
+
+    It is 0 where all pixels are of one kind, which a small batch may be by chance.
+
+    Args:
+        name: one of ``ADVERSARIAL_LOSSES``.
+        mixed_logits, mask: as in :func:`cutmix_consistency`.
+
+    Returns:
+        A scalar in float32.
+    """
+    loss, logits = _lookup(name), island(mixed_logits)
+    real = mask > 0.5
+    count = real.sum()
+    on_real = (loss.real(logits) * real).sum() / count.clamp_min(1)
+    on_fake = (loss.fake(logits) * ~real).sum() / (real.numel() - count).clamp_min(1)
+    both = (count > 0) & (count < real.numel())
+    return (on_real + on_fake) * both

@@ -13,6 +13,7 @@ from olvae.losses.adversarial import (
     LeCam,
     cutmix,
     cutmix_consistency,
+    cutmix_loss,
     discriminator_accuracy,
     discriminator_loss,
     generator_loss,
@@ -182,16 +183,13 @@ class Adversary(nn.Module):
     def _cutmix(self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor) -> Tensor:
         mixed, mask = cutmix(real, fake)
         pixels: Tensor = self.discriminator(mixed)[0]  # (B, 1, H, W)
-        inside = mask.bool()
-        consistency = cutmix_consistency(pixels, real_pixels, fake_pixels, mask)
-        if inside.all() or not inside.any():  # a small batch may by chance be all real or all fake
-            return consistency
-        return consistency + discriminator_loss(self.loss, [pixels[inside]], [pixels[~inside]])
+        return cutmix_consistency(pixels, real_pixels, fake_pixels, mask) + cutmix_loss(self.loss, pixels, mask)
 
     def _r1(self, real: Tensor) -> Tensor:
         with no_autocast(real):
             image = real.float().requires_grad_()
-            return r1_penalty(self.discriminator(image), image)
+            # forward, because a compiled network can't be differentiated twice
+            return r1_penalty(self.discriminator.forward(image), image)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -17,12 +17,15 @@ def contradictions(
     equivariance: float = 0.0,
     latent_noise: float = 0.0,
     latent_noise_of: str = "posterior",
+    watched: bool = False,
+    compiled: bool = False,
 ) -> Iterator[str]:
     """One line for each contradiction among the arguments of LiteAutoencoderKL.
 
     Args:
         terms: of the objective, those whose weight is above 0.
-        anchored, adversarial: whether there is an anchor, an adversary.
+        anchored, adversarial, watched: whether there is an anchor, an adversary, a bound on activations.
+        compiled: whether the networks are compiled.
     """
     if latent_noise < 0:
         yield f"latent_noise must not be negative, got {latent_noise}"
@@ -30,6 +33,8 @@ def contradictions(
         yield f"latent_noise_of must be posterior or data, got {latent_noise_of!r}"
     if freeze_encoder and freeze_decoder:
         yield "freeze_encoder, freeze_decoder: nothing is left to train"
+    if watched and compiled:
+        yield "compile: activation_bound looks at every activation, which compiled networks do not show: leave one out"
 
     # A frozen half has no losses.
     if freeze_encoder and "kl" in terms:

@@ -1,11 +1,12 @@
 """LiteAutoencoderKL: what happens in a training step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.choices import contradictions
+from olvae.models.compilation import compile_networks
 from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
+from olvae.models.players import PlayersStrategy
 from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.teacher import NO_FACTORS, Teacher
@@ -52,6 +55,8 @@ class LiteAutoencoderKL(ValidatedModule):
             default.
         accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer.
         channels_last: memory layout of the weights and images; often faster.
+        compile: compile the encoder, the decoder, the objective and the discriminator for training steps; validation
+            stays uncompiled, because its images may have any size.
         sample_posterior: decode a sample of the posterior in training, not its mode.
         latent_noise: the standard deviation of noise that is added to what the decoder gets in training, so that it
             learns to decode a diffusion model's errors too; in units of ``latent_noise_of``: the ``posterior``'s
@@ -94,6 +99,7 @@ class LiteAutoencoderKL(ValidatedModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         channels_last: bool = False,
+        compile: bool = False,  # noqa: A002  (the config's name)
         adversary_config: Node | None = None,
         sample_posterior: bool = True,
         latent_noise: float = 0.0,
@@ -169,6 +175,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.channels_last = channels_last
+        self.compiled = compile
         self.sample_posterior = sample_posterior
         self.latent_noise = latent_noise
         self.latent_noise_of = latent_noise_of
@@ -191,6 +198,8 @@ class LiteAutoencoderKL(ValidatedModule):
                 equivariance=equivariance,
                 latent_noise=latent_noise,
                 latent_noise_of=latent_noise_of,
+                watched=self.bound is not None,
+                compiled=compile,
             ),
         ]
         if mistakes:
@@ -200,6 +209,8 @@ class LiteAutoencoderKL(ValidatedModule):
         """Seed of the noise in training; set by the trainer."""
         self.images_seen = 0
         """Training images consumed, over all ranks: where a resumed run continues the data."""
+        self.reports = False
+        """Whether the last training step logged its values: once every log_every_n_steps updates."""
         self._micro_batch = 0  # within the update
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
@@ -260,6 +271,8 @@ class LiteAutoencoderKL(ValidatedModule):
         x = encoded = self.images(batch)  # (B, C, H, W) in [-1, 1]
         last = self._micro_batch + 1 == self.accumulate_grad_batches
         torch.manual_seed(mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank))
+        every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
+        self.reports = last and every > 0 and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(self.global_step) else None
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
 
@@ -270,8 +283,8 @@ class LiteAutoencoderKL(ValidatedModule):
             posterior = self.encode(x) if taught is None or not self.freeze_encoder else None
             z = self._latent(taught or posterior)  # (B, n_z, H/f, W/f)
             if self.equivariance:  # the same on every rank and for the whole update
-                shared = torch.Generator().manual_seed(mix_seeds(self.seed, self._iteration))
-                if not warming_up and torch.rand((), generator=shared).item() < self.equivariance:
+                shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
+                if not warming_up and shared.random() < self.equivariance:
                     z, x = transform_alike(z, x, shared)
                     adversary = None
             reconstruction = self.decode(z) if taught is None or not self.freeze_decoder else None
@@ -282,15 +295,15 @@ class LiteAutoencoderKL(ValidatedModule):
             if adversary is not None:
                 assert reconstruction is not None
                 losses["adversarial"] = adversary.generator_loss(reconstruction)
-                total = total + self._adversarial_weight(adversary, losses, last) * losses["adversarial"]
-            self.manual_backward(total / self.accumulate_grad_batches)
-            self.log_dict({f"train/{name}": loss.detach() for name, loss in {"loss": total, **losses}.items()})
+                total = total + self._adversarial_weight(adversary, losses) * losses["adversarial"]
+            self._backward("autoencoder", total, last)
+            self._report({f"train/{name}": loss for name, loss in {"loss": total, **losses}.items()})
 
         # The discriminator: its loss on the same reconstruction, without the graph.
         if adversary is not None:
             assert reconstruction is not None
             pair = (x, reconstruction.detach())
-            self._discriminator_backward(adversary, *pair)
+            self._discriminator_backward(adversary, *pair, last)
             if adversary.updates_per_step > 1:
                 self._pairs.append(pair)
 
@@ -300,7 +313,18 @@ class LiteAutoencoderKL(ValidatedModule):
             self._update(adversary, autoencoder=not warming_up)
             self._iteration += 1
             self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
-            self.log("step", float(self.global_step))  # Lightning would count micro-batches on the logger's axis
+            self._report({"step": float(self.global_step)})  # else Lightning counts micro-batches on the logger's axis
+
+    def _backward(self, player: str, loss: Tensor, last: bool) -> None:
+        """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
+        if last and isinstance(self.trainer.strategy, PlayersStrategy):
+            self.trainer.strategy.reduce_next(player)
+        self.manual_backward(loss / self.accumulate_grad_batches)
+
+    def _report(self, values: Mapping[str, Tensor | float]) -> None:
+        """Log the values of a step that the loggers take; at the others nothing waits for the device."""
+        if self.reports:
+            self.log_dict({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
 
     def _trained_networks(self) -> list[nn.Module]:
         halves = ((self.encoder, self.freeze_encoder), (self.decoder, self.freeze_decoder))
@@ -359,29 +383,34 @@ class LiteAutoencoderKL(ValidatedModule):
         return total, losses
 
     @property
+    def players(self) -> dict[str, nn.Module]:
+        """The modules of each player, whose gradients no backward pass of the other one touches."""
+        parts = (self.encoder, self.decoder, self.quantizer)
+        sides: dict[str, nn.Module] = {"autoencoder": nn.ModuleList([part for part in parts if part is not None])}
+        return sides if self.adversary is None else {**sides, "discriminator": self.adversary.discriminator}
+
+    @property
     def update_is_complete(self) -> bool:
         """Whether no gradient of a further update has been accumulated yet."""
         return self._micro_batch == 0
 
-    def _adversarial_weight(self, adversary: Adversary, losses: dict[str, Tensor], last: bool) -> Tensor:
-        """The weight of the adversarial loss; logs health where the loggers will take this step's values."""
-        weight = losses["adversarial"].new_tensor(adversary.weight_at(self.global_step))
-        every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
-        reports = last and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
-        if adversary.adaptive_weight or reports:
+    def _adversarial_weight(self, adversary: Adversary, losses: dict[str, Tensor]) -> Tensor | float:
+        """The weight of the adversarial loss; reports health."""
+        weight: Tensor | float = adversary.weight_at(self.global_step)
+        if adversary.adaptive_weight or self.reports:
             pixels = self.objective.weighted(losses, *IMAGE_TERMS)
             ratio = gradient_ratio(self, pixels, losses["adversarial"])  # |pixels| / |adversarial|
             if adversary.adaptive_weight:
                 weight = weight * ratio.clamp(0.0, adversary.adaptive_max)
-                self.log("health/adaptive_weight", ratio.clamp(0.0, adversary.adaptive_max))
-            self.log("health/gradient_ratio", weight / ratio.clamp_min(1e-12))
+                self._report({"health/adaptive_weight": ratio.clamp(0.0, adversary.adaptive_max)})
+            self._report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
         return weight
 
-    def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor) -> None:
+    def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)
-        self.manual_backward(loss / self.accumulate_grad_batches)
+        self._backward("discriminator", loss, last)
         health = {"logits_real", "logits_fake", "accuracy"}
-        self.log_dict({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
+        self._report({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
 
     def _update(self, adversary: Adversary | None, autoencoder: bool) -> None:
         """One update of the autoencoder, and ``updates_per_step`` of the discriminator if the adversary plays.
@@ -396,7 +425,7 @@ class LiteAutoencoderKL(ValidatedModule):
             self._step_discriminator(adversary, optimizers[1].optimizer)
         if autoencoder:
             optimizer = optimizers[0]
-            self.log("train/lr", optimizer.param_groups[0]["lr"])
+            self._report({"train/lr": optimizer.param_groups[0]["lr"]})
             self._clip(optimizer.optimizer, self.autoencoder_parameters(), "train/grad_norm")
             optimizer.step()
             optimizer.zero_grad()
@@ -405,8 +434,8 @@ class LiteAutoencoderKL(ValidatedModule):
             scaler.update()
         if adversary is not None:
             for _ in range(adversary.updates_per_step - 1):
-                for pair in self._pairs:
-                    self._discriminator_backward(adversary, *pair)
+                for i, pair in enumerate(self._pairs, start=1):
+                    self._discriminator_backward(adversary, *pair, last=i == len(self._pairs))
                 self._step_discriminator(adversary, optimizers[1].optimizer)
                 if scaler is not None:
                     scaler.update()
@@ -430,7 +459,7 @@ class LiteAutoencoderKL(ValidatedModule):
         scaler = grad_scaler(self)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        self.log(name, torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val))
+        self._report({name: torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)})
 
     # Validation of a student: how far its latents are from the teacher's
 
@@ -497,10 +526,23 @@ class LiteAutoencoderKL(ValidatedModule):
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+        if self.compiled:
+            networks = [
+                *self._trained_networks(),
+                self.loss,
+                *([self.adversary.discriminator] if self.adversary else []),
+            ]
+            compile_networks(networks, self.device)
 
-    def on_validation_start(self) -> None:  # of a model that was not fitted
-        if self.teacher is not None:
+    def on_validation_start(self) -> None:
+        if self.teacher is not None:  # of a model that was not fitted
             self.teacher.to(self.device)
+        if self.compiled:
+            torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self) -> None:
+        if self.compiled:
+            torch.compiler.set_stance("default")
 
     def on_train_start(self) -> None:
         if self.anchor is not None:

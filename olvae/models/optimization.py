@@ -43,17 +43,20 @@ def last_convolution(module: nn.Module) -> nn.Conv2d:
 def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Tensor:
     """|gradient of one loss| / |gradient of the other| at the decoder's last layer, in float32.
 
-    The gradients are those of the whole batch, over all ranks. Under fp16 both losses are scaled first, or small
-    gradients would be lost.
+    The gradients are those of the whole batch, over all ranks. Under fp16 both losses carry the loss scale, which the
+    ratio does not, or small gradients would be lost.
     """
     assert isinstance(module.decoder, nn.Module)
     weight = last_convolution(module.decoder).weight
     scaler = grad_scaler(module)
-    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def scaled(x: Tensor) -> Tensor:
+        return x if scaler is None else scaler.scale(x)
+
     norms: list[Tensor] = []
     for loss in (one, other):
-        (gradient,) = torch.autograd.grad(scale * loss, weight, retain_graph=True)
+        (gradient,) = torch.autograd.grad(scaled(loss), weight, retain_graph=True)
         if module.trainer.world_size > 1:
             gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
-        norms.append(gradient.float().norm() / scale)
-    return norms[0] / norms[1].clamp_min(1e-12)
+        norms.append(gradient.float().norm())
+    return norms[0] / torch.maximum(norms[1], 1e-12 * scaled(norms[1].new_ones(())))

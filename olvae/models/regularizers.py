@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Anchor(nn.Module):
 SCALES = (0.25, 0.5, 0.75, 1.0)
 
 
-def transform_alike(z: Tensor, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def transform_alike(z: Tensor, x: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Scale and rotate a latent, and the image that it should decode to, in the same way.
 
     The scale is one of those :data:`SCALES` that keep latent positions whole, the rotation a multiple of 90 degrees;
@@ -54,15 +55,15 @@ def transform_alike(z: Tensor, x: Tensor, generator: torch.Generator) -> tuple[T
     Args:
         z: (B, n_z, h, w).
         x: (B, C, f h, f w).
-        generator: on the CPU.
+        generator: of the scale and the rotation.
 
     Returns:
         z and x at (s h, s w) and (s f h, s f w), turned; x has no gradient.
     """
     h, w = z.shape[-2:]
     scales = [s for s in SCALES if (s * h).is_integer() and (s * w).is_integer()]
-    scale = scales[int(torch.randint(len(scales), (), generator=generator))]
-    turns = int(torch.randint(4, (), generator=generator))
+    scale = scales[generator.integers(len(scales))]
+    turns = int(generator.integers(4))
 
     def transform(t: Tensor) -> Tensor:
         if scale != 1.0:

@@ -21,6 +21,7 @@ from olvae import config as cfg
 from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
+from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
 from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
@@ -200,19 +201,13 @@ class ImageGrids(Callback):
 
 
 class FiniteLoss(Callback):
-    """Stops training at a non-finite loss, before a checkpoint of it is kept.
-
-    Args:
-        every_n_steps: steps between two looks; each look waits for the device.
-    """
-
-    def __init__(self, every_n_steps: int = 50) -> None:
-        self.every_n_steps = every_n_steps
+    """Stops training at a non-finite loss, where it is logged."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        if not pl_module.reports:
             return
         loss = float(trainer.callback_metrics.get("train/loss", 0.0))
         if not math.isfinite(loss):
@@ -246,19 +241,17 @@ SYMPTOMS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 
 class Health(Callback):
-    """Warns when the two sides of phase B are out of balance.
+    """Warns when the two sides of phase B are out of balance, by the values that are logged.
 
     Args:
         patience: steps of the autoencoder that a symptom must last, without a break, before a warning; the warning is
             repeated after as many more.
-        every_n_steps: steps between two looks; each look waits for the device.
     """
 
-    def __init__(self, patience: int = 1000, every_n_steps: int = 50) -> None:
-        if patience < 1 or every_n_steps < 1:
-            raise ValueError("patience and every_n_steps must be at least 1")
+    def __init__(self, patience: int = 1000) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
         self.patience = patience
-        self.every_n_steps = every_n_steps
         self.console = Console(stderr=True)
         self._since: dict[str, int] = {}
 
@@ -267,7 +260,7 @@ class Health(Callback):
     ) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         step = trainer.global_step
-        if pl_module.adversary is None or not trainer.is_global_zero or step % self.every_n_steps:
+        if pl_module.adversary is None or not trainer.is_global_zero or not pl_module.reports:
             return
         for name, holds, sentence in SYMPTOMS:
             value = float(trainer.callback_metrics.get(name, math.nan))
@@ -280,23 +273,19 @@ class Health(Callback):
 
 
 class UnreadableLimit(Callback):
-    """Adds up unreadable images over processes, so that all of them stop together at the limit.
+    """Adds up unreadable images over processes, so that all of them stop together at the limit."""
 
-    Args:
-        every_n_batches: batches between two comparisons.
-    """
-
-    def __init__(self, every_n_batches: int = 10) -> None:
-        self.every_n_batches = every_n_batches
+    def __init__(self) -> None:
+        self._lost = Agreement()
         self._shared = 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         loader = trainer.train_dataloader
-        if trainer.world_size == 1 or batch_idx % self.every_n_batches or not isinstance(loader, Loader):
+        if trainer.world_size == 1 or not isinstance(loader, Loader):
             return
-        if trainer.strategy.reduce_boolean_decision(loader.read_errors.lost > self._shared, all=False):
+        if self._lost.any_asked(loader.read_errors.lost > self._shared):
             loader.read_errors.share()
             self._shared = loader.read_errors.lost
 
@@ -306,7 +295,10 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         self.asked = False
-        """Whether a signal has come."""
+        """Whether a signal has come to this process."""
+        self.agreed = False
+        """Whether all processes stop because of one; the same in each."""
+        self._agreement = Agreement()
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -321,11 +313,13 @@ class GracefulStop(Callback):
         assert isinstance(pl_module, LiteAutoencoderKL)
         if not pl_module.update_is_complete:
             return
-        if trainer.world_size > 1:  # the signal may have reached one process only: all stop at the same step
-            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.asked:
+        if self._agreement.any_asked(self.asked):
+            self.agreed = True
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # no validation on the way out
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.agreed |= self._agreement.any_asked(self.asked, wait=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._before.items():

@@ -1,5 +1,6 @@
 """What training prints: the summary before, the progress bar, and where the results are; and the curves."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._clock = Clock()
+        self._loss = math.nan
 
     def disable(self) -> None:
         """Lightning calls this on every rank but the first."""
@@ -174,15 +176,17 @@ class StepProgress(ProgressBar):
         if not self._enabled:
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
+        if pl_module.reports:  # between two of these nothing waits for the device
+            self._loss = float(trainer.callback_metrics.get("train/loss", math.nan))
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         self._clock.count(step, pl_module.images_seen)
         if self._bar is not None:
             if self._clock.due(0.5) or last:
-                self._bar.update(self._bar.task_ids[0], completed=step, status=self._status(trainer))
+                self._bar.update(self._bar.task_ids[0], completed=step, status=self._status())
         elif self._clock.due(self.line_every_s) or last:
             left = _hours(self._clock.seconds_left(trainer.max_steps))
             waiting = self._clock.waiting()
-            status = f"{self._status(trainer)}{'  ' if waiting else ''}{waiting}"
+            status = f"{self._status()}{'  ' if waiting else ''}{waiting}"
             self.console.print(f"step {step}/{trainer.max_steps}  {status}  {left} left")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,9 +206,8 @@ class StepProgress(ProgressBar):
             text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
             self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False)
 
-    def _status(self, trainer: pl.Trainer) -> str:
-        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
-        return f"loss {loss:.4f}  {self._clock.images_per_s():.1f} images/s"
+    def _status(self) -> str:
+        return f"loss {self._loss:.4f}  {self._clock.images_per_s():.1f} images/s"
 
     def _stop(self) -> None:
         if self._bar is not None:

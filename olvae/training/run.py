@@ -23,6 +23,7 @@ from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.players import PlayersStrategy
 from olvae.training.callbacks import (
     FiniteLoss,
     GracefulStop,
@@ -143,8 +144,8 @@ def train(options: TrainOptions) -> runs.Run:
     check_adversary(model, source, trainer_args["max_steps"])
     if model.adversary is not None and trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
-    if model.adversary is not None and trainer_args.get("strategy", "auto") == "auto" and processes > 1:
-        trainer_args["strategy"] = "ddp_find_unused_parameters_true"  # each side's backward pass leaves out the other
+    if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
+        trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
     run = resumed or _new_run(options.logdir, settings)
     stop = GracefulStop()
     try:
@@ -161,7 +162,7 @@ def train(options: TrainOptions) -> runs.Run:
             ckpt_path=str(run.last_checkpoint) if resumed is not None else None,
             weights_only=True,
         )
-        if not stop.asked and model.validated_at != trainer.global_step:  # the last step is off the interval
+        if not stop.agreed and model.validated_at != trainer.global_step:  # the last step is off the interval
             trainer.validate(model, source.val_loader(), verbose=False)
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
@@ -170,7 +171,7 @@ def train(options: TrainOptions) -> runs.Run:
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
         print_ending(run, trainer, options.by_script)
-    if stop.asked:
+    if stop.agreed:
         raise TrainingStopped  # so that the caller, Python or make, does not go on to the next command
     return run
 

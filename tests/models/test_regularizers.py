@@ -112,8 +112,8 @@ def test_bf16_means_are_compared_in_float32():
     assert distance.item() == pytest.approx(anchor(x, vae.encode(x)).item(), rel=0.1)
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def by_pil(t: Tensor, height: int, width: int) -> Tensor:

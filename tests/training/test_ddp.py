@@ -141,4 +141,4 @@ def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(tmp_pat
     assert errors
     assert all("1 of 13 images can't be read" in line and "empty.png (the file is empty)" in line for line in errors)
     (run,) = tmp_path.glob("*_bad_32")
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["images_seen"] == 20
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["images_seen"] == 6

@@ -78,6 +78,7 @@ def watch(
     model: LiteAutoencoderKL | None = None,
     first: bool = True,
     width: int = 400,
+    every: int = 1,
 ) -> list[tuple[int, str]]:
     """The step at which each line was told, and the line."""
     output, model = listen(health, width), build() if model is None else model
@@ -88,6 +89,7 @@ def watch(
             is_global_zero=first,
             callback_metrics={name: torch.tensor(value) for name, value in values(step).items()},
         )
+        model.reports = step % every == 0
         health.on_train_batch_end(trainer, model, None, None, 0)
         lines = output.getvalue().splitlines()
         told += [(step, line) for line in lines[len(told) :]]
@@ -96,7 +98,7 @@ def watch(
 
 @each
 def test_a_symptom_is_told_after_patience_and_again_after_as_many_steps(values, sentence, setting):
-    told = watch(Health(patience=10, every_n_steps=1), range(1, 40), lambda _: values)
+    told = watch(Health(patience=10), range(1, 40), lambda _: values)
     assert [step for step, _ in told] == [11, 21, 31]  # first seen at 1
     for step, line in told:
         assert line.startswith(f"step {step}, for 10 steps: {sentence}{setting}")
@@ -104,7 +106,7 @@ def test_a_symptom_is_told_after_patience_and_again_after_as_many_steps(values, 
 
 @each
 def test_not_before_and_not_when_it_comes_and_goes(values, sentence, setting):
-    health = Health(patience=10, every_n_steps=1)
+    health = Health(patience=10)
     assert watch(health, range(1, 11), lambda _: values) == []
     assert watch(health, [11], lambda _: WELL) == []
     assert watch(health, range(12, 22), lambda _: values) == []  # 10 steps from 12 on end at 22
@@ -113,19 +115,19 @@ def test_not_before_and_not_when_it_comes_and_goes(values, sentence, setting):
 
 @each
 def test_a_value_that_is_missing_interrupts(values, sentence, setting):
-    told = watch(Health(patience=10, every_n_steps=1), range(1, 31), lambda step: {} if step == 9 else values)
+    told = watch(Health(patience=10), range(1, 31), lambda step: {} if step == 9 else values)
     assert [step for step, _ in told] == [20, 30]
 
 
 @each
 def test_after_it_was_told_an_interruption_starts_anew(values, sentence, setting):
-    told = watch(Health(patience=10, every_n_steps=1), range(1, 31), lambda step: WELL if step == 13 else values)
+    told = watch(Health(patience=10), range(1, 31), lambda step: WELL if step == 13 else values)
     assert [step for step, _ in told] == [11, 24]
 
 
 def test_symptoms_have_clocks_of_their_own():
     told = watch(
-        Health(patience=10, every_n_steps=1),
+        Health(patience=10),
         range(1, 20),
         lambda step: {**(WON if step < 5 else BLIND), **(DOMINATES if step >= 7 else {})},
     )
@@ -150,48 +152,45 @@ def test_symptoms_have_clocks_of_their_own():
     ],
 )
 def test_limits(values, ill):
-    assert bool(watch(Health(patience=1, every_n_steps=1), [1, 2], lambda _: values)) == ill
+    assert bool(watch(Health(patience=1), [1, 2], lambda _: values)) == ill
 
 
-def test_it_looks_every_so_many_steps():
-    health = Health(patience=10, every_n_steps=5)
-    told = watch(health, range(1, 31), lambda step: WON if step % 5 == 0 else WELL)  # ill whenever it looks
+def test_it_looks_where_values_are_logged():
+    told = watch(Health(patience=10), range(1, 31), lambda step: WON if step % 5 == 0 else WELL, every=5)
     assert [step for step, _ in told] == [15, 25]
 
 
 def test_micro_batches_and_updates_of_the_discriminator_alone_are_no_steps():
     """One step's batches come one after another; the sentence comes once, and not before the steps have passed."""
-    health = Health(patience=2, every_n_steps=1)
+    health = Health(patience=2)
     assert watch(health, [0] * 50, lambda _: WON) == []
     assert [step for step, _ in watch(health, [1, 1, 2, 2, 3, 3, 4, 4], lambda _: WON)] == [2, 4]
 
 
 def test_a_sentence_is_one_line_on_a_narrow_console():
     """So that a search in a log file finds it."""
-    assert len(watch(Health(patience=1, every_n_steps=1), [1, 2], lambda _: WON, width=80)) == 1
+    assert len(watch(Health(patience=1), [1, 2], lambda _: WON, width=80)) == 1
 
 
 def test_silent_in_phase_a_and_on_other_ranks():
     ill = {**WON, **DOMINATES}
     phase_a = LiteAutoencoderKL(**tiny_config()["model"]["params"])
     assert phase_a.adversary is None
-    assert watch(Health(patience=1, every_n_steps=1), range(9), lambda _: ill, model=phase_a) == []
-    assert watch(Health(patience=1, every_n_steps=1), range(9), lambda _: ill, first=False) == []
-    assert watch(Health(patience=1, every_n_steps=1), range(9), lambda _: ill) != []
+    assert watch(Health(patience=1), range(9), lambda _: ill, model=phase_a) == []
+    assert watch(Health(patience=1), range(9), lambda _: ill, first=False) == []
+    assert watch(Health(patience=1), range(9), lambda _: ill) != []
 
 
 def test_errors():
     with pytest.raises(ValueError, match="at least 1"):
         Health(patience=0)
-    with pytest.raises(ValueError, match="at least 1"):
-        Health(every_n_steps=0)
 
 
 # In training: the values that the step logs are those that are watched
 
 
 def train(model: LiteAutoencoderKL, steps: int = 6) -> list[str]:
-    health = Health(patience=4, every_n_steps=1)
+    health = Health(patience=4)
     output = listen(health)
     pl.Trainer(
         max_steps=steps,

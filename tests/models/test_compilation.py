@@ -1,0 +1,129 @@
+"""Compiled networks: whole graphs, equal results, plain names; and a machine without a compiler."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from olvae.config import ConfigError
+from olvae.losses.objective import Objective
+from olvae.models.compilation import compile_networks
+from olvae.modules.discriminators.gigagan import GigaGAN
+from olvae.modules.discriminators.patchgan import PatchGAN
+from olvae.modules.discriminators.spectral import fixed_spectral_norm
+from olvae.modules.discriminators.unetgan import UNetGAN
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.sdvae import SDDecoder, SDEncoder
+from tests.models.steps import against, build, fit, metrics, snapshot
+
+SMALL = {
+    "extractor_channels": 32,
+    "extractor_mult": (1, 2),
+    "extractor_resblocks": 1,
+    "aggregate_channels": 32,
+    "aggregate_mult": (1, 2),
+    "aggregate_resblocks": 1,
+}
+NARROW = {"channels": 8, "z_channels": 4, "channel_mult": (1, 1, 1, 1), "num_res_blocks": 0}
+
+
+def networks():
+    z, image = torch.randn(2, 4, 2, 2), torch.randn(2, 3, 16, 16)
+    yield "encoder", LiteVAE_Encoder(8, **SMALL), image
+    yield "encoder, paper", LiteVAE_Encoder(8, variant="paper", **SMALL), image
+    yield "encoder, db2", LiteVAE_Encoder(8, wavelet="db2", **SMALL), image
+    for variant in ("open_litevae", "paper_smc"):
+        yield f"decoder, {variant}", LiteVAE_Decoder(**NARROW, variant=variant), z
+    yield "decoder, wavelet", LiteVAE_Decoder(**NARROW, variant="paper_smc", output="wavelet"), z
+    narrow = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 1, "norm_groups": 4}
+    yield "SD's encoder", SDEncoder(latent_dim=8, **narrow), image
+    yield "SD's decoder", SDDecoder(z_channels=4, **narrow), z
+    yield "PatchGAN", PatchGAN(base_channels=4, n_layers=1), image
+    yield "UNetGAN", UNetGAN(base_channels=2, image_size=128), torch.randn(1, 3, 128, 128)
+    yield (
+        "GigaGAN",
+        GigaGAN(image_size=64, base=256, max_channels=16, blocks=1, attention=(8,), heads=2, head_channels=8),
+        torch.randn(1, 3, 64, 64),
+    )
+
+
+NETWORKS = {name: (network, x) for name, network, x in networks()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_one_graph_and_gives_the_same(name):
+    network, x = NETWORKS[name]
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    with fixed_spectral_norm(network):
+        torch.testing.assert_close(compiled(x), network(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reconstruction", ["l1", "l2", "charbonnier"])
+def test_the_objective_is_one_graph(reconstruction):
+    objective = Objective(reconstruction, lpips_weight=0)
+    x, y = torch.randn(2, 2, 3, 16, 16)
+    posterior = DiagonalGaussian(torch.randn(2, 8, 2, 2))
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, y, posterior), objective(x, y, posterior), rtol=0, atol=0)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Everything that is compiled is one graph, run by plain torch; the graphs."""
+    compiler, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend=backend, fullgraph=True))
+    return graphs
+
+
+SETTINGS = {"r1_weight": 1.0, "r1_every": 1, "lecam_weight": 0.1, "adaptive_weight": True, "updates_per_step": 2}
+
+
+def test_compiled_training_is_training(image_folder, graphs):
+    plain = fit(build(against(**SETTINGS)), image_folder, 2)
+    compiled = fit(build(against(**SETTINGS), compile=True), image_folder, 2)
+    assert compiled.encoder._compiled_call_impl is not None
+    assert compiled.adversary.discriminator._compiled_call_impl is not None
+    assert metrics(compiled) == metrics(plain)
+    assert snapshot(compiled).keys() == snapshot(plain).keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, compiled.state_dict()[name]), name
+    assert copy.deepcopy(compiled).encoder._compiled_call_impl is None
+
+
+def test_validation_is_not_compiled(graphs):
+    model, x = build(compile=True), torch.randn(1, 3, 16, 16)
+    model.on_fit_start()
+    graphs.clear()
+    model.on_validation_start()
+    model(x)
+    model.on_validation_end()
+    assert not graphs
+    model(x)
+    assert len(graphs) == 2
+
+
+def test_a_machine_without_a_compiler_trains_uncompiled(image_folder, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = build()
+    with caplog.at_level(logging.WARNING, "olvae"):
+        assert not compile_networks([model.encoder], torch.device("cpu"))
+    (record,) = caplog.records
+    assert record.getMessage().endswith("because no compiler works here (no C++ compiler found)")
+    assert model.encoder._compiled_call_impl is None
+    assert fit(build(compile=True), image_folder, 1).trainer.global_step == 1
+
+
+def test_watched_activations_are_not_compiled():
+    with pytest.raises(ConfigError, match="activation_bound"):
+        build(compile=True, activation_bound=100.0)

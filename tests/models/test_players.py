@@ -1,0 +1,80 @@
+"""What each backward pass sends over processes: one process of a gloo group, whose communication hook counts."""
+
+from itertools import repeat
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from olvae.models.players import PlayersStrategy
+from olvae.modules.base import count_parameters
+from tests.models.steps import against, assert_same, build, snapshot
+
+
+class Counting(PlayersStrategy):
+    """Counts the bytes that each player's reducer sends, by the step of the autoencoder."""
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self.sent: list[tuple[str, int]] = []
+        for name, reducer in self.reducers.items():
+            reducer.register_comm_hook(name, self._count)
+
+    def _count(self, name, bucket):
+        self.sent.append((name, bucket.buffer().nbytes))
+        return allreduce_hook(None, bucket)
+
+
+def train(strategy, adversary=None, batches: int = 4, **model):
+    module = build(adversary, **model)
+    batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
+    pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, repeat(batch, batches))
+    return module
+
+
+def totals(strategy: Counting) -> dict[str, int]:
+    return {name: sum(size for n, size in strategy.sent if n == name) for name in strategy.reducers}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_each_player_sends_its_own_gradients_once_an_update(accumulated):
+    strategy = Counting(gradient_as_bucket_view=True)
+    module = train(strategy, against(), accumulate_grad_batches=accumulated)
+    updates = 4 // accumulated
+    trained = {"autoencoder": module.autoencoder, "discriminator": module.adversary.discriminator}
+    assert totals(strategy) == {name: updates * 4 * count_parameters(part) for name, part in trained.items()}
+
+
+def test_further_updates_and_a_warm_up_send_the_discriminators_alone():
+    strategy = Counting()
+    module = train(strategy, against(updates_per_step=2, warmup_updates=2), batches=3)
+    bytes_of = {name: 4 * count_parameters(player) for name, player in module.players.items()}
+    assert module.global_step == 2  # the first batch is the warm-up's
+    assert totals(strategy) == {
+        "autoencoder": 2 * bytes_of["autoencoder"],
+        "discriminator": 6 * bytes_of["discriminator"],
+    }
+
+
+def test_a_frozen_half_is_not_sent():
+    strategy = Counting()
+    module = train(strategy, lossconfig=NO_KL, freeze_encoder=True, batches=1)
+    assert totals(strategy) == {"autoencoder": 4 * count_parameters(module.decoder)}
+
+
+NO_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+
+
+def test_weights_are_those_of_training_without_it():
+    assert_same(snapshot(train(Counting(), against())), snapshot(train("auto", against())))
