@@ -41,6 +41,7 @@ from olvae.training.origin import (
     untrained_half,
 )
 from olvae.training.progress import StepProgress, print_ending, print_summary
+from olvae.training.saving import BackgroundCheckpointIO
 
 __all__ = [
     "TrainOptions",
@@ -315,6 +316,7 @@ def _trainer(
         "deterministic": trainer_args["accelerator"] == "cpu",
         "enable_model_summary": False,
         "max_epochs": -1,
+        "plugins": [BackgroundCheckpointIO()],
         **trainer_args,
         "precision": precision,
         "callbacks": callbacks,
