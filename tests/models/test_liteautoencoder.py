@@ -65,7 +65,10 @@ def test_the_schedule_reaches_the_optimizer(image_folder, updates):
     assert [update.lr for update in updates] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if "from" not in load([p])["model"]], ids=lambda p: p.name)
+OWN_NETWORKS = [p for p in CONFIGS if "from" not in load([p])["model"] and p.stem != "large_batch"]  # that has B5's
+
+
+@pytest.mark.parametrize("path", OWN_NETWORKS, ids=lambda p: p.name)
 def test_every_parameter_of_every_config_learns(path):
     """One step's gradient is finite and not zero everywhere, for every parameter; LPIPS and teachers are left out
     (downloads), nothing is frozen, and a config for inference gets the default objective."""
