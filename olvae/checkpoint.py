@@ -95,14 +95,17 @@ def pick_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Any]:
     """The state dict in a checkpoint, with averaged weights where it has them, unless ``raw``.
 
-    Lightning's averaging keeps the average in ``state_dict`` and the raw weights in ``current_model_state``; the
-    latent-diffusion code keeps the average of ``a.b`` as ``model_ema.ab``.
+    Our averaging, and Lightning's, keep the average in ``state_dict`` and the raw weights of the averaged names, or of
+    all, in ``current_model_state``; the latent-diffusion code keeps the average of ``a.b`` as ``model_ema.ab``.
     """
-    key = "current_model_state" if raw and "current_model_state" in checkpoint else "state_dict"
-    content = checkpoint.get(key, checkpoint)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: not a checkpoint: its {key} is a {type(content).__name__}")
-    content = {name: value for name, value in content.items() if isinstance(name, str)}
+    parts = {"state_dict": checkpoint.get("state_dict", checkpoint)}
+    if raw:
+        parts["current_model_state"] = checkpoint.get("current_model_state", {})
+    content: dict[str, Any] = {}
+    for key, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{path}: not a checkpoint: its {key} is a {type(part).__name__}")
+        content |= {name: value for name, value in part.items() if isinstance(name, str)}
     if raw:
         return content
     average = {name: content.get(f"model_ema.{name.replace('.', '')}") for name in content}

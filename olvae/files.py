@@ -13,7 +13,7 @@ __all__ = ["atomic_write", "check_folder", "file_sha256", "legible", "named", "n
 
 
 @contextmanager
-def atomic_write(path: Path, folder: Path | None = None, missing_ok: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write to; the file is moved to ``path`` at the end, or removed after an exception.
 
     The temporary name ends with that of ``path``, so that libraries recognise its extension. It is a new one each
@@ -22,13 +22,11 @@ def atomic_write(path: Path, folder: Path | None = None, missing_ok: bool = Fals
     Args:
         path: where the file goes.
         folder: where the temporary file is written, on the same file system; by default beside ``path``.
-        missing_ok: nothing need be written, for collective calls in which one rank writes for all.
     """
     partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name[-50:]}"
     try:
         yield partial
-        if partial.exists() or not missing_ok:
-            partial.replace(path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

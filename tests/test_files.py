@@ -35,10 +35,8 @@ def test_the_temporary_file_has_the_extension_and_may_lie_elsewhere(tmp_path):
     assert not list((tmp_path / "drafts").iterdir())
 
 
-def test_a_missing_file_is_an_error_unless_another_rank_writes_it(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
-        pass
-    with atomic_write(tmp_path / "a", missing_ok=True):
         pass
     assert list(tmp_path.iterdir()) == []
 

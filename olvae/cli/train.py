@@ -76,5 +76,6 @@ def command(
         train(options)
     except TrainingStopped:
         # Only the first process of a machine reports it: if another one failed, torchrun would kill the first while it
-        # draws the curves.
-        sys.exit(STOPPED if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+        # draws the curves. Under srun only SLURM's variable counts the processes.
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        sys.exit(STOPPED if local_rank == "0" else 0)

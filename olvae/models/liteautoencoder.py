@@ -8,7 +8,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
@@ -18,6 +17,7 @@ from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
+from olvae.models.averaging import WeightAverage
 from olvae.models.choices import contradictions
 from olvae.models.compilation import compile_networks
 from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
@@ -46,7 +46,7 @@ class LiteAutoencoderKL(ValidatedModule):
         embed_dim: n_z, channels of the latent.
         use_quant: a 1x1 convolution on either side of the latent.
         initial_logvar: see :meth:`LiteVAE.from_config`.
-        use_ema: average the weights with Lightning's callback; validation and checkpoints use the average.
+        use_ema: average the weights that are trained; validation and checkpoints use the average.
         ema_decay: decay of that average.
         learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
         betas: Adam's [P App. F].
@@ -513,7 +513,7 @@ class LiteAutoencoderKL(ValidatedModule):
         return optimizers, schedules
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [EMAWeightAveraging(decay=self.ema_decay)] if self.use_ema else []
+        return [WeightAverage(self.ema_decay)] if self.use_ema else []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen

@@ -8,8 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,8 +15,9 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch
 from olvae.metrics.metric import MetricSet
 from olvae.metrics.registry import MakeMetrics, build_metrics
+from olvae.models.averaging import find_average
 
-__all__ = ["ValidatedModule", "allow_uneven_batches", "weights_as_trained"]
+__all__ = ["ValidatedModule", "allow_uneven_batches"]
 
 
 def allow_uneven_batches(trainer: pl.Trainer) -> None:
@@ -30,23 +29,6 @@ def allow_uneven_batches(trainer: pl.Trainer) -> None:
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel):
         model.require_forward_param_sync = False
-
-
-def weights_as_trained(trainer: pl.Trainer) -> pl.LightningModule | None:
-    """During a training with averaged weights, the model with the weights as trained; otherwise None.
-
-    Lightning's callback swaps the two during validation, so its own copy holds the weights as trained. After training
-    only the average is left.
-    """
-    if trainer.state.fn != TrainerFn.FITTING:
-        return None
-    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (mypy does not see it)
-    for callback in callbacks:
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            raw = callback._average_model.module
-            assert isinstance(raw, pl.LightningModule)
-            return raw.eval()
-    return None
 
 
 class ValidatedModule(pl.LightningModule, ABC):
@@ -97,7 +79,7 @@ class ValidatedModule(pl.LightningModule, ABC):
         allow_uneven_batches(self.trainer)
         make = self.set_up_validation()
         self._metrics = {"val": make()}
-        if weights_as_trained(self.trainer) is not None:
+        if find_average(self.trainer) is not None:
             self._metrics["val_raw"] = make()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -105,9 +87,10 @@ class ValidatedModule(pl.LightningModule, ABC):
         keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
         moments = batch.get("moments")
         self._metrics["val"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
-        raw = weights_as_trained(self.trainer)
-        if raw is not None:
-            self._metrics["val_raw"].update(keys, x, to_uint8(raw(images, moments=moments)[0]))
+        average = find_average(self.trainer)
+        if average is not None:
+            with average.weights_as_trained():
+                self._metrics["val_raw"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the values over all processes, without those that are infinite or not available."""

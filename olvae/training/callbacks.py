@@ -23,7 +23,6 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
-from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -41,8 +40,8 @@ BETTER = {name: metric.better for name, metric in METRICS.items()} | {"latent_rm
 class KeepCheckpoints(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` up to date, through the last step and a stop before it.
 
-    A file appears complete or not at all. Non-finite weights are refused. A checkpoint is also saved when training
-    fails between two steps, at an unreadable image for example.
+    They are written by a :class:`~olvae.training.saving.BackgroundCheckpointIO`. Non-finite weights are refused. A
+    checkpoint is also saved when training fails between two steps, at an unreadable image for example.
 
     Args:
         every_n_steps: updates of the autoencoder between two saves.
@@ -123,18 +122,16 @@ class KeepCheckpoints(Checkpoint):
         higher = BETTER[self.best.rpartition("/")[2]] == "higher"
         if self._best is None or (value > self._best if higher else value < self._best):
             self._best = value
-            self._save(trainer, pl_module, "best.ckpt")
-            if trainer.is_global_zero:
-                note = {"metric": self.best, "value": value, "step": trainer.global_step}
-                (_run(trainer).checkpoints / "best.json").write_text(json.dumps(note) + "\n")
+            note = {"metric": self.best, "value": value, "step": trainer.global_step}
+            self._save(trainer, pl_module, "best.ckpt", note)
 
-    def _save(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> None:
-        if not all(bool(p.isfinite().all()) for p in module.parameters()):
+    def _save(
+        self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
+    ) -> None:
+        finite = torch.stack([p.isfinite().all() for p in module.parameters()])
+        if not finite.all():  # the device is waited for once
             raise _non_finite(trainer, "weights")
-        path = _run(trainer).checkpoints / name
-        with atomic_write(path, missing_ok=not trainer.is_global_zero) as partial:
-            trainer.save_checkpoint(partial)  # other ranks take part, and write nothing
-        trainer.strategy.barrier()
+        trainer.save_checkpoint(_run(trainer).checkpoints / name, storage_options=note)  # the first process writes
 
 
 class SaveConfig(Callback):

@@ -301,9 +301,9 @@ def _rate(trainer: pl.Trainer, model: LiteAutoencoderKL) -> str:
 
 def _device(trainer: pl.Trainer, precision: str) -> str:
     if trainer.strategy.root_device.type == "cuda":
-        names = f"{trainer.num_devices} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
+        names = f"{trainer.world_size} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
     else:
-        threads, processes = torch.get_num_threads(), trainer.num_devices
+        threads, processes = torch.get_num_threads(), trainer.world_size
         names = (
             f"CPU, {threads} thread{'' if threads == 1 else 's'}, {processes} process{'' if processes == 1 else 'es'}"
         )

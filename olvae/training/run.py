@@ -5,13 +5,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -33,6 +31,7 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
+from olvae.training.launch import check_launcher, find_launcher, meet, process_count
 from olvae.training.origin import (
     Found,
     check_teacher,
@@ -42,14 +41,13 @@ from olvae.training.origin import (
     untrained_half,
 )
 from olvae.training.progress import StepProgress, print_ending, print_summary
+from olvae.training.saving import BackgroundCheckpointIO
 
 __all__ = [
     "TrainOptions",
     "TrainingStopped",
     "check_adversary",
     "check_images",
-    "check_torchrun",
-    "process_count",
     "quieten",
     "train",
 ]
@@ -107,7 +105,7 @@ def train(options: TrainOptions) -> runs.Run:
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
     processes = process_count(trainer_args)
-    check_torchrun(processes)
+    check_launcher(trainer_args)
     precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
 
     # Data and model, from the seed alone
@@ -146,7 +144,7 @@ def train(options: TrainOptions) -> runs.Run:
         trainer_args.setdefault("sync_batchnorm", True)
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
-    run = resumed or _new_run(options.logdir, settings)
+    run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings)
     stop = GracefulStop()
     try:
         trainer = _trainer(
@@ -167,7 +165,7 @@ def train(options: TrainOptions) -> runs.Run:
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
     finally:
-        if resumed is None and "LOCAL_RANK" not in os.environ and not any(run.checkpoints.glob("*.ckpt")):
+        if is_ours and not any(run.checkpoints.glob("*.ckpt")):
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
         print_ending(run, trainer, options.by_script)
@@ -311,11 +309,13 @@ def _trainer(
     for default in (KeepCheckpoints, ImageGrids, FiniteLoss, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
+    launcher = find_launcher()
     settings: Config = {
         "check_val_every_n_epoch": None,
         "deterministic": trainer_args["accelerator"] == "cpu",
         "enable_model_summary": False,
         "max_epochs": -1,
+        "plugins": [BackgroundCheckpointIO(), *([launcher] if launcher is not None else [])],
         **trainer_args,
         "precision": precision,
         "callbacks": callbacks,
@@ -326,23 +326,23 @@ def _trainer(
     return pl.Trainer(**settings)
 
 
-def _new_run(logdir: str | Path, settings: Config) -> runs.Run:
-    """Make the run folder in the first process, and pass its path to the others.
+def _new_run(logdir: str | Path, settings: Config) -> tuple[runs.Run, bool]:
+    """Make the run folder in the first process of all, and pass its path to the others.
 
-    Lightning starts the other processes from the first one, with its environment; under torchrun they all run already,
-    and get the path through the process group.
+    Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run
+    already, and get the path through the process group.
+
+    Returns:
+        The run, and whether this process made its folder.
     """
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        first = dist.get_rank() == 0
-        path = [str(runs.create(logdir, settings["name"], settings["precision"]).path) if first else ""]
+    if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and find_launcher() is None:
+        return runs.Run(Path(os.environ[RUN_ENV])), False
+    rank, processes = meet()
+    path = [str(runs.create(logdir, settings["name"], settings["precision"]).path) if rank == 0 else ""]
+    if processes > 1:
         dist.broadcast_object_list(path)
-        return runs.Run(Path(path[0]))
-    if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ:
-        return runs.Run(Path(os.environ[RUN_ENV]))
-    run = runs.create(logdir, settings["name"], settings["precision"])
-    os.environ[RUN_ENV] = str(run.path)
-    return run
+    os.environ[RUN_ENV] = path[0]
+    return runs.Run(Path(path[0])), rank == 0
 
 
 def quieten() -> None:
@@ -359,29 +359,6 @@ def quieten() -> None:
         ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def process_count(trainer_args: Mapping[str, Any]) -> int:
-    """The number of processes of a run, over all nodes."""
-    devices = trainer_args["devices"]
-    return (devices if isinstance(devices, int) else len(devices)) * int(trainer_args.get("num_nodes", 1))
-
-
-def check_torchrun(processes: int) -> None:
-    """Check that torchrun started as many processes as the run has.
-
-    With one device, Lightning would let each of them train a model of its own in the same folder.
-
-    Raises:
-        ConfigError: torchrun started another number.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else processes
-    if started != processes:
-        raise ConfigError(
-            f"torchrun started {started} processes, but the flags and lightning.trainer name {processes} "
-            f"device{'' if processes == 1 else 's'}: set --gpus {started}, or on the CPU "
-            f"lightning.trainer.accelerator=cpu lightning.trainer.devices={started} (on each of num_nodes)"
-        )
 
 
 def check_images(model: LiteAutoencoderKL, source: Source) -> None:

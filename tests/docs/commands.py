@@ -55,6 +55,8 @@ def check(words: list[str]) -> None:
         assert not launch.module or launch.training_script == "olvae.cli.main"
         prefix = ["-m"] if launch.module else []
         _check_python([*prefix, launch.training_script, *launch.training_script_args])
+    elif program == "srun":
+        check(rest)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(rest) <= set(targets), f"make has no target {rest}"

@@ -131,6 +131,7 @@ def test_examples_in_help_exist(command, monkeypatch):
         "python -m pytest tests/nothing.py",
         "torchrun --nothing 4 scripts/compute_metrics.py x",
         "torchrun --nproc_per_node 4 --module olvae.cli.main encode x",
+        "srun python nothing.py",
         "make nothing",
         "pip install 'open-litevae[nothing]'",
         "curl x",

@@ -69,7 +69,7 @@ def test_two_processes_are_one(tmp_path, config):
         for name, tensor in one[part].items():
             torch.testing.assert_close(tensor, two[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
     if config.endswith("_b.yaml"):
-        assert any(name.startswith("adversary.discriminator.") for name in one["current_model_state"])
+        assert any(name.startswith("adversary.discriminator.") for name in one["state_dict"])
 
 
 def test_two_processes_learn_from_a_teacher_as_one(tmp_path):

@@ -22,7 +22,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from olvae.training import run as training
-from olvae.training.run import TrainOptions, check_adversary, check_images, check_torchrun, process_count, train
+from olvae.training.run import TrainOptions, check_adversary, check_images, train
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 
@@ -536,23 +536,6 @@ def against(**params) -> LiteAutoencoderKL:
 
 def source(root, size: int = 16, **params) -> FolderSource:
     return FolderSource(str(root), size, 4, **params)
-
-
-@pytest.mark.parametrize(
-    ("trainer", "count"),
-    [({"devices": 2}, 2), ({"devices": [0, 3]}, 2), ({"devices": 2, "num_nodes": 3}, 6)],
-)
-def test_processes_are_devices_times_nodes(trainer, count):
-    assert process_count(trainer) == count
-
-
-def test_torchrun_must_have_started_as_many(monkeypatch):
-    check_torchrun(2)  # without torchrun Lightning starts them
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    check_torchrun(2)
-    with pytest.raises(ConfigError, match=r"torchrun started 2 processes, but .* name 1 device: set --gpus 2, or"):
-        check_torchrun(1)
 
 
 def test_images_must_fit(image_folder):

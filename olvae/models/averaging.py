@@ -1,0 +1,122 @@
+"""The exponential moving average (EMA) of an autoencoder's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from olvae.checkpoint import AUTOENCODER
+
+__all__ = ["WeightAverage", "find_average"]
+
+
+class WeightAverage(pl.Callback):
+    """Averages the autoencoder's parameters that are trained, and nothing else of the model.
+
+    The average starts as the weights after the first step, and moves by ``1 - decay`` towards them at every further
+    one. Validation and the end of training use it in the model's place. A checkpoint has it in ``state_dict``, the same
+    names as trained in ``current_model_state``, and their number of steps in ``averaging_state``.
+
+    Lightning's callback would average the discriminator and every buffer too, and torch's AveragedModel reads its
+    counter from the device at every step.
+
+    Args:
+        decay: in [0, 1].
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        self.decay = decay
+        self._move = get_ema_multi_avg_fn(decay)
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._other: dict[str, Tensor] = {}  # the average; while the model has it, the weights as trained
+        self._model_has_average = False
+        self._steps = 0  # averaged
+        self._step = 0  # of the trainer, at the last of them
+        self._loaded: dict[str, Tensor] = {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or "averaging_state" not in checkpoint:
+            return
+        self._loaded = checkpoint["state_dict"]
+        self._steps = int(checkpoint["averaging_state"]["n_averaged"])
+        pl_module.load_state_dict({**checkpoint["state_dict"], **checkpoint["current_model_state"]})
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the copy, where the weights are."""
+        self._parameters = {
+            name: p for name, p in pl_module.named_parameters() if name.startswith(AUTOENCODER) and p.requires_grad
+        }
+        self._other = {name: p.detach().clone() for name, p in self._parameters.items()}
+        for name, tensor in self._other.items():
+            if name in self._loaded:
+                tensor.copy_(self._loaded[name])
+        self._loaded = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        average: list[Tensor] = list(self._other.values())
+        weights: list[Tensor] = list(self._parameters.values())
+        if self._steps == 0:
+            torch._foreach_copy_(average, weights)
+        else:
+            self._move(average, weights, self._steps)
+        self._steps += 1
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap()
+
+    @contextmanager
+    def weights_as_trained(self) -> Iterator[None]:
+        """During validation, give the model the weights as trained for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["state_dict"]
+        average, trained = self._other, {name: state[name] for name in self._other}
+        if self._model_has_average:
+            average, trained = trained, average
+        checkpoint["state_dict"] = {**state, **average}
+        checkpoint["current_model_state"] = trained
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._steps)}
+
+    @torch.inference_mode(False)  # validation's mode would make the weights tensors that no step may change
+    def _swap(self) -> None:
+        """Exchange the model's weights and the other ones: each keeps its memory, and nothing is copied."""
+        for name, p in self._parameters.items():
+            p.data, self._other[name] = self._other[name], p.data
+        self._model_has_average = not self._model_has_average
+
+
+def find_average(trainer: pl.Trainer) -> WeightAverage | None:
+    """The average that ``trainer.fit`` keeps; None if there is none, or outside of fit."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return None
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (mypy does not see it)
+    return next((callback for callback in callbacks if isinstance(callback, WeightAverage)), None)

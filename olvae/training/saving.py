@@ -1,0 +1,87 @@
+"""Checkpoints that are written while training goes on."""
+
+import os
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+
+from olvae.files import atomic_write, write_json
+
+__all__ = ["BackgroundCheckpointIO"]
+
+
+class BackgroundCheckpointIO(TorchCheckpointIO):
+    """Copies a checkpoint to host memory, and writes the copy to disk in a thread.
+
+    A file appears complete or not at all. A second save waits for the first, so that there is one copy at most. An
+    error in the thread is raised by the next save, or by :meth:`teardown`, which Lightning calls at the end of training
+    and after an exception.
+    """
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: OSError | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: dict[str, Any] | None = None
+    ) -> None:
+        """Start to save; what the checkpoint holds may change afterwards.
+
+        Args:
+            checkpoint: of tensors, numbers and text, in dicts, lists and tuples.
+            path: on this machine's file system.
+            storage_options: written in JSON beside the checkpoint, once it is complete: a.json for a.ckpt.
+
+        Raises:
+            OSError: the checkpoint before this one could not be written; the message has its path.
+        """
+        self.wait()
+        copied = _on_host(checkpoint)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self._thread = Thread(target=self._write, args=(copied, Path(path), storage_options), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def teardown(self) -> None:
+        self.wait()
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None) -> None:
+        try:
+            with atomic_write(path) as partial:
+                torch.save(checkpoint, partial)
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())  # before the old file is replaced: the machine may crash as well
+            if note is not None:
+                write_json(note, path.with_suffix(".json"))
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self._error = OSError(f"{path}: the checkpoint could not be written: {reason}")
+            self._error.__cause__ = error
+
+
+def _on_host(value: Any) -> Any:
+    """A copy that shares no memory. Copies from a GPU go to pinned memory, and have arrived once it is synchronised."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _on_host(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_host, value))
+    return value

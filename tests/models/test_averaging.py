@@ -1,0 +1,154 @@
+"""The average against its recurrence in float64, what it holds, and where it is in checkpoints."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from olvae.checkpoint import AUTOENCODER, read_weights
+from olvae.models.averaging import WeightAverage, find_average
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.models.steps import Each, against, assert_same, build, fit, source
+
+DECAY = 0.8
+
+
+def states(model: LiteAutoencoderKL) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def run(model: LiteAutoencoderKL, root: Path, steps: int, *callbacks: pl.Callback, **options) -> pl.Trainer:
+    """Train with a validation every two steps."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=steps,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=1,
+        callbacks=list(callbacks),
+    )
+    data = source(root)
+    trainer.fit(model, data.train_loader(0, model.images_seen), data.val_loader(), weights_only=True, **options)
+    return trainer
+
+
+def test_the_average_is_its_recurrence(image_folder):
+    """In float64: the weights after the first step, then decay * average + (1 - decay) * weights at every further one;
+    the discriminator's warm-up is no step. After training the model has it."""
+    model, seen = build(against(warmup_updates=2), use_ema=True, ema_decay=DECAY), {}
+    fit(model, image_folder, 5, callbacks=[Each(lambda m: seen.setdefault(m.global_step, states(m)))])
+    assert sorted(seen) == [0, 1, 2, 3, 4, 5]
+    for name, tensor in model.state_dict().items():
+        if name.startswith(AUTOENCODER):
+            expected = seen[1][name].double()
+            for step in range(2, 6):
+                expected = DECAY * expected + (1 - DECAY) * seen[step][name].double()
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+            assert not torch.equal(tensor, seen[5][name])
+        else:
+            assert torch.equal(tensor, seen[5][name]), name
+
+
+@pytest.mark.parametrize("frozen", [{}, {"freeze_encoder": True}], ids=str)
+def test_it_holds_one_copy_of_what_is_trained(image_folder, frozen):
+    """No discriminator, anchor, buffer or frozen half: the element count of the copy is that of the optimizer."""
+    loss = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+    anchor = {} if frozen else {"anchor_weight": 0.1}
+    model = build(against(), use_ema=True, use_quant=True, lossconfig=loss, **frozen, **anchor)
+    held = []
+
+    def count(m: LiteAutoencoderKL) -> None:
+        average = find_average(m.trainer)
+        tensors = [t for part in vars(average).values() if isinstance(part, dict) for t in part.values()]
+        own = {p.data_ptr() for p in m.parameters()}
+        held.append(sum(t.numel() for t in tensors if t.data_ptr() not in own))
+
+    fit(model, image_folder, 2, callbacks=[Each(count)])
+    assert held == [sum(p.numel() for p in model.autoencoder_parameters())] * 2
+    assert held[0] < sum(t.numel() for t in model.state_dict().values())
+
+
+def test_validation_and_checkpoints_have_both(image_folder, tmp_path):
+    """The average by the published names, also where it is saved in the middle of a validation."""
+    model, seen = build(against(), use_ema=True, ema_decay=DECAY), []
+
+    class Look(pl.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_) -> None:
+            if not trainer.sanity_checking and not seen:
+                seen.append(states(pl_module))
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+        def on_validation_end(self, trainer, pl_module) -> None:
+            if not trainer.sanity_checking:
+                seen.append(states(pl_module))
+                trainer.save_checkpoint(tmp_path / "after.ckpt")
+
+    trainer = run(model, image_folder, 2, Look())
+    average, trained = seen
+    assert not trained["encoder.aggregator.conv_out.weight"].equal(average["encoder.aggregator.conv_out.weight"])
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    ours = {n: t for n, t in trained.items() if n.startswith(AUTOENCODER)}
+    expected = {n: average[n] if n in ours else t for n, t in trained.items()}
+    for file in (tmp_path / name for name in ("within.ckpt", "after.ckpt", "end.ckpt")):
+        checkpoint = torch.load(file, weights_only=True)
+        assert list(checkpoint["state_dict"]) == list(model.state_dict())
+        assert_same(checkpoint["state_dict"], expected)
+        assert_same(checkpoint["current_model_state"], ours)
+        assert_same(read_weights(file, raw=True), ours)
+    assert_same(model.state_dict(), expected)
+    assert {"val/psnr", "val_raw/psnr"} <= model.validation_values.keys()
+    assert model.validation_values["val/psnr"] != model.validation_values["val_raw/psnr"]
+
+
+def test_the_raw_weights_of_a_frozen_half_are_in_the_rest(image_folder, tmp_path):
+    loss = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+    model = build(use_ema=True, ema_decay=DECAY, freeze_encoder=True, lossconfig=loss)
+    run(model, image_folder, 2).save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert all(name.startswith("decoder.") for name in checkpoint["current_model_state"])
+    raw = read_weights(tmp_path / "a.ckpt", raw=True)
+    assert_same(raw, {**model.autoencoder.state_dict(), **checkpoint["current_model_state"]})
+
+
+def test_whole_copies_that_earlier_versions_wrote(image_folder, tmp_path):
+    """Lightning's callback kept two states of the whole model: they load, and training goes on as if never stopped."""
+
+    def train(steps: int, resume: Path | None = None) -> Path:
+        model = build(against(lecam_weight=0.1), use_ema=True, ema_decay=DECAY)
+        if resume is not None:
+            model.images_seen = torch.load(resume, weights_only=True)["images_seen"]
+        trainer = run(model, image_folder, steps, ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return tmp_path / f"{steps}.ckpt"
+
+    checkpoint = torch.load(train(2), weights_only=True)
+    raw = {**checkpoint["state_dict"], **checkpoint["current_model_state"]}
+    averaged = {
+        name: t if name.startswith(AUTOENCODER) or not t.is_floating_point() else t + 1  # of the discriminator
+        for name, t in checkpoint["state_dict"].items()
+    }
+    old = {**checkpoint, "state_dict": averaged, "current_model_state": raw}
+    old["callbacks"] = {"EMAWeightAveraging": {"latest_update_step": 2}}
+    torch.save(old, tmp_path / "old.ckpt")
+    for kind, state in (({}, averaged), ({"raw": True}, raw)):
+        expected = {name: t for name, t in state.items() if name.startswith(AUTOENCODER)}
+        assert_same(read_weights(tmp_path / "old.ckpt", **kind), expected)
+
+    whole, resumed = (torch.load(train(5, resume), weights_only=True) for resume in (None, tmp_path / "old.ckpt"))
+    assert int(whole["averaging_state"]["n_averaged"]) == int(resumed["averaging_state"]["n_averaged"]) == 5
+    for part in ("state_dict", "current_model_state"):
+        assert_same(whole[part], resumed[part])
+
+
+def test_there_is_none_unless_asked_for():
+    assert build().configure_callbacks() == []
+    (callback,) = build(use_ema=True, ema_decay=0.25).configure_callbacks()
+    assert isinstance(callback, WeightAverage)
+    assert callback.decay == 0.25
+    with pytest.raises(ValueError, match="decay"):
+        WeightAverage(1.5)

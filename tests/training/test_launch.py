@@ -1,0 +1,155 @@
+"""Processes that torchrun or srun started: as many as the flags name, and one run folder for all."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from olvae.config import ConfigError, save
+from olvae.training.launch import check_launcher, find_launcher, process_count
+from olvae.training.run import RUN_ENV, TrainOptions, train
+from tests.conftest import tiny_config
+from tests.test_devices import free_port
+
+
+def torchrun(rank: int = 0, nodes: int = 1, per_node: int = 1) -> dict[str, str]:
+    """The variables that torchrun sets."""
+    return {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % per_node),
+        "GROUP_RANK": str(rank // per_node),
+        "WORLD_SIZE": str(nodes * per_node),
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+
+
+def srun(rank: int = 0, nodes: int = 1, per_node: int = 1) -> dict[str, str]:
+    """The variables that SLURM sets with --nodes and --ntasks-per-node."""
+    return {
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_NTASKS": str(nodes * per_node),
+        "SLURM_NTASKS_PER_NODE": str(per_node),
+        "SLURM_NNODES": str(nodes),
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank % per_node),
+        "SLURM_NODEID": str(rank // per_node),
+    }
+
+
+@pytest.fixture
+def under(monkeypatch):
+    """Set a launcher's variables."""
+
+    def set_all(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    for name in (RUN_ENV, "MASTER_ADDR", "MASTER_PORT", *torchrun(), *srun()):
+        monkeypatch.delenv(name, raising=False)
+    return set_all
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [({"devices": 2}, 2), ({"devices": [0, 3]}, 2), ({"devices": 2, "num_nodes": 3}, 6)],
+)
+def test_processes_are_devices_times_nodes(trainer, count):
+    assert process_count(trainer) == count
+
+
+def test_who_started_the_processes(under):
+    assert find_launcher() is None
+    under(srun(3, nodes=2, per_node=2))
+    slurm = find_launcher()
+    assert isinstance(slurm, SLURMEnvironment)
+    assert (slurm.global_rank(), slurm.local_rank(), slurm.node_rank(), slurm.world_size()) == (3, 1, 1, 4)
+    assert not slurm.auto_requeue
+    under({"SLURM_JOB_NAME": "interactive"})
+    assert find_launcher() is None
+    under({"SLURM_JOB_NAME": "train", **torchrun(1, per_node=2)})  # one torchrun on each node, by srun
+    assert isinstance(find_launcher(), TorchElasticEnvironment)
+
+
+@pytest.mark.parametrize("launcher", [torchrun, srun])
+def test_as_many_processes_as_the_flags_name(under, launcher):
+    name = launcher.__name__
+    under(launcher(nodes=2, per_node=2))
+    check_launcher({"devices": [0, 1], "num_nodes": 2})
+    for trainer, text in (
+        ({"devices": 1}, r"name 1 device: set --gpus 2, or .*devices=2, and lightning\.trainer\.num_nodes=2"),
+        ({"devices": 4, "num_nodes": 1}, r"name 4 devices: set --gpus 2, or .*num_nodes=2; or set --n\S+ to 4"),
+        ({"devices": 2, "num_nodes": 3}, r"name 6 devices on 3 nodes: set .*lightning\.trainer\.num_nodes=2"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name} started 4 processes on 2 nodes, but .* {text}"):
+            check_launcher(trainer)
+    under(launcher())
+    check_launcher({"devices": 1})
+    with pytest.raises(ConfigError, match=rf"{name} started 1 process, but .* name 8 devices: .* set --n\S+ to 8"):
+        check_launcher({"devices": 8})
+
+
+def test_mistakes_without_a_launcher_and_with_slurms_other_option(under, monkeypatch):
+    check_launcher({"devices": 2})  # Lightning starts them
+    with pytest.raises(ConfigError, match=r"num_nodes: 2: start the command on each node with torchrun or srun"):
+        check_launcher({"devices": 2, "num_nodes": 2})
+    under(srun(per_node=2))
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(ConfigError, match="srun: give the number of tasks with --ntasks-per-node"):
+        check_launcher({"devices": 2})
+
+
+@pytest.mark.parametrize("launcher", [torchrun, srun])
+def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under, launcher):
+    """The first process of all makes it; the others write nothing, and remove nothing."""
+    save(tiny_config(image_folder, use_ema=True), tmp_path / "tiny.yaml")
+    port = str(free_port())
+    overrides = ("lightning.trainer.num_nodes=2", "lightning.trainer.max_steps=2", "lightning.trainer.accelerator=cpu")
+
+    def work(rank: int) -> None:
+        under({**launcher(rank, nodes=2), "MASTER_PORT": port})
+        run = train(TrainOptions([tmp_path / "tiny.yaml"], overrides, tmp_path / "runs", gpus="0"))
+        (tmp_path / f"path{rank}").write_text(str(run.path))
+
+    context = multiprocessing.get_context("fork")  # which have imported everything
+    both = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {Path((tmp_path / f"path{rank}").read_text()) for rank in range(2)} == {run}
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (checkpoint["global_step"], checkpoint["images_seen"]) == (2, 16)
+    assert len(list((run / "tensorboard").glob("events.*"))) == 1
+
+
+def test_a_start_that_fails_under_a_launcher_leaves_nothing(tmp_path, image_folder, under):
+    save(tiny_config(image_folder, betas=[0.5, 3.0]), tmp_path / "tiny.yaml")
+    under(srun())
+    with pytest.raises(ValueError, match="Invalid beta"):
+        train(TrainOptions([tmp_path / "tiny.yaml"], (), tmp_path / "runs", gpus="0"))
+    assert not any((tmp_path / "runs").iterdir())
+
+
+def test_only_the_first_process_of_a_node_reports_a_stop(monkeypatch, under):
+    from olvae.cli import train as cli
+    from olvae.training.run import TrainingStopped
+
+    def stopped(_: object) -> None:
+        raise TrainingStopped
+
+    monkeypatch.setattr("olvae.training.run.train", stopped)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    for rank, code in ((2, 130), (3, 0)):
+        under(srun(rank, nodes=2, per_node=2))
+        with pytest.raises(SystemExit) as caught:
+            cli.command()
+        assert caught.value.code == code

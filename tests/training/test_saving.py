@@ -1,0 +1,158 @@
+"""Checkpoints written in a thread: what is in them, in which order, and what is left after a failure."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from olvae.training.callbacks import KeepCheckpoints
+from olvae.training.saving import BackgroundCheckpointIO
+from tests.conftest import tiny_config
+from tests.models.steps import against, build
+
+SAVE = torch.save
+
+
+def content(value: float) -> dict:
+    """As a trainer's: nested, with several types."""
+    state = {"a": torch.full((3, 2), value), "b": torch.full((2, 2, 2, 2), value).to(memory_format=torch.channels_last)}
+    return {"state_dict": state, "optimizer_states": [{"state": {0: {"step": torch.tensor(value)}}}], "loops": (1, "x")}
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def half_a_file(fail):
+    """A torch.save that writes half of a file, and then fails."""
+
+    def save(value: object, path: Path) -> None:
+        SAVE(value, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        fail()
+
+    return save
+
+
+def full_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_is_saved_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    """The call returns while the writer has not begun; weights, and the dicts around them, then change."""
+    may_write, saving, given = Event(), BackgroundCheckpointIO(), content(1.0)
+
+    def slow(value: object, path: Path) -> None:
+        assert may_write.wait(60)
+        SAVE(value, path)
+
+    monkeypatch.setattr(torch, "save", slow)
+    saving.save_checkpoint(given, tmp_path / "a.ckpt")
+    assert not list(tmp_path.iterdir())
+    for tensor in (*given["state_dict"].values(), given["optimizer_states"][0]["state"][0]["step"]):
+        tensor.zero_()
+    given["state_dict"]["c"] = torch.ones(1)
+    may_write.set()
+    saving.wait()
+    saved, expected = load(tmp_path / "a.ckpt"), content(1.0)
+    assert saved["state_dict"].keys() == expected["state_dict"].keys()
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(saved["state_dict"][name], tensor)
+        assert saved["state_dict"][name].stride() == tensor.stride()
+    assert saved["optimizer_states"] == expected["optimizer_states"]
+    assert saved["loops"] == (1, "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_saves_keep_their_order(tmp_path, monkeypatch):
+    """The second waits for the first; the note comes after its checkpoint."""
+    saving, seen = BackgroundCheckpointIO(), []
+
+    def record(value: object, path: Path) -> None:
+        begun = sorted(file.name for file in tmp_path.iterdir())
+        SAVE(value, path)
+        seen.append(begun)
+
+    monkeypatch.setattr(torch, "save", record)
+    for name, note in (("best", {"step": 1}), ("last", None), ("best", {"step": 3})):
+        saving.save_checkpoint(content(len(seen)), tmp_path / f"{name}.ckpt", storage_options=note)
+    saving.teardown()
+    assert seen == [[], ["best.ckpt", "best.json"], ["best.ckpt", "best.json", "last.ckpt"]]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 3}
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, at_the_end):
+    saving, path = BackgroundCheckpointIO(), tmp_path / "best.ckpt"
+    saving.save_checkpoint(content(1.0), path, storage_options={"step": 1})
+    saving.wait()
+    monkeypatch.setattr(torch, "save", half_a_file(full_disk))
+    saving.save_checkpoint(content(2.0), path, storage_options={"step": 2})
+    with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written: .*No space left") as caught:
+        saving.teardown() if at_the_end else saving.save_checkpoint(content(3.0), path)
+    assert str(tmp_path) in str(caught.value)
+    saving.teardown()  # told once
+    assert torch.equal(load(path)["state_dict"]["a"], torch.ones(3, 2))
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.ckpt", "best.json"]
+
+
+def test_a_kill_in_the_middle_leaves_the_file_before(tmp_path, monkeypatch):
+    saving, path = BackgroundCheckpointIO(), tmp_path / "last.ckpt"
+    saving.save_checkpoint(content(1.0), path)
+    saving.wait()
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:
+        torch.save = half_a_file(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        saving.save_checkpoint(content(2.0), path)
+        saving.wait()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.glob(".partial-*"))) == 1  # which the next training in this folder removes
+
+
+def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, image_folder, monkeypatch, capfd):
+    def last_fails(value: dict, path: Path) -> None:
+        half_a_file(full_disk)(value, path) if value["global_step"] == 4 and "last" in path.name else SAVE(value, path)
+
+    monkeypatch.setattr(torch, "save", last_fails)
+    keep = "lightning.callbacks.keep"
+    overrides = (f"{keep}.target=olvae.training.callbacks.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
+    with pytest.raises(OSError, match=r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left"):
+        train_with(*overrides, config=tiny_config(image_folder))
+    assert "done after" not in capfd.readouterr().err
+    (run,) = (tmp_path / "runs").iterdir()
+    assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+    assert not list(run.glob("checkpoints/.partial-*"))
+
+
+def test_weights_are_checked_with_one_read(tmp_path):
+    """Of the device, however many parameters there are."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    saved, model = [], build(against())
+    trainer = SimpleNamespace(
+        default_root_dir=tmp_path, global_step=3, save_checkpoint=lambda path, storage_options: saved.append(path.name)
+    )
+    with Reads() as reads:
+        KeepCheckpoints()._save(trainer, model, "last.ckpt")
+    assert reads.count == 1
+    with torch.no_grad():
+        next(model.adversary.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="non-finite weights at step 3"):
+        KeepCheckpoints()._save(trainer, model, "last.ckpt")
+    assert saved == ["last.ckpt"]
