@@ -65,6 +65,8 @@ class LiteAutoencoderKL(ValidatedModule):
         activation_bound: a size that activations should not exceed in the networks that are trained, such as 8192 to be
             safe in fp16, which ends at 65504; None bounds nothing.
         activation_weight: of what exceeds the bound, relative to it, squared.
+        checkpoint: keep only what goes into each block of the decoder, the encoder, or both (true) for the backward
+            pass, and compute the rest again there: less memory, more time, the same gradients.
         teacher_config: the :class:`Teacher` of a distillation. The encoder learns its latents; the decoder learns
             images from its latents; with one of them frozen, validation takes the teacher's half in its place.
         scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model,
@@ -104,6 +106,7 @@ class LiteAutoencoderKL(ValidatedModule):
         equivariance: float = 0.0,
         activation_bound: float | None = None,
         activation_weight: float = 1.0,
+        checkpoint: bool | Literal["encoder", "decoder"] = False,
         teacher_config: Node | None = None,
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
@@ -155,6 +158,9 @@ class LiteAutoencoderKL(ValidatedModule):
         self.for_diffusion = autoencoder.for_diffusion
         self.anchor = Anchor(self.encoder, self.quantizer) if anchor_weight else None
         self.bound = ActivationBound(activation_bound) if activation_bound is not None else None
+        for half, network in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if checkpoint in (True, half):
+                network.checkpoint_steps()
         if channels_last:
             self.to(memory_format=torch.channels_last)
 
@@ -177,6 +183,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.anchor_weight = anchor_weight
         self.equivariance = equivariance
         self.activation_weight = activation_weight
+        self.checkpoint = checkpoint
         guessed = self.teacher is not None and not self.teacher.model.factors_known and scaling_factor is None
         mistakes = [
             *([f"scaling_factor: {NO_FACTORS}"] if guessed else ()),
@@ -191,6 +198,8 @@ class LiteAutoencoderKL(ValidatedModule):
                 equivariance=equivariance,
                 latent_noise=latent_noise,
                 latent_noise_of=latent_noise_of,
+                checkpoint=checkpoint,
+                bounded=self.bound is not None,
             ),
         ]
         if mistakes:
