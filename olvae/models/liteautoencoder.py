@@ -18,7 +18,7 @@ from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.choices import contradictions
-from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
+from olvae.models.optimization import adam_of, grad_scaler, gradient_ratio, lr_factor, mix_seeds
 from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.teacher import NO_FACTORS, Teacher
@@ -47,6 +47,7 @@ class LiteAutoencoderKL(ValidatedModule):
         ema_decay: decay of that average.
         learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
         betas: Adam's [P App. F].
+        optimizer: ``adam``, or ``adam8bit``, bitsandbytes', whose states take two bytes a weight instead of eight.
         scheduler: ``constant`` or ``cosine``, after a linear warm-up.
         warmup_steps, decay_steps, min_lr_factor: see :func:`lr_factor`; decay_steps is the run's last step by
             default.
@@ -89,6 +90,7 @@ class LiteAutoencoderKL(ValidatedModule):
         ema_decay: float = 0.999,
         learning_rate: float = 1e-4,
         betas: tuple[float, float] | list[float] = (0.5, 0.9),
+        optimizer: Literal["adam", "adam8bit"] = "adam",
         scheduler: Literal["constant", "cosine"] = "constant",
         warmup_steps: int = 0,
         decay_steps: int | None = None,
@@ -124,6 +126,7 @@ class LiteAutoencoderKL(ValidatedModule):
             raise ValueError(f"gradient_clip_val must not be negative, got {gradient_clip_val}")
         if scheduler not in ("constant", "cosine"):
             raise ValueError(f"scheduler must be constant or cosine, got {scheduler!r}")
+        adam_of(optimizer)  # raises if its library is missing
 
         autoencoder = LiteVAE.from_config(encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
         self.encoder = autoencoder.encoder
@@ -168,6 +171,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.ema_decay = ema_decay
         self.learning_rate = learning_rate
         self.betas = (betas[0], betas[1])
+        self.optimizer = optimizer
         self.scheduler = scheduler
         self.warmup_steps = warmup_steps
         self.decay_steps = decay_steps
@@ -478,8 +482,8 @@ class LiteAutoencoderKL(ValidatedModule):
         def factor(step: int) -> float:
             return lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
 
-        adam, schedule = torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR
-        optimizers = [adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=self.betas, fused=True)]
+        adam, schedule = adam_of(self.optimizer), torch.optim.lr_scheduler.LambdaLR
+        optimizers = [adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=self.betas)]
         schedules = [schedule(optimizers[0], factor)]
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
@@ -488,7 +492,7 @@ class LiteAutoencoderKL(ValidatedModule):
             def own_warmup(updates: int) -> float:  # counted from its first update; then it follows the autoencoder's
                 return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
 
-            optimizers.append(adam(parameters, lr=rate, betas=self.adversary.betas, fused=True))
+            optimizers.append(adam(parameters, lr=rate, betas=self.adversary.betas))
             schedules.append(schedule(optimizers[1], own_warmup))
         return optimizers, schedules
 
