@@ -67,7 +67,7 @@ def _memory(config: dict[str, Any], name: str) -> "Table":
         pad_edge=False,
         title=f"{name}: GiB of a training step on a GPU",
         caption="fixed: weights, gradients, Adam, averages, and what is kept whatever the batch. Then for each image "
-        "of a micro-batch, by model.params.checkpoint. A tenth to a fifth comes on top.",
+        "of a micro-batch, by model.params.checkpoint. A tenth to a quarter comes on top.",
     )
     for heading in ("size", "precision", "phase", "fixed", *(f"{value}".lower() for value in CHECKPOINTS)):
         table.add_column(heading, justify="left" if heading in ("precision", "phase") else "right", no_wrap=True)
