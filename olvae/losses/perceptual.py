@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from olvae.modules.lpips import perceptual_network
@@ -27,7 +28,7 @@ class LPIPS(nn.Module):
 
     Args:
         weights: torchvision's VGG16 ImageNet weights, a file named vgg16-397923af.pth; by default searched, then
-            downloaded: :func:`olvae.weights.find_weights`.
+            downloaded: :func:`olvae.weights.find_weights`. On the meta device, where nothing has values, none are read.
 
     Raises:
         FileNotFoundError: the weights are missing.
@@ -36,6 +37,9 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
+        if torch.empty(0).device.type == "meta":
+            self.__dict__["network"] = perceptual_network("vgg", None)
+            return
         if weights is not None and not Path(weights).is_file():
             raise FileNotFoundError(f"LPIPS needs {weights}, which is missing: get {VGG16.url}, or {REMEDY}")
         path = find_weights(VGG16, remedy=REMEDY) if weights is None else Path(weights)

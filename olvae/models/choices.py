@@ -17,23 +17,30 @@ def contradictions(
     equivariance: float = 0.0,
     latent_noise: float = 0.0,
     latent_noise_of: str = "posterior",
-    watched: bool = False,
+    checkpoint: bool | str = False,
+    bounded: bool = False,
     compiled: bool = False,
 ) -> Iterator[str]:
     """One line for each contradiction among the arguments of LiteAutoencoderKL.
 
     Args:
         terms: of the objective, those whose weight is above 0.
-        anchored, adversarial, watched: whether there is an anchor, an adversary, a bound on activations.
+        anchored, adversarial, bounded: whether there is an anchor, an adversary, a bound on activations.
         compiled: whether the networks are compiled.
     """
     if latent_noise < 0:
         yield f"latent_noise must not be negative, got {latent_noise}"
     if latent_noise_of not in ("posterior", "data"):
         yield f"latent_noise_of must be posterior or data, got {latent_noise_of!r}"
+    if checkpoint not in (True, False, "encoder", "decoder"):
+        yield f"checkpoint must be true, false, encoder or decoder, got {checkpoint!r}"
+    elif checkpoint and bounded:
+        yield "checkpoint, activation_bound: a bound needs the activations that checkpointing drops: leave one out"
+    elif (checkpoint == "encoder" and freeze_encoder) or (checkpoint == "decoder" and freeze_decoder):
+        yield f"checkpoint: the {checkpoint} is frozen, so nothing of it is kept for a backward pass: leave it out"
     if freeze_encoder and freeze_decoder:
         yield "freeze_encoder, freeze_decoder: nothing is left to train"
-    if watched and compiled:
+    if bounded and compiled:
         yield "compile: activation_bound looks at every activation, which compiled networks do not show: leave one out"
 
     # A frozen half has no losses.

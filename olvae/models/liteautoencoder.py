@@ -20,7 +20,7 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
 from olvae.models.choices import contradictions
 from olvae.models.compilation import compile_networks
-from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
+from olvae.models.optimization import adam_of, grad_scaler, gradient_ratio, lr_factor, mix_seeds
 from olvae.models.players import PlayersStrategy
 from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
 from olvae.models.spec import FOR_DIFFUSION, check_factors
@@ -50,6 +50,7 @@ class LiteAutoencoderKL(ValidatedModule):
         ema_decay: decay of that average.
         learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
         betas: Adam's [P App. F].
+        optimizer: ``adam``, or ``adam8bit``, bitsandbytes', whose states take two bytes a weight instead of eight.
         scheduler: ``constant`` or ``cosine``, after a linear warm-up.
         warmup_steps, decay_steps, min_lr_factor: see :func:`lr_factor`; decay_steps is the run's last step by
             default.
@@ -70,6 +71,8 @@ class LiteAutoencoderKL(ValidatedModule):
         activation_bound: a size that activations should not exceed in the networks that are trained, such as 8192 to be
             safe in fp16, which ends at 65504; None bounds nothing.
         activation_weight: of what exceeds the bound, relative to it, squared.
+        checkpoint: keep only what goes into each block of the decoder, the encoder, or both (true) for the backward
+            pass, and compute the rest again there: less memory, more time, the same gradients.
         teacher_config: the :class:`Teacher` of a distillation. The encoder learns its latents; the decoder learns
             images from its latents; with one of them frozen, validation takes the teacher's half in its place.
         scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model,
@@ -92,6 +95,7 @@ class LiteAutoencoderKL(ValidatedModule):
         ema_decay: float = 0.999,
         learning_rate: float = 1e-4,
         betas: tuple[float, float] | list[float] = (0.5, 0.9),
+        optimizer: Literal["adam", "adam8bit"] = "adam",
         scheduler: Literal["constant", "cosine"] = "constant",
         warmup_steps: int = 0,
         decay_steps: int | None = None,
@@ -110,6 +114,7 @@ class LiteAutoencoderKL(ValidatedModule):
         equivariance: float = 0.0,
         activation_bound: float | None = None,
         activation_weight: float = 1.0,
+        checkpoint: bool | Literal["encoder", "decoder"] = False,
         teacher_config: Node | None = None,
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
@@ -127,6 +132,7 @@ class LiteAutoencoderKL(ValidatedModule):
             raise ValueError(f"gradient_clip_val must not be negative, got {gradient_clip_val}")
         if scheduler not in ("constant", "cosine"):
             raise ValueError(f"scheduler must be constant or cosine, got {scheduler!r}")
+        adam_of(optimizer)  # raises if its library is missing
 
         autoencoder = LiteVAE.from_config(encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
         self.encoder = autoencoder.encoder
@@ -161,6 +167,9 @@ class LiteAutoencoderKL(ValidatedModule):
         self.for_diffusion = autoencoder.for_diffusion
         self.anchor = Anchor(self.encoder, self.quantizer) if anchor_weight else None
         self.bound = ActivationBound(activation_bound) if activation_bound is not None else None
+        for half, network in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if checkpoint in (True, half):
+                network.checkpoint_steps()
         if channels_last:
             self.to(memory_format=torch.channels_last)
 
@@ -168,6 +177,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.ema_decay = ema_decay
         self.learning_rate = learning_rate
         self.betas = (betas[0], betas[1])
+        self.optimizer = optimizer
         self.scheduler = scheduler
         self.warmup_steps = warmup_steps
         self.decay_steps = decay_steps
@@ -184,6 +194,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.anchor_weight = anchor_weight
         self.equivariance = equivariance
         self.activation_weight = activation_weight
+        self.checkpoint = checkpoint
         guessed = self.teacher is not None and not self.teacher.model.factors_known and scaling_factor is None
         mistakes = [
             *([f"scaling_factor: {NO_FACTORS}"] if guessed else ()),
@@ -198,7 +209,8 @@ class LiteAutoencoderKL(ValidatedModule):
                 equivariance=equivariance,
                 latent_noise=latent_noise,
                 latent_noise_of=latent_noise_of,
-                watched=self.bound is not None,
+                checkpoint=checkpoint,
+                bounded=self.bound is not None,
                 compiled=compile,
             ),
         ]
@@ -498,8 +510,8 @@ class LiteAutoencoderKL(ValidatedModule):
         def factor(step: int) -> float:
             return lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
 
-        adam, schedule = torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR
-        optimizers = [adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=self.betas, fused=True)]
+        adam, schedule = adam_of(self.optimizer), torch.optim.lr_scheduler.LambdaLR
+        optimizers = [adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=self.betas)]
         schedules = [schedule(optimizers[0], factor)]
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
@@ -508,7 +520,7 @@ class LiteAutoencoderKL(ValidatedModule):
             def own_warmup(updates: int) -> float:  # counted from its first update; then it follows the autoencoder's
                 return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
 
-            optimizers.append(adam(parameters, lr=rate, betas=self.adversary.betas, fused=True))
+            optimizers.append(adam(parameters, lr=rate, betas=self.adversary.betas))
             schedules.append(schedule(optimizers[1], own_warmup))
         return optimizers, schedules
 

@@ -1,18 +1,54 @@
-"""What a training step computes around its losses: seeds, learning rates, the scale of fp16, a ratio of gradients."""
+"""What a training step needs around its losses: seeds, optimizers, rates, the scale of fp16, a ratio of gradients."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["grad_scaler", "gradient_ratio", "last_convolution", "lr_factor", "mix_seeds"]
+from olvae.config import ConfigError
+
+__all__ = ["adam_of", "adam_state_bytes", "grad_scaler", "gradient_ratio", "last_convolution", "lr_factor", "mix_seeds"]
 
 
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, different for each list of them."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0] >> 1)
+
+
+def adam_of(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """torch's ``adam``, or bitsandbytes' ``adam8bit``, whose states take two bytes a weight instead of eight.
+
+    Raises:
+        ValueError: another name.
+        ConfigError: bitsandbytes is not installed.
+    """
+    if name == "adam":
+        return partial(torch.optim.Adam, fused=True)
+    if name != "adam8bit":
+        raise ValueError(f"optimizer must be adam or adam8bit, got {name!r}")
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError as error:
+        raise ConfigError(
+            "model.params.optimizer: adam8bit needs bitsandbytes: pip install 'open-litevae[adam8bit]'"
+        ) from error
+    return cast("Callable[..., torch.optim.Optimizer]", Adam8bit)
+
+
+def adam_state_bytes(name: str, parameter: Tensor) -> int:
+    """Bytes of the two moments that an optimizer of :func:`adam_of` holds for a parameter.
+
+    In 8 bits each block of 256 values has a scale in float32; a parameter of less than 4096 values stays in float32.
+    """
+    values = parameter.numel()
+    if name == "adam" or values < 4096:
+        return 2 * parameter.element_size() * values
+    return 2 * (values + 4 * -(-values // 256))
 
 
 def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:

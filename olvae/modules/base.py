@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Decoder", "Encoder", "Stage", "count_macs", "count_parameters", "weights_checksum"]
+__all__ = ["Decoder", "Encoder", "Stage", "Steps", "count_macs", "count_parameters", "weights_checksum"]
 
 
 class Stage(NamedTuple):
@@ -25,7 +26,27 @@ class Stage(NamedTuple):
     scale: int = 1
 
 
-class _Network(nn.Module):
+class Steps(nn.Module):
+    """A network whose forward pass hands its steps to :meth:`step`."""
+
+    checkpoint: bool = False
+    """Whether training keeps what goes into each step alone, and computes the step again in the backward pass."""
+
+    def step(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """``run(*inputs)``; dropout draws the same numbers when it is computed again."""
+        if self.checkpoint and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(run, *inputs, use_reentrant=False)
+            return out
+        return run(*inputs)
+
+    def checkpoint_steps(self) -> None:
+        """Turn :attr:`checkpoint` on, in the networks inside as well."""
+        for network in self.modules():
+            if isinstance(network, Steps):
+                network.checkpoint = True
+
+
+class _Network(Steps):
     node: dict[str, Any]
     """The ``target`` and ``params`` that build this network again, with defaults, for the config of a saved model."""
 

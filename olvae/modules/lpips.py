@@ -17,13 +17,13 @@ TRUNKS: dict[Trunk, WeightsFile] = {"vgg": VGG16, "alex": ALEXNET}
 """The trunks by the lpips package's names, and torchvision's files for them."""
 
 
-def perceptual_network(trunk: Trunk, path: Path) -> nn.Module:
+def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
     """LPIPS (Zhang et al. 2018), version 0.1 with its own linear heads; frozen, in evaluation mode.
 
     Two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1).
 
     Args:
-        path: the trunk's file of :data:`TRUNKS`.
+        path: the trunk's file of :data:`TRUNKS`; None for random weights, to count the network.
 
     Raises:
         ValueError: the file holds something else.
@@ -35,6 +35,9 @@ def perceptual_network(trunk: Trunk, path: Path) -> nn.Module:
         network = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     assert isinstance(network, nn.Module)
     assert isinstance(network.net, nn.Module)
+    network.requires_grad_(False).eval()
+    if path is None:
+        return network
     state = read_weights_file(path, TRUNKS[trunk], "features.")
     for name, own in sorted(network.net.state_dict().items()):
         source = f"features.{name.split('.', 1)[1]}"  # the package cuts torchvision's trunk into slices
@@ -43,4 +46,4 @@ def perceptual_network(trunk: Trunk, path: Path) -> nn.Module:
             wrong = "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"
             raise ValueError(f"{path} is not a file of {TRUNKS[trunk].what} weights: {source} {wrong}")
         own.copy_(found)
-    return network.requires_grad_(False).eval()
+    return network

@@ -60,6 +60,10 @@ class SDEncoder(Encoder):
         )
         set_padding(self.model, padding)
 
+    def checkpoint_steps(self) -> None:
+        super().checkpoint_steps()
+        _take_steps(self)
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.model(x)
         return out
@@ -102,9 +106,19 @@ class SDDecoder(Decoder):
         )
         set_padding(self.model, padding)
 
+    def checkpoint_steps(self) -> None:
+        super().checkpoint_steps()
+        _take_steps(self)
+
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.model(z)
         return out
+
+
+def _take_steps(network: SDEncoder | SDDecoder) -> None:
+    """Let diffusers' network hand its blocks to :meth:`Steps.step`: each level, and the middle."""
+    network.model.gradient_checkpointing = True
+    network.model._gradient_checkpointing_func = network.step  # type: ignore[assignment]
 
 
 def set_padding(network: nn.Module, padding: Literal["zeros", "reflect"]) -> None:

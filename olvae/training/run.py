@@ -8,10 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 from olvae import config as cfg
 from olvae import runs
@@ -20,6 +23,7 @@ from olvae.config import Config, ConfigError
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.losses.objective import IMAGE_TERMS
+from olvae.models.footprint import advice, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.players import PlayersStrategy
 from olvae.training.callbacks import (
@@ -48,6 +52,7 @@ __all__ = [
     "TrainingStopped",
     "check_adversary",
     "check_images",
+    "check_memory",
     "quieten",
     "train",
 ]
@@ -151,6 +156,10 @@ def train(options: TrainOptions) -> runs.Run:
             run, precision, trainer_args, config, [stop, UnreadableLimit(), SaveConfig({**config, "run": settings})]
         )
         print_summary(settings, run, trainer, model, source, start)
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            check_memory(model, source, settings["precision"], free, trainer.is_global_zero)
         if model.teacher is not None and resumed is None:  # else it is in the checkpoint
             measure_teacher(model, source, settings["seed"], trainer.strategy.root_device)
         trainer.fit(
@@ -262,6 +271,12 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
     if ("averaging_state" in checkpoint) != model.use_ema:
         raise ConfigError(
             f"model.params.use_ema: {model.use_ema}, but the run to resume was trained with {not model.use_ema}: "
+            "start a new run from its weights with --actual_resume"
+        )
+    states = (state for optimizer in checkpoint["optimizer_states"] for state in optimizer["state"].values())
+    if any("exp_avg" in state for state in states) != (model.optimizer == "adam"):
+        raise ConfigError(
+            f"model.params.optimizer: {model.optimizer}, but the run to resume was trained with the other one: "
             "start a new run from its weights with --actual_resume"
         )
     return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
@@ -402,3 +417,27 @@ def check_adversary(model: LiteAutoencoderKL, source: Source, max_steps: int) ->
     if not set(IMAGE_TERMS) & set(model.objective.weights):
         raise ConfigError("lossconfig.params: an adversary needs one of the losses that compare images beside it")
     adversary.check_image(model.autoencoder.encoder.in_channels, source.size)
+
+
+def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free: int, warns: bool = True) -> None:
+    """Compare what a step needs with the bytes that are free on the device, and warn where it is tight.
+
+    Args:
+        warns: in the first process.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    phase: Literal["A", "B"] = "A" if model.adversary is None else "B"
+    try:
+        counted = footprints(model, source.size, precision)
+    except Exception as error:  # networks of the user's own may need tensors with values: an estimate stops nothing
+        sentence: str | None = f"not counted: {str(error).partition(chr(10))[0] or type(error).__name__}"
+    else:
+        footprint = counted[phase, model.checkpoint]
+        checkpointed = counted[phase, True] if model.bound is None else footprint
+        sentence = advice(free, source.batch_size, model.accumulate_grad_batches, footprint, checkpointed)
+        if footprint.least(1) > free:
+            raise ConfigError(f"data.params.batch_size: not even one image fits: {sentence}")
+    if warns and sentence is not None:
+        Console(stderr=True).print(f"[yellow]warning:[/] memory: {sentence}", highlight=False, soft_wrap=True)

@@ -234,6 +234,12 @@ def test_without_noise_a_step_is_what_it_was(image_folder):
         ({"freeze_encoder": True, "freeze_decoder": True}, "nothing is left to train"),
         ({"freeze_decoder": True, "latent_noise": 0.1}, "the decoder is frozen"),
         ({"freeze_decoder": True, "adversary_config": against()}, "an adversary has nothing to train"),
+        ({"checkpoint": "all"}, "checkpoint must be true, false, encoder or decoder, got 'all'"),
+        ({"checkpoint": True, "activation_bound": 1.0}, "checkpoint, activation_bound: a bound needs"),
+        (
+            {"checkpoint": "encoder", "freeze_encoder": True, "lossconfig": WITHOUT_KL},
+            "checkpoint: the encoder is frozen",
+        ),
     ],
 )
 def test_choices_that_contradict_each_other(settings, message):
@@ -281,3 +287,19 @@ def test_a_bounded_model_can_be_trained_again(image_folder):
     for _ in range(2):
         fit(model, image_folder, 1)
     assert metrics(model)["train/activation"] > 0
+
+
+@pytest.mark.parametrize("checkpoint", [True, "encoder", "decoder"])
+def test_computing_steps_again_changes_nothing_else(image_folder, checkpoint):
+    """Weights after three steps with an adversary and averages, bit for bit; the average keeps its names."""
+    settings = {"use_ema": True, "sample_posterior": True}
+    plain, again = (
+        fit(build(against(weight=0.5, adaptive_weight=True), checkpoint=value, **settings), image_folder, 3)
+        for value in (False, checkpoint)
+    )
+    assert_same(snapshot(plain), snapshot(again))
+    assert metrics(plain) == metrics(again)
+    assert [again.encoder.checkpoint, again.decoder.checkpoint] == [
+        checkpoint in (True, h) for h in ("encoder", "decoder")
+    ]
+    assert list(again.state_dict()) == list(plain.state_dict())

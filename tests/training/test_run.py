@@ -13,16 +13,18 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError, instantiate, load, save
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.mapped.folder import FolderSource
 from olvae.metrics.pixel import psnr
+from olvae.models.footprint import MARGIN, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from olvae.training import run as training
-from olvae.training.run import TrainOptions, check_adversary, check_images, train
+from olvae.training.run import TrainOptions, check_adversary, check_images, check_memory, train
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 
@@ -119,6 +121,22 @@ def test_stopping_and_resuming_is_not_stopping(go, overrides):
     resumed = go("lightning.trainer.max_steps=8", resume=half.path)
     assert resumed.path == half.path
     assert_same_state(whole, resumed)
+
+
+WIDE = "model.params.decoder_config.params.channels=24"  # convolutions of more than 4096 weights, which 8 bits are for
+
+
+def test_resuming_with_states_of_8_bits(go):
+    pytest.importorskip("bitsandbytes")
+    eight = ("model.params.optimizer=adam8bit", WIDE)
+    whole, half = (go(f"lightning.trainer.max_steps={steps}", *eight) for steps in (4, 2))
+    resumed = go("lightning.trainer.max_steps=4", resume=half.path)
+    one, other = (tree_leaves(checkpoint(run)) for run in (whole, resumed))
+    assert torch.uint8 in {leaf.dtype for leaf in one if isinstance(leaf, torch.Tensor)}
+    for a, b in zip(one, other, strict=True):
+        assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
+    with pytest.raises(ConfigError, match="optimizer: adam, but the run to resume was trained with the other one"):
+        go("lightning.trainer.max_steps=6", "model.params.optimizer=adam", resume=half.path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -567,3 +585,27 @@ def test_an_adversary_is_checked_for_a_term_beside_it(image_folder):
     playing.objective.weights = {"kl": 1e-6}
     with pytest.raises(ConfigError, match="one of the losses that compare images"):
         check_adversary(playing, source(image_folder), 4)
+
+
+def test_memory_is_checked_before_the_first_step(image_folder, capfd):
+    counted = footprints(model(), 16, "32")["A", False]
+    enough = int(MARGIN * counted.total(4)) + 1
+    check_memory(model(), source(image_folder), "32", enough)
+    assert capfd.readouterr().err == ""
+    check_memory(model(), source(image_folder), "32", enough - 2)
+    err = capfd.readouterr().err
+    assert "warning: memory: a step with 4 images needs about 0.0 GiB" in err
+    assert (
+        "set data.params.batch_size=2 lightning.trainer.accumulate_grad_batches=2 or model.params.checkpoint=true"
+        in err
+    )
+    check_memory(model(), source(image_folder), "32", enough - 2, warns=False)
+    assert capfd.readouterr().err == ""
+    check_memory(model(), source(image_folder), "32", counted.least(1))
+    with pytest.raises(ConfigError, match="not even one image fits: a step with 4 images"):
+        check_memory(model(), source(image_folder), "32", counted.least(1) - 1)
+
+
+def test_memory_with_a_bound_is_not_mended_by_checkpointing(image_folder, capfd):
+    check_memory(model(activation_bound=1.0), source(image_folder), "32", 2**20)
+    assert "checkpoint" not in capfd.readouterr().err

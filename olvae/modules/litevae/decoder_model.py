@@ -132,7 +132,7 @@ class LiteVAE_Decoder(Decoder):
             raise ValueError(f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}")
         h = z
         for stage in self.stages():
-            h = stage.run(h)
+            h = self.step(stage.run, h)
         return h
 
     def stages(self) -> list[Stage]:

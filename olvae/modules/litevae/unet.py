@@ -5,11 +5,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from math import gcd
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from olvae.modules.base import Steps
 
 __all__ = ["OpenUNet", "PaperUNet", "UNet"]
 
@@ -69,7 +72,7 @@ class PreActivationBlock(nn.Module):
         return out
 
 
-class UNet(nn.Module, ABC):
+class UNet(Steps, ABC):
     """The order of steps and skips, which both UNets share.
 
     Each block on the way down leaves its output as a skip, each block on the way up takes one; convolutions change the
@@ -95,17 +98,22 @@ class UNet(nn.Module, ABC):
         h = self.init_conv(x)
         skips: list[Tensor] = []
         for step in self.down():
-            h = step(h)
-            if not isinstance(step, nn.Conv2d):
+            if isinstance(step, nn.Conv2d):
+                h = step(h)
+            else:
+                h = self.step(step, h)
                 skips.append(h)
         for step in self.middle():
-            h = step(h)
+            h = self.step(step, h)
         for step in self.up():
-            if not isinstance(step, nn.Conv2d):
-                h = torch.cat((h, skips.pop()), dim=1)  # (B, 2 width, H, W)
-            h = step(h)
+            h = step(h) if isinstance(step, nn.Conv2d) else self.step(partial(_joined, step), h, skips.pop())
         out: Tensor = self.conv_out(h)
         return out
+
+
+def _joined(block: nn.Module, h: Tensor, skip: Tensor) -> Tensor:
+    out: Tensor = block(torch.cat((h, skip), dim=1))  # (B, 2 width, H, W)
+    return out
 
 
 class OpenUNet(UNet):
