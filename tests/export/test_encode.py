@@ -18,8 +18,9 @@ from olvae.data.mapped.folder import find_images
 from olvae.data.shards import write as module
 from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latents.accumulator import LatentAccumulator
-from olvae.export.encode import EncodeJob, EncodeOptions
+from olvae.export.encode import EncodeJob
 from olvae.export.inputs import find_inputs
+from olvae.export.writers import EncodeOptions
 from olvae.models.large.padding import encode_any
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
