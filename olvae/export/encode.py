@@ -245,8 +245,10 @@ class EncodeJob:
         with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != FULL):
             if self.options.size or not isinstance(self.model, LiteVAE):
                 return in_float32(self.model.encode(x))
-            together = max(1, memory // self._image_bytes(self.model, x))
-            moments = [moments_within(self.model, part, memory) for part in x.split(together)]
+            if together := memory // self._image_bytes(self.model, x):
+                moments = [self.model.moments(part) for part in x.split(together)]
+            else:
+                moments = [moments_within(self.model, one, memory) for one in x.split(1)]
         return in_float32(DiagonalGaussian(torch.cat(moments)))
 
     def _image_bytes(self, model: LiteVAE, x: Tensor) -> int:

@@ -139,7 +139,10 @@ class KohyaWriter(LatentWriter):
 
 def _crop(original: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of the original when it is fitted into the encoded size: what the trainer computes."""
-    factor = min(size[0] / original[0], size[1] / original[1])
-    width, height = original[0] * factor, original[1] * factor
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return left, top, left + width, top + height
+    width, height = size
+    if width * original[1] > height * original[0]:
+        fitted: tuple[float, float] = height * original[0] / original[1], height
+    else:
+        fitted = width, width * original[1] / original[0]
+    left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
+    return left, top, left + fitted[0], top + fitted[1]

@@ -4,6 +4,7 @@ Names and shapes are those of extract_features.py and datasets/img_latent_datase
 (docs/encode.md says what was read).
 """
 
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,11 @@ class LightningDiTWriter(LatentWriter):
             return
         own, mirrored = (torch.stack([image.latents[side].mean for image in images]) for side in (0, 1))
         labels = torch.tensor([int(image.item.files["cls"]) for image in images])
-        metadata = {"total_size": str(len(images)), "dtype": str(own.dtype), "device": "cpu"}
-        save_file({"latents": own, "latents_flip": mirrored, "labels": labels}, path, metadata)
+        save_file({"latents": own, "latents_flip": mirrored, "labels": labels}, path)
 
     def finish(self, stats: Mapping[str, Any], images: Mapping[str, int]) -> None:  # noqa: ARG002
         values = {name: torch.tensor(stats[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std")}
+        content = io.BytesIO()  # a file's name would be among the bytes
+        torch.save(values, content)
         with atomic_write(self.folder / STATISTICS) as partial:
-            torch.save(values, partial)
+            partial.write_bytes(content.getvalue())
