@@ -109,7 +109,7 @@ def command(
     describe = {"target": found.name, "source": data}
     encoder = EncodeJob(model, inputs, options, out, describe)
     if where.type == "cpu" and precision == "fp16" and rank == 0:
-        typer.echo("note: fp16 is very slow on a CPU: --precision bf16, or --device cuda", err=True)
+        typer.echo("note: fp16 is slow on a CPU: --precision bf16, or --device cuda", err=True)
     if compiled and not compile_networks([encoder_of(model)], where) and rank == 0:
         typer.echo("note: --compile: no compiler works here, so the encoder is not compiled", err=True)
     if rank == 0 and len(inputs) < world:

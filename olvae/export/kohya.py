@@ -74,6 +74,8 @@ class KohyaWriter(LatentWriter):
             raise ConfigError(f"--format {options.format}: the latents have factors per channel, and it has one of all")
         if isinstance(inputs, ShardInputs):
             raise ConfigError(f"--format {options.format}: its files lie beside images: give a folder, not shards")
+        if inputs.classes:
+            raise ConfigError(f"--classes: {options.format} has no place for labels: leave it out")
         names = set[str]()
         for number in range(len(inputs.images)):
             name = str(PurePosixPath(key := inputs.images.key(number)).with_suffix(""))

@@ -117,6 +117,7 @@ def test_what_it_refuses(tmp_path, image_folder):
         (image_folder, {"kind": "flux", "model": tiny_vae()}, "takes 16 channels at 1/8 .* has 4 at 1/8"),
         (image_folder, {"moments": True}, "--moments: kohya-sdxl holds one latent per image"),
         (image_folder, {"images": True}, "--images: kohya-sdxl has no place"),
+        (image_folder, {"classes": True}, "--classes: kohya-sdxl has no place for labels"),
         (image_folder, {"dtype": "float16"}, "--dtype float16: kohya-sdxl is float32"),
         (image_folder, {"kind": "sd2"}, "--format kohya-sd2: choose from shards, lightningdit, kohya-sd,"),
         (tmp_path / "shards", {}, "lie beside images: give a folder, not shards"),
