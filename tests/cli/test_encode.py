@@ -10,7 +10,6 @@ import torch
 from olvae.cli.main import main
 from olvae.data.image import image_to_tensor, read_picture, to_uint8
 from olvae.data.shards.latents import LatentSource
-from tests.data.images import picture
 from tests.export.latents import pictures, tiny_vae
 from tests.test_devices import fork_two
 
@@ -119,8 +118,7 @@ def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, 
 
 @pytest.mark.slow
 def test_a_compiled_encoder_gives_the_same(olvae, target, tmp_path, image_folder):
-    picture(0, (24, 16)).save(image_folder / "class0/other.png")
-    encode = ["encode", target, "--data", image_folder, "--native", "--dtype", "float32"]
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "-B", 12, "--dtype", "float32"]
     assert olvae(*encode, "--out", tmp_path / "eager")[0] == 0
     code, _, err = olvae(*encode, "--compile", "--out", tmp_path / "compiled")
     assert code == 0
