@@ -5,11 +5,21 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
-__all__ = ["atomic_write", "check_folder", "file_sha256", "legible", "named", "nearest", "printable", "write_json"]
+__all__ = [
+    "atomic_write",
+    "check_folder",
+    "file_sha256",
+    "legible",
+    "named",
+    "nearest",
+    "printable",
+    "safe_path",
+    "write_json",
+]
 
 
 @contextmanager
@@ -68,6 +78,18 @@ def file_sha256(path: Path) -> str:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def safe_path(key: str) -> PurePosixPath:
+    """The path below a folder that the key of an image names.
+
+    Raises:
+        ValueError: it leads out of the folder, or names no file.
+    """
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")
+    return path
 
 
 def legible(name: str) -> str:

@@ -25,7 +25,17 @@ from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.wavelet import dwt2
 
-__all__ = ["DECODERS", "ENCODERS", "NetworkRow", "bench_dwt", "bench_networks", "network_table", "print_table"]
+__all__ = [
+    "DECODERS",
+    "ENCODERS",
+    "SIZES",
+    "NetworkRow",
+    "bench_dwt",
+    "bench_networks",
+    "best_seconds",
+    "network_table",
+    "print_table",
+]
 
 LATENT, FACTOR = 12, 8
 """Latent channels, and pixels per latent position along a side."""
@@ -66,7 +76,7 @@ def bench_networks(
     built = {name: build().eval().to(device) for name, build in networks.items()}
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     memory = {name: _memory(network, x) for name, network in built.items()}
-    best = _best_seconds({name: partial(network, x) for name, network in built.items()}, device, rounds)
+    best = best_seconds({name: partial(network, x) for name, network in built.items()}, device, rounds)
     return [
         {
             "name": name,
@@ -91,7 +101,7 @@ def _memory(network: nn.Module, x: Tensor) -> int:
 
 
 @torch.inference_mode()
-def _best_seconds(functions: Mapping[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
+def best_seconds(functions: Mapping[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
     """The shortest time of each function in some rounds of all, after one that warms up."""
     best = dict.fromkeys(functions, float("inf"))
     for turn in range(rounds + 1):
@@ -132,7 +142,7 @@ def bench_dwt(batch_size: int, size: int, wavelet: str, device: str, rounds: int
         filters = _haar_filters().to(device)
         implementations["strided convolution"] = lambda: _convolution(on_device, filters)
     expected = _pywavelets(x, wavelet)
-    best = _best_seconds(implementations, device, rounds)
+    best = best_seconds(implementations, device, rounds)
     with torch.inference_mode():
         differences = {name: float((run().cpu() - expected).abs().max()) for name, run in implementations.items()}
     return [

@@ -148,6 +148,41 @@ def decoder(
     _show(rows, f"decoders, {batch_size} images of {size}x{size}, {device}", as_json)
 
 
+@app.command()
+def encode(
+    size: Pixels = 256,
+    batch_size: BatchSize = 16,
+    images: Annotated[int, typer.Option(min=1, help="Sample photographs, at most 60.")] = 60,
+    scale: Annotated[str, typer.Option(help="LiteVAE's encoder: S, B, M or L.")] = "S",
+    width: Annotated[
+        int, typer.Option(min=32, help="AutoencoderKL's channels, a multiple of 32; Stable Diffusion's has 128.")
+    ] = 32,
+    precision: Annotated[str, typer.Option(help="32, bf16 or fp16.")] = "32",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time `olvae encode`, from files to files, beside a plain loop over diffusers with the same autoencoder.
+
+    Example: olvae bench encode --size 256 -B 32 --width 128 --scale B --precision bf16 --device cuda
+    """
+    from olvae.bench.encode import bench_encode
+    from olvae.bench.networks import SIZES
+    from olvae.config import ConfigError
+    from olvae.data.mapped.samples import HELD_OUT, PHOTOGRAPHS
+    from olvae.devices import resolve_device
+    from olvae.modules.precision import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
+    if scale not in SIZES:
+        raise ConfigError(f"--scale {scale}: choose from {', '.join(SIZES)}")
+    if width % 32:
+        raise ConfigError(f"--width {width}: must be a multiple of 32")
+    paths = [photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT)][:images]
+    rows = bench_encode(paths, _multiple(size), batch_size, resolve_device(device), precision, scale, width)
+    _show(rows, f"{len(paths)} photographs, {batch_size} at a time, {size}x{size}, {precision}, {device}", as_json)
+
+
 def _multiple(size: int) -> int:
     from olvae.config import ConfigError
 

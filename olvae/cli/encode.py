@@ -14,7 +14,7 @@ __all__ = ["command"]
 def command(
     target: TargetArgument,
     data: Annotated[str, typer.Option(metavar="SRC", help="A folder, shards, a list, a data set or a config.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the shards: empty, or to be continued.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files: empty, or to be continued.")],
     config: ConfigFile = None,
     size: Annotated[
         int | None,
@@ -26,12 +26,21 @@ def command(
     native: Annotated[
         bool, typer.Option("--native", help="Keep every image's size, padded to a multiple of f.")
     ] = False,
+    file_format: Annotated[
+        str,
+        typer.Option("--format", help="shards, or what another trainer reads: lightningdit, kohya-sd|sdxl|sd3|flux."),
+    ] = "shards",
     moments: Annotated[
-        bool,
-        typer.Option("--moments/--sample", help="Store the posterior's mean and standard deviation, or one sample."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--moments/--sample",
+            help="Store the posterior's mean and standard deviation, as shards do, or one sample, as other formats do.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    dtype: Annotated[
+        str | None, typer.Option(help="float16 (in shards), bfloat16 or float32 (in other formats).")
+    ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")] = False,
     images: Annotated[
         bool, typer.Option("--images", help="Store the encoded pixels as well, as PNG; needs one size.")
@@ -43,43 +52,66 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")] = 16,
     threads: Annotated[int, typer.Option(min=0, help="Threads that read images, in each process.")] = 4,
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="Memory for encoding with --native.")] = 4.0,
+    precision: Annotated[str, typer.Option(help="32, bf16 or fp16: what the encoder computes in.")] = "32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the encoder first; every new size takes time.")
+    ] = False,
     device: Device = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print stats.json to standard output as well.")] = False,
 ) -> None:
-    """Turn images into WebDataset shards of latents, with their statistics.
+    """Turn images into latents, with their statistics: WebDataset shards, or the files of another trainer.
 
     After an interruption, the same command continues, and the result is the same byte for byte. To share the work among
     processes: torchrun --nproc_per_node 4 --module olvae.cli.main encode ... docs/encode.md describes the shards, and
     how to train a diffusion model on them.
 
     Example: olvae encode runs/2026-01-31T12-00-00_demo_32 --data photos --size 128 --out latents
+
+    Example: olvae encode my-vae --data photos --size 512 --flip --format kohya-sdxl --out photos
     """
     import json
 
+    import torch
+
     from olvae.config import ConfigError
+    from olvae.data.shards.latents import SHARDS
     from olvae.devices import gather, join, leave, resolve_device
-    from olvae.export.encode import EncodeJob, EncodeOptions
+    from olvae.export.encode import FORMATS, EncodeJob, encoder_of
     from olvae.export.inputs import find_inputs
+    from olvae.export.writers import EncodeOptions
     from olvae.files import check_folder
+    from olvae.models.compilation import compile_networks
     from olvae.models.large.memory import GIB
     from olvae.models.loading.targets import find_target
-    from olvae.modules.precision import DTYPES
+    from olvae.modules.precision import DTYPES, PRECISION_SYNONYMS, PRECISIONS
 
+    if file_format not in FORMATS:
+        raise ConfigError(f"--format {file_format}: choose from {', '.join(FORMATS)}")
+    moments = file_format == SHARDS if moments is None else moments
+    dtype = ("float16" if file_format == SHARDS else "float32") if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    precision = PRECISION_SYNONYMS.get(precision, precision)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
     check_folder(out)
     rank, world = join()
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
-    model = found.load().to(resolve_device(device))
+    where = torch.device(resolve_device(device))
+    model = found.load().to(where)
     inputs = find_inputs(data, model.in_channels, shard_size, classes)
     size = 0 if native else size or found.usual_size(model)
-    options = EncodeOptions(size, moments, seed, dtype, flip, images)
+    options = EncodeOptions(size, moments, seed, dtype, flip, images, precision, file_format)
     describe = {"target": found.name, "source": data}
     encoder = EncodeJob(model, inputs, options, out, describe)
+    if where.type == "cpu" and precision == "fp16" and rank == 0:
+        typer.echo("note: fp16 is slow on a CPU: --precision bf16, or --device cuda", err=True)
+    if compiled:
+        compile_networks([encoder_of(model)], where)
     if rank == 0 and len(inputs) < world:
         typer.echo(
             f"note: {len(inputs)} shard{'s' * (len(inputs) > 1)} of latents for {world} processes: the others have "
@@ -102,9 +134,9 @@ def command(
         lost = stats["unreadable"]["count"]
         skipped = f"; {lost} could not be read, stats.json lists them" if lost else ""
         of_size = f" of {size} px" if size else ""
-        shards = f"{len(inputs)} shard{'s' * (len(inputs) > 1)}"
+        files = f"{len(inputs)} shard{'s' * (len(inputs) > 1)}" if file_format == SHARDS else file_format
         typer.echo(
-            f"latents: {out}, {stats['count']} images{of_size} in {shards}{skipped}\n"
+            f"latents: {out}, {stats['count']} images{of_size} in {files}{skipped}\n"
             f"numbers: {out / 'stats.json'}, scaling_factor {stats['scaling_factor']:.4f}, "
             f"shift_factor {stats['shift_factor']:.4f}",
             err=True,

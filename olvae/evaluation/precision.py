@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from olvae.config import ConfigError
 from olvae.evaluation.roundtrip import AutoencoderRoundTrip, Cost
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
+from olvae.modules.distributions import Posterior, in_float32
+from olvae.modules.precision import FULL, PRECISION_SYNONYMS, PRECISIONS
 
 __all__ = [
     "FULL",
@@ -31,12 +32,6 @@ __all__ = [
     "stage_of",
 ]
 
-FULL = "32"
-
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, FULL: torch.float32}
-
-SYNONYMS = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
-
 TOLERANCE = 0.1
 """In dB: a precision whose PSNR is further from float32's is not safe."""
 
@@ -52,7 +47,7 @@ def parse_precisions(text: str) -> tuple[str, ...]:
     Raises:
         ConfigError: a name is unknown, or there is none.
     """
-    names = [SYNONYMS.get(name.strip(), name.strip()) for name in text.split(",") if name.strip()]
+    names = [PRECISION_SYNONYMS.get(name.strip(), name.strip()) for name in text.split(",") if name.strip()]
     if not names or not PRECISIONS.keys() >= {*names}:
         raise ConfigError(f"--precision {text}: choose from {', '.join(PRECISIONS)}")
     return tuple(dict.fromkeys([FULL, *names]))
@@ -140,10 +135,7 @@ class InPrecision(Autoencoder):
         Raises:
             ValueError: torch can't compute the network in this precision on this device.
         """
-        posterior = self._run(lambda: self.model.encode(x.to(self.dtype)), x)
-        if isinstance(posterior, Deterministic):
-            return Deterministic(posterior.mean.float())
-        return DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
+        return in_float32(self._run(lambda: self.model.encode(x.to(self.dtype)), x))
 
     def decode(self, z: Tensor) -> Tensor:
         """Float32 latents to float32 images; raises as :meth:`encode`."""

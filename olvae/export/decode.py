@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from olvae.data.image import EXTENSIONS, to_uint8
 from olvae.data.shards.latents import LATENT, read_latent
 from olvae.data.shards.read import Shard, read_shard
 from olvae.figures import save_image
+from olvae.files import safe_path
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.large.memory import GIB
 from olvae.models.large.padding import crop_to
@@ -110,9 +111,7 @@ def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterato
 
 
 def _name(key: str, image_format: str, taken: set[str]) -> str:
-    path = PurePosixPath(key)
-    if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")
+    path = safe_path(key)
     short = path.with_suffix("") if path.suffix.lower() in EXTENSIONS else path
     for name in (f"{short}.{image_format}", f"{path}.{image_format}"):
         if name not in taken:

@@ -1,6 +1,5 @@
 """``olvae encode``: images to shards of latents with their statistics, in one process or several, resumable."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -9,25 +8,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from olvae.config import ConfigError
 from olvae.data.errors import ReadError
 from olvae.data.image import from_uint8
-from olvae.data.shards.index import INDEX
-from olvae.data.shards.latents import LATENT, META, STATS, Latent, latent_bytes
+from olvae.data.shards.latents import SHARDS, STATS, Latent
 from olvae.data.shards.pairs import CHANNELS
-from olvae.data.shards.write import ResumableShards, WebDatasetSample, shard_name
-from olvae.export.inputs import Inputs, ReadImage, read_batches
+from olvae.export.inputs import Inputs, Numbered, ReadImage, in_order, read_batches
+from olvae.export.kohya import KOHYA, KohyaWriter
+from olvae.export.lightningdit import LIGHTNINGDIT, LightningDiTWriter
+from olvae.export.writers import Encoded, EncodeOptions, LatentWriter, ShardWriter
 from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.large.memory import GIB
+from olvae.models.large.memory import GIB, peak_bytes
 from olvae.models.large.padding import pad_to_multiple
-from olvae.models.large.streaming import encode_within
+from olvae.models.large.streaming import moments_within
 from olvae.modules.base import weights_checksum
-from olvae.modules.distributions import Posterior, keyed_generator
-from olvae.modules.precision import DTYPES
+from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32, keyed_generator
+from olvae.modules.precision import DTYPES, FULL, PRECISIONS
 
-__all__ = ["EncodeJob", "EncodeOptions", "LatentSums"]
+__all__ = ["FORMATS", "EncodeJob", "LatentSums", "encoder_of"]
 
 
 @dataclass
@@ -86,33 +87,15 @@ STATE = ".encode"
 """The folder beside the shards of latents with the plan and what is known about each finished shard."""
 
 
-@dataclass(frozen=True)
-class EncodeOptions:
-    """What is stored.
-
-    Args:
-        size: pixels of the square images after resizing the shorter side and cropping the centre; 0 keeps every image
-            at its own size, padded at the bottom and the right to a multiple of f.
-        moments: store the posterior's mean and standard deviation, else one sample of it.
-        seed: of the samples' noise.
-        dtype: of the latents, a name of :data:`DTYPES`.
-        flip: store the mirrored image's latent as well.
-        images: store the pixels that are encoded as well, as PNG.
-    """
-
-    size: int
-    moments: bool = True
-    seed: int = 0
-    dtype: str = "float16"
-    flip: bool = False
-    images: bool = False
+FORMATS = (SHARDS, LIGHTNINGDIT, *KOHYA)
+"""What files latents can be written to."""
 
 
 class EncodeJob:
     """Encodes the images of :data:`~olvae.export.inputs.Inputs` into a folder, in one process or several.
 
     Output shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a
-    byte; see :class:`~olvae.data.shards.write.ResumableShards`.
+    byte; see :class:`~olvae.data.shards.write.Resumable`.
 
     Args:
         model: on its device, in evaluation mode.
@@ -122,7 +105,8 @@ class EncodeJob:
         describe: further entries of stats.json, such as the target's name.
 
     Raises:
-        ConfigError: the folder holds latents of other options, images or weights, or something else.
+        ConfigError: the folder holds latents of other options, images or weights, or something else; or the format
+            can't express what is to be stored.
         ValueError: images of this size don't suit the model, or images that are to be stored have several sizes or a
             number of channels that PNG doesn't know.
     """
@@ -142,10 +126,12 @@ class EncodeJob:
         self.model = model
         self.inputs = inputs
         self.options = options
-        self.shards = ResumableShards(folder, STATE)
+        self.shards = _writer(options.format, folder, model)
+        self.shards.check_options(model, inputs, options)
+        self._bytes: dict[tuple[int, ...], int] = {}  # that an image of a shape takes, beside itself
         weights = weights_checksum(model)
         self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
-        self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
+        self.shards.begin({"weights": weights, **self.shards.plan(), **inputs.plan(asdict(options))})
 
     def run(
         self,
@@ -161,7 +147,7 @@ class EncodeJob:
         Args:
             batch_size: images at a time, all of one size.
             threads: that read images; 0 reads them in between.
-            memory: bytes that encoding images of their own sizes may take; see :func:`encode_within`.
+            memory: bytes that encoding images of their own sizes may take; see :func:`moments_within`.
             advance: called with the number of further images that are done, including those of finished shards.
 
         Raises:
@@ -178,7 +164,7 @@ class EncodeJob:
                 advance(finished.record.images + len(finished.unreadable))
 
     def finish(self) -> dict[str, Any]:
-        """When all shards are finished: write ``index.json``, and last ``stats.json``, whose content is returned.
+        """When all shards are finished: write what describes them, and last ``stats.json``, whose content is returned.
 
         Raises:
             ValueError: no image could be read.
@@ -190,7 +176,7 @@ class EncodeJob:
             unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
             if shard.record.images:
                 sums.add(LatentSums(**shard.details))
-                counts[shard_name(number)] = {"images": shard.record.images}
+                counts[self.shards.path(number).name] = shard.record.images
         if not sums.images:
             for number in range(len(finished)):
                 self.shards.forget(number)  # so that the same command tries again
@@ -206,7 +192,7 @@ class EncodeJob:
             "classes": list(self.inputs.classes),
             "unreadable": {"count": len(unreadable), "images": unreadable},
         }
-        write_json({"version": 1, "images": sums.images, "shards": counts}, self.shards.folder / INDEX)
+        self.shards.finish(stats, counts)
         write_json(stats, self.shards.folder / STATS)
         return stats
 
@@ -218,46 +204,63 @@ class EncodeJob:
         threads: int,
         memory: int,
         advance: Callable[[int], None],
-    ) -> Iterator[WebDatasetSample | ReadError]:
+    ) -> Iterator[Encoded | ReadError]:
         """What a shard is made of, in order; its latents are added to ``sums``."""
-        for batch in read_batches(self.inputs.read(shard), self.options.size, batch_size, threads, self.options.images):
-            images = [one for one in batch if isinstance(one, ReadImage)]
-            yield from (one for one in batch if isinstance(one, ReadError))
-            if images:
-                yield from self._encode(images, memory, sums)
-            advance(len(batch))
+        multiple = self.model.downscale
+        batches = read_batches(
+            self.inputs.read(shard), self.options.size, multiple, batch_size, threads, self.options.images
+        )
+        for encoded in in_order(one for batch in batches for one in self._encode(batch, memory)):
+            accepted = encoded if isinstance(encoded, ReadError) else self.shards.accept(encoded)
+            if isinstance(accepted, Encoded):
+                sums.update(accepted.latents)
+            yield accepted
+            advance(1)
 
     @torch.inference_mode()
-    def _encode(self, images: Sequence[ReadImage], memory: int, sums: LatentSums) -> list[WebDatasetSample]:
-        device = next(self.model.parameters()).device
-        x = from_uint8(torch.stack([image.pixels for image in images]).to(device))  # (B, C, H, W)
-        keys = [image.item.key for image in images]
-        sides = [self._latents(self._posterior(x, memory), keys)]
+    def _encode(
+        self, batch: Sequence[Numbered[ReadImage | ReadError]], memory: int
+    ) -> list[Numbered[Encoded | ReadError]]:
+        done: list[Numbered[Encoded | ReadError]] = [(n, one) for n, one in batch if isinstance(one, ReadError)]
+        images = [(number, image) for number, image in batch if isinstance(image, ReadImage)]
+        if not images:
+            return done
+        keys = [image.item.key for _, image in images]
+        pixels = [image.pixels for _, image in images]
+        sides = [self._latents(self._posterior(pixels, memory), keys)]
         if self.options.flip:
-            sides.append(self._latents(self._posterior(x.flip(-1), memory), [f"{key}\nflip" for key in keys]))
-        samples = []
-        for image, *latents in zip(images, *sides, strict=True):
-            sums.update(latents)
-            meta = {
-                "key": image.item.key,
-                "width": image.size[0],
-                "height": image.size[1],
-                "image": [image.pixels.shape[2], image.pixels.shape[1]],
-            }
-            files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*latents)}
-            samples.append(WebDatasetSample(image.item.name, {**image.item.files, **files}))
-        return samples
+            mirrored = [one.flip(-1) for one in pixels]
+            sides.append(self._latents(self._posterior(mirrored, memory), [f"{key}\nflip" for key in keys]))
+        for (number, image), *latents in zip(images, *sides, strict=True):
+            size = image.pixels.shape[2], image.pixels.shape[1]
+            done.append((number, Encoded(image.item, image.size, size, latents)))
+        return done
 
-    def _posterior(self, x: Tensor, memory: int) -> Posterior:
-        if self.options.size:
-            return self.model.encode(x)
-        x = pad_to_multiple(x, self.model.downscale)
-        return encode_within(self.model, x, memory) if isinstance(self.model, LiteVAE) else self.model.encode(x)
+    def _posterior(self, images: Sequence[Tensor], memory: int) -> Posterior:
+        """In float32, of uint8 images that have one size once they are padded."""
+        device = next(self.model.parameters()).device
+        padded = torch.stack([pad_to_multiple(image, self.model.downscale) for image in images])
+        x = from_uint8(padded.to(device))  # (B, C, H, W)
+        precision = self.options.precision
+        with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != FULL):
+            if self.options.size or not isinstance(self.model, LiteVAE):
+                return in_float32(self.model.encode(x))
+            if together := memory // self._image_bytes(self.model, x):
+                moments = [self.model.moments(part) for part in x.split(together)]
+            else:
+                moments = [moments_within(self.model, one, memory) for one in x.split(1)]
+        return in_float32(DiagonalGaussian(torch.cat(moments)))
+
+    def _image_bytes(self, model: LiteVAE, x: Tensor) -> int:
+        shape = tuple(x.shape[1:])
+        if shape not in self._bytes:
+            self._bytes[shape] = peak_bytes(model.encoder, lambda encoder, images: encoder(images), (1, *shape))
+        return self._bytes[shape]
 
     def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
         """Latents in the stored dtype, on the CPU."""
-        means = posterior.mean.float().cpu()
-        stds = [None] * len(keys) if posterior.deterministic else posterior.std.float().cpu()
+        means = posterior.mean.cpu()
+        stds = [None] * len(keys) if posterior.deterministic else posterior.std.cpu()
         latents = []
         for key, mean, std in zip(keys, means, stds, strict=True):
             if not self.options.moments:
@@ -268,7 +271,39 @@ class EncodeJob:
     def _stored(self, exact: Tensor) -> Tensor:
         rounded = exact.to(DTYPES[self.options.dtype])
         if not exact.isfinite().all():
-            raise ValueError("the latents have non-finite values: the training run may have diverged")
+            raise ValueError(
+                "the latents have non-finite values: the training run may have diverged"
+                if self.options.precision == FULL
+                else f"the latents have non-finite values in {self.options.precision}: use --precision {FULL}"
+            )
         if not rounded.isfinite().all():
             raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
         return rounded
+
+
+def _writer(name: str, folder: Path, model: Autoencoder) -> LatentWriter:
+    """The writer of a format.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if name in KOHYA:
+        return KohyaWriter(
+            folder, STATE, architecture=KOHYA[name], shift=model.shift_factor, scale=model.scaling_factor
+        )
+    writers = {SHARDS: ShardWriter, LIGHTNINGDIT: LightningDiTWriter}
+    if name not in writers:
+        raise ConfigError(f"--format {name}: choose from {', '.join(FORMATS)}")
+    return writers[name](folder, STATE)
+
+
+def encoder_of(model: Autoencoder) -> nn.Module:
+    """The network that encodes, of ours or of diffusers.
+
+    Raises:
+        ValueError: the autoencoder has none of its own.
+    """
+    encoder = getattr(model if isinstance(model, LiteVAE) else getattr(model, "model", None), "encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"--compile: {type(model).__name__} has no encoder that can be compiled: leave it out")
+    return encoder

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -24,7 +24,9 @@ from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
 from olvae.data.transforms import EvalTransform
 
-__all__ = ["Inputs", "Item", "ReadImage", "find_inputs", "read_batches"]
+__all__ = ["Inputs", "Item", "Numbered", "ReadImage", "find_inputs", "in_order", "read_batches"]
+
+T = TypeVar("T")
 
 
 class Item(NamedTuple):
@@ -167,28 +169,61 @@ class ReadImage(NamedTuple):
     size: tuple[int, int]
 
 
+Numbered = tuple[int, T]
+"""Something, and its number in the shard."""
+
+WAITING = 8
+"""Batches of images among which those of equal size are looked for."""
+
+WAITING_BYTES = 2**28
+"""Bytes of pixels that wait for others of their size, at most."""
+
+
 def read_batches(
-    items: Iterable[Item | ReadError], size: int, batch_size: int, threads: int, keep: bool = False
-) -> Iterator[list[ReadImage | ReadError]]:
-    """Batches of up to ``batch_size`` images of one size, in order, with the read errors among them.
+    items: Iterable[Item | ReadError], size: int, multiple: int, batch_size: int, threads: int, keep: bool = False
+) -> Iterator[list[Numbered[ReadImage | ReadError]]]:
+    """Batches of up to ``batch_size`` images that have one size once they are padded; read errors come alone.
+
+    Images of other sizes wait in memory for others of theirs, up to :data:`WAITING` batches and
+    :data:`WAITING_BYTES`; then the ones that have waited longest make a smaller batch. :func:`in_order` puts what is
+    made of them into order again. The batches depend on the items' order and the batch size alone.
 
     Args:
         items: the images, and the errors met in their shard.
         size: pixels after the evaluation's resize and crop; 0 leaves the images as they are.
+        multiple: that height and width are padded to.
         threads: that read ahead; 0 reads an image when it is needed.
         keep: add the pixels, as PNG, to the files that are kept with an image.
     """
-    batch: list[ReadImage | ReadError] = []
-    shape, count = None, 0
-    for image in _ahead(items, partial(_read, size, keep), threads, 2 * batch_size):
-        if isinstance(image, ReadImage):
-            if count == batch_size or shape not in (None, image.pixels.shape):
-                yield batch
-                batch, count = [], 0
-            shape, count = image.pixels.shape, count + 1
-        batch.append(image)
-    if batch:
-        yield batch
+    groups: dict[tuple[int, ...], list[Numbered[ReadImage | ReadError]]] = {}  # the one that waits longest is first
+    waiting = 0
+    for number, image in enumerate(_ahead(items, partial(_read, size, keep), threads, 2 * batch_size)):
+        if isinstance(image, ReadError):
+            yield [(number, image)]
+            continue
+        shape = tuple(-(-side // multiple) for side in image.pixels.shape[1:])
+        groups.setdefault(shape, []).append((number, image))
+        waiting += image.pixels.nbytes
+        while groups:
+            full = len(groups.get(shape, ())) == batch_size
+            oldest, group = next(iter(groups.items()))
+            if not full and waiting <= WAITING_BYTES and number - group[0][0] < WAITING * batch_size:
+                break
+            batch = groups.pop(shape if full else oldest)
+            waiting -= sum(one.pixels.nbytes for _, one in batch if isinstance(one, ReadImage))
+            yield batch
+    yield from groups.values()
+
+
+def in_order(numbered: Iterable[Numbered[T]]) -> Iterator[T]:
+    """What comes in any order with the numbers from 0 on, in the order of the numbers."""
+    early: dict[int, T] = {}
+    following = 0
+    for number, one in numbered:
+        early[number] = one
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
 
 def _ahead(

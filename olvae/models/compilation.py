@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from olvae.devices import this_process
+
 __all__ = ["compile_networks"]
 
 log = logging.getLogger("olvae")
@@ -24,7 +26,8 @@ def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> boo
         torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
     except Exception as error:  # of many kinds: InductorError, InvalidCxxCompiler, CalledProcessError, ...
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("compile: the networks run uncompiled, because no compiler works here (%s)", reason[0])
+        if this_process()[0] == 0:
+            log.warning("compile: the networks run uncompiled, because no compiler works here (%s)", reason[0])
         return False
     for network in networks:
         network.compile()

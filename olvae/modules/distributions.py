@@ -7,7 +7,15 @@ from torch import Tensor
 
 from olvae.modules.precision import island
 
-__all__ = ["LOGVAR_RANGE", "Deterministic", "DiagonalGaussian", "Posterior", "keyed_generator", "keyed_seed"]
+__all__ = [
+    "LOGVAR_RANGE",
+    "Deterministic",
+    "DiagonalGaussian",
+    "Posterior",
+    "in_float32",
+    "keyed_generator",
+    "keyed_seed",
+]
 
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 
@@ -86,6 +94,13 @@ class Deterministic:
 
 Posterior = DiagonalGaussian | Deterministic
 """What encoding gives."""
+
+
+def in_float32(posterior: Posterior) -> Posterior:
+    """A posterior that was computed in half precision, so that the rest is not."""
+    if isinstance(posterior, Deterministic):
+        return Deterministic(posterior.mean.float())
+    return DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
 
 
 def keyed_seed(content: bytes | str) -> int:

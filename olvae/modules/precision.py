@@ -6,11 +6,27 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "autocast_enabled", "full_float32", "island", "no_autocast"]
+__all__ = [
+    "DTYPES",
+    "FULL",
+    "PRECISIONS",
+    "PRECISION_SYNONYMS",
+    "autocast_enabled",
+    "full_float32",
+    "island",
+    "no_autocast",
+]
 
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """What weights and latents can be stored in, by name."""
+
+FULL = "32"
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, FULL: torch.float32}
+"""What networks can compute in, by name."""
+
+PRECISION_SYNONYMS = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
 
 
 def autocast_enabled(x: Tensor) -> bool:

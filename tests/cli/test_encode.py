@@ -9,6 +9,7 @@ import torch
 
 from olvae.cli.main import main
 from olvae.data.image import image_to_tensor, read_picture, to_uint8
+from olvae.data.shards.latents import LatentSource
 from tests.export.latents import pictures, tiny_vae
 from tests.test_devices import fork_two
 
@@ -85,6 +86,50 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
     assert "note: 1 shard of latents for 2 processes: the others have" in err
 
 
+def test_other_formats(olvae, target, tmp_path, image_folder):
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--flip"]
+    code, _, err = olvae(*encode, "--format", "kohya-sdxl", "--out", image_folder)
+    assert code == 0
+    assert f"latents: {image_folder}, 12 images of 16 px in kohya-sdxl\n" in err
+    assert len(list(image_folder.rglob("*_0048x0040_sdxl.npz"))) == 12
+    out = tmp_path / "dit"
+    assert olvae(*encode, "--classes", "--format", "lightningdit", "--precision", "bfloat16", "--out", out)[0] == 0
+    stats = json.loads((out / "stats.json").read_text())
+    assert {"count": 12, "moments": False, "dtype": "float32", "precision": "bf16"}.items() <= stats.items()
+    assert (out / "latents_stats.pt").exists()
+    code, _, err = olvae("decode", target, out, "--out", tmp_path / "images")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "latents in the format lightningdit" in err
+
+
+def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        "olvae.models.compilation.compile_networks", lambda modules, device: compiled.extend(modules) or False
+    )
+    out = tmp_path / "latents"
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--compile", "--out", out, "--device", "cpu"]
+    code, _, err = olvae(*encode, "--precision", "fp16")
+    assert code == 0
+    assert [type(module).__name__ for module in compiled] == ["LiteVAE_Encoder"]
+    assert "note: fp16 is slow on a CPU" in err
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same(olvae, target, tmp_path, image_folder):
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "-B", 12, "--dtype", "float32"]
+    assert olvae(*encode, "--out", tmp_path / "eager")[0] == 0
+    code, _, err = olvae(*encode, "--compile", "--out", tmp_path / "compiled")
+    assert code == 0
+    eager, compiled = (
+        torch.cat([batch["latent"].flatten() for batch in LatentSource(str(tmp_path / name), 1).val_loader()])
+        for name in ("eager", "compiled")
+    )
+    assert torch.allclose(eager, compiled, atol=1e-4)
+    if "no compiler works here" not in err:
+        assert not torch.equal(eager, compiled)
+
+
 def test_shards_without_images(olvae, target, tmp_path, image_folder):
     assert olvae("encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "latents")[0] == 0
     code, _, err = olvae("encode", target, "--data", tmp_path / "latents", "--size", 16, "--out", tmp_path / "again")
@@ -102,6 +147,10 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
         path.write_bytes(b"not a picture")
     cases = [
         (encode("--dtype", "int8"), 2, "--dtype int8: choose from float16, bfloat16, float32"),
+        (encode("--precision", "int8"), 2, "--precision int8: choose from fp16, bf16, 32"),
+        (encode("--format", "npz"), 2, "--format npz: choose from shards, lightningdit, kohya-sd,"),
+        (encode("--format", "kohya-sd", "--moments"), 2, "--moments: kohya-sd holds one latent per image"),
+        (encode("--format", "lightningdit"), 2, "add --flip"),
         (encode("--native"), 2, "--native and --size: give one of the two"),
         (encode("--size", 20), 1, "multiple of 8"),
         (["encode", target, "--data", image_folder, "--native", "--images", "--out", tmp_path / "out"], 1, "one size"),

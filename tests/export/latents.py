@@ -10,8 +10,9 @@ from olvae import LiteVAE
 from olvae.data.image import from_uint8, image_to_tensor, read_picture
 from olvae.data.mapped.folder import find_images
 from olvae.data.transforms import EvalTransform
-from olvae.export.encode import EncodeJob, EncodeOptions
+from olvae.export.encode import EncodeJob
 from olvae.export.inputs import find_inputs
+from olvae.export.writers import EncodeOptions
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
 from tests.conftest import tiny_config

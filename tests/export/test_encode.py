@@ -18,11 +18,13 @@ from olvae.data.mapped.folder import find_images
 from olvae.data.shards import write as module
 from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latents.accumulator import LatentAccumulator
-from olvae.export.encode import EncodeJob, EncodeOptions
+from olvae.export.encode import EncodeJob
 from olvae.export.inputs import find_inputs
+from olvae.export.writers import EncodeOptions
+from olvae.models.large.memory import peak_bytes
 from olvae.models.large.padding import encode_any
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
-from tests.export.latents import Shrunk, encode, pictures, tiny_vae
+from tests.export.latents import Blocks, Shrunk, encode, pictures, tiny_vae
 
 
 def files(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -236,6 +238,70 @@ def test_images_of_their_own_sizes(tmp_path):
     assert json.loads(meta) == {"key": "2.png", "width": 13, "height": 9, "image": [13, 9]}
 
 
+@pytest.fixture
+def many_sizes(tmp_path) -> Path:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i, (width, height) in enumerate([(16, 24), (24, 16), (16, 24), (15, 22), (8, 8), (24, 16), (16, 23), (24, 15)]):
+        array = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_of_padded_images_are_as_one_by_one(tmp_path, many_sizes, flip):
+    options = {"size": 0, "dtype": "float32", "flip": flip, "shard_size": 7}
+    for kind, model in (("blocks", Blocks()), ("tiny", tiny_vae())):
+        one = encode(many_sizes, tmp_path / f"{kind}1", model, batch_size=1, **options)
+        four = encode(many_sizes, tmp_path / f"{kind}4", model, batch_size=4, **options)
+        a, b = files(tmp_path / f"{kind}1"), files(tmp_path / f"{kind}4")
+        assert [list(shard) for shard in a.values()] == [list(shard) for shard in b.values()]  # the same order
+        found, batched = tensors(tmp_path / f"{kind}1"), tensors(tmp_path / f"{kind}4")
+        for key, kinds in found.items():
+            for name, z in kinds.items():
+                assert float((z - batched[key][name]).square().mean().sqrt()) < 1e-6
+        if kind == "blocks":  # no sum that another batch could round in another way
+            assert (a, one) == (b, four)
+
+
+def test_a_batch_that_memory_does_not_hold_is_divided(tmp_path, many_sizes, monkeypatch):
+    model = tiny_vae()
+    needs = peak_bytes(model.encoder, lambda encoder, images: encoder(images), (1, 3, 24, 16))
+    encoded = []
+    moments = model.moments
+    monkeypatch.setattr(model, "moments", lambda x: encoded.append(x.shape) or moments(x))
+    job = EncodeJob(model, find_inputs(str(many_sizes), 3, 10), EncodeOptions(0, dtype="float32"), tmp_path / "out", {})
+    job.run(batch_size=4, memory=3 * needs)
+    assert sorted(shape[0] for shape in encoded if shape[2:] == (24, 16)) == [1, 3]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_autocast_with_a_posterior_in_float32(tmp_path, image_folder, precision):
+    model, dtype = tiny_vae(), {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    options = {"dtype": "float32", "batch_size": 5}
+    stats = encode(image_folder, tmp_path / "half", model, precision=precision, **options)
+    assert stats["precision"] == precision
+    found = list(tensors(tmp_path / "half").values())
+    with torch.inference_mode(), torch.autocast("cpu", dtype):
+        moments = torch.cat([model.moments(x) for x in pictures(image_folder).split(5)])
+    mean, logvar = moments.float().chunk(2, dim=1)
+    got = {name: torch.stack([one[name] for one in found]) for name in ("mean", "std")}
+    assert torch.equal(got["mean"], mean)
+    assert torch.allclose(got["std"], (0.5 * logvar).exp())
+    assert not torch.equal(got["std"], got["std"].to(dtype).float())
+    encode(image_folder, tmp_path / "full", model, **options)
+    full = torch.stack([one["mean"] for one in tensors(tmp_path / "full").values()])
+    assert 0 < float((full - mean).abs().max()) < 0.1
+
+
+def test_half_precision_that_overflows(tmp_path, image_folder):
+    model = tiny_vae()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("conv_out.weight")).mul_(1e8)
+    with pytest.raises(ValueError, match="non-finite values in fp16: use --precision 32"):
+        encode(image_folder, tmp_path / "out", model, precision="fp16", dtype="bfloat16")
+
+
 def test_folders_are_classes_if_asked(tmp_path, image_folder):
     stats = encode(image_folder, tmp_path / "out", classes=True)
     assert stats["classes"] == ["class0", "class1", "class2"]
@@ -383,6 +449,7 @@ def test_a_finished_shard_is_not_encoded_again_but_a_lost_one_is(tmp_path, image
     [
         ({"size": 24}, r"size 16 \(now 24\)"),
         ({"flip": True}, r"flip False \(now True\)"),
+        ({"precision": "bf16"}, r"precision 32 \(now bf16\)"),
         ({"images": True}, r"images False \(now True\)"),
         ({"model": 1}, "begun with other weights:"),
         ({"source": 1}, "begun with other images:"),

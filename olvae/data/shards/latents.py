@@ -22,6 +22,7 @@ __all__ = [
     "FLIP",
     "LATENT",
     "META",
+    "SHARDS",
     "STATS",
     "Latent",
     "LatentSource",
@@ -41,6 +42,9 @@ META = "latent.json"
 
 FLIP = "_flip"
 """What the names of the mirrored image's tensors end with."""
+
+SHARDS = "shards"
+"""The format of these files; ``olvae encode`` writes others for other trainers."""
 
 STATS = "stats.json"
 """The file beside the shards that describes them; it is written last, so a folder without one is not complete."""
@@ -97,7 +101,7 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder has no latents, or not all of them yet.
-        ValueError: the description is not readable.
+        ValueError: the description is not readable, or that of files for another trainer.
     """
     path = Path(folder).expanduser() / STATS
     if not path.is_file():
@@ -107,9 +111,12 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
         numbers = {name: float(stats[name]) for name in ("shift_factor", "scaling_factor")}
-        return {**stats, **numbers, "count": int(stats["count"]), "size": int(stats["size"])}
+        read = {**stats, **numbers, "count": int(stats["count"]), "size": int(stats["size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
+    if read.get("format", SHARDS) != SHARDS:
+        raise ValueError(f"{folder}: latents in the format {read['format']}: this takes those of --format {SHARDS}")
+    return read
 
 
 class LatentSource(ShardSource):

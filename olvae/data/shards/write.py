@@ -6,20 +6,23 @@ import json
 import shutil
 import tarfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from olvae.config import ConfigError
 from olvae.data.errors import ReadError
 from olvae.data.shards.index import ShardRecord
 from olvae.files import atomic_write, file_sha256, write_json
 
-__all__ = ["FinishedShard", "ResumableShards", "WebDatasetSample", "shard_name"]
+__all__ = ["FinishedShard", "Resumable", "ResumableShards", "WebDatasetSample", "shard_name", "write_tar"]
 
 LOCK_S = 5.0  # worker processes of a killed run need a moment to notice
+
+S = TypeVar("S")
 
 
 class WebDatasetSample(NamedTuple):
@@ -45,12 +48,13 @@ class FinishedShard:
 
 
 @dataclass(frozen=True)
-class ResumableShards:
-    """A folder of shards ``000000.tar``, ``000001.tar``, ... that may be interrupted and continued.
+class Resumable(ABC, Generic[S]):
+    """A folder of samples, written shard by shard, that may be interrupted and continued.
 
     A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a file of JSON about
-    each finished shard, and the shards that are being written. A shard is moved to its place when it is complete, and
-    only then described. Any process may write any shard; no two should write the same one.
+    each finished shard, and what is being written. A shard is moved to its place when it is complete, and only then
+    described. Any process may write any shard; no two should write the same one. Here a shard is one file, which
+    :meth:`pack` writes.
 
     Args:
         folder: of the shards; made by :meth:`begin`.
@@ -58,6 +62,7 @@ class ResumableShards:
         checksums: verify finished shards by their SHA-256, not by their size alone.
         earlier: finished shards of a run that has removed its state.
         earlier_plan: the plan of that run.
+        extension: of a shard's file, whose name is its number.
     """
 
     folder: Path
@@ -65,9 +70,37 @@ class ResumableShards:
     checksums: bool = False
     earlier: Mapping[int, FinishedShard] = field(default_factory=dict)
     earlier_plan: Mapping[str, Any] | None = None
+    extension: str = "tar"
+
+    @abstractmethod
+    def pack(self, path: Path, samples: Iterator[S]) -> None:
+        """Write the samples, of which there may be none, to a file; the same samples give the same bytes."""
+
+    def store(self, number: int, samples: Iterator[S]) -> ShardRecord:
+        """Write a shard to its place. The record counts no images: :meth:`write` does."""
+        path = self.path(number)
+        for unfinished in self._state.glob(f".partial-*-{path.name}"):  # of a run that was killed
+            unfinished.unlink(missing_ok=True)
+        with atomic_write(path, self._state) as partial:
+            self.pack(partial, samples)
+            return ShardRecord(0, partial.stat().st_size, file_sha256(partial))
+
+    def intact(self, number: int, record: ShardRecord) -> bool:
+        """Whether what was stored is still there."""
+        path = self.path(number)
+        there = path.is_file() and path.stat().st_size == record.bytes
+        return there and (not self.checksums or file_sha256(path) == record.sha256)
+
+    def any_stored(self) -> bool:
+        """Whether a shard is in its place already."""
+        return any(self.folder.glob(f"*.{self.extension}"))
+
+    def holds_others(self) -> bool:
+        """Whether the folder holds something else, for a folder without a plan."""
+        return self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
 
     def path(self, number: int) -> Path:
-        return self.folder / shard_name(number)
+        return self.folder / f"{number:06d}.{self.extension}"
 
     def check(self, plan: Mapping[str, Any]) -> None:
         """Compare a plan with the one that the folder was begun with; writes nothing.
@@ -78,7 +111,7 @@ class ResumableShards:
         Raises:
             ConfigError: shards of another plan are finished, or the folder holds something else.
         """
-        others = self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
+        others = self.holds_others()
         begun = self._plan()  # read after the listing: another process may be writing both
         if begun is None:
             if others:
@@ -90,7 +123,7 @@ class ResumableShards:
         if "options" not in begun:
             raise ConfigError(f"--out {self.folder}: was begun by an earlier version of olvae: name another folder")
         changes = _changes(begun, plan)
-        if changes and (self.earlier or any(self._state.glob("[0-9]*.json")) or any(self.folder.glob("*.tar"))):
+        if changes and (self.earlier or any(self._state.glob("[0-9]*.json")) or self.any_stored()):
             raise ConfigError(
                 f"--out {self.folder}: was begun with {', '.join(changes)}: give the same options and images to "
                 "continue, name another folder, or remove this one to start again"
@@ -133,17 +166,10 @@ class ResumableShards:
             shard = self.earlier[number]
         else:
             return None
-        if not shard.record.images:
-            return shard
-        path = self.path(number)
-        intact = path.is_file() and path.stat().st_size == shard.record.bytes
-        return shard if intact and (not self.checksums or file_sha256(path) == shard.record.sha256) else None
+        return shard if not shard.record.images or self.intact(number, shard.record) else None
 
     def write(
-        self,
-        number: int,
-        samples: Iterable[WebDatasetSample | ReadError],
-        details: Callable[[], Mapping[str, Any]] = dict,
+        self, number: int, samples: Iterable[S | ReadError], details: Callable[[], Mapping[str, Any]] = dict
     ) -> FinishedShard:
         """Write a shard; the same samples give the same bytes.
 
@@ -154,24 +180,21 @@ class ResumableShards:
         Raises:
             OSError: the shard can't be written.
         """
-        path = self.path(number)
-        for unfinished in self._state.glob(f".partial-*-{path.name}"):  # of a run that was killed
-            unfinished.unlink(missing_ok=True)
-        images, unreadable = 0, []
-        with atomic_write(path, self._state) as partial:
-            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
-                for sample in samples:
-                    if isinstance(sample, ReadError):
-                        unreadable.append(sample)
-                        continue
+        images, unreadable = 0, list[ReadError]()
+
+        def readable() -> Iterator[S]:
+            nonlocal images
+            for sample in samples:
+                if isinstance(sample, ReadError):
+                    unreadable.append(sample)
+                else:
                     images += 1
-                    for extension, content in sample.files.items():
-                        member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                        member.size = len(content)
-                        archive.addfile(member, io.BytesIO(content))
-            record = ShardRecord(images, partial.stat().st_size if images else 0, file_sha256(partial))
+                    yield sample
+
+        stored = self.store(number, readable())
         if not images:
-            path.unlink()
+            self.path(number).unlink(missing_ok=True)
+        record = ShardRecord(images, stored.bytes if images else 0, stored.sha256)
         shard = FinishedShard(record, unreadable, details())
         write_json(asdict(shard), self._description(number))
         return shard
@@ -197,6 +220,24 @@ class ResumableShards:
             return self.earlier_plan
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return plan
+
+
+@dataclass(frozen=True)
+class ResumableShards(Resumable[WebDatasetSample]):
+    """Shards ``000000.tar``, ``000001.tar``, ...; see :class:`Resumable`."""
+
+    def pack(self, path: Path, samples: Iterator[WebDatasetSample]) -> None:
+        write_tar(path, samples)
+
+
+def write_tar(path: Path, samples: Iterable[WebDatasetSample]) -> None:
+    """A WebDataset shard; the same samples give the same bytes."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for sample in samples:
+            for extension, content in sample.files.items():
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
 
 
 def shard_name(number: int) -> str:
