@@ -328,6 +328,7 @@ def _trainer(
     settings: Config = {
         "check_val_every_n_epoch": None,
         "deterministic": trainer_args["accelerator"] == "cpu",
+        "benchmark": trainer_args["accelerator"] != "cpu",  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
         "plugins": [BackgroundCheckpointIO(), *([launcher] if launcher is not None else [])],
