@@ -125,9 +125,11 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(tmp
     assert (best["metric"], best["step"]) == ("val/psnr", 5)
 
 
-def test_torchrun_makes_one_run_folder(tmp_path):
+def test_torchrun_makes_one_run_folder(tmp_path, image_folder):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(image_folder)))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = command(tmp_path, "configs/demo.yaml", "torchrun", *TWO, launcher=launcher)
+    two = command(tmp_path, str(config), "torchrun", *TWO, launcher=launcher)
     assert two["global_step"] == 5
 
 
