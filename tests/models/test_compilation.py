@@ -98,6 +98,17 @@ def test_compiled_training_is_training(image_folder, graphs):
     assert copy.deepcopy(compiled).encoder._compiled_call_impl is None
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_inductor_trains_alike(image_folder):
+    """The first step's values are the plain step's; later ones differ by what Adam makes of rounding."""
+    settings = {"adversary": against(**SETTINGS), "checkpoint": True}
+    plain, compiled = (fit(build(**settings, compile=on), image_folder, 1) for on in (False, True))
+    assert compiled.encoder._compiled_call_impl is not None
+    for name, value in metrics(plain).items():
+        assert metrics(compiled)[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
 def test_validation_is_not_compiled(graphs):
     model, x = build(compile=True), torch.randn(1, 3, 16, 16)
     model.on_fit_start()
