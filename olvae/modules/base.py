@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Decoder", "Encoder", "Stage", "count_macs", "count_parameters", "weights_checksum"]
+__all__ = ["Decoder", "Encoder", "ShapesOnly", "Stage", "count_macs", "count_parameters", "weights_checksum"]
 
 
 class Stage(NamedTuple):
@@ -64,13 +66,25 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+class ShapesOnly(TorchFunctionMode):
+    """Normalisations return their input inside: for counting on the meta device, which computes them in Python, slowly.
+
+    They keep the shape, and have no matrix products nor convolutions.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in (F.normalize, F.group_norm, torch.group_norm) else func(*args, **(kwargs or {}))
+
+
 def count_macs(module: nn.Module, *shape: int) -> int:
     """Multiply-accumulates of a forward pass on an input of this shape, in matrix products and convolutions.
 
     Half of torch's FLOPs, counted on the meta device, without memory.
     """
     module = copy.deepcopy(module).to("meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), ShapesOnly(), FlopCounterMode(display=False) as counter:
         module(torch.empty(shape, device="meta"))
     return int(counter.get_total_flops()) // 2
 
