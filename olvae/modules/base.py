@@ -67,14 +67,16 @@ def count_parameters(module: nn.Module) -> int:
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Normalisations return their input inside: for counting on the meta device, which computes them in Python, slowly.
+    """Normalisations and the power iterations of spectral norms compute no more than shapes inside.
 
-    They keep the shape, and have no matrix products nor convolutions.
+    For counting on the meta device, which computes them in Python, slowly. They have no operations that are counted.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.mv:
+            return args[0][:, 0]
         return args[0] if func in (F.normalize, F.group_norm, torch.group_norm) else func(*args, **(kwargs or {}))
 
 
