@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from olvae.files import atomic_write
+from olvae.signatures import Arguments, arguments_in_source
 
 __all__ = [
     "Config",
@@ -53,6 +54,7 @@ SAID_ELSEWHERE = {
 }
 """Arguments of the model, and the setting from which the trainer fills them in."""
 
+TRAINER = "lightning.pytorch.Trainer"
 TRAINER_OURS = {
     "callbacks": "lightning.callbacks",
     "logger": "the run folder",
@@ -223,11 +225,9 @@ def _check_lightning(section: Any) -> Iterator[str]:
         yield f"lightning: expected a mapping of {', '.join(LIGHTNING)}, got {section!r}"
         return
     yield from unknown_keys(section, LIGHTNING, "lightning.")
-    from lightning.pytorch import Trainer
-
     trainer = section.get("trainer")
     if trainer is not None:
-        yield from check_arguments(Trainer, trainer, "lightning.trainer")
+        yield from _check_arguments(_arguments_of(TRAINER), trainer, "lightning.trainer")
         for key in set(trainer) & set(TRAINER_OURS) if isinstance(trainer, Mapping) else ():
             yield f"lightning.trainer.{key}: is set by {TRAINER_OURS[key]}; leave it out"
     callbacks = section.get("callbacks")
@@ -251,7 +251,7 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
         yield (f"{where}.target: missing" if "target" not in node else f"{where}.target: expected a dotted path")
         return
     try:
-        factory = resolve_target(node["target"])
+        arguments = _arguments_of(node["target"])
     except ConfigError as error:
         yield f"{where}.target: {error}"
         return
@@ -266,7 +266,25 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
             params = {key: value for key, value in params.items() if key not in FOUND}
             if not isinstance(node["from"], str):
                 yield f"model.from: expected an autoencoder to start from, got {node['from']!r}"
-    yield from check_arguments(factory, params, f"{where}.params", filled_in)
+    yield from _check_arguments(arguments, params, f"{where}.params", filled_in)
+
+
+def _arguments_of(target: str) -> Arguments | None:
+    """From the source where that says it, as an import takes seconds; None for built-in functions.
+
+    Raises:
+        ConfigError: it does not import.
+    """
+    module, _, name = _moved(target).rpartition(".")
+    return arguments_in_source(module, name) or _imported_arguments(resolve_target(target))
+
+
+def _imported_arguments(factory: Any) -> Arguments | None:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # built-in functions have none
+        return None
+    return Arguments(parameters, _type_hints(factory))
 
 
 def check_arguments(factory: Any, params: Any, where: str = "", filled_in: Container[str] = ()) -> Iterator[str]:
@@ -276,24 +294,28 @@ def check_arguments(factory: Any, params: Any, where: str = "", filled_in: Conta
         where: the place of the arguments in the config, as in ``data.params``.
         filled_in: names of arguments that may be missing.
     """
+    yield from _check_arguments(_imported_arguments(factory), params, where, filled_in)
+
+
+def _check_arguments(
+    arguments: Arguments | None, params: Any, where: str, filled_in: Container[str] = ()
+) -> Iterator[str]:
     if not isinstance(params, Mapping):
         yield f"{where}: expected a mapping of arguments, got {params!r}"
         return
-    try:
-        arguments = inspect.signature(factory).parameters
-    except ValueError:  # built-in functions have none
+    if arguments is None:
         return
     prefix = f"{where}." if where else ""
-    open_ended = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
-    named = {n: a for n, a in arguments.items() if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
+    parameters = arguments.parameters
+    open_ended = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in parameters.values())
+    named = {n: a for n, a in parameters.items() if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
     if not open_ended:
         yield from unknown_keys(params, tuple(named), prefix)
     for name, argument in named.items():
         if argument.default is argument.empty and name not in params and name not in filled_in:
             yield f"{prefix}{name}: missing"
-    hints = _type_hints(factory)
     for name, value in params.items():
-        hint = hints.get(name)
+        hint = arguments.hints.get(name)
         if _is_node(hint) and isinstance(value, list) and typing.get_origin(hint) is Sequence:
             for i, part in enumerate(value):
                 yield from _check_node(part, f"{prefix}{name}.{i}")

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from olvae.models.large.memory import peak_bytes
-from olvae.modules.base import Decoder, count_macs, count_parameters
+from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
 from olvae.modules.discriminators.gigagan import GigaGAN
 from olvae.modules.discriminators.patchgan import PatchGAN
 from olvae.modules.discriminators.unetgan import UNetGAN
@@ -214,7 +214,7 @@ def network_table() -> list[NetworkRow]:
     """Count the networks of the README's tables; on the meta device, so in seconds and without memory."""
     rows = []
     for group, variant, name, params, macs, build in _PUBLISHED:
-        with torch.device("meta"):
+        with ShapesOnly(), torch.device("meta"):  # the spectral norms' first power iterations among them
             module = build()
         shape = (module.z_channels, 32, 32) if isinstance(module, Decoder) else (3, 256, 256)
         counted = count_parameters(module), count_macs(module, 1, *shape)

@@ -163,7 +163,7 @@ def command(
     )
     if device.startswith("cpu") and "fp16" in precisions and not rank:
         typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
-    evaluated = evaluate(request, watched("evaluating"))
+    evaluated = evaluate(request, watched("evaluating"), watched("test patterns", shared=False))
     leave()
     if evaluated is None:
         return

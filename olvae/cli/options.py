@@ -128,8 +128,11 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
 
 
-def watched(description: str) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
-    """Wraps the batches of this process in a progress bar over the images of all; only the first process shows one."""
+def watched(description: str, shared: bool = True) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
+    """Wraps the batches of this process in a progress bar over the images of all; only the first process shows one.
+
+    If they are not ``shared``, the first process alone has batches.
+    """
     from olvae.devices import this_process
 
     def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
@@ -137,6 +140,6 @@ def watched(description: str) -> Callable[["Iterable[Batch]", int | None], "Iter
         with ProgressBar(description, total, enabled=rank == 0, at_once=False) as bar:
             for batch in batches:
                 yield batch
-                bar.advance(len(batch["image"]) * world)
+                bar.advance(len(batch["image"]) * (world if shared else 1))
 
     return wrap

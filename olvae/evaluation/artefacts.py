@@ -1,7 +1,7 @@
 """Test patterns that show what photographs hide: grids on constant colours, loss of fine checkerboards and stripes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from olvae.data.image import from_uint8, to_uint8
+from olvae.data.source import Batch
 from olvae.metrics.pixel import psnr
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.precision import full_float32
 
-__all__ = ["Artefacts", "Colour", "Pattern", "amplification", "amplified", "find_artefacts"]
+__all__ = ["Artefacts", "Colour", "Pattern", "amplification", "amplified", "find_artefacts", "pattern_size"]
 
 GREYS = {"black": 0, "grey 64": 64, "grey 128": 128, "grey 192": 192, "white": 255}
 COLOURS = {
@@ -26,6 +27,13 @@ COLOURS = {
 }
 SQUARES = (1, 2, 4, 8, 16, 32)
 """Widths in pixels of squares and stripes: half a period."""
+
+TILES, LEAST = 16, 128
+"""The side of an image of one colour, in latent positions, and at least in pixels: the inner half is far enough from
+the border where networks are trained. Checkerboards and stripes have half the side."""
+
+Watched = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
+"""Gets a pass's batches and the number of images over all processes, None if it is not known."""
 
 LARGEST = 64
 """The most that deviations are amplified in pictures."""
@@ -79,7 +87,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Artefacts:
-    """All test patterns of ``size`` pixels, reconstructed by an autoencoder that downscales by ``period``."""
+    """All test patterns, reconstructed by an autoencoder that downscales by ``period``.
+
+    Images of one colour have sides of ``size`` pixels, checkerboards and stripes of half of it. Both repeat, and so do
+    their reconstructions away from the border: larger ones would show the same again.
+    """
 
     size: int
     period: int
@@ -107,9 +119,24 @@ class Artefacts:
         }
 
 
+def pattern_size(downscales: Iterable[int], largest: int) -> int:
+    """The side in pixels of images of one colour, for all autoencoders that downscale by these factors.
+
+    Args:
+        largest: the side of the images that are evaluated, a multiple of every factor; patterns are no larger.
+    """
+    factors = list(downscales)
+    step = math.lcm(*factors)
+    return min(-(-max(LEAST, TILES * max(factors)) // step) * step, largest)
+
+
 @torch.inference_mode()
 def find_artefacts(
-    model: Autoencoder, size: int = 256, device: str | torch.device = "cpu", batch_size: int = 8
+    model: Autoencoder,
+    size: int,
+    device: str | torch.device = "cpu",
+    batch_size: int = 8,
+    watched: Watched = lambda batches, _: batches,
 ) -> Artefacts:
     """Reconstruct constant colours, checkerboards and stripes from the posterior's mode, in full float32.
 
@@ -118,17 +145,25 @@ def find_artefacts(
     Args:
         model: in evaluation mode; it is moved to the device.
         size: side of the square patterns, in pixels; a multiple of the model's downscale factor f.
+        watched: wraps the batches of patterns, to show progress.
     """
     f = model.downscale
     assert size % f == 0
-    constants, patterns = _constants(model.in_channels, size), _patterns(model.in_channels, size)
-    x = torch.stack([*constants.values(), *patterns.values()])
-    y = _reconstruct(model.to(device), x, torch.device(device), batch_size)
+    constants = _constants(model.in_channels, size)
+    patterns = _patterns(model.in_channels, max(1, size // (2 * f)) * f)
+    batches = [
+        Batch(image=torch.stack(list(some.values())[i : i + batch_size]), key=list(some)[i : i + batch_size])
+        for some in (constants, patterns)
+        for i in range(0, len(some), batch_size)
+    ]
+    model.to(device)
+    found: dict[str, Tensor] = {}
+    for batch in watched(batches, len(constants) + len(patterns)):
+        found |= zip(batch["key"], _reconstruct(model, batch["image"].to(device)), strict=True)
     frame = size // (4 * f) * f
-    colours = [_colour(name, a, b, f, frame) for name, a, b in zip(constants, x, y, strict=False)]
-    rest = zip(patterns, x[len(constants) :], to_uint8(y[len(constants) :]), strict=True)
+    colours = [_colour(name, x, found[name], f, frame) for name, x in constants.items()]
     return Artefacts(
-        size, f, frame, colours, [Pattern(name, float(psnr(a[None], b[None])), a, b) for name, a, b in rest]
+        size, f, frame, colours, [_pattern(name, x, to_uint8(found[name])) for name, x in patterns.items()]
     )
 
 
@@ -176,14 +211,15 @@ def _patterns(channels: int, size: int) -> dict[str, Tensor]:
     return {name: (255 * odd).to(torch.uint8).repeat(channels, 1, 1) for name, odd in patterns.items()}
 
 
-def _reconstruct(model: Autoencoder, x: Tensor, device: torch.device, batch_size: int) -> Tensor:
+def _reconstruct(model: Autoencoder, x: Tensor) -> Tensor:
     """uint8 -> the network's output, float32, nominally in [-1, 1], on the CPU."""
-    parts = []
-    for part in x.split(batch_size):
-        images = from_uint8(part.to(device))
-        with full_float32(images):
-            parts.append(model.decode(model.encode(images).mode()).float().cpu())
-    return torch.cat(parts)
+    images = from_uint8(x)
+    with full_float32(images):
+        return model.decode(model.encode(images).mode()).float().cpu()
+
+
+def _pattern(name: str, x: Tensor, y: Tensor) -> Pattern:
+    return Pattern(name, float(psnr(x[None], y[None])), x, y)
 
 
 def _colour(name: str, x: Tensor, y: Tensor, f: int, frame: int) -> Colour:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from olvae.config import Config, ConfigError
 from olvae.data.open import open_test_source
 from olvae.data.source import Batch, Source
 from olvae.devices import gather, this_process
-from olvae.evaluation.artefacts import Artefacts, find_artefacts
+from olvae.evaluation.artefacts import Artefacts, Watched, find_artefacts, pattern_size
 from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.cross import Crossed, LatentErrors, crossed
 from olvae.evaluation.gallery import Gallery
@@ -58,9 +58,6 @@ RANKED_BY_LPIPS = 32
 """From this many pixels a side on, galleries are ranked by LPIPS; below, by PSNR."""
 
 T = TypeVar("T")
-
-Watched = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
-"""Gets a pass's batches and the number of images over all processes, None if it is not known."""
 
 Key = tuple[str, int | None]
 """A target's name, and the seed of its samples: None for the posterior's mode, and for baselines."""
@@ -133,11 +130,16 @@ class Evaluated:
     test_patterns: Mapping[str, Artefacts]
 
 
-def evaluate(request: Request, watched: Watched = lambda batches, _: batches) -> list[Evaluated] | None:
+def evaluate(
+    request: Request,
+    watched: Watched = lambda batches, _: batches,
+    watched_patterns: Watched = lambda batches, _: batches,
+) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
 
     Args:
         watched: wraps the batches of a pass, to show progress.
+        watched_patterns: wraps the batches of each target's test patterns, in the first process.
 
     Returns:
         One result per protocol, in the first process; None in the others.
@@ -154,12 +156,16 @@ def evaluate(request: Request, watched: Watched = lambda batches, _: batches) ->
     passes: dict[tuple[str, str], list[Protocol]] = {}
     for protocol in request.protocols:
         passes.setdefault((protocol.resize, protocol.resample), []).append(protocol)
-    done = [_one_pass(request, protocols, models, watched) for protocols in passes.values()]
+    done = [_one_pass(request, protocols, models, watched, watched_patterns) for protocols in passes.values()]
     return [evaluated for part in done if part is not None for evaluated in part] or None
 
 
 def _one_pass(
-    request: Request, protocols: Sequence[Protocol], models: Mapping[str, Autoencoder], watched: Watched
+    request: Request,
+    protocols: Sequence[Protocol],
+    models: Mapping[str, Autoencoder],
+    watched: Watched,
+    watched_patterns: Watched,
 ) -> list[Evaluated] | None:
     """Results under protocols that prepare images alike; None in every process but the first."""
     # The images.
@@ -206,6 +212,7 @@ def _one_pass(
     n = len(digests)
     costs: dict[str, Cost] = {}
     patterns: dict[str, Artefacts] = {}
+    side = pattern_size((model.downscale for model in models.values()), source.size)
     for name, model in models.items():
         trip = trips[name, seeds[0]]
         assert isinstance(trip, AutoencoderRoundTrip)
@@ -219,7 +226,7 @@ def _one_pass(
                 decode_images_per_s=decoder.decode_images_per_s,
             )
         if request.test_patterns and not (isinstance(model, InPrecision) and model.precision != FULL):
-            patterns[name] = find_artefacts(model, source.size, request.device, batch_size)
+            patterns[name] = find_artefacts(model, side, request.device, batch_size, watched_patterns)
     bands = {name: observer.bands.compute() for (name, _), observer in observers.items() if observer.bands}
     latents = {name: observer.latents.compute() for (name, _), observer in observers.items() if observer.latents}
     precisions = {name: model.precision for name, model in models.items() if isinstance(model, InPrecision)}

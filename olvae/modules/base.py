@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Decoder", "Encoder", "Stage", "Steps", "count_macs", "count_parameters", "weights_checksum"]
+__all__ = ["Decoder", "Encoder", "ShapesOnly", "Stage", "Steps", "count_macs", "count_parameters", "weights_checksum"]
 
 
 class Stage(NamedTuple):
@@ -85,13 +87,27 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+class ShapesOnly(TorchFunctionMode):
+    """Normalisations and the power iterations of spectral norms compute no more than shapes inside.
+
+    For counting on the meta device, which computes them in Python, slowly. They have no operations that are counted.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.mv:
+            return args[0][:, 0]
+        return args[0] if func in (F.normalize, F.group_norm, torch.group_norm) else func(*args, **(kwargs or {}))
+
+
 def count_macs(module: nn.Module, *shape: int) -> int:
     """Multiply-accumulates of a forward pass on an input of this shape, in matrix products and convolutions.
 
     Half of torch's FLOPs, counted on the meta device, without memory.
     """
     module = copy.deepcopy(module).to("meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), ShapesOnly(), FlopCounterMode(display=False) as counter:
         module(torch.empty(shape, device="meta"))
     return int(counter.get_total_flops()) // 2
 

@@ -12,9 +12,13 @@ Everything is computed in float32 (float64 for float64), under autocast too: hal
 as float32 inside an autocast region, like torch's own float32 operations there, and in its own dtype outside.
 """
 
+import itertools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from olvae.modules.precision import autocast_enabled, island, no_autocast
 
@@ -34,17 +38,7 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
     Raises:
         ValueError: x is not 4-dimensional, or the wavelet is unknown or not orthogonal.
     """
-    if x.ndim != 4:
-        raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
-    y = _pad_to_even(island(x))  # (B, C, 2h, 2w)
-    if wavelet == "haar":
-        bands = _haar_analysis(y)
-    else:
-        low_w, high_w = _analysis(y, wavelet)  # each (B, C, 2h, w)
-        low_h = _analysis(torch.cat((low_w, high_w), dim=1).mT, wavelet)  # lowpass, highpass along the height
-        (ll, lh), (hl, hh) = (band.mT.chunk(2, dim=1) for band in low_h)
-        bands = torch.cat((ll, lh, hl, hh), dim=1)  # (B, 4C, h, w)
-    return _from_island(bands, x)
+    return _dwt2(x, wavelet)[0]
 
 
 def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
@@ -63,23 +57,7 @@ def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None)
         ValueError: the channels are not a multiple of four, the size is not one that dwt2 takes to (h, w),
             or the wavelet is unknown or not orthogonal.
     """
-    if y.ndim != 4 or y.shape[1] % 4:
-        raise ValueError(f"idwt2 takes bands of shape (B, 4C, h, w), got {tuple(y.shape)}")
-    h, w = y.shape[-2:]
-    if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
-        raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
-    bands = island(y).chunk(4, dim=1)  # 4 of (B, C, h, w)
-    if wavelet == "haar":
-        x = _haar_synthesis(*bands)
-    else:
-        ll, lh, hl, hh = bands
-        low_w, high_w = _synthesis(torch.cat((ll, lh), dim=1).mT, torch.cat((hl, hh), dim=1).mT, wavelet).mT.chunk(
-            2, dim=1
-        )  # each (B, C, 2h, w)
-        x = _synthesis(low_w, high_w, wavelet)  # (B, C, 2h, 2w)
-    if size is not None:
-        x = x[..., : size[0], : size[1]]
-    return _from_island(x, y)
+    return _idwt2(y, None, wavelet, size)
 
 
 def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
@@ -90,12 +68,10 @@ def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
-    channels = x.shape[1]
     out: list[Tensor] = []
-    for _ in range(levels):
-        x = dwt2(x, wavelet)
-        out.append(x)
-        x = x[:, :channels]  # LL
+    for level in range(levels):
+        bands, x = _dwt2(x, wavelet, apart=level < levels - 1)
+        out.append(bands)
     return out
 
 
@@ -106,11 +82,45 @@ def waverec2(coefficients: list[Tensor], wavelet: str = "haar", size: tuple[int,
     x: Tensor | None = None
     sizes = [size, *((level.shape[-2], level.shape[-1]) for level in coefficients[:-1])]
     for level, target in zip(reversed(coefficients), reversed(sizes), strict=True):
-        channels = level.shape[1] // 4
-        bands = level if x is None else torch.cat((x, level[:, channels:]), dim=1)
-        x = idwt2(bands, wavelet, target)
+        x = _idwt2(level, x, wavelet, target)
     assert x is not None
     return x
+
+
+def _dwt2(x: Tensor, wavelet: str, apart: bool = False) -> tuple[Tensor, Tensor]:
+    """dwt2, and LL: in memory of its own if ``apart``, which the next level's gradients like better than a slice."""
+    if x.ndim != 4:
+        raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
+    y = _pad_to_even(island(x))  # (B, C, 2h, 2w)
+    ll: Tensor | None = None
+    if wavelet != "haar":
+        bands = _filter_analysis(y, wavelet)
+    elif _in_a_graph():
+        bands = _haar_analysis(y)
+    else:
+        bands, ll = _Analysis.apply(y, apart, True)
+    bands = _from_island(bands, x)  # (B, 4C, h, w)
+    return bands, bands[:, : x.shape[1]] if ll is None else _from_island(ll, x)
+
+
+def _idwt2(y: Tensor, ll: Tensor | None, wavelet: str, size: tuple[int, int] | None) -> Tensor:
+    """idwt2, with another LL than the bands' if one is given."""
+    if y.ndim != 4 or y.shape[1] % 4:
+        raise ValueError(f"idwt2 takes bands of shape (B, 4C, h, w), got {tuple(y.shape)}")
+    h, w = y.shape[-2:]
+    if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
+        raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
+    bands = island(y)
+    if wavelet == "haar" and not _in_a_graph():
+        x: Tensor = _Synthesis.apply(bands, None if ll is None else island(ll), False)
+    else:
+        own, dw, dh, dd = bands.chunk(4, dim=1)  # each (B, C, h, w)
+        low = own if ll is None else island(ll)
+        haar = wavelet == "haar"
+        x = _haar_synthesis(low, dw, dh, dd) if haar else _filter_synthesis(low, dw, dh, dd, wavelet)  # (B, C, 2h, 2w)
+    if size is not None:
+        x = x[..., : size[0], : size[1]]
+    return _from_island(x, y)
 
 
 # Precision. The Haar path has only additions, which autocast leaves alone; convolutions need it switched off.
@@ -127,7 +137,16 @@ def _pad_to_even(x: Tensor) -> Tensor:
     return F.pad(x, (0, pad_w, 0, pad_h), mode="replicate") if pad_h or pad_w else x
 
 
-# Haar, the fast path: eight additions per 2x2 block.
+# Haar, the fast path: eight additions per 2x2 block. Graphs (compiled, exported, traced) have plain operations, which
+# a compiler fuses. Eagerly these are bound by fresh memory, hence the two functions below: little beside the output is
+# allocated, a part of the batch at a time that stays in the processor's cache, and the gradient of one is the other.
+
+PART = 2**18
+"""Elements of the batch that are transformed at a time on a CPU; an image at least."""
+
+
+def _in_a_graph() -> bool:
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _haar_analysis(x: Tensor) -> Tensor:
@@ -146,7 +165,101 @@ def _haar_synthesis(ll: Tensor, dw: Tensor, dh: Tensor, dd: Tensor) -> Tensor:
     return F.pixel_shuffle(blocks.flatten(1, 2), 2)  # (B, C, 2h, 2w)
 
 
+class _Analysis(Function):
+    """(B, C, 2h, 2w) -> bands (B, 4C, h, w), and if ``apart`` a copy of their LL (B, C, h, w).
+
+    Without ``keep`` the bands' own LL is then zero. The adjoint of :class:`_Synthesis`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, apart: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
+        ctx.flags = apart, keep
+        b, c, h, w = x.shape
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        bands = torch.empty((b, 4 * c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=layout)
+        n = _images_at_a_time(x)
+        for part, out in zip(x.split(n), bands.split(n), strict=True):
+            ll, dw, dh, dd = out.chunk(4, dim=1)
+            left, right = part[..., 0::2], part[..., 1::2]
+            low, high = (left + right).mul_(0.5), (left - right).mul_(0.5)  # along the width: (n, C, 2h, w)
+            for rows, added, subtracted in ((low, ll, dh), (high, dw, dd)):
+                top, bottom = rows[..., 0::2, :], rows[..., 1::2, :]
+                torch.add(top, bottom, out=added)
+                torch.sub(top, bottom, out=subtracted)
+        if not apart:
+            return bands, None
+        copy = bands[:, :c].clone()
+        if not keep:
+            bands[:, :c].zero_()
+        return bands, copy
+
+    @staticmethod
+    def backward(ctx: Any, bands: Tensor, ll: Tensor | None) -> tuple[Tensor, None, None]:
+        return _Synthesis.apply(bands, ll, ctx.flags[1]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: None) -> tuple[Tensor, Tensor | None]:
+        bands: tuple[Tensor, Tensor | None] = _Analysis.apply(x, *ctx.flags)
+        return bands
+
+
+class _Synthesis(Function):
+    """Bands (B, 4C, h, w) -> (B, C, 2h, 2w); an LL (B, C, h, w), if given, takes the place of the bands' own.
+
+    With ``keep`` it is added to theirs. The adjoint of :class:`_Analysis`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bands: Tensor, ll: Tensor | None, keep: bool) -> Tensor:
+        ctx.flags = ll is not None, keep
+        b, c4, h, w = bands.shape
+        x = bands.new_empty(b, c4 // 4, 2 * h, 2 * w)
+        n = _images_at_a_time(x)
+        given = ll.split(n) if ll is not None else itertools.repeat(None)
+        for part, part_ll, out in zip(bands.split(n), given, x.split(n), strict=False):
+            first, dw, dh, dd = part.chunk(4, dim=1)
+            if part_ll is not None:
+                first = first + part_ll if keep else part_ll
+            low, high = (x.new_empty(*out.shape[:-1], w) for _ in range(2))  # (n, C, 2h, w)
+            for rows, added, subtracted in ((low, first, dh), (high, dw, dd)):
+                torch.add(added, subtracted, out=rows[..., 0::2, :])
+                torch.sub(added, subtracted, out=rows[..., 1::2, :])
+                rows.mul_(0.5)
+            torch.add(low, high, out=out[..., 0::2])
+            torch.sub(low, high, out=out[..., 1::2])
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        bands, ll = _Analysis.apply(x, *ctx.flags)
+        return bands, ll, None
+
+    @staticmethod
+    def jvp(ctx: Any, bands: Tensor, ll: Tensor | None, _: None) -> Tensor:
+        x: Tensor = _Synthesis.apply(bands, ll, ctx.flags[1])
+        return x
+
+
+def _images_at_a_time(x: Tensor) -> int:
+    images = len(x)
+    return max(1, images * PART // max(1, x.numel())) if x.device.type == "cpu" else max(1, images)
+
+
 # Any orthogonal filter: one axis at a time, as a convolution over the periodically continued signal.
+
+
+def _filter_analysis(x: Tensor, wavelet: str) -> Tensor:
+    low_w, high_w = _analysis(x, wavelet)  # each (B, C, 2h, w)
+    low_h = _analysis(torch.cat((low_w, high_w), dim=1).mT, wavelet)  # lowpass, highpass along the height
+    (ll, lh), (hl, hh) = (band.mT.chunk(2, dim=1) for band in low_h)
+    return torch.cat((ll, lh, hl, hh), dim=1)  # (B, 4C, h, w)
+
+
+def _filter_synthesis(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, wavelet: str) -> Tensor:
+    rows = _synthesis(torch.cat((ll, lh), dim=1).mT, torch.cat((hl, hh), dim=1).mT, wavelet).mT  # (B, 2C, 2h, w)
+    low_w, high_w = rows.chunk(2, dim=1)
+    return _synthesis(low_w, high_w, wavelet)  # (B, C, 2h, 2w)
 
 
 @torch.compiler.assume_constant_result

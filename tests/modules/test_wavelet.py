@@ -80,6 +80,40 @@ def test_gradients(wavelet):
     assert torch.autograd.gradgradcheck(lambda t: dwt2(t, wavelet), x)
 
 
+def test_gradients_of_several_levels():
+    x = torch.randn(2, 1, 5, 6, dtype=torch.float64, requires_grad=True)
+    levels = [level.detach().requires_grad_() for level in wavedec2(x)]
+
+    def decompose(image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(wavedec2(image))
+
+    def recompose(*coefficients: torch.Tensor) -> torch.Tensor:
+        return waverec2(list(coefficients), size=(5, 6))
+
+    for function, inputs in ((decompose, (x,)), (recompose, tuple(levels))):
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 260, 180), (2, 2, 7, 9), (0, 3, 8, 8)])
+def test_parts_of_the_batch_equal_plain_operations(shape):
+    """Function transforms, like graphs, have plain operations; eagerly the batch is transformed in parts."""
+
+    def there_and_back(image: torch.Tensor) -> list[torch.Tensor]:
+        levels = wavedec2(image)
+        return [*levels, idwt2(levels[0]), waverec2(levels, size=shape[-2:])]
+
+    x = torch.randn(shape)
+    for ours, plain in zip(there_and_back(x), torch.func.vmap(there_and_back)(x[None]), strict=True):
+        assert torch.equal(ours, plain[0])
+
+
+def test_channels_last_stays():
+    x = torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last)
+    assert dwt2(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(dwt2(x), dwt2(x.contiguous()))
+
+
 @pytest.mark.parametrize("wavelet", WAVELETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(wavelet, dtype):
