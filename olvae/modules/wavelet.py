@@ -12,7 +12,6 @@ Everything is computed in float32 (float64 for float64), under autocast too: hal
 as float32 inside an autocast region, like torch's own float32 operations there, and in its own dtype outside.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -38,7 +37,14 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
     Raises:
         ValueError: x is not 4-dimensional, or the wavelet is unknown or not orthogonal.
     """
-    return _dwt2(x, wavelet)[0]
+    if x.ndim != 4:
+        raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
+    y = _pad_to_even(island(x))  # (B, C, 2h, 2w)
+    if wavelet != "haar":
+        bands = _filter_analysis(y, wavelet)
+    else:
+        bands = _haar_analysis(y) if _in_a_graph() else _Analysis.apply(y)
+    return _from_island(bands, x)  # (B, 4C, h, w)
 
 
 def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
@@ -57,7 +63,19 @@ def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None)
         ValueError: the channels are not a multiple of four, the size is not one that dwt2 takes to (h, w),
             or the wavelet is unknown or not orthogonal.
     """
-    return _idwt2(y, None, wavelet, size)
+    if y.ndim != 4 or y.shape[1] % 4:
+        raise ValueError(f"idwt2 takes bands of shape (B, 4C, h, w), got {tuple(y.shape)}")
+    h, w = y.shape[-2:]
+    if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
+        raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
+    bands = island(y)
+    if wavelet != "haar":
+        x = _filter_synthesis(*bands.chunk(4, dim=1), wavelet)
+    else:
+        x = _haar_synthesis(*bands.chunk(4, dim=1)) if _in_a_graph() else _Synthesis.apply(bands)  # (B, C, 2h, 2w)
+    if size is not None:
+        x = x[..., : size[0], : size[1]]
+    return _from_island(x, y)
 
 
 def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
@@ -68,10 +86,12 @@ def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
+    channels = x.shape[1]
     out: list[Tensor] = []
-    for level in range(levels):
-        bands, x = _dwt2(x, wavelet, apart=level < levels - 1)
-        out.append(bands)
+    for _ in range(levels):
+        x = dwt2(x, wavelet)
+        out.append(x)
+        x = x[:, :channels]  # LL
     return out
 
 
@@ -82,45 +102,11 @@ def waverec2(coefficients: list[Tensor], wavelet: str = "haar", size: tuple[int,
     x: Tensor | None = None
     sizes = [size, *((level.shape[-2], level.shape[-1]) for level in coefficients[:-1])]
     for level, target in zip(reversed(coefficients), reversed(sizes), strict=True):
-        x = _idwt2(level, x, wavelet, target)
+        channels = level.shape[1] // 4
+        bands = level if x is None else torch.cat((x, level[:, channels:]), dim=1)
+        x = idwt2(bands, wavelet, target)
     assert x is not None
     return x
-
-
-def _dwt2(x: Tensor, wavelet: str, apart: bool = False) -> tuple[Tensor, Tensor]:
-    """dwt2, and LL: in memory of its own if ``apart``, which the next level's gradients like better than a slice."""
-    if x.ndim != 4:
-        raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
-    y = _pad_to_even(island(x))  # (B, C, 2h, 2w)
-    ll: Tensor | None = None
-    if wavelet != "haar":
-        bands = _filter_analysis(y, wavelet)
-    elif _in_a_graph():
-        bands = _haar_analysis(y)
-    else:
-        bands, ll = _Analysis.apply(y, apart, True)
-    bands = _from_island(bands, x)  # (B, 4C, h, w)
-    return bands, bands[:, : x.shape[1]] if ll is None else _from_island(ll, x)
-
-
-def _idwt2(y: Tensor, ll: Tensor | None, wavelet: str, size: tuple[int, int] | None) -> Tensor:
-    """idwt2, with another LL than the bands' if one is given."""
-    if y.ndim != 4 or y.shape[1] % 4:
-        raise ValueError(f"idwt2 takes bands of shape (B, 4C, h, w), got {tuple(y.shape)}")
-    h, w = y.shape[-2:]
-    if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
-        raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
-    bands = island(y)
-    if wavelet == "haar" and not _in_a_graph():
-        x: Tensor = _Synthesis.apply(bands, None if ll is None else island(ll), False)
-    else:
-        own, dw, dh, dd = bands.chunk(4, dim=1)  # each (B, C, h, w)
-        low = own if ll is None else island(ll)
-        haar = wavelet == "haar"
-        x = _haar_synthesis(low, dw, dh, dd) if haar else _filter_synthesis(low, dw, dh, dd, wavelet)  # (B, C, 2h, 2w)
-    if size is not None:
-        x = x[..., : size[0], : size[1]]
-    return _from_island(x, y)
 
 
 # Precision. The Haar path has only additions, which autocast leaves alone; convolutions need it switched off.
@@ -166,14 +152,10 @@ def _haar_synthesis(ll: Tensor, dw: Tensor, dh: Tensor, dd: Tensor) -> Tensor:
 
 
 class _Analysis(Function):
-    """(B, C, 2h, 2w) -> bands (B, 4C, h, w), and if ``apart`` a copy of their LL (B, C, h, w).
-
-    Without ``keep`` the bands' own LL is then zero. The adjoint of :class:`_Synthesis`.
-    """
+    """(B, C, 2h, 2w) -> bands (B, 4C, h, w). Its gradient is :class:`_Synthesis`: the transform is orthonormal."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, apart: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
-        ctx.flags = apart, keep
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004  (torch's signature)
         b, c, h, w = x.shape
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -187,42 +169,31 @@ class _Analysis(Function):
                 top, bottom = rows[..., 0::2, :], rows[..., 1::2, :]
                 torch.add(top, bottom, out=added)
                 torch.sub(top, bottom, out=subtracted)
-        if not apart:
-            return bands, None
-        copy = bands[:, :c].clone()
-        if not keep:
-            bands[:, :c].zero_()
-        return bands, copy
+        return bands
 
     @staticmethod
-    def backward(ctx: Any, bands: Tensor, ll: Tensor | None) -> tuple[Tensor, None, None]:
-        return _Synthesis.apply(bands, ll, ctx.flags[1]), None, None
+    def backward(ctx: Any, bands: Tensor) -> Tensor:  # noqa: ARG004
+        x: Tensor = _Synthesis.apply(bands)
+        return x
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor, *_: None) -> tuple[Tensor, Tensor | None]:
-        bands: tuple[Tensor, Tensor | None] = _Analysis.apply(x, *ctx.flags)
+    def jvp(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        bands: Tensor = _Analysis.apply(x)
         return bands
 
 
 class _Synthesis(Function):
-    """Bands (B, 4C, h, w) -> (B, C, 2h, 2w); an LL (B, C, h, w), if given, takes the place of the bands' own.
-
-    With ``keep`` it is added to theirs. The adjoint of :class:`_Analysis`.
-    """
+    """Bands (B, 4C, h, w) -> (B, C, 2h, 2w); its gradient is :class:`_Analysis`."""
 
     @staticmethod
-    def forward(ctx: Any, bands: Tensor, ll: Tensor | None, keep: bool) -> Tensor:
-        ctx.flags = ll is not None, keep
+    def forward(ctx: Any, bands: Tensor) -> Tensor:  # noqa: ARG004
         b, c4, h, w = bands.shape
         x = bands.new_empty(b, c4 // 4, 2 * h, 2 * w)
         n = _images_at_a_time(x)
-        given = ll.split(n) if ll is not None else itertools.repeat(None)
-        for part, part_ll, out in zip(bands.split(n), given, x.split(n), strict=False):
-            first, dw, dh, dd = part.chunk(4, dim=1)
-            if part_ll is not None:
-                first = first + part_ll if keep else part_ll
+        for part, out in zip(bands.split(n), x.split(n), strict=True):
+            ll, dw, dh, dd = part.chunk(4, dim=1)
             low, high = (x.new_empty(*out.shape[:-1], w) for _ in range(2))  # (n, C, 2h, w)
-            for rows, added, subtracted in ((low, first, dh), (high, dw, dd)):
+            for rows, added, subtracted in ((low, ll, dh), (high, dw, dd)):
                 torch.add(added, subtracted, out=rows[..., 0::2, :])
                 torch.sub(added, subtracted, out=rows[..., 1::2, :])
                 rows.mul_(0.5)
@@ -231,13 +202,13 @@ class _Synthesis(Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        bands, ll = _Analysis.apply(x, *ctx.flags)
-        return bands, ll, None
+    def backward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        bands: Tensor = _Analysis.apply(x)
+        return bands
 
     @staticmethod
-    def jvp(ctx: Any, bands: Tensor, ll: Tensor | None, _: None) -> Tensor:
-        x: Tensor = _Synthesis.apply(bands, ll, ctx.flags[1])
+    def jvp(ctx: Any, bands: Tensor) -> Tensor:  # noqa: ARG004
+        x: Tensor = _Synthesis.apply(bands)
         return x
 
 

@@ -61,8 +61,8 @@ TWO = ("data.params.batch_size=4", "lightning.trainer.accelerator=cpu", "lightni
 
 @pytest.mark.parametrize("config", ["configs/demo.yaml", "configs/demo_b.yaml"])
 def test_two_processes_are_one(tmp_path, config):
-    one = command(tmp_path, config, "one", "data.params.batch_size=8")
-    two = command(tmp_path, config, "two", *TWO)
+    one = command(tmp_path, config, "one", "data.params.size=64", "data.params.batch_size=8")
+    two = command(tmp_path, config, "two", "data.params.size=64", *TWO)
     assert one["images_seen"] == two["images_seen"] == 40
     for part in ("current_model_state", "state_dict"):
         assert one[part].keys() == two[part].keys()

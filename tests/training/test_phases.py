@@ -48,6 +48,7 @@ def test_phase_b_stays_healthy(tmp_path: Path, monkeypatch, phase_a, discriminat
         "lightning.trainer.max_steps=40",
         "lightning.trainer.val_check_interval=40",
         "lightning.trainer.log_every_n_steps=1",
+        "data.params.size=64",
         "data.params.batch_size=4",
     ]
     run = train(
