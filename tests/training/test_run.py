@@ -30,7 +30,7 @@ UNETGAN = {"target": "olvae.modules.discriminators.unetgan.UNetGAN", "params": {
 
 
 @pytest.fixture
-def go(tmp_path, image_folder, monkeypatch):
+def go(tmp_path, image_folder, monkeypatch, quick_training):
     """Train the tiny config, changed by overrides; returns the run."""
     monkeypatch.delenv(training.RUN_ENV, raising=False)
     base = tmp_path / "tiny.yaml"
@@ -65,7 +65,7 @@ def assert_same_state(a: Run, b: Run) -> None:
     assert one["global_step"] == other["global_step"]
 
 
-def test_what_a_run_leaves(go):
+def test_what_a_run_leaves(go, whole_training):
     run = go(name="my_name", precision="bf16", seed=5)
     assert run.path.name.endswith("_my_name_bf16")
     files = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
