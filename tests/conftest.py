@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.utils import parametrizations
 
 from tests.pretrained import weights_dir  # noqa: F401  (a fixture)
 
@@ -17,6 +18,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_power_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For networks to be counted on the meta device: the iterations of spectral norm at its start take long there, and
+    change no count."""
+    monkeypatch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def test_all_compute_the_same(wavelet, count):
     assert all(row["images_per_s"] > 0 for row in rows)
 
 
-def test_rows_are_near_what_was_published():
+def test_rows_are_near_what_was_published(no_power_iterations: None):
     rows = network_table()
     assert {row.name for row in rows if row.group == "encoder"} == {"S", "B", "M", "L", "sd"}
     assert {row.name for row in rows if row.group == "decoder"} == {"open_litevae", "paper_smc", "sd"}

@@ -1,13 +1,13 @@
 """Discriminators to be counted, as a fixture."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch.nn.utils import parametrizations
 
 
 @pytest.fixture
-def meta(monkeypatch):
-    """Networks are built on the meta device, without the power iterations, which take long there and change no count."""
-    monkeypatch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
+def meta(no_power_iterations: None) -> Iterator[None]:
+    """Networks are built on the meta device."""
     with torch.device("meta"):
         yield
