@@ -20,11 +20,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def no_power_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For networks to be counted on the meta device: the iterations of spectral norm at its start take long there, and
-    change no count."""
-    monkeypatch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
+def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:
+    """Those of spectral norm at its start take long on the meta device, and change no count."""
+    patch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def network_rows() -> list[Any]:
+    """What ``network_table`` counts, once."""
+    from olvae.bench.networks import network_table
+
+    with pytest.MonkeyPatch.context() as patch:
+        skip_power_iterations(patch)
+        return network_table()
 
 
 @pytest.fixture(scope="session")

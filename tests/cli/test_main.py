@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -93,8 +92,8 @@ def test_the_untrained_row_is_the_run_before_its_first_step(olvae, config, tmp_p
     assert trained["metrics"] == pytest.approx(untrained["metrics"], rel=1e-4)
 
 
-def test_tables(olvae, monkeypatch, no_power_iterations):
-    monkeypatch.setattr(networks, "network_table", cache(networks.network_table))
+def test_tables(olvae, monkeypatch, network_rows):
+    monkeypatch.setattr(networks, "network_table", lambda: network_rows)
     code, out, err = olvae("tables", "--json")
     assert (code, err) == (0, "")
     rows = json.loads(out)

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.conftest import skip_power_iterations
+
 
 @pytest.fixture
-def meta(no_power_iterations: None) -> Iterator[None]:
+def meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Networks are built on the meta device."""
+    skip_power_iterations(monkeypatch)
     with torch.device("meta"):
         yield
