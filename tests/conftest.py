@@ -1,5 +1,6 @@
 """What tests share: one thread per worker, determinism, small models and configs."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.utils import parametrizations
 
 from tests.pretrained import weights_dir  # noqa: F401  (a fixture)
 
@@ -16,6 +18,50 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:
+    """Those of spectral norm at its start take long on the meta device, and change no count."""
+    patch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def network_rows() -> list[Any]:
+    """What ``network_table`` counts, once."""
+    from olvae.bench.networks import network_table
+
+    with pytest.MonkeyPatch.context() as patch:
+        skip_power_iterations(patch)
+        return network_table()
+
+
+@pytest.fixture(scope="session")
+def quick_training() -> Iterator[None]:
+    """Trainings in this process neither plot their curves nor count MACs, which is most of the time of a tiny one.
+
+    A session's, for the fixtures that train; :func:`whole_training` has both.
+    """
+    from olvae.training import progress
+
+    def unplotted(curves: Mapping[str, Any], path: Path) -> None:
+        assert all(len(steps) == len(values) > 0 for steps, values in curves.values())
+        path.touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "plot_curves", unplotted)
+        patch.setattr(progress, "count_macs", lambda *_: 0)
+        yield
+
+
+@pytest.fixture
+def whole_training(quick_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of this test are whole: with curves and MACs."""
+    from olvae.figures import plot_curves
+    from olvae.modules.base import count_macs
+    from olvae.training import progress
+
+    monkeypatch.setattr(progress, "plot_curves", plot_curves)
+    monkeypatch.setattr(progress, "count_macs", count_macs)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 
-from olvae.bench.networks import DECODERS, ENCODERS, bench_dwt, bench_networks, network_table
+from olvae.bench.networks import DECODERS, ENCODERS, bench_dwt, bench_networks
 from olvae.modules.base import count_parameters
 
 
@@ -30,8 +30,8 @@ def test_all_compute_the_same(wavelet, count):
     assert all(row["images_per_s"] > 0 for row in rows)
 
 
-def test_rows_are_near_what_was_published():
-    rows = network_table()
+def test_rows_are_near_what_was_published(network_rows):
+    rows = network_rows
     assert {row.name for row in rows if row.group == "encoder"} == {"S", "B", "M", "L", "sd"}
     assert {row.name for row in rows if row.group == "decoder"} == {"open_litevae", "paper_smc", "sd"}
     unets = {f"UNetGAN-{scale}" for scale in "SML"}

@@ -14,7 +14,7 @@ from tests.conftest import tiny_config
 
 
 @pytest.fixture
-def olvae(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+def olvae(capfd, monkeypatch, quick_training) -> Callable[..., tuple[int, str, str]]:
     """Run a command; returns exit code, standard output and standard error."""
     monkeypatch.delenv(training.RUN_ENV, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
@@ -29,7 +29,7 @@ def olvae(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Iterator[Path]:
+def trained(tmp_path_factory, quick_training) -> Iterator[Path]:
     """A run folder after two steps, on a folder of twelve pictures beside it; not to be changed."""
     folder = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(0)

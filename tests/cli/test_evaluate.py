@@ -2,11 +2,10 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,16 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from olvae.cli.evaluate import results_folder
+from olvae.cli.main import main
 from olvae.config import ConfigError
 from olvae.evaluation.results import Results
+from olvae.evaluation.roundtrip import AutoencoderRoundTrip
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
-from tests.test_devices import REPO, run_on_two
+from tests.test_devices import fork_two
 
-PIXELS = ("--metrics", "psnr,ssim,l1")
+PIXELS = ("--metrics", "psnr,ssim,l1", "--no-report")
 
 
 def content(folder: Path, name: str = "metrics.json") -> dict:
@@ -96,7 +97,7 @@ def test_the_size_of_batches_changes_nothing(olvae, trained, photos, tmp_path):
 
 def test_two_processes_are_one(olvae, trained, photos, tmp_path):
     arguments = ["evaluate", str(trained), "--data", str(photos), "-B", "3", *PIXELS, "--out"]
-    run_on_two("-m", "olvae.cli.main", *arguments, str(tmp_path / "two"))
+    fork_two(main, [*arguments, str(tmp_path / "two")])
     assert olvae(*arguments, tmp_path / "one")[0] == 0
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     assert one["images"] == two["images"]
@@ -296,26 +297,27 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, tmp_path, argum
     assert not (tmp_path / "out").exists()
 
 
-KILLED = """
-import os, sys
-from olvae.cli.main import main
-from olvae.evaluation.roundtrip import AutoencoderRoundTrip as Reconstruction
-before, calls = Reconstruction.__call__, []
-def killed(self, keys, x):
-    calls.append(keys)
-    if len(calls) == 3:
-        os.kill(os.getpid(), 9)
-    return before(self, keys, x)
-Reconstruction.__call__ = killed
-main(sys.argv[1:])
-"""
+def killed_at_the_third_batch(arguments: list[str]) -> None:
+    before, calls = AutoencoderRoundTrip.__call__, []
+
+    def killed(self, keys, x):
+        calls.append(keys)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(self, keys, x)
+
+    AutoencoderRoundTrip.__call__ = killed
+    main(arguments)
 
 
 def test_a_run_killed_half_way_leaves_no_numbers(trained, photos, tmp_path):
     arguments = ["evaluate", trained, "--data", photos, "-B", 1, "--out", tmp_path / "out", *PIXELS]
-    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = multiprocessing.get_context("fork").Process(
+        target=killed_at_the_third_batch, args=([str(a) for a in arguments],)
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from olvae.cli.main import main
 from olvae.models.loading.targets import find_target
 from tests.evaluation.peers import kl, litevae
-from tests.test_devices import run_on_two
+from tests.test_devices import fork_two
 
 PIXELS = ("--metrics", "psnr,ssim")
 
@@ -97,7 +98,7 @@ def test_every_encoder_with_every_decoder(olvae, trained, teacher, photos, tmp_p
     beside = ("--beside", tmp_path / "one" / "metrics.json")
     assert olvae(*arguments, *beside, "-B", 3, "--no-report", "--out", tmp_path / "beside")[0] == 0
     assert rows(tmp_path / "beside")[f"{b} (2)"]["latents"] == latents
-    run_on_two("-m", "olvae.cli.main", *arguments, "--out", str(tmp_path / "two"))
+    fork_two(main, [*arguments, "--no-report", "--out", str(tmp_path / "two")])
     for folder in ("beside", "two"):
         again = rows(tmp_path / folder)
         assert again[b]["latents"]["per_channel"] == pytest.approx(latents["per_channel"], rel=1e-4)
@@ -151,13 +152,13 @@ def test_rows_of_precisions(olvae, trained, overflowing, photos, tmp_path):
         assert line in text
     assert len(set((tmp_path / "one" / "per_image.csv").read_text().split("\n")[0].split(","))) == 4
 
-    run_on_two("-m", "olvae.cli.main", *arguments, *precision, "--no-report", "--out", str(tmp_path / "two"))
+    fork_two(main, [*arguments, *precision, "--no-report", "--out", str(tmp_path / "two")])
     for name, row in rows(tmp_path / "two").items():
         for key in ("images", "first"):
             assert row["precision"]["non_finite"][key] == found[name]["precision"]["non_finite"][key]
         assert row["precision"]["largest"] == pytest.approx(found[name]["precision"]["largest"], rel=2e-2)
 
-    beside = ("--beside", tmp_path / "one" / "metrics.json")
+    beside = ("--no-report", "--beside", tmp_path / "one" / "metrics.json")
     assert olvae("evaluate", trained, "--data", photos, *PIXELS, *beside, "--out", tmp_path / "beside")[0] == 0
     assert rows(tmp_path / "beside")[f"{scaled}, fp16"]["precision"] == half
     assert line in (tmp_path / "beside" / "metrics.md").read_text()
@@ -178,7 +179,7 @@ def test_without_them_nothing_is_recorded(olvae, trained, photos, tmp_path, monk
 
 
 def test_a_sampled_latent_has_activations_of_its_own(olvae, trained, photos, tmp_path):
-    protocols = ("--protocol", "open-litevae,latent-diffusion", "--precision", "bf16")
+    protocols = ("--protocol", "open-litevae,latent-diffusion", "--precision", "bf16", "--no-report")
     code, _, err = olvae("evaluate", trained, "--data", photos, *PIXELS, *protocols, "--out", tmp_path)
     assert code == 0, err
     mode, sampled = rows(tmp_path), rows(tmp_path, "metrics_latent-diffusion.json")

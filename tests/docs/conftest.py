@@ -29,7 +29,7 @@ def run_command(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory) -> Path:
+def prepared(tmp_path_factory, quick_training) -> Path:
     """The folder, made once: a tiny model with the demo's name and 12 latent channels stands for the demo's."""
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)

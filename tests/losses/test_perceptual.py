@@ -14,12 +14,14 @@ from olvae.weights import VGG16
 
 
 @pytest.fixture(scope="module")
-def vgg(tmp_path_factory) -> Path:
-    """Randomly initialised VGG16 weights in torchvision's own file format."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vgg") / VGG16.name
-    torch.save(torchvision.models.vgg16(weights=None).state_dict(), path)
-    return path
+def vgg(weights_dir) -> Path:
+    return weights_dir / VGG16.name
+
+
+@pytest.fixture(scope="module")
+def loss(vgg) -> LPIPS:
+    """Not to be changed."""
+    return LPIPS(str(vgg))
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def hub(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_equals_the_lpips_package(vgg, monkeypatch):
+def test_equals_the_lpips_package(vgg, loss, monkeypatch):
     """The package loads the same file its own way: through torchvision's loader."""
     state = torch.load(vgg, weights_only=True)
     monkeypatch.setattr(torchvision.models.vgg.VGG16_Weights, "get_state_dict", lambda *args, **kwargs: state)
@@ -44,14 +46,13 @@ def test_equals_the_lpips_package(vgg, monkeypatch):
         warnings.simplefilter("ignore")
         theirs = reference.LPIPS(net="vgg", verbose=False)
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
-    ours = LPIPS(str(vgg))(x, y)
+    ours = loss(x, y)
     assert ours.item() == pytest.approx(theirs(x, y).mean().item(), rel=1e-5)
     assert ours.item() > 0
-    assert LPIPS(str(vgg))(x, x).item() == 0
+    assert loss(x, x).item() == 0
 
 
-def test_gradients_reach_the_reconstruction_and_not_the_network(vgg):
-    loss = LPIPS(str(vgg))
+def test_gradients_reach_the_reconstruction_and_not_the_network(loss):
     y = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
     loss(torch.zeros(1, 3, 32, 32), y).backward()
     assert torch.isfinite(y.grad).all()
@@ -69,26 +70,24 @@ def test_is_no_part_of_the_model(vgg):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_are_compared_one_by_one(vgg, channels):
-    loss = LPIPS(str(vgg))
+def test_other_channels_are_compared_one_by_one(loss, channels):
     x, y = torch.rand(2, channels, 32, 32), torch.rand(2, channels, 32, 32)
     grey = [loss(x[:, c : c + 1].expand(-1, 3, -1, -1), y[:, c : c + 1].expand(-1, 3, -1, -1)) for c in range(channels)]
     assert loss(x, y).item() == pytest.approx(torch.stack(grey).mean().item(), rel=1e-5)
 
 
-def test_float32_under_autocast(vgg):
-    loss = LPIPS(str(vgg))
+def test_float32_under_autocast(loss):
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
     outside = loss(x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(x, y), outside)
 
 
-def test_finds_the_cached_file(vgg, hub):
+def test_finds_the_cached_file(vgg, loss, hub):
     hub.mkdir(parents=True)
     (hub / VGG16.name).symlink_to(vgg)
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
-    assert LPIPS()(x, y).item() == LPIPS(str(vgg))(x, y).item()
+    assert LPIPS()(x, y).item() == loss(x, y).item()
 
 
 def test_says_what_is_missing(hub):

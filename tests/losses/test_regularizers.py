@@ -136,7 +136,7 @@ def _lecam_on_two_processes(rank: int, folder: str) -> None:
 
 
 def test_lecam_anchors_are_the_same_on_all_processes(tmp_path: Path):
-    mp.spawn(_lecam_on_two_processes, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(_lecam_on_two_processes, args=(str(tmp_path),), nprocs=2, start_method="fork")
     lecam = LeCam(decay=0.5)  # one process with both halves of the batch
     for value in (1.0, 3.0):
         penalty = lecam([torch.tensor([value, value + 1])], [torch.tensor([-value, -value - 1])])

@@ -10,7 +10,7 @@ from tests.training.origins import without_networks
 
 
 @pytest.fixture
-def train_with(tmp_path, image_folder, monkeypatch):
+def train_with(tmp_path, image_folder, monkeypatch, quick_training):
     """Train with a config; returns the run."""
     monkeypatch.delenv(training.RUN_ENV, raising=False)
 

@@ -10,7 +10,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from olvae.config import save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
-from olvae.training import progress as summary
 from olvae.training import run as training
 from olvae.training.callbacks import GracefulStop
 from olvae.training.run import TrainOptions, train
@@ -19,10 +18,9 @@ from tests.models.steps import Each, against, assert_same, build, fit, moved
 
 
 @pytest.fixture
-def go(tmp_path, image_folder, monkeypatch):
+def go(tmp_path, image_folder, monkeypatch, quick_training):
     """Train a tiny phase B with everything on that has a state; returns the run."""
     monkeypatch.delenv(training.RUN_ENV, raising=False)
-    monkeypatch.setattr(summary, "draw_curves", lambda run: None)  # half of the time
     adversary = against(
         weight=0.3,
         start_step=1,

@@ -22,16 +22,11 @@ def _nudge(net: torch.nn.Module) -> None:
             p.add_(0.1 * torch.randn_like(p))
 
 
-@pytest.fixture(scope="module")
-def default() -> GigaGAN:
-    with torch.device("meta"):
-        return GigaGAN()
-
-
-def test_parameters_and_macs_are_the_readmes(default: GigaGAN):
-    assert sum(p.numel() for p in default.parameters()) == 14_378_498  # README: 14.38 M
+def test_parameters_and_macs_are_the_readmes(meta: None):
+    net = GigaGAN()
+    assert sum(p.numel() for p in net.parameters()) == 14_378_498  # README: 14.38 M
     with FlopCounterMode(display=False) as counter:
-        default(torch.empty(1, 3, 256, 256, device="meta"))
+        net(torch.empty(1, 3, 256, 256))
     assert counter.get_total_flops() / 2 == pytest.approx(3.23e9, rel=0.02)
 
 
@@ -43,13 +38,12 @@ def test_parameters_and_macs_are_the_readmes(default: GigaGAN):
         ({"image_size": 512}, 14_377_026),
     ],
 )
-def test_parameters_of_other_layouts(options: dict[str, object], expected: int):
-    with torch.device("meta"):
-        assert sum(p.numel() for p in GigaGAN(**options).parameters()) == expected
+def test_parameters_of_other_layouts(meta: None, options: dict[str, object], expected: int):
+    assert sum(p.numel() for p in GigaGAN(**options).parameters()) == expected
 
 
-def test_layout_at_256(default: GigaGAN):
-    net = default
+def test_layout_at_256(meta: None):
+    net = GigaGAN()
     assert [level.conv2.weight.shape[0] for level in net.levels] == [32, 64, 128, 256, 256, 256]
     assert {k: len(t.blocks) for k, t in net.transformers.items()} == {"3": 2, "4": 2}  # 16 and 8 px
     assert list(net.predictors) == ["0"]
@@ -230,12 +224,12 @@ def test_bf16_is_close_to_float32():
 def test_trains_under_bf16():
     """The hinge loss falls on a task that is easy to tell: images of noise, with and without a blur.
 
-    It halves within 20 steps; at a higher rate it does so with peaks, whose places are a matter of rounding.
+    It halves within 15 steps; at a higher rate it does so with peaks, whose places are a matter of rounding.
     """
     net = _small()
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-4, betas=(0.5, 0.9))
     losses = []
-    for _ in range(40):
+    for _ in range(16):
         real = torch.randn(4, 3, 64, 64)
         fake = torch.nn.functional.avg_pool2d(real, 3, stride=1, padding=1)
         with torch.autocast("cpu", torch.bfloat16):

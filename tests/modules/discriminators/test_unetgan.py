@@ -25,15 +25,14 @@ def small() -> UNetGAN:
         (64, 192, 31_481_602),
     ],
 )
-def test_parameters(base: int, image_size: int, expected: int):
-    with torch.device("meta"):
-        net = UNetGAN(base_channels=base, image_size=image_size)
+def test_parameters(meta: None, base: int, image_size: int, expected: int):
+    net = UNetGAN(base_channels=base, image_size=image_size)
     assert sum(p.numel() for p in net.parameters()) == expected
 
 
 @pytest.mark.parametrize(("base", "published"), [(16, 2.31e9), (32, 9.13e9), (64, 36.34e9)])
-def test_macs_are_the_readmes(base: int, published: float):
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+def test_macs_are_the_readmes(meta: None, base: int, published: float):
+    with FlopCounterMode(display=False) as counter:
         UNetGAN(base_channels=base)(torch.empty(1, 3, 256, 256))
     assert counter.get_total_flops() / 2 == pytest.approx(published, rel=0.02)
 
