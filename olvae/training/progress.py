@@ -207,7 +207,8 @@ class StepProgress(ProgressBar):
             self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False)
 
     def _status(self) -> str:
-        return f"loss {self._loss:.4f}  {self._clock.images_per_s():.1f} images/s"
+        loss = "" if math.isnan(self._loss) else f"loss {self._loss:.4f}  "
+        return f"{loss}{self._clock.images_per_s():.1f} images/s"
 
     def _stop(self) -> None:
         if self._bar is not None:
