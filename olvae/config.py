@@ -165,9 +165,7 @@ def resolve_target(target: str) -> Any:
     Raises:
         ConfigError: it does not import; the message has the nearest right name.
     """
-    module_name, _, name = _moved(target).rpartition(".")
-    if not all(part.isidentifier() for part in target.split(".")) or not module_name:
-        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.folder.FolderSource")
+    module_name, name = _dotted(target)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -180,6 +178,18 @@ def resolve_target(target: str) -> Any:
     if not callable(found):
         raise ConfigError(f"target {target!r} is a {type(found).__name__}, not a class or function")
     return found
+
+
+def _dotted(target: str) -> tuple[str, str]:
+    """The module, by the name that it has now, and the class or function in it.
+
+    Raises:
+        ConfigError: it is no dotted path.
+    """
+    module, _, name = _moved(target).rpartition(".")
+    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.folder.FolderSource")
+    return module, name
 
 
 def _moved(target: Any) -> str:
@@ -275,8 +285,7 @@ def _arguments_of(target: str) -> Arguments | None:
     Raises:
         ConfigError: it does not import.
     """
-    module, _, name = _moved(target).rpartition(".")
-    return arguments_in_source(module, name) or _imported_arguments(resolve_target(target))
+    return arguments_in_source(*_dotted(target)) or _imported_arguments(resolve_target(target))
 
 
 def _imported_arguments(factory: Any) -> Arguments | None:

@@ -41,7 +41,8 @@ def arguments_in_source(module: str, name: str) -> Arguments | None:
 
     Parameters with a default have the default ``None``.
     """
-    if module.partition(".")[0] not in FOLLOWED or _imported(module):
+    package, *rest = module.split(".")
+    if package not in FOLLOWED or not all(part.isidentifier() for part in rest) or _imported(module):
         return None
     try:
         return _arguments(_look_up(module, name))

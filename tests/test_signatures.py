@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from olvae import signatures
-from olvae.config import load
+from olvae.config import ConfigError, load
+from olvae.models.spec import AutoencoderSpec
 from olvae.signatures import arguments_in_source
 
 ROOT = Path(__file__).parent.parent
@@ -90,3 +91,15 @@ def test_validating_imports_neither_torch_nor_lightning():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr.count("no mistakes") == 2
+
+
+def test_a_path_is_no_target(tmp_path):
+    """A received config must not have a file beside it read, whose annotations would be evaluated."""
+    (tmp_path / "evil.py").write_text("def Name(x: open('evaluated', 'w')): ...")
+    target = f"olvae.{tmp_path}/evil"
+    assert arguments_in_source(target, "Name") is None
+    spec = {"target": f"{target}.Name", "params": {}}
+    content = {"model": {"params": {"encoder_config": spec, "decoder_config": spec, "embed_dim": 4}}}
+    with pytest.raises(ConfigError, match="not a dotted path"):
+        AutoencoderSpec.from_content(content, "received", only_ours=True)
+    assert not Path("evaluated").exists()

@@ -128,6 +128,11 @@ class Photo:
                 name, f"{channels} channels are read from .npy files of shape (H, W, {channels})"
             )
 
+    @property
+    def turned(self) -> bool:
+        """Whether the file's pixels lie in another way than the picture is seen, by its EXIF orientation."""
+        return self._orientation != 1
+
     def undecoded(self) -> bytes | Picture:
         """The file's bytes, or the picture in memory.
 

@@ -233,7 +233,7 @@ class EncodeJob:
             sides.append(self._latents(self._posterior(mirrored, memory), [f"{key}\nflip" for key in keys]))
         for (number, image), *latents in zip(images, *sides, strict=True):
             size = image.pixels.shape[2], image.pixels.shape[1]
-            done.append((number, Encoded(image.item, image.size, size, latents)))
+            done.append((number, Encoded(image.item, image.size, size, latents, image.turned)))
         return done
 
     def _posterior(self, images: Sequence[Tensor], memory: int) -> Posterior:

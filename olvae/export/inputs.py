@@ -162,11 +162,12 @@ def _digest(lines: Sequence[str] | Iterator[str]) -> str:
 
 
 class ReadImage(NamedTuple):
-    """An image ready to be encoded, uint8 (C, H, W), and its original width and height."""
+    """An image ready to be encoded, uint8 (C, H, W), its original width and height, and whether it was turned."""
 
     item: Item
     pixels: Tensor
     size: tuple[int, int]
+    turned: bool = False
 
 
 Numbered = tuple[int, T]
@@ -250,10 +251,11 @@ def _read(size: int, keep: bool, item: Item | ReadError) -> ReadImage | ReadErro
     if isinstance(item, ReadError):
         return item
     try:
-        picture = item.open().read()
+        photo = item.open()
+        picture = photo.read()
         pixels = image_to_tensor(EvalTransform(size)(picture) if size else picture)
         if keep:
             item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
-        return ReadImage(item, pixels, picture.size)
+        return ReadImage(item, pixels, picture.size, photo.turned)
     except UnreadableImageError as error:
         return ReadError(item.key, error.reason)

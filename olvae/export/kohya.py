@@ -87,6 +87,8 @@ class KohyaWriter(LatentWriter):
         return {"factors": [self.shift, self.scale]} if self.architecture.scaled else {}
 
     def accept(self, encoded: Encoded) -> Encoded | ReadError:
+        if encoded.turned:  # the trainer reads pixels as they lie in the file
+            return ReadError(encoded.item.key, "it is turned by its EXIF orientation: store it upright")
         width, height = encoded.size
         if width % STRIDE or height % STRIDE:
             return ReadError(encoded.item.key, f"{width}x{height} pixels would be padded to multiples of {STRIDE}")
@@ -100,7 +102,7 @@ class KohyaWriter(LatentWriter):
             place = self.folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(place, self.folder / self.state) as partial:
-                np.savez(partial, allow_pickle=False, **self._arrays(encoded))
+                np.savez(partial, **self._arrays(encoded))
             sizes[name] = place.stat().st_size
         path.write_text(json.dumps(sizes), encoding="utf-8")
 

@@ -46,12 +46,14 @@ class EncodeOptions:
 
 
 class Encoded(NamedTuple):
-    """An image's latent, then the mirrored image's if it is stored; width and height before and after resizing."""
+    """An image's latent, then the mirrored image's if it is stored; width and height before and after resizing; whether
+    the file's pixels were turned upright."""
 
     item: Item
     original: tuple[int, int]
     size: tuple[int, int]
     latents: Sequence[Latent]
+    turned: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> boo
         if this_process()[0] == 0:
             log.warning("compile: the networks run uncompiled, because no compiler works here (%s)", reason[0])
         return False
+    # A ratio of gradients goes through a graph before its backward pass, which must not reuse the graph's memory.
+    torch._functorch.config.donated_buffer = False
     for network in networks:
         network.compile()
     return True

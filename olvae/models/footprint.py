@@ -199,7 +199,7 @@ def keep(model: LiteAutoencoderKL, size: int, images: int, precision: str, devic
     """What autograd keeps of a micro-batch of ``images``; see :func:`footprints`."""
     mode = FakeTensorMode()
     dtype = AUTOCAST[precision]
-    autocast = torch.autocast("cpu", dtype=dtype) if dtype is not None else nullcontext()
+    autocast = torch.autocast("cpu", dtype=dtype, cache_enabled=False) if dtype is not None else nullcontext()
     with mode:
         fake = _fake(model)
         kept = Kept(_storages(_tensors(fake)))

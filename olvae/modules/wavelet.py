@@ -40,10 +40,7 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
     if x.ndim != 4:
         raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
     y = _pad_to_even(island(x))  # (B, C, 2h, 2w)
-    if wavelet != "haar":
-        bands = _filter_analysis(y, wavelet)
-    else:
-        bands = _haar_analysis(y) if _in_a_graph() else _Analysis.apply(y)
+    bands = _analysis_of(y) if wavelet == "haar" else _filter_analysis(y, wavelet)
     return _from_island(bands, x)  # (B, 4C, h, w)
 
 
@@ -69,10 +66,7 @@ def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None)
     if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
         raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
     bands = island(y)
-    if wavelet != "haar":
-        x = _filter_synthesis(*bands.chunk(4, dim=1), wavelet)
-    else:
-        x = _haar_synthesis(*bands.chunk(4, dim=1)) if _in_a_graph() else _Synthesis.apply(bands)  # (B, C, 2h, 2w)
+    x = _synthesis_of(bands) if wavelet == "haar" else _filter_synthesis(bands, wavelet)
     if size is not None:
         x = x[..., : size[0], : size[1]]
     return _from_island(x, y)
@@ -173,13 +167,11 @@ class _Analysis(Function):
 
     @staticmethod
     def backward(ctx: Any, bands: Tensor) -> Tensor:  # noqa: ARG004
-        x: Tensor = _Synthesis.apply(bands)
-        return x
+        return _synthesis_of(bands)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        bands: Tensor = _Analysis.apply(x)
-        return bands
+        return _analysis_of(x)
 
 
 class _Synthesis(Function):
@@ -203,13 +195,25 @@ class _Synthesis(Function):
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        bands: Tensor = _Analysis.apply(x)
-        return bands
+        return _analysis_of(x)
 
     @staticmethod
     def jvp(ctx: Any, bands: Tensor) -> Tensor:  # noqa: ARG004
-        x: Tensor = _Synthesis.apply(bands)
-        return x
+        return _synthesis_of(bands)
+
+
+def _analysis_of(x: Tensor) -> Tensor:
+    if _in_a_graph():
+        return _haar_analysis(x)
+    bands: Tensor = _Analysis.apply(x)
+    return bands
+
+
+def _synthesis_of(bands: Tensor) -> Tensor:
+    if _in_a_graph():
+        return _haar_synthesis(*bands.chunk(4, dim=1))
+    x: Tensor = _Synthesis.apply(bands)
+    return x
 
 
 def _images_at_a_time(x: Tensor) -> int:
@@ -227,7 +231,8 @@ def _filter_analysis(x: Tensor, wavelet: str) -> Tensor:
     return torch.cat((ll, lh, hl, hh), dim=1)  # (B, 4C, h, w)
 
 
-def _filter_synthesis(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, wavelet: str) -> Tensor:
+def _filter_synthesis(bands: Tensor, wavelet: str) -> Tensor:
+    ll, lh, hl, hh = bands.chunk(4, dim=1)  # each (B, C, h, w)
     rows = _synthesis(torch.cat((ll, lh), dim=1).mT, torch.cat((hl, hh), dim=1).mT, wavelet).mT  # (B, 2C, 2h, w)
     low_w, high_w = rows.chunk(2, dim=1)
     return _synthesis(low_w, high_w, wavelet)  # (B, C, 2h, 2w)

@@ -58,7 +58,7 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
     else:
         return
     nodes = max(1, total // per_node)
-    if (per_node, nodes) != wanted:
+    if (per_node, nodes) != wanted or per_node * nodes != total:
         raise ConfigError(
             f"{name} started {_counted(total, 'process', nodes)}, but the flags and lightning.trainer name "
             f"{_counted(wanted[0] * wanted[1], 'device', wanted[1])}: set --gpus {per_node}, or on the CPU "

@@ -145,7 +145,7 @@ def train(options: TrainOptions) -> runs.Run:
         )
     source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
-    if model.adversary is not None and trainer_args["accelerator"] in ("cuda", "gpu"):
+    if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
@@ -174,6 +174,7 @@ def train(options: TrainOptions) -> runs.Run:
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
     finally:
+        model.on_validation_end()  # an exception in validation skips it
         if is_ours and not any(run.checkpoints.glob("*.ckpt")):
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:

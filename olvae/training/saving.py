@@ -1,6 +1,8 @@
 """Checkpoints that are written while training goes on."""
 
+import logging
 import os
+import sys
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -12,6 +14,8 @@ from torch import Tensor
 from olvae.files import atomic_write, write_json
 
 __all__ = ["BackgroundCheckpointIO"]
+
+log = logging.getLogger("olvae.training")
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
@@ -43,8 +47,9 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         copied = _on_host(checkpoint)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self._thread = Thread(target=self._write, args=(copied, Path(path), storage_options), name="checkpoint")
-        self._thread.start()
+        thread = Thread(target=self._write, args=(copied, Path(path), storage_options), name="checkpoint")
+        thread.start()
+        self._thread = thread
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -60,7 +65,13 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             raise error
 
     def teardown(self) -> None:
-        self.wait()
+        failed = sys.exc_info()[0] is not None  # training has an error of its own, which ends it
+        try:
+            self.wait()
+        except OSError as error:
+            if not failed:
+                raise
+            log.error("%s", error)
 
     def _write(self, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None) -> None:
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from olvae.config import ConfigError
@@ -130,3 +131,16 @@ def test_what_it_refuses(tmp_path, image_folder):
     shutil.rmtree(image_folder / ".encode")
     with pytest.raises(ConfigError, match="has other files already"):
         to_kohya(image_folder, image_folder)
+
+
+def test_pictures_that_are_turned_are_left_out(tmp_path):
+    """The trainer reads the file's pixels, and names its cache by their size."""
+    (tmp_path / "in").mkdir()
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    gradient = Image.linear_gradient("L").resize((48, 40)).convert("RGB")
+    gradient.save(tmp_path / "in" / "turned.jpg", exif=turned)
+    gradient.save(tmp_path / "in" / "upright.jpg")
+    stats = to_kohya(tmp_path / "in", tmp_path / "out", size=0)
+    assert stats["count"] == 1
+    assert list(caches(tmp_path / "out")) == ["upright_0048x0040_sdxl.npz"]

@@ -98,6 +98,14 @@ def test_compiled_training_is_training(image_folder, graphs):
     assert copy.deepcopy(compiled).encoder._compiled_call_impl is None
 
 
+def test_a_gradient_ratio_goes_through_a_graph_that_was_compiled_without_one(image_folder, monkeypatch):
+    """The first step's backward pass compiles; the second one reports a ratio before its own."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend="aot_eager"))
+    model = fit(build(against(), compile=True), image_folder, 2, log_every_n_steps=2)
+    assert "health/gradient_ratio" in metrics(model)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_inductor_trains_alike(image_folder):

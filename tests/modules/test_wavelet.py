@@ -108,6 +108,15 @@ def test_parts_of_the_batch_equal_plain_operations(shape):
         assert torch.equal(ours, plain[0])
 
 
+def test_gradients_of_many_outputs_at_once():
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    bands = dwt2(x.requires_grad_())
+    rows = torch.eye(16, dtype=torch.float64).reshape(16, *bands.shape)
+    (together,) = torch.func.vmap(lambda row: torch.autograd.grad(bands, x, row, retain_graph=True))(rows)
+    apart = torch.stack([torch.autograd.grad(bands, x, row, retain_graph=True)[0] for row in rows])
+    torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
 def test_channels_last_stays():
     x = torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last)
     assert dwt2(x).is_contiguous(memory_format=torch.channels_last)

@@ -89,6 +89,9 @@ def test_as_many_processes_as_the_flags_name(under, launcher):
     ):
         with pytest.raises(ConfigError, match=rf"{name} started 4 processes on 2 nodes, but .* {text}"):
             check_launcher(trainer)
+    under({"SLURM_NTASKS": "6", "WORLD_SIZE": "6", "SLURM_NTASKS_PER_NODE": "4", "LOCAL_WORLD_SIZE": "4"})
+    with pytest.raises(ConfigError, match="started 6 processes"):
+        check_launcher({"devices": 4})
     under(launcher())
     check_launcher({"devices": 1})
     with pytest.raises(ConfigError, match=rf"{name} started 1 process, but .* name 8 devices: .* set --n\S+ to 8"):
