@@ -259,7 +259,7 @@ def _encode(setting: Setting) -> list[Case]:
     on_cpu = setting.device == "cpu"
     scale: Literal["S", "B"] = "S" if on_cpu else "B"
     width = 32 if on_cpu else 128
-    paths = [photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT)]
+    paths = [photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT)][: 24 if on_cpu else None]
     encoder = LiteVAE_Encoder(scale=scale, latent_dim=2 * LATENT).eval().to(setting.device)
     x = torch.randn(setting.batch_size, 3, setting.size, setting.size, device=setting.device)
     cases, sizes = [], (setting.size, setting.batch_size)

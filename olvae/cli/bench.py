@@ -169,9 +169,9 @@ def data(
     from olvae.bench.data import bench_data
     from olvae.config import ConfigError
 
-    if not all(number.strip().isdigit() for number in workers.split(",")):
+    if (numbers := _numbers(workers)) is None:
         raise ConfigError(f"--workers {workers}: give numbers of processes, such as 0,1,2")
-    rows = bench_data(sources, size, batch_size, [int(number) for number in workers.split(",")], seconds)
+    rows = bench_data(sources, size, batch_size, numbers, seconds)
     _show(rows, "training loaders; of the floor, per worker", as_json)
 
 
@@ -266,6 +266,55 @@ def encode(
     _show(rows, f"{len(paths)} photographs, {batch_size} at a time, {size}x{size}, {precision}, {device}", as_json)
 
 
+@app.command()
+def scaling(
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="The plot.")],
+    sizes: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Pixels; by default 128 to 1024, on a GPU 256 to 2048.")
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Images at a time; by default 1,4, on a GPU 1,4,16.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of all sizes and batches; the median counts.")] = 3,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Plot how an encoder's and a decoder's time and memory per pixel change with pixels and batch.
+
+    What would take more than half of a GPU's free memory, or 1 GiB on a CPU, is left out.
+
+    Example: olvae bench scaling --out scaling.png --sizes 64,128,256 --batches 1,2
+    """
+    from olvae.bench.scaling import BATCHES, SIZES, bench_scaling, plot_scaling
+    from olvae.config import ConfigError
+    from olvae.devices import resolve_device
+    from olvae.files import check_folder
+
+    if out.suffix != ".png":
+        raise ConfigError(f"--out {out}: the plot is a PNG: give it a name that ends with .png")
+    device = resolve_device(device)
+    kind = device.partition(":")[0]
+    pixels = SIZES[kind] if sizes is None else _numbers(sizes)
+    images = BATCHES[kind] if batches is None else _numbers(batches)
+    if pixels is None or any(size < 8 or size % 8 for size in pixels):
+        raise ConfigError(f"--sizes {sizes}: give multiples of 8, such as 128,256")
+    if images is None or min(images) < 1:
+        raise ConfigError(f"--batches {batches}: give numbers of images, such as 1,4")
+    check_folder(out.parent)
+    rows = bench_scaling(pixels, images, device, rounds)
+    if not rows:
+        raise ConfigError("--sizes, --batches: none of them fits the memory: give smaller ones")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plot_scaling(rows, out)
+    _show(rows, f"time and memory per pixel, {device}", as_json, wide=True)
+
+
+def _numbers(text: str) -> list[int] | None:
+    """The whole numbers of a list with commas; None if it is something else."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isdigit() for part in parts) else None
+
+
 def _phase(config: Path, size: int | None, batch_size: int | None) -> tuple[dict[str, Any], int, int]:
     """The model's params without LPIPS, pixels and batch size: those given, else those of the config."""
     from olvae import config as cfg
@@ -307,7 +356,7 @@ def _show(rows: list[dict[str, Any]], title: str, as_json: bool, wide: bool = Fa
     table = Table(title=title)
     if wide:
         console, table = Console(stderr=True, width=200), Table(title=title, title_justify="left", box=box.MARKDOWN)
-    keys = dict.fromkeys(key for row in rows for key in row)
+    keys = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
     for key in keys:
         justify: Literal["left", "right"] = "left" if key in ("name", "source", "variant", "precision") else "right"
         table.add_column(key.removesuffix("_bytes").replace("_", " "), justify=justify)

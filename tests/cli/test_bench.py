@@ -77,3 +77,18 @@ def test_a_group_that_is_not_there(olvae):
     code, _, err = olvae("bench", "all", "--groups", "wavelet,networks")
     assert code == 2
     assert err.startswith("error: --groups networks: choose from wavelet, encoders, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "a.jpg"], "--out a.jpg: the plot is a PNG"),
+        (["--out", "a.png", "--sizes", "100"], "--sizes 100: give multiples of 8"),
+        (["--out", "a.png", "--batches", "0"], "--batches 0: give numbers of images"),
+        (["--out", "a.png", "--sizes", "100000"], "--sizes, --batches: none of them fits the memory"),
+    ],
+)
+def test_scaling_that_cannot_be(olvae, arguments, message):
+    code, _, err = olvae("bench", "scaling", *arguments)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
