@@ -12,7 +12,7 @@ from torch import Tensor
 
 from olvae.files import atomic_write
 
-__all__ = ["ERROR_RANGE", "comparison", "error_map", "labelled_grid", "plot_curves", "rgb", "save_image"]
+__all__ = ["ERROR_RANGE", "comparison", "error_map", "labelled_grid", "plot_curves", "plot_panels", "rgb", "save_image"]
 
 ERROR_RANGE = 64
 """The error, in 8-bit steps, that error maps show as white."""
@@ -108,21 +108,33 @@ def rgb(image: Tensor) -> Image.Image:
     return Image.fromarray(image[:3].permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+Curve = tuple[Sequence[float], Sequence[float]]
+"""What lies along the horizontal axis, and values over it."""
+
+
+def plot_curves(curves: Mapping[str, Curve], path: Path) -> None:
     """Plot values over steps, one panel per entry, into a PNG."""
+    plot_panels({name: {"": curve} for name, curve in curves.items()}, path, "step")
+
+
+def plot_panels(panels: Mapping[str, Mapping[str, Curve]], path: Path, along: str) -> None:
+    """Plot panels of curves by name into a PNG; ``along`` names the horizontal axis."""
     from matplotlib.figure import Figure
 
-    columns = min(4, len(curves))
-    rows = -(-len(curves) // columns)
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, (name, (steps, values)) in zip(panels, curves.items(), strict=False):
-        panel.plot(steps, values, linewidth=1.2, marker="o" if len(steps) < 20 else "", markersize=3)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, (name, curves) in zip(axes, panels.items(), strict=False):
+        for label, (steps, values) in curves.items():
+            panel.plot(steps, values, linewidth=1.2, marker="o" if len(steps) < 20 else "", markersize=3, label=label)
+        if any(curves):
+            panel.legend(fontsize=8)
         panel.set_title(name, fontsize=10)
-        panel.set_xlabel("step", fontsize=8)
+        panel.set_xlabel(along, fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
-    for panel in panels[len(curves) :]:
+    for panel in axes[len(panels) :]:
         panel.set_axis_off()
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)

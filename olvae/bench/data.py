@@ -3,13 +3,13 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from olvae.bench.timing import Work, measure
 from olvae.config import ConfigError
 from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, Picture, image_to_tensor
@@ -20,7 +20,7 @@ from olvae.data.shards.read import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 
-__all__ = ["bench_data"]
+__all__ = ["bench_data", "floor_work", "loader_work"]
 
 FLOOR_IMAGES = 256
 """Images that the floor keeps undecoded in memory and decodes in turn."""
@@ -54,38 +54,55 @@ def bench_data(
     opened = {name: open_source(name, size, batch_size) for name in sources}
     for name, source in opened.items():
         source.batch_size = batch_size
-        for count in workers:
-            source.num_workers = count
+        for number in workers:
+            source.num_workers = number
             try:
                 source.check_processes(1)
             except ValueError as error:
-                raise ConfigError(f"--workers {count}: {name}: {error}") from error
+                raise ConfigError(f"--workers {number}: {name}: {error}") from error
     first = next(iter(opened.values()))
     floors = {name: "floor" if _crops_as(source, first) else f"floor of {name}" for name, source in opened.items()}
     owners: dict[str, str] = {}
     for name, floor in floors.items():
         owners.setdefault(floor, name)
-    decoders = {floor: _floor(name, opened[name]) for floor, name in owners.items()}
-    fastest = dict.fromkeys(decoders, 0.0)
-    rates = {(name, count): 0.0 for name in opened for count in workers}
-    for turn in range(ROUNDS):
-        for floor, decode in decoders.items():
-            fastest[floor] = max(fastest[floor], _rate(decode, 1, seconds))
-        for name, count in rates:
-            opened[name].num_workers = count
-            batches = iter(opened[name].train_loader(seed=turn))
-            for _ in islice(batches, 2 * max(1, count) + 1):  # until processes have started and queues are full
-                pass
-            rates[name, count] = max(rates[name, count], _rate(partial(next, batches), batch_size, seconds))
+    loaders = [(name, number) for name in opened for number in workers]
+    work: dict[tuple[str, int | None], Work] = {
+        **{(floor, None): floor_work(name, opened[name], seconds) for floor, name in owners.items()},
+        **{(name, number): loader_work(opened[name], number, seconds) for name, number in loaders},
+    }
+    rates = {key: 1 / times.best for key, times in measure(work, "cpu", ROUNDS, warm_up=False).items()}
     rows: list[dict[str, Any]] = [
-        {"source": floor, "size": opened[owners[floor]].size, "workers": 1, "images_per_s": rate, "of_floor": 1.0}
-        for floor, rate in fastest.items()
+        {"source": floor, "size": opened[name].size, "workers": 1, "images_per_s": rates[floor, None], "of_floor": 1.0}
+        for floor, name in owners.items()
     ]
-    for (name, count), rate in rates.items():
-        share = rate / fastest[floors[name]] / max(1, count)
-        size = opened[name].size
-        rows.append({"source": name, "size": size, "workers": count, "images_per_s": rate, "of_floor": share})
+    for name, number in loaders:
+        rate, size = rates[name, number], opened[name].size
+        share = rate / rates[floors[name], None] / max(1, number)
+        rows.append({"source": name, "size": size, "workers": number, "images_per_s": rate, "of_floor": share})
     return rows
+
+
+def floor_work(name: str, source: Source, seconds: float) -> Work:
+    """Decode and crop images of a source, in memory, one by one for some seconds; measures the seconds of an image."""
+    decode = _floor(name, source)
+    return lambda: _per_image(decode, 1, seconds)
+
+
+def loader_work(source: Source, workers: int, seconds: float) -> Work:
+    """Take batches of a source's training loader for some seconds; measures the seconds of an image.
+
+    Each time with processes of its own, from when they have started and their queues have been emptied.
+    """
+    seeds = count()
+
+    def run() -> list[float]:
+        source.num_workers = workers
+        batches = iter(source.train_loader(seed=next(seeds)))
+        for _ in islice(batches, 2 * max(1, workers) + 1):
+            pass
+        return _per_image(lambda: next(batches), source.batch_size, seconds)
+
+    return run
 
 
 Decode = Callable[[np.random.Generator], Tensor]
@@ -135,10 +152,10 @@ def _undecoded(source: Source) -> Iterator[Decode]:
         raise ConfigError(f"data.target: {type(source).__name__} can't be timed against decoding alone")
 
 
-def _rate(work: Callable[[], Any], images: int, seconds: float) -> float:
-    """Images per second of ``work``, which gives ``images`` each time."""
+def _per_image(work: Callable[[], Any], images: int, seconds: float) -> list[float]:
+    """Seconds per image of ``work``, which gives ``images`` each time."""
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         work()
         done += images
-    return done / (time.perf_counter() - start)
+    return [(time.perf_counter() - start) / done]

@@ -1,7 +1,8 @@
 """Images per second of ``olvae encode``, from files to files, beside a plain loop over diffusers."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import transforms
 
-from olvae.bench.networks import best_seconds
+from olvae.bench.timing import clocked, measure
 from olvae.data.mapped.folder import Files
 from olvae.export.encode import EncodeJob
 from olvae.export.inputs import DatasetInputs
@@ -22,7 +23,7 @@ from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.diffusers import DiffusersAutoencoder
 from olvae.modules.precision import FULL, PRECISIONS
 
-__all__ = ["bench_encode"]
+__all__ = ["bench_encode", "encode_passes"]
 
 PEER = "diffusers, plain loop"
 """What ratios are relative to."""
@@ -62,6 +63,25 @@ def bench_encode(
     Returns:
         For each: name, images_per_s and ratio, of images per second to the loop's.
     """
+    passes = encode_passes(images, size, batch_size, device, precision, scale, width, threads)
+    with passes as run, torch.inference_mode():
+        times = measure({name: clocked(encode, device) for name, encode in run.items()}, device, rounds)
+    best = {name: measured.best for name, measured in times.items()}
+    return [{"name": name, "images_per_s": len(images) / best[name], "ratio": best[PEER] / best[name]} for name in best]
+
+
+@contextmanager
+def encode_passes(
+    images: Sequence[Path],
+    size: int,
+    batch_size: int,
+    device: str,
+    precision: str = FULL,
+    scale: str = "S",
+    width: int = 32,
+    threads: int = 4,
+) -> Iterator[dict[str, Callable[[], object]]]:
+    """What :func:`bench_encode` times, by name: functions that encode all images into a temporary folder."""
     kl = _autoencoder_kl(width).eval().to(device)
     litevae = LiteVAE.from_config(
         {"target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder", "params": {"scale": scale}},
@@ -76,17 +96,13 @@ def bench_encode(
             f"olvae encode, AutoencoderKL-{width}": DiffusersAutoencoder(kl),
             f"olvae encode, LiteVAE-{scale}": litevae.eval().to(device),
         }
-        passes: dict[str, Callable[[], object]] = {
+        yield {
             PEER: lambda: _loop(kl, images, options, batch_size, next(places)),
             **{
                 name: partial(_encode, model, inputs, options, batch_size, threads, places)
                 for name, model in ours.items()
             },
         }
-        best = best_seconds(passes, device, rounds)
-    return [
-        {"name": name, "images_per_s": len(images) / best[name], "ratio": best[PEER] / best[name]} for name in passes
-    ]
 
 
 def _autoencoder_kl(width: int) -> Any:

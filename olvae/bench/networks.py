@@ -1,7 +1,6 @@
 """Networks measured: speed and memory beside Stable Diffusion's, the wavelet transform beside PyWavelets, and the
 README's tables of parameters and multiply-accumulates."""
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from olvae.bench.timing import clocked, measure
 from olvae.models.large.memory import peak_bytes
 from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
 from olvae.modules.discriminators.gigagan import GigaGAN
@@ -32,7 +32,7 @@ __all__ = [
     "NetworkRow",
     "bench_dwt",
     "bench_networks",
-    "best_seconds",
+    "forward_bytes",
     "network_table",
     "print_table",
 ]
@@ -75,8 +75,8 @@ def bench_networks(
     """
     built = {name: build().eval().to(device) for name, build in networks.items()}
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    memory = {name: _memory(network, x) for name, network in built.items()}
-    best = best_seconds({name: partial(network, x) for name, network in built.items()}, device, rounds)
+    memory = {name: forward_bytes(network, x) for name, network in built.items()}
+    best = _best_seconds({name: partial(network, x) for name, network in built.items()}, device, rounds)
     return [
         {
             "name": name,
@@ -89,7 +89,11 @@ def bench_networks(
     ]
 
 
-def _memory(network: nn.Module, x: Tensor) -> int:
+def forward_bytes(network: nn.Module, x: Tensor) -> int:
+    """The peak of bytes of a forward pass without gradients, beside parameters and input.
+
+    Measured on a GPU, computed from shapes on the CPU.
+    """
     if x.device.type != "cuda":
         return peak_bytes(network, lambda module, images: module(images), tuple(x.shape))
     torch.cuda.reset_peak_memory_stats(x.device)
@@ -101,23 +105,9 @@ def _memory(network: nn.Module, x: Tensor) -> int:
 
 
 @torch.inference_mode()
-def best_seconds(functions: Mapping[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
-    """The shortest time of each function in some rounds of all, after one that warms up."""
-    best = dict.fromkeys(functions, float("inf"))
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            function()
-            _synchronize(device)
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
+def _best_seconds(functions: Mapping[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
+    times = measure({name: clocked(function, device) for name, function in functions.items()}, device, rounds)
+    return {name: measured.best for name, measured in times.items()}
 
 
 PYWAVELETS = "PyWavelets"
@@ -142,7 +132,7 @@ def bench_dwt(batch_size: int, size: int, wavelet: str, device: str, rounds: int
         filters = _haar_filters().to(device)
         implementations["strided convolution"] = lambda: _convolution(on_device, filters)
     expected = _pywavelets(x, wavelet)
-    best = best_seconds(implementations, device, rounds)
+    best = _best_seconds(implementations, device, rounds)
     with torch.inference_mode():
         differences = {name: float((run().cpu() - expected).abs().max()) for name, run in implementations.items()}
     return [

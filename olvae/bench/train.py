@@ -1,18 +1,22 @@
 """The training step beside one that runs the autoencoder twice, once per optimizer, as the published module does."""
 
-import statistics
 import time
 from collections.abc import Mapping
+from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 
+from olvae.bench.timing import measure
 from olvae.data.source import Batch
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 
-__all__ = ["bench_train"]
+__all__ = ["Precision", "bench_train", "time_steps"]
+
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 class TwoForwards(LiteAutoencoderKL):
@@ -38,16 +42,10 @@ def bench_train(
         the peak memory in GiB.
     """
     models = {"one_forward": LiteAutoencoderKL(**params), "two_forwards": TwoForwards(**params)}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    peak: dict[str, float] = {}
-    for _ in range(rounds):
-        for name, model in models.items():
-            if device.startswith("cuda"):
-                torch.cuda.reset_peak_memory_stats()
-            seconds[name] += _time_steps(model, size, batch_size, steps, device)
-            if device.startswith("cuda"):
-                peak[name] = torch.cuda.max_memory_allocated() / 2**30
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    work = {name: partial(time_steps, model, size, batch_size, steps, device) for name, model in models.items()}
+    times = measure(work, device, rounds, warm_up=False)
+    medians = {name: measured.median for name, measured in times.items()}
+    peak = {name: measured.peak_bytes / 2**30 for name, measured in times.items() if measured.peak_bytes is not None}
     return {
         **{f"{name}_s": value for name, value in medians.items()},
         **{f"{name}_images_per_s": batch_size / value for name, value in medians.items()},
@@ -56,11 +54,15 @@ def bench_train(
     }
 
 
-def _time_steps(model: LiteAutoencoderKL, size: int, batch_size: int, steps: int, device: str) -> list[float]:
+def time_steps(
+    model: LiteAutoencoderKL, size: int, batch_size: int, steps: int, device: str, precision: Precision = "32-true"
+) -> list[float]:
+    """Train on random images; returns the seconds of each step but the first, which warms up."""
     stopwatch = _Stopwatch(device)
     trainer = pl.Trainer(
         accelerator="cpu" if device == "cpu" else "cuda",
         devices=1,
+        precision=precision,
         max_steps=steps + 1,
         limit_val_batches=0,
         logger=False,

@@ -274,9 +274,7 @@ def test_bench_train_needs_the_networks(olvae, tmp_path):
         )
     code, out, err = olvae("bench", "train", "--config", tmp_path / "named.yaml")
     assert (code, out) == (2, "")
-    assert err == (
-        f"error: {tmp_path}/named.yaml: model.from names an autoencoder: give --config the run's config.yaml\n"
-    )
+    assert err == (f"error: {tmp_path}/named.yaml: model.from names an autoencoder: give the run's config.yaml\n")
     assert "has no adversary_config" in olvae("bench", "train", "--config", tmp_path / "none.yaml")[2]
 
 
