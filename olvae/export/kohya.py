@@ -102,7 +102,7 @@ class KohyaWriter(LatentWriter):
             place = self.folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(place, self.folder / self.state) as partial:
-                np.savez(partial, **self._arrays(encoded))
+                np.savez(partial, **self._arrays(encoded))  # type: ignore[arg-type]  # any name could be allow_pickle
             sizes[name] = place.stat().st_size
         path.write_text(json.dumps(sizes), encoding="utf-8")
 
