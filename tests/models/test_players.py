@@ -12,6 +12,12 @@ from olvae.modules.base import count_parameters
 from tests.models.steps import against, assert_same, build, snapshot
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Lightning's launcher would give this process all cores, for the tests after these too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 class Counting(PlayersStrategy):
     """Counts the bytes that each player's reducer sends, by the step of the autoencoder."""
 
