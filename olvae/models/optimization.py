@@ -32,7 +32,7 @@ def adam_of(name: str) -> Callable[..., torch.optim.Optimizer]:
     if name != "adam8bit":
         raise ValueError(f"optimizer must be adam or adam8bit, got {name!r}")
     try:
-        from bitsandbytes.optim import Adam8bit
+        from bitsandbytes.optim.adam import Adam8bit
     except ImportError as error:
         raise ConfigError(
             "model.params.optimizer: adam8bit needs bitsandbytes: pip install 'open-litevae[adam8bit]'"
