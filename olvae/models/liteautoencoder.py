@@ -222,7 +222,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.images_seen = 0
         """Training images consumed, over all ranks: where a resumed run continues the data."""
         self.reports = False
-        """Whether the last training step logged its values: every log_every_n_steps-th does, and the run's last one."""
+        """Whether the last training step logged its values: every log_every_n_steps-th does."""
         self._micro_batch = 0  # within the update
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
@@ -284,8 +284,7 @@ class LiteAutoencoderKL(ValidatedModule):
         last = self._micro_batch + 1 == self.accumulate_grad_batches
         torch.manual_seed(mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank))
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
-        due = every > 0 and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
-        self.reports = last and (due or self.global_step + 1 == self.trainer.max_steps)
+        self.reports = last and every > 0 and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(self.global_step) else None
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
 

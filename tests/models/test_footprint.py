@@ -63,7 +63,7 @@ def really_kept(model, images: int, precision: str) -> dict[str, int]:
 
         return saved_tensors_hooks(pack, lambda t: t)
 
-    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext():
         x = model.images({"image": batch})
         with collecting("autoencoder"):
             posterior = model.encode(x)

@@ -218,7 +218,7 @@ def test_8_bits_follow_32():
 
 
 def test_an_optimizer_that_is_not_there(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adam", None)
     with pytest.raises(ConfigError, match=r"adam8bit needs bitsandbytes: pip install 'open-litevae\[adam8bit\]'"):
         adam_of("adam8bit")
     with pytest.raises(ValueError, match="optimizer must be adam or adam8bit, got 'sgd'"):

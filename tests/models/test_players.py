@@ -1,5 +1,6 @@
 """What each backward pass sends over processes: one process of a gloo group, whose communication hook counts."""
 
+import os
 from itertools import repeat
 
 import lightning.pytorch as pl
@@ -13,9 +14,16 @@ from tests.models.steps import against, assert_same, build, snapshot
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    """Lightning's launcher would give this process all cores, for the tests after these too."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def _leaves_nothing():
+    """Lightning's launcher gives this process all cores, a process group, and variables that children would inherit."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    torch.set_num_threads(threads)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Counting(PlayersStrategy):
