@@ -1,5 +1,6 @@
 """What tests share: one thread per worker, determinism, small models and configs."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,20 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
+TINY_ENCODER = {
+    "extractor_channels": 8,
+    "extractor_mult": [1, 2],
+    "extractor_resblocks": 1,
+    "aggregate_channels": 8,
+    "aggregate_mult": [1, 2],
+    "aggregate_resblocks": 1,
+    "image_size": 16,
+}
+"""The arguments of a LiteVAE_Encoder as narrow as can be."""
+
+
 def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
     """A config that trains in a second: a narrow encoder and decoder on 16-pixel crops."""
-    encoder = {
-        "extractor_channels": 8,
-        "extractor_mult": [1, 2],
-        "extractor_resblocks": 1,
-        "aggregate_channels": 8,
-        "aggregate_mult": [1, 2],
-        "aggregate_resblocks": 1,
-        "image_size": 16,
-    }
     decoder = {"channels": 8, "z_channels": 4, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 0, "output": "wavelet"}
     if root is None:
         data = {"target": "olvae.data.mapped.samples.SamplePhotographs", "params": {"size": 16, "batch_size": 4}}
@@ -104,7 +108,7 @@ def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
                 "embed_dim": 4,
                 "encoder_config": {
                     "target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder",
-                    "params": encoder,
+                    "params": copy.deepcopy(TINY_ENCODER),
                 },
                 "decoder_config": {
                     "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",

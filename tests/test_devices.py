@@ -124,6 +124,14 @@ def fork_two(function: Callable[..., object], *arguments: object) -> None:
         os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
         function(*arguments)
 
+    fork_each(work)
+
+
+def fork_each(work: Callable[[int], None]) -> None:
+    """Call ``work`` with 0 and with 1, each in a child of this process.
+
+    Fails if one of them does.
+    """
     context = multiprocessing.get_context("fork")
     both = [context.Process(target=work, args=(rank,)) for rank in range(2)]
     for process in both:

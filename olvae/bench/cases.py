@@ -25,7 +25,7 @@ from olvae.models.compilation import compile_networks
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
-from olvae.modules.precision import FULL, PRECISIONS
+from olvae.modules.precision import FULL, PRECISIONS, in_precision
 from olvae.modules.wavelet import wavedec2
 
 __all__ = ["GROUPS", "Case", "Group", "Phase", "Setting"]
@@ -116,7 +116,7 @@ def _inference(function: Callable[[], object], setting: Setting, precision: str 
 
     def run() -> None:
         kind = setting.device.partition(":")[0]
-        with torch.inference_mode(), torch.autocast(kind, PRECISIONS[precision], enabled=precision != FULL):
+        with torch.inference_mode(), in_precision(kind, precision):
             function()
 
     return clocked(run, setting.device)

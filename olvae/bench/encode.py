@@ -21,7 +21,7 @@ from olvae.export.inputs import DatasetInputs
 from olvae.export.writers import EncodeOptions
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.diffusers import DiffusersAutoencoder
-from olvae.modules.precision import FULL, PRECISIONS
+from olvae.modules.precision import FULL, in_precision
 
 __all__ = ["bench_encode", "encode_passes"]
 
@@ -54,7 +54,7 @@ def bench_encode(
     Args:
         images: files of RGB pictures.
         size: in pixels, a multiple of 8.
-        precision: a name of :data:`PRECISIONS`, the same for all, by autocast.
+        precision: a name of :data:`~olvae.modules.precision.PRECISIONS`, the same for all, by autocast.
         scale: of the LiteVAE: S, B, M or L.
         width: channels of AutoencoderKL's first level; Stable Diffusion's has 128. A multiple of 32.
         threads: that read images for ``olvae encode``.
@@ -137,7 +137,7 @@ def _loop(model: Any, images: Sequence[Path], options: EncodeOptions, batch_size
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         x = torch.stack([transform(Image.open(path).convert("RGB")) for path in batch]).to(model.device)
-        with torch.autocast(x.device.type, PRECISIONS[options.precision], enabled=options.precision != FULL):
+        with in_precision(x.device.type, options.precision):
             latent = model.encode(x).latent_dist
         for path, mean, std in zip(batch, latent.mean.half().cpu(), latent.std.half().cpu(), strict=True):
             save_file({"mean": mean.contiguous(), "std": std.contiguous()}, folder / f"{path.stem}.safetensors")

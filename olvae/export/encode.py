@@ -26,7 +26,7 @@ from olvae.models.large.padding import pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32, keyed_generator
-from olvae.modules.precision import DTYPES, FULL, PRECISIONS
+from olvae.modules.precision import DTYPES, FULL, in_precision
 
 __all__ = ["FORMATS", "EncodeJob", "LatentSums", "encoder_of"]
 
@@ -241,8 +241,7 @@ class EncodeJob:
         device = next(self.model.parameters()).device
         padded = torch.stack([pad_to_multiple(image, self.model.downscale) for image in images])
         x = from_uint8(padded.to(device))  # (B, C, H, W)
-        precision = self.options.precision
-        with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != FULL):
+        with in_precision(device.type, self.options.precision):
             if self.options.size or not isinstance(self.model, LiteVAE):
                 return in_float32(self.model.encode(x))
             if together := memory // self._image_bytes(self.model, x):

@@ -217,12 +217,9 @@ def keep(model: LiteAutoencoderKL, size: int, images: int, precision: str, devic
 def _training_step(model: LiteAutoencoderKL, kept: Kept, images: Tensor) -> None:
     """The forward passes of a step with both players."""
     x = model.images({"image": images})
-    watched = model.bound.watch(*model._trained_networks()) if model.bound is not None else nullcontext()
-    with kept.part("networks"), watched:
-        taught = model.teacher.posterior(x) if model.teacher is not None else None
-        posterior = model.encode(x) if taught is None or not model.freeze_encoder else None
-        z = model._latent(taught or posterior)
-        reconstruction = model.decode(z) if taught is None or not model.freeze_decoder else None
+    with kept.part("networks"), model.watched():
+        taught, posterior, z = model.encode_in_training(x)
+        reconstruction = model.decode_in_training(z)
     with kept.part("losses"):
         model._losses(x, x, reconstruction, posterior, taught)
     if model.adversary is not None and reconstruction is not None:

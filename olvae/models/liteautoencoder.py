@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -289,17 +289,14 @@ class LiteAutoencoderKL(ValidatedModule):
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
 
         # Forward: one pass of the autoencoder, for both sides. With a teacher, the decoder learns from its latents.
-        watched = self.bound.watch(*self._trained_networks()) if self.bound is not None else nullcontext()
-        with torch.set_grad_enabled(not warming_up), watched:
-            taught = self.teacher.posterior(x, batch.get("moments")) if self.teacher is not None else None
-            posterior = self.encode(x) if taught is None or not self.freeze_encoder else None
-            z = self._latent(taught or posterior)  # (B, n_z, H/f, W/f)
+        with torch.set_grad_enabled(not warming_up), self.watched():
+            taught, posterior, z = self.encode_in_training(x, batch.get("moments"))
             if self.equivariance:  # the same on every rank and for the whole update
                 shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
                 if not warming_up and shared.random() < self.equivariance:
                     z, x = transform_alike(z, x, shared)
                     adversary = None
-            reconstruction = self.decode(z) if taught is None or not self.freeze_decoder else None
+            reconstruction = self.decode_in_training(z)
 
         # The autoencoder: losses by name, and their weighted sum.
         if not warming_up:
@@ -326,6 +323,22 @@ class LiteAutoencoderKL(ValidatedModule):
             self._iteration += 1
             self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
             self._report({"step": float(self.global_step)})  # else Lightning counts micro-batches on the logger's axis
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Where networks run whose activations are bounded, if they are."""
+        return self.bound.watch(*self._trained_networks()) if self.bound is not None else nullcontext()
+
+    def encode_in_training(
+        self, x: Tensor, moments: Tensor | None = None
+    ) -> tuple[Posterior | None, DiagonalGaussian | None, Tensor]:
+        """The teacher's posterior and this encoder's, each if there is one, and what the decoder gets."""
+        taught = self.teacher.posterior(x, moments) if self.teacher is not None else None
+        posterior = self.encode(x) if taught is None or not self.freeze_encoder else None
+        return taught, posterior, self._latent(taught or posterior)  # z: (B, n_z, H/f, W/f)
+
+    def decode_in_training(self, z: Tensor) -> Tensor | None:
+        """The reconstruction; None if the decoder is not trained, and a teacher decodes."""
+        return self.decode(z) if self.teacher is None or not self.freeze_decoder else None
 
     def _backward(self, player: str, loss: Tensor, last: bool) -> None:
         """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
@@ -501,8 +514,7 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
         """The autoencoder's parameters that training changes."""
-        parts = (self.encoder, self.decoder, self.quantizer)
-        return [p for module in parts if module for p in module.parameters() if p.requires_grad]
+        return [p for p in self.players["autoencoder"].parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         decay_steps = self.decay_steps or self.trainer.max_steps

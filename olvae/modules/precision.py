@@ -13,6 +13,7 @@ __all__ = [
     "PRECISION_SYNONYMS",
     "autocast_enabled",
     "full_float32",
+    "in_precision",
     "island",
     "no_autocast",
 ]
@@ -27,6 +28,11 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, FULL: torch.float32
 """What networks can compute in, by name."""
 
 PRECISION_SYNONYMS = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
+
+
+def in_precision(kind: str, name: str) -> AbstractContextManager[object]:
+    """Autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
+    return torch.autocast(kind, PRECISIONS[name], enabled=name != FULL)
 
 
 def autocast_enabled(x: Tensor) -> bool:

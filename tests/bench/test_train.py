@@ -5,19 +5,11 @@ from olvae.bench.cases import EVERY, STEP_OPTIONS
 from olvae.bench.train import TwoForwards, bench_train, time_steps
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
+from tests.models.steps import against
 
 
 def params() -> dict:
-    adversary = {
-        "target": "olvae.models.adversary.Adversary",
-        "params": {
-            "discriminator_config": {
-                "target": "olvae.modules.discriminators.patchgan.PatchGAN",
-                "params": {"n_layers": 1, "base_channels": 4},
-            }
-        },
-    }
-    return tiny_config(adversary_config=adversary)["model"]["params"]
+    return tiny_config(adversary_config=against())["model"]["params"]
 
 
 def test_the_other_step_runs_forward_twice(monkeypatch):

@@ -7,16 +7,7 @@ import pytest
 from olvae.bench import cases, limits
 from olvae.config import save
 from tests.conftest import tiny_config
-
-ADVERSARY = {
-    "target": "olvae.models.adversary.Adversary",
-    "params": {
-        "discriminator_config": {
-            "target": "olvae.modules.discriminators.patchgan.PatchGAN",
-            "params": {"n_layers": 1, "base_channels": 4},
-        }
-    },
-}
+from tests.models.steps import against
 
 
 @pytest.fixture
@@ -32,7 +23,7 @@ def tiny(tmp_path, monkeypatch):
     options = {name: cases.STEP_OPTIONS[name] for name in ("plain", "compiled", cases.EVERY)}
     monkeypatch.setattr(cases, "STEP_OPTIONS", options)
     save(tiny_config(), tmp_path / "a.yaml")
-    save(tiny_config(adversary_config=ADVERSARY), tmp_path / "b.yaml")
+    save(tiny_config(adversary_config=against()), tmp_path / "b.yaml")
     return ["--phase-a", tmp_path / "a.yaml", "--phase-b", tmp_path / "b.yaml"]
 
 

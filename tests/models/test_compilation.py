@@ -17,24 +17,17 @@ from olvae.modules.distributions import DiagonalGaussian
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
+from tests.conftest import TINY_ENCODER
 from tests.models.steps import against, build, fit, metrics, snapshot
 
-SMALL = {
-    "extractor_channels": 32,
-    "extractor_mult": (1, 2),
-    "extractor_resblocks": 1,
-    "aggregate_channels": 32,
-    "aggregate_mult": (1, 2),
-    "aggregate_resblocks": 1,
-}
 NARROW = {"channels": 8, "z_channels": 4, "channel_mult": (1, 1, 1, 1), "num_res_blocks": 0}
 
 
 def networks():
     z, image = torch.randn(2, 4, 2, 2), torch.randn(2, 3, 16, 16)
-    yield "encoder", LiteVAE_Encoder(8, **SMALL), image
-    yield "encoder, paper", LiteVAE_Encoder(8, variant="paper", **SMALL), image
-    yield "encoder, db2", LiteVAE_Encoder(8, wavelet="db2", **SMALL), image
+    yield "encoder", LiteVAE_Encoder(8, **TINY_ENCODER), image
+    yield "encoder, paper", LiteVAE_Encoder(8, variant="paper", **TINY_ENCODER), image
+    yield "encoder, db2", LiteVAE_Encoder(8, wavelet="db2", **TINY_ENCODER), image
     for variant in ("open_litevae", "paper_smc"):
         yield f"decoder, {variant}", LiteVAE_Decoder(**NARROW, variant=variant), z
     yield "decoder, wavelet", LiteVAE_Decoder(**NARROW, variant="paper_smc", output="wavelet"), z

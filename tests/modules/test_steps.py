@@ -9,17 +9,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
+from tests.conftest import TINY_ENCODER
 
-WIDTHS = {
-    "extractor_channels": 8,
-    "extractor_mult": [1, 2],
-    "extractor_resblocks": 1,
-    "aggregate_channels": 8,
-    "aggregate_mult": [1, 2],
-    "aggregate_resblocks": 1,
-    "image_size": 16,
-    "dct_levels": 2,
-}
+WIDTHS = {**TINY_ENCODER, "dct_levels": 2}
 SD = {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
 IMAGE, LATENT = (2, 3, 16, 16), (2, 4, 4, 4)
 

@@ -1,6 +1,5 @@
 """Processes that torchrun or srun started: as many as the flags name, and one run folder for all."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from olvae.config import ConfigError, save
 from olvae.training.launch import check_launcher, find_launcher, process_count
 from olvae.training.run import RUN_ENV, TrainOptions, train
 from tests.conftest import tiny_config
-from tests.test_devices import free_port
+from tests.test_devices import fork_each, free_port
 
 
 def torchrun(rank: int = 0, nodes: int = 1, per_node: int = 1) -> dict[str, str]:
@@ -120,13 +119,7 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under, launcher):
         run = train(TrainOptions([tmp_path / "tiny.yaml"], overrides, tmp_path / "runs", gpus="0"))
         (tmp_path / f"path{rank}").write_text(str(run.path))
 
-    context = multiprocessing.get_context("fork")  # which have imported everything
-    both = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
+    fork_each(work)
     (run,) = (tmp_path / "runs").iterdir()
     assert {Path((tmp_path / f"path{rank}").read_text()) for rank in range(2)} == {run}
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
