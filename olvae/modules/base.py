@@ -88,7 +88,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Normalisations and the power iterations of spectral norms compute no more than shapes inside.
+    """Normalisations, SiLU and the power iterations of spectral norms compute no more than shapes inside.
 
     For counting on the meta device, which computes them in Python, slowly. They have no operations that are counted.
     """
@@ -98,7 +98,10 @@ class ShapesOnly(TorchFunctionMode):
     ) -> Any:
         if func is torch.mv:
             return args[0][:, 0]
-        return args[0] if func in (F.normalize, F.group_norm, torch.group_norm) else func(*args, **(kwargs or {}))
+        return args[0] if func in _SAME_SHAPE else func(*args, **(kwargs or {}))
+
+
+_SAME_SHAPE = frozenset((F.normalize, F.group_norm, torch.group_norm, F.silu))
 
 
 def count_macs(module: nn.Module, *shape: int) -> int:
@@ -106,7 +109,8 @@ def count_macs(module: nn.Module, *shape: int) -> int:
 
     Half of torch's FLOPs, counted on the meta device, without memory.
     """
-    module = copy.deepcopy(module).to("meta")
+    if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        module = copy.deepcopy(module).to("meta")
     with torch.no_grad(), ShapesOnly(), FlopCounterMode(display=False) as counter:
         module(torch.empty(shape, device="meta"))
     return int(counter.get_total_flops()) // 2
