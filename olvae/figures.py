@@ -117,8 +117,8 @@ def plot_curves(curves: Mapping[str, Curve], path: Path) -> None:
     plot_panels({name: {"": curve} for name, curve in curves.items()}, path, "step")
 
 
-def plot_panels(panels: Mapping[str, Mapping[str, Curve]], path: Path, along: str) -> None:
-    """Plot panels of curves by name into a PNG; ``along`` names the horizontal axis."""
+def plot_panels(panels: Mapping[str, Mapping[str, Curve]], path: Path, along: str, from_zero: bool = False) -> None:
+    """Plot panels of curves by name into a PNG; ``along`` names the horizontal axis, the vertical may begin at 0."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(panels))
@@ -134,6 +134,8 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], path: Path, along: st
         panel.set_xlabel(along, fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
+        if from_zero:
+            panel.set_ylim(bottom=0)
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
     with atomic_write(path) as partial:

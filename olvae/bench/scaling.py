@@ -37,15 +37,17 @@ NETWORKS: Mapping[str, Mapping[str, Callable[[], nn.Module]]] = {
 """By device; on a CPU small ones."""
 
 
-def bench_scaling(sizes: Sequence[int], batches: Sequence[int], device: str, rounds: int) -> list[dict[str, Any]]:
+def bench_scaling(
+    sizes: Sequence[int], batches: Sequence[int], device: str, rounds: int, memory: int | None = None
+) -> list[dict[str, Any]]:
     """Time forward passes of an encoder and a decoder at sizes and batches in turn; float32, without gradients.
 
-    Sizes and batches whose pass is computed to take more than :func:`~olvae.models.large.memory.default_memory` are
-    left out.
+    Sizes and batches whose pass is computed to take more memory than the limit are left out.
 
     Args:
         sizes: pixels along a side.
         rounds: of all, after one that warms up.
+        memory: the limit in bytes; by default :func:`~olvae.models.large.memory.default_memory`.
 
     Returns:
         For each network, size and batch_size: name, median_ms, spread_ms, ns_per_pixel, relative (to the network's
@@ -54,7 +56,7 @@ def bench_scaling(sizes: Sequence[int], batches: Sequence[int], device: str, rou
     """
     kind = device.partition(":")[0]
     networks = {name: build().eval().to(device) for name, build in NETWORKS[kind].items()}
-    limit = default_memory(torch.device(device))
+    limit = default_memory(torch.device(device)) if memory is None else memory
     inputs: dict[tuple[str, int, int], Tensor] = {}
     for name, network in networks.items():
         for size in sizes:
@@ -103,4 +105,4 @@ def plot_scaling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             along, values = curves.setdefault(f"batch {row['batch_size']}", ([], []))
             along.append(row["size"])
             values.append(row[key])
-    plot_panels(panels, path, "pixels along a side")
+    plot_panels(panels, path, "pixels along a side", from_zero=True)

@@ -19,6 +19,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard outpu
 Pixels = Annotated[int, typer.Option(min=8, help="Pixels, a multiple of 8.")]
 
 
+@app.callback()
+def prepare() -> None:
+    from olvae.allocator import keep_freed_memory
+
+    keep_freed_memory()
+
+
 @app.command("all")
 def everything(
     groups: Annotated[
@@ -276,12 +283,16 @@ def scaling(
         str | None, typer.Option(metavar="LIST", help="Images at a time; by default 1,4, on a GPU 1,4,16.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of all sizes and batches; the median counts.")] = 3,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GiB", min=0.01, help="By default half of a GPU's free memory, or 1 on a CPU."),
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Plot how an encoder's and a decoder's time and memory per pixel change with pixels and batch.
 
-    What would take more than half of a GPU's free memory, or 1 GiB on a CPU, is left out.
+    What would take more memory than the limit is left out.
 
     Example: olvae bench scaling --out scaling.png --sizes 64,128,256 --batches 1,2
     """
@@ -289,6 +300,7 @@ def scaling(
     from olvae.config import ConfigError
     from olvae.devices import resolve_device
     from olvae.files import check_folder
+    from olvae.models.large.memory import GIB
 
     if out.suffix != ".png":
         raise ConfigError(f"--out {out}: the plot is a PNG: give it a name that ends with .png")
@@ -301,9 +313,9 @@ def scaling(
     if images is None or min(images) < 1:
         raise ConfigError(f"--batches {batches}: give numbers of images, such as 1,4")
     check_folder(out.parent)
-    rows = bench_scaling(pixels, images, device, rounds)
+    rows = bench_scaling(pixels, images, device, rounds, None if memory is None else int(memory * GIB))
     if not rows:
-        raise ConfigError("--sizes, --batches: none of them fits the memory: give smaller ones")
+        raise ConfigError("--sizes, --batches: none of them fits the memory: give smaller ones, or more with --memory")
     out.parent.mkdir(parents=True, exist_ok=True)
     plot_scaling(rows, out)
     _show(rows, f"time and memory per pixel, {device}", as_json, wide=True)

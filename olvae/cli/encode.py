@@ -75,6 +75,7 @@ def command(
 
     import torch
 
+    from olvae.allocator import keep_freed_memory
     from olvae.config import ConfigError
     from olvae.data.shards.latents import SHARDS
     from olvae.devices import gather, join, leave, resolve_device
@@ -99,6 +100,8 @@ def command(
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
     check_folder(out)
+    if not native:
+        keep_freed_memory()
     rank, world = join()
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     where = torch.device(resolve_device(device))

@@ -117,6 +117,7 @@ def command(
     import logging
     from dataclasses import replace
 
+    from olvae.allocator import keep_freed_memory
     from olvae.config import ConfigError
     from olvae.devices import join, leave, resolve_device
     from olvae.evaluation.precision import parse_precisions
@@ -142,6 +143,7 @@ def command(
     if over := [path for path, _ in earlier if path.resolve() in places]:
         raise ConfigError(f"--beside {over[0]}: new results would overwrite it: add --out DIR")
 
+    keep_freed_memory()
     rank, _ = join()
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)

@@ -55,8 +55,10 @@ def command(
 
     Example: olvae train --base configs/finetune/sdxl.yaml --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
+    from olvae.allocator import keep_freed_memory
     from olvae.training.run import TrainingStopped, TrainOptions, train
 
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a run without a step is removed
     options = TrainOptions(
         base=base or (),
