@@ -52,6 +52,8 @@ class LiteVAE_Encoder(Encoder):
         pool: to the common resolution: ``average``, or ``conv``, an average and a learned 3x3 convolution [P App. G],
             in the paper variant only.
         dropout: in the blocks of the paper variant.
+        shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many operations [P App. D.4].
+        skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two [P Table 21].
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
     """
@@ -73,6 +75,8 @@ class LiteVAE_Encoder(Encoder):
         wavelet: str = "haar",
         pool: Literal["average", "conv"] = "average",
         dropout: float = 0.0,
+        shared_extractor: bool = False,
+        skip_levels: int = 0,
     ) -> None:
         super().__init__()
         if variant not in ("open_litevae", "paper"):
@@ -84,6 +88,8 @@ class LiteVAE_Encoder(Encoder):
                 f"image_size {image_size} is not a multiple of {2 ** max(dct_levels, 1)}, "
                 f"which {dct_levels} wavelet levels need"
             )
+        if not 0 <= skip_levels < dct_levels:
+            raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
         widths = _widths(
             scale,
             variant,
@@ -99,6 +105,7 @@ class LiteVAE_Encoder(Encoder):
         self.in_channels = in_channels
         self.latent_dim = latent_dim
         self.levels = dct_levels
+        self.skip_levels = skip_levels
         self.image_size = image_size
         self.wavelet = wavelet
         self.downscale = 2**dct_levels
@@ -112,12 +119,12 @@ class LiteVAE_Encoder(Encoder):
                 return PaperUNet(inputs, outputs, channels, mult, blocks, dropout)
             return OpenUNet(inputs, outputs, channels, mult, blocks)
 
-        self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(dct_levels))
+        used = dct_levels - skip_levels
+        self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(1 if shared_extractor else used))
         self.pool_convs = nn.ModuleList(
-            nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity()
-            for _ in range(dct_levels)
+            nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity() for _ in range(used)
         )
-        self.aggregator = unet(bands * dct_levels, latent_dim, *widths[3:])
+        self.aggregator = unet(bands * used, latent_dim, *widths[3:])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, lambda unet, h: unet(h))
@@ -133,9 +140,10 @@ class LiteVAE_Encoder(Encoder):
                 f"image size {h}x{w} is not a multiple of {self.downscale}: crop or pad it, for example to {padded}"
             )
         features: list[Tensor] = []
-        levels = wavedec2(x, self.wavelet, self.levels)  # level l: (B, 4C, H/2^l, W/2^l)
-        stages = zip(levels, self.band_scales, self.extractors, self.pool_convs, strict=True)
-        for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1):
+        levels = wavedec2(x, self.wavelet, self.levels)[self.skip_levels :]  # level l: (B, 4C, H/2^l, W/2^l)
+        extractors = [*self.extractors] * (len(levels) // len(self.extractors))  # one, or one per level
+        stages = zip(levels, self.band_scales[self.skip_levels :], extractors, self.pool_convs, strict=True)
+        for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1 + self.skip_levels):
             f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
             features.append(pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level))))  # (B, 4C, H/f, W/f)
         return apply(self.aggregator, torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)

@@ -113,9 +113,48 @@ def test_dropout_is_off_in_evaluation():
     assert torch.equal(encoder(x), encoder(x))
 
 
-@pytest.mark.parametrize("variant", ["open_litevae", "paper"])
-def test_every_parameter_learns(variant):
-    encoder = LiteVAE_Encoder(6, "S", variant)
+@pytest.mark.parametrize("skip", [0, 1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_shared_extractor_and_skipped_levels(shared, skip):
+    """The composition again, spelt out: the coarsest levels alone, through one extractor or one each."""
+    encoder = LiteVAE_Encoder(6, "S", "paper", shared_extractor=shared, skip_levels=skip).double()
+    assert len(encoder.extractors) == (1 if shared else 3 - skip)
+    assert encoder.aggregator.init_conv.in_channels == 12 * (3 - skip)
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    features = [
+        F.avg_pool2d(
+            encoder.extractors[0 if shared else level - skip](wavedec2(x)[level] / 2 ** (level + 1)), 4 >> level
+        )
+        for level in range(skip, 3)
+    ]
+    torch.testing.assert_close(encoder(x), encoder.aggregator(torch.cat(features, dim=1)))
+
+
+def test_sharing_saves_parameters_and_no_operations():
+    """[P App. D.4]"""
+    with torch.device("meta"):
+        own, shared = (LiteVAE_Encoder(24, "B", shared_extractor=share) for share in (False, True))
+    extractor = count_parameters(own.extractors[0])
+    assert count_parameters(own) - count_parameters(shared) == 2 * extractor
+    assert count_macs(own, 1, 3, 64, 64) == count_macs(shared, 1, 3, 64, 64)
+    assert set(shared.state_dict()) == {
+        n for n in own.state_dict() if not n.startswith(("extractors.1", "extractors.2"))
+    }
+
+
+def test_skipped_levels_are_not_seen():
+    """Details of level 1 do not reach the latent: every 2x2 block may be replaced by its mean."""
+    encoder = LiteVAE_Encoder(6, "S", skip_levels=1).double()
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    blocks = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+    torch.testing.assert_close(encoder(x), encoder(blocks))
+    whole = LiteVAE_Encoder(6, "S").double()
+    assert not torch.allclose(whole(x), whole(blocks))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"variant": "paper"}, {"shared_extractor": True, "skip_levels": 1}])
+def test_every_parameter_learns(arguments):
+    encoder = LiteVAE_Encoder(6, "S", **arguments)
     encoder(torch.randn(2, 3, 32, 32)).square().mean().backward()
     for name, p in encoder.named_parameters():
         assert p.grad is not None, name
@@ -131,6 +170,7 @@ def test_every_parameter_learns(variant):
         (lambda: LiteVAE_Encoder(scale="S", variant="open"), "open_litevae or paper"),
         (lambda: LiteVAE_Encoder(scale="S", image_size=100), "multiple of 8"),
         (lambda: LiteVAE_Encoder(scale="S", pool="conv"), "paper variant"),
+        (lambda: LiteVAE_Encoder(scale="S", skip_levels=3), "skip_levels must be from 0 to 2, .* got 3"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 3, 60, 64)), "64x64"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 1, 64, 64)), r"\(B, 3, H, W\)"),
     ],
