@@ -1,9 +1,11 @@
 import pytest
+import pywt
 import torch
 import torch.nn.functional as F
 
 from olvae.modules.base import count_macs, count_parameters
-from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder, WaveletEncoder
 from olvae.modules.wavelet import wavedec2
 from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
 
@@ -178,3 +180,37 @@ def test_every_parameter_learns(arguments):
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_the_fixed_encoder_against_pywavelets(levels):
+    x = torch.rand(2, 3, 32, 16, dtype=torch.float64) * 2 - 1
+    mean, logvar = WaveletEncoder(dct_levels=levels)(x).chunk(2, dim=1)
+    ll, (horizontal, vertical, diagonal), *_ = pywt.wavedec2(x.numpy(), "haar", level=levels, axes=(-2, -1))
+    assert mean.shape == (2, 12, 32 >> levels, 16 >> levels)
+    assert set(logvar.unique().tolist()) == {-30.0}
+    bands = mean.unflatten(1, (4, 3)) * 2**levels
+    torch.testing.assert_close(bands[:, 0], torch.from_numpy(ll))
+    torch.testing.assert_close(bands[:, 3].abs(), torch.from_numpy(diagonal).abs())
+    for theirs in (horizontal, vertical):
+        assert any(torch.allclose(bands[:, i].abs(), torch.from_numpy(theirs).abs()) for i in (1, 2))
+    assert DiagonalGaussian(torch.cat((mean, logvar), 1)).std.max() < 1e-6
+
+
+def test_the_fixed_encoder_keeps_an_image_of_flat_blocks():
+    """LL alone, in the image's range: a block of 8x8 of one colour is its value, and nothing else."""
+    blocks = torch.rand(1, 3, 4, 4) * 2 - 1
+    out = WaveletEncoder(latent_dim=12)(blocks.repeat_interleave(8, 2).repeat_interleave(8, 3))
+    torch.testing.assert_close(out[:, :3], blocks)
+    assert out[:, 3:].abs().max() < 1e-6
+
+
+def test_the_fixed_encoder_has_no_state():
+    encoder = WaveletEncoder()
+    assert (list(encoder.parameters()), dict(encoder.state_dict())) == ([], {})
+    with pytest.raises(ValueError, match="has 12 bands, which latent_dim 8 does not fit: set embed_dim"):
+        WaveletEncoder(latent_dim=8)
+    with pytest.raises(ValueError, match="64x64"):
+        encoder(torch.zeros(1, 3, 60, 64))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        WaveletEncoder(image_size=100)
