@@ -31,8 +31,8 @@ class Adversary(nn.Module):
     Args:
         discriminator_config: PatchGAN, GigaGAN or UNetGAN, or any module from images to a list of logit tensors with
             their number in ``num_outputs``.
-        loss: hinge, logistic, lsgan, wgan or bce.
-        weight: of the adversarial loss in the autoencoder's; constant [P Table 8].
+        loss: hinge [D], logistic, lsgan, wgan or bce; hinge and logistic do equally well [P Table 16].
+        weight: of the adversarial loss in the autoencoder's; constant [P Table 8], 0.1 [D].
         start_step: the autoencoder's step at which the adversary starts to play.
         ramp_steps: steps over which the weight then grows linearly from 0.
         warmup_updates: updates of the discriminator alone, at the start step, before the autoencoder continues.
