@@ -149,7 +149,6 @@ ROWS: dict[str, Row] = {
     },
     "paper_f8c12_a": {
         **{key: value for key, value in PAPER.items() if not key.startswith(ADVERSARY)},
-        ADVERSARY.rstrip("."): (None, "R: phase A; D for the paper"),
         SIZE: (128, "P Table 5: 128-tuned"),
         STEPS: (100_000, "R: phase A; with phase B the 150k of 256-full, P Table 5"),
     },
