@@ -268,8 +268,11 @@ class LiteVAE(
 
     @torch.no_grad()
     def _shift_logvar(self, shift: float) -> "LiteVAE":
+        if shift == 0:
+            return self
         last = list((self.quantizer.quant_conv if self.quantizer else self.encoder).modules())[-1]
-        assert isinstance(last, nn.Conv2d)
+        if not isinstance(last, nn.Conv2d):
+            raise ConfigError(f"initial_logvar: {type(last).__name__} learns no log-variances: leave it out")
         assert last.bias is not None
         last.bias[self.latent_channels :] += shift
         return self

@@ -154,6 +154,9 @@ class LiteAutoencoderKL(ValidatedModule):
             factors = {n: v for n, v in self.teacher.model.for_diffusion.items() if n != "force_upcast"}
             autoencoder.set_for_diffusion(factors)  # upcasting is about the weights of a decoder
             self.register_buffer("teacher_std", torch.ones(autoencoder.latent_channels))
+        if self.quantizer is None and not freeze_encoder and next(self.encoder.parameters(), None) is None:
+            name = type(self.encoder).__name__
+            raise ConfigError(f"model.params.freeze_encoder: {name} has nothing to train: set it to true")
         if freeze_encoder:
             self.encoder.requires_grad_(False)
             if self.quantizer is not None:
