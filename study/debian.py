@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 from debian.copyright import Copyright
 from debian.debfile import DebFile
@@ -43,10 +43,12 @@ def fetch(package: Package, folder: Path, mirror: str) -> Path:
     address = f"{mirror.rstrip('/')}/{package.file}"
     try:
         download_url_to_file(address, str(path), package.sha256)
-    except URLError as error:
+    except HTTPError as error:
         raise ValueError(
             f"{address}: {error}; a mirror keeps the latest version only, --mirror {SNAPSHOT} has this one"
         ) from error
+    except URLError as error:
+        raise ValueError(f"{address}: {error.reason}; name a mirror that can be reached with --mirror") from error
     except RuntimeError as error:
         raise ValueError(f"{address} is not the file that is expected: {error}") from error
     return path

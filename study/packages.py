@@ -161,7 +161,7 @@ ALIASES = (
     ("gcompris-qt-data_details-tajmahal-background", "gcompris-qt-data_explore-monuments-wonders-tajmahal"),
     ("gcompris-qt-data_details-toureiffel-background", "gcompris-qt-data_explore-monuments-france-eiffeltower"),
 )
-"""Pairs of photographs of one scene, or two crops of one photograph, that no hash recognises; seen on contact sheets."""
+"""Pairs of one scene, or two crops of one photograph, that no hash recognises; seen on contact sheets."""
 
 SAMPLES_HELD_OUT = (
     "budgie-backgrounds_roman-colosseum",
