@@ -13,21 +13,23 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import imagehash
 import numpy as np
 import PIL
 from PIL import Image
 
+from olvae.cli.main import print_error
 from olvae.data.transforms import resize_shorter_side
 from olvae.files import atomic_write, check_folder, file_sha256, write_json
 from study.debian import Contents, Licence, fetch
 from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
 
-__all__ = ["Photograph", "build", "cut", "detail", "groups", "is_held_out", "main", "photographs"]
+__all__ = ["Photograph", "build", "cut", "detail", "groups", "is_held_out", "main", "make", "photographs"]
 
 SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
 SMALLEST = 256  # pixels: photographs with a shorter side below are dropped
@@ -134,7 +136,7 @@ def cut(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
             yield f"_{row}{column}", image.crop((left, top, left + SIDE, top + SIDE))
 
 
-def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, object]:
+def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]:
     """Write the corpus of these photographs into a folder; pictures that are there already are kept.
 
     Returns:
@@ -161,8 +163,8 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, obje
             hashes.append(imagehash.dhash(image))
     names = [photograph.name for photograph in kept]
     group_of = dict(zip(names, groups(names, hashes, ALIASES), strict=True))
-    sources: dict[str, dict[str, object]] = {}
-    files: dict[str, dict[str, object]] = {}
+    sources: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Any]] = {}
     for folder in FOLDERS:
         (out / folder).mkdir(parents=True, exist_ok=True)
     for photograph in kept:
@@ -192,13 +194,13 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, obje
     return {"recipe": recipe, "pillow": PIL.__version__, "photographs": sources, "dropped": dropped, "files": files}
 
 
-def licences(corpus: dict[str, object]) -> str:
+def licences(corpus: dict[str, Any]) -> str:
     """The text of LICENCES.txt: one entry for each photograph."""
     lines = [
         "The pictures in these folders are made of photographs from Debian packages; each is under the licence that",
         "its entry names. Changes: cropped, resized, stored as JPEG; stamps were put on one colour.",
     ]
-    for name, source in corpus["photographs"].items():  # type: ignore[attr-defined]
+    for name, source in corpus["photographs"].items():
         lines += [
             "",
             name,
@@ -212,7 +214,19 @@ def licences(corpus: dict[str, object]) -> str:
 
 def recipe_hash() -> str:
     """A hash of everything that decides what the corpus holds."""
-    rules = (SIDE, SMALLEST, HALVED, LARGEST_PSNR, DISTANCE, HELD_OUT, QUALITY, ALIASES, SAMPLES_HELD_OUT, PACKAGES)
+    rules = (
+        SIDE,
+        SMALLEST,
+        HALVED,
+        LARGEST_PSNR,
+        DISTANCE,
+        HELD_OUT,
+        QUALITY,
+        UNTOLD,
+        ALIASES,
+        SAMPLES_HELD_OUT,
+        PACKAGES,
+    )
     return hashlib.sha256(repr(rules).encode()).hexdigest()
 
 
@@ -222,34 +236,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("study/corpus-out"), help="the corpus's folder")
     parser.add_argument("--mirror", default=MIRROR, help=f"a mirror of Debian (default: {MIRROR})")
     given = parser.parse_args(arguments)
-    out, recipe = check_folder(given.out), recipe_hash()
+    try:
+        print(summary(make(given.out, given.mirror)))
+    except (ValueError, OSError) as error:
+        sys.exit(print_error(error))
+
+
+def make(out: Path, mirror: str) -> dict[str, Any]:
+    """Make the corpus in a folder, unless it is there by these rules. Returns what corpus.json says, as :func:`build`.
+
+    Raises:
+        ValueError: a package can't be had, or is not as expected.
+        OSError: the folder can't be written to.
+    """
+    recipe, finished = recipe_hash(), check_folder(out) / "corpus.json"
     mark = out / "recipe"
     if not (mark.exists() and mark.read_text() == recipe):
+        finished.unlink(missing_ok=True)
         for folder in FOLDERS:
             shutil.rmtree(out / folder, ignore_errors=True)
-        (out / "corpus.json").unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         mark.write_text(recipe)
-    if not (out / "corpus.json").exists():
+    if not finished.exists():
         found = []
         for package in PACKAGES:
-            contents = Contents(fetch(package, out / "packages", given.mirror), package)
+            contents = Contents(fetch(package, out / "packages", mirror), package)
             found += photographs(contents)
             print(f"{package.name} {package.version}: {len(contents.photographs)} photographs")
         corpus = build(found, out, recipe)
         (out / "LICENCES.txt").write_text(licences(corpus), encoding="utf-8")
-        write_json(corpus, out / "corpus.json")
-    print(summary(json.loads((out / "corpus.json").read_text(encoding="utf-8"))))
+        write_json(corpus, finished)
+    content: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+    return content
 
 
-def summary(corpus: dict[str, object]) -> str:
+def summary(corpus: dict[str, Any]) -> str:
     """How many photographs and pictures there are."""
-    held_out = sum(bool(source["held_out"]) for source in corpus["photographs"].values())  # type: ignore[attr-defined]
-    counts = {folder: sum(name.startswith(f"{folder}/") for name in corpus["files"]) for folder in FOLDERS}  # type: ignore[attr-defined]
+    held_out = sum(source["held_out"] for source in corpus["photographs"].values())
+    counts = {folder: sum(name.startswith(f"{folder}/") for name in corpus["files"]) for folder in FOLDERS}
     return (
-        f"{len(corpus['photographs']) - held_out} photographs to train on ({counts['train']} pictures), "  # type: ignore[arg-type]
+        f"{len(corpus['photographs']) - held_out} photographs to train on ({counts['train']} pictures), "
         f"{held_out} held out ({counts['held_out']} pictures and {counts['held_out_tiles']} tiles), "
-        f"{len(corpus['dropped'])} dropped"  # type: ignore[arg-type]
+        f"{len(corpus['dropped'])} dropped"
     )
 
 
