@@ -199,8 +199,8 @@ class LiteVAE(
 
         Args:
             path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config in it or
-                beside it, a folder with one of each, or an id of the Hugging Face hub, such as
-                RGenDiff/olitevaeB_im_f8c12.
+                beside it, a folder with one of each, ``olvae:NAME`` of a model that ships with this package, or an
+                id of the Hugging Face hub, such as RGenDiff/olitevaeB_im_f8c12.
             revision: a branch, tag or commit of the hub's repository.
             token, cache_dir, force_download, local_files_only: as in huggingface_hub; by default its environment
                 decides.
