@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: demo distil-demo test test-portable test-slow test-gpu test-network test-browser lint format clean help
+.PHONY: demo distil-demo study test test-portable test-slow test-gpu test-network test-browser lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,6 +38,14 @@ distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE w
 	$(BIN)/python scripts/compute_metrics.py --cross --data samples --size 256 --metrics psnr,ssim \
 		--out "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)" \
 		diffusers:configs/distil/teacher "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)"
+
+STUDY = study/$(if $(QUICK),quick,out)
+
+study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, training, tables (CPU, hours; QUICK=1: half an hour)
+	$(BIN)/python -m study.corpus --out study/corpus-out
+	$(BIN)/python -m study.run $(if $(QUICK),--quick) --out $(STUDY)
+	cp docs/results.md $(STUDY)/results.md
+	$(BIN)/python -m study.draw --rows $(STUDY)/rows --document $(STUDY)/results.md
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2

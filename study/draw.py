@@ -1,0 +1,240 @@
+"""Put the study's tables and plots into its document, from the rows' files.
+
+    python -m study.draw --rows study/results --document docs/results.md
+
+A table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; plots go to the document's images/.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from olvae.cli.main import print_error
+from olvae.figures import plot_panels
+
+__all__ = ["TABLES", "fill", "main", "read_rows"]
+
+Found = Mapping[str, Mapping[str, Any]]
+"""The rows' files by name."""
+
+SIZE = "256"
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files of a folder by row.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    if not found:
+        raise FileNotFoundError(f"{folder}: no rows there: python -m study.run makes them")
+    return found
+
+
+def fill(document: str, rows: Found) -> str:
+    """The document with its tables made again.
+
+    Raises:
+        ValueError: it names a table that does not exist.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"no table is named {name}: choose from {', '.join(TABLES)}")
+        return f"<!-- table: {name} -->\n\n{TABLES[name](rows)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", made, document, flags=re.DOTALL)
+
+
+def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("--:" for _ in headings[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def _psnr(row: Mapping[str, Any], size: str = SIZE) -> float:
+    return float(row["sizes"][size]["psnr"])
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    """PSNR with half of its 95 % bootstrap interval over the photographs."""
+    low, high = row["sizes"][SIZE]["intervals"]["psnr"]
+    return f"{_psnr(row):.2f} ± {(high - low) / 2:.2f}"
+
+
+def _bands(row: Mapping[str, Any]) -> list[str]:
+    """The mean squared error in the coarsest band, and in the details of each level."""
+    bands = row["sizes"][SIZE]["bands"]
+    details = ([bands[f"{kind}{level}"]["mse"] for kind in ("LH", "HL", "HH")] for level in (3, 2, 1))
+    return [f"{bands['LL3']['mse']:.0f}", *(f"{mean(values):.1f}" for values in details)]
+
+
+def _rates(rows: Found) -> str:
+    grid = {tuple(name.split("_")[1:]): row for name, row in rows.items() if name.startswith("rate_")}
+    rates = sorted({rate for _, rate in grid}, key=float)
+    lines = [
+        [network, *(f"{_psnr(grid[network, rate]):.2f}" if (network, rate) in grid else "" for rate in rates)]
+        for network in sorted({network for network, _ in grid})
+    ]
+    return _table(["encoder", *rates], lines)
+
+
+def _encoders(rows: Found) -> str:
+    lines = []
+    for title, prefix in (
+        ("LiteVAE-S", "litevae_"),
+        ("SD, 48 channels", "sd_"),
+        ("LiteVAE-S, SD's time", "litevae_time_"),
+    ):
+        of_seeds = [row for name, row in rows.items() if re.fullmatch(rf"{prefix}\d", name)]
+        if not of_seeds:
+            continue
+        first = of_seeds[0]["sizes"][SIZE]
+        lines.append(
+            [
+                title,
+                f"{first['encode_macs'] / 1e9:.1f}",
+                of_seeds[0]["rate"],
+                str(of_seeds[0]["steps"]),
+                f"{mean(row['processor_seconds'] for row in of_seeds):.0f}",
+                _spread([_psnr(row, "64") for row in of_seeds]),
+                _spread([_psnr(row) for row in of_seeds]),
+                _spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
+                _spread([row["frechet_lite0"] for row in of_seeds], 1),
+            ]
+        )
+    bicubic = rows["litevae_0"].get("bicubic", {}) if "litevae_0" in rows else {}
+    if bicubic:
+        at_64, at_256 = (f"{bicubic[size]['psnr']:.2f}" for size in ("64", SIZE))
+        lines.append(["bicubic", "", "", "", "", at_64, at_256, f"{bicubic[SIZE]['ssim']:.3f}", ""])
+    headings = ["encoder", "GMACs", "rate", "steps", "seconds", "dB at 64", "dB at 256", "SSIM", "Fréchet, Lite0"]
+    return _table(headings, lines)
+
+
+def _compared(title: str, names: Mapping[str, str]) -> Callable[[Found], str]:
+    """A table of rows by name, with a title each."""
+
+    def table(rows: Found) -> str:
+        lines = [
+            [
+                text,
+                _interval(rows[name]),
+                f"{rows[name]['sizes'][SIZE]['ssim']:.3f}",
+                *_bands(rows[name]),
+                f"{rows[name]['frechet_lite0']:.1f}",
+            ]
+            for name, text in names.items()
+            if name in rows
+        ]
+        return _table([title, "dB at 256", "SSIM", "LL3", "level 3", "level 2", "level 1", "Fréchet, Lite0"], lines)
+
+    return table
+
+
+def _scales(rows: Found) -> str:
+    networks = {"SMC": "litevae_0", "GroupNorm": "group_norm"}
+    sizes = list(rows["litevae_0"]["sizes"])
+    lines = [
+        [title, *(f"{_psnr(rows[name], size):.2f}" for size in sizes)]
+        for title, name in networks.items()
+        if name in rows
+    ]
+    bicubic = rows["litevae_0"].get("bicubic", {})
+    lines += [["bicubic", *(f"{bicubic[size]['psnr']:.2f}" for size in sizes)]] if bicubic else []
+    return _table(["decoder", *(f"{size} px" for size in sizes)], lines)
+
+
+def _diffusion(rows: Found) -> str:
+    lines = [
+        [
+            name.removeprefix("diffusion_"),
+            f"{row['floor']:.1f}",
+            _spread([seed["frechet_lite0"] for seed in row["seeds"]], 1),
+        ]
+        for name, row in rows.items()
+        if name.startswith("diffusion_")
+    ]
+    return _table(["autoencoder", "reconstructions", "samples"], lines)
+
+
+TABLES: Mapping[str, Callable[[Found], str]] = {
+    "rates": _rates,
+    "encoders": _encoders,
+    "objective": _compared(
+        "objective",
+        {
+            "litevae_0": "the recipe's",
+            "no_wavelet": "without the wavelet term",
+            "no_gaussian": "without the Gaussian term",
+            "kl_x10": "KL x 10",
+            "l2": "squared error for absolute",
+        },
+    ),
+    "discriminators": _compared(
+        "discriminator",
+        {
+            "b_none": "none",
+            "b_patchgan": "PatchGAN",
+            "b_gigagan": "GigaGAN",
+            "b_unetgan_8": "UNetGAN, 8 channels",
+            "b_unetgan_16": "UNetGAN, 16 channels",
+            "b_unetgan_32": "UNetGAN, 32 channels",
+        },
+    ),
+    "latents": _compared(
+        "latent", {"channels_4": "4 channels", "channels_8": "8", "litevae_0": "12", "channels_16": "16"}
+    ),
+    "scales": _scales,
+    "diffusion": _diffusion,
+}
+
+
+def _plot(rows: Found, path: Path) -> None:
+    """PSNR above the bicubic round trip by size, for both decoders; PSNR by processor time, for both encoders."""
+    bicubic = rows["litevae_0"]["bicubic"]
+    by_size = {
+        title: (
+            [float(size) for size in bicubic],
+            [_psnr(rows[name], size) - bicubic[size]["psnr"] for size in bicubic],
+        )
+        for title, name in (("SMC", "litevae_0"), ("GroupNorm", "group_norm"))
+        if name in rows
+    }
+    by_time: dict[str, tuple[list[float], list[float]]] = {}
+    for title, pattern in (("LiteVAE-S", r"litevae_(time_)?\d|rate_litevae_.*"), ("SD", r"sd_\d|rate_sd_.*")):
+        of_network = [row for name, row in rows.items() if re.fullmatch(pattern, name)]
+        of_network.sort(key=lambda row: row["processor_seconds"])
+        by_time[title] = [row["processor_seconds"] for row in of_network], [_psnr(row) for row in of_network]
+    plot_panels({"dB above bicubic, by pixels": by_size}, path / "study_scales.png", "pixels along a side")
+    plot_panels({"dB at 256 pixels": by_time}, path / "study_encoders.png", "seconds of processor time")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=Path("study/results"), help="a folder of rows' files")
+    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
+    options = parser.parse_args(arguments)
+    try:
+        rows = read_rows(options.rows)
+        options.document.write_text(fill(options.document.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        images = options.document.parent / "images"
+        images.mkdir(exist_ok=True)
+        _plot(rows, images)
+    except (OSError, ValueError) as error:
+        sys.exit(print_error(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Run the study: train, evaluate and measure its rows, two at a time, one thread each.
+
+    python -m study.run --corpus study/corpus-out --out study/out
+
+Each row leaves OUT/rows/NAME.json; rows that have one are kept. A run that was stopped goes on from its checkpoint.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from olvae.checkpoint import read_checkpoint
+from olvae.cli.main import print_error
+from olvae.files import check_folder, write_json
+from olvae.runs import Run
+from study.rows import Row, rows
+
+__all__ = ["Study", "StudyError", "main"]
+
+RECIPE = Path(__file__).parent / "recipe.yaml"
+THREADS = {"OMP_NUM_THREADS": "1"}
+BASELINE = "litevae_0"
+"""The row beside which the bicubic round trip is evaluated."""
+
+
+class StudyError(ValueError):
+    """A command of the study failed."""
+
+
+@dataclass
+class Study:
+    """The rows and their folder."""
+
+    corpus: Path
+    out: Path
+    rows: Sequence[Row]
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What a finished row found."""
+        found: dict[str, Any] = json.loads((self.out / "rows" / f"{name}.json").read_text(encoding="utf-8"))
+        return found
+
+    def is_done(self, name: str) -> bool:
+        return (self.out / "rows" / f"{name}.json").is_file()
+
+    def is_ready(self, row: Row) -> bool:
+        """Whether all that a row needs is there."""
+        needed = [row.after] if row.after is not None else []
+        for network in {row.rate_of, row.time_of} - {None}:
+            needed += [other.name for other in self._grid(str(network))]
+        return all(self.is_done(name) for name in needed)
+
+    def run(self, jobs: int) -> None:
+        """Run all rows that are not done, each as soon as those that it needs are.
+
+        Raises:
+            StudyError: a command failed; the rows beside it are finished first.
+        """
+        pending, running = [row for row in self.rows if not self.is_done(row.name)], {}
+        with ThreadPoolExecutor(jobs) as pool:
+            while pending or running:
+                ready = [row for row in pending if self.is_ready(row)]
+                for row in ready[: jobs - len(running)]:
+                    pending.remove(row)
+                    running[pool.submit(self.run_row, row)] = row
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    row, found = running.pop(future), future.result()
+                    count = len(self.rows) - len(pending) - len(running)
+                    psnr = ", ".join(f"{found['sizes'][size]['psnr']:.2f} dB at {size}" for size in found["sizes"])
+                    print(
+                        f"{count}/{len(self.rows)} {row.name}: {psnr}, {found['processor_seconds']:.0f} s", flush=True
+                    )
+
+    def run_row(self, row: Row) -> dict[str, Any]:
+        """Train and evaluate a row; returns what is in its file."""
+        rate, steps = self._rate(row), self._steps(row)
+        seconds = self._train(row, rate, steps)
+        run = self._folder(row.name)
+        assert run is not None
+        found: dict[str, Any] = {"name": row.name, "question": row.question, "overrides": row.overrides}
+        found |= {"rate": rate, "steps": steps, "seed": row.seed, "processor_seconds": seconds, "sizes": {}}
+        for size in row.sizes:
+            measured = self._evaluate(row, run, size)
+            found["sizes"][str(size)] = measured[0]
+            if len(measured) > 1:
+                found.setdefault("bicubic", {})[str(size)] = measured[1]
+        distance = self.out / "evaluations" / row.name / "frechet.json"
+        tiles = self.corpus / "held_out_tiles"
+        self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
+        found |= json.loads(distance.read_text(encoding="utf-8"))
+        found["machine"] = f"{platform.machine()}, torch {_version('torch')}"
+        write_json(found, self.out / "rows" / f"{row.name}.json")
+        return found
+
+    def _train(self, row: Row, rate: str | None, steps: int) -> float:
+        """Train to the last step; returns the seconds of processor time of all pieces."""
+        noted = self.out / "evaluations" / row.name / "seconds.json"
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        run = self._folder(row.name)
+        if run is not None and not run.last_checkpoint.is_file():  # stopped before its first save
+            shutil.rmtree(run.path)
+            run = None
+        seconds: float = json.loads(noted.read_text()) if run is not None and noted.is_file() else 0.0
+        if run is None:
+            flags = ["--base", str(RECIPE), "--logdir", str(self.out / "runs"), "--name", row.name]
+            flags += ["--seed", str(row.seed), "--gpus", "0", "--precision", "32"]
+            if row.after is not None:
+                before = self._folder(row.after)
+                assert before is not None
+                flags += ["--actual_resume", str(before.last_checkpoint)]
+            settings = [
+                f"data.params.root={(self.corpus / 'train').resolve()}",
+                f"data.params.val_root={(self.corpus / 'held_out').resolve()}",
+                f"lightning.trainer.max_steps={steps}",
+                f"lightning.trainer.val_check_interval={steps}",
+            ]
+            if rate is not None:
+                settings.append(f"model.base_learning_rate={rate}")
+            arguments = [*flags, *row.overrides, *settings]
+        elif read_checkpoint(run.last_checkpoint)["global_step"] < steps:
+            arguments = ["--resume", str(run.path)]
+        else:
+            return seconds
+        seconds += self._command(row.name, "-m", "olvae.cli.main", "train", *arguments)
+        write_json(seconds, noted)
+        return seconds
+
+    def _evaluate(self, row: Row, run: Run, size: int) -> list[dict[str, Any]]:
+        """Metrics on the held-out photographs; with the baseline's after them for its row."""
+        folder = self.out / "evaluations" / row.name / str(size)
+        flags = ["--data", str(self.corpus / "held_out"), "--size", str(size), "--metrics", "psnr,ssim"]
+        flags += ["--out", str(folder), *(["--baselines"] if row.name == BASELINE else [])]
+        self._command(row.name, "-m", "olvae.cli.main", "evaluate", str(run.path), *flags)
+        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["results"]
+        return [
+            {
+                **result["metrics"],
+                "intervals": result["intervals"],
+                "images": result["n"],
+                "bands": result["bands"],
+                **{key: result["cost"][key] for key in ("parameters", "encode_macs", "decode_macs") if result["cost"]},
+            }
+            for result in results
+            if "untrained" not in result["target"]
+        ]
+
+    def _command(self, name: str, *arguments: str) -> float:
+        """Run Python with a log of its own; returns the seconds of processor time."""
+        log = self.out / "logs" / f"{name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            print("$ python", *arguments, file=file, flush=True)
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**os.environ, **THREADS, "CUDA_VISIBLE_DEVICES": ""},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1]
+            raise StudyError(
+                f"{name}: python {' '.join(arguments[:3])} exited with {process.returncode}: {last}: {log}"
+            )
+        return used.ru_utime + used.ru_stime
+
+    def _folder(self, name: str) -> Run | None:
+        found = sorted((self.out / "runs").glob(f"*_{name}_32"))
+        return Run(found[-1]) if found else None
+
+    def _grid(self, network: str) -> list[Row]:
+        return [row for row in self.rows if row.name.startswith(f"rate_{network}_")]
+
+    def _rate(self, row: Row) -> str | None:
+        """The rate of the network's grid with the highest PSNR at 256 pixels."""
+        if row.rate_of is None:
+            return None
+        grid = [row.name for row in self._grid(row.rate_of)]
+        best = max(grid, key=lambda name: float(self.result(name)["sizes"]["256"]["psnr"]))
+        return best.rpartition("_")[2]
+
+    def _steps(self, row: Row) -> int:
+        if row.time_of is None:
+            return row.steps
+        theirs, own = (self._seconds_a_step(network) for network in (row.time_of, str(row.rate_of)))
+        return round(row.steps * theirs / own)
+
+    def _seconds_a_step(self, network: str) -> float:
+        grid = [self.result(row.name) for row in self._grid(network)]
+        return mean(found["processor_seconds"] / found["steps"] for found in grid)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made")
+    parser.add_argument("--out", type=Path, default=Path("study/out"))
+    parser.add_argument("--quick", action="store_true", help="an eighth of the steps, one seed, two rates")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
+    options = parser.parse_args(arguments)
+    try:
+        check_folder(options.out)
+        if not (options.corpus / "held_out_tiles").is_dir():
+            raise FileNotFoundError(f"{options.corpus}: no corpus there: python -m study.corpus --out {options.corpus}")
+        Study(options.corpus, options.out, rows(options.quick)).run(options.jobs)
+    except (OSError, ValueError) as error:
+        sys.exit(print_error(error))
+
+
+if __name__ == "__main__":
+    main()

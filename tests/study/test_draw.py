@@ -1,0 +1,72 @@
+"""The study's tables from its rows' files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from study.draw import TABLES, fill, main, read_rows
+
+BANDS = {f"{kind}{level}": {"mse": 4.0 * level} for level in (1, 2, 3) for kind in ("LL", "LH", "HL", "HH")}
+
+
+def row(psnr: float, **others: Any) -> dict[str, Any]:
+    """What a row's file has, in the least."""
+    size = {
+        "psnr": psnr,
+        "ssim": 0.7,
+        "intervals": {"psnr": [psnr - 1, psnr + 1]},
+        "bands": BANDS,
+        "encode_macs": 5.5e9,
+    }
+    sizes = {"64": size, "256": size}
+    return {"sizes": sizes, "frechet_lite0": 3.0, "rate": "1e-3", "steps": 10, "processor_seconds": 5.0, **others}
+
+
+ROWS = {
+    "rate_sd_1e-3": row(20.0),
+    "rate_litevae_5e-4": row(21.0),
+    "litevae_0": row(24.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
+    "litevae_1": row(26.0),
+    "sd_0": row(23.0),
+    "no_wavelet": row(25.0),
+    "group_norm": row(23.5),
+}
+
+
+def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
+    assert TABLES["rates"](ROWS).splitlines()[2:] == ["| litevae | 21.00 |  |", "| sd |  | 20.00 |"]
+    encoders = TABLES["encoders"](ROWS).splitlines()
+    assert "| 25.00 ± 1.41 | 25.00 ± 1.41 | 0.700 ± 0.000 | 3.0 ± 0.0 |" in encoders[2]
+    assert encoders[-1].startswith("| bicubic |")
+    assert len(encoders) == 5  # no row of equal time yet
+    objective = TABLES["objective"](ROWS).splitlines()
+    assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 3.0 |"
+    assert len(objective) == 4
+
+
+def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):
+    text = "before\n\n<!-- table: scales -->\nold\n<!-- end -->\n\nafter\n"
+    filled = fill(text, ROWS)
+    assert filled.startswith("before\n\n<!-- table: scales -->\n\n| decoder | 64 px | 256 px |")
+    assert filled.endswith("<!-- end -->\n\nafter\n")
+    assert "old" not in filled
+    assert fill(filled, ROWS) == filled
+    with pytest.raises(ValueError, match="no table is named costs: choose from rates"):
+        fill("<!-- table: costs -->\n<!-- end -->", ROWS)
+
+
+def test_the_command(tmp_path, capsys):
+    folder, document = tmp_path / "rows", tmp_path / "results.md"
+    document.write_text("<!-- table: rates -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit):
+        main(["--rows", str(folder), "--document", str(document)])
+    assert "no rows there" in capsys.readouterr().err
+    folder.mkdir()
+    for name, found in ROWS.items():
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    assert read_rows(folder).keys() == ROWS.keys()
+    main(["--rows", str(folder), "--document", str(document)])
+    assert "| sd |" in document.read_text()
+    assert {path.name for path in Path(tmp_path / "images").iterdir()} == {"study_scales.png", "study_encoders.png"}

@@ -1,0 +1,94 @@
+"""The study's rows and the order in which they run; the commands themselves are replaced, but for one slow test."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from skimage import data
+
+from olvae import config as cfg
+from study.rows import QUESTIONS, Row, diffusions, rows
+from study.run import RECIPE, Study, StudyError
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_row_is_a_valid_config(quick):
+    found = rows(quick)
+    assert len({row.name for row in found}) == len(found)
+    for row in found:
+        assert row.question in QUESTIONS
+        assert cfg.validate(cfg.load([RECIPE], list(row.overrides))) == [], row.name
+    assert {diffusion.of for diffusion in diffusions(quick)} <= {row.name for row in found}
+
+
+def finish(study: Study, name: str, **found: Any) -> None:
+    path = study.out / "rows" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+
+
+def test_rate_and_steps_come_from_the_grid(tmp_path):
+    study = Study(tmp_path, tmp_path, rows())
+    row = next(row for row in study.rows if row.name == "litevae_time_1")
+    assert not study.is_ready(row)
+    for network, seconds in (("litevae", 100.0), ("sd", 250.0)):
+        for rate, psnr in (("5e-4", 20.0), ("1e-3", 22.0), ("2e-3", 21.0)):
+            finish(
+                study,
+                f"rate_{network}_{rate}",
+                sizes={"256": {"psnr": psnr}},
+                processor_seconds=seconds,
+                steps=500,
+            )
+    assert study.is_ready(row)
+    assert study._rate(row) == "1e-3"
+    assert study._steps(row) == 3750  # 1500 at two and a half times the seconds
+    assert study._rate(row._replace(rate_of=None)) is None
+
+
+def test_rows_run_after_those_they_need_and_finished_ones_are_kept(tmp_path, monkeypatch, capsys):
+    study = Study(tmp_path, tmp_path, [Row("b", "latent", after="a", rate_of=None), *(_plain(name) for name in "ac")])
+    finish(study, "c", kept=True)
+    ran = []
+
+    def run_row(row: Row) -> dict[str, Any]:
+        ran.append(row.name)
+        finish(study, row.name)
+        return {"sizes": {"256": {"psnr": 20.0}}, "processor_seconds": 1.0}
+
+    monkeypatch.setattr(study, "run_row", run_row)
+    study.run(jobs=2)
+    assert ran == ["a", "b"]
+    assert study.result("c") == {"kept": True}
+    assert "3/3 b: 20.00 dB at 256, 1 s" in capsys.readouterr().out
+
+
+def _plain(name: str) -> Row:
+    return Row(name, "latent", rate_of=None)
+
+
+def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):
+    study = Study(tmp_path, tmp_path, [])
+    with pytest.raises(StudyError, match=r"a: python -c .* exited with 3: too bad: .*a\.txt"):
+        study._command("a", "-c", "print('too bad'); raise SystemExit(3)")
+    assert study._command("a", "-c", "sum(range(10**6))") > 0
+
+
+@pytest.mark.slow
+def test_a_row_for_real_stopped_and_continued(tmp_path):
+    corpus = tmp_path / "corpus"
+    for folder in ("train", "held_out", "held_out_tiles"):
+        (corpus / folder).mkdir(parents=True)
+        for name in ("astronaut", "coffee", "chelsea", "rocket"):
+            Image.fromarray(getattr(data, name)()).resize((512, 512)).save(corpus / folder / f"{name}.png")
+    row = Row("a", "latent", ("model.params.lossconfig.params.wavelet_weight=0.5",), 4, rate_of=None, sizes=(64,))
+    study = Study(corpus, tmp_path / "out", [row])
+    study._train(row, None, 2)  # as if stopped: the next goes on in this run, whose last step is the second
+    found = study.run_row(row._replace(steps=2))
+    assert found["sizes"]["64"]["images"] == 4
+    assert found["images"] == 16
+    assert found["frechet_lite0"] > 1
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
+    assert Path(study.out / "rows" / "a.json").is_file()
