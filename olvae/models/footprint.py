@@ -238,7 +238,7 @@ def _constant(model: LiteAutoencoderKL, adversary: bool) -> tuple[int, int]:
             trained = [*trained, *model.adversary.discriminator.parameters()]
         else:
             everything -= _bytes(_tensors(model.adversary))
-    averaged = _bytes(model.autoencoder_parameters()) if model.use_ema else 0
+    averaged = _bytes(p for p in model.autoencoder.parameters() if p.requires_grad) if model.use_ema else 0
     states = sum(adam_state_bytes(model.optimizer, parameter) for parameter in trained)
     return everything + averaged + states, _bytes(trained)
 
