@@ -18,21 +18,9 @@ from olvae.modules.vision import VisionEncoder, published_weights
 from tests.conftest import tiny_config
 from tests.models.steps import assert_same, build, fit, metrics, moved, snapshot, source
 from tests.models.test_synchronisation import traced
+from tests.models.vision import node
 
 timm = pytest.importorskip("timm")
-
-
-@pytest.fixture(scope="session")
-def vit(tmp_path_factory) -> str:
-    """Random weights of a ViT of 0.4 M parameters with patches of 16 pixels, as a file."""
-    path = tmp_path_factory.mktemp("timm") / "vit.pt"
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_vit").state_dict(), path)
-    return str(path)
-
-
-def node(vit: str, **params) -> dict:
-    return {"target": "olvae.models.alignment.Alignment", "params": {"encoder": "test_vit", "weights": vit, **params}}
 
 
 def aligned(vit: str, adversary: dict | None = None, alignment: dict | None = None, **model) -> LiteAutoencoderKL:

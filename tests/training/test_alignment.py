@@ -1,6 +1,5 @@
 """A run whose latent is aligned with a vision encoder: resumed, exported, and trained on from its weights."""
 
-import pytest
 import torch
 
 from olvae.config import save
@@ -8,15 +7,13 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config
-from tests.models.test_alignment import node, vit  # noqa: F401  (a fixture)
+from tests.models.vision import node
 from tests.training.origins import assert_same_checkpoint, checkpoint
-
-pytest.importorskip("timm")
 
 PROJECTION = "alignment.projection.weight"
 
 
-def test_resumed_bit_for_bit_and_exported_without(vit, image_folder, tmp_path, monkeypatch, quick_training):  # noqa: F811
+def test_resumed_bit_for_bit_and_exported_without(vit, image_folder, tmp_path, monkeypatch, quick_training):
     monkeypatch.delenv(training.RUN_ENV, raising=False)
     base = tmp_path / "tiny.yaml"
     save(tiny_config(image_folder, use_ema=True, alignment_config=node(vit)), base)
