@@ -146,7 +146,10 @@ def test_both_terms_can_be_learned(vit):
         assert term.item() < 0.5 * before[name], name
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_quant": True}, {"equivariance": 1.0}, {"compile": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_quant": True}, {"equivariance": 1.0}, {"checkpoint": True}, {"freeze_decoder": True}, {"compile": True}],
+)
 def test_beside_other_settings(vit, image_folder, settings, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend="eager"))
