@@ -86,6 +86,7 @@ def _network(name: str, weights: Mapping[str, Tensor] | None) -> Any:
     settings: dict[str, Any] = {"pretrained": weights is not None}
     if weights is not None:
         settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
+    network: Any
     try:
         try:
             network = timm.create_model(name, dynamic_img_size=True, **settings)
