@@ -1,24 +1,29 @@
-"""Devices, precision, and the processes that torchrun started."""
+"""Devices, precision, and the processes that torchrun or srun started."""
 
 import os
 import re
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
 
+if TYPE_CHECKING:  # slow to import
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
 __all__ = [
     "Agreement",
     "gather",
     "join",
     "leave",
+    "local_rank",
     "resolve_device",
     "resolve_devices",
     "resolve_precision",
+    "srun_environment",
     "this_process",
 ]
 
@@ -37,7 +42,7 @@ def resolve_device(device: str | None = None) -> str:
             raise ConfigError(f"--device {device}: this machine has {present} GPUs")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and present > 1:
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % present}"
+        return f"cuda:{local_rank() % present}"
     return device
 
 
@@ -114,14 +119,46 @@ def this_process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join() -> tuple[int, int]:
-    """Join the processes that torchrun started, if it did; returns rank and world size, (0, 1) for a single process.
+def local_rank() -> int:
+    """This process's place among those of its machine; torchrun, srun and Lightning say it."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+def srun_environment() -> "SLURMEnvironment | None":
+    """What srun says of its processes; None if it did not start this one, as in a batch script that calls Python.
+
+    Raises:
+        ConfigError: it does not say how many of them each machine has.
+    """
+    if "SLURM_STEP_ID" not in os.environ:
+        return None
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    if not SLURMEnvironment.detect():  # an interactive shell
+        return None
+    if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise ConfigError("srun: give the number of tasks with --ntasks-per-node and --nodes, not with --ntasks")
+    return SLURMEnvironment(auto_requeue=False)  # a job that is queued again would start a new run
+
+
+def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int]:
+    """Join the processes that torchrun or srun started; returns rank and world size, (0, 1) for a single process.
 
     From then on the loaders of a :class:`~olvae.data.source.Source` give each process its share. End with
     :func:`leave`. An existing process group is left as it is.
+
+    Args:
+        backend: gloo is enough where objects in memory are exchanged, and no tensors of GPUs.
+        timeout: after which a process that waits for others fails.
     """
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=PATIENCE)  # only objects in memory are exchanged, no tensors of GPUs
+    if dist.is_initialized():
+        return this_process()
+    if "RANK" in os.environ:  # torchrun; also where srun starts one on each node
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group(backend, timeout=timeout)
+    elif (slurm := srun_environment()) is not None and slurm.world_size() > 1:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
+        dist.init_process_group(backend, timeout=timeout, rank=slurm.global_rank(), world_size=slurm.world_size())
     return this_process()
 
 

@@ -67,7 +67,7 @@ def bench_scaling(
     with torch.inference_mode():
         work = {key: clocked(partial(networks[key[0]], x), device) for key, x in inputs.items()}
         times = measure(work, device, rounds)
-    memory = {key: forward_bytes(networks[key[0]], x) for key, x in inputs.items()}
+    used = {key: forward_bytes(networks[key[0]], x) for key, x in inputs.items()}
     rows: list[dict[str, Any]] = []
     smallest: dict[str, float] = {}
     for key in sorted(inputs, key=lambda key: (list(networks).index(key[0]), key[1] ** 2 * key[2])):
@@ -83,8 +83,8 @@ def bench_scaling(
                 "spread_ms": 1e3 * times[key].spread,
                 "ns_per_pixel": 1e9 * each,
                 "relative": each / smallest.setdefault(name, each),
-                "bytes_per_pixel": memory[key] / pixels,
-                "peak_memory_bytes": memory[key],
+                "bytes_per_pixel": used[key] / pixels,
+                "peak_memory_bytes": used[key],
             }
         )
     return rows

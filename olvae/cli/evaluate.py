@@ -18,7 +18,8 @@ __all__ = ["BatchSize", "First", "Targets", "TestImages", "command", "results_fo
 Targets = Annotated[
     list[str],
     typer.Argument(
-        metavar="TARGET...", help="Run folders, checkpoints, exported folders, hub ids, or diffusers:ID_OR_FOLDER."
+        metavar="TARGET...",
+        help="Run folders, checkpoints, exported folders, olvae:NAME, hub ids, or diffusers:ID_OR_FOLDER.",
     ),
 ]
 

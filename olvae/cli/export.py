@@ -56,8 +56,8 @@ def command(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A run folder, a checkpoint, an export, an id of the hub, diffusers:ID_OR_FOLDER of an AutoencoderKL, "
-            "or a file of latent-diffusion's.",
+            help="A run folder, a checkpoint, an export, olvae:NAME, an id of the hub, diffusers:ID_OR_FOLDER of an "
+            "AutoencoderKL, or a file of latent-diffusion's.",
         ),
     ],
     out: Annotated[

@@ -32,7 +32,7 @@ TargetArgument = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",
-        help="A run folder, checkpoint, export, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
+        help="A run folder, checkpoint, export, olvae:NAME, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
     ),
 ]
 

@@ -1,6 +1,5 @@
 """``olvae train``, and ``python train.py``."""
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -56,6 +55,7 @@ def command(
     Example: olvae train --base configs/finetune/sdxl.yaml --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
     from olvae.allocator import keep_freed_memory
+    from olvae.devices import local_rank
     from olvae.training.run import TrainingStopped, TrainOptions, train
 
     keep_freed_memory()
@@ -78,6 +78,5 @@ def command(
         train(options)
     except TrainingStopped:
         # Only the first process of a machine reports it: if another one failed, torchrun would kill the first while it
-        # draws the curves. Under srun only SLURM's variable counts the processes.
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        sys.exit(STOPPED if local_rank == "0" else 0)
+        # draws the curves.
+        sys.exit(0 if local_rank() else STOPPED)

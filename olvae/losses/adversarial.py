@@ -159,10 +159,10 @@ def _pair(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> tuple
 def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
     """Half the squared length of the discriminator's gradient at real images (Mescheder et al. 2018, R1).
 
-    1/2 E |grad_x D(x)|^2, with D(x) a sample's score: the mean of its logits in each tensor, then over the list, as in
-    the losses. The square is summed over a sample's values, the mean is over the batch. The result can be
-    differentiated again. Compute the logits without autocast: the gradient is as exact as they are. For the lazy form,
-    call it every k-th step and multiply by k.
+    1/2 E |grad_x D(x)|^2, with D(x) the sum of all of a sample's logits, as usual: of its pixels or patches, of every
+    tensor. So it grows with their number. The square is summed over a sample's values, the mean is over the batch. The
+    result can be differentiated again. Compute the logits without autocast: the gradient is as exact as they are. For
+    the lazy form, call it every k-th step and multiply by k.
 
     Args:
         logits: the discriminator's logits of ``real_images``, each (B, ...). With BatchNorm in training mode, samples
@@ -179,8 +179,8 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
         raise ValueError("R1 needs the gradient at real_images: call .requires_grad_() before the discriminator")
     if len(logits) == 0 or any(t.shape[:1] != real_images.shape[:1] for t in logits):
         raise ValueError("R1 takes the list of logit tensors (B, ...) that the discriminator returned for real_images")
-    score = torch.stack([island(t).reshape(len(t), -1).mean(dim=1) for t in logits]).mean(dim=0)  # (B,)
-    (gradient,) = torch.autograd.grad(score.sum(), real_images, create_graph=True)
+    total = torch.stack([island(t).sum() for t in logits]).sum()  # a sample's gradient is that of its own logits
+    (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
     return 0.5 * island(gradient).flatten(1).square().sum(dim=1).mean()
 
 
@@ -299,22 +299,26 @@ def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: T
     return (island(mixed_logits) - target).square().mean()
 
 
-def cutmix_loss(name: str, mixed_logits: Tensor, mask: Tensor) -> Tensor:
-    """The discriminator's loss on mixed images: the mean over their real pixels plus that over their fake ones.
+def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The discriminator's loss on mixed images (Schönfeld et al. 2020).
 
-    It is 0 where all pixels are of one kind, which a small batch may be by chance.
+    Each pixel's logit is told where its pixel is from, and the mean over all pixels is taken, so the real and the fake
+    region weigh by their pixels. An image's own logit is told "fake", unless the mix has no fake pixel [D]: a
+    rectangle may fill the image. The mean is over the list, as in the other losses.
 
     Args:
         name: one of ``ADVERSARIAL_LOSSES``.
-        mixed_logits, mask: as in :func:`cutmix_consistency`.
+        mixed_logits: the discriminator's logits of the mixed images: per pixel, (B, 1, H, W), then any number of
+            tensors (B, ...) of whole images.
+        mask: cutmix's, (B, 1, H, W).
 
     Returns:
         A scalar in float32.
     """
-    loss, logits = _lookup(name), island(mixed_logits)
+    loss, (pixels, *images) = _lookup(name), _logits(mixed_logits)
     real = mask > 0.5
-    count = real.sum()
-    on_real = (loss.real(logits) * real).sum() / count.clamp_min(1)
-    on_fake = (loss.fake(logits) * ~real).sum() / (real.numel() - count).clamp_min(1)
-    both = (count > 0) & (count < real.numel())
-    return (on_real + on_fake) * both
+    terms = [torch.where(real, loss.real(pixels), loss.fake(pixels))]
+    for t in images:
+        wholly_real = real.flatten(1).all(dim=1).view(-1, *(1,) * (t.ndim - 1))  # (B, 1, ...)
+        terms.append(torch.where(wholly_real, loss.real(t), loss.fake(t)))
+    return _mean(terms)

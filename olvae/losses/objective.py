@@ -20,7 +20,7 @@ class Objective(nn.Module):
     """The sum of weight * term; a term with weight 0 is not computed, logged, or loaded.
 
     Each term is a mean per value of the image, so that weights do not depend on its size. The defaults are the README's
-    for A2 and B0 to B5 [R].
+    for A2 and B0 to B5 [R], except for the weights of L1 and LPIPS, which no source gives [D].
 
     Args:
         reconstruction: the pixel loss: l1, l2 or charbonnier.

@@ -31,8 +31,8 @@ class Adversary(nn.Module):
     Args:
         discriminator_config: PatchGAN, GigaGAN or UNetGAN, or any module from images to a list of logit tensors with
             their number in ``num_outputs``.
-        loss: hinge, logistic, lsgan, wgan or bce.
-        weight: of the adversarial loss in the autoencoder's; constant [P Table 8].
+        loss: hinge [D], logistic, lsgan, wgan or bce; hinge and logistic do equally well [P Table 16].
+        weight: of the adversarial loss in the autoencoder's; constant [P Table 8], 0.1 [D].
         start_step: the autoencoder's step at which the adversary starts to play.
         ramp_steps: steps over which the weight then grows linearly from 0.
         warmup_updates: updates of the discriminator alone, at the start step, before the autoencoder continues.
@@ -41,10 +41,11 @@ class Adversary(nn.Module):
             term at the decoder's last layer, as the latent-diffusion code does; clamped to [0, adaptive_max].
         learning_rate_ratio: the discriminator's learning rate over the autoencoder's.
         betas: of the discriminator's Adam.
-        r1_weight: gamma of the R1 penalty; 0 turns it off. Computed at every r1_every-th update, times r1_every.
+        r1_weight: gamma of the R1 penalty, gamma / 2 E |grad_x sum of logits|^2; 0 turns it off. Computed at every
+            r1_every-th update, times r1_every. The sum grows with the number of logits: choose gamma by ``train/r1``.
         lecam_weight, lecam_decay: of the LeCam penalty; weight 0 turns it off.
-        cutmix_weight: of CutMix: the loss on the pixels of mixed images plus the consistency term (MSE, weight 1
-            within it); 0 turns it off. Needs per-pixel logits, as UNetGAN's.
+        cutmix_weight: of CutMix: the loss on mixed images plus the consistency term (MSE, weight 1 within it); 0 turns
+            it off. Needs per-pixel logits, as UNetGAN's.
     """
 
     def __init__(
@@ -182,8 +183,8 @@ class Adversary(nn.Module):
 
     def _cutmix(self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor) -> Tensor:
         mixed, mask = cutmix(real, fake)
-        pixels: Tensor = self.discriminator(mixed)[0]  # (B, 1, H, W)
-        return cutmix_consistency(pixels, real_pixels, fake_pixels, mask) + cutmix_loss(self.loss, pixels, mask)
+        logits: list[Tensor] = self.discriminator(mixed)  # (B, 1, H, W), and any of whole images
+        return cutmix_consistency(logits[0], real_pixels, fake_pixels, mask) + cutmix_loss(self.loss, logits, mask)
 
     def _r1(self, real: Tensor) -> Tensor:
         with no_autocast(real):

@@ -29,7 +29,8 @@ class Alignment(nn.Module):
             hub's cache.
         weight: w_hyper of the paper.
         adaptive_weight: let the factor be |gradient of the weighted image terms| / |gradient of the alignment| at the
-            encoder's last convolution, of each step; else it is 1. It costs another backward pass through the decoder.
+            encoder's last convolution (quant_conv where there is one), in each step; else it is 1. It costs another
+            backward pass through the decoder.
         cosine_margin, distance_margin: m1 and m2 of the paper.
         latent_channels: filled in by the model.
 

@@ -199,8 +199,8 @@ class LiteVAE(
 
         Args:
             path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config in it or
-                beside it, a folder with one of each, or an id of the Hugging Face hub, such as
-                RGenDiff/olitevaeB_im_f8c12.
+                beside it, a folder with one of each, ``olvae:NAME`` of a model that ships with this package, or an
+                id of the Hugging Face hub, such as RGenDiff/olitevaeB_im_f8c12.
             revision: a branch, tag or commit of the hub's repository.
             token, cache_dir, force_download, local_files_only: as in huggingface_hub; by default its environment
                 decides.
@@ -268,8 +268,11 @@ class LiteVAE(
 
     @torch.no_grad()
     def _shift_logvar(self, shift: float) -> "LiteVAE":
+        if shift == 0:
+            return self
         last = list((self.quantizer.quant_conv if self.quantizer else self.encoder).modules())[-1]
-        assert isinstance(last, nn.Conv2d)
+        if not isinstance(last, nn.Conv2d):
+            raise ConfigError(f"initial_logvar: {type(last).__name__} learns no log-variances: leave it out")
         assert last.bias is not None
         last.bias[self.latent_channels :] += shift
         return self

@@ -162,6 +162,9 @@ class LiteAutoencoderKL(ValidatedModule):
             self.alignment = instantiate(alignment_config, latent_channels=autoencoder.latent_channels)
             if not isinstance(self.alignment, Alignment):
                 raise ConfigError(f"alignment_config: {alignment_config['target']} is not an Alignment")
+        if self.quantizer is None and not freeze_encoder and next(self.encoder.parameters(), None) is None:
+            name = type(self.encoder).__name__
+            raise ConfigError(f"model.params.freeze_encoder: {name} has nothing to train: set it to true")
         if freeze_encoder:
             self.encoder.requires_grad_(False)
             if self.quantizer is not None:
@@ -454,7 +457,8 @@ class LiteAutoencoderKL(ValidatedModule):
         if not alignment.adaptive_weight:
             return alignment.weight * loss
         pixels = self.objective.weighted(losses, *IMAGE_TERMS)
-        factor = gradient_ratio(self, pixels, loss, self.encoder).clamp(max=ADAPTIVE_MAX)
+        last = self.encoder if self.quantizer is None else self.quantizer.quant_conv
+        factor = gradient_ratio(self, pixels, loss, last).clamp(max=ADAPTIVE_MAX)
         self._report({"health/alignment_weight": factor})
         return alignment.weight * factor * loss
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from olvae.checkpoint import WEIGHT_SUFFIXES
 from olvae.config import Config, ConfigError
 from olvae.files import atomic_write, write_json
+from olvae.models.shipped import is_shipped, shipped_folder
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
 from olvae.runs import Run, run_of
 
@@ -179,7 +180,7 @@ def locate(
 
     Args:
         path_or_id: a run folder, an export, another folder with one file of weights and one config, a file of
-            weights with its config in it or beside it, or an id of the hub.
+            weights with its config in it or beside it, ``olvae:NAME`` of a model of this package, or an id of the hub.
         config: the config, instead of the one beside the weights: a YAML file, a config.json, or its content.
         access: see :func:`snapshot`.
 
@@ -211,8 +212,10 @@ def locate(
 
 
 def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
-    """Find the file of weights of a path or of an id of the hub; see :func:`locate`."""
+    """Find the file of weights of a path, a model of this package, or an id of the hub; see :func:`locate`."""
     path, given = Path(path_or_id), os.fspath(path_or_id)
+    if is_shipped(given):
+        return _weights_in(shipped_folder(given), given)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
     if path.is_file():

@@ -219,7 +219,8 @@ SYMPTOMS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "health/accuracy",
         lambda accuracy: accuracy > 0.95,
         "the discriminator has won: it is right about {value:.0%} of its logits. "
-        f"Lower {SETTINGS}.learning_rate_ratio, or set lecam_weight or r1_weight",
+        f"Lower {SETTINGS}.learning_rate_ratio, or set lecam_weight, or r1_weight (such that r1_weight times "
+        "train/r1 is about 1)",
     ),
     (
         "health/accuracy",

@@ -5,23 +5,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed.constants import default_pg_timeout
 
 from olvae.config import ConfigError
+from olvae.devices import join, srun_environment
 
-__all__ = ["check_launcher", "find_launcher", "meet", "process_count"]
+__all__ = ["check_launcher", "cluster", "find_launcher", "meet", "process_count"]
 
 
 def find_launcher() -> ClusterEnvironment | None:
     """What Lightning asks for rank and number of processes under torchrun or srun; None if it starts them itself."""
     if TorchElasticEnvironment.detect():  # also where srun starts one torchrun on each node
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect():
-        return SLURMEnvironment(auto_requeue=False)  # a job that is queued again would start a new run
-    return None
+    return srun_environment()
+
+
+def cluster() -> list[ClusterEnvironment]:
+    """Lightning's plugins for :func:`find_launcher`."""
+    launcher = find_launcher()
+    if launcher is None and SLURMEnvironment.detect():  # a batch script without srun: nobody else comes
+        launcher = LightningEnvironment()
+    return [] if launcher is None else [launcher]
 
 
 def process_count(trainer_args: Mapping[str, Any]) -> int:
@@ -45,10 +53,8 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
     if TorchElasticEnvironment.detect():
         name, option, total = "torchrun", "--nproc_per_node", int(os.environ["WORLD_SIZE"])
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", total))
-    elif SLURMEnvironment.detect():
+    elif srun_environment() is not None:
         name, option, total = "srun", "--ntasks-per-node", int(os.environ["SLURM_NTASKS"])
-        if total > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise ConfigError(f"srun: give the number of tasks with {option} and --nodes, not with --ntasks")
         per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", total))
     elif wanted[1] > 1:
         raise ConfigError(
@@ -73,14 +79,9 @@ def meet() -> tuple[int, int]:
 
     (0, 1) if there is one process so far: Lightning starts the others, which join when training begins.
     """
-    launcher = find_launcher()
-    if launcher is None or launcher.world_size() == 1:
+    if find_launcher() is None:
         return 0, 1
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launcher.main_address, str(launcher.main_port)
-    rank, world = launcher.global_rank(), launcher.world_size()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world)
-    return rank, world
+    return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
 
 
 def _per_node(trainer_args: Mapping[str, Any]) -> int:

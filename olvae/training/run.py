@@ -35,7 +35,7 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
-from olvae.training.launch import check_launcher, find_launcher, meet, process_count
+from olvae.training.launch import check_launcher, cluster, find_launcher, meet, process_count
 from olvae.training.origin import (
     Found,
     check_teacher,
@@ -325,14 +325,13 @@ def _trainer(
     for default in (KeepCheckpoints, ImageGrids, FiniteLoss, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
-    launcher = find_launcher()
     settings: Config = {
         "check_val_every_n_epoch": None,
         "deterministic": trainer_args["accelerator"] == "cpu",
         "benchmark": trainer_args["accelerator"] != "cpu",  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(), *([launcher] if launcher is not None else [])],
+        "plugins": [BackgroundCheckpointIO(), *cluster()],
         **trainer_args,
         "precision": precision,
         "callbacks": callbacks,

@@ -7,6 +7,7 @@ from PIL import Image
 
 from olvae import LiteVAE
 from olvae.config import save
+from olvae.models import shipped
 from tests.conftest import tiny_config
 from tests.models.test_autoencoder import tiny
 
@@ -125,3 +126,12 @@ def test_tiles_of_a_decoder_without_a_finite_field(olvae, tmp_path):
     code, _, err = olvae(*arguments, "--out", tmp_path / "out")
     assert code == 0
     assert Image.open(tmp_path / "out" / "x.png").size == (20, 9)
+
+
+def test_a_model_that_ships(olvae, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
+    tiny().save_pretrained(tmp_path / "pretrained" / "small-f8")
+    photo = picture(tmp_path / "photo.png", (40, 24))
+    code, _, err = olvae("reconstruct", "olvae:small-f8", photo, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert Image.open(tmp_path / "out" / "photo.png").size == (40, 24)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from olvae.losses.adversarial import LeCam, cutmix, cutmix_consistency, r1_penalty
+from olvae.losses.adversarial import LeCam, cutmix, cutmix_consistency, cutmix_loss, r1_penalty
 from olvae.modules.discriminators.unetgan import UNetGAN
 
 
@@ -33,12 +33,11 @@ def test_r1_of_a_quadratic_discriminator():
     assert gradient.item() == pytest.approx(4 * 0.7 * mean_square, rel=1e-12)
 
 
-def test_r1_takes_the_mean_of_a_samples_logits():
-    """Per pixel 3 x (mean over 16 pixels) and per image 5 x_0: gradients 3/16 and 5 at x_0, halved by the list."""
+def test_r1_takes_the_sum_of_a_samples_logits():
+    """Per pixel 3 x and per image 5 x_0: the sum of the logits has the gradient 3 everywhere, and 5 more at x_0."""
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     penalty = r1_penalty([3 * x, 5 * x[:, 0, 0, :1]], x)
-    at_first, elsewhere = (3 / 16 + 5) / 2, 3 / 16 / 2
-    assert penalty.item() == pytest.approx(0.5 * (at_first**2 + 15 * elsewhere**2), rel=1e-12)
+    assert penalty.item() == pytest.approx(0.5 * ((3 + 5) ** 2 + 15 * 3**2), rel=1e-12)
 
 
 def test_r1_does_not_depend_on_the_batch_size():
@@ -244,3 +243,42 @@ def test_consistency_has_gradients_to_all_three_and_is_float32():
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(t.grad.abs().max() > 0 for t in logits)
+
+
+def test_cutmix_loss_by_hand():
+    """Three fake pixels and one real one, and the image's logit, which is told "fake"."""
+    mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]], dtype=torch.float64)
+    pixels = torch.tensor([[[[0.25, -0.5], [0.5, 2.0]]]], dtype=torch.float64)
+    image = torch.tensor([[0.4]], dtype=torch.float64)
+    on_pixels = ((1 - 0.25) + (1 - 0.5) + (1 + 0.5) + (1 + 2.0)) / 4
+    assert cutmix_loss("hinge", [pixels], mask).item() == pytest.approx(on_pixels, rel=1e-12)
+    both = (on_pixels + (1 + 0.4)) / 2
+    assert cutmix_loss("hinge", [pixels, image], mask).item() == pytest.approx(both, rel=1e-12)
+
+
+def test_regions_weigh_by_their_pixels():
+    """Each pixel has the same gradient, however small its region is."""
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    mask[..., :1, :1] = 1
+    pixels = torch.zeros_like(mask).requires_grad_()
+    cutmix_loss("wgan", [pixels], mask).backward()
+    torch.testing.assert_close(pixels.grad, (1 - 2 * mask) / 16)
+
+
+def test_only_a_mix_without_a_fake_pixel_is_told_real():
+    mask = torch.stack([torch.full((1, 4, 4), share, dtype=torch.float64) for share in (1, 0, 1)])
+    mask[2, 0, 0, 0] = 0
+    image = torch.tensor([[0.3], [0.3], [0.3]], dtype=torch.float64, requires_grad=True)
+    pixels = torch.where(mask > 0.5, 1.0, -1.0)  # no loss on pixels
+    loss = cutmix_loss("hinge", [pixels, image], mask)
+    assert loss.item() == pytest.approx(((1 - 0.3) + 2 * (1 + 0.3)) / 3 / 2, rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, image)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64) / 6)
+
+
+def test_cutmix_loss_is_float32_in_half_precision_and_takes_a_list():
+    pixels, mask = torch.randn(2, 1, 8, 8).bfloat16(), torch.ones(2, 1, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cutmix_loss("logistic", [pixels, pixels[:, 0, 0, :1]], mask).dtype == torch.float32
+    with pytest.raises(TypeError, match="single tensor"):
+        cutmix_loss("logistic", pixels, mask)

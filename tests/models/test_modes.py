@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.losses.terms import kl_loss
 from olvae.models import liteautoencoder
@@ -12,6 +13,7 @@ from olvae.modules.distributions import DiagonalGaussian
 from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot, source
 
 WITHOUT_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+WITH_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}}
 
 
 @pytest.mark.parametrize("adversary", [None, against(weight=0.5)], ids=["a", "b"])
@@ -30,6 +32,42 @@ def test_a_frozen_encoder(image_folder, updates, adversary):
     assert modes == [False] * 3
     assert len(updates.of(model.decoder)) == 3
     assert len(updates.of(model.encoder)) == 0
+
+
+FIXED = {
+    "embed_dim": 12,
+    "encoder_config": {
+        "target": "olvae.modules.litevae.encoder_model.WaveletEncoder",
+        "params": {"image_size": 16},
+    },
+    "decoder_config": {
+        "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
+        "params": {"channels": 8, "z_channels": 12, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 0},
+    },
+    "lossconfig": WITHOUT_KL,
+}
+"""Model arguments: an encoder without parameters."""
+
+
+def test_a_fixed_encoder(image_folder, tmp_path):
+    model = build(freeze_encoder=True, use_ema=True, **FIXED)
+    start = snapshot(model)
+    fit(model, image_folder, 2)
+    assert len(moved(start, snapshot(model))) > 0.9 * len(start)
+    vae, x = model.autoencoder.eval(), torch.rand(1, 3, 16, 16)
+    vae.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(LiteVAE.from_pretrained(tmp_path)(x)[0], vae(x)[0])
+
+
+def test_a_fixed_encoder_says_what_it_needs():
+    with pytest.raises(ConfigError, match=r"freeze_encoder: WaveletEncoder has nothing to train: set it to true"):
+        build(**FIXED)
+    with pytest.raises(ConfigError, match=r"initial_logvar: WaveletEncoder learns no log-variances: leave it out"):
+        build(freeze_encoder=True, initial_logvar=-4.0, **FIXED)
+    narrow = {**FIXED["encoder_config"], "params": {"image_size": 16, "latent_dim": 12}}
+    mixed = build(use_quant=True, **{**FIXED, "encoder_config": narrow, "lossconfig": WITH_KL})
+    assert {name for name, _ in mixed.named_parameters() if not name.startswith(("decoder.", "quantizer."))} == set()
 
 
 def test_a_frozen_encoder_trains_the_decoder_as_the_whole_does(image_folder, updates):

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from olvae.config import ConfigError, save
-from olvae.training.launch import check_launcher, find_launcher, process_count
+from olvae.devices import gather, join, leave
+from olvae.training.launch import check_launcher, cluster, find_launcher, process_count
 from olvae.training.run import RUN_ENV, TrainOptions, train
 from tests.conftest import tiny_config
 from tests.test_devices import fork_each, free_port
@@ -32,6 +34,7 @@ def srun(rank: int = 0, nodes: int = 1, per_node: int = 1) -> dict[str, str]:
     return {
         "SLURM_JOB_NAME": "train",
         "SLURM_JOB_ID": "1234567",
+        "SLURM_STEP_ID": "0",
         "SLURM_NTASKS": str(nodes * per_node),
         "SLURM_NTASKS_PER_NODE": str(per_node),
         "SLURM_NNODES": str(nodes),
@@ -72,8 +75,36 @@ def test_who_started_the_processes(under):
     assert not slurm.auto_requeue
     under({"SLURM_JOB_NAME": "interactive"})
     assert find_launcher() is None
+    assert cluster() == []
     under({"SLURM_JOB_NAME": "train", **torchrun(1, per_node=2)})  # one torchrun on each node, by srun
     assert isinstance(find_launcher(), TorchElasticEnvironment)
+
+
+def test_a_batch_script_that_calls_python_waits_for_nobody(under, monkeypatch):
+    under(srun(nodes=2, per_node=2))
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert find_launcher() is None
+    assert join() == (0, 1)
+    (plugin,) = cluster()
+    assert isinstance(plugin, LightningEnvironment)
+    check_launcher({"devices": 2})  # Lightning starts them
+    with pytest.raises(ConfigError, match="start the command on each node with torchrun or srun"):
+        check_launcher({"devices": 2, "num_nodes": 2})
+
+
+def test_other_commands_meet_under_srun_too(tmp_path, under):
+    port = str(free_port())
+
+    def work(rank: int) -> None:
+        under({**srun(rank, nodes=2), "MASTER_PORT": port})
+        assert join() == (rank, 2)
+        parts = gather(f"part {rank}")
+        if rank == 0:
+            (tmp_path / "parts").write_text(" ".join(parts or []))
+        leave()
+
+    fork_each(work)
+    assert (tmp_path / "parts").read_text() == "part 0 part 1"
 
 
 @pytest.mark.parametrize("launcher", [torchrun, srun])

@@ -74,9 +74,12 @@ def report_content(summaries: Mapping[str, LatentSummary], data: Mapping[str, An
 def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any]) -> None:
     """Print two tables to standard error: moments, and MMD^2 per bandwidth."""
     console = Console(stderr=True)
-    moments = Table(title=f"latents of {data['n']} images of {data['size']}x{data['size']}")
+    moments = Table(
+        title=f"latents of {data['n']} images of {data['size']}x{data['size']}; shift is the mean; sigma is the "
+        "posterior's; KL in nats per position, over all channels"
+    )
     moments.add_column("target", overflow="fold")
-    for name in ("latent", "mean, shift", "std", "scaling", "KL, nats", "active"):
+    for name in ("latent", "shift", "std", "scaling", "sigma", "KL", "active"):
         moments.add_column(name, justify="right", no_wrap=True)
     for name, summary in summaries.items():
         channels, h, w = summary.shape
@@ -86,7 +89,8 @@ def print_latents(summaries: Mapping[str, LatentSummary], data: Mapping[str, Any
             f"{summary.shift_factor:.4f}",
             f"{1.0 / summary.scaling_factor:.4f}",
             f"{summary.scaling_factor:.4f}",
-            "skipped" if summary.kl_per_image is None else f"{summary.kl_per_image:.1f}",
+            "skipped" if summary.sigma is None else f"{summary.sigma:.3g}",
+            "skipped" if summary.kl_per_position is None else f"{summary.kl_per_position:.1f}",
             "skipped" if summary.active is None else f"{int(summary.active.sum())}/{channels}",
         )
     console.print(moments)

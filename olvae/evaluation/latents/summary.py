@@ -82,6 +82,21 @@ class LatentSummary:
         return None if self.kl is None else float(self.kl.sum()) * self.shape[1] * self.shape[2]
 
     @property
+    def kl_per_position(self) -> float | None:
+        """Nats, over all channels; None for a deterministic autoencoder."""
+        return None if self.kl is None else float(self.kl.sum())
+
+    @property
+    def posterior_std(self) -> Tensor:
+        """The root of the posterior's mean variance, per channel (C,)."""
+        return (self.std.square() - self.mean_std.square()).clamp(min=0.0).sqrt()
+
+    @property
+    def sigma(self) -> float | None:
+        """:attr:`posterior_std` of all channels together; None for a deterministic autoencoder."""
+        return None if self.kl is None else float(self.posterior_std.square().mean().sqrt())
+
+    @property
     def skipped(self) -> dict[str, str]:
         """By number, why it is missing."""
         skipped = {"kl": NO_DISTRIBUTION, "active": NO_DISTRIBUTION} if self.deterministic else {}
@@ -92,11 +107,17 @@ class LatentSummary:
         posterior: dict[str, Any] = {}
         channels: dict[str, Any] = {"min": self.minimum.tolist(), "max": self.maximum.tolist()}
         if self.kl is not None and self.active is not None:
-            posterior = {"kl_per_image": self.kl_per_image, "active_channels": int(self.active.sum())}
+            posterior = {
+                "posterior_std": self.sigma,
+                "kl_per_position": self.kl_per_position,
+                "kl_per_image": self.kl_per_image,
+                "active_channels": int(self.active.sum()),
+            }
             channels = {
                 "std_of_posterior_means": self.mean_std.tolist(),
                 "min_of_posterior_means": self.minimum.tolist(),
                 "max_of_posterior_means": self.maximum.tolist(),
+                "posterior_std": self.posterior_std.tolist(),
                 "kl_per_position": self.kl.tolist(),
                 "kl_per_image": (self.kl * self.shape[1] * self.shape[2]).tolist(),
                 "active": self.active.tolist(),

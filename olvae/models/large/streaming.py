@@ -69,7 +69,7 @@ def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[f
         raise ValueError(
             "streaming takes float32 or half precision and a model in evaluation mode: call model.eval() first"
         )
-    sizes = [4.0**-level for level in range(1, encoder.levels + 1)]
+    sizes = [4.0**-level for level in range(1 + encoder.skip_levels, encoder.levels + 1)]
     weights = iter([*sizes, sizes[-1]])
     done, whole = 0.0, x.shape[0] * (sum(sizes) + sizes[-1])
 

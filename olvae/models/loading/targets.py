@@ -16,6 +16,7 @@ from olvae.models.autoencoder import Autoencoder, LiteVAE, load_located
 from olvae.models.loading.diffusers import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
 from olvae.models.pretrained import config_inside, is_hub_id, locate, locate_weights
+from olvae.models.shipped import is_shipped
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.runs import Run, run_of
 
@@ -23,8 +24,8 @@ __all__ = ["KINDS", "RAW", "Target", "find_target", "name_apart"]
 
 
 KINDS = (
-    "a run folder, a .ckpt or .safetensors file, an exported folder, an id of the Hugging Face hub (OWNER/NAME), or "
-    "diffusers:ID_OR_FOLDER"
+    "a run folder, a .ckpt or .safetensors file, an exported folder, olvae:NAME (a model of this package), an id of "
+    "the Hugging Face hub (OWNER/NAME), or diffusers:ID_OR_FOLDER"
 )
 
 DIFFUSERS = "diffusers:"
@@ -95,7 +96,7 @@ def find_target(
     if given.startswith(DIFFUSERS):
         return _diffusers_target(given, find_folder(given.removeprefix(DIFFUSERS)), raw, allow_mismatch)
     path = Path(given)
-    if not path.exists() and not is_hub_id(given):
+    if not (path.exists() or is_shipped(given) or is_hub_id(given)):
         raise FileNotFoundError(f"{given}: not found; a target is {KINDS}")
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: this is a diffusers folder: pass it as {DIFFUSERS}{given}")

@@ -1,16 +1,20 @@
 """The LiteVAE decoder: Stable Diffusion's shape with self-modulated convolutions and no attention [P 4.2]."""
 
 from collections.abc import Sequence
-from typing import Literal
+from math import gcd
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Stage
 from olvae.modules.litevae.smc import SMC
+from olvae.modules.litevae.unet import GroupNorm, PreActivationBlock
 from olvae.modules.wavelet import idwt2
 
 __all__ = ["LiteVAE_Decoder"]
+
+Variant = Literal["open_litevae", "paper_smc", "group_norm"]
 
 
 class SMCBlock(nn.Module):
@@ -73,7 +77,9 @@ class LiteVAE_Decoder(Decoder):
         channel_mult: multiples of the width, from the image's resolution to the latent's.
         num_res_blocks: blocks per level, less one, as in the latent-diffusion dialect.
         variant: ``open_litevae`` [R][M] has three middle blocks and SMC, SiLU before the last convolution;
-            ``paper_smc`` [P App. G] has pre-activation blocks, two middle blocks, SiLU before the last.
+            ``paper_smc`` [P App. G] has pre-activation blocks, two middle blocks, SiLU before the last;
+            ``group_norm`` is it with GroupNorm and plain convolutions for SMC, which the paper compares with
+            [P Fig. 8], and which an image can't pass in tiles.
         output: ``image``, or ``wavelet``: instead of the last upsampling it predicts the four level-1 Haar sub-bands
             in the image's range, and applies the inverse transform (times 2) [P App. G].
         dropout: inside the blocks.
@@ -89,24 +95,27 @@ class LiteVAE_Decoder(Decoder):
         out_channels: int = 3,
         channel_mult: Sequence[int] = (1, 2, 4, 4),
         num_res_blocks: int = 2,
-        variant: Literal["open_litevae", "paper_smc"] = "open_litevae",
+        variant: Variant = "open_litevae",
         output: Literal["image", "wavelet"] = "image",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if variant not in ("open_litevae", "paper_smc"):
-            raise ValueError(f"variant must be open_litevae or paper_smc, got {variant!r}")
+        if variant not in get_args(Variant):
+            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
         if output not in ("image", "wavelet"):
             raise ValueError(f"output must be image or wavelet, got {output!r}")
         if output == "wavelet" and len(channel_mult) < 2:
             raise ValueError("wavelet output replaces an upsampling: channel_mult needs two entries or more")
-        pre_activation = variant == "paper_smc"
+        pre_activation = variant != "open_litevae"
+        self.variant = variant
         self.z_channels = z_channels
         self.out_channels = out_channels
         self.output = output
         self.upscale = 2 ** (len(channel_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> nn.Module:
+            if variant == "group_norm":
+                return PreActivationBlock(in_channels, out_channels, dropout)
             return SMCBlock(in_channels, out_channels, dropout, pre_activation)
 
         width = channels * channel_mult[-1]
@@ -124,19 +133,26 @@ class LiteVAE_Decoder(Decoder):
             levels.append(Level(blocks, Upsample(width) if upsamples else None))
         self.up = nn.ModuleList(reversed(levels))
 
-        self.conv_norm = nn.Identity() if pre_activation else SMC(width, width)
+        self.conv_norm: nn.Module
+        if variant == "group_norm":
+            self.conv_norm = GroupNorm(gcd(32, width), width)
+        else:
+            self.conv_norm = nn.Identity() if pre_activation else SMC(width, width)
         self.conv_out = nn.Conv2d(width, out_channels * (4 if output == "wavelet" else 1), kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 4 or z.shape[1] != self.z_channels:
             raise ValueError(f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}")
         h = z
-        for stage in self.stages():
+        for stage in self._stages():
             h = self.step(stage.run, h)
         return h
 
-    def stages(self) -> list[Stage]:
-        """From the latent to the image, one block at a time; see :class:`Stage`."""
+    def stages(self) -> list[Stage] | None:
+        """From the latent to the image, one block at a time; see :class:`Stage`. None with GroupNorm."""
+        return None if self.variant == "group_norm" else self._stages()
+
+    def _stages(self) -> list[Stage]:
         out = [Stage(self.conv_in, _reach(self.conv_in))]
         out += [Stage(block, _reach(block)) for block in self.mid]  # (B, width, h, w)
         for level in reversed(self.up):

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Encoder
+from olvae.modules.distributions import LOGVAR_RANGE
 from olvae.modules.litevae.unet import OpenUNet, PaperUNet
 from olvae.modules.wavelet import wavedec2
 
-__all__ = ["SCALES", "LiteVAE_Encoder", "Scale"]
+__all__ = ["SCALES", "LiteVAE_Encoder", "Scale", "WaveletEncoder"]
 
 
 class Scale(NamedTuple):
@@ -52,6 +53,8 @@ class LiteVAE_Encoder(Encoder):
         pool: to the common resolution: ``average``, or ``conv``, an average and a learned 3x3 convolution [P App. G],
             in the paper variant only.
         dropout: in the blocks of the paper variant.
+        shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many operations [P App. D.4].
+        skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two [P Table 21].
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
     """
@@ -73,17 +76,17 @@ class LiteVAE_Encoder(Encoder):
         wavelet: str = "haar",
         pool: Literal["average", "conv"] = "average",
         dropout: float = 0.0,
+        shared_extractor: bool = False,
+        skip_levels: int = 0,
     ) -> None:
         super().__init__()
         if variant not in ("open_litevae", "paper"):
             raise ValueError(f"variant must be open_litevae or paper, got {variant!r}")
         if variant == "open_litevae" and (pool != "average" or dropout):
             raise ValueError("pool and dropout belong to the paper variant: set variant to paper, or leave them out")
-        if dct_levels < 1 or image_size % 2**dct_levels:
-            raise ValueError(
-                f"image_size {image_size} is not a multiple of {2 ** max(dct_levels, 1)}, "
-                f"which {dct_levels} wavelet levels need"
-            )
+        _check_size(image_size, dct_levels)
+        if not 0 <= skip_levels < dct_levels:
+            raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
         widths = _widths(
             scale,
             variant,
@@ -99,6 +102,7 @@ class LiteVAE_Encoder(Encoder):
         self.in_channels = in_channels
         self.latent_dim = latent_dim
         self.levels = dct_levels
+        self.skip_levels = skip_levels
         self.image_size = image_size
         self.wavelet = wavelet
         self.downscale = 2**dct_levels
@@ -112,33 +116,93 @@ class LiteVAE_Encoder(Encoder):
                 return PaperUNet(inputs, outputs, channels, mult, blocks, dropout)
             return OpenUNet(inputs, outputs, channels, mult, blocks)
 
-        self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(dct_levels))
+        used = dct_levels - skip_levels
+        self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(1 if shared_extractor else used))
         self.pool_convs = nn.ModuleList(
-            nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity()
-            for _ in range(dct_levels)
+            nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity() for _ in range(used)
         )
-        self.aggregator = unet(bands * dct_levels, latent_dim, *widths[3:])
+        self.aggregator = unet(bands * used, latent_dim, *widths[3:])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, lambda unet, h: unet(h))
 
     def run(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         """``forward``, where ``apply`` runs each UNet on its input."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"expected images of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
-            h, w = x.shape[-2:]
-            padded = "x".join(str(-(-side // self.downscale) * self.downscale) for side in (h, w))
-            raise ValueError(
-                f"image size {h}x{w} is not a multiple of {self.downscale}: crop or pad it, for example to {padded}"
-            )
+        _check_images(x, self)
         features: list[Tensor] = []
-        levels = wavedec2(x, self.wavelet, self.levels)  # level l: (B, 4C, H/2^l, W/2^l)
-        stages = zip(levels, self.band_scales, self.extractors, self.pool_convs, strict=True)
-        for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1):
+        levels = wavedec2(x, self.wavelet, self.levels)[self.skip_levels :]  # level l: (B, 4C, H/2^l, W/2^l)
+        extractors = [*self.extractors] * (len(levels) // len(self.extractors))  # one, or one per level
+        stages = zip(levels, self.band_scales[self.skip_levels :], extractors, self.pool_convs, strict=True)
+        for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1 + self.skip_levels):
             f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
             features.append(pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level))))  # (B, 4C, H/f, W/f)
         return apply(self.aggregator, torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)
+
+
+class WaveletEncoder(Encoder):
+    """An encoder that learns nothing: the latent is the coarsest level of the wavelet transform [P Tables 11 and 12].
+
+    The four sub-bands are divided by 2^levels, so that LL is in the image's range; which of them are kept is ours [D].
+    The decoder is all that trains: set ``freeze_encoder``, and KL's weight to 0.
+
+    Args:
+        latent_dim: 8 in_channels for moments, whose log-variances are the smallest there are; 4 in_channels for the
+            sub-bands alone, of which ``use_quant`` makes moments of any number of channels.
+        in_channels: channels of the image.
+        dct_levels: levels of the wavelet transform; f = 2^levels.
+        image_size: the intended size in pixels, at which summaries count operations.
+        wavelet: an orthogonal PyWavelets wavelet.
+
+    Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 24,
+        in_channels: int = 3,
+        dct_levels: int = 3,
+        image_size: int = 256,
+        wavelet: str = "haar",
+    ) -> None:
+        super().__init__()
+        _check_size(image_size, dct_levels)
+        bands = 4 * in_channels
+        if latent_dim not in (bands, 2 * bands):
+            raise ValueError(
+                f"a wavelet level of {in_channels} channels has {bands} bands, which latent_dim {latent_dim} does not "
+                f"fit: set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
+            )
+        self.in_channels = in_channels
+        self.latent_dim = latent_dim
+        self.levels = dct_levels
+        self.image_size = image_size
+        self.wavelet = wavelet
+        self.downscale = 2**dct_levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_images(x, self)
+        bands = wavedec2(x, self.wavelet, self.levels)[-1] / self.downscale  # (B, 4C, H/f, W/f)
+        if self.latent_dim == bands.shape[1]:
+            return bands
+        return torch.cat((bands, torch.full_like(bands, LOGVAR_RANGE[0])), dim=1)  # (B, 8C, H/f, W/f)
+
+
+def _check_size(image_size: int, levels: int) -> None:
+    if levels < 1 or image_size % 2**levels:
+        raise ValueError(
+            f"image_size {image_size} is not a multiple of {2 ** max(levels, 1)}, which {levels} wavelet levels need"
+        )
+
+
+def _check_images(x: Tensor, encoder: Encoder) -> None:
+    if x.ndim != 4 or x.shape[1] != encoder.in_channels:
+        raise ValueError(f"expected images of shape (B, {encoder.in_channels}, H, W), got {tuple(x.shape)}")
+    if x.shape[-2] % encoder.downscale or x.shape[-1] % encoder.downscale:
+        h, w = x.shape[-2:]
+        padded = "x".join(str(-(-side // encoder.downscale) * encoder.downscale) for side in (h, w))
+        raise ValueError(
+            f"image size {h}x{w} is not a multiple of {encoder.downscale}: crop or pad it, for example to {padded}"
+        )
 
 
 def _widths(scale: str | None, variant: str, given: dict[str, int | Sequence[int] | None]) -> Scale:

@@ -72,6 +72,10 @@ def test_the_numbers_of_numpy(moments):
     oracle = kl_divergence(Normal(torch.from_numpy(mean), torch.from_numpy(np.sqrt(var))), Normal(0.0, 1.0))
     assert torch.allclose(got.kl, oracle.mean(1), rtol=1e-12)
     assert got.kl_per_image == pytest.approx(float(DiagonalGaussian(moments.double()).kl().mean()), rel=1e-6)
+    assert got.kl_per_position == pytest.approx(got.kl_per_image / (H * W), rel=1e-12)
+    assert np.allclose(got.posterior_std, np.sqrt(var.mean(1)), rtol=1e-9)
+    assert got.sigma == pytest.approx(np.sqrt(var.mean()), rel=1e-9)
+    assert got.as_dict()["posterior_std"] == got.sigma
     covariance = np.cov(mean, bias=True) + np.diag(var.mean(1))
     assert np.allclose(got.correlation, covariance / np.outer(std, std), rtol=1e-12)
     assert got.correlation[0, 1] > 0.5
@@ -219,7 +223,7 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
     assert "deterministic" in content["skipped"]["kl"]
     assert not [path for path, _ in flat({**content, "skipped": {}}) if "kl" in path or "active" in path]
     assert content["channels"]["min"] == latent.double().transpose(0, 1).flatten(1).amin(1).tolist()
-    assert (got.kl, got.kl_per_image, got.active) == (None, None, None)
+    assert (got.kl, got.kl_per_position, got.sigma, got.active) == (None, None, None, None)
     halves = [LatentAccumulator(100), LatentAccumulator(100)]
     halves[0].update(Deterministic(latent[:3]), keys[:3])
     halves[1].update(Deterministic(latent[3:]), keys[3:])

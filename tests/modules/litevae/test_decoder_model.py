@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
 from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
@@ -52,6 +53,37 @@ def test_shapes_gradients_and_folding(variant, output):
     torch.testing.assert_close(folded(z), decoder(z), rtol=1e-5, atol=1e-5)
 
 
+def test_group_norm_is_the_papers_decoder_with_plain_blocks():
+    """The same convolutions: their products are equal; its blocks are diffusers' residual blocks."""
+    plain = LiteVAE_Decoder(8, 4, 3, (1, 2), 0, "group_norm")
+    smc = LiteVAE_Decoder(8, 4, 3, (1, 2), 0, "paper_smc")
+    folded = fold_smc(smc)
+    assert count_macs(plain, 1, 4, 8, 8) == count_macs(folded, 1, 4, 8, 8)
+    assert plain.stages() is None  # its statistics are of the whole image
+    assert smc.stages() is not None
+
+    z = torch.randn(2, 4, 5, 6)
+    h = plain.conv_in(z)
+    for block in plain.mid:
+        theirs = ResnetBlock2D(in_channels=16, temb_channels=None, groups=16, eps=block.norm1.eps)
+        own = block.state_dict()
+        theirs.load_state_dict({name.replace("conv_shortcut", "shortcut"): value for name, value in own.items()})
+        h = theirs(h, None)
+        torch.testing.assert_close(h, block(block_in(plain, z, block)), rtol=1e-5, atol=1e-5)
+    plain(z).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in plain.parameters())
+
+
+def block_in(decoder: LiteVAE_Decoder, z: torch.Tensor, block: torch.nn.Module) -> torch.Tensor:
+    """What a middle block receives."""
+    h = decoder.conv_in(z)
+    for earlier in decoder.mid:
+        if earlier is block:
+            break
+        h = earlier(h)
+    return h
+
+
 def test_wavelet_output_predicts_bands_in_the_image_range():
     """What the last convolution gives is half the orthonormal bands of the image: LL is in its range."""
     decoder = LiteVAE_Decoder(8, 4, 3, (1, 1, 1), 0, output="wavelet")
@@ -70,7 +102,7 @@ def test_wavelet_output_saves_the_last_resolution():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: LiteVAE_Decoder(variant="smc"), "open_litevae or paper_smc"),
+        (lambda: LiteVAE_Decoder(variant="smc"), "one of open_litevae, paper_smc, group_norm"),
         (lambda: LiteVAE_Decoder(output="bands"), "image or wavelet"),
         (lambda: LiteVAE_Decoder(8, channel_mult=(1,), output="wavelet"), "two entries"),
         (lambda: LiteVAE_Decoder(8, 4)(torch.zeros(1, 3, 4, 4)), r"\(B, 4, h, w\)"),

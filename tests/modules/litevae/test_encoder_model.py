@@ -1,9 +1,11 @@
 import pytest
+import pywt
 import torch
 import torch.nn.functional as F
 
 from olvae.modules.base import count_macs, count_parameters
-from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder, WaveletEncoder
 from olvae.modules.wavelet import wavedec2
 from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
 
@@ -113,9 +115,48 @@ def test_dropout_is_off_in_evaluation():
     assert torch.equal(encoder(x), encoder(x))
 
 
-@pytest.mark.parametrize("variant", ["open_litevae", "paper"])
-def test_every_parameter_learns(variant):
-    encoder = LiteVAE_Encoder(6, "S", variant)
+@pytest.mark.parametrize("skip", [0, 1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_shared_extractor_and_skipped_levels(shared, skip):
+    """The composition again, spelt out: the coarsest levels alone, through one extractor or one each."""
+    encoder = LiteVAE_Encoder(6, "S", "paper", shared_extractor=shared, skip_levels=skip).double()
+    assert len(encoder.extractors) == (1 if shared else 3 - skip)
+    assert encoder.aggregator.init_conv.in_channels == 12 * (3 - skip)
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    features = [
+        F.avg_pool2d(
+            encoder.extractors[0 if shared else level - skip](wavedec2(x)[level] / 2 ** (level + 1)), 4 >> level
+        )
+        for level in range(skip, 3)
+    ]
+    torch.testing.assert_close(encoder(x), encoder.aggregator(torch.cat(features, dim=1)))
+
+
+def test_sharing_saves_parameters_and_no_operations():
+    """[P App. D.4]"""
+    with torch.device("meta"):
+        own, shared = (LiteVAE_Encoder(24, "B", shared_extractor=share) for share in (False, True))
+    extractor = count_parameters(own.extractors[0])
+    assert count_parameters(own) - count_parameters(shared) == 2 * extractor
+    assert count_macs(own, 1, 3, 64, 64) == count_macs(shared, 1, 3, 64, 64)
+    assert set(shared.state_dict()) == {
+        n for n in own.state_dict() if not n.startswith(("extractors.1", "extractors.2"))
+    }
+
+
+def test_skipped_levels_are_not_seen():
+    """Details of level 1 do not reach the latent: every 2x2 block may be replaced by its mean."""
+    encoder = LiteVAE_Encoder(6, "S", skip_levels=1).double()
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    blocks = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+    torch.testing.assert_close(encoder(x), encoder(blocks))
+    whole = LiteVAE_Encoder(6, "S").double()
+    assert not torch.allclose(whole(x), whole(blocks))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"variant": "paper"}, {"shared_extractor": True, "skip_levels": 1}])
+def test_every_parameter_learns(arguments):
+    encoder = LiteVAE_Encoder(6, "S", **arguments)
     encoder(torch.randn(2, 3, 32, 32)).square().mean().backward()
     for name, p in encoder.named_parameters():
         assert p.grad is not None, name
@@ -131,6 +172,7 @@ def test_every_parameter_learns(variant):
         (lambda: LiteVAE_Encoder(scale="S", variant="open"), "open_litevae or paper"),
         (lambda: LiteVAE_Encoder(scale="S", image_size=100), "multiple of 8"),
         (lambda: LiteVAE_Encoder(scale="S", pool="conv"), "paper variant"),
+        (lambda: LiteVAE_Encoder(scale="S", skip_levels=3), "skip_levels must be from 0 to 2, .* got 3"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 3, 60, 64)), "64x64"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 1, 64, 64)), r"\(B, 3, H, W\)"),
     ],
@@ -138,3 +180,37 @@ def test_every_parameter_learns(variant):
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_the_fixed_encoder_against_pywavelets(levels):
+    x = torch.rand(2, 3, 32, 16, dtype=torch.float64) * 2 - 1
+    mean, logvar = WaveletEncoder(dct_levels=levels)(x).chunk(2, dim=1)
+    ll, (horizontal, vertical, diagonal), *_ = pywt.wavedec2(x.numpy(), "haar", level=levels, axes=(-2, -1))
+    assert mean.shape == (2, 12, 32 >> levels, 16 >> levels)
+    assert set(logvar.unique().tolist()) == {-30.0}
+    bands = mean.unflatten(1, (4, 3)) * 2**levels
+    torch.testing.assert_close(bands[:, 0], torch.from_numpy(ll))
+    torch.testing.assert_close(bands[:, 3].abs(), torch.from_numpy(diagonal).abs())
+    for theirs in (horizontal, vertical):
+        assert any(torch.allclose(bands[:, i].abs(), torch.from_numpy(theirs).abs()) for i in (1, 2))
+    assert DiagonalGaussian(torch.cat((mean, logvar), 1)).std.max() < 1e-6
+
+
+def test_the_fixed_encoder_keeps_an_image_of_flat_blocks():
+    """LL alone, in the image's range: a block of 8x8 of one colour is its value, and nothing else."""
+    blocks = torch.rand(1, 3, 4, 4) * 2 - 1
+    out = WaveletEncoder(latent_dim=12)(blocks.repeat_interleave(8, 2).repeat_interleave(8, 3))
+    torch.testing.assert_close(out[:, :3], blocks)
+    assert out[:, 3:].abs().max() < 1e-6
+
+
+def test_the_fixed_encoder_has_no_state():
+    encoder = WaveletEncoder()
+    assert (list(encoder.parameters()), dict(encoder.state_dict())) == ([], {})
+    with pytest.raises(ValueError, match="has 12 bands, which latent_dim 8 does not fit: set embed_dim"):
+        WaveletEncoder(latent_dim=8)
+    with pytest.raises(ValueError, match="64x64"):
+        encoder(torch.zeros(1, 3, 60, 64))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        WaveletEncoder(image_size=100)

@@ -1,0 +1,138 @@
+import hashlib
+import io
+import lzma
+import struct
+import tarfile
+import zlib
+
+import pytest
+
+from study.debian import Contents, fetch, resources
+from study.packages import Package
+
+COPYRIGHT = """\
+Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
+
+Files: *
+Copyright: 2020 Somebody
+License: GPL-2+
+
+Files: pictures/sea.jpg
+Copyright: 2021 Ada Lovelace
+License: CC-BY-4.0
+"""
+PLASMA = '{"KPlugin": {"Authors": [{"Name": "Ann"}, {"Name": "Bob"}], "License": "CC-BY-SA-4.0"}}'
+PALAPELI = "[Desktop Entry]\nName=Bees\nX-KDE-PluginInfo-Author=Cy\nX-KDE-PluginInfo-License=Public Domain\n"
+
+
+def ar(members):
+    """An archive of Debian's form: 60 bytes before every member, each of which begins at an even place."""
+    parts = [b"!<arch>\n"]
+    for name, content in members.items():
+        parts.append(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode())
+        parts.append(content + b"\n" * (len(content) % 2))
+    return b"".join(parts)
+
+
+def deb(path, files):
+    """A package of these files, as Debian packs it."""
+
+    def tar_xz(files):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"./{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return lzma.compress(buffer.getvalue())
+
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": tar_xz({"control": b"Package: x\n"})}
+    path.write_bytes(ar(parts | {"data.tar.xz": tar_xz(files)}))
+    return path
+
+
+def package(path, photographs, source=()):
+    return Package("pictures", "1-1", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), photographs, source)
+
+
+def rcc(names, contents, compressed=False):
+    """A resource file of Qt: a folder with files in it, version 1."""
+    blocks, places = b"", []
+    for content in contents:
+        places.append(len(blocks))
+        block = struct.pack(">I", len(content)) + zlib.compress(content) if compressed else content
+        blocks += struct.pack(">I", len(block)) + block
+    texts, offsets = b"", []
+    for name in ("folder", *names):
+        offsets.append(len(texts))
+        texts += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+    tree = struct.pack(">IHII", 0, 2, 1, 1) + struct.pack(">IHII", offsets[0], 2, len(names), 2)
+    for offset, place in zip(offsets[1:], places, strict=True):
+        tree += struct.pack(">IHHHI", offset, int(compressed), 0, 0, place)
+    head = 20
+    header = b"qres" + struct.pack(">4I", 1, head, head + len(tree) + len(texts), head + len(tree))
+    return header + tree + texts + blocks
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_files_in_a_resource_file_of_qt(compressed):
+    content = rcc(["a.webp", "b.webp"], [b"first", b"second"], compressed)
+    assert dict(resources(content)) == {"folder/a.webp": b"first", "folder/b.webp": b"second"}
+
+
+def test_what_is_no_resource_file():
+    with pytest.raises(ValueError, match="not a resource file of Qt"):
+        list(resources(b"RIFF"))
+
+
+def test_photographs_and_their_licences(tmp_path):
+    path = deb(
+        tmp_path / "pictures_1-1_all.deb",
+        {
+            "usr/share/doc/pictures/copyright": COPYRIGHT.encode(),
+            "usr/share/backgrounds/sea.jpg": b"sea",
+            "usr/share/backgrounds/land.jpg": b"land",
+            "usr/share/backgrounds/logo.svg": b"drawn",
+            "usr/share/wallpapers/Lake/metadata.json": PLASMA.encode(),
+            "usr/share/wallpapers/Lake/contents/images/100x80.jpg": b"lake",
+            "usr/share/puzzles/bees.jpg": b"bees",
+            "usr/share/puzzles/bees.desktop": PALAPELI.encode(),
+            "usr/share/game.rcc": rcc(["cat.jpg"], [b"cat"]),
+        },
+    )
+    contents = Contents(path, package(path, ("*.jpg",), (("usr/share/backgrounds/", "pictures/"),)))
+    found = {name.rpartition("/")[2]: content for name, content in contents.photographs.items()}
+    assert found == {
+        "sea.jpg": b"sea",
+        "land.jpg": b"land",
+        "100x80.jpg": b"lake",
+        "bees.jpg": b"bees",
+        "cat.jpg": b"cat",
+    }
+    licences = {name.rpartition("/")[2]: contents.licence(name)[:2] for name in contents.photographs}
+    assert licences == {
+        "sea.jpg": ("2021 Ada Lovelace", "CC-BY-4.0"),
+        "land.jpg": ("2020 Somebody", "GPL-2+"),
+        "cat.jpg": ("2020 Somebody", "GPL-2+"),
+        "100x80.jpg": ("Ann, Bob", "CC-BY-SA-4.0"),
+        "bees.jpg": ("Cy", "Public Domain"),
+    }
+    with pytest.raises(ValueError, match=r"pictures 1-1 has no \*\.tiff"):
+        Contents(path, package(path, ("*.jpg", "*.tiff")))
+
+
+def test_fetching_checks_and_keeps(tmp_path):
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    path = mirror / "x.deb"
+    path.write_bytes(b"content")
+    wanted = package(path, ())
+    assert fetch(wanted, tmp_path / "here", mirror.as_uri()).read_bytes() == b"content"
+    path.unlink()  # it is here already
+    assert fetch(wanted, tmp_path / "here", mirror.as_uri()).read_bytes() == b"content"
+    with pytest.raises(ValueError, match="name a mirror that can be reached with --mirror"):
+        fetch(wanted, tmp_path / "elsewhere", mirror.as_uri())
+    path.write_bytes(b"other")
+    with pytest.raises(ValueError, match="is not the file that is expected"):
+        fetch(wanted, tmp_path / "elsewhere", mirror.as_uri())
+    assert not (tmp_path / "elsewhere" / "x.deb").exists()
