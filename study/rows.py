@@ -1,9 +1,12 @@
 """The study's rows: what is trained, and how each differs from study/recipe.yaml."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["QUESTIONS", "Diffusion", "Row", "diffusions", "rows"]
+__all__ = ["NETWORKS", "QUESTIONS", "RECIPE", "Diffusion", "Row", "diffusions", "rows"]
+
+RECIPE = Path(__file__).parent / "recipe.yaml"
 
 QUESTIONS = {
     "encoder": "LiteVAE against the SD-VAE",
@@ -28,10 +31,10 @@ class Row(NamedTuple):
         name: of the run, and of the result's file.
         question: one of :data:`QUESTIONS`.
         overrides: of the recipe, as on the command line.
-        steps: updates of the autoencoder; those of ``time_of`` are scaled by the seconds that a step takes.
+        steps: updates of the autoencoder, or of the network that ``time_of`` names.
         seed: of the run.
         rate_of: the network whose grid decides the learning rate; None takes the overrides'.
-        time_of: train for as much processor time as this row's network would in these steps.
+        time_of: train for as long as this network would take for these steps.
         after: the row from whose weights it starts.
         sizes: pixels at which it is evaluated.
     """

@@ -16,18 +16,16 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
 from olvae.runs import Run
-from study.rows import Row, rows
+from study.rows import RECIPE, Row, rows
 
 __all__ = ["Study", "StudyError", "main"]
 
-RECIPE = Path(__file__).parent / "recipe.yaml"
 THREADS = {"OMP_NUM_THREADS": "1"}
 BASELINE = "litevae_0"
 """The row beside which the bicubic round trip is evaluated."""
@@ -56,8 +54,8 @@ class Study:
     def is_ready(self, row: Row) -> bool:
         """Whether all that a row needs is there."""
         needed = [row.after] if row.after is not None else []
-        for network in {row.rate_of, row.time_of} - {None}:
-            needed += [other.name for other in self._grid(str(network))]
+        if row.rate_of is not None:
+            needed += [other.name for other in self._grid(row.rate_of)]
         return all(self.is_done(name) for name in needed)
 
     def run(self, jobs: int) -> None:
@@ -66,6 +64,8 @@ class Study:
         Raises:
             StudyError: a command failed; the rows beside it are finished first.
         """
+        if not self._speeds.is_file():  # with nothing beside it
+            self._command("speed", "-m", "study.speed", "--out", str(self._speeds))
         pending, running = [row for row in self.rows if not self.is_done(row.name)], {}
         with ThreadPoolExecutor(jobs) as pool:
             while pending or running:
@@ -100,6 +100,7 @@ class Study:
         self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
         found |= json.loads(distance.read_text(encoding="utf-8"))
         found["machine"] = f"{platform.machine()}, torch {_version('torch')}"
+        (self.out / "rows").mkdir(exist_ok=True)
         write_json(found, self.out / "rows" / f"{row.name}.json")
         return found
 
@@ -194,12 +195,12 @@ class Study:
     def _steps(self, row: Row) -> int:
         if row.time_of is None:
             return row.steps
-        theirs, own = (self._seconds_a_step(network) for network in (row.time_of, str(row.rate_of)))
-        return round(row.steps * theirs / own)
+        seconds = json.loads(self._speeds.read_text(encoding="utf-8"))
+        return round(row.steps * seconds[row.time_of] / seconds[row.rate_of])
 
-    def _seconds_a_step(self, network: str) -> float:
-        grid = [self.result(row.name) for row in self._grid(network)]
-        return mean(found["processor_seconds"] / found["steps"] for found in grid)
+    @property
+    def _speeds(self) -> Path:
+        return self.out / "speed.json"
 
 
 def _version(package: str) -> str:
