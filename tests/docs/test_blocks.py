@@ -133,6 +133,7 @@ def test_examples_in_help_exist(command, monkeypatch):
         "torchrun --nproc_per_node 4 --module olvae.cli.main encode x",
         "srun python nothing.py",
         "make nothing",
+        "make study NOTHING=1",
         "pip install 'open-litevae[nothing]'",
         "curl x",
     ],
