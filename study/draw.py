@@ -160,7 +160,7 @@ def _diffusion(rows: Found) -> str:
     lines = [
         [
             name.removeprefix("diffusion_"),
-            f"{row['floor']:.1f}",
+            f"{row['frechet_lite0']['reconstructions']:.1f}",
             _spread([seed["frechet_lite0"] for seed in row["seeds"]], 1),
         ]
         for name, row in rows.items()

@@ -22,11 +22,14 @@ from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
 from olvae.runs import Run
-from study.rows import RECIPE, Row, rows
+from study.rows import RECIPE, Diffusion, Row, diffusions, rows
 
 __all__ = ["Study", "StudyError", "main"]
 
 THREADS = {"OMP_NUM_THREADS": "1"}
+CROP, CROPS, REFERENCES = 64, 4000, 1000
+"""Pixels and number of the crops that the diffusion models learn, and of others, which samples are compared with."""
+
 BASELINE = "litevae_0"
 """The row beside which the bicubic round trip is evaluated."""
 
@@ -41,7 +44,7 @@ class Study:
 
     corpus: Path
     out: Path
-    rows: Sequence[Row]
+    rows: Sequence[Row | Diffusion]
 
     def result(self, name: str) -> dict[str, Any]:
         """What a finished row found."""
@@ -51,8 +54,10 @@ class Study:
     def is_done(self, name: str) -> bool:
         return (self.out / "rows" / f"{name}.json").is_file()
 
-    def is_ready(self, row: Row) -> bool:
+    def is_ready(self, row: Row | Diffusion) -> bool:
         """Whether all that a row needs is there."""
+        if isinstance(row, Diffusion):
+            return self.is_done(row.of)
         needed = [row.after] if row.after is not None else []
         if row.rate_of is not None:
             needed += [other.name for other in self._grid(row.rate_of)]
@@ -66,24 +71,35 @@ class Study:
         """
         if not self._speeds.is_file():  # with nothing beside it
             self._command("speed", "-m", "study.speed", "--out", str(self._speeds))
+        for seed, folder, count in ((0, "crops", CROPS), (1, "reference", REFERENCES)):
+            if len(list((self.out / folder).glob("*.png"))) < count:
+                self._cut_crops(self.out / folder, count, seed)
         pending, running = [row for row in self.rows if not self.is_done(row.name)], {}
         with ThreadPoolExecutor(jobs) as pool:
             while pending or running:
                 ready = [row for row in pending if self.is_ready(row)]
                 for row in ready[: jobs - len(running)]:
                     pending.remove(row)
-                    running[pool.submit(self.run_row, row)] = row
+                    running[pool.submit(self.run_one, row)] = row
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     row, found = running.pop(future), future.result()
                     count = len(self.rows) - len(pending) - len(running)
-                    psnr = ", ".join(f"{found['sizes'][size]['psnr']:.2f} dB at {size}" for size in found["sizes"])
-                    print(
-                        f"{count}/{len(self.rows)} {row.name}: {psnr}, {found['processor_seconds']:.0f} s", flush=True
-                    )
+                    print(f"{count}/{len(self.rows)} {row.name}: {_said(found)}", flush=True)
+
+    def _cut_crops(self, folder: Path, count: int, seed: int) -> None:
+        flags = ["--size", str(CROP), "--count", str(count), "--seed", str(seed), "--out", str(folder)]
+        self._command("crops", "examples/random_crops.py", str(self.corpus / "train"), *flags)
+
+    def run_one(self, row: Row | Diffusion) -> dict[str, Any]:
+        """Run a row; returns what is in its file."""
+        found = self.run_diffusion(row) if isinstance(row, Diffusion) else self.run_row(row)
+        (self.out / "rows").mkdir(exist_ok=True)
+        write_json(found, self.out / "rows" / f"{row.name}.json")
+        return found
 
     def run_row(self, row: Row) -> dict[str, Any]:
-        """Train and evaluate a row; returns what is in its file."""
+        """Train and evaluate a row."""
         rate, steps = self._rate(row), self._steps(row)
         seconds = self._train(row, rate, steps)
         run = self._folder(row.name)
@@ -100,9 +116,19 @@ class Study:
         self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
         found |= json.loads(distance.read_text(encoding="utf-8"))
         found["machine"] = f"{platform.machine()}, torch {_version('torch')}"
-        (self.out / "rows").mkdir(exist_ok=True)
-        write_json(found, self.out / "rows" / f"{row.name}.json")
         return found
+
+    def run_diffusion(self, row: Diffusion) -> dict[str, Any]:
+        """Encode crops with a row's autoencoder, and train diffusion models on them."""
+        run, latents, folder = self._folder(row.of), self.out / "latents" / row.name, self.out / "diffusion" / row.name
+        assert run is not None
+        crops = ("--data", str(self.out / "crops"), "--size", str(CROP), "--flip", "--out", str(latents))
+        self._command(row.name, "-m", "olvae.cli.main", "encode", str(run.path), *crops)
+        flags = ["--decoder", str(run.path), "--reference", str(self.out / "reference"), "--out", str(folder)]
+        flags += ["--seeds", ",".join(map(str, row.seeds)), "--steps", str(row.steps), "--samples", str(REFERENCES)]
+        self._command(row.name, "examples/diffusability.py", str(latents), *flags)
+        found: dict[str, Any] = json.loads((folder / "diffusability.json").read_text(encoding="utf-8"))
+        return {"name": row.name, "question": "diffusion", "of": row.of, **found}
 
     def _train(self, row: Row, rate: str | None, steps: int) -> float:
         """Train to the last step; returns the seconds of processor time of all pieces."""
@@ -182,7 +208,7 @@ class Study:
         return Run(found[-1]) if found else None
 
     def _grid(self, network: str) -> list[Row]:
-        return [row for row in self.rows if row.name.startswith(f"rate_{network}_")]
+        return [row for row in self.rows if isinstance(row, Row) and row.name.startswith(f"rate_{network}_")]
 
     def _rate(self, row: Row) -> str | None:
         """The rate of the network's grid with the highest PSNR at 256 pixels."""
@@ -203,6 +229,13 @@ class Study:
         return self.out / "speed.json"
 
 
+def _said(found: dict[str, Any]) -> str:
+    if found["question"] == "diffusion":
+        return f"Fréchet distance of samples {found['frechet_lite0']['mean']:.1f}"
+    psnr = ", ".join(f"{found['sizes'][size]['psnr']:.2f} dB at {size}" for size in found["sizes"])
+    return f"{psnr}, {found['processor_seconds']:.0f} s"
+
+
 def _version(package: str) -> str:
     from importlib.metadata import version
 
@@ -220,7 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
         check_folder(options.out)
         if not (options.corpus / "held_out_tiles").is_dir():
             raise FileNotFoundError(f"{options.corpus}: no corpus there: python -m study.corpus --out {options.corpus}")
-        Study(options.corpus, options.out, rows(options.quick)).run(options.jobs)
+        every = [*rows(options.quick), *diffusions(options.quick)]
+        Study(options.corpus, options.out, every).run(options.jobs)
     except (OSError, ValueError) as error:
         sys.exit(print_error(error))
 
