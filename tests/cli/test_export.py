@@ -244,7 +244,7 @@ def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half, lay
     code, stdout, err = olvae(run, "--out", out, "--format", layout)
     assert (code, stdout, err.count("\n")) == (2, "", 1)
     assert (
-        f"its {half} has never been trained: train it first, with configs/distil/{half}.yaml and --actual_resume" in err
+        f"its {half} has never been trained: train it first, with --base distil/{half} and --actual_resume" in err
     )
     assert not out.exists()
 
