@@ -1,4 +1,4 @@
-"""``olvae evaluate``, and ``python scripts/compute_metrics.py``."""
+"""``olvae evaluate``."""
 
 import shlex
 import sys

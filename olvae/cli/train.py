@@ -1,4 +1,4 @@
-"""``olvae train``, and ``python train.py``."""
+"""``olvae train``."""
 
 import signal
 import sys
