@@ -81,7 +81,9 @@ def test_a_name_or_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packaged = load(["demo"])
     assert packaged["data"]["params"] == {"size": 64, "batch_size": 4}
-    assert load(["configs/demo.yaml"]) == packaged  # as the README has it, without a checkout
+    assert load(["configs/demo.yaml"]) == packaged  # a checkout's path, without a checkout
+    Path("configs").write_text("olvae/recipes")  # what git makes of the link on Windows
+    assert load(["configs/demo.yaml"]) == packaged
     Path("demo").mkdir()
     assert load(["demo"]) == packaged
     Path("demo.yaml").write_text("include: demo\ndata: {params: {batch_size: 3}}")
