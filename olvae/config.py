@@ -30,6 +30,8 @@ __all__ = [
     "check_arguments",
     "instantiate",
     "load",
+    "nearest_recipes",
+    "recipes",
     "resolve_target",
     "save",
     "unknown_keys",
@@ -40,6 +42,10 @@ Config = dict[str, Any]
 _NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], _NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""
+
+RECIPES = Path(__file__).parent / "recipes"
+CHECKOUT = "configs"
+"""What the folder of the recipes is called in a checkout: a link to it."""
 
 TOP_LEVEL = ("model", "data", "lightning", "run")
 LIGHTNING = ("trainer", "callbacks")
@@ -90,11 +96,21 @@ class ConfigError(ValueError):
         self.mistakes = mistakes
 
 
-def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def recipes() -> dict[str, Path]:
+    """The configs that come with this package, by their names: ``demo``, then those in folders, ``imagenet/A2``."""
+    paths = sorted(RECIPES.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
+
+
+def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
     """Merge YAML files, later over earlier, then ``key=value`` overrides; interpolations are resolved.
 
     When a node's target changes, the params of the old target are dropped. A file may ``include`` others, by a path
-    or a list of paths relative to itself; it is merged over them.
+    or a list of paths relative to itself; it is merged over them. Where there is no such file, a path is the name of
+    a recipe of this package.
+
+    Args:
+        resolve: leave interpolations as they are, if False.
 
     Raises:
         ConfigError: a file is missing, is not a YAML mapping or includes itself, or an override is not
@@ -102,27 +118,42 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """
     merged = OmegaConf.create({})
     for path in paths:
-        merged = _merge(merged, _read(Path(path)))
+        merged = _merge(merged, _read(path))
     bad = [item for item in overrides if "=" not in item or item.startswith("=")]
     if bad:
         raise ConfigError(*(f"{item}: an override is key=value, as in model.params.embed_dim=8" for item in bad))
     try:
         merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        container = OmegaConf.to_container(merged, resolve=True)
+        container = OmegaConf.to_container(merged, resolve=resolve)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from error
     assert isinstance(container, dict)
     return typing.cast(Config, container)
 
 
-def _read(path: Path, includers: tuple[Path, ...] = ()) -> DictConfig:
+def _find(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
+    """The file of this name in the folder, with ``.yaml`` or without, else this package's recipe, else no file."""
+    path = folder / name
+    with_suffix = path.with_name(f"{path.name}.yaml") if path.name else path
+    if path.is_file():
+        return path
+    if with_suffix.is_file() and with_suffix.resolve() not in includers:  # demo.yaml may include the recipe demo
+        return with_suffix
+    recipe = Path(name).as_posix()
+    if recipe.startswith(f"{CHECKOUT}/") and not (folder / CHECKOUT).is_dir():  # installed, or Windows without links
+        recipe = recipe.removeprefix(f"{CHECKOUT}/").removesuffix(".yaml")
+    return recipes().get(recipe, path)
+
+
+def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:
     """A file over what it includes."""
+    path = _find(name, folder, includers)
     if path.resolve() in includers:
         raise ConfigError(f"{path}: includes itself")
     if path.is_dir():
         raise ConfigError(f"{path}: this is a folder: name a config file in it")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file" + _nearest_file(path))
+        raise ConfigError(f"{path}: no such config file" + _nearest_file(path, name))
     try:
         part = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -130,8 +161,8 @@ def _read(path: Path, includers: tuple[Path, ...] = ()) -> DictConfig:
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
     include = part.pop("include", [])
-    for name in reversed([include] if isinstance(include, str) else list(include)):
-        below = _read(path.parent / name, (*includers, path.resolve()))
+    for below_it in reversed([include] if isinstance(include, str) else list(include)):
+        below = _read(below_it, path.parent, (*includers, path.resolve()))
         part = _merge(below, part)
     return part
 
@@ -378,9 +409,19 @@ def _nearest_module(name: str) -> str:
     return _nearest(missing, inside)
 
 
-def _nearest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    return _nearest(path.name, sorted(p.name for p in folder.glob("*.yaml"))) if folder.is_dir() else ""
+def _nearest_file(path: Path, name: str | Path) -> str:
+    """For a missing file: the nearest one beside it, else the nearest recipes."""
+    beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    return _nearest(path.name, beside) or nearest_recipes(name)
+
+
+def nearest_recipes(name: str | Path) -> str:
+    """For a message on a name that no recipe has: those that are like it, by the whole name or its last part."""
+    names = {recipe.rpartition("/")[2].lower(): recipe for recipe in recipes()}
+    names |= {recipe.lower(): recipe for recipe in recipes()}
+    asked = Path(name).as_posix().removeprefix(f"{CHECKOUT}/").removesuffix(".yaml").lower()
+    close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
+    return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"
 
 
 def _first_line(error: Exception) -> str:

@@ -40,11 +40,11 @@ def everything(
     ] = None,
     phase_a: Annotated[
         Path | None,
-        typer.Option(metavar="CFG", help="By default configs/demo.yaml on a CPU, configs/imagenet/A2.yaml on a GPU."),
+        typer.Option(metavar="CFG", help="By default the recipe demo on a CPU, imagenet/A2 on a GPU."),
     ] = None,
     phase_b: Annotated[
         Path | None,
-        typer.Option(metavar="CFG", help="By default configs/demo_b.yaml on a CPU, configs/imagenet/B4.yaml on a GPU."),
+        typer.Option(metavar="CFG", help="By default the recipe demo_b on a CPU, imagenet/B4 on a GPU."),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Of all cases of a group; by default 3 on a CPU, 10 on a GPU.")
@@ -84,8 +84,8 @@ def everything(
         check_machine(before, machine(device))
     phases = {}
     if "train" in chosen:
-        config_a = phase_a or Path("configs/demo.yaml" if on_cpu else "configs/imagenet/A2.yaml")
-        config_b = phase_b or Path("configs/demo_b.yaml" if on_cpu else "configs/imagenet/B4.yaml")
+        config_a = phase_a or Path("demo" if on_cpu else "imagenet/A2")
+        config_b = phase_b or Path("demo_b" if on_cpu else "imagenet/B4")
         phases = {
             f"phase {phase}, {config}": Phase(*_phase(config, size, batch_size))
             for phase, config in (("A", config_a), ("B", config_b))
@@ -121,8 +121,8 @@ def everything(
 @app.command()
 def train(
     config: Annotated[
-        Path, typer.Option(metavar="CFG", help="A config with an adversary, or a run's config.yaml.")
-    ] = Path("configs/demo_b.yaml"),
+        Path, typer.Option(metavar="CFG", help="A config or recipe with an adversary, or a run's config.yaml.")
+    ] = Path("demo_b"),
     size: Annotated[int | None, typer.Option(min=1, help="Pixels; by default the config's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-B", min=1, help="By default the config's.")
@@ -136,7 +136,7 @@ def train(
 
     Without LPIPS, which costs both the same.
 
-    Example: olvae bench train --config configs/imagenet/B3.yaml --size 128 -B 1 --json
+    Example: olvae bench train --config imagenet/B3 --size 128 -B 1 --json
     """
     import json
 

@@ -64,7 +64,7 @@ def command(
     """Turn images into latents, with their statistics: WebDataset shards, or the files of another trainer.
 
     After an interruption, the same command continues, and the result is the same byte for byte. To share the work among
-    processes: torchrun --nproc_per_node 4 --module olvae.cli.main encode ... docs/encode.md describes the shards, and
+    processes: torchrun --nproc_per_node 4 --module olvae encode ... docs/encode.md describes the shards, and
     how to train a diffusion model on them.
 
     Example: olvae encode runs/2026-01-31T12-00-00_demo_32 --data photos --size 128 --out latents

@@ -1,4 +1,4 @@
-"""``olvae evaluate``, and ``python scripts/compute_metrics.py``."""
+"""``olvae evaluate``."""
 
 import shlex
 import sys
@@ -108,7 +108,7 @@ def command(
     A metric whose pretrained network is missing is listed as skipped, with what to do about it. Each protocol gives a
     table of its own. Under torchrun, the processes share the images.
 
-    Example: python scripts/compute_metrics.py -B 16 runs/2026-01-31T12-00-00_demo_32
+    Example: olvae evaluate -B 16 runs/2026-01-31T12-00-00_demo_32
 
     Example: olvae evaluate my-vae --data photos --precision fp16,bf16,32 --out precisions
 

@@ -159,7 +159,7 @@ def command(
         found = find_target(target, config, config_base, raw, allow_mismatch)
         if fresh := (found.config.get("run") or {}).get("untrained"):
             raise ConfigError(
-                f"{target}: its {fresh} has never been trained: train it first, with configs/distil/{fresh}.yaml and "
+                f"{target}: its {fresh} has never been trained: train it first, with --base distil/{fresh} and "
                 "--actual_resume"
             )
         loaded = found.load()

@@ -4,10 +4,25 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from olvae.cli import bench, data, decode, encode, evaluate, export, latents, reconstruct, tables, train, validate
+from olvae import __version__
+from olvae.cli import (
+    bench,
+    data,
+    decode,
+    encode,
+    evaluate,
+    export,
+    latents,
+    recipes,
+    reconstruct,
+    tables,
+    train,
+    validate,
+)
 from olvae.cli.options import STOPPED
 
 __all__ = ["app", "main", "print_error", "repeat_flags"]
@@ -16,6 +31,7 @@ app = typer.Typer(
     name="olvae",
     help="Train, evaluate and inspect LiteVAE autoencoders for latent diffusion.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -28,6 +44,23 @@ for command in (train, evaluate, reconstruct, latents, encode, decode, export, v
 
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(recipes.app, name="recipes")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"olvae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
 
 PACKAGE = Path(__file__).parent.parent
 PYTHONS_FORMAT = warnings.formatwarning
@@ -43,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.formatwarning = _format_warning
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="olvae", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
         sys.exit(STOPPED)

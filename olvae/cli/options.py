@@ -37,7 +37,8 @@ TargetArgument = Annotated[
 ]
 
 ConfigFile = Annotated[
-    Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint; a run folder has its own.")
+    Path | None,
+    typer.Option(metavar="CFG", help="The config of a checkpoint, a file or recipe; a run folder has its own."),
 ]
 
 Raw = Annotated[bool, typer.Option("--raw", help="Use the weights as trained, not the averaged ones (EMA).")]

@@ -1,4 +1,4 @@
-"""``olvae train``, and ``python train.py``."""
+"""``olvae train``."""
 
 import signal
 import sys
@@ -18,7 +18,9 @@ def command(
     ] = None,
     base: Annotated[
         list[Path] | None,
-        typer.Option("--base", "-b", metavar="CFG [CFG ...]", help="Config files; later ones override earlier ones."),
+        typer.Option(
+            "--base", "-b", metavar="CFG [CFG ...]", help="Config files or recipes; later ones override earlier ones."
+        ),
     ] = None,
     logdir: Annotated[Path, typer.Option(help="The folder to create the run folder in.")] = Path("runs"),
     precision: Annotated[
@@ -45,14 +47,14 @@ def command(
         ),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="Learn the latents of this autoencoder: configs/distil.")
+        str | None, typer.Option(metavar="TARGET", help="Learn the latents of this autoencoder, as in distil/both.")
     ] = None,
 ) -> None:
     """Train an autoencoder.
 
-    Example: python train.py --base configs/demo.yaml --logdir runs --gpus 0 lightning.trainer.max_steps=100
+    Example: olvae train --base demo --gpus 0 lightning.trainer.max_steps=100
 
-    Example: olvae train --base configs/finetune/sdxl.yaml --from diffusers:stabilityai/sdxl-vae data.params.root=photos
+    Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
     from olvae.allocator import keep_freed_memory
     from olvae.devices import local_rank

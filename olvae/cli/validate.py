@@ -12,7 +12,9 @@ __all__ = ["command"]
 
 
 def command(
-    configs: Annotated[list[Path], typer.Argument(metavar="CFG...", help="Config files; each is checked on its own.")],
+    configs: Annotated[
+        list[Path], typer.Argument(metavar="CFG...", help="Config files or recipes; each is checked on its own.")
+    ],
     memory: Annotated[
         bool,
         typer.Option("--memory", help="Also print what a training step needs on a GPU; takes seconds, and no GPU."),
@@ -22,7 +24,7 @@ def command(
 
     Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if there is a mistake.
 
-    Example: olvae validate configs/demo.yaml
+    Example: olvae validate mine.yaml imagenet/A2
     """
     from olvae.config import ConfigError, load, validate
 

@@ -104,7 +104,7 @@ def train(options: TrainOptions) -> runs.Run:
     if len(given := [what for what, value in starts.items() if value is not None]) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
     if resumed is None and not options.base:
-        raise ConfigError("--base names the config to train, as in --base configs/demo.yaml")
+        raise ConfigError("--base names the config to train, as in --base demo")
     config, found = _config(options, resumed)
     settings = _settings(options, config, resumed, found)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})

@@ -243,9 +243,7 @@ def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half, lay
     out = tmp_path / ("vae" if layout in ("litevae", "diffusers") else "vae.safetensors")
     code, stdout, err = olvae(run, "--out", out, "--format", layout)
     assert (code, stdout, err.count("\n")) == (2, "", 1)
-    assert (
-        f"its {half} has never been trained: train it first, with configs/distil/{half}.yaml and --actual_resume" in err
-    )
+    assert f"its {half} has never been trained: train it first, with --base distil/{half} and --actual_resume" in err
     assert not out.exists()
 
 

@@ -28,7 +28,13 @@ def config(tmp_path, image_folder):
 
 
 COMMANDS = ("train", "evaluate", "reconstruct", "latents", "export", "validate", "tables")
-GROUPS = ("data pack", "data check", *(f"bench {part}" for part in ("train", "data", "dwt", "encoder", "decoder")))
+GROUPS = (
+    "data pack",
+    "data check",
+    "recipes",
+    "recipes copy",
+    *(f"bench {part}" for part in ("train", "data", "dwt", "encoder", "decoder")),
+)
 
 
 @pytest.mark.parametrize("command", [[], *(text.split() for text in (*COMMANDS, *GROUPS))])

@@ -34,6 +34,8 @@ def find(words: list[str]) -> tuple[Any, list[str]]:
     """The command that words after ``olvae`` name, and the words that are left for it."""
     command = OLVAE
     while hasattr(command, "commands"):
+        if command.invoke_without_command and command is not OLVAE and (not words or words[0].startswith("-")):
+            break  # it does something of its own
         assert words, f"a command of {', '.join(command.commands)} is missing"
         assert words[0] in command.commands, f"no command {words[0]}; there are {', '.join(command.commands)}"
         command, words = command.commands[words[0]], words[1:]
@@ -52,7 +54,7 @@ def check(words: list[str]) -> None:
         _check_python(rest)
     elif program == "torchrun":
         launch = get_args_parser().parse_args(rest)
-        assert not launch.module or launch.training_script == "olvae.cli.main"
+        assert not launch.module or launch.training_script == "olvae"
         prefix = ["-m"] if launch.module else []
         _check_python([*prefix, launch.training_script, *launch.training_script_args])
     elif program == "srun":
@@ -89,7 +91,7 @@ def _check_python(words: list[str]) -> None:
             for path in (word for word in rest if "/" in word):
                 assert Path(path).exists(), f"{path} does not exist"
         else:
-            assert module == "olvae.cli.main", f"python -m {module}: what is this?"
+            assert module == "olvae", f"python -m {module}: what is this?"
             _check_olvae(rest)
         return
     script, *rest = words

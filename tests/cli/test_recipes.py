@@ -1,0 +1,208 @@
+"""The recipes that come with the package: listed, copied, and named where a config file is taken."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olvae import __version__
+from olvae.config import ConfigError, load, recipes, validate
+
+ROOT = Path(__file__).parent.parent.parent
+HEAVY = "{'torch', 'lightning', 'torchvision', 'diffusers', 'matplotlib'} & set(sys.modules)"
+
+
+def test_every_recipe_is_listed_with_a_sentence(olvae):
+    code, out, err = olvae("recipes")
+    assert (code, err) == (0, "")
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    in_checkout = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert {f"{name}.yaml" for name in listed} == in_checkout
+    assert {"demo", "phase_a", "imagenet/A2", "finetune/sdxl"} <= listed.keys()
+    for name, sentence in listed.items():
+        assert re.fullmatch(r"[^\[\]]{20,120}\.", sentence), name
+        assert sentence.count("`") % 2 == sentence.count("(") - sentence.count(")") == 0, name
+
+
+def test_a_name_is_never_cut_off(olvae, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout.__class__, "isatty", lambda self: True, raising=False)
+    _, out, _ = olvae("recipes")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert {line.split()[0] for line in lines if not line.startswith(" ")} == set(recipes())
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_copy_is_the_same_config(olvae, tmp_path, name):
+    """Its values, unresolved, and all comments of the recipe and of those below it."""
+    copy = tmp_path / "mine.yaml"
+    assert olvae("recipes", "copy", name, copy) == (0, "", f"train with: olvae train --base {copy}\n")
+    assert load([copy], resolve=False) == load([name], resolve=False)
+    text = copy.read_text()
+    assert "include" not in yaml.safe_load(text)
+    place = recipes()[name]
+    while place is not None:
+        for comment in re.findall(r"(?:^| )# .*$", place.read_text(), re.M):
+            assert comment in text, place
+        included = yaml.safe_load(place.read_text()).get("include")
+        place = place.parent / included if included else None
+
+
+def test_a_comment_stays_beside_its_value(olvae, tmp_path):
+    olvae("recipes", "copy", "finetune/flux", tmp_path / "flux.yaml")
+    lines = (tmp_path / "flux.yaml").read_text().splitlines()
+    reason = "# for a single file, which has no factors of its own"
+    assert f"    shift_factor: 0.1159 {reason}" in lines
+    assert f"    scaling_factor: 0.3611 {reason}" in lines
+
+
+def test_where_a_copy_goes(olvae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert olvae("recipes", "copy", "imagenet/A2")[0] == 0
+    assert Path("A2.yaml").read_bytes() == recipes()["imagenet/A2"].read_bytes()
+    Path("A2.yaml").write_text("mine: 1")
+    code, _, err = olvae("recipes", "copy", "imagenet/A2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "A2.yaml: exists: name another file" in err
+    assert Path("A2.yaml").read_text() == "mine: 1"
+    assert "nowhere: no such folder" in olvae("recipes", "copy", "demo", "nowhere/demo.yaml")[2]
+    assert olvae("recipes", "copy", "dmeo")[::2] == (2, "error: dmeo: no such recipe; did you mean demo?\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["A2.yaml"]
+
+
+def test_a_name_or_a_file(tmp_path, monkeypatch):
+    """A file of the working folder comes before a recipe, a recipe before a folder."""
+    monkeypatch.chdir(tmp_path)
+    packaged = load(["demo"])
+    assert packaged["data"]["params"] == {"size": 64, "batch_size": 4}
+    assert load(["configs/demo.yaml"]) == packaged  # a checkout's path, without a checkout
+    Path("configs").write_text("olvae/recipes")  # what git makes of the link on Windows
+    assert load(["configs/demo.yaml"]) == packaged
+    Path("demo").mkdir()
+    assert load(["demo"]) == packaged
+    Path("demo.yaml").write_text("include: demo\ndata: {params: {batch_size: 3}}")
+    assert load(["demo"]) == load(["demo.yaml"])
+    assert load(["demo"])["data"]["params"] == {"size": 64, "batch_size": 3}
+    assert load(["demo_b"])["data"]["params"]["batch_size"] == 2  # a recipe includes recipes
+    Path("demo").rmdir()
+    Path("demo").write_text("x: 1")
+    assert load(["demo"]) == {"x": 1}
+    Path("sub").mkdir()
+    Path("sub/mine.yaml").write_text("include: [imagenet/A2, other]")
+    Path("sub/other.yaml").write_text("x: 2")
+    assert load(["sub/mine.yaml"]) == {**load(["imagenet/A2"]), "x": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("imagnet/A2", "did you mean imagenet/A2"),
+        ("A2", "did you mean imagenet/A2?"),
+        ("SDXL", "did you mean finetune/sdxl?"),
+        ("phase-a.yaml", "did you mean phase_a"),
+        ("configs/phase_.yaml", "did you mean phase_"),
+        ("quite/another", "`olvae recipes` lists those of this package"),
+        ("distil/teacher/config", "did you mean distil/teacher"),
+    ],
+)
+def test_an_unknown_name(tmp_path, monkeypatch, name, hint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(hint)) as error:
+        load([name])
+    assert str(error.value).startswith(f"{name}: no such config file; ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_configs_is_the_users(tmp_path, monkeypatch):
+    """A name in it that does not exist is not taken from the package."""
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    with pytest.raises(ConfigError, match=r"configs/demo\.yaml: no such config file; did you mean demo"):
+        load(["configs/demo.yaml"])
+
+
+def test_commands_take_names(olvae, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert olvae("validate", "imagenet/A2", "finetune/sdxl")[::2] == (
+        0,
+        "imagenet/A2: no mistakes\nfinetune/sdxl: no mistakes\n",
+    )
+    code, _, err = olvae("train", "--base", "phase_a", "distil/both", "--gpus", 0, "--logdir", "runs", "data.size=8")
+    assert (code, err) == (2, "error: data.size: unknown key; known: target, params\n")
+    assert "demo_x: no such config file; did you mean demo" in olvae("bench", "train", "--config", "demo_x")[2]
+    assert olvae("bench", "train", "--config", "demo")[2] == (
+        "error: demo: has no adversary_config: name a config of phase B\n"
+    )
+    (tmp_path / "photos").symlink_to(trained.parent.parent / "photos")
+    weights = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "a.ckpt")
+    code, _, err = olvae("evaluate", weights, "--config", "demo", "--data", "photos", "--metrics", "psnr")
+    assert code == 1
+    assert "does not fit" in err or "missing" in err  # the demo's networks are found, and are others
+
+
+def test_naming_and_listing_do_not_wait_for_torch():
+    for arguments in (["recipes"], ["validate", "imagenet/A2"], ["recipes", "copy", "nothing"], ["--version"]):
+        code = f"import sys; from olvae.cli.main import main\ntry: main({arguments})\nfinally: print({HEAVY})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.endswith("set()\n"), done
+
+
+def test_version_and_help(olvae):
+    assert olvae("--version") == (0, f"olvae {__version__}\n", "")
+    assert olvae("-h")[1] == olvae("--help")[1]
+    assert olvae("recipes", "-h")[1].count("Example: olvae recipes") == 1
+    assert olvae("recipes", "cpoy")[0] == 2
+    done = subprocess.run([sys.executable, "-m", "olvae", "-h"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Usage: olvae [OPTIONS] COMMAND" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with what the wheel holds, made from a copy, because a build leaves files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, folder / "source")
+    shutil.copytree(ROOT / "olvae", folder / "source" / "olvae", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", folder / "source", "--no-deps", "-w", folder], check=True)
+    (wheel,) = folder.glob("*.whl")
+    assert wheel.stat().st_size < 25e6
+    subprocess.run([*pip, "install", wheel, "--no-deps", "--target", folder / "site"], check=True)
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_recipes(installed, tmp_path):
+    """Run outside of any checkout: they are listed, valid, copied, and the demo trains."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "olvae", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+
+    place = subprocess.run(
+        [sys.executable, "-c", "import olvae; print(olvae.__file__)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(place.stdout.strip()) == installed / "olvae" / "__init__.py"
+    names = [line.split()[0] for line in run("recipes").stdout.splitlines()]
+    assert names == list(recipes())
+    assert run("validate", *names).stderr.count("no mistakes") == len(names)
+    assert not list(installed.rglob("recipes/**/*.safetensors"))
+    run("recipes", "copy", "demo_b", "mine.yaml")
+    assert validate(load([tmp_path / "mine.yaml"])) == []
+    trained = run("train", "--base", "demo_start", "--gpus", "0", "lightning.trainer.max_steps=3")
+    assert "done after 3 steps" in trained.stderr
+    (trained_run,) = (tmp_path / "runs").glob("*_demo_start_32")
+    assert (trained_run / "checkpoints" / "last.ckpt").is_file()
