@@ -6,22 +6,16 @@ from numpy.typing import NDArray
 
 from olvae.metrics.inception import Features, SetMetric
 
-__all__ = ["KID", "RFID", "gaussian"]
+__all__ = ["KID", "RFID", "frechet_distance", "gaussian"]
 
 
 CHUNK = 4096
 
 
 class RFID(SetMetric):
-    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the two sets' features, by torch-fidelity's function.
-
-    Means m and covariances S are in float64. The square root of the product has rounding errors of about 1e-4, which
-    may make the distance between equal sets negative; it is then given as 0.
-    """
+    """The Fréchet distance of the two sets' features: :func:`frechet_distance`."""
 
     def compute(self) -> float:
-        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
         images, reconstructions = self._sets()
         n, width = images.shape
         self._computed = {"features": width}
@@ -30,8 +24,19 @@ class RFID(SetMetric):
                 f"{n} images for {width} features: the covariances are singular and the distance is biased; "
                 "compare it only with values on the same images"
             )
-        distance = fid_statistics_to_metric(gaussian(images), gaussian(reconstructions), verbose=False)
-        return max(0.0, float(distance[KEY_METRIC_FID]))
+        return frechet_distance(images, reconstructions)
+
+
+def frechet_distance(a: Features, b: Features) -> float:
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), by torch-fidelity's function.
+
+    Means m and covariances S are in float64. The square root of the product has rounding errors of about 1e-4, which
+    may make the distance between equal sets negative; it is then given as 0.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    distance = fid_statistics_to_metric(gaussian(a), gaussian(b), verbose=False)
+    return max(0.0, float(distance[KEY_METRIC_FID]))
 
 
 def gaussian(features: Features) -> dict[str, NDArray[np.float64]]:

@@ -1,0 +1,257 @@
+"""Make the study's corpus: photographs from Debian packages, 512 pixels high or wide, some of them held out.
+
+    python -m study.corpus --out study/corpus-out
+
+Folders: `train`; `held_out`, one picture for each photograph that is never trained on; `held_out_tiles`, parts of
+these at a larger scale. `corpus.json` says where every file is from, with its SHA-256; `LICENCES.txt` who made it.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import imagehash
+import numpy as np
+import PIL
+from PIL import Image
+
+from olvae.data.transforms import resize_shorter_side
+from olvae.files import atomic_write, check_folder, file_sha256, write_json
+from study.debian import Contents, Licence, fetch
+from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
+
+__all__ = ["Photograph", "build", "cut", "detail", "groups", "is_held_out", "main", "photographs"]
+
+SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
+SMALLEST = 256  # pixels: photographs with a shorter side below are dropped
+HALVED = 1440  # pixels: from this shorter side on, tiles are cut at half the resolution
+LARGEST_PSNR = 42.0  # dB after shrinking to an eighth and back: above, a picture has no detail to speak of
+DISTANCE = 8  # bits of 64 in which the difference hashes of near-duplicates may differ
+HELD_OUT = 6  # one photograph in so many is held out
+QUALITY = 95
+UNTOLD = ("contents", "images", "resource", "image", "animals")  # folders that tell no photographs apart
+
+FOLDERS = ("train", "held_out", "held_out_tiles")
+
+
+class Photograph(NamedTuple):
+    """One photograph of a package: its name in the corpus, and where it is from."""
+
+    name: str
+    package: Package
+    path: str
+    content: bytes
+    licence: Licence
+
+    def open(self) -> Image.Image:
+        """The picture in RGB; a cut-out is put on one colour, which its name decides."""
+        with Image.open(io.BytesIO(self.content)) as image:
+            if not self.is_cut_out:
+                return image.convert("RGB")
+            colour = tuple(hashlib.sha256(self.name.encode()).digest()[:3])
+            picture = Image.new("RGB", image.size, colour)
+            picture.paste(image.convert("RGB"), mask=image.convert("RGBA").getchannel("A"))
+            return picture
+
+    @property
+    def is_cut_out(self) -> bool:
+        """Has transparent parts: a stamp."""
+        with Image.open(io.BytesIO(self.content)) as image:
+            return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def photographs(contents: Contents) -> list[Photograph]:
+    """The photographs of a package, by path; they are named after the package and the folders that tell them apart."""
+    found, root = [], os.path.commonpath([str(PurePosixPath(path).parent) for path in contents.photographs])
+    for path, content in sorted(contents.photographs.items()):
+        parts = PurePosixPath(path).relative_to(root).with_suffix("").parts
+        title = "-".join(part for part in parts if part not in UNTOLD)
+        name = f"{_slug(contents.package.name)}_{_slug(title)}"
+        found.append(Photograph(name, contents.package, path, content, contents.licence(path)))
+    return found
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def detail(image: Image.Image) -> float:
+    """How well an image survives shrinking to an eighth and back (bicubic): PSNR in dB, low for much detail."""
+    small = image.resize((max(1, image.width // 8), max(1, image.height // 8)), Image.Resampling.BICUBIC)
+    back = np.asarray(small.resize(image.size, Image.Resampling.BICUBIC), dtype=np.float64)
+    error = float(np.mean((np.asarray(image, dtype=np.float64) - back) ** 2))
+    return 10 * float(np.log10(255**2 / max(error, 1e-12)))
+
+
+def groups(
+    names: Sequence[str], hashes: Sequence[imagehash.ImageHash], aliases: Sequence[tuple[str, str]]
+) -> list[str]:
+    """For each photograph the first name of its group of near-duplicates.
+
+    Args:
+        hashes: difference hashes; those at most ``DISTANCE`` bits apart belong together, and so do chains of them.
+        aliases: pairs of names that belong together all the same.
+    """
+    pairs = {frozenset(pair) for pair in aliases}
+    group = list(range(len(names)))
+    for i in range(len(names)):
+        for j in range(i):
+            if hashes[i] - hashes[j] <= DISTANCE or {names[i], names[j]} in pairs:
+                low, high = sorted((group[i], group[j]))
+                group = [low if other == high else other for other in group]
+    return [names[index] for index in group]
+
+
+def is_held_out(group: Sequence[str]) -> bool:
+    """Whether photographs that belong together are held out: one group in six, by the hash of its first name."""
+    if any(name in SAMPLES_HELD_OUT for name in group):
+        return True
+    return int.from_bytes(hashlib.sha256(min(group).encode()).digest()[:8], "big") % HELD_OUT == 0
+
+
+def cut(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
+    """The whole photograph, and tiles of it at a larger scale, each with the end of its name.
+
+    The whole is resized to a shorter side of at most 512 pixels. Tiles are 512 pixels wide and high, do not overlap
+    and lie around the centre. Photographs of 1440 pixels and more are cut at half their resolution, where they are
+    sharp; smaller ones as they are, if they are a quarter larger than the whole.
+    """
+    yield "", resize_shorter_side(image, SIDE, Image.Resampling.LANCZOS) if min(image.size) > SIDE else image
+    if min(image.size) >= HALVED:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+    if min(image.size) < SIDE * 5 // 4:
+        return
+    for row in range(image.height // SIDE):
+        for column in range(image.width // SIDE):
+            left, top = image.width % SIDE // 2 + column * SIDE, image.height % SIDE // 2 + row * SIDE
+            yield f"_{row}{column}", image.crop((left, top, left + SIDE, top + SIDE))
+
+
+def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, object]:
+    """Write the corpus of these photographs into a folder; pictures that are there already are kept.
+
+    Returns:
+        what corpus.json says: ``photographs`` (where each is from, its group and side), ``dropped`` (with the reason),
+        ``files`` (each with its photograph, size and SHA-256), the recipe's hash, and Pillow's version, on which the
+        bytes of the files depend.
+
+    Raises:
+        ValueError: two photographs have the same name.
+    """
+    if len({photograph.name for photograph in found}) < len(found):
+        raise ValueError("two photographs have the same name")
+    dropped: dict[str, str] = {}
+    kept: list[Photograph] = []
+    hashes: list[imagehash.ImageHash] = []
+    for photograph in found:
+        image = photograph.open()
+        if min(image.size) < SMALLEST:
+            dropped[photograph.name] = f"{image.width}x{image.height} pixels: smaller than {SMALLEST}"
+        elif (psnr := detail(next(cut(image))[1])) > LARGEST_PSNR:
+            dropped[photograph.name] = f"without detail: {psnr:.1f} dB after shrinking to an eighth and back"
+        else:
+            kept.append(photograph)
+            hashes.append(imagehash.dhash(image))
+    names = [photograph.name for photograph in kept]
+    group_of = dict(zip(names, groups(names, hashes, ALIASES), strict=True))
+    sources: dict[str, dict[str, object]] = {}
+    files: dict[str, dict[str, object]] = {}
+    for folder in FOLDERS:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for photograph in kept:
+        group = group_of[photograph.name]
+        members = [name for name in names if group_of[name] == group]
+        held_out = is_held_out(members) and not photograph.is_cut_out
+        sources[photograph.name] = {
+            "package": f"{photograph.package.name} {photograph.package.version}",
+            "path": photograph.path,
+            "group": group,
+            "held_out": held_out,
+            **photograph.licence._asdict(),
+        }
+        for end, picture in cut(photograph.open()):
+            if end and detail(picture) > LARGEST_PSNR:
+                continue
+            folder = "train" if not held_out else "held_out_tiles" if end else "held_out"
+            path = out / folder / f"{photograph.name}{end}.jpg"
+            if not path.exists():
+                with atomic_write(path) as partial:
+                    picture.save(partial, quality=QUALITY, subsampling=0)
+            files[f"{folder}/{path.name}"] = {
+                "photograph": photograph.name,
+                "size": list(picture.size),
+                "sha256": file_sha256(path),
+            }
+    return {"recipe": recipe, "pillow": PIL.__version__, "photographs": sources, "dropped": dropped, "files": files}
+
+
+def licences(corpus: dict[str, object]) -> str:
+    """The text of LICENCES.txt: one entry for each photograph."""
+    lines = [
+        "The pictures in these folders are made of photographs from Debian packages; each is under the licence that",
+        "its entry names. Changes: cropped, resized, stored as JPEG; stamps were put on one colour.",
+    ]
+    for name, source in corpus["photographs"].items():  # type: ignore[attr-defined]
+        lines += [
+            "",
+            name,
+            f"  Author: {source['author']}",
+            f"  Source: Debian {source['package']}, {source['path']}",
+            f"  Licence: {source['licence']}",
+            f"  Stated in: {source['stated_in']}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_hash() -> str:
+    """A hash of everything that decides what the corpus holds."""
+    rules = (SIDE, SMALLEST, HALVED, LARGEST_PSNR, DISTANCE, HELD_OUT, QUALITY, ALIASES, SAMPLES_HELD_OUT, PACKAGES)
+    return hashlib.sha256(repr(rules).encode()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fetch, choose, cut; what an earlier run downloaded and wrote is kept if the rules are the same."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("study/corpus-out"), help="the corpus's folder")
+    parser.add_argument("--mirror", default=MIRROR, help=f"a mirror of Debian (default: {MIRROR})")
+    given = parser.parse_args(arguments)
+    out, recipe = check_folder(given.out), recipe_hash()
+    mark = out / "recipe"
+    if not (mark.exists() and mark.read_text() == recipe):
+        for folder in FOLDERS:
+            shutil.rmtree(out / folder, ignore_errors=True)
+        (out / "corpus.json").unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text(recipe)
+    if not (out / "corpus.json").exists():
+        found = []
+        for package in PACKAGES:
+            contents = Contents(fetch(package, out / "packages", given.mirror), package)
+            found += photographs(contents)
+            print(f"{package.name} {package.version}: {len(contents.photographs)} photographs")
+        corpus = build(found, out, recipe)
+        (out / "LICENCES.txt").write_text(licences(corpus), encoding="utf-8")
+        write_json(corpus, out / "corpus.json")
+    print(summary(json.loads((out / "corpus.json").read_text(encoding="utf-8"))))
+
+
+def summary(corpus: dict[str, object]) -> str:
+    """How many photographs and pictures there are."""
+    held_out = sum(bool(source["held_out"]) for source in corpus["photographs"].values())  # type: ignore[attr-defined]
+    counts = {folder: sum(name.startswith(f"{folder}/") for name in corpus["files"]) for folder in FOLDERS}  # type: ignore[attr-defined]
+    return (
+        f"{len(corpus['photographs']) - held_out} photographs to train on ({counts['train']} pictures), "  # type: ignore[arg-type]
+        f"{held_out} held out ({counts['held_out']} pictures and {counts['held_out_tiles']} tiles), "
+        f"{len(corpus['dropped'])} dropped"  # type: ignore[arg-type]
+    )
+
+
+if __name__ == "__main__":
+    main()

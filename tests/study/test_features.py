@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.linalg import sqrtm
+
+from olvae.data.mapped.samples import HELD_OUT, PHOTOGRAPHS
+from study.features import Lite0, frechet_lite0, lite0_network
+
+GIANT_PANDA, ICE_BEAR, ESPRESSO = 388, 296, 967
+
+
+def picture(file, size=224):
+    (path,) = (photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT) if photograph.file == file)
+    with Image.open(path) as image:
+        left, top = (image.width - min(image.size)) // 2, (image.height - min(image.size)) // 2
+        square = image.crop((left, top, left + min(image.size), top + min(image.size)))
+        return torch.from_numpy(np.array(square.resize((size, size), Image.Resampling.BICUBIC))).movedim(-1, 0)
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return Lite0()
+
+
+@pytest.mark.parametrize(
+    ("file", "label"), [("panda.jpg", GIANT_PANDA), ("polar-bear.jpg", ICE_BEAR), ("coffee.jpg", ESPRESSO)]
+)
+def test_the_weights_know_what_is_on_a_photograph(file, label):
+    logits = lite0_network()(picture(file)[None] / 127.5 - 1)
+    assert logits.argmax() == label
+
+
+def test_features_are_what_the_classifier_sees(lite0):
+    x = picture("panda.jpg")[None]
+    features = torch.from_numpy(lite0(x))
+    assert features.shape == (1, 1280)
+    network = lite0_network()
+    torch.testing.assert_close(network.classifier(features), network(x / 127.5 - 1), atol=1e-4, rtol=1e-4)
+
+
+def test_features_do_not_depend_on_the_batches(lite0):
+    images = torch.stack([picture(photograph.file, 64) for photograph in HELD_OUT[:4]])
+    np.testing.assert_allclose(lite0.of(images.split(1)), lite0(images), atol=1e-5)
+
+
+def test_the_distance_is_scipys_in_float64():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(80, 12)).astype(np.float32)
+    b = (rng.normal(size=(90, 12)) @ rng.normal(size=(12, 12)) + 0.5).astype(np.float32)
+    means = [x.mean(0, dtype=np.float64) for x in (a, b)]
+    sigmas = [np.cov(x.astype(np.float64), rowvar=False) for x in (a, b)]
+    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(sum(sigmas) - 2 * sqrtm(sigmas[0] @ sigmas[1]).real)
+    assert frechet_lite0(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_lite0(a, b) == pytest.approx(frechet_lite0(b, a), rel=1e-9)
+
+
+def test_equal_sets_are_at_0_and_blurred_ones_are_not(lite0):
+    images = torch.stack([picture(photograph.file, 64) for photograph in HELD_OUT])
+    blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2).byte()
+    a, b = lite0(images), lite0(blurred)
+    assert frechet_lite0(a, a) == pytest.approx(0, abs=1e-3)
+    assert frechet_lite0(a, b) > 1
+
+
+def test_one_image_has_no_covariance(lite0):
+    with pytest.raises(ValueError, match="at least 2 images"):
+        frechet_lite0(np.zeros((1, 4), np.float32), np.zeros((5, 4), np.float32))
