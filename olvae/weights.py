@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +21,11 @@ __all__ = [
     "INCEPTION",
     "VARIABLE",
     "VGG16",
+    "VGG19",
     "MissingWeights",
     "WeightsFile",
     "find_weights",
+    "load_weights_file",
     "provenance",
     "read_weights_file",
 ]
@@ -58,6 +60,7 @@ class WeightsFile:
 
 
 VGG16 = WeightsFile("VGG16", "vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+VGG19 = WeightsFile("VGG19", "vgg19-dcbb9e9d.pth", "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth", "dcbb9e9d")
 ALEXNET = WeightsFile(
     "AlexNet", "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79"
 )
@@ -130,6 +133,21 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
         if not tensor.isfinite().all():
             raise ValueError(f"{wrong}: {name} has non-finite values; download {file.url} again")
     return chosen
+
+
+def load_weights_file(path: Path, file: WeightsFile, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file's values into ``tensors``, by their names in the file, which begin with ``prefix``.
+
+    Raises:
+        ValueError: as :func:`read_weights_file`, or a tensor is missing or has another shape.
+    """
+    state = read_weights_file(path, file, prefix)
+    for name, own in sorted(tensors.items()):
+        found = state.get(name)
+        if found is None or found.shape != own.shape:
+            wrong = "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"
+            raise ValueError(f"{path} is not a file of {file.what} weights: {name} {wrong}")
+        own.copy_(found)
 
 
 def provenance(path: Path, file: WeightsFile) -> dict[str, object]:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.nn.utils import parametrizations
 
-from tests.pretrained import weights_dir  # noqa: F401  (a fixture)
+from tests.models.vision import vit  # noqa: F401  (a fixture)
+from tests.pretrained import vgg19, weights_dir  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from olvae.weights import ALEXNET, INCEPTION, VGG16
+from olvae.weights import ALEXNET, INCEPTION, VGG16, VGG19
 
 
 def _he(module: nn.Module) -> None:
@@ -43,3 +43,12 @@ def weights_dir(tmp_path_factory) -> Path:
             layer.weight.data *= 1.05  # over a hundred layers: features of about 0.4, as the published weights give
     torch.save(inception.state_dict(), folder / INCEPTION.name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vgg19(weights_dir) -> Path:
+    """The same of VGG19, which few tests need."""
+    path: Path = weights_dir / VGG19.name
+    torch.manual_seed(0)
+    torch.save(_classifier_of_torchvision(torchvision.models.vgg19), path)
+    return path

@@ -6,13 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from olvae.losses.perceptual import LPIPS
+from olvae.losses.perceptual import PERCEPTUAL, Perceptual
 from olvae.losses.terms import RECONSTRUCTION, gaussian_loss, kl_loss, wavelet_loss
 from olvae.modules.distributions import Posterior
 
 __all__ = ["IMAGE_TERMS", "Objective"]
 
-IMAGE_TERMS = ("rec", "lpips", "wavelet", "gaussian")
+IMAGE_TERMS = ("rec", *PERCEPTUAL, "wavelet", "gaussian")
 """The terms that compare images; the other one is KL."""
 
 
@@ -24,8 +24,10 @@ class Objective(nn.Module):
 
     Args:
         reconstruction: the pixel loss: l1, l2 or charbonnier.
-        rec_weight, lpips_weight, kl_weight, wavelet_weight, gaussian_weight: not negative.
-        lpips_weights: VGG16's weights; see :class:`LPIPS`.
+        rec_weight, lpips_weight, kl_weight, wavelet_weight, gaussian_weight: not negative; ``lpips_weight`` is that of
+            the perceptual loss, whichever it is.
+        lpips_weights: the file of its network's weights; see :class:`~olvae.losses.perceptual.PerceptualLoss`.
+        perceptual: ``lpips``, or ``esrgan``, which the paper recommends instead [P Table 14]; also the term's name.
     """
 
     def __init__(
@@ -37,10 +39,13 @@ class Objective(nn.Module):
         wavelet_weight: float = 1.0,
         gaussian_weight: float = 0.5,
         lpips_weights: str | None = None,
+        perceptual: Perceptual = "lpips",
     ) -> None:
         super().__init__()
         if reconstruction not in RECONSTRUCTION:
             raise ValueError(f"reconstruction must be one of {', '.join(RECONSTRUCTION)}, got {reconstruction!r}")
+        if perceptual not in PERCEPTUAL:
+            raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL)}, got {perceptual!r}")
         weights = {
             "rec": rec_weight,
             "lpips": lpips_weight,
@@ -51,11 +56,12 @@ class Objective(nn.Module):
         for name, weight in weights.items():
             if weight < 0:
                 raise ValueError(f"{name}_weight must not be negative, got {weight}")
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        names = {"lpips": perceptual}
+        self.weights = {names.get(name, name): weight for name, weight in weights.items() if weight > 0}
         if not self.weights:
             raise ValueError("every weight of the objective is 0: there is nothing to learn from")
         self.pixel_loss = RECONSTRUCTION[reconstruction]
-        self.lpips = LPIPS(lpips_weights) if "lpips" in self.weights else None
+        self.perceptual = PERCEPTUAL[perceptual](lpips_weights) if lpips_weight > 0 else None
 
     def forward(
         self, x: Tensor, reconstruction: Tensor, posterior: Posterior | None, encoded: Tensor | None = None
@@ -69,7 +75,7 @@ class Objective(nn.Module):
         """
         compare: dict[str, Any] = {
             "rec": self.pixel_loss,
-            "lpips": self.lpips,
+            **dict.fromkeys(PERCEPTUAL, self.perceptual),
             "wavelet": wavelet_loss,
             "gaussian": gaussian_loss,
         }

@@ -1,68 +1,103 @@
-"""LPIPS through the lpips package, with its VGG16 weights found or downloaded."""
+"""Perceptual losses: LPIPS, and ESRGAN's; distances of VGG's features, with its weights found or downloaded."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from olvae.losses.terms import l1
+from olvae.modules.constant import Constant
 from olvae.modules.lpips import perceptual_network
 from olvae.modules.precision import island, no_autocast
-from olvae.weights import VGG16, find_weights
+from olvae.modules.vgg import conv5_4
+from olvae.weights import VGG16, VGG19, WeightsFile, find_weights
 
-__all__ = ["LPIPS"]
+__all__ = ["ESRGAN", "LPIPS", "PERCEPTUAL", "Perceptual", "PerceptualLoss"]
 
+
+Perceptual = Literal["lpips", "esrgan"]
 
 REMEDY = (
-    "name the file with model.params.lossconfig.params.lpips_weights=FILE, or train without LPIPS: "
+    "name the file with model.params.lossconfig.params.lpips_weights=FILE, or train without a perceptual loss: "
     "model.params.lossconfig.params.lpips_weight=0"
 )
 
 
-class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018), VGG, version 0.1, as the lpips package computes it.
-
-    The network is a constant: it moves with the module from device to device, but is not in its state dict, its
-    parameters or its copies.
+class PerceptualLoss(Constant):
+    """A distance of images in the features of a frozen network, a constant: see :class:`Constant`.
 
     Args:
-        weights: torchvision's VGG16 ImageNet weights, a file named vgg16-397923af.pth; by default searched, then
-            downloaded: :func:`olvae.weights.find_weights`. On the meta device, where nothing has values, none are read.
+        title: of the loss, for messages.
+        file: of the network's weights.
+        build: the network from that file; from None without values, to count it.
+        weights: the file; by default searched, then downloaded: :func:`olvae.weights.find_weights`. On the meta device,
+            where nothing has values, none are read.
 
     Raises:
         FileNotFoundError: the weights are missing.
         ValueError: the file holds something else.
     """
 
-    def __init__(self, weights: str | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, title: str, file: WeightsFile, build: Callable[[Path | None], nn.Module], weights: str | None
+    ) -> None:
         if torch.empty(0).device.type == "meta":
-            self.__dict__["network"] = perceptual_network("vgg", None)
+            super().__init__(build(None))
             return
         if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"LPIPS needs {weights}, which is missing: get {VGG16.url}, or {REMEDY}")
-        path = find_weights(VGG16, remedy=REMEDY) if weights is None else Path(weights)
-        self.__dict__["network"] = perceptual_network("vgg", path)
+            raise FileNotFoundError(f"{title} needs {weights}, which is missing: get {file.url}, or {REMEDY}")
+        super().__init__(build(find_weights(file, remedy=REMEDY) if weights is None else Path(weights)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean distance between two batches of images (B, C, H, W) in [-1, 1], in float32.
 
         The network takes three channels: images with another number are compared channel by channel, each as a grey
-        image [D].
+        image [D]. Images have 16 pixels or more.
         """
         x, y = (_three_channels(island(image)) for image in (x, y))
         with no_autocast(x):
-            distance: Tensor = self.__dict__["network"](x, y).mean()
-        return distance
+            return self.distance(x, y)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LPIPS":
-        self.__dict__["network"]._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        return self
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of images of three channels; a scalar."""
+        raise NotImplementedError
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LPIPS":
-        return self
+
+class LPIPS(PerceptualLoss):
+    """Learned perceptual distance (Zhang et al. 2018), VGG, version 0.1, as the lpips package computes it.
+
+    Args:
+        weights: torchvision's VGG16 ImageNet weights, a file named vgg16-397923af.pth; see :class:`PerceptualLoss`.
+    """
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__("LPIPS", VGG16, lambda path: perceptual_network("vgg", path), weights)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        distances: Tensor = self.network(x, y)  # (B, 1, 1, 1)
+        return distances.mean()
+
+
+class ESRGAN(PerceptualLoss):
+    """ESRGAN's perceptual loss (Wang et al. 2018): mean L1 distance of VGG19's conv5_4 features before activation.
+
+    The paper's weight is 1, beside 0.01 for L1 and 0.005 for the adversary. Images are normalised as for ImageNet.
+
+    Args:
+        weights: torchvision's VGG19 ImageNet weights, a file named vgg19-dcbb9e9d.pth; see :class:`PerceptualLoss`.
+    """
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__("the ESRGAN loss", VGG19, conv5_4, weights)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        return l1(self.network(x), self.network(y))
+
+
+PERCEPTUAL: dict[Perceptual, type[LPIPS] | type[ESRGAN]] = {"lpips": LPIPS, "esrgan": ESRGAN}
+"""The losses by their names in configs, logs and metrics."""
 
 
 def _three_channels(x: Tensor) -> Tensor:

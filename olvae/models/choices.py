@@ -1,14 +1,16 @@
 """Arguments of a training that contradict each other: what is frozen, what is learned from whom."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 
+from olvae.losses.objective import IMAGE_TERMS
+from olvae.models.alignment import Alignment
 from olvae.models.teacher import Teacher
 
 __all__ = ["contradictions"]
 
 
 def contradictions(
-    terms: Container[str],
+    terms: Collection[str],
     teacher: Teacher | None,
     freeze_encoder: bool = False,
     freeze_decoder: bool = False,
@@ -20,6 +22,8 @@ def contradictions(
     checkpoint: bool | str = False,
     bounded: bool = False,
     compiled: bool = False,
+    alignment: Alignment | None = None,
+    in_channels: int = 3,
 ) -> Iterator[str]:
     """One line for each contradiction among the arguments of LiteAutoencoderKL.
 
@@ -27,6 +31,7 @@ def contradictions(
         terms: of the objective, those whose weight is above 0.
         anchored, adversarial, bounded: whether there is an anchor, an adversary, a bound on activations.
         compiled: whether the networks are compiled.
+        in_channels: of the images.
     """
     if latent_noise < 0:
         yield f"latent_noise must not be negative, got {latent_noise}"
@@ -52,6 +57,21 @@ def contradictions(
         yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
     if freeze_decoder and ((teacher is not None and equivariance > 0) or latent_noise > 0):
         yield "equivariance, latent_noise: the decoder is frozen (freeze_decoder): leave them out"
+
+    # A vision encoder takes colour images; it shapes the latent, which must be free to follow.
+    if alignment is not None:
+        if in_channels != 3:
+            yield f"alignment_config: a vision encoder takes images of 3 channels, not {in_channels}: leave it out"
+        if freeze_encoder or anchored or teacher is not None:
+            yield (
+                "alignment_config: the latents can't change (freeze_encoder, anchor_weight, teacher_config): leave it "
+                "out"
+            )
+        if alignment.adaptive_weight and not set(IMAGE_TERMS) & set(terms):
+            yield (
+                "alignment_config.params.adaptive_weight: it needs one of the losses that compare images: set it to "
+                "false"
+            )
 
     # The latents of a distillation are the teacher's.
     if teacher is None:

@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from olvae.config import ConfigError, instantiate
-from olvae.losses.perceptual import LPIPS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import adam_state_bytes
 from olvae.modules.base import Steps
+from olvae.modules.constant import Constant
 
 __all__ = ["CHECKPOINTS", "Checkpoint", "Footprint", "Kept", "advice", "footprints", "keep", "without_weights"]
 
@@ -86,7 +86,7 @@ class Footprint:
 
 
 def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
-    """Build a config's model on the meta device: without memory, and without the file of LPIPS's network.
+    """Build a config's model on the meta device: without memory, and without the files of constant networks.
 
     Only a teacher is loaded.
 
@@ -238,7 +238,7 @@ def _constant(model: LiteAutoencoderKL, adversary: bool) -> tuple[int, int]:
             trained = [*trained, *model.adversary.discriminator.parameters()]
         else:
             everything -= _bytes(_tensors(model.adversary))
-    averaged = _bytes(model.autoencoder_parameters()) if model.use_ema else 0
+    averaged = _bytes(p for p in model.autoencoder.parameters() if p.requires_grad) if model.use_ema else 0
     states = sum(adam_state_bytes(model.optimizer, parameter) for parameter in trained)
     return everything + averaged + states, _bytes(trained)
 
@@ -271,8 +271,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _hidden(model: nn.Module) -> dict[int, nn.Module]:
-    """Networks that are in no module tree, by the id of the object that holds them: LPIPS's, the teacher's."""
-    found = {id(part): part.__dict__["network"] for part in model.modules() if isinstance(part, LPIPS)}
+    """Networks that are in no module tree, by the id of the object that holds them: constants, the teacher's."""
+    found = {id(part): part.network for part in model.modules() if isinstance(part, Constant)}
     teacher = getattr(model, "teacher", None)
     return found if teacher is None else {**found, id(teacher): teacher.model}
 
@@ -290,11 +290,11 @@ def _fake(model: LiteAutoencoderKL) -> LiteAutoencoderKL:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype)
         learned = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if learned else empty
-    holders = [part for part in model.modules() if isinstance(part, LPIPS)]
-    for lpips in holders:
-        twin = copy.copy(lpips)
-        twin.__dict__["network"] = copy.deepcopy(lpips.__dict__["network"], memo)
-        memo[id(lpips)] = twin
+    holders = [part for part in model.modules() if isinstance(part, Constant)]
+    for holder in holders:
+        twin = copy.copy(holder)
+        twin.__dict__["network"] = copy.deepcopy(holder.network, memo)
+        memo[id(holder)] = twin
     if model.teacher is not None:
         teacher = copy.copy(model.teacher)
         teacher.model = copy.deepcopy(teacher.model, memo)

@@ -16,6 +16,7 @@ from olvae.data.source import Batch
 from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
+from olvae.models.alignment import ADAPTIVE_MAX, Alignment
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
 from olvae.models.choices import contradictions
@@ -75,6 +76,7 @@ class LiteAutoencoderKL(ValidatedModule):
             pass, and compute the rest again there: less memory, more time, the same gradients.
         teacher_config: the :class:`Teacher` of a distillation. The encoder learns its latents; the decoder learns
             images from its latents; with one of them frozen, validation takes the teacher's half in its place.
+        alignment_config: the :class:`Alignment` of the latent with a vision encoder.
         scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model,
             which exports hand on; see :class:`~olvae.models.spec.AutoencoderSpec`. By default they are the teacher's,
             except for force_upcast.
@@ -116,6 +118,7 @@ class LiteAutoencoderKL(ValidatedModule):
         activation_weight: float = 1.0,
         checkpoint: bool | Literal["encoder", "decoder"] = False,
         teacher_config: Node | None = None,
+        alignment_config: Node | None = None,
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
         latents_mean: Sequence[float] | None = None,
@@ -154,6 +157,11 @@ class LiteAutoencoderKL(ValidatedModule):
             factors = {n: v for n, v in self.teacher.model.for_diffusion.items() if n != "force_upcast"}
             autoencoder.set_for_diffusion(factors)  # upcasting is about the weights of a decoder
             self.register_buffer("teacher_std", torch.ones(autoencoder.latent_channels))
+        self.alignment: Alignment | None = None
+        if alignment_config is not None:
+            self.alignment = instantiate(alignment_config, latent_channels=autoencoder.latent_channels)
+            if not isinstance(self.alignment, Alignment):
+                raise ConfigError(f"alignment_config: {alignment_config['target']} is not an Alignment")
         if freeze_encoder:
             self.encoder.requires_grad_(False)
             if self.quantizer is not None:
@@ -212,6 +220,8 @@ class LiteAutoencoderKL(ValidatedModule):
                 checkpoint=checkpoint,
                 bounded=self.bound is not None,
                 compiled=compile,
+                alignment=self.alignment,
+                in_channels=autoencoder.in_channels,
             ),
         ]
         if mistakes:
@@ -301,6 +311,8 @@ class LiteAutoencoderKL(ValidatedModule):
         # The autoencoder: losses by name, and their weighted sum.
         if not warming_up:
             total, losses = self._losses(x, encoded, reconstruction, posterior, taught)
+            if self.alignment is not None:
+                total = total + self._alignment_loss(self.alignment, losses)
             if adversary is not None:
                 assert reconstruction is not None
                 losses["adversarial"] = adversary.generator_loss(reconstruction)
@@ -379,7 +391,9 @@ class LiteAutoencoderKL(ValidatedModule):
         posterior: DiagonalGaussian | None,
         taught: Posterior | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the autoencoder's losses without the adversary's, and each unweighted loss by name.
+        """The weighted sum of the autoencoder's losses, and each unweighted loss by name.
+
+        The sum is without the adversary's and without the alignment's, whose weights depend on the other gradients.
 
         Args:
             x: what the reconstruction is compared with.
@@ -394,6 +408,9 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.anchor is not None:
             losses["anchor"] = self.anchor(encoded, posterior)
             total = total + self.anchor_weight * losses["anchor"]
+        if self.alignment is not None:
+            assert posterior is not None
+            losses |= self.alignment(encoded, posterior.mean)
         if self.teacher is not None and posterior is not None:
             assert taught is not None
             terms = self.teacher.losses(posterior, taught, self.teacher_std)
@@ -410,7 +427,7 @@ class LiteAutoencoderKL(ValidatedModule):
     @property
     def players(self) -> dict[str, nn.Module]:
         """The modules of each player, whose gradients no backward pass of the other one touches."""
-        parts = (self.encoder, self.decoder, self.quantizer)
+        parts = (self.encoder, self.decoder, self.quantizer, self.alignment)
         sides: dict[str, nn.Module] = {"autoencoder": nn.ModuleList([part for part in parts if part is not None])}
         return sides if self.adversary is None else {**sides, "discriminator": self.adversary.discriminator}
 
@@ -430,6 +447,16 @@ class LiteAutoencoderKL(ValidatedModule):
                 self._report({"health/adaptive_weight": ratio.clamp(0.0, adversary.adaptive_max)})
             self._report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
         return weight
+
+    def _alignment_loss(self, alignment: Alignment, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted alignment of the latent; reports its adaptive factor."""
+        loss = losses["align_cosine"] + losses["align_distance"]
+        if not alignment.adaptive_weight:
+            return alignment.weight * loss
+        pixels = self.objective.weighted(losses, *IMAGE_TERMS)
+        factor = gradient_ratio(self, pixels, loss, self.encoder).clamp(max=ADAPTIVE_MAX)
+        self._report({"health/alignment_weight": factor})
+        return alignment.weight * factor * loss
 
     def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)
@@ -513,7 +540,7 @@ class LiteAutoencoderKL(ValidatedModule):
     # Lightning's hooks
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
-        """The autoencoder's parameters that training changes."""
+        """The parameters of the autoencoder's side that training changes."""
         return [p for p in self.players["autoencoder"].parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:

@@ -76,14 +76,15 @@ def last_convolution(module: nn.Module) -> nn.Conv2d:
     return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
 
 
-def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor) -> Tensor:
-    """|gradient of one loss| / |gradient of the other| at the decoder's last layer, in float32.
+def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, network: nn.Module | None = None) -> Tensor:
+    """|gradient of one loss| / |gradient of the other| at a network's last layer, the decoder's by default; in float32.
 
     The gradients are those of the whole batch, over all ranks. Under fp16 both losses carry the loss scale, which the
     ratio does not, or small gradients would be lost.
     """
-    assert isinstance(module.decoder, nn.Module)
-    weight = last_convolution(module.decoder).weight
+    measured = module.decoder if network is None else network
+    assert isinstance(measured, nn.Module)
+    weight = last_convolution(measured).weight
     scaler = grad_scaler(module)
 
     def scaled(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from olvae.weights import ALEXNET, VGG16, WeightsFile, read_weights_file
+from olvae.weights import ALEXNET, VGG16, WeightsFile, load_weights_file
 
 __all__ = ["TRUNKS", "Trunk", "perceptual_network"]
 
@@ -38,12 +38,6 @@ def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
     network.requires_grad_(False).eval()
     if path is None:
         return network
-    state = read_weights_file(path, TRUNKS[trunk], "features.")
-    for name, own in sorted(network.net.state_dict().items()):
-        source = f"features.{name.split('.', 1)[1]}"  # the package cuts torchvision's trunk into slices
-        found = state.get(source)
-        if found is None or found.shape != own.shape:
-            wrong = "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"
-            raise ValueError(f"{path} is not a file of {TRUNKS[trunk].what} weights: {source} {wrong}")
-        own.copy_(found)
+    own = {f"features.{name.split('.', 1)[1]}": tensor for name, tensor in network.net.state_dict().items()}
+    load_weights_file(path, TRUNKS[trunk], "features.", own)  # the package cuts torchvision's trunk into slices
     return network

@@ -248,6 +248,8 @@ def print_summary(
         rows["adversary"] = _adversary(model.adversary)
     if model.teacher is not None:
         rows["teacher"] = model.teacher.describe()
+    if model.alignment is not None:
+        rows["alignment"] = model.alignment.describe()
     if model.freeze_encoder or model.freeze_decoder:
         rows["trained"] = f"the {'decoder' if model.freeze_encoder else 'encoder'} alone"
     if settings["weights"]:

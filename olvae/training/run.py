@@ -394,10 +394,10 @@ def check_images(model: LiteAutoencoderKL, source: Source) -> None:
             f"the images have {source.channels} channels, the model takes {channels}: set "
             "data.params.channels, or in_channels of encoder_config.params and out_channels of decoder_config.params"
         )
-    if model.equivariance and model.objective.lpips is not None and source.size < 64:
+    if model.equivariance and model.objective.perceptual is not None and source.size < 64:
         raise ConfigError(
-            f"data.params.size: {source.size}: equivariance shrinks images to a quarter, and LPIPS needs 16 pixels: "
-            "use 64 or more, or set lpips_weight to 0"
+            f"data.params.size: {source.size}: equivariance shrinks images to a quarter, and the perceptual loss needs "
+            "16 pixels: use 64 or more, or set lpips_weight to 0"
         )
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from olvae.losses.objective import Objective
+from olvae.losses.objective import IMAGE_TERMS, Objective
+from olvae.losses.perceptual import ESRGAN
 from olvae.losses.terms import gaussian_loss, kl_loss, wavelet_loss
 from olvae.modules.distributions import DiagonalGaussian
 
@@ -52,14 +53,33 @@ def test_a_term_of_weight_0_is_not_computed(name, pair, monkeypatch):
 
 
 def test_lpips_of_weight_0_needs_no_file(monkeypatch):
-    monkeypatch.setattr("olvae.losses.objective.LPIPS", lambda *_: pytest.fail("loaded LPIPS"))
-    Objective(lpips_weight=0)
+    monkeypatch.setattr("olvae.losses.perceptual.find_weights", lambda *_, **__: pytest.fail("looked for a file"))
+    for name in ("lpips", "esrgan"):
+        Objective(lpips_weight=0, perceptual=name)
+        with pytest.raises(pytest.fail.Exception, match="looked for a file"):
+            Objective(perceptual=name)
+
+
+def test_esrgan_has_its_own_name(pair, vgg19):
+    x, y, posterior = pair
+    objective = Objective(lpips_weight=0.5, lpips_weights=str(vgg19), perceptual="esrgan")
+    total, terms = objective(x, y, posterior)
+    assert list(terms) == list(objective.weights) == ["rec", "esrgan", "kl", "wavelet", "gaussian"]
+    torch.testing.assert_close(terms["esrgan"], ESRGAN(str(vgg19))(x, y))
+    torch.testing.assert_close(total, sum(objective.weights[name] * term for name, term in terms.items()))
+    assert objective.weights["esrgan"] == 0.5
+    pixels = objective.weighted(terms, *IMAGE_TERMS)
+    torch.testing.assert_close(pixels, total - 0.01 * terms["kl"])
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, y, posterior), (total, terms), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"reconstruction": "huber"}, "l1, l2, charbonnier"),
+        ({"perceptual": "vgg"}, "lpips, esrgan, got 'vgg'"),
+        ({"lpips_weight": -1.0, "perceptual": "esrgan"}, "lpips_weight must not be negative"),
         ({"kl_weight": -1.0}, "kl_weight must not be negative"),
         ({f"{n}_weight": 0 for n in ("rec", "lpips", "kl", "wavelet", "gaussian")}, "every weight"),
     ],

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torchvision
 
-from olvae.losses.perceptual import LPIPS
-from olvae.weights import VGG16
+from olvae.losses.perceptual import ESRGAN, LPIPS
+from olvae.modules.vgg import conv5_4
+from olvae.weights import VGG16, VGG19
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,12 @@ def vgg(weights_dir) -> Path:
 def loss(vgg) -> LPIPS:
     """Not to be changed."""
     return LPIPS(str(vgg))
+
+
+@pytest.fixture(scope="module")
+def esrgan(vgg19) -> ESRGAN:
+    """Not to be changed."""
+    return ESRGAN(str(vgg19))
 
 
 @pytest.fixture
@@ -52,12 +59,62 @@ def test_equals_the_lpips_package(vgg, loss, monkeypatch):
     assert loss(x, x).item() == 0
 
 
-def test_gradients_reach_the_reconstruction_and_not_the_network(loss):
+def test_esrgan_equals_torchvisions_vgg19(vgg19):
+    """In float64, the whole network up to the 16th convolution, whose output ReLU has not touched."""
+    theirs = torchvision.models.vgg19(weights=None, init_weights=False)
+    theirs.load_state_dict(torch.load(vgg19, weights_only=True))
+    theirs.double().eval()
+    outputs: list[torch.Tensor] = []
+    convolutions = [layer for layer in theirs.features if isinstance(layer, torch.nn.Conv2d)]
+    assert len(convolutions) == 16
+    convolutions[-1].register_forward_hook(lambda _, __, y: outputs.append(y.clone()))
+    normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x, y = torch.rand(2, 2, 3, 40, 32, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        for image in (x, y):
+            theirs.features(normalise((image + 1) / 2))
+    assert (outputs[0] < 0).any()
+    expected = (outputs[0] - outputs[1]).abs().mean().item()
+    ours = ESRGAN(str(vgg19)).double()
+    assert ours(x, y).item() == pytest.approx(expected, rel=1e-7)  # mean and deviation are float32's
+    assert expected > 0.01
+    assert ours(x, x).item() == 0
+
+
+def test_esrgan_by_hand(vgg19):
+    """With convolutions that hand on the first channel alone: 0.25 and 0.75 of red, in deviations, in one of 512."""
+    loss = ESRGAN(str(vgg19)).double()
+    for layer in loss.network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.weight.zero_()
+            layer.weight[0, 0, 1, 1] = 1
+            layer.bias.zero_()
+            layer.bias[0] = 3  # keeps what ReLU sees above 0
+    x, y = (torch.full((1, 3, 32, 32), value, dtype=torch.float64) for value in (-0.5, 0.5))
+    assert loss(x, y).item() == pytest.approx(0.5 / 0.229 / 512, rel=1e-7)
+
+
+def test_esrgan_gradients(vgg19):
+    loss = ESRGAN(str(vgg19)).double()
+    x, start = torch.rand(2, 1, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    direction = torch.randn_like(start)
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: loss(x, start + t * direction), step, eps=1e-7)
+
+
+@pytest.mark.parametrize("name", ["loss", "esrgan"])
+def test_gradients_reach_the_reconstruction_and_not_the_network(name, request):
+    loss = request.getfixturevalue(name)
     y = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
     loss(torch.zeros(1, 3, 32, 32), y).backward()
     assert torch.isfinite(y.grad).all()
     assert (y.grad != 0).any()
-    assert all(p.grad is None for p in loss.__dict__["network"].parameters())
+    assert all(p.grad is None for p in loss.network.parameters())
+
+
+def test_vgg16_is_not_vgg19(vgg):
+    with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.\d+\.\w+ is"):
+        conv5_4(vgg)
 
 
 def test_is_no_part_of_the_model(vgg):
@@ -66,17 +123,21 @@ def test_is_no_part_of_the_model(vgg):
     assert not loss.state_dict()
     assert copy.deepcopy(loss) is loss
     loss.double()
-    assert loss.__dict__["network"].lin0.model[1].weight.dtype == torch.float64  # yet it moves with it
+    assert loss.network.lin0.model[1].weight.dtype == torch.float64  # yet it moves with it
 
 
+@pytest.mark.parametrize("name", ["loss", "esrgan"])
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_are_compared_one_by_one(loss, channels):
+def test_other_channels_are_compared_one_by_one(name, channels, request):
+    loss = request.getfixturevalue(name)
     x, y = torch.rand(2, channels, 32, 32), torch.rand(2, channels, 32, 32)
     grey = [loss(x[:, c : c + 1].expand(-1, 3, -1, -1), y[:, c : c + 1].expand(-1, 3, -1, -1)) for c in range(channels)]
     assert loss(x, y).item() == pytest.approx(torch.stack(grey).mean().item(), rel=1e-5)
 
 
-def test_float32_under_autocast(loss):
+@pytest.mark.parametrize("name", ["loss", "esrgan"])
+def test_float32_under_autocast(name, request):
+    loss = request.getfixturevalue(name)
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
     outside = loss(x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -90,18 +151,21 @@ def test_finds_the_cached_file(vgg, loss, hub):
     assert LPIPS()(x, y).item() == loss(x, y).item()
 
 
-def test_says_what_is_missing(hub):
+@pytest.mark.parametrize(("loss", "file"), [(LPIPS, VGG16), (ESRGAN, VGG19)])
+def test_says_what_is_missing(loss, file, hub):
     with pytest.raises(FileNotFoundError) as error:
-        LPIPS()
+        loss()
     text = str(error.value)
     assert "\n" not in text
-    for part in (VGG16.name, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight=0"):
+    for part in (file.name, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight=0"):
         assert part in text
 
 
 def test_a_named_file_that_is_not_there(hub):
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.pth"):
         LPIPS("/nowhere/elsewhere.pth")
+    with pytest.raises(FileNotFoundError, match=r"the ESRGAN loss needs elsewhere\.pth.* get .*vgg19-dcbb9e9d"):
+        ESRGAN("elsewhere.pth")
 
 
 def test_a_file_of_something_else(tmp_path):
@@ -109,6 +173,8 @@ def test_a_file_of_something_else(tmp_path):
     torch.save({"weight": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=r"features\.0\.bias is missing"):
         LPIPS(str(path))
+    with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.0\.bias is missing"):
+        ESRGAN(str(path))
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match="not a file of VGG16 weights"):
         LPIPS(str(path))

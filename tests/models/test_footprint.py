@@ -136,6 +136,14 @@ def test_lpips_is_counted_without_its_file(monkeypatch):
     assert found.per_image > without.per_image + 4 * 2 * 64 * 32 * 32
 
 
+def test_esrgans_network_is_counted_without_its_file(monkeypatch):
+    monkeypatch.setattr(perceptual, "find_weights", lambda *args, **kwargs: pytest.fail("no file is needed"))
+    node = tiny_config(lossconfig={"target": OBJECTIVE, "params": {"perceptual": "esrgan"}})["model"]
+    found, without = (footprints(m, 32, "bf16")["A", False] for m in (footprint.without_weights(node), build()))
+    assert found.held - without.held == 4 * (20_024_384 + 6)  # convolutions of VGG19; shift and scale
+    assert found.per_image > without.per_image + 4 * 2 * 64 * 32 * 32  # the first ones', in float32 under autocast too
+
+
 def test_a_config_for_inference_says_so():
     with pytest.raises(ConfigError, match="for inference only"):
         footprint.without_weights(tiny_config(lossconfig={"target": "torch.nn.Identity"})["model"])

@@ -103,6 +103,14 @@ def find_waits() -> Iterator[None]:
     yield torch.equal(x, x)
 
 
+def test_esrgans_loss_waits_for_nothing(tmp_path, vgg19):
+    node = {
+        "target": "olvae.losses.objective.Objective",
+        "params": {"perceptual": "esrgan", "lpips_weights": str(vgg19)},
+    }
+    assert traced(tmp_path, 16, lossconfig=node).found == []
+
+
 def test_every_kind_of_wait_would_be_found():
     mode = Waits()
     mode.on = True

@@ -15,6 +15,7 @@ from olvae.config import load
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
+from tests.models.vision import node
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
@@ -70,6 +71,19 @@ def test_two_processes_are_one(tmp_path, config):
             torch.testing.assert_close(tensor, two[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
     if config.endswith("_b.yaml"):
         assert any(name.startswith("adversary.discriminator.") for name in one["state_dict"])
+
+
+@pytest.mark.slow
+def test_two_processes_align_a_latent_as_one(tmp_path, vit):
+    """The projection's gradient is averaged, and the adaptive factor is that of the whole batch."""
+    config = tiny_config(alignment_config=node(vit))
+    config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
+    (tmp_path / "aligned.yaml").write_text(yaml.safe_dump(config))
+    one = command(tmp_path, str(tmp_path / "aligned.yaml"), "one", "data.params.batch_size=8")
+    two = command(tmp_path, str(tmp_path / "aligned.yaml"), "two", *TWO)
+    assert one["state_dict"].keys() == two["state_dict"].keys() > {"alignment.projection.weight"}
+    for name, tensor in one["state_dict"].items():
+        torch.testing.assert_close(tensor, two["state_dict"][name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_two_processes_learn_from_a_teacher_as_one(tmp_path):

@@ -566,8 +566,10 @@ def test_images_must_fit(image_folder):
 def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_folder):
     equivariant = model(equivariance=0.5)
     check_images(equivariant, source(image_folder, 32))
-    equivariant.loss.lpips = torch.nn.Identity()
-    with pytest.raises(ConfigError, match="size: 32: equivariance shrinks images to a quarter, and LPIPS needs 16"):
+    equivariant.loss.perceptual = torch.nn.Identity()
+    with pytest.raises(
+        ConfigError, match="size: 32: equivariance shrinks images to a quarter, and the perceptual loss needs 16"
+    ):
         check_images(equivariant, source(image_folder, 32))
     check_images(equivariant, source(image_folder, 64))
 

@@ -50,6 +50,10 @@ STATS = "stats.json"
 """The file beside the shards that describes them; it is written last, so a folder without one is not complete."""
 
 
+CHANNELS = ("latents_mean", "latents_std")
+"""What it says of each channel."""
+
+
 class Latent(NamedTuple):
     """An image's Gaussian, ``mean`` and ``std``, or a latent as it is, with std None; (n_z, h, w)."""
 
@@ -123,10 +127,10 @@ class LatentSource(ShardSource):
     """Batches of scaled latents: ``latent``, float32 (B, n_z, h, w), their ``key`` and, with classes, ``label``.
 
     A latent is (z - shift_factor) * scaling_factor with the numbers of the folder's ``stats.json``, so that over the
-    data its mean is 0 and its standard deviation 1. Each visit draws another z from a posterior. ``train_loader`` is
-    endless and resumable at any sample, shared among loader processes and ranks, in the order that
-    :class:`~olvae.data.shards.webdataset.WebDatasetSource` describes. ``val_loader`` and ``test_loader`` give each
-    latent once, in order, from the posterior's mode and not mirrored.
+    data its mean is 0 and its standard deviation 1: over all channels together, or of each channel. Each visit draws
+    another z from a posterior. ``train_loader`` is endless and resumable at any sample, shared among loader processes
+    and ranks, in the order that :class:`~olvae.data.shards.webdataset.WebDatasetSource` describes. ``val_loader`` and
+    ``test_loader`` give each latent once, in order, from the posterior's mode and not mirrored.
 
     ``label`` is the number in an image's ``.cls`` file; batches in which an image has none are without.
 
@@ -136,10 +140,12 @@ class LatentSource(ShardSource):
         shuffle: latents in a block that is shuffled, kept in memory twice per loader process.
         sample: in training, draw from the posterior; else take its mode.
         flip: in training, take the mirrored image's latent half of the time, if it was encoded too.
+        per_channel: shift and scale each channel by its own numbers, as VA-VAE's diffusion models do.
 
     Raises:
         FileNotFoundError: the folder has no latents, or not all of them yet.
-        ValueError: its latents have several shapes and can't be put into a batch, or there are too few.
+        ValueError: its latents have several shapes and can't be put into a batch, there are too few, or a channel is
+            the same everywhere and is to be scaled.
     """
 
     tensor = "latent"
@@ -153,14 +159,20 @@ class LatentSource(ShardSource):
         sample: bool = True,
         flip: bool = True,
         max_unreadable: float = 0.01,
+        per_channel: bool = False,
     ) -> None:
         self.stats = read_stats(folder)
         if self.stats["latent_shape"] is None and batch_size > 1:
             raise ValueError(f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1")
-        self.shift_factor: float = self.stats["shift_factor"]
-        """Mean of the stored latents."""
-        self.scaling_factor: float = self.stats["scaling_factor"]
+        self.shift_factor: float | Tensor = self.stats["shift_factor"]
+        """Mean of the stored latents; of each channel, (n_z, 1, 1)."""
+        self.scaling_factor: float | Tensor = self.stats["scaling_factor"]
         """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
+        if per_channel:
+            self.shift_factor, std = (_of_channels(folder, self.stats, name) for name in CHANNELS)
+            if not bool((std > 0).all()):
+                raise ValueError(f"{folder}: channel {int(std.argmin())} of its latents is the same everywhere")
+            self.scaling_factor = 1.0 / std
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
@@ -188,6 +200,14 @@ class LatentSource(ShardSource):
     def _sample(self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry) -> Sample:
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
         return Sample(z, key, label=read_label(entry))
+
+
+def _of_channels(folder: str, stats: Mapping[str, Any], name: str) -> Tensor:
+    """(n_z, 1, 1)"""
+    try:
+        return torch.tensor([float(value) for value in stats[name]])[:, None, None]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/{STATS}: per_channel needs its {name}: run `olvae encode` again") from error
 
 
 def read_label(entry: Entry) -> int | None:

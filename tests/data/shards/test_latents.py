@@ -46,6 +46,44 @@ def test_latents_have_mean_0_and_deviation_1(latents):
     assert float(z.square().mean()) == pytest.approx(1.0, abs=0.01)
 
 
+def test_per_channel_each_has_mean_0_and_deviation_1(latents):
+    s, plain = source(latents, batch_size=23, per_channel=True), source(latents, batch_size=23)
+    z = torch.cat([batch["latent"] for batch in take(s.train_loader(seed=0), 150)]).double()
+    assert z.mean((0, 2, 3)).tolist() == pytest.approx([0.0] * 4, abs=0.02)
+    assert z.square().mean((0, 2, 3)).tolist() == pytest.approx([1.0] * 4, abs=0.02)
+    (one,), (other,) = take(s.val_loader(), 1), take(plain.val_loader(), 1)
+    assert one["key"] == other["key"]
+    assert one["latent"].dtype == torch.float32
+    stats = json.loads((latents / "stats.json").read_text())
+    by_hand = torch.stack(
+        [
+            (other["latent"][:, c] / plain.scaling_factor + plain.shift_factor - stats["latents_mean"][c])
+            / stats["latents_std"][c]
+            for c in range(4)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(one["latent"], by_hand, rtol=1e-4, atol=1e-5)
+    assert (by_hand - other["latent"]).abs().max() > 0.01
+    back = [batch / s.scaling_factor + s.shift_factor for s, batch in ((s, one["latent"]), (plain, other["latent"]))]
+    torch.testing.assert_close(*back, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "channel 1 of its latents is the same"),
+        ({"latents_mean": None}, "again"),
+    ],
+)
+def test_per_channel_without_its_numbers(latents, change, message):
+    stats = json.loads((latents / "stats.json").read_text())
+    write_json({**stats, **change}, latents / "stats.json")
+    source(latents)
+    with pytest.raises(ValueError, match=message):
+        source(latents, per_channel=True)
+
+
 def test_visits_draw_other_noise_and_other_sides(latents):
     s, model = source(latents, batch_size=23), tiny_vae()
     key, visits = "001/0010", []

@@ -1,0 +1,235 @@
+"""The latent aligned with a vision encoder: what it computes, what it trains, and what of it is kept."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from olvae.config import ConfigError
+from olvae.data.image import from_uint8
+from olvae.losses.alignment import marginal_cosine_loss, marginal_distance_loss
+from olvae.models.alignment import Alignment
+from olvae.models.footprint import footprints, without_weights
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.optimization import mix_seeds
+from olvae.modules.vision import VisionEncoder, published_weights
+from tests.conftest import tiny_config
+from tests.models.steps import assert_same, build, fit, metrics, moved, snapshot, source
+from tests.models.test_synchronisation import traced
+from tests.models.vision import node
+
+timm = pytest.importorskip("timm")
+
+
+def aligned(vit: str, adversary: dict | None = None, alignment: dict | None = None, **model) -> LiteAutoencoderKL:
+    settings = {"initial_logvar": -4.0, "learning_rate": 1e-3}
+    return build(adversary, alignment_config=node(vit, **(alignment or {})), **{**settings, **model})
+
+
+# The vision encoder
+
+
+def test_features_are_timms(vit):
+    """Patches have 16 pixels, so the image is seen as it is; normalised, after the last norm, without the class."""
+    encoder = VisionEncoder("test_vit", torch.load(vit))
+    theirs = timm.create_model("test_vit", checkpoint_path=vit, dynamic_img_size=True).eval()
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        tokens = theirs.forward_features(x)  # the model's own mean and deviation are 0.5
+    expected = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 6))
+    torch.testing.assert_close(encoder(x, (4, 6)), expected, rtol=1e-5, atol=1e-5)
+    assert encoder.channels == 64
+    finer = torch.nn.functional.interpolate(expected, size=(8, 12), mode="bilinear")
+    torch.testing.assert_close(encoder(x, (8, 12)), finer, rtol=1e-5, atol=1e-5)
+
+
+def test_dinov2_sees_224_pixels_of_256():
+    with torch.device("meta"):
+        encoder = VisionEncoder("vit_small_patch14_dinov2.lvd142m", None)
+        assert encoder(torch.empty(1, 3, 256, 128), (16, 8)).shape == (1, 384, 16, 8)
+    assert encoder._stride * 16 == 224
+    assert published_weights("vit_large_patch14_dinov2.lvd142m") == "timm/vit_large_patch14_dinov2.lvd142m"
+
+
+def test_convolutional_networks_too():
+    torch.manual_seed(0)
+    weights = timm.create_model("test_resnet").state_dict()
+    encoder = VisionEncoder("test_resnet", weights)
+    assert encoder(torch.rand(1, 3, 32, 32), (4, 4)).shape == (1, encoder.channels, 4, 4)
+    assert all("state_dict" not in part.pretrained_cfg for part in encoder.network if hasattr(part, "pretrained_cfg"))
+
+
+def test_the_encoder_is_no_part_of_the_model(vit):
+    model = aligned(vit)
+    assert [name for name in model.state_dict() if name.startswith("alignment.")] == ["alignment.projection.weight"]
+    assert not any(name.startswith("alignment.") for name in model.autoencoder.state_dict())
+    other = copy.deepcopy(model)
+    assert other.alignment.features is model.alignment.features
+    assert other.alignment.projection is not model.alignment.projection
+    model.train()
+    assert not any(part.training for part in model.alignment.features.network.modules())
+
+
+# The loss
+
+
+def test_the_terms_and_their_gradients(vit):
+    alignment = Alignment("test_vit", vit, latent_channels=5).double()
+    x, z = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1, torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    features = alignment.features(x, (4, 4))
+    terms = alignment(x, z)
+    projected = torch.einsum("dc,bchw->bdhw", alignment.projection.weight[:, :, 0, 0], z)
+    torch.testing.assert_close(terms["align_cosine"], marginal_cosine_loss(projected, features, 0.5))
+    torch.testing.assert_close(terms["align_distance"], marginal_distance_loss(z, features, 0.25))
+    direction, weight = torch.randn_like(z), alignment.projection.weight
+
+    def loss(t: Tensor, w: Tensor) -> Tensor:
+        parts = torch.func.functional_call(alignment, {"projection.weight": w}, (x, z + t * direction))
+        return parts["align_cosine"] + parts["align_distance"]
+
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (step, weight.detach()[:, :].requires_grad_()), eps=1e-7)
+
+
+def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    """Of the first step: the other losses, the alignment, all terms, and the paper's adaptive factor."""
+    x = from_uint8(next(iter(source(image_folder).train_loader()))["image"])
+    torch.manual_seed(mix_seeds(0, 0, 0, 0))
+    reconstruction, posterior = model(x, sample_posterior=True)
+    total, terms = model.objective(x, reconstruction, posterior)
+    terms |= model.alignment(x, posterior.mean)
+    loss = terms["align_cosine"] + terms["align_distance"]
+    pixels = sum(model.objective.weights[name] * terms[name] for name in ("rec", "wavelet", "gaussian"))
+    weight = model.encoder.aggregator.conv_out.weight
+    norms = [torch.autograd.grad(part, weight, retain_graph=True)[0].norm() for part in (pixels, loss)]
+    return total, loss, terms, norms[0] / norms[1]
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_step_by_hand(vit, image_folder, adaptive):
+    settings = {"weight": 0.3, "adaptive_weight": adaptive}
+    total, loss, terms, factor = by_hand(aligned(vit, alignment=settings), image_folder)
+    model = fit(aligned(vit, alignment=settings), image_folder, 1)
+    values = metrics(model)
+    for name, term in terms.items():
+        assert values[f"train/{name}"] == pytest.approx(term.item(), rel=1e-5), name
+    assert ("health/alignment_weight" in values) == adaptive
+    if adaptive:
+        assert values["health/alignment_weight"] == pytest.approx(factor.item(), rel=1e-4)
+    else:
+        factor = 1.0
+    assert values["train/loss"] == pytest.approx((total + 0.3 * factor * loss).item(), rel=1e-5)
+
+
+def test_the_projection_learns_and_is_not_averaged(vit, image_folder):
+    model = aligned(vit, use_ema=True)
+    before = snapshot(model)
+    fit(model, image_folder, 3, precision="bf16-mixed")
+    assert "alignment.projection.weight" in moved(before, snapshot(model))
+    assert not any(p.requires_grad for p in model.alignment.features.network.parameters())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_both_terms_can_be_learned(vit):
+    """By the latent and the projection, of features that are given: 100 steps of Adam."""
+    alignment = Alignment("test_vit", vit, cosine_margin=0.0, distance_margin=0.0, latent_channels=8)
+    x, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 8, 4, 4, requires_grad=True)
+    before = {name: term.item() for name, term in alignment(x, z).items()}
+    optimizer = torch.optim.Adam([z, *alignment.parameters()], lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        sum(alignment(x, z).values()).backward()
+        optimizer.step()
+    for name, term in alignment(x, z).items():
+        assert term.item() < 0.5 * before[name], name
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_quant": True}, {"equivariance": 1.0}, {"compile": True}])
+def test_beside_other_settings(vit, image_folder, settings, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend="eager"))
+    values = metrics(fit(aligned(vit, **settings), image_folder, 2, size=32))
+    assert values["health/alignment_weight"] > 0
+
+
+def test_without_alignment_nothing_changes(vit, image_folder):
+    """Of weight 0 it trains what the model trains without it."""
+    plain = fit(build(), image_folder, 2)
+    beside = fit(build(alignment_config=node(vit, weight=0.0)), image_folder, 2)
+    assert_same(snapshot(plain.autoencoder), snapshot(beside.autoencoder))
+
+
+def test_no_step_waits(vit, tmp_path):
+    assert traced(tmp_path, 32, alignment_config=node(vit)).found == []
+
+
+def test_memory_is_counted_without_its_file(vit):
+    config = tiny_config(use_ema=True)["model"]
+    plain = footprints(without_weights(config), 64, "bf16")["A", False]
+    config["params"]["alignment_config"] = node("/nowhere.pt")
+    found = footprints(without_weights(config), 64, "bf16")["A", False]
+    network = sum(p.numel() for p in timm.create_model("test_vit").parameters()) + 6  # and shift and scale
+    projection = 4 * 64
+    assert found.held - plain.held == 4 * (network + 3 * projection)  # with its optimizer's two states
+    assert found.gradients - plain.gradients == 4 * projection
+    assert found.per_image > plain.per_image
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"freeze_encoder": True, "lossconfig": "no kl"}, "the latents can't change"),
+        ({"anchor_weight": 1.0}, "the latents can't change"),
+        ({"lossconfig": "kl alone"}, "adaptive_weight: it needs one of the losses that compare images"),
+        ({"alignment_config": {"target": "torch.nn.Identity"}}, "is not an Alignment"),
+    ],
+)
+def test_contradictions(vit, settings, message):
+    objectives = {
+        "no kl": {"lpips_weight": 0, "kl_weight": 0},
+        "kl alone": {"lpips_weight": 0, "rec_weight": 0, "wavelet_weight": 0, "gaussian_weight": 0},
+    }
+    if "lossconfig" in settings:
+        params = objectives[settings["lossconfig"]]
+        settings = {**settings, "lossconfig": {"target": "olvae.losses.objective.Objective", "params": params}}
+    with pytest.raises(ConfigError, match=message):
+        build(**{"alignment_config": node(vit), **settings})
+
+
+def test_images_that_are_not_of_colours(vit):
+    grey = tiny_config(alignment_config=node(vit))["model"]["params"]
+    grey["encoder_config"]["params"]["in_channels"] = grey["decoder_config"]["params"]["out_channels"] = 1
+    with pytest.raises(ConfigError, match="takes images of 3 channels, not 1"):
+        LiteAutoencoderKL(**grey)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"weight": -1}, ValueError, r"weight must be in \[0, inf\), got -1"),
+        ({"cosine_margin": 2}, ValueError, r"cosine_margin must be in \[0, 2\)"),
+        ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
+        ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set alignment_config.params.weights to a file of"),
+        ({"encoder": "test_vit3"}, ValueError, "these are not the weights of test_vit3"),
+    ],
+)
+def test_mistakes(vit, params, error, message):
+    with pytest.raises(error, match=message) as caught:
+        Alignment(**{"encoder": "test_vit", "weights": vit, **params})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_weights_are_told_with_those_that_are_known():
+    with pytest.raises(ValueError, match=r"no published weights of vit_small_patch14_dinov2\.x: did you mean"):
+        published_weights("vit_small_patch14_dinov2.x")
+
+
+def test_timm_is_missing(monkeypatch, vit):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigError, match=r"pip install 'open-litevae\[align\]'"):
+        Alignment("test_vit", vit)
