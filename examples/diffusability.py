@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -173,9 +173,12 @@ def settings(source: LatentSource, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    with safe_open(path, "pt") as file:
-        record: dict[str, Any] = json.loads(file.metadata()["record"])
-        latents: Tensor = file.get_tensor("latents")
+    try:
+        with safe_open(path, "pt") as file:
+            record: dict[str, Any] = json.loads(file.metadata()["record"])
+            latents: Tensor = file.get_tensor("latents")
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a finished seed: remove it, or name another --out") from error
     made = record["settings"]
     if different := [name for name in wanted if made.get(name) != wanted[name]]:
         name = different[0]
@@ -243,8 +246,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for results, or to continue")
     parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="by default 0,1,2")
     parser.add_argument("--samples", type=int, default=1000, help="images to make, by default 1000")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps, by default 1000")
-    parser.add_argument("--batch-size", type=int, default=32, help="latents in a step, by default 32")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps, by default 2000")
+    parser.add_argument("--batch-size", type=int, default=16, help="latents in a step, by default 16")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, which falls to 0; by default 1e-3")
     parser.add_argument("--width", type=int, default=128, help="channels of a token, by default 128")
     parser.add_argument("--depth", type=int, default=4, help="blocks, by default 4")
@@ -255,6 +258,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, smallest in {"samples": 2, "steps": 1, "width": 1, "depth": 1, "patch": 1}.items():
         if getattr(args, name) < smallest:
             parser.error(f"--{name} {getattr(args, name)}: give at least {smallest}")
+    if args.inception is not None and not args.inception.is_file():
+        parser.error(f"--inception {args.inception}: no such file")
     return args
 
 

@@ -67,12 +67,15 @@ def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(example, arg
         assert samples.height > 5 * 128  # the reference, two limits, two seeds
 
     monkeypatch.setattr(example, "train", None)  # from here on it would fail
-    with_inception = example.main([*arguments, "--out", str(a), "--inception", "weights.pth"])
+    with_inception = example.main([*arguments, "--out", str(a), "--inception", str(FILE)])
     assert with_inception["frechet_lite0"] == first["frechet_lite0"]
     assert with_inception["fid"] == first["frechet_lite0"]  # of equal features
     assert set(first["frechet_lite0"]) == {"mean", "std", "reconstructions", "decoded_latents"}
     with pytest.raises(ValueError, match="was made with steps 2, not 3: name another --out"):
         example.main([*arguments, "--out", str(a), "--steps=3"])
+    (a / "seed-0.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"seed-0\.safetensors is not a finished seed"):
+        example.main([*arguments, "--out", str(a)])
 
 
 def test_per_channel_is_another_model(example, arguments, tmp_path):
@@ -146,7 +149,7 @@ def test_another_autoencoder_is_refused(example, arguments, tmp_path):
         example.main([*arguments, "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("wrong", ["--samples=1", "--steps=0", "--seeds=a"])
+@pytest.mark.parametrize("wrong", ["--samples=1", "--steps=0", "--seeds=a", "--inception=none.pth"])
 def test_wrong_numbers_end_before_anything_is_read(example, wrong, capsys):
     with pytest.raises(SystemExit):
         example.main(["latents", "--decoder=x", "--reference=y", "--out=z", wrong])
