@@ -1,0 +1,156 @@
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from olvae import LiteVAE
+from olvae.cli.main import main as olvae
+from tests.conftest import tiny_config
+
+FILE = Path(__file__).parent.parent.parent / "examples" / "diffusability.py"
+
+
+def coarse(images):
+    """Features that cost nothing: the means of the image's quarters. uint8 (B, 3, H, W) -> (B, 12)."""
+    return F.adaptive_avg_pool2d(images.float(), 2).flatten(1).numpy()
+
+
+@pytest.fixture
+def example(monkeypatch):
+    spec = importlib.util.spec_from_file_location("diffusability", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "Lite0", lambda: coarse)
+    monkeypatch.setattr(module, "Inception", lambda path: coarse)
+    return module
+
+
+@pytest.fixture
+def arguments(tmp_path, image_folder):
+    """A tiny autoencoder, latents of 12 images, and what to do with them."""
+    params = tiny_config()["model"]["params"]
+    vae = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"})
+    vae.save_pretrained(tmp_path / "vae")
+    given = [str(tmp_path / "vae"), "--data", str(image_folder), "--size", "32", "--flip"]
+    with pytest.raises(SystemExit) as leaving:
+        olvae(["encode", *given, "--out", str(tmp_path / "latents")])
+    assert leaving.value.code == 0
+    sizes = ["--steps=2", "--samples=4", "--batch-size=4", "--width=32", "--depth=1", "--patch=2", "--seeds=0,7"]
+    return [str(tmp_path / "latents"), "--decoder", given[0], "--reference", str(image_folder), *sizes]
+
+
+def without_seconds(out):
+    document = json.loads((out / "diffusability.json").read_text())
+    assert all(set(seed.pop("seconds")) == {"training", "sampling"} for seed in document["seeds"])
+    return document
+
+
+def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(example, arguments, tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "b"
+    example.main([*arguments, "--out", str(a)])
+    torch.rand(3)  # what happened before does not matter
+    example.main([*arguments, "--out", str(b), "--seeds=7"])
+    first, alone = without_seconds(a), without_seconds(b)
+    assert alone["seeds"][0] == first["seeds"][1] != first["seeds"][0]
+    distances = [seed["frechet_lite0"] for seed in first["seeds"]]
+    assert first["frechet_lite0"]["mean"] == pytest.approx(sum(distances) / 2)
+    assert first["frechet_lite0"]["std"] == pytest.approx(abs(distances[0] - distances[1]) / math.sqrt(2))
+    assert first["frechet_lite0"]["reconstructions"] > 0
+    assert "fid" not in first
+    with Image.open(a / "samples.png") as samples:
+        assert samples.height > 5 * 128  # the reference, two limits, two seeds
+
+    monkeypatch.setattr(example, "train", None)  # from here on it would fail
+    with_inception = example.main([*arguments, "--out", str(a), "--inception", str(FILE)])
+    assert with_inception["frechet_lite0"] == first["frechet_lite0"]
+    assert with_inception["fid"] == first["frechet_lite0"]  # of equal features
+    assert set(first["frechet_lite0"]) == {"mean", "std", "reconstructions", "decoded_latents"}
+    with pytest.raises(ValueError, match="was made with steps 2, not 3: name another --out"):
+        example.main([*arguments, "--out", str(a), "--steps=3"])
+    (a / "seed-0.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"seed-0\.safetensors is not a finished seed"):
+        example.main([*arguments, "--out", str(a)])
+
+
+def test_per_channel_is_another_model(example, arguments, tmp_path):
+    example.main([*arguments, "--out", str(tmp_path / "one"), "--seeds=0"])
+    example.main([*arguments, "--out", str(tmp_path / "each"), "--seeds=0", "--per-channel"])
+    one, each = (load_file(tmp_path / out / "seed-0.safetensors")["latents"] for out in ("one", "each"))
+    assert one.shape == each.shape == (4, 4, 4, 4)
+    assert not torch.equal(one, each)
+
+
+def test_sampling_is_exact_to_second_order(example):
+    """Of Gaussian latents of deviation s, whose velocity is known, the flow from noise only scales: by s."""
+    s, noise = 0.4, torch.randn(3, 2, 2, 2)
+
+    def velocity(x, t):
+        t = t[:, None, None, None]
+        return x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
+
+    errors = [float((example.sample(velocity, noise, steps) / noise - s).abs().max()) for steps in (12, 24, 48)]
+    assert errors[0] < 0.05 * s
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1] / 2
+
+
+def test_it_learns_a_latent_that_never_changes(example):
+    class Source:
+        def train_loader(self, seed):
+            while True:
+                yield {"latent": torch.linspace(-2, 2, 16).reshape(4, 2, 2).expand(16, -1, -1, -1)}
+
+    model = example.DiT((4, 2, 2), width=32, depth=1, patch=1)
+    average, losses = example.train(Source(), model, steps=120, lr=5e-3, seed=0)
+    assert losses[-1] < 0.5 * losses[0]
+    latents = example.sample(average, torch.randn(8, 4, 2, 2))
+    target = torch.linspace(-2, 2, 16).reshape(4, 2, 2)
+    assert (latents - target).square().mean() < 0.5 * target.square().mean()
+
+
+def test_a_fresh_model_is_0_and_every_weight_learns(example):
+    model = example.DiT((3, 4, 4), width=32, depth=2, patch=2)
+    z, t = torch.randn(5, 3, 4, 4), torch.rand(5)
+    assert torch.equal(model(z, t), torch.zeros(5, 3, 4, 4))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    model(z, t).square().sum().backward()
+    zero = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not [name for name in zero if ".norm1.emb." not in name], zero
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "patch", "message"),
+    [
+        ((4, 4, 6), 32, 2, "latents of 4x6: this needs square ones"),
+        ((4, 4, 4), 32, 3, "whose side --patch 3 divides"),
+        ((4, 4, 4), 40, 2, "--width 40: give a multiple of 32"),
+    ],
+)
+def test_sizes_that_do_not_fit(example, shape, width, patch, message):
+    with pytest.raises(ValueError, match=message):
+        example.DiT(shape, width, 1, patch)
+
+
+def test_another_autoencoder_is_refused(example, arguments, tmp_path):
+    arguments[2] = "diffusers:configs/distil/teacher"
+    (tmp_path / "latents" / "stats.json").write_text(
+        (tmp_path / "latents" / "stats.json")
+        .read_text()
+        .replace('"latent_shape": [\n    4', '"latent_shape": [\n    5')
+    )
+    with pytest.raises(ValueError, match="5 channels, but diffusers:configs/distil/teacher decodes 4"):
+        example.main([*arguments, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("wrong", ["--samples=1", "--steps=0", "--seeds=a", "--inception=none.pth"])
+def test_wrong_numbers_end_before_anything_is_read(example, wrong, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["latents", "--decoder=x", "--reference=y", "--out=z", wrong])
+    assert wrong.partition("=")[0] in capsys.readouterr().err

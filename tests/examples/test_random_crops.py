@@ -1,0 +1,35 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FILE = Path(__file__).parent.parent.parent / "examples" / "random_crops.py"
+
+
+@pytest.fixture
+def example():
+    spec = importlib.util.spec_from_file_location("random_crops", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def crops(folder):
+    return [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
+
+
+def test_every_image_gives_several_crops_and_a_seed_gives_them_again(example, tmp_path, image_folder):
+    for out, seed in {"a": 0, "again": 0, "b": 1}.items():
+        example.main([str(image_folder), "--size=16", "--count=30", f"--seed={seed}", "--out", str(tmp_path / out)])
+    a, again, b = (crops(tmp_path / out) for out in ("a", "again", "b"))
+    assert len(a) == len({crop.tobytes() for crop in a}) == 30
+    assert {crop.shape for crop in a} == {(16, 16, 3)}
+    assert all(np.array_equal(one, other) for one, other in zip(a, again, strict=True))
+    assert not {crop.tobytes() for crop in a} & {crop.tobytes() for crop in b}
+
+
+def test_a_missing_folder_is_said(example, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        example.main([str(tmp_path / "none"), "--size=16", "--count=1", "--out", str(tmp_path / "out")])
