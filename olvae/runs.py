@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from olvae.config import ConfigError
+from olvae import config as cfg
+from olvae.config import Config, ConfigError
 from olvae.files import check_folder
 
-__all__ = ["Run", "check_name", "create", "open_run", "run_of"]
+__all__ = ["Run", "check_name", "config_of", "create", "open_run", "run_of"]
 
 
 @dataclass
@@ -77,5 +78,29 @@ def open_run(path: str | Path) -> Run:
         if not file.is_file():
             raise FileNotFoundError(
                 f"{path}: not a run folder that can be continued: {file.relative_to(path)} is missing"
+                + (f": {_without_config(run)}" if run.last_checkpoint.is_file() else "")
             )
     return run
+
+
+def config_of(run: Run) -> Config:
+    """The config of a run that is continued, with its section ``run``, the command's settings.
+
+    Raises:
+        ConfigError: the file is broken; the line says what to do instead.
+    """
+    try:
+        config = cfg.load([run.config])
+    except ConfigError as error:
+        raise ConfigError(f"{error.mistakes[0]}: {_without_config(run)}") from error
+    if missing := [section for section in ("model", "data", "run") if not isinstance(config.get(section), dict)]:
+        raise ConfigError(f"{run.config}: cut off, {missing[0]} is missing: {_without_config(run)}")
+    return config
+
+
+def _without_config(run: Run) -> str:
+    """What to do with a run that has no config any more."""
+    return (
+        "put a copy of that file back, or start a new run from its weights with --base CFG --actual_resume "
+        f"{run.last_checkpoint}"
+    )

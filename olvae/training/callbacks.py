@@ -23,6 +23,7 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
+from olvae.files import atomic_write, set_aside
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -65,16 +66,18 @@ class KeepCheckpoints(Checkpoint):
         self._in_step = False
         self._warned = False
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run = _run(trainer)
+        if trainer.is_global_zero:
+            for folder in (run.checkpoints, run.images):
+                for partial in folder.glob(".partial-*"):  # of a run that was killed while it wrote
+                    partial.unlink()
+        self._best = self._best_before(run, trainer.is_global_zero)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         self._saved = self._kept = trainer.global_step
         self._images = pl_module.images_seen
-        if trainer.is_global_zero:
-            for partial in _run(trainer).checkpoints.glob(".partial-*"):  # of a run that was killed while it saved
-                partial.unlink()
-        note = _run(trainer).checkpoints / "best.json"
-        if note.is_file() and (before := json.loads(note.read_text()))["metric"] == self.best:
-            self._best = before["value"]  # of a run that is resumed
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -124,6 +127,25 @@ class KeepCheckpoints(Checkpoint):
             self._best = value
             note = {"metric": self.best, "value": value, "step": trainer.global_step}
             self._save(trainer, pl_module, "best.ckpt", note)
+
+    def _best_before(self, run: Run, is_first: bool) -> float | None:
+        """The best value of a run that is resumed, of the same metric. A note that can't be read is set aside."""
+        note = run.checkpoints / "best.json"
+        if not note.is_file():
+            return None
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+            metric, value = before["metric"], float(before["value"])
+            if not math.isfinite(value):
+                raise ValueError("its value is not finite")
+        except (ValueError, KeyError, TypeError, OSError):
+            if is_first:
+                name = set_aside(note)
+                log.warning(
+                    "%s: cut off, or not readable: set aside as %s; the next validation replaces best.ckpt", note, name
+                )
+            return None
+        return value if metric == self.best else None
 
     def _save(
         self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
@@ -188,7 +210,8 @@ class ImageGrids(Callback):
                 "decoded from N(0, I)": samples.cpu(),
             }
         )
-        grid.save(_run(trainer).images / f"step={step:08d}.png")
+        with atomic_write(_run(trainer).images / f"step={step:08d}.png") as partial:
+            grid.save(partial)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)

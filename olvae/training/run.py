@@ -189,7 +189,10 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
 
     With an autoencoder to start from, its networks are in the config; the second value is what was found.
     """
-    files = [resumed.config] if resumed is not None else []
+    files = []
+    if resumed is not None:
+        runs.config_of(resumed)  # raises if it is broken
+        files = [resumed.config]
     config = cfg.load([*files, *options.base], options.overrides)
     if options.start_from is not None and isinstance(config.get("model"), dict):
         config["model"]["from"] = options.start_from

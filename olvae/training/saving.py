@@ -1,7 +1,6 @@
 """Checkpoints that are written while training goes on."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 from threading import Thread
@@ -77,8 +76,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(path) as partial:
                 torch.save(checkpoint, partial)
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())  # before the old file is replaced: the machine may crash as well
             if note is not None:
                 write_json(note, path.with_suffix(".json"))
         except Exception as error:

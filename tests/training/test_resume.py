@@ -1,0 +1,101 @@
+"""Runs that are continued after a kill, by another process, or with other settings, through the command."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from olvae.cli.main import main
+from olvae.config import save
+from olvae.runs import Run
+from olvae.training import run as training
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def olvae_train(capfd, monkeypatch, tmp_path, quick_training) -> Callable[..., tuple[int, str]]:
+    """Run ``olvae train`` on the CPU; returns exit code and standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.delenv(training.RUN_ENV, raising=False)
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", "--logdir", str(tmp_path / "runs"), "--gpus", "0", *map(str, arguments)])
+        return leaving.value.code, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def trained(olvae_train, tmp_path, image_folder) -> Run:
+    """A run of two steps, validated after each."""
+    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    short = ("lightning.trainer.max_steps=2", "lightning.trainer.val_check_interval=1")
+    code, err = olvae_train("--base", tmp_path / "tiny.yaml", *short)
+    assert code == 0, err
+    (path,) = (tmp_path / "runs").iterdir()
+    return Run(path)
+
+
+def steps(run: Run) -> int:
+    return torch.load(run.last_checkpoint, weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize("content", ["", '{"metric": "val/psnr", "value": NaN}'])
+def test_a_broken_note_of_the_best_weights_is_set_aside(olvae_train, trained, content, caplog):
+    note = trained.checkpoints / "best.json"
+    note.write_text(content)
+    code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{note}: cut off, or not readable: set aside as best.json.broken")
+    assert note.with_name("best.json.broken").read_text() == content
+    assert json.loads(note.read_text())["step"] == 3
+
+
+def test_a_broken_config_is_one_line_that_says_what_to_do(olvae_train, trained):
+    whole = trained.config.read_text()
+    remedy = f"start a new run from its weights with --base CFG --actual_resume {trained.last_checkpoint}"
+    for content in ("", whole[: len(whole) // 2], whole[: whole.index("\nrun:")], "model: [", "\0\0\0"):
+        trained.config.write_text(content)
+        code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3")
+        assert code == 2
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: {trained.config}: ")
+        assert line.endswith(remedy)
+    trained.config.unlink()
+    code, err = olvae_train("--resume", trained.path)
+    assert code == 1
+    assert err.endswith(f"config.yaml is missing: put a copy of that file back, or {remedy}\n")
+    assert steps(trained) == 2
+
+
+def test_every_file_of_a_run_is_written_whole(olvae_train, tmp_path, image_folder, monkeypatch):
+    """Each is renamed into its place, from a file beside it that was flushed before; but for TensorBoard's own."""
+    placed, flushed = set(), []
+    replace, fsync = Path.replace, os.fsync
+
+    def move(self: Path, target: Path) -> Path:
+        assert self.parent == Path(target).parent
+        assert self.stat().st_ino in flushed
+        placed.add(Path(target))
+        return replace(self, target)
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(Path, "replace", move)
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    code, err = olvae_train("--base", tmp_path / "tiny.yaml", "lightning.trainer.max_steps=1")
+    assert code == 0, err
+    (path,) = (tmp_path / "runs").iterdir()
+    files = {file for file in path.rglob("*") if file.is_file() and "tfevents" not in file.name}
+    whole = {file for file in placed if path in file.parents}
+    assert {file.name for file in whole} >= {"config.yaml", "best.json", "best.ckpt", "last.ckpt", "step=00000001.png"}
+    assert {file.name for file in files - whole} <= {"hparams.yaml", "curves.png"}  # TensorBoard's; drawn by a stub
