@@ -25,6 +25,7 @@ class Run:
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.images = self.path / "images"
         self.metrics = self.path / "metrics.json"
+        self.finished = self.path / "finished.json"
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
-from olvae.files import atomic_write, set_aside
+from olvae.files import atomic_write, set_aside, write_json
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -107,7 +108,8 @@ class KeepCheckpoints(Checkpoint):
         self._in_step = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.best is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        after_fit = trainer.state.fn != TrainerFn.FITTING
+        if self.best is None or trainer.sanity_checking or (after_fit and not _run(trainer).last_checkpoint.is_file()):
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
         values = pl_module.validation_values
@@ -116,6 +118,8 @@ class KeepCheckpoints(Checkpoint):
                 log.warning("no validation image could be read, so best.ckpt is not kept")
             self._warned = True
             return
+        if after_fit and self.best not in values:
+            return  # one of the weights as trained, which are validated while they are trained
         if self.best not in values:
             raise ValueError(
                 f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
@@ -126,7 +130,10 @@ class KeepCheckpoints(Checkpoint):
         if self._best is None or (value > self._best if higher else value < self._best):
             self._best = value
             note = {"metric": self.best, "value": value, "step": trainer.global_step}
-            self._save(trainer, pl_module, "best.ckpt", note)
+            if not after_fit:
+                self._save(trainer, pl_module, "best.ckpt", note)
+            elif trainer.is_global_zero:  # the model has one of two sets of weights, last.ckpt has both
+                _copy_last(_run(trainer), note)
 
     def _best_before(self, run: Run, is_first: bool) -> float | None:
         """The best value of a run that is resumed, of the same metric. A note that can't be read is set aside."""
@@ -352,6 +359,14 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self.asked = True
         Console(stderr=True).print("stopping after this step, with a checkpoint; once more to stop at once")
+
+
+def _copy_last(run: Run, note: Mapping[str, Any]) -> None:
+    """Let the last weights be the best ones, too."""
+    best = run.checkpoints / "best.ckpt"
+    with atomic_write(best) as partial:
+        shutil.copyfile(run.last_checkpoint, partial)
+    write_json(note, best.with_suffix(".json"))
 
 
 def _run(trainer: pl.Trainer) -> Run:

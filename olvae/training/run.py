@@ -22,6 +22,7 @@ from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_w
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
+from olvae.files import write_json
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.footprint import advice, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -35,7 +36,7 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
-from olvae.training.launch import check_launcher, cluster, find_launcher, meet, process_count
+from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count
 from olvae.training.origin import (
     Found,
     check_teacher,
@@ -44,7 +45,7 @@ from olvae.training.origin import (
     start_from,
     untrained_half,
 )
-from olvae.training.progress import StepProgress, print_ending, print_summary
+from olvae.training.progress import StepProgress, is_finished, print_ending, print_finished, print_summary
 from olvae.training.saving import BackgroundCheckpointIO
 
 __all__ = [
@@ -138,11 +139,17 @@ def train(options: TrainOptions) -> runs.Run:
         config["model"]["params"].update(model.for_diffusion)
 
     trainer_args = _steps(trainer_args, source, model)
-    if resumed is not None and done >= trainer_args["max_steps"]:
+    last_step = trainer_args["max_steps"]
+    is_over = resumed is not None and done == last_step
+    if done > last_step:
         raise ConfigError(
-            f"--resume: this run is already at max_steps = {done}: to continue it, set more, as in "
+            f"--resume: this run has had {done} steps, and max_steps is {last_step}: to continue it, set more, as in "
             f"lightning.trainer.max_steps={2 * done}"
         )
+    if resumed is not None and is_over and is_finished(resumed, done):
+        if is_first():
+            print_finished(resumed, done, options.by_script)
+        return resumed
     source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
@@ -156,6 +163,10 @@ def train(options: TrainOptions) -> runs.Run:
             run, precision, trainer_args, config, [stop, UnreadableLimit(), SaveConfig({**config, "run": settings})]
         )
         print_summary(settings, run, trainer, model, source, start)
+        if is_over and trainer.is_global_zero:
+            Console(stderr=True).print(
+                f"this run has had its {done} steps: what is left is to validate them", highlight=False
+            )
         device = trainer.strategy.root_device
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -169,6 +180,8 @@ def train(options: TrainOptions) -> runs.Run:
             ckpt_path=str(run.last_checkpoint) if resumed is not None else None,
             weights_only=True,
         )
+        if is_over:  # fit has only restored it; what the checkpoint has as state_dict is validated, an average perhaps
+            model.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
         if not stop.agreed and model.validated_at != trainer.global_step:  # the last step is off the interval
             trainer.validate(model, source.val_loader(), verbose=False)
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
@@ -179,6 +192,8 @@ def train(options: TrainOptions) -> runs.Run:
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
         print_ending(run, trainer, options.by_script)
+        if not stop.agreed:
+            write_json({"steps": trainer.global_step}, run.finished)
     if stop.agreed:
         raise TrainingStopped  # so that the caller, Python or make, does not go on to the next command
     return run

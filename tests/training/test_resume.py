@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.cli.main import main
 from olvae.config import save
+from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import run as training
 from tests.conftest import tiny_config
@@ -40,8 +42,12 @@ def trained(olvae_train, tmp_path, image_folder) -> Run:
     return Run(path)
 
 
+def checkpoint(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
 def steps(run: Run) -> int:
-    return torch.load(run.last_checkpoint, weights_only=True)["global_step"]
+    return checkpoint(run.last_checkpoint)["global_step"]
 
 
 @pytest.mark.parametrize("content", ["", '{"metric": "val/psnr", "value": NaN}'])
@@ -99,3 +105,66 @@ def test_every_file_of_a_run_is_written_whole(olvae_train, tmp_path, image_folde
     whole = {file for file in placed if path in file.parents}
     assert {file.name for file in whole} >= {"config.yaml", "best.json", "best.ckpt", "last.ckpt", "step=00000001.png"}
     assert {file.name for file in files - whole} <= {"hparams.yaml", "curves.png"}  # TensorBoard's; drawn by a stub
+
+
+def psnr_at(run: Run) -> dict[int, float]:
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("val/psnr")}
+
+
+@pytest.mark.parametrize("interval", [2, 3])  # the last step, 4, is on it; and off it
+def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, image_folder, monkeypatch, interval):
+    """Its validation, picture, best weights and curves are those of a run that nobody killed; then nothing is left."""
+    save(tiny_config(image_folder, use_ema=True, ema_decay=0.5), tmp_path / "tiny.yaml")
+    start = ("--base", tmp_path / "tiny.yaml", f"lightning.trainer.val_check_interval={interval}")
+    whole, killed = (Run(tmp_path / name) for name in ("whole", "killed"))
+    assert olvae_train(*start)[0] == 0
+    next((tmp_path / "runs").iterdir()).rename(whole.path)
+
+    class Killed(BaseException):
+        pass
+
+    begin = LiteAutoencoderKL.on_validation_epoch_start
+
+    def kill(self: LiteAutoencoderKL) -> None:
+        if self.global_step == 4:
+            raise Killed
+        begin(self)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "on_validation_epoch_start", kill)
+    with pytest.raises(Killed):
+        main(["train", "--logdir", str(tmp_path / "runs"), "--gpus", "0", *map(str, start)])
+    monkeypatch.setattr(LiteAutoencoderKL, "on_validation_epoch_start", begin)
+    next((tmp_path / "runs").iterdir()).rename(killed.path)
+    assert not killed.finished.exists()
+    assert 4 not in psnr_at(killed)
+
+    code, err = olvae_train("--resume", killed.path)
+    assert code == 0, err
+    assert "this run has had its 4 steps: what is left is to validate them" in err
+    assert "done after 4 steps" in err
+    assert psnr_at(killed) == psnr_at(whole)
+    names = [f"images/step={step:08d}.png" for step in (interval, 4)]
+    for name in names:
+        assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    notes = [json.loads((run.checkpoints / "best.json").read_text()) for run in (killed, whole)]
+    assert notes[0] == notes[1]
+    values = psnr_at(whole)
+    assert notes[0]["step"] == max(values, key=values.__getitem__)
+    for part in ("state_dict", "current_model_state"):
+        for file in ("best.ckpt", "last.ckpt"):
+            one, other = (checkpoint(run.checkpoints / file)[part] for run in (killed, whole))
+            assert all(torch.equal(one[name], other[name]) for name in one | other), file
+    assert (killed.images / "curves.png").is_file()
+
+    (killed.images / "curves.png").unlink()
+    before = killed.last_checkpoint.read_bytes()
+    code, err = olvae_train("--resume", killed.path)
+    assert code == 0, err
+    assert err.startswith("this run has had its 4 steps, and nothing is left to do\n")
+    assert (killed.images / "curves.png").is_file()
+    code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
+    assert code == 2
+    assert killed.last_checkpoint.read_bytes() == before
+    assert "this run has had 4 steps, and max_steps is 3: to continue it, set more" in err

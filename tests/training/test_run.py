@@ -531,14 +531,6 @@ def test_processes_of_torchrun_that_would_not_train_together_are_refused(go, tmp
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_done_says_so(go):
-    run = go("lightning.trainer.max_steps=2", "model.params.use_ema=true")
-    before = run.last_checkpoint.read_bytes()
-    with pytest.raises(ConfigError, match=r"already at max_steps = 2: .*max_steps=4"):
-        go(resume=run.path)
-    assert run.last_checkpoint.read_bytes() == before
-
-
 PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
 
 
