@@ -26,6 +26,7 @@ class Run:
         self.images = self.path / "images"
         self.metrics = self.path / "metrics.json"
         self.finished = self.path / "finished.json"
+        self.lock = self.path / "lock.json"
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:

@@ -37,6 +37,7 @@ from olvae.training.callbacks import (
     UnreadableLimit,
 )
 from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count
+from olvae.training.lock import RunLock
 from olvae.training.origin import (
     Found,
     check_teacher,
@@ -96,6 +97,11 @@ def train(options: TrainOptions) -> runs.Run:
         TrainingStopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
+    with RunLock() as lock:
+        return _train(options, lock)
+
+
+def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     resumed = runs.open_run(options.resume) if options.resume is not None else None
     starts = {
         "--resume continues a run": options.resume,
@@ -106,6 +112,8 @@ def train(options: TrainOptions) -> runs.Run:
         raise ConfigError(f"{', '.join(given)}: give one of them")
     if resumed is None and not options.base:
         raise ConfigError("--base names the config to train, as in --base configs/demo.yaml")
+    if resumed is not None:
+        _take(lock, resumed)
     config, found = _config(options, resumed)
     settings = _settings(options, config, resumed, found)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
@@ -156,7 +164,7 @@ def train(options: TrainOptions) -> runs.Run:
         trainer_args.setdefault("sync_batchnorm", True)
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
-    run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings)
+    run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings, lock)
     stop = GracefulStop()
     try:
         trainer = _trainer(
@@ -360,8 +368,24 @@ def _trainer(
     return pl.Trainer(**settings)
 
 
-def _new_run(logdir: str | Path, settings: Config) -> tuple[runs.Run, bool]:
-    """Make the run folder in the first process of all, and pass its path to the others.
+def _take(lock: RunLock, run: runs.Run) -> None:
+    """Lock a run that is resumed, in the first process of all; the others learn whether it could."""
+    refusal: list[str | None] = [None]
+    if is_first():
+        try:
+            lock.take(run)
+        except (ConfigError, OSError) as error:
+            refusal = [str(error)]
+    if meet()[1] > 1:
+        dist.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise ConfigError(refusal[0])
+
+
+def _new_run(logdir: str | Path, settings: Config, lock: RunLock) -> tuple[runs.Run, bool]:
+    """Make the run folder in the first process of all, lock it, and pass its path to the others.
 
     Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run
     already, and get the path through the process group.
@@ -372,7 +396,11 @@ def _new_run(logdir: str | Path, settings: Config) -> tuple[runs.Run, bool]:
     if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and find_launcher() is None:
         return runs.Run(Path(os.environ[RUN_ENV])), False
     rank, processes = meet()
-    path = [str(runs.create(logdir, settings["name"], settings["precision"]).path) if rank == 0 else ""]
+    path = [""]
+    if rank == 0:
+        run = runs.create(logdir, settings["name"], settings["precision"])
+        lock.take(run)
+        path = [str(run.path)]
     if processes > 1:
         dist.broadcast_object_list(path)
     os.environ[RUN_ENV] = path[0]

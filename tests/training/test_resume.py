@@ -1,7 +1,11 @@
 """Runs that are continued after a kill, by another process, or with other settings, through the command."""
 
 import json
+import multiprocessing
 import os
+import signal
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,3 +172,46 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
     assert code == 2
     assert killed.last_checkpoint.read_bytes() == before
     assert "this run has had 4 steps, and max_steps is 3: to continue it, set more" in err
+
+
+def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, monkeypatch, caplog):
+    """A --resume beside it is refused; after a kill the next one has the run, until Ctrl-C."""
+    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    keep = "lightning.callbacks.keep"
+    often = (f"{keep}.target=olvae.training.callbacks.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
+    arguments = ("--base", tmp_path / "tiny.yaml", "lightning.trainer.max_steps=100000", *often)
+    first = multiprocessing.get_context("fork").Process(target=olvae_train, args=arguments)
+    first.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (saved := [*tmp_path.glob("runs/*/checkpoints/last.ckpt")]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run = Run(saved[0].parent.parent)
+        assert json.loads(run.lock.read_text())["pid"] == first.pid
+        code, err = olvae_train("--resume", run.path)
+    finally:
+        first.kill()
+        first.join()
+    assert code == 2
+    last = err.splitlines()[-1]  # after those of the first one
+    assert last.startswith(
+        f"error: {run.path}: is being trained by process {first.pid} on {socket.gethostname()}, since"
+    )
+    assert run.lock.exists()
+
+    step = LiteAutoencoderKL.training_step
+
+    def interrupt(self, batch, batch_idx):
+        assert json.loads(run.lock.read_text())["pid"] == os.getpid()
+        signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", interrupt)
+    before = steps(run)
+    code, err = olvae_train("--resume", run.path)
+    assert code == 130
+    assert steps(run) == before + 1
+    (line,) = caplog.messages
+    assert line.startswith(f"{run.path}: the lock of process {first.pid} on ")
+    assert line.endswith("was left when that process was killed, and is taken over")
+    assert not run.lock.exists()
