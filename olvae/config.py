@@ -24,10 +24,12 @@ from olvae.files import atomic_write
 from olvae.signatures import Arguments, arguments_in_source
 
 __all__ = [
+    "ABSENT",
     "Config",
     "ConfigError",
     "Node",
     "check_arguments",
+    "differences",
     "instantiate",
     "load",
     "resolve_target",
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 Config = dict[str, Any]
+ABSENT = object()
+"""In place of a value that a config does not have."""
 _NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], _NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""
@@ -157,6 +161,24 @@ def save(config: Mapping[str, Any], path: str | Path) -> None:
     """Write a config as YAML; :func:`load` reads it back unchanged."""
     with atomic_write(Path(path)) as partial:
         OmegaConf.save(OmegaConf.create(dict(config)), partial)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configs, by dotted key: both values, :data:`ABSENT` where there is none.
+
+    A target is equal to the same one by the name that its module had before.
+    """
+    flat, other = dict(_leaves(before)), dict(_leaves(after))
+    pairs = {key: (flat.get(key, ABSENT), other.get(key, ABSENT)) for key in flat | other}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old is not new and old != new}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _moved(value) if key == "target" else value
 
 
 def resolve_target(target: str) -> Any:

@@ -66,20 +66,27 @@ def run_of(checkpoint: Path) -> Run | None:
 
 
 def open_run(path: str | Path) -> Run:
-    """Open a run folder that exists and can be continued.
+    """Open a run that exists and can be continued, by its folder or by its last checkpoint.
 
     Raises:
         FileNotFoundError: the folder, its config or its checkpoint is missing.
     """
     run = Run(Path(path))
     if run.path.is_file():
-        raise FileNotFoundError(f"{path}: this is a file: name its run folder")
+        around = Run(run.path.parent.parent)
+        if run.path != around.last_checkpoint:
+            other = run.path.parent == around.checkpoints
+            raise FileNotFoundError(
+                f"{path}: this is a file: name its run folder"
+                + (", or start a new run from these weights with --actual_resume" if other else "")
+            )
+        run = around
     if not run.path.is_dir():
         raise FileNotFoundError(f"{path}: no such run folder")
     for file in (run.config, run.last_checkpoint):
         if not file.is_file():
             raise FileNotFoundError(
-                f"{path}: not a run folder that can be continued: {file.relative_to(path)} is missing"
+                f"{run.path}: not a run folder that can be continued: {file.relative_to(run.path)} is missing"
                 + (f": {_without_config(run)}" if run.last_checkpoint.is_file() else "")
             )
     return run

@@ -164,14 +164,31 @@ class KeepCheckpoints(Checkpoint):
 
 
 class SaveConfig(Callback):
-    """Writes the resolved config when training begins, so that a failed start changes nothing."""
+    """Writes the resolved config: a new run's when training begins, so that a failed start changes nothing; that of one
+    that is resumed after the first ``last.ckpt`` of its settings, so that config and checkpoint belong together.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    Args:
+        config: of the run.
+        run: its folder.
+    """
+
+    def __init__(self, config: Mapping[str, Any], run: Run) -> None:
         self.config = config
+        self.run = run
+        self._written = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            cfg.save(self.config, _run(trainer).config)
+        if trainer.is_global_zero and not self.run.config.exists():
+            self._write()
+
+    def on_saved(self, checkpoint: Path) -> None:
+        """A checkpoint is on the disk."""
+        if checkpoint.name == self.run.last_checkpoint.name and not self._written:
+            self._write()
+
+    def _write(self) -> None:
+        cfg.save(self.config, self.run.config)
+        self._written = True
 
 
 class ImageGrids(Callback):

@@ -36,6 +36,7 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
+from olvae.training.changes import check_changes, print_changes
 from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count
 from olvae.training.lock import RunLock
 from olvae.training.origin import (
@@ -80,6 +81,8 @@ class TrainOptions:
     start_from: str | None = None
     """``--from``: an autoencoder whose networks and weights the run starts from."""
     teacher: str | None = None
+    allow_changes: bool = False
+    """``--allow-changes``: a resumed run may get other data, networks and losses."""
     by_script: bool = False
     """Started as ``python train.py``: hints on what to run next name the scripts."""
 
@@ -112,10 +115,19 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         raise ConfigError(f"{', '.join(given)}: give one of them")
     if resumed is None and not options.base:
         raise ConfigError("--base names the config to train, as in --base configs/demo.yaml")
+    own: Config | None = None
     if resumed is not None:
         _take(lock, resumed)
+        own = runs.config_of(resumed)
+    elif options.allow_changes:
+        raise ConfigError("--allow-changes is for --resume: leave it out")
     config, found = _config(options, resumed)
     settings = _settings(options, config, resumed, found)
+    if own is not None:
+        if is_first():
+            print_changes(own, config, settings)
+        if not options.allow_changes:
+            check_changes(own, config, settings)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
     processes = process_count(trainer_args)
@@ -154,6 +166,11 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
             f"--resume: this run has had {done} steps, and max_steps is {last_step}: to continue it, set more, as in "
             f"lightning.trainer.max_steps={2 * done}"
         )
+    if is_over and options.allow_changes:
+        raise ConfigError(
+            f"--allow-changes: this run has had its {done} steps, and would not train with other settings: set more "
+            f"steps, as in lightning.trainer.max_steps={2 * done}"
+        )
     if resumed is not None and is_over and is_finished(resumed, done):
         if is_first():
             print_finished(resumed, done, options.by_script)
@@ -167,9 +184,8 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings, lock)
     stop = GracefulStop()
     try:
-        trainer = _trainer(
-            run, precision, trainer_args, config, [stop, UnreadableLimit(), SaveConfig({**config, "run": settings})]
-        )
+        save_config = SaveConfig({**config, "run": settings}, run)
+        trainer = _trainer(run, precision, trainer_args, config, save_config, [stop, UnreadableLimit()])
         print_summary(settings, run, trainer, model, source, start)
         if is_over and trainer.is_global_zero:
             Console(stderr=True).print(
@@ -212,10 +228,7 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
 
     With an autoencoder to start from, its networks are in the config; the second value is what was found.
     """
-    files = []
-    if resumed is not None:
-        runs.config_of(resumed)  # raises if it is broken
-        files = [resumed.config]
+    files = [resumed.config] if resumed is not None else []
     config = cfg.load([*files, *options.base], options.overrides)
     if options.start_from is not None and isinstance(config.get("model"), dict):
         config["model"]["from"] = options.start_from
@@ -344,10 +357,15 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
 
 
 def _trainer(
-    run: runs.Run, precision: str, trainer_args: Config, config: Config, ours: Sequence[pl.Callback]
+    run: runs.Run,
+    precision: str,
+    trainer_args: Config,
+    config: Config,
+    save_config: SaveConfig,
+    ours: Sequence[pl.Callback],
 ) -> pl.Trainer:
     nodes = (config.get("lightning") or {}).get("callbacks") or {}
-    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours]
+    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours, save_config]
     for default in (KeepCheckpoints, ImageGrids, FiniteLoss, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
@@ -357,7 +375,7 @@ def _trainer(
         "benchmark": trainer_args["accelerator"] != "cpu",  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(), *cluster()],
+        "plugins": [BackgroundCheckpointIO(save_config.on_saved), *cluster()],
         **trainer_args,
         "precision": precision,
         "callbacks": callbacks,

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -14,10 +15,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.cli.main import main
-from olvae.config import save
+from olvae.config import load, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import run as training
+from olvae.training.saving import BackgroundCheckpointIO
 from tests.conftest import tiny_config
 
 
@@ -215,3 +217,92 @@ def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, m
     assert line.startswith(f"{run.path}: the lock of process {first.pid} on ")
     assert line.endswith("was left when that process was killed, and is taken over")
     assert not run.lock.exists()
+
+
+def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, trained, tmp_path):
+    """By the flags, a config file and overrides; the config then is the new one. The checkpoint names the run."""
+    save({"model": {"base_learning_rate": 1e-3, "params": {"use_ema": False}}}, tmp_path / "more.yaml")
+    before = load([trained.config])
+    overrides = ("lightning.trainer.max_steps=3", "model.base_learning_rate=0.002", "data.params.num_workers=0")
+    code, err = olvae_train(
+        "--resume", trained.last_checkpoint, "--base", tmp_path / "more.yaml", "--seed", 3, *overrides
+    )
+    assert code == 0, err
+    assert err.splitlines()[:6] == [
+        "settings that differ from the run's own:",
+        "  model.base_learning_rate: 0.001 -> 0.002",
+        "  lightning.trainer.max_steps: 2 -> 3",
+        "  run.seed: 0 -> 3",
+        "  model.params.use_ema: not set -> false",
+        "  data.params.num_workers: not set -> 0",
+    ]
+    after = load([trained.config])
+    assert after["model"]["base_learning_rate"] == 0.002
+    assert after["run"] == {**before["run"], "seed": 3}
+    assert steps(trained) == 3
+
+    code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=4")
+    assert err.splitlines()[:2] == [
+        "settings that differ from the run's own:",
+        "  lightning.trainer.max_steps: 3 -> 4",
+    ]
+    assert not err.splitlines()[2].startswith("  ")
+
+
+def test_other_data_networks_and_losses_need_a_flag(olvae_train, trained, tmp_path, image_folder):
+    """Refused without it, nothing changes; with it, the config changes with the first checkpoint, not before."""
+    others = tmp_path / "others"
+    shutil.copytree(image_folder, others)
+    before, more = trained.config.read_bytes(), "lightning.trainer.max_steps=3"
+    for override, line in (
+        (f"data.params.root={others}", f"  data.params.root: {image_folder} -> {others}"),
+        ("model.params.embed_dim=8", "  model.params.embed_dim: 4 -> 8"),
+        (
+            "model.params.lossconfig.params.kl_weight=0.5",
+            "  model.params.lossconfig.params.kl_weight: not set -> 0.5",
+        ),
+    ):
+        code, err = olvae_train("--resume", trained.path, more, override)
+        assert code == 2
+        assert line in err.splitlines()
+        key = override.partition("=")[0]
+        assert err.splitlines()[-1].startswith(f"error: --resume: {key}: the run would go on with other data, networks")
+        assert err.splitlines()[-1].endswith("add --allow-changes")
+    assert trained.config.read_bytes() == before
+    assert not trained.lock.exists()
+
+    changed = ("--resume", trained.path, "--allow-changes", f"data.params.root={others}")
+    code, err = olvae_train(*changed)
+    assert code == 2
+    assert "this run has had its 2 steps, and would not train with other settings" in err
+    shutil.rmtree(others / "class0")
+    (others / "class1" / "1.png").write_bytes(b"")
+    strict = "data.params.max_unreadable=0"
+    code, err = olvae_train(*changed, strict, "lightning.trainer.max_steps=9")
+    assert code == 1
+    assert (trained.config.read_bytes() == before) == (steps(trained) == 2), err
+
+    code, err = olvae_train(*changed, "data.params.max_unreadable=0.5", more)
+    assert code == 0, err
+    assert load([trained.config])["data"]["params"]["root"] == str(others)
+    assert steps(trained) == 3
+    code, err = olvae_train("--base", tmp_path / "tiny.yaml", "--allow-changes")
+    assert (code, err) == (2, "error: --allow-changes is for --resume: leave it out\n")
+
+
+def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train, trained, monkeypatch):
+    before = trained.config.read_text()
+    seen = []
+    write = BackgroundCheckpointIO._write
+
+    def look(self, checkpoint: dict, file: Path, note: dict | None) -> None:
+        before_it = trained.config.read_text()
+        write(self, checkpoint, file, note)
+        seen.append((file.name, before_it == before, trained.config.read_text() == before, checkpoint["global_step"]))
+
+    monkeypatch.setattr(BackgroundCheckpointIO, "_write", look)
+    code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3", "model.base_learning_rate=0.002")
+    assert code == 0, err
+    first = next(i for i, (name, *_) in enumerate(seen) if name == "last.ckpt")
+    assert seen[first] == ("last.ckpt", True, False, 3)
+    assert all(unchanged for _, unchanged, *_ in seen[:first])
