@@ -9,6 +9,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 import typing
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -134,7 +135,10 @@ def _read(path: Path, includers: tuple[Path, ...] = ()) -> DictConfig:
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
     include = part.pop("include", [])
-    for name in reversed([include] if isinstance(include, str) else list(include)):
+    names = list(include) if isinstance(include, list | ListConfig) else [include]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ConfigError(f"{path}: include: expected a path or a list of paths, got {wrong[0]!r}")
+    for name in reversed(names):
         below = _read(path.parent / name, (*includers, path.resolve()))
         part = _merge(below, part)
     return part
@@ -277,7 +281,7 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
     yield from unknown_keys(node, MODEL_KEYS if where == "model" else NODE_KEYS, f"{where}.")
     if where == "model":
         rate = node.get("base_learning_rate", 1e-4)
-        if not isinstance(rate, float | int) or isinstance(rate, bool) or rate <= 0:
+        if not isinstance(rate, float | int) or isinstance(rate, bool) or not 0 < rate < math.inf:
             yield f"model.base_learning_rate: expected a positive number, got {rate!r}"
     if not isinstance(node.get("target"), str):
         yield (f"{where}.target: missing" if "target" not in node else f"{where}.target: expected a dotted path")

@@ -284,7 +284,10 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
             extra[key] = value
     if "base_learning_rate" in node:
         extra["learning_rate"] = node["base_learning_rate"]
-    model = cfg.instantiate(node, **extra)
+    try:
+        model = cfg.instantiate(node, **extra)
+    except ValueError as error:  # a constructor's: the config is what it was given
+        raise ConfigError(str(error)) from error
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
     _ = model.objective  # raises if the config is for inference only
