@@ -9,6 +9,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 import typing
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -24,10 +25,12 @@ from olvae.files import atomic_write
 from olvae.signatures import Arguments, arguments_in_source
 
 __all__ = [
+    "ABSENT",
     "Config",
     "ConfigError",
     "Node",
     "check_arguments",
+    "differences",
     "instantiate",
     "load",
     "nearest_recipes",
@@ -39,6 +42,8 @@ __all__ = [
 ]
 
 Config = dict[str, Any]
+ABSENT = object()
+"""In place of a value that a config does not have."""
 _NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], _NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""
@@ -161,8 +166,11 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
     include = part.pop("include", [])
-    for below_it in reversed([include] if isinstance(include, str) else list(include)):
-        below = _read(below_it, path.parent, (*includers, path.resolve()))
+    names = list(include) if isinstance(include, list | ListConfig) else [include]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ConfigError(f"{path}: include: expected a path or a list of paths, got {wrong[0]!r}")
+    for name in reversed(names):
+        below = _read(name, path.parent, (*includers, path.resolve()))
         part = _merge(below, part)
     return part
 
@@ -188,6 +196,24 @@ def save(config: Mapping[str, Any], path: str | Path) -> None:
     """Write a config as YAML; :func:`load` reads it back unchanged."""
     with atomic_write(Path(path)) as partial:
         OmegaConf.save(OmegaConf.create(dict(config)), partial)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configs, by dotted key: both values, :data:`ABSENT` where there is none.
+
+    A target is equal to the same one by the name that its module had before.
+    """
+    flat, other = dict(_leaves(before)), dict(_leaves(after))
+    pairs = {key: (flat.get(key, ABSENT), other.get(key, ABSENT)) for key in flat | other}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old is not new and old != new}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _moved(value) if key == "target" else value
 
 
 def resolve_target(target: str) -> Any:
@@ -286,7 +312,7 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
     yield from unknown_keys(node, MODEL_KEYS if where == "model" else NODE_KEYS, f"{where}.")
     if where == "model":
         rate = node.get("base_learning_rate", 1e-4)
-        if not isinstance(rate, float | int) or isinstance(rate, bool) or rate <= 0:
+        if not isinstance(rate, float | int) or isinstance(rate, bool) or not 0 < rate < math.inf:
             yield f"model.base_learning_rate: expected a positive number, got {rate!r}"
     if not isinstance(node.get("target"), str):
         yield (f"{where}.target: missing" if "target" not in node else f"{where}.target: expected a dotted path")

@@ -18,6 +18,7 @@ __all__ = [
     "nearest",
     "printable",
     "safe_path",
+    "set_aside",
     "write_json",
 ]
 
@@ -26,6 +27,7 @@ __all__ = [
 def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write to; the file is moved to ``path`` at the end, or removed after an exception.
 
+    It is on the disk before it takes the place of an older one, because the machine may crash as well as the process.
     The temporary name ends with that of ``path``, so that libraries recognise its extension. It is a new one each
     time, so that several processes may write the same file at once.
 
@@ -36,6 +38,8 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
     partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name[-50:]}"
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -49,6 +53,11 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     """
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def set_aside(path: Path) -> str:
+    """Rename a file that can't be read to ``<name>.broken``, in place of an earlier one; returns the new name."""
+    return path.replace(path.with_name(f"{path.name}.broken")).name
 
 
 def check_folder(folder: Path) -> Path:

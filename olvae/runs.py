@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from olvae.config import ConfigError
+from olvae import config as cfg
+from olvae.config import Config, ConfigError
 from olvae.files import check_folder
 
-__all__ = ["Run", "check_name", "create", "open_run", "run_of"]
+__all__ = ["Run", "check_name", "config_of", "create", "open_run", "run_of"]
 
 
 @dataclass
@@ -24,6 +25,8 @@ class Run:
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.images = self.path / "images"
         self.metrics = self.path / "metrics.json"
+        self.finished = self.path / "finished.json"
+        self.lock = self.path / "lock.json"
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
@@ -63,19 +66,50 @@ def run_of(checkpoint: Path) -> Run | None:
 
 
 def open_run(path: str | Path) -> Run:
-    """Open a run folder that exists and can be continued.
+    """Open a run that exists and can be continued, by its folder or by its last checkpoint.
 
     Raises:
         FileNotFoundError: the folder, its config or its checkpoint is missing.
     """
     run = Run(Path(path))
     if run.path.is_file():
-        raise FileNotFoundError(f"{path}: this is a file: name its run folder")
+        around = Run(run.path.parent.parent)
+        if run.path != around.last_checkpoint:
+            other = run.path.parent == around.checkpoints
+            raise FileNotFoundError(
+                f"{path}: this is a file: name its run folder"
+                + (", or start a new run from these weights with --actual_resume" if other else "")
+            )
+        run = around
     if not run.path.is_dir():
         raise FileNotFoundError(f"{path}: no such run folder")
     for file in (run.config, run.last_checkpoint):
         if not file.is_file():
             raise FileNotFoundError(
-                f"{path}: not a run folder that can be continued: {file.relative_to(path)} is missing"
+                f"{run.path}: not a run folder that can be continued: {file.relative_to(run.path)} is missing"
+                + (f": {_without_config(run)}" if run.last_checkpoint.is_file() else "")
             )
     return run
+
+
+def config_of(run: Run) -> Config:
+    """The config of a run that is continued, with its section ``run``, the command's settings.
+
+    Raises:
+        ConfigError: the file is broken; the line says what to do instead.
+    """
+    try:
+        config = cfg.load([run.config])
+    except ConfigError as error:
+        raise ConfigError(f"{error.mistakes[0]}: {_without_config(run)}") from error
+    if missing := [section for section in ("model", "data", "run") if not isinstance(config.get(section), dict)]:
+        raise ConfigError(f"{run.config}: cut off, {missing[0]} is missing: {_without_config(run)}")
+    return config
+
+
+def _without_config(run: Run) -> str:
+    """What to do with a run that has no config any more."""
+    return (
+        "put a copy of that file back, or start a new run from its weights with --base CFG --actual_resume "
+        f"{run.last_checkpoint}"
+    )

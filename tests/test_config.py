@@ -80,6 +80,15 @@ def test_includes(tmp_path):
         load([top])
 
 
+@pytest.mark.parametrize(("include", "named"), [("5", "5"), ("[a.yaml, 5]", "5"), ("{a: 1}", "{'a': 1}"), ("", "None")])
+def test_includes_that_are_no_paths(tmp_path, include, named):
+    write(tmp_path / "a.yaml", "x: 1")
+    top = write(tmp_path / "top.yaml", f"include: {include}\ny: 1")
+    with pytest.raises(ConfigError) as caught:
+        load([top])
+    assert str(caught.value) == f"{top}: include: expected a path or a list of paths, got {named}"
+
+
 def test_save_and_load(tmp_path):
     config = tiny_config()
     save(config, tmp_path / "config.yaml")
@@ -174,6 +183,8 @@ def test_every_mistake_at_once():
         ("model.params.betas", [0.5, "x"], "betas: expected"),
         ("model.base_learning_rate", "fast", "expected a positive number"),
         ("model.base_learning_rate", -1.0, "expected a positive number"),
+        ("model.base_learning_rate", float("inf"), "expected a positive number, got inf"),
+        ("model.base_learning_rate", float("nan"), "expected a positive number, got nan"),
         ("model.params", [1], "expected a mapping of arguments"),
         ("model", "LiteVAE", "expected a node of target and params"),
         ("lightning", [1], "expected a mapping of trainer, callbacks"),

@@ -1,9 +1,10 @@
 import hashlib
 import json
+import os
 
 import pytest
 
-from olvae.files import atomic_write, check_folder, file_sha256, write_json
+from olvae.files import atomic_write, check_folder, file_sha256, set_aside, write_json
 
 
 def test_a_file_is_complete_or_as_it_was(tmp_path):
@@ -33,6 +34,31 @@ def test_the_temporary_file_has_the_extension_and_may_lie_elsewhere(tmp_path):
         partial.write_bytes(b"x")
     assert file_sha256(tmp_path / "a.png") == hashlib.sha256(b"x").hexdigest()
     assert not list((tmp_path / "drafts").iterdir())
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
+    """Flushed whole, in its own folder, while the old one is still there."""
+    (tmp_path / "a").write_text("old")
+    seen = []
+
+    def flush(descriptor: int) -> None:
+        (partial,) = tmp_path.glob(".partial-*")
+        assert os.fstat(descriptor).st_ino == partial.stat().st_ino
+        seen.append((partial.read_text(), (tmp_path / "a").read_text()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with atomic_write(tmp_path / "a") as partial:
+        partial.write_text("new")
+    assert seen == [("new", "old")]
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_what_is_set_aside_keeps_its_content(tmp_path):
+    for content in ("1", "2"):
+        (tmp_path / "a.json").write_text(content)
+        assert set_aside(tmp_path / "a.json") == "a.json.broken"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json.broken"]
+    assert (tmp_path / "a.json.broken").read_text() == "2"
 
 
 def test_a_missing_file_is_an_error(tmp_path):

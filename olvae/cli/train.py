@@ -34,6 +34,9 @@ def command(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The run's name; by default the first config file's.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Continue a run in its own folder.")] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="With --resume: other data, networks or losses than the run's own.")
+    ] = False,
     actual_resume: Annotated[
         Path | None,
         typer.Option("--actual_resume", "--actual-resume", metavar="CKPT", help="Start a new run from weights."),
@@ -74,6 +77,7 @@ def command(
         actual_resume=actual_resume,
         start_from=start_from,
         teacher=teacher,
+        allow_changes=allow_changes,
         by_script=Path(sys.argv[0]).name == "train.py",
     )
     try:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Decoder", "Encoder", "ShapesOnly", "Stage", "Steps", "count_macs", "count_parameters", "weights_checksum"]
+__all__ = [
+    "Decoder",
+    "Encoder",
+    "ShapesOnly",
+    "Stage",
+    "Steps",
+    "check_counts",
+    "count_macs",
+    "count_parameters",
+    "weights_checksum",
+]
 
 
 class Stage(NamedTuple):
@@ -81,6 +91,18 @@ class Decoder(_Network):
     def stages(self) -> list[Stage] | None:
         """The steps of ``forward``, to compute it in tiles; None if a step depends on the whole image."""
         return None
+
+
+def check_counts(least: int, **counts: int | Sequence[int]) -> None:
+    """Check numbers of channels, blocks or multiples, each one number or several.
+
+    Raises:
+        ValueError: one is below ``least``, or there is none where several are expected.
+    """
+    for name, value in counts.items():
+        given = [value] if isinstance(value, int) else list(value)
+        if not given or min(given) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value if isinstance(value, int) else given}")
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder
+from olvae.modules.base import Decoder, Encoder, check_counts
 
 __all__ = ["SDDecoder", "SDEncoder", "set_padding"]
 
@@ -42,6 +42,8 @@ class SDEncoder(Encoder):
         super().__init__()
         from diffusers.models.autoencoders import vae  # seconds, for this network only
 
+        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, channels=channels, channel_mult=channel_mult)
+        check_counts(0, num_res_blocks=num_res_blocks)
         self.latent_dim = latent_dim
         self.in_channels = in_channels
         self.downscale = 2 ** (len(channel_mult) - 1)
@@ -92,6 +94,8 @@ class SDDecoder(Decoder):
         super().__init__()
         from diffusers.models.autoencoders import vae  # seconds, for this network only
 
+        check_counts(1, z_channels=z_channels, out_channels=out_channels, channels=channels, channel_mult=channel_mult)
+        check_counts(0, num_res_blocks=num_res_blocks)
         self.z_channels = z_channels
         self.out_channels = out_channels
         self.upscale = 2 ** (len(channel_mult) - 1)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
+from olvae.files import atomic_write, set_aside, write_json
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -65,16 +67,18 @@ class KeepCheckpoints(Checkpoint):
         self._in_step = False
         self._warned = False
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run = _run(trainer)
+        if trainer.is_global_zero:
+            for folder in (run.checkpoints, run.images):
+                for partial in folder.glob(".partial-*"):  # of a run that was killed while it wrote
+                    partial.unlink()
+        self._best = self._best_before(run, trainer.is_global_zero)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         self._saved = self._kept = trainer.global_step
         self._images = pl_module.images_seen
-        if trainer.is_global_zero:
-            for partial in _run(trainer).checkpoints.glob(".partial-*"):  # of a run that was killed while it saved
-                partial.unlink()
-        note = _run(trainer).checkpoints / "best.json"
-        if note.is_file() and (before := json.loads(note.read_text()))["metric"] == self.best:
-            self._best = before["value"]  # of a run that is resumed
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -104,7 +108,8 @@ class KeepCheckpoints(Checkpoint):
         self._in_step = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.best is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        after_fit = trainer.state.fn != TrainerFn.FITTING
+        if self.best is None or trainer.sanity_checking or (after_fit and not _run(trainer).last_checkpoint.is_file()):
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
         values = pl_module.validation_values
@@ -113,6 +118,8 @@ class KeepCheckpoints(Checkpoint):
                 log.warning("no validation image could be read, so best.ckpt is not kept")
             self._warned = True
             return
+        if after_fit and self.best not in values:
+            return  # one of the weights as trained, which are validated while they are trained
         if self.best not in values:
             raise ValueError(
                 f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
@@ -123,7 +130,29 @@ class KeepCheckpoints(Checkpoint):
         if self._best is None or (value > self._best if higher else value < self._best):
             self._best = value
             note = {"metric": self.best, "value": value, "step": trainer.global_step}
-            self._save(trainer, pl_module, "best.ckpt", note)
+            if not after_fit:
+                self._save(trainer, pl_module, "best.ckpt", note)
+            elif trainer.is_global_zero:  # the model has one of two sets of weights, last.ckpt has both
+                _copy_last(_run(trainer), note)
+
+    def _best_before(self, run: Run, is_first: bool) -> float | None:
+        """The best value of a run that is resumed, of the same metric. A note that can't be read is set aside."""
+        note = run.checkpoints / "best.json"
+        if not note.is_file():
+            return None
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+            metric, value = before["metric"], float(before["value"])
+            if not math.isfinite(value):
+                raise ValueError("its value is not finite")
+        except (ValueError, KeyError, TypeError, OSError):
+            if is_first:
+                name = set_aside(note)
+                log.warning(
+                    "%s: cut off, or not readable: set aside as %s; the next validation replaces best.ckpt", note, name
+                )
+            return None
+        return value if metric == self.best else None
 
     def _save(
         self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
@@ -135,14 +164,31 @@ class KeepCheckpoints(Checkpoint):
 
 
 class SaveConfig(Callback):
-    """Writes the resolved config when training begins, so that a failed start changes nothing."""
+    """Writes the resolved config: a new run's when training begins, so that a failed start changes nothing; that of one
+    that is resumed after the first ``last.ckpt`` of its settings, so that config and checkpoint belong together.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    Args:
+        config: of the run.
+        run: its folder.
+    """
+
+    def __init__(self, config: Mapping[str, Any], run: Run) -> None:
         self.config = config
+        self.run = run
+        self._written = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            cfg.save(self.config, _run(trainer).config)
+        if trainer.is_global_zero and not self.run.config.exists():
+            self._write()
+
+    def on_saved(self, checkpoint: Path) -> None:
+        """A checkpoint is on the disk."""
+        if checkpoint.name == self.run.last_checkpoint.name and not self._written:
+            self._write()
+
+    def _write(self) -> None:
+        cfg.save(self.config, self.run.config)
+        self._written = True
 
 
 class ImageGrids(Callback):
@@ -188,7 +234,8 @@ class ImageGrids(Callback):
                 "decoded from N(0, I)": samples.cpu(),
             }
         )
-        grid.save(_run(trainer).images / f"step={step:08d}.png")
+        with atomic_write(_run(trainer).images / f"step={step:08d}.png") as partial:
+            grid.save(partial)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
@@ -329,6 +376,14 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self.asked = True
         Console(stderr=True).print("stopping after this step, with a checkpoint; once more to stop at once")
+
+
+def _copy_last(run: Run, note: Mapping[str, Any]) -> None:
+    """Let the last weights be the best ones, too."""
+    best = run.checkpoints / "best.ckpt"
+    with atomic_write(best) as partial:
+        shutil.copyfile(run.last_checkpoint, partial)
+    write_json(note, best.with_suffix(".json"))
 
 
 def _run(trainer: pl.Trainer) -> Run:

@@ -12,9 +12,9 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch.distributed.constants import default_pg_timeout
 
 from olvae.config import ConfigError
-from olvae.devices import join, srun_environment
+from olvae.devices import join, local_rank, srun_environment
 
-__all__ = ["check_launcher", "cluster", "find_launcher", "meet", "process_count"]
+__all__ = ["check_launcher", "cluster", "find_launcher", "is_first", "meet", "process_count"]
 
 
 def find_launcher() -> ClusterEnvironment | None:
@@ -22,6 +22,12 @@ def find_launcher() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():  # also where srun starts one torchrun on each node
         return TorchElasticEnvironment()
     return srun_environment()
+
+
+def is_first() -> bool:
+    """Whether this is the first process of all, known before they meet."""
+    launcher = find_launcher()
+    return launcher.global_rank() == 0 if launcher is not None else local_rank() == 0
 
 
 def cluster() -> list[ClusterEnvironment]:

@@ -1,5 +1,6 @@
 """What training prints: the summary before, the progress bar, and where the results are; and the curves."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -32,7 +33,16 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs, count_parameters
 from olvae.runs import Run
 
-__all__ = ["Clock", "StatusColumn", "StepProgress", "draw_curves", "print_ending", "print_summary"]
+__all__ = [
+    "Clock",
+    "StatusColumn",
+    "StepProgress",
+    "draw_curves",
+    "is_finished",
+    "print_ending",
+    "print_finished",
+    "print_summary",
+]
 
 
 LONG_WAIT_S = 2.0
@@ -262,10 +272,28 @@ def print_summary(
 
 def print_ending(run: Run, trainer: pl.Trainer, by_script: bool) -> None:
     """Draw the curves, and print where the results are and what to run next; ``by_script``: with train.py."""
+    stopped = trainer.global_step < trainer.max_steps
+    _print_places(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps", stopped, by_script)
+
+
+def is_finished(run: Run, steps: int) -> bool:
+    """Whether training has done everything after this many steps: validation, curves, the best weights."""
+    try:
+        note = json.loads(run.finished.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(note, dict) and note.get("steps") == steps
+
+
+def print_finished(run: Run, steps: int, by_script: bool) -> None:
+    """As :func:`print_ending`, for a run that was finished before."""
+    _print_places(run, f"this run has had its {steps} steps, and nothing is left to do", False, by_script)
+
+
+def _print_places(run: Run, title: str, stopped: bool, by_script: bool) -> None:
     curves = draw_curves(run)
     console = Console(stderr=True)
-    stopped = trainer.global_step < trainer.max_steps
-    console.print(f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps", highlight=False)
+    console.print(title, highlight=False)
     places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images, "curves": curves}
     for name, place in places.items():
         if place is not None and place.exists():

@@ -22,6 +22,7 @@ from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_w
 from olvae.config import Config, ConfigError
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
+from olvae.files import write_json
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.footprint import advice, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -35,7 +36,9 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
-from olvae.training.launch import check_launcher, cluster, find_launcher, meet, process_count
+from olvae.training.changes import check_changes, print_changes
+from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count
+from olvae.training.lock import RunLock
 from olvae.training.origin import (
     Found,
     check_teacher,
@@ -44,7 +47,7 @@ from olvae.training.origin import (
     start_from,
     untrained_half,
 )
-from olvae.training.progress import StepProgress, print_ending, print_summary
+from olvae.training.progress import StepProgress, is_finished, print_ending, print_finished, print_summary
 from olvae.training.saving import BackgroundCheckpointIO
 
 __all__ = [
@@ -78,6 +81,8 @@ class TrainOptions:
     start_from: str | None = None
     """``--from``: an autoencoder whose networks and weights the run starts from."""
     teacher: str | None = None
+    allow_changes: bool = False
+    """``--allow-changes``: a resumed run may get other data, networks and losses."""
     by_script: bool = False
     """Started as ``python train.py``: hints on what to run next name the scripts."""
 
@@ -95,6 +100,11 @@ def train(options: TrainOptions) -> runs.Run:
         TrainingStopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
+    with RunLock() as lock:
+        return _train(options, lock)
+
+
+def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     resumed = runs.open_run(options.resume) if options.resume is not None else None
     starts = {
         "--resume continues a run": options.resume,
@@ -105,8 +115,19 @@ def train(options: TrainOptions) -> runs.Run:
         raise ConfigError(f"{', '.join(given)}: give one of them")
     if resumed is None and not options.base:
         raise ConfigError("--base names the config to train, as in --base demo")
+    own: Config | None = None
+    if resumed is not None:
+        _take(lock, resumed)
+        own = runs.config_of(resumed)
+    elif options.allow_changes:
+        raise ConfigError("--allow-changes is for --resume: leave it out")
     config, found = _config(options, resumed)
     settings = _settings(options, config, resumed, found)
+    if own is not None:
+        if is_first():
+            print_changes(own, config, settings)
+        if not options.allow_changes:
+            check_changes(own, config, settings)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
     processes = process_count(trainer_args)
@@ -138,24 +159,38 @@ def train(options: TrainOptions) -> runs.Run:
         config["model"]["params"].update(model.for_diffusion)
 
     trainer_args = _steps(trainer_args, source, model)
-    if resumed is not None and done >= trainer_args["max_steps"]:
+    last_step = trainer_args["max_steps"]
+    is_over = resumed is not None and done == last_step
+    if done > last_step:
         raise ConfigError(
-            f"--resume: this run is already at max_steps = {done}: to continue it, set more, as in "
+            f"--resume: this run has had {done} steps, and max_steps is {last_step}: to continue it, set more, as in "
             f"lightning.trainer.max_steps={2 * done}"
         )
+    if is_over and options.allow_changes:
+        raise ConfigError(
+            f"--allow-changes: this run has had its {done} steps, and would not train with other settings: set more "
+            f"steps, as in lightning.trainer.max_steps={2 * done}"
+        )
+    if resumed is not None and is_over and is_finished(resumed, done):
+        if is_first():
+            print_finished(resumed, done, options.by_script)
+        return resumed
     source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
-    run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings)
+    run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings, lock)
     stop = GracefulStop()
     try:
-        trainer = _trainer(
-            run, precision, trainer_args, config, [stop, UnreadableLimit(), SaveConfig({**config, "run": settings})]
-        )
+        save_config = SaveConfig({**config, "run": settings}, run)
+        trainer = _trainer(run, precision, trainer_args, config, save_config, [stop, UnreadableLimit()])
         print_summary(settings, run, trainer, model, source, start)
+        if is_over and trainer.is_global_zero:
+            Console(stderr=True).print(
+                f"this run has had its {done} steps: what is left is to validate them", highlight=False
+            )
         device = trainer.strategy.root_device
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -169,6 +204,8 @@ def train(options: TrainOptions) -> runs.Run:
             ckpt_path=str(run.last_checkpoint) if resumed is not None else None,
             weights_only=True,
         )
+        if is_over:  # fit has only restored it; what the checkpoint has as state_dict is validated, an average perhaps
+            model.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
         if not stop.agreed and model.validated_at != trainer.global_step:  # the last step is off the interval
             trainer.validate(model, source.val_loader(), verbose=False)
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
@@ -179,6 +216,8 @@ def train(options: TrainOptions) -> runs.Run:
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
         print_ending(run, trainer, options.by_script)
+        if not stop.agreed:
+            write_json({"steps": trainer.global_step}, run.finished)
     if stop.agreed:
         raise TrainingStopped  # so that the caller, Python or make, does not go on to the next command
     return run
@@ -245,7 +284,10 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
             extra[key] = value
     if "base_learning_rate" in node:
         extra["learning_rate"] = node["base_learning_rate"]
-    model = cfg.instantiate(node, **extra)
+    try:
+        model = cfg.instantiate(node, **extra)
+    except ValueError as error:  # a constructor's: the config is what it was given
+        raise ConfigError(str(error)) from error
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
     _ = model.objective  # raises if the config is for inference only
@@ -318,10 +360,15 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
 
 
 def _trainer(
-    run: runs.Run, precision: str, trainer_args: Config, config: Config, ours: Sequence[pl.Callback]
+    run: runs.Run,
+    precision: str,
+    trainer_args: Config,
+    config: Config,
+    save_config: SaveConfig,
+    ours: Sequence[pl.Callback],
 ) -> pl.Trainer:
     nodes = (config.get("lightning") or {}).get("callbacks") or {}
-    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours]
+    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours, save_config]
     for default in (KeepCheckpoints, ImageGrids, FiniteLoss, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
@@ -331,7 +378,7 @@ def _trainer(
         "benchmark": trainer_args["accelerator"] != "cpu",  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(), *cluster()],
+        "plugins": [BackgroundCheckpointIO(save_config.on_saved), *cluster()],
         **trainer_args,
         "precision": precision,
         "callbacks": callbacks,
@@ -342,8 +389,24 @@ def _trainer(
     return pl.Trainer(**settings)
 
 
-def _new_run(logdir: str | Path, settings: Config) -> tuple[runs.Run, bool]:
-    """Make the run folder in the first process of all, and pass its path to the others.
+def _take(lock: RunLock, run: runs.Run) -> None:
+    """Lock a run that is resumed, in the first process of all; the others learn whether it could."""
+    refusal: list[str | None] = [None]
+    if is_first():
+        try:
+            lock.take(run)
+        except (ConfigError, OSError) as error:
+            refusal = [str(error)]
+    if meet()[1] > 1:
+        dist.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise ConfigError(refusal[0])
+
+
+def _new_run(logdir: str | Path, settings: Config, lock: RunLock) -> tuple[runs.Run, bool]:
+    """Make the run folder in the first process of all, lock it, and pass its path to the others.
 
     Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run
     already, and get the path through the process group.
@@ -354,7 +417,11 @@ def _new_run(logdir: str | Path, settings: Config) -> tuple[runs.Run, bool]:
     if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and find_launcher() is None:
         return runs.Run(Path(os.environ[RUN_ENV])), False
     rank, processes = meet()
-    path = [str(runs.create(logdir, settings["name"], settings["precision"]).path) if rank == 0 else ""]
+    path = [""]
+    if rank == 0:
+        run = runs.create(logdir, settings["name"], settings["precision"])
+        lock.take(run)
+        path = [str(run.path)]
     if processes > 1:
         dist.broadcast_object_list(path)
     os.environ[RUN_ENV] = path[0]

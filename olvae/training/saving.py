@@ -1,8 +1,8 @@
 """Checkpoints that are written while training goes on."""
 
 import logging
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,9 +24,13 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     A file appears complete or not at all. A second save waits for the first, so that there is one copy at most. An
     error in the thread is raised by the next save, or by :meth:`teardown`, which Lightning calls at the end of training
     and after an exception.
+
+    Args:
+        on_saved: called in the thread with the path of each checkpoint that is on the disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_saved: Callable[[Path], None] | None = None) -> None:
+        self._on_saved = on_saved
         self._thread: Thread | None = None
         self._error: OSError | None = None
 
@@ -77,10 +81,10 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(path) as partial:
                 torch.save(checkpoint, partial)
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())  # before the old file is replaced: the machine may crash as well
             if note is not None:
                 write_json(note, path.with_suffix(".json"))
+            if self._on_saved is not None:
+                self._on_saved(path)
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._error = OSError(f"{path}: the checkpoint could not be written: {reason}")

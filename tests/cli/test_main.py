@@ -149,6 +149,16 @@ def test_validate_memory(olvae, config, tmp_path):
         (["train", "--base", "configs/demo.yaml", "--seed", "x"], 2, "--seed"),
         (["train", "--base", "configs/demo.yaml", "--lgdir", "x"], 2, "No such option"),
         (["train", "--base", "configs/demo.yaml", "data.params.size=60"], 2, "use 56 or 64"),
+        (["train", "--base", "configs/demo.yaml", "model.base_learning_rate=.inf"], 2, "a positive number, got inf"),
+        *(
+            (["train", "--base", "configs/demo.yaml", f"model.params.{half}.params.{count}"], 2, "must be at least")
+            for half, count in (
+                ("encoder_config", "extractor_mult=[1, -1]"),
+                ("encoder_config", "aggregate_resblocks=-1"),
+                ("decoder_config", "channel_mult=[1, 1, 1, -1]"),
+                ("decoder_config", "channels=0"),
+            )
+        ),
         (["train", "--base", "configs/demo.yaml", "data.params.batch_size=6000"], 1, "larger than the data"),
         (["train", "--base", "configs/demo.yaml", "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
         (["evaluate", "missing"], 1, "a target is a run folder"),

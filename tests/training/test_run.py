@@ -418,7 +418,7 @@ def test_weights_of_another_model(go, tmp_path):
     with pytest.raises(ValueError, match="of another model"):
         go("model.params.decoder_config.params.channels=16", actual_resume=run.last_checkpoint)
     with pytest.raises(ValueError, match="of another model"):
-        go("model.params.decoder_config.params.channels=16", resume=run.path)
+        go("model.params.decoder_config.params.channels=16", resume=run.path, allow_changes=True)
     with pytest.raises(ConfigError, match="give one of them"):
         go(resume=run.path, actual_resume=run.last_checkpoint)
     run.last_checkpoint.write_bytes(run.last_checkpoint.read_bytes()[:1000])
@@ -529,14 +529,6 @@ def test_processes_of_torchrun_that_would_not_train_together_are_refused(go, tmp
     with pytest.raises(ConfigError, match=r"torchrun started 2 processes, but .* name 1 device: set --gpus 2, or"):
         go()
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_run_that_is_done_says_so(go):
-    run = go("lightning.trainer.max_steps=2", "model.params.use_ema=true")
-    before = run.last_checkpoint.read_bytes()
-    with pytest.raises(ConfigError, match=r"already at max_steps = 2: .*max_steps=4"):
-        go(resume=run.path)
-    assert run.last_checkpoint.read_bytes() == before
 
 
 PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Stage
+from olvae.modules.base import Decoder, Stage, check_counts
 from olvae.modules.litevae.smc import SMC
 from olvae.modules.litevae.unet import GroupNorm, PreActivationBlock
 from olvae.modules.wavelet import idwt2
@@ -106,6 +106,8 @@ class LiteVAE_Decoder(Decoder):
             raise ValueError(f"output must be image or wavelet, got {output!r}")
         if output == "wavelet" and len(channel_mult) < 2:
             raise ValueError("wavelet output replaces an upsampling: channel_mult needs two entries or more")
+        check_counts(1, channels=channels, z_channels=z_channels, out_channels=out_channels, channel_mult=channel_mult)
+        check_counts(0, num_res_blocks=num_res_blocks)
         pre_activation = variant != "open_litevae"
         self.variant = variant
         self.z_channels = z_channels

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Encoder
+from olvae.modules.base import Encoder, check_counts
 from olvae.modules.distributions import LOGVAR_RANGE
 from olvae.modules.litevae.unet import OpenUNet, PaperUNet
 from olvae.modules.wavelet import wavedec2
@@ -99,6 +99,10 @@ class LiteVAE_Encoder(Encoder):
                 "aggregate_resblocks": aggregate_resblocks,
             },
         )
+        blocks = {name: count for name, count in widths._asdict().items() if name.endswith("resblocks")}
+        channels = {name: count for name, count in widths._asdict().items() if name not in blocks}
+        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, **channels)
+        check_counts(0, **blocks)
         self.in_channels = in_channels
         self.latent_dim = latent_dim
         self.levels = dct_levels

@@ -1,0 +1,308 @@
+"""Runs that are continued after a kill, by another process, or with other settings, through the command."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from olvae.cli.main import main
+from olvae.config import load, save
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.runs import Run
+from olvae.training import run as training
+from olvae.training.saving import BackgroundCheckpointIO
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def olvae_train(capfd, monkeypatch, tmp_path, quick_training) -> Callable[..., tuple[int, str]]:
+    """Run ``olvae train`` on the CPU; returns exit code and standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.delenv(training.RUN_ENV, raising=False)
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", "--logdir", str(tmp_path / "runs"), "--gpus", "0", *map(str, arguments)])
+        return leaving.value.code, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def trained(olvae_train, tmp_path, image_folder) -> Run:
+    """A run of two steps, validated after each."""
+    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    short = ("lightning.trainer.max_steps=2", "lightning.trainer.val_check_interval=1")
+    code, err = olvae_train("--base", tmp_path / "tiny.yaml", *short)
+    assert code == 0, err
+    (path,) = (tmp_path / "runs").iterdir()
+    return Run(path)
+
+
+def checkpoint(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def steps(run: Run) -> int:
+    return checkpoint(run.last_checkpoint)["global_step"]
+
+
+@pytest.mark.parametrize("content", ["", '{"metric": "val/psnr", "value": NaN}'])
+def test_a_broken_note_of_the_best_weights_is_set_aside(olvae_train, trained, content, caplog):
+    note = trained.checkpoints / "best.json"
+    note.write_text(content)
+    code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{note}: cut off, or not readable: set aside as best.json.broken")
+    assert note.with_name("best.json.broken").read_text() == content
+    assert json.loads(note.read_text())["step"] == 3
+
+
+def test_a_broken_config_is_one_line_that_says_what_to_do(olvae_train, trained):
+    whole = trained.config.read_text()
+    remedy = f"start a new run from its weights with --base CFG --actual_resume {trained.last_checkpoint}"
+    for content in ("", whole[: len(whole) // 2], whole[: whole.index("\nrun:")], "model: [", "\0\0\0"):
+        trained.config.write_text(content)
+        code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3")
+        assert code == 2
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: {trained.config}: ")
+        assert line.endswith(remedy)
+    trained.config.unlink()
+    code, err = olvae_train("--resume", trained.path)
+    assert code == 1
+    assert err.endswith(f"config.yaml is missing: put a copy of that file back, or {remedy}\n")
+    assert steps(trained) == 2
+
+
+def test_every_file_of_a_run_is_written_whole(olvae_train, tmp_path, image_folder, monkeypatch):
+    """Each is renamed into its place, from a file beside it that was flushed before; but for TensorBoard's own."""
+    placed, flushed = set(), []
+    replace, fsync = Path.replace, os.fsync
+
+    def move(self: Path, target: Path) -> Path:
+        assert self.parent == Path(target).parent
+        assert self.stat().st_ino in flushed
+        placed.add(Path(target))
+        return replace(self, target)
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(Path, "replace", move)
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    code, err = olvae_train("--base", tmp_path / "tiny.yaml", "lightning.trainer.max_steps=1")
+    assert code == 0, err
+    (path,) = (tmp_path / "runs").iterdir()
+    files = {file for file in path.rglob("*") if file.is_file() and "tfevents" not in file.name}
+    whole = {file for file in placed if path in file.parents}
+    assert {file.name for file in whole} >= {"config.yaml", "best.json", "best.ckpt", "last.ckpt", "step=00000001.png"}
+    assert {file.name for file in files - whole} <= {"hparams.yaml", "curves.png"}  # TensorBoard's; drawn by a stub
+
+
+def psnr_at(run: Run) -> dict[int, float]:
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("val/psnr")}
+
+
+@pytest.mark.parametrize("interval", [2, 3])  # the last step, 4, is on it; and off it
+def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, image_folder, monkeypatch, interval):
+    """Its validation, picture, best weights and curves are those of a run that nobody killed; then nothing is left."""
+    save(tiny_config(image_folder, use_ema=True, ema_decay=0.5), tmp_path / "tiny.yaml")
+    start = ("--base", tmp_path / "tiny.yaml", f"lightning.trainer.val_check_interval={interval}")
+    whole, killed = (Run(tmp_path / name) for name in ("whole", "killed"))
+    assert olvae_train(*start)[0] == 0
+    next((tmp_path / "runs").iterdir()).rename(whole.path)
+
+    class Killed(BaseException):
+        pass
+
+    begin = LiteAutoencoderKL.on_validation_epoch_start
+
+    def kill(self: LiteAutoencoderKL) -> None:
+        if self.global_step == 4:
+            raise Killed
+        begin(self)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "on_validation_epoch_start", kill)
+    with pytest.raises(Killed):
+        main(["train", "--logdir", str(tmp_path / "runs"), "--gpus", "0", *map(str, start)])
+    monkeypatch.setattr(LiteAutoencoderKL, "on_validation_epoch_start", begin)
+    next((tmp_path / "runs").iterdir()).rename(killed.path)
+    assert not killed.finished.exists()
+    assert 4 not in psnr_at(killed)
+
+    code, err = olvae_train("--resume", killed.path)
+    assert code == 0, err
+    assert "this run has had its 4 steps: what is left is to validate them" in err
+    assert "done after 4 steps" in err
+    assert psnr_at(killed) == psnr_at(whole)
+    names = [f"images/step={step:08d}.png" for step in (interval, 4)]
+    for name in names:
+        assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    notes = [json.loads((run.checkpoints / "best.json").read_text()) for run in (killed, whole)]
+    assert notes[0] == notes[1]
+    values = psnr_at(whole)
+    assert notes[0]["step"] == max(values, key=values.__getitem__)
+    for part in ("state_dict", "current_model_state"):
+        for file in ("best.ckpt", "last.ckpt"):
+            one, other = (checkpoint(run.checkpoints / file)[part] for run in (killed, whole))
+            assert all(torch.equal(one[name], other[name]) for name in one | other), file
+    assert (killed.images / "curves.png").is_file()
+
+    (killed.images / "curves.png").unlink()
+    before = killed.last_checkpoint.read_bytes()
+    code, err = olvae_train("--resume", killed.path)
+    assert code == 0, err
+    assert err.startswith("this run has had its 4 steps, and nothing is left to do\n")
+    assert (killed.images / "curves.png").is_file()
+    code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
+    assert code == 2
+    assert killed.last_checkpoint.read_bytes() == before
+    assert "this run has had 4 steps, and max_steps is 3: to continue it, set more" in err
+
+
+def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, monkeypatch, caplog):
+    """A --resume beside it is refused; after a kill the next one has the run, until Ctrl-C."""
+    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    keep = "lightning.callbacks.keep"
+    often = (f"{keep}.target=olvae.training.callbacks.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
+    arguments = ("--base", tmp_path / "tiny.yaml", "lightning.trainer.max_steps=100000", *often)
+    first = multiprocessing.get_context("fork").Process(target=olvae_train, args=arguments)
+    first.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (saved := [*tmp_path.glob("runs/*/checkpoints/last.ckpt")]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run = Run(saved[0].parent.parent)
+        assert json.loads(run.lock.read_text())["pid"] == first.pid
+        code, err = olvae_train("--resume", run.path)
+    finally:
+        first.kill()
+        first.join()
+    assert code == 2
+    last = err.splitlines()[-1]  # after those of the first one
+    assert last.startswith(
+        f"error: {run.path}: is being trained by process {first.pid} on {socket.gethostname()}, since"
+    )
+    assert run.lock.exists()
+
+    step = LiteAutoencoderKL.training_step
+
+    def interrupt(self, batch, batch_idx):
+        assert json.loads(run.lock.read_text())["pid"] == os.getpid()
+        signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", interrupt)
+    before = steps(run)
+    code, err = olvae_train("--resume", run.path)
+    assert code == 130
+    assert steps(run) == before + 1
+    (line,) = caplog.messages
+    assert line.startswith(f"{run.path}: the lock of process {first.pid} on ")
+    assert line.endswith("was left when that process was killed, and is taken over")
+    assert not run.lock.exists()
+
+
+def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, trained, tmp_path):
+    """By the flags, a config file and overrides; the config then is the new one. The checkpoint names the run."""
+    save({"model": {"base_learning_rate": 1e-3, "params": {"use_ema": False}}}, tmp_path / "more.yaml")
+    before = load([trained.config])
+    overrides = ("lightning.trainer.max_steps=3", "model.base_learning_rate=0.002", "data.params.num_workers=0")
+    code, err = olvae_train(
+        "--resume", trained.last_checkpoint, "--base", tmp_path / "more.yaml", "--seed", 3, *overrides
+    )
+    assert code == 0, err
+    assert err.splitlines()[:6] == [
+        "settings that differ from the run's own:",
+        "  model.base_learning_rate: 0.001 -> 0.002",
+        "  lightning.trainer.max_steps: 2 -> 3",
+        "  run.seed: 0 -> 3",
+        "  model.params.use_ema: not set -> false",
+        "  data.params.num_workers: not set -> 0",
+    ]
+    after = load([trained.config])
+    assert after["model"]["base_learning_rate"] == 0.002
+    assert after["run"] == {**before["run"], "seed": 3}
+    assert steps(trained) == 3
+
+    code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=4")
+    assert err.splitlines()[:2] == [
+        "settings that differ from the run's own:",
+        "  lightning.trainer.max_steps: 3 -> 4",
+    ]
+    assert not err.splitlines()[2].startswith("  ")
+
+
+def test_other_data_networks_and_losses_need_a_flag(olvae_train, trained, tmp_path, image_folder):
+    """Refused without it, nothing changes; with it, the config changes with the first checkpoint, not before."""
+    others = tmp_path / "others"
+    shutil.copytree(image_folder, others)
+    before, more = trained.config.read_bytes(), "lightning.trainer.max_steps=3"
+    for override, line in (
+        (f"data.params.root={others}", f"  data.params.root: {image_folder} -> {others}"),
+        ("model.params.embed_dim=8", "  model.params.embed_dim: 4 -> 8"),
+        (
+            "model.params.lossconfig.params.kl_weight=0.5",
+            "  model.params.lossconfig.params.kl_weight: not set -> 0.5",
+        ),
+    ):
+        code, err = olvae_train("--resume", trained.path, more, override)
+        assert code == 2
+        assert line in err.splitlines()
+        key = override.partition("=")[0]
+        assert err.splitlines()[-1].startswith(f"error: --resume: {key}: the run would go on with other data, networks")
+        assert err.splitlines()[-1].endswith("add --allow-changes")
+    assert trained.config.read_bytes() == before
+    assert not trained.lock.exists()
+
+    changed = ("--resume", trained.path, "--allow-changes", f"data.params.root={others}")
+    code, err = olvae_train(*changed)
+    assert code == 2
+    assert "this run has had its 2 steps, and would not train with other settings" in err
+    shutil.rmtree(others / "class0")
+    (others / "class1" / "1.png").write_bytes(b"")
+    strict = "data.params.max_unreadable=0"
+    code, err = olvae_train(*changed, strict, "lightning.trainer.max_steps=9")
+    assert code == 1
+    assert (trained.config.read_bytes() == before) == (steps(trained) == 2), err
+
+    code, err = olvae_train(*changed, "data.params.max_unreadable=0.5", more)
+    assert code == 0, err
+    assert load([trained.config])["data"]["params"]["root"] == str(others)
+    assert steps(trained) == 3
+    code, err = olvae_train("--base", tmp_path / "tiny.yaml", "--allow-changes")
+    assert (code, err) == (2, "error: --allow-changes is for --resume: leave it out\n")
+
+
+def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train, trained, monkeypatch):
+    before = trained.config.read_text()
+    seen = []
+    write = BackgroundCheckpointIO._write
+
+    def look(self, checkpoint: dict, file: Path, note: dict | None) -> None:
+        before_it = trained.config.read_text()
+        write(self, checkpoint, file, note)
+        seen.append((file.name, before_it == before, trained.config.read_text() == before, checkpoint["global_step"]))
+
+    monkeypatch.setattr(BackgroundCheckpointIO, "_write", look)
+    code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3", "model.base_learning_rate=0.002")
+    assert code == 0, err
+    first = next(i for i, (name, *_) in enumerate(seen) if name == "last.ckpt")
+    assert seen[first] == ("last.ckpt", True, False, 3)
+    assert all(unchanged for _, unchanged, *_ in seen[:first])
