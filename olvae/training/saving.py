@@ -18,12 +18,16 @@ __all__ = ["BackgroundCheckpointIO"]
 log = logging.getLogger("olvae.training")
 
 
+AT_ONCE = 2
+"""Copies of checkpoints in host memory."""
+
+
 class BackgroundCheckpointIO(TorchCheckpointIO):
     """Copies a checkpoint to host memory, and writes the copy to disk in a thread.
 
-    A file appears complete or not at all. A second save waits for the first, so that there is one copy at most. An
-    error in the thread is raised by the next save, or by :meth:`teardown`, which Lightning calls at the end of training
-    and after an exception.
+    A file appears complete or not at all. Files are written in the order of the saves, two of which may be under way:
+    the last and the best of one step; a third waits. An error in the thread is raised by a later save, or by
+    :meth:`teardown`, which Lightning calls at the end of training and after an exception.
 
     Args:
         on_saved: called in the thread with the path of each checkpoint that is on the disk.
@@ -31,7 +35,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, on_saved: Callable[[Path], None] | None = None) -> None:
         self._on_saved = on_saved
-        self._thread: Thread | None = None
+        self._threads: list[Thread] = []
         self._error: OSError | None = None
 
     def save_checkpoint(
@@ -45,15 +49,16 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             storage_options: written in JSON beside the checkpoint, once it is complete: a.json for a.ckpt.
 
         Raises:
-            OSError: the checkpoint before this one could not be written; the message has its path.
+            OSError: a checkpoint before this one could not be written; the message has its path.
         """
-        self.wait()
+        self._wait(AT_ONCE - 1)
         copied = _on_host(checkpoint)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        thread = Thread(target=self._write, args=(copied, Path(path), storage_options), name="checkpoint")
+        before = self._threads[-1] if self._threads else None
+        thread = Thread(target=self._write, args=(before, copied, Path(path), storage_options), name="checkpoint")
         thread.start()
-        self._thread = thread
+        self._threads.append(thread)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -61,9 +66,13 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._wait(0)
+
+    def _wait(self, left: int) -> None:
+        """Wait until no more than so many are under way."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        while len(self._threads) > left:
+            self._threads.pop(0).join()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -77,7 +86,11 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
                 raise
             log.error("%s", error)
 
-    def _write(self, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None) -> None:
+    def _write(
+        self, before: Thread | None, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None
+    ) -> None:
+        if before is not None:
+            before.join()
         try:
             with atomic_write(path) as partial:
                 torch.save(checkpoint, partial)

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from types import SimpleNamespace
 
 import pytest
@@ -71,7 +71,7 @@ def test_what_is_saved_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
 
 
 def test_saves_keep_their_order(tmp_path, monkeypatch):
-    """The second waits for the first; the note comes after its checkpoint."""
+    """Each file is written after the one before; the note comes after its checkpoint."""
     saving, seen = BackgroundCheckpointIO(), []
 
     def record(value: object, path: Path) -> None:
@@ -87,6 +87,26 @@ def test_saves_keep_their_order(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 3}
 
 
+def test_two_saves_of_one_step_wait_for_nothing_and_a_third_does(tmp_path, monkeypatch):
+    may_write, saving = Event(), BackgroundCheckpointIO()
+
+    def slow(value: object, path: Path) -> None:
+        assert may_write.wait(60)
+        SAVE(value, path)
+
+    monkeypatch.setattr(torch, "save", slow)
+    for name in ("last", "best"):
+        saving.save_checkpoint(content(1.0), tmp_path / f"{name}.ckpt")
+    assert not list(tmp_path.iterdir())
+    Timer(0.2, may_write.set).start()
+    saving.save_checkpoint(content(2.0), tmp_path / "last.ckpt")
+    assert may_write.is_set()
+    assert (tmp_path / "last.ckpt").is_file()
+    saving.wait()
+    assert torch.equal(load(tmp_path / "last.ckpt")["state_dict"]["a"], torch.full((3, 2), 2.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
 @pytest.mark.parametrize("at_the_end", [True, False])
 def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, at_the_end):
     saving, path = BackgroundCheckpointIO(), tmp_path / "best.ckpt"
@@ -95,7 +115,10 @@ def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, a
     monkeypatch.setattr(torch, "save", half_a_file(full_disk))
     saving.save_checkpoint(content(2.0), path, storage_options={"step": 2})
     with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written: .*No space left") as caught:
-        saving.teardown() if at_the_end else saving.save_checkpoint(content(3.0), path)
+        if at_the_end:
+            saving.teardown()
+        saving._threads[-1].join()
+        saving.save_checkpoint(content(3.0), path)
     assert str(tmp_path) in str(caught.value)
     saving.teardown()  # told once
     assert torch.equal(load(path)["state_dict"]["a"], torch.ones(3, 2))
