@@ -114,11 +114,9 @@ def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, a
     saving.wait()
     monkeypatch.setattr(torch, "save", half_a_file(full_disk))
     saving.save_checkpoint(content(2.0), path, storage_options={"step": 2})
+    saving._threads[-1].join()
     with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written: .*No space left") as caught:
-        if at_the_end:
-            saving.teardown()
-        saving._threads[-1].join()
-        saving.save_checkpoint(content(3.0), path)
+        saving.teardown() if at_the_end else saving.save_checkpoint(content(3.0), path)
     assert str(tmp_path) in str(caught.value)
     saving.teardown()  # told once
     assert torch.equal(load(path)["state_dict"]["a"], torch.ones(3, 2))
