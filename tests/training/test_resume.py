@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -295,9 +296,9 @@ def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train
     seen = []
     write = BackgroundCheckpointIO._write
 
-    def look(self, checkpoint: dict, file: Path, note: dict | None) -> None:
+    def look(self, earlier: Thread | None, checkpoint: dict, file: Path, note: dict | None) -> None:
         before_it = trained.config.read_text()
-        write(self, checkpoint, file, note)
+        write(self, earlier, checkpoint, file, note)
         seen.append((file.name, before_it == before, trained.config.read_text() == before, checkpoint["global_step"]))
 
     monkeypatch.setattr(BackgroundCheckpointIO, "_write", look)
