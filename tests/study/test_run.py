@@ -82,7 +82,7 @@ def test_a_row_for_real_stopped_and_continued(tmp_path):
     row = Row("a", "latent", ("model.params.lossconfig.params.wavelet_weight=0.5",), 4, rate_of=None, sizes=(64,))
     study = Study(corpus, tmp_path / "out", [row])
     study._train(row, None, 2)  # as if stopped: the next goes on in this run, whose last step is the second
-    found = study.run_row(row._replace(steps=2))
+    found = study.run_one(row._replace(steps=2))
     assert found["sizes"]["64"]["images"] == 4
     assert found["images"] == 16
     assert found["frechet_lite0"] > 1
