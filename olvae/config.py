@@ -443,8 +443,9 @@ def _nearest_file(path: Path, name: str | Path) -> str:
 
 def nearest_recipes(name: str | Path) -> str:
     """For a message on a name that no recipe has: those that are like it, by the whole name or its last part."""
-    names = {recipe.rpartition("/")[2].lower(): recipe for recipe in recipes()}
-    names |= {recipe.lower(): recipe for recipe in recipes()}
+    known = recipes()
+    names = {recipe.rpartition("/")[2].lower(): recipe for recipe in known}
+    names |= {recipe.lower(): recipe for recipe in known}
     asked = Path(name).as_posix().removeprefix(f"{CHECKOUT}/").removesuffix(".yaml").lower()
     close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
     return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"

@@ -8,14 +8,8 @@ __all__ = ["NETWORKS", "QUESTIONS", "RECIPE", "Diffusion", "Row", "diffusions", 
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
-QUESTIONS = {
-    "encoder": "LiteVAE against the SD-VAE",
-    "objective": "The objective, one term off at a time",
-    "discriminator": "Phase B's discriminators",
-    "latent": "Channels of the latent",
-    "scale": "Scale dependency: SMC against GroupNorm",
-    "diffusion": "Diffusability",
-}
+QUESTIONS = ("encoder", "objective", "discriminator", "latent", "scale", "diffusion")
+"""Of docs/results.md, in its order."""
 
 SIZES = (64, 256)
 """Pixels at which every row is evaluated: the training crops' and the usual."""

@@ -8,7 +8,6 @@ Each row leaves OUT/rows/NAME.json; rows that have one are kept. A run that was 
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olvae.bench.document import machine
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
@@ -115,7 +115,7 @@ class Study:
         tiles = self.corpus / "held_out_tiles"
         self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
         found |= json.loads(distance.read_text(encoding="utf-8"))
-        found["machine"] = f"{platform.machine()}, torch {_version('torch')}"
+        found["machine"] = {**machine("cpu"), "threads": 1}
         return found
 
     def run_diffusion(self, row: Diffusion) -> dict[str, Any]:
@@ -234,12 +234,6 @@ def _said(found: dict[str, Any]) -> str:
         return f"Fréchet distance of samples {found['frechet_lite0']['mean']:.1f}"
     psnr = ", ".join(f"{found['sizes'][size]['psnr']:.2f} dB at {size}" for size in found["sizes"])
     return f"{psnr}, {found['processor_seconds']:.0f} s"
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def main(arguments: list[str] | None = None) -> None:

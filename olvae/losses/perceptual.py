@@ -1,5 +1,6 @@
 """Perceptual losses: LPIPS, and ESRGAN's; distances of VGG's features, with its weights found or downloaded."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ REMEDY = (
 )
 
 
-class PerceptualLoss(Constant):
+class PerceptualLoss(Constant, ABC):
     """A distance of images in the features of a frozen network, a constant: see :class:`Constant`.
 
     Args:
@@ -60,9 +61,9 @@ class PerceptualLoss(Constant):
         with no_autocast(x):
             return self.distance(x, y)
 
+    @abstractmethod
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Of images of three channels; a scalar."""
-        raise NotImplementedError
 
 
 class LPIPS(PerceptualLoss):

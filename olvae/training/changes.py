@@ -9,7 +9,10 @@ from rich.console import Console
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
 
-__all__ = ["check_changes", "print_changes"]
+__all__ = ["Changes", "changes", "check_changes", "print_changes"]
+
+Changes = Mapping[str, tuple[Any, Any]]
+"""By dotted key: the run's own value and the new one, :data:`olvae.config.ABSENT` for none."""
 
 SETTINGS = ("precision", "gpus", "seed")
 """Of the section ``run``: the flags that may change."""
@@ -37,8 +40,8 @@ FREE = (
 """Settings that are neither data, networks nor loss, with all below them."""
 
 
-def changes(before: Config, config: Config, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs, by dotted key: the run's own value and the new one, :data:`olvae.config.ABSENT` for none.
+def changes(before: Config, config: Config, settings: Mapping[str, Any]) -> Changes:
+    """What differs.
 
     Args:
         before: the run's config.
@@ -51,9 +54,8 @@ def changes(before: Config, config: Config, settings: Mapping[str, Any]) -> dict
     return cfg.differences(*sections)
 
 
-def print_changes(before: Config, config: Config, settings: Mapping[str, Any]) -> None:
+def print_changes(found: Changes) -> None:
     """Print what differs, a line each; nothing if nothing does."""
-    found = changes(before, config, settings)
     if not found:
         return
     console = Console(stderr=True)
@@ -62,13 +64,13 @@ def print_changes(before: Config, config: Config, settings: Mapping[str, Any]) -
         console.print(f"  {key}: {_text(old)} -> {_text(new)}", highlight=False, soft_wrap=True, markup=False)
 
 
-def check_changes(before: Config, config: Config, settings: Mapping[str, Any]) -> None:
+def check_changes(found: Changes) -> None:
     """Check that data, networks and loss are the run's own.
 
     Raises:
         ConfigError: they are not.
     """
-    keys = [key for key in changes(before, config, settings) if not any(_is_below(key, free) for free in FREE)]
+    keys = [key for key in found if not any(_is_below(key, free) for free in FREE)]
     if keys:
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise ConfigError(

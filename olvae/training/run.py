@@ -36,7 +36,7 @@ from olvae.training.callbacks import (
     SaveConfig,
     UnreadableLimit,
 )
-from olvae.training.changes import check_changes, print_changes
+from olvae.training.changes import changes, check_changes, print_changes
 from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count
 from olvae.training.lock import RunLock
 from olvae.training.origin import (
@@ -124,10 +124,11 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     config, found = _config(options, resumed)
     settings = _settings(options, config, resumed, found)
     if own is not None:
+        changed = changes(own, config, settings)
         if is_first():
-            print_changes(own, config, settings)
+            print_changes(changed)
         if not options.allow_changes:
-            check_changes(own, config, settings)
+            check_changes(changed)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
     processes = process_count(trainer_args)
@@ -146,7 +147,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     if found is not None:
         load_weights(model, found.weights, found.target)
     start, done = _restore(model, resumed, options.actual_resume)
-    before = found.config if found is not None else _config_of(resumed, options.actual_resume)
+    before = own if own is not None else found.config if found is not None else _config_of(options.actual_resume)
     settings["untrained"] = untrained_half(model, before)
     settings["teacher"] = model.teacher.checksum if model.teacher is not None else None
     if resumed is not None and settings["teacher"] != ((before or {}).get("run") or {}).get("teacher"):
@@ -325,12 +326,11 @@ def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | 
     return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
 
 
-def _config_of(resumed: runs.Run | None, weights: str | Path | None) -> Config | None:
+def _config_of(weights: str | Path | None) -> Config | None:
     """The config of the weights that training starts from: empty for weights without one, None for fresh ones."""
-    given = resumed.path if resumed is not None else weights
-    if given is None:
+    if weights is None:
         return None
-    path = Path(given).resolve()
+    path = Path(weights).resolve()
     run = runs.Run(path) if path.is_dir() else runs.run_of(path)
     return cfg.load([run.config]) if run is not None and run.config.is_file() else {}
 
