@@ -53,7 +53,7 @@ class Diffusion(NamedTuple):
     steps: int
 
 
-RATES = ("5e-4", "1e-3", "2e-3")
+RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
 """The grid of learning rates, the same for each network."""
 
 ENCODER, DECODER = "model.params.encoder_config", "model.params.decoder_config"
@@ -113,7 +113,7 @@ def diffusions(quick: bool = False) -> list[Diffusion]:
 
 
 def _grid(quick: bool) -> list[Row]:
-    rates = RATES[1:] if quick else RATES
+    rates = RATES[1:3] if quick else RATES
     return [
         Row(
             f"rate_{network}_{rate}",

@@ -247,7 +247,8 @@ def main(arguments: list[str] | None = None) -> None:
         check_folder(options.out)
         if not (options.corpus / "held_out_tiles").is_dir():
             raise FileNotFoundError(f"{options.corpus}: no corpus there: python -m study.corpus --out {options.corpus}")
-        every = [*rows(options.quick), *diffusions(options.quick)]
+        every: list[Row | Diffusion] = [*rows(options.quick), *diffusions(options.quick)]
+        every.sort(key=lambda row: row.seed if isinstance(row, Row) else 0)  # last what no other row needs
         Study(options.corpus, options.out, every).run(options.jobs)
     except (OSError, ValueError) as error:
         sys.exit(print_error(error))
