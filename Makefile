@@ -29,7 +29,8 @@ demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, 
 	$(BIN)/python train.py --base configs/demo_b.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_b \
 		--actual_resume "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)/checkpoints/last.ckpt"
 	$(BIN)/python scripts/compute_metrics.py --baselines --size 256 --metrics psnr,ssim \
-		"$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)"
+		--out "$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" \
+		"$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)" "$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)"
 
 distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE with the same latents, and cross their halves (CPU, minutes)
 	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil_32px

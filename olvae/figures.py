@@ -108,6 +108,9 @@ def rgb(image: Tensor) -> Image.Image:
     return Image.fromarray(image[:3].permute(1, 2, 0).contiguous().cpu().numpy())
 
 
+FEW = 5
+"""Points below which a curve is no curve yet."""
+
 Curve = tuple[Sequence[float], Sequence[float]]
 """What lies along the horizontal axis, and values over it."""
 
@@ -118,7 +121,10 @@ def plot_curves(curves: Mapping[str, Curve], path: Path) -> None:
 
 
 def plot_panels(panels: Mapping[str, Mapping[str, Curve]], path: Path, along: str, from_zero: bool = False) -> None:
-    """Plot panels of curves by name into a PNG; ``along`` names the horizontal axis, the vertical may begin at 0."""
+    """Plot panels of curves by name into a PNG; ``along`` names the horizontal axis, the vertical may begin at 0.
+
+    A panel's title says how many points its curves have if that is fewer than five.
+    """
     from matplotlib.figure import Figure
 
     columns = min(4, len(panels))
@@ -130,7 +136,8 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], path: Path, along: st
             panel.plot(steps, values, linewidth=1.2, marker="o" if len(steps) < 20 else "", markersize=3, label=label)
         if any(curves):
             panel.legend(fontsize=8)
-        panel.set_title(name, fontsize=10)
+        points = max((len(steps) for steps, _ in curves.values()), default=0)
+        panel.set_title(f"{name} ({points} point{'s' * (points != 1)})" if points < FEW else name, fontsize=10)
         panel.set_xlabel(along, fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from olvae.figures import comparison, error_map, labelled_grid, plot_curves, save_image
@@ -41,6 +42,13 @@ def test_formats_without_so_many_channels(tmp_path, channels, name):
     with pytest.raises(ValueError, match=f"{channels} channels can't be written as"):
         save_image(torch.zeros(channels, 2, 2, dtype=torch.uint8), tmp_path / name)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_panel_says_that_its_curves_have_few_points(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: said.append(text))
+    plot_curves({f"of {n}": ([1.0] * n, [2.0] * n) for n in (1, 4, 5)}, tmp_path / "c.png")
+    assert said == ["of 1 (1 point)", "of 4 (4 points)", "of 5"]
 
 
 def test_curves(tmp_path):

@@ -1,5 +1,6 @@
 """``olvae``: the commands, and how errors are printed."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.formatwarning = _format_warning
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # diffusers imports it: a kernel that none needs
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         code = app(args=arguments, prog_name="olvae", standalone_mode=False)

@@ -206,8 +206,8 @@ def _patterns(channels: int, size: int) -> dict[str, Tensor]:
         odd = place // width % 2 == 1
         patterns[f"squares {width} px"] = odd[:, None] ^ odd[None, :]
         if width <= SQUARES[3]:
-            patterns[f"upright stripes {width} px"] = odd[None, :].expand(size, size)
-            patterns[f"level stripes {width} px"] = odd[:, None].expand(size, size)
+            patterns[f"vertical stripes {width} px"] = odd[None, :].expand(size, size)
+            patterns[f"horizontal stripes {width} px"] = odd[:, None].expand(size, size)
     return {name: (255 * odd).to(torch.uint8).repeat(channels, 1, 1) for name, odd in patterns.items()}
 
 

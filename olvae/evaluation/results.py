@@ -36,6 +36,7 @@ class Row:
         test_patterns: :meth:`olvae.evaluation.artefacts.Artefacts.as_dict`.
         latents: the error of its latents against those of the first target; only of a student.
         precision: the largest activations; only if several precisions were asked for.
+        baseline: no target, but what targets are compared with: bicubic resampling, an untrained model.
         per_image: by metric, the values by key; not in metrics.json.
         differences: by metric, the value minus the first row's, on the same images; not in metrics.json.
     """
@@ -51,6 +52,7 @@ class Row:
     test_patterns: Mapping[str, Any] | None = None
     latents: LatentError | None = None
     precision: Precision | None = None
+    baseline: bool = False
     per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
 
@@ -71,6 +73,7 @@ class Row:
             "test_patterns": self.test_patterns,
             "latents": asdict(self.latents) if self.latents else None,
             "precision": asdict(self.precision) if self.precision else None,
+            "baseline": self.baseline or None,
         }
         return row | {name: extra for name, extra in extras.items() if extra is not None}
 
@@ -97,6 +100,7 @@ class Row:
             row.get("test_patterns"),
             LatentError(**row["latents"]) if row.get("latents") else None,
             Precision.from_dict(row["precision"]) if row.get("precision") else None,
+            bool(row.get("baseline")),
         )
 
 
@@ -120,8 +124,8 @@ class Results:
 
     @property
     def table(self) -> list[Row]:
-        """All rows: the new ones, then the earlier ones."""
-        return [*self.rows, *self.earlier]
+        """All rows: the new ones, the earlier ones, and the baselines of both."""
+        return sorted([*self.rows, *self.earlier], key=lambda row: row.baseline)
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of metrics.json."""

@@ -190,7 +190,7 @@ def _one_pass(
     rankings = [n for n in ("lpips", "psnr") if n in variants and n not in missing and (lpips or n != "lpips")]
     ranked_by = rankings[0] if rankings else None
     shown = {_key(trips, name, seeds[0]) for name in names}
-    observers = {key: Observer(make(), key in shown, ranked_by) for key in trips}
+    observers = {key: Observer(make(), key in shown, ranked_by if key[0] != UNTRAINED else None) for key in trips}
     for key, trip in trips.items():
         if isinstance(trip, PrecisionRoundTrip):
             observers[key].activations = trip.activations
@@ -238,6 +238,7 @@ def _one_pass(
             test_patterns=patterns[name].as_dict() if name in patterns else None,
             latents=latents.get(name),
             precision=observer.activations.compute(precisions[name]) if observer.activations else None,
+            baseline=name not in models,
         )
         for (name, seed), observer in observers.items()
     }

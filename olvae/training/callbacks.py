@@ -231,7 +231,7 @@ class ImageGrids(Callback):
                 f"input, held out, step {step}": batch["image"].cpu(),
                 "reconstruction": reconstruction.cpu(),
                 "error, black 0 to white 64 of 255": error_map(batch["image"], reconstruction),
-                "decoded from N(0, I)": samples.cpu(),
+                "decoded from N(0, I): noise is expected": samples.cpu(),
             }
         )
         with atomic_write(_run(trainer).images / f"step={step:08d}.png") as partial:

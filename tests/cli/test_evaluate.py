@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
         assert row["metrics"].keys() == {"psnr", "ssim", "l1"}
         assert row["skipped"].keys() == {"ms_ssim", "lpips", "lpips_alex", "rfid", "kid"}
         assert all(low < row["metrics"][name] < high for name, (low, high) in row["intervals"].items())
+    assert [row.get("baseline") for row in result["results"]] == [None, True, True]
     assert result["results"][0]["cost"]["parameters"] > 0
     assert "vgg16-397923af.pth" in err
     assert err.count("vgg16-397923af.pth is not") == 1
@@ -65,6 +67,8 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
     assert mean == pytest.approx(result["results"][0]["metrics"]["psnr"], rel=1e-9)
     assert Image.open(tmp_path / "reconstructions.png").width > 100
     assert not list(tmp_path.glob(".*"))
+    shown = re.findall(r"<h3>.*</h3>", (tmp_path / "report.html").read_text().partition('id="gallery"')[2])
+    assert len(shown) == 2  # the run and bicubic: of what an untrained model makes there is nothing to see
 
 
 def test_from_python_it_is_the_same(olvae, trained, photos, tmp_path):

@@ -88,9 +88,9 @@ def test_the_patterns_are_what_they_say():
     for width in (1, 2, 4, 8):
         square = np.array([[255 * ((i // width + j // width) % 2) for j in range(16)] for i in range(16)])
         assert np.array_equal(patterns[f"squares {width} px"].x.numpy(), np.stack([square] * 3))
-    stripes = patterns["upright stripes 2 px"].x
+    stripes = patterns["vertical stripes 2 px"].x
     assert torch.equal(stripes[0, 5], torch.tensor([0, 0, 255, 255] * 4, dtype=torch.uint8))
-    assert torch.equal(patterns["level stripes 2 px"].x, stripes.mT)
+    assert torch.equal(patterns["horizontal stripes 2 px"].x, stripes.mT)
     for pattern in found.patterns:
         expected = peak_signal_noise_ratio(pattern.x.numpy(), pattern.y.numpy(), data_range=255)
         assert pattern.psnr == pytest.approx(expected, rel=1e-9)

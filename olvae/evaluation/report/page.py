@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from string import ascii_uppercase
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from olvae import __version__
 from olvae.evaluation.artefacts import Artefacts, amplification, amplified
@@ -22,7 +24,7 @@ from olvae.figures import ERROR_RANGE
 from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 
-__all__ = ["render_page", "write_page"]
+__all__ = ["breakable", "render_page", "write_page"]
 
 
 NONE = "\N{EN DASH}"
@@ -58,7 +60,7 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, significant=significant)
+    environment.filters.update(number=number, significant=significant, breakable=breakable)
     results, artefacts = evaluated.results, evaluated.test_patterns
     galleries = {target: gallery.examples() for target, gallery in evaluated.galleries.items()}
     count = sum(len(examples) for groups in galleries.values() for examples in groups.values())
@@ -231,20 +233,30 @@ def _patterns(artefacts: Mapping[str, Artefacts]) -> Table:
     return Table(headings, cells)
 
 
-def _bars(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, str]]]]:
-    """By band, coarse to fine, and target: the length of a bar, the longest of all being 100, and the value as text.
+class Bar(NamedTuple):
+    """A bar's length, at most 100, the value as text, and whether the value is off the scale."""
 
-    There are two bars: the mean squared error, and its share of the input's energy.
+    length: float
+    text: str
+    off: bool = False
+
+
+def _bars(rows: Sequence[Row]) -> dict[str, dict[str, list[Bar]]]:
+    """By band, coarse to fine, and target, two bars: the mean squared error, and its share of the input's energy.
+
+    The longest bar of a trained model is 100: an untrained one would make all others invisible.
     """
     bands = {row.target: row.bands for row in rows if row.bands}
-    every = [band for found in bands.values() for band in found.values()]
+    baselines = {row.target for row in rows if row.baseline}
+    every = [band for target, found in bands.items() if target not in baselines for band in found.values()]
     longest = {measure: max((band[measure] or 0.0 for band in every), default=0.0) for measure in MEASURES}
 
-    def bar(value: float | None, measure: str) -> tuple[float, str]:
+    def bar(value: float | None, measure: str) -> Bar:
         if value is None:
-            return 0.0, NONE
+            return Bar(0.0, NONE)
         text = f"{significant(100.0 * value)} %" if measure == "share_of_signal" else significant(value)
-        return round(100.0 * value / longest[measure], 2) if longest[measure] else 0.0, text
+        length = round(100.0 * value / longest[measure], 2) if longest[measure] else 0.0
+        return Bar(min(length, 100.0), text, length > 100.0)
 
     return {
         name: {
@@ -288,6 +300,11 @@ def significant(value: float) -> str:
     if value == 0.0 or not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def breakable(name: str) -> Markup:
+    """HTML of a name, which may break after the separators of runs and paths."""
+    return Markup("<wbr>").join(re.split(r"(?<=[/_:-])", name))
 
 
 def _version(package: str) -> str:

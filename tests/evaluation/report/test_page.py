@@ -17,7 +17,7 @@ from olvae.evaluation.bands import BandErrors
 from olvae.evaluation.cross import LatentError
 from olvae.evaluation.gallery import Gallery
 from olvae.evaluation.precision import NonFinite, Precision
-from olvae.evaluation.report.page import render_page, write_page
+from olvae.evaluation.report.page import breakable, render_page, write_page
 from olvae.evaluation.report.pictures import inline, side_limit
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost, bicubic_round_trip
@@ -42,7 +42,7 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[tuple[str, str]] = []
-        self.feed(html)
+        self.feed(html.replace("<wbr>", ""))
         self.close()
         assert not self.open
 
@@ -241,6 +241,31 @@ def test_bars_are_as_long_as_the_error(whole):
     expected = [100 * bands[target][name]["mse"] / largest for name in bands["one"] for target in bands]
     assert widths[::2] == pytest.approx(expected, abs=0.01)
     assert max(widths[1::2]) == 100.0
+
+
+def test_a_baseline_far_worse_leaves_the_bars_of_models_readable(whole):
+    first, second, third = whole.results.rows
+    huge = {name: {key: 1000.0 * value for key, value in band.items()} for name, band in third.bands.items()}
+    html = render_page(changed(whole, [first, second, replace(third, bands=huge, baseline=True)]))
+    lengths = [float(length) for length in re.findall(r'class="c\d" style="width: ([\d.]+)%"', html)]
+    assert max(lengths) == 100.0  # of the two models' bars, the longest
+    off = re.findall(r'class="c3 off" style="width: ([\d.]+)%"', html)
+    assert set(off) == {"100.0"}
+    assert len(off) == sum(band["mse"] > 0 for band in huge.values()) * 2
+
+
+def test_baselines_stand_below_all_models(whole):
+    first, second, third = whole.results.rows
+    earlier = Row("an earlier one", 12, {"psnr": 99.0})
+    results = replace(whole.results, rows=[first, replace(second, baseline=True), third], earlier=[earlier])
+    assert [row.target for row in results.table] == ["one", "three", "an earlier one", LONG]
+    assert [Row.from_dict(row.as_dict()).baseline for row in results.table] == [False, False, False, True]
+    assert "C an earlier one" in Reader(render_page(replace(whole, results=results))).all_text()
+
+
+def test_names_break_after_separators(whole):
+    assert "olitevaeB_<wbr>im_<wbr>f8c12_<wbr>imagenet" in render_page(whole)
+    assert breakable("a/b<c") == "a/<wbr>b&lt;c"
 
 
 def test_infinite_values_and_uneven_sets():
