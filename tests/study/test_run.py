@@ -9,6 +9,7 @@ from PIL import Image
 from skimage import data
 
 from olvae import config as cfg
+from study.corpus import FOLDERS
 from study.rows import QUESTIONS, RECIPE, Row, diffusions, rows
 from study.run import Study, StudyError
 
@@ -75,7 +76,7 @@ def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):
 @pytest.mark.slow
 def test_a_row_for_real_stopped_and_continued(tmp_path):
     corpus = tmp_path / "corpus"
-    for folder in ("train", "held_out", "held_out_tiles"):
+    for folder in FOLDERS:
         (corpus / folder).mkdir(parents=True)
         for name in ("astronaut", "coffee", "chelsea", "rocket"):
             Image.fromarray(getattr(data, name)()).resize((512, 512)).save(corpus / folder / f"{name}.png")
