@@ -64,7 +64,8 @@ test-gpu: $(VENV)/.installed-dev ## the checks that need a CUDA device
 test-network: $(VENV)/.installed-dev ## the checks that need the internet
 	$(BIN)/python -m pytest -m network
 
-test-browser: $(VENV)/.installed-dev ## the checks that need Chromium
+test-browser: $(VENV)/.installed-dev ## the checks that need Chromium, and Gradio
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[app]'
 	$(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.installed-dev ## ruff, mypy and the import contract

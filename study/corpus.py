@@ -2,8 +2,9 @@
 
     python -m study.corpus --out study/corpus-out
 
-Folders: `train`; `held_out`, one picture for each photograph that is never trained on; `held_out_tiles`, parts of
-these at a larger scale. `corpus.json` says where every file is from, with its SHA-256; `LICENCES.txt` who made it.
+Folders: `train`; `train_tiles`, parts of these of 256 pixels, for small crops at the scale of pictures of that size;
+`held_out`, one picture for each photograph that is never trained on; `held_out_tiles`, parts of these at a larger
+scale. `corpus.json` says where every file is from, with its SHA-256; `LICENCES.txt` who made it.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
 __all__ = ["Photograph", "build", "cut", "detail", "groups", "is_held_out", "main", "make", "photographs"]
 
 SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
-SMALLEST = 256  # pixels: photographs with a shorter side below are dropped
+SMALLEST = 256  # pixels: photographs with a shorter side below are dropped; also the sides of `train_tiles`
 HALVED = 1440  # pixels: from this shorter side on, tiles are cut at half the resolution
 LARGEST_PSNR = 42.0  # dB after shrinking to an eighth and back: above, a picture has no detail to speak of
 DISTANCE = 8  # bits of 64 in which the difference hashes of near-duplicates may differ
@@ -40,7 +41,7 @@ HELD_OUT = 6  # one photograph in so many is held out
 QUALITY = 95
 UNTOLD = ("contents", "images", "resource", "image", "animals")  # folders that tell no photographs apart
 
-FOLDERS = ("train", "held_out", "held_out_tiles")
+FOLDERS = ("train", "train_tiles", "held_out", "held_out_tiles")
 
 
 class Photograph(NamedTuple):
@@ -130,10 +131,14 @@ def cut(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
     if min(image.size) < SIDE * 5 // 4:
         return
-    for row in range(image.height // SIDE):
-        for column in range(image.width // SIDE):
-            left, top = image.width % SIDE // 2 + column * SIDE, image.height % SIDE // 2 + row * SIDE
-            yield f"_{row}{column}", image.crop((left, top, left + SIDE, top + SIDE))
+    yield from _tiles(image, SIDE)
+
+
+def _tiles(image: Image.Image, side: int) -> Iterator[tuple[str, Image.Image]]:
+    for row in range(image.height // side):
+        for column in range(image.width // side):
+            left, top = image.width % side // 2 + column * side, image.height % side // 2 + row * side
+            yield f"_{row}{column}", image.crop((left, top, left + side, top + side))
 
 
 def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]:
@@ -182,15 +187,16 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]
             if end and detail(picture) > LARGEST_PSNR:
                 continue
             folder = "train" if not held_out else "held_out_tiles" if end else "held_out"
-            path = out / folder / f"{photograph.name}{end}.jpg"
-            if not path.exists():
-                with atomic_write(path) as partial:
-                    picture.save(partial, quality=QUALITY, subsampling=0)
-            files[f"{folder}/{path.name}"] = {
-                "photograph": photograph.name,
-                "size": list(picture.size),
-                "sha256": file_sha256(path),
-            }
+            written = {f"{folder}/{photograph.name}{end}.jpg": picture}
+            if not held_out:
+                tiles = _tiles(picture, SMALLEST)
+                written |= {f"train_tiles/{photograph.name}{end}{part}.jpg": tile for part, tile in tiles}
+            for name, image in written.items():
+                if not (path := out / name).exists():
+                    with atomic_write(path) as partial:
+                        image.save(partial, quality=QUALITY, subsampling=0)
+                size, checksum = list(image.size), file_sha256(path)
+                files[name] = {"photograph": photograph.name, "size": size, "sha256": checksum}
     return {"recipe": recipe, "pillow": PIL.__version__, "photographs": sources, "dropped": dropped, "files": files}
 
 
@@ -215,6 +221,7 @@ def licences(corpus: dict[str, Any]) -> str:
 def recipe_hash() -> str:
     """A hash of everything that decides what the corpus holds."""
     rules = (
+        FOLDERS,
         SIDE,
         SMALLEST,
         HALVED,
@@ -275,7 +282,8 @@ def summary(corpus: dict[str, Any]) -> str:
     held_out = sum(source["held_out"] for source in corpus["photographs"].values())
     counts = {folder: sum(name.startswith(f"{folder}/") for name in corpus["files"]) for folder in FOLDERS}
     return (
-        f"{len(corpus['photographs']) - held_out} photographs to train on ({counts['train']} pictures), "
+        f"{len(corpus['photographs']) - held_out} photographs to train on ({counts['train']} pictures, "
+        f"{counts['train_tiles']} tiles), "
         f"{held_out} held out ({counts['held_out']} pictures and {counts['held_out_tiles']} tiles), "
         f"{len(corpus['dropped'])} dropped"
     )

@@ -147,7 +147,7 @@ class Study:
                 assert before is not None
                 flags += ["--actual_resume", str(before.last_checkpoint)]
             settings = [
-                f"data.params.root={(self.corpus / 'train').resolve()}",
+                f"data.params.root={(self.corpus / 'train_tiles').resolve()}",
                 f"data.params.val_root={(self.corpus / 'held_out').resolve()}",
                 f"lightning.trainer.max_steps={steps}",
                 f"lightning.trainer.val_check_interval={steps}",

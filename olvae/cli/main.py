@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from olvae import __version__
+from olvae.cli import app as browser
 from olvae.cli import (
     bench,
     data,
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     epilog="Errors are one line; add --debug to any command for the traceback.",
 )
-for command in (train, evaluate, reconstruct, latents, encode, decode, export, validate, tables):
+for command in (train, evaluate, reconstruct, browser, latents, encode, decode, export, validate, tables):
     app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
         command.command
     )

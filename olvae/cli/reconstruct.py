@@ -13,7 +13,9 @@ __all__ = ["command"]
 def command(
     target: TargetArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for NAME.png and NAME_compare.png.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for NAME.png and NAME_compare.png.")] = Path(
+        "reconstructions"
+    ),
     config: ConfigFile = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
@@ -37,6 +39,8 @@ def command(
     ] = None,
 ) -> None:
     """Reconstruct images of any size; write each result, and a picture of input, output and error with the PSNR.
+
+    Example: olvae reconstruct olvae:photos-f8c12 photo.jpg
 
     Example: olvae reconstruct runs/2026-01-31T12-00-00_demo_32 photo.jpg holiday/ --out reconstructions
     """

@@ -110,7 +110,11 @@ def _names(image: Path) -> Iterable[str]:
 
 @torch.no_grad()
 def reconstruct(
-    model: Autoencoder, image: Tensor, options: ReconstructOptions, progress: Callable[[float], None] | None = None
+    model: Autoencoder,
+    image: Tensor,
+    options: ReconstructOptions,
+    progress: Callable[[float], None] | None = None,
+    on_latent: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """uint8 (C, H, W) of any size -> its reconstruction, uint8 of the same shape, on the CPU.
 
@@ -118,6 +122,7 @@ def reconstruct(
 
     Args:
         progress: called with the fraction that is done.
+        on_latent: called with what is decoded, (1, n_z, h, w).
 
     Raises:
         ValueError: the reconstruction has non-finite values.
@@ -135,6 +140,8 @@ def reconstruct(
             z = posterior.mode()
         else:
             z = posterior.sample(torch.Generator(options.device).manual_seed(options.seed))
+        if on_latent is not None:
+            on_latent(z)
         memory = options.memory if options.tile is None else None
         if isinstance(model, LiteVAE):
             y = decode_tiled(model, z, options.tile, memory, progress and (lambda done: progress(0.3 + 0.7 * done)))

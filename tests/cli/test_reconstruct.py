@@ -132,6 +132,7 @@ def test_a_model_that_ships(olvae, tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
     tiny().save_pretrained(tmp_path / "pretrained" / "small-f8")
     photo = picture(tmp_path / "photo.png", (40, 24))
-    code, _, err = olvae("reconstruct", "olvae:small-f8", photo, "--out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = olvae("reconstruct", "olvae:small-f8", photo)
     assert code == 0, err
-    assert Image.open(tmp_path / "out" / "photo.png").size == (40, 24)
+    assert Image.open(tmp_path / "reconstructions" / "photo.png").size == (40, 24)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +29,14 @@ class Tab:
         for domain in ("Page", "Network", "Log"):
             self._call(f"{domain}.enable")
 
-    def open(self, path: Path, width: int, dark: bool = False) -> None:
-        """Wait until it is loaded."""
+    def open(self, page: Path | str, width: int, dark: bool = False) -> None:
+        """Open a file or an address, and wait until it is loaded."""
         self._call(
             "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=width < 800
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=path.resolve().as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self._message().get("method") != "Page.loadEventFired":
             pass
 
@@ -43,6 +44,24 @@ class Tab:
         result = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait_for(self, expression: str, seconds: float = 60.0) -> Any:
+        """The expression's value, once it is true."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.1)
+        return value
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Give a file to the input that a CSS selector finds."""
+        root = self._call("DOM.getDocument")["root"]["nodeId"]
+        node = self._call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self._call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
+
+    def mouse(self, kind: str, x: float, y: float) -> None:
+        """Press, move or release the left button."""
+        self._call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="left", buttons=1, clickCount=1)
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         data = self._call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]

@@ -162,7 +162,7 @@ def test_a_finished_corpus_is_kept_and_another_recipe_starts_anew(tmp_path, monk
     monkeypatch.setattr(corpus, "PACKAGES", PACKAGES[:1])
     corpus.main(arguments)
     assert len(json.loads((tmp_path / "out" / "corpus.json").read_text())["photographs"]) == 3
-    assert len(list((tmp_path / "out").glob("*/*.jpg"))) == 3
+    assert len(list((tmp_path / "out").glob("*/*.jpg"))) == 2 * 3  # each picture, and its one tile
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):

@@ -1,0 +1,131 @@
+"""What the page shows of an image: every model's reconstruction, error, latent, numbers. Knows nothing of browsers."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from olvae.data.image import image_to_tensor, read_picture
+from olvae.export.reconstruct import ReconstructOptions, psnr_by_rows, reconstruct
+from olvae.figures import error_map
+from olvae.metrics.ssim import SSIM_WINDOW, ssim
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.large.memory import default_memory
+from olvae.models.loading.targets import Target
+
+__all__ = ["LARGEST", "Result", "compare", "crop_around", "enlarged", "latent_pictures", "load", "read_image"]
+
+LARGEST = 4_000_000
+"""Pixels of an image, which one thread reconstructs in about a minute; `olvae reconstruct` takes any number."""
+
+ENLARGED = 256
+"""Pixels of the longer side that small pictures have at least on the page."""
+
+
+class Result(NamedTuple):
+    """One model's reconstruction of one image.
+
+    Args:
+        y: uint8 (C, H, W).
+        error: uint8 (3, H, W), :func:`~olvae.figures.error_map`.
+        latent: what was decoded, (n_z, h, w).
+        psnr: in dB, infinite for an equal image.
+        ssim: None if the image is too small for it.
+        seconds: of encoding and decoding together.
+    """
+
+    y: Tensor
+    error: Tensor
+    latent: Tensor
+    psnr: float
+    ssim: float | None
+    seconds: float
+
+
+def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
+    """Models by name, ready to reconstruct.
+
+    Raises:
+        ValueError: they take images of different channels.
+    """
+    models: dict[str, Autoencoder] = {}
+    for target in targets:
+        model = target.load()
+        models[target.name] = (model.fold() if isinstance(model, LiteVAE) else model).to(device).eval()
+    if len(channels := {model.in_channels for model in models.values()}) > 1:
+        raise ValueError(f"the targets take images of {' and '.join(map(str, sorted(channels)))} channels")
+    return models
+
+
+def read_image(path: str | Path, channels: int) -> Tensor:
+    """uint8 (C, H, W).
+
+    Raises:
+        ValueError: it is no image, or too large for this page.
+    """
+    picture = read_picture(Path(path), channels)
+    width, height = picture.size
+    if width * height > LARGEST:
+        raise ValueError(
+            f"{width}x{height} pixels are too many for this page, which takes {LARGEST / 1e6:.0f} million: "
+            "olvae reconstruct takes any size"
+        )
+    return image_to_tensor(picture)
+
+
+def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[str, Result]:
+    """Reconstruct an image, uint8 (C, H, W), with every model.
+
+    Raises:
+        ValueError: a reconstruction is non-finite; the message names the model.
+    """
+    where = torch.device(device)
+    options = ReconstructOptions(where, default_memory(where))
+    found = {}
+    for name, model in models.items():
+        latents: list[Tensor] = []
+        start = time.perf_counter()
+        try:
+            y = reconstruct(model, x, options, on_latent=latents.append)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        seconds = time.perf_counter() - start
+        large_enough = min(x.shape[-2:]) >= SSIM_WINDOW
+        found[name] = Result(
+            y,
+            error_map(x[None], y[None])[0],
+            latents[0][0].float().cpu(),
+            psnr_by_rows(x, y),
+            ssim(x[None], y[None]).item() if large_enough else None,
+            seconds,
+        )
+    return found
+
+
+def latent_pictures(latent: Tensor) -> Tensor:
+    """The channels of a latent (n_z, h, w) as grey pictures, uint8 (n_z, 1, H, W), enlarged position by position.
+
+    Black and white are the smallest and the largest value of each channel, and a constant channel is black.
+    """
+    low, high = latent.amin((1, 2), keepdim=True), latent.amax((1, 2), keepdim=True)  # (n_z, 1, 1)
+    grey = (255.0 * (latent - low) / (high - low).clamp_min(1e-12)).round().to(torch.uint8)
+    return enlarged(grey[:, None])
+
+
+def enlarged(image: Tensor) -> Tensor:
+    """Small pictures, uint8 (..., H, W), by a whole factor, pixel by pixel: scaling in a browser would blur them."""
+    factor = math.ceil(ENLARGED / max(image.shape[-2:]))
+    return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def crop_around(image: Tensor, place: tuple[int, int], side: int) -> Tensor:
+    """The square of ``side`` pixels, or what there is of it, whose centre is nearest to ``place`` (x, y)."""
+    height, width = image.shape[-2:]
+    left, top = (
+        min(max(at - side // 2, 0), max(length - side, 0)) for at, length in zip(place, (width, height), strict=True)
+    )
+    return image[:, top : top + side, left : left + side]

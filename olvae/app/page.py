@@ -1,0 +1,132 @@
+"""The page: an image is dropped, and every model's reconstruction is looked at from near and far."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from olvae.app.compare import Result, compare, crop_around, enlarged, latent_pictures, load, read_image
+from olvae.data.mapped.samples import HELD_OUT
+from olvae.figures import rgb
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.loading.targets import find_target, name_apart
+
+__all__ = ["build", "page"]
+
+COLUMNS = ("model", "latent", "PSNR, dB", "SSIM", "seconds")
+
+SIDES = (16, 32, 64, 128)
+"""Pixels of the detail's side."""
+
+GALLERY: Mapping[str, Any] = {"format": "png", "object_fit": "contain", "height": "max-content"}
+
+Picture = NDArray[np.uint8]
+
+Captioned = tuple[Picture, str]
+
+
+class Shown(NamedTuple):
+    """What a visitor's page is about: an image and what the models made of it."""
+
+    x: Tensor
+    results: Mapping[str, Result]
+
+
+def page(targets: Sequence[str], device: str = "cpu") -> gr.Blocks:
+    """The page of these TARGETs: any that the commands take. Loads them.
+
+    Raises:
+        ConfigError, OSError, ValueError: a target can't be found or loaded.
+    """
+    return build(load(name_apart([find_target(target) for target in targets]), device), device)
+
+
+def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
+    """The page of loaded models, by name."""
+    names, channels = list(models), next(iter(models.values())).in_channels
+
+    def look(path: str | None, name: str, side: int) -> tuple[Any, ...]:
+        if path is None:
+            return None, None, None, None, None, None, None
+        try:
+            x = read_image(path, channels)
+            shown = Shown(x, compare(models, x, device))
+        except ValueError as error:
+            logging.getLogger("olvae").info("%s", error)
+            raise gr.Error(str(error).replace(str(path), Path(path).name), duration=None) from None
+        errors = [(_array(result.error), model) for model, result in shown.results.items()]
+        slider, latent = choose(shown, name)
+        return shown, _table(models, shown), slider, errors, latent, _array(x), detail(shown, side, None)
+
+    def choose(shown: Shown | None, name: str) -> tuple[Any, Any]:
+        if shown is None:
+            return None, None
+        result = shown.results[name]
+        latent = [(_array(channel), f"channel {i + 1}") for i, channel in enumerate(latent_pictures(result.latent))]
+        return (_array(shown.x), _array(result.y)), latent
+
+    def detail(shown: Shown | None, side: int, event: gr.SelectData | None) -> list[Captioned] | None:
+        if shown is None:
+            return None
+        height, width = shown.x.shape[-2:]
+        place = (width // 2, height // 2) if event is None else (int(event.index[0]), int(event.index[1]))
+        images = {"original": shown.x, **{name: result.y for name, result in shown.results.items()}}
+        return [(_array(enlarged(crop_around(image, place, side))), name) for name, image in images.items()]
+
+    def pointed(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
+        return detail(shown, side, event)
+
+    def centred(shown: Shown | None, side: int) -> list[Captioned] | None:
+        return detail(shown, side, None)
+
+    with gr.Blocks(title="open-LiteVAE", analytics_enabled=False) as blocks:
+        gr.Markdown("# What an autoencoder keeps of an image")
+        state = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                file = gr.File(label="Drop an image", type="filepath", elem_id="file")
+                gr.Examples([[str(photograph.path)] for photograph in HELD_OUT[:4]], file, label="or take one of these")
+                name = gr.Radio(names, value=names[0], label="Shown beside the original", visible=len(names) > 1)
+            with gr.Column(scale=2, min_width=360):
+                slider = gr.ImageSlider(label="original | reconstruction", format="png", elem_id="slider")
+                table = gr.Dataframe(
+                    headers=list(COLUMNS), wrap=True, label="Numbers", interactive=False, elem_id="numbers"
+                )
+        with gr.Tab("Error"):
+            gr.Markdown("Absolute error, mean of the channels: black is 0, white 64 of 255 and above.")
+            errors = gr.Gallery(label="Error", elem_id="errors", columns=min(3, len(names)), **GALLERY)
+        with gr.Tab("Latent"):
+            gr.Markdown("Each channel of the latent on its own scale, from its smallest value (black) to its largest.")
+            latent = gr.Gallery(label="Latent channels", elem_id="latent", columns=4, **GALLERY)
+        with gr.Tab("Pixels"):
+            gr.Markdown("Click on the original: beside it is that place with every model, pixel by pixel.")
+            side = gr.Radio(list(SIDES), value=SIDES[2], label="Pixels along a side")
+            with gr.Row():
+                whole = gr.Image(label="Original", interactive=False, format="png", elem_id="whole")
+                near = gr.Gallery(label="Detail", elem_id="detail", columns=2, **GALLERY)
+        file.change(look, [file, name, side], [state, table, slider, errors, latent, whole, near])
+        name.change(choose, [state, name], [slider, latent])
+        whole.select(pointed, [state, side], near)
+        side.change(centred, [state, side], near)
+    return blocks
+
+
+def _table(models: Mapping[str, Autoencoder], shown: Shown) -> list[list[str]]:
+    rows = []
+    for name, result in shown.results.items():
+        psnr = "∞" if math.isinf(result.psnr) else f"{result.psnr:.2f}"
+        ssim = "\N{EN DASH}" if result.ssim is None else f"{result.ssim:.4f}"
+        channels, height, width = result.latent.shape
+        latent = f"f{models[name].downscale}, {channels}x{height}x{width}"
+        rows.append([name, latent, psnr, ssim, f"{result.seconds:.2f}"])
+    return rows
+
+
+def _array(image: Tensor) -> Picture:
+    return np.asarray(rgb(image))

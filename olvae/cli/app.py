@@ -1,0 +1,52 @@
+"""``olvae app``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from olvae.cli.evaluate import Targets
+from olvae.cli.options import Device
+
+__all__ = ["command"]
+
+
+def command(
+    targets: Targets,
+    device: Device = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 7860,
+    space: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Serve nothing: write a folder to push as a Space of the Hugging Face hub."),
+    ] = None,
+) -> None:
+    """Look at autoencoders in a browser: drop an image, compare reconstructions under a slider, error, latent, pixels.
+
+    Needs open-litevae[app]. Serves this machine only, unless --host says otherwise; asks nothing of the network.
+
+    Example: olvae app olvae:photos-f8c12
+
+    Example: olvae app runs/2026-01-31T12-00-00_demo_32 diffusers:stabilityai/sd-vae-ft-mse --port 0
+    """
+    from olvae.config import ConfigError
+    from olvae.devices import resolve_device
+
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'") from error
+    if space is not None:
+        from olvae.app.space import write_space
+
+        write_space(targets, space)
+        typer.echo(f"written: {space}: push it to a Space of the hub, or run app.py in it", err=True)
+        return
+    from olvae.app.page import page
+
+    blocks = page(targets, resolve_device(device))
+    _, address, _ = blocks.launch(
+        server_name=host, server_port=port or None, quiet=True, show_error=True, prevent_thread_lock=True
+    )
+    typer.echo(f"serving at {address}; Ctrl-C stops it", err=True)
+    blocks.block_thread()

@@ -1,0 +1,94 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae import LiteVAE
+from olvae.app.compare import LARGEST, compare, crop_around, enlarged, latent_pictures, load, read_image
+from olvae.data.image import from_uint8, to_uint8
+from olvae.metrics.pixel import psnr
+from olvae.metrics.ssim import ssim
+from olvae.models.loading.targets import find_target
+from tests.conftest import tiny_config
+from tests.models.test_autoencoder import tiny
+
+
+@pytest.fixture
+def model(tmp_path):
+    tiny().save_pretrained(tmp_path / "small-f8")
+    (loaded,) = load([find_target(str(tmp_path / "small-f8"))], "cpu").values()
+    return loaded
+
+
+def photograph(*size):
+    return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_is_shown_is_what_the_model_makes(model):
+    x = photograph(32, 48)
+    found = compare({"a": model, "b": model}, x, "cpu")
+    posterior = model.encode(from_uint8(x[None]))
+    y = to_uint8(model.decode(posterior.mode()))
+    for result in found.values():
+        assert torch.equal(result.latent, posterior.mode()[0])
+        assert (result.y.int() - y[0].int()).abs().max() <= 1
+        assert result.psnr == pytest.approx(psnr(x[None], result.y[None]).item())
+        assert result.ssim == ssim(x[None], result.y[None]).item()
+        assert result.seconds > 0
+        assert result.error.shape == x.shape
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10, 40)])
+def test_images_too_small_for_ssim(model, size):
+    (result,) = compare({"a": model}, photograph(*size), "cpu").values()
+    assert result.y.shape == (3, *size)
+    assert result.ssim is None
+    assert math.isfinite(result.psnr)
+
+
+def test_a_model_that_gives_no_numbers_is_named(model):
+    with torch.no_grad():
+        next(model.decoder.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match=r"^broken: the reconstruction has non-finite values"):
+        compare({"broken": model}, photograph(16, 16), "cpu")
+
+
+def test_images_that_are_refused(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
+        read_image(tmp_path / "broken.png", 3)
+    Image.new("RGB", (LARGEST // 1000, 1001)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match=r"^4000x1001 pixels are too many for this page, which takes 4 million"):
+        read_image(tmp_path / "large.png", 3)
+    Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
+    assert torch.equal(read_image(tmp_path / "grey.png", 3), torch.full((3, 2, 3), 7, dtype=torch.uint8))
+
+
+def test_models_of_other_channels(tmp_path):
+    params = tiny_config()["model"]["params"]
+    params["encoder_config"]["params"]["in_channels"] = params["decoder_config"]["params"]["out_channels"] = 1
+    halves = {name: params[name] for name in ("encoder_config", "decoder_config", "embed_dim")}
+    LiteVAE.from_config(**halves).save_pretrained(tmp_path / "grey")
+    tiny().save_pretrained(tmp_path / "colour")
+    with pytest.raises(ValueError, match="images of 1 and 3 channels"):
+        load([find_target(str(tmp_path / name)) for name in ("grey", "colour")], "cpu")
+
+
+def test_each_channel_has_its_own_scale():
+    latent = torch.tensor([[[0.0, 1.0], [2.0, 4.0]], [[-3.0, -3.0], [-3.0, -3.0]]])
+    pictures = latent_pictures(latent)
+    assert pictures.shape == (2, 1, 256, 256)
+    assert pictures[0, 0, ::128, ::128].tolist() == [[0, 64], [128, 255]]
+    assert not pictures[1].any()
+    assert enlarged(pictures).shape == pictures.shape
+    assert np.unique(pictures[0, 0, :128, :128]).tolist() == [0]
+
+
+@pytest.mark.parametrize(("place", "corner"), [((0, 0), (0, 0)), ((9, 4), (7, 2)), ((11, 9), (8, 6)), ((5, 5), (3, 3))])
+def test_a_crop_stays_inside(place, corner):
+    image = torch.arange(12 * 10).view(1, 10, 12)
+    left, top = corner
+    assert torch.equal(crop_around(image, place, 4), image[:, top : top + 4, left : left + 4])
+    assert torch.equal(crop_around(image, place, 99), image)
