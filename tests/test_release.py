@@ -1,0 +1,91 @@
+"""What is released: one version, one address, and a wheel that works outside of any checkout."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olvae import __version__
+
+ROOT = Path(__file__).parent.parent
+ADDRESS = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
+
+
+def test_the_citation_has_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+def test_the_repository_has_one_address():
+    named = [
+        (path.relative_to(ROOT), found)
+        for path in (ROOT / name for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split())
+        if path.suffix in (".toml", ".cff", ".md", ".yml") and path.is_file()
+        for found in re.findall(r"https://[^\s\"'`)]*open-litevae[^\s\"'`)]*", path.read_text(encoding="utf-8"))
+    ]
+    owner, name = ADDRESS.split("/")[-2:]
+    for path, found in named:
+        assert found.startswith((ADDRESS, f"https://{owner}.github.io/{name}")), f"{path}: {found}"
+    assert {"pyproject.toml", "README.md"} <= {str(path) for path, _ in named}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with what the wheel holds, made from a copy, because a build may leave files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    shutil.copytree(ROOT / "olvae", folder / "source" / "olvae", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", folder / "source", "--no-deps", "-w", folder], check=True)
+    (wheel,) = folder.glob("*.whl")
+    assert wheel.stat().st_size < 25e6
+    subprocess.run([*pip, "install", wheel, "--no-deps", "--target", folder / "site"], check=True)
+    return folder / "site"
+
+
+def smoke(installed: Path, version: str) -> subprocess.CompletedProcess[str]:
+    path = f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PATH": path}
+    return subprocess.run([ROOT / ".ci" / "smoke", version], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_of_a_checkout(installed):
+    """Every recipe is valid, and one trains, is evaluated, exported and used."""
+    done = smoke(installed, __version__)
+    assert done.returncode == 0, done.stderr
+    assert "done after 20 steps" in done.stderr
+    there, here = (
+        {path.relative_to(place) for path in (place / "olvae").rglob("*") if path.is_file()}
+        for place in (installed, ROOT)
+    )
+    lost = {path for path in here - there if "__pycache__" not in path.parts}
+    assert {path.parent for path in lost} == {Path("olvae/recipes/distil/teacher")}
+
+
+@pytest.mark.slow
+def test_another_version_is_not_released(installed):
+    done = smoke(installed, "0.0.1")
+    assert (done.returncode, done.stderr) == (1, f"error: this is olvae {__version__}, and 0.0.1 is to be released\n")
+
+
+@pytest.mark.slow
+def test_the_description_of_the_wheel_needs_no_repository(installed):
+    """Its links are those of the README, at the release's tag."""
+    (metadata,) = installed.glob("open_litevae-*.dist-info/METADATA")
+    message = message_from_string(metadata.read_text(encoding="utf-8"))
+    assert message["Version"] == __version__
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", message.get_payload())
+    ours = [(picture, url) for picture, url in links if url.startswith(ADDRESS)]
+    assert len(ours) > 10
+    for picture, url in ours:
+        prefix = f"{ADDRESS}/{'raw' if picture else 'blob'}/v{__version__}/"
+        assert (ROOT / url.removeprefix(prefix).partition("#")[0]).is_file(), url
+    assert all(url.startswith(("https://", "#")) for _, url in links)
