@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
 .PHONY: demo distil-demo study test test-portable test-slow test-gpu test-network test-browser lint format clean help
@@ -15,11 +16,11 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) install --quiet -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) install --quiet -e '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
@@ -66,11 +67,13 @@ test-network: $(VENV)/.installed-dev ## the checks that need the internet
 test-browser: $(VENV)/.installed-dev ## the checks that need Chromium
 	$(BIN)/python -m pytest -m browser
 
-lint: $(VENV)/.installed-dev ## ruff, mypy and the import contract
+lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the schemas of the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/.installed-dev ## let ruff format and fix
 	$(BIN)/ruff format .

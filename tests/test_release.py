@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from olvae import __version__
+from tests.docs.commands import check
+from tests.docs.markdown import split_commands
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
@@ -32,6 +34,26 @@ def test_the_repository_has_one_address():
     for path, found in named:
         assert found.startswith((ADDRESS, f"https://{owner}.github.io/{name}")), f"{path}: {found}"
     assert {"pyproject.toml", "README.md"} <= {str(path) for path, _ in named}
+
+
+def test_the_workflows_run_what_contributors_run():
+    """Their make targets and scripts exist, and the Pythons are those that the package names."""
+    jobs = {
+        name: job
+        for path in (ROOT / ".github" / "workflows").glob("*.yml")
+        for name, job in yaml.safe_load(path.read_text())["jobs"].items()
+    }
+    lines = [step["run"] for job in jobs.values() for step in job.get("steps", []) if "run" in step]
+    made = [words for line in lines if line.startswith("make ") for words in split_commands(line)]
+    assert {"lint", "test"} <= {words[1] for words in made}
+    for words in made:
+        check(words)
+    for script in re.findall(r"\.ci/\w+", "\n".join(lines)):
+        assert os.access(ROOT / script, os.X_OK), script
+    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert matrix["python"] == named
+    assert matrix["include"] == [{"python": named[0], "resolution": "lowest-direct"}]
 
 
 @pytest.fixture(scope="module")
