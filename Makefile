@@ -67,13 +67,16 @@ test-network: $(VENV)/.installed-dev ## the checks that need the internet
 test-browser: $(VENV)/.installed-dev ## the checks that need Chromium
 	$(BIN)/python -m pytest -m browser
 
-lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the schemas of the workflows
+lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/question.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/.installed-dev ## let ruff format and fix
 	$(BIN)/ruff format .

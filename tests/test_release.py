@@ -16,6 +16,7 @@ from tests.docs.commands import check
 from tests.docs.markdown import split_commands
 
 ROOT = Path(__file__).parent.parent
+COPIED = " ".join(re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.M)).split()
 ADDRESS = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
 
 
@@ -28,7 +29,9 @@ def test_the_repository_has_one_address():
         (path.relative_to(ROOT), found)
         for path in (ROOT / name for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split())
         if path.suffix in (".toml", ".cff", ".md", ".yml") and path.is_file()
-        for found in re.findall(r"https://[^\s\"'`)]*open-litevae[^\s\"'`)]*", path.read_text(encoding="utf-8"))
+        for found in re.findall(
+            r"https://[\w.-]*github[^\s\"'`)]*open-litevae[^\s\"'`)]*", path.read_text(encoding="utf-8")
+        )
     ]
     owner, name = ADDRESS.split("/")[-2:]
     for path, found in named:
@@ -56,14 +59,32 @@ def test_the_workflows_run_what_contributors_run():
     assert matrix["include"] == [{"python": named[0], "resolution": "lowest-direct"}]
 
 
+def test_docker_is_sent_what_it_copies():
+    sent = (ROOT / ".dockerignore").read_text().split()
+    assert sent[0] == "*"
+    assert {line[1:] for line in sent if line.startswith("!")} == set(COPIED)
+
+
+def test_the_hooks_are_tools_of_the_project():
+    """pre-commit accepts them, and each is a make target or a tool that make has installed."""
+    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config"], cwd=ROOT, check=True)
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    for hook in repository["hooks"]:
+        program, *arguments = hook["entry"].split()
+        if program == "make":
+            check([program, *arguments])
+        else:
+            assert (ROOT / program).is_file()
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with what the wheel holds, made from a copy, because a build may leave files behind."""
+    """A folder with what the wheel holds, made from the files that the Dockerfile copies."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "source")
-    shutil.copytree(ROOT / "olvae", folder / "source" / "olvae", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / "source" / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", folder / "source", "--no-deps", "-w", folder], check=True)
     (wheel,) = folder.glob("*.whl")
