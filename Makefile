@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study test test-portable test-slow test-gpu test-network test-browser lint format clean help
+.PHONY: demo distil-demo study docs test test-portable test-slow test-gpu test-network test-browser lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -21,6 +21,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install --quiet -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
@@ -48,6 +52,9 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	cp docs/results.md $(STUDY)/results.md
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --document $(STUDY)/results.md
 
+docs: $(VENV)/.installed-docs ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
@@ -55,7 +62,7 @@ test-portable: $(VENV)/.installed-dev ## the whole test suite with the kernels o
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/.installed-dev ## the checks that take minutes
+test-slow: $(VENV)/.installed-dev $(VENV)/.installed-docs ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
 test-gpu: $(VENV)/.installed-dev ## the checks that need a CUDA device
@@ -83,5 +90,5 @@ format: $(VENV)/.installed-dev ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what make and Python leave behind (not your runs)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
