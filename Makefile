@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 test test-portable test-slow test-gpu test-network test-browser lint format clean help
+.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -15,11 +16,15 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) install --quiet -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) install --quiet -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install --quiet -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
@@ -48,23 +53,7 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	cp docs/results.md $(STUDY)/results.md
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --document $(STUDY)/results.md
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, hours)
-	$(BIN)/python -m study.corpus --out study/corpus-out
-	$(MAKE) photos-f8c12 photos-f8c4
-
-photos-f8c%: CHANNELS = model.params.embed_dim=$* model.params.decoder_config.params.z_channels=$*
-photos-f8c%: TRAIN = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 $(CHANNELS)
-photos-f8c12 photos-f8c4: photos-f8c%:
-	$(TRAIN) --base study/photos_start.yaml --name $@_start
-	$(TRAIN) --base study/photos_middle.yaml --name $@_middle \
-		--actual_resume "$$(ls -d $(RUNS)/*_$@_start_32 | tail -n 1)/checkpoints/last.ckpt"
-	$(TRAIN) --base study/photos.yaml --name $@ \
-		--actual_resume "$$(ls -d $(RUNS)/*_$@_middle_32 | tail -n 1)/checkpoints/last.ckpt"
-	$(BIN)/olvae evaluate "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --baselines --data study/corpus-out/held_out --size 256 \
-		--metrics psnr,ssim
-	$(BIN)/olvae latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --data study/corpus-out/train_tiles
-	$(BIN)/olvae export "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --out $@ --license apache-2.0 \
-		--latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)/latents.json"
+.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser lint format clean help
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -73,7 +62,7 @@ test-portable: $(VENV)/.installed-dev ## the whole test suite with the kernels o
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/.installed-dev ## the checks that take minutes
+test-slow: $(VENV)/.installed-dev $(VENV)/.installed-docs ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow --timeout=1800
 
 test-gpu: $(VENV)/.installed-dev ## the checks that need a CUDA device
@@ -83,19 +72,24 @@ test-network: $(VENV)/.installed-dev ## the checks that need the internet
 	$(BIN)/python -m pytest -m network
 
 test-browser: $(VENV)/.installed-dev ## the checks that need Chromium, and Gradio
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[app]'
+	$(PIP) install --quiet -e '.[app]'
 	$(BIN)/python -m pytest -m browser
 
-lint: $(VENV)/.installed-dev ## ruff, mypy and the import contract
+lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/question.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/.installed-dev ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what make and Python leave behind (not your runs)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

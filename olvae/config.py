@@ -53,7 +53,7 @@ CHECKOUT = "configs"
 """What the folder of the recipes is called in a checkout: a link to it."""
 
 TOP_LEVEL = ("model", "data", "lightning", "run")
-LIGHTNING = ("trainer", "callbacks")
+LIGHTNING = ("trainer", "callbacks", "logger")
 NODE_KEYS = ("target", "params")
 MODEL_KEYS = ("base_learning_rate", "from", *NODE_KEYS)
 FOUND = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
@@ -68,7 +68,7 @@ SAID_ELSEWHERE = {
 TRAINER = "lightning.pytorch.Trainer"
 TRAINER_OURS = {
     "callbacks": "lightning.callbacks",
-    "logger": "the run folder",
+    "logger": "lightning.logger",
     "default_root_dir": "--logdir",
     "use_distributed_sampler": "the data source",
     "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
@@ -297,12 +297,13 @@ def _check_lightning(section: Any) -> Iterator[str]:
         yield from _check_arguments(_arguments_of(TRAINER), trainer, "lightning.trainer")
         for key in set(trainer) & set(TRAINER_OURS) if isinstance(trainer, Mapping) else ():
             yield f"lightning.trainer.{key}: is set by {TRAINER_OURS[key]}; leave it out"
-    callbacks = section.get("callbacks")
-    if isinstance(callbacks, Mapping):
-        for name, node in callbacks.items():
-            yield from _check_node(node, f"lightning.callbacks.{name}")
-    elif callbacks is not None:
-        yield f"lightning.callbacks: expected a mapping of names to nodes, got {callbacks!r}"
+    for key in ("callbacks", "logger"):
+        nodes = section.get(key)
+        if isinstance(nodes, Mapping):
+            for name, node in nodes.items():
+                yield from _check_node(node, f"lightning.{key}.{name}")
+        elif nodes is not None:
+            yield f"lightning.{key}: expected a mapping of names to nodes, got {nodes!r}"
 
 
 def _check_node(node: Any, where: str) -> Iterator[str]:
@@ -323,7 +324,7 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
         yield f"{where}.target: {error}"
         return
     params = node.get("params") or {}
-    filled_in: tuple[str, ...] = ()
+    filled_in: tuple[str, ...] = ("save_dir",) if where.startswith("lightning.logger.") else ()  # the run's folder
     if where == "model" and isinstance(params, Mapping):
         for key in set(params) & set(SAID_ELSEWHERE):
             yield f"model.params.{key}: set {SAID_ELSEWHERE[key]} instead"

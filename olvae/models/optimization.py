@@ -17,7 +17,7 @@ __all__ = ["adam_of", "adam_state_bytes", "grad_scaler", "gradient_ratio", "last
 
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, different for each list of them."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0]) >> 1
 
 
 def adam_of(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -14,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
@@ -28,6 +27,7 @@ from olvae.files import atomic_write, set_aside, write_json
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
+from olvae.training.loggers import log_picture
 
 __all__ = ["FiniteLoss", "GracefulStop", "Health", "ImageGrids", "KeepCheckpoints", "SaveConfig", "UnreadableLimit"]
 
@@ -194,8 +194,8 @@ class SaveConfig(Callback):
 class ImageGrids(Callback):
     """Draws a grid at every validation: inputs, reconstructions, errors, and decoded samples from N(0, I).
 
-    It is ``images/step=N.png`` in the run folder and an image in TensorBoard, drawn with the weights that validation
-    uses: the averaged ones if there are any.
+    It is ``images/step=N.png`` in the run folder and an image in TensorBoard and W&B, drawn with the weights that
+    validation uses: the averaged ones if there are any.
 
     Args:
         count: pictures in a row, from the first validation batch.
@@ -237,11 +237,7 @@ class ImageGrids(Callback):
         with atomic_write(_run(trainer).images / f"step={step:08d}.png") as partial:
             grid.save(partial)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
-                logger.experiment.add_image(
-                    "val/images", tensor.view(grid.height, grid.width, 3), step, dataformats="HWC"
-                )
+            log_picture(logger, "val/images", grid, step)
 
 
 class FiniteLoss(Callback):

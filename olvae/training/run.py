@@ -13,7 +13,6 @@ from typing import Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from olvae import config as cfg
@@ -39,6 +38,7 @@ from olvae.training.callbacks import (
 from olvae.training.changes import changes, check_changes, print_changes
 from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count
 from olvae.training.lock import RunLock
+from olvae.training.loggers import make_loggers
 from olvae.training.origin import (
     Found,
     check_teacher,
@@ -186,7 +186,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     stop = GracefulStop()
     try:
         save_config = SaveConfig({**config, "run": settings}, run)
-        trainer = _trainer(run, precision, trainer_args, config, save_config, [stop, UnreadableLimit()])
+        trainer = _trainer(run, precision, trainer_args, config, save_config, [stop, UnreadableLimit()], done)
         print_summary(settings, run, trainer, model, source, start)
         if is_over and trainer.is_global_zero:
             Console(stderr=True).print(
@@ -366,6 +366,7 @@ def _trainer(
     config: Config,
     save_config: SaveConfig,
     ours: Sequence[pl.Callback],
+    done: int,
 ) -> pl.Trainer:
     nodes = (config.get("lightning") or {}).get("callbacks") or {}
     callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours, save_config]
@@ -382,7 +383,7 @@ def _trainer(
         **trainer_args,
         "precision": precision,
         "callbacks": callbacks,
-        "logger": TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard"),
+        "logger": make_loggers((config.get("lightning") or {}).get("logger") or {}, run, done),
         "default_root_dir": run.path,
         "use_distributed_sampler": False,
     }

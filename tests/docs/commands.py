@@ -34,6 +34,8 @@ def find(words: list[str]) -> tuple[Any, list[str]]:
     """The command that words after ``olvae`` name, and the words that are left for it."""
     command = OLVAE
     while hasattr(command, "commands"):
+        if command is OLVAE and words[:1] == ["--version"]:
+            break
         if command.invoke_without_command and command is not OLVAE and (not words or words[0].startswith("-")):
             break  # it does something of its own
         assert words, f"a command of {', '.join(command.commands)} is missing"

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 DOCS = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
         *ROOT.glob("docs/*.md"),
+        *ROOT.glob(".github/*.md"),
         *ROOT.glob("integrations/*/README.md"),
     ]
 )

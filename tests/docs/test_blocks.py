@@ -18,7 +18,7 @@ from tests.docs.markdown import CONFIGS, DOCS, EXAMPLES, ROOT, Block, blocks, co
 RUN, NETWORK, NAMES = "run", "needs network", "check names only: "
 """Marks: a shell block that is run; Python blocks that can't be, because of the network, or for the reason given."""
 
-LANGUAGES = ("python", "sh", "console", "yaml", "text")
+LANGUAGES = ("python", "sh", "console", "yaml", "text", "mermaid")
 
 
 def of(*languages: str) -> Any:

@@ -1,0 +1,27 @@
+# For the CPU: docker build -t olvae .
+# For CUDA:    docker build -t olvae --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 --build-arg TORCH=cu128 .
+# To use it:   docker run --rm --gpus all --shm-size 4g --user "$(id -u):$(id -g)" -v "$PWD:/work" olvae train --base demo
+ARG BASE=debian:13-slim
+FROM ${BASE}
+ARG TORCH=cpu
+
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/olvae \
+    && useradd --uid 1001 --create-home --home-dir /work olvae
+ENV PATH=/opt/olvae/bin:$PATH
+
+WORKDIR /src
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --extra-index-url "https://download.pytorch.org/whl/${TORCH}" --requirement requirements.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY olvae olvae
+RUN pip install --no-cache-dir --no-deps .
+
+# Downloaded weights are cached in /work too; any user may be named with --user.
+ENV HOME=/work USER=olvae
+USER 1001
+WORKDIR /work
+ENTRYPOINT ["olvae"]

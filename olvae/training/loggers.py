@@ -1,0 +1,79 @@
+"""Where a run's scalars and pictures go: TensorBoard's files in its folder, and the loggers of ``lightning.logger``."""
+
+import csv
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from olvae import config as cfg
+from olvae.config import Config, ConfigError
+from olvae.runs import Run
+
+__all__ = ["log_picture", "make_loggers"]
+
+
+def make_loggers(nodes: Mapping[str, Config], run: Run, done: int) -> list[Logger]:
+    """TensorBoard's, then those of the nodes, each of which goes on where it was if the run is resumed.
+
+    CSVLogger and WandbLogger get what they need for that, unless the node says otherwise: a place in the run's folder,
+    and the run's name as W&B's id.
+
+    Args:
+        done: steps that the run has had.
+
+    Raises:
+        ConfigError: a logger can't be made, for example because its package is missing.
+    """
+    found: list[Logger] = [TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard")]
+    for name, node in nodes.items():
+        params = _ours(node["target"].rpartition(".")[2], run) | dict(node.get("params") or {})
+        try:
+            logger = cfg.instantiate({**node, "params": params})
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"lightning.logger.{name}: {error}") from error
+        if not isinstance(logger, Logger):
+            raise ConfigError(f"lightning.logger.{name}: {node['target']} is no logger of Lightning")
+        if isinstance(logger, CSVLogger):
+            _keep_rows(logger, done)
+        found.append(logger)
+    return found
+
+
+def _ours(kind: str, run: Run) -> dict[str, Any]:
+    name = run.path.resolve().name
+    return {
+        "CSVLogger": {"save_dir": str(run.path), "name": "", "version": "csv"},
+        "WandbLogger": {"save_dir": str(run.path), "name": name, "id": name, "resume": "allow"},
+    }.get(kind, {})
+
+
+@rank_zero_only
+def _keep_rows(logger: CSVLogger, done: int) -> None:
+    """Lightning removes the file of an earlier piece of the run: give its rows to the new writer."""
+    path = Path(logger.log_dir) / "metrics.csv"
+    rows: Sequence[dict[str, str]] = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory")  # that the rows will be lost
+        writer = logger.experiment
+    for row in rows:
+        if (step := int(row["step"])) <= done:  # later ones were logged between the last checkpoint and a kill
+            values = {name: float(value) for name, value in row.items() if value}
+            writer.metrics.append({**values, "step": step})
+
+
+def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+    """Give a picture to TensorBoard or W&B; the other loggers of Lightning take none, or in ways of their own."""
+    if isinstance(logger, TensorBoardLogger):
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        logger.experiment.add_image(name, pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(name, [picture], step)

@@ -1,0 +1,134 @@
+"""What is released: one version, one address, and a wheel that works outside of any checkout."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olvae import __version__
+from tests.docs.commands import check
+from tests.docs.markdown import split_commands
+
+ROOT = Path(__file__).parent.parent
+COPIED = " ".join(re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.M)).split()
+ADDRESS = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
+
+
+def test_the_citation_has_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+def test_the_repository_has_one_address():
+    named = [
+        (path.relative_to(ROOT), found)
+        for path in (ROOT / name for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split())
+        if path.suffix in (".toml", ".cff", ".md", ".yml") and path.is_file()
+        for found in re.findall(
+            r"https://[\w.-]*github[^\s\"'`)]*open-litevae[^\s\"'`)]*", path.read_text(encoding="utf-8")
+        )
+    ]
+    owner, name = ADDRESS.split("/")[-2:]
+    for path, found in named:
+        assert found.startswith((ADDRESS, f"https://{owner}.github.io/{name}")), f"{path}: {found}"
+    assert {"pyproject.toml", "README.md"} <= {str(path) for path, _ in named}
+
+
+def test_the_workflows_run_what_contributors_run():
+    """Their make targets and scripts exist, and the Pythons are those that the package names."""
+    jobs = {
+        name: job
+        for path in (ROOT / ".github" / "workflows").glob("*.yml")
+        for name, job in yaml.safe_load(path.read_text())["jobs"].items()
+    }
+    lines = [step["run"] for job in jobs.values() for step in job.get("steps", []) if "run" in step]
+    made = [words for line in lines if line.startswith("make ") for words in split_commands(line)]
+    assert {"lint", "test", "docs"} <= {words[1] for words in made}
+    for words in made:
+        check(words)
+    for script in re.findall(r"\.ci/\w+", "\n".join(lines)):
+        assert os.access(ROOT / script, os.X_OK), script
+    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert matrix["python"] == named
+    assert matrix["include"] == [{"python": named[0], "resolution": "lowest-direct"}]
+
+
+def test_docker_is_sent_what_it_copies():
+    sent = (ROOT / ".dockerignore").read_text().split()
+    assert sent[0] == "*"
+    assert {line[1:] for line in sent if line.startswith("!")} == set(COPIED)
+
+
+def test_the_hooks_are_tools_of_the_project():
+    """pre-commit accepts them, and each is a make target or a tool that make has installed."""
+    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config"], cwd=ROOT, check=True)
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    for hook in repository["hooks"]:
+        program, *arguments = hook["entry"].split()
+        if program == "make":
+            check([program, *arguments])
+        else:
+            assert (ROOT / program).is_file()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with what the wheel holds, made from the files that the Dockerfile copies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / "source" / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", folder / "source", "--no-deps", "-w", folder], check=True)
+    (wheel,) = folder.glob("*.whl")
+    assert wheel.stat().st_size < 25e6
+    subprocess.run([*pip, "install", wheel, "--no-deps", "--target", folder / "site"], check=True)
+    return folder / "site"
+
+
+def smoke(installed: Path, version: str) -> subprocess.CompletedProcess[str]:
+    path = f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PATH": path}
+    return subprocess.run([ROOT / ".ci" / "smoke", version], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_of_a_checkout(installed):
+    """Every recipe is valid, and one trains, is evaluated, exported and used."""
+    done = smoke(installed, __version__)
+    assert done.returncode == 0, done.stderr
+    assert "done after 20 steps" in done.stderr
+    there, here = (
+        {path.relative_to(place) for path in (place / "olvae").rglob("*") if path.is_file()}
+        for place in (installed, ROOT)
+    )
+    lost = {path for path in here - there if "__pycache__" not in path.parts}
+    assert {path.parent for path in lost} == {Path("olvae/recipes/distil/teacher")}
+
+
+@pytest.mark.slow
+def test_another_version_is_not_released(installed):
+    done = smoke(installed, "0.0.1")
+    assert (done.returncode, done.stderr) == (1, f"error: this is olvae {__version__}, and 0.0.1 is to be released\n")
+
+
+@pytest.mark.slow
+def test_the_description_of_the_wheel_needs_no_repository(installed):
+    """Its links are those of the README, at the release's tag."""
+    (metadata,) = installed.glob("open_litevae-*.dist-info/METADATA")
+    message = message_from_string(metadata.read_text(encoding="utf-8"))
+    assert message["Version"] == __version__
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", message.get_payload())
+    ours = [(picture, url) for picture, url in links if url.startswith(ADDRESS)]
+    assert len(ours) > 10
+    for picture, url in ours:
+        prefix = f"{ADDRESS}/{'raw' if picture else 'blob'}/v{__version__}/"
+        assert (ROOT / url.removeprefix(prefix).partition("#")[0]).is_file(), url
+    assert all(url.startswith(("https://", "#")) for _, url in links)
