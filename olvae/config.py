@@ -12,7 +12,7 @@ import inspect
 import math
 import pkgutil
 import typing
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,7 @@ __all__ = [
     "save",
     "unknown_keys",
     "validate",
+    "with_paths",
 ]
 
 Config = dict[str, Any]
@@ -269,6 +270,22 @@ def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
     return factory(**params)
 
 
+def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
+    """A node, and those in it, with other paths: strings and lists in arguments whose type allows a Path."""
+    if not isinstance(node, dict) or not isinstance(node.get("target"), str):
+        return typing.cast(Config, node)  # instantiate says what is wrong
+    arguments = _arguments_of(node["target"])
+    params = dict(node.get("params") or {})
+    for name, value in params.items():
+        hint = arguments.hints.get(name) if arguments is not None else None
+        if _is_node(hint):
+            nodes = [with_paths(part, change) for part in (value if isinstance(value, list) else [value]) if part]
+            params[name] = nodes if isinstance(value, list) else next(iter(nodes), value)
+        elif _takes_path(hint):
+            params[name] = [change(part) for part in value] if isinstance(value, list) else value and change(value)
+    return {**node, "params": params}
+
+
 def validate(config: Mapping[str, Any]) -> list[str]:
     """Every mistake of a config, one line each, without building anything.
 
@@ -406,6 +423,10 @@ def _is_node(hint: Any) -> bool:
     if typing.get_origin(hint) is Annotated:
         return _NODE in hint.__metadata__
     return any(_is_node(part) for part in typing.get_args(hint))
+
+
+def _takes_path(hint: Any) -> bool:
+    return hint is Path or any(_takes_path(part) for part in typing.get_args(hint))
 
 
 def _readable(hint: Any) -> str:

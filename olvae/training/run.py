@@ -19,7 +19,8 @@ from rich.console import Console
 from olvae import config as cfg
 from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
-from olvae.config import Config, ConfigError
+from olvae.config import Config, ConfigError, with_paths
+from olvae.data.places import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import write_json
@@ -123,6 +124,11 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         raise ConfigError("--allow-changes is for --resume: leave it out")
     config, found = _config(options, resumed)
     settings = _settings(options, config, resumed, found)
+    moved = moves(config)
+    settings["paths"] |= {now: settings["paths"][before] for before, now in moved.items()}
+    for one in (config,) if own is None else (config, own):
+        one["data"] = with_paths(one["data"], lambda text: moved.get(text, text))
+        settings["paths"] |= make_absolute(one)
     if own is not None:
         changed = changes(own, config, settings)
         if is_first():
@@ -139,6 +145,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
+    settings["paths"] |= make_absolute(config)  # of what has been downloaded now
     quieten()
     pl.seed_everything(settings["seed"], workers=True, verbose=False)
     model = _model(config, trainer_args)
@@ -272,6 +279,7 @@ def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, f
         "seed": seed,
         "initial_seed": before.get("initial_seed", seed),  # of the initial weights, if a resumed run changed the seed
         "weights": str(weights) if weights is not None else before.get("weights"),
+        "paths": dict((config.get("run") or {}).get("paths") or {}),  # of the data, as they were written
     }
 
 

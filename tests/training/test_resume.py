@@ -291,6 +291,61 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, trained, tmp_pa
     assert (code, err) == (2, "error: --allow-changes is for --resume: leave it out\n")
 
 
+@pytest.fixture
+def started_here(olvae_train, tmp_path, image_folder, monkeypatch) -> Run:
+    """A run of two steps whose data were given as ``photos``, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    save(tiny_config(image_folder.name), tmp_path / "tiny.yaml")
+    code, err = olvae_train("--base", "tiny.yaml", "lightning.trainer.max_steps=2")
+    assert code == 0, err
+    (path,) = (tmp_path / "runs").iterdir()
+    return Run(path)
+
+
+def test_a_run_finds_its_relative_data_from_another_folder(olvae_train, started_here, tmp_path, monkeypatch):
+    """Its config has both, what was written and where that is; the same word there is other data."""
+    photos = tmp_path / "photos"
+    config = load([started_here.config])
+    assert config["data"]["params"]["root"] == str(photos)
+    assert config["run"]["paths"] == {str(photos): "photos"}
+    code, err = olvae_train("--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    assert "data.params.root" not in err  # the same place, written as before
+
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(photos, elsewhere / "photos")
+    monkeypatch.chdir(elsewhere)
+    code, err = olvae_train("--resume", started_here.path, "lightning.trainer.max_steps=4")
+    assert code == 0, err
+    assert load([started_here.config])["run"]["paths"] == {str(photos): "photos"}
+    code, err = olvae_train("--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=5")
+    assert code == 2
+    assert f"  data.params.root: {photos} -> {elsewhere / 'photos'}" in err.splitlines()
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", str(started_here.path), "--metrics", "psnr", "--no-report"])
+    assert leaving.value.code == 0
+
+
+def test_a_run_that_was_moved_with_its_data_goes_on(olvae_train, started_here, tmp_path, monkeypatch, caplog):
+    place = tmp_path / "copied"
+    place.mkdir()
+    for name in ("photos", "runs"):
+        (tmp_path / name).rename(place / name)
+    run = Run(place / "runs" / started_here.path.name)
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
+    assert code == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'photos'}: this run's data are not there any more, nor are they")
+    monkeypatch.chdir(place)
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    (line,) = caplog.messages
+    assert line == f"{tmp_path / 'photos'}: this run's data are not there any more: taken from {place / 'photos'}"
+    config = load([run.config])
+    assert config["data"]["params"]["root"] == str(place / "photos")
+    assert config["run"]["paths"][str(place / "photos")] == "photos"
+
+
 def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train, trained, monkeypatch):
     before = trained.config.read_text()
     seen = []

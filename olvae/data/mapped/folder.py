@@ -72,11 +72,11 @@ class FolderSource(MappedSource):
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         size: int,
         batch_size: int,
         num_workers: int = 0,
-        val_root: str | None = None,
+        val_root: str | Path | None = None,
         val_fraction: float = 0.05,
         max_val_images: int | None = None,
         min_fraction: float = 0.5,
@@ -182,7 +182,7 @@ def _may_be_file(path: Path) -> bool:
         return True
 
 
-def _parts(root: str) -> tuple[str, str | None]:
+def _parts(root: str | Path) -> tuple[str | Path, str | Path | None]:
     """The folders of training and of held-out images, if a data set has both."""
     folder = Path(root).expanduser()
     train, held_out = (
@@ -192,7 +192,7 @@ def _parts(root: str) -> tuple[str, str | None]:
     return (train[0], held_out[0]) if train and held_out else (root, None)
 
 
-def _split(root: str, paths: Sequence[Path], fraction: float) -> tuple[list[Path], list[Path]]:
+def _split(root: str | Path, paths: Sequence[Path], fraction: float) -> tuple[list[Path], list[Path]]:
     """Hold out about ``fraction`` of the paths, at least one, by the hash of their names."""
     if len(paths) < 2:
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
@@ -201,7 +201,7 @@ def _split(root: str, paths: Sequence[Path], fraction: float) -> tuple[list[Path
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 
-def _at_most(root: str, paths: Sequence[Path], count: int) -> list[Path]:
+def _at_most(root: str | Path, paths: Sequence[Path], count: int) -> list[Path]:
     """The ``count`` paths with the smallest hashes, in their order."""
     chosen = set(sorted(paths, key=partial(_place, Path(root).expanduser()))[:count])
     return [path for path in paths if path in chosen]

@@ -58,7 +58,7 @@ class HuggingFaceSource(MappedSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | Path,
         size: int,
         batch_size: int,
         num_workers: int = 0,
@@ -67,8 +67,8 @@ class HuggingFaceSource(MappedSource):
         val_split: str | None = None,
         val_fraction: float = 0.05,
         name: str | None = None,
-        data_files: str | Sequence[str] | None = None,
-        data_dir: str | None = None,
+        data_files: str | Path | Sequence[str | Path] | None = None,
+        data_dir: str | Path | None = None,
         revision: str | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
@@ -76,10 +76,11 @@ class HuggingFaceSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
+        files = str(data_files) if isinstance(data_files, str | Path) else data_files and [str(f) for f in data_files]
+        folder = None if data_dir is None else str(data_dir)
 
         def read(part: str) -> Any:
-            return load_table(path, part, name=name, data_files=files, data_dir=data_dir, revision=revision)
+            return load_table(str(path), part, name=name, data_files=files, data_dir=folder, revision=revision)
 
         train = Column(read(split), column, channels)
         parts = (
