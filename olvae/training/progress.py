@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from olvae.config import Config
-from olvae.data.source import Source
+from olvae.data.source import FEW, Source
 from olvae.figures import plot_curves
 from olvae.models.adversary import Adversary
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -267,7 +267,15 @@ def print_summary(
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", escape(value))
-    Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
+    console = Console(stderr=True)
+    console.print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
+    if source.val_images is not None and source.val_images < FEW:
+        console.print(
+            f"[yellow]warning:[/] held-out images: {source.val_images} are few, so that other ones would give other "
+            "numbers: `olvae evaluate` prints the interval; more images, or --data SRC there, narrow it",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_ending(run: Run, trainer: pl.Trainer, by_script: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from PIL import Image
 
 from olvae.bench import networks
 from olvae.cli.main import main, print_error, repeat_flags
@@ -87,6 +88,28 @@ def test_train_evaluate_and_resume(olvae, whole_training, config, tmp_path):
     )
     assert code == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text())["results"][0]["metrics"].keys() == {"psnr"}
+
+
+def test_few_held_out_images_are_a_warning_with_the_interval(olvae, config, tmp_path):
+    """In training that there are few, in an evaluation also how much that means; not of 20 images."""
+    train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=1")
+    code, _, err = olvae(*train)
+    assert code == 0
+    assert "warning: held-out images: 3 are few, so that other ones would give other numbers: `olvae evaluate`" in err
+    (run,) = (tmp_path / "runs").iterdir()
+    code, _, err = olvae("evaluate", run, "--metrics", "psnr,ssim", "--no-report")
+    low, high = json.loads((run / "metrics.json").read_text())["results"][0]["intervals"]["psnr"]
+    assert (
+        "warning: few images, 3: other ones give other numbers; 95 % bootstrap intervals for "
+        f"{run.name}: PSNR {low:.3f} to {high:.3f}, SSIM "
+    ) in err
+    for i in range(20):
+        Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
+    code, _, err = olvae(*train, f"data.params.val_root={tmp_path}/*.png")
+    assert code == 0
+    assert "are few" not in err
+    code, _, err = olvae("evaluate", run, "--data", f"{tmp_path}/*.png", "--metrics", "psnr", "--no-report")
+    assert "few images" not in err
 
 
 def test_the_untrained_row_is_the_run_before_its_first_step(olvae, config, tmp_path):

@@ -83,6 +83,7 @@ def test_what_a_run_leaves(go, whole_training):
         "weights": None,
         "untrained": None,
         "teacher": None,
+        "paths": {},
     }
     assert checkpoint(run)["images_seen"] == 16
 

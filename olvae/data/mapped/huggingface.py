@@ -47,7 +47,8 @@ class HuggingFaceSource(MappedSource):
         column: of the images.
         split: for training.
         val_split: for validation and test; without it a part of the training split is held out.
-        val_fraction: how large a part, evenly spread.
+        val_fraction: how large a part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
+            fifth.
         name, data_files, data_dir, revision: handed to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
@@ -65,7 +66,7 @@ class HuggingFaceSource(MappedSource):
         column: str = "image",
         split: str = "train",
         val_split: str | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: float | None = None,
         name: str | None = None,
         data_files: str | Path | Sequence[str | Path] | None = None,
         data_dir: str | Path | None = None,
