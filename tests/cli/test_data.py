@@ -15,6 +15,7 @@ from PIL import Image
 
 from olvae.data.audit import check as module
 from tests.data.packing import members
+from tests.export.latents import encode
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -93,6 +94,21 @@ def test_wrong_usage_is_one_line(olvae, image_folder, tmp_path, arguments, line)
     assert line in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--index",)])
+def test_latents_stay_as_they_are(olvae, image_folder, tmp_path, flags):
+    latents = tmp_path / "latents"
+    encode(image_folder, latents)
+    (latents / "index.json").unlink()
+    before = {path: path.read_bytes() for path in latents.rglob("*") if path.is_file()}
+    code, out, err = olvae("check", latents, *flags)
+    assert (code, out) == (1, "")
+    assert err == (
+        f"error: {latents}: these are latents of `olvae encode`, not images: they are left as they are, index and all; "
+        "stats.json describes them, and `olvae decode` makes images of them\n"
+    )
+    assert {path: path.read_bytes() for path in latents.rglob("*") if path.is_file()} == before
 
 
 def test_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_path):
