@@ -1,5 +1,6 @@
 """Files that are either complete or absent, folders for results, and file names in messages."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ __all__ = [
     "legible",
     "named",
     "nearest",
+    "no_empty_folders",
     "printable",
     "safe_path",
     "set_aside",
@@ -78,6 +80,20 @@ def nearest(folder: Path) -> Path:
     """The folder itself, or the nearest of its parents that exists, which may be a file."""
     place = folder.absolute()
     return next(path for path in (place, *place.parents) if path.exists())
+
+
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """After an exception, remove the folder and its parents, as far as they are new and empty."""
+    place = folder.absolute()
+    before = nearest(place)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one that has something in it
+            for new in (path for path in (place, *place.parents) if before in path.parents and path.exists()):
+                new.rmdir()
+        raise
 
 
 def file_sha256(path: Path) -> str:

@@ -56,7 +56,7 @@ def pack(
     Example: olvae data pack photos --out shards --resize 512
     """
     from olvae.config import ConfigError
-    from olvae.data.pack import PackOptions
+    from olvae.data.pack import PackOptions, is_begun
     from olvae.data.pack import pack as pack_images
     from olvae.files import printable
     from olvae.pool import cores
@@ -73,7 +73,8 @@ def pack(
         with ProgressBar("packing", at_once=False) as bar:
             packed = pack_images(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: finished shards are in {out}; the same command continues from there", err=True)
+        stays = f": finished shards are in {out}; the same command continues from there" if is_begun(out) else ""
+        typer.echo(f"stopped{stays}", err=True)
         sys.exit(STOPPED)
     index = packed.index
     for skipped in index.unreadable[:10]:
