@@ -96,7 +96,7 @@ def command(
     ] = None,
     shift_factor: Annotated[float | None, typer.Option(help="For a diffusion model: mean of the latents.")] = None,
     latents: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="Take both factors from the latents.json of olvae latents.")
+        Path | None, typer.Option(metavar="DIR", help="Take both factors from what olvae latents or encode wrote.")
     ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx].")
@@ -111,7 +111,7 @@ def command(
 
     The export is loaded back and compared with the model before it appears in --out.
 
-    Example: olvae export runs/2026-01-31T12-00-00_demo_32 --out demo-vae --latents latents.json
+    Example: olvae export runs/2026-01-31T12-00-00_demo_32 --out demo-vae --latents latents
     """
     import signal
 
@@ -146,6 +146,8 @@ def command(
     }
     if layout is not None:
         _check_options(layout, given)
+    if latents is not None:
+        latents = _factors_file(latents)
     if layout in FILES:
         check_file(out, force)
     else:
@@ -186,7 +188,7 @@ def command(
         raise ConfigError(f"{target}: has latents_mean and latents_std per channel: leave out {', '.join(FACTORS)}")
     if latents is not None:
         model.scaling_factor, model.shift_factor = read_factors(latents, found.name)
-        factors_from = "measured by olvae latents"
+        factors_from = f"measured by olvae {'latents' if latents.name == 'latents.json' else 'encode'}"
     elif scaling_factor is not None or shift_factor is not None:
         model.scaling_factor = model.scaling_factor if scaling_factor is None else scaling_factor
         model.shift_factor = model.shift_factor if shift_factor is None else shift_factor
@@ -226,6 +228,21 @@ def command(
             err=True,
         )
     typer.echo(f"export: {out}", err=True)
+
+
+def _factors_file(given: Path) -> Path:
+    """Of --latents: the file, or the one in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if given.is_file():
+        return given
+    for name in ("latents.json", "stats.json"):
+        if (given / name).is_file():
+            return given / name
+    what = "neither latents.json nor stats.json is in this folder" if given.is_dir() else "no such file or folder"
+    raise FileNotFoundError(f"--latents {given}: {what}: name what olvae latents or olvae encode wrote")
 
 
 def _check_options(layout: Format, given: dict[str, bool]) -> None:
