@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from olvae.files import atomic_write
+from olvae.files import atomic_write, reason
 from olvae.signatures import Arguments, arguments_in_source
 
 __all__ = [
@@ -163,7 +163,7 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
     try:
         part = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: not readable as YAML: {_parse_error(error, path)}") from error
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
     include = part.pop("include", [])
@@ -470,6 +470,12 @@ def nearest_recipes(name: str | Path) -> str:
     asked = Path(name).as_posix().removeprefix(f"{CHECKOUT}/").removesuffix(".yaml").lower()
     close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
     return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"
+
+
+def _parse_error(error: Exception, path: Path) -> str:
+    """Without the file's name, which the message has already."""
+    text = reason(error) if isinstance(error, OSError) else _first_line(error)
+    return text.replace(f' in "{path.absolute()}", ', " at ")
 
 
 def _first_line(error: Exception) -> str:

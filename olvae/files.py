@@ -19,6 +19,7 @@ __all__ = [
     "nearest",
     "no_empty_folders",
     "printable",
+    "reason",
     "safe_path",
     "set_aside",
     "write_json",
@@ -115,6 +116,12 @@ def safe_path(key: str) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")
     return path
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line, for a message that has the file's name: without the one that the system adds."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def legible(name: str) -> str:

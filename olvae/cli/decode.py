@@ -36,7 +36,7 @@ def command(
     from olvae.data.source import total
     from olvae.devices import resolve_device
     from olvae.export.decode import FORMATS, decode_shards
-    from olvae.files import check_folder
+    from olvae.files import check_folder, no_empty_folders
     from olvae.models.large.memory import GIB
     from olvae.models.loading.targets import find_target
     from olvae.modules.base import weights_checksum
@@ -52,7 +52,7 @@ def command(
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
     model.to(where)
 
-    with ProgressBar("decoding", total([shard.images for shard in shards])) as bar:
+    with no_empty_folders(out), ProgressBar("decoding", total([shard.images for shard in shards])) as bar:
         done = decode_shards(model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance)
     for error in done.unreadable:
         typer.echo(f"skipped {error.name}: {error.reason}", err=True)

@@ -126,6 +126,7 @@ def command(
     from olvae.evaluation.report.tables import print_results
     from olvae.evaluation.results import Results
     from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, evaluate
+    from olvae.files import no_empty_folders
     from olvae.metrics.registry import METRICS
     from olvae.models.loading.targets import find_target, name_apart
 
@@ -183,7 +184,8 @@ def command(
                 break
         shown.append(results)
         suffix = suffixes[results.protocol["name"]]
-        written += _write(replace(one, results=results), folder, suffix, report)
+        with no_empty_folders(folder):
+            written += _write(replace(one, results=results), folder, suffix, report)
         if as_json and not suffix:
             typer.echo(json.dumps(results.as_dict(), indent=2))
     print_results(shown)

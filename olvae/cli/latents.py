@@ -46,7 +46,7 @@ def command(
         print_latents,
         report_content,
     )
-    from olvae.files import write_json
+    from olvae.files import no_empty_folders, write_json
     from olvae.models.loading.targets import find_target, name_apart
 
     join()
@@ -74,7 +74,6 @@ def command(
             summaries[name] = accumulator.compute()
             bar.advance()
 
-    folder.mkdir(parents=True, exist_ok=True)
     seen = next(iter(summaries.values())).n
     about = {
         "source": data or found[0].config["data"]["target"],
@@ -82,9 +81,11 @@ def command(
         "size": source.size,
     }
     content = report_content(summaries, {**about, "n": seen})
-    write_json(content, folder / "latents.json")
-    draw_distribution(summaries, folder / "latents.png")
-    draw_channels(summaries, folder / "latent_channels.png")
+    with no_empty_folders(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(content, folder / "latents.json")
+        draw_distribution(summaries, folder / "latents.png")
+        draw_channels(summaries, folder / "latent_channels.png")
     print_latents(summaries, content["data"])
     if as_json:
         typer.echo(json.dumps(content, indent=2))

@@ -110,6 +110,8 @@ def print_error(error: Exception) -> int:
 
     expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own
+        text = f"{error.filename}: {error.strerror}"
     if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: keep its last line
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last

@@ -80,7 +80,6 @@ def command(
         {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision],
     )
 
-    out.mkdir(parents=True, exist_ok=True)
     failed = 0
     with ProgressBar("reconstructing", len(outputs)) as bar:
 

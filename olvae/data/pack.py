@@ -22,7 +22,7 @@ from olvae.data.open import open_images
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.data.transforms import resize_shorter_side
-from olvae.files import named, no_empty_folders
+from olvae.files import named, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
 __all__ = ["FORMATS", "PackOptions", "Packed", "is_begun", "pack", "shard_positions", "usual_shard_size"]
@@ -130,7 +130,7 @@ def pack(
             shards.remove_state()
     except OSError as error:
         stays = "; finished shards stay, and the same command continues from there" if is_begun(out) else ""
-        raise OSError(f"{out}: {error.strerror or error}{stays}") from error
+        raise OSError(f"{out}: {reason(error)}{stays}") from error
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
 
 

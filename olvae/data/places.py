@@ -57,8 +57,7 @@ def moves(config: Config) -> dict[str, str]:
             here = str(Path.cwd() / written[text])
             if not _is_there(written[text]):
                 raise FileNotFoundError(
-                    f"{text}: this run's data are not there any more, nor are they {here}: put them back, or name "
-                    "their place: --data SRC, in training a setting such as data.params.root=PATH"
+                    f"{text}: this run's data are not there any more, nor are they {here}: name others"
                 )
             _tell(text, here)
             found[text] = here

@@ -23,7 +23,7 @@ from olvae.config import Config, ConfigError, with_paths
 from olvae.data.places import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
-from olvae.files import write_json
+from olvae.files import no_empty_folders, write_json
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.footprint import advice, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -101,7 +101,7 @@ def train(options: TrainOptions) -> runs.Run:
         TrainingStopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
-    with RunLock() as lock:
+    with RunLock() as lock, no_empty_folders(Path(options.logdir)):
         return _train(options, lock)
 
 

@@ -204,6 +204,43 @@ def test_mistakes_are_one_line(olvae, tmp_path, monkeypatch, arguments, code, te
         assert err.count("\n") == 1
 
 
+def test_a_file_is_named_once(olvae, tmp_path, monkeypatch):
+    """By its own message, and by the system's."""
+    (tmp_path / "bad.yaml").write_text("model: [\n  a: : b")
+    code, _, err = olvae("train", "--base", tmp_path / "bad.yaml")
+    assert (code, err.count(str(tmp_path))) == (2, 1)
+    assert err.startswith(f"error: {tmp_path / 'bad.yaml'}: not readable as YAML: ")
+    assert err.endswith(" at line 2, column 6\n")
+
+    def closed(*_: object) -> None:
+        Path(tmp_path).read_bytes()
+
+    monkeypatch.setattr("olvae.config.OmegaConf.load", closed)
+    (tmp_path / "closed.yaml").touch()
+    code, _, err = olvae("validate", tmp_path / "closed.yaml")
+    assert err.endswith(f"{tmp_path / 'closed.yaml'}: not readable as YAML: Is a directory\n")
+    monkeypatch.setattr("olvae.bench.networks.network_table", closed)
+    assert olvae("tables") == (1, "", f"error: {tmp_path}: Is a directory\n")
+
+
+def test_a_failed_evaluation_leaves_no_folder(olvae, trained, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "out"
+    for command, place in (
+        ("evaluate", "olvae.evaluation.report.tables.write_csv"),
+        ("latents", "olvae.files.write_json"),
+    ):
+        monkeypatch.setattr(place, full_disk)
+        code, _, err = olvae(
+            command, trained, "--out", out, *(("--metrics", "l1", "--no-report") * (command == "evaluate"))
+        )
+        assert (code, err.splitlines()[-1]) == (1, "error: x: No space left on device")
+        assert not out.parent.exists()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device", "x")
+
+
 def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     """By the program where the command has no more to say; see test_encode.py, test_data.py and test_run.py."""
 
@@ -233,7 +270,7 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
         assert olvae(*command) == (130, "", "stopped\n")
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert not any((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])

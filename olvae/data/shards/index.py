@@ -13,7 +13,7 @@ from webdataset.tariterators import base_plus_ext
 from olvae.data.image import EXTENSIONS
 from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url
 from olvae.data.shards.urls import file_name, is_local, shard_names
-from olvae.files import write_json
+from olvae.files import reason, write_json
 
 __all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
 
@@ -147,7 +147,7 @@ def _read_index(url: str) -> dict[str, int]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{url}: not a readable index of shards: {error}") from error
+        raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
 def count_images(path: Path, image_key: str | None = None) -> int:
