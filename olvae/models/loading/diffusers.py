@@ -15,6 +15,7 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.models.pretrained import is_hub_id, snapshot
 from olvae.models.spec import FOR_DIFFUSION, class_in
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
+from olvae.runs import Run
 
 __all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]
 
@@ -98,6 +99,8 @@ def find_folder(text: str) -> Path:
     if on_hub:  # the configs first, then the weights of the one folder that has the autoencoder
         root = snapshot(name, [f"{prefix}config.json" for prefix in prefixes])
     prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
+    if prefix is None and Run(root).last_checkpoint.is_file():
+        raise FileNotFoundError(f"diffusers:{text}: this is a run: name it without diffusers:")
     if prefix is None:
         raise FileNotFoundError(
             f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "
