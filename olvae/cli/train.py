@@ -78,7 +78,6 @@ def command(
         start_from=start_from,
         teacher=teacher,
         allow_changes=allow_changes,
-        by_script=Path(sys.argv[0]).name == "train.py",
     )
     try:
         train(options)

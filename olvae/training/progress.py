@@ -278,10 +278,10 @@ def print_summary(
         )
 
 
-def print_ending(run: Run, trainer: pl.Trainer, by_script: bool) -> None:
-    """Draw the curves, and print where the results are and what to run next; ``by_script``: with train.py."""
+def print_ending(run: Run, trainer: pl.Trainer) -> None:
+    """Draw the curves, and print where the results are and what to run next."""
     stopped = trainer.global_step < trainer.max_steps
-    _print_places(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps", stopped, by_script)
+    _print_places(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps", stopped)
 
 
 def is_finished(run: Run, steps: int) -> bool:
@@ -293,23 +293,21 @@ def is_finished(run: Run, steps: int) -> bool:
     return isinstance(note, dict) and note.get("steps") == steps
 
 
-def print_finished(run: Run, steps: int, by_script: bool) -> None:
+def print_finished(run: Run, steps: int) -> None:
     """As :func:`print_ending`, for a run that was finished before."""
-    _print_places(run, f"this run has had its {steps} steps, and nothing is left to do", False, by_script)
+    more = f"lightning.trainer.max_steps={2 * steps} trains on"
+    _print_places(run, f"all {steps} steps of this run are done, and nothing is left to do: {more}", False)
 
 
-def _print_places(run: Run, title: str, stopped: bool, by_script: bool) -> None:
+def _print_places(run: Run, title: str, stopped: bool) -> None:
     curves = draw_curves(run)
     console = Console(stderr=True)
-    console.print(title, highlight=False)
+    console.print(title, highlight=False, soft_wrap=True)
     places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images, "curves": curves}
     for name, place in places.items():
         if place is not None and place.exists():
             console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True, markup=False)
-    train, evaluate = "olvae train", "olvae evaluate"
-    if by_script:
-        train, evaluate = "python train.py", "python scripts/compute_metrics.py"
-    hint = f"continue with: {train} --resume {run.path}" if stopped else f"evaluate with: {evaluate} {run.path}"
+    hint = f"continue with: olvae train --resume {run.path}" if stopped else f"evaluate with: olvae evaluate {run.path}"
     console.print(hint, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -84,8 +84,6 @@ class TrainOptions:
     teacher: str | None = None
     allow_changes: bool = False
     """``--allow-changes``: a resumed run may get other data, networks and losses."""
-    by_script: bool = False
-    """Started as ``python train.py``: hints on what to run next name the scripts."""
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -171,17 +169,17 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     is_over = resumed is not None and done == last_step
     if done > last_step:
         raise ConfigError(
-            f"--resume: this run has had {done} steps, and max_steps is {last_step}: to continue it, set more, as in "
-            f"lightning.trainer.max_steps={2 * done}"
+            f"--resume: this run is at step {done}, after the last of max_steps {last_step}: to continue it, set more, "
+            f"as in lightning.trainer.max_steps={2 * done}"
         )
     if is_over and options.allow_changes:
         raise ConfigError(
-            f"--allow-changes: this run has had its {done} steps, and would not train with other settings: set more "
-            f"steps, as in lightning.trainer.max_steps={2 * done}"
+            f"--allow-changes: all {done} steps of this run are done, so that other settings would change nothing: set "
+            f"more steps, as in lightning.trainer.max_steps={2 * done}"
         )
     if resumed is not None and is_over and is_finished(resumed, done):
         if is_first():
-            print_finished(resumed, done, options.by_script)
+            print_finished(resumed, done)
         return resumed
     source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
@@ -197,7 +195,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         print_summary(settings, run, trainer, model, source, start)
         if is_over and trainer.is_global_zero:
             Console(stderr=True).print(
-                f"this run has had its {done} steps: what is left is to validate them", highlight=False
+                f"all {done} steps of this run are done: what is left is to validate the last one", highlight=False
             )
         device = trainer.strategy.root_device
         if device.type == "cuda":
@@ -223,7 +221,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         if is_ours and not any(run.checkpoints.glob("*.ckpt")):
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
-        print_ending(run, trainer, options.by_script)
+        print_ending(run, trainer)
         if not stop.agreed:
             write_json({"steps": trainer.global_step}, run.finished)
     if stop.agreed:

@@ -149,7 +149,7 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
 
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert "this run has had its 4 steps: what is left is to validate them" in err
+    assert "all 4 steps of this run are done: what is left is to validate the last one" in err
     assert "done after 4 steps" in err
     assert psnr_at(killed) == psnr_at(whole)
     names = [f"images/step={step:08d}.png" for step in (interval, 4)]
@@ -169,12 +169,14 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
     before = killed.last_checkpoint.read_bytes()
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert err.startswith("this run has had its 4 steps, and nothing is left to do\n")
+    assert err.startswith(
+        "all 4 steps of this run are done, and nothing is left to do: lightning.trainer.max_steps=8 trains on\n"
+    )
     assert (killed.images / "curves.png").is_file()
     code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
     assert code == 2
     assert killed.last_checkpoint.read_bytes() == before
-    assert "this run has had 4 steps, and max_steps is 3: to continue it, set more" in err
+    assert "this run is at step 4, after the last of max_steps 3: to continue it, set more" in err
 
 
 def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, monkeypatch, caplog):
@@ -275,7 +277,7 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, trained, tmp_pa
     changed = ("--resume", trained.path, "--allow-changes", f"data.params.root={others}")
     code, err = olvae_train(*changed)
     assert code == 2
-    assert "this run has had its 2 steps, and would not train with other settings" in err
+    assert "all 2 steps of this run are done, so that other settings would change nothing" in err
     shutil.rmtree(others / "class0")
     (others / "class1" / "1.png").write_bytes(b"")
     strict = "data.params.max_unreadable=0"

@@ -270,6 +270,7 @@ def test_a_signal_to_all_processes(tmp_path, image_folder, number):
     assert process.returncode == 130, errors
     assert errors.count("stopped after") == errors.count("\nstopped") == 1
     (run,) = (tmp_path / "runs").iterdir()
+    assert f"continue with: olvae train --resume {run}\n" in errors  # though it was started as python train.py
     assert checkpoint(Run(run))["global_step"] > 0
 
 
