@@ -29,6 +29,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Node",
+    "check",
     "check_arguments",
     "differences",
     "instantiate",
@@ -302,6 +303,19 @@ def validate(config: Mapping[str, Any]) -> list[str]:
     if lightning is not None:
         mistakes += _check_lightning(lightning)
     return mistakes
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Check a config to train with.
+
+    Raises:
+        ConfigError: it has mistakes, or no data.
+    """
+    mistakes = validate(config)
+    if "data" not in config:
+        mistakes.append("data: missing: the source of the training images")
+    if mistakes:
+        raise ConfigError(*mistakes)
 
 
 def _check_lightning(section: Any) -> Iterator[str]:

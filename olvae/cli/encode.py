@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED, AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
+from olvae.cli.options import (
+    STOPPED,
+    AllowMismatch,
+    ConfigFile,
+    Device,
+    ProgressBar,
+    Raw,
+    TargetArgument,
+    check_paths,
+    loading,
+)
 
 __all__ = ["command"]
 
@@ -67,26 +77,31 @@ def command(
     processes: torchrun --nproc_per_node 4 --module olvae encode ... docs/encode.md describes the shards, and
     how to train a diffusion model on them.
 
-    Example: olvae encode runs/2026-01-31T12-00-00_demo_32 --data photos --size 128 --out latents
+    Example: olvae encode runs/*_demo_32 --data photos --size 128 --out latents
 
     Example: olvae encode my-vae --data photos --size 512 --flip --format kohya-sdxl --out photos
     """
     import json
 
-    import torch
-
-    from olvae.allocator import keep_freed_memory
     from olvae.config import ConfigError
-    from olvae.data.shards.latents import SHARDS
-    from olvae.devices import gather, join, leave, resolve_device
-    from olvae.export.encode import FORMATS, EncodeJob, encoder_of
-    from olvae.export.inputs import find_inputs
-    from olvae.export.writers import EncodeOptions
-    from olvae.files import check_folder, no_empty_folders
-    from olvae.models.compilation import compile_networks
-    from olvae.models.large.memory import GIB
-    from olvae.models.loading.targets import find_target
-    from olvae.modules.precision import DTYPES, PRECISION_SYNONYMS, PRECISIONS
+
+    if native and size is not None:
+        raise ConfigError("--native and --size: give one of the two")
+    check_paths(target, data=data)
+    with loading():
+        import torch
+
+        from olvae.allocator import keep_freed_memory
+        from olvae.data.shards.latents import SHARDS
+        from olvae.devices import gather, join, leave, resolve_device
+        from olvae.export.encode import FORMATS, EncodeJob, encoder_of
+        from olvae.export.inputs import find_inputs
+        from olvae.export.writers import EncodeOptions
+        from olvae.files import check_folder, no_empty_folders
+        from olvae.models.compilation import compile_networks
+        from olvae.models.large.memory import GIB
+        from olvae.models.loading.targets import find_target
+        from olvae.modules.precision import DTYPES, PRECISION_SYNONYMS, PRECISIONS
 
     if file_format not in FORMATS:
         raise ConfigError(f"--format {file_format}: choose from {', '.join(FORMATS)}")
@@ -97,8 +112,6 @@ def command(
     precision = PRECISION_SYNONYMS.get(precision, precision)
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
-    if native and size is not None:
-        raise ConfigError("--native and --size: give one of the two")
     check_folder(out)
     if not native:
         keep_freed_memory()

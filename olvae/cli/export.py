@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, Raw
+from olvae.cli.options import AllowMismatch, Raw, check_paths, loading
 
 if TYPE_CHECKING:  # slow to import
     from olvae.models.autoencoder import LiteVAE
@@ -111,20 +111,13 @@ def command(
 
     The export is loaded back and compared with the model before it appears in --out.
 
-    Example: olvae export runs/2026-01-31T12-00-00_demo_32 --out demo-vae --latents latents
+    Example: olvae export runs/*_demo_32 --out demo-vae --latents latents
     """
     import signal
 
     from rich.console import Console
 
     from olvae.config import ConfigError
-    from olvae.export.comfyui import export_comfyui
-    from olvae.export.folder import Provenance, check_empty, export, first_target, read_factors
-    from olvae.export.latent_diffusion import export_latent_diffusion
-    from olvae.export.single import check_file
-    from olvae.models.loading.stable_diffusion import as_litevae
-    from olvae.models.loading.targets import DIFFUSERS, RAW, find_target
-    from olvae.modules.precision import DTYPES
 
     if latents is not None and (scaling_factor is not None or shift_factor is not None):
         raise ConfigError("--latents has both factors: leave out --scaling-factor and --shift-factor")
@@ -148,6 +141,17 @@ def command(
         _check_options(layout, given)
     if latents is not None:
         latents = _factors_file(latents)
+    check_paths(target)
+    with loading():
+        from olvae.export.comfyui import export_comfyui
+        from olvae.export.folder import Provenance, check_empty, export, first_target, read_factors
+        from olvae.export.latent_diffusion import export_latent_diffusion
+        from olvae.export.single import check_file
+        from olvae.models.loading.stable_diffusion import as_litevae
+        from olvae.models.loading.targets import RAW, find_target
+        from olvae.models.named import DIFFUSERS
+        from olvae.modules.precision import DTYPES
+
     if layout in FILES:
         check_file(out, force)
     else:
@@ -157,7 +161,7 @@ def command(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that temporary files are removed
 
     console = Console(stderr=True)
-    with console.status("loading"):
+    with loading():
         found = find_target(target, config, config_base, raw, allow_mismatch)
         if fresh := (found.config.get("run") or {}).get("untrained"):
             raise ConfigError(

@@ -17,7 +17,7 @@ from olvae.files import nearest
 from olvae.metrics.registry import METRICS
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.stable_diffusion import is_stable_diffusion
-from olvae.models.pretrained import is_hub_id
+from olvae.models.named import is_hub_id
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 from olvae.modules.base import count_parameters
 

@@ -242,7 +242,6 @@ def print_summary(
     latent = (1, vae.decoder.z_channels, nominal // f, nominal // f)
     crop, position = f"{size}x{size}", f"{size // f}x{size // f}"
     rows = {
-        "run": str(run.path),
         "encoder": _network(model.encoder, (1, vae.encoder.in_channels, nominal, nominal), nominal),
         "decoder": _network(model.decoder, latent, nominal),
         "latent": f"f{vae.downscale}, {vae.latent_channels} channels: {crop} -> {position}",
@@ -265,10 +264,13 @@ def print_summary(
     if settings["weights"]:
         rows["weights from"] = settings["weights"]
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", escape(value))
     console = Console(stderr=True)
     console.print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
+    console.print(f"run: {run.path}", highlight=False, soft_wrap=True, markup=False)  # to be copied: never cut
     if source.val_images is not None and source.val_images < FEW:
         console.print(
             f"[yellow]warning:[/] held-out images: {source.val_images} are few, so that other ones would give other "

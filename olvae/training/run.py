@@ -112,8 +112,6 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     }
     if len(given := [what for what, value in starts.items() if value is not None]) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
-    if resumed is None and not options.base:
-        raise ConfigError("--base names the config to train, as in --base demo")
     own: Config | None = None
     if resumed is not None:
         _take(lock, resumed)
@@ -240,7 +238,7 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
         config["model"]["from"] = options.start_from
     if options.teacher is not None and isinstance(config.get("model"), dict):
         set_teacher(config, options.teacher)
-    _check_config(config)
+    cfg.check(config)
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
         return config, None
@@ -248,16 +246,8 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
         if value is not None:
             raise ConfigError(f"model.from names an autoencoder to start from, {flag} another: give one of them")
     found = start_from(config)
-    _check_config(config)
+    cfg.check(config)
     return config, found
-
-
-def _check_config(config: Config) -> None:
-    mistakes = cfg.validate(config)
-    if "data" not in config:
-        mistakes.append("data: missing: the source of the training images")
-    if mistakes:
-        raise ConfigError(*mistakes)
 
 
 def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, found: Found | None) -> Config:

@@ -1,6 +1,8 @@
 """The commands as a user types them, in this process; and once each through the README's scripts."""
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -284,7 +286,7 @@ def test_the_first_process_reports_that_training_was_stopped(olvae, monkeypatch,
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert olvae("train") == (code, "", "")
+    assert olvae("train", "--base", "demo") == (code, "", "")
 
 
 def test_a_warning_is_one_line(olvae, config, monkeypatch):
@@ -315,9 +317,83 @@ def test_scripts_of_the_readme():
         assert "Example: " in done.stdout
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys, olvae.cli.main; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+WITHOUT_TORCH = """
+import sys
+from olvae.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as leaving:
+    assert 'torch' not in sys.modules
+    raise
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "text"),
+    [
+        (("--help",), 0, ""),
+        (("train", "--base", "demo", "--help"), 0, ""),
+        (("train", "--base", "missing"), 2, "missing: no such config file"),
+        (("train", "--base", "demo", "data.params.siez=3"), 2, "did you mean size?"),
+        (("train", "--base", "demo", "--resume", "missing"), 1, "missing: no such run folder"),
+        (("train", "--base", "finetune/sdxl", "--from", "missing"), 1, "missing: not found; a target is"),
+        (("train", "--base", "distil/both", "--teacher", "diffusers:missing"), 1, "diffusers:missing: no such folder"),
+        (("evaluate", "missing"), 1, "missing: not found; a target is"),
+        (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
+        (("evaluate", "tests", "--data", "missing"), 1, "missing: no such folder"),
+        (("evaluate", "tests", "--posterior", "mean"), 2, "--posterior mean: choose mode or sample"),
+        (("latents", "missing"), 1, "missing: not found"),
+        (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),
+        (("decode", "tests", "missing", "--out", "x"), 1, "missing: no such folder"),
+        (("export", "missing", "--out", "x"), 1, "missing: not found"),
+        (("export", "tests", "--out", "x", "--latents", "missing"), 1, "--latents missing: no such file or folder"),
+        (("reconstruct", "missing", "x.png", "--out", "x"), 1, "missing: not found"),
+        (("reconstruct", "tests", "x.png", "--out", "x", "--seed", "1"), 2, "--seed applies to --sample"),
+        (("data", "pack", "missing", "--out", "x"), 1, "missing: no such folder"),
+        (("data", "check", "missing"), 1, "missing: no such folder"),
+    ],
+)
+def test_what_is_missing_or_wrong_does_not_wait_for_torch(command, code, text):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr
+
+
+def test_a_terminal_is_told_that_a_command_loads(tmp_path):
+    """Whatever the command says comes after it; without a terminal there is no such line."""
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-c", "from olvae.cli.main import main; main()", "latents", str(tmp_path / "empty")]
+    here, there = pty.openpty()
+    done = subprocess.run(command, cwd=ROOT, stderr=there, env={**os.environ, "TERM": "xterm"}, check=False)
+    os.close(there)
+    shown = os.read(here, 1 << 16).decode()
+    os.close(here)
+    assert done.returncode == 1
+    assert 0 <= shown.index("loading") < shown.index("neither a run folder")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "loading" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [text.split() for text in (*COMMANDS, "encode", "decode", *GROUPS)], ids=" ".join)
+def test_help_is_whole_at_80_columns(olvae, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = olvae(*command, "--help")
+    assert code == 0
+    assert "<bool>" not in out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if "Example: " not in line) <= 80
+    assert not [line for line in lines if line.rstrip().endswith("…")]
+
+
+def test_the_path_of_a_run_is_not_cut_off(olvae, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    logdir = tmp_path / ("long" * 20)
+    base = trained.parent.parent / "tiny.yaml"
+    code, _, err = olvae("train", "--base", base, "--gpus", 0, "--logdir", logdir, "lightning.trainer.max_steps=1")
+    (run,) = logdir.iterdir()
+    assert code == 0
+    assert f"\nrun: {run}\n" in err
+    assert "…" not in err
 
 
 @pytest.mark.parametrize(

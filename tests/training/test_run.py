@@ -334,7 +334,7 @@ def test_other_channels(go, image_folder, channels):
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ((), {"base": []}, "--base names the config"),
+        ((), {"base": []}, "model: missing"),
         ((), {"base": ["missing.yaml"]}, "no such config file"),
         (("data.params.root=/nowhere",), {}, "no such folder"),
         (("data.params.size=20",), {}, "20 is not a multiple of 8, .* use 16 or 24"),
