@@ -53,7 +53,26 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	cp docs/results.md $(STUDY)/results.md
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --document $(STUDY)/results.md
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser lint format clean help
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, hours)
+	$(BIN)/python -m study.corpus --out study/corpus-out
+	$(MAKE) photos-f8c12 photos-f8c4
+
+photos-f8c%: CHANNELS = model.params.embed_dim=$* model.params.decoder_config.params.z_channels=$*
+photos-f8c%: TRAIN = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 $(CHANNELS)
+photos-f8c12 photos-f8c4: photos-f8c%:
+	$(TRAIN) --base study/photos_start.yaml --name $@_start
+	$(TRAIN) --base study/photos_middle.yaml --name $@_middle \
+		--actual_resume "$$(ls -d $(RUNS)/*_$@_start_32 | tail -n 1)/checkpoints/last.ckpt"
+	$(TRAIN) --base study/photos.yaml --name $@ \
+		--actual_resume "$$(ls -d $(RUNS)/*_$@_middle_32 | tail -n 1)/checkpoints/last.ckpt"
+	$(BIN)/olvae evaluate "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --baselines --data study/corpus-out/held_out --size 256 \
+		--metrics psnr,ssim
+	$(BIN)/olvae latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --data study/corpus-out/train_tiles
+	$(BIN)/olvae export "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --out $@ --license apache-2.0 \
+		--latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)/latents.json"
+
+docs: $(VENV)/.installed-docs ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2

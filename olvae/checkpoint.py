@@ -18,7 +18,6 @@ from torch import Tensor, nn
 __all__ = [
     "APART",
     "AUTOENCODER",
-    "WEIGHT_SUFFIXES",
     "load_weights",
     "mismatches",
     "pick_weights",
@@ -32,9 +31,6 @@ AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 
 APART = "olvae."
 """In front of these prefixes in files whose names other projects' loaders must not take for their own."""
-
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-"""Suffixes of files of weights, the preferred one first."""
 
 INERT = ("lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "typing")
 """Packages whose objects trainers leave in checkpoints beside the weights: each object is read as an empty shell."""

@@ -12,7 +12,7 @@ import inspect
 import math
 import pkgutil
 import typing
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from olvae.files import atomic_write
+from olvae.files import atomic_write, reason
 from olvae.signatures import Arguments, arguments_in_source
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Node",
+    "check",
     "check_arguments",
     "differences",
     "instantiate",
@@ -39,6 +40,7 @@ __all__ = [
     "save",
     "unknown_keys",
     "validate",
+    "with_paths",
 ]
 
 Config = dict[str, Any]
@@ -162,7 +164,7 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
     try:
         part = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: not readable as YAML: {_parse_error(error, path)}") from error
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
     include = part.pop("include", [])
@@ -269,6 +271,22 @@ def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
     return factory(**params)
 
 
+def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
+    """A node, and those in it, with other paths: strings and lists in arguments whose type allows a Path."""
+    if not isinstance(node, dict) or not isinstance(node.get("target"), str):
+        return typing.cast(Config, node)  # instantiate says what is wrong
+    arguments = _arguments_of(node["target"])
+    params = dict(node.get("params") or {})
+    for name, value in params.items():
+        hint = arguments.hints.get(name) if arguments is not None else None
+        if _is_node(hint):
+            nodes = [with_paths(part, change) for part in (value if isinstance(value, list) else [value]) if part]
+            params[name] = nodes if isinstance(value, list) else next(iter(nodes), value)
+        elif _takes_path(hint):
+            params[name] = [change(part) for part in value] if isinstance(value, list) else value and change(value)
+    return {**node, "params": params}
+
+
 def validate(config: Mapping[str, Any]) -> list[str]:
     """Every mistake of a config, one line each, without building anything.
 
@@ -285,6 +303,19 @@ def validate(config: Mapping[str, Any]) -> list[str]:
     if lightning is not None:
         mistakes += _check_lightning(lightning)
     return mistakes
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Check a config to train with.
+
+    Raises:
+        ConfigError: it has mistakes, or no data.
+    """
+    mistakes = validate(config)
+    if "data" not in config:
+        mistakes.append("data: missing: the source of the training images")
+    if mistakes:
+        raise ConfigError(*mistakes)
 
 
 def _check_lightning(section: Any) -> Iterator[str]:
@@ -409,6 +440,10 @@ def _is_node(hint: Any) -> bool:
     return any(_is_node(part) for part in typing.get_args(hint))
 
 
+def _takes_path(hint: Any) -> bool:
+    return hint is Path or any(_takes_path(part) for part in typing.get_args(hint))
+
+
 def _readable(hint: Any) -> str:
     text = getattr(hint, "__name__", None) if inspect.isclass(hint) and not typing.get_args(hint) else None
     return text or str(hint).replace("typing.", "").replace("collections.abc.", "")
@@ -450,6 +485,12 @@ def nearest_recipes(name: str | Path) -> str:
     asked = Path(name).as_posix().removeprefix(f"{CHECKOUT}/").removesuffix(".yaml").lower()
     close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
     return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"
+
+
+def _parse_error(error: Exception, path: Path) -> str:
+    """Without the file's name, which the message has already."""
+    text = reason(error) if isinstance(error, OSError) else _first_line(error)
+    return text.replace(f' in "{path.absolute()}", ', " at ")
 
 
 def _first_line(error: Exception) -> str:

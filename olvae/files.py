@@ -1,5 +1,6 @@
 """Files that are either complete or absent, folders for results, and file names in messages."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,9 @@ __all__ = [
     "legible",
     "named",
     "nearest",
+    "no_empty_folders",
     "printable",
+    "reason",
     "safe_path",
     "set_aside",
     "write_json",
@@ -80,6 +83,20 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (place, *place.parents) if path.exists())
 
 
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """After an exception, remove the folder and its parents, as far as they are new and empty."""
+    place = folder.absolute()
+    before = nearest(place)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one that has something in it
+            for new in (path for path in (place, *place.parents) if before in path.parents and path.exists()):
+                new.rmdir()
+        raise
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
@@ -99,6 +116,12 @@ def safe_path(key: str) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")
     return path
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line, for a message that has the file's name: without the one that the system adds."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def legible(name: str) -> str:

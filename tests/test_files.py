@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from olvae.files import atomic_write, check_folder, file_sha256, set_aside, write_json
+from olvae.files import atomic_write, check_folder, file_sha256, no_empty_folders, set_aside, write_json
 
 
 def test_a_file_is_complete_or_as_it_was(tmp_path):
@@ -85,3 +85,28 @@ def test_folders_for_results(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="is not writable: name another folder"):
         check_folder(tmp_path / "a")
+
+
+def test_a_failure_leaves_no_empty_folder_that_is_new(tmp_path):
+    (tmp_path / "old").mkdir()
+
+    def fail(folder: str, *files: str) -> None:
+        with no_empty_folders(tmp_path / folder):
+            for file in files:
+                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / file).touch()
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            raise KeyboardInterrupt
+
+    for folder, files, left in (
+        ("a/b/c", (), ["old"]),
+        ("old", (), ["old"]),
+        ("old/a", (), ["old"]),
+        ("a/b/c", ("a/file",), ["a", "a/file", "old"]),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            fail(folder, *files)
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+    with no_empty_folders(tmp_path / "kept"):
+        (tmp_path / "kept").mkdir()
+    assert (tmp_path / "kept").is_dir()

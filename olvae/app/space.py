@@ -10,8 +10,7 @@ from olvae import __version__
 from olvae.config import ConfigError
 from olvae.export.folder import check_empty
 from olvae.files import nearest
-from olvae.models.loading.targets import DIFFUSERS
-from olvae.models.pretrained import is_hub_id
+from olvae.models.named import DIFFUSERS, is_hub_id
 from olvae.models.shipped import is_shipped
 from olvae.models.spec import CONFIG_NAME
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from olvae.cli.evaluate import Targets
-from olvae.cli.options import Device
+from olvae.cli.options import Device, check_paths, loading
 
 __all__ = ["command"]
 
@@ -27,22 +27,24 @@ def command(
 
     Example: olvae app olvae:photos-f8c12
 
-    Example: olvae app runs/2026-01-31T12-00-00_demo_32 diffusers:stabilityai/sd-vae-ft-mse --port 0
+    Example: olvae app runs/*_demo_32 diffusers:stabilityai/sd-vae-ft-mse --port 0
     """
-    from olvae.config import ConfigError
-    from olvae.devices import resolve_device
+    from importlib.util import find_spec
 
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'") from error
+    from olvae.config import ConfigError
+
+    if find_spec("gradio") is None:
+        raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'")
     if space is not None:
         from olvae.app.space import write_space
 
         write_space(targets, space)
         typer.echo(f"written: {space}: push it to a Space of the hub, or run app.py in it", err=True)
         return
-    from olvae.app.page import page
+    check_paths(*targets)
+    with loading():
+        from olvae.app.page import page
+        from olvae.devices import resolve_device
 
     blocks = page(targets, resolve_device(device))
     _, address, _ = blocks.launch(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED, ProgressBar
+from olvae.cli.options import STOPPED, ProgressBar, check_paths, loading
 
 __all__ = ["app"]
 
@@ -56,12 +56,14 @@ def pack(
     Example: olvae data pack photos --out shards --resize 512
     """
     from olvae.config import ConfigError
-    from olvae.data.pack import PackOptions
-    from olvae.data.pack import pack as pack_images
-    from olvae.files import printable
-    from olvae.pool import cores
 
-    _refuse_configs(src)
+    _check_source(src)
+    with loading():
+        from olvae.data.pack import PackOptions, is_begun
+        from olvae.data.pack import pack as pack_images
+        from olvae.files import printable
+        from olvae.pool import cores
+
     if resize is None and (image_format is not None or quality is not None):
         raise ConfigError("--format and --quality apply to images that --resize makes smaller: add --resize")
     if image_format == "png" and quality is not None:
@@ -73,7 +75,8 @@ def pack(
         with ProgressBar("packing", at_once=False) as bar:
             packed = pack_images(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: finished shards are in {out}; the same command continues from there", err=True)
+        stays = f": finished shards are in {out}; the same command continues from there" if is_begun(out) else ""
+        typer.echo(f"stopped{stays}", err=True)
         sys.exit(STOPPED)
     index = packed.index
     for skipped in index.unreadable[:10]:
@@ -121,12 +124,13 @@ def check(
 
     from rich.console import Console
 
-    from olvae.data.audit.check import CheckOptions
-    from olvae.data.audit.check import check as check_source
-    from olvae.data.audit.result import print_audit
-    from olvae.pool import cores
+    _check_source(src)
+    with loading():
+        from olvae.data.audit.check import CheckOptions
+        from olvae.data.audit.check import check as check_source
+        from olvae.data.audit.result import print_audit
+        from olvae.pool import cores
 
-    _refuse_configs(src)
     options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
     with ProgressBar("reading", at_once=False) as bar:
         result = check_source(src, options, workers or cores(), bar.set)
@@ -138,8 +142,10 @@ def check(
         raise typer.Exit(1)
 
 
-def _refuse_configs(src: str) -> None:
+def _check_source(src: str) -> None:
+    """Raise where SRC is a config, or is not there."""
     from olvae.config import ConfigError
 
     if Path(src).suffix in (".yaml", ".yml"):
         raise ConfigError(f"{src}: is a config: name the images or shards that it trains with")
+    check_paths(data=src)

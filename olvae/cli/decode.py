@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
+from olvae.cli.options import (
+    AllowMismatch,
+    ConfigFile,
+    Device,
+    ProgressBar,
+    Raw,
+    TargetArgument,
+    check_paths,
+    loading,
+)
 
 __all__ = ["command"]
 
@@ -27,19 +36,21 @@ def command(
 ) -> None:
     """Turn the latents of `olvae encode` into images, named by their keys; posteriors are decoded at their mode.
 
-    Example: olvae decode runs/2026-01-31T12-00-00_demo_32 latents --out images
+    Example: olvae decode runs/*_demo_32 latents --out images
     """
-    from olvae.config import ConfigError
-    from olvae.data.shards.index import with_counts
-    from olvae.data.shards.latents import LATENT, read_stats
-    from olvae.data.shards.urls import find_shards
-    from olvae.data.source import total
-    from olvae.devices import resolve_device
-    from olvae.export.decode import FORMATS, decode_shards
-    from olvae.files import check_folder
-    from olvae.models.large.memory import GIB
-    from olvae.models.loading.targets import find_target
-    from olvae.modules.base import weights_checksum
+    check_paths(target, data=source)
+    with loading():
+        from olvae.config import ConfigError
+        from olvae.data.shards.index import with_counts
+        from olvae.data.shards.latents import LATENT, read_stats
+        from olvae.data.shards.urls import find_shards
+        from olvae.data.source import total
+        from olvae.devices import resolve_device
+        from olvae.export.decode import FORMATS, decode_shards
+        from olvae.files import check_folder, no_empty_folders
+        from olvae.models.large.memory import GIB
+        from olvae.models.loading.targets import find_target
+        from olvae.modules.base import weights_checksum
 
     if image_format not in FORMATS:
         raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")
@@ -52,7 +63,7 @@ def command(
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
     model.to(where)
 
-    with ProgressBar("decoding", total([shard.images for shard in shards])) as bar:
+    with no_empty_folders(out), ProgressBar("decoding", total([shard.images for shard in shards])) as bar:
         done = decode_shards(model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance)
     for error in done.unreadable:
         typer.echo(f"skipped {error.name}: {error.reason}", err=True)

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED, AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
+from olvae.cli.options import (
+    STOPPED,
+    AllowMismatch,
+    ConfigFile,
+    Device,
+    ProgressBar,
+    Raw,
+    TargetArgument,
+    check_paths,
+    loading,
+)
 
 __all__ = ["command"]
 
@@ -67,26 +77,31 @@ def command(
     processes: torchrun --nproc_per_node 4 --module olvae encode ... docs/encode.md describes the shards, and
     how to train a diffusion model on them.
 
-    Example: olvae encode runs/2026-01-31T12-00-00_demo_32 --data photos --size 128 --out latents
+    Example: olvae encode runs/*_demo_32 --data photos --size 128 --out latents
 
     Example: olvae encode my-vae --data photos --size 512 --flip --format kohya-sdxl --out photos
     """
     import json
 
-    import torch
-
-    from olvae.allocator import keep_freed_memory
     from olvae.config import ConfigError
-    from olvae.data.shards.latents import SHARDS
-    from olvae.devices import gather, join, leave, resolve_device
-    from olvae.export.encode import FORMATS, EncodeJob, encoder_of
-    from olvae.export.inputs import find_inputs
-    from olvae.export.writers import EncodeOptions
-    from olvae.files import check_folder
-    from olvae.models.compilation import compile_networks
-    from olvae.models.large.memory import GIB
-    from olvae.models.loading.targets import find_target
-    from olvae.modules.precision import DTYPES, PRECISION_SYNONYMS, PRECISIONS
+
+    if native and size is not None:
+        raise ConfigError("--native and --size: give one of the two")
+    check_paths(target, data=data)
+    with loading():
+        import torch
+
+        from olvae.allocator import keep_freed_memory
+        from olvae.data.shards.latents import SHARDS
+        from olvae.devices import gather, join, leave, resolve_device
+        from olvae.export.encode import FORMATS, EncodeJob, encoder_of
+        from olvae.export.inputs import find_inputs
+        from olvae.export.writers import EncodeOptions
+        from olvae.files import check_folder, no_empty_folders
+        from olvae.models.compilation import compile_networks
+        from olvae.models.large.memory import GIB
+        from olvae.models.loading.targets import find_target
+        from olvae.modules.precision import DTYPES, PRECISION_SYNONYMS, PRECISIONS
 
     if file_format not in FORMATS:
         raise ConfigError(f"--format {file_format}: choose from {', '.join(FORMATS)}")
@@ -97,8 +112,6 @@ def command(
     precision = PRECISION_SYNONYMS.get(precision, precision)
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
-    if native and size is not None:
-        raise ConfigError("--native and --size: give one of the two")
     check_folder(out)
     if not native:
         keep_freed_memory()
@@ -110,28 +123,32 @@ def command(
     size = 0 if native else size or found.usual_size(model)
     options = EncodeOptions(size, moments, seed, dtype, flip, images, precision, file_format)
     describe = {"target": found.name, "source": data}
-    encoder = EncodeJob(model, inputs, options, out, describe)
-    if where.type == "cpu" and precision == "fp16" and rank == 0:
-        typer.echo("note: fp16 is slow on a CPU: --precision bf16, or --device cuda", err=True)
-    if compiled:
-        compile_networks([encoder_of(model)], where)
-    if rank == 0 and len(inputs) < world:
-        typer.echo(
-            f"note: {len(inputs)} shard{'s' * (len(inputs) > 1)} of latents for {world} processes: the others have "
-            "nothing to do; a smaller --shard-size gives them work, unless the images come in shards",
-            err=True,
-        )
-
-    share = "" if world == 1 else f", 1 of {world} shares"
-    with ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0) as bar:
-        try:
-            encoder.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
-        except KeyboardInterrupt:
-            if rank == 0:
-                bar.print(f"stopped: finished shards are in {out}; the same command continues from there")
-            sys.exit(STOPPED)
-    if gather(None) is not None:
-        stats = encoder.finish()
+    stats = None
+    with no_empty_folders(out):
+        encoder = EncodeJob(model, inputs, options, out, describe)
+        if where.type == "cpu" and precision == "fp16" and rank == 0:
+            typer.echo("note: fp16 is slow on a CPU: --precision bf16, or --device cuda", err=True)
+        if compiled:
+            compile_networks([encoder_of(model)], where)
+        if rank == 0 and len(inputs) < world:
+            typer.echo(
+                f"note: {len(inputs)} shard{'s' * (len(inputs) > 1)} of latents for {world} processes: the others have "
+                "nothing to do; a smaller --shard-size gives them work, unless the images come in shards",
+                err=True,
+            )
+        share = "" if world == 1 else f", 1 of {world} shares"
+        bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
+        with encoder.shards.nothing_left(), bar:
+            try:
+                encoder.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
+            except KeyboardInterrupt:
+                stay = f": finished shards are in {out}; the same command continues from there"
+                if rank == 0:
+                    bar.print(f"stopped{stay if encoder.shards.any_stored() else ''}")
+                sys.exit(STOPPED)
+            if gather(None) is not None:
+                stats = encoder.finish()
+    if stats is not None:
         if as_json:
             typer.echo(json.dumps(stats, indent=2))
         lost = stats["unreadable"]["count"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, watched
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, check_paths, loading, watched
 
 if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.runner import Evaluated
@@ -108,32 +108,36 @@ def command(
     A metric whose pretrained network is missing is listed as skipped, with what to do about it. Each protocol gives a
     table of its own. Under torchrun, the processes share the images.
 
-    Example: olvae evaluate -B 16 runs/2026-01-31T12-00-00_demo_32
+    Example: olvae evaluate -B 16 runs/*_demo_32
 
     Example: olvae evaluate my-vae --data photos --precision fp16,bf16,32 --out precisions
 
-    Example: olvae evaluate runs/… diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
+    Example: olvae evaluate runs/*_demo_32 diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
     """
     import json
     import logging
     from dataclasses import replace
 
-    from olvae.allocator import keep_freed_memory
     from olvae.config import ConfigError
-    from olvae.devices import join, leave, resolve_device
-    from olvae.evaluation.precision import parse_precisions
-    from olvae.evaluation.protocol import named
-    from olvae.evaluation.report.tables import print_results
-    from olvae.evaluation.results import Results
-    from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, evaluate
-    from olvae.metrics.registry import METRICS
-    from olvae.models.loading.targets import find_target, name_apart
+
+    if posterior not in (None, "mode", "sample"):
+        raise ConfigError(f"--posterior {posterior}: choose mode or sample")
+    check_paths(*targets, data=data)
+    with loading():
+        from olvae.allocator import keep_freed_memory
+        from olvae.devices import join, leave, resolve_device
+        from olvae.evaluation.precision import parse_precisions
+        from olvae.evaluation.protocol import named
+        from olvae.evaluation.report.tables import print_results
+        from olvae.evaluation.results import Results
+        from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, evaluate
+        from olvae.files import no_empty_folders
+        from olvae.metrics.registry import METRICS
+        from olvae.models.loading.targets import find_target, name_apart
 
     names = _names(metrics) if metrics != "all" else list(DEFAULT_METRICS)
     if (unknown := [name for name in names if name not in METRICS]) or not names:
         raise ConfigError(f"--metrics {metrics}: {', '.join(unknown) or 'none'}: choose from all, {', '.join(METRICS)}")
-    if posterior not in (None, "mode", "sample"):
-        raise ConfigError(f"--posterior {posterior}: choose mode or sample")
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
     precisions = parse_precisions(precision)
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
@@ -183,7 +187,8 @@ def command(
                 break
         shown.append(results)
         suffix = suffixes[results.protocol["name"]]
-        written += _write(replace(one, results=results), folder, suffix, report)
+        with no_empty_folders(folder):
+            written += _write(replace(one, results=results), folder, suffix, report)
         if as_json and not suffix:
             typer.echo(json.dumps(results.as_dict(), indent=2))
     print_results(shown)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, Raw
+from olvae.cli.options import AllowMismatch, Raw, check_paths, loading
 
 if TYPE_CHECKING:  # slow to import
     from olvae.models.autoencoder import LiteVAE
@@ -96,7 +96,7 @@ def command(
     ] = None,
     shift_factor: Annotated[float | None, typer.Option(help="For a diffusion model: mean of the latents.")] = None,
     latents: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="Take both factors from the latents.json of olvae latents.")
+        Path | None, typer.Option(metavar="DIR", help="Take both factors from what olvae latents or encode wrote.")
     ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx].")
@@ -111,20 +111,13 @@ def command(
 
     The export is loaded back and compared with the model before it appears in --out.
 
-    Example: olvae export runs/2026-01-31T12-00-00_demo_32 --out demo-vae --latents latents.json
+    Example: olvae export runs/*_demo_32 --out demo-vae --latents latents
     """
     import signal
 
     from rich.console import Console
 
     from olvae.config import ConfigError
-    from olvae.export.comfyui import export_comfyui
-    from olvae.export.folder import Provenance, check_empty, export, first_target, read_factors
-    from olvae.export.latent_diffusion import export_latent_diffusion
-    from olvae.export.single import check_file
-    from olvae.models.loading.stable_diffusion import as_litevae
-    from olvae.models.loading.targets import DIFFUSERS, RAW, find_target
-    from olvae.modules.precision import DTYPES
 
     if latents is not None and (scaling_factor is not None or shift_factor is not None):
         raise ConfigError("--latents has both factors: leave out --scaling-factor and --shift-factor")
@@ -146,6 +139,19 @@ def command(
     }
     if layout is not None:
         _check_options(layout, given)
+    if latents is not None:
+        latents = _factors_file(latents)
+    check_paths(target)
+    with loading():
+        from olvae.export.comfyui import export_comfyui
+        from olvae.export.folder import Provenance, check_empty, export, first_target, read_factors
+        from olvae.export.latent_diffusion import export_latent_diffusion
+        from olvae.export.single import check_file
+        from olvae.models.loading.stable_diffusion import as_litevae
+        from olvae.models.loading.targets import RAW, find_target
+        from olvae.models.named import DIFFUSERS
+        from olvae.modules.precision import DTYPES
+
     if layout in FILES:
         check_file(out, force)
     else:
@@ -155,7 +161,7 @@ def command(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that temporary files are removed
 
     console = Console(stderr=True)
-    with console.status("loading"):
+    with loading():
         found = find_target(target, config, config_base, raw, allow_mismatch)
         if fresh := (found.config.get("run") or {}).get("untrained"):
             raise ConfigError(
@@ -186,7 +192,7 @@ def command(
         raise ConfigError(f"{target}: has latents_mean and latents_std per channel: leave out {', '.join(FACTORS)}")
     if latents is not None:
         model.scaling_factor, model.shift_factor = read_factors(latents, found.name)
-        factors_from = "measured by olvae latents"
+        factors_from = f"measured by olvae {'latents' if latents.name == 'latents.json' else 'encode'}"
     elif scaling_factor is not None or shift_factor is not None:
         model.scaling_factor = model.scaling_factor if scaling_factor is None else scaling_factor
         model.shift_factor = model.shift_factor if shift_factor is None else shift_factor
@@ -226,6 +232,21 @@ def command(
             err=True,
         )
     typer.echo(f"export: {out}", err=True)
+
+
+def _factors_file(given: Path) -> Path:
+    """Of --latents: the file, or the one in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if given.is_file():
+        return given
+    for name in ("latents.json", "stats.json"):
+        if (given / name).is_file():
+            return given / name
+    what = "neither latents.json nor stats.json is in this folder" if given.is_dir() else "no such file or folder"
+    raise FileNotFoundError(f"--latents {given}: {what}: name what olvae latents or olvae encode wrote")
 
 
 def _check_options(layout: Format, given: dict[str, bool]) -> None:

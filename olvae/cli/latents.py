@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from olvae.cli.evaluate import BatchSize, First, Targets, TestImages, results_folder
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, watched
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, watched
 
 __all__ = ["command"]
 
@@ -33,21 +33,23 @@ def command(
     Reports histogram, moments, KL and activity per channel, correlation, spectrum, MMD, and the shift and scaling
     factors that a diffusion config needs; docs/latents.md explains them. Under torchrun, processes share the images.
 
-    Example: olvae latents runs/2026-01-31T12-00-00_demo_32 --data photos --images 1000 --out report
+    Example: olvae latents runs/*_demo_32 --data photos --images 1000 --out report
     """
     import json
 
-    from olvae.data.open import open_test_source
-    from olvae.devices import gather, join, leave, resolve_device
-    from olvae.evaluation.latents.report import (
-        draw_channels,
-        draw_distribution,
-        encode_latents,
-        print_latents,
-        report_content,
-    )
-    from olvae.files import write_json
-    from olvae.models.loading.targets import find_target, name_apart
+    check_paths(*targets, data=data)
+    with loading():
+        from olvae.data.open import open_test_source
+        from olvae.devices import gather, join, leave, resolve_device
+        from olvae.evaluation.latents.report import (
+            draw_channels,
+            draw_distribution,
+            encode_latents,
+            print_latents,
+            report_content,
+        )
+        from olvae.files import no_empty_folders, write_json
+        from olvae.models.loading.targets import find_target, name_apart
 
     join()
     found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]
@@ -74,7 +76,6 @@ def command(
             summaries[name] = accumulator.compute()
             bar.advance()
 
-    folder.mkdir(parents=True, exist_ok=True)
     seen = next(iter(summaries.values())).n
     about = {
         "source": data or found[0].config["data"]["target"],
@@ -82,9 +83,11 @@ def command(
         "size": source.size,
     }
     content = report_content(summaries, {**about, "n": seen})
-    write_json(content, folder / "latents.json")
-    draw_distribution(summaries, folder / "latents.png")
-    draw_channels(summaries, folder / "latent_channels.png")
+    with no_empty_folders(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(content, folder / "latents.json")
+        draw_distribution(summaries, folder / "latents.png")
+        draw_channels(summaries, folder / "latent_channels.png")
     print_latents(summaries, content["data"])
     if as_json:
         typer.echo(json.dumps(content, indent=2))

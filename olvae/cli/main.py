@@ -1,11 +1,12 @@
 """``olvae``: the commands, and how errors are printed."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # its panels cut names of options off at 80 columns
     epilog="Errors are one line; add --debug to any command for the traceback.",
 )
 for command in (train, evaluate, reconstruct, browser, latents, encode, decode, export, validate, tables):
@@ -79,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # diffusers imports it: a kernel that none needs
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
-        code = app(args=arguments, prog_name="olvae", standalone_mode=False)
+        command = typer.main.get_command(app)
+        _keep_examples(command)
+        code = command(args=arguments, prog_name="olvae", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
         sys.exit(STOPPED)
@@ -91,6 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
     sys.exit(code)
+
+
+def _keep_examples(command: Any) -> None:
+    """Let a help's examples stay on a line each, to be copied, however narrow the terminal is."""
+    command.help = re.sub("^Example: ", "\b\nExample: ", command.help or "", flags=re.MULTILINE)
+    for inner in getattr(command, "commands", {}).values():
+        _keep_examples(inner)
 
 
 def _format_warning(
@@ -113,6 +123,8 @@ def print_error(error: Exception) -> int:
 
     expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own
+        text = f"{error.filename}: {error.strerror}"
     if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: keep its last line
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last

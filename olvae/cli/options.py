@@ -1,5 +1,6 @@
 """What several commands share: arguments, the exit code after Ctrl-C, the progress bar."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.text import Text
+
+from olvae.models.named import check_target
 
 if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch
@@ -21,6 +25,8 @@ __all__ = [
     "ProgressBar",
     "Raw",
     "TargetArgument",
+    "check_paths",
+    "loading",
     "watched",
 ]
 
@@ -48,6 +54,29 @@ AllowMismatch = Annotated[
 ]
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]
+
+
+def loading() -> Status:
+    """What a terminal shows inside the ``with`` block, while torch is imported and weights are read."""
+    return Console(stderr=True).status("loading")
+
+
+def check_paths(*targets: str, data: str | None = None) -> None:
+    """Check that what a command names is there, before anything slow is imported.
+
+    Args:
+        data: SRC; only one that can be nothing but a path is looked for here.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    for target in targets:
+        check_target(target)
+    may_be_elsewhere = data is None or re.search(r"[:*?\[{]|\.(ya?ml|tar|tgz|gz)$|^(samples|-)$", data)
+    if data is not None and not may_be_elsewhere and not Path(data).expanduser().exists():
+        what = "list of images" if data.lower().endswith(".txt") else "folder"
+        raise FileNotFoundError(f"{data}: no such {what}")
+
 
 LINE_EVERY_S = 15.0  # without a terminal
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument, check_paths, loading
 
 __all__ = ["command"]
 
@@ -42,18 +42,9 @@ def command(
 
     Example: olvae reconstruct olvae:photos-f8c12 photo.jpg
 
-    Example: olvae reconstruct runs/2026-01-31T12-00-00_demo_32 photo.jpg holiday/ --out reconstructions
+    Example: olvae reconstruct runs/*_demo_32 photo.jpg holiday/ --out reconstructions
     """
-    import torch
-
     from olvae.config import ConfigError
-    from olvae.devices import resolve_device, resolve_precision
-    from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file
-    from olvae.files import check_folder, legible
-    from olvae.models.autoencoder import LiteVAE
-    from olvae.models.large.memory import GIB, default_memory
-    from olvae.models.large.tiling import receptive_field
-    from olvae.models.loading.targets import find_target
 
     if tile is not None and memory is not None:
         raise ConfigError("--tile and --memory: give one of the two")
@@ -61,6 +52,18 @@ def command(
         raise ConfigError("--seed applies to --sample: give both, or neither")
     if memory is not None and not 0 < memory < 2**20:
         raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
+    check_paths(target)
+    with loading():
+        import torch
+
+        from olvae.devices import resolve_device, resolve_precision
+        from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file
+        from olvae.files import check_folder, legible
+        from olvae.models.autoencoder import LiteVAE
+        from olvae.models.large.memory import GIB, default_memory
+        from olvae.models.large.tiling import receptive_field
+        from olvae.models.loading.targets import find_target
+
     check_folder(out)
     where = torch.device(resolve_device(device))
     resolve_precision(precision, where.type)
@@ -84,7 +87,6 @@ def command(
         {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision],
     )
 
-    out.mkdir(parents=True, exist_ok=True)
     failed = 0
     with ProgressBar("reconstructing", len(outputs)) as bar:
 

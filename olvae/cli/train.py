@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED
+from olvae.cli.options import STOPPED, check_paths, loading
 
 __all__ = ["command"]
 
@@ -59,9 +59,21 @@ def command(
 
     Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
-    from olvae.allocator import keep_freed_memory
-    from olvae.devices import local_rank
-    from olvae.training.run import TrainingStopped, TrainOptions, train
+    from olvae.config import ConfigError, check, load
+    from olvae.runs import open_run
+
+    if resume is not None:
+        open_run(resume)
+    elif not base:
+        raise ConfigError("--base names the config to train, as in --base demo")
+    config = load(base or (), overrides or (), resolve=resume is None)
+    check_paths(*(target for target in (start_from, teacher) if target is not None))
+    if resume is None and start_from is None and teacher is None:
+        check(config)
+    with loading():
+        from olvae.allocator import keep_freed_memory
+        from olvae.devices import local_rank
+        from olvae.training.run import TrainingStopped, TrainOptions, train
 
     keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a run without a step is removed
@@ -78,7 +90,6 @@ def command(
         start_from=start_from,
         teacher=teacher,
         allow_changes=allow_changes,
-        by_script=Path(sys.argv[0]).name == "train.py",
     )
     try:
         train(options)

@@ -13,7 +13,7 @@ from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
 from olvae.data.errors import UnreadableImageError
-from olvae.files import legible
+from olvae.files import legible, reason
 
 __all__ = [
     "EXTENSIONS",
@@ -269,5 +269,5 @@ def _array(file: io.BufferedIOBase, channels: int) -> Bands:
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "its header claims more pixels than a picture has, which may be a decompression bomb"
-    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    text = reason(error)
     return "no known picture format" if "cannot identify image file" in text else text

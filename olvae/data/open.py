@@ -17,6 +17,7 @@ from olvae.data.mapped.folder import Files, find_images
 from olvae.data.mapped.huggingface import Column, load_table
 from olvae.data.mapped.samples import SamplePhotographs, sample_photographs
 from olvae.data.mapped.torchvision import Items
+from olvae.data.places import where_it_is
 from olvae.data.shards.urls import SUFFIXES, is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -38,7 +39,7 @@ def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, chan
         config = load([src])
         if "data" not in config:
             raise ConfigError(f"{src}: has no data")
-        return _build(config["data"], f"{src}: data.target")
+        return _build(where_it_is(config), f"{src}: data.target")
     if src == "samples":
         return SamplePhotographs(size, min(batch_size, 64), num_workers)
     if holds_shards(src):
@@ -56,15 +57,15 @@ def open_test_source(config: Config, src: str | None = None, size: int | None = 
     Raises:
         ConfigError: there is neither, or the config's data are not a source.
     """
-    node = dict(config.get("data") or {})
-    params = dict(node.get("params") or {})
+    params = dict((config.get("data") or {}).get("params") or {})
     if src is not None:
         return open_source(src, size or params.get("size") or 256, 1, params.get("num_workers", 0), channels)
-    if not node:
+    if not config.get("data"):
         raise ConfigError("its config has no data to take images from: add --data SRC")
+    node = where_it_is(config)
     if size is not None:
-        params["size"] = size
-    return _build({**node, "params": params}, "data.target")
+        node["params"]["size"] = size
+    return _build(node, "data.target")
 
 
 def open_images(src: str, channels: int = 3) -> ImageDataset:

@@ -22,10 +22,10 @@ from olvae.data.open import open_images
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.data.transforms import resize_shorter_side
-from olvae.files import named
+from olvae.files import named, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
-__all__ = ["FORMATS", "PackOptions", "Packed", "pack", "shard_positions", "usual_shard_size"]
+__all__ = ["FORMATS", "PackOptions", "Packed", "is_begun", "pack", "shard_positions", "usual_shard_size"]
 
 STATE = ".packing"
 """The folder beside the shards, until they are complete, with what is needed to continue."""
@@ -35,6 +35,9 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
 """Formats, by Pillow's name, whose files go into shards unchanged, and the extension that they get."""
+
+MANY = 100
+"""Unreadable images, where they are too many, after which the others are not read any more."""
 
 LONGEST = {"jpg": 65_500, "webp": 16_383}
 """The longest side in pixels that a format can store."""
@@ -114,7 +117,7 @@ def pack(
     plan = {"options": asdict(options), "images": digest}
     shards.check(plan)
     try:
-        with shards.locked("olvae data pack"):
+        with no_empty_folders(out), shards.locked("olvae data pack"), shards.nothing_left():
             shards.begin(plan)
             packed = _pack_all(images, options, shards, workers, max_unreadable, on_progress)
             records = {shard_name(number): shard.record for number, shard, _ in packed if shard.record.images}
@@ -126,9 +129,14 @@ def pack(
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"{out}: {reason}; finished shards stay, and the same command continues from there") from error
-    return Packed(index, sum(shard.found for shard in packed))
+        stays = "; finished shards stay, and the same command continues from there" if is_begun(out) else ""
+        raise OSError(f"{out}: {reason(error)}{stays}") from error
+    return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a folder holds shards, but not all of them yet."""
+    return (out / STATE).is_dir()
 
 
 def _keep_apart(src: str, out: Path) -> None:
@@ -188,7 +196,10 @@ def _pack_all(
     max_unreadable: float,
     on_progress: OnProgress,
 ) -> list[_PackedShard]:
-    """All shards, by number; stops as soon as too many images are unreadable."""
+    """All shards, by number.
+
+    Too many unreadable images are told at the end, so that all are named; only where they are very many, at once.
+    """
     packed: list[_PackedShard] = []
     lost = 0
     tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
@@ -197,12 +208,14 @@ def _pack_all(
         for shard in results:
             packed.append(shard)
             lost += len(shard.finished.unreadable)
-            if lost > max_unreadable * len(images):
-                names = named((skipped.name, skipped.reason) for skipped in _skipped(packed))
-                raise TooManyUnreadableError(
-                    f"{lost} of {len(images)} images can't be read, more than --max-unreadable {max_unreadable:g}: "
-                    f"{names}"
-                )
+            if lost >= MANY and lost > max_unreadable * len(images):
+                break
+    if max_unreadable * len(images) < lost < len(images):
+        names = named((skipped.name, skipped.reason) for skipped in _skipped(packed))
+        raise TooManyUnreadableError(
+            f"{lost}{' or more' if len(packed) < len(tasks) else ''} of {len(images)} images can't be read, more than "
+            f"--max-unreadable {max_unreadable:g}: {names}"
+        )
     return sorted(packed)
 
 

@@ -17,7 +17,10 @@ from olvae.data.sampler import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from olvae.devices import this_process
 
-__all__ = ["Batch", "Loader", "Sample", "Source", "eval_sample", "total"]
+__all__ = ["FEW", "Batch", "Loader", "Sample", "Source", "eval_sample", "total"]
+
+FEW = 20
+"""Of fewer images than this, a mean says more about the choice of the images than about the model."""
 
 
 class Batch(TypedDict, total=False):

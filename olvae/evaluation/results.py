@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from olvae.data.source import FEW
 from olvae.evaluation.cross import LatentError
 from olvae.evaluation.precision import Precision
 from olvae.evaluation.roundtrip import Cost
@@ -188,6 +189,16 @@ class Results:
     def warnings(self) -> list[str]:
         """Sentences for the reader."""
         found = [str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d]
+        few = next((row for row in self.rows if row.n < FEW), None)
+        if few is not None:
+            ends = ", ".join(
+                f"{kind.label.partition(',')[0]} {low:.{kind.digits}f} to {high:.{kind.digits}f}"
+                for kind, (low, high) in ((METRICS[name], ends) for name, ends in few.intervals.items())
+            )
+            found.append(
+                f"few images, {few.n}: other ones give other numbers"
+                + (f"; 95 % bootstrap intervals for {few.target}: {ends}" if ends else "")
+            )
         if self.images["unreadable"]:
             found.append(f"unreadable images, which are not in these numbers: {self.images['unreadable']}")
         if self.images["enlarged"]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from olvae.models.large.padding import crop_to, pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.models.large.tiling import decode_tiled
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, AutoencoderSpec
+from olvae.runs import Run
 
 __all__ = ["AutoencoderLiteVAE"]
 
@@ -25,7 +28,7 @@ __all__ = ["AutoencoderLiteVAE"]
 class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     """A LiteVAE with the interface of diffusers' ``AutoencoderKL``.
 
-    Its ``from_pretrained`` and ``save_pretrained`` are diffusers' own, for the folders that ``olvae export`` writes.
+    ``from_pretrained`` and ``save_pretrained`` are diffusers' own, for the folders that ``olvae export`` writes.
     As in AutoencoderKL, ``encode`` and ``decode`` work on the model's own latents; pipelines and trainers apply
     ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor.
 
@@ -81,6 +84,22 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
             if value is not None and value != expected:
                 raise ValueError(f"{name} is {value}, but for these networks it is {expected}: leave it out")
         self.register_to_config(**follows)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
+        """Load an export, from a folder or the hub, as diffusers does, with its arguments.
+
+        Raises:
+            ValueError: it is a run or a file, of which an export has to be written first.
+            OSError: it was not found.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if path.is_file() or Run(path).last_checkpoint.is_file():
+            raise ValueError(
+                f"{path}: diffusers loads exports: write one with `olvae export {path} --out DIR`, and name that "
+                "folder; LiteVAE.from_pretrained takes runs and files too"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
 
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":

@@ -17,7 +17,7 @@ from olvae.files import nearest
 from olvae.metrics.registry import METRICS
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.stable_diffusion import is_stable_diffusion
-from olvae.models.pretrained import is_hub_id
+from olvae.models.named import is_hub_id
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 from olvae.modules.base import count_parameters
 
@@ -136,19 +136,24 @@ def first_target(metrics: Path) -> str:
 
 
 def read_factors(path: str | Path, target: str) -> tuple[float, float]:
-    """The scaling and shift factors of a target in a latents.json, as ``olvae latents`` writes it.
+    """The scaling and shift factors of a target in latents.json of ``olvae latents`` or stats.json of ``olvae encode``.
 
     Raises:
-        ValueError: it is not a latents.json, or has no factors of this target.
+        ValueError: it is something else, or has no factors of this target.
+        OSError: it can't be read.
     """
     try:
-        results = json.loads(Path(path).read_text())["results"]
+        content = json.loads(Path(path).read_text())
+        one = {"target": content.get("target"), "diffusion": content}
         factors = {
             result["target"]: (float(result["diffusion"]["scaling_factor"]), float(result["diffusion"]["shift_factor"]))
-            for result in results
+            for result in content.get("results", [one])
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a latents.json of olvae latents: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: neither a latents.json of olvae latents nor a stats.json of olvae encode: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if target in factors:
         return factors[target]
     if len(factors) == 1:

@@ -190,6 +190,7 @@ def reconstruct_file(
             "error, white: 64/255": _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
         }
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_image(y, out)
     with atomic_write(comparison_path(out)) as partial:
         figure.save(partial)

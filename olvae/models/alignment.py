@@ -91,8 +91,8 @@ def _encoder(name: str, weights: str | None) -> VisionEncoder:
         if torch.empty(0).device.type == "meta":
             return VisionEncoder(name, None)
         file = locate_weights(published_weights(name) if weights is None else weights)
+        tensors = state_dict_of(read_checkpoint(file), file)
         try:
-            tensors = state_dict_of(read_checkpoint(file), file)
             return VisionEncoder(name, {n: t for n, t in tensors.items() if isinstance(t, Tensor)})
         except ValueError as error:
             raise ValueError(f"alignment_config.params: {file}: {error}") from error

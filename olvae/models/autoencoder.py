@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
+from olvae.models.named import is_hub_id
 from olvae.models.pretrained import (
     CARD,
     Located,
     config_kept,
-    is_hub_id,
     locate,
     upload_errors,
     write_export,

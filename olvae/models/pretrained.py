@@ -7,7 +7,6 @@ The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olvae.checkpoint import WEIGHT_SUFFIXES
 from olvae.config import Config, ConfigError
 from olvae.files import atomic_write, write_json
+from olvae.models.named import WEIGHT_SUFFIXES, is_hub_id
 from olvae.models.shipped import is_shipped, shipped_folder
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
 from olvae.runs import Run, run_of
@@ -42,7 +41,6 @@ __all__ = [
     "Located",
     "config_inside",
     "config_kept",
-    "is_hub_id",
     "locate",
     "locate_weights",
     "snapshot",
@@ -72,11 +70,6 @@ vae = AutoencoderLiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", tru
 ```
 """
 """The README.md that is written beside saved weights; ``olvae export`` writes a longer one."""
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether this could be OWNER/NAME on the hub."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(WEIGHT_SUFFIXES)
 
 
 def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
+from olvae.files import reason
 from olvae.modules.base import Decoder, Encoder
 
 __all__ = [
@@ -152,7 +153,7 @@ def read_config(path: str | Path) -> Config:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+        raise ConfigError(f"{path}: not readable as JSON: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a config is a mapping, not a {type(content).__name__}")
     return content

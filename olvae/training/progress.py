@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from olvae.config import Config
-from olvae.data.source import Source
+from olvae.data.source import FEW, Source
 from olvae.figures import plot_curves
 from olvae.models.adversary import Adversary
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -242,7 +242,6 @@ def print_summary(
     latent = (1, vae.decoder.z_channels, nominal // f, nominal // f)
     crop, position = f"{size}x{size}", f"{size // f}x{size // f}"
     rows = {
-        "run": str(run.path),
         "encoder": _network(model.encoder, (1, vae.encoder.in_channels, nominal, nominal), nominal),
         "decoder": _network(model.decoder, latent, nominal),
         "latent": f"f{vae.downscale}, {vae.latent_channels} channels: {crop} -> {position}",
@@ -265,15 +264,26 @@ def print_summary(
     if settings["weights"]:
         rows["weights from"] = settings["weights"]
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", escape(value))
-    Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
+    console = Console(stderr=True)
+    console.print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
+    console.print(f"run: {run.path}", highlight=False, soft_wrap=True, markup=False)  # to be copied: never cut
+    if source.val_images is not None and source.val_images < FEW:
+        console.print(
+            f"[yellow]warning:[/] held-out images: {source.val_images} are few, so that other ones would give other "
+            "numbers: `olvae evaluate` prints the interval; more images, or --data SRC there, narrow it",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
-def print_ending(run: Run, trainer: pl.Trainer, by_script: bool) -> None:
-    """Draw the curves, and print where the results are and what to run next; ``by_script``: with train.py."""
+def print_ending(run: Run, trainer: pl.Trainer) -> None:
+    """Draw the curves, and print where the results are and what to run next."""
     stopped = trainer.global_step < trainer.max_steps
-    _print_places(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps", stopped, by_script)
+    _print_places(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps", stopped)
 
 
 def is_finished(run: Run, steps: int) -> bool:
@@ -285,23 +295,21 @@ def is_finished(run: Run, steps: int) -> bool:
     return isinstance(note, dict) and note.get("steps") == steps
 
 
-def print_finished(run: Run, steps: int, by_script: bool) -> None:
+def print_finished(run: Run, steps: int) -> None:
     """As :func:`print_ending`, for a run that was finished before."""
-    _print_places(run, f"this run has had its {steps} steps, and nothing is left to do", False, by_script)
+    more = f"lightning.trainer.max_steps={2 * steps} trains on"
+    _print_places(run, f"all {steps} steps of this run are done, and nothing is left to do: {more}", False)
 
 
-def _print_places(run: Run, title: str, stopped: bool, by_script: bool) -> None:
+def _print_places(run: Run, title: str, stopped: bool) -> None:
     curves = draw_curves(run)
     console = Console(stderr=True)
-    console.print(title, highlight=False)
+    console.print(title, highlight=False, soft_wrap=True)
     places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images, "curves": curves}
     for name, place in places.items():
         if place is not None and place.exists():
             console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True, markup=False)
-    train, evaluate = "olvae train", "olvae evaluate"
-    if by_script:
-        train, evaluate = "python train.py", "python scripts/compute_metrics.py"
-    hint = f"continue with: {train} --resume {run.path}" if stopped else f"evaluate with: {evaluate} {run.path}"
+    hint = f"continue with: olvae train --resume {run.path}" if stopped else f"evaluate with: olvae evaluate {run.path}"
     console.print(hint, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -18,10 +18,11 @@ from rich.console import Console
 from olvae import config as cfg
 from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
-from olvae.config import Config, ConfigError
+from olvae.config import Config, ConfigError, with_paths
+from olvae.data.places import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
-from olvae.files import write_json
+from olvae.files import no_empty_folders, write_json
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.footprint import advice, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -83,8 +84,6 @@ class TrainOptions:
     teacher: str | None = None
     allow_changes: bool = False
     """``--allow-changes``: a resumed run may get other data, networks and losses."""
-    by_script: bool = False
-    """Started as ``python train.py``: hints on what to run next name the scripts."""
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -100,7 +99,7 @@ def train(options: TrainOptions) -> runs.Run:
         TrainingStopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
-    with RunLock() as lock:
+    with RunLock() as lock, no_empty_folders(Path(options.logdir)):
         return _train(options, lock)
 
 
@@ -113,8 +112,6 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     }
     if len(given := [what for what, value in starts.items() if value is not None]) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
-    if resumed is None and not options.base:
-        raise ConfigError("--base names the config to train, as in --base demo")
     own: Config | None = None
     if resumed is not None:
         _take(lock, resumed)
@@ -123,6 +120,11 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         raise ConfigError("--allow-changes is for --resume: leave it out")
     config, found = _config(options, resumed)
     settings = _settings(options, config, resumed, found)
+    moved = moves(config)
+    settings["paths"] |= {now: settings["paths"][before] for before, now in moved.items()}
+    for one in (config,) if own is None else (config, own):
+        one["data"] = with_paths(one["data"], lambda text: moved.get(text, text))
+        settings["paths"] |= make_absolute(one)
     if own is not None:
         changed = changes(own, config, settings)
         if is_first():
@@ -139,6 +141,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
+    settings["paths"] |= make_absolute(config)  # of what has been downloaded now
     quieten()
     pl.seed_everything(settings["seed"], workers=True, verbose=False)
     model = _model(config, trainer_args)
@@ -164,17 +167,17 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     is_over = resumed is not None and done == last_step
     if done > last_step:
         raise ConfigError(
-            f"--resume: this run has had {done} steps, and max_steps is {last_step}: to continue it, set more, as in "
-            f"lightning.trainer.max_steps={2 * done}"
+            f"--resume: this run is at step {done}, after the last of max_steps {last_step}: to continue it, set more, "
+            f"as in lightning.trainer.max_steps={2 * done}"
         )
     if is_over and options.allow_changes:
         raise ConfigError(
-            f"--allow-changes: this run has had its {done} steps, and would not train with other settings: set more "
-            f"steps, as in lightning.trainer.max_steps={2 * done}"
+            f"--allow-changes: all {done} steps of this run are done, so that other settings would change nothing: set "
+            f"more steps, as in lightning.trainer.max_steps={2 * done}"
         )
     if resumed is not None and is_over and is_finished(resumed, done):
         if is_first():
-            print_finished(resumed, done, options.by_script)
+            print_finished(resumed, done)
         return resumed
     source.check_processes(processes)
     check_adversary(model, source, trainer_args["max_steps"])
@@ -190,7 +193,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         print_summary(settings, run, trainer, model, source, start)
         if is_over and trainer.is_global_zero:
             Console(stderr=True).print(
-                f"this run has had its {done} steps: what is left is to validate them", highlight=False
+                f"all {done} steps of this run are done: what is left is to validate the last one", highlight=False
             )
         device = trainer.strategy.root_device
         if device.type == "cuda":
@@ -216,7 +219,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         if is_ours and not any(run.checkpoints.glob("*.ckpt")):
             shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
     if trainer.is_global_zero:
-        print_ending(run, trainer, options.by_script)
+        print_ending(run, trainer)
         if not stop.agreed:
             write_json({"steps": trainer.global_step}, run.finished)
     if stop.agreed:
@@ -235,7 +238,7 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
         config["model"]["from"] = options.start_from
     if options.teacher is not None and isinstance(config.get("model"), dict):
         set_teacher(config, options.teacher)
-    _check_config(config)
+    cfg.check(config)
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
         return config, None
@@ -243,16 +246,8 @@ def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Fo
         if value is not None:
             raise ConfigError(f"model.from names an autoencoder to start from, {flag} another: give one of them")
     found = start_from(config)
-    _check_config(config)
+    cfg.check(config)
     return config, found
-
-
-def _check_config(config: Config) -> None:
-    mistakes = cfg.validate(config)
-    if "data" not in config:
-        mistakes.append("data: missing: the source of the training images")
-    if mistakes:
-        raise ConfigError(*mistakes)
 
 
 def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, found: Found | None) -> Config:
@@ -272,6 +267,7 @@ def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, f
         "seed": seed,
         "initial_seed": before.get("initial_seed", seed),  # of the initial weights, if a resumed run changed the seed
         "weights": str(weights) if weights is not None else before.get("weights"),
+        "paths": dict((config.get("run") or {}).get("paths") or {}),  # of the data, as they were written
     }
 
 

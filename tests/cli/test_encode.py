@@ -10,6 +10,7 @@ import torch
 from olvae.cli.main import main
 from olvae.data.image import image_to_tensor, read_picture, to_uint8
 from olvae.data.shards.latents import LatentSource
+from olvae.export.writers import ShardWriter
 from tests.export.latents import pictures, tiny_vae
 from tests.test_devices import fork_two
 
@@ -189,12 +190,44 @@ def test_help(olvae, command):
     assert "Example: " in out
 
 
-def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeypatch):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("shards", [0, 2])
+def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeypatch, shards):
+    """Where a shard is finished; else it leaves nothing."""
+    write = ShardWriter.write
+    written = []
 
-    monkeypatch.setattr("olvae.export.encode.EncodeJob.run", interrupted)
+    def interrupt(self, number, samples, details):
+        if number == shards:
+            raise KeyboardInterrupt
+        written.append(number)
+        return write(self, number, samples, details)
+
+    monkeypatch.setattr(ShardWriter, "write", interrupt)
+    latents = tmp_path / "new" / "latents"
+    encode = ("encode", target, "--data", image_folder, "--size", 16, "--out", latents, "--shard-size", 3)
+    code, out, err = olvae(*encode)
+    assert (code, out, written) == (130, "", [*range(shards)])
+    stays = f": finished shards are in {latents}; the same command continues from there" if shards else ""
+    assert err.endswith(f"stopped{stays}\n")
+    assert latents.parent.exists() == bool(shards)
+
+
+def test_a_failure_leaves_no_folder(olvae, target, tmp_path, image_folder):
+    """Of encode where no image can be read, and of decode where no latent can."""
+    bad, out = tmp_path / "bad", tmp_path / "new" / "out"
+    bad.mkdir()
+    (bad / "a.png").touch()
+    code, _, err = olvae("encode", target, "--data", bad, "--size", 16, "--out", out)
+    assert (code, err) == (1, "error: none of the images could be read: a.png: the file is empty\n")
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
+    assert olvae("encode", target, "--data", bad, "--size", 16, "--out", out)[0] == 1
+    assert not list(out.iterdir())  # the user's own stays
+    out.rmdir()
     latents = tmp_path / "latents"
-    code, out, err = olvae("encode", target, "--data", image_folder, "--size", 16, "--out", latents)
-    assert (code, out) == (130, "")
-    assert err.endswith(f"stopped: finished shards are in {latents}; the same command continues from there\n")
+    assert olvae("encode", target, "--data", image_folder, "--size", 16, "--out", latents)[0] == 0
+    (latents / "000000.tar").write_bytes(b"no tar file")
+    code, _, err = olvae("decode", target, latents, "--out", out)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "no latents to decode" in err
+    assert list((tmp_path / "new").iterdir()) == []

@@ -248,7 +248,7 @@ def test_a_run_whose_images_are_gone(olvae, trained, tmp_path):
 
 def test_an_output_that_is_not_a_folder_is_told_before_the_work(olvae, trained, tmp_path):
     (tmp_path / "file").write_text("")
-    code, _, err = olvae("evaluate", trained, "--data", tmp_path / "gone", "--out", tmp_path / "file" / "out")
+    code, _, err = olvae("evaluate", trained, "--data", tmp_path / "*.gone", "--out", tmp_path / "file" / "out")
     assert code == 1
     assert "results need a folder" in err
 

@@ -42,6 +42,39 @@ def run_folder(tmp_path):
     return run
 
 
+@pytest.fixture
+def any_command(olvae):
+    return olvae.func
+
+
+def test_factors_from_the_folder_of_encode_or_latents(any_command, run_folder, image_folder, tmp_path):
+    for command, name in (("encode", "stats"), ("latents", "latents")):
+        folder, out = tmp_path / command, tmp_path / f"{command}-vae"
+        code, _, err = any_command(command, run_folder, "--data", image_folder, "--out", folder)
+        assert code == 0, err
+        content = json.loads((folder / f"{name}.json").read_text())
+        expected = content if command == "encode" else content["results"][0]["diffusion"]
+        code, _, err = any_command("export", run_folder, "--out", out, "--latents", folder)
+        assert code == 0, err
+        vae = LiteVAE.from_pretrained(out)
+        assert (vae.scaling_factor, vae.shift_factor) == (expected["scaling_factor"], expected["shift_factor"])
+        assert f"measured by olvae {command}" in (out / "README.md").read_text()
+
+
+def test_a_run_where_diffusers_needs_an_export_is_told_how_to_write_one(any_command, run_folder, tmp_path):
+    for given in (run_folder, run_folder / "checkpoints" / "last.ckpt"):
+        with pytest.raises(ValueError, match="write one with `olvae export") as told:
+            AutoencoderLiteVAE.from_pretrained(given)
+        command = str(told.value).split("`")[1].replace("DIR", str(tmp_path / "vae"))
+        code, _, err = any_command(*command.split()[1:], "--force")
+        assert code == 0, err
+        assert AutoencoderLiteVAE.from_pretrained(tmp_path / "vae", torch_dtype=torch.float16).dtype == torch.float16
+    code, _, err = any_command("evaluate", f"diffusers:{run_folder}", "--out", tmp_path / "out")
+    assert (code, err) == (1, f"error: diffusers:{run_folder}: this is a run: name it without diffusers:\n")
+    with pytest.raises(OSError, match="nothing"):
+        AutoencoderLiteVAE.from_pretrained(tmp_path / "nothing", local_files_only=True)
+
+
 def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     out = tmp_path / "vae"
     code, stdout, err = olvae(run_folder, "--out", out)
@@ -59,7 +92,8 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     latents = tmp_path / "latents.json"
     factors = {"scaling_factor": 0.5, "shift_factor": 0.125}
     latents.write_text(json.dumps({"results": [{"target": "vae", "diffusion": factors}]}))
-    code, _, err = olvae(out, "--out", tmp_path / "half", "--dtype", "bfloat16", "--fold", "--latents", latents)
+    half = (out, "--out", tmp_path / "half", "--dtype", "bfloat16", "--fold", "--latents")
+    code, _, err = olvae(*half, tmp_path)  # the folder of latents.json
     assert code == 0
     assert "not measured" not in err
     half = LiteVAE.from_pretrained(tmp_path / "half")
@@ -118,7 +152,8 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),
-        ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not a latents.json"),
+        ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: no such file or folder: name what"),
+        ([run_folder, "--latents", tmp_path], 1, "neither latents.json nor stats.json is in this folder: name what"),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
         ([run_folder, "--scaling-factor", "0"], 2, "--scaling-factor 0.0: give a number above 0"),
         ([run_folder, "--scaling-factor", "nan"], 2, "--scaling-factor nan: give a number above 0"),

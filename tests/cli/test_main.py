@@ -1,6 +1,8 @@
 """The commands as a user types them, in this process; and once each through the README's scripts."""
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from PIL import Image
 
 from olvae.bench import networks
 from olvae.cli.main import main, print_error, repeat_flags
@@ -87,6 +90,28 @@ def test_train_evaluate_and_resume(olvae, whole_training, config, tmp_path):
     )
     assert code == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text())["results"][0]["metrics"].keys() == {"psnr"}
+
+
+def test_few_held_out_images_are_a_warning_with_the_interval(olvae, config, tmp_path):
+    """In training that there are few, in an evaluation also how much that means; not of 20 images."""
+    train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=1")
+    code, _, err = olvae(*train)
+    assert code == 0
+    assert "warning: held-out images: 3 are few, so that other ones would give other numbers: `olvae evaluate`" in err
+    (run,) = (tmp_path / "runs").iterdir()
+    code, _, err = olvae("evaluate", run, "--metrics", "psnr,ssim", "--no-report")
+    low, high = json.loads((run / "metrics.json").read_text())["results"][0]["intervals"]["psnr"]
+    assert (
+        "warning: few images, 3: other ones give other numbers; 95 % bootstrap intervals for "
+        f"{run.name}: PSNR {low:.3f} to {high:.3f}, SSIM "
+    ) in err
+    for i in range(20):
+        Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
+    code, _, err = olvae(*train, f"data.params.val_root={tmp_path}/*.png")
+    assert code == 0
+    assert "are few" not in err
+    code, _, err = olvae("evaluate", run, "--data", f"{tmp_path}/*.png", "--metrics", "psnr", "--no-report")
+    assert "few images" not in err
 
 
 def test_the_untrained_row_is_the_run_before_its_first_step(olvae, config, tmp_path):
@@ -181,6 +206,43 @@ def test_mistakes_are_one_line(olvae, tmp_path, monkeypatch, arguments, code, te
         assert err.count("\n") == 1
 
 
+def test_a_file_is_named_once(olvae, tmp_path, monkeypatch):
+    """By its own message, and by the system's."""
+    (tmp_path / "bad.yaml").write_text("model: [\n  a: : b")
+    code, _, err = olvae("train", "--base", tmp_path / "bad.yaml")
+    assert (code, err.count(str(tmp_path))) == (2, 1)
+    assert err.startswith(f"error: {tmp_path / 'bad.yaml'}: not readable as YAML: ")
+    assert err.endswith(" at line 2, column 6\n")
+
+    def closed(*_: object) -> None:
+        Path(tmp_path).read_bytes()
+
+    monkeypatch.setattr("olvae.config.OmegaConf.load", closed)
+    (tmp_path / "closed.yaml").touch()
+    code, _, err = olvae("validate", tmp_path / "closed.yaml")
+    assert err.endswith(f"{tmp_path / 'closed.yaml'}: not readable as YAML: Is a directory\n")
+    monkeypatch.setattr("olvae.bench.networks.network_table", closed)
+    assert olvae("tables") == (1, "", f"error: {tmp_path}: Is a directory\n")
+
+
+def test_a_failed_evaluation_leaves_no_folder(olvae, trained, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "out"
+    for command, place in (
+        ("evaluate", "olvae.evaluation.report.tables.write_csv"),
+        ("latents", "olvae.files.write_json"),
+    ):
+        monkeypatch.setattr(place, full_disk)
+        code, _, err = olvae(
+            command, trained, "--out", out, *(("--metrics", "l1", "--no-report") * (command == "evaluate"))
+        )
+        assert (code, err.splitlines()[-1]) == (1, "error: x: No space left on device")
+        assert not out.parent.exists()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device", "x")
+
+
 def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     """By the program where the command has no more to say; see test_encode.py, test_data.py and test_run.py."""
 
@@ -210,7 +272,7 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
         assert olvae(*command) == (130, "", "stopped\n")
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert not any((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])
@@ -224,7 +286,7 @@ def test_the_first_process_reports_that_training_was_stopped(olvae, monkeypatch,
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert olvae("train") == (code, "", "")
+    assert olvae("train", "--base", "demo") == (code, "", "")
 
 
 def test_a_warning_is_one_line(olvae, config, monkeypatch):
@@ -255,9 +317,83 @@ def test_scripts_of_the_readme():
         assert "Example: " in done.stdout
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys, olvae.cli.main; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+WITHOUT_TORCH = """
+import sys
+from olvae.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as leaving:
+    assert 'torch' not in sys.modules
+    raise
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "text"),
+    [
+        (("--help",), 0, ""),
+        (("train", "--base", "demo", "--help"), 0, ""),
+        (("train", "--base", "missing"), 2, "missing: no such config file"),
+        (("train", "--base", "demo", "data.params.siez=3"), 2, "did you mean size?"),
+        (("train", "--base", "demo", "--resume", "missing"), 1, "missing: no such run folder"),
+        (("train", "--base", "finetune/sdxl", "--from", "missing"), 1, "missing: not found; a target is"),
+        (("train", "--base", "distil/both", "--teacher", "diffusers:missing"), 1, "diffusers:missing: no such folder"),
+        (("evaluate", "missing"), 1, "missing: not found; a target is"),
+        (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
+        (("evaluate", "tests", "--data", "missing"), 1, "missing: no such folder"),
+        (("evaluate", "tests", "--posterior", "mean"), 2, "--posterior mean: choose mode or sample"),
+        (("latents", "missing"), 1, "missing: not found"),
+        (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),
+        (("decode", "tests", "missing", "--out", "x"), 1, "missing: no such folder"),
+        (("export", "missing", "--out", "x"), 1, "missing: not found"),
+        (("export", "tests", "--out", "x", "--latents", "missing"), 1, "--latents missing: no such file or folder"),
+        (("reconstruct", "missing", "x.png", "--out", "x"), 1, "missing: not found"),
+        (("reconstruct", "tests", "x.png", "--out", "x", "--seed", "1"), 2, "--seed applies to --sample"),
+        (("data", "pack", "missing", "--out", "x"), 1, "missing: no such folder"),
+        (("data", "check", "missing"), 1, "missing: no such folder"),
+    ],
+)
+def test_what_is_missing_or_wrong_does_not_wait_for_torch(command, code, text):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr
+
+
+def test_a_terminal_is_told_that_a_command_loads(tmp_path):
+    """Whatever the command says comes after it; without a terminal there is no such line."""
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-c", "from olvae.cli.main import main; main()", "latents", str(tmp_path / "empty")]
+    here, there = pty.openpty()
+    done = subprocess.run(command, cwd=ROOT, stderr=there, env={**os.environ, "TERM": "xterm"}, check=False)
+    os.close(there)
+    shown = os.read(here, 1 << 16).decode()
+    os.close(here)
+    assert done.returncode == 1
+    assert 0 <= shown.index("loading") < shown.index("neither a run folder")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "loading" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [text.split() for text in (*COMMANDS, "encode", "decode", *GROUPS)], ids=" ".join)
+def test_help_is_whole_at_80_columns(olvae, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = olvae(*command, "--help")
+    assert code == 0
+    assert "<bool>" not in out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if "Example: " not in line) <= 80
+    assert not [line for line in lines if line.rstrip().endswith("…")]
+
+
+def test_the_path_of_a_run_is_not_cut_off(olvae, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    logdir = tmp_path / ("long" * 20)
+    base = trained.parent.parent / "tiny.yaml"
+    code, _, err = olvae("train", "--base", base, "--gpus", 0, "--logdir", logdir, "lightning.trainer.max_steps=1")
+    (run,) = logdir.iterdir()
+    assert code == 0
+    assert f"\nrun: {run}\n" in err
+    assert "…" not in err
 
 
 @pytest.mark.parametrize(

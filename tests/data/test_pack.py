@@ -299,10 +299,9 @@ def test_strips_longer_than_a_format_can_store(photos, tmp_path, image_format, l
 
 
 def test_too_many_unreadable_ones_end_it_without_an_index(awkward, tmp_path):
-    with pytest.raises(
-        TooManyUnreadableError, match=r"of 40 images can't be read, more than --max-unreadable 0.05: .*\("
-    ):
+    with pytest.raises(TooManyUnreadableError, match=r"^4 of 40 images can't be read, more than .* 0.05: .*\(") as told:
         pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.05)
+    assert all(name in str(told.value) for name in ("cut.jpg", "cut.png", "empty.jpg", "text.jpg"))
     assert not (tmp_path / "out" / "index.json").exists()
     packed = pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.1)
     assert len(packed.index.unreadable) == 4
@@ -318,7 +317,26 @@ def test_a_shard_without_any_readable_image_is_not_written(tmp_path):
     assert sorted(shards_of(tmp_path / "out")) == ["000001.tar", "index.json"]
     (root / "b.png").write_text("nor this")
     with pytest.raises(ValueError, match=r"none of its 2 images can be read: a\.png"):
-        pack(str(root), tmp_path / "none", PackOptions(), 1, 1.0)
+        pack(str(root), tmp_path / "new" / "none", PackOptions(), 1, 1.0)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new" / "none").mkdir(parents=True)
+    with pytest.raises(ValueError, match="none of its 2 images"):
+        pack(str(root), tmp_path / "new" / "none", PackOptions(), 1, 0.01)
+    assert not list((tmp_path / "new" / "none").iterdir())  # a folder that was there before stays
+
+
+def test_very_many_unreadable_ones_end_it_at_once(tmp_path):
+    """Of 200 the first shards have none that can be read; ten are named, and how many more there are."""
+    (tmp_path / "list.txt").write_text("\n".join(f"{i:03d}.png" for i in range(200)))
+    for i in range(150, 200):
+        picture(i).save(tmp_path / f"{i:03d}.png")
+    with pytest.raises(TooManyUnreadableError) as told:
+        pack(str(tmp_path / "list.txt"), tmp_path / "out", PackOptions(shard_size=10, seed=None))
+    assert str(told.value).startswith(
+        "100 or more of 200 images can't be read, more than --max-unreadable 0.01: 000.png ("
+    )
+    assert str(told.value).endswith("009.png (No such file or directory), and 90 more")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_list_with_missing_files(photos, tmp_path):

@@ -9,7 +9,7 @@ from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import INFINITE, Results, Row
 from olvae.evaluation.roundtrip import Cost
 
-IMAGES = {"source": "photos", "n": 9, "sha256": "00", "unreadable": 0, "unreadable_files": {}, "enlarged": 0}
+IMAGES = {"source": "photos", "n": 90, "sha256": "00", "unreadable": 0, "unreadable_files": {}, "enlarged": 0}
 
 NAMES = ("psnr", "ssim", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
 
@@ -19,14 +19,14 @@ NAME = "2026-01-31T12-00-00_A2_bf16"
 
 
 def results_of(*rows: Row, protocol: Protocol | None = None, **images) -> Results:
-    protocol = protocol or Protocol(n=9)
+    protocol = protocol or Protocol(n=90)
     return Results(protocol.as_dict(), protocol.hash(), IMAGES | images, list(rows))
 
 
 def row(target: str = NAME, sha256: str = "aa", published: bool = True, **more) -> Row:
     weights = {"file": "vgg.pth", "sha256": sha256, "published": published}
     details = {"lpips": {"weights": weights}}
-    return Row(target, 9, dict(VALUES), intervals={"psnr": (25.0, 26.5)}, details=details, **more)
+    return Row(target, 90, dict(VALUES), intervals={"psnr": (25.0, 26.5)}, details=details, **more)
 
 
 def read_back(results: Results, tmp_path) -> Results:
@@ -42,14 +42,14 @@ def test_what_is_written_is_read_again(tmp_path):
         latents=LatentError("teacher", 0.5, [0.5, None], [2.0, 0.0]),
         precision=Precision("fp16", {"encoder": 2.5}, "encoder.conv", 2.5, 65504.0, NonFinite(1, 9, "x"), None, False),
     )
-    equal = Row("equal", 9, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"})
+    equal = Row("equal", 90, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"})
     results = results_of(full, equal)
     assert results.as_dict()["results"][1].keys().isdisjoint({"latents", "precision"})
     assert read_back(results, tmp_path) == results
 
 
 def test_an_infinite_value_is_skipped_in_json_with_the_reason(tmp_path):
-    results = results_of(Row("equal", 9, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"}))
+    results = results_of(Row("equal", 90, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"}))
     results.write(tmp_path / "metrics.json")
     (found,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert found["metrics"] == {"ssim": 1.0}
@@ -71,7 +71,7 @@ def test_equal_names_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("earlier", "what"),
     [
-        (results_of(row(), protocol=Protocol(n=9, posterior="sample")), "another protocol"),
+        (results_of(row(), protocol=Protocol(n=90, posterior="sample")), "another protocol"),
         (results_of(row(), sha256="11"), "other images"),
         (results_of(row(sha256="bb")), "other weights of the networks behind LPIPS"),
     ],
@@ -82,6 +82,16 @@ def test_results_that_are_not_comparable_are_refused_unless_mixed(tmp_path, earl
         results_of(row()).beside(other)
     (added,) = results_of(row()).beside(other, mix=True).earlier
     assert added.target == f"{NAME} [{what}]"
+
+
+def test_few_images_give_a_warning_with_the_interval():
+    few = Row("a", 19, {"psnr": 25.7, "rfid": 20.0}, intervals={"psnr": (25.0, 26.5), "ssim": (0.7, 0.75)})
+    assert results_of(few).warnings() == [
+        "few images, 19: other ones give other numbers; 95 % bootstrap intervals for a: PSNR 25.000 to 26.500, "
+        "SSIM 0.700 to 0.750"
+    ]
+    assert results_of(Row("a", 1, {"psnr": 25.7})).warnings() == ["few images, 1: other ones give other numbers"]
+    assert results_of(Row("a", 20, {"psnr": 25.7})).warnings() == []
 
 
 def test_unpublished_weights_give_a_warning():

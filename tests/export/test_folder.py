@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -261,8 +260,5 @@ def test_factors_of_latents_json(tmp_path):
     assert read_factors(path, "c") == (2.0, 0.25)  # the only one
     for content in ("", "[]", '{"results": [{"target": "a"}]}'):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"not a latents.json of olvae latents"):
+        with pytest.raises(ValueError, match=r"neither a latents.json of olvae latents nor"):
             read_factors(path, "a")
-    shutil.rmtree(tmp_path)
-    with pytest.raises(ValueError, match=r"not a latents.json"):
-        read_factors(path, "a")

@@ -149,7 +149,7 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
 
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert "this run has had its 4 steps: what is left is to validate them" in err
+    assert "all 4 steps of this run are done: what is left is to validate the last one" in err
     assert "done after 4 steps" in err
     assert psnr_at(killed) == psnr_at(whole)
     names = [f"images/step={step:08d}.png" for step in (interval, 4)]
@@ -169,12 +169,14 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
     before = killed.last_checkpoint.read_bytes()
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert err.startswith("this run has had its 4 steps, and nothing is left to do\n")
+    assert err.startswith(
+        "all 4 steps of this run are done, and nothing is left to do: lightning.trainer.max_steps=8 trains on\n"
+    )
     assert (killed.images / "curves.png").is_file()
     code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
     assert code == 2
     assert killed.last_checkpoint.read_bytes() == before
-    assert "this run has had 4 steps, and max_steps is 3: to continue it, set more" in err
+    assert "this run is at step 4, after the last of max_steps 3: to continue it, set more" in err
 
 
 def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, monkeypatch, caplog):
@@ -275,7 +277,7 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, trained, tmp_pa
     changed = ("--resume", trained.path, "--allow-changes", f"data.params.root={others}")
     code, err = olvae_train(*changed)
     assert code == 2
-    assert "this run has had its 2 steps, and would not train with other settings" in err
+    assert "all 2 steps of this run are done, so that other settings would change nothing" in err
     shutil.rmtree(others / "class0")
     (others / "class1" / "1.png").write_bytes(b"")
     strict = "data.params.max_unreadable=0"
@@ -289,6 +291,61 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, trained, tmp_pa
     assert steps(trained) == 3
     code, err = olvae_train("--base", tmp_path / "tiny.yaml", "--allow-changes")
     assert (code, err) == (2, "error: --allow-changes is for --resume: leave it out\n")
+
+
+@pytest.fixture
+def started_here(olvae_train, tmp_path, image_folder, monkeypatch) -> Run:
+    """A run of two steps whose data were given as ``photos``, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    save(tiny_config(image_folder.name), tmp_path / "tiny.yaml")
+    code, err = olvae_train("--base", "tiny.yaml", "lightning.trainer.max_steps=2")
+    assert code == 0, err
+    (path,) = (tmp_path / "runs").iterdir()
+    return Run(path)
+
+
+def test_a_run_finds_its_relative_data_from_another_folder(olvae_train, started_here, tmp_path, monkeypatch):
+    """Its config has both, what was written and where that is; the same word there is other data."""
+    photos = tmp_path / "photos"
+    config = load([started_here.config])
+    assert config["data"]["params"]["root"] == str(photos)
+    assert config["run"]["paths"] == {str(photos): "photos"}
+    code, err = olvae_train("--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    assert "data.params.root" not in err  # the same place, written as before
+
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(photos, elsewhere / "photos")
+    monkeypatch.chdir(elsewhere)
+    code, err = olvae_train("--resume", started_here.path, "lightning.trainer.max_steps=4")
+    assert code == 0, err
+    assert load([started_here.config])["run"]["paths"] == {str(photos): "photos"}
+    code, err = olvae_train("--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=5")
+    assert code == 2
+    assert f"  data.params.root: {photos} -> {elsewhere / 'photos'}" in err.splitlines()
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", str(started_here.path), "--metrics", "psnr", "--no-report"])
+    assert leaving.value.code == 0
+
+
+def test_a_run_that_was_moved_with_its_data_goes_on(olvae_train, started_here, tmp_path, monkeypatch, caplog):
+    place = tmp_path / "copied"
+    place.mkdir()
+    for name in ("photos", "runs"):
+        (tmp_path / name).rename(place / name)
+    run = Run(place / "runs" / started_here.path.name)
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
+    assert code == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'photos'}: this run's data are not there any more, nor are they")
+    monkeypatch.chdir(place)
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    (line,) = caplog.messages
+    assert line == f"{tmp_path / 'photos'}: this run's data are not there any more: taken from {place / 'photos'}"
+    config = load([run.config])
+    assert config["data"]["params"]["root"] == str(place / "photos")
+    assert config["run"]["paths"][str(place / "photos")] == "photos"
 
 
 def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train, trained, monkeypatch):

@@ -83,6 +83,7 @@ def test_what_a_run_leaves(go, whole_training):
         "weights": None,
         "untrained": None,
         "teacher": None,
+        "paths": {},
     }
     assert checkpoint(run)["images_seen"] == 16
 
@@ -231,7 +232,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_steps_before_it_are_kept
 def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
     with pytest.raises(ValueError, match="Invalid beta"):
         go("model.params.betas=[0.9, 3.0]")
-    assert not any((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
     run = go()
     before = run.config.read_text()
     with pytest.raises(Exception, match="foo"):
@@ -269,6 +270,7 @@ def test_a_signal_to_all_processes(tmp_path, image_folder, number):
     assert process.returncode == 130, errors
     assert errors.count("stopped after") == errors.count("\nstopped") == 1
     (run,) = (tmp_path / "runs").iterdir()
+    assert f"continue with: olvae train --resume {run}\n" in errors  # though it was started as python train.py
     assert checkpoint(Run(run))["global_step"] > 0
 
 
@@ -294,7 +296,7 @@ def test_callbacks_of_the_config(go):
 def test_a_loss_that_is_no_number_stops_training(go, tmp_path):
     with pytest.raises(FloatingPointError, match="base_learning_rate"):
         go("model.base_learning_rate=1e30", "model.params.warmup_steps=0")
-    assert not any((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_demo_learns(tmp_path, monkeypatch, quick_training):
@@ -332,7 +334,7 @@ def test_other_channels(go, image_folder, channels):
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ((), {"base": []}, "--base names the config"),
+        ((), {"base": []}, "model: missing"),
         ((), {"base": ["missing.yaml"]}, "no such config file"),
         (("data.params.root=/nowhere",), {}, "no such folder"),
         (("data.params.size=20",), {}, "20 is not a multiple of 8, .* use 16 or 24"),

@@ -21,8 +21,9 @@ from olvae.data.mapped.folder import Files, FolderSource
 from olvae.data.open import holds_shards, open_images, open_source
 from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside
+from olvae.data.shards.latents import LATENT, STATS
 from olvae.data.shards.pairs import PIXELS
-from olvae.data.shards.read import Shard, read_shard
+from olvae.data.shards.read import Shard, extensions, read_shard
 from olvae.data.shards.urls import find_shards, is_local, stem
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
@@ -78,11 +79,16 @@ def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProg
 
     Raises:
         ConfigError: an index is wanted, but SRC is not local shards.
-        FileNotFoundError, ValueError: the source has no images.
+        FileNotFoundError, ValueError: the source has no images, or latents.
     """
     sharded = holds_shards(src)
     if options.index and not sharded:
         raise ConfigError(f"--index: {src} is not a folder of shards")
+    if sharded and LATENT in extensions(find_shards(src)):
+        raise ValueError(
+            f"{src}: these are latents of `olvae encode`, not images: they are left as they are, index and all; "
+            f"{STATS} describes them, and `olvae decode` makes images of them"
+        )
     result = (_check_shards if sharded else _check_images)(src, options, workers, on_progress)
     lost = len(result.unreadable)
     if not result.images:

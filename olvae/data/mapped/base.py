@@ -9,10 +9,13 @@ import numpy as np
 from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.image import Photo, image_to_tensor
 from olvae.data.sampler import LoaderProcess, draws
-from olvae.data.source import Sample, Source, eval_sample
+from olvae.data.source import FEW, Sample, Source, eval_sample
 from olvae.data.transforms import RandomScaleCrop
 
-__all__ = ["ImageDataset", "MappedSource", "Subset", "hold_out"]
+__all__ = ["USUAL_SHARE", "ImageDataset", "MappedSource", "Subset", "hold_out", "not_few"]
+
+USUAL_SHARE = 0.05
+"""Of the images, held out for validation."""
 
 
 class ImageDataset(ABC):
@@ -47,14 +50,23 @@ class Subset(ImageDataset):
         return self.images[self.indices[index]]
 
 
-def hold_out(images: ImageDataset, fraction: float) -> tuple[ImageDataset, ImageDataset]:
-    """Images to train with, and about ``fraction`` of all, evenly spread, for validation."""
+def not_few(images: int) -> int:
+    """How many images to hold out at least: :data:`FEW`, but no more than a fifth of all, and one."""
+    return max(1, min(FEW, images // 5))
+
+
+def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[ImageDataset, ImageDataset]:
+    """Images to train with, and about ``fraction`` of all, evenly spread, for validation.
+
+    By default it is :data:`USUAL_SHARE`, and at least :func:`not_few`.
+    """
     count = len(images)
-    if not 0.0 < fraction < 1.0:
+    if fraction is not None and not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
     if count < 2:
         raise ValueError(f"{count} images can't be split into training and validation")
-    held_out = {int(i) for i in np.linspace(0, count - 1, max(1, round(count * fraction)))}
+    share = round(count * (fraction or USUAL_SHARE))
+    held_out = {int(i) for i in np.linspace(0, count - 1, max(share, 1 if fraction else not_few(count)))}
     rest = [i for i in range(count) if i not in held_out]
     return Subset(images, rest), Subset(images, sorted(held_out))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from olvae.data.errors import ReadError
 from olvae.data.image import EXTENSIONS, Photo
-from olvae.data.mapped.base import ImageDataset, MappedSource
+from olvae.data.mapped.base import USUAL_SHARE, ImageDataset, MappedSource, not_few
 from olvae.data.transforms import RandomScaleCrop
 from olvae.files import legible
 
@@ -59,7 +59,8 @@ class FolderSource(MappedSource):
         val_root: the validation and test images, in the same three ways. Without it, if root has the folders
             ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
         val_fraction: without either, the share of the images that is held out. A hash of the path below root decides
-            which ones, so that it does not change when images are added.
+            which ones, so that it does not change when images are added. By default 5 %, and at least 20 images or, of
+            fewer than 100, a fifth: up to about 400 images, adding some may change which ones.
         max_val_images: hold out at most this number of images, chosen by the hash.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
         channels: of the images; see :func:`~olvae.data.image.read_picture` for what 1, 3, 4 and any other
@@ -72,12 +73,12 @@ class FolderSource(MappedSource):
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         size: int,
         batch_size: int,
         num_workers: int = 0,
-        val_root: str | None = None,
-        val_fraction: float = 0.05,
+        val_root: str | Path | None = None,
+        val_fraction: float | None = None,
         max_val_images: int | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
@@ -85,7 +86,7 @@ class FolderSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        if not 0.0 < val_fraction < 1.0:
+        if val_fraction is not None and not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
         if max_val_images is not None and max_val_images < 1:
             raise ValueError(f"max_val_images must be at least 1, got {max_val_images}")
@@ -182,7 +183,7 @@ def _may_be_file(path: Path) -> bool:
         return True
 
 
-def _parts(root: str) -> tuple[str, str | None]:
+def _parts(root: str | Path) -> tuple[str | Path, str | Path | None]:
     """The folders of training and of held-out images, if a data set has both."""
     folder = Path(root).expanduser()
     train, held_out = (
@@ -192,16 +193,17 @@ def _parts(root: str) -> tuple[str, str | None]:
     return (train[0], held_out[0]) if train and held_out else (root, None)
 
 
-def _split(root: str, paths: Sequence[Path], fraction: float) -> tuple[list[Path], list[Path]]:
-    """Hold out about ``fraction`` of the paths, at least one, by the hash of their names."""
+def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> tuple[list[Path], list[Path]]:
+    """Hold out about ``fraction`` of the paths, by the hash of their names; by default :data:`USUAL_SHARE`, not few."""
     if len(paths) < 2:
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
-    place = partial(_place, Path(root).expanduser())
-    held_out = {path for path in paths if place(path) < fraction} or {min(paths, key=place)}
+    places = {path: _place(Path(root).expanduser(), path) for path in paths}
+    count = sum(place < (fraction or USUAL_SHARE) for place in places.values())
+    held_out = set(sorted(paths, key=places.__getitem__)[: max(count, 1 if fraction else not_few(len(paths)))])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 
-def _at_most(root: str, paths: Sequence[Path], count: int) -> list[Path]:
+def _at_most(root: str | Path, paths: Sequence[Path], count: int) -> list[Path]:
     """The ``count`` paths with the smallest hashes, in their order."""
     chosen = set(sorted(paths, key=partial(_place, Path(root).expanduser()))[:count])
     return [path for path in paths if path in chosen]

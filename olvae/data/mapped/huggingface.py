@@ -47,7 +47,8 @@ class HuggingFaceSource(MappedSource):
         column: of the images.
         split: for training.
         val_split: for validation and test; without it a part of the training split is held out.
-        val_fraction: how large a part, evenly spread.
+        val_fraction: how large a part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
+            fifth.
         name, data_files, data_dir, revision: handed to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
@@ -58,17 +59,17 @@ class HuggingFaceSource(MappedSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | Path,
         size: int,
         batch_size: int,
         num_workers: int = 0,
         column: str = "image",
         split: str = "train",
         val_split: str | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: float | None = None,
         name: str | None = None,
-        data_files: str | Sequence[str] | None = None,
-        data_dir: str | None = None,
+        data_files: str | Path | Sequence[str | Path] | None = None,
+        data_dir: str | Path | None = None,
         revision: str | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
@@ -76,10 +77,11 @@ class HuggingFaceSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
+        files = str(data_files) if isinstance(data_files, str | Path) else data_files and [str(f) for f in data_files]
+        folder = None if data_dir is None else str(data_dir)
 
         def read(part: str) -> Any:
-            return load_table(path, part, name=name, data_files=files, data_dir=data_dir, revision=revision)
+            return load_table(str(path), part, name=name, data_files=files, data_dir=folder, revision=revision)
 
         train = Column(read(split), column, channels)
         parts = (

@@ -51,7 +51,8 @@ class TorchvisionSource(MappedSource):
         dataset: the node of the training images, for example ``{target: torchvision.datasets.CIFAR10, params: {root:
             data, download: true}}``; the data set must give pictures, so leave its ``transform`` out.
         val_dataset: the node of the validation and test images; without it a part of the first is held out.
-        val_fraction: how large a part, evenly spread.
+        val_fraction: how large a part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
+            fifth.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
     """
@@ -63,7 +64,7 @@ class TorchvisionSource(MappedSource):
         batch_size: int,
         num_workers: int = 0,
         val_dataset: Node | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: float | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
         flip: bool = True,

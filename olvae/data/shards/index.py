@@ -13,7 +13,7 @@ from webdataset.tariterators import base_plus_ext
 from olvae.data.image import EXTENSIONS
 from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url
 from olvae.data.shards.urls import file_name, is_local, shard_names
-from olvae.files import write_json
+from olvae.files import reason, write_json
 
 __all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
 
@@ -95,7 +95,7 @@ INDEX = "index.json"
 """The file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
 
 
-def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | None = None) -> list[Shard]:
+def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None) -> list[Shard]:
     """Shards with their numbers of images: from an index, or by counting the local ones that have none.
 
     Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A missing
@@ -106,7 +106,7 @@ def with_counts(urls: Sequence[str], index: str | None = None, image_key: str | 
     """
     names = shard_names(urls)
     if index is not None:
-        given = _read_index(index)
+        given = _read_index(str(index))
         if unknown := [url for url in urls if file_name(url) not in given]:
             raise ValueError(f"{index}: does not list {unknown[0]}: make it anew with `olvae data check --index`")
         counts: dict[str, int | None] = {url: given[file_name(url)] for url in urls}
@@ -147,7 +147,7 @@ def _read_index(url: str) -> dict[str, int]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{url}: not a readable index of shards: {error}") from error
+        raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
 def count_images(path: Path, image_key: str | None = None) -> int:

@@ -152,7 +152,7 @@ class LatentSource(ShardSource):
 
     def __init__(
         self,
-        folder: str,
+        folder: str | Path,
         batch_size: int,
         num_workers: int = 0,
         shuffle: int = 500,
@@ -202,7 +202,7 @@ class LatentSource(ShardSource):
         return Sample(z, key, label=read_label(entry))
 
 
-def _of_channels(folder: str, stats: Mapping[str, Any], name: str) -> Tensor:
+def _of_channels(folder: str | Path, stats: Mapping[str, Any], name: str) -> Tensor:
     """(n_z, 1, 1)"""
     try:
         return torch.tensor([float(value) for value in stats[name]])[:, None, None]

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,11 @@ class PairSource(ShardSource):
 
     def __init__(
         self,
-        folder: str,
+        folder: str | Path,
         batch_size: int,
         size: int | None = None,
         num_workers: int = 0,
-        val_folder: str | None = None,
+        val_folder: str | Path | None = None,
         val_fraction: float = 0.05,
         shuffle: int = 500,
         flip: bool = True,
@@ -171,7 +172,7 @@ class PairSource(ShardSource):
         return Sample(image, meta["key"], label=read_label(entry), moments=moments)
 
 
-def _open(folder: str, size: int | None) -> tuple[EncodedBy, dict[str, Any]]:
+def _open(folder: str | Path, size: int | None) -> tuple[EncodedBy, dict[str, Any]]:
     """The teacher of a folder of pairs, and the folder's description.
 
     Raises:
@@ -216,7 +217,7 @@ def _open(folder: str, size: int | None) -> tuple[EncodedBy, dict[str, Any]]:
     return teacher, stats
 
 
-def _first_latent(folder: str) -> Latent | None:
+def _first_latent(folder: str | Path) -> Latent | None:
     """The first that can be read."""
     for entry in chain.from_iterable(read_shard(Shard(url), LATENT) for url in find_shards(folder)):
         if isinstance(entry, Entry):

@@ -5,7 +5,7 @@ import signal
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from webdataset.gopen import Pipe, gopen, rewrite_url, set_options
@@ -16,7 +16,7 @@ from olvae.data.image import EXTENSIONS
 from olvae.data.shards.urls import stem
 from olvae.files import legible
 
-__all__ = ["Entry", "Shard", "failure", "open_url", "read_shard"]
+__all__ = ["Entry", "Shard", "extensions", "failure", "open_url", "read_shard"]
 
 
 SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError, IndexError)
@@ -92,6 +92,14 @@ def read_shard(
         others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
         yield Entry(f"{name}/{key}", f"{url}/{key}.{extension}", group[extension], others)
     yield from errors
+
+
+def extensions(urls: Sequence[str]) -> set[str]:
+    """Of the files of one name with which the first shard begins that can be read; empty if none can."""
+    groups: Iterator[dict[str, Any]] = (
+        next(group_by_keys(_files(url, [], None), handler=lambda _: True), {}) for url in urls
+    )
+    return next(({ext for ext in group if not ext.startswith("__")} for group in groups if group), set())
 
 
 def _files(url: str, errors: list[ReadError], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:

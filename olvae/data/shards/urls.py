@@ -18,13 +18,13 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
 
-def find_shards(shards: str | Sequence[str]) -> list[str]:
+def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
     """Shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
 
     Raises:
         FileNotFoundError: there are none, or they are local and none of them exists.
     """
-    given = [shards] if isinstance(shards, str) else list(shards)
+    given = [str(text) for text in ([shards] if isinstance(shards, str | Path) else shards)]
     urls = [url for text in given for url in _expand(text)]
     if not any(may_be_there(url) for url in urls):
         raise FileNotFoundError(

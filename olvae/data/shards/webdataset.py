@@ -1,6 +1,7 @@
 """Images from WebDataset shards: read in sequence, shuffled, shared among processes, resumable at any image."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -49,13 +50,13 @@ class WebDatasetSource(ShardSource):
 
     def __init__(
         self,
-        shards: str | Sequence[str],
+        shards: str | Path | Sequence[str | Path],
         size: int,
         batch_size: int,
         num_workers: int = 0,
-        val_shards: str | Sequence[str] | None = None,
+        val_shards: str | Path | Sequence[str | Path] | None = None,
         val_fraction: float = 0.05,
-        index: str | None = None,
+        index: str | Path | None = None,
         shuffle: int = 500,
         image_key: str | None = None,
         min_fraction: float = 0.5,

@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from olvae.config import ConfigError
 from olvae.data.errors import ReadError
 from olvae.data.shards.index import ShardRecord
-from olvae.files import atomic_write, file_sha256, write_json
+from olvae.files import atomic_write, file_sha256, no_empty_folders, write_json
 
 __all__ = ["FinishedShard", "Resumable", "ResumableShards", "WebDatasetSample", "shard_name", "write_tar"]
 
@@ -154,6 +154,17 @@ class Resumable(ABC, Generic[S]):
                         raise ConfigError(f"--out {self.folder}: another `{command}` is at work there") from error
                     time.sleep(0.1)
             yield
+
+    @contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """After an exception before the first shard is in its place, remove what was begun."""
+        with no_empty_folders(self.folder):
+            try:
+                yield
+            except BaseException:
+                if not self.any_stored() and not any(self._state.glob(".partial-*")):  # nor does another process write
+                    shutil.rmtree(self._state, ignore_errors=True)
+                raise
 
     def finished(self, number: int) -> FinishedShard | None:
         """What is known about a shard, if it is finished and its file is intact."""

@@ -130,7 +130,7 @@ def _remarks(results: Results) -> Iterator[str]:
             if label not in skipped.setdefault(reason, []):
                 skipped[reason].append(label)
     yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in skipped.items())
-    yield from (f"note: {note}" for note in results.warnings())
+    yield from (f"warning: {warning}" for warning in results.warnings())
 
 
 def findings(rows: Iterable[Row]) -> Iterator[str]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from olvae.checkpoint import mismatches
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
-from olvae.models.pretrained import is_hub_id, snapshot
+from olvae.models.pretrained import snapshot
 from olvae.models.spec import FOR_DIFFUSION, class_in
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
+from olvae.runs import Run
 
 __all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]
 
@@ -88,16 +89,16 @@ def find_folder(text: str) -> Path:
             subfolder is named after ``::``.
 
     Raises:
-        FileNotFoundError: it was not found, or the hub can't be reached.
+        FileNotFoundError: there is no such autoencoder, or the hub can't be reached.
     """
     name, _, subfolder = text.partition("::")
     root, prefixes = Path(name), [f"{subfolder}/"] if subfolder else ["", f"{SUBFOLDER}/"]
     on_hub = not root.is_dir()
-    if on_hub and not is_hub_id(name):
-        raise FileNotFoundError(f"diffusers:{text}: no such folder, and not an id of the hub (OWNER/NAME)")
     if on_hub:  # the configs first, then the weights of the one folder that has the autoencoder
         root = snapshot(name, [f"{prefix}config.json" for prefix in prefixes])
     prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
+    if prefix is None and Run(root).last_checkpoint.is_file():
+        raise FileNotFoundError(f"diffusers:{text}: this is a run: name it without diffusers:")
     if prefix is None:
         raise FileNotFoundError(
             f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "

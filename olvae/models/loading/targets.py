@@ -15,20 +15,13 @@ from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder, LiteVAE, load_located
 from olvae.models.loading.diffusers import SUBFOLDER, find_folder, load_diffusers
 from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
-from olvae.models.pretrained import config_inside, is_hub_id, locate, locate_weights
-from olvae.models.shipped import is_shipped
+from olvae.models.named import DIFFUSERS, check_target
+from olvae.models.pretrained import config_inside, locate, locate_weights
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.runs import Run, run_of
 
-__all__ = ["KINDS", "RAW", "Target", "find_target", "name_apart"]
+__all__ = ["RAW", "Target", "find_target", "name_apart"]
 
-
-KINDS = (
-    "a run folder, a .ckpt or .safetensors file, an exported folder, olvae:NAME (a model of this package), an id of "
-    "the Hugging Face hub (OWNER/NAME), or diffusers:ID_OR_FOLDER"
-)
-
-DIFFUSERS = "diffusers:"
 
 RAW = ", raw weights"
 """Ends the name of a target whose raw weights were asked for."""
@@ -77,7 +70,7 @@ def find_target(
     raw: bool = False,
     allow_mismatch: bool = False,
 ) -> Target:
-    """Find what a TARGET names; see :data:`KINDS`. Checkpoints of latent-diffusion's KL autoencoder are files too.
+    """Find what a TARGET names; see :data:`~olvae.models.named.KINDS`. latent-diffusion's checkpoints are files too.
 
     A file is read once: what was read to see its kind is kept for the first load.
 
@@ -93,11 +86,10 @@ def find_target(
         ValueError: the file is not readable, or of another kind.
     """
     given = str(text)
+    check_target(given)
     if given.startswith(DIFFUSERS):
         return _diffusers_target(given, find_folder(given.removeprefix(DIFFUSERS)), raw, allow_mismatch)
     path = Path(given)
-    if not (path.exists() or is_shipped(given) or is_hub_id(given)):
-        raise FileNotFoundError(f"{given}: not found; a target is {KINDS}")
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
         raise ValueError(f"{given}: this is a diffusers folder: pass it as {DIFFUSERS}{given}")
     weights = locate_weights(given)

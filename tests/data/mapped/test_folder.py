@@ -49,6 +49,18 @@ def test_the_split_stays_when_pictures_come(image_folder):
     assert before <= set(source(image_folder).val.paths)
 
 
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (56, 11), (100, 20), (300, 20), (2000, None)])
+def test_by_default_not_few_are_held_out(tmp_path, count, held_out):
+    """5 % and at least 20, but no more than a fifth; of many images the part that the hash gives."""
+    (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(count)))
+    source = FolderSource(tmp_path / "list.txt", 16, 1)
+    given = FolderSource(tmp_path / "list.txt", 16, 1, val_fraction=0.05)
+    assert len(source.train) + len(source.val) == count
+    assert len(source.val) == (len(given.val) if held_out is None else held_out)
+    assert set(given.val.paths) <= set(source.val.paths)
+    assert len(given.val) > 80 or held_out is not None
+
+
 def test_a_validation_folder(image_folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

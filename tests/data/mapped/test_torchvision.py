@@ -74,7 +74,7 @@ def test_items_of_other_kinds():
 
 
 def test_parts():
-    def keys(count: int, fraction: float) -> list[list[int]]:
+    def keys(count: int, fraction: float | None) -> list[list[int]]:
         parts = hold_out(Items(Dataset([None] * count)), fraction)
         return [[int(part.key(i)) for i in range(len(part))] for part in parts]
 
@@ -82,6 +82,7 @@ def test_parts():
     rest, held = keys(1000, 0.05)
     assert len(held) == 50
     assert sorted(rest + held) == list(range(1000))
+    assert [len(keys(count, None)[1]) for count in (2, 56, 300, 1000)] == [1, 11, 20, 50]
     for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
         with pytest.raises(ValueError, match=r"split|val_fraction"):
             keys(*arguments)

@@ -24,7 +24,7 @@ def test_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
     for text in ("25.704 ±0.75", " 0.721 ", " 0.961 ", " 0.0312 ", " 0.138 ", " 0.079 ", " 1234 ", " 0.00042 "):
         assert text in shown, shown
     assert max(map(len, shown.splitlines())) <= 80
-    assert ", 9 images" in " ".join(shown.split())
+    assert ", 90 images" in " ".join(shown.split())
 
 
 def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
@@ -46,7 +46,9 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
         "Cost of one image; speed and memory: CPU, 1 thread, batches of 4; memory beyond weights and images.\n"
         "\n"
         "- skipped LPIPS: no weights\n"
-        "- note: unreadable images, which are not in these numbers: 1\n"
+        "- warning: few images, 2: other ones give other numbers; 95 % bootstrap intervals for runs/a_b\\|c: "
+        "PSNR 25.000 to 26.000\n"
+        "- warning: unreadable images, which are not in these numbers: 1\n"
     )
 
 
@@ -57,17 +59,17 @@ def test_latents_and_precisions_are_lines_below_the_table(tmp_path):
         return Precision(dtype, {"decoder": value}, "decoder.conv_out", value, limit, broken, lost, not broken.values)
 
     rows = (
-        Row("a", 5, {"psnr": 20.0}, precision=found("32", 71234.4, 3.4e38)),
-        Row("a, fp16", 5, {"psnr": 5.0}, precision=found("fp16", 9.0, 65504.0, NonFinite(3, 8, "decoder.up.0"), 15.0)),
-        Row("a, bf16", 5, {"psnr": 20.0}, precision=found("bf16", 3.14159, 3.4e38, lost=-0.0625)),
-        Row("b", 5, {"psnr": 20.0}, latents=LatentError("a", 0.18, [0.18, None], [1.0, 0.0]), cost=COUNTED),
+        Row("a", 50, {"psnr": 20.0}, precision=found("32", 71234.4, 3.4e38)),
+        Row("a, fp16", 50, {"psnr": 5.0}, precision=found("fp16", 9.0, 65504.0, NonFinite(3, 8, "decoder.up.0"), 15.0)),
+        Row("a, bf16", 50, {"psnr": 20.0}, precision=found("bf16", 3.14159, 3.4e38, lost=-0.0625)),
+        Row("b", 50, {"psnr": 20.0}, latents=LatentError("a", 0.18, [0.18, None], [1.0, 0.0]), cost=COUNTED),
     )
     write_markdown(results_of(*rows), tmp_path / "m.md")
     lines = (tmp_path / "m.md").read_text().splitlines()
     assert lines[-4:] == [
         "- a: largest activation 71,234 at decoder.conv_out; fp16 ends at 65,504",
-        "- a, fp16: largest activation 71,234 at decoder.conv_out in float32, beyond 65,504; 3 of 5 images non-finite, "
-        "first at decoder.up.0; PSNR -15.000 dB: not safe",
+        "- a, fp16: largest activation 71,234 at decoder.conv_out in float32, beyond 65,504; 3 of 50 images non-finite"
+        ", first at decoder.up.0; PSNR -15.000 dB: not safe",
         "- a, bf16: largest activation 3.14 at decoder.conv_out; PSNR +0.062 dB: safe",
         "- latents of b: RMS error 0.180 in standard deviations of a; per channel 0.180, -",
     ]
