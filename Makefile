@@ -67,7 +67,7 @@ photos-f8c12 photos-f8c4: photos-f8c%:
 		--actual_resume "$$(ls -d $(RUNS)/*_$@_middle_32 | tail -n 1)/checkpoints/last.ckpt"
 	$(BIN)/olvae evaluate "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --baselines --data study/corpus-out/held_out --size 256 \
 		--metrics psnr,ssim
-	$(BIN)/olvae latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --data study/corpus-out/train_tiles
+	$(BIN)/olvae latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --data study/corpus-out/train_tiles --images 1000
 	$(BIN)/olvae export "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --out $@ --license apache-2.0 \
 		--latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)/latents.json"
 

@@ -19,6 +19,7 @@ from olvae.models.large.memory import default_memory
 from olvae.models.large.padding import crop_to, pad_to_multiple
 from olvae.models.large.streaming import moments_within
 from olvae.models.large.tiling import decode_tiled
+from olvae.models.shipped import is_shipped, shipped_folder
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, AutoencoderSpec
 from olvae.runs import Run
 
@@ -87,7 +88,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
-        """Load an export, from a folder or the hub, as diffusers does, with its arguments.
+        """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub.
 
         Raises:
             ValueError: it is a run or a file, of which an export has to be written first.
@@ -99,7 +100,9 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
                 f"{path}: diffusers loads exports: write one with `olvae export {path} --out DIR`, and name that "
                 "folder; LiteVAE.from_pretrained takes runs and files too"
             )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
+        given = str(pretrained_model_name_or_path)
+        folder = shipped_folder(given) if is_shipped(given) else pretrained_model_name_or_path
+        return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
 
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":

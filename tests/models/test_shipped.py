@@ -1,8 +1,14 @@
+import json
+
 import huggingface_hub
 import pytest
 import torch
 
-from olvae import LiteVAE
+from olvae import AutoencoderLiteVAE, LiteVAE
+from olvae.data.image import from_uint8, to_uint8
+from olvae.data.mapped.samples import SamplePhotographs
+from olvae.evaluation.roundtrip import bicubic_round_trip
+from olvae.metrics.pixel import psnr
 from olvae.models import pretrained, shipped
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import tiny_litevae
@@ -49,3 +55,33 @@ def test_what_ships_loads():
         files = {file.name for file in (shipped.FOLDER / name).iterdir()}
         assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= files
         find_target(f"olvae:{name}").load()
+
+
+@pytest.mark.parametrize(("name", "above"), [("photos-f8c12", 4.0), ("photos-f8c4", 2.0)])
+def test_the_models_in_the_package_beat_bicubic_on_photographs_never_seen(name, above):
+    """By 4.9 and 2.9 dB when they were made."""
+    source = SamplePhotographs(size=256, batch_size=2)
+    keys, x = zip(*[(key, image) for batch in source.test_loader(2) for key, image in _pairs(batch)], strict=True)
+    photographs = torch.stack(x[:4])
+    with torch.inference_mode():
+        y = to_uint8(LiteVAE.from_pretrained(f"olvae:{name}")(from_uint8(photographs))[0])
+    bicubic = bicubic_round_trip(8)(keys[:4], photographs)
+    assert (psnr(photographs, y) - psnr(photographs, bicubic)).mean() > above
+
+
+def _pairs(batch):
+    return zip(batch["key"], batch["image"], strict=True)
+
+
+@pytest.mark.parametrize("name", ["photos-f8c12", "photos-f8c4"])
+def test_the_card_of_a_model_in_the_package(name):
+    folder = shipped.FOLDER / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    card = (folder / "README.md").read_text()
+    ours, bicubic = (result["metrics"] for result in results[:2])
+    for found in (ours, bicubic):
+        assert f"| {found['psnr']:.4g} | {found['ssim']:.4g} |" in card
+    assert f"{ours['psnr'] - bicubic['psnr']:.1f} dB above shrinking" in card
+    assert (shipped.FOLDER / "LICENCES.txt").read_text().count("\n  Licence: ") == 238
+    assert type(AutoencoderLiteVAE.from_pretrained(f"olvae:{name}")).__name__ == "AutoencoderLiteVAE"
