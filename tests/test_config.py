@@ -168,7 +168,7 @@ def test_every_mistake_at_once():
         "model.params.lossconfig.target: missing",
         "data.params.batch_size: expected int, got 'four'",
         "lightning.trainer.max_step: unknown key; did you mean max_steps?",
-        "lightning.trainer.logger: is set by the run folder",
+        "lightning.trainer.logger: is set by lightning.logger",
         "lightning.callbacks.grids.params.n: unknown key",
     )
     for text in expected:

@@ -231,8 +231,9 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, photos, tmp_pat
 
 def test_other_latents_are_told_before_any_image_is_read(olvae, trained, tmp_path):
     kl(5).model.save_pretrained(tmp_path / "kl")
+    (empty := tmp_path / "empty").mkdir()
     code, _, err = olvae(
-        "evaluate", trained, f"diffusers:{tmp_path}/kl", "--cross", "--data", tmp_path / "gone", "--out", tmp_path / "o"
+        "evaluate", trained, f"diffusers:{tmp_path}/kl", "--cross", "--data", empty, "--out", tmp_path / "o"
     )
     assert code == 2
     assert err.splitlines()[-1] == (

@@ -73,7 +73,7 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     with pytest.raises(FileNotFoundError) as refusal:
         open_test_source(config)
     assert str(refusal.value).startswith(
-        f"{home / 'photos'}: this run's data are not there any more, nor are they {tmp_path / 'photos'}: put them back"
+        f"{home / 'photos'}: this run's data are not there any more, nor are they {tmp_path / 'photos'}: name others"
     )
     assert open_test_source(config, str(moved / "more")).val_images == 4  # with --data nobody asks for them
 

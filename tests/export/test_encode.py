@@ -259,7 +259,7 @@ def test_batches_of_padded_images_are_as_one_by_one(tmp_path, many_sizes, flip):
         found, batched = tensors(tmp_path / f"{kind}1"), tensors(tmp_path / f"{kind}4")
         for key, kinds in found.items():
             for name, z in kinds.items():
-                assert float((z - batched[key][name]).square().mean().sqrt()) < 1e-6
+                assert float((z - batched[key][name]).square().mean().sqrt()) < 1e-5
         if kind == "blocks":  # no sum that another batch could round in another way
             assert (a, one) == (b, four)
 

@@ -210,7 +210,8 @@ def _at_most(root: str | Path, paths: Sequence[Path], count: int) -> list[Path]:
 
 
 def _place(root: Path, path: Path) -> float:
-    """A number in [0, 1) for each path: the hash of its name below root."""
+    """A number in [0, 1) for each path: the hash of its name below root, or below the folder of a list."""
+    root = root.parent if root.suffix.lower() == ".txt" else root
     name = path.relative_to(root) if path.is_relative_to(root) else path
     digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
