@@ -59,7 +59,7 @@ models: $(VENV)/.installed-dev ## the models that ship with the package: photogr
 
 photos-f8c%: CHANNELS = model.params.embed_dim=$* model.params.decoder_config.params.z_channels=$*
 photos-f8c%: TRAIN = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 $(CHANNELS)
-photos-f8c12 photos-f8c4: photos-f8c%:
+photos-f8c12 photos-f8c4: photos-f8c%: $(VENV)/.installed-dev
 	$(TRAIN) --base study/photos_start.yaml --name $@_start
 	$(TRAIN) --base study/photos_middle.yaml --name $@_middle \
 		--actual_resume "$$(ls -d $(RUNS)/*_$@_start_32 | tail -n 1)/checkpoints/last.ckpt"
@@ -68,7 +68,7 @@ photos-f8c12 photos-f8c4: photos-f8c%:
 	$(BIN)/olvae evaluate "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --baselines --data study/corpus-out/held_out --size 256 \
 		--metrics psnr,ssim
 	$(BIN)/olvae latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --data study/corpus-out/train_tiles --images 1000
-	$(BIN)/olvae export "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --out $@ --license apache-2.0 \
+	$(BIN)/olvae export "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --out $@ --force --license apache-2.0 \
 		--latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)/latents.json"
 
 docs: $(VENV)/.installed-docs ## the documentation as a site, in site/

@@ -337,6 +337,10 @@ def _check_lightning(section: Any) -> Iterator[str]:
             yield f"lightning.{key}: expected a mapping of names to nodes, got {nodes!r}"
 
 
+RUN_LOGGERS = (".CSVLogger", ".WandbLogger")
+"""Loggers whose ``save_dir`` is the run's folder, unless it is given."""
+
+
 def _check_node(node: Any, where: str) -> Iterator[str]:
     if not isinstance(node, Mapping):
         yield f"{where}: expected {_NODE}, got {node!r}"
@@ -355,7 +359,7 @@ def _check_node(node: Any, where: str) -> Iterator[str]:
         yield f"{where}.target: {error}"
         return
     params = node.get("params") or {}
-    filled_in: tuple[str, ...] = ("save_dir",) if where.startswith("lightning.logger.") else ()  # the run's folder
+    filled_in: tuple[str, ...] = ("save_dir",) if node["target"].endswith(RUN_LOGGERS) else ()
     if where == "model" and isinstance(params, Mapping):
         for key in set(params) & set(SAID_ELSEWHERE):
             yield f"model.params.{key}: set {SAID_ELSEWHERE[key]} instead"

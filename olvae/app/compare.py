@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from olvae.data.image import image_to_tensor, read_picture
+from olvae.data.image import Photo, image_to_tensor
 from olvae.export.reconstruct import ReconstructOptions, psnr_by_rows, reconstruct
 from olvae.figures import error_map
 from olvae.metrics.ssim import SSIM_WINDOW, ssim
@@ -67,14 +67,14 @@ def read_image(path: str | Path, channels: int) -> Tensor:
     Raises:
         ValueError: it is no image, or too large for this page.
     """
-    picture = read_picture(Path(path), channels)
-    width, height = picture.size
+    photo = Photo(Path(path), Path(path).name, channels)
+    width, height = photo.size  # the header's: nothing is decoded yet
     if width * height > LARGEST:
         raise ValueError(
             f"{width}x{height} pixels are too many for this page, which takes {LARGEST / 1e6:.0f} million: "
             "olvae reconstruct takes any size"
         )
-    return image_to_tensor(picture)
+    return image_to_tensor(photo.read())
 
 
 def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[str, Result]:

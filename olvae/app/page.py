@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -25,6 +24,9 @@ SIDES = (16, 32, 64, 128)
 """Pixels of the detail's side."""
 
 GALLERY: Mapping[str, Any] = {"format": "png", "object_fit": "contain", "height": "max-content"}
+
+KEPT_S = 3600
+"""Seconds for which a visitor's pictures are kept."""
 
 Picture = NDArray[np.uint8]
 
@@ -59,7 +61,7 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
             shown = Shown(x, compare(models, x, device))
         except ValueError as error:
             logging.getLogger("olvae").info("%s", error)
-            raise gr.Error(str(error).replace(str(path), Path(path).name), duration=None) from None
+            raise gr.Error(str(error), duration=None) from None
         errors = [(_array(result.error), model) for model, result in shown.results.items()]
         slider, latent = choose(shown, name)
         return shown, _table(models, shown), slider, errors, latent, _array(x), detail(shown, side, None)
@@ -85,9 +87,9 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
     def centred(shown: Shown | None, side: int) -> list[Captioned] | None:
         return detail(shown, side, None)
 
-    with gr.Blocks(title="open-LiteVAE", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="open-LiteVAE", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as blocks:
         gr.Markdown("# What an autoencoder keeps of an image")
-        state = gr.State()
+        state = gr.State(time_to_live=KEPT_S)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label="Drop an image", type="filepath", elem_id="file")

@@ -29,7 +29,7 @@ What an autoencoder keeps of an image: {targets}. Written by `olvae app --space`
 
 APP = """from olvae.app.page import page
 
-page({targets!r}).launch()
+page({targets!r}).launch(max_file_size="50mb")
 """
 
 

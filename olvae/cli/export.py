@@ -150,6 +150,7 @@ def command(
         from olvae.models.loading.stable_diffusion import as_litevae
         from olvae.models.loading.targets import RAW, find_target
         from olvae.models.named import DIFFUSERS
+        from olvae.modules.base import weights_checksum
         from olvae.modules.precision import DTYPES
 
     if layout in FILES:
@@ -191,7 +192,7 @@ def command(
     if per_channel and any(given[option] for option in FACTORS):
         raise ConfigError(f"{target}: has latents_mean and latents_std per channel: leave out {', '.join(FACTORS)}")
     if latents is not None:
-        model.scaling_factor, model.shift_factor = read_factors(latents, found.name)
+        model.scaling_factor, model.shift_factor = read_factors(latents, found.name, weights_checksum(loaded))
         factors_from = f"measured by olvae {'latents' if latents.name == 'latents.json' else 'encode'}"
     elif scaling_factor is not None or shift_factor is not None:
         model.scaling_factor = model.scaling_factor if scaling_factor is None else scaling_factor

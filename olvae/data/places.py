@@ -6,8 +6,10 @@ A relative path is one of the folder that the run was started in. The run's conf
 
 import glob
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from webdataset.shardlists import expand_urls
 
@@ -50,11 +52,14 @@ def moves(config: Config) -> dict[str, str]:
         FileNotFoundError: they are not in this folder either.
     """
     written = (config.get("run") or {}).get("paths") or {}
+    downloaded = _is_downloaded(config["data"])
     found: dict[str, str] = {}
 
     def look(text: str) -> str:
         if text in written and not _is_there(text):
             here = str(Path.cwd() / written[text])
+            if downloaded and not _is_there(written[text]):
+                return text  # to be fetched again
             if not _is_there(written[text]):
                 raise FileNotFoundError(
                     f"{text}: this run's data are not there any more, nor are they {here}: name others"
@@ -65,6 +70,13 @@ def moves(config: Config) -> dict[str, str]:
 
     with_paths(config["data"], look)
     return found
+
+
+def _is_downloaded(part: Any) -> bool:
+    """Whether a data set somewhere in a node is told to fetch itself, as torchvision's are."""
+    if isinstance(part, Mapping):
+        return bool(part.get("download")) or any(map(_is_downloaded, part.values()))
+    return isinstance(part, list) and any(map(_is_downloaded, part))
 
 
 @cache

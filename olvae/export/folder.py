@@ -135,8 +135,11 @@ def first_target(metrics: Path) -> str:
         raise ValueError(f"{metrics}: not a metrics.json of olvae evaluate: {type(error).__name__}: {error}") from error
 
 
-def read_factors(path: str | Path, target: str) -> tuple[float, float]:
+def read_factors(path: str | Path, target: str, weights: str | None = None) -> tuple[float, float]:
     """The scaling and shift factors of a target in latents.json of ``olvae latents`` or stats.json of ``olvae encode``.
+
+    Args:
+        weights: the target's checksum, which stats.json has too.
 
     Raises:
         ValueError: it is something else, or has no factors of this target.
@@ -154,6 +157,8 @@ def read_factors(path: str | Path, target: str) -> tuple[float, float]:
             f"{path}: neither a latents.json of olvae latents nor a stats.json of olvae encode: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if weights is not None and content.get("weights", weights) != weights:
+        raise ValueError(f"{path}: of latents that {content.get('target')} made, with other weights than {target}'s")
     if target in factors:
         return factors[target]
     if len(factors) == 1:

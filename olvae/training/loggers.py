@@ -2,7 +2,7 @@
 
 import csv
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def make_loggers(nodes: Mapping[str, Config], run: Run, done: int) -> list[Logge
         params = _ours(node["target"].rpartition(".")[2], run) | dict(node.get("params") or {})
         try:
             logger = cfg.instantiate({**node, "params": params})
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, ConfigError) as error:
             raise ConfigError(f"lightning.logger.{name}: {error}") from error
         if not isinstance(logger, Logger):
             raise ConfigError(f"lightning.logger.{name}: {node['target']} is no logger of Lightning")
@@ -56,18 +56,22 @@ def _ours(kind: str, run: Run) -> dict[str, Any]:
 @rank_zero_only
 def _keep_rows(logger: CSVLogger, done: int) -> None:
     """Lightning removes the file of an earlier piece of the run: give its rows to the new writer."""
-    path = Path(logger.log_dir) / "metrics.csv"
-    rows: Sequence[dict[str, str]] = []
+    path, kept = Path(logger.log_dir) / "metrics.csv", []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            for row in csv.DictReader(file):
+                try:
+                    values = {name: float(value) for name, value in row.items() if value}
+                    step = int(row["step"])
+                except (TypeError, ValueError):  # a kill has torn the line
+                    continue
+                if step <= done:  # later ones were logged between the last checkpoint and a kill
+                    kept.append({**values, "step": step})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Experiment logs directory")  # that the rows will be lost
         writer = logger.experiment
-    for row in rows:
-        if (step := int(row["step"])) <= done:  # later ones were logged between the last checkpoint and a kill
-            values = {name: float(value) for name, value in row.items() if value}
-            writer.metrics.append({**values, "step": step})
+    writer.metrics.extend(kept)
+    writer.save()
 
 
 def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:

@@ -27,7 +27,8 @@ def test_a_space_has_the_exports_inside(tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\ntitle: look\nsdk: gradio\nsdk_version: 6.1\napp_file: app.py\n")
     assert (folder / "app.py").read_text().splitlines()[-1] == (
-        "page(['models/my-vae', 'olvae:photos-f8c12', 'someone/a-vae', 'diffusers:someone/sd-vae']).launch()"
+        "page(['models/my-vae', 'olvae:photos-f8c12', 'someone/a-vae', 'diffusers:someone/sd-vae'])"
+        '.launch(max_file_size="50mb")'
     )
     assert (folder / "requirements.txt").read_text().startswith("open-litevae[app]>=")
     assert not list(tmp_path.glob("spaces/.*"))
@@ -53,7 +54,7 @@ def test_its_app_is_the_page(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path / "my-vae")
     write_space([str(tmp_path / "my-vae")], tmp_path / "space")
     launched = []
-    monkeypatch.setattr(gradio.Blocks, "launch", lambda blocks: launched.append(blocks.title))
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda blocks, max_file_size: launched.append(blocks.title))
     monkeypatch.chdir(tmp_path / "space")
     runpy.run_path("app.py")
     assert launched == ["open-LiteVAE"]

@@ -258,6 +258,10 @@ def test_factors_of_latents_json(tmp_path):
         read_factors(path, "c")
     path.write_text(json.dumps({"results": [result("a", 2.0)]}))
     assert read_factors(path, "c") == (2.0, 0.25)  # the only one
+    path.write_text(json.dumps({"target": "a", "weights": "12ab", "scaling_factor": 2.0, "shift_factor": 0.25}))
+    assert read_factors(path, "c", "12ab") == (2.0, 0.25)  # a stats.json, of the same weights
+    with pytest.raises(ValueError, match=r"of latents that a made, with other weights than c's"):
+        read_factors(path, "c", "34cd")
     for content in ("", "[]", '{"results": [{"target": "a"}]}'):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"neither a latents.json of olvae latents nor"):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import huggingface_hub
 import pytest
@@ -82,6 +83,13 @@ def test_the_card_of_a_model_in_the_package(name):
     ours, bicubic = (result["metrics"] for result in results[:2])
     for found in (ours, bicubic):
         assert f"| {found['psnr']:.4g} | {found['ssim']:.4g} |" in card
+    card = " ".join(card.split())
     assert f"{ours['psnr'] - bicubic['psnr']:.1f} dB above shrinking" in card
+    low, high = results[0]["intervals"]["psnr"]
+    assert f"interval of its PSNR is {low:.1f} to {high:.1f} dB" in card
+    colours = results[0]["test_patterns"]["colours"].values()
+    assert max(abs(v) for colour in colours for v in colour["shift"]) <= int(re.search(r"up to (\d+) of 255", card)[1])
+    grid = float(re.search(r"at most (0\.\d+) of 255", card)[1])
+    assert max(colour["grid"] for colour in colours) <= grid + 0.005
     assert (shipped.FOLDER / "LICENCES.txt").read_text().count("\n  Licence: ") == 238
     assert type(AutoencoderLiteVAE.from_pretrained(f"olvae:{name}")).__name__ == "AutoencoderLiteVAE"

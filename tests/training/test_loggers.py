@@ -63,6 +63,14 @@ def test_what_was_logged_after_the_checkpoint_is_not_there_twice(train_with, ima
     assert {step for _, step in found} == {1, 2, 3, 4}
 
 
+def test_rows_are_on_disk_before_training_begins(tmp_path):
+    """A kill in the first steps after a resume loses nothing; one that tore the last line is no mistake."""
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text("a,epoch,step\n1.5,0,1\n2.5,0,2\n,0")
+    make_loggers({"csv": {"target": "lightning.pytorch.loggers.CSVLogger"}}, Run(tmp_path), 1)
+    assert scalars_of_csv(Run(tmp_path)) == {("a", 1): 1.5}
+
+
 def test_wandb_offline(train_with, image_folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from olvae.config import ConfigError
 from olvae.data.errors import ReadError
 from olvae.data.shards.index import ShardRecord
+from olvae.devices import this_process
 from olvae.files import atomic_write, file_sha256, no_empty_folders, write_json
 
 __all__ = ["FinishedShard", "Resumable", "ResumableShards", "WebDatasetSample", "shard_name", "write_tar"]
@@ -162,7 +163,8 @@ class Resumable(ABC, Generic[S]):
             try:
                 yield
             except BaseException:
-                if not self.any_stored() and not any(self._state.glob(".partial-*")):  # nor does another process write
+                alone = this_process()[1] == 1  # of several, another may have begun
+                if alone and not self.any_stored() and not any(self._state.glob(".partial-*")):
                     shutil.rmtree(self._state, ignore_errors=True)
                 raise
 
