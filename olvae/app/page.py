@@ -100,13 +100,13 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
                 table = gr.Dataframe(
                     headers=list(COLUMNS), wrap=True, label="Numbers", interactive=False, elem_id="numbers"
                 )
-        with gr.Tab("Error"):
+        with gr.Tab("Error", render_children=True):
             gr.Markdown("Absolute error, mean of the channels: black is 0, white 64 of 255 and above.")
             errors = gr.Gallery(label="Error", elem_id="errors", columns=min(3, len(names)), **GALLERY)
-        with gr.Tab("Latent"):
+        with gr.Tab("Latent", render_children=True):
             gr.Markdown("Each channel of the latent on its own scale, from its smallest value (black) to its largest.")
             latent = gr.Gallery(label="Latent channels", elem_id="latent", columns=4, **GALLERY)
-        with gr.Tab("Pixels"):
+        with gr.Tab("Pixels", render_children=True):
             gr.Markdown("Click on the original: beside it is that place with every model, pixel by pixel.")
             side = gr.Radio(list(SIDES), value=SIDES[2], label="Pixels along a side")
             with gr.Row():
