@@ -59,17 +59,18 @@ models: $(VENV)/.installed-dev ## the models that ship with the package: photogr
 
 photos-f8c%: CHANNELS = model.params.embed_dim=$* model.params.decoder_config.params.z_channels=$*
 photos-f8c%: TRAIN = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 $(CHANNELS)
+photos-f8c%: RUN = "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)"
 photos-f8c12 photos-f8c4: photos-f8c%: $(VENV)/.installed-dev
 	$(TRAIN) --base study/photos_start.yaml --name $@_start
 	$(TRAIN) --base study/photos_middle.yaml --name $@_middle \
 		--actual_resume "$$(ls -d $(RUNS)/*_$@_start_32 | tail -n 1)/checkpoints/last.ckpt"
 	$(TRAIN) --base study/photos.yaml --name $@ \
 		--actual_resume "$$(ls -d $(RUNS)/*_$@_middle_32 | tail -n 1)/checkpoints/last.ckpt"
-	$(BIN)/olvae evaluate "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --baselines --data study/corpus-out/held_out --size 256 \
+	$(BIN)/olvae evaluate $(RUN) --baselines --data study/corpus-out/held_out --size 256 \
 		--metrics psnr,ssim
-	$(BIN)/olvae latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --data study/corpus-out/train_tiles --images 1000
-	$(BIN)/olvae export "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)" --out $@ --force --license apache-2.0 \
-		--latents "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)/latents.json"
+	$(BIN)/olvae latents $(RUN) --data study/corpus-out/train_tiles --images 1000
+	$(BIN)/olvae export $(RUN) --out $@ --force --license apache-2.0 \
+		--latents $(RUN)
 
 docs: $(VENV)/.installed-docs ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,6 +1,5 @@
 """The page: an image is dropped, and every model's reconstruction is looked at from near and far."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -60,11 +59,10 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
             x = read_image(path, channels)
             shown = Shown(x, compare(models, x, device))
         except ValueError as error:
-            logging.getLogger("olvae").info("%s", error)
             raise gr.Error(str(error), duration=None) from None
         errors = [(_array(result.error), model) for model, result in shown.results.items()]
         slider, latent = choose(shown, name)
-        return shown, _table(models, shown), slider, errors, latent, _array(x), detail(shown, side, None)
+        return shown, _table(models, shown), slider, errors, latent, _array(x), detail(shown, side)
 
     def choose(shown: Shown | None, name: str) -> tuple[Any, Any]:
         if shown is None:
@@ -73,19 +71,16 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
         latent = [(_array(channel), f"channel {i + 1}") for i, channel in enumerate(latent_pictures(result.latent))]
         return (_array(shown.x), _array(result.y)), latent
 
-    def detail(shown: Shown | None, side: int, event: gr.SelectData | None) -> list[Captioned] | None:
+    def detail(shown: Shown | None, side: int, place: tuple[int, int] | None = None) -> list[Captioned] | None:
         if shown is None:
             return None
         height, width = shown.x.shape[-2:]
-        place = (width // 2, height // 2) if event is None else (int(event.index[0]), int(event.index[1]))
+        place = place or (width // 2, height // 2)
         images = {"original": shown.x, **{name: result.y for name, result in shown.results.items()}}
         return [(_array(enlarged(crop_around(image, place, side))), name) for name, image in images.items()]
 
     def pointed(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
-        return detail(shown, side, event)
-
-    def centred(shown: Shown | None, side: int) -> list[Captioned] | None:
-        return detail(shown, side, None)
+        return detail(shown, side, (int(event.index[0]), int(event.index[1])))
 
     with gr.Blocks(title="open-LiteVAE", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as blocks:
         gr.Markdown("# What an autoencoder keeps of an image")
@@ -115,7 +110,7 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
         file.change(look, [file, name, side], [state, table, slider, errors, latent, whole, near])
         name.change(choose, [state, name], [slider, latent])
         whole.select(pointed, [state, side], near)
-        side.change(centred, [state, side], near)
+        side.change(detail, [state, side], near)
     return blocks
 
 

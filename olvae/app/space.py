@@ -8,7 +8,7 @@ from pathlib import Path
 
 from olvae import __version__
 from olvae.config import ConfigError
-from olvae.export.folder import check_empty
+from olvae.export.folder import check_empty, replace_folder
 from olvae.files import nearest
 from olvae.models.named import DIFFUSERS, is_hub_id
 from olvae.models.shipped import is_shipped
@@ -54,10 +54,7 @@ def write_space(targets: Sequence[str], folder: Path) -> None:
         (partial / "README.md").write_text(README.format(targets=", ".join(names), **about), encoding="utf-8")
         (partial / "app.py").write_text(APP.format(targets=names), encoding="utf-8")
         (partial / "requirements.txt").write_text(f"open-litevae[app]>={__version__}\n", encoding="utf-8")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_dir():
-            folder.rmdir()
-        partial.replace(folder)
+        replace_folder(partial, folder)
 
 
 def _inside(target: str, space: Path) -> str:

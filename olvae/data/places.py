@@ -58,14 +58,13 @@ def moves(config: Config) -> dict[str, str]:
     def look(text: str) -> str:
         if text in written and not _is_there(text):
             here = str(Path.cwd() / written[text])
-            if downloaded and not _is_there(written[text]):
-                return text  # to be fetched again
-            if not _is_there(written[text]):
+            if _is_there(written[text]):
+                _tell(text, here)
+                found[text] = here
+            elif not downloaded:  # else it is fetched again
                 raise FileNotFoundError(
                     f"{text}: this run's data are not there any more, nor are they {here}: name others"
                 )
-            _tell(text, here)
-            found[text] = here
         return text
 
     with_paths(config["data"], look)

@@ -21,7 +21,7 @@ from olvae.models.named import is_hub_id
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, class_in
 from olvae.modules.base import count_parameters
 
-__all__ = ["Provenance", "check_empty", "export", "first_target", "model_card", "read_factors"]
+__all__ = ["Provenance", "check_empty", "export", "first_target", "model_card", "read_factors", "replace_folder"]
 
 
 CARD_NAME = "README.md"
@@ -119,7 +119,7 @@ def export(
             shutil.copyfile(provenance.metrics, partial / "metrics.json")
         (partial / CARD_NAME).write_text(model_card(out, title, provenance, onnx, stock))
         differences |= compare_autoencoder_kl(out, partial) if stock else _compare(out, partial)
-        _replace(partial, folder)
+        replace_folder(partial, folder)
     return differences
 
 
@@ -178,7 +178,7 @@ def _compare(model: LiteVAE, folder: Path) -> dict[str, float]:
     }
 
 
-def _replace(partial: Path, folder: Path) -> None:
+def replace_folder(partial: Path, folder: Path) -> None:
     """Move a folder to its place; the old one is only removed once the new one is there."""
     old = partial.with_name(f"{partial.name}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)

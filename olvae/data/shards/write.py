@@ -17,7 +17,7 @@ from olvae.config import ConfigError
 from olvae.data.errors import ReadError
 from olvae.data.shards.index import ShardRecord
 from olvae.devices import this_process
-from olvae.files import atomic_write, file_sha256, no_empty_folders, write_json
+from olvae.files import atomic_write, file_sha256, write_json
 
 __all__ = ["FinishedShard", "Resumable", "ResumableShards", "WebDatasetSample", "shard_name", "write_tar"]
 
@@ -158,15 +158,14 @@ class Resumable(ABC, Generic[S]):
 
     @contextmanager
     def nothing_left(self) -> Iterator[None]:
-        """After an exception before the first shard is in its place, remove what was begun."""
-        with no_empty_folders(self.folder):
-            try:
-                yield
-            except BaseException:
-                alone = this_process()[1] == 1  # of several, another may have begun
-                if alone and not self.any_stored() and not any(self._state.glob(".partial-*")):
-                    shutil.rmtree(self._state, ignore_errors=True)
-                raise
+        """After an exception before the first shard is in its place, remove what was begun, but not the folder."""
+        try:
+            yield
+        except BaseException:
+            alone = this_process()[1] == 1  # of several, another may have begun
+            if alone and not self.any_stored() and not any(self._state.glob(".partial-*")):
+                shutil.rmtree(self._state, ignore_errors=True)
+            raise
 
     def finished(self, number: int) -> FinishedShard | None:
         """What is known about a shard, if it is finished and its file is intact."""
