@@ -50,9 +50,9 @@ class Subset(ImageDataset):
         return self.images[self.indices[index]]
 
 
-def not_few(images: int) -> int:
-    """How many images to hold out at least: :data:`FEW`, but no more than a fifth of all, and one."""
-    return max(1, min(FEW, images // 5))
+def not_few(images: int, fraction: float | None) -> int:
+    """How many images to hold out at least: one; without a fraction :data:`FEW`, but no more than a fifth of all."""
+    return 1 if fraction else max(1, min(FEW, images // 5))
 
 
 def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[ImageDataset, ImageDataset]:
@@ -66,7 +66,7 @@ def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[Image
     if count < 2:
         raise ValueError(f"{count} images can't be split into training and validation")
     share = round(count * (fraction or USUAL_SHARE))
-    held_out = {int(i) for i in np.linspace(0, count - 1, max(share, 1 if fraction else not_few(count)))}
+    held_out = {int(i) for i in np.linspace(0, count - 1, max(share, not_few(count, fraction)))}
     rest = [i for i in range(count) if i not in held_out]
     return Subset(images, rest), Subset(images, sorted(held_out))
 

@@ -199,7 +199,7 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
     places = {path: _place(Path(root).expanduser(), path) for path in paths}
     count = sum(place < (fraction or USUAL_SHARE) for place in places.values())
-    held_out = set(sorted(paths, key=places.__getitem__)[: max(count, 1 if fraction else not_few(len(paths)))])
+    held_out = set(sorted(paths, key=places.__getitem__)[: max(count, not_few(len(paths), fraction))])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 
