@@ -46,7 +46,7 @@ def error_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def labelled_grid(rows: Mapping[str, Tensor]) -> Image.Image:
-    """A row of pictures per entry, below its name.
+    """A row of pictures per entry, below its name, which is never cut off.
 
     Args:
         rows: names to uint8 (N, C, H, W), all of one size; N may differ; see :func:`rgb` for C. Below 128 pixels they
@@ -58,7 +58,9 @@ def labelled_grid(rows: Mapping[str, Tensor]) -> Image.Image:
     columns = max(images.shape[0] for images in rows.values())
     font = ImageFont.load_default(size=18)
     label, gap = 28, 4
-    canvas = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * (label + height + gap)), "white")
+    names = 2 * gap + max(int(font.getlength(name)) + 1 for name in rows)
+    size = max(names, gap + columns * (width + gap)), gap + len(rows) * (label + height + gap)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for r, (name, images) in enumerate(rows.items()):
         top = gap + r * (label + height + gap)

@@ -27,6 +27,16 @@ def test_the_grid_holds_each_picture():
     assert grid.shape[1] == 4 + 2 * 132
 
 
+def test_the_grid_is_as_wide_as_its_longest_name():
+    name = "decoded from N(0, I): noise is expected"
+    one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    narrow, wide = (np.asarray(labelled_grid({name: one.expand(n, -1, -1, -1)})) for n in (1, 9))
+    label = slice(4, 30)
+    assert 132 < narrow.shape[1] < wide.shape[1] == 4 + 9 * 132
+    assert np.array_equal(narrow[label], wide[label, : narrow.shape[1]])
+    assert (wide[label, narrow.shape[1] :] == 255).all()
+
+
 @pytest.mark.parametrize(("channels", "extension"), [(1, "png"), (3, "png"), (4, "png"), (5, "npy")])
 def test_images_as_files(tmp_path, channels, extension):
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
