@@ -31,6 +31,7 @@ class Row(NamedTuple):
         time_of: train for as long as this network would take for these steps.
         after: the row from whose weights it starts.
         sizes: pixels at which it is evaluated.
+        frechet: whether its Fréchet distance is measured, which takes longer than the rest of the evaluation.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     time_of: str | None = None
     after: str | None = None
     sizes: tuple[int, ...] = SIZES
+    frechet: bool = True
 
 
 class Diffusion(NamedTuple):
@@ -121,6 +123,8 @@ def _grid(quick: bool) -> list[Row]:
             (*overrides, f"model.base_learning_rate={rate}"),
             steps=500,
             rate_of=None,
+            sizes=(256,),
+            frechet=False,
         )
         for rate in rates
         for network, overrides in NETWORKS.items()

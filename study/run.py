@@ -111,10 +111,10 @@ class Study:
             found["sizes"][str(size)] = measured[0]
             if len(measured) > 1:
                 found.setdefault("bicubic", {})[str(size)] = measured[1]
-        distance = self.out / "evaluations" / row.name / "frechet.json"
-        tiles = self.corpus / "held_out_tiles"
-        self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
-        found |= json.loads(distance.read_text(encoding="utf-8"))
+        if row.frechet:
+            distance, tiles = self.out / "evaluations" / row.name / "frechet.json", self.corpus / "held_out_tiles"
+            self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
+            found |= json.loads(distance.read_text(encoding="utf-8"))
         found["machine"] = {**machine("cpu"), "threads": 1}
         return found
 
