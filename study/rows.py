@@ -55,7 +55,7 @@ class Diffusion(NamedTuple):
     steps: int
 
 
-RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 """The grid of learning rates, the same for each network."""
 
 ENCODER, DECODER = "model.params.encoder_config", "model.params.decoder_config"

@@ -34,7 +34,7 @@ def test_rate_and_steps_come_from_the_grid(tmp_path):
     study = Study(tmp_path, tmp_path, rows())
     row = next(row for row in study.rows if row.name == "litevae_time_1")
     assert not study.is_ready(row)
-    for rate, psnr in (("5e-4", 20.0), ("1e-3", 22.0), ("2e-3", 21.0), ("4e-3", 18.0)):
+    for rate, psnr in (("2.5e-4", 19.0), ("5e-4", 20.0), ("1e-3", 22.0), ("2e-3", 21.0), ("4e-3", 18.0)):
         finish(study, f"rate_litevae_{rate}", sizes={"256": {"psnr": psnr}})
     (tmp_path / "speed.json").write_text('{"litevae": 0.2, "sd": 0.5}')
     assert study.is_ready(row)
