@@ -24,6 +24,7 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.images = self.path / "images"
+        self.bad_steps = self.path / "bad_steps.jsonl"
         self.metrics = self.path / "metrics.json"
         self.finished = self.path / "finished.json"
         self.lock = self.path / "lock.json"

@@ -1,6 +1,6 @@
 """The exponential moving average (EMA) of an autoencoder's weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from olvae.checkpoint import AUTOENCODER
+from olvae.models.bad_steps import StepGuard
 
 __all__ = ["WeightAverage", "find_average"]
 
@@ -19,19 +19,23 @@ class WeightAverage(pl.Callback):
     """Averages the autoencoder's parameters that are trained, and nothing else of the model.
 
     The average starts as the weights after the first step, and moves by ``1 - decay`` towards them at every further
-    one. Validation and the end of training use it in the model's place. A checkpoint has it in ``state_dict``, the same
-    names as trained in ``current_model_state``, and their number of steps in ``averaging_state``.
+    one, except for steps whose numbers were not finite. Validation and the end of training use it in the model's place.
+    A checkpoint has it in ``state_dict``, the same names as trained in ``current_model_state``, and their number of
+    steps in ``averaging_state``.
 
     Lightning's callback would average the discriminator and every buffer too, and torch's AveragedModel reads its
     counter from the device at every step.
 
     Args:
+        guard: knows which steps had such numbers.
         decay: in [0, 1].
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, guard: StepGuard, decay: float = 0.999) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"the decay of the average must be between 0 and 1, got {decay}")
+        self.guard = guard
         self.decay = decay
-        self._move = get_ema_multi_avg_fn(decay)
         self._parameters: dict[str, nn.Parameter] = {}
         self._other: dict[str, Tensor] = {}  # the average; while the model has it, the weights as trained
         self._model_has_average = False
@@ -55,9 +59,7 @@ class WeightAverage(pl.Callback):
             name: p for name, p in pl_module.named_parameters() if name.startswith(AUTOENCODER) and p.requires_grad
         }
         self._other = {name: p.detach().clone() for name, p in self._parameters.items()}
-        for name, tensor in self._other.items():
-            if name in self._loaded:
-                tensor.copy_(self._loaded[name])
+        self.restore(self._loaded)
         self._loaded = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,7 +77,9 @@ class WeightAverage(pl.Callback):
         if self._steps == 0:
             torch._foreach_copy_(average, weights)
         else:
-            self._move(average, weights, self._steps)
+            difference = torch._foreach_sub(weights, average)
+            torch._foreach_mul_(difference, (1.0 - self.decay) * self.guard.good)
+            torch._foreach_add_(average, difference)
         self._steps += 1
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,6 +90,12 @@ class WeightAverage(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._swap()
+
+    def restore(self, average: Mapping[str, Tensor]) -> None:
+        """While the model has the weights as trained, take an earlier average, of the names that are in it."""
+        for name, tensor in self._other.items():
+            if name in average:
+                tensor.copy_(average[name])
 
     @contextmanager
     def weights_as_trained(self) -> Iterator[None]:

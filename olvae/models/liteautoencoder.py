@@ -19,6 +19,7 @@ from olvae.models.adversary import Adversary
 from olvae.models.alignment import ADAPTIVE_MAX, Alignment
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
+from olvae.models.bad_steps import StepGuard
 from olvae.models.choices import contradictions
 from olvae.models.compilation import compile_networks
 from olvae.models.optimization import adam_of, grad_scaler, gradient_ratio, lr_factor, mix_seeds
@@ -239,6 +240,11 @@ class LiteAutoencoderKL(ValidatedModule):
         self._micro_batch = 0  # within the update
         self._iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
+        self.rate_factor = 1.0
+        """Of both learning rates: below one after a return to an earlier checkpoint."""
+        changing = (self.encoder, self.decoder, self.quantizer, self.adversary)
+        self.guard = StepGuard([part for part in changing if part is not None])
+        """Keeps steps of non-finite numbers from changing anything."""
 
     @property
     def autoencoder(self) -> LiteVAE:
@@ -295,6 +301,9 @@ class LiteAutoencoderKL(ValidatedModule):
         """One micro-batch; every accumulate_grad_batches-th completes an update of each side."""
         x = encoded = self.images(batch)  # (B, C, H, W) in [-1, 1]
         last = self._micro_batch + 1 == self.accumulate_grad_batches
+        if self._micro_batch == 0:
+            self.guard.start()
+        self.guard.batch(batch.get("key", ()))
         torch.manual_seed(mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank))
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
         self.reports = last and every > 0 and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
@@ -320,6 +329,7 @@ class LiteAutoencoderKL(ValidatedModule):
                 assert reconstruction is not None
                 losses["adversarial"] = adversary.generator_loss(reconstruction)
                 total = total + self._adversarial_weight(adversary, losses) * losses["adversarial"]
+            self.guard.see({**losses, "loss": total})
             self._backward("autoencoder", total, last)
             self._report({f"train/{name}": loss for name, loss in {"loss": total, **losses}.items()})
 
@@ -359,7 +369,7 @@ class LiteAutoencoderKL(ValidatedModule):
         """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
         if last and isinstance(self.trainer.strategy, PlayersStrategy):
             self.trainer.strategy.reduce_next(player)
-        self.manual_backward(loss / self.accumulate_grad_batches)
+        self.manual_backward(self.guard.spread(loss / self.accumulate_grad_batches))
 
     def _report(self, values: Mapping[str, Tensor | float]) -> None:
         """Log the values of a step that the loggers take; at the others nothing waits for the device."""
@@ -464,6 +474,7 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)
+        self.guard.see({**logs, "the discriminator's loss": loss})
         self._backward("discriminator", loss, last)
         health = {"logits_real", "logits_fake", "accuracy"}
         self._report({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
@@ -477,12 +488,17 @@ class LiteAutoencoderKL(ValidatedModule):
         """
         optimizers, schedules = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         scaler = grad_scaler(self)
+        plays = (autoencoder, adversary is not None)
+        sides = [(player, o.optimizer) for player, o, does in zip(self.players, optimizers, plays) if does]  # noqa: B905
+        norms = {player: self._norm(player, optimizer) for player, optimizer in sides}
+        updates = [self.guard.judge(norms)]
         if adversary is not None:
-            self._step_discriminator(adversary, optimizers[1].optimizer)
+            self._step_discriminator(adversary, optimizers[1].optimizer, norms["discriminator"], updates[0])
         if autoencoder:
             optimizer = optimizers[0]
             self._report({"train/lr": optimizer.param_groups[0]["lr"]})
-            self._clip(optimizer.optimizer, self.autoencoder_parameters(), "train/grad_norm")
+            self._clip("autoencoder", norms["autoencoder"])
+            self.guard.mask(optimizer.optimizer, updates[0], scaler)
             optimizer.step()
             optimizer.zero_grad()
             schedules[0].step()
@@ -492,15 +508,21 @@ class LiteAutoencoderKL(ValidatedModule):
             for _ in range(adversary.updates_per_step - 1):
                 for i, pair in enumerate(self._pairs, start=1):
                     self._discriminator_backward(adversary, *pair, last=i == len(self._pairs))
-                self._step_discriminator(adversary, optimizers[1].optimizer)
+                norm = self._norm("discriminator", optimizers[1].optimizer)
+                updates.append(self.guard.judge({"discriminator": norm}))
+                self._step_discriminator(adversary, optimizers[1].optimizer, norm, updates[-1])
                 if scaler is not None:
                     scaler.update()
             schedules[1].step()
             self._pairs.clear()
+        self.guard.end(self.global_step, updates, scaler)
 
-    def _step_discriminator(self, adversary: Adversary, optimizer: torch.optim.Optimizer) -> None:
-        self._clip(optimizer, list(adversary.discriminator.parameters()), "train/grad_norm_discriminator")
+    def _step_discriminator(
+        self, adversary: Adversary, optimizer: torch.optim.Optimizer, norm: Tensor, bad: Tensor
+    ) -> None:
+        self._clip("discriminator", norm)
         scaler = grad_scaler(self)
+        self.guard.mask(optimizer, bad, scaler)
         if scaler is not None:
             scaler.step(optimizer)
         else:
@@ -508,14 +530,19 @@ class LiteAutoencoderKL(ValidatedModule):
         optimizer.zero_grad()
         adversary.updated()
 
-    def _clip(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], name: str) -> None:
-        """Clip the norm of the true gradient: under fp16 the scale is taken off first."""
-        if not self.gradient_clip_val:
-            return
+    def _norm(self, player: str, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The norm of a player's true gradient: under fp16 the scale is taken off first."""
         scaler = grad_scaler(self)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        self._report({name: torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)})
+        gradients = [p.grad for p in self._parameters_of(player) if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _clip(self, player: str, norm: Tensor) -> None:
+        if self.gradient_clip_val:
+            name = "train/grad_norm" if player == "autoencoder" else f"train/grad_norm_{player}"
+            self._report({name: norm})
+            torch.nn.utils.clip_grads_with_norm_(self._parameters_of(player), self.gradient_clip_val, norm)
 
     # Validation of a student: how far its latents are from the teacher's
 
@@ -545,13 +572,17 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
         """The parameters of the autoencoder's side that training changes."""
-        return [p for p in self.players["autoencoder"].parameters() if p.requires_grad]
+        return self._parameters_of("autoencoder")
+
+    def _parameters_of(self, player: str) -> list[nn.Parameter]:
+        return [p for p in self.players[player].parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         decay_steps = self.decay_steps or self.trainer.max_steps
 
         def factor(step: int) -> float:
-            return lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
+            factor = lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
+            return factor * self.rate_factor
 
         adam, schedule = adam_of(self.optimizer), torch.optim.lr_scheduler.LambdaLR
         optimizers = [adam(self.autoencoder_parameters(), lr=self.learning_rate, betas=self.betas)]
@@ -568,15 +599,17 @@ class LiteAutoencoderKL(ValidatedModule):
         return optimizers, schedules
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [WeightAverage(self.ema_decay)] if self.use_ema else []
+        return [WeightAverage(self.guard, self.ema_decay)] if self.use_ema else []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen
         checkpoint["iteration"] = self._iteration
+        checkpoint["rate_factor"] = self.rate_factor
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["images_seen"]
         self._iteration = checkpoint["iteration"]
+        self.rate_factor = checkpoint.get("rate_factor", 1.0)  # of a run that began before there was one
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:

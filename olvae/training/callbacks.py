@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
+from torch import Tensor
 
 from olvae import config as cfg
 from olvae.data.errors import TooManyUnreadableError
@@ -29,7 +30,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.loggers import log_picture
 
-__all__ = ["FiniteLoss", "GracefulStop", "Health", "ImageGrids", "KeepCheckpoints", "SaveConfig", "UnreadableLimit"]
+__all__ = ["GracefulStop", "Health", "ImageGrids", "KeepCheckpoints", "SaveConfig", "UnreadableLimit"]
 
 
 log = logging.getLogger("olvae.training")
@@ -89,6 +90,8 @@ class KeepCheckpoints(Checkpoint):
         assert isinstance(pl_module, LiteAutoencoderKL)
         # Saving needs all processes, and only this error is raised in all of them.
         together = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
+        if isinstance(exception, FloatingPointError):  # what is saved is better
+            return
         if together and not self._in_step and pl_module.images_seen > self._images:
             self._save(trainer, pl_module, "last.ckpt")
 
@@ -157,9 +160,15 @@ class KeepCheckpoints(Checkpoint):
     def _save(
         self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
     ) -> None:
-        finite = torch.stack([p.isfinite().all() for p in module.parameters()])
+        values = {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+        finite = torch.stack([t.isfinite().all() for t in values.values()])
         if not finite.all():  # the device is waited for once
-            raise _non_finite(trainer, "weights")
+            first = list(values)[finite.tolist().index(False)]
+            last = _run(trainer).last_checkpoint
+            raise FloatingPointError(
+                f"non-finite weights at step {trainer.global_step}, in {first}: nothing is saved"
+                + (f"; the last good weights are in {last}" if last.exists() else "")
+            )
         trainer.save_checkpoint(_run(trainer).checkpoints / name, storage_options=note)  # the first process writes
 
 
@@ -238,20 +247,6 @@ class ImageGrids(Callback):
             grid.save(partial)
         for logger in trainer.loggers:
             log_picture(logger, "val/images", grid, step)
-
-
-class FiniteLoss(Callback):
-    """Stops training at a non-finite loss, where it is logged."""
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
-        if not pl_module.reports:
-            return
-        loss = float(trainer.callback_metrics.get("train/loss", 0.0))
-        if not math.isfinite(loss):
-            raise _non_finite(trainer, "loss")
 
 
 SETTINGS = "model.params.adversary_config.params"
@@ -384,13 +379,3 @@ def _copy_last(run: Run, note: Mapping[str, Any]) -> None:
 
 def _run(trainer: pl.Trainer) -> Run:
     return Run(Path(trainer.default_root_dir))
-
-
-def _non_finite(trainer: pl.Trainer, what: str) -> FloatingPointError:
-    """The error when training has diverged, with what to do."""
-    last = _run(trainer).last_checkpoint
-    return FloatingPointError(
-        f"non-finite {what} at step {trainer.global_step}: lower model.base_learning_rate, set "
-        "lightning.trainer.gradient_clip_val (1.0), or train with --precision bf16 or 32"
-        + (f"; the last good weights are in {last}" if last.exists() else "")
-    )

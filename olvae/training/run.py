@@ -27,8 +27,8 @@ from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.footprint import advice, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.players import PlayersStrategy
+from olvae.training.bad_steps import BadSteps
 from olvae.training.callbacks import (
-    FiniteLoss,
     GracefulStop,
     Health,
     ImageGrids,
@@ -366,7 +366,7 @@ def _trainer(
 ) -> pl.Trainer:
     nodes = (config.get("lightning") or {}).get("callbacks") or {}
     callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours, save_config]
-    for default in (KeepCheckpoints, ImageGrids, FiniteLoss, Health, StepProgress):
+    for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
     settings: Config = {

@@ -76,6 +76,7 @@ A2: Row = {
     SIZE: (128, "R: phase A"),
     BATCH: (32, "R issue 3; P App. F says 16 on two GPUs, which may be 32 or 16 in all"),
     STEPS: (100_000, "R: phase A"),
+    TRAINER + "gradient_clip_val": (1.0, "D: no source"),
     TRAINER + "val_check_interval": (10_000, "D: ours"),
     TRAINER + "limit_val_batches": (100, "D: ours"),
 }

@@ -8,6 +8,7 @@ import torch
 
 from olvae.checkpoint import AUTOENCODER, read_weights
 from olvae.models.averaging import WeightAverage, find_average
+from olvae.models.bad_steps import StepGuard
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.models.steps import Each, against, assert_same, build, fit, source
 
@@ -151,4 +152,4 @@ def test_there_is_none_unless_asked_for():
     assert isinstance(callback, WeightAverage)
     assert callback.decay == 0.25
     with pytest.raises(ValueError, match="decay"):
-        WeightAverage(1.5)
+        WeightAverage(StepGuard([]), 1.5)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olvae.training.callbacks import FiniteLoss, GracefulStop, Health, KeepCheckpoints
+from olvae.training.bad_steps import BadSteps
+from olvae.training.callbacks import GracefulStop, Health, KeepCheckpoints
 from olvae.training.progress import StepProgress
 from tests.models.steps import UNETGAN, against, build
 
@@ -57,7 +58,7 @@ def traced(tmp_path, size: int, **model) -> Waits:
     """Six steps of two images, of which the third and the last are logged."""
     batch = {"image": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8), "key": list("ab")}
     mode, module = Waits(), build(gradient_clip_val=1.0, warmup_steps=2, use_ema=True, **model)
-    callbacks = [GracefulStop(), FiniteLoss(), Health(), KeepCheckpoints(every_n_steps=6), StepProgress(1e-9)]
+    callbacks = [GracefulStop(), BadSteps(), Health(), KeepCheckpoints(every_n_steps=6), StepProgress(1e-9)]
     trainer = pl.Trainer(
         max_steps=6,
         accelerator="cpu",

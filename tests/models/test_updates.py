@@ -191,25 +191,31 @@ def test_both_optimizers_see_unscaled_gradients(image_folder, updates):
 
 @pytest.mark.parametrize("side", ["autoencoder", "adversary"])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_an_overflow_on_one_side_skips_that_side_and_lowers_the_scale(image_folder, side, clip):
+def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folder, side, clip):
     plugin = Scaled(init_scale=2.0**10)
-    model, plain = (build(against(weight=0.5), gradient_clip_val=clip) for _ in range(2))
-    start = {part: snapshot(getattr(model, part)) for part in ("autoencoder", "adversary")}
-    overflow = {"now": True}
+    model = build(against(weight=0.5), gradient_clip_val=clip)
+    overflow, history = {"now": True}, [snapshot(model)]
     victim = next(p for p in getattr(model, side).parameters())
     victim.register_hook(lambda g: g * float("inf") if overflow["now"] else g)
-    history = []
 
     def look(m: LiteAutoencoderKL) -> None:
         overflow["now"] = False
-        history.append({part: snapshot(getattr(m, part)) for part in start})
+        history.append(snapshot(m))
 
     fit(model, image_folder, 2, plugins=[plugin], callbacks=[Each(look)])
-    fit(plain, image_folder, 1)
-    other = {"autoencoder": "adversary", "adversary": "autoencoder"}[side]
-    assert_same(history[0][side], start[side])
-    assert_same(history[0][other], snapshot(getattr(plain, other)))
-    for part in start:
-        assert moved(history[0][part], history[1][part])
-        assert all(p.isfinite().all() for p in history[1][part].values())
+    assert_same(history[0], history[1])
+    assert {name.split(".")[0] for name in moved(history[1], history[2])} == {"encoder", "decoder", "adversary"}
+    assert all(p.isfinite().all() for p in history[2].values())
     assert plugin.scaler.scales == [2.0**9, 2.0**9]
+    first, second = model.guard.look()
+    player = {"autoencoder": "autoencoder", "adversary": "discriminator"}[side]
+    assert first.term == f"gradient of the {player}"
+    assert first.overflow
+    assert second is None
+
+
+def test_below_a_scale_of_one_it_is_no_overflow(image_folder):
+    model = build(gradient_clip_val=1.0)
+    next(model.autoencoder.parameters()).register_hook(lambda g: g * float("inf"))
+    fit(model, image_folder, 2, plugins=[Scaled(init_scale=2.0)])
+    assert [step.overflow for step in model.guard.look()] == [True, False]

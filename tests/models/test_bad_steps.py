@@ -1,0 +1,176 @@
+"""Steps of non-finite numbers change nothing, bit for bit; the term that was the first is named."""
+
+import copy
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from olvae.models.averaging import find_average
+from olvae.models.bad_steps import StepGuard
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.models.steps import Each, against, assert_same, build, fit
+
+EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1, "lecam_decay": 0.5}
+BAD = 2  # the iteration that is spoilt
+
+
+class Before(pl.Callback):
+    """The state before each micro-batch: an average moves after other callbacks."""
+
+    def __init__(self) -> None:
+        self.history = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.history.append(state(pl_module))
+
+
+def state(model: LiteAutoencoderKL) -> dict[str, torch.Tensor]:
+    """Weights, buffers, averages and the optimizers' states; not the count of the discriminator's updates."""
+    found = {name: t.clone() for name, t in model.state_dict().items() if not name.endswith("_extra_state")}
+    found |= {f"average.{n}": t.clone() for n, t in find_average(model.trainer)._other.items()}
+    for i, optimizer in enumerate(model.trainer.optimizers):
+        for j, values in optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{i}.{j}.{name}": value.clone() for name, value in values.items()}
+    return found
+
+
+def spoil_losses(model: LiteAutoencoderKL, term: str, value: float, micro_batch: int = 0) -> None:
+    """Add a number to one of the autoencoder's losses in one micro-batch."""
+    whole = model._losses
+
+    def spoilt(*args):
+        total, losses = whole(*args)
+        if model._iteration == BAD and model._micro_batch == micro_batch:
+            losses[term] = losses[term] + value
+            total = total + value
+        return total, losses
+
+    model._losses = spoilt
+
+
+def spoil_discriminator(model: LiteAutoencoderKL, name: str, value: float) -> None:
+    whole = model.adversary.discriminator_loss
+
+    def spoilt(real, fake):
+        loss, logs = whole(real, fake)
+        if model._iteration == BAD:
+            logs[name] = logs[name] + value
+            loss = loss + value
+        return loss, logs
+
+    model.adversary.discriminator_loss = spoilt
+
+
+def spoil_gradient(model: LiteAutoencoderKL, side: str, factor: float) -> None:
+    victim = next(p for p in getattr(model, side).parameters() if p.requires_grad)
+    victim.register_hook(lambda g: g * factor if model._iteration == BAD else g)
+
+
+CASES = {
+    "a loss is nan": (lambda m: spoil_losses(m, "kl", math.nan), "kl"),
+    "a loss is infinite": (lambda m: spoil_losses(m, "rec", math.inf), "rec"),
+    "the discriminator's": (lambda m: spoil_discriminator(m, "discriminator", math.nan), "discriminator"),
+    "LeCam": (lambda m: spoil_discriminator(m, "lecam", math.inf), "lecam"),
+    "a gradient": (lambda m: spoil_gradient(m, "autoencoder", math.inf), "gradient of the autoencoder"),
+    "the other gradient": (lambda m: spoil_gradient(m, "adversary", math.nan), "gradient of the discriminator"),
+    "a gradient whose square is infinite": (
+        lambda m: spoil_gradient(m, "autoencoder", 1e30),
+        "gradient of the autoencoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_bad_step_changes_nothing(image_folder, case, clip):
+    """BatchNorm's and LeCam's buffers are moved by the forward passes before anything is known."""
+    spoil, term = CASES[case]
+    model = build(against(**EVERYTHING), use_ema=True, ema_decay=0.5, gradient_clip_val=clip)
+    spoil(model)
+    before = Before()
+    fit(model, image_folder, 5, callbacks=[before])
+    history = before.history
+    assert_same(history[BAD], history[BAD + 1])
+    for part in ("encoder.", "adversary.discriminator.", "adversary.lecam.", "average.", "optimizer.1."):
+        assert any(not torch.equal(history[BAD][n], t) for n, t in history[4].items() if n.startswith(part)), part
+    assert all(t.isfinite().all() for t in history[4].values())
+    seen = model.guard.look()
+    assert [step is None for step in seen] == [True, True, False, True, True]
+    bad = seen[BAD]
+    assert (bad.step, bad.term, bad.overflow) == (BAD + 1, term, False)
+    assert len(bad.keys) == 4
+    assert model.guard.look() == []
+
+
+def test_one_micro_batch_spoils_the_update_and_is_named(image_folder):
+    model = build(accumulate_grad_batches=2, use_ema=True)
+    spoil_losses(model, "kl", math.nan, micro_batch=1)
+    before, keys = Before(), []
+    whole = model.guard.batch
+    model.guard.batch = lambda names: (keys.append(names), whole(names))
+    fit(model, image_folder, 4, batch_size=2, callbacks=[before])
+    assert_same(before.history[2 * BAD], before.history[2 * BAD + 2])
+    (bad,) = (step for step in model.guard.look() if step is not None)
+    assert bad.keys == keys[2 * BAD + 1] != keys[2 * BAD]
+
+
+def test_a_bad_update_of_several_of_the_discriminator(image_folder):
+    model = build(against(updates_per_step=2, **EVERYTHING), use_ema=True)
+    calls = []
+    whole = model.adversary.discriminator_loss
+
+    def spoilt(real, fake):
+        loss, logs = whole(real, fake)
+        calls.append(1)
+        return (loss * math.nan, logs) if len(calls) == 2 else (loss, logs)  # the second update of the first step
+
+    model.adversary.discriminator_loss = spoilt
+    fit(model, image_folder, 2)
+    first, second = model.guard.look()
+    assert first.term == "the discriminator's loss"
+    assert second is None
+    assert all(t.isfinite().all() for t in state(model).values())
+
+
+def test_a_bad_step_in_the_discriminators_warm_up(image_folder):
+    model = build(against(warmup_updates=4, **EVERYTHING))
+    spoil_discriminator(model, "discriminator", math.nan)
+    history = []
+
+    def look(m: LiteAutoencoderKL) -> None:
+        history.append({n: t.clone() for n, t in m.adversary.state_dict().items() if n != "_extra_state"})
+
+    fit(model, image_folder, 1, callbacks=[Each(look)])
+    assert_same(history[BAD - 1], history[BAD])
+    assert [step is not None for step in model.guard.look()] == [False, False, True, False, False]
+
+
+def test_an_optimizer_without_fused_kernels_is_masked_as_well():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight], fused=False)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    before = copy.deepcopy((weight.data, optimizer.state_dict()["state"][0]))
+    weight.grad = torch.full((3,), torch.nan)
+    StepGuard.mask(optimizer, torch.tensor(1.0), None)
+    optimizer.step()
+    assert torch.equal(weight, before[0])
+    assert_same(optimizer.state_dict()["state"][0], before[1])
+    weight.grad = torch.ones(3)
+    StepGuard.mask(optimizer, torch.tensor(0.0), None)
+    optimizer.step()
+    assert not torch.equal(weight, before[0])
+
+
+def test_a_loss_that_is_not_finite_makes_all_gradients_so():
+    """Also where its own gradient is zero or finite: on another rank, the average of the gradients is all there is."""
+    x = torch.ones(2, requires_grad=True)
+    StepGuard.spread(torch.where(x > 0, x * 0 + math.inf, x).sum()).backward()
+    assert x.grad.isnan().all()
+    x.grad = None
+    loss = (3 * x).sum()
+    assert StepGuard.spread(loss) == loss
+    StepGuard.spread(loss).backward()
+    assert torch.equal(x.grad, torch.full((2,), 3.0))

@@ -1,0 +1,122 @@
+"""What a run does about bad steps, through the command's own function."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.training.bad_steps import BadSteps
+from tests.conftest import tiny_config
+from tests.models.steps import against
+from tests.training.origins import checkpoint, one_line
+
+BAD = "lightning.callbacks.bad"
+SAVES = ("lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints",)
+
+
+def settings(**params) -> tuple[str, ...]:
+    return (
+        f"{BAD}.target=olvae.training.bad_steps.BadSteps",
+        *(f"{BAD}.params.{name}={value}" for name, value in params.items()),
+    )
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Give the iterations that a condition holds for a KL of nan."""
+
+    def patch(condition) -> None:
+        whole = LiteAutoencoderKL._losses
+
+        def spoilt(self, *args):
+            total, losses = whole(self, *args)
+            if condition(self._iteration):
+                losses["kl"] = losses["kl"] * math.nan
+                total = total + losses["kl"]
+            return total, losses
+
+        monkeypatch.setattr(LiteAutoencoderKL, "_losses", spoilt)
+
+    return patch
+
+
+@pytest.fixture
+def config(image_folder) -> dict:
+    return tiny_config(image_folder, adversary_config=against(), use_ema=True)
+
+
+def test_bad_steps_are_told_counted_and_noted(train_with, config, spoil, capfd):
+    spoil(lambda iteration: iteration in (1, 2, 4))
+    run = train_with("lightning.trainer.max_steps=6", "lightning.trainer.log_every_n_steps=2", config=config)
+    notes = [json.loads(line) for line in run.bad_steps.read_text().splitlines()]
+    assert [(note["step"], note["rank"], note["term"]) for note in notes] == [(2, 0, "kl"), (3, 0, "kl"), (5, 0, "kl")]
+    assert all(len(note["keys"]) == 4 for note in notes)
+    told = capfd.readouterr().err
+    assert "step 2: kl is not finite: this step changed nothing (1 in this run so far)" in told
+    assert "step 5: kl is not finite" in told
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("health/bad_steps")] == [(2, 1), (4, 2), (6, 3)]
+    saved = checkpoint(run)
+    assert all(t.isfinite().all() for t in saved["state_dict"].values())
+
+
+def test_in_a_row_they_lead_back_to_the_checkpoint_with_lower_rates(train_with, config, spoil, capfd):
+    spoil(lambda iteration: iteration in (5, 6, 7))
+    overrides = (*SAVES, "lightning.callbacks.keep.params.every_n_steps=4", *settings(in_a_row=3, rate_factor=0.25))
+    first = ("lightning.trainer.max_steps=8", "lightning.trainer.val_check_interval=20")
+    run = train_with(*overrides, *first, config=config)
+    assert (
+        "weights and optimizers are those of step 4 again, the learning rate is multiplied by 0.25 (return 1 of 3)"
+        in (" ".join(capfd.readouterr().err.split()))
+    )
+    spoil(lambda iteration: False)
+    again = train_with(*overrides, "lightning.trainer.max_steps=4", *first[1:], config=config)
+    saved, fourth = checkpoint(run), checkpoint(again)
+    for part in ("state_dict", "current_model_state"):
+        for name, tensor in fourth[part].items():
+            assert torch.equal(tensor, saved[part][name]), f"{part} {name}"
+    for one, other in zip(saved["optimizer_states"], fourth["optimizer_states"], strict=True):
+        for i, state in other["state"].items():
+            assert all(torch.equal(value, one["state"][i][name]) for name, value in state.items())
+        assert one["param_groups"][0]["lr"] == pytest.approx(0.25 * other["param_groups"][0]["lr"])
+    assert saved["global_step"] == 8
+    assert saved["images_seen"] > fourth["images_seen"]
+
+    resumed = train_with("lightning.trainer.max_steps=10", resume=run.path, allow_changes=True)
+    assert checkpoint(resumed)["rate_factor"] == 0.25
+    assert checkpoint(resumed)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.25e-3)
+    assert checkpoint(resumed)["callbacks"]["BadSteps"] == {"bad": 3, "returned": 1, "row": 0}
+
+
+def test_after_so_many_returns_training_stops_and_says_why(train_with, tmp_path, config, spoil, capfd):
+    spoil(lambda iteration: iteration >= 2)
+    overrides = (*SAVES, "lightning.callbacks.keep.params.every_n_steps=2", *settings(in_a_row=2, returns=2))
+    with pytest.raises(FloatingPointError) as caught:
+        train_with(*overrides, "lightning.trainer.max_steps=20", config=config)
+    (path,) = (tmp_path / "runs").iterdir()
+    text = one_line(caught)
+    assert text.startswith("kl was not finite for 2 steps in a row until step 8, in spite of 2 returns to earlier ")
+    assert text.endswith(f"the last good weights are in {path / 'checkpoints' / 'last.ckpt'}")
+    saved = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] in (2, 4, 6)
+    assert all(t.isfinite().all() for t in saved["state_dict"].values())
+    assert (path / "bad_steps.jsonl").is_file()
+
+
+def test_before_the_first_save_the_weights_stay(train_with, tmp_path, config, spoil, capfd):
+    spoil(lambda iteration: True)
+    with pytest.raises(FloatingPointError, match="for 2 steps in a row until step 4, in spite of a return"):
+        train_with(*settings(in_a_row=2, returns=1), "lightning.trainer.max_steps=20", config=config)
+    assert "no checkpoint is there yet: the weights stay" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"in_a_row": 0}, {"returns": -1}, {"rate_factor": 0}, {"rate_factor": 1.5}], ids=lambda w: str(w)
+)
+def test_numbers_out_of_range(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        BadSteps(**wrong)
