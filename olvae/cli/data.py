@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED, ProgressBar, check_paths, loading
+from olvae.cli.options import ProgressBar, check_paths, loading, stop_code
 
 __all__ = ["app"]
 
@@ -77,7 +77,7 @@ def pack(
     except KeyboardInterrupt:
         stays = f": finished shards are in {out}; the same command continues from there" if is_begun(out) else ""
         typer.echo(f"stopped{stays}", err=True)
-        sys.exit(STOPPED)
+        sys.exit(stop_code())
     index = packed.index
     for skipped in index.unreadable[:10]:
         typer.echo(f"skipped {printable(skipped.name)}: {skipped.reason}", err=True)

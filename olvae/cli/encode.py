@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from olvae.cli.options import (
-    STOPPED,
     AllowMismatch,
     ConfigFile,
     Device,
@@ -16,6 +15,7 @@ from olvae.cli.options import (
     TargetArgument,
     check_paths,
     loading,
+    stop_code,
 )
 
 __all__ = ["command"]
@@ -145,7 +145,7 @@ def command(
                 stay = f": finished shards are in {out}; the same command continues from there"
                 if rank == 0:
                     bar.print(f"stopped{stay if encoder.shards.any_stored() else ''}")
-                sys.exit(STOPPED)
+                sys.exit(stop_code())
             if gather(None) is not None:
                 stats = encoder.finish()
     if stats is not None:

@@ -113,7 +113,6 @@ def command(
 
     Example: olvae export runs/*_demo_32 --out demo-vae --latents latents
     """
-    import signal
 
     from rich.console import Console
 
@@ -159,7 +158,6 @@ def command(
         if out.suffix == ".safetensors" and not out.is_dir():
             raise ConfigError(f"--out {out}: names a file, but the export is a folder; one file is --format ldm")
         check_empty(out, force)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that temporary files are removed
 
     console = Console(stderr=True)
     with loading():

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from olvae.cli import (
     train,
     validate,
 )
-from olvae.cli.options import STOPPED
+from olvae.cli.options import PREEMPTED, STOPPED, end_on, stop_code
 
 __all__ = ["app", "main", "print_error", "repeat_flags"]
 
@@ -73,7 +74,11 @@ MANY_VALUES = ("--base", "-b")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exits with 2 for wrong usage, 1 for a failure, and a traceback only with ``--debug``."""
+    """Run a command; exits with 2 for wrong usage, 1 for a failure, and a traceback only with ``--debug``.
+
+    Ctrl-C and SIGTERM end it with 130 and 75.
+    """
+    end_on(signal.SIGTERM)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.formatwarning = _format_warning
@@ -85,14 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = command(args=arguments, prog_name="olvae", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
-        sys.exit(STOPPED)
+        sys.exit(stop_code())
     except Exception as error:
+        if stop_code() == PREEMPTED:  # in the middle of a library's import, which made another error of it
+            typer.echo("stopped", err=True)
+            sys.exit(PREEMPTED)
         if debug:
             raise
         sys.exit(print_error(error))
     code = code if isinstance(code, int) else 0
     if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
+        code = stop_code()
     sys.exit(code)
 
 
@@ -121,6 +130,11 @@ def print_error(error: Exception) -> int:
         return int(error.exit_code)
     from olvae.config import ConfigError
 
+    if isinstance(error, RuntimeError):
+        from olvae.data.errors import worker_death
+
+        if (said := worker_death(error)) is not None:
+            error = ChildProcessError(said)
     expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own

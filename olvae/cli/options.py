@@ -1,9 +1,12 @@
-"""What several commands share: arguments, the exit code after Ctrl-C, the progress bar."""
+"""What several commands share: arguments, the exit codes after a stop, the progress bar."""
 
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +21,7 @@ if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch
 
 __all__ = [
+    "PREEMPTED",
     "STOPPED",
     "AllowMismatch",
     "ConfigFile",
@@ -26,13 +30,19 @@ __all__ = [
     "Raw",
     "TargetArgument",
     "check_paths",
+    "end_on",
     "loading",
+    "stop_code",
     "watched",
 ]
 
 
 STOPPED = 130
 """The exit code after Ctrl-C, as in shells."""
+
+PREEMPTED = 75
+"""The exit code where a scheduler's signal or a limit on time ended the command, EX_TEMPFAIL in sysexits.h: the same
+command again goes on, or ``olvae train --resume`` does."""
 
 TargetArgument = Annotated[
     str,
@@ -54,6 +64,27 @@ AllowMismatch = Annotated[
 ]
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]
+
+
+_received: list[int] = []
+
+
+def end_on(*numbers: int) -> None:
+    """From now on these signals end the command as Ctrl-C does, with :data:`PREEMPTED` for its exit code."""
+    _received.clear()
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (Python's signature)
+        _received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        for number in numbers:
+            signal.signal(number, end)
+
+
+def stop_code() -> int:
+    """The exit code of a command that was interrupted."""
+    return PREEMPTED if _received else STOPPED
 
 
 def loading() -> Status:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import STOPPED, check_paths, loading
+from olvae.cli.options import PREEMPTED, STOPPED, check_paths, end_on, loading
 
 __all__ = ["command"]
 
@@ -52,6 +52,10 @@ def command(
     teacher: Annotated[
         str | None, typer.Option(metavar="TARGET", help="Learn the latents of this autoencoder, as in distil/both.")
     ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stop after this time with a checkpoint, and exit with 75: 3h50m, 45m, 2d."),
+    ] = None,
 ) -> None:
     """Train an autoencoder.
 
@@ -59,6 +63,7 @@ def command(
 
     Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
+    end_on(signal.SIGTERM, signal.SIGUSR1)
     from olvae.config import ConfigError, check, load
     from olvae.runs import open_run
 
@@ -73,10 +78,10 @@ def command(
     with loading():
         from olvae.allocator import keep_freed_memory
         from olvae.devices import local_rank
-        from olvae.training.run import TrainingStopped, TrainOptions, train
+        from olvae.training.run import TrainOptions, train
+        from olvae.training.stopping import TrainingStopped
 
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a run without a step is removed
     options = TrainOptions(
         base=base or (),
         overrides=overrides or (),
@@ -90,10 +95,11 @@ def command(
         start_from=start_from,
         teacher=teacher,
         allow_changes=allow_changes,
+        time_limit=time_limit,
     )
     try:
         train(options)
-    except TrainingStopped:
+    except TrainingStopped as stopped:
         # Only the first process of a machine reports it: if another one failed, torchrun would kill the first while it
         # draws the curves.
-        sys.exit(0 if local_rank() else STOPPED)
+        sys.exit(0 if local_rank() else PREEMPTED if stopped.preempted else STOPPED)

@@ -1,6 +1,7 @@
 """Unreadable files: replaced by others, logged once, counted; an error once their share is too large."""
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -17,6 +18,7 @@ __all__ = [
     "UnreadableImageError",
     "UnreadableImages",
     "read_or_replace",
+    "worker_death",
 ]
 
 log = logging.getLogger("olvae.data")
@@ -62,6 +64,21 @@ class UnreadableImageError(ValueError):
 
 class TooManyUnreadableError(ValueError):
     """More than the set share of the images can't be read."""
+
+
+def worker_death(error: RuntimeError) -> str | None:
+    """What to do about an error that says that one of torch's loader processes was killed; None for another one.
+
+    It is raised wherever the process that it belongs to is at that moment.
+    """
+    match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error))
+    if match is None:
+        return None
+    pids, name = match.groups()
+    return (
+        f"a loader process ({pids}) was killed{f' ({name})' if name else ''}, by the system perhaps because memory ran "
+        "out: lower data.params.num_workers or data.params.batch_size"
+    )
 
 
 def read_or_replace(

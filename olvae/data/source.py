@@ -261,9 +261,10 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)
-    """Ctrl-C, and a scheduler's SIGTERM, reach the workers as well, which must live on until the step is done.
+    """Ctrl-C, and a scheduler's SIGTERM or SIGUSR1, reach the workers too, which must live on until the step is done.
 
     A second SIGTERM ends a worker, because that is how its loader ends one that does not end by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))

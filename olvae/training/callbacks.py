@@ -4,11 +4,8 @@ import json
 import logging
 import math
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,13 +21,14 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
-from olvae.files import atomic_write, set_aside, write_json
+from olvae.files import atomic_write, reason, set_aside, write_json
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.loggers import log_picture
+from olvae.training.saving import CheckpointError
 
-__all__ = ["GracefulStop", "Health", "ImageGrids", "KeepCheckpoints", "SaveConfig", "UnreadableLimit"]
+__all__ = ["Health", "ImageGrids", "KeepCheckpoints", "SaveConfig", "UnreadableLimit"]
 
 
 log = logging.getLogger("olvae.training")
@@ -90,7 +88,9 @@ class KeepCheckpoints(Checkpoint):
         assert isinstance(pl_module, LiteAutoencoderKL)
         # Saving needs all processes, and only this error is raised in all of them.
         together = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
-        if isinstance(exception, FloatingPointError):  # what is saved is better
+        if isinstance(
+            exception, FloatingPointError | CheckpointError
+        ):  # what is saved is better, or as good as it gets
             return
         if together and not self._in_step and pl_module.images_seen > self._images:
             self._save(trainer, pl_module, "last.ckpt")
@@ -243,8 +243,12 @@ class ImageGrids(Callback):
                 "decoded from N(0, I): noise is expected": samples.cpu(),
             }
         )
-        with atomic_write(_run(trainer).images / f"step={step:08d}.png") as partial:
-            grid.save(partial)
+        path = _run(trainer).images / f"step={step:08d}.png"
+        try:
+            with atomic_write(path) as partial:
+                grid.save(partial)
+        except OSError as error:  # a picture is no reason to stop
+            log.warning("%s: not written: %s", path, reason(error))
         for logger in trainer.loggers:
             log_picture(logger, "val/images", grid, step)
 
@@ -324,49 +328,6 @@ class UnreadableLimit(Callback):
         if self._lost.any_asked(loader.read_errors.lost > self._shared):
             loader.read_errors.share()
             self._shared = loader.read_errors.lost
-
-
-class GracefulStop(Callback):
-    """Ends training after the step, with a checkpoint, at the first Ctrl-C or SIGTERM; at once at the second."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        """Whether a signal has come to this process."""
-        self.agreed = False
-        """Whether all processes stop because of one; the same in each."""
-        self._agreement = Agreement()
-        self._before: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            # Not earlier: Lightning's fit sets handlers of its own before, which end training without a checkpoint.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
-        if not pl_module.update_is_complete:
-            return
-        if self._agreement.any_asked(self.asked):
-            self.agreed = True
-            trainer.should_stop = True
-            trainer.limit_val_batches = 0  # no validation on the way out
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.agreed |= self._agreement.any_asked(self.asked, wait=True)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        Console(stderr=True).print("stopping after this step, with a checkpoint; once more to stop at once")
 
 
 def _copy_last(run: Run, note: Mapping[str, Any]) -> None:

@@ -1,10 +1,12 @@
-"""The processes of a run: how many there should be, who started them, how they meet."""
+"""The processes of a run: how many there should be, who started them, how they meet, what is said where one dies."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -12,9 +14,10 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch.distributed.constants import default_pg_timeout
 
 from olvae.config import ConfigError
+from olvae.data.errors import worker_death
 from olvae.devices import join, local_rank, srun_environment
 
-__all__ = ["check_launcher", "cluster", "find_launcher", "is_first", "meet", "process_count"]
+__all__ = ["check_launcher", "cluster", "find_launcher", "is_first", "meet", "process_count", "process_death"]
 
 
 def find_launcher() -> ClusterEnvironment | None:
@@ -88,6 +91,17 @@ def meet() -> tuple[int, int]:
     if find_launcher() is None:
         return 0, 1
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
+
+
+def process_death(error: RuntimeError) -> str | None:
+    """What to do about an error that says that a loader process, or another process of this run, died; else None."""
+    if dist.is_initialized() and re.search(
+        r"closed by peer|reset by peer|remote process exited|Broken pipe", str(error)
+    ):
+        return (
+            "another process of this training died: its own output, or the system's log of killed processes, says why"
+        )
+    return worker_death(error)
 
 
 def _per_node(trainer_args: Mapping[str, Any]) -> int:

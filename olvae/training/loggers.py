@@ -1,10 +1,14 @@
 """Where a run's scalars and pictures go: TensorBoard's files in its folder, and the loggers of ``lightning.logger``."""
 
 import csv
+import logging
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -13,9 +17,12 @@ from PIL import Image
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
+from olvae.files import reason
 from olvae.runs import Run
 
 __all__ = ["log_picture", "make_loggers"]
+
+log = logging.getLogger("olvae.training")
 
 
 def make_loggers(nodes: Mapping[str, Config], run: Run, done: int) -> list[Logger]:
@@ -42,7 +49,32 @@ def make_loggers(nodes: Mapping[str, Config], run: Run, done: int) -> list[Logge
         if isinstance(logger, CSVLogger):
             _keep_rows(logger, done)
         found.append(logger)
+    threading.excepthook = partial(_quiet, threading.excepthook)
+    for logger in found:
+        for method in ("log_metrics", "log_hyperparams", "save", "finalize"):
+            setattr(logger, method, partial(_attempt, logger, getattr(logger, method)))
     return found
+
+
+_failed: WeakSet[Logger] = WeakSet()
+
+
+def _attempt(logger: Logger, action: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """Let a logger write; a full disk, or a folder that is gone, ends what it writes, and not the training."""
+    if logger in _failed:
+        return None
+    try:
+        return action(*args, **settings)
+    except OSError as error:
+        _failed.add(logger)
+        log.warning("%s: nothing more is logged there: %s", type(logger).__name__, reason(error))
+        return None
+
+
+def _quiet(before: Callable[..., Any], args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its error on to the next call, and prints a traceback besides."""
+    if not (type(args.thread).__module__.startswith("tensorboard") and isinstance(args.exc_value, OSError)):
+        before(args)
 
 
 def _ours(kind: str, run: Run) -> dict[str, Any]:
@@ -78,6 +110,7 @@ def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> N
     """Give a picture to TensorBoard or W&B; the other loggers of Lightning take none, or in ways of their own."""
     if isinstance(logger, TensorBoardLogger):
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        logger.experiment.add_image(name, pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+        image = pixels.view(picture.height, picture.width, 3)
+        _attempt(logger, lambda: logger.experiment.add_image(name, image, step, dataformats="HWC"))
     elif isinstance(logger, WandbLogger):
-        logger.log_image(name, [picture], step)
+        _attempt(logger, lambda: logger.log_image(name, [picture], step))

@@ -353,11 +353,14 @@ def draw_curves(run: Run) -> Path | None:
     """Draw every scalar of training and validation over the steps into ``images/curves.png``.
 
     Returns:
-        The picture, or None if nothing was logged yet.
+        The picture, or None if nothing was logged yet, or a folder of the run is gone.
     """
+    folder = run.path / "tensorboard"
+    if not (folder.is_dir() and run.images.is_dir()):
+        return None
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={SCALARS: 2000})
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 2000})
     events.Reload()
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for tag in sorted(events.Tags()["scalars"]):

@@ -29,7 +29,6 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.players import PlayersStrategy
 from olvae.training.bad_steps import BadSteps
 from olvae.training.callbacks import (
-    GracefulStop,
     Health,
     ImageGrids,
     KeepCheckpoints,
@@ -37,7 +36,7 @@ from olvae.training.callbacks import (
     UnreadableLimit,
 )
 from olvae.training.changes import changes, check_changes, print_changes
-from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count
+from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count, process_death
 from olvae.training.lock import RunLock
 from olvae.training.loggers import make_loggers
 from olvae.training.origin import (
@@ -50,10 +49,10 @@ from olvae.training.origin import (
 )
 from olvae.training.progress import StepProgress, is_finished, print_ending, print_finished, print_summary
 from olvae.training.saving import BackgroundCheckpointIO
+from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue, requeued_run, slurm_job
 
 __all__ = [
     "TrainOptions",
-    "TrainingStopped",
     "check_adversary",
     "check_images",
     "check_memory",
@@ -84,10 +83,8 @@ class TrainOptions:
     teacher: str | None = None
     allow_changes: bool = False
     """``--allow-changes``: a resumed run may get other data, networks and losses."""
-
-
-class TrainingStopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended training after a step, with a checkpoint; how to continue has been printed."""
+    time_limit: str | None = None
+    """``--time-limit``: training stops after this time, such as 3h50m."""
 
 
 def train(options: TrainOptions) -> runs.Run:
@@ -96,7 +93,7 @@ def train(options: TrainOptions) -> runs.Run:
     Raises:
         ConfigError: a mistake in the config or the flags.
         ValueError, FileNotFoundError: data, weights or devices do not fit or were not found.
-        TrainingStopped: Ctrl-C or SIGTERM ended training; the checkpoint is written.
+        TrainingStopped: a signal or the limit on time ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
     with RunLock() as lock, no_empty_folders(Path(options.logdir)):
@@ -104,6 +101,13 @@ def train(options: TrainOptions) -> runs.Run:
 
 
 def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
+    stop = GracefulStop(None if options.time_limit is None else parse_time(options.time_limit))
+    if (
+        options.resume is None
+        and options.base
+        and (begun := requeued_run(Path(options.logdir), _name(options))) is not None
+    ):
+        options = TrainOptions(resume=begun.path, time_limit=options.time_limit, gpus=options.gpus)
     resumed = runs.open_run(options.resume) if options.resume is not None else None
     starts = {
         "--resume continues a run": options.resume,
@@ -186,7 +190,6 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
     run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings, lock)
-    stop = GracefulStop()
     try:
         save_config = SaveConfig({**config, "run": settings}, run)
         trainer = _trainer(run, precision, trainer_args, config, save_config, [stop, UnreadableLimit()], done)
@@ -214,6 +217,11 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
             trainer.validate(model, source.val_loader(), verbose=False)
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
+    except RuntimeError as error:
+        if (said := process_death(error)) is None:
+            raise
+        go_on = f"; continue with: olvae train --resume {run.path}" if run.last_checkpoint.is_file() else ""
+        raise ChildProcessError(f"{said}{go_on}") from error
     finally:
         model.on_validation_end()  # an exception in validation skips it
         if is_ours and not any(run.checkpoints.glob("*.ckpt")):
@@ -222,8 +230,10 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
         print_ending(run, trainer)
         if not stop.agreed:
             write_json({"steps": trainer.global_step}, run.finished)
+        if stop.reason == "SIGUSR1":
+            requeue()
     if stop.agreed:
-        raise TrainingStopped  # so that the caller, Python or make, does not go on to the next command
+        raise TrainingStopped(stop.preempted)  # so that the caller, Python or make, does not go on to the next command
     return run
 
 
@@ -256,7 +266,7 @@ def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, f
     before = (config.get("run") or {}) if resumed is not None else {}
     if resumed is not None and options.name not in (None, before.get("name")):
         raise ConfigError("--name: a resumed run keeps the name of its folder: leave it out")
-    name = options.name or before.get("name") or re.sub(r"[^\w.+=-]", "-", Path(options.base[0]).stem)
+    name = before.get("name") or _name(options)
     runs.check_name(name)
     trainer = (config.get("lightning") or {}).get("trainer") or {}
     seed = options.seed if options.seed is not None else before.get("seed", 0)
@@ -268,7 +278,13 @@ def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, f
         "initial_seed": before.get("initial_seed", seed),  # of the initial weights, if a resumed run changed the seed
         "weights": str(weights) if weights is not None else before.get("weights"),
         "paths": dict((config.get("run") or {}).get("paths") or {}),  # of the data, as they were written
+        **({"slurm_job": job} if (job := slurm_job()) is not None else {}),
     }
+
+
+def _name(options: TrainOptions) -> str:
+    """Of a new run."""
+    return options.name or re.sub(r"[^\w.+=-]", "-", Path(options.base[0]).stem)
 
 
 def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:

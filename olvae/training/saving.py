@@ -13,9 +13,13 @@ from torch import Tensor
 
 from olvae.files import atomic_write, write_json
 
-__all__ = ["BackgroundCheckpointIO"]
+__all__ = ["BackgroundCheckpointIO", "CheckpointError"]
 
 log = logging.getLogger("olvae.training")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the message has its path."""
 
 
 AT_ONCE = 2
@@ -36,7 +40,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     def __init__(self, on_saved: Callable[[Path], None] | None = None) -> None:
         self._on_saved = on_saved
         self._threads: list[Thread] = []
-        self._error: OSError | None = None
+        self._error: CheckpointError | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: dict[str, Any] | None = None
@@ -49,7 +53,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             storage_options: written in JSON beside the checkpoint, once it is complete: a.json for a.ckpt.
 
         Raises:
-            OSError: a checkpoint before this one could not be written; the message has its path.
+            CheckpointError: one before this could not be written.
         """
         self._wait(AT_ONCE - 1)
         copied = _on_host(checkpoint)
@@ -64,7 +68,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         """Wait until what was saved is on the disk.
 
         Raises:
-            OSError: it could not be written.
+            CheckpointError: it could not be written.
         """
         self._wait(0)
 
@@ -81,7 +85,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         failed = sys.exc_info()[0] is not None  # training has an error of its own, which ends it
         try:
             self.wait()
-        except OSError as error:
+        except CheckpointError as error:
             if not failed:
                 raise
             log.error("%s", error)
@@ -100,7 +104,9 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
                 self._on_saved(path)
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            self._error = OSError(f"{path}: the checkpoint could not be written: {reason}")
+            if not path.parent.is_dir():
+                reason = "the run's folder is gone"
+            self._error = CheckpointError(f"{path}: the checkpoint could not be written: {reason}")
             self._error.__cause__ = error
 
 

@@ -1,5 +1,6 @@
 """The commands as a user types them, in this process; and once each through the README's scripts."""
 
+import contextlib
 import json
 import os
 import pty
@@ -17,7 +18,7 @@ from PIL import Image
 from olvae.bench import networks
 from olvae.cli.main import main, print_error, repeat_flags
 from olvae.config import save
-from olvae.training.run import TrainingStopped
+from olvae.training.stopping import TrainingStopped
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -269,18 +270,20 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         command = ["train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path / "runs"]
-        assert olvae(*command) == (130, "", "stopped\n")
+        assert olvae(*command) == (75, "", "stopped\n")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("preempted", [False, True])
 @pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])
-def test_the_first_process_reports_that_training_was_stopped(olvae, monkeypatch, rank, code):
+def test_the_first_process_reports_that_training_was_stopped(olvae, monkeypatch, rank, code, preempted):
     """Lightning and torchrun kill all processes when one fails, and the first one still draws its curves."""
+    code = 75 if code and preempted else code
 
     def stopped(_: object) -> None:
-        raise TrainingStopped
+        raise TrainingStopped(preempted)
 
     monkeypatch.setattr("olvae.training.run.train", stopped)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -364,11 +367,14 @@ def test_a_terminal_is_told_that_a_command_loads(tmp_path):
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-c", "from olvae.cli.main import main; main()", "latents", str(tmp_path / "empty")]
     here, there = pty.openpty()
-    done = subprocess.run(command, cwd=ROOT, stderr=there, env={**os.environ, "TERM": "xterm"}, check=False)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=there, env={**os.environ, "TERM": "xterm"})
     os.close(there)
-    shown = os.read(here, 1 << 16).decode()
+    shown = ""
+    with contextlib.suppress(OSError):  # Linux' end of a terminal
+        while part := os.read(here, 1 << 16):
+            shown += part.decode()
     os.close(here)
-    assert done.returncode == 1
+    assert process.wait() == 1
     assert 0 <= shown.index("loading") < shown.index("neither a run folder")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "loading" not in done.stderr

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from olvae.cli.main import print_error
 from olvae.data.errors import (
     ReadError,
     ReadErrors,
@@ -11,6 +12,7 @@ from olvae.data.errors import (
     UnreadableImageError,
     UnreadableImages,
     read_or_replace,
+    worker_death,
 )
 
 
@@ -119,3 +121,17 @@ def test_another_one_stands_in_for_what_cannot_be_read():
     assert read_or_replace(3, range(9), (0, 5), read_but([3, first])) == (second, errors)
     with pytest.raises(UnreadableImageError, match=r"3: .*bad; nor are 20 others"):
         read_or_replace(3, range(9), (0, 5), read_but(range(9)))
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("DataLoader worker (pid 12) is killed by signal: Killed. ", "a loader process (12) was killed (Killed), by"),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "a loader process (12, 13) was killed, by"),
+    ],
+)
+def test_a_loader_process_that_was_killed(text, start, capsys):
+    assert worker_death(RuntimeError(text)).startswith(start)
+    assert print_error(RuntimeError(text)) == 1
+    assert capsys.readouterr().err.startswith(f"error: {start}")
+    assert worker_death(RuntimeError("something else")) is None

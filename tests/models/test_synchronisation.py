@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olvae.training.bad_steps import BadSteps
-from olvae.training.callbacks import GracefulStop, Health, KeepCheckpoints
+from olvae.training.callbacks import Health, KeepCheckpoints
 from olvae.training.progress import StepProgress
+from olvae.training.stopping import GracefulStop
 from tests.models.steps import UNETGAN, against, build
 
 WAITS = (

@@ -177,7 +177,7 @@ def test_a_start_that_fails_under_a_launcher_leaves_nothing(tmp_path, image_fold
 
 def test_only_the_first_process_of_a_node_reports_a_stop(monkeypatch, under):
     from olvae.cli import train as cli
-    from olvae.training.run import TrainingStopped
+    from olvae.training.stopping import TrainingStopped
 
     def stopped(_: object) -> None:
         raise TrainingStopped

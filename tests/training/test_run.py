@@ -251,9 +251,10 @@ def test_precision_reaches_the_trainer(go):
     torch.testing.assert_close(full, half, atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # a terminal's Ctrl-C; a scheduler's end of a job
-def test_a_signal_to_all_processes(tmp_path, image_folder, number):
-    """It reaches the process group, and so the loader's workers: one step more, a checkpoint, exit code 130."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_to_all_processes(tmp_path, image_folder, number, code):
+    """A terminal's Ctrl-C, or a scheduler's signal, reaches the process group, and so the loader's workers: one step
+    more, a checkpoint, an exit code that tells them apart."""
     save(tiny_config(image_folder), tmp_path / "c.yaml")
     command = [sys.executable, "train.py", "--base", str(tmp_path / "c.yaml"), "--logdir", str(tmp_path / "runs")]
     process = subprocess.Popen(
@@ -267,7 +268,7 @@ def test_a_signal_to_all_processes(tmp_path, image_folder, number):
         time.sleep(0.1)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     assert errors.count("stopped after") == errors.count("\nstopped") == 1
     (run,) = (tmp_path / "runs").iterdir()
     assert f"continue with: olvae train --resume {run}\n" in errors  # though it was started as python train.py
@@ -295,7 +296,14 @@ def test_callbacks_of_the_config(go):
 
 def test_a_loss_that_is_no_number_stops_training(go, tmp_path):
     with pytest.raises(FloatingPointError, match="base_learning_rate"):
-        go("model.base_learning_rate=1e30", "model.params.warmup_steps=0")
+        go(
+            "model.base_learning_rate=1e30",
+            "model.params.warmup_steps=0",
+            "lightning.callbacks.bad.target=olvae.training.bad_steps.BadSteps",
+            "lightning.callbacks.bad.params={in_a_row: 2, returns: 1}",
+            "lightning.trainer.val_check_interval=100",
+            "lightning.trainer.max_steps=100",
+        )
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,5 +1,6 @@
 """Stopped and resumed in the middle of phase B, through the command's own function."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from olvae.config import save
+from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import run as training
-from olvae.training.callbacks import GracefulStop
 from olvae.training.run import TrainOptions, train
+from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue
 from tests.conftest import tiny_config
 from tests.models.steps import Each, against, assert_same, build, fit, moved
 
@@ -128,3 +129,92 @@ def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
         go(2, f"{params}.start_step=0", f"{params}.warmup_updates=20")
     (path,) = (tmp_path / "runs").iterdir()
     assert checkpoint(Run(path))["iteration"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("3h50m", 13800), ("45m", 2700), ("90s", 90), ("1d12h", 129600), ("1h0m5s", 3605)]
+)
+def test_times(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "3", "1.5h", "50m3h", "3 h", "-1h"])
+def test_what_is_no_time(text):
+    with pytest.raises(ConfigError, match=r"--time-limit .*: give days, hours, minutes or seconds, as in 3h50m"):
+        parse_time(text)
+
+
+def test_the_limit_on_time_stops_as_a_signal_does(train_with, tmp_path, image_folder, capfd):
+    with pytest.raises(TrainingStopped) as caught:
+        train_with("lightning.trainer.max_steps=100000", config=tiny_config(image_folder), time_limit="3s")
+    assert caught.value.preempted
+    (path,) = (tmp_path / "runs").iterdir()
+    assert 0 < checkpoint(Run(path))["global_step"] < 100000
+    assert f"continue with: olvae train --resume {path}" in capfd.readouterr().err
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """SLURM's batch script that calls Python, with an scontrol that writes down its arguments."""
+    for name, value in {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "a"}.items():
+        monkeypatch.setenv(name, value)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "asked.txt"}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    return tmp_path / "asked.txt"
+
+
+def stop_at(monkeypatch, step: int, number: int) -> None:
+    whole = LiteAutoencoderKL.training_step
+
+    def stop(self, batch, batch_idx):
+        if self.global_step == step - 1:
+            signal.raise_signal(number)
+        return whole(self, batch, batch_idx)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", stop)
+
+
+def test_a_requeued_job_continues_its_run(go, tmp_path, job, monkeypatch):
+    """SIGUSR1 is what `#SBATCH --signal=USR1@300` sends before the time is up."""
+    whole = go(4)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, signal.SIGUSR1)
+        with pytest.raises(TrainingStopped):
+            go(4)
+    assert job.read_text() == "requeue 17\n"
+    begun = max((tmp_path / "runs").iterdir())
+    assert checkpoint(Run(begun))["global_step"] == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    continued = go(4)  # the same command
+    assert continued.path == begun != whole.path
+    for name, tensor in checkpoint(whole)["state_dict"].items():
+        assert torch.equal(tensor, checkpoint(continued)["state_dict"][name]), name
+    assert go(4).path == begun  # a job of several trainings repeats none
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert go(4).path not in (begun, whole.path)
+
+
+def test_sigterm_queues_nothing_and_an_array_has_its_own_names(go, job, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, signal.SIGTERM)
+        with pytest.raises(TrainingStopped):
+            go(2)
+    assert not job.exists()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "20")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    requeue()
+    assert job.read_text() == "requeue 20_3\n"
+
+
+def test_what_scontrol_says_is_a_warning(job, monkeypatch, tmp_path, caplog):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
+    requeue()
+    assert "SLURM does not queue job 17 again: scontrol requeue: Requested operation is presently" in caplog.text
+    scontrol.unlink()
+    monkeypatch.setenv("PATH", str(scontrol.parent))
+    requeue()
+    assert "scontrol requeue: No such file or directory" in caplog.text

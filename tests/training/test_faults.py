@@ -1,0 +1,89 @@
+"""What goes wrong around a training: folders that vanish, loggers that can't write, processes that are killed."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+
+import pytest
+
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.training import launch
+from olvae.training.launch import process_death
+from tests.conftest import tiny_config
+from tests.training.origins import checkpoint, one_line
+
+SAVES = (
+    "lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints",
+    "lightning.callbacks.keep.params.every_n_steps=2",
+    "lightning.trainer.val_check_interval=3",
+)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something before the step of this number, counted from 0."""
+
+    def patch(number: int, action) -> None:
+        whole = LiteAutoencoderKL.training_step
+
+        def step(self, batch, batch_idx):
+            if self.global_step == number:
+                action()
+            return whole(self, batch, batch_idx)
+
+        monkeypatch.setattr(LiteAutoencoderKL, "training_step", step)
+
+    return patch
+
+
+def remove(root, name: str = "") -> None:
+    (path,) = root.iterdir()
+    shutil.rmtree(path / name)
+
+
+@pytest.mark.parametrize(
+    ("folder", "warning"),
+    [
+        ("images", "step=00000003.png: not written: No such file or directory"),
+        ("tensorboard", "TensorBoardLogger: nothing more is logged there: No such file or directory"),
+    ],
+)
+def test_a_folder_that_vanishes_is_a_warning(
+    train_with, tmp_path, image_folder, at_step, caplog, capfd, folder, warning
+):
+    at_step(2, lambda: remove(tmp_path / "runs", folder))
+    run = train_with(*SAVES, "lightning.trainer.max_steps=6", config=tiny_config(image_folder))
+    assert checkpoint(run)["global_step"] == 6
+    assert caplog.text.count(warning) == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_deleted_run_ends_with_one_line_and_stays_deleted(train_with, tmp_path, image_folder, at_step, caplog, capfd):
+    at_step(1, lambda: remove(tmp_path / "runs"))
+    with pytest.raises(OSError, match=r"last\.ckpt: the checkpoint could not be written: the run's folder is gone"):
+        train_with(*SAVES, "lightning.trainer.max_steps=9", config=tiny_config(image_folder))
+    assert not any((tmp_path / "runs").glob("*"))
+    assert "could not be written" not in caplog.text  # it is what the command prints
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_killed_loader_process_is_one_line_that_says_how_to_go_on(train_with, tmp_path, image_folder, at_step):
+    at_step(3, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
+    with pytest.raises(ChildProcessError) as caught:
+        train_with(
+            *SAVES, "data.params.num_workers=1", "lightning.trainer.max_steps=99", config=tiny_config(image_folder)
+        )
+    (path,) = (tmp_path / "runs").iterdir()
+    text = one_line(caught)
+    assert text.startswith("a loader process (")
+    assert "lower data.params.num_workers or data.params.batch_size" in text
+    assert text.endswith(f"continue with: olvae train --resume {path}")
+
+
+def test_another_process_that_died(monkeypatch):
+    gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:59575: Connection reset by peer")
+    assert process_death(gloo) is None  # of a server perhaps
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    assert process_death(gloo).startswith("another process of this training died")
+    assert process_death(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
