@@ -174,6 +174,17 @@ def test_weights_are_checked_with_one_read(tmp_path):
     assert reads.count == 1
     with torch.no_grad():
         next(model.adversary.parameters()).view(-1)[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="non-finite weights at step 3"):
+    with pytest.raises(FloatingPointError, match="non-finite weights at step 3, in adversary"):
         KeepCheckpoints()._save(trainer, model, "last.ckpt")
     assert saved == ["last.ckpt"]
+
+
+def test_buffers_that_are_not_finite_are_not_saved(tmp_path):
+    """BatchNorm's, whose values no gradient would show."""
+    saved, model = [], build(against(lecam_weight=0.1))
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_step=3, save_checkpoint=lambda *_, **__: saved.append(1))
+    name, buffer = next((n, b) for n, b in model.named_buffers() if n.endswith("running_var"))
+    buffer[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=f"non-finite weights at step 3, in {name}: nothing is saved"):
+        KeepCheckpoints()._save(trainer, model, "last.ckpt")
+    assert not saved
