@@ -95,7 +95,7 @@ test-browser: $(VENV)/.installed-dev ## the checks that need Chromium, and Gradi
 	$(PIP) install --quiet -e '.[app]'
 	$(BIN)/python -m pytest -m browser
 
-soak: $(VENV)/.installed-dev ## kill training, packing, encoding and decoding 150 times, and compare what they make (20 minutes)
+soak: $(VENV)/.installed-dev ## kill training, packing, encoding and decoding 160 times, and compare what they make (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 -rP
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker
