@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser lint format clean help
+.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser soak lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -94,6 +94,9 @@ test-network: $(VENV)/.installed-dev ## the checks that need the internet
 test-browser: $(VENV)/.installed-dev ## the checks that need Chromium, and Gradio
 	$(PIP) install --quiet -e '.[app]'
 	$(BIN)/python -m pytest -m browser
+
+soak: $(VENV)/.installed-dev ## kill training, packing, encoding and decoding 160 times, and compare what they make (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 -rP
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker
 	$(BIN)/ruff check .

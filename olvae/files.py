@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ __all__ = [
     "no_empty_folders",
     "printable",
     "reason",
+    "remove_partials",
     "safe_path",
     "set_aside",
     "write_json",
@@ -46,6 +48,20 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
+    """Remove what :func:`atomic_write` was writing to when its process was killed.
+
+    Args:
+        partials: the temporary files, ``folder.glob(".partial-*")``.
+        idle_s: seconds for which nothing was written to them, where another process may be at work.
+    """
+    until = time.time() - idle_s
+    for partial in partials:
+        with contextlib.suppress(FileNotFoundError):  # it is in its place by now
+            if partial.is_file() and partial.stat().st_mtime <= until:
+                partial.unlink()
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

@@ -225,10 +225,11 @@ def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
 
 
 def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> list[tuple[str, Path]]:
-    """Write the files of one protocol, metrics.json last: where it is, the others are too. Returns what and where."""
+    """Write the files of one protocol; where metrics.json is, the others are its own. Returns what and where."""
     from olvae.evaluation.report.page import write_page
     from olvae.evaluation.report.pictures import write_figure
     from olvae.evaluation.report.tables import write_csv, write_markdown
+    from olvae.files import remove_partials
 
     folder.mkdir(parents=True, exist_ok=True)
     results = evaluated.results
@@ -239,6 +240,8 @@ def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> lis
         "table": folder / f"metrics{suffix}.md",
         "numbers": folder / f"metrics{suffix}.json",
     }
+    remove_partials(folder.glob(".partial-*"), idle_s=1.0)
+    files["numbers"].unlink(missing_ok=True)  # of an earlier evaluation
     if evaluated.galleries:
         write_figure(evaluated.galleries, files["figure"])
     if page:

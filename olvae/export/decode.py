@@ -13,7 +13,7 @@ from olvae.data.image import EXTENSIONS, to_uint8
 from olvae.data.shards.latents import LATENT, read_latent
 from olvae.data.shards.read import Shard, read_shard
 from olvae.figures import save_image
-from olvae.files import safe_path
+from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.large.memory import GIB
 from olvae.models.large.padding import crop_to
@@ -52,7 +52,8 @@ def decode_shards(
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
     An image's file is named by its key, whose extension is replaced by the format's; if another image has that name
-    already, the format's extension is appended instead. Unreadable latents are skipped.
+    already, the format's extension is appended instead. Unreadable latents are skipped. A command that was killed
+    starts again, and replaces its images.
 
     Args:
         model: on its device, in evaluation mode.
@@ -64,6 +65,7 @@ def decode_shards(
     Raises:
         ValueError: the latents are another model's, a key leads out of the folder, or no latent can be read.
     """
+    remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
     done, names = Decoded(), set[str]()
     for batch in _batches(shards, batch_size, done):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)

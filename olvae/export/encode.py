@@ -192,6 +192,7 @@ class EncodeJob:
             "classes": list(self.inputs.classes),
             "unreadable": {"count": len(unreadable), "images": unreadable},
         }
+        self.shards.remove_partials()
         self.shards.finish(stats, counts)
         write_json(stats, self.shards.folder / STATS)
         return stats

@@ -120,9 +120,8 @@ class KohyaWriter(LatentWriter):
         """Images and captions may be there already: caches and statistics of something else may not."""
         return self.any_stored() or (self.folder / STATS).exists()
 
-    def finish(self, stats: Mapping[str, Any], images: Mapping[str, int]) -> None:  # noqa: ARG002
-        for unfinished in (self.folder / self.state).glob(".partial-*"):  # of a run that was killed
-            unfinished.unlink()
+    def finish(self, stats: Mapping[str, Any], images: Mapping[str, int]) -> None:
+        """The trainer reads the caches alone."""
 
     def _arrays(self, encoded: Encoded) -> dict[str, NDArray[Any]]:
         own = encoded.latents[0].mean

@@ -21,6 +21,7 @@ from olvae.evaluation.roundtrip import AutoencoderRoundTrip
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
+from tests.soak.killed import killed_before
 from tests.test_devices import fork_two
 
 PIXELS = ("--metrics", "psnr,ssim,l1", "--no-report")
@@ -323,6 +324,20 @@ def test_a_run_killed_half_way_leaves_no_numbers(trained, photos, tmp_path):
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_numbers_never_lie_beside_the_files_of_another_evaluation(olvae, trained, photos, tmp_path):
+    """Killed while the results replace earlier ones; the same command then leaves whole ones and nothing else."""
+    arguments = ["evaluate", trained, "--data", photos, "--images", 4, "--metrics", "psnr", "--out", tmp_path]
+    assert olvae(*arguments)[0] == 0
+    before = {path.name for path in tmp_path.iterdir()}
+    assert before == {"metrics.json", "metrics.md", "per_image.csv", "reconstructions.png", "report.html"}
+    killed_before(tmp_path, "reconstructions.png", lambda: main([str(a) for a in arguments]))
+    (partial,) = tmp_path.glob(".partial-*")
+    assert {path.name for path in tmp_path.iterdir()} == (before | {partial.name}) - {"metrics.json"}
+    os.utime(partial, (0, 0))
+    assert olvae(*arguments)[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_where_results_go(tmp_path):

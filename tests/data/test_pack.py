@@ -24,6 +24,7 @@ from olvae.data.pack import PackOptions, pack, shard_positions, usual_shard_size
 from olvae.data.shards.read import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from tests.data.packing import members, picture
+from tests.soak.killed import killed_before
 
 
 @pytest.fixture
@@ -140,6 +141,15 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
     packed = pack(str(root), out, *arguments)
     assert packed.found
     assert shards_of(out) == shards_of(tmp_path / "undisturbed")
+
+
+def test_a_kill_leaves_nothing_half_written_once_it_is_packed_again(photos, tmp_path):
+    pack(str(photos), tmp_path / "whole", PackOptions(shard_size=8))
+    out = tmp_path / "out"
+    for name in (".packing/plan.json", ".packing/000001.json", "index.json"):
+        killed_before(out, name, lambda: pack(str(photos), out, PackOptions(shard_size=8)))
+    pack(str(photos), out, PackOptions(shard_size=8))
+    assert shards_of(out) == shards_of(tmp_path / "whole")
 
 
 def test_processes_end_with_the_one_that_began_them(tmp_path):

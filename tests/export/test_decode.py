@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,15 @@ from olvae.export.decode import decode_shards
 from olvae.models.large.padding import decode_any, encode_any
 from tests.data.images import picture, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
+from tests.soak.killed import killed_before
 
 
 def shards(folder):
     return with_counts(find_shards(str(folder)), image_key=LATENT)
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def read(path):
@@ -77,6 +84,21 @@ def test_names_that_meet(tmp_path):
     encode(tmp_path, tmp_path / "latents")
     decode_shards(tiny_vae(), shards(tmp_path / "latents"), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.b.png", "a.png", "a.png.png"]
+
+
+def test_a_killed_command_starts_again_and_leaves_nothing_half_written(tmp_path, image_folder):
+    """A file that another process is writing at the moment stays."""
+    model, out = tiny_vae(), tmp_path / "out"
+    encode(image_folder, tmp_path / "latents", model)
+    decode_shards(model, shards(tmp_path / "latents"), tmp_path / "whole")
+    killed_before(out, "class1/4.png", lambda: decode_shards(model, shards(tmp_path / "latents"), out))
+    (partial,) = (out / "class1").glob(".partial-*")
+    os.utime(partial, (0, 0))
+    at_work = out / "class1" / ".partial-another.png"
+    at_work.touch()
+    decode_shards(model, shards(tmp_path / "latents"), out)
+    at_work.unlink()
+    assert files(out) == files(tmp_path / "whole")
 
 
 def altered(tmp_path, image_folder, **changes):

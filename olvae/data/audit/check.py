@@ -207,6 +207,7 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
     if found.dotted:
         result.problems.append(_dotted_problem(found.dotted))
     result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
+    result.notes += [f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)]
     for folder in folders:
         _check_index(src, folder, options.index, result)
     try:

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import logging
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from olvae.files import reason, write_json
 
 __all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
 
+log = logging.getLogger("olvae.data")
 
 VERSION = 1
 
@@ -98,11 +101,12 @@ INDEX = "index.json"
 def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None) -> list[Shard]:
     """Shards with their numbers of images: from an index, or by counting the local ones that have none.
 
-    Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A missing
-    local shard that no index knows is assumed to have as many images as the others have on average.
+    Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
+    that no index knows, and that is missing or can't be read, is assumed to have as many images as the others have on
+    average. One without images is named in a warning.
 
     Raises:
-        ValueError: the index is not readable, or does not know a shard; a shard has no images; two have the same name.
+        ValueError: the index is not readable, or does not know a shard; no shard has images; two have the same name.
     """
     names = shard_names(urls)
     if index is not None:
@@ -114,8 +118,18 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
         counts = counts_beside(urls, image_key)
     if empty := [url for url in urls if counts[url] == 0]:
         wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
-        raise ValueError(f"{empty[0]}: a shard without images: no file in it is {wanted}")
+        what = f"a shard without images: no file in it is {wanted}"
+        if len(empty) == len(urls):
+            raise ValueError(f"{empty[0]}: {what}")
+        for url in empty:
+            _warn(f"skipped {url}: {what}")
     return [Shard(url, counts[url], names[url]) for url in urls]
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once in a process, which may look at shards several times."""
+    log.warning(message)
 
 
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
@@ -132,7 +146,7 @@ def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str
         if counts[url] is None and path.is_file():
             counts[url] = count_images(path, image_key)
     known = [counts[url] for url in urls if counts[url] is not None]
-    usual = max(1, round(sum(n or 0 for n in known) / len(known))) if known else 1
+    usual = max(1, round(sum(n or 0 for n in known) / len(known))) if known else 0
     return {url: usual if url in local and n is None else n for url, n in counts.items()}
 
 
@@ -150,9 +164,9 @@ def _read_index(url: str) -> dict[str, int]:
         raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
-def count_images(path: Path, image_key: str | None = None) -> int:
-    """Images of a local shard, from the headers alone, up to where it is broken."""
-    count, last, has_image = 0, None, False
+def count_images(path: Path, image_key: str | None = None) -> int | None:
+    """Images of a local shard, from the headers alone, up to where it is broken; None where that is its beginning."""
+    count, last, has_image, whole = 0, None, False, False
     with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path) as archive:
         for member in archive:
             key, extension = base_plus_ext(member.name)
@@ -162,4 +176,5 @@ def count_images(path: Path, image_key: str | None = None) -> int:
                 last, has_image = key, False
             if not has_image and is_image(extension.lower(), image_key):
                 count, has_image = count + 1, True
-    return count
+        whole = True
+    return count if count or whole else None

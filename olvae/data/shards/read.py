@@ -162,24 +162,82 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.partition(" @ ")[0].split())
 
 
-CURL = ("curl", "-fsL", "--connect-timeout", "30")
+STALL_S = 60
+"""Seconds without a byte after which a download has stalled."""
+
+CURL = ("curl", "-fsL", "--connect-timeout", "30", "--speed-limit", "1")
 
 RETRIES = ("--retry", "30", "--retry-delay", "2")
 """curl retries for a minute while a server is busy or gone, but not after a refusal such as 404."""
+
+RESUMES = 5
+"""How often at most a download goes on where it stopped."""
+
+STOPPED = (16, 18, 28, 52, 55, 56, 92)
+"""Exit statuses of curl after which it may go on."""
 
 CURL_STATUS = {
     6: "host not found",
     7: "no connection",
     18: "the connection dropped",
     22: "the server answers with an HTTP error, 400 or above",
-    28: "no answer in time",
+    28: "nothing came in time",
+    33: "it stopped in the middle, and the server can't send the rest alone",
     56: "the connection dropped",
 }
 """What curl's exit statuses mean."""
 
+GSUTIL = ("gsutil", "-o", "Boto:num_retries=6", "cat")
+"""It waits for 70 s by itself, as `aws` does for 60 s, but would try 23 times."""
+
+
+class _Curl(Pipe):
+    """What curl downloads. Where that stops in the middle, it goes on after the last byte that came.
+
+    Bytes that were read can't be taken back, and curl's own retries would send them again: those end when a download
+    can first have stalled.
+    """
+
+    def __init__(self, *what: str) -> None:
+        self._what = what
+        self._place = self._begun = 0
+        self._resumes = RESUMES
+        self._begin()
+
+    def read(self, size: int = -1) -> bytes:
+        data = b""
+        while True:
+            came: bytes = super().read(size if size < 0 else size - len(data))
+            data += came
+            self._place += len(came)
+            if len(data) == size or not self._resumed():
+                return data
+
+    def close(self) -> None:
+        self.proc.terminate()  # one that has stalled would not notice that nobody reads
+        super().close()
+
+    def _begin(self, *more: str) -> None:
+        stall = str(STALL_S)
+        command = [*CURL, "--speed-time", stall, *RETRIES, "--retry-max-time", stall, *more, *self._what]
+        super().__init__(command, mode="rb", ignore_errors=True, ignore_status=[141, 23])
+
+    def _resumed(self) -> bool:
+        """At the stream's end: whether it stopped too early and goes on. If the last time brought nothing, it does
+        not."""
+        self.wait_for_child()
+        if self.status not in STOPPED or self._place == self._begun or not self._resumes:
+            return False
+        self.close()
+        self._begun, self._resumes = self._place, self._resumes - 1
+        self._begin("--retry-connrefused", "--continue-at", str(self._place))
+        return True
+
 
 def open_url(url: str) -> Any:
     """A stream of a file, a URL or a ``pipe:`` command. It ends early if the command fails: ask :func:`failure` then.
+
+    A download that stalls ends after minutes; a ``pipe:`` command has to limit itself.
 
     Raises:
         OSError, ValueError: it can't be opened.
@@ -187,7 +245,11 @@ def open_url(url: str) -> Any:
     address = rewrite_url(url)
     try:
         if address.startswith(("http://", "https://")):
-            stream = Pipe([*CURL, *RETRIES, address], mode="rb", ignore_status=[141, 23])
+            stream = _Curl(address)
+        elif address.startswith("hf://"):
+            stream = _Curl(*_on_the_hub(address))
+        elif address.startswith("gs://"):
+            stream = Pipe([*GSUTIL, address], mode="rb", ignore_status=[141, 23])
         elif address.startswith("s3://"):  # which webdataset can't open
             stream = Pipe(["aws", "s3", "cp", address, "-"], mode="rb", ignore_status=[141, 23])
         else:
@@ -203,6 +265,16 @@ def open_url(url: str) -> Any:
         raise OSError(str(error) or type(error).__name__) from error
     set_options(stream, ignore_errors=True)  # else it would raise before the bytes read so far are used
     return stream
+
+
+def _on_the_hub(url: str) -> list[str]:
+    """curl's arguments for a file on the Hugging Face hub."""
+    from huggingface_hub import HfFileSystem, get_token, hf_hub_url
+
+    file: Any = HfFileSystem().resolve_path(url)
+    address = hf_hub_url(file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision)
+    token = get_token()
+    return [*(("--header", f"Authorization: Bearer {token}") if token else ()), address]
 
 
 def failure(stream: Any) -> str | None:

@@ -60,6 +60,15 @@ class ShardSource(Source):
     def val_sample(self, entry: Entry) -> Sample:
         """Raises UnreadableImageError if it can't be read."""
 
+    def entries(self, shard: Shard) -> Iterator[Entry | ReadError]:
+        """As :func:`read_shard`; where only reading tells that a shard has no images, last a ReadError says so."""
+        empty = shard.images is None
+        for entry in read_shard(shard, self.image_key, self.sidecars):
+            empty = False
+            yield entry
+        if empty:
+            yield ReadError(shard.url, "no images in it", lost=False)
+
     @property
     def samples_per_epoch(self) -> int | None:
         return total([shard.images for shard in self.train])
@@ -98,7 +107,7 @@ class ShardSource(Source):
     def once(self, process: LoaderProcess) -> Iterator[Sample]:
         for shard in self.val[process.index :: process.count]:
             read = 0
-            for entry in read_shard(shard, self.image_key):
+            for entry in self.entries(shard):
                 if self._limited and read == shard.images:
                     break
                 if isinstance(entry, ReadError):
@@ -182,24 +191,30 @@ class _Reader:
         """What this process reads in an epoch, in the shards' order."""
         shards = [self.source.train[i] for i in epoch_order(self.seed, epoch, len(self.source.train))]
         if self.share is None:
-            return self._whole(shards[self.process.index :: self.process.count])
+            own = shards[self.process.index :: self.process.count]
+            return self._whole(own, [shard for shard in shards if shard not in own])
         first = self.process.index * self.share
         return self._range(shards, first + skip, first + self.share)
 
-    def _whole(self, shards: Sequence[Shard]) -> Iterator[Entry]:
-        """Entries of shards whose counts are unknown; errors come with the next image that is read."""
+    def _whole(self, own: Sequence[Shard], others: Sequence[Shard]) -> Iterator[Entry]:
+        """Entries of shards whose counts are unknown; errors come with the next image that is read.
+
+        Where none of the process's own gives an image, the first of the others that does takes their place.
+        """
         errors: list[ReadError] = []
         read = False
-        for shard in shards:
-            for entry in read_shard(shard, self.source.image_key, self.source.sidecars):
+        for shard in chain(own, others):
+            if read and shard not in own:
+                return
+            for entry in self.source.entries(shard):
                 if isinstance(entry, ReadError):
                     errors.append(entry)
                 else:
                     yield entry._replace(errors=tuple(errors))
                     errors, read = [], True
         if not read:
-            reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors) or "no images in them"
-            raise ValueError(f"none of the {len(shards)} shards of a loader process could be read: {reasons}")
+            reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors)
+            raise ValueError(f"none of the {len(own) + len(others)} shards could be read: {reasons}")
 
     def _range(self, shards: Sequence[Shard], first: int, last: int) -> Iterator[Entry | ReadError]:
         """The images from ``first`` to ``last`` of shards laid end to end; a ReadError in the place of a lost one."""
@@ -213,7 +228,7 @@ class _Reader:
 
     def _part(self, shard: Shard, begin: int, end: int) -> Iterator[Entry | ReadError]:
         place, reason = 0, "has fewer images than its index says"
-        entries = read_shard(shard, self.source.image_key, self.source.sidecars)
+        entries = self.source.entries(shard)
         for entry in entries:
             if isinstance(entry, ReadError):
                 reason = entry.reason

@@ -17,7 +17,7 @@ from olvae.config import ConfigError
 from olvae.data.errors import ReadError
 from olvae.data.shards.index import ShardRecord
 from olvae.devices import this_process
-from olvae.files import atomic_write, file_sha256, write_json
+from olvae.files import atomic_write, file_sha256, remove_partials, write_json
 
 __all__ = ["FinishedShard", "Resumable", "ResumableShards", "WebDatasetSample", "shard_name", "write_tar"]
 
@@ -80,8 +80,7 @@ class Resumable(ABC, Generic[S]):
     def store(self, number: int, samples: Iterator[S]) -> ShardRecord:
         """Write a shard to its place. The record counts no images: :meth:`write` does."""
         path = self.path(number)
-        for unfinished in self._state.glob(f".partial-*-{path.name}"):  # of a run that was killed
-            unfinished.unlink(missing_ok=True)
+        remove_partials(self._state.glob(f".partial-*-{path.name}"))
         with atomic_write(path, self._state) as partial:
             self.pack(partial, samples)
             return ShardRecord(0, partial.stat().st_size, file_sha256(partial))
@@ -131,8 +130,10 @@ class Resumable(ABC, Generic[S]):
             )
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """:meth:`check`, then write the plan."""
+        """:meth:`check`, remove what a killed run left half-written, then write the plan."""
         self.check(plan)
+        if this_process()[1] == 1:  # another of several may be writing
+            self.remove_partials()
         self._state.mkdir(parents=True, exist_ok=True)
         write_json(plan, self._state / "plan.json")
 
@@ -214,6 +215,11 @@ class Resumable(ABC, Generic[S]):
     def forget(self, number: int) -> None:
         """Mark a shard as unfinished, so that the next run writes it again."""
         self._description(number).unlink(missing_ok=True)
+
+    def remove_partials(self) -> None:
+        """Remove what a killed run left half-written; no other process may be writing."""
+        for folder in (self.folder, self._state):
+            remove_partials(folder.glob(".partial-*"))
 
     def remove_state(self) -> None:
         """Remove what is needed only to continue: the shards are complete."""

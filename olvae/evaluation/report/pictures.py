@@ -14,6 +14,7 @@ from torch import Tensor
 from olvae.evaluation.artefacts import Artefacts
 from olvae.evaluation.gallery import Example, Gallery
 from olvae.figures import error_map, labelled_grid, rgb
+from olvae.files import atomic_write
 
 __all__ = ["Inline", "PatternTable", "inline", "side_limit", "triple", "write_figure"]
 
@@ -110,4 +111,5 @@ def write_figure(galleries: Mapping[str, Gallery], path: Path) -> None:
         images = torch.stack([example.y for example in shown])
         rows[f"{target}: reconstruction"] = images
         rows[f"{target}: error, black 0 to white 64 of 255"] = error_map(inputs, images)
-    labelled_grid(rows).save(path)
+    with atomic_write(path) as partial:
+        labelled_grid(rows).save(partial)

@@ -174,6 +174,30 @@ def test_a_lost_shard_does_not_change_what_the_others_give(shards, damage, caplo
         take(source(shards, shards=str(shards / "shards" / "{000..006}.tar")).train_loader(), 13)
 
 
+@pytest.mark.parametrize("counts", ["counted", "index", "unknown"])
+def test_an_empty_shard_among_many_is_said_once_and_loses_nothing(shards, counts, caplog):
+    """In training and in validation, even where it is all that a loader process has."""
+    for path in (shards / "shards" / "003.tar", shards / "val" / "002.tar"):
+        path.write_bytes(bytes(10240))
+    urls = sorted(map(str, (shards / "shards").iterdir()))
+    if counts == "index":
+        index = {f"{i:03d}.tar": {"images": 0 if i == 3 else count} for i, count in enumerate(COUNTS)}
+        (shards / "shards" / "index.json").write_text(json.dumps({"shards": index}))
+    if counts == "unknown":
+        urls = [f"pipe:cat {url}" for url in urls]
+    val = [url.replace("shards/", "val/") for url in urls[:3]]
+    s = source(shards, shards=urls, val_shards=val, num_workers=2, batch_size=2, max_unreadable=0)
+    loader, held_out = s.train_loader(), s.val_loader()
+    seen = [key for batch, _ in take(loader, 30) for key in batch]
+    assert {key.partition("/")[0] for key in seen} == {f"{i:03d}" for i in range(7) if i != 3}
+    assert sum(len(batch) for batch, _ in take(held_out, 99)) == 7
+    assert loader.read_errors.lost == held_out.read_errors.lost == 0
+    for url in (urls[3], val[2]):
+        assert sum(f"skipped {url}: " in line for line in caplog.messages) == 1
+    alone = LoaderProcess(list(np.random.default_rng((0, 0, 1)).permutation(7)).index(3), 7)  # has the empty one
+    assert keys(s, 12, 5, alone) == keys(s, 17, 0, alone)[5:]
+
+
 def test_a_broken_shard_in_validation(shards):
     path = shards / "val" / "000.tar"
     path.write_bytes(path.read_bytes()[:3000])
@@ -218,9 +242,9 @@ def test_too_few_shards_are_told_before_training(shards):
         source(shards, val_fraction=1.0)
 
 
-def test_a_process_whose_shards_cannot_be_read_says_so():
+def test_shards_none_of_which_can_be_read_end_training():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
-    with pytest.raises(ValueError, match=r"none of the 2 shards.*pipe:false"):
+    with pytest.raises(ValueError, match=r"none of the 2 shards could be read: .*pipe:false"):
         keys(s, 1)
 
 
