@@ -230,7 +230,7 @@ class Study:
 
 
 def _said(found: dict[str, Any]) -> str:
-    if found["question"] == "diffusion":
+    if "of" in found:  # diffusion models
         return f"Fréchet distance of samples {found['frechet_lite0']['mean']:.1f}"
     psnr = ", ".join(f"{found['sizes'][size]['psnr']:.2f} dB at {size}" for size in found["sizes"])
     return f"{psnr}, {found['processor_seconds']:.0f} s"
