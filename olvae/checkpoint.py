@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from olvae.checksums import check_sums, check_tensors_sum
 from olvae.torchfile import RefusedError, load_torch
 
 __all__ = [
@@ -38,13 +39,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is not a checkpoint, or holds more than tensors and plain values.
+        ValueError: it is not a checkpoint, holds more than tensors and plain values, or is not what its checksum says.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    check_sums(Path(path))
     if Path(path).suffix == ".safetensors":
         try:
-            return dict(load_file(path))
+            tensors = dict(load_file(path))
+            check_tensors_sum(Path(path), tensors)
+            return tensors
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     try:

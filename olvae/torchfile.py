@@ -11,6 +11,7 @@ import math
 import pickle
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["RefusedError", "load_torch"]
+__all__ = ["RefusedError", "check_torch", "load_torch"]
 
 INERT = ("lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "typing")
 """Packages whose objects trainers leave in checkpoints beside the weights: each object is read as an empty shell."""
@@ -58,6 +59,16 @@ def load_torch(path: str | Path) -> Any:
     except Exception as error:  # torch and pickle raise all kinds
         unknown = isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or "operand" in str(error))
         raise RefusedError(MORE if unknown else "cut off, or of another kind") from error
+
+
+def check_torch(path: Path) -> None:
+    """Check a file that another library will read with ``weights_only``; raises as :func:`load_torch`."""
+    try:
+        _survey(path)
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise RefusedError("cut off, or of another kind") from error
 
 
 def _survey(path: Path) -> set[str]:
@@ -126,10 +137,12 @@ class _Walker(pickle._Unpickler):  # in Python: the one in C allocates as much a
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor_of,
             "_codecs.encode": _encode,
-            **{f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__") for kind in (set, complex)},
+            "builtins.complex": complex,
+            "builtins.set": set,
         }
 
     def find_class(self, module: str, name: str) -> Any:
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # Python 2's
         full = f"{module}.{name}"
         if full in self.known:
             return self.known[full]
@@ -180,7 +193,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _is_inert(name: str) -> bool:
     package, *_, last = name.split(".")
-    return package in INERT or (package in ("builtins", "__builtin__", "collections") and last in INERT_TYPES)
+    return package in INERT or (package in ("builtins", "collections") and last in INERT_TYPES)
 
 
 def _shell(name: str) -> type:
