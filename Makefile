@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser lint format clean help
+.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -94,6 +94,9 @@ test-network: $(VENV)/.installed-dev ## the checks that need the internet
 test-browser: $(VENV)/.installed-dev ## the checks that need Chromium, and Gradio
 	$(PIP) install --quiet -e '.[app]'
 	$(BIN)/python -m pytest -m browser
+
+fuzz: $(VENV)/.installed-dev ## 10,000 mutated files through what reads them (FUZZ_INPUTS=N, FUZZ_SECONDS=S: fewer)
+	$(BIN)/python -m pytest -m fuzz -n 0 -s tests/fuzz
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker
 	$(BIN)/ruff check .
