@@ -103,6 +103,10 @@ MOST_VALUES = 100_000
 """Of a config, wherever aliases repeat them: a few kB of YAML can stand for more than fits into memory."""
 
 
+DEEPEST = 30
+"""Dots in the name of a module; importing takes time by their square."""
+
+
 class ConfigError(ValueError):
     """One or more mistakes of a config, one line each."""
 
@@ -284,7 +288,8 @@ def _dotted(target: str) -> tuple[str, str]:
         ConfigError: it is no dotted path.
     """
     module, _, name = _moved(target).rpartition(".")
-    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
+    right = module and all(part.isidentifier() for part in (*module.split("."), name))
+    if not right or module.count(".") > DEEPEST:
         raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.folder.FolderSource")
     return module, name
 

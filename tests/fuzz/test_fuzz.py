@@ -273,10 +273,10 @@ def test_latents(watch, latents, changes, which):
         write_tar(shard, files)
 
     def use() -> None:
-        source = LatentSource(folder, 1, max_unreadable=1.0, per_channel=which % 2 == 0)
+        source = LatentSource(folder, 2, max_unreadable=1.0, per_channel=which % 2 == 0)
         list(source.val_loader())
         list(islice(iter(source.train_loader()), 6))
-        pairs = PairSource(folder, 1, max_unreadable=1.0)
+        pairs = PairSource(folder, 2, max_unreadable=1.0)
         list(pairs.val_loader())
         list(islice(iter(pairs.train_loader()), 6))
 
