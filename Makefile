@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser soak lint format clean help
+.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -97,6 +97,9 @@ test-browser: $(VENV)/.installed-dev ## the checks that need Chromium, and Gradi
 
 soak: $(VENV)/.installed-dev ## kill training, packing, encoding and decoding 160 times, and compare what they make (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 -rP
+
+fuzz: $(VENV)/.installed-dev ## 10,000 mutated files through what reads them (FUZZ_INPUTS=N, FUZZ_SECONDS=S: fewer)
+	$(BIN)/python -m pytest -m fuzz -n 0 -s tests/fuzz
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker
 	$(BIN)/ruff check .

@@ -3,10 +3,8 @@
 The names of the parameters are the published ones [M]: ``encoder.*``, ``decoder.*``, ``quantizer.*``.
 """
 
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from olvae.checksums import check_sums, check_tensors_sum
+from olvae.torchfile import RefusedError, load_torch
 
 __all__ = [
     "APART",
@@ -32,36 +33,28 @@ AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 APART = "olvae."
 """In front of these prefixes in files whose names other projects' loaders must not take for their own."""
 
-INERT = ("lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "typing")
-"""Packages whose objects trainers leave in checkpoints beside the weights: each object is read as an empty shell."""
-
-INERT_TYPES = ("Any", "bool", "defaultdict", "dict", "float", "int", "list", "str", "tuple")
-
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a safetensors or torch file; only tensors and plain values, never code.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is not a checkpoint, or holds more than tensors and plain values.
+        ValueError: it is not a checkpoint, holds more than tensors and plain values, or is not what its checksum says.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    check_sums(Path(path))
     if Path(path).suffix == ".safetensors":
         try:
-            return dict(load_file(path))
+            tensors = dict(load_file(path))
+            check_tensors_sum(Path(path), tensors)
+            return tensors
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     try:
-        with _shells(path), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or "operand" in str(error)):
-            reason = "it holds more than tensors, code perhaps, which is not run; ask for its weights as safetensors"
-        else:
-            reason = "cut off, or of another kind"
-        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
+        content = load_torch(path)
+    except RefusedError as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(content).__name__}")
     return content
@@ -157,28 +150,6 @@ def mismatches(missing: Sequence[str], unexpected: Sequence[str], misshapen: Seq
         for kind, names in kinds
         if names
     )
-
-
-def _shells(path: str | Path) -> AbstractContextManager[object]:
-    """Let objects of :data:`INERT` packages be read, each as a class of the same name that does nothing; any other
-    object stays refused.
-    """
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a file of torch's: reading it will say so
-        names = []
-    return torch.serialization.safe_globals([_shell(name) for name in names if _is_inert(name)])
-
-
-def _is_inert(name: str) -> bool:
-    package, *_, last = name.split(".")
-    return package in INERT or (package in ("builtins", "__builtin__", "collections") and last in INERT_TYPES)
-
-
-def _shell(name: str) -> type:
-    module, _, last = name.rpartition(".")
-    nothing = {"__init__": lambda *_: None, "__setstate__": lambda *_: None}
-    return type(last, (dict,), {"__module__": module, **nothing})
 
 
 def _shape(tensor: Tensor) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "instantiate",
     "load",
     "nearest_recipes",
+    "read_received",
     "recipes",
     "resolve_target",
     "save",
@@ -93,6 +94,17 @@ MOVED = {
     "olvae.training.health": "olvae.training.callbacks",
 }
 """Where modules are now that the config.yaml of an older run may name."""
+
+
+CONFIG_BYTES = 2**21
+"""The largest config that is read; the longest recipe has 5 kB."""
+
+MOST_VALUES = 100_000
+"""Of a config, wherever aliases repeat them: a few kB of YAML can stand for more than fits into memory."""
+
+
+DEEPEST = 30
+"""Dots in the name of a module; importing takes time by their square."""
 
 
 class ConfigError(ValueError):
@@ -161,12 +173,7 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
         raise ConfigError(f"{path}: this is a folder: name a config file in it")
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file" + _nearest_file(path, name))
-    try:
-        part = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_parse_error(error, path)}") from error
-    if not isinstance(part, DictConfig):
-        raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
+    part = _yaml(path)
     include = part.pop("include", [])
     names = list(include) if isinstance(include, list | ListConfig) else [include]
     if wrong := [name for name in names if not isinstance(name, str)]:
@@ -175,6 +182,41 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
         below = _read(name, path.parent, (*includers, path.resolve()))
         part = _merge(below, part)
     return part
+
+
+def _yaml(path: Path) -> DictConfig:
+    """One file as it is."""
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which no config is")
+        if _count(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader), {}) > MOST_VALUES:
+            raise ConfigError(f"{path}: more than {MOST_VALUES} values, counting what its aliases repeat")
+        part = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_parse_error(error, path)}") from error
+    if not isinstance(part, DictConfig):
+        raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
+    return part
+
+
+def _count(node: Any, counted: dict[int, float]) -> float:
+    """The values in a node of YAML, repeated where aliases do; infinite if a node has itself in it."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        inside = node.value if isinstance(node, yaml.SequenceNode) else inside
+        counted[id(node)] = 1 + sum(_count(part, counted) for part in inside)
+    return counted[id(node)]
+
+
+def read_received(path: Path) -> Config:
+    """Read a YAML file of somebody else: one that includes no other file and resolves no interpolation.
+
+    Raises:
+        ConfigError: it is not readable, or not a mapping.
+    """
+    container = OmegaConf.to_container(_yaml(path), resolve=False)
+    return typing.cast(Config, container)
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
@@ -246,7 +288,8 @@ def _dotted(target: str) -> tuple[str, str]:
         ConfigError: it is no dotted path.
     """
     module, _, name = _moved(target).rpartition(".")
-    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
+    right = module and all(part.isidentifier() for part in (*module.split("."), name))
+    if not right or module.count(".") > DEEPEST:
         raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.folder.FolderSource")
     return module, name
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from olvae.files import file_sha256
+from olvae.torchfile import RefusedError, load_torch
 
 __all__ = [
     "ALEXNET",
@@ -121,8 +122,8 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
     """
     wrong = f"{path} is not a file of {file.what} weights"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises all kinds
+        content = load_torch(path)
+    except RefusedError as error:
         raise ValueError(f"{wrong}: it is cut off, or another kind of file; download {file.url} again") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()

@@ -1,4 +1,6 @@
 import pickle
+import resource
+import zipfile
 
 import pytest
 import torch
@@ -76,3 +78,86 @@ def test_no_autoencoder_in_it(tmp_path):
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="but a list"):
         read_weights(tmp_path / "list.ckpt")
+
+
+class Reduced:
+    """Pickles as a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def archive(path, content: bytes, compression=zipfile.ZIP_STORED, **records: bytes):
+    """A file as torch.save makes it, of a given pickle."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, data in {"a/data.pkl": content, "a/byteorder": b"little", "a/version": b"3\n", **records}.items():
+            file.writestr(name, data)
+    return path
+
+
+def saved(path, tensor: torch.Tensor, old: bool, change=lambda content: content):
+    """A file of one tensor whose pickle was changed, in either of torch's formats."""
+    torch.save({"encoder.a": tensor}, path, _use_new_zipfile_serialization=not old)
+    if old:
+        path.write_bytes(change(path.read_bytes()))
+        return path
+    with zipfile.ZipFile(path) as file:
+        (name,) = (name for name in file.namelist() if name.endswith("data.pkl"))
+        storage = file.read(name.replace("data.pkl", "data/0"))
+        return archive(path, change(file.read(name)), **{"a/data/0": storage})
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_says_to_be_larger_than_the_file_is_refused_before_it_takes_memory(old, tmp_path):
+    x = torch.arange(200, dtype=torch.uint8)
+    assert torch.equal(read_weights(saved(tmp_path / "whole.ckpt", x, old))["encoder.a"], x)
+    many = b"J" + (2**31 - 1).to_bytes(4, "little")
+    counted = saved(tmp_path / "counted.ckpt", x, old, lambda content: content.replace(b"K\xc8", many))
+    taller = saved(tmp_path / "taller.ckpt", x, old, lambda content: content.replace(b"K\xc8\x85", many + b"\x85"))
+    repeated = saved(tmp_path / "repeated.ckpt", x.expand(10**8, 200), old)
+    for file in (counted, taller, repeated):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=r"not a readable checkpoint: it says that .* in the file"):
+            read_checkpoint(file)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # in KiB
+
+
+def test_a_pickle_that_allocates_by_number_is_refused(tmp_path):
+    hexadecimal = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R."
+    calls = (bytearray, 8 * 10**9), (torch.Tensor, 8 * 10**9)
+    for content in (hexadecimal, *(pickle.dumps({"a": Reduced(*call)}, protocol=2) for call in calls)):
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            read_checkpoint(archive(tmp_path / "a.ckpt", content))
+        (tmp_path / "b.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            read_checkpoint(tmp_path / "b.ckpt")
+    storage = pickle.dumps({"a": Reduced(torch.UntypedStorage, 8 * 10**9)}, protocol=2)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        read_checkpoint(archive(tmp_path / "a.ckpt", storage))
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_the_file_is_refused(tmp_path):
+    torch.save({"encoder.a": torch.zeros(1000)}, tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as file:
+        records = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in records.items():
+            file.writestr(name, data)
+    with pytest.raises(ValueError, match="more than the file, a decompression bomb"):
+        read_checkpoint(tmp_path / "packed.ckpt")
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
+    """torch reads it as another number."""
+    path = tmp_path / "a.ckpt"
+    x = torch.rand(1000)
+    torch.save({"encoder.a": x}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(x.numpy().tobytes()) + 402] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["encoder.a"], x)
+    with pytest.raises(ValueError, match=r"a\.ckpt: not a readable checkpoint: damaged: .*data/0 is not what was wr"):
+        read_checkpoint(path)

@@ -268,3 +268,9 @@ def test_mistakes_in_a_teacher(image_folder):
     ]
     (mistake,) = validate(tiny_config(image_folder, teacher_config={"target": "olvae.models.teacher.Teacher"}))
     assert mistake == "model.params.teacher_config.params.autoencoder: missing"
+
+
+def test_a_target_of_very_many_parts_is_no_dotted_path():
+    """Importing the parts, one after the other, takes time by the square of their number."""
+    with pytest.raises(ConfigError, match="is not a dotted path"):
+        resolve_target("olvae" + ".olvae" * 3000)

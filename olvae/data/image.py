@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
@@ -97,6 +97,18 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm",
 
 WHITE_16 = 65535  # in 16-bit greyscale, some of which Pillow reads as 32-bit integers
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
+"""What files may be, by Pillow's names, whatever they are called. Others start programs, as EPS does Ghostscript."""
+
+MOST_PIXELS = 160_000_000
+"""Of a picture: the largest camera's have 151 million. Each takes up to 12 bytes while it is read."""
+
+LONGEST = 100
+"""The most that a picture's longer side may be of its shorter one: resized to size s, it has up to 100 s^2 pixels."""
+
+AT_ONCE = 2**22
+"""Pixels that are converted at a time, because some conversions need 20 bytes for each."""
+
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -119,6 +131,7 @@ class Photo:
         self._image: Picture
         try:
             self._image = self._open(content)
+            _check_size(*self._image.size)  # before what is next, which decodes a PNG
             self._orientation = _orientation(self._image) if isinstance(self._image, Image.Image) else 1
             self.size = self._upright_size()
         except Exception as error:  # decoders raise all kinds for a broken file
@@ -190,7 +203,7 @@ class Photo:
                 return _array(file, self.channels)
         with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+            return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
@@ -209,24 +222,45 @@ def read_picture(path: str | Path, channels: int = 3) -> Picture:
 
     Raises:
         UnreadableImageError: the file is not a picture, is broken, has floating-point pixels or integers beyond 16
-            bits, whose range is unknown, has another number of channels, or so many pixels that Pillow assumes a
-            decompression bomb.
+            bits, whose range is unknown, has another number of channels, more than :data:`MOST_PIXELS` pixels, or a
+            side that is more than :data:`LONGEST` times the other.
     """
     return Photo(Path(path), legible(str(path)), channels).read()
 
 
+def _check_size(width: int, height: int) -> None:
+    """Raise ValueError for a picture that would take too much memory, before it does."""
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"its header claims {width}x{height} pixels, more than {MOST_PIXELS // 10**6} million")
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {LONGEST} times the other")
+
+
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     """From any mode of Pillow to 1, 3 or 4 channels of 8 bits; see :func:`read_picture` for the rules."""
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    if image.mode == mode == "RGB" and not _is_transparent(image):
+        return image
+    rows = max(1, AT_ONCE // image.width)
+    if rows >= image.height:
+        return _convert_rows(image, mode)
+    out = Image.new(mode, image.size)
+    for top in range(0, image.height, rows):
+        out.paste(_convert_rows(image.crop((0, top, image.width, min(top + rows, image.height))), mode), (0, top))
+    return out
+
+
+def _convert_rows(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
     image = _to_8_bits(image)
     if _is_transparent(image):
         image = image.convert("RGBA")
-        if channels == 4:
+        if mode == "RGBA":
             return image
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     rgb = image if image.mode == "RGB" else image.convert("RGB")
-    return rgb if channels == 3 else rgb.convert("L" if channels == 1 else "RGBA")
+    return rgb if mode == "RGB" else rgb.convert(mode)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -268,6 +302,6 @@ def _array(file: io.BufferedIOBase, channels: int) -> Bands:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
-        return "its header claims more pixels than a picture has, which may be a decompression bomb"
+        return f"its header claims more than {MOST_PIXELS // 10**6} million pixels"
     text = reason(error)
     return "no known picture format" if "cannot identify image file" in text else text

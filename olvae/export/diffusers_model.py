@@ -14,6 +14,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from olvae.checksums import SUMS, check_sums, write_sums
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.memory import default_memory
 from olvae.models.large.padding import crop_to, pad_to_multiple
@@ -91,7 +92,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub.
 
         Raises:
-            ValueError: it is a run or a file, of which an export has to be written first.
+            ValueError: it is a run or a file, of which an export has to be written first, or is not what its checksum
+                says.
             OSError: it was not found.
         """
         path = Path(pretrained_model_name_or_path)
@@ -102,7 +104,17 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
             )
         given = str(pretrained_model_name_or_path)
         folder = shipped_folder(given) if is_shipped(given) else pretrained_model_name_or_path
+        for file in Path(folder, kwargs.get("subfolder") or "").glob("*.safetensors"):
+            check_sums(file)
         return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As diffusers does, with the weights' checksums beside them."""
+        sums = Path(save_directory, SUMS)
+        sums.unlink(missing_ok=True)  # those of the weights that were there
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if sums.parent.is_dir():  # a file is no place, as diffusers has logged
+            write_sums(sums.parent)
 
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":

@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from olvae.checksums import with_sum
 from olvae.files import atomic_write, nearest
 
 __all__ = ["check_file", "export_file"]
@@ -37,12 +38,12 @@ def export_file(
 
     Args:
         file: see :func:`check_file`; folders that it lies in are created, and a link stays a link.
-        metadata: for the file's header.
+        metadata: for the file's header, which has the checksum too.
     """
     place = file.resolve()
     with atomic_write(place, folder=nearest(place.parent)) as partial:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(weights, partial, metadata={"format": "pt", **metadata})
+        save_file(weights, partial, metadata=with_sum(weights, {"format": "pt", **metadata}))
         partial.chmod(0o644)  # safetensors makes it readable by the owner alone
         compare(partial)
         place.parent.mkdir(parents=True, exist_ok=True)

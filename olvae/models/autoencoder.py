@@ -21,12 +21,16 @@ from olvae.models.pretrained import (
     write_export,
 )
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
-from olvae.modules.base import Decoder, Encoder
+from olvae.modules.base import Decoder, Encoder, count_parameters
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 
 __all__ = ["Autoencoder", "LiteVAE", "Quantizer", "load_located"]
+
+
+MOST_PARAMETERS = 10**9
+"""Of networks of this package that are built from a file's config; the largest recipe has a tenth."""
 
 
 class Autoencoder(nn.Module, ABC):
@@ -164,8 +168,26 @@ class LiteVAE(
         return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
 
     @classmethod
-    def from_spec(cls, spec: AutoencoderSpec) -> "LiteVAE":
-        """Build with fresh weights; see :meth:`from_config`."""
+    def from_spec(cls, spec: AutoencoderSpec, most: int = MOST_PARAMETERS) -> "LiteVAE":
+        """Build with fresh weights; see :meth:`from_config`.
+
+        Args:
+            most: parameters that networks of this package may have; they are counted before memory is taken.
+
+        Raises:
+            ConfigError: also where they have more.
+        """
+        if spec.ours:
+            with torch.device("meta"):
+                parameters = count_parameters(cls._built(spec))
+            if parameters > most:
+                raise ConfigError(
+                    f"weights of another model, or too large: {parameters:,} parameters, at most {most:,}"
+                )
+        return cls._built(spec)
+
+    @classmethod
+    def _built(cls, spec: AutoencoderSpec) -> "LiteVAE":
         model = cls.from_config(
             spec.encoder_config, spec.decoder_config, spec.embed_dim, spec.use_quant, spec.initial_logvar
         )
@@ -352,7 +374,8 @@ def load_located(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
         try:
-            model = LiteVAE.from_spec(found.spec).to(dtype)
+            stored = sum(weight.nbytes for weight in weights.values())  # a parameter takes at least a byte
+            model = LiteVAE.from_spec(found.spec, stored).to(dtype)
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {reason}") from error

@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olvae.config import Config, ConfigError
+from olvae.checksums import SUMS, write_sums
+from olvae.config import CONFIG_BYTES, Config, ConfigError
 from olvae.files import atomic_write, write_json
 from olvae.models.named import WEIGHT_SUFFIXES, is_hub_id
 from olvae.models.shipped import is_shipped, shipped_folder
@@ -197,8 +198,8 @@ def locate(
             "--config, or config= in Python"
         )
     origin = given if isinstance(found, Mapping) else str(found)
-    content = found if isinstance(found, Mapping) else read_config(found)
     own = config is not None or (inside is None and run_of(weights) is not None)  # the user's, not a received one
+    content = found if isinstance(found, Mapping) else read_config(found, received=not own)
     trusted = "model" in content and own
     spec = AutoencoderSpec.from_content(content, origin, only_ours=not trusted)
     return Located(weights, spec, origin, dict(content) if trusted else {}, run)
@@ -217,7 +218,7 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         return _weights_in(path, given)
     if is_hub_id(given):
         for suffix in WEIGHT_SUFFIXES:  # files at the top of the repository, and safetensors rather than pickles
-            folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
+            folder = snapshot(given, [*CONFIG_PATTERNS, SUMS, f"*{suffix}"], ["*/*"], **access)
             if any(folder.glob(f"*{suffix}")):
                 break
         return _weights_in(folder, given)
@@ -248,7 +249,7 @@ def config_inside(weights: Path) -> Config | None:
         return None
     try:
         with safe_open(weights, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[CONFIG_KEY])
+            content = json.loads((file.metadata() or {})[CONFIG_KEY][:CONFIG_BYTES])
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
         return None  # it has none; reading the weights will say whether the file is whole
     is_export = isinstance(content, dict) and content.get("_class_name") == CLASS_NAME and "model" not in content
@@ -272,11 +273,13 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
-    """Write the weights, in their dtype, and ``config.json``."""
+    """Write the weights, in their dtype, ``config.json``, and the weights' checksum."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_write(folder / WEIGHTS_NAME) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors makes it readable by the owner alone
+        (folder / SUMS).unlink(missing_ok=True)  # those of the weights that were there
+    write_sums(folder)
     write_json(config, folder / CONFIG_NAME)
 
 

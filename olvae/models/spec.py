@@ -27,6 +27,7 @@ __all__ = [
     "AutoencoderSpec",
     "check_factors",
     "class_in",
+    "oversized",
     "read_config",
 ]
 
@@ -62,6 +63,16 @@ DERIVED = (
     "use_quant_conv",
 )
 """Other keys of an export's config.json: they follow from the arguments, and are there for diffusers."""
+
+
+MOST_BLOCKS = 24
+"""Per level, of a received config; of the recipes the deepest has 5."""
+
+MOST_ENTRIES = 10
+"""Of a list in a received config, which has one for each level."""
+
+LARGEST_NUMBER = 2**16
+"""In a received config: channels, sizes in pixels."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,8 @@ class AutoencoderSpec:
         ]
         if only_ours and foreign:  # before anything of it is imported
             raise ConfigError(*(f"{origin}: {prefix}{it} is not a network of this package: refused" for it in foreign))
+        if only_ours and (large := list(oversized(params))):
+            raise ConfigError(*(f"{origin}: {prefix}{it}" for it in large))
         mistakes = list(cfg.check_arguments(cls, params)) or list(check_factors(params, params["embed_dim"]))
         for (key, target), kind in zip(targets.items(), (Encoder, Decoder), strict=True):
             if target is not None and _is_another_kind(target, kind):
@@ -120,6 +133,11 @@ class AutoencoderSpec:
         if mistakes:
             raise ConfigError(*(f"{origin}: {prefix}{mistake}" for mistake in mistakes))
         return cls(**params)
+
+    @property
+    def ours(self) -> bool:
+        """Whether both networks are of this package."""
+        return all(str(node["target"]).startswith(OURS) for node in (self.encoder_config, self.decoder_config))
 
     def to_export(self, **derived: Any) -> Config:
         """The content of an export's config.json, with the ``derived`` keys.
@@ -141,17 +159,21 @@ class AutoencoderSpec:
         return content
 
 
-def read_config(path: str | Path) -> Config:
+def read_config(path: str | Path, received: bool = False) -> Config:
     """Read a training config (YAML) or the config.json of an export.
+
+    Args:
+        received: it may be somebody else's: a YAML file may not name others.
 
     Raises:
         ConfigError: the file is missing, or not readable.
     """
     path = Path(path)
     if path.suffix != ".json":
-        return cfg.load([path])
+        return cfg.read_received(path) if received else cfg.load([path])
     try:
-        content = json.loads(path.read_text())
+        with path.open(encoding="utf-8") as file:
+            content = json.loads(file.read(cfg.CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {reason(error)}") from error
     if not isinstance(content, dict):
@@ -188,6 +210,21 @@ def _check_export(content: Mapping[str, Any], origin: str) -> None:
     given = {key: value for key, value in content.items() if not key.startswith("_")}
     if mistakes := list(cfg.unknown_keys(given, (*IN_EXPORT, *DERIVED))):
         raise ConfigError(*(f"{origin}: {mistake}" for mistake in mistakes))
+
+
+def oversized(params: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each number in a received config of which even an outline of the networks would take long."""
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{line}" for line in oversized(value))
+            continue
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        counts_layers = str(key).endswith(("blocks", "layers", "levels", "per_block"))
+        most = MOST_BLOCKS if counts_layers else LARGEST_NUMBER
+        if any(isinstance(number, int) and abs(number) > most for number in values):
+            yield f"{key}: more than {most} in a config that was received: refused"
+        elif len(values) > MOST_ENTRIES and not str(key).startswith(("_", "latents_")):
+            yield f"{key}: more than {MOST_ENTRIES} entries in a config that was received: refused"
 
 
 def check_factors(values: Mapping[str, Any], n_z: int) -> Iterator[str]:

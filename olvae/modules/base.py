@@ -1,7 +1,6 @@
 """Base classes of encoders and decoders, counts of parameters and operations, a checksum of weights."""
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+from olvae.checksums import sum_of_tensors
 
 __all__ = [
     "Decoder",
@@ -140,9 +141,4 @@ def count_macs(module: nn.Module, *shape: int) -> int:
 
 def weights_checksum(model: nn.Module) -> str:
     """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return sum_of_tensors(model.state_dict())

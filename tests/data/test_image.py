@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from olvae.data import image as reading
 from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, from_uint8, image_to_tensor, read_picture, tensor_to_picture, to_uint8
 from olvae.data.mapped.folder import FolderSource
@@ -33,15 +34,15 @@ def flipped(data: bytes, where: float) -> bytes:
     return data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :]
 
 
-def bomb() -> bytes:
-    """A PNG whose header claims 30,000 x 30,000 pixels."""
+def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
+    """A PNG whose header claims so many pixels."""
     import struct
     import zlib
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
     )
@@ -89,6 +90,8 @@ SKIPPED = {
     "zeros.jpg": bytes(5000),
     "noise.jpg": np.random.default_rng(0).bytes(5000),
     "bomb.png": bomb(),
+    "line.png": bomb(178_000_000, 1),
+    "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 20\n%%EndComments\nshowpage\n",
     "text-bomb.png": text_bomb(),
     "float.tif": saved(Image.fromarray(np.ones((20, 24), dtype=np.float32)), "TIFF"),
     "integers.tif": saved(Image.fromarray(np.full((20, 24), 65536, dtype=np.int32)), "TIFF"),
@@ -322,3 +325,24 @@ def test_a_cut_off_file(tmp_path):
     cut.write_bytes(whole.read_bytes()[:300])
     with pytest.raises(ValueError, match="not a readable image"):
         read_picture(cut)
+
+
+def test_sizes_are_looked_at_before_pixels_are_made():
+    for size, message in (
+        ((178_000_000, 1), "178000000x1 pixels, more than 160 million"),
+        ((100, 10_001), "100 times"),
+    ):
+        with pytest.raises(UnreadableImageError, match=message):
+            Photo(bomb(*size), "a.png")
+    for size in ((14_204, 10_652), (1000, 100_000)):  # the largest camera's, a long strip
+        assert Photo(b"P6 %d %d 255\n" % size + bytes(9), "a.ppm").size == size
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_large_pictures_are_converted_in_strips(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(CONVERTED[name][0])
+    whole = [np.asarray(read_picture(path, channels)) for channels in (1, 3, 4)]
+    monkeypatch.setattr(reading, "AT_ONCE", 60)  # pixels: two or three rows
+    for channels, expected in zip((1, 3, 4), whole, strict=True):
+        assert np.array_equal(np.asarray(read_picture(path, channels)), expected)

@@ -104,3 +104,15 @@ def test_what_differs_is_noticed_and_leaves_nothing(model, tmp_path, monkeypatch
             with pytest.raises(ValueError, match=message):
                 export_comfyui(model, tmp_path / "vae.safetensors")
         assert not any(tmp_path.iterdir())
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    """Of the weights, and of the config in the header."""
+    file = tmp_path / "vae.safetensors"
+    export_comfyui(tiny_litevae(), file)
+    whole = file.read_bytes()
+    place = whole.index(b'scaling_factor\\": 1') + len(b'scaling_factor\\": 1') - 1
+    for where in (len(whole) - 5, place):
+        file.write_bytes(whole[:where] + bytes([whole[where] ^ 2]) + whole[where + 1 :])
+        with pytest.raises(ValueError, match=r"vae.safetensors: damaged: its SHA-256 is not the one in its header"):
+            LiteVAE.from_pretrained(file)

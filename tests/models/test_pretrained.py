@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
+from olvae.checksums import SUMS
 from olvae.config import ConfigError, load, save
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.mapped.samples import SamplePhotographs
@@ -168,6 +170,7 @@ def test_weights_of_another_model(tmp_path):
     state[misshapen] = torch.zeros(2, 2)
     state["decoder.extra"] = torch.zeros(1)
     save_file(state, tmp_path / WEIGHTS_NAME)
+    (tmp_path / SUMS).unlink()
     listed = rf"1 missing \({missing}\); 1 unexpected \(decoder.extra\); 1 of another shape \({misshapen} 2x2 for"
     with pytest.raises(ValueError, match=listed):
         LiteVAE.from_pretrained(tmp_path)
@@ -266,7 +269,10 @@ class OwnEncoder(Encoder):
         ({**PER_CHANNEL, "latents_mean": None}, "latents_mean, latents_std: give both, or neither"),
         ({"force_upcast": "yes"}, "force_upcast: expected bool, got 'yes'"),
         ({"decoder_config.params.channels": -4}, "no autoencoder can be built of this: channels must be at least 1"),
-        ({"decoder_config.params.channels": 10**20}, "no autoencoder can be built of this: "),
+        ({"decoder_config.params.channels": 10**20}, "decoder_config.params.channels: more than 65536"),
+        ({"decoder_config.params.num_res_blocks": 10**9}, "decoder_config.params.num_res_blocks: more than 24"),
+        ({"encoder_config.params.dct_levels": 10**9}, "encoder_config.params.dct_levels: more than 24"),
+        ({"decoder_config.params.channel_mult": [1] * 1000}, "channel_mult: more than 10 entries"),
         ({"encoder_config.params.extractor_mult": []}, "no autoencoder can be built of this: "),
         ({"encoder_config.params.image_size": 30}, "no autoencoder can be built of this: image_size 30 is not a mul"),
         ({"_class_name": "AutoencoderKL"}, "the config of diffusers' AutoencoderKL.* diffusers:FOLDER"),
@@ -444,7 +450,7 @@ def test_pushing(monkeypatch):
     assert calls == [
         ("token", "t"),
         ("create", "me/mine", True, True),
-        ("upload", "me/mine", ["README.md", "config.json", WEIGHTS_NAME], "First", "b"),
+        ("upload", "me/mine", ["README.md", SUMS, "config.json", WEIGHTS_NAME], "First", "b"),
     ]
     with pytest.raises(OSError, match=r"^a/b/c: not uploaded: not an id of the hub"):
         model.push_to_hub("a/b/c")
@@ -574,3 +580,63 @@ def test_by_default_there_is_nothing_to_know(tmp_path):
 def test_a_training_module_refuses_factors_that_could_not_be_loaded(factors, message):
     with pytest.raises(ConfigError, match=message):
         LiteAutoencoderKL(**tiny_config(**factors)["model"]["params"])
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("load", [LiteVAE.from_pretrained, AutoencoderLiteVAE.from_pretrained])
+def test_a_flipped_bit_of_an_export_is_seen(load, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    sums = tmp_path / SUMS
+    assert subprocess.run(["sha256sum", "-c", SUMS], cwd=tmp_path, capture_output=True).returncode == 0
+    flip(tmp_path / WEIGHTS_NAME, -3)
+    with pytest.raises(ValueError, match=r"safetensors: damaged: its SHA-256 is not that of SHA256SUMS") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+    sums.unlink()  # an older export
+    assert not same_weights(LiteVAE.from_pretrained(tmp_path), model)
+    AutoencoderLiteVAE.from_autoencoder(model).save_pretrained(tmp_path)  # over it
+    assert sums.is_file()
+    assert same_weights(load(tmp_path), model) or load is not LiteVAE.from_pretrained
+
+
+def test_what_ships_has_checksums():
+    for config in (ROOT / "olvae" / "pretrained").glob("*/config.json"):
+        assert subprocess.run(["sha256sum", "-c", SUMS], cwd=config.parent, capture_output=True).returncode == 0
+
+
+def test_a_received_config_builds_no_more_than_its_weights_have(tmp_path):
+    """Nor takes long to say so: 9,000 channels would be 20 GB."""
+    tiny().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["decoder_config"]["params"]["channels"] = 9000
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for kind in (LiteVAE, AutoencoderLiteVAE):
+        with pytest.raises(ConfigError, match=r"too large: [\d,]+ parameters, at most [\d,]+$"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_a_received_yaml_is_read_as_it_is(tmp_path):
+    """Without what it includes, without variables of the environment, and without what its aliases repeat."""
+    model = tiny()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "other.yaml").write_text("model: {}\n")
+    config = tmp_path / "model.yaml"
+    save(training_config(model), config)
+    assert same_weights(LiteVAE.from_pretrained(tmp_path / "model.safetensors"), model)
+    text = config.read_text()
+    config.write_text(text.replace("embed_dim: 4", "embed_dim: ${oc.env:HOME}"))
+    with pytest.raises(ConfigError, match=r"embed_dim: expected int, got '\$\{oc.env:HOME\}'"):
+        LiteVAE.from_pretrained(tmp_path / "model.safetensors")
+    config.write_text("include: other.yaml\n")
+    with pytest.raises(ConfigError, match="include: unknown key"):
+        LiteVAE.from_pretrained(tmp_path / "model.safetensors")
+    repeated = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    config.write_text(f"a: &a [{'x, ' * 9}]\n{repeated}")
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        LiteVAE.from_pretrained(tmp_path / "model.safetensors")

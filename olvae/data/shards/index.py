@@ -13,7 +13,7 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext
 
 from olvae.data.image import EXTENSIONS
-from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url
+from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url, unpacked
 from olvae.data.shards.urls import file_name, is_local, shard_names
 from olvae.files import reason, write_json
 
@@ -22,6 +22,9 @@ __all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_b
 log = logging.getLogger("olvae.data")
 
 VERSION = 1
+
+INDEX_BYTES = 2**28
+"""The most that is read of an index: of a million shards."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Index:
                 content.get("plan"),
                 [Skipped(**skipped) for skipped in content.get("unreadable", ())],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not an index with counts, sizes and checksums of shards: {error}") from error
 
 
@@ -153,28 +156,32 @@ def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str
 def _read_index(url: str) -> dict[str, int]:
     try:
         with open_url(url) as stream:
-            text = stream.read()
+            text = stream.read(INDEX_BYTES)
             if why := failure(stream):
                 raise OSError(why)
         content = json.loads(text)
         return {name: int(shard["images"]) for name, shard in content["shards"].items()}
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
 def count_images(path: Path, image_key: str | None = None) -> int | None:
     """Images of a local shard, from the headers alone, up to where it is broken; None where that is its beginning."""
     count, last, has_image, whole = 0, None, False, False
-    with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path) as archive:
-        for member in archive:
-            key, extension = base_plus_ext(member.name)
-            if key is None or not member.isreg():
-                continue
-            if key != last:
-                last, has_image = key, False
-            if not has_image and is_image(extension.lower(), image_key):
-                count, has_image = count + 1, True
-        whole = True
+    with contextlib.suppress(*SHARD_ERRORS), path.open("rb") as file:
+        start = file.read(6)
+        file.seek(0)
+        with tarfile.open(fileobj=unpacked(file, start), mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
+                key, extension = base_plus_ext(member.name)
+                if key is None or not member.isreg():
+                    continue
+                if key != last:
+                    last, has_image = key, False
+                if not has_image and is_image(extension.lower(), image_key):
+                    count, has_image = count + 1, True
+            whole = True
     return count if count or whole else None

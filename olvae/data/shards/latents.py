@@ -40,6 +40,9 @@ META = "latent.json"
 """The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the size of the
 ``image`` that the latent stands for, [width, height]: the image was padded if that is not a multiple of f."""
 
+META_BYTES = 2**20
+"""The most that is read of it."""
+
 FLIP = "_flip"
 """What the names of the mirrored image's tensors end with."""
 
@@ -86,18 +89,20 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
     """
     try:
         tensors = load(entry.data)
-        meta = json.loads(entry.files[META])
+        meta = json.loads(entry.files[META][:META_BYTES])
         flipped = _latent(tensors, FLIP) if any(name.endswith(FLIP) for name in tensors) else None
         width, height = meta["image"]
         return _latent(tensors, ""), flipped, {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UnreadableImageError(entry.name, f"not a latent of `olvae encode`: {error}") from error
 
 
 def _latent(tensors: Mapping[str, Tensor], ending: str) -> Latent:
-    if f"latent{ending}" in tensors:
-        return Latent(tensors[f"latent{ending}"])
-    return Latent(tensors[f"mean{ending}"], tensors[f"std{ending}"])
+    names = ("latent",) if f"latent{ending}" in tensors else ("mean", "std")
+    parts = [tensors[f"{name}{ending}"] for name in names]
+    if parts[0].ndim != 3 or any(part.shape != parts[0].shape or not part.is_floating_point() for part in parts):
+        raise ValueError(", ".join(f"{part.dtype} of shape {tuple(part.shape)}" for part in parts))
+    return Latent(*parts)
 
 
 def read_stats(folder: str | Path) -> dict[str, Any]:
@@ -115,8 +120,15 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
         numbers = {name: float(stats[name]) for name in ("shift_factor", "scaling_factor")}
-        read = {**stats, **numbers, "count": int(stats["count"]), "size": int(stats["size"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shape = stats["latent_shape"]
+        read = {
+            **stats,
+            **numbers,
+            "count": int(stats["count"]),
+            "size": int(stats["size"]),
+            "latent_shape": None if shape is None else [int(side) for side in shape],
+        }
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
     if read.get("format", SHARDS) != SHARDS:
         raise ValueError(f"{folder}: latents in the format {read['format']}: this takes those of --format {SHARDS}")
@@ -198,6 +210,9 @@ class LatentSource(ShardSource):
         return self._sample(latent, None, meta["key"], entry)
 
     def _sample(self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry) -> Sample:
+        shape, expected = [*latent.mean.shape], self.stats["latent_shape"]
+        if expected is not None and shape != expected:
+            raise UnreadableImageError(entry.name, f"a latent of shape {shape}, not {expected} as {STATS} says")
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
         return Sample(z, key, label=read_label(entry))
 

@@ -1,6 +1,10 @@
 """Reading shards, which are tar files of images in WebDataset's format, as far as they are whole."""
 
+import bz2
 import contextlib
+import gzip
+import lzma
+import re
 import signal
 import struct
 import tarfile
@@ -9,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from webdataset.gopen import Pipe, gopen, rewrite_url, set_options
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from olvae.data.errors import ReadError
 from olvae.data.image import EXTENSIONS
@@ -19,12 +23,39 @@ from olvae.files import legible
 __all__ = ["Entry", "Shard", "extensions", "failure", "open_url", "read_shard"]
 
 
-SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError, IndexError)
+SHARD_ERRORS = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    ValueError,
+    OverflowError,
+    IndexError,
+)
 """What reading a broken tar file raises."""
 
 TAR_BLOCK = 512  # bytes; two blocks of zeros end an archive
 
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # first bytes; reading these formats fails where they are cut off
+COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
+"""By their first bytes, how these formats are read, which fails where they are cut off."""
+
+LARGEST = 2**30
+"""Bytes of an image and the files of its name in all: an uncompressed TIFF of the largest picture that is read."""
+
+PROPORTION = 32
+"""How much larger than its file a compressed shard may be; images hardly are, arrays of drawings by some ten."""
+
+SLACK = 2**26
+"""Bytes that a compressed shard may have beyond that, because its first block may hold much."""
+
+META = re.compile(r"__[^/]*__($|/)")
+"""Names in WebDataset's shards that are not of samples."""
 
 
 class Shard(NamedTuple):
@@ -109,8 +140,8 @@ def _files(url: str, errors: list[ReadError], wanted: Callable[[str], bool] | No
     try:
         stream = open_url(url)
         tail = _Tail(stream)
-        for file in tar_file_iterator(tail, select_files=wanted):
-            yield {**file, "__url__": url}
+        for name, data in _members(tail, wanted):
+            yield {"fname": name, "data": data, "__url__": url}
         ended = tail.ended
         tail.read(TAR_BLOCK)
         if tail.exhausted and (why := failure(stream)):
@@ -127,6 +158,65 @@ def _files(url: str, errors: list[ReadError], wanted: Callable[[str], bool] | No
                 stream.close()
 
 
+def _members(file: "_Tail", wanted: Callable[[str], bool] | None) -> Iterator[tuple[str, bytes]]:
+    """The names and contents of a tar file.
+
+    Raises:
+        ValueError: those of one sample, or what the file unpacks to, are larger than they can be meant to be.
+    """
+    last, held = None, 0
+    with tarfile.open(fileobj=unpacked(file, file.start), mode="r|") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
+            if not member.isreg() or META.match(member.name) or not (wanted is None or wanted(member.name)):
+                continue
+            key = base_plus_ext(member.name)[0]
+            last, held = key, member.size + (held if key == last else 0)
+            if member.issparse() or held > LARGEST:
+                why = (
+                    "a sparse file" if member.issparse() else f"larger than {LARGEST >> 30} GiB with those of its name"
+                )
+                raise ValueError(f"{legible(member.name)}: {why}")
+            content = archive.extractfile(member)
+            assert content is not None
+            yield member.name, content.read()
+
+
+def unpacked(file: Any, start: bytes) -> Any:
+    """A file that begins with ``start`` or, where it is compressed, what is in it, within :data:`PROPORTION`."""
+    opened = next((read(file) for first, read in COMPRESSED.items() if start.startswith(first)), None)
+    return file if opened is None else _Within(opened, file)
+
+
+class _Within:
+    """What a compressed file unpacks to, as far as that is in proportion to what was read of the file."""
+
+    def __init__(self, opened: Any, file: Any) -> None:
+        self.opened = opened
+        self.file = file
+        self.seek = opened.seek
+        self.tell = opened.tell
+
+    def read(self, size: int) -> bytes:
+        """As far as the file is whole; the next call says why it ended."""
+        parts: list[bytes] = []
+        while size > 0 and (part := self._part(size, first=not parts)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _part(self, size: int, first: bool) -> bytes:
+        try:
+            part: bytes = self.opened.read1(size)
+        except SHARD_ERRORS:
+            if first:
+                raise
+            return b""
+        if self.opened.tell() > SLACK + PROPORTION * self.file.tell():
+            raise ValueError(f"it unpacks to more than {PROPORTION} times its size, a decompression bomb perhaps")
+        return part
+
+
 class _Tail:
     """A stream that knows whether the last bytes read are zeros, as they are at the end of an archive.
 
@@ -136,19 +226,26 @@ class _Tail:
     def __init__(self, stream: Any) -> None:
         self.stream = stream
         self.exhausted = False
-        self._first = self._last = b""
+        self.start = self._ahead = stream.read(6)
+        """Its first bytes."""
+        self._last = b""
+        self._place = 0
 
     def read(self, size: int) -> bytes:
-        data: bytes = self.stream.read(size)
+        data: bytes = self._ahead[:size] or self.stream.read(size)
+        self._ahead = self._ahead[size:]
         if data:
-            self._first = self._first or data[:6]
             self._last = data[-TAR_BLOCK:]
+            self._place += len(data)
         self.exhausted = not data
         return data
 
+    def tell(self) -> int:
+        return self._place
+
     @property
     def ended(self) -> bool:
-        return self._first.startswith(COMPRESSED) or not any(self._last)
+        return self.start.startswith((*COMPRESSED,)) or not any(self._last)
 
 
 def is_image(extension: str, image_key: str | None) -> bool:

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae.checkpoint import mismatches
+from olvae.checksums import SUMS, check_sums
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
+from olvae.models.named import WEIGHT_SUFFIXES
 from olvae.models.pretrained import snapshot
-from olvae.models.spec import FOR_DIFFUSION, class_in
+from olvae.models.spec import FOR_DIFFUSION, class_in, oversized
+from olvae.modules.base import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.runs import Run
+from olvae.torchfile import check_torch
 
-__all__ = ["SUBFOLDER", "DiffusersAutoencoder", "find_folder", "load_diffusers"]
+__all__ = ["SUBFOLDER", "DiffusersAutoencoder", "check_parameters", "find_folder", "load_diffusers"]
 
 
 SUBFOLDER = "vae"
@@ -106,7 +110,7 @@ def find_folder(text: str) -> Path:
         )
     for pattern in ("*.safetensors", "*.bin") if on_hub else ():
         ignored = [f"{prefix}*/*", "*.fp16.*", "*.non_ema.*"]
-        root = snapshot(name, [f"{prefix}config.json", f"{prefix}{pattern}"], ignored)
+        root = snapshot(name, [f"{prefix}config.json", f"{prefix}{SUMS}", f"{prefix}{pattern}"], ignored)
         if any((root / prefix).glob(pattern)):
             break
     return root / prefix
@@ -131,9 +135,18 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and ("Autoencoder" in name or name == "VQModel")):
         raise ConfigError(f"{folder}/config.json: {name} is not an autoencoder of diffusers {diffusers.__version__}")
-    if not trained:
-        return DiffusersAutoencoder(kind.from_config(kind.load_config(folder))).eval()
+    if large := list(oversized(kind.load_config(folder))):
+        raise ConfigError(*(f"{folder}/config.json: {line}" for line in large))
+    files = [file for suffix in WEIGHT_SUFFIXES for file in sorted(folder.glob(f"*{suffix}"))]
     try:
+        with torch.device("meta"):
+            check_parameters(kind.from_config(kind.load_config(folder)), sum(file.stat().st_size for file in files))
+        for file in files:
+            check_sums(file)
+            if file.suffix != ".safetensors":
+                check_torch(file)
+        if not trained:
+            return DiffusersAutoencoder(kind.from_config(kind.load_config(folder))).eval()
         with _quiet():
             model, report = kind.from_pretrained(
                 folder,
@@ -161,6 +174,20 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
     if broken:
         raise ValueError(f"{folder}: {len(broken)} of its tensors have non-finite values ({broken[0]}, ...)")
     return DiffusersAutoencoder(model).eval()
+
+
+def check_parameters(outline: nn.Module, stored: int) -> None:
+    """Check a network on the meta device, before it is built.
+
+    Args:
+        stored: bytes of its weights.
+
+    Raises:
+        ValueError: it has more parameters than that.
+    """
+    parameters = count_parameters(outline)
+    if stored and parameters > stored:
+        raise ValueError(f"weights of another model: its config has {parameters:,} parameters, they {stored:,} bytes")
 
 
 @contextmanager

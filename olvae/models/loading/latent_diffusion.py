@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from olvae.checkpoint import load_weights
-from olvae.models.loading.diffusers import DiffusersAutoencoder
+from olvae.models.loading.diffusers import DiffusersAutoencoder, check_parameters
 
 __all__ = ["from_latent_diffusion", "latent_diffusion_config", "pick_latent_diffusion"]
 
@@ -78,6 +79,8 @@ def latent_diffusion_config(weights: Mapping[str, Tensor], origin: str | Path) -
     """
     if attention := [name for name in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)]:
         raise ValueError(f"{origin}: attention outside the middle ({attention[0]}), which AutoencoderKL does not have")
+    from diffusers import AutoencoderKL
+
     needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     if missing := [name for name in needed if name not in weights]:
         raise ValueError(f"{origin}: an autoencoder of latent-diffusion, but without {missing[0]}")
@@ -93,7 +96,7 @@ def latent_diffusion_config(weights: Mapping[str, Tensor], origin: str | Path) -
             f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, the encoder gives {moments}: "
             "AutoencoderKL has one width for all"
         )
-    return {
+    config = {
         "in_channels": weights["encoder.conv_in.weight"].shape[1],
         "out_channels": weights["decoder.conv_out.weight"].shape[0],
         "down_block_types": ("DownEncoderBlock2D",) * len(widths),
@@ -105,3 +108,7 @@ def latent_diffusion_config(weights: Mapping[str, Tensor], origin: str | Path) -
         "use_post_quant_conv": "post_quant_conv.weight" in weights,
         "mid_block_add_attention": "encoder.mid.attn_1.norm.weight" in weights,
     }
+    with torch.device("meta"):
+        outline: Any = AutoencoderKL(**config)
+        check_parameters(outline, sum(weight.nbytes for weight in weights.values()))
+    return config

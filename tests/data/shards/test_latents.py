@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import Photo, from_uint8, image_to_tensor
@@ -176,6 +177,25 @@ def test_a_broken_latent_is_counted_and_another_one_stands_in(latents):
         take(source(latents, max_unreadable=0.0).train_loader(), 12)
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"mean": torch.zeros(4, 2, 2), "std": torch.ones(4, 2)},
+        {"mean": torch.zeros(4), "std": torch.ones(4)},
+        {"mean": torch.zeros(4, 2, 2, dtype=torch.int64), "std": torch.ones(4, 2, 2)},
+        {"mean": torch.zeros(4, 3, 2), "std": torch.ones(4, 3, 2)},
+    ],
+)
+def test_a_latent_of_another_shape_is_unreadable(latents, tensors):
+    path = latents / "000001.tar"
+    with tarfile.open(path) as archive:
+        files = [(member.name, archive.extractfile(member).read()) for member in archive]
+    write_tar(path, [(n, save(tensors) if n == "0011.latent.safetensors" else c) for n, c in files])
+    loader = source(latents, max_unreadable=0.1).val_loader()
+    assert sum(len(batch["key"]) for batch in loader) == 22
+    assert loader.read_errors.lost == 1
+
+
 def test_what_it_refuses(latents, tmp_path, image_folder):
     with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"):
         source(image_folder)
@@ -192,9 +212,11 @@ def test_what_it_refuses(latents, tmp_path, image_folder):
     shapes = [batch["latent"].shape for batch in source(tmp_path / "native", batch_size=1).val_loader()]
     assert shapes[0] == (1, 4, 5, 6)
     assert shapes[-1] == (1, 4, 1, 3)
-    (latents / "stats.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a description of latents"):
-        source(latents)
+    stats = json.loads((latents / "stats.json").read_text())
+    for broken in ({}, {key: value for key, value in stats.items() if key != "latent_shape"}):
+        (latents / "stats.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="not a description of latents"):
+            source(latents)
 
 
 def test_two_processes_may_write_one_description(tmp_path, monkeypatch):

@@ -1,0 +1,304 @@
+"""``make fuzz``: mutated files through what reads them. FUZZ_INPUTS and FUZZ_SECONDS bound it, together.
+
+What fails is kept in ``examples`` beside this file and tried first the next time.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
+from PIL import Image, features
+from safetensors.torch import save_file
+
+from olvae import LiteVAE
+from olvae.checkpoint import read_weights
+from olvae.config import save
+from olvae.data.errors import ReadError, UnreadableImageError
+from olvae.data.image import Photo
+from olvae.data.sampler import LoaderProcess
+from olvae.data.shards.index import INDEX, Index, counts_beside
+from olvae.data.shards.latents import LatentSource
+from olvae.data.shards.pairs import PairSource
+from olvae.data.shards.read import Shard, read_shard
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import eval_sample
+from olvae.data.transforms import EvalTransform, RandomScaleCrop
+from olvae.models.loading.targets import find_target
+from tests.conftest import tiny_config
+from tests.data.images import picture, write_shard, write_tar
+from tests.export.latents import encode
+from tests.export.tiny import tiny_litevae
+from tests.fuzz.mutations import CHANGES, mutate
+
+pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(0)]
+
+INPUTS = int(os.environ.get("FUZZ_INPUTS", "10000"))
+
+DATABASE = DirectoryBasedExampleDatabase(Path(__file__).parent / "examples")
+
+
+def inputs(share: float) -> Callable[[Any], Any]:
+    """A test of this share of the inputs, each of changes to one of the seeds."""
+
+    def decorate(test: Any) -> Any:
+        drawn = example(changes=[], which=0)(given(changes=CHANGES, which=st.integers(0, 999))(test))
+        limited = settings(
+            max_examples=max(1, round(share * INPUTS)),
+            deadline=None,
+            database=DATABASE,
+            suppress_health_check=list(HealthCheck),
+        )(drawn)
+        limited.share = share
+        return limited
+
+    return decorate
+
+
+def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def array() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((20, 24, 3), dtype=np.uint8))
+    return stream.getvalue()
+
+
+IMAGES = [
+    *((f"a.{kind.lower()}", saved(picture(0), kind)) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")),
+    *((("a.avif", saved(picture(0), "AVIF")),) if features.check("avif") else ()),
+    ("sixteen.png", saved(Image.fromarray(np.full((20, 24), 25_700, dtype=np.uint16)), "PNG")),
+    ("alpha.png", saved(picture(0).convert("RGBA"), "PNG")),
+    ("palette.png", saved(picture(0).quantize(4), "PNG", transparency=0)),
+    ("progressive.jpg", saved(picture(0), "JPEG", progressive=True)),
+    (
+        "turned.jpg",
+        saved(picture(0), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    ),
+    ("packed.tif", saved(picture(0), "TIFF", compression="tiff_lzw")),
+    ("a.npy", array()),
+]
+
+
+@inputs(0.3)
+def test_images(watch, changes, which):
+    name, seed = IMAGES[which % len(IMAGES)]
+    data = mutate(seed, changes, [content for _, content in IMAGES])
+
+    def use() -> None:
+        eval_sample(Photo(data, name), "a", EvalTransform(16))
+        RandomScaleCrop(16)(Photo(data, name), np.random.default_rng(0))
+
+    watch(use)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """A folder with a good shard, which a mutated one is put beside."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "good.tar", range(3))
+    return folder
+
+
+@inputs(0.15)
+def test_shards(watch, shards, changes, which):
+    import gzip
+
+    file = shards / ("mutated.tar.gz" if which % 4 == 0 else "mutated.tar")
+    seed = write_shard(shards / "seed.tar", range(3)).read_bytes()
+    (shards / "seed.tar").unlink()
+    data = mutate(seed, changes, [seed, bytes(3000), IMAGES[1][1]])
+    if which % 4 == 0:
+        data = gzip.compress(data, 1)
+        data = mutate(data, changes[:1], [data]) if which % 8 == 0 else data
+    file.write_bytes(data)
+
+    def use() -> None:
+        for entry in read_shard(Shard(str(file)), dotted=[]):
+            if not isinstance(entry, ReadError):
+                try:
+                    Photo(entry.data, entry.name).read()
+                except UnreadableImageError:
+                    continue
+        source = WebDatasetSource(str(shards / "good.tar"), 8, 1, val_shards=str(file), max_unreadable=1.0)
+        assert len(list(source.val_loader())) <= 1000
+        source = WebDatasetSource([str(file)], 8, 1, val_shards=str(shards / "good.tar"), max_unreadable=1.0)
+        list(islice(source.stream(0, 0, LoaderProcess()), 8))
+
+    try:
+        watch(use)
+    finally:
+        file.unlink()
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+@pytest.fixture(scope="module")
+def model() -> LiteVAE:
+    torch.manual_seed(0)
+    return tiny_litevae()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model, tmp_path_factory) -> tuple[Path, list[tuple[bytes, dict[str, bytes] | None]]]:
+    """A folder with the config, and files of torch: whole, or a pickle with the other records of its archive."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    config = tiny_config()
+    save({"model": config["model"]}, folder / "a.yaml")
+    content = {"state_dict": model.state_dict(), "epoch": 3, "hyper_parameters": {"a": [1, 2.5, None]}, "s": {1, 2}}
+    seeds: list[tuple[bytes, dict[str, bytes] | None]] = []
+    for old in (False, True):
+        torch.save(content, folder / "seed.pt", _use_new_zipfile_serialization=not old)
+        seeds.append(((folder / "seed.pt").read_bytes(), None))
+    small = dict(islice(model.state_dict().items(), 3))
+    for one in (content, small, {**small, "x": bytearray(8)}, {**small, "x": Harmful()}, {**small, "x": np.zeros(3)}):
+        torch.save(one, folder / "seed.pt")
+        with zipfile.ZipFile(folder / "seed.pt") as archive:
+            records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+        seeds.append((records.pop("data.pkl"), records))
+    (folder / "seed.pt").unlink()
+    return folder, seeds
+
+
+@inputs(0.2)
+def test_checkpoints(watch, checkpoints, changes, which):
+    folder, seeds = checkpoints
+    seed, records = seeds[which % len(seeds)]
+    data = mutate(seed, changes, [content for content, _ in seeds] + [pickle.dumps(bytearray(3), 2)])
+    file = folder / "a.ckpt"
+    if records is None:
+        file.write_bytes(data)
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in {"data.pkl": data, **records}.items():
+                archive.writestr(f"a/{name}", content)
+
+    def use() -> None:
+        read_weights(file)
+        LiteVAE.from_pretrained(file, allow_mismatch=which % 2 == 0)
+
+    watch(use)
+
+
+@inputs(0.1)
+def test_safetensors(watch, model, tmp_path_factory, changes, which):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    state = {f"olvae.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(state, file, metadata={"format": "pt", "config": json.dumps(model.export_config())})
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    if which % 3:  # the header alone, with its right length
+        header = mutate(whole[8 : 8 + length], changes, [whole[8 : 8 + length]])
+        data = len(header).to_bytes(8, "little") + header + whole[8 + length :]
+    else:
+        data = mutate(whole, changes, [whole])
+    file.write_bytes(data)
+
+    def use() -> None:
+        find_target(file, allow_mismatch=which % 2 == 0).load()
+
+    watch(use)
+
+
+@inputs(0.1)
+def test_configs(watch, model, tmp_path_factory, changes, which):
+    folder = tmp_path_factory.getbasetemp() / "config"
+    shutil.rmtree(folder, ignore_errors=True)
+    if which % 2:
+        model.save_pretrained(folder)
+        file = folder / "config.json"
+    else:
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "a.safetensors")
+        file = folder / "a.yaml"
+        save({"model": tiny_config()["model"]}, file)
+    seed = file.read_bytes()
+    file.write_bytes(
+        mutate(seed, changes, [seed, b"&a [*a, *a]", b"${a}", b"include: a.yaml\n", b"!!python/name:os.system"])
+    )
+
+    def use() -> None:
+        find_target(folder, allow_mismatch=which % 3 == 0).load()
+
+    watch(use)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """A small folder of ``olvae encode --images --flip``."""
+    folder = tmp_path_factory.mktemp("latents")
+    (folder / "photos").mkdir()
+    for number in range(4):
+        picture(number).save(folder / "photos" / f"{number}.png")
+    encode(folder / "photos", folder / "seed", shard_size=2, images=True, flip=True)
+    return folder
+
+
+@inputs(0.1)
+def test_latents(watch, latents, changes, which):
+    import tarfile
+
+    folder = latents / "mutated"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(latents / "seed", folder)
+    shard = sorted(folder.glob("*.tar"))[0]
+    if which % 4 == 0:
+        file = folder / "stats.json"
+        file.write_bytes(mutate(file.read_bytes(), changes, [file.read_bytes()]))
+    elif which % 4 == 1:
+        shard.write_bytes(mutate(shard.read_bytes(), changes, [shard.read_bytes()]))
+    else:
+        with tarfile.open(shard) as archive:
+            files = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+        one = which // 4 % len(files)
+        files[one] = (files[one][0], mutate(files[one][1], changes, [content for _, content in files]))
+        write_tar(shard, files)
+
+    def use() -> None:
+        source = LatentSource(folder, 2, max_unreadable=1.0, per_channel=which % 2 == 0)
+        list(source.val_loader())
+        list(islice(iter(source.train_loader()), 6))
+        pairs = PairSource(folder, 2, max_unreadable=1.0)
+        list(pairs.val_loader())
+        list(islice(iter(pairs.train_loader()), 6))
+
+    watch(use)
+
+
+@inputs(0.05)
+def test_indexes(watch, tmp_path_factory, changes, which):
+    folder = tmp_path_factory.getbasetemp() / "indexed"
+    folder.mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        if not (folder / f"{name}.tar").is_file():
+            write_shard(folder / f"{name}.tar", range(3))
+    shards = {f"{name}.tar": {"images": 3, "bytes": 10, "sha256": "0" * 64} for name in ("a", "b")}
+    seed = json.dumps({"version": 1, "images": 6, "shards": shards, "unreadable": [], "plan": None}).encode()
+    (folder / INDEX).write_bytes(mutate(seed, changes, [seed, b"[" * 3000]))
+
+    def use() -> None:
+        counts_beside([str(folder / "a.tar")])
+        source = WebDatasetSource(folder, 8, 1, max_unreadable=1.0)
+        list(islice(iter(source.val_loader()), 8))
+        list(islice(source.stream(0, 0, LoaderProcess()), 8))
+        Index.read(folder / INDEX)
+
+    watch(use)

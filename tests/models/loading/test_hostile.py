@@ -1,0 +1,51 @@
+"""Files of other projects that ask for more than they hold."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from olvae.config import ConfigError
+from olvae.models.loading.targets import find_target
+from tests.models.autoencoder_kl import autoencoder_kl
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_out_channels": [9024] * 4}, "weights of another model: its config has [0-9,]+ parameters"),
+        ({"layers_per_block": 10**9}, "layers_per_block: more than 24 in a config that was received"),
+    ],
+)
+def test_a_config_of_diffusers_builds_no_more_than_its_weights_have(change, message, tmp_path):
+    autoencoder_kl().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        find_target(f"diffusers:{tmp_path}").load()
+    with pytest.raises((ConfigError, ValueError), match=message):
+        find_target(f"diffusers:{tmp_path}").untrained()
+
+
+def test_a_flipped_bit_and_a_harmful_pickle_of_a_folder_of_diffusers(tmp_path):
+    autoencoder_kl().save_pretrained(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64} *diffusion_pytorch_model.safetensors\n")
+    with pytest.raises(ValueError, match=r"not a readable AutoencoderKL: .* damaged"):
+        find_target(f"diffusers:{tmp_path}").load()
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (8 * 10**9).to_bytes(5, "little") + b"\x85R." + bytes(6 * 10**6)
+    )
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        find_target(f"diffusers:{tmp_path}").load()
+
+
+def test_a_file_of_latent_diffusion_whose_shapes_hold_nothing(tmp_path):
+    shapes = {"encoder.conv_in.weight": (3, 3), "encoder.conv_out.weight": (8, 3), "decoder.conv_in.weight": (0, 4)}
+    shapes |= {"decoder.conv_out.weight": (3, 0), "encoder.down.0.block.0.norm1.weight": (0,)}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    tensors["encoder.down.0.block.0.conv1.weight"] = torch.zeros(9024, 0)
+    save_file(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="weights of another model: its config has"):
+        find_target(tmp_path / "vae.safetensors")
