@@ -182,7 +182,8 @@ def test_weights_are_checked_with_one_read(tmp_path):
 def test_buffers_that_are_not_finite_are_not_saved(tmp_path):
     """BatchNorm's, whose values no gradient would show."""
     saved, model = [], build(against(lecam_weight=0.1))
-    trainer = SimpleNamespace(default_root_dir=tmp_path, global_step=3, save_checkpoint=lambda *_, **__: saved.append(1))
+    save = lambda *_, **__: saved.append(1)  # noqa: E731
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_step=3, save_checkpoint=save)
     name, buffer = next((n, b) for n, b in model.named_buffers() if n.endswith("running_var"))
     buffer[0] = float("inf")
     with pytest.raises(FloatingPointError, match=f"non-finite weights at step 3, in {name}: nothing is saved"):
