@@ -21,7 +21,7 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
-from olvae.files import atomic_write, reason, set_aside, write_json
+from olvae.files import atomic_write, reason, remove_partials, set_aside, write_json
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -69,9 +69,8 @@ class KeepCheckpoints(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run = _run(trainer)
         if trainer.is_global_zero:
-            for folder in (run.checkpoints, run.images):
-                for partial in folder.glob(".partial-*"):  # of a run that was killed while it wrote
-                    partial.unlink()
+            for folder in (run.path, run.checkpoints, run.images):
+                remove_partials(folder.glob(".partial-*"))
         self._best = self._best_before(run, trainer.is_global_zero)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

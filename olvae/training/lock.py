@@ -97,15 +97,21 @@ class RunLock:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Create a file with this text; False if there is one."""
+    """Create a file with this text, whole at once; False if there is one."""
+    partial = path.with_name(f".partial-{uuid4().hex[:8]}-{path.name}")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        partial.write_text(text, encoding="utf-8")
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: a kill between these two lines leaves a lock that can't be read
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
     except FileExistsError:
         return False
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
     return True
 
 
