@@ -21,7 +21,7 @@ from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
-from olvae.files import atomic_write, reason, remove_partials, set_aside, write_json
+from olvae.files import atomic_write, reason, set_aside, write_json
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -64,13 +64,11 @@ class KeepCheckpoints(Checkpoint):
         self._saved = self._kept = 0  # steps
         self._images = 0  # seen at the last save: they grow in the discriminator's warm-up too
         self._in_step = False
+        self._due = False  # a save, after the validation of this step
         self._warned = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run = _run(trainer)
-        if trainer.is_global_zero:
-            for folder in (run.path, run.checkpoints, run.images):
-                remove_partials(folder.glob(".partial-*"))
         self._best = self._best_before(run, trainer.is_global_zero)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,11 +103,22 @@ class KeepCheckpoints(Checkpoint):
             self._kept = step
         due = step != self._saved and step % self.every_n_steps == 0
         if due or (stopping and pl_module.images_seen > self._images):
-            self._save(trainer, pl_module, "last.ckpt")
-            self._saved, self._images = step, pl_module.images_seen
+            self._due = True
+            if not _validation_follows(trainer):
+                self._save_last(trainer, pl_module)
         self._in_step = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep_best(trainer, pl_module)
+        if self._due:  # not earlier: a run that is killed in between and resumed would leave the validation out
+            self._save_last(trainer, pl_module)
+
+    def _save_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        self._save(trainer, pl_module, "last.ckpt")
+        self._saved, self._images, self._due = trainer.global_step, pl_module.images_seen, False
+
+    def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         after_fit = trainer.state.fn != TrainerFn.FITTING
         if self.best is None or trainer.sanity_checking or (after_fit and not _run(trainer).last_checkpoint.is_file()):
             return
@@ -327,6 +336,12 @@ class UnreadableLimit(Callback):
         if self._lost.any_asked(loader.read_errors.lost > self._shared):
             loader.read_errors.share()
             self._shared = loader.read_errors.lost
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether this batch is followed by a validation."""
+    batches, every = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
+    return trainer.enable_validation and trainer.limit_val_batches != 0 and every is not None and batches % every == 0
 
 
 def _copy_last(run: Run, note: Mapping[str, Any]) -> None:

@@ -84,7 +84,7 @@ class RunLock:
             )
         if _lives(holder):
             raise ConfigError(f"{run.path}: is being trained by {holder}: wait for its end, or stop it")
-        aside = run.lock.with_name(f".lock-{uuid4().hex[:8]}")
+        aside = run.lock.with_name(f".partial-{uuid4().hex[:8]}")
         try:
             run.lock.rename(aside)
         except FileNotFoundError:  # somebody else was faster

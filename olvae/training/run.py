@@ -22,7 +22,7 @@ from olvae.config import Config, ConfigError, with_paths
 from olvae.data.places import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
-from olvae.files import no_empty_folders, write_json
+from olvae.files import no_empty_folders, remove_partials, write_json
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.footprint import advice, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -408,6 +408,8 @@ def _take(lock: RunLock, run: runs.Run) -> None:
     if is_first():
         try:
             lock.take(run)
+            for folder in (run.path, run.checkpoints, run.images):  # what a killed process left half-written
+                remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
             refusal = [str(error)]
     if meet()[1] > 1:

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -22,6 +23,7 @@ from olvae.runs import Run
 from olvae.training import run as training
 from olvae.training.saving import BackgroundCheckpointIO
 from tests.conftest import tiny_config
+from tests.soak.killed import killed_before
 
 
 @pytest.fixture
@@ -364,3 +366,21 @@ def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train
     first = next(i for i, (name, *_) in enumerate(seen) if name == "last.ckpt")
     assert seen[first] == ("last.ckpt", True, False, 3)
     assert all(unchanged for _, unchanged, *_ in seen[:first])
+
+
+def test_a_kill_in_a_validation_does_not_leave_it_out(olvae_train, tmp_path, image_folder):
+    """The step's checkpoint is saved after its validation, so that the run goes on before both."""
+    config = tiny_config(image_folder)
+    config["lightning"]["trainer"] |= {"max_steps": 6, "val_check_interval": 2}
+    keep = {"target": "olvae.training.callbacks.KeepCheckpoints", "params": {"every_n_steps": 2}}
+    config["lightning"]["callbacks"] = {"keep": keep}
+    save(config, tmp_path / "tiny.yaml")
+    begin = partial(olvae_train, "--base", tmp_path / "tiny.yaml")
+    killed_before(tmp_path / "runs", "tiny_32/images/step=00000004.png", begin)
+    (path,) = (tmp_path / "runs").iterdir()
+    assert steps(Run(path)) == 2
+    code, err = olvae_train("--resume", path)
+    assert code == 0, err
+    assert steps(Run(path)) == 6
+    assert [p.name for p in sorted((path / "images").glob("step*"))] == [f"step={n:08d}.png" for n in (2, 4, 6)]
+    assert not list(path.rglob(".partial-*"))
