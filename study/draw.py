@@ -112,15 +112,19 @@ def _encoders(rows: Found) -> str:
                 _spread([_psnr(row, "64") for row in of_seeds]),
                 _spread([_psnr(row) for row in of_seeds]),
                 _spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
+                *(
+                    _spread([row["sizes"][SIZE]["bands"][band]["mse"] for row in of_seeds], 0)
+                    for band in ("LL3", "LH3")
+                ),
                 _spread([row["frechet_lite0"] for row in of_seeds], 1),
             ]
         )
     bicubic = rows["litevae_0"].get("bicubic", {}) if "litevae_0" in rows else {}
     if bicubic:
         at_64, at_256 = (f"{bicubic[size]['psnr']:.2f}" for size in ("64", SIZE))
-        lines.append(["bicubic", "", "", "", "", at_64, at_256, f"{bicubic[SIZE]['ssim']:.3f}", ""])
-    headings = ["encoder", "GMACs", "rate", "steps", "seconds", "dB at 64", "dB at 256", "SSIM", "Fréchet, Lite0"]
-    return _table(headings, lines)
+        lines.append(["bicubic", "", "", "", "", at_64, at_256, f"{bicubic[SIZE]['ssim']:.3f}", "", "", ""])
+    headings = ["encoder", "GMACs", "rate", "steps", "seconds", "dB at 64", "dB at 256", "SSIM", "LL3", "LH3"]
+    return _table([*headings, "Fréchet, Lite0"], lines)
 
 
 def _compared(title: str, names: Mapping[str, str]) -> Callable[[Found], str]:
@@ -213,7 +217,9 @@ def _plot(rows: Found, path: Path) -> None:
         if name in rows
     }
     by_time: dict[str, tuple[list[float], list[float]]] = {}
-    for title, pattern in (("LiteVAE-S", r"litevae_(time_)?\d|rate_litevae_.*"), ("SD", r"sd_\d|rate_sd_.*")):
+    for title, network in (("LiteVAE-S", "litevae"), ("SD", "sd")):
+        rate = rows[f"{network}_0"]["rate"] if f"{network}_0" in rows else ""
+        pattern = rf"{network}_(time_)?\d|rate_{network}_{re.escape(rate)}"
         of_network = [row for name, row in rows.items() if re.fullmatch(pattern, name)]
         of_network.sort(key=lambda row: row["processor_seconds"])
         by_time[title] = [row["processor_seconds"] for row in of_network], [_psnr(row) for row in of_network]

@@ -38,7 +38,7 @@ ROWS = {
 def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     assert TABLES["rates"](ROWS).splitlines()[2:] == ["| litevae | 21.00 |  |", "| sd |  | 20.00 |"]
     encoders = TABLES["encoders"](ROWS).splitlines()
-    assert "| 25.00 ± 1.41 | 25.00 ± 1.41 | 0.700 ± 0.000 | 3.0 ± 0.0 |" in encoders[2]
+    assert "| 25.00 ± 1.41 | 25.00 ± 1.41 | 0.700 ± 0.000 | 12 ± 0 | 12 ± 0 | 3.0 ± 0.0 |" in encoders[2]
     assert encoders[-1].startswith("| bicubic |")
     assert len(encoders) == 5  # no row of equal time yet
     objective = TABLES["objective"](ROWS).splitlines()
