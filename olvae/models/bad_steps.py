@@ -1,5 +1,6 @@
 """A training step whose loss or gradients are not finite changes nothing, and no good step waits to find out."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["BadStep", "StepGuard"]
+
+MOST = 10_000
+"""Steps that are remembered where nobody looks."""
 
 GRADIENT = "gradient of the "
 """In front of a player's name: what is seen last in a step, and alone under fp16 where only its scale was too large."""
@@ -63,7 +67,7 @@ class StepGuard:
         self._modules = list(modules)
         self._buffers: list[tuple[list[Tensor], Tensor]] = []  # of one dtype, and their values before the step
         self._record = _Record()
-        self._records: list[_Record] = []
+        self._records: deque[_Record] = deque(maxlen=MOST)
         self.good: Tensor | float = 1.0
         """0.0 if the last update changed nothing, else 1.0: on the device."""
 
@@ -143,7 +147,8 @@ class StepGuard:
 
     def look(self) -> list[BadStep | None]:
         """The steps since the last look, None for a good one."""
-        records, self._records = self._records, []
+        records = list(self._records)
+        self._records.clear()
         if not records:
             return []
         flags = torch.stack([record.bad for record in records if record.bad is not None]).tolist()
