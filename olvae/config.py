@@ -189,7 +189,9 @@ def _yaml(path: Path) -> DictConfig:
     try:
         if path.stat().st_size > CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which no config is")
-        if _count(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader), {}) > MOST_VALUES:
+        with path.open(encoding="utf-8") as file:
+            values = _count(yaml.compose(file, yaml.SafeLoader), {})
+        if values > MOST_VALUES:
             raise ConfigError(f"{path}: more than {MOST_VALUES} values, counting what its aliases repeat")
         part = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:

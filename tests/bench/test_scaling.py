@@ -4,6 +4,7 @@ from PIL import Image
 from olvae.bench import scaling
 
 
+@pytest.mark.slow
 def test_time_and_memory_per_pixel(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "default_memory", lambda _: 24 * 2**20)
     rows = scaling.bench_scaling([32, 64, 512], [1, 2], "cpu", rounds=1)

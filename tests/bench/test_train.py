@@ -27,6 +27,7 @@ def test_the_other_step_runs_forward_twice(monkeypatch):
     assert result["speedup"] == result["two_forwards_s"] / result["one_forward_s"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 0.02)])
 def test_a_step_with_every_option_has_the_same_losses(monkeypatch, precision, tolerance):
     losses = []

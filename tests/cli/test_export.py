@@ -82,7 +82,13 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     assert "loaded back: equal\nin diffusers: equal\n" in err
     assert "not measured: measure with olvae latents" in err
     assert err.endswith(f"export: {out}\n")
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", WEIGHTS_NAME, "metrics.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "config.json",
+        WEIGHTS_NAME,
+        "metrics.json",
+    ]
     assert "averaged over training (EMA)" in (out / "README.md").read_text()
     x = torch.rand(1, 3, 16, 16)
     expected = LiteVAE.from_pretrained(run_folder)(x)[0]

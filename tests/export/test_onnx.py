@@ -41,6 +41,7 @@ def check_files(model: LiteVAE, folder: Path) -> None:
         assert_close(reconstruction, image)
 
 
+@pytest.mark.slow
 def test_files_are_right_at_sizes_not_seen(tmp_path):
     model = tiny(use_quant=True)
     differences = export(model, tmp_path / "vae", Provenance("x"), onnx=True)

@@ -91,6 +91,7 @@ def test_compiled_training_is_training(image_folder, graphs):
     assert copy.deepcopy(compiled).encoder._compiled_call_impl is None
 
 
+@pytest.mark.slow
 def test_a_gradient_ratio_goes_through_a_graph_that_was_compiled_without_one(image_folder, monkeypatch):
     """The first step's backward pass compiles; the second one reports a ratio before its own."""
     compiler = torch.compile
@@ -110,6 +111,7 @@ def test_inductor_trains_alike(image_folder):
         assert metrics(compiled)[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_validation_is_not_compiled(graphs):
     model, x = build(compile=True), torch.randn(1, 3, 16, 16)
     model.on_fit_start()

@@ -60,7 +60,7 @@ def read_scalars(run: Path, name: str) -> list[float]:
 TWO = ("data.params.batch_size=4", "lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
 
 
-@pytest.mark.parametrize("config", ["configs/demo.yaml", "configs/demo_b.yaml"])
+@pytest.mark.parametrize("config", [pytest.param("configs/demo.yaml", marks=pytest.mark.slow), "configs/demo_b.yaml"])
 def test_two_processes_are_one(tmp_path, config):
     one = command(tmp_path, config, "one", "data.params.size=64", "data.params.batch_size=8")
     two = command(tmp_path, config, "two", "data.params.size=64", *TWO)
@@ -86,6 +86,7 @@ def test_two_processes_align_a_latent_as_one(tmp_path, vit):
         torch.testing.assert_close(tensor, two["state_dict"][name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_a_teacher_as_one(tmp_path):
     """Both halves, through the teacher's decoder too."""
     tiny_kl(
@@ -117,7 +118,7 @@ def test_two_processes_learn_from_a_teacher_as_one(tmp_path):
     assert values == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("shards", marks=pytest.mark.slow)])
 def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(tmp_path, image_folder, kind):
     if kind == "folder":
         (tmp_path / "val").mkdir()
@@ -147,6 +148,7 @@ def test_torchrun_makes_one_run_folder(tmp_path, image_folder):
     assert two["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(tmp_path, image_folder):
     (image_folder / "class2" / "empty.png").touch()  # which is for training, by its hash
     config = tmp_path / "tiny.yaml"

@@ -88,7 +88,7 @@ def test_wandb_offline(train_with, image_folder, monkeypatch):
     for piece in pieces:
         for row in _history(next(piece.glob("run-*.wandb"))):
             step = row["trainer/global_step"]
-            found |= {(name, step): value for name, value in row.items() if isinstance(value, float)}
+            found |= {(name, step): value for name, value in row.items() if isinstance(value, float | int)}
             pictures += [piece / "files" / name for name in row.get("val/images/filenames", [])]
     expected = scalars_of_csv(run)
     assert expected == pytest.approx({key: found[key] for key in expected}, rel=1e-6)

