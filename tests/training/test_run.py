@@ -17,14 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError, instantiate, load, save
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.mapped.folder import FolderSource
 from olvae.metrics.pixel import psnr
-from olvae.models.footprint import MARGIN, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from olvae.training import run as training
-from olvae.training.run import TrainOptions, check_adversary, check_images, check_memory, train
+from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 
@@ -542,76 +540,3 @@ def test_processes_of_torchrun_that_would_not_train_together_are_refused(go, tmp
     with pytest.raises(ConfigError, match=r"torchrun started 2 processes, but .* name 1 device: set --gpus 2, or"):
         go()
     assert not (tmp_path / "runs").exists()
-
-
-PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
-
-
-def model(**params) -> LiteAutoencoderKL:
-    return LiteAutoencoderKL(**tiny_config(**params)["model"]["params"])
-
-
-def against(**params) -> LiteAutoencoderKL:
-    node = {"discriminator_config": PATCHGAN, **params}
-    return model(adversary_config={"target": "olvae.models.adversary.Adversary", "params": node})
-
-
-def source(root, size: int = 16, **params) -> FolderSource:
-    return FolderSource(str(root), size, 4, **params)
-
-
-def test_images_must_fit(image_folder):
-    check_images(model(), source(image_folder))
-    with pytest.raises(ConfigError, match=r"20 is not a multiple of 8, .* use 16 or 24"):
-        check_images(model(), source(image_folder, 20))
-    with pytest.raises(ConfigError, match="the images have 1 channels, the model takes 3"):
-        check_images(model(), source(image_folder, channels=1))
-
-
-def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_folder):
-    equivariant = model(equivariance=0.5)
-    check_images(equivariant, source(image_folder, 32))
-    equivariant.loss.perceptual = torch.nn.Identity()
-    with pytest.raises(
-        ConfigError, match="size: 32: equivariance shrinks images to a quarter, and the perceptual loss needs 16"
-    ):
-        check_images(equivariant, source(image_folder, 32))
-    check_images(equivariant, source(image_folder, 64))
-
-
-def test_an_adversary_must_play(image_folder):
-    check_adversary(model(), source(image_folder), 1)
-    check_adversary(against(start_step=3), source(image_folder), 4)
-    with pytest.raises(ConfigError, match="start_step: 4 is not before the last of 4 steps"):
-        check_adversary(against(start_step=4), source(image_folder), 4)
-
-
-def test_an_adversary_is_checked_for_a_term_beside_it(image_folder):
-    playing = against()
-    playing.objective.weights = {"kl": 1e-6}
-    with pytest.raises(ConfigError, match="one of the losses that compare images"):
-        check_adversary(playing, source(image_folder), 4)
-
-
-def test_memory_is_checked_before_the_first_step(image_folder, capfd):
-    counted = footprints(model(), 16, "32")["A", False]
-    enough = int(MARGIN * counted.total(4)) + 1
-    check_memory(model(), source(image_folder), "32", enough)
-    assert capfd.readouterr().err == ""
-    check_memory(model(), source(image_folder), "32", enough - 2)
-    err = capfd.readouterr().err
-    assert "warning: memory: a step with 4 images needs about 0.0 GiB" in err
-    assert (
-        "set data.params.batch_size=2 lightning.trainer.accumulate_grad_batches=2 or model.params.checkpoint=true"
-        in err
-    )
-    check_memory(model(), source(image_folder), "32", enough - 2, warns=False)
-    assert capfd.readouterr().err == ""
-    check_memory(model(), source(image_folder), "32", counted.least(1))
-    with pytest.raises(ConfigError, match="not even one image fits: a step with 4 images"):
-        check_memory(model(), source(image_folder), "32", counted.least(1) - 1)
-
-
-def test_memory_with_a_bound_is_not_mended_by_checkpointing(image_folder, capfd):
-    check_memory(model(activation_bound=1.0), source(image_folder), "32", 2**20)
-    assert "checkpoint" not in capfd.readouterr().err
