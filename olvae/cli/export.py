@@ -113,7 +113,6 @@ def command(
 
     Example: olvae export runs/*_demo_32 --out demo-vae --latents latents
     """
-
     from rich.console import Console
 
     from olvae.config import ConfigError

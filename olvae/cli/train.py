@@ -63,7 +63,7 @@ def command(
 
     Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
-    end_on(signal.SIGTERM, signal.SIGUSR1)
+    end_on(signal.SIGUSR1)
     from olvae.config import ConfigError, check, load
     from olvae.runs import open_run
 

@@ -65,21 +65,25 @@ class StepGuard:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
-        self._buffers: list[tuple[list[Tensor], Tensor]] = []  # of one dtype, and their values before the step
+        self._buffers: list[list[Tensor]] = []  # by dtype
+        self._before: list[Tensor] = []  # their values before the step
         self._record = _Record()
         self._records: deque[_Record] = deque(maxlen=MOST)
         self.good: Tensor | float = 1.0
         """0.0 if the last update changed nothing, else 1.0: on the device."""
 
+    def prepare(self) -> None:
+        """Find the buffers, when the modules are on their device: not in every step."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in (b for module in self._modules for b in module.buffers()):
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._buffers = list(by_dtype.values())
+
     @torch.no_grad()
     def start(self) -> None:
         """Before the first micro-batch of a step."""
         self._record = _Record()
-        self._buffers = []
-        for dtype in (torch.float32, torch.float64, torch.int64, torch.bool):
-            same = [b for module in self._modules for b in module.buffers() if b.dtype == dtype]
-            if same:
-                self._buffers.append((same, torch.cat([b.flatten() for b in same])))
+        self._before = [torch.cat([b.flatten() for b in same]) for same in self._buffers]
 
     def batch(self, keys: Sequence[str]) -> None:
         """At the beginning of a micro-batch."""
@@ -128,7 +132,7 @@ class StepGuard:
         """
         self.good = 1.0 - updates[0]
         bad = torch.stack(list(updates)).amax()
-        for buffers, before in self._buffers:
+        for buffers, before in zip(self._buffers, self._before, strict=True):
             now = torch.cat([b.flatten() for b in buffers])
             kept = torch.where(bad > 0, before, now).split([b.numel() for b in buffers])
             torch._foreach_copy_(buffers, [value.view_as(b) for value, b in zip(kept, buffers, strict=True)])

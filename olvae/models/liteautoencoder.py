@@ -488,16 +488,18 @@ class LiteAutoencoderKL(ValidatedModule):
         """
         optimizers, schedules = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         scaler = grad_scaler(self)
-        plays = (autoencoder, adversary is not None)
-        sides = [(player, o.optimizer) for player, o, does in zip(self.players, optimizers, plays) if does]  # noqa: B905
-        norms = {player: self._norm(player, optimizer) for player, optimizer in sides}
+        norms: dict[str, Tensor] = {}
+        if autoencoder:
+            norms["autoencoder"] = self._norm(optimizers[0].optimizer)
+        if adversary is not None:
+            norms["discriminator"] = self._norm(optimizers[1].optimizer)
         updates = [self.guard.judge(norms)]
         if adversary is not None:
             self._step_discriminator(adversary, optimizers[1].optimizer, norms["discriminator"], updates[0])
         if autoencoder:
             optimizer = optimizers[0]
             self._report({"train/lr": optimizer.param_groups[0]["lr"]})
-            self._clip("autoencoder", norms["autoencoder"])
+            self._clip(optimizer.optimizer, norms["autoencoder"], "train/grad_norm")
             self.guard.mask(optimizer.optimizer, updates[0], scaler)
             optimizer.step()
             optimizer.zero_grad()
@@ -508,7 +510,7 @@ class LiteAutoencoderKL(ValidatedModule):
             for _ in range(adversary.updates_per_step - 1):
                 for i, pair in enumerate(self._pairs, start=1):
                     self._discriminator_backward(adversary, *pair, last=i == len(self._pairs))
-                norm = self._norm("discriminator", optimizers[1].optimizer)
+                norm = self._norm(optimizers[1].optimizer)
                 updates.append(self.guard.judge({"discriminator": norm}))
                 self._step_discriminator(adversary, optimizers[1].optimizer, norm, updates[-1])
                 if scaler is not None:
@@ -520,7 +522,7 @@ class LiteAutoencoderKL(ValidatedModule):
     def _step_discriminator(
         self, adversary: Adversary, optimizer: torch.optim.Optimizer, norm: Tensor, bad: Tensor
     ) -> None:
-        self._clip("discriminator", norm)
+        self._clip(optimizer, norm, "train/grad_norm_discriminator")
         scaler = grad_scaler(self)
         self.guard.mask(optimizer, bad, scaler)
         if scaler is not None:
@@ -530,19 +532,18 @@ class LiteAutoencoderKL(ValidatedModule):
         optimizer.zero_grad()
         adversary.updated()
 
-    def _norm(self, player: str, optimizer: torch.optim.Optimizer) -> Tensor:
-        """The norm of a player's true gradient: under fp16 the scale is taken off first."""
+    def _norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The norm of the true gradient of what an optimizer trains: under fp16 the scale is taken off first."""
         scaler = grad_scaler(self)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        gradients = [p.grad for p in self._parameters_of(player) if p.grad is not None]
+        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _clip(self, player: str, norm: Tensor) -> None:
+    def _clip(self, optimizer: torch.optim.Optimizer, norm: Tensor, name: str) -> None:
         if self.gradient_clip_val:
-            name = "train/grad_norm" if player == "autoencoder" else f"train/grad_norm_{player}"
             self._report({name: norm})
-            torch.nn.utils.clip_grads_with_norm_(self._parameters_of(player), self.gradient_clip_val, norm)
+            torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), self.gradient_clip_val, norm)
 
     # Validation of a student: how far its latents are from the teacher's
 
@@ -572,10 +573,7 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def autoencoder_parameters(self) -> list[nn.Parameter]:
         """The parameters of the autoencoder's side that training changes."""
-        return self._parameters_of("autoencoder")
-
-    def _parameters_of(self, player: str) -> list[nn.Parameter]:
-        return [p for p in self.players[player].parameters() if p.requires_grad]
+        return [p for p in self.players["autoencoder"].parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         decay_steps = self.decay_steps or self.trainer.max_steps
@@ -633,6 +631,7 @@ class LiteAutoencoderKL(ValidatedModule):
             torch.compiler.set_stance("default")
 
     def on_train_start(self) -> None:
+        self.guard.prepare()
         if self.anchor is not None:
             if self._iteration == 0:
                 self.anchor.set(self.encoder, self.quantizer)  # whatever weights training starts from
@@ -641,6 +640,10 @@ class LiteAutoencoderKL(ValidatedModule):
             self.encoder.eval()
         if self.freeze_decoder:
             self.decoder.eval()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _as_list(value: Any) -> list[Any]:

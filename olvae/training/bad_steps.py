@@ -2,18 +2,18 @@
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
-from olvae.checkpoint import read_checkpoint
+from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.models.averaging import find_average
 from olvae.models.bad_steps import BadStep
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
+from olvae.training.callbacks import current_run, last_good
 from olvae.training.saving import BackgroundCheckpointIO
 
 __all__ = ["BadSteps"]
@@ -88,7 +88,7 @@ class BadSteps(Callback):
             self._go_back(trainer, model, bad[-1])
 
     def _tell(self, trainer: pl.Trainer, bad: list[BadStep]) -> None:
-        path = Run(Path(trainer.default_root_dir)).bad_steps
+        path = current_run(trainer).bad_steps
         lines = ({"step": s.step, "rank": trainer.global_rank, "term": s.term, "keys": s.keys} for s in bad)
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -105,40 +105,44 @@ class BadSteps(Callback):
             )
 
     def _go_back(self, trainer: pl.Trainer, model: LiteAutoencoderKL, last: BadStep) -> None:
-        run, row, self._row = Run(Path(trainer.default_root_dir)), self._row, 0
+        run, row, self._row = current_run(trainer), self._row, 0
         writer = trainer.strategy.checkpoint_io
         if isinstance(writer, BackgroundCheckpointIO):
             writer.wait()
         trainer.strategy.barrier()
-        saved = run.last_checkpoint.is_file()
         if self.returned == self.returns:
             times = "a return" if self.returned == 1 else f"{self.returned} returns"
             spite = f", in spite of {times} to earlier weights with a lower learning rate" if self.returned else ""
             raise FloatingPointError(
                 f"{last.term} was not finite for {row} steps in a row until step {last.step}{spite}: look at the "
                 f"images named in {run.bad_steps}, lower model.base_learning_rate, or train with --precision bf16 or 32"
-                + (f"; the last good weights are in {run.last_checkpoint}" if saved else "")
+                + last_good(run)
             )
         self.returned += 1
-        model.rate_factor *= self.rate_factor
-        rates = [[group["lr"] * self.rate_factor for group in o.param_groups] for o in trainer.optimizers]
         where = "no checkpoint is there yet: the weights stay"
-        if saved:
-            checkpoint = read_checkpoint(run.last_checkpoint)
-            model.load_state_dict({**checkpoint["state_dict"], **checkpoint.get("current_model_state", {})})
-            if (average := find_average(trainer)) is not None:
-                average.restore(checkpoint["state_dict"])
-            for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
-                optimizer.load_state_dict(state)
-            where = f"weights and optimizers are those of step {checkpoint['global_step']} again"
-        for optimizer, own in zip(trainer.optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, own, strict=True):
-                group["lr"] = rate
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if run.last_checkpoint.is_file():
+            where = f"weights and optimizers are those of step {_restore(trainer, model, run)} again"
+        model.rate_factor *= self.rate_factor
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * self.rate_factor
         if trainer.is_global_zero:
             _say(
                 f"step {trainer.global_step}: {row} bad steps in a row: {where}, the learning rate is multiplied by "
                 f"{self.rate_factor:g} (return {self.returned} of {self.returns})"
             )
+
+
+def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
+    """Take weights, average and optimizers from the last checkpoint, and nothing else; returns its step."""
+    checkpoint = read_checkpoint(run.last_checkpoint)
+    model.load_state_dict(state_dict_of(checkpoint, run.last_checkpoint, raw=True))
+    if (average := find_average(trainer)) is not None:
+        average.restore(checkpoint["state_dict"])
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+        optimizer.load_state_dict(state)
+    return int(checkpoint["global_step"])
 
 
 def _say(text: str) -> None:

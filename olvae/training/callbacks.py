@@ -28,7 +28,15 @@ from olvae.runs import Run
 from olvae.training.loggers import log_picture
 from olvae.training.saving import CheckpointError
 
-__all__ = ["Health", "ImageGrids", "KeepCheckpoints", "SaveConfig", "UnreadableLimit"]
+__all__ = [
+    "Health",
+    "ImageGrids",
+    "KeepCheckpoints",
+    "SaveConfig",
+    "UnreadableLimit",
+    "current_run",
+    "last_good",
+]
 
 
 log = logging.getLogger("olvae.training")
@@ -68,8 +76,7 @@ class KeepCheckpoints(Checkpoint):
         self._warned = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        run = _run(trainer)
-        self._best = self._best_before(run, trainer.is_global_zero)
+        self._best = self._best_before(current_run(trainer), trainer.is_global_zero)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
@@ -85,11 +92,8 @@ class KeepCheckpoints(Checkpoint):
         assert isinstance(pl_module, LiteAutoencoderKL)
         # Saving needs all processes, and only this error is raised in all of them.
         together = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
-        if isinstance(
-            exception, FloatingPointError | CheckpointError
-        ):  # what is saved is better, or as good as it gets
-            return
-        if together and not self._in_step and pl_module.images_seen > self._images:
+        useful = not isinstance(exception, FloatingPointError | CheckpointError)  # else what is saved is better
+        if together and useful and not self._in_step and pl_module.images_seen > self._images:
             self._save(trainer, pl_module, "last.ckpt")
 
     def on_train_batch_end(
@@ -120,7 +124,11 @@ class KeepCheckpoints(Checkpoint):
 
     def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         after_fit = trainer.state.fn != TrainerFn.FITTING
-        if self.best is None or trainer.sanity_checking or (after_fit and not _run(trainer).last_checkpoint.is_file()):
+        if (
+            self.best is None
+            or trainer.sanity_checking
+            or (after_fit and not current_run(trainer).last_checkpoint.is_file())
+        ):
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
         values = pl_module.validation_values
@@ -144,7 +152,7 @@ class KeepCheckpoints(Checkpoint):
             if not after_fit:
                 self._save(trainer, pl_module, "best.ckpt", note)
             elif trainer.is_global_zero:  # the model has one of two sets of weights, last.ckpt has both
-                _copy_last(_run(trainer), note)
+                _copy_last(current_run(trainer), note)
 
     def _best_before(self, run: Run, is_first: bool) -> float | None:
         """The best value of a run that is resumed, of the same metric. A note that can't be read is set aside."""
@@ -172,12 +180,13 @@ class KeepCheckpoints(Checkpoint):
         finite = torch.stack([t.isfinite().all() for t in values.values()])
         if not finite.all():  # the device is waited for once
             first = list(values)[finite.tolist().index(False)]
-            last = _run(trainer).last_checkpoint
             raise FloatingPointError(
                 f"non-finite weights at step {trainer.global_step}, in {first}: nothing is saved"
-                + (f"; the last good weights are in {last}" if last.exists() else "")
+                + last_good(current_run(trainer))
             )
-        trainer.save_checkpoint(_run(trainer).checkpoints / name, storage_options=note)  # the first process writes
+        trainer.save_checkpoint(
+            current_run(trainer).checkpoints / name, storage_options=note
+        )  # the first process writes
 
 
 class SaveConfig(Callback):
@@ -251,7 +260,7 @@ class ImageGrids(Callback):
                 "decoded from N(0, I): noise is expected": samples.cpu(),
             }
         )
-        path = _run(trainer).images / f"step={step:08d}.png"
+        path = current_run(trainer).images / f"step={step:08d}.png"
         try:
             with atomic_write(path) as partial:
                 grid.save(partial)
@@ -352,5 +361,12 @@ def _copy_last(run: Run, note: Mapping[str, Any]) -> None:
     write_json(note, best.with_suffix(".json"))
 
 
-def _run(trainer: pl.Trainer) -> Run:
+def last_good(run: Run) -> str:
+    """The end of a message about weights that are lost: where good ones are, if anything is saved."""
+    last = run.last_checkpoint
+    return f"; the last good weights are in {last}" if last.exists() else ""
+
+
+def current_run(trainer: pl.Trainer) -> Run:
+    """The run that a trainer trains."""
     return Run(Path(trainer.default_root_dir))

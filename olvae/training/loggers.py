@@ -5,7 +5,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -49,7 +49,7 @@ def make_loggers(nodes: Mapping[str, Config], run: Run, done: int) -> list[Logge
         if isinstance(logger, CSVLogger):
             _keep_rows(logger, done)
         found.append(logger)
-    threading.excepthook = partial(_quiet, threading.excepthook)
+    _quieten_threads()
     for logger in found:
         for method in ("log_metrics", "log_hyperparams", "save", "finalize"):
             setattr(logger, method, partial(_attempt, logger, getattr(logger, method)))
@@ -71,10 +71,16 @@ def _attempt(logger: Logger, action: Callable[..., Any], *args: Any, **settings:
         return None
 
 
-def _quiet(before: Callable[..., Any], args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread hands its error on to the next call, and prints a traceback besides."""
-    if not (type(args.thread).__module__.startswith("tensorboard") and isinstance(args.exc_value, OSError)):
-        before(args)
+@cache
+def _quieten_threads() -> None:
+    """TensorBoard's thread hands its error on to the next call, and prints a traceback besides: leave that out."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (type(args.thread).__module__.startswith("tensorboard") and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def _ours(kind: str, run: Run) -> dict[str, Any]:
