@@ -98,7 +98,7 @@ def numbers(content, path=""):
     return [] if isinstance(content, str) else [(path, float(content))]
 
 
-@pytest.mark.parametrize("limit", [(), ("--images", 7), ("--images", 1)])
+@pytest.mark.parametrize("limit", [pytest.param((), marks=pytest.mark.slow), ("--images", 7), ("--images", 1)])
 def test_two_processes_give_the_numbers_of_one(olvae, capfd, run, tmp_path, image_folder, limit):
     """One image at a time, so that each is encoded in the same batch; the MMD's noise is the images' own."""
     command = ["latents", run, "--data", image_folder, "-B", 1, "--device", "cpu", *limit]

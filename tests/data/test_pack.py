@@ -298,7 +298,9 @@ def test_unreadable_ones_are_left_out_and_listed(awkward, tmp_path):
     assert again.index == packed.index
 
 
-@pytest.mark.parametrize(("image_format", "longer"), [("jpg", 70_000), ("webp", 18_000)])
+@pytest.mark.parametrize(
+    ("image_format", "longer"), [pytest.param("jpg", 70_000, marks=pytest.mark.slow), ("webp", 18_000)]
+)
 def test_strips_longer_than_a_format_can_store(photos, tmp_path, image_format, longer):
     picture(80, (longer // 90, longer)).save(photos / "strip.png")
     options = PackOptions(resize=longer // 90 * 19 // 20, format=image_format)

@@ -48,13 +48,13 @@ def check(tmp_path, weights_dir, n: int, size: int) -> None:
     assert abs(kid) > 0.05
 
     for metric in same.values():
-        metric.update(keys, x, x)
+        metric.update(keys[:3], x[:3], x[:3])
     assert 0 <= same["rfid"].compute() < 1e-3
     assert same["kid"].compute() < kid
 
 
 def test_equals_torch_fidelity(tmp_path, weights_dir):
-    check(tmp_path, weights_dir, n=6, size=64)
+    check(tmp_path, weights_dir, n=4, size=64)
 
 
 @pytest.mark.slow

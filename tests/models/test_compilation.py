@@ -46,7 +46,12 @@ def networks():
 NETWORKS = {name: (network, x) for name, network, x in networks()}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ("encoder, paper", "encoder, db2")  # graphs of half a minute on a slow machine
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS]
+)
 def test_a_network_is_one_graph_and_gives_the_same(name):
     network, x = NETWORKS[name]
     compiled = torch.compile(network, backend="eager", fullgraph=True)

@@ -138,7 +138,7 @@ def test_resuming_with_states_of_8_bits(go):
         go("lightning.trainer.max_steps=6", "model.params.optimizer=adam", resume=half.path)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_shards_are_resumed_where_they_stopped(go, tmp_path, workers):
     write_shards(tmp_path / "shards", (5, 9, 6))
     overrides = (
@@ -251,7 +251,11 @@ def test_precision_reaches_the_trainer(go):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)],
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_all_processes(tmp_path, image_folder, number, code):
     """A terminal's Ctrl-C, or a scheduler's signal, reaches the process group, and so the loader's workers: one step
@@ -270,6 +274,7 @@ def test_a_signal_to_all_processes(tmp_path, image_folder, number, code):
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
+    assert "loading" not in errors  # which a terminal is told
     assert errors.count("stopped after") == errors.count("\nstopped") == 1
     (run,) = (tmp_path / "runs").iterdir()
     assert f"continue with: olvae train --resume {run}\n" in errors  # though it was started as python train.py

@@ -191,8 +191,7 @@ def test_a_requeued_job_continues_its_run(go, tmp_path, job, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     continued = go(4)  # the same command
     assert continued.path == begun != whole.path
-    for name, tensor in checkpoint(whole)["state_dict"].items():
-        assert torch.equal(tensor, checkpoint(continued)["state_dict"][name]), name
+    assert_same(checkpoint(continued)["state_dict"], checkpoint(whole)["state_dict"])
     assert go(4).path == begun  # a job of several trainings repeats none
     monkeypatch.setenv("SLURM_JOB_ID", "18")
     assert go(4).path not in (begun, whole.path)
