@@ -1,7 +1,9 @@
 """What every source of images offers: three loaders of the same batches."""
 
+import atexit
 import os
 import signal
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -233,12 +235,28 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         rank, world = this_process()
         self.samples.rank, self.samples.world = rank, world
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        if self.num_workers:
+            _with_workers.add(batches)
+        for batch in batches:
             self.read_errors.take(batch.pop("errors"), len(batch["key"]), world)
             self.enlarged += batch.pop("enlarged")
             if batch["key"]:
                 yield batch
         self.read_errors.end_of_epoch()
+
+
+_with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing does, at Python's end: it would send the one SIGTERM that they survive, and wait.
+
+    Registered after multiprocessing's own function, and so called before it.
+    """
+    for batches in list(_with_workers):
+        batches._shutdown_workers()  # as Lightning does; torch has no public name for it
 
 
 def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
