@@ -64,6 +64,12 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
+def _range(values: Sequence[float]) -> str:
+    """Machines differ in speed, so that a mean of seconds says nothing."""
+    low, high = (f"{bound(values):.0f}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
 def _psnr(row: Mapping[str, Any], size: str = SIZE) -> float:
     return float(row["sizes"][size]["psnr"])
 
@@ -108,7 +114,7 @@ def _encoders(rows: Found) -> str:
                 f"{first['encode_macs'] / 1e9:.1f}",
                 of_seeds[0]["rate"],
                 str(of_seeds[0]["steps"]),
-                f"{mean(row['processor_seconds'] for row in of_seeds):.0f}",
+                _range([row["processor_seconds"] for row in of_seeds]),
                 _spread([_psnr(row, "64") for row in of_seeds]),
                 _spread([_psnr(row) for row in of_seeds]),
                 _spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
@@ -165,12 +171,14 @@ def _diffusion(rows: Found) -> str:
         [
             name.removeprefix("diffusion_"),
             f"{row['frechet_lite0']['reconstructions']:.1f}",
+            f"{row['frechet_lite0']['decoded_latents']:.1f}",
             _spread([seed["frechet_lite0"] for seed in row["seeds"]], 1),
+            f"{row['frechet_lite0']['mean'] - row['frechet_lite0']['decoded_latents']:.1f}",
         ]
         for name, row in rows.items()
         if name.startswith("diffusion_")
     ]
-    return _table(["autoencoder", "reconstructions", "samples"], lines)
+    return _table(["autoencoder", "reconstructions", "decoded latents", "samples", "what diffusion adds"], lines)
 
 
 TABLES: Mapping[str, Callable[[Found], str]] = {
@@ -219,7 +227,7 @@ def _plot(rows: Found, path: Path) -> None:
     by_time: dict[str, tuple[list[float], list[float]]] = {}
     for title, network in (("LiteVAE-S", "litevae"), ("SD", "sd")):
         rate = rows[f"{network}_0"]["rate"] if f"{network}_0" in rows else ""
-        pattern = rf"{network}_(time_)?\d|rate_{network}_{re.escape(rate)}"
+        pattern = rf"{network}_(time_)?0|rate_{network}_{re.escape(rate)}"  # one seed, one machine
         of_network = [row for name, row in rows.items() if re.fullmatch(pattern, name)]
         of_network.sort(key=lambda row: row["processor_seconds"])
         by_time[title] = [row["processor_seconds"] for row in of_network], [_psnr(row) for row in of_network]

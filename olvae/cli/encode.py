@@ -74,8 +74,8 @@ def command(
     """Turn images into latents, with their statistics: WebDataset shards, or the files of another trainer.
 
     After an interruption, the same command continues, and the result is the same byte for byte. To share the work among
-    processes: torchrun --nproc_per_node 4 --module olvae encode ... docs/encode.md describes the shards, and
-    how to train a diffusion model on them.
+    processes: torchrun --nproc_per_node 4 --module olvae encode ... The shards, and how to train a diffusion model on
+    them: https://open-litevae.github.io/open-litevae/encode/
 
     Example: olvae encode runs/*_demo_32 --data photos --size 128 --out latents
 

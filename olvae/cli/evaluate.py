@@ -51,9 +51,7 @@ def command(
     ] = "all",
     protocol: Annotated[
         str,
-        typer.Option(
-            metavar="NAME[,NAME]", help="open-litevae, latent-diffusion, dc-ae, llamagen, va-vae: docs/evaluation.md."
-        ),
+        typer.Option(metavar="NAME[,NAME]", help="open-litevae, latent-diffusion, dc-ae, llamagen or va-vae."),
     ] = "open-litevae",
     data: TestImages = None,
     size: Annotated[
@@ -106,7 +104,8 @@ def command(
     """Evaluate how well one or several autoencoders reconstruct the same test images.
 
     A metric whose pretrained network is missing is listed as skipped, with what to do about it. Each protocol gives a
-    table of its own. Under torchrun, the processes share the images.
+    table of its own. Under torchrun, the processes share the images. Whose choices the protocols are:
+    https://open-litevae.github.io/open-litevae/evaluation/
 
     Example: olvae evaluate -B 16 runs/*_demo_32
 
@@ -168,7 +167,7 @@ def command(
         cross=cross,
         precisions=precisions,
     )
-    if device.startswith("cpu") and "fp16" in precisions and not rank:
+    if device.startswith("cpu") and "fp16" in precisions and images is None and not rank:
         typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
     evaluated = evaluate(request, watched("evaluating"), watched("test patterns", shared=False))
     leave()

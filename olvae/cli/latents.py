@@ -31,7 +31,8 @@ def command(
     """Compare the latents of one or several models, on the same images, with N(0, I).
 
     Reports histogram, moments, KL and activity per channel, correlation, spectrum, MMD, and the shift and scaling
-    factors that a diffusion config needs; docs/latents.md explains them. Under torchrun, processes share the images.
+    factors that a diffusion config needs. Under torchrun, processes share the images. What they mean:
+    https://open-litevae.github.io/open-litevae/latents/
 
     Example: olvae latents runs/*_demo_32 --data photos --images 1000 --out report
     """

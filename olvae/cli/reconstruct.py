@@ -30,7 +30,7 @@ def command(
         typer.Option(
             metavar="GiB",
             help="Memory for activations, besides images and weights; by default half of a GPU's free memory, or 1 on "
-            "the CPU. Tiles do not change the result: see docs/any_size.md.",
+            "the CPU. Tiles do not change the result.",
         ),
     ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Decode a sample of the posterior, not its mode.")] = False,

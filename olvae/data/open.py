@@ -61,7 +61,7 @@ def open_test_source(config: Config, src: str | None = None, size: int | None = 
     if src is not None:
         return open_source(src, size or params.get("size") or 256, 1, params.get("num_workers", 0), channels)
     if not config.get("data"):
-        raise ConfigError("its config has no data to take images from: add --data SRC")
+        raise ConfigError("the first target has no data to take images from: add --data SRC")
     node = where_it_is(config)
     if size is not None:
         node["params"]["size"] = size

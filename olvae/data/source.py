@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -218,16 +219,18 @@ class Loader(DataLoader[Any]):
 
     def __init__(self, dataset: _Samples, what: str, epoch: int | None = None) -> None:
         source = dataset.source
-        super().__init__(
-            dataset,
-            batch_size=dataset.batch_size,
-            num_workers=source.num_workers,
-            persistent_workers=source.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_interrupts_to_the_trainer,
-            collate_fn=partial(_collate, source.tensor),
-            drop_last=dataset.start is not None,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # training says it once, in a line
+            super().__init__(
+                dataset,
+                batch_size=dataset.batch_size,
+                num_workers=source.num_workers,
+                persistent_workers=source.num_workers > 0,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_leave_interrupts_to_the_trainer,
+                collate_fn=partial(_collate, source.tensor),
+                drop_last=dataset.start is not None,
+            )
         self.samples = dataset
         self.read_errors = ReadErrors(epoch, source.images, source.max_unreadable, what, source.unreadable)
         self.enlarged = 0

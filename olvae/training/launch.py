@@ -68,7 +68,7 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
     elif wanted[1] > 1:
         raise ConfigError(
             f"lightning.trainer.num_nodes: {wanted[1]}: start the command on each node with torchrun or srun: "
-            "docs/training.md shows how"
+            "https://open-litevae.github.io/open-litevae/training/ shows how"
         )
     else:
         return

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +234,13 @@ def print_summary(
     trainer: pl.Trainer,
     model: LiteAutoencoderKL,
     source: Source,
-    start: int,
+    done: int,
 ) -> None:
-    """Print what is trained, on what, and how; to standard error, from the first process."""
+    """Print what is trained, on what, how, and what speaks against it; to standard error, from the first process.
+
+    Args:
+        done: steps of a run that continues.
+    """
     if not trainer.is_global_zero:
         return
     size, vae = source.size, model.autoencoder
@@ -249,7 +255,7 @@ def print_summary(
         "data": f"{source.describe()}, {crop}",
         "batch": _batch(trainer, model, source),
         "learning rate": _rate(trainer, model),
-        "steps": f"{trainer.max_steps}" + (f", continued after {start} images" if start else ""),
+        "steps": f"{trainer.max_steps}" + (f", continued after {done} steps" if done else ""),
         "device": _device(trainer, settings["precision"]),
         "seed": str(settings["seed"]),
     }
@@ -271,13 +277,25 @@ def print_summary(
     console = Console(stderr=True)
     console.print(Panel(table, title=f"olvae train: {escape(settings['name'])}", expand=False))
     console.print(f"run: {run.path}", highlight=False, soft_wrap=True, markup=False)  # to be copied: never cut
-    if source.val_images is not None and source.val_images < FEW:
-        console.print(
-            f"[yellow]warning:[/] held-out images: {source.val_images} are few, so that other ones would give other "
-            "numbers: `olvae evaluate` prints the interval; more images, or --data SRC there, narrow it",
-            highlight=False,
-            soft_wrap=True,
+    for sentence in _warnings(trainer, model, source):
+        console.print(f"[yellow]warning:[/] {sentence}", highlight=False, soft_wrap=True)
+
+
+def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> Iterator[str]:
+    """What makes a training or its numbers worse than they look."""
+    images, workers, cores = source.val_images, source.num_workers * trainer.world_size, os.cpu_count() or 1
+    if images is not None and images < FEW:
+        yield (
+            f"only {images} held-out image{'s' if images > 1 else ''}: scores are uncertain, and `olvae evaluate` "
+            "prints by how much"
         )
+    if model.warmup_steps >= trainer.max_steps:
+        yield (
+            f"the learning rate rises for {model.warmup_steps} steps, and training ends after {trainer.max_steps}: "
+            "shorten model.params.warmup_steps for a short trial"
+        )
+    if workers > cores and trainer.num_nodes == 1:
+        yield f"{workers} loader processes on {cores} cores: data.params.num_workers"
 
 
 def print_ending(run: Run, trainer: pl.Trainer) -> None:

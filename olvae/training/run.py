@@ -188,7 +188,7 @@ def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
     try:
         save_config = SaveConfig({**config, "run": settings}, run)
         trainer = _trainer(run, precision, trainer_args, config, save_config, [stop, UnreadableLimit()], done)
-        print_summary(settings, run, trainer, model, source, start)
+        print_summary(settings, run, trainer, model, source, done)
         if is_over and trainer.is_global_zero:
             Console(stderr=True).print(
                 f"all {done} steps of this run are done: what is left is to validate the last one", highlight=False

@@ -93,12 +93,23 @@ def test_train_evaluate_and_resume(olvae, whole_training, config, tmp_path):
     assert json.loads((tmp_path / "out/metrics.json").read_text())["results"][0]["metrics"].keys() == {"psnr"}
 
 
+def test_a_rate_that_only_rises_and_more_processes_than_cores_are_warnings(olvae, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=2")
+    _, _, err = olvae(*train, "model.params.warmup_steps=2", "data.params.num_workers=2")
+    assert "warning: the learning rate rises for 2 steps, and training ends after 2: shorten model.params.war" in err
+    assert "warning: 2 loader processes on 1 cores: data.params.num_workers\n" in err
+    _, _, err = olvae(*train, "model.params.warmup_steps=1")
+    assert "the learning rate rises" not in err
+    assert "loader processes" not in err
+
+
 def test_few_held_out_images_are_a_warning_with_the_interval(olvae, config, tmp_path):
     """In training that there are few, in an evaluation also how much that means; not of 20 images."""
     train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=1")
     code, _, err = olvae(*train)
     assert code == 0
-    assert "warning: held-out images: 3 are few, so that other ones would give other numbers: `olvae evaluate`" in err
+    assert "warning: only 3 held-out images: scores are uncertain, and `olvae evaluate` prints by how much" in err
     (run,) = (tmp_path / "runs").iterdir()
     code, _, err = olvae("evaluate", run, "--metrics", "psnr,ssim", "--no-report")
     low, high = json.loads((run / "metrics.json").read_text())["results"][0]["intervals"]["psnr"]
@@ -110,7 +121,7 @@ def test_few_held_out_images_are_a_warning_with_the_interval(olvae, config, tmp_
         Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
     code, _, err = olvae(*train, f"data.params.val_root={tmp_path}/*.png")
     assert code == 0
-    assert "are few" not in err
+    assert "held-out" not in err
     code, _, err = olvae("evaluate", run, "--data", f"{tmp_path}/*.png", "--metrics", "psnr", "--no-report")
     assert "few images" not in err
 
@@ -384,6 +395,7 @@ def test_help_is_whole_at_80_columns(olvae, monkeypatch, command):
     code, out, _ = olvae(*command, "--help")
     assert code == 0
     assert "<bool>" not in out
+    assert "docs/" not in out  # which a wheel does not have
     lines = out.splitlines()
     assert max(len(line) for line in lines if "Example: " not in line) <= 80
     assert not [line for line in lines if line.rstrip().endswith("…")]

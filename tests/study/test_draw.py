@@ -28,7 +28,7 @@ ROWS = {
     "rate_sd_1e-3": row(20.0),
     "rate_litevae_5e-4": row(21.0),
     "litevae_0": row(24.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
-    "litevae_1": row(26.0),
+    "litevae_1": row(26.0, processor_seconds=9.0),
     "sd_0": row(23.0),
     "no_wavelet": row(25.0),
     "group_norm": row(23.5),
@@ -39,11 +39,16 @@ def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     assert TABLES["rates"](ROWS).splitlines()[2:] == ["| litevae | 21.00 |  |", "| sd |  | 20.00 |"]
     encoders = TABLES["encoders"](ROWS).splitlines()
     assert "| 25.00 ± 1.41 | 25.00 ± 1.41 | 0.700 ± 0.000 | 12 ± 0 | 12 ± 0 | 3.0 ± 0.0 |" in encoders[2]
+    assert "| 10 | 5 to 9 |" in encoders[2]
+    assert "| 10 | 5 |" in encoders[3]
     assert encoders[-1].startswith("| bicubic |")
     assert len(encoders) == 5  # no row of equal time yet
     objective = TABLES["objective"](ROWS).splitlines()
     assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 3.0 |"
     assert len(objective) == 4
+    found = {"reconstructions": 20.0, "decoded_latents": 21.0, "mean": 34.0}
+    samples = {"frechet_lite0": found, "seeds": [{"frechet_lite0": value} for value in (33.0, 35.0)]}
+    assert "| sd | 20.0 | 21.0 | 34.0 ± 1.4 | 13.0 |" in TABLES["diffusion"]({"diffusion_sd": samples})
 
 
 def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):

@@ -91,7 +91,7 @@ def find_target(
         return _diffusers_target(given, find_folder(given.removeprefix(DIFFUSERS)), raw, allow_mismatch)
     path = Path(given)
     if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
-        raise ValueError(f"{given}: this is a diffusers folder: pass it as {DIFFUSERS}{given}")
+        return _diffusers_target(given, find_folder(given), raw, allow_mismatch)
     weights = locate_weights(given)
     exported = class_in(weights.parent) == CLASS_NAME or config_inside(weights) is not None
     if raw and exported:
