@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -332,45 +333,57 @@ def test_scripts_of_the_readme():
 
 
 WITHOUT_TORCH = """
-import sys
+import contextlib, io, json, sys
 from olvae.cli.main import main
-try:
-    main(sys.argv[1:])
-except SystemExit as leaving:
-    assert 'torch' not in sys.modules
-    raise
+for arguments in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+        try:
+            main(arguments)
+        except SystemExit as leaving:
+            code = leaving.code or 0
+    print(json.dumps([code, told.getvalue(), 'torch' in sys.modules]))
 """
 
+QUICK: list[tuple[tuple[str, ...], int, str]] = [
+    (("--help",), 0, ""),
+    (("train", "--base", "demo", "--help"), 0, ""),
+    (("train", "--base", "missing"), 2, "missing: no such config file"),
+    (("train", "--base", "demo", "data.params.siez=3"), 2, "did you mean size?"),
+    (("train", "--base", "demo", "--resume", "missing"), 1, "missing: no such run folder"),
+    (("train", "--base", "finetune/sdxl", "--from", "missing"), 1, "missing: not found; a target is"),
+    (("train", "--base", "distil/both", "--teacher", "diffusers:missing"), 1, "diffusers:missing: no such folder"),
+    (("evaluate", "missing"), 1, "missing: not found; a target is"),
+    (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
+    (("evaluate", "tests", "--data", "missing"), 1, "missing: no such folder"),
+    (("evaluate", "tests", "--posterior", "mean"), 2, "--posterior mean: choose mode or sample"),
+    (("latents", "missing"), 1, "missing: not found"),
+    (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),
+    (("decode", "tests", "missing", "--out", "x"), 1, "missing: no such folder"),
+    (("export", "missing", "--out", "x"), 1, "missing: not found"),
+    (("export", "tests", "--out", "x", "--latents", "missing"), 1, "--latents missing: no such file or folder"),
+    (("reconstruct", "missing", "x.png", "--out", "x"), 1, "missing: not found"),
+    (("reconstruct", "tests", "x.png", "--out", "x", "--seed", "1"), 2, "--seed applies to --sample"),
+    (("data", "pack", "missing", "--out", "x"), 1, "missing: no such folder"),
+    (("data", "check", "missing"), 1, "missing: no such folder"),
+]
+"""What is missing or wrong: the command, its exit code, and what it says."""
 
-@pytest.mark.parametrize(
-    ("command", "code", "text"),
-    [
-        (("--help",), 0, ""),
-        (("train", "--base", "demo", "--help"), 0, ""),
-        (("train", "--base", "missing"), 2, "missing: no such config file"),
-        (("train", "--base", "demo", "data.params.siez=3"), 2, "did you mean size?"),
-        (("train", "--base", "demo", "--resume", "missing"), 1, "missing: no such run folder"),
-        (("train", "--base", "finetune/sdxl", "--from", "missing"), 1, "missing: not found; a target is"),
-        (("train", "--base", "distil/both", "--teacher", "diffusers:missing"), 1, "diffusers:missing: no such folder"),
-        (("evaluate", "missing"), 1, "missing: not found; a target is"),
-        (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
-        (("evaluate", "tests", "--data", "missing"), 1, "missing: no such folder"),
-        (("evaluate", "tests", "--posterior", "mean"), 2, "--posterior mean: choose mode or sample"),
-        (("latents", "missing"), 1, "missing: not found"),
-        (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),
-        (("decode", "tests", "missing", "--out", "x"), 1, "missing: no such folder"),
-        (("export", "missing", "--out", "x"), 1, "missing: not found"),
-        (("export", "tests", "--out", "x", "--latents", "missing"), 1, "--latents missing: no such file or folder"),
-        (("reconstruct", "missing", "x.png", "--out", "x"), 1, "missing: not found"),
-        (("reconstruct", "tests", "x.png", "--out", "x", "--seed", "1"), 2, "--seed applies to --sample"),
-        (("data", "pack", "missing", "--out", "x"), 1, "missing: no such folder"),
-        (("data", "check", "missing"), 1, "missing: no such folder"),
-    ],
-)
-def test_what_is_missing_or_wrong_does_not_wait_for_torch(command, code, text):
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert text in done.stderr
+
+@pytest.fixture(scope="module")
+def told() -> dict[tuple[str, ...], list[Any]]:
+    """By command of :data:`QUICK`, all in one process: exit code, standard error, and whether torch is imported."""
+    commands = [command for command, _, _ in QUICK]
+    words = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(words, input=json.dumps(commands), cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize(("command", "code", "text"), QUICK)
+def test_what_is_missing_or_wrong_does_not_wait_for_torch(told, command, code, text):
+    ended, error, torch = told[command]
+    assert ended == code, error
+    assert text in error
+    assert not torch
 
 
 def test_a_terminal_is_told_that_a_command_loads(tmp_path):

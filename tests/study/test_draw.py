@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from study.draw import TABLES, fill, main, read_rows
+from study.rows import diffusions, rows
+
+ROOT = Path(__file__).parent.parent.parent
 
 BANDS = {f"{kind}{level}": {"mse": 4.0 * level} for level in (1, 2, 3) for kind in ("LL", "LH", "HL", "HH")}
 
@@ -31,6 +34,7 @@ ROWS = {
     "litevae_1": row(26.0, processor_seconds=9.0),
     "sd_0": row(23.0),
     "no_wavelet": row(25.0),
+    "no_wavelet_1": row(29.0) | {"frechet_lite0": 5.0},
     "group_norm": row(23.5),
 }
 
@@ -44,7 +48,7 @@ def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     assert encoders[-1].startswith("| bicubic |")
     assert len(encoders) == 5  # no row of equal time yet
     objective = TABLES["objective"](ROWS).splitlines()
-    assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 3.0 |"
+    assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
     assert len(objective) == 4
     found = {"reconstructions": 20.0, "decoded_latents": 21.0, "mean": 34.0}
     samples = {"frechet_lite0": found, "seeds": [{"frechet_lite0": value} for value in (33.0, 35.0)]}
@@ -60,6 +64,13 @@ def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):
     assert fill(filled, ROWS) == filled
     with pytest.raises(ValueError, match="no table is named costs: choose from rates"):
         fill("<!-- table: costs -->\n<!-- end -->", ROWS)
+
+
+def test_the_documents_tables_are_those_of_the_rows_in_the_repository():
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows_there = read_rows(ROOT / "study" / "results")
+    assert fill(results, rows_there) == results
+    assert rows_there.keys() == {row.name for row in (*rows(), *diffusions())}
 
 
 def test_the_command(tmp_path, capsys):

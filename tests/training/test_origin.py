@@ -85,7 +85,10 @@ def make_source(kind: str, folder: Path, theirs: diffusers.AutoencoderKL) -> str
 # Starting from an autoencoder
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "pipeline", "", "first_stage_model.", "vae."])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pipeline", "first_stage_model.")]
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "", "vae.", *SLOW])
 def test_from_every_kind_of_file_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts, kind):
     theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)  # latent-diffusion has 32 groups
     target = make_source(kind, tmp_path, theirs)
