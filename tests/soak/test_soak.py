@@ -1,7 +1,7 @@
 """Commands that are killed at random moments and at every write, and continued: ``make soak``.
 
-They end as a command that nobody killed. SOAK_KILLS is the number of kills of each training (27, of which some come after
-the end), SOAK_SEED chooses them (0).
+They end as a command that nobody killed. SOAK_KILLS is the number of kills of each training (27, of which some come
+after the end), SOAK_SEED chooses them (0).
 """
 
 import json
