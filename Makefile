@@ -51,7 +51,7 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.run $(if $(QUICK),--quick) --out $(STUDY)
 	cp docs/results.md $(STUDY)/results.md
-	$(BIN)/python -m study.draw --rows $(STUDY)/rows --document $(STUDY)/results.md
+	$(BIN)/python -m study.draw --rows $(STUDY)/rows --runs $(STUDY)/runs --document $(STUDY)/results.md
 
 models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, hours)
 	$(BIN)/python -m study.corpus --out study/corpus-out

@@ -2,7 +2,8 @@
 
     python -m study.draw --rows study/results --document docs/results.md
 
-A table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; plots go to the document's images/.
+A table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; plots go to the document's images/, and
+with `--runs study/out/runs` so do photographs.
 """
 
 import argparse
@@ -14,8 +15,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 from olvae.cli.main import print_error
-from olvae.figures import plot_panels
+from olvae.data.image import from_uint8, to_uint8
+from olvae.data.mapped.samples import SamplePhotographs
+from olvae.figures import labelled_grid, plot_panels
+from olvae.models.autoencoder import LiteVAE
 
 __all__ = ["TABLES", "fill", "main", "read_rows"]
 
@@ -23,6 +29,9 @@ Found = Mapping[str, Mapping[str, Any]]
 """The rows' files by name."""
 
 SIZE = "256"
+
+ENCODERS = {"LiteVAE-S": "litevae_", "SD, 48 channels": "sd_", "LiteVAE-S, SD's time": "litevae_time_"}
+"""The question of the encoders: its rows' names without their seeds, by title."""
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -99,11 +108,7 @@ def _rates(rows: Found) -> str:
 
 def _encoders(rows: Found) -> str:
     lines = []
-    for title, prefix in (
-        ("LiteVAE-S", "litevae_"),
-        ("SD, 48 channels", "sd_"),
-        ("LiteVAE-S, SD's time", "litevae_time_"),
-    ):
+    for title, prefix in ENCODERS.items():
         of_seeds = [row for name, row in rows.items() if re.fullmatch(rf"{prefix}\d", name)]
         if not of_seeds:
             continue
@@ -239,10 +244,27 @@ def _plot(rows: Found, path: Path) -> None:
     plot_panels({"dB at 256 pixels": by_time}, path / "study_encoders.png", "seconds of processor time")
 
 
+def _photographs(runs: Path, path: Path) -> None:
+    """Photographs of the package, which no row has seen, through the encoders' rows of the first seed that has all."""
+    for seed in range(3):
+        found = {title: sorted(runs.glob(f"*_{prefix}{seed}_32")) for title, prefix in ENCODERS.items()}
+        if all(found.values()):
+            break
+    else:
+        raise FileNotFoundError(f"{runs}: the runs of no seed are there")
+    x = next(iter(SamplePhotographs(int(SIZE), batch_size=8).test_loader()))["image"]
+    rows = {"photographs": x}
+    for title, folders in found.items():
+        with torch.inference_mode():
+            rows[title] = to_uint8(LiteVAE.from_pretrained(folders[-1]).eval()(from_uint8(x))[0])
+    labelled_grid(rows).save(path / "study_photographs.jpg", quality=90)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("study/results"), help="a folder of rows' files")
     parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--runs", type=Path, help="the rows' runs, to draw photographs too")
     options = parser.parse_args(arguments)
     try:
         rows = read_rows(options.rows)
@@ -250,6 +272,8 @@ def main(arguments: list[str] | None = None) -> None:
         images = options.document.parent / "images"
         images.mkdir(exist_ok=True)
         _plot(rows, images)
+        if options.runs is not None:
+            _photographs(options.runs, images)
     except (OSError, ValueError) as error:
         sys.exit(print_error(error))
 
