@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from olvae.cli.choices import PICTURES, among
 from olvae.cli.options import (
     AllowMismatch,
     ConfigFile,
@@ -24,7 +25,7 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Shards of latents: a folder, a file, a pattern.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the images to.")],
     config: ConfigFile = None,
-    image_format: Annotated[str, typer.Option("--format", help="png or jpg.")] = "png",
+    image_format: Annotated[str, typer.Option("--format", callback=among(PICTURES), help="png or jpg.")] = "png",
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Latents at a time.")] = 16,
     memory: Annotated[
         float,
@@ -40,20 +41,17 @@ def command(
     """
     check_paths(target, data=source)
     with loading():
-        from olvae.config import ConfigError
         from olvae.data.shards.index import with_counts
         from olvae.data.shards.latents import LATENT, read_stats
         from olvae.data.shards.urls import find_shards
         from olvae.data.source import total
         from olvae.devices import resolve_device
-        from olvae.export.decode import FORMATS, decode_shards
+        from olvae.export.decode import decode_shards
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.large.memory import GIB
         from olvae.models.loading.targets import find_target
         from olvae.modules.base import weights_checksum
 
-    if image_format not in FORMATS:
-        raise ConfigError(f"--format {image_format}: choose from {', '.join(FORMATS)}")
     check_folder(out)
     where = resolve_device(device)
     stats = read_stats(source) if Path(source).is_dir() else {}

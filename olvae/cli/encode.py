@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from olvae.cli.choices import DTYPES, LATENT_FORMATS, PRECISIONS, SYNONYMS, among
 from olvae.cli.options import (
     AllowMismatch,
     ConfigFile,
@@ -38,7 +39,11 @@ def command(
     ] = False,
     file_format: Annotated[
         str,
-        typer.Option("--format", help="shards, or what another trainer reads: lightningdit, kohya-sd|sdxl|sd3|flux."),
+        typer.Option(
+            "--format",
+            callback=among(LATENT_FORMATS),
+            help="shards, or what another trainer reads: lightningdit, kohya-sd|sdxl|sd3|flux.",
+        ),
     ] = "shards",
     moments: Annotated[
         bool | None,
@@ -49,7 +54,8 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")] = 0,
     dtype: Annotated[
-        str | None, typer.Option(help="float16 (in shards), bfloat16 or float32 (in other formats).")
+        str | None,
+        typer.Option(callback=among(DTYPES), help="float16 (in shards), bfloat16 or float32 (in other formats)."),
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")] = False,
     images: Annotated[
@@ -62,7 +68,10 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")] = 16,
     threads: Annotated[int, typer.Option(min=0, help="Threads that read images, in each process.")] = 4,
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="Memory for encoding with --native.")] = 4.0,
-    precision: Annotated[str, typer.Option(help="32, bf16 or fp16: what the encoder computes in.")] = "32",
+    precision: Annotated[
+        str,
+        typer.Option(callback=among(PRECISIONS, also=SYNONYMS), help="32, bf16 or fp16: what the encoder computes in."),
+    ] = "32",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the encoder first; every new size takes time.")
     ] = False,
@@ -94,24 +103,18 @@ def command(
         from olvae.allocator import keep_freed_memory
         from olvae.data.shards.latents import SHARDS
         from olvae.devices import gather, join, leave, resolve_device
-        from olvae.export.encode import FORMATS, EncodeJob, encoder_of
+        from olvae.export.encode import EncodeJob, encoder_of
         from olvae.export.inputs import find_inputs
         from olvae.export.writers import EncodeOptions
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.compilation import compile_networks
         from olvae.models.large.memory import GIB
         from olvae.models.loading.targets import find_target
-        from olvae.modules.precision import DTYPES, PRECISION_SYNONYMS, PRECISIONS
+        from olvae.modules.precision import PRECISION_SYNONYMS
 
-    if file_format not in FORMATS:
-        raise ConfigError(f"--format {file_format}: choose from {', '.join(FORMATS)}")
     moments = file_format == SHARDS if moments is None else moments
     dtype = ("float16" if file_format == SHARDS else "float32") if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     precision = PRECISION_SYNONYMS.get(precision, precision)
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
     check_folder(out)
     if not native:
         keep_freed_memory()

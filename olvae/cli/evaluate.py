@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from olvae.cli.choices import METRICS, POSTERIORS, PRECISIONS, PROTOCOLS, SYNONYMS, among
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, check_paths, loading, watched
 
 if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.runner import Evaluated
     from olvae.runs import Run
+
+ALL = "all"
 
 __all__ = ["BatchSize", "First", "Targets", "TestImages", "command", "results_folder"]
 
@@ -47,18 +50,28 @@ def command(
     batch_size: BatchSize = None,
     metrics: Annotated[
         str,
-        typer.Option(metavar="LIST", help="psnr, ssim, ms_ssim, l1, lpips, lpips_alex, rfid, kid, ssim_uniform."),
+        typer.Option(
+            metavar="LIST",
+            callback=among((ALL, *METRICS), several=True),
+            help="psnr, ssim, ms_ssim, l1, lpips, lpips_alex, rfid, kid, ssim_uniform.",
+        ),
     ] = "all",
     protocol: Annotated[
         str,
-        typer.Option(metavar="NAME[,NAME]", help="open-litevae, latent-diffusion, dc-ae, llamagen or va-vae."),
+        typer.Option(
+            metavar="NAME[,NAME]",
+            callback=among(PROTOCOLS, several=True),
+            help="open-litevae, latent-diffusion, dc-ae, llamagen or va-vae.",
+        ),
     ] = "open-litevae",
     data: TestImages = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels per side; by default the config's, otherwise the protocol's.")
     ] = None,
     images: First = None,
-    posterior: Annotated[str | None, typer.Option(help="mode or sample; by default the protocol's.")] = None,
+    posterior: Annotated[
+        str | None, typer.Option(callback=among(POSTERIORS), help="mode or sample; by default the protocol's.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")] = 0,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
@@ -81,6 +94,7 @@ def command(
         str,
         typer.Option(
             metavar="LIST",
+            callback=among(PRECISIONS, several=True, also=SYNONYMS),
             help="fp16, bf16: adds a row in that precision, with its largest activations; float32 is always included.",
         ),
     ] = "32",
@@ -119,8 +133,6 @@ def command(
 
     from olvae.config import ConfigError
 
-    if posterior not in (None, "mode", "sample"):
-        raise ConfigError(f"--posterior {posterior}: choose mode or sample")
     check_paths(*targets, data=data)
     with loading():
         from olvae.allocator import keep_freed_memory
@@ -131,12 +143,9 @@ def command(
         from olvae.evaluation.results import Results
         from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, evaluate
         from olvae.files import no_empty_folders
-        from olvae.metrics.registry import METRICS
         from olvae.models.loading.targets import find_target, name_apart
 
-    names = _names(metrics) if metrics != "all" else list(DEFAULT_METRICS)
-    if (unknown := [name for name in names if name not in METRICS]) or not names:
-        raise ConfigError(f"--metrics {metrics}: {', '.join(unknown) or 'none'}: choose from all, {', '.join(METRICS)}")
+    names = list(DEFAULT_METRICS) if ALL in _names(metrics) else _names(metrics)
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
     precisions = parse_precisions(precision)
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])

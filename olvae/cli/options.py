@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.status import Status
 from rich.text import Text
 
+from olvae.cli.choices import check_device
 from olvae.models.named import check_target
 
 if TYPE_CHECKING:  # slow to import
@@ -63,7 +64,9 @@ AllowMismatch = Annotated[
     bool, typer.Option("--allow-mismatch", help="Load weights even if only some of them fit; the others are listed.")
 ]
 
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(callback=check_device, help="cpu or cuda; by default a GPU if there is one.")
+]
 
 
 _received: list[int] = []
