@@ -1,0 +1,213 @@
+"""Config files: read over each other, with what they include; written; and compared."""
+
+import copy
+import difflib
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from olvae.config.mistakes import ConfigError, first_line, nearest
+from olvae.config.nodes import Config, moved
+from olvae.files import atomic_write, reason
+
+__all__ = [
+    "ABSENT",
+    "CONFIG_BYTES",
+    "TOP_LEVEL",
+    "differences",
+    "load",
+    "nearest_recipes",
+    "read_received",
+    "recipes",
+    "save",
+]
+
+ABSENT = object()
+"""In place of a value that a config does not have."""
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CHECKOUT = "configs"
+"""What the folder of the recipes is called in a checkout: a link to it."""
+
+TOP_LEVEL = ("model", "data", "lightning", "run")
+
+CONFIG_BYTES = 2**21
+"""The largest config that is read; the longest recipe has 5 kB."""
+
+MOST_VALUES = 100_000
+"""Of a config, wherever aliases repeat them: a few kB of YAML can stand for more than fits into memory."""
+
+
+def recipes() -> dict[str, Path]:
+    """The configs that come with this package, by their names: ``demo``, then those in folders, ``imagenet/A2``."""
+    paths = sorted(RECIPES.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
+
+
+def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
+    """Merge YAML files, later over earlier, then ``key=value`` overrides; interpolations are resolved.
+
+    When a node's target changes, the params of the old target are dropped. A file may ``include`` others, by a path
+    or a list of paths relative to itself; it is merged over them. Where there is no such file, a path is the name of
+    a recipe of this package.
+
+    Args:
+        resolve: leave interpolations as they are, if False.
+
+    Raises:
+        ConfigError: a file is missing, is not a YAML mapping or includes itself, or an override is not
+            ``key=value``.
+    """
+    merged = OmegaConf.create({})
+    for path in paths:
+        merged = _merge(merged, _read(path))
+    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if bad:
+        raise ConfigError(*(f"{item}: an override is key=value, as in model.params.embed_dim=8" for item in bad))
+    try:
+        merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        container = OmegaConf.to_container(merged, resolve=resolve)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from error
+    assert isinstance(container, dict)
+    return typing.cast(Config, container)
+
+
+def _find(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
+    """The file of this name in the folder, with ``.yaml`` or without, else this package's recipe, else no file."""
+    path = folder / name
+    with_suffix = path.with_name(f"{path.name}.yaml") if path.name else path
+    if path.is_file():
+        return path
+    if with_suffix.is_file() and with_suffix.resolve() not in includers:  # demo.yaml may include the recipe demo
+        return with_suffix
+    recipe = Path(name).as_posix()
+    if recipe.startswith(f"{CHECKOUT}/") and not (folder / CHECKOUT).is_dir():  # installed, or Windows without links
+        recipe = recipe.removeprefix(f"{CHECKOUT}/").removesuffix(".yaml")
+    return recipes().get(recipe, path)
+
+
+def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:
+    """A file over what it includes."""
+    path = _find(name, folder, includers)
+    if path.resolve() in includers:
+        raise ConfigError(f"{path}: includes itself")
+    if path.is_dir():
+        raise ConfigError(f"{path}: this is a folder: name a config file in it")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file" + _nearest_file(path, name))
+    part = _yaml(path)
+    include = part.pop("include", [])
+    names = list(include) if isinstance(include, list | ListConfig) else [include]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ConfigError(f"{path}: include: expected a path or a list of paths, got {wrong[0]!r}")
+    for name in reversed(names):
+        below = _read(name, path.parent, (*includers, path.resolve()))
+        part = _merge(below, part)
+    return part
+
+
+def _yaml(path: Path) -> DictConfig:
+    """One file as it is."""
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which no config is")
+        with path.open(encoding="utf-8") as file:
+            values = _count(yaml.compose(file, yaml.SafeLoader), {})
+        if values > MOST_VALUES:
+            raise ConfigError(f"{path}: more than {MOST_VALUES} values, counting what its aliases repeat")
+        part = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_parse_error(error, path)}") from error
+    if not isinstance(part, DictConfig):
+        raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
+    return part
+
+
+def _count(node: Any, counted: dict[int, float]) -> float:
+    """The values in a node of YAML, repeated where aliases do; infinite if a node has itself in it."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        inside = node.value if isinstance(node, yaml.SequenceNode) else inside
+        counted[id(node)] = 1 + sum(_count(part, counted) for part in inside)
+    return counted[id(node)]
+
+
+def read_received(path: Path) -> Config:
+    """Read a YAML file of somebody else: one that includes no other file and resolves no interpolation.
+
+    Raises:
+        ConfigError: it is not readable, or not a mapping.
+    """
+    container = OmegaConf.to_container(_yaml(path), resolve=False)
+    return typing.cast(Config, container)
+
+
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    """``above`` over ``below``; where it names another target, the params of the old one are dropped."""
+
+    def drop_params(low: DictConfig, high: DictConfig) -> None:
+        if "target" in low and "target" in high and moved(low.target) != moved(high.target):
+            low.pop("params", None)
+        for key in high:
+            if OmegaConf.is_dict(low._get_node(key)) and OmegaConf.is_dict(high._get_node(key)):
+                drop_params(low[key], high[key])
+
+    below = copy.deepcopy(below)
+    drop_params(below, above)
+    merged = OmegaConf.merge(below, above)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def save(config: Mapping[str, Any], path: str | Path) -> None:
+    """Write a config as YAML; :func:`load` reads it back unchanged."""
+    with atomic_write(Path(path)) as partial:
+        OmegaConf.save(OmegaConf.create(dict(config)), partial)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configs, by dotted key: both values, :data:`ABSENT` where there is none.
+
+    A target is equal to the same one by the name that its module had before.
+    """
+    flat, other = dict(_leaves(before)), dict(_leaves(after))
+    pairs = {key: (flat.get(key, ABSENT), other.get(key, ABSENT)) for key in flat | other}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old is not new and old != new}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", moved(value) if key == "target" else value
+
+
+def _nearest_file(path: Path, name: str | Path) -> str:
+    """For a missing file: the nearest one beside it, else the nearest recipes."""
+    beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    return nearest(path.name, beside) or nearest_recipes(name)
+
+
+def nearest_recipes(name: str | Path) -> str:
+    """For a message on a name that no recipe has: those that are like it, by the whole name or its last part."""
+    known = recipes()
+    names = {recipe.rpartition("/")[2].lower(): recipe for recipe in known}
+    names |= {recipe.lower(): recipe for recipe in known}
+    asked = Path(name).as_posix().removeprefix(f"{CHECKOUT}/").removesuffix(".yaml").lower()
+    close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
+    return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"
+
+
+def _parse_error(error: Exception, path: Path) -> str:
+    """Without the file's name, which the message has already."""
+    text = reason(error) if isinstance(error, OSError) else first_line(error)
+    return text.replace(f' in "{path.absolute()}", ', " at ")
