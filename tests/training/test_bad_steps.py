@@ -26,15 +26,15 @@ def settings(**params) -> tuple[str, ...]:
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Give the iterations that a condition holds for a KL of nan."""
+    """Give the iterations that a condition holds for a KL of nan, or times something."""
 
-    def patch(condition) -> None:
+    def patch(condition, factor: float = math.nan) -> None:
         whole = LiteAutoencoderKL._losses
 
         def spoilt(self, *args):
             total, losses = whole(self, *args)
             if condition(self._iteration):
-                losses["kl"] = losses["kl"] * math.nan
+                losses["kl"] = losses["kl"] * factor
                 total = total + losses["kl"]
             return total, losses
 
@@ -62,6 +62,18 @@ def test_bad_steps_are_told_counted_and_noted(train_with, config, spoil, capfd):
     assert [(e.step, e.value) for e in events.Scalars("health/bad_steps")] == [(2, 1), (4, 2), (6, 3)]
     saved = checkpoint(run)
     assert all(t.isfinite().all() for t in saved["state_dict"].values())
+
+
+def test_a_finite_loss_that_would_freeze_adam_changes_nothing(train_with, config, spoil, capfd):
+    """Its gradients, not clipped, are finite, and their squares are not."""
+    spoil(lambda iteration: iteration == 2, 1e25)
+    run = train_with("lightning.trainer.max_steps=4", "lightning.trainer.log_every_n_steps=1", config=config)
+    assert "step 3: " in (told := capfd.readouterr().err)
+    assert "this step changed nothing (1 in this run so far)" in told
+    saved = checkpoint(run)
+    states = [state for optimizer in saved["optimizer_states"] for state in optimizer["state"].values()]
+    assert all(value.isfinite().all() for state in states for value in state.values())
+    assert all(value.isfinite().all() for value in saved["current_model_state"].values())
 
 
 def test_in_a_row_they_lead_back_to_the_checkpoint_with_lower_rates(train_with, config, spoil, capfd):
