@@ -3,7 +3,6 @@
 import atexit
 import os
 import signal
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -219,21 +218,22 @@ class Loader(DataLoader[Any]):
 
     def __init__(self, dataset: _Samples, what: str, epoch: int | None = None) -> None:
         source = dataset.source
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # training says it once, in a line
-            super().__init__(
-                dataset,
-                batch_size=dataset.batch_size,
-                num_workers=source.num_workers,
-                persistent_workers=source.num_workers > 0,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_leave_interrupts_to_the_trainer,
-                collate_fn=partial(_collate, source.tensor),
-                drop_last=dataset.start is not None,
-            )
+        super().__init__(
+            dataset,
+            batch_size=dataset.batch_size,
+            num_workers=source.num_workers,
+            persistent_workers=source.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_interrupts_to_the_trainer,
+            collate_fn=partial(_collate, source.tensor),
+            drop_last=dataset.start is not None,
+        )
         self.samples = dataset
         self.read_errors = ReadErrors(epoch, source.images, source.max_unreadable, what, source.unreadable)
         self.enlarged = 0
+
+    def check_worker_number_rationality(self) -> None:
+        """torch's warning of more processes than cores, twice in 500 characters: training says it in a line."""
 
     def __iter__(self) -> Any:
         rank, world = this_process()

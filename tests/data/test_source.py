@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+import warnings
+
+from olvae.data.mapped.folder import FolderSource
 
 SCRIPT = """
 import sys
@@ -18,3 +21,11 @@ def test_python_ends_while_loaders_have_processes(image_folder):
     command = [sys.executable, "-c", SCRIPT, str(image_folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[2, 2]\n", "")
+
+
+def test_more_processes_than_cores_are_no_warning_of_torch(image_folder, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = iter(FolderSource(str(image_folder), 16, 2, num_workers=2).test_loader())
+        assert len(next(batches)["key"]) == 2
