@@ -72,7 +72,7 @@ def test_the_source_says_what_an_import_says():
     [
         ("olvae.no_such_module", "Name"),
         ("olvae.modules.wavelet", "no_such_name"),
-        ("olvae.config", "TOP_LEVEL"),
+        ("olvae.config.files", "TOP_LEVEL"),
         ("olvae.evaluation.runner", "Request"),
         ("torch.nn", "Identity"),
     ],
