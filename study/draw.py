@@ -22,6 +22,8 @@ from olvae.data.image import from_uint8, to_uint8
 from olvae.data.mapped.samples import SamplePhotographs
 from olvae.figures import labelled_grid, plot_panels
 from olvae.models.autoencoder import LiteVAE
+from study.rows import SEEDS
+from study.run import find_run
 
 __all__ = ["TABLES", "fill", "main", "read_rows"]
 
@@ -30,7 +32,7 @@ Found = Mapping[str, Mapping[str, Any]]
 
 SIZE = "256"
 
-ENCODERS = {"LiteVAE-S": "litevae_", "SD, 48 channels": "sd_", "LiteVAE-S, SD's time": "litevae_time_"}
+ENCODERS = {"LiteVAE-S": "litevae", "SD, 48 channels": "sd", "LiteVAE-S, SD's time": "litevae_time"}
 """The question of the encoders: its rows' names without their seeds, by title."""
 
 
@@ -73,6 +75,11 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
+def _of_seeds(rows: Found, stem: str) -> list[Mapping[str, Any]]:
+    """A row of each seed; the first one's name may be without it."""
+    return [rows[name] for name in (stem, *(f"{stem}_{seed}" for seed in SEEDS)) if name in rows]
+
+
 def _range(values: Sequence[float]) -> str:
     """Machines differ in speed, so that a mean of seconds says nothing."""
     low, high = (f"{bound(values):.0f}" for bound in (min, max))
@@ -108,8 +115,8 @@ def _rates(rows: Found) -> str:
 
 def _encoders(rows: Found) -> str:
     lines = []
-    for title, prefix in ENCODERS.items():
-        of_seeds = [row for name, row in rows.items() if re.fullmatch(rf"{prefix}\d", name)]
+    for title, stem in ENCODERS.items():
+        of_seeds = _of_seeds(rows, stem)
         if not of_seeds:
             continue
         first = of_seeds[0]["sizes"][SIZE]
@@ -141,10 +148,6 @@ def _encoders(rows: Found) -> str:
 def _compared(title: str, names: Mapping[str, str]) -> Callable[[Found], str]:
     """A table of rows by name, with a title each; their Fréchet distance is that of all seeds."""
 
-    def of_seeds(rows: Found, name: str) -> list[Mapping[str, Any]]:
-        stem = name.removesuffix("_0")
-        return [rows[key] for key in (name, *(f"{stem}_{seed}" for seed in (1, 2))) if key in rows]
-
     def table(rows: Found) -> str:
         lines = [
             [
@@ -152,7 +155,7 @@ def _compared(title: str, names: Mapping[str, str]) -> Callable[[Found], str]:
                 _interval(rows[name]),
                 f"{rows[name]['sizes'][SIZE]['ssim']:.3f}",
                 *_bands(rows[name]),
-                _spread([row["frechet_lite0"] for row in of_seeds(rows, name)], 1),
+                _spread([row["frechet_lite0"] for row in _of_seeds(rows, name.removesuffix("_0"))], 1),
             ]
             for name, text in names.items()
             if name in rows
@@ -246,17 +249,16 @@ def _plot(rows: Found, path: Path) -> None:
 
 def _photographs(runs: Path, path: Path) -> None:
     """Photographs of the package, which no row has seen, through the encoders' rows of the first seed that has all."""
-    for seed in range(3):
-        found = {title: sorted(runs.glob(f"*_{prefix}{seed}_32")) for title, prefix in ENCODERS.items()}
-        if all(found.values()):
-            break
-    else:
+    of_seeds = ({title: find_run(runs, f"{stem}_{seed}") for title, stem in ENCODERS.items()} for seed in SEEDS)
+    found = next((found for found in of_seeds if all(found.values())), None)
+    if found is None:
         raise FileNotFoundError(f"{runs}: the runs of no seed are there")
     x = next(iter(SamplePhotographs(int(SIZE), batch_size=8).test_loader()))["image"]
     rows = {"photographs": x}
-    for title, folders in found.items():
+    for title, run in found.items():
+        assert run is not None
         with torch.inference_mode():
-            rows[title] = to_uint8(LiteVAE.from_pretrained(folders[-1]).eval()(from_uint8(x))[0])
+            rows[title] = to_uint8(LiteVAE.from_pretrained(run.path)(from_uint8(x))[0])
     labelled_grid(rows).save(path / "study_photographs.jpg", quality=90)
 
 

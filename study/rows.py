@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["NETWORKS", "QUESTIONS", "RECIPE", "Diffusion", "Row", "diffusions", "rows"]
+__all__ = ["NETWORKS", "QUESTIONS", "RECIPE", "SEEDS", "Diffusion", "Row", "diffusions", "rows"]
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
@@ -76,6 +76,8 @@ OBJECTIVES = {
     "l2": (f"{LOSS}.reconstruction=l2",),
 }
 
+SEEDS = (0, 1, 2)
+
 CLOSE = "no_wavelet"
 """The objective whose Fréchet distance says something else than its PSNR: with all seeds."""
 
@@ -98,14 +100,14 @@ def rows(quick: bool = False) -> list[Row]:
     Args:
         quick: an eighth of the steps, one seed, two rates.
     """
-    factor, seeds = (8, (0,)) if quick else (1, (0, 1, 2))
+    factor, seeds = (8, SEEDS[:1]) if quick else (1, SEEDS)
     found = [*_grid(quick), *_encoders(seeds), *_objectives(seeds), *_latents(), *_scales(), *_discriminators()]
     return [row._replace(steps=max(8, row.steps // factor)) for row in found]
 
 
 def diffusions(quick: bool = False) -> list[Diffusion]:
     """Diffusion models on the autoencoders of the encoder's question, and on two that regularize the latent more."""
-    seeds, steps = ((0,), 250) if quick else ((0, 1, 2), 2000)
+    seeds, steps = (SEEDS[:1], 250) if quick else (SEEDS, 2000)
     return [
         Diffusion(f"diffusion_{name}", of, seeds, steps)
         for name, of in (

@@ -24,7 +24,7 @@ from olvae.files import check_folder, write_json
 from olvae.runs import Run
 from study.rows import RECIPE, Diffusion, Row, diffusions, rows
 
-__all__ = ["Study", "StudyError", "main"]
+__all__ = ["Study", "StudyError", "find_run", "main"]
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 CROP, CROPS, REFERENCES = 64, 4000, 1000
@@ -204,8 +204,7 @@ class Study:
         return used.ru_utime + used.ru_stime
 
     def _folder(self, name: str) -> Run | None:
-        found = sorted((self.out / "runs").glob(f"*_{name}_32"))
-        return Run(found[-1]) if found else None
+        return find_run(self.out / "runs", name)
 
     def _grid(self, network: str) -> list[Row]:
         return [row for row in self.rows if isinstance(row, Row) and row.name.startswith(f"rate_{network}_")]
@@ -227,6 +226,12 @@ class Study:
     @property
     def _speeds(self) -> Path:
         return self.out / "speed.json"
+
+
+def find_run(runs: Path, name: str) -> Run | None:
+    """The newest run of a row."""
+    found = sorted(runs.glob(f"*_{name}_32"))
+    return Run(found[-1]) if found else None
 
 
 def _said(found: dict[str, Any]) -> str:

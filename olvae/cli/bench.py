@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from olvae.cli.choices import PRECISIONS, among, check_device
+
 __all__ = ["app"]
 
 app = typer.Typer(
@@ -14,7 +16,7 @@ app = typer.Typer(
 )
 
 BatchSize = Annotated[int, typer.Option("--batch-size", "-B", min=1)]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(callback=check_device, help="cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Pixels = Annotated[int, typer.Option(min=8, help="Pixels, a multiple of 8.")]
 
@@ -247,7 +249,7 @@ def encode(
     width: Annotated[
         int, typer.Option(min=32, help="AutoencoderKL's channels, a multiple of 32; Stable Diffusion's has 128.")
     ] = 32,
-    precision: Annotated[str, typer.Option(help="32, bf16 or fp16.")] = "32",
+    precision: Annotated[str, typer.Option(callback=among(PRECISIONS), help="32, bf16 or fp16.")] = "32",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -260,10 +262,7 @@ def encode(
     from olvae.config import ConfigError
     from olvae.data.mapped.samples import HELD_OUT, PHOTOGRAPHS
     from olvae.devices import resolve_device
-    from olvae.modules.precision import PRECISIONS
 
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
     if scale not in SIZES:
         raise ConfigError(f"--scale {scale}: choose from {', '.join(SIZES)}")
     if width % 32:

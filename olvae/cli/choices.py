@@ -19,6 +19,7 @@ __all__ = [
     "SYNONYMS",
     "among",
     "check_device",
+    "split",
 ]
 
 Check = Callable[[typer.CallbackParam, str | None], str | None]
@@ -46,12 +47,17 @@ def among(names: Sequence[str], several: bool = False, also: Sequence[str] = ())
 
         if value is None:
             return None
-        given = [name.strip() for name in value.split(",") if name.strip()] if several else [value]
+        given = split(value) if several else [value]
         if not given or not {*given} <= {*names, *also}:
             raise ConfigError(f"{param.opts[0]} {value}: choose from {', '.join(names)}")
         return value
 
     return check
+
+
+def split(text: str) -> list[str]:
+    """The names of a list with commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def check_device(param: typer.CallbackParam, value: str | None) -> str | None:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olvae.cli.choices import METRICS, POSTERIORS, PRECISIONS, PROTOCOLS, SYNONYMS, among
+from olvae.cli.choices import METRICS, POSTERIORS, PRECISIONS, PROTOCOLS, SYNONYMS, among, split
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, check_paths, loading, watched
 
 if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.runner import Evaluated
     from olvae.runs import Run
 
-ALL = "all"
-
 __all__ = ["BatchSize", "First", "Targets", "TestImages", "command", "results_folder"]
+
+ALL = "all"
 
 Targets = Annotated[
     list[str],
@@ -55,7 +55,7 @@ def command(
             callback=among((ALL, *METRICS), several=True),
             help="psnr, ssim, ms_ssim, l1, lpips, lpips_alex, rfid, kid, ssim_uniform.",
         ),
-    ] = "all",
+    ] = ALL,
     protocol: Annotated[
         str,
         typer.Option(
@@ -145,8 +145,9 @@ def command(
         from olvae.files import no_empty_folders
         from olvae.models.loading.targets import find_target, name_apart
 
-    names = list(DEFAULT_METRICS) if ALL in _names(metrics) else _names(metrics)
-    protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in _names(protocol)]
+    names = split(metrics)
+    names = list(DEFAULT_METRICS) if ALL in names else names
+    protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in split(protocol)]
     precisions = parse_precisions(precision)
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     folder = results_folder(out, targets[0], found[0].run)
@@ -259,7 +260,3 @@ def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> lis
     results.write(files["numbers"])
     left_out = {"figure": not evaluated.galleries, "report": not page}
     return [(what, path) for what, path in files.items() if not left_out.get(what)]
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -184,9 +184,8 @@ class KeepCheckpoints(Checkpoint):
                 f"non-finite weights at step {trainer.global_step}, in {first}: nothing is saved"
                 + last_good(current_run(trainer))
             )
-        trainer.save_checkpoint(
-            current_run(trainer).checkpoints / name, storage_options=note
-        )  # the first process writes
+        path = current_run(trainer).checkpoints / name
+        trainer.save_checkpoint(path, storage_options=note)  # the first process writes
 
 
 class SaveConfig(Callback):

@@ -87,11 +87,9 @@ def find_target(
     """
     given = str(text)
     check_target(given)
-    if given.startswith(DIFFUSERS):
-        return _diffusers_target(given, find_folder(given.removeprefix(DIFFUSERS)), raw, allow_mismatch)
     path = Path(given)
-    if path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None):
-        return _diffusers_target(given, find_folder(given), raw, allow_mismatch)
+    if given.startswith(DIFFUSERS) or _is_diffusers(path):
+        return _diffusers_target(given, find_folder(given.removeprefix(DIFFUSERS)), raw, allow_mismatch)
     weights = locate_weights(given)
     exported = class_in(weights.parent) == CLASS_NAME or config_inside(weights) is not None
     if raw and exported:
@@ -165,6 +163,11 @@ def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Tar
             if counts[target.name] > 1:
                 targets[i] = replace(target, name=rename(target, seen[target.name]))
     return list(targets)
+
+
+def _is_diffusers(path: Path) -> bool:
+    """Whether this is a folder of diffusers, an autoencoder's or a pipeline's, and no export of ours."""
+    return path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None)
 
 
 def _diffusers_target(given: str, folder: Path, raw: bool, allow_mismatch: bool) -> Target:
