@@ -3,8 +3,10 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,19 +15,6 @@ from olvae.config import ConfigError
 
 if TYPE_CHECKING:  # slow to import
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-__all__ = [
-    "Agreement",
-    "gather",
-    "join",
-    "leave",
-    "local_rank",
-    "resolve_device",
-    "resolve_devices",
-    "resolve_precision",
-    "srun_environment",
-    "this_process",
-]
 
 
 def resolve_device(device: str | None = None) -> str:
@@ -37,29 +26,62 @@ def resolve_device(device: str | None = None) -> str:
     present = torch.cuda.device_count()
     if device is not None:
         if not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", device):
-            raise ConfigError(f"--device {device}: choose cpu, cuda, or cuda:N")
+            raise ConfigError(f"`device` {device}: choose cpu, cuda, or cuda:N")
         if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= present:
-            raise ConfigError(f"--device {device}: this machine has {present} GPUs")
+            raise ConfigError(f"`device` {device}: this machine has {present} GPUs")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and present > 1:
         return f"cuda:{local_rank() % present}"
     return device
 
 
-PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+@dataclass(frozen=True)
+class Precision:
+    """A precision to compute in: the dtype of autocast, and Lightning's name for training in it."""
+
+    dtype: torch.dtype
+    lightning: Literal["16-mixed", "bf16-mixed", "32-true"]
+
+
+FULL = "32"
+
+PRECISIONS = {
+    "fp16": Precision(torch.float16, "16-mixed"),
+    "bf16": Precision(torch.bfloat16, "bf16-mixed"),
+    FULL: Precision(torch.float32, "32-true"),
+}
+"""The one table of precisions: every flag and setting takes these names."""
+
+_ALIASES = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
+
+
+def precision_name(text: str) -> str:
+    """A name of :data:`PRECISIONS`, also for 16, float16, bfloat16 and float32.
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+    name = _ALIASES.get(text, text)
+    if name not in PRECISIONS:
+        raise ConfigError(f"`precision` {text}: choose from {', '.join(PRECISIONS)}")
+    return name
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Lightning's name for 32, 16 or bf16.
+    """Lightning's name for a precision of training.
 
     Raises:
-        ConfigError: another precision, or 16 without a GPU.
+        ConfigError: there is no such precision, or it is fp16 without a GPU.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
-    if precision == "16" and accelerator == "cpu":
-        raise ConfigError("--precision 16: half precision with loss scaling needs a GPU: use bf16 or 32 on the CPU")
-    return PRECISIONS[precision]
+    name = precision_name(precision)
+    if name == "fp16" and accelerator == "cpu":
+        raise ConfigError(f"`precision` {precision}: loss scaling needs a GPU: use bf16 or 32 on the CPU")
+    return PRECISIONS[name].lightning
+
+
+def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
+    """Autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
+    return torch.autocast(kind, PRECISIONS[precision].dtype, enabled=precision != FULL)
 
 
 def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +117,7 @@ def _devices_of_flag(gpus: str, trainer: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         wanted = []
     if not wanted or min(wanted) < 0:
-        raise ConfigError(f"--gpus {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
+        raise ConfigError(f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
     if "," not in gpus:
         if wanted[0] == 0:
             processes = trainer.get("devices", 1) if trainer.get("accelerator") == "cpu" else 1
@@ -104,7 +126,7 @@ def _devices_of_flag(gpus: str, trainer: Mapping[str, Any]) -> dict[str, Any]:
     present = torch.cuda.device_count()
     if max(wanted) >= present:
         has = f"this machine has {present} GPU{'' if present == 1 else 's'}" if present else "this machine has no GPU"
-        raise ConfigError(f"--gpus {gpus}: {has}; --gpus 0 is the CPU")
+        raise ConfigError(f"`gpus` {gpus}: {has}; 0 is the CPU")
     return {"accelerator": "cuda", "devices": wanted}
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "atomic_write",
     "check_folder",
     "file_sha256",
+    "first_line",
     "legible",
     "named",
     "nearest",
@@ -138,6 +139,11 @@ def reason(error: BaseException) -> str:
     """What went wrong, on one line, for a message that has the file's name: without the one that the system adds."""
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def legible(name: str) -> str:

@@ -76,8 +76,8 @@ def test_mistakes(gpus, flag, there, message):
 
 def test_precision():
     assert [resolve_precision(p, "cpu") for p in ("32", "bf16")] == ["32-true", "bf16-mixed"]
-    assert resolve_precision("16", "cuda") == "16-mixed"
-    with pytest.raises(ConfigError, match="choose one of 32, 16, bf16"):
+    assert [resolve_precision(p, "cuda") for p in ("16", "fp16", "float16")] == ["16-mixed"] * 3
+    with pytest.raises(ConfigError, match="choose from fp16, bf16, 32"):
         resolve_precision("64", "cuda")
     with pytest.raises(ConfigError, match="needs a GPU"):
         resolve_precision("16", "cpu")

@@ -27,7 +27,7 @@ from olvae.cli import (
     train,
     validate,
 )
-from olvae.cli.options import PREEMPTED, STOPPED, end_on, stop_code
+from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
 
 __all__ = ["app", "main", "print_error", "repeat_flags"]
 
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         command = typer.main.get_command(app)
         _keep_examples(command)
+        name_flags(command, arguments)
         code = command(args=arguments, prog_name="olvae", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped", err=True)
@@ -117,7 +118,7 @@ def _format_warning(
 ) -> str:
     """One line for this package's warnings; Python's format, with the place, for others."""
     if Path(filename).is_relative_to(PACKAGE):
-        return f"warning: {message}\n"
+        return f"warning: {in_flags(str(message))}\n"
     return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
@@ -145,7 +146,7 @@ def print_error(error: Exception) -> int:
     if not expected:
         text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
     for line in text.splitlines():
-        typer.echo(f"error: {line}", err=True)
+        typer.echo(f"error: {in_flags(line)}", err=True)
     return 2 if isinstance(error, ConfigError) else 1
 
 

@@ -4,10 +4,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,7 +32,9 @@ __all__ = [
     "TargetArgument",
     "check_paths",
     "end_on",
+    "in_flags",
     "loading",
+    "name_flags",
     "stop_code",
     "watched",
 ]
@@ -70,6 +72,9 @@ Device = Annotated[
 
 
 _received: list[int] = []
+
+_flags: dict[str, str] = {}
+"""The running command's flags by the names of their settings."""
 
 
 def end_on(*numbers: int) -> None:
@@ -110,6 +115,22 @@ def check_paths(*targets: str, data: str | None = None) -> None:
     if data is not None and not may_be_elsewhere and not Path(data).expanduser().exists():
         what = "list of images" if data.lower().endswith(".txt") else "folder"
         raise FileNotFoundError(f"{data}: no such {what}")
+
+
+def name_flags(command: Any, arguments: Sequence[str]) -> None:
+    """Remember the flags of the command that the arguments call, for :func:`in_flags`."""
+    _flags.clear()
+    for argument in arguments:
+        inner = getattr(command, "commands", {}).get(argument)
+        command = command if inner is None else inner
+    for parameter in command.params:
+        if parameter.name is not None and parameter.opts[-1].startswith("--"):
+            _flags[parameter.name] = max(parameter.opts, key=len)
+
+
+def in_flags(text: str) -> str:
+    """Write settings as this command's flags: the library's "`precision` 64" becomes "--precision 64"."""
+    return re.sub(r"`(\w+)`", lambda match: _flags.get(match[1], match[0]), text)
 
 
 LINE_EVERY_S = 15.0  # without a terminal

@@ -84,7 +84,7 @@ def test_samples_and_precision(olvae, target, tmp_path):
         (["--tile", 0], 2, "--tile"),
         (["--device", "tpu"], 2, "--device tpu: choose cpu, cuda"),
         (["--device", "cuda:99"], 2, "this machine has"),
-        (["--precision", "8"], 2, "choose one of 32, 16, bf16"),
+        (["--precision", "8"], 2, "choose from fp16, bf16, 32"),
         (["--precision", "16", "--device", "cpu"], 2, "use bf16 or 32 on the CPU"),
         (["missing.png"], 1, "missing.png: no such image or folder"),
         (["--memory", "0.000001"], 1, "the smallest tile takes"),
