@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -77,6 +77,9 @@ docs: $(VENV)/.installed-docs ## the documentation as a site, in site/
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-random: $(VENV)/.installed-dev ## the whole test suite three times, each in another order; it prints the seed to repeat one
+	for i in 1 2 3; do $(BIN)/python -m pytest -v -n 2 -p randomly || exit 1; done
 
 test-portable: $(VENV)/.installed-dev ## the whole test suite with the kernels of older processors: AVX2, then SSE4.1
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.steps import against
 from tests.models.vision import node
+from tests.training.events import scalars
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
@@ -52,9 +52,7 @@ def command(tmp_path: Path, config: str, name: str, *overrides: str, launcher: t
 
 
 def read_scalars(run: Path, name: str) -> list[float]:
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return [event.value for event in events.Scalars(name)]
+    return list(scalars(run)[name].values())
 
 
 TWO = ("data.params.batch_size=4", "lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")

@@ -4,24 +4,23 @@ import csv
 import json
 import struct
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.config import ConfigError
 from olvae.runs import Run
 from olvae.training.loggers import make_loggers
 from tests.conftest import tiny_config
+from tests.training.events import scalars
 
 CSV = "lightning.logger.csv.target=lightning.pytorch.loggers.CSVLogger"
 STEPS = ("lightning.trainer.val_check_interval=2", "lightning.trainer.log_every_n_steps=1")
 
 
 def scalars_of_tensorboard(run) -> dict[tuple[str, int], float]:
-    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
-    tags = events.Tags()["scalars"]
-    return {(tag, event.step): event.value for tag in tags for event in events.Scalars(tag)}
+    return {(tag, step): value for tag, values in scalars(run.path).items() for step, value in values.items()}
 
 
 def scalars_of_csv(run) -> dict[tuple[str, int], float]:
@@ -71,16 +70,24 @@ def test_rows_are_on_disk_before_training_begins(tmp_path):
     assert scalars_of_csv(Run(tmp_path)) == {("a", 1): 1.5}
 
 
-def test_wandb_offline(train_with, image_folder, monkeypatch):
+@pytest.fixture
+def wandb(monkeypatch) -> Iterator[ModuleType]:
+    """W&B offline. Afterwards its run is finished and its service ended: they hook into sys.stderr until then."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    import wandb as package
+    import wandb
 
-    wandb = ("lightning.logger.wandb.target=lightning.pytorch.loggers.WandbLogger", CSV)
-    run = train_with("lightning.trainer.max_steps=2", *wandb, *STEPS, config=tiny_config(image_folder))
-    package.finish()
+    yield wandb
+    wandb.finish()
+    wandb.teardown()
+
+
+def test_wandb_offline(train_with, image_folder, wandb):
+    logger = ("lightning.logger.wandb.target=lightning.pytorch.loggers.WandbLogger", CSV)
+    run = train_with("lightning.trainer.max_steps=2", *logger, *STEPS, config=tiny_config(image_folder))
+    wandb.finish()
     train_with("lightning.trainer.max_steps=4", resume=run.path)
-    package.teardown()  # as the end of the process does: all is written
+    wandb.finish()  # as the end of the process does: all is written
     pieces = sorted((run.path / "wandb").glob("offline-run-*"))
     assert len(pieces) == 2
     assert {next(piece.glob("run-*.wandb")).stem.removeprefix("run-") for piece in pieces} == {run.path.name}

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.losses.adversarial import ADVERSARIAL_LOSSES
 from olvae.runs import Run
 from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
+from tests.training.events import scalars
 
 pytestmark = pytest.mark.slow
 
@@ -21,12 +21,6 @@ DISCRIMINATORS = {
     "UNetGAN-L": ("olvae.modules.discriminators.unetgan.UNetGAN", {"base_channels": 16, "image_size": 64}),
 }
 """Each in small: a quarter of its width, and GigaGAN with fewer channels."""
-
-
-def scalars(run: Run) -> dict[str, list[float]]:
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +48,9 @@ def test_phase_b_stays_healthy(tmp_path: Path, monkeypatch, phase_a, discriminat
     run = train(
         TrainOptions(["configs/demo_b.yaml"], overrides, tmp_path, gpus="0", actual_resume=phase_a.last_checkpoint)
     )
-    values = scalars(run)
+    values = {tag: list(by_step.values()) for tag, by_step in scalars(run.path).items()}
     for tag, series in values.items():
         assert torch.isfinite(torch.tensor(series)).all(), tag
     accuracy = sum(values["health/accuracy"][-20:]) / 20
     assert 0.02 < accuracy < 0.99
-    assert values["val/psnr"][-1] > scalars(phase_a)["val/psnr"][-1] - 3.0
+    assert values["val/psnr"][-1] > [*scalars(phase_a.path)["val/psnr"].values()][-1] - 3.0

@@ -14,7 +14,6 @@ from threading import Thread
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.cli.main import main
 from olvae.config import load, save
@@ -24,6 +23,7 @@ from olvae.training import run as training
 from olvae.training.saving import BackgroundCheckpointIO
 from tests.conftest import tiny_config
 from tests.soak.killed import killed_before
+from tests.training.events import scalars
 
 
 @pytest.fixture
@@ -117,9 +117,7 @@ def test_every_file_of_a_run_is_written_whole(olvae_train, tmp_path, image_folde
 
 
 def psnr_at(run: Run) -> dict[int, float]:
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("val/psnr")}
+    return scalars(run.path)["val/psnr"]
 
 
 @pytest.mark.parametrize("interval", [2, 3])  # the last step, 4, is on it; and off it

@@ -25,6 +25,7 @@ from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
+from tests.training.events import scalars
 
 UNETGAN = {"target": "olvae.modules.discriminators.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
 
@@ -85,9 +86,8 @@ def test_what_a_run_leaves(go, whole_training):
     }
     assert checkpoint(run)["images_seen"] == 16
 
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    scalars = {
+    logged = scalars(run.path)
+    names = {
         "train/loss",
         "train/rec",
         "train/kl",
@@ -97,10 +97,11 @@ def test_what_a_run_leaves(go, whole_training):
         "val/psnr",
         "val/ssim",
     }
-    assert scalars <= set(events.Tags()["scalars"])
-    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [e.step for e in events.Scalars("val/psnr")] == [2, 4]
-    assert [e.step for e in events.Images("val/images")] == [2, 4]
+    assert names <= set(logged)
+    assert list(logged["train/loss"]) == [1, 2, 3, 4]
+    assert list(logged["val/psnr"]) == [2, 4]
+    images = EventAccumulator(str(run.path / "tensorboard")).Reload().Images("val/images")
+    assert sorted(event.step for event in images) == [2, 4]
 
 
 def test_one_seed_gives_the_same_weights_bit_for_bit(go):
@@ -211,9 +212,7 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(go, tmp_path, m
 
 def test_the_last_step_is_validated_whatever_the_interval(go):
     run = go("lightning.trainer.max_steps=3")
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    assert [e.step for e in events.Scalars("val/psnr")] == [2, 3]
+    assert list(scalars(run.path)["val/psnr"]) == [2, 3]
     assert (run.images / "step=00000003.png").is_file()
 
 
@@ -318,9 +317,7 @@ def test_the_demo_learns(tmp_path, monkeypatch, quick_training):
     monkeypatch.delenv(training.RUN_ENV, raising=False)
     overrides = ["lightning.trainer.max_steps=30", "model.params.use_ema=false", "data.params.size=32"]
     run = train(TrainOptions(["configs/demo.yaml"], overrides, tmp_path))
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    assert events.Scalars("val/psnr")[-1].value > 13.5
+    assert [*scalars(run.path)["val/psnr"].values()][-1] > 13.5
 
 
 @pytest.mark.parametrize("channels", [1, 4, 6])
@@ -462,12 +459,6 @@ def test_no_data(tmp_path):
         train(TrainOptions(base=[base], logdir=tmp_path / "runs"))
 
 
-def scalars(run: Run, name: str) -> dict[int, float]:
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
-
-
 def mean_psnr(run: Run, checkpoint: Path, raw: bool) -> float:
     """Of the validation images, by the weights of a checkpoint, averaged or as trained."""
     model = find_target(checkpoint, run.config, raw=raw).load()
@@ -480,15 +471,15 @@ def mean_psnr(run: Run, checkpoint: Path, raw: bool) -> float:
 def test_validation_is_of_the_averaged_weights_and_of_those_as_trained(go):
     run = go("model.params.use_ema=true", "model.params.ema_decay=0.7", "model.params.val_metrics=[l1]")
     for name, raw in (("val", False), ("val_raw", True)):
-        assert scalars(run, f"{name}/psnr")[4] == pytest.approx(mean_psnr(run, run.last_checkpoint, raw), rel=1e-5)
-        assert 0 < scalars(run, f"{name}/l1")[4] < 1
-    assert scalars(run, "val/psnr")[4] != scalars(run, "val_raw/psnr")[4]
+        assert scalars(run.path)[f"{name}/psnr"][4] == pytest.approx(mean_psnr(run, run.last_checkpoint, raw), rel=1e-5)
+        assert 0 < scalars(run.path)[f"{name}/l1"][4] < 1
+    assert scalars(run.path)["val/psnr"][4] != scalars(run.path)["val_raw/psnr"][4]
 
 
 def test_the_best_weights_are_kept_by_a_named_metric(go):
     keep = "lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints"
     run = go(keep, "lightning.callbacks.keep.params.best=val/l1", "model.params.val_metrics=[l1]")
-    values = scalars(run, "val/l1")
+    values = scalars(run.path)["val/l1"]
     best = min(values, key=values.__getitem__)
     kept = run.checkpoints / "best.ckpt"
     assert torch.load(kept, weights_only=True)["global_step"] == best
