@@ -1,16 +1,65 @@
-"""Run folders: their names, the files in them, and how one is opened again."""
+"""Run folders: the files in one, the settings it was trained with, and the lock that one training holds."""
 
 import itertools
+import logging
+import os
 import re
-from dataclasses import dataclass
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TextIO
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
 from olvae.files import check_folder
 
-__all__ = ["Run", "check_name", "config_of", "create", "open_run", "run_of"]
+log = logging.getLogger("olvae.training")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run beside model, data and trainer: the section ``run`` of its config.yaml.
+
+    Args:
+        name: the middle of the run folder's name.
+        precision: ``32``, ``bf16`` or ``fp16``.
+        gpus: the number of GPUs, or a list of them such as ``0,2``; None leaves it to ``lightning.trainer``.
+        seed: of data order and noise.
+        initial_seed: of the initial weights: another one where a resumed run changed its seed.
+        weights: the checkpoint or autoencoder that training started from, as the user wrote it; None for fresh weights.
+        untrained: ``encoder`` or ``decoder`` if that half still has its initial weights.
+        teacher: the checksum of the teacher's weights.
+        paths: the data's relative paths as the user wrote them, by their absolute ones.
+        slurm_job: the SLURM job that trains the run.
+    """
+
+    name: str = ""
+    precision: str = "32"
+    gpus: str | None = None
+    seed: int = 0
+    initial_seed: int = 0
+    weights: str | None = None
+    untrained: str | None = None
+    teacher: str | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
+    slurm_job: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the section ``run``; outside of SLURM it has no ``slurm_job``."""
+        section = asdict(self)
+        if self.slurm_job is None:
+            del section["slurm_job"]
+        return section
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """Read the settings of a run from its config; the defaults for a config that is no run's."""
+    section = config.get("run")
+    section = section if isinstance(section, Mapping) else {}
+    known = {one.name: section[one.name] for one in fields(Settings) if section.get(one.name) is not None}
+    return Settings(**{"initial_seed": known.get("seed", 0), **known})
 
 
 @dataclass
@@ -27,7 +76,7 @@ class Run:
         self.bad_steps = self.path / "bad_steps.jsonl"
         self.metrics = self.path / "metrics.json"
         self.finished = self.path / "finished.json"
-        self.lock = self.path / "lock.json"
+        self.lock = self.path / ".lock"
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
@@ -114,3 +163,58 @@ def _without_config(run: Run) -> str:
         "put a copy of that file back, or start a new run from its weights with --base CFG --actual_resume "
         f"{run.last_checkpoint}"
     )
+
+
+class RunLock:
+    """Hold a run for one training, from :meth:`take` to the end of the ``with`` block.
+
+    It is an advisory lock of the system, which ends with the process, however that ends. The file's text names the
+    holder for other processes.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+
+    def take(self, run: Run) -> None:
+        """Lock a run. On a file system without locks, only warn.
+
+        Raises:
+            ConfigError: another process trains the run.
+            OSError: the folder is not writable.
+        """
+        file = run.lock.open("a+", encoding="utf-8")
+        try:
+            _lock(file)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(f"{run.path}: is being trained by {holder}: wait for its end, or stop it") from error
+        except OSError as error:
+            log.warning(
+                "%s: no lock here (%s): make sure that nothing else trains this run", run.path, error.strerror or error
+            )
+        if hasattr(os, "register_at_fork"):  # a forked loader process would hold the lock beyond this one's end
+            os.register_at_fork(after_in_child=file.close)
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+        file.flush()
+        self._file = file
+
+
+def _lock(file: TextIO) -> None:
+    """Lock an open file for this process, or raise OSError."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("the system has no flock") from error
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

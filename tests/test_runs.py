@@ -1,8 +1,17 @@
+"""Run folders: names, opening, settings, and the lock of the one training that a run has at a time."""
+
+import errno
+import multiprocessing
+import os
 import re
+import signal
+import socket
 
 import pytest
 
-from olvae.runs import create, open_run, run_of
+from olvae import runs
+from olvae.config import ConfigError
+from olvae.runs import Run, RunLock, Settings, create, open_run, run_of, settings_of
 
 
 def test_names(tmp_path):
@@ -48,3 +57,77 @@ def test_open(tmp_path):
     assert run_of(run.images / "x.ckpt") is None
     run.config.unlink()
     assert run_of(run.last_checkpoint) is None
+
+
+def test_settings_are_what_was_written_and_defaults_for_the_rest():
+    settings = Settings(name="a", seed=3, initial_seed=2, weights="x.ckpt", paths={"/data/photos": "photos"})
+    assert settings_of({"run": settings.as_dict()}) == settings
+    assert "slurm_job" not in settings.as_dict()
+    assert settings_of({"run": {"seed": 5, "gpus": None, "an_older_key": 1}}) == Settings(seed=5, initial_seed=5)
+    for config in ({}, {"run": None}, {"run": "cut off"}):
+        assert settings_of(config) == Settings()
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return create(tmp_path, "a", "32")
+
+
+def refused(run: Run) -> str:
+    with pytest.raises(ConfigError) as caught, RunLock() as lock:
+        lock.take(run)
+    return str(caught.value)
+
+
+def test_a_lock_names_its_holder_until_the_end_even_after_an_interrupt(run):
+    def interrupted() -> None:
+        with RunLock() as lock:
+            lock.take(run)
+            raise KeyboardInterrupt
+
+    with RunLock() as lock:
+        lock.take(run)
+        holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\dT\S+"
+        message = rf"{re.escape(str(run.path))}: is being trained by {holder}: wait for its end, or stop it"
+        assert re.fullmatch(message, refused(run))
+        assert re.fullmatch(message, refused(run))  # the refused one has not changed it
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+
+
+def test_a_killed_process_leaves_no_lock_though_its_child_lives(run):
+    """A loader process outlives a trainer that was killed by some seconds."""
+    context = multiprocessing.get_context("fork")
+    ready, end = context.Event(), context.Event()
+
+    def train() -> None:
+        with RunLock() as lock:
+            lock.take(run)
+            if os.fork() == 0:
+                ready.set()
+                end.wait(60)
+                os._exit(0)
+            os.wait()
+
+    trainer = context.Process(target=train)
+    trainer.start()
+    assert ready.wait(60)
+    assert f"process {trainer.pid} on" in refused(run)
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.join()
+    with RunLock() as lock:
+        lock.take(run)
+    end.set()
+
+
+def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, caplog):
+    def unsupported(_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runs, "_lock", unsupported)
+    with RunLock() as lock:
+        lock.take(run)
+    assert caplog.messages == [
+        f"{run.path}: no lock here (No locks available): make sure that nothing else trains this run"
+    ]

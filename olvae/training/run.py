@@ -35,7 +35,6 @@ from olvae.training.callbacks import (
 from olvae.training.changes import changes, check_changes, print_changes
 from olvae.training.checks import check_adversary, check_images, check_memory
 from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count, process_death
-from olvae.training.lock import RunLock
 from olvae.training.loggers import make_loggers
 from olvae.training.origin import (
     Found,
@@ -91,11 +90,11 @@ def train(options: TrainOptions) -> runs.Run:
         TrainingStopped: a signal or the limit on time ended training; the checkpoint is written.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
-    with RunLock() as lock, no_empty_folders(Path(options.logdir)):
+    with runs.RunLock() as lock, no_empty_folders(Path(options.logdir)):
         return _train(options, lock)
 
 
-def _train(options: TrainOptions, lock: RunLock) -> runs.Run:
+def _train(options: TrainOptions, lock: runs.RunLock) -> runs.Run:
     stop = GracefulStop(None if options.time_limit is None else parse_time(options.time_limit))
     if (
         options.resume is None
@@ -397,7 +396,7 @@ def _trainer(
     return pl.Trainer(**settings)
 
 
-def _take(lock: RunLock, run: runs.Run) -> None:
+def _take(lock: runs.RunLock, run: runs.Run) -> None:
     """Lock a run that is resumed, in the first process of all; the others learn whether it could."""
     refusal: list[str | None] = [None]
     if is_first():
@@ -415,7 +414,7 @@ def _take(lock: RunLock, run: runs.Run) -> None:
         raise ConfigError(refusal[0])
 
 
-def _new_run(logdir: str | Path, settings: Config, lock: RunLock) -> tuple[runs.Run, bool]:
+def _new_run(logdir: str | Path, settings: Config, lock: runs.RunLock) -> tuple[runs.Run, bool]:
     """Make the run folder in the first process of all, lock it, and pass its path to the others.
 
     Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run

@@ -1,5 +1,6 @@
 """Processes that torchrun or srun started: as many as the flags name, and one run folder for all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 from olvae.config import ConfigError, save
 from olvae.devices import gather, join, leave
+from olvae.runs import Run, RunLock
 from olvae.training.launch import check_launcher, cluster, find_launcher, process_count
 from olvae.training.run import RUN_ENV, TrainOptions, train
 from tests.conftest import tiny_config
@@ -156,15 +158,18 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under, launcher):
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert (checkpoint["global_step"], checkpoint["images_seen"]) == (2, 16)
     assert len(list((run / "tensorboard").glob("events.*"))) == 1
-    assert not (run / "lock.json").exists()
-    (run / "lock.json").write_text('{"host": "node7", "pid": 1, "since": "2026-01-01", "started": null}')
+    lock = RunLock()
+    lock.take(Run(run))
+
+    holder = os.getpid()
 
     def again(rank: int) -> None:
         under({**launcher(rank, nodes=2), "MASTER_PORT": port})
-        with pytest.raises(ConfigError, match="locked by process 1 on node7, since 2026-01-01"):
+        with pytest.raises(ConfigError, match=f"is being trained by process {holder} on "):
             train(TrainOptions(resume=run, overrides=("lightning.trainer.max_steps=3",)))
 
-    fork_each(again)  # the first looks, and all of them stop
+    with lock:
+        fork_each(again)  # the first looks, and all of them stop
 
 
 def test_a_start_that_fails_under_a_launcher_leaves_nothing(tmp_path, image_folder, under):
