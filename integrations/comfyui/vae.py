@@ -14,9 +14,7 @@ from comfy import model_management
 from torch import Tensor
 
 from olvae import LiteVAE
-from olvae.models.large.memory import GIB
-from olvae.models.large.streaming import encode_within
-from olvae.models.large.tiling import decode_tiled
+from olvae.models.large.tiling import GIB
 from olvae.models.pretrained import config_inside
 
 __all__ = ["GIB", "VAE"]
@@ -70,7 +68,7 @@ class VAE:
             raise ValueError(f"an image of {pixels.shape[2]}x{pixels.shape[1]} pixels: at least {self.downscale_ratio}")
         with self._at_work() as model:
             x = x.to(self.device, self.vae_dtype) * 2 - 1
-            return encode_within(model, x, self.memory).mode().to(self.output_device)
+            return model.encode_within(x, self.memory).mode().to(self.output_device)
 
     def decode(self, samples: Tensor, vae_options: Any = None) -> Tensor:  # noqa: ARG002  (ComfyUI's signature)
         """Latents (B, n_z, h, w) -> pixels (B, f h, f w, C) in [0, 1].
@@ -129,7 +127,7 @@ class VAE:
             )
         with self._at_work() as model:
             z = z.to(self.device, self.vae_dtype)
-            x = decode_tiled(model, z, tile, self.memory if tile is None else None)  # (B, C, f h, f w)
+            x = model.decode_tiled(z, tile, self.memory if tile is None else None)  # (B, C, f h, f w)
             return ((x + 1) / 2).clamp(0, 1).movedim(1, -1).to(self.output_device)
 
     @contextmanager

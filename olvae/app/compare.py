@@ -13,8 +13,8 @@ from olvae.data.image import Photo, image_to_tensor
 from olvae.export.reconstruct import ReconstructOptions, psnr_by_rows, reconstruct
 from olvae.figures import error_map
 from olvae.metrics.ssim import SSIM_WINDOW, ssim
-from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.large.memory import default_memory
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.large.tiling import default_memory
 from olvae.models.loading.targets import Target
 
 __all__ = ["LARGEST", "Result", "compare", "crop_around", "enlarged", "latent_pictures", "load", "read_image"]
@@ -55,7 +55,7 @@ def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
     models: dict[str, Autoencoder] = {}
     for target in targets:
         model = target.load()
-        models[target.name] = (model.fold() if isinstance(model, LiteVAE) else model).to(device).eval()
+        models[target.name] = model.fold().to(device).eval()
     if len(channels := {model.in_channels for model in models.values()}) > 1:
         raise ValueError(f"the targets take images of {' and '.join(map(str, sorted(channels)))} channels")
     return models

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from olvae.bench.timing import clocked, measure
-from olvae.models.large.memory import peak_bytes
+from olvae.models.large.tiling import peak_bytes
 from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
 from olvae.modules.discriminators.gigagan import GigaGAN
 from olvae.modules.discriminators.patchgan import PatchGAN

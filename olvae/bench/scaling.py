@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from olvae.bench.networks import DECODERS, ENCODERS, FACTOR, LATENT, forward_bytes
 from olvae.bench.timing import clocked, measure
 from olvae.figures import plot_panels
-from olvae.models.large.memory import default_memory, peak_bytes
+from olvae.models.large.tiling import default_memory, peak_bytes
 from olvae.modules.base import Decoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 
@@ -47,7 +47,7 @@ def bench_scaling(
     Args:
         sizes: pixels along a side.
         rounds: of all, after one that warms up.
-        memory: the limit in bytes; by default :func:`~olvae.models.large.memory.default_memory`.
+        memory: the limit in bytes; by default :func:`~olvae.models.large.tiling.default_memory`.
 
     Returns:
         For each network, size and batch_size: name, median_ms, spread_ms, ns_per_pixel, relative (to the network's

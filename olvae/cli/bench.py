@@ -299,7 +299,7 @@ def scaling(
     from olvae.config import ConfigError
     from olvae.devices import resolve_device
     from olvae.files import check_folder
-    from olvae.models.large.memory import GIB
+    from olvae.models.large.tiling import GIB
 
     if out.suffix != ".png":
         raise ConfigError(f"--out {out}: the plot is a PNG: give it a name that ends with .png")

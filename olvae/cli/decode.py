@@ -48,7 +48,7 @@ def command(
         from olvae.devices import resolve_device
         from olvae.export.decode import decode_shards
         from olvae.files import check_folder, no_empty_folders
-        from olvae.models.large.memory import GIB
+        from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
         from olvae.modules.base import weights_checksum
 

@@ -108,7 +108,7 @@ def command(
         from olvae.export.writers import EncodeOptions
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.compilation import compile_networks
-        from olvae.models.large.memory import GIB
+        from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
         from olvae.modules.precision import PRECISION_SYNONYMS
 

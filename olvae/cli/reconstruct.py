@@ -59,9 +59,7 @@ def command(
         from olvae.devices import resolve_device, resolve_precision
         from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file
         from olvae.files import check_folder, legible
-        from olvae.models.autoencoder import LiteVAE
-        from olvae.models.large.memory import GIB, default_memory
-        from olvae.models.large.tiling import receptive_field
+        from olvae.models.large.tiling import GIB, default_memory
         from olvae.models.loading.targets import find_target
 
     check_folder(out)
@@ -69,12 +67,9 @@ def command(
     resolve_precision(precision, where.type)
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     pictures = collect_images(images, out)
-    model = found.load().to(where)
-    if isinstance(model, LiteVAE):
-        model = model.fold()
-    decoder = model.decoder if isinstance(model, LiteVAE) else None
-    if tile is not None and (decoder is None or receptive_field(decoder) is None):
-        name = type(model if decoder is None else decoder).__name__
+    model = found.load().to(where).fold()
+    if tile is not None and model.receptive_field is None:
+        name = type(getattr(model, "decoder", model)).__name__
         raise ConfigError(f"--tile {tile}: {name} sees the whole latent at every position: leave --tile out")
     channels = model.in_channels
     outputs = name_outputs(pictures, out, ".png" if channels in (1, 3, 4) else ".npy")

@@ -14,10 +14,8 @@ from olvae.data.shards.latents import LATENT, read_latent
 from olvae.data.shards.read import Shard, read_shard
 from olvae.figures import save_image
 from olvae.files import remove_partials, safe_path
-from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.large.memory import GIB
-from olvae.models.large.padding import crop_to
-from olvae.models.large.tiling import decode_tiled
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.large.tiling import GIB, crop_to
 
 __all__ = ["FORMATS", "Decoded", "decode_shards"]
 
@@ -59,7 +57,7 @@ def decode_shards(
         model: on its device, in evaluation mode.
         folder: of the images, created if missing.
         image_format: a name of :data:`FORMATS`.
-        memory: bytes that decoding a batch may take, beyond which it is tiled; see :func:`decode_tiled`.
+        memory: bytes that decoding a batch may take, beyond which it is tiled; see :meth:`Autoencoder.decode_tiled`.
         advance: called with the number of further images that are done.
 
     Raises:
@@ -75,7 +73,7 @@ def decode_shards(
                 "name the target that encoded it"
             )
         z = z.to(next(model.parameters()).device)
-        y = decode_tiled(model, z, None, memory) if isinstance(model, LiteVAE) else model.decode(z)
+        y = model.decode_tiled(z, memory=memory)
         for latent, image in zip(batch, to_uint8(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)

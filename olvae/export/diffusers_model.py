@@ -1,7 +1,6 @@
 """LiteVAE as a model of diffusers, for its pipelines in place of AutoencoderKL."""
 
 from collections.abc import Callable
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 
 from olvae.checksums import SUMS, check_sums, write_sums
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.large.memory import default_memory
-from olvae.models.large.padding import crop_to, pad_to_multiple
-from olvae.models.large.streaming import moments_within
-from olvae.models.large.tiling import decode_tiled
+from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
 from olvae.models.shipped import is_shipped, shipped_folder
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, AutoencoderSpec
 from olvae.runs import Run
@@ -147,7 +143,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """
         model = self.autoencoder
         padded = pad_to_multiple(x, model.downscale)
-        posterior = DiagonalGaussianDistribution(self._run(model.moments, partial(moments_within, model), padded))
+        posterior = DiagonalGaussianDistribution(self._run(model.moments, model.moments_within, padded))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -159,7 +155,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """(B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         model = self.autoencoder
-        x = self._run(model.decode, lambda z, memory: decode_tiled(model, z, memory=memory), z)
+        x = self._run(model.decode, lambda z, memory: model.decode_tiled(z, memory=memory), z)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def forward(

@@ -20,12 +20,10 @@ from olvae.export.kohya import KOHYA, KohyaWriter
 from olvae.export.lightningdit import LIGHTNINGDIT, LightningDiTWriter
 from olvae.export.writers import Encoded, EncodeOptions, LatentWriter, ShardWriter
 from olvae.files import write_json
-from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.large.memory import GIB, peak_bytes
-from olvae.models.large.padding import pad_to_multiple
-from olvae.models.large.streaming import moments_within
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import weights_checksum
-from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32, keyed_generator
+from olvae.modules.distributions import Posterior, in_float32, keyed_generator
 from olvae.modules.precision import DTYPES, FULL, in_precision
 
 __all__ = ["FORMATS", "EncodeJob", "LatentSums", "encoder_of"]
@@ -128,7 +126,6 @@ class EncodeJob:
         self.options = options
         self.shards = _writer(options.format, folder, model)
         self.shards.check_options(model, inputs, options)
-        self._bytes: dict[tuple[int, ...], int] = {}  # that an image of a shape takes, beside itself
         weights = weights_checksum(model)
         self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
         self.shards.begin({"weights": weights, **self.shards.plan(), **inputs.plan(asdict(options))})
@@ -147,7 +144,7 @@ class EncodeJob:
         Args:
             batch_size: images at a time, all of one size.
             threads: that read images; 0 reads them in between.
-            memory: bytes that encoding images of their own sizes may take; see :func:`moments_within`.
+            memory: bytes that encoding images of their own sizes may take; see :meth:`Autoencoder.encode_within`.
             advance: called with the number of further images that are done, including those of finished shards.
 
         Raises:
@@ -243,19 +240,8 @@ class EncodeJob:
         padded = torch.stack([pad_to_multiple(image, self.model.downscale) for image in images])
         x = from_uint8(padded.to(device))  # (B, C, H, W)
         with in_precision(device.type, self.options.precision):
-            if self.options.size or not isinstance(self.model, LiteVAE):
-                return in_float32(self.model.encode(x))
-            if together := memory // self._image_bytes(self.model, x):
-                moments = [self.model.moments(part) for part in x.split(together)]
-            else:
-                moments = [moments_within(self.model, one, memory) for one in x.split(1)]
-        return in_float32(DiagonalGaussian(torch.cat(moments)))
-
-    def _image_bytes(self, model: LiteVAE, x: Tensor) -> int:
-        shape = tuple(x.shape[1:])
-        if shape not in self._bytes:
-            self._bytes[shape] = peak_bytes(model.encoder, lambda encoder, images: encoder(images), (1, *shape))
-        return self._bytes[shape]
+            posterior = self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
+        return in_float32(posterior)
 
     def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
         """Latents in the stored dtype, on the CPU."""
@@ -303,7 +289,7 @@ def encoder_of(model: Autoencoder) -> nn.Module:
     Raises:
         ValueError: the autoencoder has none of its own.
     """
-    encoder = getattr(model if isinstance(model, LiteVAE) else getattr(model, "model", None), "encoder", None)
+    encoder = getattr(model, "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"--compile: {type(model).__name__} has no encoder that can be compiled: leave it out")
     return encoder

@@ -14,11 +14,8 @@ from olvae.data.image import from_uint8, image_to_tensor, read_picture, to_uint8
 from olvae.data.mapped.folder import find_images
 from olvae.figures import comparison, error_map, save_image
 from olvae.files import atomic_write
-from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.large.padding import crop_to, pad_to_multiple
-from olvae.models.large.streaming import encode_within
-from olvae.models.large.tiling import decode_tiled
-from olvae.modules.distributions import Posterior
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.large.tiling import crop_to, pad_to_multiple
 
 __all__ = [
     "ReconstructOptions",
@@ -118,7 +115,7 @@ def reconstruct(
 ) -> Tensor:
     """uint8 (C, H, W) of any size -> its reconstruction, uint8 of the same shape, on the CPU.
 
-    Autoencoders other than :class:`LiteVAE` process the whole image at once, whatever memory that takes.
+    Autoencoders that can't work in tiles process the whole image at once, whatever memory that takes.
 
     Args:
         progress: called with the fraction that is done.
@@ -130,11 +127,7 @@ def reconstruct(
     size = image.shape[-2], image.shape[-1]
     x = from_uint8(pad_to_multiple(image[None].to(options.device), model.downscale))
     with torch.autocast(options.device.type, options.autocast, enabled=options.autocast is not None):
-        posterior: Posterior
-        if isinstance(model, LiteVAE):
-            posterior = encode_within(model, x, options.memory, progress and (lambda done: progress(0.3 * done)))
-        else:
-            posterior = model.encode(x)
+        posterior = model.encode_within(x, options.memory, progress and (lambda done: progress(0.3 * done)))
         del x
         if options.seed is None:
             z = posterior.mode()
@@ -143,10 +136,7 @@ def reconstruct(
         if on_latent is not None:
             on_latent(z)
         memory = options.memory if options.tile is None else None
-        if isinstance(model, LiteVAE):
-            y = decode_tiled(model, z, options.tile, memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
-        else:
-            y = model.decode(z)
+        y = model.decode_tiled(z, options.tile, memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
     if not torch.isfinite(y).all():
         raise ValueError("the reconstruction has non-finite values: use --precision 32, or check the weights")
     return _by_rows(lambda rows: to_uint8(rows).cpu(), crop_to(y, size)[0])

@@ -1,7 +1,7 @@
 """LiteVAE as a plain module: images to a posterior, latents to images. No Lightning needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
+from olvae.models.large.streaming import encode_within
+from olvae.models.large.tiling import decode_tiled, receptive_field
 from olvae.models.named import is_hub_id
 from olvae.models.pretrained import (
     CARD,
@@ -26,8 +28,8 @@ from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 
-__all__ = ["Autoencoder", "LiteVAE", "Quantizer", "load_located"]
-
+Progress = Callable[[float], None]
+"""Called from time to time with the fraction that is done."""
 
 MOST_PARAMETERS = 10**9
 """Of networks of this package that are built from a file's config; the largest recipe has a tenth."""
@@ -43,6 +45,8 @@ class Autoencoder(nn.Module, ABC):
     """n_z."""
     deterministic: bool = False
     """Whether its latents have no distribution."""
+    image_size: int = 256
+    """The intended side of images, in pixels."""
 
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
@@ -74,6 +78,37 @@ class Autoencoder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+
+    @property
+    def receptive_field(self) -> int | None:
+        """Latent positions on each side that a pixel depends on; None if it depends on all: no tiles."""
+        return None
+
+    def fold(self) -> "Autoencoder":
+        """Return a faster copy for inference, if there is one; by default the model itself."""
+        return self
+
+    def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Posterior:  # noqa: ARG002
+        """``encode(x)`` without gradients within ``memory`` bytes; by default whole, whatever that takes."""
+        with torch.no_grad():
+            return self.encode(x)
+
+    def decode_tiled(
+        self,
+        z: Tensor,
+        tile: int | None = None,
+        memory: int | None = None,  # noqa: ARG002
+        progress: Progress | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """``decode(z)`` without gradients in tiles of this side, or within ``memory`` bytes; by default whole.
+
+        Raises:
+            ValueError: a tile is given to a model that decodes whole.
+        """
+        if tile is not None:
+            raise ValueError(f"{type(self).__name__} decodes the whole latent at once: leave `tile` out")
+        with torch.no_grad():
+            return self.decode(z)
 
     def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
         """Reconstruction, from the posterior's mode or from a sample, and the posterior."""
@@ -120,7 +155,7 @@ class LiteVAE(
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = quantizer
-        self.in_channels, self.downscale = encoder.in_channels, encoder.downscale
+        self.in_channels, self.downscale, self.image_size = encoder.in_channels, encoder.downscale, encoder.image_size
         self.latent_channels = quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
         self.folded = False
         """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
@@ -334,12 +369,37 @@ class LiteVAE(
         Raises:
             ValueError: H or W is not a multiple of f, or the images are integers.
         """
+        return self._moments(x, self.encoder)
+
+    def _moments(self, x: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         if not x.is_floating_point():
             raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1")
-        moments: Tensor = self.encoder(x)  # (B, latent_dim, H/f, W/f)
+        moments = encode(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
         return island(moments) if autocast_enabled(moments) else moments
+
+    @torch.no_grad()
+    def moments_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Tensor:
+        """:meth:`moments`, equal to rounding, within ``memory`` bytes; see :func:`~olvae.models.large.streaming`."""
+        return self._moments(x, lambda images: encode_within(self.encoder, images, memory, progress))
+
+    def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> DiagonalGaussian:
+        """``encode(x)``, equal to rounding, within ``memory`` bytes; large images in strips."""
+        return DiagonalGaussian(self.moments_within(x, memory, progress))
+
+    @property
+    def receptive_field(self) -> int | None:
+        return receptive_field(self.decoder)
+
+    @torch.no_grad()
+    def decode_tiled(
+        self, z: Tensor, tile: int | None = None, memory: int | None = None, progress: Progress | None = None
+    ) -> Tensor:
+        """``decode(z)``, equal to rounding, in tiles; see :func:`~olvae.models.large.tiling.decode_tiled`."""
+        if self.quantizer is not None:
+            z = self.quantizer.post_quant_conv(z)  # 1x1, no neighbours
+        return decode_tiled(self.decoder, z, tile, memory, progress)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); see :meth:`moments`."""

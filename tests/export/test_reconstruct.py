@@ -21,7 +21,7 @@ from olvae.export.reconstruct import (
     reconstruct_file,
 )
 from olvae.metrics.pixel import psnr
-from olvae.models.large.padding import pad_to_multiple
+from olvae.models.large.tiling import pad_to_multiple
 from tests.models.test_autoencoder import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -163,25 +163,24 @@ from olvae import config as cfg
 from olvae.export import reconstruct as module
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import AutoencoderSpec
-from olvae.models.large.tiling import decode_window
-from olvae.models.large.tiling import decode_tiled, split, tile_for
+from olvae.models.large.tiling import decode_window, split, tile_for
 
 
 def status(key):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
 
-def watched(*arguments):
-    image = decode_tiled(*arguments)
-    kept.extend((arguments[1], image))
-    return image
+class Watched(LiteVAE):
+    def decode_tiled(self, z, *arguments):
+        image = super().decode_tiled(z, *arguments)
+        kept.extend((z, image))
+        return image
 
 
 kept = []
-module.decode_tiled = watched
 source, out = map(Path, sys.argv[1:])
 spec = AutoencoderSpec.from_content(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
-model = LiteVAE.from_spec(spec).eval().fold()
+model = Watched.from_spec(spec).eval().fold()
 (result,) = module.name_outputs([source], out).values()
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew

@@ -14,39 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.models.autoencoder import LiteVAE
-from olvae.models.large.memory import GIB, peak_bytes
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.models.large.tiling import GIB, peak_bytes
+from olvae.modules.base import Encoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.unet import PostActivationBlock, PreActivationBlock, UNet
-from olvae.modules.precision import autocast_enabled, island
-
-__all__ = ["encode_within", "moments_within"]
-
 
 Function = Callable[[Tensor], Tensor]
 
 STREAMED = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that can be streamed: layers' outputs are kept in float32."""
 
-
-def encode_within(
-    model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None
-) -> DiagonalGaussian:
-    """``model.encode(x)`` without gradients, within ``memory``; see :func:`moments_within`."""
-    return DiagonalGaussian(moments_within(model, x, memory, progress))
+_image_bytes: "weakref.WeakKeyDictionary[Encoder, dict[tuple[object, ...], int]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[float], None] | None = None) -> Tensor:
-    """``model.moments(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
+def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[float], None] | None = None) -> Tensor:
+    """``encoder(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
 
-    An image that fits is encoded as usual. Others are streamed through the UNets: a quarter of the memory is for strips
-    on x's device, the rest for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take what is left. The
-    wavelet transform and the features, no larger than the image, are not counted.
+    As many images at once as fit. One that does not fit is streamed through the UNets: a quarter of the memory is for
+    strips on x's device, the rest for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take what is
+    left. The wavelet transform and the features, no larger than the image, are not counted.
 
     Args:
-        model: in evaluation mode.
+        encoder: in evaluation mode.
         x: (B, C, H, W) in [-1, 1], H and W multiples of f.
         memory: bytes.
         progress: called from time to time with the fraction that is done.
@@ -55,10 +45,10 @@ def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[f
         ValueError: the image does not fit, and the encoder is not LiteVAE's.
         OSError: the disk is too small for the temporary files.
     """
-    encoder = model.encoder
-    needs = peak_bytes(encoder, lambda e, images: e(images), tuple(x.shape))
-    if needs <= memory:
-        return model.moments(x)
+    needs = _bytes_of_one(encoder, tuple(x.shape[1:]))
+    if together := memory // needs:
+        parts: list[Tensor] = [encoder(part) for part in x.split(together)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
             f"{type(encoder).__name__} sees the whole image at every position and can't be streamed; encoding "
@@ -81,10 +71,16 @@ def moments_within(model: LiteVAE, x: Tensor, memory: int, progress: Callable[[f
             progress(done / whole)
         return out
 
-    moments = encoder.run(x, stream)
-    if model.quantizer is not None:
-        moments = model.quantizer.quant_conv(moments)
-    return island(moments) if autocast_enabled(moments) else moments
+    return encoder.run(x, stream)
+
+
+def _bytes_of_one(encoder: Encoder, shape: tuple[int, ...]) -> int:
+    """Peak bytes of encoding one image; remembered, because counting takes half a second."""
+    known = _image_bytes.setdefault(encoder, {})
+    key = (*shape, next(encoder.parameters()).dtype)
+    if key not in known:
+        known[key] = peak_bytes(encoder, lambda e, images: e(images), (1, *shape))
+    return known[key]
 
 
 class Plane:

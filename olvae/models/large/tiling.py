@@ -1,24 +1,61 @@
-"""Decode in tiles, each from exactly the latent positions that it depends on."""
+"""Decode in tiles, each from exactly the latent positions that it depends on; pad and crop; compute peak memory."""
 
+import copy
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from olvae.models.autoencoder import LiteVAE
-from olvae.models.large.memory import GIB, peak_bytes
 from olvae.modules.base import Decoder, Stage
 
-__all__ = ["Range", "Window", "decode_tiled", "decode_window", "receptive_field", "split", "tile_bytes", "tile_for"]
+GIB = 2**30
 
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)  # the latter in inference mode
+
+M = TypeVar("M", bound=nn.Module)
 
 Range = tuple[int, int]
 """Rows or columns: start and stop, without the stop."""
 
 Window = tuple[Range, Range]
 """Rows and columns."""
+
+
+def pad_to_multiple(x: Tensor, f: int) -> Tensor:
+    """(..., H, W) -> (..., H', W'), the next multiples of f, of any dtype; :func:`crop_to` is the inverse.
+
+    Rows are added at the bottom and columns at the right, so that latent position (i, j) belongs to the pixels from
+    (f i, f j) for any size. They are the image's reflection, or copies of its last row or column along an axis with no
+    more pixels than are added [D].
+
+    Raises:
+        ValueError: the image has no pixels, or f is not positive.
+    """
+    if f < 1:
+        raise ValueError(f"can't pad to a multiple of {f}")
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"expected images of at least one pixel, got shape {tuple(x.shape)}")
+    for axis in (-2, -1):
+        last = x.shape[axis] - 1
+        if pad := -x.shape[axis] % f:
+            places = torch.arange(last + 1 + pad, device=x.device)
+            mirrored = last - (places - last).abs() if pad <= last else places.clamp(max=last)
+            x = x.index_select(axis % x.ndim, mirrored)
+    return x
+
+
+def crop_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop (..., H', W') to the image before padding, (..., H, W); ``size`` is (H, W)."""
+    height, width = size
+    if not (1 <= height <= x.shape[-2] and 1 <= width <= x.shape[-1]):
+        raise ValueError(f"can't crop {x.shape[-1]}x{x.shape[-2]} to {width}x{height} pixels")
+    return x[..., :height, :width]
 
 
 def receptive_field(decoder: Decoder) -> int | None:
@@ -78,20 +115,20 @@ def _cut(x: Tensor, rows: Range, columns: Range) -> Tensor:
 
 @torch.no_grad()
 def decode_tiled(
-    model: LiteVAE,
+    decoder: Decoder,
     z: Tensor,
     tile: int | None = None,
     memory: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """``model.decode(z)`` tile by tile: equal to rounding, because each tile includes all that it depends on.
+    """``decoder(z)`` tile by tile: equal to rounding, because each tile includes all that it depends on.
 
     A decoder without a finite receptive field (see :func:`receptive_field`) is never tiled: with ``memory`` it decodes
     the whole latent if that fits.
 
     Args:
-        model: in evaluation mode; faster if folded.
-        z: (B, n_z, h, w).
+        decoder: in evaluation mode; faster if folded.
+        z: (B, z_channels, h, w).
         tile: side of a tile, in latent positions.
         memory: the bytes of a tile beside z, the image and the parameters, for the largest tile that fits. Give tile or
             memory.
@@ -104,22 +141,19 @@ def decode_tiled(
         ValueError: the decoder can't be tiled, no tile is small enough, or neither or both of tile and memory.
     """
     if (tile is None) == (memory is None):
-        raise ValueError("give decode_tiled a tile or a memory, and not both")
-    decoder = model.decoder
+        raise ValueError("give either `tile` or `memory`")
     stages = decoder.stages()
     if stages is None:
         _check_whole(decoder, z, memory)
-        image = model.decode(z)
+        whole: Tensor = decoder(z)
         if progress is not None:
             progress(1.0)
-        return image
+        return whole
     if memory is not None:
         tile = tile_for(decoder, memory, tuple(z.shape))
     assert tile is not None
     if tile < 1:
         raise ValueError(f"a tile has at least one latent position, got {tile}")
-    if model.quantizer is not None:
-        z = model.quantizer.post_quant_conv(z)  # 1x1, no neighbours
     f = decoder.upscale
     height, width = z.shape[-2:]
     image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
@@ -135,7 +169,7 @@ def _check_whole(decoder: Decoder, z: Tensor, memory: int | None) -> None:
     """Raise unless a decoder that can't be tiled may decode the whole latent."""
     name = type(decoder).__name__
     if memory is None:
-        raise ValueError(f"{name} sees the whole latent at every position: tiles would change its result; leave --tile")
+        raise ValueError(f"{name} sees the whole latent at every position: leave `tile` out")
     needs = peak_bytes(decoder, lambda d, x: d(x), (z.shape[0], decoder.z_channels, *z.shape[-2:]))
     if needs > memory:
         raise ValueError(
@@ -179,3 +213,69 @@ def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
         least = tile_bytes(decoder, 1, shape) / GIB
         raise ValueError(f"the smallest tile takes {least:.3g} GiB, more than {memory / GIB:.3g}: allow more memory")
     return tile
+
+
+def default_memory(device: torch.device) -> int:
+    """The default limit in bytes: half of a GPU's free memory, or 1 GiB on the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else GIB
+
+
+def peak_bytes(module: M, run: Callable[[M, Tensor], object], shape: tuple[int, ...]) -> int:
+    """The peak of bytes in tensors while ``run(module, x)`` runs without gradients, beside x and parameters.
+
+    Computed on the meta device, from shapes alone, in the parameters' dtype, in milliseconds for any size. A
+    convolution's input and output count twice, because oneDNN and cuDNN may copy both into another layout.
+    """
+    meta = _meta_copy(module)
+    x = torch.empty(shape, dtype=next(meta.parameters()).dtype, device="meta")
+    with torch.no_grad(), _LiveBytes() as live:
+        run(meta, x)
+    return int(live.peak)
+
+
+def _meta_copy(module: M) -> M:
+    """A copy of the module on the meta device, without copying its tensors, and without its hooks."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    meta = copy.deepcopy(module, memo)
+    for part in meta.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return meta
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations allocate, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in known:
+                self._count(leaf.untyped_storage())
+        extra = sum(t.nbytes for t in (args[0], out)) if func in CONVOLUTIONS else 0
+        self.peak = max(self.peak, self.now + extra)
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.alive:
+            return
+
+        def freed(_: object) -> None:
+            self.now -= size
+            del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, freed)
+        self.now += size

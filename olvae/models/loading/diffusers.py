@@ -63,6 +63,11 @@ class DiffusersAutoencoder(Autoencoder):
             if (value := getattr(model.config, factor, None)) is not None:
                 setattr(self, factor, value)
 
+    @property
+    def encoder(self) -> nn.Module | None:
+        """The network that encodes, if the model keeps it apart."""
+        return getattr(self.model, "encoder", None)
+
     def encode(self, x: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f), deterministic where the model has none.
 

@@ -33,7 +33,9 @@ NAMES = {
 
 def is_stable_diffusion(model: Autoencoder) -> bool:
     """Whether a model's networks are AutoencoderKL's."""
-    return isinstance(model, LiteVAE) and isinstance(model.encoder, SDEncoder) and isinstance(model.decoder, SDDecoder)
+    return isinstance(getattr(model, "encoder", None), SDEncoder) and isinstance(
+        getattr(model, "decoder", None), SDDecoder
+    )
 
 
 def as_litevae(model: Autoencoder, name: str) -> LiteVAE:

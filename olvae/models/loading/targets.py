@@ -54,7 +54,7 @@ class Target:
     def usual_size(self, model: Autoencoder) -> int:
         """Side in pixels of the images that it was trained on, if that is known; else 256."""
         size = ((self.config.get("data") or {}).get("params") or {}).get("size")
-        return int(size or (model.encoder.image_size if isinstance(model, LiteVAE) else 256))
+        return int(size or model.image_size)
 
     def untrained(self) -> Autoencoder:
         """The autoencoder as it was before the first step: a run's seed gives the same weights again."""

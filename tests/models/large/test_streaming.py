@@ -6,8 +6,7 @@ import torch
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
 from olvae.models.large import streaming
-from olvae.models.large.memory import peak_bytes
-from olvae.models.large.streaming import encode_within
+from olvae.models.large.tiling import peak_bytes
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from tests.models.large.test_tiling import sd
@@ -45,7 +44,7 @@ def test_strips_give_the_posterior_of_the_whole(arguments, memory):
     assert peak_bytes(vae.encoder, lambda e, images: e(images), x.shape) > memory
     with torch.no_grad():
         whole = vae.encode(x)
-    streamed = encode_within(vae, x, memory)
+    streamed = vae.encode_within(x, memory)
     torch.testing.assert_close(streamed.mean, whole.mean, rtol=0, atol=1e-4)
     torch.testing.assert_close(streamed.logvar, whole.logvar, rtol=0, atol=1e-4)
 
@@ -55,7 +54,7 @@ def test_small_images_are_not_streamed(monkeypatch):
     vae = autoencoder()
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(encode_within(vae, x, 2**30).mean, vae.encode(x).mean, rtol=0, atol=0)
+        torch.testing.assert_close(vae.encode_within(x, 2**30).mean, vae.encode(x).mean, rtol=0, atol=0)
 
 
 def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
@@ -71,7 +70,7 @@ def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
             return out
 
         monkeypatch.setattr(streaming.Stream, "plane", watch)
-        encode_within(autoencoder(), torch.randn(1, 3, 64, 64), memory)
+        autoencoder().encode_within(torch.randn(1, 3, 64, 64), memory)
         monkeypatch.undo()
         return len(files), max(kept)
 
@@ -85,7 +84,7 @@ def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
 @pytest.mark.parametrize("skip", [0, 1])
 def test_progress_ends_at_one(skip):
     done = []
-    encode_within(autoencoder(skip_levels=skip), torch.randn(2, 3, 16, 16), 1, done.append)
+    autoencoder(skip_levels=skip).encode_within(torch.randn(2, 3, 16, 16), 1, done.append)
     assert len(done) == 4 - skip
     assert done == sorted(done)
     assert done[-1] == pytest.approx(1.0)
@@ -103,12 +102,12 @@ def test_what_tiles_would_give():
 
 def test_mistakes():
     with pytest.raises(ValueError, match=r"SDEncoder sees the whole image .* encoding 24x16 pixels takes"):
-        encode_within(sd(), torch.randn(1, 3, 16, 24), 1)
+        sd().encode_within(torch.randn(1, 3, 16, 24), 1)
     vae = autoencoder()
     with pytest.raises(ValueError, match=r"call model\.eval"):
-        encode_within(vae.train(), torch.randn(1, 3, 16, 16), 1)
+        vae.train().encode_within(torch.randn(1, 3, 16, 16), 1)
     with pytest.raises(ValueError, match=r"streaming takes float32 or half"):
-        encode_within(vae.eval().double(), torch.randn(1, 3, 16, 16).double(), 1)
+        vae.eval().double().encode_within(torch.randn(1, 3, 16, 16).double(), 1)
 
 
 def test_one_latent_position_in_the_narrowest_networks():
@@ -119,7 +118,7 @@ def test_one_latent_position_in_the_narrowest_networks():
         with torch.no_grad():
             whole = vae.train().encode(x).mean
         assert torch.isfinite(whole).all()
-        torch.testing.assert_close(encode_within(vae.eval(), x, 1).mean, whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(vae.eval().encode_within(x, 1).mean, whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -129,4 +128,4 @@ def test_strips_on_a_gpu(monkeypatch):
     x = torch.randn(1, 3, 88, 40, device="cuda")
     with torch.no_grad():
         whole = vae.encode(x).mean
-    torch.testing.assert_close(encode_within(vae, x, 300_000).mean, whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(vae.encode_within(x, 300_000).mean, whole, rtol=0, atol=1e-4)

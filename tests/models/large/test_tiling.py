@@ -2,14 +2,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from olvae import LiteVAE
-from olvae.models.autoencoder import Quantizer
-from olvae.models.large.memory import GIB
-from olvae.models.large.tiling import decode_tiled, decode_window, receptive_field, split, tile_bytes, tile_for
+from olvae.models.autoencoder import Autoencoder, Quantizer
+from olvae.models.large.tiling import (
+    GIB,
+    crop_to,
+    decode_window,
+    pad_to_multiple,
+    receptive_field,
+    split,
+    tile_bytes,
+    tile_for,
+)
+from olvae.modules.distributions import Deterministic
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import fold_smc
@@ -129,7 +139,7 @@ def test_tiles_give_the_untiled_image(arguments):
         whole = vae.decode(z)
     for tile in (1, 3, 4, 8, 99):
         for model in (vae, vae.fold()) if tile == 4 else (vae,):
-            assert (decode_tiled(model, z, tile) - whole).abs().max() < 1e-4 * whole.std().clamp(max=1.0)
+            assert (model.decode_tiled(z, tile) - whole).abs().max() < 1e-4 * whole.std().clamp(max=1.0)
 
 
 def test_batches_quantizer_and_latents_larger_than_the_field():
@@ -138,10 +148,10 @@ def test_batches_quantizer_and_latents_larger_than_the_field():
     with torch.no_grad():
         whole = vae.decode(z)
     fractions = []
-    tiled = decode_tiled(vae, z, 13, progress=fractions.append)
+    tiled = vae.decode_tiled(z, 13, progress=fractions.append)
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
     assert fractions == [i / 12 for i in range(1, 13)]
-    torch.testing.assert_close(decode_tiled(vae, z, memory=2**21), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae.decode_tiled(z, memory=2**21), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("arguments", [c for c in CONFIGURATIONS if c["num_res_blocks"] < 2])
@@ -153,14 +163,14 @@ def test_a_seam_would_be_seen(arguments, monkeypatch):
     with torch.no_grad():
         whole = vae.decode(z)
         monkeypatch.setattr(vae.decoder, "stages", lambda: short)
-        assert (decode_tiled(vae, z, 5) - whole).abs().max() > 1e-3
+        assert (vae.decode_tiled(z, 5) - whole).abs().max() > 1e-3
 
 
 def test_half_precision_under_autocast():
     vae = autoencoder(channel_mult=(1, 1), num_res_blocks=0)
     z = torch.randn(1, 4, 9, 9)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        tiled, whole = decode_tiled(vae, z, 4), vae.decode(z)
+        tiled, whole = vae.decode_tiled(z, 4), vae.decode(z)
     assert tiled.dtype == torch.float32
     torch.testing.assert_close(tiled, whole.float(), rtol=0, atol=0.05)
 
@@ -180,6 +190,7 @@ import sys
 import torch
 from olvae.models.large.tiling import decode_window
 from olvae.models.large.tiling import tile_bytes
+from olvae.modules.distributions import Deterministic
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 
 torch.set_num_threads(1)
@@ -219,22 +230,22 @@ def sd() -> LiteVAE:
 def test_stable_diffusions_decoder_is_not_tiled():
     z = torch.randn(1, 4, 6, 5)
     with pytest.raises(ValueError, match="SDDecoder sees the whole latent"):
-        decode_tiled(sd(), z, tile=4)
+        sd().decode_tiled(z, tile=4)
     with pytest.raises(ValueError, match="can't be tiled; decoding 10x12 pixels whole takes"):
-        decode_tiled(sd(), z, memory=100)
+        sd().decode_tiled(z, memory=100)
     vae = sd()
     with torch.no_grad():
-        torch.testing.assert_close(decode_tiled(vae, z, memory=GIB), vae.decode(z))
+        torch.testing.assert_close(vae.decode_tiled(z, memory=GIB), vae.decode(z))
 
 
 def test_mistakes():
     vae = autoencoder(channel_mult=(1, 1), num_res_blocks=0)
     z = torch.randn(1, 4, 2, 2)
     for both in ({}, {"tile": 1, "memory": 1}):
-        with pytest.raises(ValueError, match="a tile or a memory"):
-            decode_tiled(vae, z, **both)
+        with pytest.raises(ValueError, match="either `tile` or `memory`"):
+            vae.decode_tiled(z, **both)
     with pytest.raises(ValueError, match="at least one latent position, got 0"):
-        decode_tiled(vae, z, tile=0)
+        vae.decode_tiled(z, tile=0)
 
 
 def test_pieces_are_even():
@@ -252,7 +263,7 @@ def test_tiles_on_a_gpu(monkeypatch):
     vae = autoencoder(channel_mult=(1, 2, 4, 4), num_res_blocks=2).cuda()
     z = torch.randn(1, 4, 50, 37, device="cuda")
     with torch.no_grad():
-        assert (decode_tiled(vae, z, 13) - vae.decode(z)).abs().max() < 1e-4
+        assert (vae.decode_tiled(z, 13) - vae.decode(z)).abs().max() < 1e-4
 
 
 @pytest.mark.slow
@@ -261,4 +272,58 @@ def test_the_published_decoder_on_768x512():
     z = torch.randn(1, 12, 64, 96)
     with torch.no_grad():
         whole = vae.decode(z)
-    assert (decode_tiled(vae, z, 40) - whole).abs().max() < 1e-4 * whole.std()  # fresh weights: far below 1
+    assert (vae.decode_tiled(z, 40) - whole).abs().max() < 1e-4 * whole.std()  # fresh weights: far below 1
+
+
+SIZES = [(1, 1), (1, 9), (7, 3), (8, 8), (13, 200), (31, 17), (5, 4), (9, 16)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_padding_is_numpys_and_crops_back(size, dtype):
+    x = torch.randint(0, 256, (2, 3, *size)).to(dtype)
+    padded = pad_to_multiple(x, 8)
+    expected = x.numpy()
+    for axis in (2, 3):
+        pad = -expected.shape[axis] % 8
+        widths = [(0, 0)] * axis + [(0, pad)] + [(0, 0)] * (3 - axis)
+        expected = np.pad(expected, widths, mode="reflect" if pad < expected.shape[axis] else "edge")
+    assert np.array_equal(padded.numpy(), expected)
+    assert padded.dtype == dtype
+    assert torch.equal(crop_to(padded, size), x)
+    assert pad_to_multiple(x, 1) is x
+
+
+def test_padding_by_hand():
+    row = torch.tensor([[1, 2, 3, 4, 5]])
+    assert pad_to_multiple(row, 8)[0].tolist() == [1, 2, 3, 4, 5, 4, 3, 2]  # reflected without repeating the 5
+    assert pad_to_multiple(row[:, :4], 8)[0].tolist() == [1, 2, 3, 4, 4, 4, 4, 4]  # 4 are too few to reflect 4
+    with pytest.raises(ValueError, match="at least one pixel"):
+        pad_to_multiple(torch.zeros(1, 3, 0, 4), 8)
+    with pytest.raises(ValueError, match="multiple of 0"):
+        pad_to_multiple(torch.zeros(1, 3, 4, 4), 0)
+    for size in ((9, 8), (8, 0)):
+        with pytest.raises(ValueError, match="can't crop 8x8"):
+            crop_to(torch.zeros(1, 3, 8, 8), size)
+
+
+def test_an_autoencoder_without_tiles_works_whole():
+    """What commands ask of any model: the interface's own answers."""
+
+    class Mean(Autoencoder):
+        in_channels, downscale, latent_channels = 3, 2, 3
+
+        def encode(self, x):
+            return Deterministic(nn.functional.avg_pool2d(x, 2))
+
+        def decode(self, z):
+            return nn.functional.interpolate(z, scale_factor=2)
+
+    model, x = Mean(), torch.rand(1, 3, 4, 6)
+    assert model.fold() is model
+    assert (model.image_size, model.receptive_field) == (256, None)
+    z = model.encode_within(x, 1).mode()
+    assert torch.equal(z, model.encode(x).mode())
+    assert torch.equal(model.decode_tiled(z, memory=1), model.decode(z))
+    with pytest.raises(ValueError, match="Mean decodes the whole latent at once: leave `tile` out"):
+        model.decode_tiled(z, tile=1)
