@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where study/ 
 from olvae.allocator import keep_freed_memory
 from olvae.cli.main import print_error
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.open import open_source
-from olvae.data.shards.latents import LatentSource
+from olvae.data.opening import open_source
+from olvae.data.shards.latent_source import LatentSource
 from olvae.figures import labelled_grid
 from olvae.files import atomic_write, check_folder, write_json
 from olvae.metrics.inception import Extract, Features, Inception

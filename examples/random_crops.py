@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from olvae.cli.main import print_error
-from olvae.data.open import open_source
+from olvae.data.opening import open_source
 from olvae.figures import save_image
 from olvae.files import check_folder
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from olvae import AutoencoderLiteVAE
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.mapped.samples import SamplePhotographs
+from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.figures import labelled_grid
 
 

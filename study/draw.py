@@ -19,7 +19,7 @@ import torch
 
 from olvae.cli.main import print_error
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.mapped.samples import SamplePhotographs
+from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.figures import labelled_grid, plot_panels
 from olvae.models.autoencoder import LiteVAE
 from study.rows import SEEDS

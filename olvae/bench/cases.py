@@ -19,8 +19,8 @@ from olvae.bench.limits import copy_of, heaviest_convolution, matrix_product
 from olvae.bench.networks import DECODERS, ENCODERS, FACTOR, LATENT
 from olvae.bench.timing import Work, clocked
 from olvae.bench.train import Precision, time_steps
-from olvae.data.mapped.samples import HELD_OUT, PHOTOGRAPHS
-from olvae.data.open import open_source
+from olvae.data.mapped.dataset import HELD_OUT, PHOTOGRAPHS
+from olvae.data.opening import open_source
 from olvae.models.compilation import compile_networks
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from olvae.bench.timing import Work, measure
 from olvae.config import ConfigError
-from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, Picture, image_to_tensor
-from olvae.data.mapped.base import MappedSource
+from olvae.data.mapped.dataset import MappedSource
 from olvae.data.mix import MixSource
-from olvae.data.open import open_source
-from olvae.data.shards.read import Entry, read_shard
+from olvae.data.opening import open_source
+from olvae.data.read_errors import UnreadableImageError
+from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 from olvae.bench.timing import clocked, measure
-from olvae.data.mapped.folder import Files
+from olvae.data.mapped.picture_folder import Files
 from olvae.export.encode import EncodeJob
 from olvae.export.inputs import DatasetInputs
 from olvae.export.writers import EncodeOptions

@@ -260,7 +260,7 @@ def encode(
     from olvae.bench.encode import bench_encode
     from olvae.bench.networks import SIZES
     from olvae.config import ConfigError
-    from olvae.data.mapped.samples import HELD_OUT, PHOTOGRAPHS
+    from olvae.data.mapped.dataset import HELD_OUT, PHOTOGRAPHS
     from olvae.devices import resolve_device
 
     if scale not in SIZES:

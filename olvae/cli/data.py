@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import ProgressBar, check_paths, loading, stop_code
+from olvae.cli.options import ProgressBar, check_paths, in_flags, loading, stop_code
 
 __all__ = ["app"]
 
@@ -59,8 +59,8 @@ def pack(
 
     _check_source(src)
     with loading():
-        from olvae.data.pack import PackOptions, is_begun
-        from olvae.data.pack import pack as pack_images
+        from olvae.data.packing import PackOptions, is_begun
+        from olvae.data.packing import pack as pack_images
         from olvae.files import printable
         from olvae.pool import cores
 
@@ -96,29 +96,17 @@ def pack(
 def check(
     src: CheckSrc,
     size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels.")] = 256,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-B", min=1, help="Images per batch and rank in training.")
-    ] = 16,
-    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank in training.")] = 4,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks (devices) in training.")] = 1,
-    need: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, metavar="IMAGES_PER_S", help="Speed of the training step, to say how many workers it takes."
-        ),
-    ] = None,
     channels: Channels = 3,
     max_unreadable: MaxUnreadable = 0.01,
-    index: Annotated[bool, typer.Option("--index", help="Write index.json beside local shards without one.")] = False,
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
     """Read every image of a source and say what is wrong with it; exits with 1 if anything is.
 
-    Reports unreadable files, sizes, copies, how shards fit their index and workers x ranks, and how many images per
-    second a loader process reads.
+    Reports unreadable files, sizes, copies, shards that differ from their index, and how many images per second a
+    loader process reads.
 
-    Example: olvae data check shards --size 256 -B 16 --num-workers 8 --ranks 4 --need 900
+    Example: olvae data check shards --size 256
     """
     import json
 
@@ -126,17 +114,17 @@ def check(
 
     _check_source(src)
     with loading():
-        from olvae.data.audit.check import CheckOptions
-        from olvae.data.audit.check import check as check_source
-        from olvae.data.audit.result import print_audit
+        from olvae.data.audit import CheckOptions, print_audit
+        from olvae.data.audit import check as check_source
         from olvae.pool import cores
 
-    options = CheckOptions(size, batch_size, num_workers, ranks, need, channels, max_unreadable, index)
+    options = CheckOptions(size, channels, max_unreadable)
     with ProgressBar("reading", at_once=False) as bar:
         result = check_source(src, options, workers or cores(), bar.set)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
+        result.problems = [in_flags(line) for line in result.problems]
         print_audit(result, Console(stderr=True))
     if result.problems:
         raise typer.Exit(1)

@@ -41,9 +41,8 @@ def command(
     """
     check_paths(target, data=source)
     with loading():
-        from olvae.data.shards.index import with_counts
-        from olvae.data.shards.latents import LATENT, read_stats
-        from olvae.data.shards.urls import find_shards
+        from olvae.data.shards.index import find_shards, with_counts
+        from olvae.data.shards.latent_source import LATENT, read_stats
         from olvae.data.source import total
         from olvae.devices import resolve_device
         from olvae.export.decode import decode_shards

@@ -101,7 +101,7 @@ def command(
         import torch
 
         from olvae.allocator import keep_freed_memory
-        from olvae.data.shards.latents import SHARDS
+        from olvae.data.shards.latent_source import SHARDS
         from olvae.devices import gather, join, leave, resolve_device
         from olvae.export.encode import EncodeJob, encoder_of
         from olvae.export.inputs import find_inputs

@@ -40,7 +40,7 @@ def command(
 
     check_paths(*targets, data=data)
     with loading():
-        from olvae.data.open import open_test_source
+        from olvae.data.opening import open_test_source
         from olvae.devices import gather, join, leave, resolve_device
         from olvae.evaluation.latents.report import (
             draw_channels,

@@ -132,7 +132,7 @@ def print_error(error: Exception) -> int:
     from olvae.config import ConfigError
 
     if isinstance(error, RuntimeError):
-        from olvae.data.errors import worker_death
+        from olvae.data.read_errors import worker_death
 
         if (said := worker_death(error)) is not None:
             error = ChildProcessError(said)

@@ -31,11 +31,11 @@ Node = Annotated[Mapping[str, Any], NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""
 
 MOVED = {
-    "olvae.data.folder": "olvae.data.mapped.folder",
-    "olvae.data.huggingface": "olvae.data.mapped.huggingface",
-    "olvae.data.latents": "olvae.data.shards.latents",
-    "olvae.data.samples": "olvae.data.mapped.samples",
-    "olvae.data.torchvision": "olvae.data.mapped.torchvision",
+    "olvae.data.folder": "olvae.data.mapped.picture_folder",
+    "olvae.data.huggingface": "olvae.data.mapped.hub",
+    "olvae.data.latents": "olvae.data.shards.latent_source",
+    "olvae.data.samples": "olvae.data.mapped.dataset",
+    "olvae.data.torchvision": "olvae.data.mapped.hub",
     "olvae.data.webdataset": "olvae.data.shards.webdataset",
     "olvae.modules.basicgan.patchgan": "olvae.modules.discriminators.patchgan",
     "olvae.modules.gigagan.gigagan": "olvae.modules.discriminators.gigagan",
@@ -78,7 +78,7 @@ def dotted(target: str) -> tuple[str, str]:
     module, _, name = moved(target).rpartition(".")
     right = module and all(part.isidentifier() for part in (*module.split("."), name))
     if not right or module.count(".") > DEEPEST:
-        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.folder.FolderSource")
+        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mix.MixSource")
     return module, name
 
 

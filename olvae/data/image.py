@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
-from olvae.data.errors import UnreadableImageError
+from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
 
 __all__ = [

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.mapped.base import MappedSource
-from olvae.data.sampler import LoaderProcess
+from olvae.data.mapped.dataset import MappedSource
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import Sample, Source, total
+from olvae.data.source import LoaderProcess, Sample, Source, total
 
 __all__ = ["MixSource"]
 

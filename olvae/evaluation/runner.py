@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from olvae.config import Config, ConfigError
-from olvae.data.open import open_test_source
+from olvae.data.opening import open_test_source
 from olvae.data.source import Batch, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.artefacts import Artefacts, Watched, find_artefacts, pattern_size

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from olvae.data.errors import ReadError, UnreadableImageError
 from olvae.data.image import EXTENSIONS, to_uint8
-from olvae.data.shards.latents import LATENT, read_latent
-from olvae.data.shards.read import Shard, read_shard
+from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.shards.latent_source import LATENT, read_latent
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.figures import save_image
 from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder

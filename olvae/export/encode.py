@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError
 from olvae.data.image import from_uint8
-from olvae.data.shards.latents import SHARDS, STATS, Latent
+from olvae.data.read_errors import ReadError
+from olvae.data.shards.latent_source import SHARDS, STATS, Latent
 from olvae.data.shards.pairs import CHANNELS
 from olvae.export.inputs import Inputs, Numbered, ReadImage, in_order, read_batches
 from olvae.export.kohya import KOHYA, KohyaWriter

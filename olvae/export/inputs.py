@@ -12,14 +12,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError, UnreadableImageError
 from olvae.data.image import Photo, image_to_tensor
-from olvae.data.mapped.base import ImageDataset, MappedSource
-from olvae.data.open import holds_shards, open_images, open_source
-from olvae.data.shards.index import with_counts
+from olvae.data.mapped.dataset import ImageDataset, MappedSource
+from olvae.data.opening import holds_shards, open_images, open_source
+from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.shards.index import find_shards, with_counts
 from olvae.data.shards.pairs import PIXELS, pixel_bytes
-from olvae.data.shards.read import Shard, read_shard
-from olvae.data.shards.urls import find_shards, is_local
+from olvae.data.shards.tar_reading import Shard, is_local, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
 from olvae.data.transforms import EvalTransform
@@ -116,7 +115,7 @@ Inputs = DatasetInputs | ShardInputs
 
 
 def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
-    """The images of SRC: those that :func:`~olvae.data.open.open_source` would give.
+    """The images of SRC: those that :func:`~olvae.data.opening.open_source` would give.
 
     Args:
         channels: of the images.

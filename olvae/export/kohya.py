@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError
+from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import ShardRecord
-from olvae.data.shards.latents import STATS, Latent
+from olvae.data.shards.latent_source import STATS, Latent
 from olvae.export.inputs import Inputs, ShardInputs
 from olvae.export.writers import Encoded, EncodeOptions, LatentWriter, check_one_latent
 from olvae.files import atomic_write, safe_path

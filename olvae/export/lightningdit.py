@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError
+from olvae.data.read_errors import ReadError
 from olvae.export.inputs import DatasetInputs, Inputs
 from olvae.export.writers import Encoded, EncodeOptions, LatentWriter, check_one_latent
 from olvae.files import atomic_write

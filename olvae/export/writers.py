@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError
+from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import INDEX
-from olvae.data.shards.latents import LATENT, META, SHARDS, Latent, latent_bytes
+from olvae.data.shards.latent_source import LATENT, META, SHARDS, Latent, latent_bytes
 from olvae.data.shards.write import Resumable, WebDatasetSample, write_tar
 from olvae.export.inputs import Inputs, Item
 from olvae.files import write_json

@@ -16,8 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from olvae import config as cfg
-from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import to_uint8
+from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch.distributed.constants import default_pg_timeout
 
 from olvae.config import ConfigError
-from olvae.data.errors import worker_death
+from olvae.data.read_errors import worker_death
 from olvae.devices import join, local_rank, srun_environment
 
 __all__ = ["check_launcher", "cluster", "find_launcher", "is_first", "meet", "process_count", "process_death"]

@@ -10,9 +10,8 @@ from torch import Tensor
 from olvae.config import Config, ConfigError
 from olvae.data.image import from_uint8
 from olvae.data.mix import MixSource
-from olvae.data.sampler import LoaderProcess
 from olvae.data.shards.pairs import PairSource
-from olvae.data.source import Source
+from olvae.data.source import LoaderProcess, Source
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.stable_diffusion import as_litevae
 from olvae.models.loading.targets import find_target

@@ -18,7 +18,7 @@ from olvae import config as cfg
 from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
-from olvae.data.places import make_absolute, moves
+from olvae.data.opening import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import no_empty_folders, remove_partials, write_json

@@ -27,7 +27,7 @@ def node(kind: str, **params) -> dict:
 
 def test_a_mix_and_a_size_of_its_own(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (8, 8))
-    folder = node("mapped.folder.FolderSource", root=str(image_folder), min_fraction=0.9)
+    folder = node("mapped.picture_folder.FolderSource", root=str(image_folder), min_fraction=0.9)
     shards = node("shards.webdataset.WebDatasetSource", shards=str(tmp_path / "shards"))
     config = str(tmp_path / "mix.yaml")
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"data": node("mix.MixSource", sources=[folder, shards])}))
@@ -46,7 +46,7 @@ def test_the_floor_crops_as_the_source_does(tmp_path, image_folder, monkeypatch)
     made = []
     monkeypatch.setattr(RandomScaleCrop, "__call__", lambda self, *_: made.append(self) or picture(0, (24, 24)))
     (tmp_path / "a.yaml").write_text(
-        yaml.safe_dump({"data": node("mapped.folder.FolderSource", root=str(image_folder), min_fraction=0.9)})
+        yaml.safe_dump({"data": node("mapped.picture_folder.FolderSource", root=str(image_folder), min_fraction=0.9)})
     )
     bench_data([str(tmp_path / "a.yaml")], 16, 1, [0], 0.01)
     assert {(crop.size, crop.min_fraction) for crop in made} == {(24, 0.9)}

@@ -1,7 +1,7 @@
 import pytest
 
 from olvae.bench.encode import bench_encode
-from olvae.data.mapped.samples import HELD_OUT
+from olvae.data.mapped.dataset import HELD_OUT
 
 
 def test_each_beside_the_plain_loop():

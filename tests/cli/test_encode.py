@@ -9,7 +9,7 @@ import torch
 
 from olvae.cli.main import main
 from olvae.data.image import image_to_tensor, read_picture, to_uint8
-from olvae.data.shards.latents import LatentSource
+from olvae.data.shards.latent_source import LatentSource
 from olvae.export.writers import ShardWriter
 from tests.export.latents import pictures, tiny_vae
 from tests.test_devices import fork_two

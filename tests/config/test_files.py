@@ -26,7 +26,9 @@ def test_interpolations_are_resolved(tmp_path):
 
 def test_a_target_that_moved_is_the_same_target(tmp_path):
     old = write(tmp_path / "run.yaml", "data: {target: olvae.data.folder.FolderSource, params: {root: a, size: 8}}")
-    new = write(tmp_path / "new.yaml", "data: {target: olvae.data.mapped.folder.FolderSource, params: {size: 16}}")
+    new = write(
+        tmp_path / "new.yaml", "data: {target: olvae.data.mapped.picture_folder.FolderSource, params: {size: 16}}"
+    )
     assert load([old, new])["data"]["params"] == {"root": "a", "size": 16}
 
 

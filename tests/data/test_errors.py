@@ -5,7 +5,7 @@ import pytest
 import torch.distributed as dist
 
 from olvae.cli.main import print_error
-from olvae.data.errors import (
+from olvae.data.read_errors import (
     ReadError,
     ReadErrors,
     TooManyUnreadableError,

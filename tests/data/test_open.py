@@ -2,7 +2,7 @@ import pytest
 
 from olvae import config as cfg
 from olvae.config import ConfigError
-from olvae.data.open import holds_shards, open_images, open_source
+from olvae.data.opening import holds_shards, open_images, open_source
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
 

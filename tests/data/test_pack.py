@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.errors import TooManyUnreadableError
-from olvae.data.pack import PackOptions, pack, shard_positions, usual_shard_size
-from olvae.data.shards.read import Shard, read_shard
+from olvae.data.packing import PackOptions, pack, shard_positions, usual_shard_size
+from olvae.data.read_errors import TooManyUnreadableError
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from tests.data.packing import members, picture
 from tests.soak.killed import killed_before

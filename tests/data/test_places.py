@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from olvae.config import ConfigError
-from olvae.data.open import open_source, open_test_source
-from olvae.data.places import make_absolute, where_it_is
+from olvae.data.opening import make_absolute, open_source, open_test_source, where_it_is
 from tests.data.images import encoded
 
-FOLDER = "olvae.data.mapped.folder.FolderSource"
+FOLDER = "olvae.data.mapped.picture_folder.FolderSource"
 SHARDS = "olvae.data.shards.webdataset.WebDatasetSource"
 
 
@@ -81,7 +80,7 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
 def test_a_data_set_that_is_gone_is_fetched_again(home, monkeypatch):
     dataset = {"target": "torchvision.datasets.CIFAR10", "params": {"root": "photos"}}
     params = {"dataset": dataset, "size": 8, "batch_size": 1}
-    config = {"data": {"target": "olvae.data.mapped.torchvision.TorchvisionSource", "params": params}}
+    config = {"data": {"target": "olvae.data.mapped.hub.TorchvisionSource", "params": params}}
     config["run"] = {"paths": make_absolute(config)}
     (home / "photos").rename(home / "gone")
     with pytest.raises(FileNotFoundError, match="not there any more"):

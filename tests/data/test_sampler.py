@@ -3,7 +3,7 @@ from itertools import count, islice
 import numpy as np
 import pytest
 
-from olvae.data.sampler import LoaderProcess, draws, epoch_order
+from olvae.data.source import LoaderProcess, draws, epoch_order
 
 
 def drawn(number: int, length: int = 7, seed: int = 0, start: int = 0):

@@ -4,11 +4,11 @@ import subprocess
 import sys
 import warnings
 
-from olvae.data.mapped.folder import FolderSource
+from olvae.data.mapped.picture_folder import FolderSource
 
 SCRIPT = """
 import sys
-from olvae.data.mapped.folder import FolderSource
+from olvae.data.mapped.picture_folder import FolderSource
 
 source = FolderSource(sys.argv[1], 16, 2, num_workers=1)
 kept = [iter(source.test_loader()), iter(source.train_loader(0))]

@@ -61,7 +61,7 @@ def test_a_run_an_export_diffusers_and_an_export_again(model, dtype, fold, tmp_p
 def test_the_model_card(model, metrics, tmp_path):
     config = {
         **SOURCE.config,
-        "data": {"target": "olvae.data.mapped.folder.FolderSource", "params": {"root": "/home/me/cats"}},
+        "data": {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": {"root": "/home/me/cats"}},
         "run": {"weights": "/home/me/runs/2026_a_32/checkpoints/last.ckpt"},
     }
     export(model, tmp_path / "vae", Provenance("a_run", config, metrics, licence="mit", factors_from="measured"))
@@ -77,7 +77,7 @@ def test_the_model_card(model, metrics, tmp_path):
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
         "Precision: not measured: `olvae evaluate --precision fp16,bf16,32` does.",
-        "`olvae.data.mapped.folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
+        "`olvae.data.mapped.picture_folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
     ):

@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from olvae.data.errors import ReadError
+from olvae.data.read_errors import ReadError
 from olvae.export import inputs
 from olvae.export.inputs import Item, in_order, read_batches
 

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from olvae.config import ConfigError
-from olvae.data.shards.latents import LatentSource
+from olvae.data.shards.latent_source import LatentSource
 from olvae.export.encode import EncodeJob
 from olvae.export.inputs import find_inputs
 from olvae.export.writers import EncodeOptions

@@ -26,15 +26,14 @@ from safetensors.torch import save_file
 from olvae import LiteVAE
 from olvae.checkpoint import read_weights
 from olvae.config import save
-from olvae.data.errors import ReadError, UnreadableImageError
 from olvae.data.image import Photo
-from olvae.data.sampler import LoaderProcess
+from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, counts_beside
-from olvae.data.shards.latents import LatentSource
+from olvae.data.shards.latent_source import LatentSource
 from olvae.data.shards.pairs import PairSource
-from olvae.data.shards.read import Shard, read_shard
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import eval_sample
+from olvae.data.source import LoaderProcess, eval_sample
 from olvae.data.transforms import EvalTransform, RandomScaleCrop
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config

@@ -19,7 +19,7 @@ from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.checksums import SUMS
 from olvae.config import ConfigError, load, save
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.mapped.samples import SamplePhotographs
+from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.metrics.pixel import psnr
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.pretrained import PUBLISHED

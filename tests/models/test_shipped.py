@@ -7,7 +7,7 @@ import torch
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.mapped.samples import SamplePhotographs
+from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.evaluation.roundtrip import bicubic_round_trip
 from olvae.metrics.pixel import psnr
 from olvae.models import pretrained, shipped

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.mapped.folder import FolderSource
+from olvae.data.mapped.picture_folder import FolderSource
 from olvae.models.footprint import MARGIN, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.checks import check_adversary, check_images, check_memory

@@ -12,9 +12,9 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError, load, validate
 from olvae.data.image import from_uint8
-from olvae.data.mapped.folder import FolderSource
-from olvae.data.shards.latents import LATENT, read_latent
-from olvae.data.shards.read import Shard, read_shard
+from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.shards.latent_source import LATENT, read_latent
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.loading.diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target

@@ -1,21 +1,35 @@
 """``index.json`` beside shards: how many images are in each, their sizes and checksums."""
 
 import contextlib
+import glob
 import json
 import logging
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from olvae.data.image import EXTENSIONS
-from olvae.data.shards.read import SHARD_ERRORS, Shard, failure, is_image, open_url, unpacked
-from olvae.data.shards.urls import file_name, is_local, shard_names
-from olvae.files import reason, write_json
+from olvae.data.shards.tar_reading import (
+    SHARD_ERRORS,
+    TAR_NAME,
+    Shard,
+    failure,
+    file_name,
+    is_image,
+    is_local,
+    open_url,
+    stem,
+    unpacked,
+)
+from olvae.files import legible, reason, write_json
 
 __all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
 
@@ -185,3 +199,97 @@ def count_images(path: Path, image_key: str | None = None) -> int | None:
                     count, has_image = count + 1, True
             whole = True
     return count if count or whole else None
+
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
+    """Shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
+
+    Raises:
+        FileNotFoundError: there are none, or they are local and none of them exists.
+    """
+    given = [str(text) for text in ([shards] if isinstance(shards, str | Path) else shards)]
+    urls = [url for text in given for url in _expand(text)]
+    if not any(may_be_there(url) for url in urls):
+        raise FileNotFoundError(
+            f"{', '.join(given) or 'shards'}: no shards: name a folder of .tar files, a pattern such as "
+            "data/{000000..000127}.tar, or URLs; `olvae data pack` makes shards of images"
+        )
+    return urls
+
+
+def _expand(text: str) -> list[str]:
+    text = re.sub("^file:(//)?", "", text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return [str(file) for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES)]
+    try:
+        expanded = expand_urls(text)
+    except AssertionError as error:  # raised by webdataset for an environment variable that is not set
+        raise ValueError(f"{text}: {error}") from error
+    return [found for url in expanded for found in (_matches(Path(url).expanduser()) if is_local(url) else [url])]
+
+
+def _matches(path: Path) -> list[str]:
+    if glob.has_magic(str(path)) and not path.exists():
+        return sorted(glob.glob(str(path)))  # noqa: PTH207  (a Path's own needs the folder apart)
+    return [str(path)]
+
+
+def split_shards(
+    shards: list[str], val: list[str] | None, fraction: float, argument: str
+) -> tuple[list[str], list[str]]:
+    """The shards to train with, and those to validate with: ``val``, or the last ones of all.
+
+    Args:
+        fraction: of the shards that is held out where ``val`` is None, at least one of them.
+        argument: of the source that names ``val``.
+
+    Raises:
+        ValueError: the fraction is not between 0 and 1, or a single shard is to be split.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
+    if val is not None:
+        return shards, val
+    if len(shards) < 2:
+        raise ValueError(
+            f"{shards[0]}: one shard can't be split into training and validation: make smaller ones (--shard-size), "
+            f"or set data.params.{argument}"
+        )
+    held_out = max(1, round(fraction * len(shards)))
+    return shards[:-held_out], shards[-held_out:]
+
+
+def may_be_there(url: str) -> bool:
+    """Whether a shard is a file that exists or, if remote, may exist: only reading it tells."""
+    return not is_local(url) or Path(url).is_file()
+
+
+def shard_names(urls: Sequence[str]) -> dict[str, str]:
+    """What the keys of each shard's images begin with: its stem or, if another shard has the same, its whole name.
+
+    Raises:
+        ValueError: two shards have the same name, so their images would have the same keys.
+    """
+    stems = {url: stem(url) for url in urls}
+    shared = Counter(stems.values())
+    names = {url: name if shared[name] == 1 else _whole_name(url, urls) for url, name in stems.items()}
+    first: dict[str, str] = {}
+    for url, name in names.items():
+        if name in first:
+            raise ValueError(
+                f"{first[name]} and {url}: shards of the same name, whose images would have the same keys: rename "
+                "one of them, take one folder after the other, or make them two sources of an olvae.data.mix.MixSource"
+            )
+        first[name] = url
+    return names
+
+
+def _whole_name(url: str, urls: Sequence[str]) -> str:
+    """The name of a shard's file without its extension; of a command that names none, its place among the shards."""
+    if not is_local(url) and not TAR_NAME.search(url):
+        return f"{urls.index(url)}/{stem(url)}"
+    return legible(re.sub(r"\.(tar\.gz|tgz|tar)$", "", file_name(url)))

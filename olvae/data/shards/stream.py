@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from olvae.data.errors import ReadError, UnreadableImageError, read_or_replace
-from olvae.data.sampler import LoaderProcess, epoch_order
-from olvae.data.shards.read import Entry, Shard, read_shard
-from olvae.data.source import Sample, Source, total
+from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
+from olvae.data.shards.tar_reading import Entry, Shard, read_shard
+from olvae.data.source import LoaderProcess, Sample, Source, epoch_order, total
 
 __all__ = ["ShardSource"]
 

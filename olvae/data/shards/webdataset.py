@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from olvae.data.image import Photo, image_to_tensor
-from olvae.data.shards.index import with_counts
-from olvae.data.shards.read import Entry
+from olvae.data.shards.index import find_shards, may_be_there, split_shards, with_counts
 from olvae.data.shards.stream import ShardSource
-from olvae.data.shards.urls import find_shards, may_be_there, split_shards
+from olvae.data.shards.tar_reading import Entry
 from olvae.data.source import Sample, eval_sample
 from olvae.data.transforms import RandomScaleCrop
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError
+from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import ShardRecord
 from olvae.devices import this_process
 from olvae.files import atomic_write, file_sha256, remove_partials, write_json

@@ -7,10 +7,10 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from olvae.data.errors import UnreadableImageError
 from olvae.data.image import Photo, Picture
-from olvae.data.mapped.base import ImageDataset, MappedSource
-from olvae.data.sampler import LoaderProcess
+from olvae.data.mapped.dataset import ImageDataset, MappedSource
+from olvae.data.read_errors import UnreadableImageError
+from olvae.data.source import LoaderProcess
 from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture, same, take
 

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 
 from olvae.config import ConfigError
-from olvae.data.mapped.huggingface import HuggingFaceSource
+from olvae.data.mapped.hub import HuggingFaceSource
 from tests.data.images import encoded
 
 datasets = pytest.importorskip("datasets")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.mapped.samples import HELD_OUT, PHOTOGRAPHS, Photograph, SamplePhotographs, sample_photographs
+from olvae.data.mapped.dataset import HELD_OUT, PHOTOGRAPHS, Photograph, SamplePhotographs, sample_photographs
 
 ALL = (*PHOTOGRAPHS, *HELD_OUT)
 FOLDER = ALL[0].path.parent

@@ -6,9 +6,9 @@ import torchvision
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.errors import UnreadableImageError
-from olvae.data.mapped.base import hold_out
-from olvae.data.mapped.torchvision import Items, TorchvisionSource
+from olvae.data.mapped.dataset import hold_out
+from olvae.data.mapped.hub import Items, TorchvisionSource
+from olvae.data.read_errors import UnreadableImageError
 
 FAKE = {"target": "torchvision.datasets.FakeData", "params": {"size": 30, "image_size": [3, 24, 20]}}
 

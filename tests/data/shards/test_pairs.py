@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.config import instantiate
-from olvae.data.errors import TooManyUnreadableError
 from olvae.data.image import Photo, from_uint8, image_to_tensor
 from olvae.data.mix import MixSource
-from olvae.data.sampler import LoaderProcess
-from olvae.data.shards.latents import Latent, latent_bytes
+from olvae.data.read_errors import TooManyUnreadableError
+from olvae.data.shards.latent_source import Latent, latent_bytes
 from olvae.data.shards.pairs import PairSource, pixel_bytes
+from olvae.data.source import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from tests.data.images import encoded, picture, write_tar
 from tests.export.latents import Blocks, Shrunk, encode

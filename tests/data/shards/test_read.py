@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from olvae.data.errors import ReadError
-from olvae.data.shards import read as opening
-from olvae.data.shards.index import count_images, with_counts
-from olvae.data.shards.read import Entry, Shard, read_shard
-from olvae.data.shards.urls import find_shards
+from olvae.data.read_errors import ReadError
+from olvae.data.shards import tar_reading as opening
+from olvae.data.shards.index import count_images, find_shards, with_counts
+from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from tests.data.images import encoded, write_shard, write_shards, write_tar
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from olvae.data.errors import TooManyUnreadableError
-from olvae.data.sampler import LoaderProcess
+from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from tests.data.images import encoded, same, take, write_shard, write_shards
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError
-from olvae.data.shards.read import Shard, read_shard
+from olvae.data.read_errors import ReadError
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 
 PLAN = {"options": {"size": 8, "flip": False}, "images": "abc"}

@@ -10,14 +10,14 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from webdataset.gopen import Pipe, gopen, rewrite_url, set_options
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from olvae.data.errors import ReadError
 from olvae.data.image import EXTENSIONS
-from olvae.data.shards.urls import stem
+from olvae.data.read_errors import ReadError
 from olvae.files import legible
 
 __all__ = ["Entry", "Shard", "extensions", "failure", "open_url", "read_shard"]
@@ -387,3 +387,22 @@ def failure(stream: Any) -> str | None:
         return f"{who} was ended by {signal.Signals(-stream.status).name}"
     meaning = CURL_STATUS.get(stream.status) if who == "curl" else None
     return f"{who} failed with exit status {stream.status}{f': {meaning}' if meaning else ''}"
+
+
+TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
+
+
+def is_local(url: str) -> bool:
+    """Whether a shard is a file here, rather than a URL or a pipe."""
+    return not (url.startswith("pipe:") or "://" in url or url == "-")
+
+
+def file_name(url: str) -> str:
+    """The name of a shard's file, even inside a command or before a URL's signature."""
+    names = [] if is_local(url) else TAR_NAME.findall(url)
+    return names[-1] if names else Path(url).name
+
+
+def stem(url: str) -> str:
+    """The name of a shard's file up to its first dot."""
+    return legible(file_name(url).partition(".")[0])

@@ -11,11 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from olvae.data.errors import UnreadableImageError
-from olvae.data.shards.index import INDEX, with_counts
-from olvae.data.shards.read import Entry
+from olvae.data.read_errors import UnreadableImageError
+from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.stream import ShardSource
-from olvae.data.shards.urls import find_shards
+from olvae.data.shards.tar_reading import Entry
 from olvae.data.source import Sample
 
 __all__ = [

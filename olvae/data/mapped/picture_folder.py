@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from olvae.data.errors import ReadError
 from olvae.data.image import EXTENSIONS, Photo
-from olvae.data.mapped.base import USUAL_SHARE, ImageDataset, MappedSource, not_few
+from olvae.data.mapped.dataset import USUAL_SHARE, ImageDataset, MappedSource, not_few
+from olvae.data.read_errors import ReadError
 from olvae.data.transforms import RandomScaleCrop
 from olvae.files import legible
 

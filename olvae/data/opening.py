@@ -4,26 +4,27 @@ It is a folder of images or of .tar shards, a pattern or URL of either, a .txt l
 ``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``, or a config.yaml.
 """
 
+import glob
+import logging
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from webdataset.shardlists import expand_urls
 
-from olvae.config import Config, ConfigError, instantiate, load
-from olvae.data.errors import ReadError
-from olvae.data.mapped.base import ImageDataset, MappedSource
-from olvae.data.mapped.folder import Files, find_images
-from olvae.data.mapped.huggingface import Column, load_table
-from olvae.data.mapped.samples import SamplePhotographs, sample_photographs
-from olvae.data.mapped.torchvision import Items
-from olvae.data.places import where_it_is
-from olvae.data.shards.urls import SUFFIXES, is_local
+from olvae.config import Config, ConfigError, instantiate, load, with_paths
+from olvae.data.mapped.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
+from olvae.data.mapped.hub import Column, Items, load_table
+from olvae.data.mapped.picture_folder import Files, find_images
+from olvae.data.read_errors import ReadError
+from olvae.data.shards.index import SUFFIXES
+from olvae.data.shards.tar_reading import is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.data.transforms import RandomScaleCrop
-
-__all__ = ["holds_shards", "open_images", "open_source", "open_test_source"]
 
 
 def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, channels: int = 3) -> Source:
@@ -115,3 +116,78 @@ def _arguments(text: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{text}: {bad[0]} is not key=value")
     split = [pair.partition("=") for pair in pairs]
     return name, {key: yaml.safe_load(value) for key, _, value in split}
+
+
+log = logging.getLogger("olvae.data")
+
+
+def make_absolute(config: Config) -> dict[str, str]:
+    """Make the relative paths of a config's data absolute, in place; returns them as written, by their absolute ones.
+
+    Only those that lead somewhere from this folder are paths here: others are URLs, commands, ids of the hub.
+    """
+    written: dict[str, str] = {}
+
+    def change(text: str) -> str:
+        if Path(text).expanduser().is_absolute() or not _is_there(text):
+            return text
+        folder = str(Path.cwd()) if Path(text).exists() else glob.escape(str(Path.cwd()))
+        written[full := str(Path(folder, text))] = text
+        return full
+
+    config["data"] = with_paths(config["data"], change)
+    return written
+
+
+def where_it_is(config: Config) -> Config:
+    """The ``data`` of a config with the places where they are now; see :func:`moves`."""
+    found = moves(config)
+    return with_paths(config["data"], lambda text: found.get(text, text))
+
+
+def moves(config: Config) -> dict[str, str]:
+    """The data that are no longer where they were when the run was started, and their places in this folder.
+
+    Raises:
+        FileNotFoundError: they are not in this folder either.
+    """
+    written = (config.get("run") or {}).get("paths") or {}
+    downloaded = _is_downloaded(config["data"])
+    found: dict[str, str] = {}
+
+    def look(text: str) -> str:
+        if text in written and not _is_there(text):
+            here = str(Path.cwd() / written[text])
+            if _is_there(written[text]):
+                _tell(text, here)
+                found[text] = here
+            elif not downloaded:  # else it is fetched again
+                raise FileNotFoundError(
+                    f"{text}: this run's data are not there any more, nor are they {here}: name others"
+                )
+        return text
+
+    with_paths(config["data"], look)
+    return found
+
+
+def _is_downloaded(part: Any) -> bool:
+    """Whether a data set somewhere in a node is told to fetch itself, as torchvision's are."""
+    if isinstance(part, Mapping):
+        return bool(part.get("download")) or any(map(_is_downloaded, part.values()))
+    return isinstance(part, list) and any(map(_is_downloaded, part))
+
+
+@cache
+def _tell(before: str, now: str) -> None:
+    log.warning("%s: this run's data are not there any more: taken from %s", before, now)
+
+
+def _is_there(text: str) -> bool:
+    """Whether a path leads to something, or a pattern, of files or of shards, to anything."""
+    if not is_local(text) or Path(text).expanduser().exists():
+        return is_local(text)
+    try:
+        return any(True for pattern in expand_urls(text) for _ in glob.iglob(pattern, recursive=True))  # noqa: PTH207
+    except (AssertionError, ValueError):  # an environment variable that is not set, braces that do not close
+        return False

@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.image import Bands, Photo, Picture
-from olvae.data.mapped.base import ImageDataset
-from olvae.data.mapped.folder import Files
-from olvae.data.mapped.torchvision import Items
-from olvae.data.open import open_images
+from olvae.data.mapped.dataset import ImageDataset
+from olvae.data.mapped.hub import Items
+from olvae.data.mapped.picture_folder import Files
+from olvae.data.opening import open_images
+from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.data.transforms import resize_shorter_side
@@ -96,7 +96,7 @@ def pack(
     index depend on the source and the options alone. Finished shards of an earlier run are verified and kept.
 
     Args:
-        src: a folder, pattern, list or data set; see :mod:`olvae.data.open`.
+        src: a folder, pattern, list or data set; see :mod:`olvae.data.opening`.
         workers: processes.
         max_unreadable: share of the images that may be unreadable; these are left out.
         on_progress: called with the number of images that are done, and of all.

@@ -1,0 +1,394 @@
+"""Check a source of images before training: unreadable files, sizes, copies, damaged shards, reading speed."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from olvae.data.image import Bands, Photo
+from olvae.data.mapped.dataset import ImageDataset
+from olvae.data.mapped.picture_folder import Files, FolderSource
+from olvae.data.opening import holds_shards, open_images, open_source
+from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside, find_shards
+from olvae.data.shards.latent_source import LATENT, STATS
+from olvae.data.shards.pairs import PIXELS
+from olvae.data.shards.tar_reading import Shard, extensions, is_local, read_shard, stem
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess, total
+from olvae.files import file_sha256, printable
+from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
+
+MEASURE_S = 3.0
+"""Seconds for which the reading speed is measured."""
+
+IMAGES_PER_TASK = 64
+
+PRINTED_NAMES = 10
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Settings of a check.
+
+    Args:
+        size: side of the training crops in pixels.
+        channels: see :func:`~olvae.data.image.read_picture`.
+        max_unreadable: share of the images that may be unreadable.
+    """
+
+    size: int = 256
+    channels: int = 3
+    max_unreadable: float = 0.01
+
+
+class ImageFacts(NamedTuple):
+    """A readable image: its size, upright; its format and mode; a hash of its pixels."""
+
+    name: str
+    width: int
+    height: int
+    kind: str
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """A shard, and the reason if it ended early; ``images`` counts those with unreadable pixels as well."""
+
+    url: str
+    images: int
+    sha256: str | None
+    broken: str | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, median and largest value over the images."""
+
+    min: float
+    median: float
+    max: float
+
+
+@dataclass
+class AuditResult:
+    """Facts about all images of a source; sizes are in pixels, of images turned upright.
+
+    Args:
+        kinds: images by format and mode.
+        aspect_ratio: width over height.
+        smaller: images with a shorter side below ``size``, which training and evaluation would enlarge.
+        duplicates: names of images that have the same pixels, by group.
+        images_per_s: speed of one loader process: reading, decoding and the training transform.
+        problems: to fix before training.
+        notes: worth knowing.
+    """
+
+    source: str
+    size: int
+    images: int
+    unreadable: list[ReadError]
+    kinds: dict[str, int] = field(default_factory=dict)
+    width: Spread | None = None
+    height: Spread | None = None
+    shorter_side: Spread | None = None
+    aspect_ratio: Spread | None = None
+    smaller: int = 0
+    duplicates: list[list[str]] = field(default_factory=list)
+    shards: list[ShardFacts] = field(default_factory=list)
+    images_per_s: float | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def copies(self) -> int:
+        """Images that are the same as another one."""
+        return sum(len(group) - 1 for group in self.duplicates)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        content = asdict(self)
+        content["unreadable"] = [{"name": error.name, "reason": error.reason} for error in self.unreadable]
+        return content
+
+
+def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProgress = ignore_progress) -> AuditResult:
+    """Read and decode every image of a source.
+
+    Args:
+        src: a folder, pattern, list, data set or shards; see :mod:`olvae.data.opening`.
+        workers: processes.
+        on_progress: called with the number of images that are done, and of all.
+
+    Raises:
+        FileNotFoundError, ValueError: the source has no images, or latents.
+    """
+    sharded = holds_shards(src)
+    if sharded and LATENT in extensions(find_shards(src)):
+        raise ValueError(
+            f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, and `olvae decode` makes "
+            "images of them"
+        )
+    result = (_check_shards if sharded else _check_images)(src, options, workers, on_progress)
+    lost = len(result.unreadable)
+    if sharded or Path(src).expanduser().exists():
+        try:
+            (WebDatasetSource if sharded else FolderSource)(src, options.size, 1, channels=options.channels)
+        except (ValueError, FileNotFoundError) as error:
+            result.problems.append(str(error))
+    if not result.images:
+        result.problems.append("no images")
+    elif lost > options.max_unreadable * result.images:
+        result.problems.append(
+            f"{lost} of {result.images} images can't be read, more than `max_unreadable` {options.max_unreadable:g}"
+        )
+    if result.smaller:
+        result.notes.append(f"{result.smaller} images are smaller than {options.size} pixels and would be enlarged")
+    if result.images > lost:
+        result.images_per_s = _measure_speed(src, options)
+    return result
+
+
+@dataclass
+class _Found:
+    """Facts from one or more tasks."""
+
+    images: list[ImageFacts] = field(default_factory=list)
+    unreadable: list[ReadError] = field(default_factory=list)
+    shards: list[ShardFacts] = field(default_factory=list)
+    dotted: list[str] = field(default_factory=list)
+
+    def add(self, other: "_Found") -> None:
+        for name, facts in vars(other).items():
+            getattr(self, name).extend(facts)
+
+    def examine(self, image: Callable[[], Photo], name: str) -> None:
+        try:
+            self.images.append(_decode(image(), name))
+        except UnreadableImageError as error:
+            self.unreadable.append(ReadError(name, error.reason))
+
+
+def _decode(photo: Photo, name: str) -> ImageFacts:
+    in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
+    kind = f"{photo.format or in_memory} {photo.mode or ''}".strip()
+    picture = photo.read()
+    bands = picture.bands if isinstance(picture, Bands) else [picture]
+    digest = hashlib.blake2b(f"{picture.size} {len(bands)}".encode(), digest_size=16)
+    for band in bands:
+        digest.update(band.tobytes())
+    return ImageFacts(name, picture.width, picture.height, kind, digest.digest())
+
+
+def _read_images(images: ImageDataset, indices: range, progress: SharedProgress) -> _Found:
+    found = _Found()
+    for index in indices:
+        found.examine(partial(images.__getitem__, index), images.key(index))
+        progress.advance()
+    return found
+
+
+def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgress) -> _Found:
+    found = _Found()
+    dotted: list[str] = []
+    reasons: list[str] = []
+    count = 0
+    for entry in read_shard(Shard(url), dotted=dotted):
+        if isinstance(entry, ReadError):
+            reasons.append(entry.reason)
+            continue
+        count += 1
+        found.examine(partial(Photo, entry.data, entry.name, channels), entry.key)
+        progress.advance()
+    found.dotted = [f"{stem(url)}/{name}" for name in dotted if not name.endswith(f".{PIXELS}")]
+    digest = file_sha256(Path(url)) if checksums and is_local(url) and Path(url).is_file() else None
+    found.shards.append(ShardFacts(url, count, digest, "; ".join(reasons) or None))
+    return found
+
+
+def _read_all(
+    read: Callable[[T, SharedProgress], _Found],
+    tasks: Sequence[T],
+    workers: int,
+    images: int | None,
+    on_progress: OnProgress,
+) -> _Found:
+    found = _Found()
+    with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, images))) as parts:
+        for part in parts:
+            found.add(part)
+    return found
+
+
+def _check_images(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
+    images = open_images(src, options.channels)
+    count = len(images)
+    tasks = [range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)]
+    found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
+    result = _summarise(src, options.size, found)
+    if isinstance(images, Files):
+        result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
+    return result
+
+
+def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
+    urls = find_shards(src)
+    folders = sorted({Path(url).parent for url in urls if is_local(url)})
+    read = partial(_read_shard, options.channels, any((folder / INDEX).is_file() for folder in folders))
+    found = _read_all(read, urls, workers, _expected(urls), on_progress)
+    result = _summarise(src, options.size, found)
+    result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
+    if found.dotted:
+        result.problems.append(_dotted_problem(found.dotted))
+    result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
+    result.notes += [f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)]
+    for folder in folders:
+        _compare_with_index(src, folder, result)
+    return result
+
+
+def _expected(urls: Sequence[str]) -> int | None:
+    """Number of images to read, for a progress bar; None if unknown."""
+    try:
+        return total(list(counts_beside(urls).values()))
+    except ValueError:  # an index is not readable, as _compare_with_index reports
+        return None
+
+
+def _summarise(source: str, size: int, found: _Found) -> AuditResult:
+    result = AuditResult(source, size, len(found.images) + len(found.unreadable), sorted(found.unreadable))
+    if not found.images:
+        return result
+    images = sorted(found.images)
+    width, height = (np.array([getattr(image, side) for image in images]) for side in ("width", "height"))
+    shorter = np.minimum(width, height)
+    result.kinds = dict(Counter(image.kind for image in images).most_common())
+    result.width, result.height, result.shorter_side, result.aspect_ratio = (
+        Spread(*(round(float(value), 4) for value in (values.min(), np.median(values), values.max())))
+        for values in (width, height, shorter, width / height)
+    )
+    result.smaller = int((shorter < size).sum())
+    groups: dict[bytes, list[str]] = {}
+    for image in images:
+        groups.setdefault(image.digest, []).append(image.name)
+    result.duplicates = [names for names in groups.values() if len(names) > 1]
+    return result
+
+
+def _dotted_problem(names: Sequence[str]) -> str:
+    example = min(names)
+    extension = example.rpartition("/")[2].partition(".")[2]
+    return (
+        f"{len(names)} files have a second dot in their names ({example}): WebDataset reads {extension} as the "
+        "extension and skips them: set data.params.image_key to it if all images have it, or rename the files, or pack "
+        "the images with `olvae data pack`"
+    )
+
+
+def _measure_speed(src: str, options: CheckOptions) -> float | None:
+    """Images per second of this process, from files that were just read; None if the source can't be opened."""
+    try:
+        stream = open_source(src, options.size, 1, channels=options.channels).stream(0, 0, LoaderProcess())
+        next(stream)
+        start, count = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - start) < MEASURE_S:
+            next(stream)
+            count += 1
+    except (ValueError, FileNotFoundError):  # among the problems already
+        return None
+    return round(count / seconds, 1)
+
+
+def _compare_with_index(src: str, folder: Path, result: AuditResult) -> None:
+    """Add the differences between a folder's shards and its index to the problems."""
+    if not (folder / INDEX).is_file():
+        result.notes.append(f"{folder}: has no {INDEX}, so training counts the images of these shards when it starts")
+        return
+    try:
+        index = Index.read(folder / INDEX)
+    except ValueError as error:
+        result.notes.append(str(error))
+        return
+    here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
+    result.problems += [problem for name in here if (problem := _difference(here[name], index.shards.get(name)))]
+    if Path(src).expanduser().is_dir() and (gone := sorted(set(index.shards) - set(here))):
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        missing = ", ".join(printable(name) for name in gone[:3]) + more
+        result.problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {missing}")
+
+
+def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
+    if record is None:
+        return f"{shard.url}: is not in {INDEX}: remove that file, and training counts the images instead"
+    if shard.images != record.images:
+        return f"{shard.url}: has {shard.images} images, but {record.images} by {INDEX}"
+    if shard.sha256 is not None and shard.sha256 != record.sha256:
+        return f"{shard.url}: its checksum is not that of {INDEX}: changed or damaged since"
+    return None
+
+
+def print_audit(result: AuditResult, console: Console) -> None:
+    """Print a table of facts, then notes and problems."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, fact in _facts(result):
+        table.add_row(name, Text(fact))
+    console.print(table, soft_wrap=False)
+    _print_names("unreadable", [f"{printable(error.name)}: {error.reason}" for error in result.unreadable], console)
+    groups = [" = ".join(printable(name) for name in group) for group in result.duplicates]
+    _print_names("same pixels", groups, console)
+    for style, word, lines in (("yellow", "note", result.notes), ("bold red", "problem", result.problems)):
+        for line in lines:
+            console.print(Text(f"{word}: ", style).append(printable(line), "default"), soft_wrap=True)
+    if not result.problems:
+        console.print(Text("fine: ", "green").append("ready for training", "default"))
+
+
+def _facts(result: AuditResult) -> list[tuple[str, str]]:
+    lost = len(result.unreadable)
+    readable = f"{lost:,} of them unreadable ({lost / result.images:.2%})" if lost else "all readable"
+    facts = [
+        ("images", f"{result.images:,}, {readable}"),
+        ("files", ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) or "-"),
+        ("copies", f"{result.copies:,}"),
+    ]
+    for name in ("width", "height", "shorter_side", "aspect_ratio"):
+        if spread := getattr(result, name):
+            form = ".2f" if name == "aspect_ratio" else ",.0f"
+            values = f"{spread.min:{form}} to {spread.max:{form}}, median {spread.median:{form}}"
+            facts.append((name.replace("_", " "), values))
+    facts.append(("small", f"{result.smaller:,} with a shorter side of less than {result.size} pixels"))
+    if result.shards:
+        counts = sorted(shard.images for shard in result.shards)
+        each = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
+        broken = sum(shard.broken is not None for shard in result.shards)
+        facts.append(("shards", f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"))
+    if result.images_per_s is not None:
+        speed = f"{result.images_per_s:,.0f} images/s per loader process at {result.size} pixels"
+        facts.append(("speed", f"{speed}: read, decoded and cropped"))
+    return facts
+
+
+def _print_names(title: str, lines: list[str], console: Console) -> None:
+    if not lines:
+        return
+    console.print(Text(f"\n{title}:", "bold"))
+    for line in lines[:PRINTED_NAMES]:
+        console.print(Text(f"  {line}"), soft_wrap=True)
+    if len(lines) > PRINTED_NAMES:
+        console.print(Text(f"  and {len(lines) - PRINTED_NAMES:,} more; the JSON has all"))
