@@ -28,9 +28,9 @@ from .models.adversary import Adversary as Adversary
 from .models.autoencoder import LiteVAE as LiteVAE
 from .models.liteautoencoder import LiteAutoencoderKL as LiteAutoencoderKL
 from .models.loading.targets import find_target as find_target
-from .modules.discriminators.gigagan import GigaGAN as GigaGAN
-from .modules.discriminators.patchgan import PatchGAN as PatchGAN
-from .modules.discriminators.unetgan import UNetGAN as UNetGAN
+from .modules.gigagan import GigaGAN as GigaGAN
+from .modules.patchgan import PatchGAN as PatchGAN
+from .modules.unetgan import UNetGAN as UNetGAN
 from .modules.wavelet import dwt2 as dwt2
 from .modules.wavelet import idwt2 as idwt2
 from .modules.wavelet import wavedec2 as wavedec2

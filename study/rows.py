@@ -176,7 +176,7 @@ def _discriminators() -> list[Row]:
     adversary = "model.params.adversary_config={{target: olvae.models.adversary.Adversary, params: {params}}}"
     found = []
     for name, discriminator in DISCRIMINATORS.items():
-        node = f"{{target: olvae.modules.discriminators.{discriminator}}}"
+        node = f"{{target: olvae.modules.{discriminator}}}"
         params = f"{{weight: 0.02, ramp_steps: 40, learning_rate_ratio: 2.0, discriminator_config: {node}}}"
         played = (adversary.format(params=params),) if discriminator else ()
         overrides = (*PHASE_B, *played)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from olvae.bench.timing import clocked, measure
 from olvae.models.large.tiling import peak_bytes
 from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
-from olvae.modules.discriminators.gigagan import GigaGAN
-from olvae.modules.discriminators.patchgan import PatchGAN
-from olvae.modules.discriminators.unetgan import UNetGAN
+from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import fold_smc
+from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
+from olvae.modules.unetgan import UNetGAN
 from olvae.modules.wavelet import dwt2
 
 __all__ = [

@@ -37,9 +37,9 @@ MOVED = {
     "olvae.data.samples": "olvae.data.mapped.dataset",
     "olvae.data.torchvision": "olvae.data.mapped.hub",
     "olvae.data.webdataset": "olvae.data.shards.webdataset",
-    "olvae.modules.basicgan.patchgan": "olvae.modules.discriminators.patchgan",
-    "olvae.modules.gigagan.gigagan": "olvae.modules.discriminators.gigagan",
-    "olvae.modules.unetgan.unetgan": "olvae.modules.discriminators.unetgan",
+    "olvae.modules.basicgan.patchgan": "olvae.modules.patchgan",
+    "olvae.modules.gigagan.gigagan": "olvae.modules.gigagan",
+    "olvae.modules.unetgan.unetgan": "olvae.modules.unetgan",
     "olvae.training.health": "olvae.training.callbacks",
 }
 """Where modules are now that the config.yaml of an older run may name."""

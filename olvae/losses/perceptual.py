@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from olvae.losses.terms import l1
-from olvae.modules.constant import Constant
-from olvae.modules.lpips import perceptual_network
+from olvae.modules.frozen import Constant, conv5_4, perceptual_network
 from olvae.modules.precision import island, no_autocast
-from olvae.modules.vgg import conv5_4
 from olvae.weights import VGG16, VGG19, WeightsFile, find_weights
 
 __all__ = ["ESRGAN", "LPIPS", "PERCEPTUAL", "Perceptual", "PerceptualLoss"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from olvae.metrics.metric import Unavailable
-from olvae.modules.lpips import Trunk, perceptual_network
+from olvae.modules.frozen import Trunk, perceptual_network
 
 __all__ = ["LPIPS_SIZE", "LPIPSDistance"]
 
@@ -19,7 +19,7 @@ class LPIPSDistance:
 
     Args:
         trunk: ``vgg`` or ``alex``.
-        path: of the trunk's weights, :data:`olvae.modules.lpips.TRUNKS`.
+        path: of the trunk's weights, :data:`olvae.modules.frozen.TRUNKS`.
         device: where it is computed, in float32.
 
     Raises:

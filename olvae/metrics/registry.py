@@ -12,7 +12,7 @@ from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
 from olvae.metrics.pixel import l1, psnr
 from olvae.metrics.rfid import KID, RFID
 from olvae.metrics.ssim import ms_ssim, ssim, ssim_uniform
-from olvae.modules.lpips import Trunk
+from olvae.modules.frozen import Trunk
 from olvae.weights import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 
 __all__ = ["METRICS", "MakeMetrics", "build_metrics"]

@@ -19,8 +19,8 @@ from olvae.losses.adversarial import (
     generator_loss,
     r1_penalty,
 )
-from olvae.modules.discriminators.spectral import fixed_spectral_norm, power_iteration
 from olvae.modules.precision import no_autocast
+from olvae.modules.unetgan import fixed_spectral_norm, power_iteration
 
 __all__ = ["Adversary"]
 

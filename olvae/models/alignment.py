@@ -7,8 +7,8 @@ from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import ConfigError
 from olvae.losses.alignment import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.pretrained import locate_weights
+from olvae.modules.frozen import VisionEncoder, published_weights
 from olvae.modules.precision import island, no_autocast
-from olvae.modules.vision import VisionEncoder, published_weights
 
 __all__ = ["ADAPTIVE_MAX", "Alignment"]
 

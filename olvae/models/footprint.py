@@ -19,7 +19,7 @@ from olvae.config import ConfigError, instantiate
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import adam_state_bytes
 from olvae.modules.base import Steps
-from olvae.modules.constant import Constant
+from olvae.modules.frozen import Constant
 
 __all__ = ["CHECKPOINTS", "Checkpoint", "Footprint", "Kept", "advice", "footprints", "keep", "without_weights"]
 

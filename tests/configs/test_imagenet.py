@@ -33,7 +33,7 @@ def adversary(name: str, module: str, source: str, **params: tuple[Any, str]) ->
         ADVERSARY + "target": ("olvae.models.adversary.Adversary", "D: ours"),
         ADVERSARY + "params.loss": ("hinge", "D: no source; P Table 16 finds logistic equally good"),
         ADVERSARY + "params.weight": (0.1, "D: no source; it is constant by P Table 8"),
-        DISCRIMINATOR + "target": (f"olvae.modules.discriminators.{module}.{name}", source),
+        DISCRIMINATOR + "target": (f"olvae.modules.{module}.{name}", source),
         **{f"{DISCRIMINATOR}params.{key}": value for key, value in params.items()},
     }
 
@@ -183,11 +183,11 @@ DEFAULTS: dict[str, Row] = {
         "skip_levels": (0, "P Table 21"),
     },
     "olvae.modules.litevae.decoder_model.LiteVAE_Decoder": {"variant": ("open_litevae", "R")},
-    "olvae.modules.discriminators.patchgan.PatchGAN": {
+    "olvae.modules.patchgan.PatchGAN": {
         "base_channels": (64, "R: ndf"),
         "n_layers": (3, "R"),
     },
-    "olvae.modules.discriminators.gigagan.GigaGAN": {
+    "olvae.modules.gigagan.GigaGAN": {
         "base": (4096, "R"),
         "max_channels": (256, "R"),
         "blocks": (2, "R"),

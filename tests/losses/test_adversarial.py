@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from olvae.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_accuracy, discriminator_loss, generator_loss
-from olvae.modules.discriminators.unetgan import UNetGAN
+from olvae.modules.unetgan import UNetGAN
 
 
 def _double(*values: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from olvae.losses.perceptual import ESRGAN, LPIPS
-from olvae.modules.vgg import conv5_4
+from olvae.modules.frozen import conv5_4
 from olvae.weights import VGG16, VGG19
 
 

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from olvae.losses.adversarial import LeCam, cutmix, cutmix_consistency, cutmix_loss, r1_penalty
-from olvae.modules.discriminators.unetgan import UNetGAN
+from olvae.modules.unetgan import UNetGAN
 
 
 # R1

@@ -7,7 +7,7 @@ import torchvision
 
 from olvae.metrics.lpips import LPIPS_SIZE, LPIPSDistance
 from olvae.metrics.metric import Unavailable
-from olvae.modules.lpips import TRUNKS
+from olvae.modules.frozen import TRUNKS
 from tests.metrics.conftest import pairs
 
 PUBLISHED = {"vgg": torchvision.models.VGG16_Weights, "alex": torchvision.models.AlexNet_Weights}

@@ -11,8 +11,8 @@ from olvae.data.mapped.picture_folder import FolderSource
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
-PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
-UNETGAN = {"target": "olvae.modules.discriminators.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 128}}
+PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
+UNETGAN = {"target": "olvae.modules.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 128}}
 
 
 def against(discriminator: dict = PATCHGAN, **params) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
-from olvae.modules.discriminators.spectral import fixed_spectral_norm
+from olvae.modules.unetgan import fixed_spectral_norm
 from tests.models.steps import (
     PATCHGAN,
     UNETGAN,

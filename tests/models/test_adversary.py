@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from olvae.config import ConfigError
 from olvae.losses.adversarial import ADVERSARIAL_LOSSES, cutmix
 from olvae.models.adversary import Adversary
-from olvae.modules.discriminators.spectral import fixed_spectral_norm
+from olvae.modules.unetgan import fixed_spectral_norm
 
 DISCRIMINATORS = {  # each in small, and an image size for it
-    "patchgan": ("olvae.modules.discriminators.patchgan.PatchGAN", {"base_channels": 4, "n_layers": 1}, 16),
-    "unetgan": ("olvae.modules.discriminators.unetgan.UNetGAN", {"base_channels": 2, "image_size": 128}, 64),
+    "patchgan": ("olvae.modules.patchgan.PatchGAN", {"base_channels": 4, "n_layers": 1}, 16),
+    "unetgan": ("olvae.modules.unetgan.UNetGAN", {"base_channels": 2, "image_size": 128}, 64),
     "gigagan": (
-        "olvae.modules.discriminators.gigagan.GigaGAN",
+        "olvae.modules.gigagan.GigaGAN",
         {"image_size": 64, "base": 128, "max_channels": 8, "blocks": 1, "attention": [8], "heads": 2},
         64,
     ),
@@ -441,7 +441,7 @@ def test_settings_that_make_no_sense(params, message):
 
 def test_a_discriminator_that_is_none():
     with pytest.raises(ConfigError, match=r"PatchGan.*did you mean PatchGAN"):
-        Adversary({"target": "olvae.modules.discriminators.patchgan.PatchGan"})
+        Adversary({"target": "olvae.modules.patchgan.PatchGan"})
 
 
 @every

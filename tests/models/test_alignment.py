@@ -14,7 +14,7 @@ from olvae.models.alignment import Alignment
 from olvae.models.footprint import footprints, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
-from olvae.modules.vision import VisionEncoder, published_weights
+from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import tiny_config
 from tests.models.steps import assert_same, build, fit, metrics, moved, snapshot, source
 from tests.models.test_synchronisation import traced

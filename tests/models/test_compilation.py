@@ -9,14 +9,13 @@ import torch
 from olvae.config import ConfigError
 from olvae.losses.objective import Objective
 from olvae.models.compilation import compile_networks
-from olvae.modules.discriminators.gigagan import GigaGAN
-from olvae.modules.discriminators.patchgan import PatchGAN
-from olvae.modules.discriminators.spectral import fixed_spectral_norm
-from olvae.modules.discriminators.unetgan import UNetGAN
 from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
+from olvae.modules.unetgan import UNetGAN, fixed_spectral_norm
 from tests.conftest import TINY_ENCODER
 from tests.models.steps import against, build, fit, metrics, snapshot
 

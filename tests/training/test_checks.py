@@ -10,7 +10,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.checks import check_adversary, check_images, check_memory
 from tests.conftest import tiny_config
 
-PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
+PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
 
 
 def model(**params) -> LiteAutoencoderKL:

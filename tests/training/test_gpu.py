@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
 def test_both_players_train_in_every_precision(tmp_path, image_folder, monkeypatch, precision):
     monkeypatch.delenv(training.RUN_ENV, raising=False)
-    discriminator = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"n_layers": 1}}
+    discriminator = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"n_layers": 1}}
     adversary = {
         "target": "olvae.models.adversary.Adversary",
         "params": {"discriminator_config": discriminator, "adaptive_weight": True, "updates_per_step": 2},

@@ -13,7 +13,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.callbacks import Health
 from tests.conftest import tiny_config
 
-PATCHGAN = {"target": "olvae.modules.discriminators.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
+PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
 SETTINGS = "model.params.adversary_config.params"
 
 WON = {"health/accuracy": 0.97}

@@ -14,11 +14,11 @@ from tests.training.events import scalars
 pytestmark = pytest.mark.slow
 
 DISCRIMINATORS = {
-    "PatchGAN": ("olvae.modules.discriminators.patchgan.PatchGAN", {"base_channels": 32}),
-    "GigaGAN": ("olvae.modules.discriminators.gigagan.GigaGAN", {"image_size": 64, "base": 1024, "max_channels": 64}),
-    "UNetGAN-S": ("olvae.modules.discriminators.unetgan.UNetGAN", {"base_channels": 4, "image_size": 64}),
-    "UNetGAN-M": ("olvae.modules.discriminators.unetgan.UNetGAN", {"base_channels": 8, "image_size": 64}),
-    "UNetGAN-L": ("olvae.modules.discriminators.unetgan.UNetGAN", {"base_channels": 16, "image_size": 64}),
+    "PatchGAN": ("olvae.modules.patchgan.PatchGAN", {"base_channels": 32}),
+    "GigaGAN": ("olvae.modules.gigagan.GigaGAN", {"image_size": 64, "base": 1024, "max_channels": 64}),
+    "UNetGAN-S": ("olvae.modules.unetgan.UNetGAN", {"base_channels": 4, "image_size": 64}),
+    "UNetGAN-M": ("olvae.modules.unetgan.UNetGAN", {"base_channels": 8, "image_size": 64}),
+    "UNetGAN-L": ("olvae.modules.unetgan.UNetGAN", {"base_channels": 16, "image_size": 64}),
 }
 """Each in small: a quarter of its width, and GigaGAN with fewer channels."""
 

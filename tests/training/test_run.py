@@ -27,7 +27,7 @@ from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.training.events import scalars
 
-UNETGAN = {"target": "olvae.modules.discriminators.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
+UNETGAN = {"target": "olvae.modules.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_other_channels(go, image_folder, channels):
         f"model.params.encoder_config.params.in_channels={channels}",
         f"model.params.decoder_config.params.out_channels={channels}",
         "model.params.adversary_config.target=olvae.models.adversary.Adversary",
-        "model.params.adversary_config.params.discriminator_config.target=olvae.modules.discriminators.patchgan.PatchGAN",
+        "model.params.adversary_config.params.discriminator_config.target=olvae.modules.patchgan.PatchGAN",
         f"model.params.adversary_config.params.discriminator_config.params.in_channels={channels}",
         "model.params.adversary_config.params.discriminator_config.params.n_layers=1",
         "model.params.adversary_config.params.discriminator_config.params.base_channels=4",
@@ -398,7 +398,7 @@ def test_configs_that_are_no_training(tmp_path, image_folder):
 )
 def test_adversaries_that_do_not_fit(tmp_path, image_folder, params, message):
     patchgan = {
-        "target": "olvae.modules.discriminators.patchgan.PatchGAN",
+        "target": "olvae.modules.patchgan.PatchGAN",
         "params": {"n_layers": 1, "base_channels": 4},
     }
     adversary = {
@@ -418,7 +418,7 @@ def test_an_adversary_needs_a_term_that_compares_images(tmp_path, image_folder):
         lossconfig={"target": "olvae.losses.objective.Objective", "params": loss},
         adversary_config={
             "target": "olvae.models.adversary.Adversary",
-            "params": {"discriminator_config": {"target": "olvae.modules.discriminators.patchgan.PatchGAN"}},
+            "params": {"discriminator_config": {"target": "olvae.modules.patchgan.PatchGAN"}},
         },
     )
     save(config, tmp_path / "b.yaml")

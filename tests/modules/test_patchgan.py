@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from olvae.modules.discriminators.patchgan import PatchGAN
+from olvae.modules.patchgan import PatchGAN
 
 
 @pytest.fixture

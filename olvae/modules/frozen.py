@@ -1,18 +1,124 @@
-"""Vision encoders from timm: frozen networks whose feature maps a latent is aligned with."""
+"""Frozen networks from elsewhere: LPIPS, VGG19, timm's vision encoders; used by a model, in none of its state dicts."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.constant import Constant, Normalise
 from olvae.modules.precision import island
+from olvae.weights import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file
 
-__all__ = ["VisionEncoder", "published_weights"]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-PIXELS = 16
+
+class Constant(nn.Module):
+    """Holds a frozen ``network``, which moves with the module from device to device and is no part of it otherwise.
+
+    Copies of the module share the network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["network"] = network.requires_grad_(False).eval()
+
+    @property
+    def network(self) -> nn.Module:
+        found = self.__dict__["network"]
+        assert isinstance(found, nn.Module)
+        return found
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Constant":
+        self.network._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Constant":
+        return self
+
+
+class Normalise(nn.Module):
+    """Images in [-1, 1], (B, 3, H, W), as a network of ImageNet expects them: in [0, 1], less a mean, over a deviation.
+
+    Args:
+        mean, std: of each channel of images in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (0.5 * (x + 1.0) - self.mean) / self.std
+
+
+Trunk = Literal["vgg", "alex"]
+
+TRUNKS: dict[Trunk, WeightsFile] = {"vgg": VGG16, "alex": ALEXNET}
+"""The trunks by the lpips package's names, and torchvision's files for them."""
+
+
+def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
+    """LPIPS (Zhang et al. 2018), version 0.1 with its own linear heads; frozen, in evaluation mode.
+
+    Two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1).
+
+    Args:
+        path: the trunk's file of :data:`TRUNKS`; None for random weights, to count the network.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    import lpips
+
+    with warnings.catch_warnings():  # the package calls torchvision's API of before 0.13
+        warnings.simplefilter("ignore", UserWarning)
+        network = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
+    assert isinstance(network, nn.Module)
+    assert isinstance(network.net, nn.Module)
+    network.requires_grad_(False).eval()
+    if path is None:
+        return network
+    own = {f"features.{name.split('.', 1)[1]}": tensor for name, tensor in network.net.state_dict().items()}
+    load_weights_file(path, TRUNKS[trunk], "features.", own)  # the package cuts torchvision's trunk into slices
+    return network
+
+
+VGG_LAYERS = 35
+"""Layers of torchvision's ``features`` up to and including conv5_4, the last convolution, whose ReLU comes after."""
+
+
+def conv5_4(path: Path | None) -> nn.Module:
+    """VGG19's last convolution before its activation: images (B, 3, H, W) in [-1, 1] -> (B, 512, H/16, W/16).
+
+    Args:
+        path: the file of :data:`olvae.weights.VGG19`; None for weights without values, to count the network.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    import torchvision
+
+    device = torch.empty(0).device
+    with torch.device("meta"):  # the classifier, most of VGG19, is not needed
+        features = (
+            torchvision.models.vgg19(weights=None, init_weights=False).features[:VGG_LAYERS].requires_grad_(False)
+        )
+    features.to_empty(device=device)
+    if path is not None:
+        own = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
+        load_weights_file(path, VGG19, "features.", own)
+    return nn.Sequential(Normalise(), features)
+
+
+PIXELS_PER_FEATURE = 16
 """Of the image to a feature: VA-VAE shows DINOv2, whose patches have 14 pixels, an image of 256 at 224."""
 
 
@@ -71,7 +177,7 @@ class VisionEncoder(Constant):
             (B, channels, h, w) in float32.
         """
         normalise, network = self.network.children()
-        size = [self._stride * max(1, round(side / PIXELS)) for side in x.shape[-2:]]
+        size = [self._stride * max(1, round(side / PIXELS_PER_FEATURE)) for side in x.shape[-2:]]
         seen = normalise(_resized(x, size, "bicubic"))  # (B, 3, stride H/16, stride W/16)
         intermediates: Any = network.forward_intermediates
         (features,) = intermediates(seen, indices=1, norm=True, intermediates_only=True)  # (B, d, h', w')

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.losses.adversarial import r1_penalty
-from olvae.modules.discriminators.gigagan import GigaGAN, TransformerBlock, l2_attention
-from olvae.modules.discriminators.spectral import SpectralConv2d
+from olvae.modules.gigagan import GigaGAN, TransformerBlock, l2_attention
+from olvae.modules.unetgan import SpectralConv2d
 
 
 def _small(**options: object) -> GigaGAN:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from olvae.modules.discriminators.spectral import SpectralConv2d
 from olvae.modules.precision import island, no_autocast
+from olvae.modules.unetgan import SpectralConv2d
 
 __all__ = ["GigaGAN", "TransformerBlock", "l2_attention"]
 

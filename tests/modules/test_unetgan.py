@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from olvae.modules.discriminators.unetgan import UNetGAN
+from olvae.modules.unetgan import UNetGAN
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.modules.discriminators.spectral import SpectralConv2d, fixed_spectral_norm, power_iteration
-from olvae.modules.discriminators.unetgan import UNetGAN
+from olvae.modules.unetgan import SpectralConv2d, UNetGAN, fixed_spectral_norm, power_iteration
 
 
 @pytest.fixture
