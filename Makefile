@@ -94,8 +94,8 @@ test-gpu: $(VENV)/.installed-dev ## the checks that need a CUDA device
 test-network: $(VENV)/.installed-dev ## the checks that need the internet
 	$(BIN)/python -m pytest -m network
 
-test-browser: $(VENV)/.installed-dev ## the checks that need Chromium, and Gradio
-	$(PIP) install --quiet -e '.[app]'
+test-browser: $(VENV)/.installed-dev ## the checks that need Chromium (apt install chromium)
+	$(PIP) install --quiet -e '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
 soak: $(VENV)/.installed-dev ## kill training, packing, encoding and decoding 160 times, and compare what they make (20 minutes)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.utils import parametrizations
 
+from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.models.vision import vit  # noqa: F401  (a fixture)
 from tests.pretrained import vgg19, weights_dir  # noqa: F401  (fixtures)
 

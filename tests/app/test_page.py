@@ -12,14 +12,12 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from tests.evaluation.chromium import chromium
+from tests.browser import Visit
 from tests.models.test_autoencoder import tiny
 
 pytestmark = pytest.mark.browser
 
-READY = "document.querySelector('#file input[type=file]') !== null"
-NUMBERS = "document.querySelector('#numbers').innerText"
-TOAST = "(document.querySelector('[data-testid=toast-body]') ?? {innerText: ''}).innerText"
+UPLOAD, NUMBERS, TOAST = "#file input[type=file]", "#numbers", "[data-testid=toast-body]"
 
 
 @contextmanager
@@ -45,62 +43,59 @@ def picture(path, width, height):
     return path
 
 
-def test_a_visit(tmp_path):
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_visit(tmp_path, browser, width):
     for name in ("first", "second"):
         tiny().save_pretrained(tmp_path / name)
     photo = picture(tmp_path / "photo.png", 120, 90)
-    with served(tmp_path, tmp_path / "first", tmp_path / "second") as address, chromium(tmp_path / "profile") as tab:
-        for width in (1280, 390):
-            tab.open(address, width)
-            tab.wait_for(READY)
-            tab.upload("#file input[type=file]", photo)
-            tab.wait_for("document.querySelectorAll('#slider img').length >= 2")
-            numbers = tab.wait_for(f"{NUMBERS}.includes('f8, 4x12x15') && {NUMBERS}")
-            found = re.findall(r"(first|second)\s+f8, 4x12x15\s+(\d+\.\d\d)\s+(0\.\d{4})\s+\d+\.\d\d", numbers)
-            assert [name for name, *_ in found] == ["first", "second"]
-            assert all(3 < float(psnr) < 30 for _, psnr, _ in found)
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            tab.screenshot(tmp_path / f"app_{width}.png")
+    with served(tmp_path, tmp_path / "first", tmp_path / "second") as address:
+        visit = Visit(browser, width)
+        page = visit.page
+        page.goto(address)
+        page.set_input_files(UPLOAD, photo)
+        page.locator("#slider img").nth(1).wait_for()
+        page.locator(NUMBERS, has_text="f8, 4x12x15").wait_for()
+        numbers = page.inner_text(NUMBERS)
+        found = re.findall(r"(first|second)\s+f8, 4x12x15\s+(\d+\.\d\d)\s+(0\.\d{4})\s+\d+\.\d\d", numbers)
+        assert [name for name, *_ in found] == ["first", "second"]
+        assert all(3 < float(psnr) < 30 for _, psnr, _ in found)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.screenshot(path=tmp_path / "app.png", full_page=True)
 
-        handle = "document.querySelector('#slider .outer') ?? document.querySelector('#slider .handle')"
-        place = f"(({handle}).getBoundingClientRect().x)"
-        before = tab.evaluate(place)
-        box = tab.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])(({handle}).getBoundingClientRect())")
-        tab.mouse("Pressed", *box)
-        tab.mouse("Moved", box[0] - 60, box[1])
-        tab.mouse("Released", box[0] - 60, box[1])
-        tab.wait_for(f"{place} < {before} - 30")
+        handle = page.locator("#slider .outer, #slider .handle").first
+        before = handle.bounding_box()
+        page.mouse.move(before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(before["x"] + before["width"] / 2 - 60, before["y"] + before["height"] / 2)
+        page.mouse.up()
+        assert handle.bounding_box()["x"] < before["x"] - 30
 
-        tab.evaluate("[...document.querySelectorAll('button[role=tab]')].find(b => b.innerText == 'Pixels').click()")
-        tab.wait_for("document.querySelectorAll('#detail img').length == 3")  # the original and two models
-        before = tab.evaluate("document.querySelector('#detail img').src")
-        tab.evaluate("document.querySelector('#whole img').scrollIntoView()")
-        corner = tab.evaluate(
-            "(r => [r.x + 5, r.y + 50])(document.querySelector('#whole img').getBoundingClientRect())"
-        )
-        for kind in ("Pressed", "Released"):
-            tab.mouse(kind, *corner)
-        tab.wait_for(f"document.querySelector('#detail img').src != {before!r}")
-        shown = {address, *(url for url in tab.requests if not url.startswith(("data:", "blob:", address)))}
-        assert shown == {address}  # nothing is asked of another machine
+        page.get_by_role("tab", name="Pixels").click()
+        detail = page.locator("#detail img")
+        detail.nth(2).wait_for()
+        assert detail.count() == 3  # the original and two models
+        before = detail.first.get_attribute("src")
+        page.locator("#whole img").click(position={"x": 5, "y": 50})
+        page.wait_for_function("src => document.querySelector('#detail img').src != src", arg=before)
+        elsewhere = [url for url in visit.requests if not url.startswith(("data:", "blob:", address))]
+        assert not elsewhere  # nothing is asked of another machine
 
 
-def test_bad_files_get_a_sentence(tmp_path):
+def test_bad_files_get_a_sentence(tmp_path, browser):
     tiny().save_pretrained(tmp_path / "vae")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     large = tmp_path / "large.png"
     Image.fromarray(np.zeros((8192, 8192, 3), np.uint8)).save(large)
-    with served(tmp_path, tmp_path / "vae") as address, chromium(tmp_path / "profile") as tab:
-        for path, said in (
+    with served(tmp_path, tmp_path / "vae") as address:
+        page = Visit(browser, 1280).page
+        for path, message in (
             (tmp_path / "broken.jpg", "broken.jpg: not a readable image"),
             (large, "8192x8192 pixels are too many for this page, which takes 4 million"),
         ):
-            tab.open(address, 1280)
-            tab.wait_for(READY)
-            tab.upload("#file input[type=file]", path)
-            tab.wait_for(f"{TOAST}.includes({said!r})")
-        tab.open(address, 1280)
-        tab.wait_for(READY)
-        tab.upload("#file input[type=file]", picture(tmp_path / "dot.png", 1, 1))
-        tab.wait_for(f"{NUMBERS}.includes('f8, 4x1x1')")
-        assert "\N{EN DASH}" in tab.evaluate(NUMBERS)  # too small for SSIM
+            page.goto(address)
+            page.set_input_files(UPLOAD, path)
+            page.locator(TOAST, has_text=message).wait_for()
+        page.goto(address)
+        page.set_input_files(UPLOAD, picture(tmp_path / "dot.png", 1, 1))
+        page.locator(NUMBERS, has_text="f8, 4x1x1").wait_for()
+        assert "\N{EN DASH}" in page.inner_text(NUMBERS)  # too small for SSIM

@@ -24,7 +24,7 @@ from olvae.evaluation.roundtrip import Cost, bicubic_round_trip
 from olvae.evaluation.runner import Evaluated
 from olvae.evaluation.statistics import Difference
 from olvae.metrics.pixel import psnr
-from tests.evaluation.chromium import chromium
+from tests.browser import Visit
 from tests.evaluation.test_artefacts import Faulty
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.org/x.png onerror=alert(1)>"
@@ -321,30 +321,31 @@ def test_a_failure_leaves_the_old_page(tmp_path, whole):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("size", [64, 256])
-def test_in_a_browser(tmp_path, size):
-    """At both widths, light and dark: nothing is wider than the screen, every picture is there, nothing is asked
-    of the network. The screenshots are for people: they stay in pytest's folder."""
+def test_in_a_browser(tmp_path, browser, size, width, dark):
+    """Nothing is wider than the screen, every picture is there, nothing is asked of the network.
+
+    The screenshots are for people: they stay in pytest's folder.
+    """
     path = tmp_path / "report.html"
     write_page(page([HOSTILE, LONG, "three"], size), path)
-    paper = {}
-    with chromium(tmp_path / "profile") as tab:
-        for width in (1280, 390):
-            for dark in (False, True):
-                tab.open(path, width, dark)
-                assert tab.evaluate("innerWidth") == width
-                assert tab.evaluate("document.documentElement.scrollWidth") <= width
-                wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
-                assert (tab.evaluate(wide) > 0) or width > 390  # wide tables scroll in their box
-                assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-                exact = "[...document.querySelectorAll('.pair img')].every(i => i.clientWidth % i.naturalWidth == 0)"
-                assert tab.evaluate(exact)  # else scaling would make a grid of its own
-                assert tab.evaluate("document.scripts.length") == 0
-                paper[dark] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-                picture = tmp_path / f"report_{width}{'_dark' if dark else ''}.png"
-                tab.screenshot(picture)
-                with Image.open(picture) as image:
-                    assert image.width == width
-        assert set(tab.requests) == {path.resolve().as_uri(), *(u for u in tab.requests if u.startswith("data:"))}
-        assert not tab.problems
-    assert paper[False] != paper[True]
+    visit = Visit(browser, width, dark)
+    visit.page.goto(path.resolve().as_uri())
+    ask = visit.page.evaluate
+    assert ask("innerWidth") == width
+    assert ask("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert (ask(wide) > 0) or width > 390  # wide tables scroll in their box
+    assert ask("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    # Pictures are shown at whole multiples of their size: scaling by less would make a grid of its own.
+    assert ask("[...document.querySelectorAll('.pair img')].every(i => i.clientWidth % i.naturalWidth == 0)")
+    assert ask("document.scripts.length") == 0
+    paper = [int(v) for v in re.findall(r"\d+", ask("getComputedStyle(document.body).backgroundColor"))]
+    assert (sum(paper) / len(paper) < 128) == dark
+    visit.page.screenshot(path=tmp_path / "report.png", full_page=True)
+    with Image.open(tmp_path / "report.png") as image:
+        assert image.width == width
+    assert {url for url in visit.requests if not url.startswith("data:")} == {path.resolve().as_uri()}
+    assert not visit.problems
