@@ -1,37 +1,63 @@
-"""Read weights from a file, and load them strictly: all of them fit, or a report says which do not.
+"""Read and write files of weights: safetensors, and checkpoints of torch and Lightning.
 
 The names of the parameters are the published ones [M]: ``encoder.*``, ``decoder.*``, ``quantizer.*``.
+
+A received file must neither run code nor fill the memory. torch's reader with ``weights_only`` runs no code, but calls
+constructors that take any amount of memory, and ignores checksums. So the directory, the checksums and the pickle of a
+file are scanned first, and its tensors are mapped into memory.
 """
 
+import codecs
+import contextlib
+import hashlib
+import json
+import pickletools
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from olvae.checksums import check_sums, check_tensors_sum
-from olvae.torchfile import RefusedError, load_torch
-
-__all__ = [
-    "APART",
-    "AUTOENCODER",
-    "load_weights",
-    "mismatches",
-    "pick_weights",
-    "read_checkpoint",
-    "read_weights",
-    "state_dict_of",
-]
+from olvae.files import atomic_write
 
 AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 """Prefixes of an autoencoder's parameters; a checkpoint may also hold a loss, a discriminator, EMA copies."""
 
-APART = "olvae."
-"""In front of these prefixes in files whose names other projects' loaders must not take for their own."""
+PRIVATE_PREFIX = "olvae."
+"""Extra prefix of these names in files that other projects' loaders should not take for their own."""
+
+SUM_KEY = "olvae.sha256"
+"""The key of the checksum in the header of a safetensors file."""
+
+PICKLE_BYTES = 2**23
+"""The longest pickle that is read: some 50,000 tensors. An object of one byte takes up to 200 in memory."""
+
+EXPANDED_BYTES = 2**30
+"""Limit of all tensors beyond twice the file's size: tensors may share memory or repeat it."""
+
+CALLED = re.compile(
+    r"collections\.(Counter|OrderedDict)|builtins\.(complex|set)|_codecs\.encode|torch\.(Size|device|storage\.UntypedStorage)"
+    r"|torch\._utils\._rebuild_(parameter|parameter_with_state|tensor|tensor_v2|tensor_v3)|torch\.\w+Storage"
+)
+"""Classes and functions that a pickle may use, besides dtypes."""
+
+SHELL_PACKAGES = ("lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "typing")
+SHELL_TYPES = ("Any", "bool", "defaultdict", "dict", "float", "int", "list", "str", "tuple")
+"""Packages and built-in types of objects that trainers leave beside the weights: read as empty dictionaries."""
+
+EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")
+"""Encodings from bytes to bytes, which may double the length at each turn."""
+
+
+class _RefusedError(ValueError):
+    """Why a file is not read, without its name."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -41,19 +67,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: the file is missing.
         ValueError: it is not a checkpoint, holds more than tensors and plain values, or is not what its checksum says.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    check_sums(Path(path))
-    if Path(path).suffix == ".safetensors":
-        try:
-            tensors = dict(load_file(path))
-            check_tensors_sum(Path(path), tensors)
-            return tensors
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        content = load_torch(path)
-    except RefusedError as error:
+        content = read_torch(path)
+    except ValueError as error:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(content).__name__}")
@@ -74,7 +95,7 @@ def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
 
 def pick_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """Pick the autoencoder's tensors out of the state dict that was read from ``path``; see :func:`read_weights`."""
-    named = {name.removeprefix(APART): value for name, value in state.items()}
+    named = {name.removeprefix(PRIVATE_PREFIX): value for name, value in state.items()}
     weights = {n: t for n, t in named.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
         raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")
@@ -82,7 +103,7 @@ def pick_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Any]:
-    """The state dict in a checkpoint, with averaged weights where it has them, unless ``raw``.
+    """Return the state dict in a checkpoint, with averaged weights where it has them, unless ``raw``.
 
     Our averaging, and Lightning's, keep the average in ``state_dict`` and the raw weights of the averaged names, or of
     all, in ``current_model_state``; the latent-diffusion code keeps the average of ``a.b`` as ``model_ema.ab``.
@@ -154,3 +175,168 @@ def mismatches(missing: Sequence[str], unexpected: Sequence[str], misshapen: Seq
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, the same bytes every time, with a checksum of tensors and ``metadata`` in its header."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    entries = {"format": "pt", **(metadata or {})}
+    save_file(weights, path, metadata={**entries, SUM_KEY: tensors_sum(weights, entries)})
+    path.chmod(0o644)  # safetensors makes it readable by the owner alone
+    with path.open("r+b") as file:  # safetensors writes metadata in random order
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+
+
+def add_sums(folder: Path) -> None:
+    """Put checksums into the headers of the safetensors files that another library wrote into a folder."""
+    for file in sorted(folder.glob("[!.]*.safetensors")):
+        with atomic_write(file) as partial:
+            write_tensors(partial, load_file(file))
+
+
+def tensors_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Return the SHA-256 of the names, shapes, dtypes and values of tensors, and of metadata, in hexadecimal."""
+    digest = hashlib.sha256(b"" if metadata is None else repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_file(path: Path) -> None:
+    """Check a file of weights that another library will read.
+
+    Raises:
+        ValueError: as :func:`read_checkpoint`.
+    """
+    if path.suffix == ".safetensors":
+        if SUM_KEY in _metadata(path):
+            _read_safetensors(path)
+        return
+    try:
+        _scan(path)
+    except _RefusedError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    metadata = _metadata(path)
+    tensors = load_file(path)
+    expected = metadata.pop(SUM_KEY, None)
+    if expected is not None and tensors_sum(tensors, metadata) != expected:
+        raise ValueError(f"{path}: damaged: its SHA-256 is not the one in its header")
+    return tensors
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def read_torch(path: Path, legacy: bool = False) -> Any:
+    """Read a file of ``torch.save``: plain values, and tensors on the CPU, mapped from the file.
+
+    Args:
+        legacy: accept files that torch before 1.6 wrote, which are not scanned; only for known files.
+
+    Raises:
+        ValueError: it is damaged or of another kind, or holds more than that; the message does not name the file.
+    """
+    mapped = not legacy or zipfile.is_zipfile(path)
+    names = _scan(path) if mapped else set()
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([_shell(name) for name in names]):
+            warnings.filterwarnings("ignore", message="Detected pickle protocol|TypedStorage is deprecated")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch and pickle raise all kinds
+        raise _RefusedError("cut off, or of another kind") from error
+    if sum(tensor.numel() * tensor.itemsize for tensor in _tensors(content)) > 2 * path.stat().st_size + EXPANDED_BYTES:
+        raise _RefusedError("its tensors are larger than they are in the file")
+    return content
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested containers, each container once."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def _scan(path: Path) -> set[str]:
+    """Check the directory, the checksums and the pickle of a file; returns the names to read as empty shells."""
+    if not zipfile.is_zipfile(path):
+        raise _RefusedError("cut off, of another kind, or of torch before 1.6: load and save it with a newer one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if len({record.filename.lower() for record in records}) < len(records):  # torch ignores the case
+                raise _RefusedError("two of its records have one name")
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise _RefusedError("its records are compressed, a decompression bomb perhaps")
+            if (damaged := archive.testzip()) is not None:
+                raise _RefusedError(f"damaged: {damaged} is not what was written, by its checksum")
+            folder = records[0].filename.partition("/")[0]
+            names = _globals_of(archive.open(f"{folder}/data.pkl").read(PICKLE_BYTES))
+    except _RefusedError:
+        raise
+    except Exception as error:  # of many kinds, by what is broken
+        raise _RefusedError("cut off, or of another kind") from error
+    shells = {name for name in names if _is_shell(name)}
+    if not all(CALLED.fullmatch(name) or _is_dtype(name) for name in names - shells):
+        raise _RefusedError("it holds objects other than tensors, code perhaps, which is not run: ask for safetensors")
+    return shells
+
+
+def _globals_of(content: bytes) -> set[str]:
+    """Return the full names, in Python 3, of the classes and functions that a pickle uses."""
+    names, texts, calls = set(), {""}, 0
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL":
+            module, name = argument.split(" ", 1)
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            names.add(f"{module}.{name}")
+        elif isinstance(argument, str):
+            texts.add(argument)
+        calls += opcode.name == "REDUCE"
+    if "_codecs.encode" in names and (calls * max(map(len, texts)) > EXPANDED_BYTES or any(map(_expands, texts))):
+        raise _RefusedError("its pickle is a decompression bomb")
+    return names
+
+
+def _expands(text: str) -> bool:
+    with contextlib.suppress(LookupError, ValueError):
+        return codecs.lookup(text).name in EXPANDING_CODECS
+    return False
+
+
+def _is_dtype(name: str) -> bool:
+    package, _, last = name.partition(".")
+    return package == "torch" and isinstance(getattr(torch, last, None), torch.dtype)
+
+
+def _is_shell(name: str) -> bool:
+    package, *_, last = name.split(".")
+    return package in SHELL_PACKAGES or (package in ("builtins", "collections") and last in SHELL_TYPES)
+
+
+def _shell(name: str) -> type:
+    """Make a class of this name that does nothing."""
+    module, _, last = name.rpartition(".")
+    return type(last, (dict,), {"__module__": module, "__init__": _ignore, "__setstate__": _ignore})
+
+
+def _ignore(*_: Any) -> None:
+    pass

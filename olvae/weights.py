@@ -3,8 +3,6 @@
 import http.client
 import os
 import socket
-import threading
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,31 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from olvae.checkpoint import read_torch
 from olvae.files import file_sha256
-from olvae.torchfile import RefusedError, load_torch
-
-__all__ = [
-    "ALEXNET",
-    "INCEPTION",
-    "VARIABLE",
-    "VGG16",
-    "VGG19",
-    "MissingWeights",
-    "WeightsFile",
-    "find_weights",
-    "load_weights_file",
-    "provenance",
-    "read_weights_file",
-]
 
 VARIABLE = "OLVAE_WEIGHTS"
 """The environment variable that names a folder of weights."""
 
-ANSWER_S = 5.0
-"""How long a server may take to answer."""
-
-STALL_S = 30.0
-"""How long a running download may pause."""
+TIMEOUT_S = 10.0
+"""How long a server may take to answer, and a running download may pause."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ class MissingWeights(FileNotFoundError):  # noqa: N818  (it reads as what it say
 
 
 def find_weights(
-    file: WeightsFile, weights_dir: str | Path | None = None, remedy: str = "name its folder with --weights-dir"
+    file: WeightsFile, weights_dir: str | Path | None = None, remedy: str = "name its folder in `weights_dir`"
 ) -> Path:
     """Look for a file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, and in torch hub's cache; if it is in
     none of them, download it into the cache, which fails within seconds without internet.
@@ -101,7 +82,6 @@ def find_weights(
                 return place / name
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _require_answer(file.url)
         with _socket_timeout():
             torch.hub.download_url_to_file(file.url, str(cache / file.name), hash_prefix=file.sha256)
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: wrong checksum
@@ -122,8 +102,8 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
     """
     wrong = f"{path} is not a file of {file.what} weights"
     try:
-        content = load_torch(path)
-    except RefusedError as error:
+        content = read_torch(path, legacy=True)  # as torchvision's VGG is
+    except ValueError as error:
         raise ValueError(f"{wrong}: it is cut off, or another kind of file; download {file.url} again") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
@@ -163,29 +143,11 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  (they
     return file_sha256(path)
 
 
-def _require_answer(url: str) -> None:
-    """Raise unless a server answers for ``url`` in time; in a thread, because resolving a name has no timeout."""
-    failure: list[Exception] = [TimeoutError(f"no answer in {ANSWER_S:g} s")]
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_S):
-                failure.clear()
-        except (OSError, http.client.HTTPException) as error:
-            failure[:] = [error]
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_S)
-    if failure:
-        raise failure[0]
-
-
 @contextmanager
 def _socket_timeout() -> Iterator[None]:
     """Give sockets a timeout, which torch's download does not set."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_S)
+    socket.setdefaulttimeout(TIMEOUT_S)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from olvae.checkpoint import APART
+from olvae.checkpoint import PRIVATE_PREFIX
 from olvae.export.compare import as_exported, check_equal, check_factors, check_tensors, distance
 from olvae.export.single import check_file, export_file
 from olvae.models.autoencoder import LiteVAE
@@ -40,7 +40,7 @@ def export_comfyui(
     """
     check_file(file, force)
     out, differences = as_exported(model, dtype, fold)
-    weights = {APART + name: tensor for name, tensor in out.state_dict().items()}
+    weights = {PRIVATE_PREFIX + name: tensor for name, tensor in out.state_dict().items()}
 
     def compare(partial: Path) -> None:
         check_tensors(partial, weights)

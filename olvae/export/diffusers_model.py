@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from olvae.checksums import SUMS, check_sums, write_sums
+from olvae.checkpoint import add_sums, check_file
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
 from olvae.models.shipped import is_shipped, shipped_folder
@@ -101,16 +101,13 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         given = str(pretrained_model_name_or_path)
         folder = shipped_folder(given) if is_shipped(given) else pretrained_model_name_or_path
         for file in Path(folder, kwargs.get("subfolder") or "").glob("*.safetensors"):
-            check_sums(file)
+            check_file(file)
         return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As diffusers does, with the weights' checksums beside them."""
-        sums = Path(save_directory, SUMS)
-        sums.unlink(missing_ok=True)  # those of the weights that were there
+        """Save as diffusers does, with checksums in the headers of the weights."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if sums.parent.is_dir():  # a file is no place, as diffusers has logged
-            write_sums(sums.parent)
+        add_sums(Path(save_directory))
 
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":

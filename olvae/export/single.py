@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from olvae.checksums import with_sum
+from olvae.checkpoint import write_tensors
 from olvae.files import atomic_write, nearest
 
 __all__ = ["check_file", "export_file"]
@@ -42,8 +41,6 @@ def export_file(
     """
     place = file.resolve()
     with atomic_write(place, folder=nearest(place.parent)) as partial:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(weights, partial, metadata=with_sum(weights, {"format": "pt", **metadata}))
-        partial.chmod(0o644)  # safetensors makes it readable by the owner alone
+        write_tensors(partial, tensors, metadata)
         compare(partial)
         place.parent.mkdir(parents=True, exist_ok=True)

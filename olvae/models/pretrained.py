@@ -24,10 +24,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from olvae.checksums import SUMS, write_sums
+from olvae.checkpoint import write_tensors
 from olvae.config import CONFIG_BYTES, Config, ConfigError
 from olvae.files import atomic_write, write_json
 from olvae.models.named import WEIGHT_SUFFIXES, is_hub_id
@@ -218,7 +217,7 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         return _weights_in(path, given)
     if is_hub_id(given):
         for suffix in WEIGHT_SUFFIXES:  # files at the top of the repository, and safetensors rather than pickles
-            folder = snapshot(given, [*CONFIG_PATTERNS, SUMS, f"*{suffix}"], ["*/*"], **access)
+            folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
             if any(folder.glob(f"*{suffix}")):
                 break
         return _weights_in(folder, given)
@@ -273,13 +272,9 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
-    """Write the weights, in their dtype, ``config.json``, and the weights' checksum."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    """Write the weights, in their dtype and with a checksum, and ``config.json``."""
     with atomic_write(folder / WEIGHTS_NAME) as partial:
-        save_file(weights, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors makes it readable by the owner alone
-        (folder / SUMS).unlink(missing_ok=True)  # those of the weights that were there
-    write_sums(folder)
+        write_tensors(partial, state)
     write_json(config, folder / CONFIG_NAME)
 
 

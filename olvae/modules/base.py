@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from olvae.checksums import sum_of_tensors
+from olvae.checkpoint import tensors_sum
 
 __all__ = [
     "Decoder",
@@ -141,4 +141,4 @@ def count_macs(module: nn.Module, *shape: int) -> int:
 
 def weights_checksum(model: nn.Module) -> str:
     """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
-    return sum_of_tensors(model.state_dict())
+    return tensors_sum(model.state_dict())

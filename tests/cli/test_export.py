@@ -84,7 +84,6 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     assert err.endswith(f"export: {out}\n")
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md",
-        "SHA256SUMS",
         "config.json",
         WEIGHTS_NAME,
         "metrics.json",

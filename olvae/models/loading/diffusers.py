@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olvae.checkpoint import mismatches
-from olvae.checksums import SUMS, check_sums
+from olvae.checkpoint import check_file, mismatches
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.named import WEIGHT_SUFFIXES
@@ -19,7 +18,6 @@ from olvae.models.spec import FOR_DIFFUSION, class_in, oversized
 from olvae.modules.base import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.runs import Run
-from olvae.torchfile import check_torch
 
 __all__ = ["SUBFOLDER", "DiffusersAutoencoder", "check_parameters", "find_folder", "load_diffusers"]
 
@@ -115,7 +113,7 @@ def find_folder(text: str) -> Path:
         )
     for pattern in ("*.safetensors", "*.bin") if on_hub else ():
         ignored = [f"{prefix}*/*", "*.fp16.*", "*.non_ema.*"]
-        root = snapshot(name, [f"{prefix}config.json", f"{prefix}{SUMS}", f"{prefix}{pattern}"], ignored)
+        root = snapshot(name, [f"{prefix}config.json", f"{prefix}{pattern}"], ignored)
         if any((root / prefix).glob(pattern)):
             break
     return root / prefix
@@ -147,9 +145,7 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
         with torch.device("meta"):
             check_parameters(kind.from_config(kind.load_config(folder)), sum(file.stat().st_size for file in files))
         for file in files:
-            check_sums(file)
-            if file.suffix != ".safetensors":
-                check_torch(file)
+            check_file(file)
         if not trained:
             return DiffusersAutoencoder(kind.from_config(kind.load_config(folder))).eval()
         with _quiet():

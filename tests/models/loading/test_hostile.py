@@ -1,11 +1,13 @@
 """Files of other projects that ask for more than they hold."""
 
 import json
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from olvae.checkpoint import add_sums
 from olvae.config import ConfigError
 from olvae.models.loading.targets import find_target
 from tests.models.autoencoder_kl import autoencoder_kl
@@ -30,14 +32,19 @@ def test_a_config_of_diffusers_builds_no_more_than_its_weights_have(change, mess
 
 def test_a_flipped_bit_and_a_harmful_pickle_of_a_folder_of_diffusers(tmp_path):
     autoencoder_kl().save_pretrained(tmp_path)
-    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64} *diffusion_pytorch_model.safetensors\n")
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    add_sums(tmp_path)
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"not a readable AutoencoderKL: .* damaged"):
         find_target(f"diffusers:{tmp_path}").load()
-    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(
-        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (8 * 10**9).to_bytes(5, "little") + b"\x85R." + bytes(6 * 10**6)
-    )
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    weights.unlink()
+    pickled = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (8 * 10**9).to_bytes(5, "little") + b"\x85R."
+    with zipfile.ZipFile(tmp_path / "diffusion_pytorch_model.bin", "w") as file:
+        file.writestr("a/data.pkl", pickled)
+        file.writestr("a/data/0", bytes(6 * 10**6))
+    with pytest.raises(ValueError, match="holds objects other than tensors"):
         find_target(f"diffusers:{tmp_path}").load()
 
 
