@@ -178,7 +178,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, the same bytes every time, with a checksum of tensors and ``metadata`` in its header."""
+    """Write a safetensors file, the same bytes every time, with a checksum of all it holds in its header."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = {"format": "pt", **(metadata or {})}
     save_file(weights, path, metadata={**entries, SUM_KEY: tensors_sum(weights, entries)})
@@ -204,7 +204,7 @@ def tensors_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
     for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -305,7 +305,7 @@ def _globals_of(content: bytes) -> set[str]:
     names, texts, calls = set(), {""}, 0
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name == "GLOBAL":
-            module, name = argument.split(" ", 1)
+            module, name = str(argument).split(" ", 1)
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
             names.add(f"{module}.{name}")
         elif isinstance(argument, str):
