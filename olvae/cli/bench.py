@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from olvae.cli.choices import PRECISIONS, among, check_device
+from olvae.cli.options import check_device, check_precision
 
 __all__ = ["app"]
 
@@ -249,7 +249,7 @@ def encode(
     width: Annotated[
         int, typer.Option(min=32, help="AutoencoderKL's channels, a multiple of 32; Stable Diffusion's has 128.")
     ] = 32,
-    precision: Annotated[str, typer.Option(callback=among(PRECISIONS), help="32, bf16 or fp16.")] = "32",
+    precision: Annotated[str, typer.Option(callback=check_precision, help="32, bf16 or fp16.")] = "32",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:

@@ -1,11 +1,10 @@
 """``olvae decode``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from olvae.cli.choices import PICTURES, among
 from olvae.cli.options import (
     AllowMismatch,
     ConfigFile,
@@ -25,7 +24,7 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Shards of latents: a folder, a file, a pattern.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the images to.")],
     config: ConfigFile = None,
-    image_format: Annotated[str, typer.Option("--format", callback=among(PICTURES), help="png or jpg.")] = "png",
+    image_format: Annotated[Literal["png", "jpg"], typer.Option("--format", help="Of the pictures.")] = "png",
     batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Latents at a time.")] = 16,
     memory: Annotated[
         float,

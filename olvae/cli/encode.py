@@ -2,11 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from olvae.cli.choices import DTYPES, LATENT_FORMATS, PRECISIONS, SYNONYMS, among
 from olvae.cli.options import (
     AllowMismatch,
     ConfigFile,
@@ -15,6 +14,7 @@ from olvae.cli.options import (
     Raw,
     TargetArgument,
     check_paths,
+    check_precision,
     loading,
     stop_code,
 )
@@ -38,10 +38,9 @@ def command(
         bool, typer.Option("--native", help="Keep every image's size, padded to a multiple of f.")
     ] = False,
     file_format: Annotated[
-        str,
+        Literal["shards", "lightningdit", "kohya-sd", "kohya-sdxl", "kohya-sd3", "kohya-flux"],
         typer.Option(
             "--format",
-            callback=among(LATENT_FORMATS),
             help="shards, or what another trainer reads: lightningdit, kohya-sd|sdxl|sd3|flux.",
         ),
     ] = "shards",
@@ -54,8 +53,8 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")] = 0,
     dtype: Annotated[
-        str | None,
-        typer.Option(callback=among(DTYPES), help="float16 (in shards), bfloat16 or float32 (in other formats)."),
+        Literal["float16", "bfloat16", "float32"] | None,
+        typer.Option(help="float16 (in shards), bfloat16 or float32 (in other formats)."),
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")] = False,
     images: Annotated[
@@ -70,7 +69,7 @@ def command(
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="Memory for encoding with --native.")] = 4.0,
     precision: Annotated[
         str,
-        typer.Option(callback=among(PRECISIONS, also=SYNONYMS), help="32, bf16 or fp16: what the encoder computes in."),
+        typer.Option(callback=check_precision, help="32, bf16 or fp16: what the encoder computes in."),
     ] = "32",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the encoder first; every new size takes time.")
@@ -110,11 +109,9 @@ def command(
         from olvae.models.compilation import compile_networks
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
-        from olvae.modules.precision import PRECISION_SYNONYMS
 
     moments = file_format == SHARDS if moments is None else moments
     dtype = ("float16" if file_format == SHARDS else "float32") if dtype is None else dtype
-    precision = PRECISION_SYNONYMS.get(precision, precision)
     check_folder(out)
     if not native:
         keep_freed_memory()

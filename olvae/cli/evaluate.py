@@ -3,18 +3,32 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from olvae.cli.choices import METRICS, POSTERIORS, PRECISIONS, PROTOCOLS, SYNONYMS, among, split
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, Raw, check_paths, loading, watched
+from olvae.cli.options import (
+    PRECISIONS,
+    AllowMismatch,
+    ConfigFile,
+    Device,
+    Raw,
+    check_paths,
+    comma_list,
+    loading,
+    split_commas,
+    watched,
+)
 
 if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.runner import Evaluated
     from olvae.runs import Run
 
 __all__ = ["BatchSize", "First", "Targets", "TestImages", "command", "results_folder"]
+
+METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
+PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")
+"""Names of the registries, which import torch."""
 
 ALL = "all"
 
@@ -52,7 +66,7 @@ def command(
         str,
         typer.Option(
             metavar="LIST",
-            callback=among((ALL, *METRICS), several=True),
+            callback=comma_list((ALL, *METRICS)),
             help="psnr, ssim, ms_ssim, l1, lpips, lpips_alex, rfid, kid, ssim_uniform.",
         ),
     ] = ALL,
@@ -60,7 +74,7 @@ def command(
         str,
         typer.Option(
             metavar="NAME[,NAME]",
-            callback=among(PROTOCOLS, several=True),
+            callback=comma_list(PROTOCOLS),
             help="open-litevae, latent-diffusion, dc-ae, llamagen or va-vae.",
         ),
     ] = "open-litevae",
@@ -69,9 +83,7 @@ def command(
         int | None, typer.Option(min=1, help="Pixels per side; by default the config's, otherwise the protocol's.")
     ] = None,
     images: First = None,
-    posterior: Annotated[
-        str | None, typer.Option(callback=among(POSTERIORS), help="mode or sample; by default the protocol's.")
-    ] = None,
+    posterior: Annotated[Literal["mode", "sample"] | None, typer.Option(help="By default the protocol's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")] = 0,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
@@ -94,7 +106,7 @@ def command(
         str,
         typer.Option(
             metavar="LIST",
-            callback=among(PRECISIONS, several=True, also=SYNONYMS),
+            callback=comma_list(("fp16", "bf16", "32"), aliases=PRECISIONS),
             help="fp16, bf16: adds a row in that precision, with its largest activations; float32 is always included.",
         ),
     ] = "32",
@@ -145,9 +157,9 @@ def command(
         from olvae.files import no_empty_folders
         from olvae.models.loading.targets import find_target, name_apart
 
-    names = split(metrics)
+    names = split_commas(metrics)
     names = list(DEFAULT_METRICS) if ALL in names else names
-    protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in split(protocol)]
+    protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in split_commas(protocol)]
     precisions = parse_precisions(precision)
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     folder = results_folder(out, targets[0], found[0].run)

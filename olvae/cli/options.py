@@ -15,30 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.status import Status
 from rich.text import Text
 
-from olvae.cli.choices import check_device
 from olvae.models.named import check_target
 
 if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch
-
-__all__ = [
-    "PREEMPTED",
-    "STOPPED",
-    "AllowMismatch",
-    "ConfigFile",
-    "Device",
-    "ProgressBar",
-    "Raw",
-    "TargetArgument",
-    "check_paths",
-    "end_on",
-    "in_flags",
-    "loading",
-    "name_flags",
-    "stop_code",
-    "watched",
-]
-
 
 STOPPED = 130
 """The exit code after Ctrl-C, as in shells."""
@@ -46,6 +26,56 @@ STOPPED = 130
 PREEMPTED = 75
 """The exit code where a scheduler's signal or a limit on time ended the command, EX_TEMPFAIL in sysexits.h: the same
 command again goes on, or ``olvae train --resume`` does."""
+
+Callback = Callable[[typer.CallbackParam, str | None], str | None]
+"""Of an option: called with what the user gave, returns what the command gets."""
+
+PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "32": "32"} | {
+    "16": "fp16",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "32",
+}
+"""The names in :data:`olvae.devices.PRECISIONS`, which imports torch, by themselves and their aliases."""
+
+
+def check_precision(param: typer.CallbackParam, value: str | None) -> str | None:
+    """Take fp16, bf16, 32, or an alias of one of them."""
+    from olvae.config import ConfigError
+
+    if value is not None and value not in PRECISIONS:
+        raise ConfigError(f"{param.opts[0]} {value}: choose from {', '.join(dict.fromkeys(PRECISIONS.values()))}")
+    return None if value is None else PRECISIONS[value]
+
+
+def check_device(param: typer.CallbackParam, value: str | None) -> str | None:
+    """Take a device by its form; :func:`olvae.devices.resolve_device` checks that the machine has it."""
+    from olvae.config import ConfigError
+
+    if value is not None and not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", value):
+        raise ConfigError(f"{param.opts[0]} {value}: choose cpu, cuda, or cuda:N")
+    return value
+
+
+def comma_list(names: Iterable[str], aliases: Iterable[str] = ()) -> Callback:
+    """Take names separated by commas; ``aliases`` are accepted, but not shown in the message."""
+    known = (*names,)
+    accepted = {*known, *aliases}
+
+    def check(param: typer.CallbackParam, value: str | None) -> str | None:
+        from olvae.config import ConfigError
+
+        if value is not None and not ({*split_commas(value)} or {""}) <= accepted:
+            raise ConfigError(f"{param.opts[0]} {value}: choose from {', '.join(known)}")
+        return value
+
+    return check
+
+
+def split_commas(text: str) -> list[str]:
+    """Split a list at its commas; each name once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
 
 TargetArgument = Annotated[
     str,

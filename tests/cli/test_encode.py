@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
     for path in broken.rglob("*.png"):
         path.write_bytes(b"not a picture")
     cases = [
-        (encode("--dtype", "int8"), 2, "--dtype int8: choose from float16, bfloat16, float32"),
+        (encode("--dtype", "int8"), 2, "'int8' is not one of 'float16', 'bfloat16', 'float32'"),
         (encode("--precision", "int8"), 2, "--precision int8: choose from fp16, bf16, 32"),
         (encode("--format", "npz"), 2, "--format npz: choose from shards, lightningdit, kohya-sd,"),
         (encode("--format", "kohya-sd", "--moments"), 2, "--moments: kohya-sd holds one latent per image"),

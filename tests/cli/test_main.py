@@ -360,7 +360,7 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
     (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
     (("evaluate", "tests", "--data", "missing"), 1, "missing: no such folder"),
     (("evaluate", "tests", "--metrics", "fid"), 2, "--metrics fid: choose from all, psnr"),
-    (("evaluate", "tests", "--posterior", "mean"), 2, "--posterior mean: choose from mode, sample"),
+    (("evaluate", "tests", "--posterior", "mean"), 2, "Invalid value for '--posterior'"),
     (("latents", "tests", "--device", "gpu"), 2, "--device gpu: choose cpu, cuda, or cuda:N"),
     (("latents", "missing"), 1, "missing: not found"),
     (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),

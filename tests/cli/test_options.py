@@ -1,9 +1,48 @@
+"""What commands share: flags' values, settings in messages, the progress bar."""
+
 import threading
 
 import pytest
 
+from olvae import devices
+from olvae.cli import evaluate
 from olvae.cli import options as module
-from olvae.cli.options import ProgressBar
+from olvae.cli.options import PRECISIONS, ProgressBar
+from olvae.evaluation import protocol
+from olvae.metrics import registry
+
+
+def test_names_are_those_of_the_registries():
+    """Which the command line does not import, as they import torch."""
+    assert tuple(registry.METRICS) == evaluate.METRICS
+    assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOLS
+    assert {name: devices.precision_name(name) for name in PRECISIONS} == PRECISIONS
+    assert {*PRECISIONS.values()} == {*devices.PRECISIONS}
+
+
+LATENTS = ("encode", "x", "--data", "y", "--out", "z")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("evaluate", "x", "--metrics", "psnr,fid"), "error: --metrics psnr,fid: choose from all, psnr, ssim, "),
+        (("evaluate", "x", "--metrics", ","), "error: --metrics ,: choose from all, psnr, "),
+        (("evaluate", "x", "--protocol", "ours"), "error: --protocol ours: choose from open-litevae, latent-diffusion"),
+        (("evaluate", "x", "--precision", "fp16,fp8"), "error: --precision fp16,fp8: choose from fp16, bf16, 32\n"),
+        (("evaluate", "x", "--posterior", "mean"), "'mean' is not one of 'mode"),
+        (("latents", "x", "--device", "gpu"), "error: --device gpu: choose cpu, cuda, or cuda:N\n"),
+        ((*LATENTS, "--format", "npz"), "'npz' is not one of 'shards"),
+        ((*LATENTS, "--dtype", "half"), "'half' is not one of 'float16"),
+        ((*LATENTS, "--precision", "8"), "error: --precision 8: choose from fp16, bf16, 32\n"),
+        (("decode", "x", "y", "--out", "z", "--format", "gif"), "'gif' is not one of 'p"),
+    ],
+)
+def test_wrong_values(olvae, command, message):
+    code, out, err = olvae(*command)
+    assert code == 2
+    assert message in err
+    assert not out
 
 
 @pytest.fixture
