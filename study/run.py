@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olvae.bench.document import machine
+from olvae.bench.measure import machine
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from olvae import config as cfg
-from olvae.bench.timing import measure
-from olvae.bench.train import time_steps
+from olvae.bench.cases import time_steps
+from olvae.bench.measure import measure
 from olvae.files import write_json
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import quieten

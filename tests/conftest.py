@@ -31,7 +31,7 @@ def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def network_rows() -> list[Any]:
     """What ``network_table`` counts, once."""
-    from olvae.bench.networks import network_table
+    from olvae.bench.cases import network_table
 
     with pytest.MonkeyPatch.context() as patch:
         skip_power_iterations(patch)

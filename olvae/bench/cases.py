@@ -1,40 +1,61 @@
-"""What ``olvae bench all`` measures, in groups: wavelets, encoders, decoders, training steps, data, encoding."""
+"""What `olvae bench` measures, in groups; and the table of networks that `olvae tables` prints."""
 
 import copy
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
-from importlib.util import find_spec
+from itertools import repeat
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import lightning.pytorch as pl
+import pywt
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from olvae.bench.data import floor_work, loader_work
-from olvae.bench.encode import encode_passes
-from olvae.bench.limits import copy_of, heaviest_convolution, matrix_product
-from olvae.bench.networks import DECODERS, ENCODERS, FACTOR, LATENT
-from olvae.bench.timing import Work, clocked
-from olvae.bench.train import Precision, time_steps
-from olvae.data.mapped.dataset import HELD_OUT, PHOTOGRAPHS
-from olvae.data.opening import open_source
+from olvae import config as cfg
+from olvae.bench.measure import Case, Setting, Work, clocked, copy_of, machine, now, rows_of
+from olvae.bench.throughput import data_cases, encode_cases
+from olvae.config import ConfigError
+from olvae.data.source import Batch
+from olvae.devices import FULL, PRECISIONS
 from olvae.models.compilation import compile_networks
+from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.modules.base import count_macs
+from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
+from olvae.modules.gigagan import GigaGAN
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
-from olvae.modules.precision import FULL, PRECISIONS, in_precision
+from olvae.modules.litevae.smc import fold_smc
+from olvae.modules.patchgan import PatchGAN
+from olvae.modules.sdvae import SDDecoder, SDEncoder
+from olvae.modules.unetgan import UNetGAN
 from olvae.modules.wavelet import wavedec2
 
-__all__ = ["GROUPS", "Case", "Group", "Phase", "Setting"]
+N_Z, F8 = 12, 8
+"""Latent channels, and pixels per latent position along a side, of the networks that are timed."""
 
-LAYOUTS = {"eager": torch.contiguous_format, "channels-last": torch.channels_last, "compiled": torch.contiguous_format}
-"""The memory layouts in which networks are measured, by variant."""
+SCALES: tuple[Literal["S", "B", "M", "L"], ...] = ("S", "B", "M", "L")
 
-LEVELS = 3
-"""Of the wavelet transform."""
+Networks = Mapping[str, Callable[[], nn.Module]]
+
+ENCODERS: Networks = {
+    "sd": partial(SDEncoder, latent_dim=2 * N_Z),
+    **{scale: partial(LiteVAE_Encoder, scale=scale, latent_dim=2 * N_Z) for scale in SCALES},
+}
+
+DECODERS: Networks = {
+    "sd": partial(SDDecoder, z_channels=N_Z),
+    "open_litevae": partial(LiteVAE_Decoder, z_channels=N_Z),
+    "open_litevae, folded": lambda: fold_smc(LiteVAE_Decoder(z_channels=N_Z)),
+    "paper_smc": partial(LiteVAE_Decoder, z_channels=N_Z, variant="paper_smc"),
+    "paper_smc, folded": lambda: fold_smc(LiteVAE_Decoder(z_channels=N_Z, variant="paper_smc")),
+}
+
+WAVELET_LEVELS = 3
 
 EVERY = "every option"
 
@@ -45,122 +66,35 @@ STEP_OPTIONS: Mapping[str, Mapping[str, bool]] = {
     "compiled": {"compile": True},
     EVERY: {"channels_last": True, "checkpoint": True, "compile": True},
 }
-"""Options of the model by which training steps are measured; without ``--compile`` none is compiled.
-
-The first and the last are measured in each precision, the others in float32."""
-
-TRAINERS: Mapping[str, Precision] = {FULL: "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-"""Lightning's names of precisions."""
-
-DATA_SECONDS = 1.0
-WORKERS = (0, 1, 2)
+"""Options of the model by which training steps are measured; the first and the last in each precision."""
 
 
-class Phase(NamedTuple):
-    """A training phase: ``model.params`` of a config, pixels, and images of a step."""
-
-    params: Mapping[str, Any]
-    size: int
-    batch_size: int
-
-
-@dataclass
-class Setting:
-    """What a group's cases have in common.
-
-    Args:
-        stack: closes what the cases hold after they were measured.
-        compiled: whether compiled variants are measured too.
-        phases: by name; for the training steps only.
-    """
-
-    device: str
-    size: int
-    batch_size: int
-    stack: ExitStack
-    compiled: bool = False
-    phases: Mapping[str, Phase] = field(default_factory=dict)
-
-    @property
-    def precisions(self) -> dict[str, torch.dtype]:
-        """float32 and bfloat16, on a GPU also float16, by name."""
-        return {name: PRECISIONS[name] for name in (FULL, "bf16", "fp16")[: 2 if self.device == "cpu" else 3]}
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Something that is measured.
-
-    Args:
-        images: of which ``run`` measures the seconds; 0 for a limit that has none.
-        size: pixels, and ``batch_size`` images at a time; 0 where there are no images.
-        work: what these images take, in ``unit``.
-        unit: multiply-accumulates, bytes, or images.
-        limits: cases that do work of the same unit with nothing in the way, by the name of the share that is reported.
-    """
-
-    name: str
-    variant: str
-    precision: str
-    run: Work
-    images: int
-    size: int = 0
-    batch_size: int = 0
-    work: float = 0.0
-    unit: Literal["macs", "bytes", "images"] = "macs"
-    limits: Mapping[str, "Case"] = field(default_factory=dict)
-
-
-def _inference(function: Callable[[], object], setting: Setting, precision: str = FULL) -> Work:
-    """Work without gradients, under autocast unless the precision is float32."""
-
-    def run() -> None:
-        kind = setting.device.partition(":")[0]
-        with torch.inference_mode(), in_precision(kind, precision):
-            function()
-
-    return clocked(run, setting.device)
-
-
-def _products(setting: Setting) -> dict[str, Case]:
-    """The matrix product in each precision."""
-    cases = {}
-    for precision, dtype in setting.precisions.items():
-        product, macs = matrix_product(setting.device, dtype)
-        cases[precision] = Case("matrix product", "limit", precision, _inference(product, setting), 0, work=macs)
-    return cases
-
-
-def _networks(
-    builders: Mapping[str, Callable[[], nn.Module]], shape: tuple[int, int, int, int], setting: Setting
-) -> list[Case]:
-    products = _products(setting)
-    cases = list(products.values())
+def _networks(builders: Networks, shape: tuple[int, int, int, int], setting: Setting) -> list[Case]:
+    """Each network in each precision and memory layout; the peer is the first, plain."""
+    products = setting.products()
+    cases, peers = list(products.values()), dict[str, Case]()
     sizes = setting.size, setting.batch_size
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
     eager = {name: build().eval().to(setting.device) for name, build in builders.items()}
     compiled = {name: nn.Sequential(network) for name, network in eager.items()}  # around it: it stays plain itself
     works = setting.compiled and compile_networks(list(compiled.values()), torch.device(setting.device))
     for name, network in eager.items():
+        last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         variants = {
-            "eager": network,
-            "channels-last": copy.deepcopy(network).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
-            **({"compiled": compiled[name]} if works else {}),
+            "eager": (network, torch.contiguous_format),
+            "channels-last": (last, torch.channels_last),
+            **({"compiled": (compiled[name], torch.contiguous_format)} if works else {}),
         }
-        macs, heaviest = count_macs(network, *shape), heaviest_convolution(network, shape)
-        for precision, dtype in setting.precisions.items():
-            convolutions = {}
-            for layout in (torch.contiguous_format, torch.channels_last):
-                convolution = _inference(heaviest.build(setting.device, dtype, layout), setting)
-                label = "limit" if layout is torch.contiguous_format else "limit, channels-last"
-                title = f"3x3 convolution of {name}"
-                convolutions[layout] = Case(title, label, precision, convolution, 0, *sizes, heaviest.macs())
-            cases += convolutions.values()
-            for variant, module in variants.items():
-                layout = LAYOUTS[variant]
-                run = _inference(partial(module, x.contiguous(memory_format=layout)), setting, precision)
-                limits = {"of_product": products[precision], "of_convolution": convolutions[layout]}
-                cases.append(Case(name, variant, precision, run, shape[0], *sizes, macs, limits=limits))
+        macs = count_macs(network, *shape)
+        counted = peak_bytes(network, lambda module, images: module(images), shape)
+        for precision in setting.precisions:
+            for variant, (module, layout) in variants.items():
+                run = setting.inference(partial(module, x.contiguous(memory_format=layout)), precision)
+                limits = {"of_product": products[precision]}
+                peer, memory = peers.get(precision), counted if (variant, precision) == ("eager", FULL) else None
+                case = Case(name, variant, precision, run, shape[0], *sizes, macs, "macs", limits, peer, memory)
+                peers.setdefault(precision, case)
+                cases.append(case)
     return cases
 
 
@@ -169,51 +103,43 @@ def _encoders(setting: Setting) -> list[Case]:
 
 
 def _decoders(setting: Setting) -> list[Case]:
-    side = setting.size // FACTOR
-    return _networks(DECODERS, (setting.batch_size, LATENT, side, side), setting)
+    side = setting.size // F8
+    return _networks(DECODERS, (setting.batch_size, N_Z, side, side), setting)
 
 
 class _Transform(nn.Module):
     """Three levels of Haar, as a module, which can be compiled."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return wavedec2(x, "haar", LEVELS)
+        return wavedec2(x, "haar", WAVELET_LEVELS)
 
 
 def _wavelet(setting: Setting) -> list[Case]:
-    """Three levels, and the gradient of all that they give, beside a copy of the images.
+    """Three levels of Haar, and their gradient, beside a copy of the images and PyWavelets on the CPU.
 
     Each level reads its images or LL once and writes as much; so does its gradient.
     """
-    x = torch.randn(setting.batch_size, 3, setting.size, setting.size, generator=torch.Generator().manual_seed(0))
-    x = x.to(setting.device)
-    implementations: dict[str, Callable[[Tensor], list[Tensor]]] = {"olvae.modules.wavelet.wavedec2": _Transform()}
-    if setting.compiled:
-        compiled = _Transform()
-        if compile_networks([compiled], x.device):
-            implementations["olvae.modules.wavelet.wavedec2, compiled"] = compiled
-    if find_spec("ptwt"):
-        ptwt = importlib.import_module("ptwt")
-        implementations["ptwt.wavedec2"] = lambda images: _bands(
-            ptwt.wavedec2(images, "haar", mode="zero", level=LEVELS)
-        )
+    x = setting.images()
     sizes = setting.size, setting.batch_size
     duplicate, copied = copy_of(x)
-    limit = Case("copy", "limit", FULL, _inference(duplicate, setting), 0, *sizes, copied, "bytes")
-    once = sum(copied / 4**level for level in range(LEVELS))
-    cases = [limit]
-    for name, transform in implementations.items():
-        for variant, run, work in (
-            ("forward", _inference(partial(transform, x), setting), once),
-            ("with gradient", clocked(partial(_gradient, transform, x), setting.device), 2 * once),
-        ):
-            cases.append(Case(name, variant, FULL, run, sizes[1], *sizes, work, "bytes", {"of_copy": limit}))
+    limit = Case("copy", "limit", FULL, setting.inference(duplicate), 0, *sizes, copied, "bytes")
+    once = sum(copied / 4**level for level in range(WAVELET_LEVELS))
+
+    def case(name: str, variant: str, run: Work, passes: int, peer: Case | None) -> Case:
+        return Case(name, variant, FULL, run, sizes[1], *sizes, passes * once, "bytes", {"of_copy": limit}, peer)
+
+    plain = partial(pywt.wavedec2, x.cpu().numpy(), "haar", mode="periodization", level=WAVELET_LEVELS)
+    peer = case("PyWavelets, on the CPU", "forward", setting.inference(plain), 1, None)
+    transforms = {"wavedec2": _Transform()}
+    compiled = _Transform()
+    if setting.compiled and compile_networks([compiled], x.device):
+        transforms["wavedec2, compiled"] = compiled
+    cases = [limit, peer]
+    for name, transform in transforms.items():
+        backward = clocked(partial(_gradient, transform, x), setting.device)
+        cases.append(case(name, "forward", setting.inference(partial(transform, x)), 1, peer))
+        cases.append(case(name, "with gradient", backward, 2, None))
     return cases
-
-
-def _bands(coefficients: Any) -> list[Tensor]:
-    low, *details = coefficients
-    return [low, *(band for level in details for band in level)]
 
 
 def _gradient(transform: Callable[[Tensor], list[Tensor]], x: Tensor) -> Tensor:
@@ -222,58 +148,96 @@ def _gradient(transform: Callable[[Tensor], list[Tensor]], x: Tensor) -> Tensor:
     return torch.autograd.grad(out, leaf, out)[0]
 
 
+class TwoForwards(LiteAutoencoderKL):
+    """The training step after another forward pass, one per optimizer, as the published module runs it."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self(self.images(batch), sample_posterior=True)
+        super().training_step(batch, batch_idx)
+
+
 def _train(setting: Setting) -> list[Case]:
-    products = _products(setting)
-    cases = list(products.values())
-    for name, (params, size, batch_size) in setting.phases.items():
-        plain = {**params, "channels_last": False, "checkpoint": False, "compile": False}
-        with FlopCounterMode(display=False) as counter:
-            time_steps(LiteAutoencoderKL(**plain), size, batch_size, 0, setting.device)
-        macs = counter.get_total_flops() / 2
-        for variant, options in STEP_OPTIONS.items():
-            chosen = {**options, "compile": options.get("compile", False) and setting.compiled}
-            if variant == "compiled" and not setting.compiled:
-                continue
-            model = LiteAutoencoderKL(**{**plain, **chosen})
-            for precision in setting.precisions if variant in ("plain", EVERY) else (FULL,):
-                run = partial(time_steps, model, size, batch_size, 2, setting.device, TRAINERS[precision])
-                limits = {"of_product": products[precision]}
-                cases.append(Case(name, variant, precision, run, batch_size, size, batch_size, macs, limits=limits))
-    return cases
+    products = setting.products()
+    steps = [case for config in setting.configs for case in _steps(config, setting, products)]
+    return [*products.values(), *steps]
 
 
-def _data(setting: Setting) -> list[Case]:
-    folder = str(PHOTOGRAPHS[0].path.parent)
-    source = open_source(folder, setting.size, setting.batch_size)
-    decode = floor_work(folder, source, DATA_SECONDS)
-    floor = Case("decoding alone", "limit", "uint8", decode, 1, setting.size, 1, 1, "images")
-    cases = [floor]
-    for workers in WORKERS:
-        run, share = loader_work(source, workers, DATA_SECONDS), 1 / max(1, workers)
-        variant, sizes = f"{workers} workers", (setting.size, setting.batch_size)
-        cases.append(Case("loader", variant, "uint8", run, 1, *sizes, share, "images", {"of_floor": floor}))
-    return cases
+def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -> Iterator[Case]:
+    """Training steps of a config on random images, without LPIPS, which costs all the same."""
+    params, size, batch_size = read_step(config, setting.size, setting.batch_size)
+    plain = {**params, **dict.fromkeys(STEP_OPTIONS[EVERY], False)}
+    with FlopCounterMode(display=False) as counter:
+        time_steps(LiteAutoencoderKL(**plain), size, batch_size, 0, setting.device)
+    macs = counter.get_total_flops() / 2
+
+    def case(model: LiteAutoencoderKL, variant: str, precision: str, peer: Case | None) -> Case:
+        limits, lightning = {"of_product": products[precision]}, PRECISIONS[precision].lightning
+        run = partial(time_steps, model, size, batch_size, 2, setting.device, lightning)
+        return Case(str(config), variant, precision, run, batch_size, size, batch_size, macs, "macs", limits, peer)
+
+    peer = None
+    if params.get("adversary_config") is not None:
+        yield (peer := case(TwoForwards(**plain), "two forward passes", FULL, None))
+    for variant, options in STEP_OPTIONS.items():
+        if variant == "compiled" and not setting.compiled:
+            continue
+        compiled = options.get("compile", False) and setting.compiled
+        model = LiteAutoencoderKL(**{**plain, **options, "compile": compiled})
+        for precision in setting.precisions if variant in ("plain", EVERY) else [FULL]:
+            yield case(model, variant, precision, peer if precision == FULL else None)
 
 
-def _encode(setting: Setting) -> list[Case]:
-    on_cpu = setting.device == "cpu"
-    scale: Literal["S", "B"] = "S" if on_cpu else "B"
-    width = 32 if on_cpu else 128
-    paths = [photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT)][: 24 if on_cpu else None]
-    encoder = LiteVAE_Encoder(scale=scale, latent_dim=2 * LATENT).eval().to(setting.device)
-    x = torch.randn(setting.batch_size, 3, setting.size, setting.size, device=setting.device)
-    cases, sizes = [], (setting.size, setting.batch_size)
-    for precision in setting.precisions:
-        alone = _inference(partial(encoder, x), setting, precision)
-        name, images = f"encoder of LiteVAE-{scale}", setting.batch_size
-        limit = Case(name, "limit", precision, alone, images, *sizes, images, "images")
-        cases.append(limit)
-        passes = encode_passes(paths, setting.size, images, setting.device, precision, scale, width)
-        for title, encode in setting.stack.enter_context(passes).items():
-            limits = {"of_encoder": limit} if f"LiteVAE-{scale}" in title else {}
-            run, count = _inference(encode, setting), len(paths)
-            cases.append(Case(title, "files to files", precision, run, count, *sizes, count, "images", limits))
-    return cases
+def read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str, Any], int, int]:
+    """The model's params without LPIPS, pixels and batch size: those given, else (0) those of the config.
+
+    Raises:
+        ConfigError: the config has mistakes, or starts from an autoencoder.
+    """
+    loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
+    if mistakes := cfg.validate(loaded):
+        raise ConfigError(*mistakes)
+    if loaded["model"].get("from") is not None:
+        raise ConfigError(f"{config}: model.from names an autoencoder: give the run's config.yaml")
+    params, data = loaded["model"]["params"], loaded.get("data", {}).get("params", {})
+    size, batch_size = size or data.get("size", 0), batch_size or data.get("batch_size", 0)
+    if not size or not batch_size:
+        raise ConfigError(f"{config}: has no data.params.size and batch_size: set `size` and `batch_size`")
+    return params, size, batch_size
+
+
+def time_steps(
+    model: LiteAutoencoderKL, size: int, batch_size: int, steps: int, device: str, precision: str = "32-true"
+) -> list[float]:
+    """Train on random images; the seconds of each step but the first, which warms up."""
+    stopwatch = _Stopwatch(device)
+    trainer = pl.Trainer(
+        accelerator="cpu" if device == "cpu" else "cuda",
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=steps + 1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[stopwatch],
+    )
+    shape = batch_size, model.autoencoder.encoder.in_channels, size, size
+    x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    trainer.fit(model, repeat({"image": x}, steps + 1))
+    return stopwatch.seconds[1:]
+
+
+class _Stopwatch(pl.Callback):
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = now(self.device)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(now(self.device) - self._start)
 
 
 class Group(NamedTuple):
@@ -282,7 +246,7 @@ class Group(NamedTuple):
     Args:
         cases: builds them.
         warm_up: whether a round that does not count comes first; where the work itself warms up, none does.
-        sizes: pixels, and images at a time, by default on a CPU and on a GPU. Training steps have their config's.
+        sizes: pixels, and images at a time, by default on a CPU and on a GPU; training steps have their config's.
     """
 
     cases: Callable[[Setting], list[Case]]
@@ -291,10 +255,82 @@ class Group(NamedTuple):
 
 
 GROUPS: Mapping[str, Group] = {
-    "wavelet": Group(_wavelet, True, {"cpu": (256, 16), "cuda": (256, 16)}),
-    "encoders": Group(_encoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
-    "decoders": Group(_decoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
-    "train": Group(_train, False, {}),
-    "data": Group(_data, False, {"cpu": (64, 16), "cuda": (256, 32)}),
-    "encode": Group(_encode, True, {"cpu": (64, 16), "cuda": (256, 32)}),
+    "dwt": Group(_wavelet, True, {"cpu": (256, 16), "cuda": (256, 16)}),
+    "encoder": Group(_encoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
+    "decoder": Group(_decoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
+    "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
+    "data": Group(data_cases, False, {"cpu": (64, 16), "cuda": (256, 32)}),
+    "encode": Group(encode_cases, True, {"cpu": (64, 16), "cuda": (256, 32)}),
 }
+
+
+def bench(groups: Sequence[str], setting: Setting, rounds: int, on_group: Callable[[str, int], None]) -> dict[str, Any]:
+    """Measure groups of :data:`GROUPS`, the cases of a group in turns.
+
+    Args:
+        setting: its size and batch size are for all groups; at 0 each has its own.
+        on_group: called with a group's name and number of cases before it is measured.
+
+    Returns:
+        :func:`~olvae.bench.measure.machine`, date, rounds, and ``rows``, see :func:`~olvae.bench.measure.rows_of`.
+    """
+    rows = []
+    for name in groups:
+        group = GROUPS[name]
+        pixels, images = group.sizes[setting.device.partition(":")[0]]
+        with ExitStack() as stack:
+            own = replace(setting, size=setting.size or pixels, batch_size=setting.batch_size or images, stack=stack)
+            cases = group.cases(own)
+            on_group(name, len(cases))
+            rows += rows_of(name, cases, setting.device, rounds, group.warm_up)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**machine(setting.device), "date": date, "rounds": rounds, "rows": rows}
+
+
+class NetworkRow(NamedTuple):
+    """A network: parameters, and multiply-accumulates for one 256x256 image, counted and as published."""
+
+    group: str
+    variant: str
+    name: str
+    params: int
+    macs: int
+    published_params: float
+    published_macs: float | None
+
+
+# Published for other latents than those timed above: the README's encoders have latent_dim = n_z = 12, as the published
+# YAML says [M], the paper's have latent_dim = 2 n_z = 8, and the Stable Diffusion networks have n_z = 4.
+# In millions of parameters and billions of multiply-accumulates.
+_PUBLISHED: tuple[tuple[str, str, str, float, float | None, Callable[[], nn.Module]], ...] = (
+    *(
+        ("encoder", "open_litevae", scale, params, macs, partial(LiteVAE_Encoder, 12, scale))
+        for scale, params, macs in zip(SCALES, (0.97, 6.6, 34.0, 41.15), (5.5, 37.4, 234.9, 242.1), strict=True)  # [R]
+    ),
+    *(
+        ("encoder", "paper", scale, params, None, partial(LiteVAE_Encoder, 8, scale, "paper"))
+        for scale, params in zip(SCALES, (1.03, 6.75, 32.75, 41.42), strict=True)  # [P]
+    ),
+    ("encoder", "sd", "sd", 34.16, 137, partial(SDEncoder, latent_dim=8)),  # [R]
+    ("decoder", "open_litevae", "open_litevae", 53.33, 324, LiteVAE_Decoder),
+    ("decoder", "paper_smc", "paper_smc", 48.46, None, partial(LiteVAE_Decoder, variant="paper_smc")),  # [P]
+    ("decoder", "sd", "sd", 49.49, 312, partial(SDDecoder, z_channels=4)),  # [R]
+    ("discriminator", "patchgan", "PatchGAN", 2.77, 3.15, PatchGAN),  # [R]
+    ("discriminator", "gigagan", "GigaGAN", 14.38, 3.23, GigaGAN),  # [R]
+    *(
+        ("discriminator", "unetgan", f"UNetGAN-{size}", params, macs, partial(UNetGAN, base_channels=base))
+        for size, base, params, macs in (("S", 16, 2.75, 2.31), ("M", 32, 11.0, 9.13), ("L", 64, 44.1, 36.34))  # [R]
+    ),
+)
+
+
+def network_table() -> list[NetworkRow]:
+    """Count the published networks on the meta device, so in seconds and without memory."""
+    rows = []
+    for group, variant, name, params, macs, build in _PUBLISHED:
+        with ShapesOnly(), torch.device("meta"):  # the spectral norms' first power iterations among them
+            module = build()
+        shape = (module.z_channels, 32, 32) if isinstance(module, Decoder) else (3, 256, 256)
+        counted = count_parameters(module), count_macs(module, 1, *shape)
+        rows.append(NetworkRow(group, variant, name, *counted, params * 1e6, None if macs is None else macs * 1e9))
+    return rows

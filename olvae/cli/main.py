@@ -41,12 +41,11 @@ app = typer.Typer(
     rich_markup_mode=None,  # its panels cut names of options off at 80 columns
     epilog="Errors are one line; add --debug to any command for the traceback.",
 )
-for command in (train, evaluate, reconstruct, browser, latents, encode, decode, export, validate, tables):
+for command in (train, bench, evaluate, reconstruct, browser, latents, encode, decode, export, validate, tables):
     app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
         command.command
     )
 
-app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 

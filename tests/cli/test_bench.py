@@ -1,35 +1,37 @@
-"""``olvae bench all``, tiny, in this process."""
+"""``olvae bench``, tiny, in this process."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from olvae.bench import cases, limits
+from olvae.bench import cases, measure, throughput
 from olvae.config import save
 from tests.conftest import tiny_config
 from tests.models.steps import against
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Little of each group; returns the arguments of the training steps."""
-    monkeypatch.setattr(cases, "ENCODERS", {"S": cases.ENCODERS["S"]})
+    monkeypatch.setattr(cases, "ENCODERS", {"peer": cases.ENCODERS["S"], "S": cases.ENCODERS["S"]})
     monkeypatch.setattr(cases, "DECODERS", {})
-    monkeypatch.setattr(cases, "PHOTOGRAPHS", cases.PHOTOGRAPHS[:2])
-    monkeypatch.setattr(cases, "HELD_OUT", ())
-    monkeypatch.setattr(cases, "DATA_SECONDS", 0.01)
-    monkeypatch.setattr(cases, "WORKERS", (0,))
-    monkeypatch.setitem(limits.SIDES, "cpu", 32)
+    monkeypatch.setattr(throughput, "PHOTOGRAPHS", throughput.PHOTOGRAPHS[:2])
+    monkeypatch.setattr(throughput, "HELD_OUT", ())
+    monkeypatch.setattr(throughput, "SECONDS", 0.01)
+    monkeypatch.setitem(measure.MATRIX_SIDE, "cpu", 32)
     options = {name: cases.STEP_OPTIONS[name] for name in ("plain", "compiled", cases.EVERY)}
     monkeypatch.setattr(cases, "STEP_OPTIONS", options)
     save(tiny_config(), tmp_path / "a.yaml")
     save(tiny_config(adversary_config=against()), tmp_path / "b.yaml")
-    return ["--phase-a", tmp_path / "a.yaml", "--phase-b", tmp_path / "b.yaml"]
+    return ["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--workers", "0"]
 
 
 def test_everything(olvae, tiny, tmp_path):
-    command = ["bench", "all", "--size", 16, "-B", 2, "--rounds", 1, *tiny]
-    code, out, err = olvae(*command, "--json")
+    options = ["--size", 16, "-B", 2, "--rounds", 1, *tiny]
+    code, out, err = olvae("bench", "all", *options, "--json")
     assert code == 0, err
     document = json.loads(out)
     assert {"device", "threads", "torch", "date", "rounds", "rows"} == document.keys()
@@ -38,48 +40,57 @@ def test_everything(olvae, tiny, tmp_path):
     assert all(row["median_ms"] > 0 and row["images_per_s"] > 0 for row in measured)
     shares = {(row["group"], key) for row in measured for key in row if key.startswith("of_")}
     assert shares == {
-        ("wavelet", "of_copy"),
-        ("encoders", "of_product"),
-        ("encoders", "of_convolution"),
+        ("dwt", "of_copy"),
+        ("encoder", "of_product"),
         ("train", "of_product"),
         ("data", "of_floor"),
         ("encode", "of_encoder"),
     }
-    variants = {(row["variant"], row["precision"]) for row in measured if row["group"] == "encoders"}
+    variants = {(row["variant"], row["precision"]) for row in measured if row["group"] == "encoder"}
     assert variants == {(layout, precision) for layout in ("eager", "channels-last") for precision in ("32", "bf16")}
-    steps = {(row["name"][:7], row["variant"]) for row in measured if row["group"] == "train"}
-    assert steps == {(phase, name) for phase in ("phase A", "phase B") for name in ("plain", cases.EVERY)}
+    steps = {(row["name"][-6:], row["variant"]) for row in measured if row["group"] == "train"}
+    expected = {(config, name) for config in ("a.yaml", "b.yaml") for name in ("plain", cases.EVERY)}
+    assert steps == expected | {("b.yaml", "two forward passes")}
+    ratios = {(row["group"], row["name"][-6:]) for row in measured if "ratio" in row}
+    assert ratios == {
+        ("dwt", "vedec2"),
+        ("encoder", "peer"),
+        ("encoder", "S"),
+        ("train", "b.yaml"),
+        ("encode", "encode"),
+    }
 
     for row in document["rows"]:
         row["median_ms"], row["spread_ms"] = 1e9, 0.0
     (tmp_path / "before.json").write_text(json.dumps(document))
-    code, out, err = olvae(*command, "--groups", "wavelet", "--against", tmp_path / "before.json")
+    code, out, err = olvae("bench", "dwt", *options, "--against", tmp_path / "before.json")
     assert (code, out) == (0, "")
     assert "| with gradient | 32 " in err
     assert "moved since" in err
 
     (tmp_path / "before.json").write_text(json.dumps({**document, "device": "another"}))
-    code, _, err = olvae(*command, "--against", tmp_path / "before.json")
+    code, _, err = olvae("bench", "all", *options, "--against", tmp_path / "before.json")
     assert code == 2
-    assert err.startswith("error: --against: device was another and is ")
-
-
-def test_a_group_that_is_not_there(olvae):
-    code, _, err = olvae("bench", "all", "--groups", "wavelet,networks")
-    assert code == 2
-    assert err.startswith("error: --groups networks: choose from wavelet, encoders, ")
+    assert err.startswith(f"error: --against {tmp_path}/before.json: device was another and is ")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "a.jpg"], "--out a.jpg: the plot is a PNG"),
-        (["--out", "a.png", "--sizes", "100"], "--sizes 100: give multiples of 8"),
-        (["--out", "a.png", "--batches", "0"], "--batches 0: give numbers of images"),
-        (["--out", "a.png", "--sizes", "100000"], "--sizes, --batches: none of them fits the memory"),
+        (["dwt,networks"], "GROUPS networks: choose from all, dwt, encoder, "),
+        (["dwt", "photos"], "photos: only data takes sources"),
+        (["encoder", "--size", 100], "--size 100: must be a multiple of 8, such as 96"),
+        (["data", "--workers", "a"], "--workers a: give numbers of processes"),
     ],
 )
-def test_scaling_that_cannot_be(olvae, arguments, message):
-    code, _, err = olvae("bench", "scaling", *arguments)
+def test_mistakes(olvae, arguments, message):
+    code, _, err = olvae("bench", *arguments)
     assert code == 2
     assert err.startswith(f"error: {message}")
+
+
+def test_a_config_that_starts_from_an_autoencoder(olvae, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"include: {ROOT}/configs/demo.yaml\nmodel: {{from: diffusers:some/vae}}\n")
+    code, out, err = olvae("bench", "train", "--config", tmp_path / "a.yaml")
+    assert (code, out) == (2, "")
+    assert f"error: {tmp_path}/a.yaml: model.from names an autoencoder: give the run's config.yaml\n" in err

@@ -16,7 +16,6 @@ import torch
 import typer
 from PIL import Image
 
-from olvae.bench import networks
 from olvae.cli.main import main, print_error, repeat_flags
 from olvae.config import save
 from olvae.training.stopping import TrainingStopped
@@ -34,11 +33,11 @@ def config(tmp_path, image_folder):
 
 COMMANDS = ("train", "evaluate", "reconstruct", "latents", "export", "validate", "tables")
 GROUPS = (
+    "bench",
     "data pack",
     "data check",
     "recipes",
     "recipes copy",
-    *(f"bench {part}" for part in ("train", "data", "dwt", "encoder", "decoder")),
 )
 
 
@@ -137,7 +136,7 @@ def test_the_untrained_row_is_the_run_before_its_first_step(olvae, config, tmp_p
 
 
 def test_tables(olvae, monkeypatch, network_rows):
-    monkeypatch.setattr(networks, "network_table", lambda: network_rows)
+    monkeypatch.setattr("olvae.bench.cases.network_table", lambda: network_rows)
     code, out, err = olvae("tables", "--json")
     assert (code, err) == (0, "")
     rows = json.loads(out)
@@ -238,7 +237,7 @@ def test_a_file_is_named_once(olvae, tmp_path, monkeypatch):
     (tmp_path / "closed.yaml").touch()
     code, _, err = olvae("validate", tmp_path / "closed.yaml")
     assert err.endswith(f"{tmp_path / 'closed.yaml'}: not readable as YAML: Is a directory\n")
-    monkeypatch.setattr("olvae.bench.networks.network_table", closed)
+    monkeypatch.setattr("olvae.bench.cases.network_table", closed)
     assert olvae("tables") == (1, "", f"error: {tmp_path}: Is a directory\n")
 
 
@@ -266,7 +265,7 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("olvae.bench.networks.network_table", interrupted)
+    monkeypatch.setattr("olvae.bench.cases.network_table", interrupted)
     assert olvae("tables") == (130, "", "stopped\n")
     monkeypatch.setattr("olvae.training.run.print_summary", interrupted)
     assert olvae("train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path) == (
@@ -439,7 +438,7 @@ def test_the_path_of_a_run_is_not_cut_off(olvae, trained, tmp_path, monkeypatch)
         ["latents", "RUN"],
         ["encode", "RUN", "--data", "PHOTOS", "--out", "OUT"],
         ["decode", "RUN", "PHOTOS", "--out", "OUT"],
-        *(["bench", part] for part in ("dwt", "encoder", "decoder")),
+        ["bench", "dwt"],
     ],
     ids=" ".join,
 )
@@ -451,18 +450,6 @@ def test_a_device_that_is_not_there(olvae, trained, tmp_path, command):
     code, _, err = olvae(*command, "--device", "cuda:99")
     assert (code, err) == (2, f"error: --device cuda:99: this machine has {torch.cuda.device_count()} GPUs\n")
     assert not (tmp_path / "out").exists()
-
-
-def test_bench_train_needs_the_networks(olvae, tmp_path):
-    for name, start in (("named", "diffusers:some/vae"), ("none", "null")):
-        adversary = "adversary_config: null" if name == "none" else ""
-        (tmp_path / f"{name}.yaml").write_text(
-            f"include: {ROOT}/configs/demo_b.yaml\nmodel:\n  from: {start}\n  params: {{{adversary}}}\n"
-        )
-    code, out, err = olvae("bench", "train", "--config", tmp_path / "named.yaml")
-    assert (code, out) == (2, "")
-    assert err == (f"error: {tmp_path}/named.yaml: model.from names an autoencoder: give the run's config.yaml\n")
-    assert "has no adversary_config" in olvae("bench", "train", "--config", tmp_path / "none.yaml")[2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""The instrument of `olvae bench`: time and peak memory of cases in turns, and what the machine reaches at most.
+
+A case's share of a limit compares its rate with that of a plain operation, measured in the same rounds: a matrix
+product, a copy.
+"""
+
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from olvae.config import ConfigError
+from olvae.devices import FULL, PRECISIONS, autocast
+
+Work = Callable[[], Sequence[float]]
+"""Does something once or several times; returns the seconds of each."""
+
+K = TypeVar("K", bound=Hashable)
+
+MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
+"""Side of the matrices that are multiplied: large enough that a product takes milliseconds."""
+
+CASE_KEYS = ("group", "name", "variant", "precision", "size", "batch_size")
+"""Entries of a row that identify what was measured."""
+
+MACHINE_KEYS = ("device", "threads")
+"""Entries of a document without which its seconds can't be compared."""
+
+RATES = {"macs": ("gflop_per_s", 2e-9), "bytes": ("gbyte_per_s", 1e-9)}
+"""By unit of work: the row's entry, and the factor to its unit."""
+
+
+@dataclass
+class Times:
+    """Measured seconds, in order, and the peak of bytes allocated on the GPU beside what was there; None on a CPU."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range: the middle half of the times lies within it; 0 for a single one."""
+        if len(self.seconds) == 1:
+            return 0.0
+        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return upper - lower
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Something to measure.
+
+    Args:
+        run: the work; each of its seconds is of ``images`` images, 0 for a limit that has none.
+        size: pixels, and ``batch_size`` images at a time; 0 where there are no images.
+        work: what these images take, in ``unit``.
+        limits: cases that do work of the same unit with nothing in the way, by the name of the share.
+        peer: the case that the ratio of images per second is relative to.
+        computed_bytes: peak memory counted from shapes, where it can't be measured.
+    """
+
+    name: str
+    variant: str
+    precision: str
+    run: Work
+    images: int
+    size: int = 0
+    batch_size: int = 0
+    work: float = 0.0
+    unit: Literal["macs", "bytes", "images"] = "macs"
+    limits: Mapping[str, "Case"] = field(default_factory=dict)
+    peer: "Case | None" = None
+    computed_bytes: int | None = None
+
+
+def measure(work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True) -> dict[K, Times]:
+    """Measure each in turn, some rounds of all, so that a change of the machine's load meets all of them.
+
+    Args:
+        device: on which memory is measured, if it is a GPU.
+        warm_up: whether a round that does not count comes first.
+    """
+    times = {name: Times() for name in work}
+    on_gpu = device != "cpu"
+    for turn in range(-int(warm_up), rounds):
+        for name, run in work.items():
+            before = 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            seconds = run()
+            if turn < 0:
+                continue
+            times[name].seconds += seconds
+            if on_gpu:
+                peak = torch.cuda.max_memory_allocated(device) - before
+                times[name].peak_bytes = max(peak, times[name].peak_bytes or 0)
+    return times
+
+
+def clocked(function: Callable[[], Any], device: str) -> Work:
+    """Work that is one call of a function, until the device has finished it."""
+
+    def run() -> list[float]:
+        start = now(device)
+        function()
+        return [now(device) - start]
+
+    return run
+
+
+def now(device: str) -> float:
+    """Seconds, after the device has finished its work."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def per_image(work: Callable[[], Any], images: int, seconds: float) -> list[float]:
+    """Repeat ``work``, which gives ``images`` each time, for some seconds; the seconds of an image."""
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        work()
+        done += images
+    return [(time.perf_counter() - start) / done]
+
+
+def matrix_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+    """A product of two square matrices, and its multiply-accumulates."""
+    side = MATRIX_SIDE[device.partition(":")[0]]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return lambda: a @ b, side**3
+
+
+def copy_of(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    """A copy into memory that is there already, and the bytes that it reads and writes."""
+    target = torch.empty_like(x)
+    return lambda: target.copy_(x), 2 * x.nbytes
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device's name, threads, torch's version; on a GPU whether float32 is computed in TF32."""
+    described: dict[str, Any] = {
+        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if device != "cpu":
+        described["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
+        described["tf32_products"] = torch.backends.cuda.matmul.allow_tf32
+    return described
+
+
+def _processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass
+class Setting:
+    """What a group's cases have in common.
+
+    Args:
+        size, batch_size: pixels, and images at a time; 0 for a config's own.
+        configs: of training steps: files or recipes.
+        sources: of images, each a SRC.
+        workers: numbers of loader processes.
+        compiled: whether compiled variants are measured, where a compiler works.
+        stack: closes what the cases hold after they were measured.
+    """
+
+    device: str
+    size: int = 0
+    batch_size: int = 0
+    configs: Sequence[str | Path] = ()
+    sources: Sequence[str] = ()
+    workers: Sequence[int] = (0, 1, 2)
+    compiled: bool = False
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def precisions(self) -> list[str]:
+        """float32 and bfloat16, on a GPU also float16."""
+        return [FULL, "bf16"] if self.device == "cpu" else [FULL, "bf16", "fp16"]
+
+    def inference(self, function: Callable[[], object], precision: str = FULL) -> Work:
+        """Work without gradients, under autocast unless the precision is float32."""
+
+        def run() -> None:
+            with torch.inference_mode(), autocast(self.device.partition(":")[0], precision):
+                function()
+
+        return clocked(run, self.device)
+
+    def images(self) -> Tensor:
+        x = torch.randn(self.batch_size, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+        return x.to(self.device)
+
+    def products(self) -> dict[str, Case]:
+        """The matrix product in each precision."""
+        cases = {}
+        for precision in self.precisions:
+            product, macs = matrix_product(self.device, PRECISIONS[precision].dtype)
+            cases[precision] = Case("matrix product", "limit", precision, self.inference(product), 0, work=macs)
+        return cases
+
+
+def rows_of(group: str, cases: Sequence[Case], device: str, rounds: int, warm_up: bool) -> list[dict[str, Any]]:
+    """Measure the cases of a group; a row for each.
+
+    Returns:
+        Rows of group, name, variant, precision, size, batch_size, images_per_s, median_ms and spread_ms (the
+        interquartile range) of what is timed at once, and where they mean something: ratio, of images per second to the
+        peer's; gflop_per_s or gbyte_per_s; shares of limits; peak_memory_bytes, measured on a GPU beside what lay there
+        before, counted from shapes for networks on a CPU.
+    """
+    times = measure({case: case.run for case in cases}, device, rounds, warm_up)
+    return [_row(group, case, times) for case in cases]
+
+
+def _row(group: str, case: Case, times: Mapping[Case, Times]) -> dict[str, Any]:
+    measured = times[case]
+    row: dict[str, Any] = {"group": group, "name": case.name, "variant": case.variant, "precision": case.precision}
+    if case.size:
+        row |= {"size": case.size, "batch_size": case.batch_size}
+    if case.images:
+        row["images_per_s"] = case.images / measured.median
+    if case.peer is not None:
+        row["ratio"] = row["images_per_s"] * times[case.peer].median / case.peer.images
+    row |= {"median_ms": 1e3 * measured.median, "spread_ms": 1e3 * measured.spread}
+    if case.unit in RATES and case.work:
+        rate, factor = RATES[case.unit]
+        row[rate] = factor * case.work / measured.median
+    for share, limit in case.limits.items():
+        row[share] = (case.work / measured.median) / (limit.work / times[limit].median)
+    if (peak := case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes) is not None:
+        row["peak_memory_bytes"] = peak
+    return row
+
+
+def read_document(path: Path, device: str) -> dict[str, Any]:
+    """Read what ``olvae bench`` printed as JSON, on this machine with as many threads.
+
+    Raises:
+        ConfigError: the file is missing, something else, or of another machine.
+    """
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for row in document["rows"]:
+            float(row["median_ms"]), float(row["spread_ms"]), row["name"]
+        before = {key: document[key] for key in MACHINE_KEYS}
+    except OSError as error:
+        raise ConfigError(f"`against` {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"`against` {path}: not a JSON document of `olvae bench`") from error
+    for key, value in machine(device).items():
+        if value != before.get(key, value):
+            raise ConfigError(
+                f"`against` {path}: {key} was {before[key]} and is {value} now: seconds of two machines can't be "
+                "compared; measure both on one"
+            )
+    return document
+
+
+def moved(before: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The cases whose medians differ by more than both spreads together.
+
+    Args:
+        before: rows of a document; those that are in one of the two alone are left out.
+        current: rows of another.
+
+    Returns:
+        For each: what identifies it, before_ms, now_ms, and ratio, the time now by the time before.
+    """
+    known = {tuple(row.get(key) for key in CASE_KEYS): row for row in before}
+    rows = []
+    for row in current:
+        old = known.get(tuple(row.get(key) for key in CASE_KEYS))
+        if old is None or abs(row["median_ms"] - old["median_ms"]) <= row["spread_ms"] + old["spread_ms"]:
+            continue
+        named = {key: row[key] for key in CASE_KEYS if key in row}
+        ratio = row["median_ms"] / old["median_ms"]
+        rows.append({**named, "before_ms": old["median_ms"], "now_ms": row["median_ms"], "ratio": ratio})
+    return rows
