@@ -123,10 +123,9 @@ def _format_warning(
 
 def print_error(error: Exception) -> int:
     """Print one line, or one for each mistake of a config; returns the exit code."""
-    if hasattr(error, "show") and hasattr(
-        error, "exit_code"
-    ):  # wrong usage: an exception of click, or of typer's copy of it
-        error.show()
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # of click, or of typer's copy of it
+        text = error.format_message().replace("Value error, ", "")
+        typer.echo(text if "\n" in text else f"error: {text}", err=True)  # more than one line is a help
         return int(error.exit_code)
     from olvae.config import ConfigError
 
