@@ -155,7 +155,8 @@ def name_flags(command: Any, arguments: Sequence[str]) -> None:
         command = command if inner is None else inner
     for parameter in command.params:
         if parameter.name is not None and parameter.opts[-1].startswith("--"):
-            _flags[parameter.name] = max(parameter.opts, key=len)
+            flag = max(parameter.opts, key=len)
+            _flags[parameter.name] = _flags[flag.removeprefix("--").replace("-", "_")] = flag
 
 
 def in_flags(text: str) -> str:

@@ -1,6 +1,6 @@
-"""Encoder and decoder as ONNX files (and torch.export programs) for any batch, height and width.
+"""Write encoder and decoder as ONNX files for any batch, height and width, checked in onnxruntime.
 
-ONNX needs the extra: ``pip install 'open-litevae[onnx]'``.
+Needs the extra: ``pip install 'open-litevae[onnx]'``.
 """
 
 import warnings
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from olvae.models.autoencoder import LiteVAE
 
-__all__ = ["Half", "export_onnx", "export_program", "halves"]
-
 TOLERANCE = 1e-4
-"""The largest difference between onnxruntime and torch, relative to the largest value."""
+"""Largest difference between onnxruntime and torch, relative to the largest value."""
 
 TRACED = (2, 3, 4)
 """Batch, and height and width in latent positions, at which a network is traced."""
@@ -26,41 +24,27 @@ CHECKED = ((1, 5, 3), (2, 2, 6), (3, 1, 1))
 
 
 class Half(nn.Module):
-    """The encoder (images to moments) or the decoder (latents to images) as a module, and the shapes of its inputs.
+    """The encoder (``image`` to ``moments``) or the decoder (``latent`` to ``image``) as a module.
 
     Args:
         function: the forward pass, a method of ``model``.
-        name: of the file, without its extension.
-        input_name, output_name: of the graph's tensors.
         channels: of the input.
         factor: that the input's height and width are multiples of.
     """
 
-    def __init__(
-        self,
-        model: LiteVAE,
-        function: Callable[[Tensor], Tensor],
-        name: str,
-        input_name: str,
-        output_name: str,
-        channels: int,
-        factor: int,
-    ) -> None:
+    def __init__(self, model: LiteVAE, function: Callable[[Tensor], Tensor], channels: int, factor: int) -> None:
         super().__init__()
         self.model = model
         self.function = function
-        self.name = name
-        self.input_name, self.output_name = input_name, output_name
         self.channels, self.factor = channels, factor
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
 
     def example(self, batch: int, height: int, width: int) -> Tensor:
-        """Random input for a latent of this size, the same in every call, in the model's dtype."""
+        """Random input for a latent of this size, the same in every call."""
         shape = (batch, self.channels, self.factor * height, self.factor * width)
-        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        return x.to(next(self.model.parameters()).dtype)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     @property
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
@@ -70,25 +54,11 @@ class Half(nn.Module):
         return {"x": {0: dim("batch", min=1), **sides}}
 
 
-def halves(model: LiteVAE) -> tuple[Half, Half]:
-    """Encoder (``image`` in [-1, 1] to ``moments``: means, then log-variances, unclamped) and decoder (``latent`` to
-    ``image``, unclamped), folded: see :meth:`LiteVAE.fold`.
-    """
-    model = model if model.folded else model.fold().eval()
-    return (
-        Half(model, model.moments, "encoder", "image", "moments", model.in_channels, model.downscale),
-        Half(model, model.decode, "decoder", "latent", "image", model.latent_channels, 1),
-    )
-
-
-@torch.no_grad()
-def export_program(half: Half) -> torch.export.ExportedProgram:
-    """A half as a program of torch.export, for any batch and for latents of 2x2 and larger."""
-    return torch.export.export(half.eval(), (half.example(*TRACED),), dynamic_shapes=half.dynamic_shapes)
-
-
 def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
-    """Write ``encoder.onnx`` and ``decoder.onnx``, and check them in onnxruntime at sizes other than the traced one.
+    """Write ``encoder.onnx`` and ``decoder.onnx``, folded, and check them at sizes other than the traced one.
+
+    The encoder maps ``image`` in [-1, 1] to ``moments`` (means, then log-variances, unclamped), the decoder ``latent``
+    to ``image`` (unclamped).
 
     Returns:
         For each file the largest difference from torch, relative to the largest value.
@@ -98,41 +68,46 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
         ValueError: the difference is above :data:`TOLERANCE`, or the model is not float32.
     """
     if {p.dtype for p in model.parameters()} != {torch.float32}:
-        raise ValueError("ONNX files are written and checked in float32: leave --dtype at float32")
+        raise ValueError("ONNX files are written and checked in float32: leave `dtype` at float32")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"ONNX needs {error.name}: pip install 'open-litevae[onnx]'") from error
-    errors: dict[str, float] = {}
-    for half in halves(model):
-        file = folder / f"{half.name}.onnx"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                half,
-                (half.example(*TRACED),),
-                dynamic_shapes=half.dynamic_shapes,
-                input_names=[half.input_name],
-                output_names=[half.output_name],
-                dynamo=True,
-                verbose=False,
-            )
-        assert program is not None
-        program.save(file, external_data=False)
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        errors[file.name] = max(_difference(half, session, size) for size in CHECKED)
-        if not errors[file.name] < TOLERANCE:
-            raise ValueError(
-                f"{file.name}: onnxruntime differs from torch by {errors[file.name]:.1e} of the largest value"
-            )
-    return errors
+    folded = model if model.folded else model.fold().eval()
+    differences: dict[str, float] = {}
+    for name, names, half in (
+        ("encoder.onnx", ("image", "moments"), Half(folded, folded.moments, folded.in_channels, folded.downscale)),
+        ("decoder.onnx", ("latent", "image"), Half(folded, folded.decode, folded.latent_channels, 1)),
+    ):
+        _write(half, names, folder / name)
+        session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        differences[name] = max(_difference(half, session, names, size) for size in CHECKED)
+        if not differences[name] < TOLERANCE:
+            raise ValueError(f"{name}: onnxruntime differs from torch by {differences[name]:.1e} of the largest value")
+    return differences
+
+
+def _write(half: Half, names: tuple[str, str], file: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            half,
+            (half.example(*TRACED),),
+            dynamic_shapes=half.dynamic_shapes,
+            input_names=[names[0]],
+            output_names=[names[1]],
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(file, external_data=False)
 
 
 @torch.no_grad()
-def _difference(half: Half, session: Any, size: tuple[int, int, int]) -> float:
+def _difference(half: Half, session: Any, names: tuple[str, str], size: tuple[int, int, int]) -> float:
     x = half.example(*size)
-    (theirs,) = session.run([half.output_name], {half.input_name: x.numpy()})
+    (theirs,) = session.run([names[1]], {names[0]: x.numpy()})
     ours = half(x)
     if tuple(theirs.shape) != tuple(ours.shape):
         return float("inf")

@@ -7,6 +7,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import load, save
+from olvae.export.layouts import Layout
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.training.origin import start_from
 from tests.conftest import tiny_config
+from tests.export.tiny import tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
 
 
@@ -80,7 +83,7 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     code, stdout, err = olvae(run_folder, "--out", out)
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
-    assert "not measured: measure with olvae latents" in err
+    assert "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with --latents" in err
     assert err.endswith(f"export: {out}\n")
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md",
@@ -117,18 +120,18 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     assert all(torch.equal(t, trained[name]) for name, t in raw.state_dict().items())
     assert "float32, as trained" in (out / "README.md").read_text()
 
-    with pytest.warns(UserWarning, match=r"--raw is ignored"):  # nothing tells which ones an export has
+    with pytest.warns(UserWarning, match=r"`?-*raw`? is ignored"):  # nothing tells which ones an export has
         assert olvae(out, "--out", tmp_path / "again", "--raw")[0] == 0
     assert "as trained" not in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_a_polite_kill_leaves_nothing(olvae, run_folder, tmp_path, monkeypatch):
-    def killed(_: LiteVAE, folder: Path) -> None:
+    def killed(_: Layout, model: LiteVAE, folder: Path) -> None:
         folder.mkdir()
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it went on")
 
-    monkeypatch.setattr(LiteVAE, "save_pretrained", killed)
+    monkeypatch.setattr(Layout, "write", killed)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         assert olvae(run_folder, "--out", tmp_path / "vae")[0] == 75
@@ -156,7 +159,7 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
         ),
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
-        ([odd], 1, "metrics.json: not a metrics.json of olvae evaluate: KeyError: 'results'"),
+        ([odd], 1, "metrics.json: not a metrics.json: KeyError 'results'"),
         ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: no such file or folder: name what"),
         ([run_folder, "--latents", tmp_path], 1, "neither latents.json nor stats.json is in this folder: name what"),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
@@ -283,14 +286,17 @@ def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half, lay
     out = tmp_path / ("vae" if layout in ("litevae", "diffusers") else "vae.safetensors")
     code, stdout, err = olvae(run, "--out", out, "--format", layout)
     assert (code, stdout, err.count("\n")) == (2, "", 1)
-    assert f"its {half} has never been trained: train it first, with --base distil/{half} and --actual_resume" in err
+    assert f"its {half} has never been trained: train it first, by distil/{half}" in err
     assert not out.exists()
 
 
 def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
     olvae, run_folder, stock_folder, make_stock_run, tmp_path
 ):
-    stock, other = f"diffusers:{stock_folder}", "a LiteVAE has other networks than AutoencoderKL: --format litevae for"
+    stock, other = (
+        f"diffusers:{stock_folder}",
+        "a LiteVAE has other networks than AutoencoderKL: --format litevae is for",
+    )
     autoencoder_kl(norm_num_groups=16, widths=(32, 32)).save_pretrained(tmp_path / "groups")
     autoencoder_kl((32, 32), **PER_CHANNEL).save_pretrained(tmp_path / "channels")
     wider = make_stock_run("2026-01-31T12-00-01_wider_32")
@@ -304,10 +310,8 @@ def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
     for target, layout, out, arguments, code, text in (
         (run_folder, "diffusers", folder, [], 2, other),
         (run_folder, "ldm", file, [], 2, other),
-        (stock, "comfyui", file, [], 2, "an AutoencoderKL: what ComfyUI loads is --format ldm"),
-        (stock, "ldm", stock_folder, [], 1, "sd-vae: a folder, but this format is one file"),
-        (stock, "ldm", folder, [], 1, "vae: this format is one file: its name ends with .safetensors"),
-        (stock, "diffusers", file, [], 2, "names a file, but the export is a folder; one file is --format ldm"),
+        (stock, "comfyui", file, [], 2, "an AutoencoderKL: --format ldm is what ComfyUI loads"),
+        (stock, "diffusers", file, [], 2, "names a file, but this format is a folder; --format ldm is one file"),
         (stock, None, folder, ["--fold"], 2, "--fold does not go with --format diffusers: AutoencoderKL has no"),
         (stock, "diffusers", folder, ["--onnx"], 2, "--onnx does not go with --format diffusers: ONNX files are"),
         (stock, "ldm", file, ["--license", "mit"], 2, "--license does not go with --format ldm: one file has no"),
@@ -323,3 +327,17 @@ def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
         assert (got, stdout, err.count("\n")) == (code, "", 1), err
         assert text in err
         assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_format_from_outside_by_its_path(olvae, tmp_path):
+    """Through the command, as a user names it."""
+    tiny_litevae().save_pretrained(tmp_path / "vae")
+    command = (tmp_path / "vae", "--format", "tests.export.test_exporting.NumpyLayout", "--out")
+    code, _, err = olvae(*command, tmp_path / "vae.npz", "--scaling-factor", 2)
+    assert (code, err) == (0, f"loaded back: equal\nexport: {tmp_path / 'vae.npz'}\n")
+    expected = LiteVAE.from_pretrained(tmp_path / "vae").state_dict()
+    with np.load(tmp_path / "vae.npz") as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {n: t.tolist() for n, t in expected.items()}
+    code, _, err = olvae(*command, tmp_path / "vae2.npz", "--license", "mit")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "error: --license does not go with --format tests.export.test_exporting.NumpyLayout: one file has no" in err

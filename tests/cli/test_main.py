@@ -365,7 +365,6 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
     (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),
     (("decode", "tests", "missing", "--out", "x"), 1, "missing: no such folder"),
     (("export", "missing", "--out", "x"), 1, "missing: not found"),
-    (("export", "tests", "--out", "x", "--latents", "missing"), 1, "--latents missing: no such file or folder"),
     (("reconstruct", "missing", "x.png", "--out", "x"), 1, "missing: not found"),
     (("reconstruct", "tests", "x.png", "--out", "x", "--seed", "1"), 2, "--seed applies to --sample"),
     (("data", "pack", "missing", "--out", "x"), 1, "missing: no such folder"),

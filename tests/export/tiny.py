@@ -1,8 +1,11 @@
-"""A LiteVAE of a few thousand parameters, for tests."""
+"""Autoencoders of a few thousand parameters, for tests of exports."""
 
 import torch
+from diffusers import AutoencoderKL
 
 from olvae import LiteVAE
+from olvae.models.loading.diffusers import DiffusersAutoencoder
+from olvae.models.loading.stable_diffusion import as_litevae
 from tests.conftest import tiny_config
 
 
@@ -13,4 +16,20 @@ def tiny_litevae() -> LiteVAE:
     for name, p in model.named_parameters():
         if name.endswith(("scales", "gain")):
             torch.nn.init.uniform_(p, 0.5, 2.0)
-    return model
+    return model.set_for_diffusion({"scaling_factor": 0.9, "shift_factor": -0.1})
+
+
+def ours(model: AutoencoderKL) -> LiteVAE:
+    """diffusers' AutoencoderKL as a LiteVAE object."""
+    return as_litevae(DiffusersAutoencoder(model), "sd")
+
+
+def reflecting(model: AutoencoderKL, *halves: str) -> LiteVAE:
+    """Ours, whose encoder or decoder pads by reflection, as configs say it."""
+    plain = ours(model)
+    config = {**plain.config}
+    for half in (f"{half}_config" for half in halves):
+        config[half] = {**config[half], "params": {**config[half]["params"], "padding": "reflect"}}
+    built = LiteVAE.from_config(**config).eval()
+    built.load_state_dict(plain.state_dict())
+    return built.set_for_diffusion(plain.for_diffusion)

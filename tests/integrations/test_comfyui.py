@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
-from olvae.export.comfyui import export_comfyui
+from olvae.export.exporting import ExportSettings, export
+from olvae.export.layouts import LAYOUTS
 from tests.export.tiny import tiny_litevae
+
+COMFYUI = LAYOUTS["comfyui"]()
 
 NODE = Path(__file__).parent.parent.parent / "integrations" / "comfyui"
 
@@ -94,13 +97,13 @@ def test_the_stock_loader_recognises_the_plain_export_and_not_this_one(model, tm
     model.save_pretrained(tmp_path / "plain")
     (plain,) = (tmp_path / "plain").glob("*.safetensors")
     assert "decoder.conv_in.weight" in {*LOOKED_FOR} & {*load_file(plain)}
-    export_comfyui(model, tmp_path / "vae.safetensors")
+    export(model, tmp_path / "vae.safetensors", COMFYUI)
     assert not {*LOOKED_FOR} & {*load_file(tmp_path / "vae.safetensors")}
 
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_encode_and_decode_are_the_models(node, model, vae_folder, fold):
-    export_comfyui(model, vae_folder / "litevae.safetensors", fold=fold)
+    export(model, vae_folder / "litevae.safetensors", COMFYUI, ExportSettings(fold=fold))
     (names,) = node.LoadLiteVAE.INPUT_TYPES()["required"]["vae_name"]
     assert names == ["litevae.safetensors"]
     vae = load(node)
@@ -120,7 +123,7 @@ def test_encode_and_decode_are_the_models(node, model, vae_folder, fold):
 
 def test_the_tiled_nodes_give_the_same(node, model, vae_folder):
     """As VAEDecodeTiled and VAEEncodeTiled call them; also in little memory."""
-    export_comfyui(model, vae_folder / "litevae.safetensors")
+    export(model, vae_folder / "litevae.safetensors", COMFYUI)
     pixels = torch.rand(1, 64, 96, 3)
     vae, small = load(node), load(node, memory_gib=0.0005)
     z = vae.encode(pixels)
@@ -138,7 +141,7 @@ def test_the_tiled_nodes_give_the_same(node, model, vae_folder):
 
 
 def test_sides_are_cropped_around_the_middle(node, model, vae_folder):
-    export_comfyui(model, vae_folder / "litevae.safetensors")
+    export(model, vae_folder / "litevae.safetensors", COMFYUI)
     vae = load(node)
     pixels = torch.rand(1, 21, 30, 4)  # with alpha
     torch.testing.assert_close(vae.encode(pixels), vae.encode(pixels[:, 2:18, 3:27, :3]), rtol=0, atol=0)
@@ -148,7 +151,7 @@ def test_sides_are_cropped_around_the_middle(node, model, vae_folder):
 
 def test_devices(node, model, vae_folder, monkeypatch):
     """Moved to the device for the work, with memory asked for, and back, also after an error."""
-    export_comfyui(model, vae_folder / "litevae.safetensors")
+    export(model, vae_folder / "litevae.safetensors", COMFYUI)
     vae = load(node)
     moves, asked = [], []
     to = LiteVAE.to
@@ -166,7 +169,7 @@ def test_devices(node, model, vae_folder, monkeypatch):
 
 def test_saving_it_in_comfyui_is_refused(node, model, vae_folder):
     """VAESave asks for the weights alone."""
-    export_comfyui(model, vae_folder / "litevae.safetensors")
+    export(model, vae_folder / "litevae.safetensors", COMFYUI)
     with pytest.raises(NotImplementedError, match=r"^Save VAE can't write a LiteVAE, .*: copy the file") as caught:
         load(node).get_sd()
     assert "\n" not in str(caught.value)
@@ -184,7 +187,7 @@ def test_bad_input_is_one_line(node, model, vae_folder):
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"missing: no such file in models/vae"):
         load(node, "missing")
-    export_comfyui(model, vae_folder / "litevae.safetensors")
+    export(model, vae_folder / "litevae.safetensors", COMFYUI)
     with pytest.raises(ValueError, match=r"a latent of 16 channels, but this VAE's have 4"):
         load(node).decode(torch.zeros(1, 16, 2, 2))
     content = (vae_folder / "litevae.safetensors").read_bytes()

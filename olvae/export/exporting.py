@@ -1,0 +1,387 @@
+"""Export an autoencoder: write it beside its place, load it back, compare, and only then move it there."""
+
+import copy
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from olvae.config import ConfigError
+from olvae.evaluation.results import Results
+from olvae.export.layouts import FACTORS, LAYOUTS, Layout, find_layout
+from olvae.export.model_card import CARD_NAME, MADE_WITH, Provenance, model_card
+from olvae.files import nearest, no_empty_folders
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.loading.stable_diffusion import as_litevae, is_stable_diffusion
+from olvae.models.loading.targets import RAW, Target
+from olvae.models.named import DIFFUSERS
+from olvae.models.spec import CLASS_NAME, class_in
+from olvae.modules.base import weights_checksum
+from olvae.modules.precision import DTYPES
+
+TOLERANCE = 1e-6
+"""Largest difference of a model that was loaded back, relative to the largest value."""
+
+FOLDING = 1e-5
+"""The same for folding, which computes in another order."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export, and how.
+
+    Args:
+        format: a name of :data:`~olvae.export.layouts.LAYOUTS` or the path of a Layout of one's own; by default
+            diffusers for AutoencoderKL's networks, else litevae.
+        dtype: to round the weights to, a name of :data:`~olvae.modules.precision.DTYPES`.
+        fold: write the self-modulated convolutions as ordinary ones.
+        onnx: also write encoder.onnx and decoder.onnx.
+        scaling_factor, shift_factor: for a diffusion model on the latents.
+        latents: what ``olvae latents`` or ``olvae encode`` wrote, with both factors: a file or its folder.
+        license: of the weights, by the hub's name for it.
+        force: replace the export that is there.
+
+    Raises:
+        ConfigError: settings contradict each other, or a number is out of its range.
+    """
+
+    format: str | None = None
+    dtype: str = "float32"
+    fold: bool = False
+    onnx: bool = False
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    latents: Path | None = None
+    license: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        scaling, shift = self.scaling_factor, self.shift_factor
+        if self.latents is not None and (scaling is not None or shift is not None):
+            raise ConfigError("`latents` has both factors: leave out `scaling_factor` and `shift_factor`")
+        if scaling is not None and not 0 < scaling < math.inf:
+            raise ConfigError(f"`scaling_factor` {scaling}: give a number above 0")
+        if shift is not None and not math.isfinite(shift):
+            raise ConfigError(f"`shift_factor` {shift}: give a finite number")
+        if self.onnx and self.dtype != "float32":
+            raise ConfigError(f"`onnx` writes float32: leave out `dtype` {self.dtype}, or `onnx`")
+
+    def check_layout(self, name: str) -> Layout:
+        """Find a format, and check that these settings mean something in it.
+
+        Raises:
+            ConfigError: there is no such format, or a setting means nothing there.
+        """
+        layout = find_layout(name)
+        one_file = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
+        for setting, why in {**layout.refused, **(one_file if layout.suffix else {})}.items():
+            if getattr(self, setting) not in (None, False):
+                raise ConfigError(f"`{setting}` does not go with `format` {name}: {why}")
+        return layout
+
+    def check(self, place: Path) -> None:
+        """Check what can be checked before the model is loaded.
+
+        Raises:
+            ConfigError: as :meth:`check_layout`, or the format is a folder and ``place`` names a file.
+            FileExistsError, FileNotFoundError, ValueError: as :func:`check_place`, or ``latents`` is not there.
+        """
+        suffix = "" if self.format is None else self.check_layout(self.format).suffix
+        if self.latents is not None:
+            _factors_file(self.latents)
+        check_place(place, suffix, self.force)
+
+
+class Exported(NamedTuple):
+    """What came of an export.
+
+    Args:
+        differences: relative to the largest value, by what was compared; 0 is equal to the bit.
+        notes: sentences for the user.
+    """
+
+    differences: Mapping[str, float]
+    notes: list[str]
+
+
+def export_target(target: Target, place: Path, settings: ExportSettings) -> Exported:
+    """Load an autoencoder and export it, with its factors, and the numbers of its run in the model card.
+
+    Raises:
+        ConfigError: the format can't hold the model, or a setting does not suit it.
+        FileExistsError: something is in the place.
+        ValueError: weights are not readable or not finite, also after rounding, or a comparison fails.
+    """
+    settings.check(place)
+    if half := (target.config.get("run") or {}).get("untrained"):
+        raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
+    loaded = target.load()
+    model = as_litevae(loaded, target.given)
+    name = settings.format or ("diffusers" if is_stable_diffusion(model) else "litevae")
+    layout = settings.check_layout(name)
+    if reason := layout.misfit(model):
+        raise ConfigError(f"{target.given}: {reason}")
+    factors_from = factors_note = metrics = metrics_note = None
+    if "latents" not in layout.refused:
+        factors_from, factors_note = _set_factors(model, loaded, target, settings)
+    if not layout.suffix:
+        metrics, metrics_note = _metrics_of(target)
+    provenance = Provenance(target.name, target.config, metrics, target.raw, settings.license, factors_from)
+    differences = export(model, place, layout, settings, provenance)
+    return Exported(differences, [note for note in (*layout.notes(model), factors_note, metrics_note) if note])
+
+
+def export(
+    model: LiteVAE,
+    place: str | Path,
+    layout: Layout | None = None,
+    settings: ExportSettings | None = None,
+    provenance: Provenance | None = None,
+) -> dict[str, float]:
+    """Write an export beside its place, load it back, compare, and move it there; leave nothing behind on failure.
+
+    Tensors are compared bit for bit, outputs of the format's loaders to :data:`TOLERANCE`. A link to a folder or file
+    stays a link. Folders get a model card, and the metrics.json that it cites.
+
+    Args:
+        model: in float32, with its scaling and shift factors.
+        layout: the format; by default litevae.
+        settings: of which ``dtype``, ``fold``, ``onnx`` and ``force`` count here.
+
+    Returns:
+        The differences, relative to the largest value, by what was compared.
+
+    Raises:
+        FileExistsError: as :func:`check_place`.
+        ValueError: the format can't hold the model, weights are not finite, also after rounding, or a comparison fails.
+        ModuleNotFoundError: ``onnx`` without the extra.
+    """
+    layout, settings = layout or LAYOUTS["litevae"](), settings or ExportSettings()
+    title = Path(place).absolute().name
+    check_place(Path(place), layout.suffix, settings.force)
+    place = Path(place).resolve()  # of a link, what it leads to is replaced
+    if reason := layout.misfit(model):
+        raise ValueError(reason)
+    out, differences = _as_exported(model, DTYPES[settings.dtype], settings.fold)
+    with (
+        no_empty_folders(place.parent),
+        tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=nearest(place.parent)) as beside,
+    ):
+        partial = Path(beside) / place.name
+        layout.write(out, partial)
+        if settings.onnx:
+            from olvae.export.onnx import export_onnx  # needs an extra
+
+            differences |= export_onnx(out, partial)
+        if not layout.suffix:
+            provenance = provenance or Provenance(title)
+            if provenance.metrics is not None:
+                shutil.copyfile(provenance.metrics, partial / "metrics.json")
+            (partial / CARD_NAME).write_text(
+                model_card(out, layout, title, provenance, settings.onnx), encoding="utf-8"
+            )
+        differences |= _compare(out, layout, partial)
+        _replace(partial, place)
+    return differences
+
+
+def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
+    """Check that an export can be written to a place.
+
+    Args:
+        suffix: of the one file that is written; empty for a folder.
+        force: an export that is there may be replaced.
+
+    Raises:
+        FileExistsError: the place leads through a file, or holds something that may not be replaced in one step.
+        ValueError: the name is that of a folder where a file is written, or the other way round.
+    """
+    if place.is_file() and not suffix:
+        raise FileExistsError(f"{place}: this is a file")
+    if not (parent := nearest(place.absolute().parent)).is_dir():
+        raise FileExistsError(f"{place}: {parent} is a file")
+    if suffix:
+        if place.is_dir():
+            raise FileExistsError(f"{place}: a folder, but this format is one file: name it, as in {place}/vae{suffix}")
+        if place.suffix != suffix:
+            raise ValueError(f"{place}: this format is one file: its name ends with {suffix}")
+        if place.exists() and not force:
+            raise FileExistsError(f"{place}: exists: `force` replaces it")
+        return
+    if not place.is_dir() and place.suffix in {layout.suffix for layout in LAYOUTS.values() if layout.suffix}:
+        raise ConfigError(f"{place}: names a file, but this format is a folder; `format` ldm is one file")
+    if place.is_dir() and (place.is_mount() or place.samefile(Path.cwd())):
+        raise FileExistsError(f"{place}: the current folder, or a mount point: name a new folder in it")
+    if not place.is_dir() or not any(place.iterdir()):
+        return
+    if not _is_export(place):
+        raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only")
+    if not force:
+        raise FileExistsError(f"{place}: contains an export: `force` replaces it")
+
+
+def _is_export(folder: Path) -> bool:
+    """Recognise our exports; one in a format of others by its card, which a downloaded one does not have."""
+    if class_in(folder) == CLASS_NAME:
+        return True
+    card = folder / CARD_NAME
+    ours = card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
+    return ours and not any(path.is_dir() for path in folder.iterdir())
+
+
+def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVAE, dict[str, float]]:
+    """Fold and round a model in float32; also return by how much folding changed it."""
+    differences: dict[str, float] = {}
+    out = model.eval()
+    if fold and not model.folded:
+        out = model.fold().eval()
+        differences["folded"] = _within(FOLDING, "folded", _distance(model, out.moments, out.decode))
+    if broken := _non_finite(out):
+        raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
+    if dtype == torch.float32:
+        return out, differences
+    rounded = copy.deepcopy(out).to(dtype)
+    if lost := _non_finite(rounded):
+        raise ValueError(f"{len(lost)} tensors do not fit into {dtype} ({lost[0]}, ...): use bfloat16 or float32")
+    return rounded, differences
+
+
+def _non_finite(model: LiteVAE) -> list[str]:
+    return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+
+
+def _compare(model: LiteVAE, layout: Layout, path: Path) -> dict[str, float]:
+    """Compare what was written with the model: tensors, what a diffusion model has to know, and outputs."""
+    written, expected = layout.read(path), layout.tensors(model)
+    for name in {*written, *expected}:
+        a, b = written.get(name), expected.get(name)
+        if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b.cpu()):
+            raise ValueError(f"{path}: {name} differs from what was written: is the disk full, or broken?")
+    differences: dict[str, float] = {}
+    for loaded in layout.load(path, model):
+        for_diffusion = model.for_diffusion if loaded.for_diffusion is None else loaded.for_diffusion
+        if wrong := [name for name, value in model.for_diffusion.items() if for_diffusion[name] != value]:
+            raise ValueError(f"{path}: {', '.join(wrong)} differs from what was written")
+        distance = _distance(model, loaded.moments, loaded.decode)
+        differences[loaded.loader] = _within(TOLERANCE, loaded.loader, distance)
+    return differences
+
+
+@torch.no_grad()
+def _distance(model: LiteVAE, moments: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> float:
+    """Compare moments and reconstructions of one image of noise with another model's; relative to the largest value.
+
+    In float32: half precision would hide differences, and overflow in some networks.
+    """
+    whole = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
+    size = 4 * model.downscale
+    x = torch.rand((1, model.in_channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = x.to(next(model.parameters()).device)
+    own = whole.moments(x)
+    z = own.chunk(2, dim=1)[0]
+    pairs = ((own, moments(x)), (whole.decode(z), decode(z)))
+    return float(torch.stack([(m - n).abs().max() / m.abs().max() for m, n in pairs]).max())
+
+
+def _within(limit: float, what: str, difference: float) -> float:
+    if not math.isfinite(difference) or difference > limit:
+        raise ValueError(f"{what}, the result differs by {difference:.1e} of the largest value: nothing is written")
+    return difference
+
+
+def _replace(partial: Path, place: Path) -> None:
+    """Move an export to its place; an old folder is only removed once the new one is there."""
+    old = partial.with_name(f"{partial.name}.old")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if place.is_dir():
+            place.replace(old)
+        partial.replace(place)
+    except (OSError, KeyboardInterrupt):
+        if old.exists() and not place.exists():
+            old.replace(place)
+        raise
+
+
+def _metrics_of(target: Target) -> tuple[Path | None, str | None]:
+    """Find the numbers of a target beside it; in a run folder they may be about the other kind of weights."""
+    folder = target.run.path if target.run is not None else Path(target.given.removeprefix(DIFFUSERS))
+    metrics = folder / "metrics.json"
+    if not metrics.is_file():
+        return None, None
+    if target.run is not None and (rows := Results.read(metrics).rows) and (RAW in rows[0].target) != target.raw:
+        return None, f"{metrics} is left out: it is about {rows[0].target}, not {target.name}"
+    return metrics, None
+
+
+def _set_factors(
+    model: LiteVAE, loaded: Autoencoder, target: Target, settings: ExportSettings
+) -> tuple[str | None, str | None]:
+    """Set the factors that the settings give; return where they are from, and a note."""
+    per_channel = model.latents_mean is not None
+    if per_channel and any(getattr(settings, name) is not None for name in FACTORS):
+        names = ", ".join(f"`{name}`" for name in FACTORS)
+        raise ConfigError(f"{target.given}: has latents_mean and latents_std per channel: leave out {names}")
+    if settings.latents is not None:
+        file = _factors_file(settings.latents)
+        model.scaling_factor, model.shift_factor = read_factors(file, target.name, weights_checksum(loaded))
+        return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}", None
+    if settings.scaling_factor is not None or settings.shift_factor is not None:
+        given = {name: getattr(settings, name) for name in ("scaling_factor", "shift_factor")}
+        model.set_for_diffusion({name: value for name, value in given.items() if value is not None})
+        return "given to olvae export", None
+    if not loaded.factors_known:
+        note = (
+            f"{target.given} holds no factors: {model.scaling_factor:g} and {model.shift_factor:g} are diffusers' "
+            "defaults, Stable Diffusion 1's; other models need `scaling_factor` and `shift_factor`"
+        )
+        return "diffusers' default, the file holds none", note
+    if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
+        return f"from {target.name}", None
+    return None, "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with `latents`"
+
+
+def _factors_file(given: Path) -> Path:
+    names = ("latents.json", "stats.json")
+    if file := next((file for file in (given, *(given / name for name in names)) if file.is_file()), None):
+        return file
+    what = f"neither {' nor '.join(names)} is in this folder" if given.is_dir() else "no such file or folder"
+    raise FileNotFoundError(f"`latents` {given}: {what}: name what olvae latents or olvae encode wrote")
+
+
+def read_factors(path: str | Path, target: str, weights: str | None = None) -> tuple[float, float]:
+    """Read a target's factors from latents.json of ``olvae latents`` or stats.json of ``olvae encode``.
+
+    Args:
+        weights: the target's checksum, which stats.json has too.
+
+    Raises:
+        ValueError: it is something else, or has no factors of this target.
+        OSError: it can't be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        one = {"target": content.get("target"), "diffusion": content}
+        factors = {
+            result["target"]: (float(result["diffusion"]["scaling_factor"]), float(result["diffusion"]["shift_factor"]))
+            for result in content.get("results", [one])
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: neither a latents.json of olvae latents nor a stats.json of olvae encode: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if weights is not None and content.get("weights", weights) != weights:
+        raise ValueError(f"{path}: of latents that {content.get('target')} made, with other weights than {target}'s")
+    if target in factors:
+        return factors[target]
+    if len(factors) == 1:
+        return next(iter(factors.values()))
+    raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(factors) or 'nothing'}")

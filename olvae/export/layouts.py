@@ -1,0 +1,307 @@
+"""Formats of an export: names of tensors, config, and the independent loader that reads each back."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor
+
+from olvae.checkpoint import PRIVATE_PREFIX, read_checkpoint, write_tensors
+from olvae.config import Config, ConfigError, resolve_target
+from olvae.export.diffusers_model import AutoencoderLiteVAE
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
+from olvae.models.loading.stable_diffusion import as_litevae, diffusers_config, diffusers_weights, is_stable_diffusion
+from olvae.models.pretrained import CONFIG_KEY, write_export
+from olvae.models.spec import WEIGHTS_NAME
+from olvae.modules.sdvae import set_padding
+
+FACTORS = ("latents", "scaling_factor", "shift_factor")
+"""Settings that say which factors a diffusion model needs."""
+
+NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there, not the autoencoder's")
+NO_MODULATION = "AutoencoderKL has no self-modulated convolutions"
+
+SAFETENSORS = ".safetensors"
+
+LOADED_BACK, IN_DIFFUSERS = "loaded back", "in diffusers"
+
+LDM_GROUPS = 32
+"""Of every GroupNorm in latent-diffusion's code."""
+
+LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+STOCK = {"block_out_channels": ([128, 256, 512], [128, 256, 512, 512]), "layers_per_block": (2,)}
+"""What ComfyUI builds, whatever the file says; A1111's config has the longer list."""
+
+
+class Loaded(NamedTuple):
+    """An export, as an independent loader has read it, in float32.
+
+    Args:
+        loader: for reports: "loaded back", "in diffusers".
+        moments: images (B, C, H, W) in [-1, 1] to means, then log-variances.
+        decode: latents (B, n_z, h, w) to images.
+        for_diffusion: scaling and shift factors and the like; None if the format has no place for them.
+    """
+
+    loader: str
+    moments: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    for_diffusion: Mapping[str, Any] | None = None
+
+
+class Layout:
+    """A format of export: which models it can hold, what is written, and how it is loaded back.
+
+    A class of one's own needs :meth:`load`, and what differs from the default of the other methods: the weights as
+    safetensors under their own names, in a folder with ``config.json`` or in one file. :mod:`olvae.export.exporting`
+    writes it beside its place, loads it back, compares, and moves it there.
+    """
+
+    suffix: ClassVar[str] = ""
+    """The extension of the one file that is written; empty if it is a folder, which gets a model card."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Settings of an export that mean nothing here, and why."""
+    keeps_padding: ClassVar[bool] = True
+    """Whether loaders of the format pad by reflection where the networks do."""
+
+    def misfit(self, model: LiteVAE) -> str | None:  # noqa: ARG002
+        """Why the format can't hold a model; None if it can."""
+        return None
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        """The weights under the format's names and in its shapes."""
+        return model.state_dict()
+
+    def config(self, model: LiteVAE) -> Config | None:
+        """The content of config.json, or of the file's header; None if the format has no config."""
+        return model.export_config()
+
+    def write(self, model: LiteVAE, path: Path) -> None:
+        """Write a folder or a file that does not exist yet."""
+        tensors, config = self.tensors(model), self.config(model)
+        if not self.suffix:
+            path.mkdir()
+            write_export(tensors, config or {}, path)
+            return
+        write_tensors(path, tensors, None if config is None else {CONFIG_KEY: json.dumps(config)})
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        """Read the tensors that :meth:`write` wrote, under the format's names."""
+        return load_file(path if self.suffix else path / WEIGHTS_NAME)
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
+        """Load what was written, as those who will use it do.
+
+        Args:
+            model: that was written, for what the format does not say.
+        """
+        raise NotImplementedError
+
+    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
+        """Lines of Python for the model card that load the export, named FOLDER_OR_ID, and use it."""
+        return ""
+
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        """Yield what a user has to know about this model in this format."""
+        if not self.keeps_padding and (halves := reflecting(model)):
+            yield (
+                f"padding: reflect in the {' and the '.join(halves)}, which this format can't say: loaders have to set "
+                'padding_mode="reflect" on every convolution that pads, otherwise borders differ'
+            )
+
+
+class LiteVAELayout(Layout):
+    """A folder that this package loads, and diffusers as AutoencoderLiteVAE; holds every network of this package."""
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
+        ours = LiteVAE.from_pretrained(path)
+        in_diffusers = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        return [
+            Loaded(loader, loaded.moments, loaded.decode, loaded.for_diffusion)
+            for loader, loaded in ((LOADED_BACK, ours), (IN_DIFFUSERS, in_diffusers.autoencoder))
+        ]
+
+    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
+        return """from olvae import AutoencoderLiteVAE, LiteVAE
+
+vae = LiteVAE.from_pretrained("FOLDER_OR_ID")  # a plain torch module
+z = vae.encode(images).sample()  # images in [-1, 1], (B, 3, H, W)
+images = vae.decode(z)
+
+vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL"""
+
+
+class DiffusersLayout(Layout):
+    """The folder of diffusers' own AutoencoderKL, for networks of Stable Diffusion's kind."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "fold": NO_MODULATION,
+        "onnx": "ONNX files are written in the format litevae",
+    }
+    keeps_padding = False
+
+    def misfit(self, model: LiteVAE) -> str | None:
+        if not is_stable_diffusion(model):
+            return (
+                "a LiteVAE has other networks than AutoencoderKL: `format` litevae is for diffusers' "
+                "AutoencoderLiteVAE, `format` comfyui for ComfyUI"
+            )
+        try:
+            self.tensors(model)
+            self.config(model)
+        except ValueError as error:
+            return f"{error}: `format` litevae can hold it"
+        return None
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        return diffusers_weights(model)
+
+    def config(self, model: LiteVAE) -> Config | None:
+        kind = {"_class_name": AutoencoderKL.__name__, "_diffusers_version": diffusers.__version__}
+        return {**kind, **diffusers_config(model)}
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
+        vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        for half in reflecting(model):
+            set_padding(getattr(vae, half), "reflect")
+
+        def moments(x: Tensor) -> Tensor:
+            parameters: Tensor = vae.encode(x).latent_dist.parameters
+            return parameters
+
+        def decode(z: Tensor) -> Tensor:
+            sample: Tensor = vae.decode(z).sample
+            return sample
+
+        return [Loaded(IN_DIFFUSERS, moments, decode, vae.config)]
+
+    def usage(self, model: LiteVAE) -> str:
+        padding = "".join(
+            f"""for conv in vae.{half}.modules():
+    if isinstance(conv, torch.nn.Conv2d) and conv.padding != (0, 0):
+        conv.padding_mode = "reflect"
+"""
+            for half in reflecting(model)
+        )
+        return f"""import torch
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("FOLDER_OR_ID")
+{padding}z = vae.encode(images).latent_dist.sample()  # images in [-1, 1], (B, 3, H, W)
+images = vae.decode(z).sample"""
+
+
+class LatentDiffusionLayout(DiffusersLayout):
+    """One file with latent-diffusion's names, for ComfyUI and A1111.
+
+    The names are those of the published files, without a prefix: ``encoder.down.I.block.J``, ``decoder.up.I`` with the
+    level of the image's size as 0, ``mid.attn_1`` with 1x1 convolutions.
+    """
+
+    suffix = SAFETENSORS
+    refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        config = diffusers_config(model)
+        if config["norm_num_groups"] != LDM_GROUPS:
+            raise ValueError(
+                f"GroupNorm with {config['norm_num_groups']} groups: latent-diffusion always has {LDM_GROUPS}"
+            )
+        if not config["mid_block_add_attention"]:
+            raise ValueError("no attention in the middle: latent-diffusion always has it")
+        last = len(config["block_out_channels"]) - 1
+        renamed = ((_ldm_name(name, last), tensor) for name, tensor in diffusers_weights(model).items())
+        # Attention's linear layers are 1x1 convolutions there, (C, C, 1, 1).
+        return {name: tensor[:, :, None, None] if tensor.ndim == 2 else tensor for name, tensor in renamed}
+
+    def config(self, model: LiteVAE) -> Config | None:  # noqa: ARG002
+        return None
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
+        tensors = pick_latent_diffusion(read_checkpoint(path), path) or {}
+        back = as_litevae(from_latent_diffusion(latent_diffusion_config(tensors, path), tensors, path), str(path))
+        for half in reflecting(model):
+            set_padding(getattr(back, half), "reflect")
+        return [Loaded(LOADED_BACK, back.moments, back.decode)]
+
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield from super().notes(model)
+        config = diffusers_config(model)
+        if odd := [f"{key} {config[key]}" for key, known in STOCK.items() if config[key] not in known]:
+            yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
+
+
+class ComfyUILayout(Layout):
+    """One file of a LiteVAE with its config in the header, for the ComfyUI node in integrations/comfyui.
+
+    ComfyUI tells autoencoders apart by single names, such as ``decoder.conv_in.weight``, and loads without strictness:
+    it would take a LiteVAE for Stable Diffusion's and decode noise. So every name has a prefix that it does not know.
+    """
+
+    suffix = SAFETENSORS
+    refused = NO_FACTORS
+
+    def misfit(self, model: LiteVAE) -> str | None:
+        return "an AutoencoderKL: `format` ldm is what ComfyUI loads" if is_stable_diffusion(model) else None
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        return {PRIVATE_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
+        back = LiteVAE.from_pretrained(path)
+        return [Loaded(LOADED_BACK, back.moments, back.decode, back.for_diffusion)]
+
+
+LAYOUTS: dict[str, type[Layout]] = {
+    "litevae": LiteVAELayout,
+    "diffusers": DiffusersLayout,
+    "ldm": LatentDiffusionLayout,
+    "comfyui": ComfyUILayout,
+}
+
+
+def find_layout(name: str) -> Layout:
+    """Find a format by its name, or by the path of a class of one's own.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if name in LAYOUTS:
+        return LAYOUTS[name]()
+    if "." not in name:
+        raise ConfigError(f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, package.module.Class")
+    found = resolve_target(name)
+    if not (isinstance(found, type) and issubclass(found, Layout)):
+        raise ConfigError(f"`format` {name}: not a subclass of {Layout.__module__}.{Layout.__name__}")
+    return found()
+
+
+def reflecting(model: LiteVAE) -> list[str]:
+    """List the halves, encoder and decoder, that pad by reflection."""
+    halves = {"encoder": model.encoder, "decoder": model.decoder}
+    return [name for name, half in halves.items() if half.node["params"].get("padding") == "reflect"]
+
+
+def _ldm_name(name: str, last: int) -> str:
+    """Rename a parameter of AutoencoderKL, whose lowest resolution is level ``last``."""
+    rules: tuple[tuple[str, Any], ...] = (
+        (r"\.down_blocks\.(\d+)\.", r".down.\1."),
+        (r"\.up_blocks\.(\d+)\.", lambda found: f".up.{last - int(found[1])}."),
+        (r"\.mid_block\.resnets\.(\d+)\.", lambda found: f".mid.block_{int(found[1]) + 1}."),
+        (r"\.mid_block\.attentions\.0\.(.+)\.", lambda found: f".mid.attn_1.{LDM_ATTENTION[found[1]]}."),
+        (r"\.resnets\.", ".block."),
+        (r"\.(down|up)samplers\.0\.", r".\1sample."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+        (r"\.conv_norm_out\.", ".norm_out."),
+    )
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,152 @@
+"""Model cards: where an export's weights are from, how good they are, and how to load them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from olvae.evaluation.results import Results
+from olvae.export.layouts import Layout, reflecting
+from olvae.metrics.registry import METRICS
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.loading.stable_diffusion import is_stable_diffusion
+from olvae.models.named import DIFFUSERS, is_hub_id
+from olvae.modules.base import count_parameters
+
+CARD_NAME = "README.md"
+
+MADE_WITH = "made with open-LiteVAE"
+"""In every model card: distinguishes folders that an export may replace from ones that were downloaded."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where exported weights are from.
+
+    Args:
+        name: of the target.
+        config: the training config, if there is one.
+        metrics: the metrics.json to put beside the weights.
+        raw: the weights are those as trained, not averaged ones.
+        licence: of the weights, by the hub's name for it.
+        factors_from: where the scaling and shift factors are from; None if they were not measured.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Path | None = None
+    raw: bool = False
+    licence: str | None = None
+    factors_from: str | None = None
+
+
+def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenance, onnx: bool) -> str:
+    """Write a model card: Markdown, with the hub's metadata in front.
+
+    Args:
+        onnx: the folder has ONNX files.
+
+    Raises:
+        ValueError: ``provenance.metrics`` is not a metrics.json.
+    """
+    environment = Environment(
+        loader=PackageLoader("olvae.export", "."),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("card.md.jinja").render(
+        model=model,
+        title=title,
+        made_with=MADE_WITH,
+        provenance=provenance,
+        is_stable_diffusion=is_stable_diffusion(model),
+        halves={
+            name: (type(half).__name__, f"{count_parameters(half) / 1e6:.2f}")
+            for name, half in {"encoder": model.encoder, "decoder": model.decoder}.items()
+        },
+        weights=_weights(model, provenance),
+        teacher=_teacher(provenance.config),
+        reflecting=" and the ".join(reflecting(model)),
+        layout=layout,
+        quality=None if provenance.metrics is None else _quality(provenance.metrics),
+        data=_data(provenance.config),
+        onnx=onnx,
+    )
+
+
+def _weights(model: LiteVAE, provenance: Provenance) -> str:
+    kinds = [str(next(model.parameters()).dtype).removeprefix("torch.")]
+    params = (provenance.config.get("model") or {}).get("params") or {}
+    if provenance.raw or params.get("use_ema") is False:
+        kinds.append("as trained")
+    elif params.get("use_ema"):
+        kinds.append("averaged over training (EMA)")
+    if model.folded:
+        kinds.append("self-modulated convolutions folded into ordinary ones")
+    return ", ".join(kinds)
+
+
+def _teacher(config: Mapping[str, Any]) -> str | None:
+    """Name the teacher of a distilled model; a folder of the user's is named without its path."""
+    params = (config.get("model") or {}).get("params") or {}
+    teacher = ((params.get("teacher_config") or {}).get("params") or {}).get("autoencoder")
+    if not teacher:
+        return None
+    plain = str(teacher).removeprefix(DIFFUSERS)
+    return plain if is_hub_id(plain) else Path(plain).name
+
+
+def _quality(metrics: Path) -> dict[str, Any]:
+    content = Results.read(metrics).as_dict()
+    rows = content["results"]
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    return {
+        "labels": [METRICS[name].label if name in METRICS else name for name in names],
+        "rows": [
+            (row["target"], row["n"], [f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "-" for n in names])
+            for row in rows
+        ],
+        "protocol": content["protocol"],
+        "hash": content["protocol_hash"],
+        "images": rows[0]["n"] if rows else 0,
+        "precisions": _precisions(rows),
+    }
+
+
+def _precisions(rows: list[dict[str, Any]]) -> str:
+    """Say which precisions are safe for the first target; empty if none was measured."""
+    measured = [(row["target"], row["precision"]) for row in rows if row.get("precision")]
+    found = [precision for target, precision in measured if target == f"{rows[0]['target']}, {precision['dtype']}"]
+    safe, sentences = [precision for precision in found if precision["safe"]], []
+    names = [precision["dtype"] for precision in safe]
+    if safe:
+        top = max(safe, key=lambda precision: precision["largest_value"])
+        where = f"largest activation {top['largest_value']:.4g} at `{top['largest_name']}`"
+        sentences.append(f"{' and '.join(names)} {'are' if len(safe) > 1 else 'is'} safe ({where})")
+    for precision in found:
+        if not precision["safe"]:
+            first_at, lost = precision["non_finite"]["first"], precision["psnr_lost"]
+            change = "changes PSNR" if lost is None else f"changes PSNR by {-lost:+.2f} dB"
+            what = f"overflows at `{first_at}`" if first_at else change
+            sentences.append(f"{precision['dtype']} {what}: use {' or '.join([*names, 'float32'])}")
+    return "; ".join(sentences)
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    node = config.get("data")
+    if not isinstance(node, Mapping) or "target" not in node:
+        return "Unknown."
+    params = node.get("params") or {}
+    root = f", {Path(str(params['root'])).name}" if "root" in params else ""
+    size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
+    steps = ((config.get("lightning") or {}).get("trainer") or {}).get("max_steps")
+    start = ""
+    if before := (config.get("run") or {}).get("weights"):
+        file = Path(before)
+        start = f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
+    return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}{start}."

@@ -1,0 +1,297 @@
+"""What every format of export keeps: exact, compared, whole or not at all; and a format from outside the package."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from olvae import LiteVAE
+from olvae.config import ConfigError
+from olvae.export import exporting as module
+from olvae.export.exporting import ExportSettings, export, read_factors
+from olvae.export.layouts import LAYOUTS, Layout, Loaded, find_layout
+from olvae.models.loading.stable_diffusion import as_litevae
+from olvae.models.loading.targets import find_target
+from tests.export.tiny import ours, tiny_litevae
+from tests.models.autoencoder_kl import autoencoder_kl
+
+
+class NumpyLayout(Layout):
+    """A format of one's own: the weights as arrays of NumPy, in one file."""
+
+    suffix = ".npz"
+    refused: ClassVar = {"fold": "the weights alone do not say it"}
+
+    def write(self, model: LiteVAE, path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **{name: tensor.numpy() for name, tensor in self.tensors(model).items()})
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        with np.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
+        back = LiteVAE.from_config(**model.config).eval()
+        back.load_state_dict(self.read(path))
+        return [Loaded("loaded back", back.moments, back.decode)]
+
+
+FORMATS = [*LAYOUTS, f"{__name__}.NumpyLayout"]
+
+FORCE = ExportSettings(force=True)
+
+
+@pytest.fixture(params=FORMATS)
+def layout(request) -> Layout:
+    return find_layout(request.param)
+
+
+@pytest.fixture
+def model(layout) -> LiteVAE:
+    return tiny_litevae() if layout.misfit(tiny_litevae()) is None else ours(autoencoder_kl((32, 32)))
+
+
+@pytest.fixture
+def place(layout, tmp_path) -> Path:
+    return tmp_path / f"vae{layout.suffix}"
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file's bytes; of a file, its own."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_weights_are_the_models_rounded(layout, model, tmp_path, dtype):
+    if dtype == "bfloat16" and isinstance(layout, NumpyLayout):
+        pytest.skip("NumPy has no bfloat16")
+    place = tmp_path / "new" / f"vae{layout.suffix}"
+    differences = export(model, place, layout, ExportSettings(dtype=dtype))
+    assert differences
+    assert not any(differences.values())
+    written, expected = layout.read(place), layout.tensors(model)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor.to(getattr(torch, dtype))) for name, tensor in expected.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    if isinstance(layout, NumpyLayout):
+        return
+    back = as_litevae(find_target(place).load(), "vae")  # an export is a target
+    assert all(
+        torch.equal(t, model.state_dict()[n].to(getattr(torch, dtype)).float()) for n, t in back.state_dict().items()
+    )
+    if "latents" not in layout.refused:
+        assert back.for_diffusion == model.for_diffusion
+    again = tmp_path / "new" / f"again{layout.suffix}"
+    export(back, again, layout, ExportSettings(dtype=dtype))
+    assert layout.read(again).keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in layout.read(again).items())
+
+
+def test_folded(layout, model, place):
+    if "fold" in layout.refused:
+        name = next(name for name in FORMATS if type(find_layout(name)) is type(layout))
+        with pytest.raises(ConfigError, match=rf"`fold` does not go with `format` {name}: \w+"):
+            ExportSettings(fold=True).check_layout(name)
+        return
+    differences = export(model, place, layout, ExportSettings(fold=True))
+    assert differences.pop("folded") < 1e-5
+    assert not any(differences.values())
+    assert layout.read(place).keys() == layout.tensors(model.fold()).keys()
+    assert LiteVAE.from_pretrained(place).folded
+
+
+def test_an_export_is_replaced_only_if_asked(layout, model, place):
+    export(model, place, layout)
+    before = content(place)
+    with pytest.raises(FileExistsError, match=r": (exists|contains an export): `force` replaces it"):
+        export(model, place, layout)
+    assert content(place) == before
+    with torch.no_grad():
+        next(model.decoder.parameters()).add_(1)
+    export(model, place, layout, FORCE)
+    assert content(place) != before
+
+
+def test_a_link_stays_a_link(layout, model, tmp_path):
+    """A file or folder that stands for one on a larger disk: the export goes there, now and when it is replaced."""
+    (tmp_path / "disk").mkdir()
+    link, goal = tmp_path / f"vae{layout.suffix}", tmp_path / "disk" / f"vae{layout.suffix}"
+    link.symlink_to(goal)
+    for settings in (ExportSettings(), FORCE):
+        export(model, link, layout, settings)
+        assert link.is_symlink()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == [goal.name]
+    assert layout.read(goal)
+    if not layout.suffix:
+        assert f"# {link.name}\n" in (goal / "README.md").read_text()
+
+
+def of_another_tensor(layout: Layout, monkeypatch):
+    read = layout.read
+
+    def other(path: Path) -> dict[str, Tensor]:
+        written = {**read(path)}
+        written[[*written][-1]] += 1e-6
+        return written
+
+    monkeypatch.setattr(layout, "read", other)
+
+
+def of_another_function(layout: Layout, monkeypatch):
+    """The same tensors: what only a comparison of outputs finds."""
+    load = layout.load
+
+    def other(path: Path, model: LiteVAE) -> list[Loaded]:
+        loader, moments, decode, _ = load(path, model)[-1]
+        return [Loaded(loader, moments, lambda z: decode(z) * (1 + 4e-6))]
+
+    monkeypatch.setattr(layout, "load", other)
+
+
+def of_other_factors(layout: Layout, monkeypatch):
+    load = layout.load
+
+    def other(path: Path, model: LiteVAE) -> list[Loaded]:
+        return [load(path, model)[-1]._replace(for_diffusion={**model.for_diffusion, "scaling_factor": 3.0})]
+
+    monkeypatch.setattr(layout, "load", other)
+
+
+def a_full_disk(layout: Layout, monkeypatch):
+    def full(model: LiteVAE, path: Path) -> None:
+        path.touch()
+        raise OSError("No space left")
+
+    monkeypatch.setattr(layout, "write", full)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (of_another_tensor, "differs from what was written: is the disk full"),
+        (of_another_function, "the result differs by .* of the largest value: nothing is written"),
+        (of_other_factors, "scaling_factor differs from what was written"),
+        (None, "1 tensors do not fit into torch.float16"),
+        (a_full_disk, "No space left"),
+    ],
+)
+def test_a_failure_leaves_nothing_and_takes_nothing(layout, model, tmp_path, monkeypatch, spoil, message, force):
+    place, settings = tmp_path / "deep" / "down" / f"vae{layout.suffix}", ExportSettings(force=force)
+    if force:
+        export(model, place, layout)
+    before = content(tmp_path)
+    if spoil is None:
+        settings = replace(settings, dtype="float16")
+        next(model.decoder.parameters()).data.flatten()[0] = 1e6
+    else:
+        spoil(layout, monkeypatch)
+    with pytest.raises((ValueError, OSError), match=message):
+        export(model, place, layout, settings)
+    assert content(tmp_path) == before
+    assert (tmp_path / "deep").exists() == force
+
+
+@pytest.mark.parametrize("during", ["old", "new"])
+def test_ctrl_c_between_the_old_and_the_new_keeps_the_old(layout, model, place, tmp_path, monkeypatch, during):
+    """Python tells of a signal after the call that it came in, when the old one has been moved."""
+    export(model, place, layout)
+    before = content(place)
+    move = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if during == "old" and self == place:
+            move(self, target)
+            raise KeyboardInterrupt
+        if target == place and self.name == place.name:
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(model, place, layout, FORCE)
+    assert content(place) == before
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+
+
+def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path / "empty")
+    cases = [(f"photos/cat.png/vae{layout.suffix}", FileExistsError, "cat.png/vae.*: .*cat.png is a file")]
+    if layout.suffix:
+        cases += [
+            (
+                "photos",
+                FileExistsError,
+                rf"a folder, but this format is one file: name it, as in .*/vae{layout.suffix}",
+            ),
+            ("vae.ckpt", ValueError, f"this format is one file: its name ends with {layout.suffix}"),
+        ]
+    else:
+        cases += [
+            ("photos", FileExistsError, "not empty, and not an export: `force` replaces exports only"),
+            ("photos/cat.png", FileExistsError, "this is a file"),
+            ("vae.safetensors", ConfigError, "names a file, but this format is a folder"),
+            (".", FileExistsError, "the current folder, or a mount point: name a new folder in it"),
+        ]
+    for name, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            export(model, name if name == "." else tmp_path / name, layout, FORCE)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_stock_folders_that_were_downloaded_are_not_replaced(tmp_path):
+    """They look like ours but for the card."""
+    autoencoder_kl((32, 32)).save_pretrained(tmp_path / "downloaded")
+    (tmp_path / "downloaded" / "README.md").write_text("# A VAE\n")
+    with pytest.raises(FileExistsError, match="not empty, and not an export"):
+        export(ours(autoencoder_kl((32, 32))), tmp_path / "downloaded", LAYOUTS["diffusers"](), FORCE)
+
+
+def test_folding_that_changes_the_result_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FOLDING", -1.0)
+    with pytest.raises(ValueError, match="folded, the result differs by"):
+        export(tiny_litevae(), tmp_path / "vae", settings=ExportSettings(fold=True))
+    assert not any(tmp_path.iterdir())
+
+
+def test_formats_that_do_not_exist():
+    for name, message in (
+        ("numpy", "`format` numpy: choose from litevae, diffusers, ldm, comfyui, or name a class"),
+        ("pathlib.Path", "`format` pathlib.Path: not a subclass of olvae.export.layouts.Layout"),
+        ("olvae.export.layouts.Layouts", "has no Layouts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            find_layout(name)
+
+
+def test_factors_of_latents_json(tmp_path):
+    def result(name: str, scale: float) -> dict:
+        return {"target": name, "n": 3, "diffusion": {"scaling_factor": scale, "shift_factor": 0.25}}
+
+    path = tmp_path / "latents.json"
+    path.write_text(json.dumps({"data": {}, "results": [result("a", 2.0), result("b", 3.0)]}))
+    assert read_factors(path, "b") == (3.0, 0.25)
+    with pytest.raises(ValueError, match=r"has no factors of c, but of a, b"):
+        read_factors(path, "c")
+    path.write_text(json.dumps({"results": [result("a", 2.0)]}))
+    assert read_factors(path, "c") == (2.0, 0.25)  # the only one
+    path.write_text(json.dumps({"target": "a", "weights": "12ab", "scaling_factor": 2.0, "shift_factor": 0.25}))
+    assert read_factors(path, "c", "12ab") == (2.0, 0.25)  # a stats.json, of the same weights
+    with pytest.raises(ValueError, match=r"of latents that a made, with other weights than c's"):
+        read_factors(path, "c", "34cd")
+    for text in ("", "[]", '{"results": [{"target": "a"}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"neither a latents.json of olvae latents nor"):
+            read_factors(path, "a")

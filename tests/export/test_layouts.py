@@ -1,0 +1,306 @@
+"""The names, shapes, bits and outputs of each format, against diffusers and the published files."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from olvae import AutoencoderLiteVAE, LiteVAE
+from olvae.config import save
+from olvae.export.exporting import ExportSettings, export
+from olvae.export.layouts import LAYOUTS
+from olvae.models.loading.stable_diffusion import as_litevae
+from olvae.models.loading.targets import find_target
+from olvae.models.pretrained import config_inside, locate
+from olvae.models.spec import WEIGHTS_NAME
+from olvae.modules.sdvae import set_padding
+from tests.export.tiny import ours, reflecting, tiny_litevae
+from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
+from tests.models.loading.names import latent_diffusion_names
+
+WIDTHS = (128, 256, 512, 512)
+
+DIFFUSERS, LDM, COMFYUI = (LAYOUTS[name]() for name in ("diffusers", "ldm", "comfyui"))
+
+
+def settings(model: AutoencoderKL) -> dict:
+    return json.loads(json.dumps({name: value for name, value in model.config.items() if name[0] != "_"}))
+
+
+def assert_equal(tensors: dict, expected: dict) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+# litevae
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fold", [False, True])
+def test_diffusers_loads_an_export_and_saves_it_again(dtype, fold, tmp_path):
+    model = tiny_litevae()
+    how = ExportSettings(dtype=str(dtype)[6:], fold=fold)
+    export(model, tmp_path / "vae", settings=how)
+    x = torch.rand(2, 3, 16, 16, dtype=dtype) * 2 - 1
+    expected = LiteVAE.from_pretrained(tmp_path / "vae", dtype=dtype)(x)[0]
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    torch.testing.assert_close(expected.float(), model(x.float())[0], rtol=tolerance, atol=tolerance)
+    in_diffusers = AutoencoderLiteVAE.from_pretrained(tmp_path / "vae", torch_dtype=dtype)
+    assert torch.equal(in_diffusers(x).sample, expected)
+    in_diffusers.save_pretrained(tmp_path / "diffusers")
+    export(LiteVAE.from_pretrained(tmp_path / "diffusers"), tmp_path / "twice", settings=how)
+    for file in (WEIGHTS_NAME, "config.json"):
+        assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / "vae" / file).read_bytes()
+
+
+# diffusers
+def test_the_shapes_are_the_published_ones():
+    counts = {name: len(autoencoder_kl(**shape).state_dict()) for name, shape in SHAPES.items()}
+    assert counts == {"sd1": 248, "sdxl": 248, "sd3": 244, "flux": 244}
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), PER_CHANNEL], ids=[*SHAPES, "per channel"])
+def test_autoencoder_kl_there_and_back(shape, tmp_path):
+    before = autoencoder_kl(**shape)
+    export(ours(before), tmp_path / "vae", DIFFUSERS)
+    after, report = AutoencoderKL.from_pretrained(tmp_path / "vae", output_loading_info=True)
+    assert not any(report.values())
+    assert_equal(after.state_dict(), before.state_dict())
+    assert settings(after) == {**settings(before), "shift_factor": before.config.shift_factor or 0.0}
+    x = torch.rand(1, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        z = before.encode(x).latent_dist
+        assert torch.equal(after.encode(x).latent_dist.parameters, z.parameters)
+        assert torch.equal(after.decode(z.mode()).sample, before.decode(z.mode()).sample)
+    again = as_litevae(find_target(f"diffusers:{tmp_path / 'vae'}").load(), "vae")
+    assert again.for_diffusion == ours(before).for_diffusion
+    assert {"README.md", "config.json", WEIGHTS_NAME} <= {path.name for path in (tmp_path / "vae").iterdir()}
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["sd1", "sdxl", "flux"])
+def test_at_full_width(shape, tmp_path):
+    before = autoencoder_kl(WIDTHS, **SHAPES[shape])
+    assert not list(LDM.notes(ours(before)))
+    export(ours(before), tmp_path / "vae", DIFFUSERS)
+    assert_equal(AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict(), before.state_dict())
+    export(ours(before), tmp_path / "vae.safetensors", LDM)
+    written = load_file(tmp_path / "vae.safetensors")
+    quant = before.config.use_quant_conv
+    assert {n: tuple(t.shape) for n, t in written.items()} == published(WIDTHS, before.config.latent_channels, quant)
+    assert_equal(written, latent_diffusion_names(before))
+
+
+def test_fp16_weights_whose_activations_overflow_are_no_failure(tmp_path):
+    """As SDXL's: the weights fit, what fp16 computes of them does not, and the comparison is in float32."""
+    model = autoencoder_kl((32, 32), **SHAPES["sdxl"])
+    with torch.no_grad():
+        model.decoder.conv_in.weight *= 1e5
+        model.decoder.conv_in.bias *= 1e3
+    export(ours(model), tmp_path / "vae", DIFFUSERS, ExportSettings(dtype="float16"))
+
+
+@pytest.mark.parametrize("halves", [("encoder",), ("decoder",), ("encoder", "decoder")])
+def test_reflect_padding(halves, tmp_path):
+    """The weights give our outputs once the padding is set, and others at the borders before."""
+    plain = autoencoder_kl((32, 32))
+    model = reflecting(plain, *halves)
+    export(model, tmp_path / "vae", DIFFUSERS)
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = model(x)[0]
+        assert (theirs(x).sample - expected).abs().max() > 1e-3
+        for half in halves:
+            set_padding(getattr(theirs, half), "reflect")
+        torch.testing.assert_close(theirs(x).sample, expected, rtol=0, atol=1e-5)
+
+    card = (tmp_path / "vae" / "README.md").read_text()
+    assert f"| padding | reflect, in the {' and the '.join(halves)}; loaders have to set it" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER_OR_ID", str(tmp_path / "vae"))
+    names = {"images": x}
+    exec(code.replace(".sample()  #", ".mode()  #"), names)  # the card's own lines
+    torch.testing.assert_close(names["images"], expected, rtol=0, atol=1e-5)
+
+    export(model, tmp_path / "vae.safetensors", LDM)
+    assert_equal(load_file(tmp_path / "vae.safetensors"), latent_diffusion_names(plain))
+    for layout in (DIFFUSERS, LDM):
+        assert next(layout.notes(model)).startswith(f"padding: reflect in the {' and the '.join(halves)}, which")
+
+
+# ldm
+def published(widths: tuple[int, ...] = WIDTHS, n_z: int = 4, quant: bool = True) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of Stable Diffusion's VAE, typed from the layout of the published files."""
+    out: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, into: int, of: int, side: int = 3) -> None:
+        out[f"{name}.weight"], out[f"{name}.bias"] = (into, of, side, side), (into,)
+
+    def norm(name: str, width: int) -> None:
+        out[f"{name}.weight"] = out[f"{name}.bias"] = (width,)
+
+    def block(name: str, into: int, of: int) -> None:
+        norm(f"{name}.norm1", of)
+        conv(f"{name}.conv1", into, of)
+        norm(f"{name}.norm2", into)
+        conv(f"{name}.conv2", into, into)
+        if into != of:
+            conv(f"{name}.nin_shortcut", into, of, 1)
+
+    top, levels = widths[-1], len(widths)
+    for half in ("encoder", "decoder"):
+        conv(f"{half}.conv_in", *((widths[0], 3) if half == "encoder" else (top, n_z)))
+        for i in (1, 2):
+            block(f"{half}.mid.block_{i}", top, top)
+        norm(f"{half}.mid.attn_1.norm", top)
+        for part in ("q", "k", "v", "proj_out"):
+            conv(f"{half}.mid.attn_1.{part}", top, top, 1)
+        norm(f"{half}.norm_out", top if half == "encoder" else widths[0])
+        conv(f"{half}.conv_out", *((2 * n_z, top) if half == "encoder" else (3, widths[0])))
+    for i, j in product(range(levels), range(2)):
+        before = widths[max(i - 1, 0)]
+        block(f"encoder.down.{i}.block.{j}", widths[i], before if j == 0 else widths[i])
+    for i, j in product(range(levels), range(3)):  # level 0 is the image's size, and comes last
+        before = widths[min(i + 1, levels - 1)]
+        block(f"decoder.up.{i}.block.{j}", widths[i], before if j == 0 else widths[i])
+    for i in range(levels - 1):
+        conv(f"encoder.down.{i}.downsample.conv", widths[i], widths[i])
+        conv(f"decoder.up.{i + 1}.upsample.conv", widths[i + 1], widths[i + 1])
+    if quant:
+        conv("quant_conv", 2 * n_z, 2 * n_z, 1)
+        conv("post_quant_conv", n_z, n_z, 1)
+    return out
+
+
+def test_the_list_has_the_published_names():
+    """Some that anybody can look up in vae-ft-mse-840000-ema-pruned.safetensors, and their number."""
+    names = published()
+    assert len(names) == 248
+    assert names["encoder.down.0.block.0.norm1.weight"] == (128,)
+    assert names["encoder.down.1.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
+    assert names["encoder.mid.attn_1.q.weight"] == (512, 512, 1, 1)
+    assert names["decoder.up.0.block.0.nin_shortcut.weight"] == (128, 256, 1, 1)
+    assert names["decoder.up.3.upsample.conv.weight"] == (512, 512, 3, 3)
+    assert "decoder.up.0.upsample.conv.weight" not in names
+    assert names["quant_conv.weight"] == (8, 8, 1, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_names_bits_and_outputs(shape, tmp_path):
+    before = autoencoder_kl(**SHAPES[shape])
+    file = tmp_path / "vae.safetensors"
+    export(ours(before), file, LDM)
+    written = load_file(file)
+    channels, quant = before.config.latent_channels, before.config.use_quant_conv
+    assert {n: tuple(t.shape) for n, t in written.items()} == published((32, 64, 128, 128), channels, quant)
+    assert_equal(written, latent_diffusion_names(before))
+    after = as_litevae(find_target(file).load(), "vae")
+    assert_equal(after.state_dict(), ours(before).state_dict())
+    x = torch.rand(1, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        z = before.encode(x).latent_dist
+        assert torch.equal(after.moments(x), z.parameters)
+        assert torch.equal(after.decode(z.mode()), before.decode(z.mode()).sample)
+
+
+def test_diffusers_reads_the_file(tmp_path):
+    """Its single-file loader, with its own conversion of the names and the widths from a config."""
+    before = autoencoder_kl()
+    before.save_pretrained(tmp_path / "config")
+    export(ours(before), tmp_path / "vae.safetensors", LDM)
+    after = AutoencoderKL.from_single_file(str(tmp_path / "vae.safetensors"), config=str(tmp_path / "config"))
+    assert_equal(after.state_dict(), before.state_dict())
+
+
+def test_shapes_that_comfyui_does_not_build_are_noted():
+    note = "ComfyUI and A1111 build Stable Diffusion's widths only, not "
+    for shape, odd in (
+        ({"widths": (32, 64)}, [f"{note}block_out_channels [32, 64]"]),
+        ({"widths": (32,), "layers_per_block": 1}, [f"{note}block_out_channels [32], layers_per_block 1"]),
+    ):
+        assert list(LDM.notes(ours(autoencoder_kl(**shape)))) == odd
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "message"),
+    [
+        (LDM, {"norm_num_groups": 16}, "GroupNorm with 16 groups: latent-diffusion always has 32"),
+        (LDM, {"mid_block_add_attention": False}, "no attention in the middle: latent-diffusion always has it"),
+        (DIFFUSERS, None, "the encoder has num_res_blocks 2, the decoder 3: AutoencoderKL has the same in both"),
+        (COMFYUI, {}, "an AutoencoderKL: `format` ldm is what ComfyUI loads"),
+    ],
+)
+def test_what_a_format_can_not_express(layout, changes, message, tmp_path):
+    model = ours(autoencoder_kl((32, 32), **(changes or {})))
+    if changes is None:
+        model.decoder.node["params"]["num_res_blocks"] = 3
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / f"vae{layout.suffix}", layout)
+    assert not any(tmp_path.iterdir())
+
+
+# comfyui; its node is tested in tests/integrations/test_comfyui.py
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_litevae_a_file_a_target(fold, tmp_path):
+    model, file = tiny_litevae(), tmp_path / "vae.safetensors"
+    model.set_for_diffusion({"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4, "force_upcast": True})
+    export(model, file, COMFYUI, ExportSettings(fold=fold))
+    expected = (model.fold() if fold else model).state_dict()
+    assert_equal(load_file(file), {f"olvae.{name}": tensor for name, tensor in expected.items()})
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["config"])["folded"] == fold
+    (tmp_path / "config.json").write_text("{}")  # one that lies beside it does not count
+    found = find_target(file)
+    assert (found.name, found.config, found.run) == (str(file), {}, None)
+    for loaded in (found.load(), LiteVAE.from_pretrained(file)):
+        assert (loaded.for_diffusion, loaded.folded) == (model.for_diffusion, fold)
+        assert_equal(loaded.state_dict(), expected)
+    with pytest.warns(UserWarning, match=r"an export has one kind of weights"):
+        find_target(file, raw=True)
+    with pytest.raises(ValueError, match=r"encoder_config"):
+        find_target(file, config=tmp_path / "config.json")  # one that is named does
+
+
+def write_comfyui(model: LiteVAE, file: Path, /, **changes: object) -> None:
+    """As an export, with another config in the header."""
+    state = {f"olvae.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(state, file, metadata={"config": json.dumps({**model.export_config(), **changes})})
+
+
+HARMFUL = {"target": "os.system", "params": {"command": "touch harmed"}}
+
+
+def test_received_files_build_networks_of_ours_only(tmp_path):
+    write_comfyui(tiny_litevae(), tmp_path / "vae.safetensors", encoder_config=HARMFUL)
+    with pytest.raises(ValueError, match=r"os.system is not a network of this package: refused"):
+        find_target(tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize("in_run", [False, True])
+def test_a_training_config_in_a_header_does_not_count(tmp_path, in_run):
+    """Wherever the file lies: beside a run's config, that one counts."""
+    model, file = tiny_litevae(), tmp_path / "checkpoints" / "vae.safetensors"
+    file.parent.mkdir()
+    write_comfyui(model, file, model={"params": {**model.config, "encoder_config": HARMFUL}}, data=HARMFUL)
+    assert config_inside(file) is None
+    if in_run:
+        save({"model": {"params": model.config}}, tmp_path / "config.yaml")
+        assert locate(file).config == {"model": {"params": model.config}}
+    else:
+        with pytest.raises(ValueError, match=r"no config beside the weights"):
+            find_target(file)
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    """Of the weights, and of the config in the header."""
+    file = tmp_path / "vae.safetensors"
+    export(tiny_litevae(), file, COMFYUI)
+    whole, key = file.read_bytes(), b'scaling_factor\\": 0'
+    for where in (len(whole) - 5, whole.index(key) + len(key) - 1):
+        file.write_bytes(whole[:where] + bytes([whole[where] ^ 2]) + whole[where + 1 :])
+        with pytest.raises(ValueError, match=r"vae.safetensors: damaged: its SHA-256 is not the one in its header"):
+            LiteVAE.from_pretrained(file)

@@ -1,0 +1,143 @@
+"""What model cards say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from olvae import LiteVAE
+from olvae.export.exporting import export
+from olvae.export.layouts import LAYOUTS
+from olvae.export.model_card import Provenance, model_card
+from tests.conftest import tiny_config
+from tests.export.tiny import ours, tiny_litevae
+from tests.models.autoencoder_kl import PER_CHANNEL, autoencoder_kl
+
+
+@pytest.fixture
+def metrics(tmp_path) -> Path:
+    path = tmp_path / "metrics.json"
+    result = {"target": "a_run", "n": 22, "metrics": {"psnr": 24.6312, "ssim": 0.7}, "skipped": {"rfid": "why"}}
+    other = {"target": "bicubic", "n": 22, "metrics": {"ssim": 0.612}, "skipped": {}}
+    protocol = {"name": "open-litevae", "version": 1, "size": 64}
+    path.write_text(json.dumps({"protocol": protocol, "protocol_hash": "ab12", "results": [result, other]}))
+    return path
+
+
+def card_of(model: LiteVAE, provenance: Provenance, layout: str = "litevae") -> str:
+    return model_card(model, LAYOUTS[layout](), "vae", provenance, onnx=False)
+
+
+def test_the_model_card(metrics, tmp_path):
+    config = {
+        **tiny_config(),
+        "data": {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": {"root": "/home/me/cats"}},
+        "run": {"weights": "/home/me/runs/2026_a_32/checkpoints/last.ckpt"},
+    }
+    export(tiny_litevae(), tmp_path / "vae", None, None, Provenance("a_run", config, metrics, False, "mit", "measured"))
+    card = (tmp_path / "vae" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    for text in (
+        "license: mit\n",
+        "# vae\n",
+        "(3, H, W) to (4, H/8, W/8)",
+        "| scaling factor, shift factor | 0.9, -0.1 (measured)",
+        "| | images | PSNR, dB | SSIM |",
+        "| a_run | 22 | 24.63 | 0.7 |",
+        "| bicubic | 22 | - | 0.612 |",
+        "`open-litevae`, version 1, ab12",
+        "Precision: not measured: `olvae evaluate` compares fp16, bf16 and 32.",
+        "`olvae.data.mapped.picture_folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
+        "Weights: mit.",
+        "LiteVAE.from_pretrained(",
+    ):
+        assert text in card
+    assert "/home/me" not in card
+    assert (tmp_path / "vae" / "metrics.json").read_bytes() == metrics.read_bytes()
+
+    export(tiny_litevae().fold(), tmp_path / "bare", None, None, Provenance("x", raw=True))
+    card = (tmp_path / "bare" / "README.md").read_text()
+    for text in ("license: unknown", "Not measured", "not measured: `olvae latents`", "Unknown.", "Not stated;",
+                 "float32, as trained, self-modulated convolutions folded"):  # fmt: skip
+        assert text in card
+    assert not (tmp_path / "bare" / "metrics.json").exists()
+
+
+def measured(target: str, dtype: str, largest: float, first: str | None = None, lost: float | None = 0.0) -> dict:
+    precision = {
+        "dtype": dtype,
+        "largest": {},
+        "limit": 65504.0,
+        "largest_name": "decoder.conv_in",
+        "largest_value": largest,
+        "non_finite": {"images": int(first is not None), "values": int(first is not None), "first": first},
+        "psnr_lost": lost,
+        "safe": first is None and lost == 0.0,
+    }
+    return {"target": target, "n": 22, "metrics": {"psnr": 20.0}, "precision": precision}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (
+            [measured("a_run, fp16", "fp16", 812.0), measured("a_run, bf16", "bf16", 810.0)],
+            ", measured on 22 images of 64 px: fp16 and bf16 are safe (largest activation 812 at `decoder.conv_in`).",
+        ),
+        (
+            [measured("a_run, fp16", "fp16", 9.0, "encoder.x"), measured("a_run, bf16", "bf16", 7e4)],
+            ", measured on 22 images of 64 px: bf16 is safe (largest activation 7e+04 at `decoder.conv_in`); "
+            "fp16 overflows at `encoder.x`: use bf16 or float32.",
+        ),
+        (
+            [measured("a_run, bf16", "bf16", 9.0, lost=0.25)],
+            ", measured on 22 images of 64 px: bf16 changes PSNR by -0.25 dB: use float32.",
+        ),
+        (
+            [measured("other", "32", 1.0), measured("other, fp16", "fp16", 9.0)],
+            ": not measured: `olvae evaluate` compares fp16, bf16 and 32.",
+        ),
+    ],
+)
+def test_the_card_says_which_precisions_are_safe(tmp_path, metrics, rows, sentence):
+    content = json.loads(metrics.read_text())
+    content["results"] = [measured("a_run", "32", 812.0), *rows, measured("b", "32", 1.0)]
+    metrics.write_text(json.dumps(content))
+    assert f"\nPrecision{sentence}\n" in card_of(tiny_litevae(), Provenance("a_run", metrics=metrics))
+
+
+def test_the_card_of_stock_networks():
+    card = card_of(ours(autoencoder_kl((32, 32), **PER_CHANNEL)), Provenance("sd", factors_from="from sd"), "diffusers")
+    for text in (
+        "tags: [autoencoder, vae]\n",
+        "An autoencoder with the networks of diffusers' AutoencoderKL, f2 with 4 channels, made with open-LiteVAE.",
+        "| scaling factor | 1 (from sd); a diffusion model takes (z - latents_mean) * scaling / latents_std |",
+        "| latents_mean | 0.1, -0.2, 0.3, 0 |",
+        "| latents_std | 1.5, 0.5, 2, 1 |",
+        "AutoencoderKL.from_pretrained(",
+    ):
+        assert text in card
+    assert "padding" not in card
+    assert "shift factor" not in card
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        ("diffusers:stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse"),
+        ("diffusers:/home/me/sd-vae", "sd-vae"),
+        ("/home/me/vae.safetensors", "vae.safetensors"),
+    ],
+)
+def test_the_card_names_the_teacher(teacher, name):
+    config = {"model": {"params": {"teacher_config": {"params": {"autoencoder": teacher}}}}}
+    card = card_of(tiny_litevae(), Provenance("a_run", config))
+    assert f"| latents | distilled from {name}: latents are those of {name} |" in card
+    assert "AutoencoderLiteVAE.from_pretrained(" in card
+
+
+def test_files_that_are_no_metrics(metrics, tmp_path):
+    metrics.write_text("{}")
+    with pytest.raises(ValueError, match=r"not a metrics.json: KeyError"):
+        export(tiny_litevae(), tmp_path / "vae", provenance=Provenance("x", metrics=metrics))
+    assert not (tmp_path / "vae").exists()
