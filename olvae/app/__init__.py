@@ -1,3 +1,3 @@
-"""Autoencoders side by side in a browser (`olvae app`), here and as a Space of the Hugging Face hub.
+"""Compare autoencoders side by side in a browser (`olvae app`).
 
 Imports models and export; only its command imports it."""

@@ -1,6 +1,5 @@
 """``olvae app``."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,21 +7,12 @@ import typer
 from olvae.cli.evaluate import Targets
 from olvae.cli.options import Device, check_paths, loading
 
-__all__ = ["command"]
-
-
-HOST, PORT = "127.0.0.1", 7860
-
 
 def command(
     targets: Targets,
     device: Device = None,
-    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = HOST,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = PORT,
-    space: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Serve nothing: write a folder to push as a Space of the Hugging Face hub."),
-    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 7860,
 ) -> None:
     """Look at autoencoders in a browser: drop an image, compare reconstructions under a slider, error, latent, pixels.
 
@@ -39,16 +29,8 @@ def command(
     if find_spec("gradio") is None:
         raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'")
     check_paths(*targets)
-    if space is not None:
-        if device is not None or host != HOST or port != PORT:
-            raise ConfigError("--space serves nothing: leave out --device, --host and --port")
-        from olvae.app.space import write_space
-
-        write_space(targets, space)
-        typer.echo(f"written: {space}: push it to a Space of the hub, or run app.py in it", err=True)
-        return
     with loading():
-        from olvae.app.page import page
+        from olvae.app.gradio_page import page
         from olvae.devices import resolve_device
 
     blocks = page(targets, resolve_device(device))

@@ -5,9 +5,17 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, TargetArgument, check_paths, loading
-
-__all__ = ["command"]
+from olvae.cli.options import (
+    AllowMismatch,
+    ConfigFile,
+    Device,
+    ProgressBar,
+    Raw,
+    TargetArgument,
+    check_paths,
+    in_flags,
+    loading,
+)
 
 
 def command(
@@ -20,7 +28,7 @@ def command(
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     device: Device = None,
-    precision: Annotated[str, typer.Option(help="32, 16 or bf16.")] = "32",
+    precision: Annotated[str, typer.Option(help="32, bf16 or fp16.")] = "32",
     tile: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Side of the decoder's tiles in latent positions; else from --memory."),
@@ -56,8 +64,8 @@ def command(
     with loading():
         import torch
 
-        from olvae.devices import resolve_device, resolve_precision
-        from olvae.export.reconstruct import ReconstructOptions, collect_images, name_outputs, reconstruct_file
+        from olvae.devices import precision_name, resolve_device, resolve_precision
+        from olvae.export.reconstruction import ReconstructOptions, collect_images, name_outputs, reconstruct_files
         from olvae.files import check_folder, legible
         from olvae.models.large.tiling import GIB, default_memory
         from olvae.models.loading.targets import find_target
@@ -68,37 +76,12 @@ def command(
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     pictures = collect_images(images, out)
     model = found.load().to(where).fold()
-    if tile is not None and model.receptive_field is None:
-        name = type(getattr(model, "decoder", model)).__name__
-        raise ConfigError(f"--tile {tile}: {name} sees the whole latent at every position: leave --tile out")
-    channels = model.in_channels
-    outputs = name_outputs(pictures, out, ".png" if channels in (1, 3, 4) else ".npy")
+    outputs = name_outputs(pictures, out, model.in_channels)
     budget = default_memory(where) if memory is None else int(memory * GIB)
-    options = ReconstructOptions(
-        where,
-        budget,
-        tile,
-        (seed or 0) if sample else None,
-        {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision],
-    )
-
-    failed = 0
+    options = ReconstructOptions(where, budget, tile, (seed or 0) if sample else None, precision_name(precision))
     with ProgressBar("reconstructing", len(outputs)) as bar:
-
-        def show(fraction: float) -> None:
-            bar.set(number + fraction)
-
-        for number, (source, result) in enumerate(outputs.items()):
-            try:
-                value = reconstruct_file(model, source, result, options, show)
-            except ValueError as error:
-                failed += 1
-                bar.print(f"error: {error}")
-            else:
-                bar.print(legible(f"{value:6.2f} dB  {source} -> {result}"))
-            bar.set(number + 1)
-    done = len(outputs) - failed
+        done = reconstruct_files(model, outputs, options, lambda line: bar.print(in_flags(legible(line))), bar.set)
     if done:
         typer.echo(f"{done} of {len(outputs)} reconstructed by {found.name}: {out}", err=True)
-    if failed:
+    if done < len(outputs):
         raise typer.Exit(1)

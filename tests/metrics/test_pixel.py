@@ -9,7 +9,7 @@ from olvae.metrics.ssim import ssim
 
 @pytest.fixture
 def pair():
-    x = torch.randint(0, 256, (3, 3, 40, 33), dtype=torch.uint8)
+    x = torch.randint(0, 256, (3, 3, 70, 33), dtype=torch.uint8)
     noise = torch.randint(-40, 40, x.shape)
     return x, (x.int() + noise).clamp(0, 255).to(torch.uint8)
 

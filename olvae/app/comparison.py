@@ -1,4 +1,4 @@
-"""What the page shows of an image: every model's reconstruction, error, latent, numbers. Knows nothing of browsers."""
+"""Compare autoencoders on one image: reconstruction, error, latent, PSNR, SSIM and time of each."""
 
 import math
 import time
@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from olvae.data.image import Photo, image_to_tensor
-from olvae.export.reconstruct import ReconstructOptions, psnr_by_rows, reconstruct
+from olvae.export.reconstruction import ReconstructOptions, reconstruct
 from olvae.figures import error_map
+from olvae.metrics.pixel import psnr
 from olvae.metrics.ssim import SSIM_WINDOW, ssim
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import default_memory
 from olvae.models.loading.targets import Target
 
-__all__ = ["LARGEST", "Result", "compare", "crop_around", "enlarged", "latent_pictures", "load", "read_image"]
+MAX_PIXELS = 4_000_000
+"""Limit of an image on the page; one thread reconstructs it in about a minute."""
 
-LARGEST = 4_000_000
-"""Pixels of an image, which one thread reconstructs in about a minute; `olvae reconstruct` takes any number."""
-
-ENLARGED = 256
-"""Pixels of the longer side that small pictures have at least on the page."""
+SHOWN_SIDE = 256
+"""Pixels that the longer side of a picture has at least on the page."""
 
 
 class Result(NamedTuple):
@@ -47,7 +46,7 @@ class Result(NamedTuple):
 
 
 def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
-    """Models by name, ready to reconstruct.
+    """Load models by name, folded for inference.
 
     Raises:
         ValueError: they take images of different channels.
@@ -62,16 +61,16 @@ def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
 
 
 def read_image(path: str | Path, channels: int) -> Tensor:
-    """uint8 (C, H, W).
+    """Read an image as uint8 (C, H, W).
 
     Raises:
-        ValueError: it is no image, or too large for this page.
+        ValueError: it is no image, or has more than :data:`MAX_PIXELS`.
     """
     photo = Photo(Path(path), Path(path).name, channels)
     width, height = photo.size  # the header's: nothing is decoded yet
-    if width * height > LARGEST:
+    if width * height > MAX_PIXELS:
         raise ValueError(
-            f"{width}x{height} pixels are too many for this page, which takes {LARGEST / 1e6:.0f} million: "
+            f"{width}x{height} pixels are too many for this page, which takes {MAX_PIXELS / 1e6:.0f} million: "
             "olvae reconstruct takes any size"
         )
     return image_to_tensor(photo.read())
@@ -87,10 +86,9 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
     options = ReconstructOptions(where, default_memory(where))
     found = {}
     for name, model in models.items():
-        latents: list[Tensor] = []
         start = time.perf_counter()
         try:
-            y = reconstruct(model, x, options, on_latent=latents.append)
+            y, z = reconstruct(model, x, options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         seconds = time.perf_counter() - start
@@ -98,8 +96,8 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
         found[name] = Result(
             y,
             error_map(x[None], y[None])[0],
-            latents[0][0].float().cpu(),
-            psnr_by_rows(x, y),
+            z[0].float().cpu(),
+            psnr(x[None], y[None]).item(),
             ssim(x[None], y[None]).item() if large_enough else None,
             seconds,
         )
@@ -107,7 +105,7 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
 
 
 def latent_pictures(latent: Tensor) -> Tensor:
-    """The channels of a latent (n_z, h, w) as grey pictures, uint8 (n_z, 1, H, W), enlarged position by position.
+    """Show the channels of a latent (n_z, h, w) as enlarged grey pictures, uint8 (n_z, 1, H, W).
 
     Black and white are the smallest and the largest value of each channel, and a constant channel is black.
     """
@@ -117,13 +115,13 @@ def latent_pictures(latent: Tensor) -> Tensor:
 
 
 def enlarged(image: Tensor) -> Tensor:
-    """Small pictures, uint8 (..., H, W), by a whole factor, pixel by pixel: scaling in a browser would blur them."""
-    factor = math.ceil(ENLARGED / max(image.shape[-2:]))
+    """Enlarge small pictures, uint8 (..., H, W), pixel by pixel: scaling in a browser would blur them."""
+    factor = math.ceil(SHOWN_SIDE / max(image.shape[-2:]))
     return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def crop_around(image: Tensor, place: tuple[int, int], side: int) -> Tensor:
-    """The square of ``side`` pixels, or what there is of it, whose centre is nearest to ``place`` (x, y)."""
+    """Crop a square of ``side`` pixels at most, with its centre as near to ``place`` (x, y) as fits the image."""
     height, width = image.shape[-2:]
     left, top = (
         min(max(at - side // 2, 0), max(length - side, 0)) for at, length in zip(place, (width, height), strict=True)

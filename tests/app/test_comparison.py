@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from olvae import LiteVAE
-from olvae.app.compare import LARGEST, compare, crop_around, enlarged, latent_pictures, load, read_image
+from olvae.app.comparison import MAX_PIXELS, compare, crop_around, enlarged, latent_pictures, load, read_image
 from olvae.data.image import from_uint8, to_uint8
 from olvae.metrics.pixel import psnr
 from olvae.metrics.ssim import ssim
@@ -59,7 +59,7 @@ def test_images_that_are_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
         read_image(tmp_path / "broken.png", 3)
-    Image.new("RGB", (LARGEST // 1000, 1001)).save(tmp_path / "large.png")
+    Image.new("RGB", (MAX_PIXELS // 1000, 1001)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match=r"^4000x1001 pixels are too many for this page, which takes 4 million"):
         read_image(tmp_path / "large.png", 3)
     Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")

@@ -1,4 +1,4 @@
-"""The page: an image is dropped, and every model's reconstruction is looked at from near and far."""
+"""Serve a Gradio page that compares the reconstructions of a dropped image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,23 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olvae.app.compare import Result, compare, crop_around, enlarged, latent_pictures, load, read_image
+from olvae.app.comparison import Result, compare, crop_around, enlarged, latent_pictures, load, read_image
 from olvae.data.mapped.dataset import HELD_OUT
 from olvae.figures import rgb
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target, name_apart
 
-__all__ = ["build", "page"]
-
 COLUMNS = ("model", "latent", "PSNR, dB", "SSIM", "seconds")
 
-SIDES = (16, 32, 64, 128)
-"""Pixels of the detail's side."""
+DETAIL_SIDES = (16, 32, 64, 128)
+"""Pixels along a side of the enlarged detail."""
 
 GALLERY: Mapping[str, Any] = {"format": "png", "object_fit": "contain", "height": "max-content"}
 
-KEPT_S = 3600
-"""Seconds for which a visitor's pictures are kept."""
+DELETE_AFTER_S = 3600
+"""Seconds after which a visitor's pictures are deleted."""
 
 Picture = NDArray[np.uint8]
 
@@ -33,14 +31,14 @@ Captioned = tuple[Picture, str]
 
 
 class Shown(NamedTuple):
-    """What a visitor's page is about: an image and what the models made of it."""
+    """A visitor's image, and the models' results."""
 
     x: Tensor
     results: Mapping[str, Result]
 
 
 def page(targets: Sequence[str], device: str = "cpu") -> gr.Blocks:
-    """The page of these TARGETs: any that the commands take. Loads them.
+    """Load TARGETs, and build their page.
 
     Raises:
         ConfigError, OSError, ValueError: a target can't be found or loaded.
@@ -49,7 +47,7 @@ def page(targets: Sequence[str], device: str = "cpu") -> gr.Blocks:
 
 
 def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
-    """The page of loaded models, by name."""
+    """Build the page of loaded models, by name."""
     names, channels = list(models), next(iter(models.values())).in_channels
 
     def look(path: str | None, name: str, side: int) -> tuple[Any, ...]:
@@ -82,9 +80,11 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
     def pointed(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
         return detail(shown, side, (int(event.index[0]), int(event.index[1])))
 
-    with gr.Blocks(title="open-LiteVAE", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as blocks:
+    with gr.Blocks(
+        title="open-LiteVAE", analytics_enabled=False, delete_cache=(DELETE_AFTER_S, DELETE_AFTER_S)
+    ) as blocks:
         gr.Markdown("# What an autoencoder keeps of an image")
-        state = gr.State(time_to_live=KEPT_S)
+        state = gr.State(time_to_live=DELETE_AFTER_S)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label="Drop an image", type="filepath", elem_id="file")
@@ -103,7 +103,7 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
             latent = gr.Gallery(label="Latent channels", elem_id="latent", columns=4, **GALLERY)
         with gr.Tab("Pixels", render_children=True):
             gr.Markdown("Click on the original: beside it is that place with every model, pixel by pixel.")
-            side = gr.Radio(list(SIDES), value=SIDES[2], label="Pixels along a side")
+            side = gr.Radio(list(DETAIL_SIDES), value=DETAIL_SIDES[2], label="Pixels along a side")
             with gr.Row():
                 whole = gr.Image(label="Original", interactive=False, format="png", elem_id="whole")
                 near = gr.Gallery(label="Detail", elem_id="detail", columns=2, **GALLERY)
