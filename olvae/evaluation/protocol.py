@@ -9,8 +9,6 @@ from typing import Any, Literal
 from olvae.config import ConfigError
 from olvae.data.transforms import EvalTransform
 
-__all__ = ["PROTOCOLS", "Protocol", "named"]
-
 PSNR = {
     "per image": "mean over images of 10 log10(255^2 / MSE), MSE over all values of an image",
     "pooled": "10 log10(255^2 / MSE), MSE over all values of all images",
@@ -115,5 +113,5 @@ def named(name: str, **choices: Any) -> Protocol:
         ConfigError: there is no preset of this name.
     """
     if name not in PROTOCOLS:
-        raise ConfigError(f"--protocol {name}: choose from {', '.join(PROTOCOLS)}")
+        raise ConfigError(f"`protocol` {name}: choose from {', '.join(PROTOCOLS)}")
     return replace(PROTOCOLS[name], **{key: value for key, value in choices.items() if value is not None})

@@ -1,4 +1,4 @@
-"""What an evaluation found: one object that the tables, the page and metrics.json are made from, and read back to."""
+"""Hold an evaluation's results: one object behind the tables, the page and metrics.json, and read back from it."""
 
 import json
 import math
@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from olvae.data.source import FEW
-from olvae.evaluation.cross import LatentError
-from olvae.evaluation.precision import Precision
 from olvae.evaluation.roundtrip import Cost
 from olvae.evaluation.statistics import Difference
 from olvae.files import write_json
 from olvae.metrics.registry import METRICS
 
-__all__ = ["INFINITE", "Results", "Row", "used_weights"]
-
 INFINITE = "infinite: an image is equal to its reconstruction to the pixel"
 """Where a metric is infinite, metrics.json has this under ``skipped``: JSON has no infinity."""
+
+FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")
+"""Keys of a row of metrics.json; the others are observers' entries."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known about one target.
+    """All that is known about one target.
 
     Args:
         target: its name.
@@ -33,10 +32,7 @@ class Row:
         intervals: by metric, the ends of the 95 % bootstrap interval over images.
         details: by metric, what its value depends on: weights, subsets, a warning.
         cost: parameters, operations, speed and memory.
-        bands: the error per wavelet band, :meth:`olvae.evaluation.bands.BandErrors.compute`.
-        test_patterns: :meth:`olvae.evaluation.artefacts.Artefacts.as_dict`.
-        latents: the error of its latents against those of the first target; only of a student.
-        precision: the largest activations; only if several precisions were asked for.
+        observed: the observers' entries by name, as JSON has them.
         baseline: no target, but what targets are compared with: bicubic resampling, an untrained model.
         per_image: by metric, the values by key; not in metrics.json.
         differences: by metric, the value minus the first row's, on the same images; not in metrics.json.
@@ -49,10 +45,7 @@ class Row:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cost: Cost | None = None
-    bands: Mapping[str, Mapping[str, float | None]] | None = None
-    test_patterns: Mapping[str, Any] | None = None
-    latents: LatentError | None = None
-    precision: Precision | None = None
+    observed: Mapping[str, Any] = field(default_factory=dict)
     baseline: bool = False
     per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
@@ -60,7 +53,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """The row of metrics.json."""
         infinite = {name: INFINITE for name, value in self.metrics.items() if math.isinf(value)}
-        row: dict[str, Any] = {
+        return {
             "target": self.target,
             "n": self.n,
             "metrics": {name: value for name, value in self.metrics.items() if name not in infinite},
@@ -68,15 +61,9 @@ class Row:
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "details": {name: details for name, details in self.details.items() if details},
             "cost": asdict(self.cost) if self.cost else None,
+            **self.observed,
+            **({"baseline": True} if self.baseline else {}),
         }
-        extras = {
-            "bands": self.bands,
-            "test_patterns": self.test_patterns,
-            "latents": asdict(self.latents) if self.latents else None,
-            "precision": asdict(self.precision) if self.precision else None,
-            "baseline": self.baseline or None,
-        }
-        return row | {name: extra for name, extra in extras.items() if extra is not None}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "Row":
@@ -97,10 +84,7 @@ class Row:
             {str(name): (float(low), float(high)) for name, (low, high) in (row.get("intervals") or {}).items()},
             {str(name): dict(details) for name, details in row.get("details", {}).items()},
             Cost(**row["cost"]) if row.get("cost") else None,
-            row.get("bands"),
-            row.get("test_patterns"),
-            LatentError(**row["latents"]) if row.get("latents") else None,
-            Precision.from_dict(row["precision"]) if row.get("precision") else None,
+            {name: entry for name, entry in row.items() if name not in FIXED},
             bool(row.get("baseline")),
         )
 
@@ -173,7 +157,7 @@ class Results:
             if not mix:
                 raise ValueError(
                     f"has results of {what}, which are not comparable with these; to show them in one table "
-                    "anyway, add --mix-protocols"
+                    "anyway, set `mix_protocols`"
                 )
             mark = f" [{what}]"
         taken = {row.target for row in self.table}

@@ -1,29 +1,30 @@
-"""From images to reconstructions: by an autoencoder, under a protocol's choices and with its cost; or by bicubic."""
+"""Reconstruct images with an autoencoder under a protocol's choices, and measure what that costs."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from olvae.data.image import Bands, from_uint8, image_to_tensor, tensor_to_picture, to_uint8
+from olvae.data.image import from_uint8, to_uint8
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.distributions import keyed_generator
 from olvae.modules.precision import full_float32
 
-__all__ = ["AutoencoderRoundTrip", "Cost", "Direction", "Meter", "OneWay", "RoundTrip", "bicubic_round_trip"]
 
-RoundTrip = Callable[[Sequence[str], Tensor], Tensor]
-"""From keys and images, uint8 (B, C, H, W) on the CPU, to reconstructions of the same kind."""
+class Reconstructed(NamedTuple):
+    """The posterior's means, (B, n_z, H/f, W/f) on the device, and images, uint8 (B, C, H, W) on the CPU."""
+
+    latents: Tensor
+    images: Tensor
 
 
-class AutoencoderRoundTrip:
-    """Encodes and decodes in float32; clamps and rounds to uint8.
+class RoundTrip:
+    """Encode and decode in float32; clamp and round to uint8.
 
     Args:
         model: in evaluation mode.
@@ -40,12 +41,10 @@ class AutoencoderRoundTrip:
         self.seed = seed
         self.name = name
         self.meter = Meter(device)
-        self.on_latents: Callable[[Sequence[str], Tensor], None] | None = None
-        """Gets the keys and the posterior's means, (B, n_z, H/f, W/f), of every batch."""
 
     @torch.inference_mode()
-    def __call__(self, keys: Sequence[str], x: Tensor) -> Tensor:
-        """uint8 to uint8.
+    def __call__(self, keys: Sequence[str], x: Tensor) -> Reconstructed:
+        """Reconstruct images, uint8 (B, C, H, W).
 
         Raises:
             ArithmeticError: a reconstruction is not finite, which uint8 would hide.
@@ -59,33 +58,14 @@ class AutoencoderRoundTrip:
                 noise = [torch.randn(z.shape[1:], generator=generator) for generator in generators]
                 z = z + posterior.std * torch.stack(noise).to(z)
             y = self.meter.run("decode", len(images), lambda: self.model.decode(z))
-        if self.on_latents is not None:
-            self.on_latents(keys, posterior.mean)
-        return to_uint8(self.finite(keys, y)).cpu()
-
-    def finite(self, keys: Sequence[str], y: Tensor) -> Tensor:
-        """The reconstructions of a batch, float (B, C, H, W), if all are finite; ArithmeticError if not."""
         finite = y.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")
-        return y
+        return Reconstructed(posterior.mean, to_uint8(y).cpu())
 
     def cost(self, size: int) -> "Cost":
         """What images of ``size`` pixels cost, as counted and as measured so far."""
         return self.meter.cost(self.model, size)
-
-
-def bicubic_round_trip(factor: int) -> RoundTrip:
-    """Shrinks images by ``factor`` and enlarges them again, both with Pillow's antialiased bicubic."""
-
-    def reconstruct(keys: Sequence[str], x: Tensor) -> Tensor:  # noqa: ARG001  (the same for every key)
-        return torch.stack([image_to_tensor(round_trip(tensor_to_picture(image))) for image in x])
-
-    def round_trip(image: Bands) -> Bands:
-        small = image.resize((image.width // factor, image.height // factor), Image.Resampling.BICUBIC)
-        return small.resize(image.size, Image.Resampling.BICUBIC)
-
-    return reconstruct
 
 
 @dataclass(frozen=True)

@@ -1,66 +1,34 @@
 """``evaluate``: from a request (targets, images, protocols) to results."""
 
+import copy
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
-from olvae.data.source import Batch, Source
+from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
-from olvae.evaluation.artefacts import Artefacts, Watched, find_artefacts, pattern_size
-from olvae.evaluation.bands import BandErrors
-from olvae.evaluation.cross import Crossed, LatentErrors, crossed
-from olvae.evaluation.gallery import Gallery
-from olvae.evaluation.precision import (
-    FULL,
-    Activations,
-    InPrecision,
-    PrecisionRoundTrip,
-    in_precisions,
-    judged,
-    parse_precisions,
-)
+from olvae.evaluation.observers.observer import Conditions, Observer, Progress, Seen, Subject, no_progress
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.results import Results, Row
-from olvae.evaluation.roundtrip import AutoencoderRoundTrip, Cost, RoundTrip, bicubic_round_trip
+from olvae.evaluation.results import FIXED, Results, Row
+from olvae.evaluation.roundtrip import RoundTrip
 from olvae.evaluation.statistics import confidence, difference, mean, pooled_psnr
-from olvae.metrics.metric import MetricSet, Unavailable
+from olvae.metrics.metric import MetricSet
 from olvae.metrics.registry import METRICS, build_metrics
-from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import Target
-
-__all__ = [
-    "DEFAULT_METRICS",
-    "UNTRAINED",
-    "Evaluated",
-    "Observer",
-    "Request",
-    "evaluate",
-    "fingerprint",
-    "measure",
-    "observe",
-    "rows_under",
-]
 
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
 
-UNTRAINED = "untrained"
-"""A baseline's name, which no target may have."""
-
-RANKED_BY_LPIPS = 32
-"""From this many pixels a side on, galleries are ranked by LPIPS; below, by PSNR."""
-
 T = TypeVar("T")
 
-Key = tuple[str, int | None]
-"""A target's name, and the seed of its samples: None for the posterior's mode, and for baselines."""
+Key = tuple[str, int]
+"""A subject's name, and the number of the way to draw latents; baselines have only 0."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +45,7 @@ class Request:
         batch_size: by default the config's, otherwise 8.
         weights_dir: a folder of pretrained networks, searched first.
         device: in torch's notation.
-        baselines: add bicubic by the first target's factor, and the first target untrained.
-        test_patterns: reconstruct test patterns as well.
-        cross: of the two targets, teacher and student, also evaluate each encoder with the other's decoder, and compare
-            the student's latents with the teacher's.
-        precisions: 32 first, then fp16, bf16: :func:`~olvae.evaluation.precision.parse_precisions`. With several, each
-            target has a row for each, and activations are measured.
+        observers: what to look at besides, and what to derive further rows; in the order of the page.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -97,49 +60,40 @@ class Request:
     batch_size: int | None = None
     weights_dir: Path | None = None
     device: str = "cpu"
-    baselines: bool = False
-    test_patterns: bool = True
-    cross: bool = False
-    precisions: Sequence[str] = (FULL,)
+    observers: Sequence[Observer] = ()
 
     def __post_init__(self) -> None:
-        if self.cross and len(self.targets) != 2:
-            raise ConfigError(f"--cross takes two targets, TEACHER STUDENT, and got {len(self.targets)}")
-        if tuple(self.precisions) != parse_precisions(",".join(self.precisions)):
-            raise ConfigError(f"precisions {', '.join(self.precisions)}: {FULL} comes first, and each once")
-        if self.cross and len(self.precisions) > 1:
-            raise ConfigError("--cross and --precision are two evaluations: leave one of them out")
-        if len(self.precisions) > 1 and "psnr" not in self.metrics:
-            raise ConfigError("--precision is judged by PSNR: add psnr to --metrics")
+        targets = [target.name for target in self.targets]
+        lines = [line for o in self.observers for line in o.conflicts(targets, self.metrics, self.observers)]
+        names = [observer.name for observer in self.observers if observer.name]
+        lines += [
+            f"`observe`: two entries of metrics.json would be called {name}"
+            for name in dict.fromkeys(names)
+            if name in FIXED or names.count(name) > 1
+        ]
+        if lines:
+            raise ConfigError(*lines)
 
     @property
     def config(self) -> Config:
         return self.targets[0].config
 
+    @property
+    def batch(self) -> int:
+        """Images per batch."""
+        return self.batch_size or (self.config.get("data") or {}).get("params", {}).get("batch_size") or 8
+
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The results under one protocol, and what the page shows besides, by target: galleries and test patterns.
-
-    Protocols of one pass share the pictures. Galleries are ranked by the metric ``ranked_by``.
-    """
+    """The results under one protocol, and the observers that show more of them; protocols of one pass share those."""
 
     results: Results
-    galleries: Mapping[str, Gallery]
-    ranked_by: str
-    test_patterns: Mapping[str, Artefacts]
+    observers: Sequence[Observer] = ()
 
 
-def evaluate(
-    request: Request,
-    watched: Watched = lambda batches, _: batches,
-    watched_patterns: Watched = lambda batches, _: batches,
-) -> list[Evaluated] | None:
+def evaluate(request: Request, progress: Progress = no_progress) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
-
-    Args:
-        watched: wraps the batches of a pass, to show progress.
-        watched_patterns: wraps the batches of each target's test patterns, in the first process.
 
     Returns:
         One result per protocol, in the first process; None in the others.
@@ -148,143 +102,83 @@ def evaluate(
         ConfigError: the request's parts do not fit together.
         FileNotFoundError, ValueError: images or weights are missing or unreadable.
     """
-    models: dict[str, Autoencoder] = {target.name: target.load() for target in request.targets}
-    if request.cross:
-        models = crossed(models)
-    elif len(request.precisions) > 1:
-        models = in_precisions(models, request.precisions)
+    observers = copy.deepcopy(list(request.observers))
+    subjects = {target.name: Subject(target.load()) for target in request.targets}
+    for observer in observers:
+        subjects = observer.derive(subjects)
     passes: dict[tuple[str, str], list[Protocol]] = {}
     for protocol in request.protocols:
         passes.setdefault((protocol.resize, protocol.resample), []).append(protocol)
-    done = [_one_pass(request, protocols, models, watched, watched_patterns) for protocols in passes.values()]
+    done = [_one_pass(request, protocols, subjects, observers, progress) for protocols in passes.values()]
     return [evaluated for part in done if part is not None for evaluated in part] or None
 
 
 def _one_pass(
     request: Request,
     protocols: Sequence[Protocol],
-    models: Mapping[str, Autoencoder],
-    watched: Watched,
-    watched_patterns: Watched,
+    subjects: Mapping[str, Subject],
+    observers: Sequence[Observer],
+    progress: Progress,
 ) -> list[Evaluated] | None:
     """Results under protocols that prepare images alike; None in every process but the first."""
-    # The images.
-    source = _source(request, next(iter(models.values())).in_channels)
+    source = _open(request, protocols[0], next(iter(subjects.values())).model.in_channels)
     protocols = [replace(protocol, size=source.size, crops=source.crops) for protocol in protocols]
-    source.eval_transform = protocols[0].transform
-    if request.images is not None:
-        source.limit(request.images)
-    _check(models, source.size)
-    batch_size = request.batch_size or (request.config.get("data") or {}).get("params", {}).get("batch_size") or 8
-    loader = source.test_loader(batch_size)
+    _check(subjects, source.size)
+    loader = source.test_loader(request.batch)
+    observers = copy.deepcopy(observers)
 
-    # Metrics in all the variants that the protocols use; round trips for all their ways to draw a latent.
-    variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
-    make, missing = build_metrics(variants, request.weights_dir, request.device)
+    # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
     seeds = list(dict.fromkeys(map(_seed, protocols)))
-    trips = _round_trips(request, models, seeds)
-    names = list(dict.fromkeys(name for name, _ in trips))
-
-    # One pass over the images. Galleries and bands are those of the first protocol.
-    lpips = source.size >= RANKED_BY_LPIPS and source.channels == 3
-    rankings = [n for n in ("lpips", "psnr") if n in variants and n not in missing and (lpips or n != "lpips")]
-    ranked_by = rankings[0] if rankings else None
-    shown = {_key(trips, name, seeds[0]) for name in names}
-    observers = {key: Observer(make(), key in shown, ranked_by if key[0] != UNTRAINED else None) for key in trips}
-    for key, trip in trips.items():
-        if isinstance(trip, PrecisionRoundTrip):
-            observers[key].activations = trip.activations
-    if request.cross:
-        teacher, student = (target.name for target in request.targets)
-        errors = observers[student, seeds[0]].latents = LatentErrors(teacher)
-        for name, take in ((teacher, errors.teacher), (student, errors.student)):
-            trip = trips[name, seeds[0]]
-            assert isinstance(trip, AutoencoderRoundTrip)
-            trip.on_latents = take
-    digests = observe(trips, observers, watched(loader, source.val_images))
-    if this_process()[1] > 1:
-        loader.read_errors.share()
-    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
-    if digests is None or parts is None:
+    trips = _round_trips(subjects, seeds, request.device)
+    variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
+    make, _ = build_metrics(variants, request.weights_dir, request.device)
+    metrics = {key: make() for key in trips}
+    batches = progress("evaluating")(loader, source.val_images)
+    digests = observe(batches, subjects, trips, metrics, observers)
+    about = _describe_images(request, source, loader)
+    if digests is None or about is None:
         return None
 
     # The numbers: for every way to draw a latent, then for every protocol.
-    n = len(digests)
-    costs: dict[str, Cost] = {}
-    patterns: dict[str, Artefacts] = {}
-    side = pattern_size((model.downscale for model in models.values()), source.size)
-    for name, model in models.items():
-        trip = trips[name, seeds[0]]
-        assert isinstance(trip, AutoencoderRoundTrip)
-        costs[name] = trip.cost(source.size)
-        if isinstance(model, Crossed):
-            encoder, decoder = (_of(half, models, costs) for half in (model.encoder_of, model.decoder_of))
-            costs[name] = replace(
-                costs[name],
-                parameters=model.used_parameters(),
-                encode_images_per_s=encoder.encode_images_per_s,  # the same half has one speed in all rows
-                decode_images_per_s=decoder.decode_images_per_s,
-            )
-        if request.test_patterns and not (isinstance(model, InPrecision) and model.precision != FULL):
-            patterns[name] = find_artefacts(model, side, request.device, batch_size, watched_patterns)
-    bands = {name: observer.bands.compute() for (name, _), observer in observers.items() if observer.bands}
-    latents = {name: observer.latents.compute() for (name, _), observer in observers.items() if observer.latents}
-    precisions = {name: model.precision for name, model in models.items() if isinstance(model, InPrecision)}
-    measured = {
-        (name, seed): replace(
-            measure(name, observer.metrics, n),
-            cost=costs.get(name),
-            bands=bands.get(name),
-            test_patterns=patterns[name].as_dict() if name in patterns else None,
-            latents=latents.get(name),
-            precision=observer.activations.compute(precisions[name]) if observer.activations else None,
-            baseline=name not in models,
-        )
-        for (name, seed), observer in observers.items()
-    }
-    about = {
-        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
-        "n": n,
-        "sha256": fingerprint(digests),
-        "unreadable": len({place for _, places, _ in parts for place in places}),
-        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
-        "enlarged": sum(enlarged for _, _, enlarged in parts),
-    }
-    galleries = {name: observer.gallery for (name, _), observer in observers.items() if observer.gallery}
+    conditions = Conditions(source.size, request.device, request.batch, progress)
+    for observer in observers:
+        observer.examine(subjects, conditions)
+    about = {"source": about["source"], "n": len(digests), "sha256": fingerprint(digests), **about}
+    rows = _measured(subjects, trips, metrics, observers, len(digests), source.size)
     evaluated = []
     for protocol in protocols:
-        keys = [_key(measured, name, _seed(protocol)) for name in names]
-        complete = replace(protocol, n=n)
-        rows = _judged(rows_under(complete, [measured[key] for key in keys], request.metrics))
-        results = Results(complete.as_dict(), complete.hash(), about, rows)
-        evaluated.append(Evaluated(results, galleries, ranked_by or "psnr", patterns))
+        complete = replace(protocol, n=len(digests))
+        draw = seeds.index(_seed(protocol))
+        found = rows_under(complete, [rows.get((name, draw), rows[name, 0]) for name in subjects], request.metrics)
+        for observer in observers:
+            found = observer.complete(found)
+        evaluated.append(Evaluated(Results(complete.as_dict(), complete.hash(), about, found), observers))
     return evaluated
 
 
-def _of(model: Autoencoder, models: Mapping[str, Autoencoder], costs: Mapping[str, Cost]) -> Cost:
-    return next(costs[name] for name, other in models.items() if other is model)
-
-
-def _source(request: Request, channels: int) -> Source:
+def _open(request: Request, protocol: Protocol, channels: int) -> Source:
     try:
-        return open_test_source(request.config, request.data, request.size, channels)
+        source = open_test_source(request.config, request.data, request.size, channels)
     except FileNotFoundError as error:
         if request.data is not None:
             raise
-        raise FileNotFoundError(f"{error}; the config takes its images there: --data SRC names others") from error
+        raise FileNotFoundError(f"{error}; the config takes its images there: set `data` to others") from error
+    source.eval_transform = replace(protocol, size=source.size).transform
+    if request.images is not None:
+        source.limit(request.images)
+    return source
 
 
-def _check(models: Mapping[str, Autoencoder], size: int) -> None:
-    channels = {model.in_channels for model in models.values()}
+def _check(subjects: Mapping[str, Subject], size: int) -> None:
+    channels = {subject.model.in_channels for subject in subjects.values()}
     if len(channels) > 1:
         counts = " and ".join(map(str, sorted(channels)))
         raise ConfigError(f"the targets take images of {counts} channels: evaluate them separately")
-    for name, model in models.items():
-        if size % model.downscale:
-            f = model.downscale
+    for name, subject in subjects.items():
+        if size % (f := subject.model.downscale):
             raise ConfigError(
-                f"{name}: a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}: add --size "
-                f"{max(f, size // f * f)}"
+                f"{name}: a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}: set `size` "
+                f"to {max(f, size // f * f)}"
             )
 
 
@@ -292,82 +186,32 @@ def _seed(protocol: Protocol) -> int | None:
     return protocol.seed if protocol.posterior == "sample" else None
 
 
-def _key(known: Mapping[Key, Any], name: str, seed: int | None) -> Key:
-    """A target's key for a seed; a baseline draws nothing, and has one key for all."""
-    return (name, seed) if (name, seed) in known else (name, None)
-
-
 def _round_trips(
-    request: Request, models: Mapping[str, Autoencoder], seeds: Sequence[int | None]
+    subjects: Mapping[str, Subject], seeds: Sequence[int | None], device: str
 ) -> dict[Key, RoundTrip]:
-    found: dict[Key, RoundTrip] = {}
-    for seed in seeds:
-        for name, model in models.items():
-            if isinstance(model, InPrecision):
-                found[name, seed] = PrecisionRoundTrip(model, request.device, seed, name)
-            else:
-                found[name, seed] = AutoencoderRoundTrip(model, request.device, seed, name)
-    if request.baselines:
-        untrained = request.targets[0].untrained()
-        factor = untrained.downscale
-        found[f"bicubic, {factor}x smaller and back", None] = bicubic_round_trip(factor)
-        found[UNTRAINED, None] = AutoencoderRoundTrip(untrained, request.device, name=UNTRAINED)
-    return found
-
-
-class Observer:
-    """What is kept of one target's reconstructions: metrics, and for the page the error per band and a gallery.
-
-    The gallery is ranked by a metric of single images, if ``ranked_by`` names one. Its round trip fills ``latents`` and
-    ``activations``, where there are any.
-    """
-
-    def __init__(self, metrics: MetricSet, shown: bool = False, ranked_by: str | None = None) -> None:
-        self.metrics = metrics
-        self.bands = BandErrors() if shown else None
-        self.gallery = Gallery(METRICS[ranked_by].better) if shown and ranked_by else None
-        self.latents: LatentErrors | None = None
-        self.activations: Activations | None = None
-        self._ranked_by = ranked_by or ""
-
-    def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        self.metrics.update(keys, x, y)
-        if self.gallery is not None and self._ranked_by in self.metrics.metrics:
-            values = self.metrics.metrics[self._ranked_by].state()
-            self.gallery.add(keys, [values[key] for key in keys], x, y)
-        if self.bands is not None:
-            try:
-                self.bands.add(keys, x, y)
-            except Unavailable:
-                self.bands = None
-
-    def state(self) -> Any:
-        return self.metrics.state(), self.gallery, self.bands, self.latents, self.activations
-
-    def merge(self, state: Any) -> None:
-        metrics, gallery, bands, latents, activations = state
-        self.metrics.merge(metrics)
-        if self.latents is not None:
-            self.latents.merge(latents)
-        if self.activations is not None:
-            self.activations.merge(activations)
-        if self.gallery is not None:
-            self.gallery.merge(gallery)
-        if bands is None:
-            self.bands = None
-        elif self.bands is not None:
-            self.bands.merge(bands)
+    """One for each subject and seed; a baseline draws nothing."""
+    return {
+        (name, draw): RoundTrip(subject.model, device, None if subject.baseline else seed, name)
+        for draw, seed in enumerate(seeds)
+        for name, subject in subjects.items()
+        if draw == 0 or not subject.baseline
+    }
 
 
 def observe(
-    trips: Mapping[Key, RoundTrip], observers: Mapping[Key, Observer], batches: Iterable[Batch]
+    batches: Iterable[Batch],
+    subjects: Mapping[str, Subject],
+    trips: Mapping[Key, RoundTrip],
+    metrics: Mapping[Key, MetricSet],
+    observers: Sequence[Observer] = (),
 ) -> dict[str, bytes] | None:
-    """Reconstruct every image with every target, and let the observers see both. One pass, in one or many processes.
+    """Reconstruct every image with every subject, for metrics and observers. One pass, in one or many processes.
 
     Args:
-        trips: what reconstructs, by key.
-        observers: by the same keys; in the first process they hold the observations of all in the end.
         batches: this process's share of the test images, which have unique keys.
+        subjects: by name.
+        trips: what reconstructs, by subject and draw.
+        metrics: by the same keys; in the first process they and the observers hold the observations of all in the end.
 
     Returns:
         A digest of each image's pixels by key, in the first process; None in the others.
@@ -380,15 +224,25 @@ def observe(
         keys, x = batch["key"], batch["image"]
         for key, image in zip(keys, x, strict=True):
             digests[key] = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest()
-        for name, reconstruct in trips.items():
-            observers[name].update(keys, x, reconstruct(keys, x))
-    parts = gather((digests, {name: observer.state() for name, observer in observers.items()}))
+        for (name, draw), trip in trips.items():
+            with ExitStack() as stack:
+                for observer in observers:
+                    stack.enter_context(observer.watch(name, draw, subjects[name], keys))
+                latents, y = trip(keys, x)
+            metrics[name, draw].update(keys, x, y)
+            seen = Seen(name, draw, keys, x, y, latents, metrics[name, draw].values(keys))
+            for observer in observers:
+                observer.see(seen)
+    states = {key: metric.state() for key, metric in metrics.items()}
+    parts = gather((digests, states, [observer.state() for observer in observers]))
     if parts is None:
         return None
-    for part, states in parts:
+    for part, measured, observed in parts:
         digests.update(part)
-        for name, state in states.items():
-            observers[name].merge(state)
+        for key, state in measured.items():
+            metrics[key].merge(state)
+        for observer, state in zip(observers, observed, strict=True):
+            observer.merge(state)
     if not digests:
         raise ValueError("the test set has no images that can be read")
     return digests
@@ -397,6 +251,41 @@ def observe(
 def fingerprint(digests: Mapping[str, bytes]) -> str:
     """One digest of a set of images, whatever their order."""
     return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
+
+
+def _describe_images(request: Request, source: Source, loader: Loader) -> dict[str, Any] | None:
+    """Where the images are from, and how many were unreadable or enlarged; None in all processes but the first."""
+    if this_process()[1] > 1:
+        loader.read_errors.share()
+    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
+    return None if parts is None else {
+        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
+        "unreadable": len({place for _, places, _ in parts for place in places}),
+        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
+        "enlarged": sum(enlarged for _, _, enlarged in parts),
+    }
+
+
+def _measured(
+    subjects: Mapping[str, Subject],
+    trips: Mapping[Key, RoundTrip],
+    metrics: Mapping[Key, MetricSet],
+    observers: Sequence[Observer],
+    n: int,
+    size: int,
+) -> dict[Key, Row]:
+    """Rows with all variants of the metrics; costs are those of the first draw."""
+    costs = {name: trips[name, 0].cost(size) for name, subject in subjects.items() if not subject.baseline}
+    rows = {}
+    for name, draw in trips:
+        entries = {observer.name: observer.result(name, draw) for observer in observers}
+        rows[name, draw] = replace(
+            measure(name, metrics[name, draw], n),
+            cost=costs.get(name),
+            observed={entry: content for entry, content in entries.items() if content is not None},
+            baseline=subjects[name].baseline,
+        )
+    return rows
 
 
 def measure(target: str, metrics: MetricSet, n: int) -> Row:
@@ -446,17 +335,6 @@ def rows_under(protocol: Protocol, measured: Sequence[Row], names: Sequence[str]
             )
         )
     return rows
-
-
-def _judged(rows: Sequence[Row]) -> list[Row]:
-    """Rows with the verdict on their precisions; each follows its target's row in float32."""
-    full, found = math.inf, []
-    for row in rows:
-        if row.precision is not None:
-            full = row.metrics["psnr"] if row.precision.dtype == FULL else full
-            row = replace(row, precision=judged(row.precision, row.metrics["psnr"], full))
-        found.append(row)
-    return found
 
 
 def _renamed(values: Mapping[str, T], columns: Mapping[str, str]) -> dict[str, T]:

@@ -1,13 +1,10 @@
-"""How much a number depends on the choice of images: percentile bootstrap."""
+"""Bootstrap intervals: how much a number depends on the choice of images."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-__all__ = ["Difference", "Statistic", "confidence", "difference", "mean", "pooled_psnr"]
-
 
 Array = NDArray[np.float64]
 
@@ -106,16 +103,10 @@ def _bootstrap(values: Array, samples: int, seed: int, statistic: Statistic) -> 
     n = values.shape[-1]
     if n == 1 or not np.isfinite(statistic(values)).all():
         return None
-    drawn = np.concatenate([statistic(values[:, rows]) for rows in _draws(n, samples, seed)], axis=-1)
+    rng, rows = np.random.default_rng(seed), max(1, CHUNK // n)
+    draws = (rng.integers(n, size=(min(rows, samples - done), n)) for done in range(0, samples, rows))
+    drawn = np.concatenate([statistic(values[:, indices]) for indices in draws], axis=-1)
     return drawn if np.isfinite(drawn).all() else None
-
-
-def _draws(n: int, samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Indices of n images, with replacement, (rows, n) at a time."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, CHUNK // n)
-    for start in range(0, samples, rows):
-        yield rng.integers(n, size=(min(rows, samples - start), n))
 
 
 def _interval(drawn: Array, level: float) -> tuple[float, float]:

@@ -90,6 +90,10 @@ class Metric(ABC):
         """The values by key, sorted by key; None if the metric compares the whole sets."""
         return None
 
+    def values(self, keys: Sequence[str]) -> list[float] | None:  # noqa: ARG002
+        """The values of some images; None if the metric compares the whole sets."""
+        return None
+
 
 class PerImage(Metric):
     """The mean over images of a function of each pair, exactly rounded.
@@ -135,6 +139,9 @@ class PerImage(Metric):
     def per_image(self) -> dict[str, float]:
         return dict(sorted(self._values.items()))
 
+    def values(self, keys: Sequence[str]) -> list[float]:
+        return [self._values[key] for key in keys]
+
     def _add(self, key: str, value: float) -> None:
         known = self._values.setdefault(key, value)
         if not math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5):  # the same pair, rounded twice
@@ -162,6 +169,11 @@ class MetricSet:
                 metric.update(keys, x, y)
             except Unavailable as reason:
                 self._drop(name, str(reason))
+
+    def values(self, keys: Sequence[str]) -> dict[str, list[float]]:
+        """By metric of single images, its values of some."""
+        found = {name: metric.values(keys) for name, metric in self.metrics.items()}
+        return {name: values for name, values in found.items() if values is not None}
 
     def state(self) -> Any:
         """Everything accumulated so far, to be pickled and merged in another process; not a copy."""

@@ -1,23 +1,25 @@
-"""Test patterns that show what photographs hide: grids on constant colours, loss of fine checkerboards and stripes."""
+"""Observe what becomes of constant colours: the grids that an autoencoder adds, which photographs hide."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.source import Batch
-from olvae.metrics.pixel import psnr
+from olvae.evaluation.cells import number, texts
+from olvae.evaluation.html import Page
+from olvae.evaluation.observers.observer import Conditions, Observer, Subject, Watched
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.precision import full_float32
 
-__all__ = ["Artefacts", "Colour", "Pattern", "amplification", "amplified", "find_artefacts", "pattern_size"]
-
 GREYS = {"black": 0, "grey 64": 64, "grey 128": 128, "grey 192": 192, "white": 255}
-COLOURS = {
+HUES = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
     "blue": (0, 0, 255),
@@ -25,18 +27,16 @@ COLOURS = {
     "magenta": (255, 0, 255),
     "yellow": (255, 255, 0),
 }
-SQUARES = (1, 2, 4, 8, 16, 32)
-"""Widths in pixels of squares and stripes: half a period."""
 
-TILES, LEAST = 16, 128
+TILES, SMALLEST = 16, 128
 """The side of an image of one colour, in latent positions, and at least in pixels: the inner half is far enough from
-the border where networks are trained. Checkerboards and stripes have half the side."""
+the border where networks are trained."""
 
-Watched = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
-"""Gets a pass's batches and the number of images over all processes, None if it is not known."""
-
-LARGEST = 64
+AMPLIFIED = 64
 """The most that deviations are amplified in pictures."""
+
+PATCH = 128
+"""Screen pixels per side of a picture."""
 
 
 @dataclass(frozen=True)
@@ -70,38 +70,17 @@ class Colour:
 
 
 @dataclass(frozen=True)
-class Pattern:
-    """The reconstruction of a black and white checkerboard, or of stripes.
-
-    Args:
-        name: with the width of a square or stripe.
-        psnr: in dB, after clamping and rounding; may be infinite.
-        x, y: input and reconstruction, uint8 (C, H, W).
-    """
-
-    name: str
-    psnr: float
-    x: Tensor
-    y: Tensor
-
-
-@dataclass(frozen=True)
-class Artefacts:
-    """All test patterns, reconstructed by an autoencoder that downscales by ``period``.
-
-    Images of one colour have sides of ``size`` pixels, checkerboards and stripes of half of it. Both repeat, and so do
-    their reconstructions away from the border: larger ones would show the same again.
-    """
+class Colours:
+    """All colours, reconstructed by an autoencoder that downscales by ``period``, with sides of ``size`` pixels."""
 
     size: int
     period: int
     frame: int
     """Pixels on each side that are outside the inner part."""
-    colours: list[Colour]
-    patterns: list[Pattern]
+    colours: Sequence[Colour]
 
-    def as_dict(self) -> dict[str, object]:
-        """The numbers for metrics.json; None where one is infinite or not a number."""
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers for metrics.json; None where one is not finite."""
         return {
             "size": self.size,
             "period": self.period,
@@ -115,66 +94,120 @@ class Artefacts:
                 }
                 for colour in self.colours
             },
-            "patterns": {pattern.name: {"psnr": _finite(pattern.psnr)} for pattern in self.patterns},
+        }
+
+    def summary(self) -> dict[str, str]:
+        """Over all colours, cells by heading."""
+        grids = [colour.grid for colour in self.colours]
+        return {
+            "grid, mean": number(_mean(grids), 2),
+            "grid, largest": number(max(grids), 2),
+            "amplitude, mean": number(_mean([colour.amplitude for colour in self.colours]), 2),
+            "with border, mean": number(_mean([colour.amplitude_with_border for colour in self.colours]), 2),
+            "shift, largest": number(max(abs(colour.largest_shift) for colour in self.colours), 1),
         }
 
 
-def pattern_size(downscales: Iterable[int], largest: int) -> int:
+class FlatColours(Observer):
+    """Reconstruct constant colours with every target in float32, and measure the deviation, as a grid and in all."""
+
+    name = "test_patterns"
+    title = "Artefacts on constant colours"
+
+    def __init__(self) -> None:
+        self.found: dict[str, Colours] = {}
+        """By target."""
+
+    def examine(self, subjects: Mapping[str, Subject], conditions: Conditions) -> None:
+        models = {
+            name: subject.model
+            for name, subject in subjects.items()
+            if not subject.baseline and all(p.dtype == torch.float32 for p in subject.model.parameters())
+        }
+        side = colour_size((model.downscale for model in models.values()), conditions.size)
+        for name, model in models.items():
+            watched = conditions.progress("constant colours", shared=False)
+            self.found[name] = reconstruct_colours(model, side, conditions.device, conditions.batch_size, watched)
+
+    def result(self, target: str, draw: int) -> dict[str, Any] | None:  # noqa: ARG002  (the mode, always)
+        return self.found[target].as_dict() if target in self.found else None
+
+    def section(self, page: Page) -> Markup | None:
+        if not self.found:
+            return None
+        found = list(self.found.values())
+        side = min(PATCH // 2 if max(one.period for one in found) <= PATCH // 8 else PATCH, found[0].size)
+        screen = side * max(1, PATCH // side)  # a whole multiple: other scaling would add a grid
+        factor = amplification(found)
+
+        def picture(image: Tensor, alt: str, swatch: bool = False) -> Markup:
+            style = "" if swatch else f"width: {screen}px; height: {screen}px"
+            return page.picture(image[:, :side, :side], alt, style=style, swatch=swatch)
+
+        return page.render(
+            "flat_colours.html",
+            summary=texts({target: one.summary() for target, one in self.found.items()}),
+            targets=list(self.found),
+            colours=list(zip(*(one.colours for one in found), strict=True)),
+            side=side,
+            factor=factor,
+            amplified=lambda deviation: amplified(deviation, factor),
+            picture=picture,
+        )
+
+
+def colour_size(downscales: Iterable[int], largest: int) -> int:
     """The side in pixels of images of one colour, for all autoencoders that downscale by these factors.
 
     Args:
-        largest: the side of the images that are evaluated, a multiple of every factor; patterns are no larger.
+        largest: the side of the images that are evaluated, a multiple of every factor; colours are no larger.
     """
     factors = list(downscales)
     step = math.lcm(*factors)
-    return min(-(-max(LEAST, TILES * max(factors)) // step) * step, largest)
+    return min(-(-max(SMALLEST, TILES * max(factors)) // step) * step, largest)
 
 
 @torch.inference_mode()
-def find_artefacts(
+def reconstruct_colours(
     model: Autoencoder,
     size: int,
     device: str | torch.device = "cpu",
     batch_size: int = 8,
     watched: Watched = lambda batches, _: batches,
-) -> Artefacts:
-    """Reconstruct constant colours, checkerboards and stripes from the posterior's mode, in full float32.
+) -> Colours:
+    """Reconstruct constant colours from the posterior's mode, in full float32.
 
     If there are not three channels, the colours are greys and each channel alone.
 
     Args:
         model: in evaluation mode; it is moved to the device.
-        size: side of the square patterns, in pixels; a multiple of the model's downscale factor f.
-        watched: wraps the batches of patterns, to show progress.
+        size: side of the square images, in pixels; a multiple of the model's downscale factor f.
+        watched: wraps the batches, to show progress.
     """
     f = model.downscale
     assert size % f == 0
-    constants = _constants(model.in_channels, size)
-    patterns = _patterns(model.in_channels, max(1, size // (2 * f)) * f)
+    images = _images(model.in_channels, size)
+    names = list(images)
     batches = [
-        Batch(image=torch.stack(list(some.values())[i : i + batch_size]), key=list(some)[i : i + batch_size])
-        for some in (constants, patterns)
-        for i in range(0, len(some), batch_size)
+        Batch(image=torch.stack([images[name] for name in some]), key=some)
+        for some in (names[i : i + batch_size] for i in range(0, len(names), batch_size))
     ]
     model.to(device)
     found: dict[str, Tensor] = {}
-    for batch in watched(batches, len(constants) + len(patterns)):
+    for batch in watched(batches, len(images)):
         found |= zip(batch["key"], _reconstruct(model, batch["image"].to(device)), strict=True)
     frame = size // (4 * f) * f
-    colours = [_colour(name, x, found[name], f, frame) for name, x in constants.items()]
-    return Artefacts(
-        size, f, frame, colours, [_pattern(name, x, to_uint8(found[name])) for name, x in patterns.items()]
-    )
+    return Colours(size, f, frame, [_colour(name, x, found[name], f, frame) for name, x in images.items()])
 
 
-def amplification(results: Iterable[Artefacts]) -> int:
+def amplification(results: Iterable[Colours]) -> int:
     """The power of two, 64 at most, at which 99 % of the worst target's deviations stay within a picture's range.
 
     It is one factor for all targets, so that their pictures compare.
     """
     deviations = (np.concatenate([colour.deviation.flatten() for colour in found.colours]) for found in results)
     largest = max(float(np.quantile(np.abs(values), 0.99)) for values in deviations)
-    factor = LARGEST
+    factor = AMPLIFIED
     while factor > 1 and factor * largest > 127.0:
         factor //= 2
     return factor
@@ -185,10 +218,10 @@ def amplified(deviation: Tensor, factor: int) -> Tensor:
     return (128.0 + factor * deviation).round().clamp(0, 255).to(torch.uint8)
 
 
-def _constants(channels: int, size: int) -> dict[str, Tensor]:
+def _images(channels: int, size: int) -> dict[str, Tensor]:
     values = {name: (value,) * channels for name, value in GREYS.items()}
     if channels == 3:
-        values |= COLOURS
+        values |= HUES
     elif channels > 1:
         values |= {f"channel {i + 1}": tuple(255 * (i == j) for j in range(channels)) for i in range(channels)}
     return {
@@ -197,29 +230,11 @@ def _constants(channels: int, size: int) -> dict[str, Tensor]:
     }
 
 
-def _patterns(channels: int, size: int) -> dict[str, Tensor]:
-    place = torch.arange(size)
-    patterns = {}
-    for width in SQUARES:
-        if 2 * width > size:
-            continue
-        odd = place // width % 2 == 1
-        patterns[f"squares {width} px"] = odd[:, None] ^ odd[None, :]
-        if width <= SQUARES[3]:
-            patterns[f"vertical stripes {width} px"] = odd[None, :].expand(size, size)
-            patterns[f"horizontal stripes {width} px"] = odd[:, None].expand(size, size)
-    return {name: (255 * odd).to(torch.uint8).repeat(channels, 1, 1) for name, odd in patterns.items()}
-
-
 def _reconstruct(model: Autoencoder, x: Tensor) -> Tensor:
     """uint8 -> the network's output, float32, nominally in [-1, 1], on the CPU."""
     images = from_uint8(x)
     with full_float32(images):
         return model.decode(model.encode(images).mode()).float().cpu()
-
-
-def _pattern(name: str, x: Tensor, y: Tensor) -> Pattern:
-    return Pattern(name, float(psnr(x[None], y[None])), x, y)
 
 
 def _colour(name: str, x: Tensor, y: Tensor, f: int, frame: int) -> Colour:
@@ -238,6 +253,10 @@ def _colour(name: str, x: Tensor, y: Tensor, f: int, frame: int) -> Colour:
         to_uint8(y),
         values - mean.float().view(-1, 1, 1),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _finite(value: float) -> float | None:

@@ -1,13 +1,27 @@
-"""Which images the report shows: the worst, the median and the best by one metric, and an arbitrary few."""
+"""Observe which images are reconstructed worst, about as usual, and best, and show them."""
 
 import hashlib
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import torch
+from markupsafe import Markup
 from torch import Tensor
 
-__all__ = ["Example", "Gallery"]
+from olvae.evaluation.html import Page, side_limit
+from olvae.evaluation.observers.baselines import UNTRAINED
+from olvae.evaluation.observers.observer import Observer, Seen
+from olvae.figures import ERROR_RANGE, error_map, labelled_grid
+from olvae.files import atomic_write
+from olvae.metrics.registry import METRICS
+
+LPIPS_FROM = 32
+"""Images of at least this many pixels a side are ranked by LPIPS, if it is known; smaller ones by PSNR."""
+
+SHOWN = 8
+"""Images of the figure, chosen by the hash of their keys alone."""
 
 
 class Example(NamedTuple):
@@ -19,8 +33,8 @@ class Example(NamedTuple):
     y: Tensor
 
 
-class Gallery:
-    """Keeps a few images of one target on the CPU, out of all that it is shown.
+class Ranking:
+    """A few images of one target on the CPU, out of all that were added.
 
     It keeps the values of all images, and the pixels of the worst, the best, and a pool of those whose keys have the
     smallest hashes. So batches, their order and the number of processes make no difference, and a key counts once.
@@ -55,7 +69,7 @@ class Gallery:
         copies = {key: (x[i].cpu().clone(), y[i].cpu().clone()) for key, i in fresh.items() if key in wanted}
         self._images = {key: pair for key, pair in (self._images | copies).items() if key in wanted}
 
-    def merge(self, other: "Gallery") -> None:
+    def merge(self, other: "Ranking") -> None:
         """Add what another process has seen."""
         self._values = other._values | self._values
         together = other._images | self._images
@@ -100,6 +114,75 @@ class Gallery:
 
     def _example(self, key: str) -> Example:
         return Example(key, self._values[key], *self._images[key])
+
+
+class Gallery(Observer):
+    """The worst, the median and the best images of each target, by LPIPS or PSNR, on the page and as a figure.
+
+    Latents are drawn as in the first protocol. What an untrained model makes is left out.
+    """
+
+    name = "gallery"
+    title = "Gallery"
+
+    def __init__(self) -> None:
+        self.rankings: dict[str, Ranking] = {}
+        """By target."""
+        self._metric: str | None = None
+
+    def see(self, seen: Seen) -> None:
+        if self._metric is None:
+            lpips = seen.x.shape[1] == 3 and min(seen.x.shape[2:]) >= LPIPS_FROM
+            self._metric = next((name for name in ["lpips"] * lpips + ["psnr"] if name in seen.values), None)
+        if self._metric in seen.values and not seen.draw and seen.target != UNTRAINED:
+            ranking = self.rankings.setdefault(seen.target, Ranking(METRICS[self._metric].better))
+            ranking.add(seen.keys, seen.values[self._metric], seen.x, seen.y)
+
+    def state(self) -> Any:
+        return self._metric, self.rankings
+
+    def merge(self, state: Any) -> None:
+        metric, rankings = state
+        self._metric = self._metric or metric
+        for target, ranking in rankings.items():
+            self.rankings.setdefault(target, ranking).merge(ranking)
+
+    def section(self, page: Page) -> Markup | None:
+        if self._metric is None or not self.rankings:
+            return None
+        groups = {target: ranking.examples() for target, ranking in self.rankings.items()}
+        count = sum(len(examples) for target in groups.values() for examples in target.values())
+        metric, _, unit = METRICS[self._metric].label.partition(", ")
+        return page.render(
+            "gallery.html",
+            groups=groups,
+            metric=metric,
+            unit=unit,
+            triple=_triple,
+            limit=side_limit(3 * count),
+            error_range=ERROR_RANGE,
+        )
+
+    def write(self, folder: Path, suffix: str) -> Mapping[str, Path]:
+        if not self.rankings:
+            return {}
+        path = folder / f"reconstructions{suffix}.png"
+        examples = {name: ranking.spread(SHOWN) for name, ranking in self.rankings.items()}
+        inputs = torch.stack([example.x for example in next(iter(examples.values()))])
+        rows = {"input, held out": inputs}
+        for target, shown in examples.items():
+            images = torch.stack([example.y for example in shown])
+            rows[f"{target}: reconstruction"] = images
+            rows[f"{target}: error, black 0 to white {ERROR_RANGE} of 255"] = error_map(inputs, images)
+        with atomic_write(path) as partial:
+            labelled_grid(rows).save(partial)
+        return {"figure": path}
+
+
+def _triple(example: Example) -> dict[str, Tensor]:
+    """An image's input, reconstruction and absolute error."""
+    error = error_map(example.x[None], example.y[None])[0]
+    return {"input": example.x, "reconstruction": example.y, "error": error}
 
 
 def _hash(key: str) -> bytes:

@@ -1,0 +1,141 @@
+"""The contract of an observer: something to look at in an evaluation besides its metrics."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from markupsafe import Markup
+from torch import Tensor
+
+from olvae.data.source import Batch
+from olvae.evaluation.html import Page
+from olvae.evaluation.results import Row
+from olvae.models.autoencoder import Autoencoder
+
+Watched = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
+"""Passes batches on; gets the number of images over all processes too, None if it is unknown."""
+
+
+class Progress(Protocol):
+    """Make what shows progress, by a description such as ``evaluating``."""
+
+    def __call__(self, description: str, shared: bool = True) -> Watched:
+        """Not ``shared``: only the first process has batches."""
+
+
+def no_progress(description: str, shared: bool = True) -> Watched:  # noqa: ARG001
+    """Show no progress."""
+    return lambda batches, _: batches
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An autoencoder that is evaluated: a row of the tables.
+
+    Args:
+        model: in evaluation mode and, unless an observer derived it, in float32.
+        baseline: no target, but something to compare targets with. No latents are drawn, no cost is counted.
+    """
+
+    model: Autoencoder
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch of test images and one subject's reconstructions of them.
+
+    Args:
+        target: the subject's name.
+        draw: number of the way to draw latents: 0 is that of the first protocol; baselines have no other.
+        keys: of the B images.
+        x, y: images and reconstructions, uint8 (B, C, H, W), on the CPU.
+        latents: the posterior's means, (B, n_z, H/f, W/f), on the device that computes.
+        values: by name of a metric that compares single images, its B values.
+    """
+
+    target: str
+    draw: int
+    keys: Sequence[str]
+    x: Tensor
+    y: Tensor
+    latents: Tensor
+    values: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a pass is made: side of the images in pixels, device, images per batch, and what shows progress."""
+
+    size: int
+    device: str = "cpu"
+    batch_size: int = 8
+    progress: Progress = no_progress
+
+
+class Observer:
+    """Look at something in an evaluation: subclass it, and override what you need.
+
+    An instance describes what to look at; each pass over images works on a deep copy. In order: :meth:`conflicts`,
+    :meth:`derive`, then for each batch and subject :meth:`watch` and :meth:`see`, then in the first process
+    :meth:`merge`, :meth:`examine`, :meth:`result`, :meth:`complete`, and whatever is shown. The class
+    ``package.module.Class`` of a user takes part by ``olvae evaluate``, which builds it without arguments.
+    """
+
+    name: str = ""
+    """Of its entry in the rows of metrics.json, and of its section's anchor on the page."""
+    title: str = ""
+    """Of its section on the page."""
+
+    def conflicts(
+        self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence["Observer"]
+    ) -> Iterator[str]:
+        """Yield a line for each thing in a request that does not go with this observer."""
+        yield from ()
+
+    def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
+        """Choose what is evaluated, by name: the given subjects, and others made from them."""
+        return dict(subjects)
+
+    def watch(self, target: str, draw: int, subject: Subject, keys: Sequence[str]) -> AbstractContextManager[None]:
+        """Make a context round the forward pass of a batch; by default, none."""
+        return nullcontext()
+
+    def see(self, seen: Seen) -> None:
+        """Take a batch that one subject reconstructed. Keys are unique, but processes may share an image."""
+
+    def state(self) -> Any:
+        """Return all that was seen, to be pickled and merged in the first process; not a copy."""
+        return None
+
+    def merge(self, state: Any) -> None:
+        """Add the :meth:`state` of another process."""
+
+    def examine(self, subjects: Mapping[str, Subject], conditions: Conditions) -> None:
+        """Run something of its own with the subjects, in the first process, after the pass."""
+
+    def result(self, target: str, draw: int) -> Any:
+        """Return a row's entry in metrics.json, ready for JSON; None if there is none."""
+        return None
+
+    def complete(self, rows: Sequence[Row]) -> list[Row]:
+        """Change the rows under one protocol, once their metrics and entries are known."""
+        return list(rows)
+
+    def columns(self, entry: Any) -> Mapping[str, str]:
+        """Return the cells, by heading, that a row's entry adds to the tables."""
+        return {}
+
+    def lines(self, rows: Sequence[Row]) -> Iterator[str]:
+        """Yield lines to be printed below the tables; some rows may be of earlier results."""
+        yield from ()
+
+    def section(self, page: Page) -> Markup | None:
+        """Return the HTML of a section of the page; None leaves it out."""
+        return None
+
+    def write(self, folder: Path, suffix: str) -> Mapping[str, Path]:
+        """Write files beside metrics.json, with a suffix to their names; return what and where."""
+        return {}

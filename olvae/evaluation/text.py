@@ -1,0 +1,134 @@
+"""Write results as text: tables on the terminal, one in Markdown, and the values of images as CSV."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from olvae.evaluation.cells import Cell, Table, conditions, costs, joined, scores, texts
+from olvae.evaluation.results import Results
+from olvae.evaluation.runner import Evaluated
+from olvae.files import atomic_write
+from olvae.metrics.registry import METRICS
+
+
+def print_results(several: Sequence[Evaluated]) -> None:
+    """To standard error: a table per protocol, one of the costs, and what was skipped and why."""
+    console = Console(stderr=True)
+    for evaluated in several:
+        counts = {row.n for row in evaluated.results.table}
+        images = f", {counts.pop()} images" if len(counts) == 1 else ""
+        console.print(_grid(f"protocol {_title(evaluated.results)}{images}", quality(evaluated)))
+    rows = several[0].results.rows
+    if any(row.cost for row in rows):
+        console.print(_grid(f"cost: {conditions(rows)}", costs(rows)))
+    for line in dict.fromkeys(line for evaluated in several for line in remarks(evaluated)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_markdown(evaluated: Evaluated, path: Path) -> None:
+    """metrics.md: the protocol, one table of quality and costs, and what was skipped and why."""
+    results = evaluated.results
+    cost = costs(results.table)
+    table = joined(quality(evaluated, counts=True), cost)
+    lines = [
+        f"Protocol {_title(results)}, of {_plain(str(results.images['source']))}.",
+        "",
+        _line(["target", *table.headings]),
+        _line(["---", *["---:"] * len(table.headings)]),
+    ]
+    for target, cells in table.rows.items():
+        lines.append(_line([_plain(target), *map(_plain_cell, cells)]))
+    if cost.rows:
+        lines += ["", f"Cost of one image; speed and memory: {_plain(conditions(results.table))}."]
+    lines += ["", *(f"- {_plain(remark)}" for remark in remarks(evaluated))]
+    with atomic_write(path) as partial:
+        partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """per_image.csv: one line per target and image: target, key, and the metrics of single images.
+
+    Numbers have all their digits, an infinite PSNR is ``inf``, a metric that a target lacks is empty. UTF-8; the bytes
+    of a file name that is not UTF-8 are kept.
+    """
+    names = list(dict.fromkeys(name for row in results.rows for name in row.per_image))
+    with (
+        atomic_write(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["target", "key", *names])
+        for row in results.rows:
+            columns = [row.per_image.get(name, {}) for name in names]
+            for key in sorted({key for column in columns for key in column}):
+                writer.writerow([row.target, key, *(repr(column[key]) if key in column else "" for column in columns)])
+
+
+def remarks(evaluated: Evaluated) -> Iterator[str]:
+    """Lines below a table: the observers', what was skipped and why, and the warnings."""
+    results = evaluated.results
+    for observer in evaluated.observers:
+        yield from observer.lines(results.table)
+    yield from skipped(results)
+    yield from (f"warning: {warning}" for warning in results.warnings())
+
+
+def quality(evaluated: Evaluated, counts: bool = False) -> Table:
+    """The metrics and the observers' columns; before them the numbers of images, if asked for or if they differ."""
+    rows = evaluated.results.table
+    known = {observer.name: observer for observer in evaluated.observers}
+    entries = {row.target: [(known[name], row.observed[name]) for name in row.observed if name in known] for row in rows}
+    extra = {
+        target: {heading: text for observer, entry in pairs for heading, text in observer.columns(entry).items()}
+        for target, pairs in entries.items()
+    }
+    table = joined(scores(evaluated.results), texts(extra))
+    if counts or len({row.n for row in rows}) > 1:
+        table = joined(Table(["images"], {row.target: [Cell(str(row.n))] for row in rows}), table)
+    return table
+
+
+def skipped(results: Results) -> Iterator[str]:
+    """A line for each reason for which metrics were skipped."""
+    reasons: dict[str, list[str]] = {}
+    for row in results.table:
+        for name, reason in row.skipped.items():
+            label = METRICS[name].label if name in METRICS else name
+            if label not in reasons.setdefault(reason, []):
+                reasons[reason].append(label)
+    yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in reasons.items())
+
+
+def _grid(title: str, table: Table) -> Grid:
+    """On a narrow terminal its numbers stay whole: names are folded instead."""
+    grid = Grid(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    grid.add_column("target", overflow="fold", min_width=8)
+    for heading in table.headings:
+        grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for target, cells in table.rows.items():
+        grid.add_row(escape(target), *(escape(_plain_cell(cell)) for cell in cells))
+    return grid
+
+
+def _plain_cell(cell: Cell) -> str:
+    return f"{cell.text} {cell.spread}".strip()
+
+
+def _title(results: Results) -> str:
+    size = results.protocol["size"]
+    return f"{results.protocol['name']} {results.protocol_hash}, {size}x{size}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plain(text: str) -> str:
+    """A user's text on one line, with Markdown's characters escaped, except underscores inside a word."""
+    return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
