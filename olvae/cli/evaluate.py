@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,10 +23,11 @@ from olvae.cli.options import (
 )
 
 if TYPE_CHECKING:  # slow to import
+    from olvae.evaluation.observers.observer import Observer
+    from olvae.evaluation.results import Results
     from olvae.evaluation.runner import Evaluated
+    from olvae.models.loading.targets import Target
     from olvae.runs import Run
-
-__all__ = ["BatchSize", "First", "Targets", "TestImages", "command", "results_folder"]
 
 METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
 PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")
@@ -110,6 +113,13 @@ def command(
             help="fp16, bf16: adds a row in that precision, with its largest activations; float32 is always included.",
         ),
     ] = "32",
+    observe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS",
+            help="Also look at what an observer of yours does, package.module.Class. May be repeated.",
+        ),
+    ] = None,
     beside: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Add the rows of an earlier metrics.json. May be repeated."),
@@ -139,78 +149,150 @@ def command(
 
     Example: olvae evaluate runs/*_demo_32 diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
     """
-    import json
     import logging
-    from dataclasses import replace
-
-    from olvae.config import ConfigError
 
     check_paths(*targets, data=data)
     with loading():
         from olvae.allocator import keep_freed_memory
         from olvae.devices import join, leave, resolve_device
-        from olvae.evaluation.precision import parse_precisions
+        from olvae.evaluation.observers.baselines import UNTRAINED
         from olvae.evaluation.protocol import named
-        from olvae.evaluation.report.tables import print_results
-        from olvae.evaluation.results import Results
-        from olvae.evaluation.runner import DEFAULT_METRICS, UNTRAINED, Request, evaluate
-        from olvae.files import no_empty_folders
+        from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.models.loading.targets import find_target, name_apart
 
     names = split_commas(metrics)
     names = list(DEFAULT_METRICS) if ALL in names else names
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in split_commas(protocol)]
-    precisions = parse_precisions(precision)
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
+    observers = _observers(found[0], cross, split_commas(precision), baselines, report, observe or ())
     folder = results_folder(out, targets[0], found[0].run)
-    earlier = [(path, Results.read(path)) for path in beside or ()]
-    suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
-    places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
-    if over := [path for path, _ in earlier if path.resolve() in places]:
-        raise ConfigError(f"--beside {over[0]}: new results would overwrite it: add --out DIR")
+    files = {p.name: Files(folder, "" if p is protocols[0] else f"_{p.name}", report) for p in protocols}
+    earlier = [_read_earlier(path, files.values()) for path in beside or ()]
 
     keep_freed_memory()
     rank, _ = join()
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     device = resolve_device(device)
-    request = Request(
-        found,
-        protocols,
-        names,
-        data,
-        size,
-        images,
-        batch_size,
-        weights_dir,
-        device,
-        baselines,
-        test_patterns=report,
-        cross=cross,
-        precisions=precisions,
-    )
-    if device.startswith("cpu") and "fp16" in precisions and images is None and not rank:
+    request = Request(found, protocols, names, data, size, images, batch_size, weights_dir, device, observers)
+    if device.startswith("cpu") and "fp16" in split_commas(precision) and images is None and not rank:
         typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
-    evaluated = evaluate(request, watched("evaluating"), watched("test patterns", shared=False))
+    evaluated = evaluate(request, watched)
     leave()
-    if evaluated is None:
-        return
+    if evaluated is not None:
+        _finish(evaluated, files, earlier, mix_protocols, as_json)
+
+
+def _observers(
+    first: "Target", cross: bool, precisions: list[str], baselines: bool, report: bool, own: Iterable[str]
+) -> list["Observer"]:
+    """What the flags ask to look at, in the order of the page."""
+    from olvae.config import ConfigError, resolve_target
+    from olvae.evaluation.observers.bands import Bands
+    from olvae.evaluation.observers.baselines import Baselines
+    from olvae.evaluation.observers.cross import Cross
+    from olvae.evaluation.observers.flat_colours import FlatColours
+    from olvae.evaluation.observers.gallery import Gallery
+    from olvae.evaluation.observers.half_precision import HalfPrecision
+    from olvae.evaluation.observers.observer import Observer
+
+    observers: list[Observer] = [Cross()] if cross else []
+    observers += [HalfPrecision(precisions), Gallery(), Bands()]
+    observers += [FlatColours()] if report else []
+    for path in own:
+        kind = resolve_target(path)
+        if not (isinstance(kind, type) and issubclass(kind, Observer)):
+            raise ConfigError(f"`observe` {path}: not a class derived from {Observer.__module__}.Observer")
+        observers.append(kind())
+    return [*observers, *([Baselines(first)] if baselines else [])]
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one protocol's results; a suffix tells them from another protocol's."""
+
+    folder: Path
+    suffix: str
+    page: bool
+
+    def path(self, name: str) -> Path:
+        stem, _, extension = name.partition(".")
+        return self.folder / f"{stem}{self.suffix}.{extension}"
+
+    def write(self, evaluated: "Evaluated") -> dict[str, Path]:
+        """Write all; where metrics.json is, the others are its own. Returns what and where."""
+        from olvae.evaluation.page import write_page
+        from olvae.evaluation.text import write_csv, write_markdown
+        from olvae.files import no_empty_folders, remove_partials
+
+        with no_empty_folders(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_partials(self.folder.glob(".partial-*"), idle_s=1.0)
+            numbers = self.path("metrics.json")
+            numbers.unlink(missing_ok=True)  # of an earlier evaluation
+            written = {
+                what: path for o in evaluated.observers for what, path in o.write(self.folder, self.suffix).items()
+            }
+            if self.page:
+                written["report"] = self.path("report.html")
+                write_page(evaluated, written["report"], shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+            written |= {"images": self.path("per_image.csv"), "table": self.path("metrics.md"), "numbers": numbers}
+            write_csv(evaluated.results, written["images"])
+            write_markdown(evaluated, written["table"])
+            evaluated.results.write(numbers)
+        return written
+
+
+def _read_earlier(path: Path, files: Iterable[Files]) -> tuple[Path, "Results"]:
+    """An earlier metrics.json.
+
+    Raises:
+        ConfigError: new results would overwrite it.
+        FileNotFoundError, ValueError: it is not there, or something else.
+    """
+    from olvae.config import ConfigError
+    from olvae.evaluation.results import Results
+
+    if path.resolve() in {one.path("metrics.json").resolve() for one in files}:
+        raise ConfigError(f"--beside {path}: new results would overwrite it: add --out DIR")
+    return path, Results.read(path)
+
+
+def _finish(
+    evaluated: "list[Evaluated]",
+    files: Mapping[str, Files],
+    earlier: "list[tuple[Path, Results]]",
+    mix: bool,
+    as_json: bool,
+) -> None:
+    """Write and print results beside earlier ones.
+
+    Raises:
+        ValueError: earlier ones are not comparable; the new results are kept.
+    """
+    import json
+    from dataclasses import replace
+
+    from olvae.evaluation.observers.cross import Cross
+    from olvae.evaluation.text import print_results
+
+    shown: list[Evaluated] = []
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
-    shown: list[Results] = []
     for one in evaluated:
         results = one.results
         for path, other in earlier:
             try:
-                results = results.beside(other, mix_protocols)
-            except ValueError as reason:  # told at the end: the new results are kept
+                results = results.beside(other, mix)
+            except ValueError as reason:
                 results, refused = one.results, [*refused, ValueError(f"{path}: {reason}")]
                 break
-        shown.append(results)
-        suffix = suffixes[results.protocol["name"]]
-        with no_empty_folders(folder):
-            written += _write(replace(one, results=results), folder, suffix, report)
-        if as_json and not suffix:
+        observers = one.observers
+        if not any(isinstance(observer, Cross) for observer in observers):
+            observers = [Cross(), *observers]  # for entries of earlier rows
+        shown.append(replace(one, results=results, observers=observers))
+        written += files[results.protocol["name"]].write(shown[-1]).items()
+        if as_json and one is evaluated[0]:
             typer.echo(json.dumps(results.as_dict(), indent=2))
     print_results(shown)
     for what, path in written:
@@ -243,32 +325,3 @@ def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
     else:
         raise ConfigError("--out DIR is missing: the first target is neither a run folder nor a file")
     return check_folder(folder)
-
-
-def _write(evaluated: "Evaluated", folder: Path, suffix: str, page: bool) -> list[tuple[str, Path]]:
-    """Write the files of one protocol; where metrics.json is, the others are its own. Returns what and where."""
-    from olvae.evaluation.report.page import write_page
-    from olvae.evaluation.report.pictures import write_figure
-    from olvae.evaluation.report.tables import write_csv, write_markdown
-    from olvae.files import remove_partials
-
-    folder.mkdir(parents=True, exist_ok=True)
-    results = evaluated.results
-    files = {
-        "figure": folder / f"reconstructions{suffix}.png",
-        "report": folder / f"report{suffix}.html",
-        "images": folder / f"per_image{suffix}.csv",
-        "table": folder / f"metrics{suffix}.md",
-        "numbers": folder / f"metrics{suffix}.json",
-    }
-    remove_partials(folder.glob(".partial-*"), idle_s=1.0)
-    files["numbers"].unlink(missing_ok=True)  # of an earlier evaluation
-    if evaluated.galleries:
-        write_figure(evaluated.galleries, files["figure"])
-    if page:
-        write_page(evaluated, files["report"], shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    write_csv(results, files["images"])
-    write_markdown(results, files["table"])
-    results.write(files["numbers"])
-    left_out = {"figure": not evaluated.galleries, "report": not page}
-    return [(what, path) for what, path in files.items() if not left_out.get(what)]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost

@@ -72,7 +72,7 @@ class Page:
 
     def render(self, template: str, **values: Any) -> Markup:
         """Fill in one of the package's templates; values are escaped, but for Markup."""
-        return Markup(self._environment.get_template(template).render(**values))  # noqa: S704  (it escapes)
+        return Markup(self._environment.get_template(template).render(**values))
 
     def table(self, table: Table, label: str, caption: str = "") -> Markup:
         """A table with a row per target, or nothing if it has no rows."""
@@ -82,7 +82,9 @@ class Page:
         """A target's letter in its colour."""
         return Markup('<span class="badge c{}">{}</span>').format(self.colours[target], self._letters[target])
 
-    def picture(self, image: Tensor, alt: str, limit: int | None = None, style: str = "", swatch: bool = False) -> Markup:
+    def picture(
+        self, image: Tensor, alt: str, limit: int | None = None, style: str = "", swatch: bool = False
+    ) -> Markup:
         """A picture, uint8 (C, H, W); see :func:`inline` for ``limit``."""
         shown = inline(image, limit)
         names = " ".join(["exact"] * shown.exact + ["swatch"] * swatch)

@@ -186,9 +186,7 @@ def _seed(protocol: Protocol) -> int | None:
     return protocol.seed if protocol.posterior == "sample" else None
 
 
-def _round_trips(
-    subjects: Mapping[str, Subject], seeds: Sequence[int | None], device: str
-) -> dict[Key, RoundTrip]:
+def _round_trips(subjects: Mapping[str, Subject], seeds: Sequence[int | None], device: str) -> dict[Key, RoundTrip]:
     """One for each subject and seed; a baseline draws nothing."""
     return {
         (name, draw): RoundTrip(subject.model, device, None if subject.baseline else seed, name)
@@ -239,8 +237,8 @@ def observe(
         return None
     for part, measured, observed in parts:
         digests.update(part)
-        for key, state in measured.items():
-            metrics[key].merge(state)
+        for subject_and_draw, state in measured.items():
+            metrics[subject_and_draw].merge(state)
         for observer, state in zip(observers, observed, strict=True):
             observer.merge(state)
     if not digests:
@@ -258,12 +256,16 @@ def _describe_images(request: Request, source: Source, loader: Loader) -> dict[s
     if this_process()[1] > 1:
         loader.read_errors.share()
     parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
-    return None if parts is None else {
-        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
-        "unreadable": len({place for _, places, _ in parts for place in places}),
-        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
-        "enlarged": sum(enlarged for _, _, enlarged in parts),
-    }
+    return (
+        None
+        if parts is None
+        else {
+            "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
+            "unreadable": len({place for _, places, _ in parts for place in places}),
+            "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
+            "enlarged": sum(enlarged for _, _, enlarged in parts),
+        }
+    )
 
 
 def _measured(

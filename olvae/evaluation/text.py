@@ -82,12 +82,11 @@ def remarks(evaluated: Evaluated) -> Iterator[str]:
 def quality(evaluated: Evaluated, counts: bool = False) -> Table:
     """The metrics and the observers' columns; before them the numbers of images, if asked for or if they differ."""
     rows = evaluated.results.table
-    known = {observer.name: observer for observer in evaluated.observers}
-    entries = {row.target: [(known[name], row.observed[name]) for name in row.observed if name in known] for row in rows}
-    extra = {
-        target: {heading: text for observer, entry in pairs for heading, text in observer.columns(entry).items()}
-        for target, pairs in entries.items()
-    }
+    extra: dict[str, dict[str, str]] = {row.target: {} for row in rows}
+    for observer in evaluated.observers:
+        for row in rows:
+            if observer.name in row.observed:
+                extra[row.target].update(observer.columns(row.observed[observer.name]))
     table = joined(scores(evaluated.results), texts(extra))
     if counts or len({row.n for row in rows}) > 1:
         table = joined(Table(["images"], {row.target: [Cell(str(row.n))] for row in rows}), table)

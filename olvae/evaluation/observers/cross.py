@@ -89,8 +89,8 @@ class Cross(Observer):
     def conflicts(
         self,
         targets: Sequence[str],
-        metrics: Sequence[str],  # noqa: ARG002
-        observers: Sequence[Observer],  # noqa: ARG002
+        metrics: Sequence[str],
+        observers: Sequence[Observer],
     ) -> Iterator[str]:
         if len(targets) != 2:
             yield f"`cross` takes two targets, TEACHER STUDENT, and got {len(targets)}"
@@ -136,7 +136,7 @@ class Cross(Observer):
     def merge(self, state: Any) -> None:
         self._sums = state | self._sums
 
-    def result(self, target: str, draw: int) -> dict[str, Any] | None:  # noqa: ARG002  (means are not drawn)
+    def result(self, target: str, draw: int) -> dict[str, Any] | None:
         return asdict(_error(self._teacher, list(self._sums.values()))) if target == self._student else None
 
     def complete(self, rows: Sequence[Row]) -> list[Row]:

@@ -129,7 +129,7 @@ class FlatColours(Observer):
             watched = conditions.progress("constant colours", shared=False)
             self.found[name] = reconstruct_colours(model, side, conditions.device, conditions.batch_size, watched)
 
-    def result(self, target: str, draw: int) -> dict[str, Any] | None:  # noqa: ARG002  (the mode, always)
+    def result(self, target: str, draw: int) -> dict[str, Any] | None:
         return self.found[target].as_dict() if target in self.found else None
 
     def section(self, page: Page) -> Markup | None:

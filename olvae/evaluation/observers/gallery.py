@@ -134,9 +134,10 @@ class Gallery(Observer):
         if self._metric is None:
             lpips = seen.x.shape[1] == 3 and min(seen.x.shape[2:]) >= LPIPS_FROM
             self._metric = next((name for name in ["lpips"] * lpips + ["psnr"] if name in seen.values), None)
-        if self._metric in seen.values and not seen.draw and seen.target != UNTRAINED:
-            ranking = self.rankings.setdefault(seen.target, Ranking(METRICS[self._metric].better))
-            ranking.add(seen.keys, seen.values[self._metric], seen.x, seen.y)
+        metric = self._metric
+        if metric is not None and metric in seen.values and not seen.draw and seen.target != UNTRAINED:
+            ranking = self.rankings.setdefault(seen.target, Ranking(METRICS[metric].better))
+            ranking.add(seen.keys, seen.values[metric], seen.x, seen.y)
 
     def state(self) -> Any:
         return self._metric, self.rankings

@@ -98,7 +98,7 @@ class InPrecision(Autoencoder):
         self.dtype = PRECISIONS[precision].dtype
         self.model = model if precision == FULL else copy.deepcopy(model).to(self.dtype)
         self.reconstruction = nn.Identity()
-        """Passes on reconstructions that are not finite, for hooks to see."""
+        """Gets reconstructions that are not finite, for hooks to see."""
         self.in_channels = model.in_channels
         self.downscale, self.latent_channels = model.downscale, model.latent_channels
 
@@ -113,9 +113,10 @@ class InPrecision(Autoencoder):
     def decode(self, z: Tensor) -> Tensor:
         """Float32 latents to float32 images; raises as :meth:`encode`."""
         y = self._run(lambda: self.model.decode(z.to(self.dtype)), z).float()
-        if self.precision == FULL or y.isfinite().all():
+        if self.precision == FULL or y.is_meta or y.isfinite().all():
             return y
-        return self.reconstruction(y).nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
+        self.reconstruction(y)
+        return y.nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
 
     def _run(self, work: Callable[[], T], x: Tensor) -> T:
         try:
