@@ -133,7 +133,7 @@ def command(
         typer.Option(metavar="DIR", help="Where results go; by default the run folder, or FILE_results for a file."),
     ] = None,
     report: Annotated[
-        bool, typer.Option(help="Write report.html, one page with everything, galleries and test patterns too.")
+        bool, typer.Option(help="Write report.html, one page with everything, galleries and constant colours too.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Also print metrics.json to standard output.")] = False,
 ) -> None:

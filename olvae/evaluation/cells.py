@@ -8,7 +8,7 @@ from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost
 from olvae.metrics.registry import METRICS
 
-NONE = "\N{EN DASH}"
+NONE = "-"
 MINUS = "\N{MINUS SIGN}"
 INFINITY = "\N{INFINITY}"
 

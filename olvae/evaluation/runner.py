@@ -162,7 +162,7 @@ def _open(request: Request, protocol: Protocol, channels: int) -> Source:
     except FileNotFoundError as error:
         if request.data is not None:
             raise
-        raise FileNotFoundError(f"{error}; the config takes its images there: set `data` to others") from error
+        raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
     source.eval_transform = replace(protocol, size=source.size).transform
     if request.images is not None:
         source.limit(request.images)

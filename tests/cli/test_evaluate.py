@@ -17,7 +17,7 @@ from olvae.cli.evaluate import results_folder
 from olvae.cli.main import main
 from olvae.config import ConfigError
 from olvae.evaluation.results import Results
-from olvae.evaluation.roundtrip import AutoencoderRoundTrip
+from olvae.evaluation.roundtrip import RoundTrip
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
@@ -76,14 +76,17 @@ def test_from_python_it_is_the_same(olvae, trained, photos, tmp_path):
     """And a caller can watch the batches."""
     seen = []
 
-    def watched(batches, total):
-        for batch in batches:
-            yield batch
-            seen.append((len(batch["image"]), total))
+    def watched(description, shared=True):
+        def wrap(batches, total):
+            for batch in batches:
+                yield batch
+                seen.append((description, len(batch["image"]), total))
+
+        return wrap
 
     request = Request([find_target(trained)], metrics=("psnr", "ssim", "l1"), data=str(photos), batch_size=5)
     (evaluated,) = evaluate(request, watched)
-    assert seen == [(5, 12), (5, 12), (2, 12)]
+    assert seen == [("evaluating", n, 12) for n in (5, 5, 2)]
     code, _, err = olvae("evaluate", trained, "--data", photos, "-B", 5, "--out", tmp_path, *PIXELS)
     assert code == 0, err
     assert metrics(tmp_path) == [evaluated.results.rows[0].metrics]
@@ -242,7 +245,7 @@ def test_a_run_whose_images_are_gone(olvae, trained, tmp_path):
     code, _, err = olvae("evaluate", run, *PIXELS)
     assert code == 1
     assert err.splitlines()[-1] == (
-        "error: /gone/photos: no such folder; the config takes its images there: --data SRC names others"
+        "error: /gone/photos: no such folder; the config takes its images there: --data names others"
     )
     assert not (run / "metrics.json").exists()
 
@@ -281,7 +284,7 @@ def test_one_image(olvae, trained, photos, tmp_path):
         (["--data", "EMPTY"], 1, "no images in this folder"),
         (["--data", "BROKEN"], 1, "no images that can be read"),
         (["--images", "99"], 1, "fewer than the 99 asked for"),
-        (["--size", "20"], 2, "20 is not a multiple of 8: add --size 16"),
+        (["--size", "20"], 2, "20 is not a multiple of 8: set --size to 16"),
         (["--metrics", "fid"], 2, "fid: choose from all, psnr"),
         (["--protocol", "mine"], 2, "choose from open-litevae"),
         (["--posterior", "mean"], 2, "choose from mode, sample"),
@@ -303,7 +306,7 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, tmp_path, argum
 
 
 def killed_at_the_third_batch(arguments: list[str]) -> None:
-    before, calls = AutoencoderRoundTrip.__call__, []
+    before, calls = RoundTrip.__call__, []
 
     def killed(self, keys, x):
         calls.append(keys)
@@ -311,7 +314,7 @@ def killed_at_the_third_batch(arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return before(self, keys, x)
 
-    AutoencoderRoundTrip.__call__ = killed
+    RoundTrip.__call__ = killed
     main(arguments)
 
 

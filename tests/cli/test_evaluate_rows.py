@@ -171,7 +171,7 @@ def test_without_them_nothing_is_recorded(olvae, trained, photos, tmp_path, monk
         return rows(tmp_path / out)[trained.name]
 
     full = evaluate("measured", "--precision", "bf16")
-    monkeypatch.setattr("olvae.evaluation.precision.recorded", None)
+    monkeypatch.setattr("olvae.evaluation.observers.half_precision.Activations.recorded", None)
     plain, asked = evaluate("plain"), evaluate("asked", "--precision", "32")
     for name in ("metrics", "intervals", "bands", "test_patterns"):
         assert plain[name] == asked[name] == full[name]

@@ -1,7 +1,9 @@
-"""A LiteVAE and an AutoencoderKL whose latents have the same shape, for tests."""
+"""A LiteVAE and an AutoencoderKL whose latents have the same shape, and batches for observers, for tests."""
 
+import torch
 from diffusers import AutoencoderKL
 
+from olvae.evaluation.observers.observer import Seen
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.diffusers import DiffusersAutoencoder
 from tests.conftest import tiny_config
@@ -24,3 +26,10 @@ def kl(latent_channels: int = 4) -> DiffusersAutoencoder:
         norm_num_groups=4,
     )
     return DiffusersAutoencoder(model.eval()).eval()
+
+
+def seen(target, keys, x=None, y=None, draw=0, latents=None, values=None) -> Seen:
+    """A batch for an observer; black images and latents where the test needs none."""
+    x = torch.zeros(len(keys), 3, 16, 16, dtype=torch.uint8) if x is None else x
+    latents = torch.zeros(len(keys), 4, 2, 2) if latents is None else latents
+    return Seen(target, draw, keys, x, x if y is None else y, latents, values or {})

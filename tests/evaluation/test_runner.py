@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from olvae.evaluation.observers.baselines import Bicubic
 from olvae.evaluation.protocol import PROTOCOLS, Protocol, named
-from olvae.evaluation.roundtrip import AutoencoderRoundTrip, bicubic_round_trip
-from olvae.evaluation.runner import Observer, fingerprint, measure, observe, rows_under
+from olvae.evaluation.roundtrip import Reconstructed, RoundTrip
+from olvae.evaluation.runner import fingerprint, measure, observe, rows_under
 from olvae.metrics.registry import build_metrics
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
@@ -51,9 +52,13 @@ def run(targets, images, size=3, names=("psnr", "ssim"), order=None, protocol=Pr
         for i in range(0, len(order), size)
     ]
     make, _ = build_metrics([protocol.columns.get(name, name) for name in names])
-    observers = {(name, None): Observer(make()) for name in targets}
-    seen = observe({(name, None): target for name, target in targets.items()}, observers, batches)
-    measured = [measure(name, observer.metrics, len(seen)) for (name, _), observer in observers.items()]
+    trips = {
+        (name, 0): lambda keys, x, target=target: Reconstructed(torch.zeros(len(x), 4, 4, 4), target(keys, x))
+        for name, target in targets.items()
+    }
+    metrics = {key: make() for key in trips}
+    seen = observe(batches, {}, trips, metrics)
+    measured = [measure(name, found, len(seen)) for (name, _), found in metrics.items()]
     return seen, rows_under(protocol, measured, names)
 
 
@@ -124,7 +129,7 @@ def test_an_empty_set(images):
 
 
 def test_bicubic_is_pillows(images):
-    reconstruction = bicubic_round_trip(8)(KEYS, images)
+    reconstruction = RoundTrip(Bicubic(8))(KEYS, images).images
     for x, y in zip(images, reconstruction, strict=True):
         picture = Image.fromarray(x.permute(1, 2, 0).numpy())
         small = picture.resize((4, 4), Image.Resampling.BICUBIC)
@@ -133,7 +138,10 @@ def test_bicubic_is_pillows(images):
 
 
 def test_samples_depend_on_seed_and_key_alone(images, model):
-    mode, zero, again, one = (AutoencoderRoundTrip(model, seed=seed) for seed in (None, 0, 0, 1))
+    def trip(seed):
+        return lambda keys, x: RoundTrip(model, seed=seed)(keys, x).images
+
+    mode, zero, again, one = map(trip, (None, 0, 0, 1))
     y = zero(KEYS, images)
     assert torch.equal(y[2:5], again(KEYS[2:5], images[2:5]))
     assert torch.equal(y.flip(0), again(KEYS[::-1], images.flip(0)))
@@ -146,7 +154,7 @@ def test_samples_depend_on_seed_and_key_alone(images, model):
 
 
 def test_what_it_costs(images, model):
-    reconstruct = AutoencoderRoundTrip(model)
+    reconstruct = RoundTrip(model)
     for _ in range(3):
         reconstruct(KEYS, images)
     cost = reconstruct.meter.cost(model, 32)
@@ -161,7 +169,7 @@ def test_what_it_costs(images, model):
 
 @pytest.mark.gpu
 def test_a_gpu_measures_the_memory_of_a_batch(images, model):
-    reconstruct = AutoencoderRoundTrip(model, "cuda")
+    reconstruct = RoundTrip(model, "cuda")
     reconstruct(KEYS, images)
     assert reconstruct.meter.cost(model, 32).peak_memory_bytes >= 4 * images.numel()  # the output in float32
 
@@ -171,7 +179,7 @@ def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):
     with torch.no_grad():
         next(p for name, p in model.decoder.named_parameters() if name.endswith("bias")).fill_(float("nan"))
     with pytest.raises(ArithmeticError, match="mine: its reconstruction of image0 is not finite"):
-        AutoencoderRoundTrip(model, name="mine")(KEYS, images)
+        RoundTrip(model, name="mine")(KEYS, images)
 
 
 CHOICES = {

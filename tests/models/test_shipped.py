@@ -8,7 +8,8 @@ import torch
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.mapped.dataset import SamplePhotographs
-from olvae.evaluation.roundtrip import bicubic_round_trip
+from olvae.evaluation.observers.baselines import Bicubic
+from olvae.evaluation.roundtrip import RoundTrip
 from olvae.metrics.pixel import psnr
 from olvae.models import pretrained, shipped
 from olvae.models.loading.targets import find_target
@@ -66,7 +67,7 @@ def test_the_models_in_the_package_beat_bicubic_on_photographs_never_seen(name, 
     photographs = torch.stack(x[:4])
     with torch.inference_mode():
         y = to_uint8(LiteVAE.from_pretrained(f"olvae:{name}")(from_uint8(photographs))[0])
-    bicubic = bicubic_round_trip(8)(keys[:4], photographs)
+    bicubic = RoundTrip(Bicubic(8))(keys[:4], photographs).images
     assert (psnr(photographs, y) - psnr(photographs, bicubic)).mean() > above
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,10 @@ from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Direction, OneWay
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior
+from olvae.modules.moments import Moments
+
+_Sums = tuple[tuple[int, list[list[float]]], list[float]]
+"""Of one image: the state of the Moments of the teacher's means, and per channel the squared differences, summed."""
 
 LATENT = 8
 """Side of the latent with which parameters are counted; some networks refuse smaller ones."""
@@ -122,13 +128,10 @@ class Cross(Observer):
             self._waiting = seen.latents
         elif seen.target == self._student:
             assert self._waiting is not None, "the teacher comes first"
-            teacher = self._waiting.double().flatten(2)  # (B, n_z, h w)
+            errors = (seen.latents.double() - self._waiting.double()).square().sum((2, 3))  # (B, n_z)
+            for key, teacher, error in zip(seen.keys, self._waiting, errors.tolist(), strict=True):
+                self._sums.setdefault(key, (Moments.of(teacher).state(), error))
             self._waiting = None
-            error = (seen.latents.double().flatten(2) - teacher).square().sum(2)  # (B, n_z)
-            centre = teacher.mean(2)
-            deviation = (teacher - centre[..., None]).square().sum(2)
-            for key, *sums in zip(seen.keys, centre.tolist(), deviation.tolist(), error.tolist(), strict=True):
-                self._sums.setdefault(key, _Sums(teacher.shape[2], *sums))
 
     def state(self) -> Any:
         return self._sums
@@ -137,7 +140,11 @@ class Cross(Observer):
         self._sums = state | self._sums
 
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
-        return asdict(_error(self._teacher, list(self._sums.values()))) if target == self._student else None
+        return (
+            asdict(_error(self._teacher, (self._sums[key] for key in sorted(self._sums))))
+            if target == self._student
+            else None
+        )
 
     def complete(self, rows: Sequence[Row]) -> list[Row]:
         """Costs of crossed rows: the parameters in use; the same half has one speed in all rows."""
@@ -181,31 +188,15 @@ class Cross(Observer):
         return page.table(table, self.name, caption) or None
 
 
-class _Sums(NamedTuple):
-    """Of one image, over its positions; each list has a number per channel."""
-
-    positions: int
-    mean: list[float]
-    """Of the teacher."""
-    deviation: list[float]
-    """Squared deviations of the teacher from its mean, summed."""
-    error: list[float]
-    """Squared differences of student and teacher, summed."""
-
-
-def _error(teacher: str, images: Sequence[_Sums]) -> LatentError:
-    n = sum(image.positions for image in images)
-    per_channel: list[float | None] = []
-    deviations: list[float] = []
-    for channel in range(len(images[0].mean)):
-        mean = math.fsum(image.positions * image.mean[channel] for image in images) / n
-        within = math.fsum(image.deviation[channel] for image in images)
-        between = math.fsum(image.positions * (image.mean[channel] - mean) ** 2 for image in images)
-        std = math.sqrt((within + between) / n)
-        rms = math.sqrt(math.fsum(image.error[channel] for image in images) / n)
-        constant = std <= torch.finfo(torch.float32).eps * abs(mean)  # but for the latents' own rounding
-        per_channel.append(None if constant else rms / std)
-        deviations.append(std)
+def _error(teacher: str, sums: Iterable[_Sums]) -> LatentError:
+    moments, errors = zip(*sums, strict=True)
+    total = reduce(add, (Moments.from_state(*state) for state in moments))
+    rms = [math.sqrt(math.fsum(channel) / total.positions) for channel in zip(*errors, strict=True)]
+    deviations = total.std.tolist()
+    per_channel = [
+        None if std <= torch.finfo(torch.float32).eps * abs(mean) else error / std  # constant but for rounding
+        for error, std, mean in zip(rms, deviations, total.mean.tolist(), strict=True)
+    ]
     known = [value for value in per_channel if value is not None]
     rmse = math.sqrt(math.fsum(value**2 for value in known) / len(known)) if known else None
     return LatentError(teacher, rmse, per_channel, deviations)

@@ -1,13 +1,18 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
-from olvae.evaluation.artefacts import amplification, amplified, find_artefacts, pattern_size
+from olvae.evaluation.observers.flat_colours import (
+    FlatColours,
+    amplification,
+    amplified,
+    colour_size,
+    reconstruct_colours,
+)
+from olvae.evaluation.observers.observer import Conditions, Subject
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import DiagonalGaussian
 
@@ -39,20 +44,18 @@ def by_name(items):
 
 
 def test_an_identity_has_no_artefacts():
-    found = find_artefacts(Faulty(), size=32)
+    found = reconstruct_colours(Faulty(), size=32)
     assert (found.size, found.period, found.frame) == (32, 4, 8)
     for colour in found.colours:
         assert max(abs(value) for value in colour.shift) < 1e-4
         assert max(colour.amplitude, colour.grid, colour.amplitude_with_border) < 1e-4
-    assert all(pattern.psnr == math.inf for pattern in found.patterns)
     assert amplification([found]) == 64
     assert len(found.colours) == 11
-    assert len(found.patterns) == 4 + 4 + 4
 
 
 def test_a_grid_has_the_amplitude_that_was_put_in():
     """Of 16 values one is g higher: their standard deviation is g sqrt(15) / 16, their mean g / 16 higher."""
-    colours = by_name(find_artefacts(Faulty(grid=4.0), size=32).colours)
+    colours = by_name(reconstruct_colours(Faulty(grid=4.0), size=32).colours)
     expected = 4.0 * math.sqrt(15) / 16
     for name in ("grey 64", "grey 128", "grey 192", "black"):
         assert colours[name].shift == pytest.approx((0.25,) * 3, abs=1e-4)
@@ -65,7 +68,7 @@ def test_a_grid_has_the_amplitude_that_was_put_in():
 
 
 def test_a_border_is_told_apart_from_a_grid():
-    grey = by_name(find_artefacts(Faulty(border=8.0), size=32).colours)["grey 128"]
+    grey = by_name(reconstruct_colours(Faulty(border=8.0), size=32).colours)["grey 128"]
     assert max(grey.amplitude, grey.grid) < 1e-4
     assert grey.amplitude_with_border == pytest.approx(8.0 * math.sqrt(2 / 32 * 30 / 32), abs=1e-4)
     assert grey.deviation[:, 0].mean() == pytest.approx(8.0, abs=1e-4)
@@ -77,24 +80,9 @@ def test_what_does_not_repeat_is_not_grid():
             noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0))
             return z + 3.0 / 127.5 * noise
 
-    grey = by_name(find_artefacts(Noisy(), size=128).colours)["grey 128"]
+    grey = by_name(reconstruct_colours(Noisy(), size=128).colours)["grey 128"]
     assert grey.amplitude == pytest.approx(3.0, rel=0.05)
     assert grey.grid == pytest.approx(3.0 / 16, rel=0.2)  # averaged over 16 x 16 tiles
-
-
-def test_the_patterns_are_what_they_say():
-    found = find_artefacts(Faulty(shift=-10.0), size=32, batch_size=3)
-    patterns = by_name(found.patterns)
-    for width in (1, 2, 4, 8):
-        square = np.array([[255 * ((i // width + j // width) % 2) for j in range(16)] for i in range(16)])
-        assert np.array_equal(patterns[f"squares {width} px"].x.numpy(), np.stack([square] * 3))
-    stripes = patterns["vertical stripes 2 px"].x
-    assert torch.equal(stripes[0, 5], torch.tensor([0, 0, 255, 255] * 4, dtype=torch.uint8))
-    assert torch.equal(patterns["horizontal stripes 2 px"].x, stripes.mT)
-    for pattern in found.patterns:
-        expected = peak_signal_noise_ratio(pattern.x.numpy(), pattern.y.numpy(), data_range=255)
-        assert pattern.psnr == pytest.approx(expected, rel=1e-9)
-        assert pattern.psnr == pytest.approx(10 * math.log10(255**2 / 50), rel=1e-6)  # black stays black
 
 
 def test_batches_can_be_watched():
@@ -105,30 +93,30 @@ def test_batches_can_be_watched():
             yield batch
             seen.append((tuple(batch["image"].shape), total))
 
-    found = find_artefacts(Faulty(), 32, batch_size=8, watched=watched)
-    assert [shape for shape, _ in seen] == [(8, 3, 32, 32), (3, 3, 32, 32), (8, 3, 16, 16), (4, 3, 16, 16)]
-    assert {total for _, total in seen} == {len(found.colours) + len(found.patterns)}
+    found = reconstruct_colours(Faulty(), 32, batch_size=8, watched=watched)
+    assert seen == [((8, 3, 32, 32), 11), ((3, 3, 32, 32), 11)]
+    assert len(found.colours) == 11
 
 
 @pytest.mark.parametrize(
     ("downscales", "largest", "size"),
     [((8,), 256, 128), ((4,), 256, 128), ((8,), 64, 64), ((16, 8), 512, 256), ((32,), 256, 256), ((6, 4), 600, 132)],
 )
-def test_patterns_are_as_small_as_a_grid_allows(downscales, largest, size):
-    assert pattern_size(downscales, largest) == size
+def test_colours_are_as_small_as_a_grid_allows(downscales, largest, size):
+    assert colour_size(downscales, largest) == size
 
 
 @pytest.mark.parametrize(("channels", "colours"), [(1, 5), (2, 7), (3, 11), (4, 9)])
 def test_other_channels(channels, colours):
-    found = find_artefacts(Faulty(grid=2.0, channels=channels), size=16)
+    found = reconstruct_colours(Faulty(grid=2.0, channels=channels), size=16)
     assert len(found.colours) == colours
     assert all(colour.y.shape == (channels, 16, 16) for colour in found.colours)
     assert len({tuple(colour.x[:, 0, 0].tolist()) for colour in found.colours}) == colours
 
 
 def test_pictures_are_amplified_as_they_say():
-    found = find_artefacts(Faulty(grid=4.0), size=32)
-    factor = amplification([found, find_artefacts(Faulty(), size=32)])
+    found = reconstruct_colours(Faulty(grid=4.0), size=32)
+    factor = amplification([found, reconstruct_colours(Faulty(), size=32)])
     assert factor == 32  # 4 x 15/16 x 32 = 120
     grey = by_name(found.colours)["grey 64"]
     picture = amplified(grey.deviation, factor)
@@ -137,14 +125,27 @@ def test_pictures_are_amplified_as_they_say():
 
 
 def test_numbers_for_json():
-    content = find_artefacts(Faulty(grid=4.0), size=16).as_dict()
+    content = reconstruct_colours(Faulty(grid=4.0), size=16).as_dict()
     assert json.loads(json.dumps(content, allow_nan=False)) == content
-    assert content["patterns"]["squares 4 px"]["psnr"] > 30
-    identity = find_artefacts(Faulty(), size=16).as_dict()
-    assert identity["patterns"]["squares 4 px"] == {"psnr": None}
+    assert content.keys() == {"size", "period", "frame", "colours"}
+    broken = reconstruct_colours(Faulty(grid=math.nan), size=16).as_dict()
+    assert all(colour["grid"] is None for colour in broken["colours"].values())
+    json.dumps(broken, allow_nan=False)
 
 
-def test_what_is_not_finite_is_null_in_json():
-    found = find_artefacts(Faulty(grid=math.nan), size=16).as_dict()
-    assert all(colour["grid"] is None for colour in found["colours"].values())
-    json.dumps(found, allow_nan=False)
+def test_every_target_in_float32_is_examined():
+    def half(model):
+        model.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float16))
+        return model
+
+    observer = FlatColours()
+    subjects = {
+        "a": Subject(Faulty()),
+        "b": Subject(Faulty(grid=4.0)),
+        "half": Subject(half(Faulty())),
+        "baseline": Subject(Faulty(), baseline=True),
+    }
+    observer.examine(subjects, Conditions(64))
+    assert list(observer.found) == ["a", "b"]
+    assert observer.result("b", 0) == reconstruct_colours(Faulty(grid=4.0), 64).as_dict()
+    assert observer.result("half", 0) is None

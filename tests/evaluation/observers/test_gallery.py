@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from olvae.evaluation.gallery import Gallery
+from olvae.evaluation.observers.gallery import Gallery, Ranking
+from tests.evaluation.peers import seen
 
 
 def pairs(n: int) -> tuple[list[str], list[float], torch.Tensor, torch.Tensor]:
@@ -15,14 +16,14 @@ def pairs(n: int) -> tuple[list[str], list[float], torch.Tensor, torch.Tensor]:
     return [f"{i:04}.png" for i in range(n)], values.tolist(), x, x + 1
 
 
-def gallery(better, keys, values, x, y, size=7, **sizes) -> Gallery:
-    kept = Gallery(better, **sizes)
+def ranking(better, keys, values, x, y, size=7, **sizes) -> Ranking:
+    kept = Ranking(better, **sizes)
     for i in range(0, len(keys), size):
         kept.add(keys[i : i + size], values[i : i + size], x[i : i + size], y[i : i + size])
     return kept
 
 
-def shown(kept: Gallery) -> dict[str, list[tuple[str, float, int]]]:
+def shown(kept: Ranking) -> dict[str, list[tuple[str, float, int]]]:
     for group in kept.examples().values():
         assert all(torch.equal(e.y, e.x + 1) and e.x.shape == (3, 2, 2) for e in group)
     return {name: [(e.key, e.value, int(e.x[0, 0, 0])) for e in group] for name, group in kept.examples().items()}
@@ -35,7 +36,7 @@ def by_hash(keys: list[str]) -> list[str]:
 @pytest.mark.parametrize(("better", "worst"), [("higher", [0, 1, 2]), ("lower", [99, 98, 97])])
 def test_the_worst_the_median_and_the_best(better, worst):
     keys, values, x, y = pairs(100)
-    groups = shown(gallery(better, keys, values, x, y, each=3, pool=20))
+    groups = shown(ranking(better, keys, values, x, y, each=3, pool=20))
     assert [value for _, value, _ in groups["worst"]] == worst
     assert [value for _, value, _ in groups["best"]] == [99 - value for value in worst][::-1]
     pool = sorted((values[keys.index(key)] for key in by_hash(keys)[:20]), key=lambda value: abs(value - 49))
@@ -45,24 +46,24 @@ def test_the_worst_the_median_and_the_best(better, worst):
 
 
 def test_a_pool_with_all_images_gives_the_exact_median():
-    groups = shown(gallery("higher", *pairs(63), each=2, pool=64))
+    groups = shown(ranking("higher", *pairs(63), each=2, pool=64))
     assert [value for _, value, _ in groups["median"]] in ([30, 31], [31, 32])
 
 
 def test_batches_order_and_processes_make_no_difference():
     keys, values, x, y = pairs(100)
-    whole = gallery("higher", keys, values, x, y, size=100, pool=12)
+    whole = ranking("higher", keys, values, x, y, size=100, pool=12)
     order = torch.randperm(100).tolist()
     picked = [keys[i] for i in order], [values[i] for i in order], x[order], y[order]
-    shuffled = gallery("higher", *picked, size=3, pool=12)
-    first = gallery("higher", keys[:60], values[:60], x[:60], y[:60], pool=12)
-    second = gallery("higher", keys[40:], values[40:], x[40:], y[40:], size=1, pool=12)  # 20 in both
+    shuffled = ranking("higher", *picked, size=3, pool=12)
+    first = ranking("higher", keys[:60], values[:60], x[:60], y[:60], pool=12)
+    second = ranking("higher", keys[40:], values[40:], x[40:], y[40:], size=1, pool=12)  # 20 in both
     second.merge(pickle.loads(pickle.dumps(first)))
     second.merge(second)
     for other in (shuffled, second):
         assert shown(other) == shown(whole)
         assert [e.key for e in other.spread(12)] == by_hash(keys)[:12]
-    everything = gallery("higher", keys, values, x, y, pool=100)
+    everything = ranking("higher", keys, values, x, y, pool=100)
     assert len(pickle.dumps(second)) < 0.4 * len(pickle.dumps(everything))  # the other images are gone
 
 
@@ -70,7 +71,7 @@ def test_batches_order_and_processes_make_no_difference():
     ("n", "sizes"), [(1, (0, 1, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (5, (1, 1, 1)), (11, (3, 3, 3)), (13, (4, 4, 4))]
 )
 def test_few_images_are_in_one_group_only(n, sizes):
-    kept = gallery("higher", *pairs(n))
+    kept = ranking("higher", *pairs(n))
     groups = shown(kept)
     assert tuple(len(group) for group in groups.values()) == sizes
     everything = [key for group in groups.values() for key, _, _ in group]
@@ -80,7 +81,7 @@ def test_few_images_are_in_one_group_only(n, sizes):
 
 def test_infinite_values_and_ties():
     keys, _, x, y = pairs(9)
-    kept = gallery("higher", keys, [math.inf] * 5 + [30.0] * 4, x, y, each=2, pool=9)
+    kept = ranking("higher", keys, [math.inf] * 5 + [30.0] * 4, x, y, each=2, pool=9)
     groups = shown(kept)
     assert [value for _, value, _ in groups["worst"]] == [30, 30]
     assert [value for _, value, _ in groups["median"]] == [math.inf] * 2
@@ -89,14 +90,36 @@ def test_infinite_values_and_ties():
 
 def test_equal_values_put_no_image_into_two_groups():
     keys, _, x, y = pairs(9)
-    groups = shown(gallery("higher", keys, [math.inf] * 9, x, y, each=3, pool=9))
+    groups = shown(ranking("higher", keys, [math.inf] * 9, x, y, each=3, pool=9))
     assert sorted(key for group in groups.values() for key, _, _ in group) == keys
 
 
 def test_images_are_copied_out_of_their_batch():
     keys, values, x, y = pairs(9)
-    kept = gallery("higher", keys, values, x, y)
+    kept = ranking("higher", keys, values, x, y)
     expected = shown(kept)
     x.zero_()
     y.zero_()
     assert shown(kept) == expected
+
+
+def test_one_ranking_a_target_by_the_best_metric_there_is():
+    keys, values, x, y = pairs(6)
+    x, y = (images.repeat(1, 1, 16, 16) for images in (x, y))  # 32 px
+    for scores, size, first in (
+        ({"psnr": values}, 32, min(values)),
+        ({"psnr": values, "lpips": values}, 32, max(values)),
+        ({"psnr": values, "lpips": values}, 16, min(values)),  # LPIPS says little of so small images
+    ):
+        observer = Gallery()
+        for target, draw in (("a", 0), ("untrained", 0), ("a", 1)):
+            observer.see(seen(target, keys, x[..., :size, :size], y[..., :size, :size], draw, values=scores))
+        other = Gallery()
+        other.merge(pickle.loads(pickle.dumps(observer.state())))
+        for gallery in (observer, other):
+            assert list(gallery.rankings) == ["a"]  # nothing of the untrained
+            assert gallery.rankings["a"].examples()["worst"][0].value == first
+            assert gallery.result("a", 0) is None
+    nothing = Gallery()
+    nothing.see(seen("a", keys, x, y, values={}))
+    assert not nothing.rankings

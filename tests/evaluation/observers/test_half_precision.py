@@ -1,22 +1,23 @@
 import copy
 import math
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from olvae.config import ConfigError
-from olvae.evaluation.precision import (
-    Activations,
-    InPrecision,
-    PrecisionRoundTrip,
-    in_precisions,
+from olvae.evaluation.observers.cross import Cross
+from olvae.evaluation.observers.half_precision import (
+    HalfPrecision,
+    Precision,
     judged,
-    parse_precisions,
     stage_of,
 )
-from olvae.evaluation.roundtrip import AutoencoderRoundTrip
-from olvae.evaluation.runner import Request
+from olvae.evaluation.observers.observer import Subject
+from olvae.evaluation.results import Row
+from olvae.evaluation.roundtrip import RoundTrip
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.evaluation.peers import kl, litevae
@@ -56,18 +57,31 @@ def images():
     return x
 
 
-def trip(model: Autoencoder, precision: str) -> PrecisionRoundTrip:
-    return PrecisionRoundTrip(InPrecision(model, precision), name="mine")
+class Trip:
+    """Reconstructs in one precision, watched by the observer."""
+
+    def __init__(self, model: Autoencoder, precision: str) -> None:
+        self.observer = HalfPrecision(["fp16", "bf16"])
+        self.name = "mine" if precision == "32" else f"mine, {precision}"
+        self.subject = self.observer.derive({"mine": Subject(model)})[self.name]
+        self.reconstruct = RoundTrip(self.subject.model, name=self.name)
+
+    def __call__(self, keys, x) -> torch.Tensor:
+        with self.observer.watch(self.name, 0, self.subject, keys):
+            return self.reconstruct(keys, x).images
+
+    def found(self) -> Precision:
+        return Precision.from_dict(self.observer.result(self.name, 0))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "32"])
 def test_the_largest_activations_by_hand(images, precision):
     """White is 4 in the latent, 8 after the first factor, 2 at the end; black is -2, -4 and -1."""
-    reconstruct = trip(Tiny(2.0, 0.25), precision)
+    reconstruct = Trip(Tiny(2.0, 0.25), precision)
     y = reconstruct(KEYS, images)
     assert set(y[0, 0, 0, :3].tolist()) == {255}
     assert set(y[1].flatten().tolist()) == {0}
-    found = reconstruct.activations.compute(precision)
+    found = reconstruct.found()
     assert found.largest == {"encoder": 4.0, "decoder.0": 8.0, "decoder.1": 2.0, "decoder": 2.0}
     assert (found.largest_name, found.largest_value) == ("decoder.0", 8.0)
     assert (found.non_finite.images, found.non_finite.values, found.non_finite.first) == (0, 0, None)
@@ -77,19 +91,19 @@ def test_the_largest_activations_by_hand(images, precision):
 def test_an_overflow_is_counted_and_named(images):
     """White is 4 * 30,000 after the first factor, beyond fp16; black is -2 * 30,000, within."""
     model = Tiny(3e4, 2.0**-13)
-    reconstruct = trip(model, "fp16")
+    reconstruct = Trip(model, "fp16")
     y = reconstruct(KEYS, images)
     assert set(y[0, 0, 0, :3].tolist()) == {255}
-    found = reconstruct.activations.compute("fp16")
+    found = reconstruct.found()
     assert found.largest["decoder.0"] == found.largest_value == pytest.approx(6e4, rel=1e-3)
     assert found.non_finite.first == "decoder.0"
     assert found.non_finite.images == 1
     assert found.non_finite.values == 3 * 4  # both factors, their sequence, the reconstruction
 
     for precision in ("bf16", "32"):
-        other = trip(model, precision)
+        other = Trip(model, precision)
         assert set(other(KEYS, images)[0, 0, 0, :3].tolist()) == {255}
-        found = other.activations.compute(precision)
+        found = other.found()
         assert found.largest_value == pytest.approx(12e4, rel=1e-2)
         assert found.non_finite.first is None
 
@@ -102,9 +116,9 @@ def test_what_is_not_finite_is_as_in_a_pipeline(images):
         def decode(self, z):
             return values.to(z.dtype).expand(z.shape)
 
-    reconstruct = trip(Broken(1.0, 1.0), "fp16")
+    reconstruct = Trip(Broken(1.0, 1.0), "fp16")
     assert reconstruct(KEYS, images)[:, 0, 0].tolist() == [[255, 0, 0, 255]] * 2
-    found = reconstruct.activations.compute("fp16").non_finite
+    found = reconstruct.found().non_finite
     assert (found.images, found.values, found.first) == (2, 2 * 4 * 3, "reconstruction")
 
 
@@ -115,9 +129,9 @@ def test_an_overflow_inside_counts_though_the_output_is_finite(images):
         def decode(self, z):
             return 1.0 / self.decoder(z)
 
-    reconstruct = trip(Inverse(3e4, 100.0), "fp16")
+    reconstruct = Trip(Inverse(3e4, 100.0), "fp16")
     reconstruct(KEYS, images)
-    found = reconstruct.activations.compute("fp16")
+    found = reconstruct.found()
     assert "reconstruction" not in found.largest
     assert found.non_finite.first == "decoder.0"
     assert not judged(found, 20.0, 20.0).safe
@@ -125,19 +139,20 @@ def test_an_overflow_inside_counts_though_the_output_is_finite(images):
 
 def test_in_float32_it_stays_an_error(images):
     with pytest.raises(ArithmeticError, match="mine: its reconstruction of white is not finite"):
-        trip(Tiny(1e38, 1e38), "32")(KEYS, images)
+        Trip(Tiny(1e38, 1e38), "32")(KEYS, images)
 
 
 def test_two_processes_are_one(images):
     model = Tiny(3e4, 2.0**-13)
-    whole, first, second = (trip(model, "fp16") for _ in range(3))
+    whole, first, second = (Trip(model, "fp16") for _ in range(3))
     whole(KEYS, images)
     first(KEYS[:1], images[:1])
     second(KEYS[::-1], images.flip(0))  # "white" was seen by both
-    merged = Activations()
+    merged = HalfPrecision(["fp16"])
+    merged.derive({"mine": Subject(model)})
     for part in (first, second, second):
-        merged.merge(part.activations)
-    assert merged.compute("fp16") == whole.activations.compute("fp16")
+        merged.merge(pickle.loads(pickle.dumps(part.observer.state())))
+    assert merged.result("mine, fp16", 0) == whole.observer.result("mine, fp16", 0)
 
 
 @pytest.mark.parametrize("make", [litevae, kl])
@@ -145,7 +160,7 @@ def test_two_processes_are_one(images):
 def test_networks_run_as_they_do_in_a_pipeline(make, precision):
     model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    reconstruct = trip(model, precision)
+    reconstruct = Trip(model, precision)
     y = reconstruct(KEYS, x)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     half = copy.deepcopy(model).to(dtype)
@@ -153,29 +168,29 @@ def test_networks_run_as_they_do_in_a_pipeline(make, precision):
         images = x.float() / 127.5 - 1.0
         posterior = half.encode(images.to(dtype))
         expected = half.decode(posterior.mode()).float()
-        lowered = reconstruct.model.encode(images)
+        lowered = reconstruct.subject.model.encode(images)
     assert torch.equal(y, expected.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
     assert lowered.mean.dtype == lowered.std.dtype == torch.float32
     assert torch.equal(lowered.mean, posterior.mean.float())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not any(module._forward_hooks for module in reconstruct.model.modules())
-    found = reconstruct.activations.compute(precision)
+    assert not any(module._forward_hooks for module in reconstruct.subject.model.modules())
+    found = reconstruct.found()
     assert found.non_finite.images == 0
     assert {"encoder", "decoder", "decoder.conv_in"} <= found.largest.keys()
 
 
 def test_recording_changes_no_pixel_and_gives_no_speed():
     model, x = litevae(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    recorded, plain = trip(model, "32"), AutoencoderRoundTrip(model)
-    assert torch.equal(recorded(KEYS, x), plain(KEYS, x))
-    measured, cost = plain.cost(16), recorded.cost(16)
-    assert (cost.parameters, cost.encode_macs, cost.decode_macs) == (
-        measured.parameters,
-        measured.encode_macs,
-        measured.decode_macs,
-    )
-    assert measured.encode_images_per_s > 0
-    assert cost.encode_images_per_s is cost.decode_images_per_s is None
+    recorded, plain = Trip(model, "32"), RoundTrip(model)
+    assert torch.equal(recorded(KEYS, x), plain(KEYS, x).images)
+    measured = plain.cost(16)
+    assert recorded.reconstruct.cost(16).encode_macs == measured.encode_macs
+    entry = {"precision": recorded.observer.result("mine", 0)}
+    rows = [Row("mine", 2, {"psnr": 20.0}, cost=measured, observed=entry), Row("baseline", 2, {}, cost=measured)]
+    first, second = recorded.observer.complete(rows)
+    unmeasured = replace(measured, encode_images_per_s=None, decode_images_per_s=None, peak_memory_bytes=None)
+    assert (first.cost, second.cost) == (unmeasured, measured)
+    assert first.observed["precision"]["safe"]
 
 
 def test_a_missing_operator_is_one_line(images):
@@ -183,15 +198,21 @@ def test_a_missing_operator_is_one_line(images):
         def decode(self, z):
             return torch.linalg.inv(z)  # torch has no half of it
 
-    with pytest.raises(ValueError, match=r"^mine: torch can't compute it on cpu: .*: leave fp16 out of --precision$"):
-        PrecisionRoundTrip(InPrecision(Complex(1.0, 1.0), "fp16", "mine"))(KEYS, images)
+    with pytest.raises(ValueError, match=r"^mine, fp16: torch can't compute it on cpu: .*: leave fp16 out of `precis"):
+        Trip(Complex(1.0, 1.0), "fp16")(KEYS, images)
 
 
-@pytest.mark.parametrize("precisions", [("fp16",), ("fp16", "32"), ("32", "fp16", "fp16"), ("32", "fp8"), ()])
-def test_a_request_without_float32_is_refused(precisions):
-    with pytest.raises(ConfigError, match="precision"):
-        Request((), precisions=precisions)
-    assert Request((), precisions=("32", "bf16")).precisions == ("32", "bf16")
+def test_what_a_request_must_not_have():
+    def conflicts(precisions, metrics, *others):
+        return list(HalfPrecision(precisions).conflicts(["a", "b"], metrics, others))
+
+    assert conflicts(["32"], [], Cross()) == conflicts(["fp16"], ["psnr"]) == []
+    assert conflicts(["fp16"], ["ssim"]) == ["`precision` is judged by PSNR: add psnr to `metrics`"]
+    assert conflicts(["fp16"], ["psnr"], Cross()) == [
+        "`cross` and `precision` are two evaluations: leave one of them out"
+    ]
+    assert list(Cross().conflicts(["a", "b"], [], [])) == []
+    assert list(Cross().conflicts(["a"], [], [])) == ["`cross` takes two targets, TEACHER STUDENT, and got 1"]
 
 
 @pytest.mark.parametrize(
@@ -205,9 +226,9 @@ def test_a_request_without_float32_is_refused(precisions):
     ],
 )
 def test_the_verdict(images, psnr, full, lost, safe):
-    reconstruct = trip(Tiny(2.0, 0.25), "fp16")
+    reconstruct = Trip(Tiny(2.0, 0.25), "fp16")
     reconstruct(KEYS, images)
-    verdict = judged(reconstruct.activations.compute("fp16"), psnr, full)
+    verdict = judged(reconstruct.found(), psnr, full)
     assert verdict.psnr_lost == (None if lost is None else pytest.approx(lost))
     assert verdict.safe == safe
 
@@ -233,14 +254,13 @@ def test_stages(name, stage):
 
 
 def test_names_of_precisions_and_rows():
-    assert parse_precisions("32") == ("32",)
-    assert parse_precisions("fp16, bf16,16") == ("32", "fp16", "bf16")
-    assert parse_precisions("float16,bfloat16,float32") == ("32", "fp16", "bf16")
-    assert parse_precisions("float32") == ("32",)
-    for wrong in ("", "fp8", "fp16,fp8"):
-        with pytest.raises(ConfigError, match=f"--precision {wrong}: choose from fp16, bf16, 32"):
-            parse_precisions(wrong)
-    model = Tiny(1.0, 1.0)
-    assert list(in_precisions({"a": model, "b": model}, ("32", "fp16"))) == ["a", "a, fp16", "b", "b, fp16"]
+    assert HalfPrecision().precisions == HalfPrecision(["float32"]).precisions == ("32",)
+    assert HalfPrecision(["fp16", "bfloat16", "16"]).precisions == ("32", "fp16", "bf16")
+    with pytest.raises(ConfigError, match="`precision` fp8: choose from fp16, bf16, 32"):
+        HalfPrecision(["fp16", "fp8"])
+    subject = Subject(Tiny(1.0, 1.0))
+    assert HalfPrecision().derive({"a": subject}) == {"a": subject}
+    derived = HalfPrecision(["fp16"]).derive({"a": subject, "b": subject})
+    assert list(derived) == ["a", "a, fp16", "b", "b, fp16"]
     with pytest.raises(ConfigError, match=r"^a, fp16: a target has the name of another's row"):
-        in_precisions({"a": model, "a, fp16": model}, ("32", "fp16"))
+        HalfPrecision(["fp16"]).derive({"a": subject, "a, fp16": subject})

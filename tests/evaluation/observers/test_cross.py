@@ -1,32 +1,39 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.evaluation.cross import Crossed, LatentErrors, crossed
-from tests.evaluation.peers import kl, litevae
+from olvae.evaluation.observers.cross import Cross, Crossed, LatentError
+from olvae.evaluation.observers.observer import Subject
+from tests.evaluation.peers import kl, litevae, seen
 
 KEYS = [f"image{i}" for i in range(7)]
 
 
-def seen(teacher, student, size=7, order=None) -> LatentErrors:
-    errors = LatentErrors("teacher")
+def observed(teacher, student, size=7, order=None) -> Cross:
+    observer = Cross()
+    observer.derive({"teacher": Subject(litevae()), "student": Subject(litevae())})
     order = order or list(range(len(teacher)))
     for i in range(0, len(order), size):
         part = order[i : i + size]
-        keys = [KEYS[j] for j in part]
-        errors.teacher(keys, teacher[part])
-        errors.student(keys, student[part])
-    return errors
+        for target, latents in (("teacher", teacher), ("student", student)):
+            observer.see(seen(target, [KEYS[j] for j in part], latents=latents[part]))
+    return observer
+
+
+def found(observer: Cross) -> LatentError:
+    return LatentError(**observer.result("student", 0))
 
 
 def test_the_error_by_hand():
     """The teacher's values are 0 and 2, so their deviation is 1; the student is wrong by 1 once in two positions."""
-    found = seen(torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[1.0, 2.0]]]])).compute()
-    assert found.teacher == "teacher"
-    assert found.teacher_std == [1.0]
-    assert found.per_channel == [0.5**0.5]
-    assert found.rmse == pytest.approx(0.5**0.5)
+    one = found(observed(torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[1.0, 2.0]]]])))
+    assert one.teacher == "teacher"
+    assert one.teacher_std == [1.0]
+    assert one.per_channel == [0.5**0.5]
+    assert one.rmse == pytest.approx(0.5**0.5)
 
 
 def test_the_error_is_numpys_whatever_batches_and_processes():
@@ -34,33 +41,34 @@ def test_the_error_is_numpys_whatever_batches_and_processes():
     student = teacher + torch.randn(7, 3, 4, 5) * torch.tensor([0.5, 0.5, 1.0]).view(3, 1, 1)
     a, b = (x.double().numpy().transpose(1, 0, 2, 3).reshape(3, -1) for x in (teacher, student))
     expected = np.sqrt(((b - a) ** 2).mean(1)) / a.std(1)
-    found = seen(teacher, student).compute()
-    assert found.per_channel == pytest.approx(list(expected), rel=1e-9)
-    assert found.teacher_std == pytest.approx(list(a.std(1)), rel=1e-9)
-    assert found.rmse == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-9)
+    one = found(observed(teacher, student))
+    assert one.per_channel == pytest.approx(list(expected), rel=1e-9)
+    assert one.teacher_std == pytest.approx(list(a.std(1)), rel=1e-9)
+    assert one.rmse == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-9)
 
-    halves = seen(teacher, student, order=[0, 1, 2, 3]), seen(teacher, student, order=[6, 5, 4, 3])  # 3 in both
-    halves[0].merge(halves[1])
-    for other in (seen(teacher, student, 1), seen(teacher, student, 2, [6, 5, 4, 3, 2, 1, 0]), halves[0]):
-        assert other.compute().per_channel == pytest.approx(found.per_channel, rel=1e-12)
+    halves = observed(teacher, student, order=[0, 1, 2, 3]), observed(teacher, student, order=[6, 5, 4, 3])  # 3 in both
+    halves[0].merge(pickle.loads(pickle.dumps(halves[1].state())))
+    for other in (observed(teacher, student, 1), observed(teacher, student, 2, [6, 5, 4, 3, 2, 1, 0]), halves[0]):
+        assert found(other).per_channel == pytest.approx(one.per_channel, rel=1e-12)
 
 
 def test_a_constant_channel_of_the_teacher_has_no_error():
     teacher = torch.full((2, 2, 4, 4), 0.3)
     teacher[:, 1] = torch.randn(2, 4, 4)
-    found = seen(teacher, teacher + 1.0).compute()
-    assert found.per_channel[0] is None
-    assert found.rmse == found.per_channel[1] > 0
-    nothing = seen(teacher[:, :1], teacher[:, :1] + 1.0).compute()
+    one = found(observed(teacher, teacher + 1.0))
+    assert one.per_channel[0] is None
+    assert one.rmse == one.per_channel[1] > 0
+    nothing = found(observed(teacher[:, :1], teacher[:, :1] + 1.0))
     assert (nothing.rmse, nothing.per_channel) == (None, [None])
 
 
 @pytest.mark.parametrize("quantizer", [False, True])
 def test_the_encoder_of_one_and_the_decoder_of_the_other(quantizer):
     a, b = litevae(use_quant=quantizer), kl()
-    models = crossed({"a": a, "b": b})
-    assert list(models) == ["a", "b", "a's encoder, b's decoder", "b's encoder, a's decoder"]
-    ab, ba = list(models.values())[2:]
+    observer = Cross()
+    subjects = observer.derive({"a": Subject(a), "b": Subject(b)})
+    assert list(subjects) == ["a", "b", "a's encoder, b's decoder", "b's encoder, a's decoder"]
+    ab, ba = (subject.model for subject in list(subjects.values())[2:])
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         assert torch.equal(ab(x)[0], b.decode(a.encode(x).mode()))
@@ -83,4 +91,4 @@ def test_the_encoder_of_one_and_the_decoder_of_the_other(quantizer):
 
 def test_latents_of_other_shapes():
     with pytest.raises(ConfigError, match=r"^a has 4 channels at f8, b 5 at f8: crossed evaluation needs the same"):
-        crossed({"a": litevae(), "b": kl(5)})
+        Cross().derive({"a": Subject(litevae()), "b": Subject(kl(5))})

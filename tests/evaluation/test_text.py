@@ -1,25 +1,26 @@
 import csv
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from olvae.evaluation.cross import LatentError
-from olvae.evaluation.precision import NonFinite, Precision
+from olvae.evaluation.observers.cross import Cross, LatentError
+from olvae.evaluation.observers.half_precision import HalfPrecision, NonFinite, Precision
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.report.tables import print_results, write_csv, write_markdown
 from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Cost
+from olvae.evaluation.runner import Evaluated
+from olvae.evaluation.text import print_results, write_csv, write_markdown
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
 FINITE = NonFinite(0, 0, None)
 COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")
-COST = Cost(1_500_000, 2_000_000_000, 3_000_000_000, 12.34, None, 3 * 2**20, 4, "CPU, 1 thread")
+COST = Cost(1_500_000, 2_000_000_000, 3_000_000_000, 12.34, 5.678, 3 * 2**20, 4, "CPU, 1 thread")
 
 
 def test_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    print_results([results_of(row())])
+    print_results([Evaluated(results_of(row()))])
     shown = capsys.readouterr().err
     for text in ("25.704 ±0.75", " 0.721 ", " 0.961 ", " 0.0312 ", " 0.138 ", " 0.079 ", " 1234 ", " 0.00042 "):
         assert text in shown, shown
@@ -33,14 +34,14 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
     good = Row("runs/a_b|c", 2, {"psnr": 25.704}, {"lpips": "no weights"}, intervals, cost=COST)
     equal = Row("same", 2, {"psnr": math.inf})
     results = results_of(good, equal, protocol=protocol, source="my_photos", n=2, unreadable=1)
-    write_markdown(results, tmp_path / "m.md")
+    write_markdown(Evaluated(results), tmp_path / "m.md")
     assert (tmp_path / "m.md").read_text() == (
         f"Protocol open-litevae {protocol.hash()}, 64x64, of my_photos.\n"
         "\n"
         "| target | images | PSNR, dB | M params | GMACs encode | GMACs decode | img/s encode | img/s decode "
         "| MiB peak |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| runs/a_b\\|c | 2 | 25.704 ±0.50 | 1.50 | 2.00 | 3.00 | 12.3 | - | 3 |\n"
+        "| runs/a_b\\|c | 2 | 25.704 ±0.50 | 1.50 | 2.00 | 3.00 | 12.3 | 5.68 | 3.00 |\n"
         "| same | 2 | ∞ | - | - | - | - | - | - |\n"
         "\n"
         "Cost of one image; speed and memory: CPU, 1 thread, batches of 4; memory beyond weights and images.\n"
@@ -53,18 +54,19 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
 
 
 def test_latents_and_precisions_are_lines_below_the_table(tmp_path):
-    def found(
-        dtype: str, value: float, limit: float, broken: NonFinite = FINITE, lost: float | None = 0.0
-    ) -> Precision:
-        return Precision(dtype, {"decoder": value}, "decoder.conv_out", value, limit, broken, lost, not broken.values)
+    def found(dtype: str, value: float, limit: float, broken: NonFinite = FINITE, lost: float | None = 0.0) -> dict:
+        return {
+            "precision": asdict(Precision(dtype, {}, "decoder.conv_out", value, limit, broken, lost, not broken.values))
+        }
 
+    latents = LatentError("a", 0.18, [0.18, None], [1.0, 0.0])
     rows = (
-        Row("a", 50, {"psnr": 20.0}, precision=found("32", 71234.4, 3.4e38)),
-        Row("a, fp16", 50, {"psnr": 5.0}, precision=found("fp16", 9.0, 65504.0, NonFinite(3, 8, "decoder.up.0"), 15.0)),
-        Row("a, bf16", 50, {"psnr": 20.0}, precision=found("bf16", 3.14159, 3.4e38, lost=-0.0625)),
-        Row("b", 50, {"psnr": 20.0}, latents=LatentError("a", 0.18, [0.18, None], [1.0, 0.0]), cost=COUNTED),
+        Row("a", 50, {"psnr": 20.0}, observed=found("32", 71234.4, 3.4e38)),
+        Row("a, fp16", 50, {"psnr": 5.0}, observed=found("fp16", 9.0, 65504.0, NonFinite(3, 8, "decoder.up.0"), 15.0)),
+        Row("a, bf16", 50, {"psnr": 20.0}, observed=found("bf16", 3.14159, 3.4e38, lost=-0.0625)),
+        Row("b", 50, {"psnr": 20.0}, cost=COUNTED, observed={"latents": asdict(latents)}),
     )
-    write_markdown(results_of(*rows), tmp_path / "m.md")
+    write_markdown(Evaluated(results_of(*rows), [HalfPrecision(), Cross()]), tmp_path / "m.md")
     lines = (tmp_path / "m.md").read_text().splitlines()
     assert lines[-4:] == [
         "- a: largest activation 71,234 at decoder.conv_out; fp16 ends at 65,504",
@@ -78,15 +80,15 @@ def test_latents_and_precisions_are_lines_below_the_table(tmp_path):
 
 def test_costs_of_earlier_results_stand_in_their_rows(tmp_path):
     earlier = read_back(results_of(row(cost=COST)), tmp_path)
-    write_markdown(results_of(row("new")).beside(earlier), tmp_path / "m.md")
+    write_markdown(Evaluated(results_of(row("new")).beside(earlier)), tmp_path / "m.md")
     text = (tmp_path / "m.md").read_text()
     new, old = [line for line in text.splitlines() if line.startswith(("| new", "| 2026"))]
     assert new.endswith(" | - | - | - | - | - | - |")
-    assert old.endswith(" | 1.50 | 2.00 | 3.00 | 12.3 | - | 3 |")
+    assert old.endswith(" | 1.50 | 2.00 | 3.00 | 12.3 | 5.68 | 3.00 |")
     assert "speed and memory: CPU, 1 thread, batches of 4; memory" in text
 
     other = replace(COST, device="a GPU", batch_size=64)
-    write_markdown(results_of(row("new", cost=other)).beside(earlier), tmp_path / "m.md")
+    write_markdown(Evaluated(results_of(row("new", cost=other)).beside(earlier)), tmp_path / "m.md")
     where = f"a GPU, batches of 64 (new); CPU, 1 thread, batches of 4 ({NAME}); memory beyond weights and images."
     assert where in (tmp_path / "m.md").read_text()
 

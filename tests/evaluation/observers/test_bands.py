@@ -5,8 +5,8 @@ import pytest
 import pywt
 import torch
 
-from olvae.evaluation.bands import BandErrors
-from olvae.metrics.metric import Unavailable
+from olvae.evaluation.observers.bands import Bands
+from tests.evaluation.peers import seen
 
 
 def pairs(n: int, height: int = 16, width: int = 24, channels: int = 3):
@@ -15,11 +15,15 @@ def pairs(n: int, height: int = 16, width: int = 24, channels: int = 3):
     return [f"{i}.png" for i in range(n)], x, y
 
 
-def bands(keys, x, y, levels: int = 3, size: int = 4) -> BandErrors:
-    errors = BandErrors(levels)
+def observed(keys, x, y, levels: int = 3, size: int = 4) -> Bands:
+    observer = Bands(levels)
     for i in range(0, len(keys), size):
-        errors.add(keys[i : i + size], x[i : i + size], y[i : i + size])
-    return errors
+        observer.see(seen("a", keys[i : i + size], x[i : i + size], y[i : i + size]))
+    return observer
+
+
+def bands(keys, x, y, levels: int = 3, size: int = 4):
+    return observed(keys, x, y, levels, size).result("a", 0)
 
 
 def pywavelets(images: np.ndarray, levels: int) -> dict[str, float]:
@@ -34,7 +38,7 @@ def pywavelets(images: np.ndarray, levels: int) -> dict[str, float]:
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_pywavelets_finds_the_same_energy(levels):
     keys, x, y = pairs(5)
-    found = bands(keys, x, y, levels).compute()
+    found = bands(keys, x, y, levels)
     signal, error = x.double().numpy(), y.double().numpy() - x.double().numpy()
     expected_error, expected_signal = pywavelets(error, levels), pywavelets(signal, levels)
     assert list(found) == list(expected_error)
@@ -47,37 +51,42 @@ def test_the_bands_add_up_to_the_mean_squared_error():
     keys, x, y = pairs(5)
     mse = (y.double() - x.double()).square().mean().item()
     for levels in (1, 2, 3):
-        assert sum(band["mse"] for band in bands(keys, x, y, levels).compute().values()) == pytest.approx(
-            mse, rel=1e-12
-        )
+        assert sum(band["mse"] for band in bands(keys, x, y, levels).values()) == pytest.approx(mse, rel=1e-12)
 
 
 def test_vertical_stripes_are_detail_along_the_width():
     x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     y = x.clone()
     y[..., 1::2] = 10  # mean square 50: half of it the mean, half of it the stripes
-    found = bands(["a"], x, y).compute()
+    found = bands(["a"], x, y)
     assert {name: band["mse"] for name, band in found.items() if band["mse"]} == {"LL3": 25.0, "LH1": 25.0}
     assert all(band["share_of_signal"] is None for band in found.values())  # black has no energy
 
 
 def test_batches_order_and_processes_make_no_difference():
     keys, x, y = pairs(7)
-    whole = bands(keys, x, y, size=7).compute()
+    whole = bands(keys, x, y, size=7)
     order = [3, 6, 0, 5, 1, 4, 2]
-    assert bands([keys[i] for i in order], x[order], y[order], size=2).compute() == whole
-    first, second = bands(keys[:4], x[:4], y[:4]), bands(keys[2:], x[2:], y[2:], size=1)  # two in both
-    second.merge(pickle.loads(pickle.dumps(first)))
-    assert second.compute() == whole
+    assert bands([keys[i] for i in order], x[order], y[order], size=2) == whole
+    first = observed(keys[:4], x[:4], y[:4])
+    second = observed(keys[2:], x[2:], y[2:], size=1)  # two in both
+    second.merge(pickle.loads(pickle.dumps(first.state())))
+    assert second.result("a", 0) == whole
 
 
 def test_fewer_levels_where_the_size_has_no_more():
     keys, x, y = pairs(3, height=12)  # twice even
-    assert bands(keys, x, y).compute() == bands(keys, x, y, levels=2).compute()
-    assert next(iter(bands(keys, x, y).compute())) == "LL2"
+    assert bands(keys, x, y) == bands(keys, x, y, levels=2)
+    assert next(iter(bands(keys, x, y))) == "LL2"
 
 
-def test_odd_sides_are_refused():
+def test_odd_sides_have_no_bands():
     keys, x, y = pairs(2)
-    with pytest.raises(Unavailable, match="even sides, got 15x24"):
-        BandErrors().add(keys, x[:, :, :15], y[:, :, :15])
+    assert bands(keys, x[:, :, :15], y[:, :, :15]) is None
+
+
+def test_further_draws_have_the_bands_of_the_first():
+    keys, x, y = pairs(2)
+    observer = observed(keys, x, y)
+    observer.see(seen("a", keys, x, x, draw=1))
+    assert observer.result("a", 1) == bands(keys, x, y)

@@ -1,0 +1,90 @@
+"""An observer of a user's own, from outside of the package, through the real command."""
+
+import json
+import sys
+import textwrap
+
+import pytest
+
+TOY = """
+    from markupsafe import Markup
+
+    from olvae.evaluation.observers.observer import Observer
+
+
+    class Brightness(Observer):
+        name, title = "brightness", "Brightness"
+
+        def __init__(self):
+            self.changes = {}  # by target, image by image
+
+        def see(self, seen):
+            change = (seen.y.double() - seen.x.double()).mean((1, 2, 3)).tolist()
+            self.changes.setdefault(seen.target, {}).update(zip(seen.keys, change))
+
+        def state(self):
+            return self.changes
+
+        def merge(self, state):
+            for target, changes in state.items():
+                self.changes.setdefault(target, {}).update(changes)
+
+        def result(self, target, draw):
+            return {"mean": sum(self.changes[target].values()) / len(self.changes[target])}
+
+        def columns(self, entry):
+            return {"brighter by": f"{entry['mean']:+.2f}"}
+
+        def lines(self, rows):
+            yield from (f"{row.target}: image by image" for row in rows if "brightness" in row.observed)
+
+        def section(self, page):
+            return Markup("<p>{}</p>").format(f"<{len(self.changes)} targets>")
+
+
+    Nothing = dict
+"""
+
+
+@pytest.fixture
+def evaluate(olvae, trained, tmp_path, monkeypatch):
+    (tmp_path / "toys.py").write_text(textwrap.dedent(TOY))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toys", raising=False)
+    arguments = ("evaluate", trained, "--metrics", "psnr", "--images", 4, "--data", trained.parent.parent / "photos")
+
+    def run(*more):
+        return olvae(*arguments, "--out", tmp_path / "out", *more)
+
+    return run
+
+
+def test_it_is_in_metrics_json_in_the_tables_and_on_the_page(evaluate, trained, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = evaluate("--observe", "toys.Brightness", "--baselines")
+    assert code == 0, err
+    rows = json.loads((out / "metrics.json").read_text())["results"]
+    assert len(rows) == 3
+    change = f"{rows[0]['brightness']['mean']:+.2f}"
+    assert f"{trained.name}: image by image" in err
+    for text in (err, (out / "metrics.md").read_text(), (out / "report.html").read_text()):
+        assert change in text
+    assert "brighter by" in (out / "metrics.md").read_text()
+    page = (out / "report.html").read_text()
+    assert '<a href="#brightness">Brightness</a>' in page
+    assert "<p>&lt;3 targets&gt;</p>" in page
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        (["toys.Nothing"], "--observe toys.Nothing: not a class derived from"),
+        (["toys.Brighter"], "toys has no Brighter; did you mean Brightness"),
+        (["toys.Brightness", "toys.Brightness"], "two entries of metrics.json would be called brightness"),
+    ],
+)
+def test_mistakes_are_one_line(evaluate, tmp_path, classes, text):
+    code, _, err = evaluate(*(argument for name in classes for argument in ("--observe", name)))
+    assert code == 2
+    assert text in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
