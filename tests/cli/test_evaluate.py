@@ -287,7 +287,6 @@ def test_one_image(olvae, trained, photos, tmp_path):
         (["--size", "20"], 2, "20 is not a multiple of 8: set --size to 16"),
         (["--metrics", "fid"], 2, "fid: choose from all, psnr"),
         (["--protocol", "mine"], 2, "choose from open-litevae"),
-        (["--posterior", "mean"], 2, "choose from mode, sample"),
         (["--weights-dir", "nowhere", "--metrics", "lpips"], 1, "nowhere"),
         (["--beside", "nowhere.json"], 1, "no such metrics.json"),
     ],
