@@ -30,7 +30,7 @@ class Settings:
         initial_seed: of the initial weights: another one where a resumed run changed its seed.
         weights: the checkpoint or autoencoder that training started from, as the user wrote it; None for fresh weights.
         untrained: ``encoder`` or ``decoder`` if that half still has its initial weights.
-        teacher: the checksum of the teacher's weights.
+        checksums: of weights that parts only name, a teacher's, by part.
         paths: the data's relative paths as the user wrote them, by their absolute ones.
         slurm_job: the SLURM job that trains the run.
     """
@@ -42,7 +42,7 @@ class Settings:
     initial_seed: int = 0
     weights: str | None = None
     untrained: str | None = None
-    teacher: str | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
     slurm_job: str | None = None
 

@@ -165,7 +165,14 @@ def _latents() -> list[Row]:
         Row(f"channels_{n}", "latent", (f"model.params.embed_dim={n}", f"{DECODER}.params.z_channels={n}"))
         for n in (4, 8, 16)
     ]
-    return [*channels, Row("equivariance", "diffusion", ("model.params.equivariance=0.5",))]
+    return [
+        *channels,
+        Row(
+            "equivariance",
+            "diffusion",
+            ("model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance",),
+        ),
+    ]
 
 
 def _scales() -> list[Row]:

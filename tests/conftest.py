@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.utils import parametrizations
 
 from tests.browser import browser  # noqa: F401  (a fixture)
-from tests.models.vision import vit  # noqa: F401  (a fixture)
+from tests.models.parts.vision import vit  # noqa: F401  (a fixture)
 from tests.pretrained import vgg19, weights_dir  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
@@ -90,6 +90,19 @@ TINY_ENCODER = {
     "image_size": 16,
 }
 """The arguments of a LiteVAE_Encoder as narrow as can be."""
+
+
+def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
+    """Nodes of the package's parts with these arguments, by the names of their modules; None removes one."""
+    return {
+        name: None
+        if arguments is None
+        else {
+            "target": f"olvae.models.parts.{name}.{name.title().replace('_', '')}",
+            "params": arguments,
+        }
+        for name, arguments in params.items()
+    }
 
 
 def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_the_source_says_what_an_import_says():
         "olvae.data.mapped.hub.TorchvisionSource",
         "olvae.data.shards.latent_source.LatentSource",
         "olvae.models.optimization.lr_factor",
-        "olvae.models.teacher.Teacher",
+        "olvae.models.parts.teacher.Teacher",
         "olvae.training.callbacks.KeepCheckpoints",
     }
     for target in sorted(target for target in named if target.startswith(signatures.FOLLOWED)):

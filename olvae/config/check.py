@@ -10,7 +10,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from olvae.config.files import TOP_LEVEL
 from olvae.config.mistakes import ConfigError, unknown_keys
-from olvae.config.nodes import NODE, arguments_of, imported_arguments, is_node
+from olvae.config.nodes import NODE, arguments_of, imported_arguments, is_node, takes_named_nodes
 from olvae.signatures import Arguments
 
 __all__ = ["check", "check_arguments", "validate"]
@@ -157,6 +157,10 @@ def _check_arguments(
         if is_node(hint) and isinstance(value, list) and typing.get_origin(hint) is Sequence:
             for i, part in enumerate(value):
                 yield from _check_node(part, f"{prefix}{name}.{i}")
+        elif takes_named_nodes(hint) and isinstance(value, Mapping):
+            for key, part in value.items():
+                if part is not None:  # it removes a node of an included file
+                    yield from _check_node(part, f"{prefix}{name}.{key}")
         elif is_node(hint) and value is not None:
             yield from _check_node(value, f"{prefix}{name}")
         elif hint is not None:

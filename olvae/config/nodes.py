@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "is_node",
     "moved",
     "resolve_target",
+    "takes_named_nodes",
     "with_paths",
 ]
 
@@ -147,6 +149,15 @@ def is_node(hint: Any) -> bool:
     if typing.get_origin(hint) is Annotated:
         return NODE in hint.__metadata__
     return any(is_node(part) for part in typing.get_args(hint))
+
+
+def takes_named_nodes(hint: Any) -> bool:
+    """Whether an argument is a mapping of names to nodes, or may be one."""
+    if typing.get_origin(hint) is Mapping:
+        return is_node(typing.get_args(hint)[1])
+    return typing.get_origin(hint) in (typing.Union, types.UnionType) and any(
+        takes_named_nodes(part) for part in typing.get_args(hint)
+    )
 
 
 def _takes_path(hint: Any) -> bool:

@@ -94,7 +94,7 @@ def _weights(model: LiteVAE, provenance: Provenance) -> str:
 def _teacher(config: Mapping[str, Any]) -> str | None:
     """Name the teacher of a distilled model; a folder of the user's is named without its path."""
     params = (config.get("model") or {}).get("params") or {}
-    teacher = ((params.get("teacher_config") or {}).get("params") or {}).get("autoencoder")
+    teacher = (((params.get("parts") or {}).get("teacher") or {}).get("params") or {}).get("autoencoder")
     if not teacher:
         return None
     plain = str(teacher).removeprefix(DIFFUSERS)

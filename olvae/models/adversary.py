@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
+from olvae.data.source import Source
 from olvae.losses.adversarial import (
     ADVERSARIAL_LOSSES,
     LeCam,
@@ -19,8 +20,12 @@ from olvae.losses.adversarial import (
     generator_loss,
     r1_penalty,
 )
+from olvae.losses.objective import IMAGE_TERMS
 from olvae.modules.precision import no_autocast
 from olvae.modules.unetgan import fixed_spectral_norm, power_iteration
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 __all__ = ["Adversary"]
 
@@ -108,6 +113,21 @@ class Adversary(nn.Module):
         self.cutmix_weight = cutmix_weight
         self.updates = 0
         """Updates of the discriminator so far."""
+
+    def check(self, model: "LiteAutoencoderKL", source: Source, max_steps: int) -> None:
+        """Check that the adversary plays before the last step, beside an image loss, and takes the source's images.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self.start_step >= max_steps:
+            raise ConfigError(
+                f"adversary_config.params.start_step: {self.start_step} is not before the last of "
+                f"{max_steps} steps, so the adversary would never play"
+            )
+        if not set(IMAGE_TERMS) & set(model.loss_weights):
+            raise ConfigError("lossconfig.params: an adversary needs one of the losses that compare images beside it")
+        self.check_image(model.encoder.in_channels, source.size)
 
     def check_image(self, channels: int, size: int) -> None:
         """Run the discriminator on a grey image of this size, to find a misfit before training.

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from olvae.config import ConfigError, instantiate
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import adam_state_bytes
+from olvae.models.parts.part import Step
 from olvae.modules.base import Steps
 from olvae.modules.frozen import Constant
 
@@ -96,16 +99,11 @@ def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
     Raises:
         ConfigError: it is not a LiteAutoencoderKL, or is for inference only.
     """
-    params = dict(node.get("params") or {})
-    teacher = params.pop("teacher_config", None)
     with torch.device("meta"):
-        model = instantiate({**node, "params": params})
+        model = instantiate(node)
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
     _ = model.objective  # raises if the config is for inference only
-    if teacher is not None:
-        model.teacher = instantiate(teacher)
-        model.register_buffer("teacher_std", torch.ones(model.autoencoder.latent_channels))
     return model
 
 
@@ -202,6 +200,7 @@ def keep(model: LiteAutoencoderKL, size: int, images: int, precision: str, devic
     autocast = torch.autocast("cpu", dtype=dtype, cache_enabled=False) if dtype is not None else nullcontext()
     with mode:
         fake = _fake(model)
+        fake.__dict__["_trainer"] = SimpleNamespace(precision_plugin=None, world_size=1)  # adaptive weights ask it
         kept = Kept(_storages(_tensors(fake)))
         for half, network in (("encoder", fake.encoder), ("decoder", fake.decoder)):
             network.eval() if getattr(fake, f"freeze_{half}") else network.train()
@@ -216,17 +215,18 @@ def keep(model: LiteAutoencoderKL, size: int, images: int, precision: str, devic
 
 def _training_step(model: LiteAutoencoderKL, kept: Kept, images: Tensor) -> None:
     """The forward passes of a step with both players."""
-    x = model.images({"image": images})
-    with kept.part("networks"), model.watched():
-        taught, posterior, z = model.encode_in_training(x)
-        reconstruction = model.decode_in_training(z)
+    shared = np.random.default_rng(0)
+    # A warm-up's images keep their size, which needs the most.
+    step = Step(model.images({"image": images}), None, shared, warming_up=True, adversary_plays=True)
+    with kept.part("networks"):
+        model.forward_pass(step)
     with kept.part("losses"):
-        model._losses(x, x, reconstruction, posterior, taught)
-    if model.adversary is not None and reconstruction is not None:
+        model.autoencoder_loss(step)
+    if model.adversary is not None and step.reconstruction is not None:
         with kept.part("adversarial"):
-            model.adversary.generator_loss(reconstruction)
+            model.adversary.generator_loss(step.reconstruction)
         with kept.part("discriminator"):
-            model.adversary.discriminator_loss(x, reconstruction)
+            model.adversary.discriminator_loss(step.target, step.reconstruction)
 
 
 def _constant(model: LiteAutoencoderKL, adversary: bool) -> tuple[int, int]:
@@ -270,16 +270,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-def _hidden(model: nn.Module) -> dict[int, nn.Module]:
-    """Networks that are in no module tree, by the id of the object that holds them: constants, the teacher's."""
-    found = {id(part): part.network for part in model.modules() if isinstance(part, Constant)}
-    teacher = getattr(model, "teacher", None)
-    return found if teacher is None else {**found, id(teacher): teacher.model}
-
-
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, of hidden networks too."""
-    parts = [model, *_hidden(model).values()]
+    """Parameters and buffers, of constant networks too."""
+    parts = [model, *(part.network for part in model.modules() if isinstance(part, Constant))]
     return [t for part in parts for t in (*part.parameters(), *part.buffers())]
 
 
@@ -295,10 +288,6 @@ def _fake(model: LiteAutoencoderKL) -> LiteAutoencoderKL:
         twin = copy.copy(holder)
         twin.__dict__["network"] = copy.deepcopy(holder.network, memo)
         memo[id(holder)] = twin
-    if model.teacher is not None:
-        teacher = copy.copy(model.teacher)
-        teacher.model = copy.deepcopy(teacher.model, memo)
-        memo[id(model.teacher)] = teacher
     return copy.deepcopy(model, memo)
 
 

@@ -1,9 +1,8 @@
 """LiteAutoencoderKL: what happens in a training step."""
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,26 +11,20 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.image import from_uint8
-from olvae.data.source import Batch
+from olvae.data.source import Batch, Source
 from olvae.losses.objective import IMAGE_TERMS, Objective
-from olvae.losses.terms import latent_loss
 from olvae.models.adversary import Adversary
-from olvae.models.alignment import ADAPTIVE_MAX, Alignment
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
 from olvae.models.bad_steps import StepGuard
-from olvae.models.choices import contradictions
 from olvae.models.compilation import compile_networks
 from olvae.models.optimization import adam_of, grad_scaler, gradient_ratio, lr_factor, mix_seeds
+from olvae.models.parts.part import Part, StandIn, Step
+from olvae.models.parts.teacher import pair_sources
 from olvae.models.players import PlayersStrategy
-from olvae.models.regularizers import ActivationBound, Anchor, transform_alike
 from olvae.models.spec import FOR_DIFFUSION, check_factors
-from olvae.models.teacher import NO_FACTORS, Teacher
 from olvae.models.validation import ValidatedModule
 from olvae.modules.distributions import DiagonalGaussian, Posterior
-from olvae.modules.precision import island
-
-__all__ = ["LiteAutoencoderKL"]
 
 
 class LiteAutoencoderKL(ValidatedModule):
@@ -61,26 +54,15 @@ class LiteAutoencoderKL(ValidatedModule):
         compile: compile the encoder, the decoder, the objective and the discriminator for training steps; validation
             stays uncompiled, because its images may have any size.
         sample_posterior: decode a sample of the posterior in training, not its mode.
-        latent_noise: the standard deviation of noise that is added to what the decoder gets in training, so that it
-            learns to decode a diffusion model's errors too; in units of ``latent_noise_of``: the ``posterior``'s
-            standard deviation at each element, or the ``data``'s in each channel, measured on the batch.
         freeze_encoder: train the decoder alone, so that latents do not change.
         freeze_decoder: train the encoder alone.
-        anchor_weight: weight of the mean squared distance between the posterior's means and those of the encoder that
-            training started from: fine-tunes encoder and decoder, and keeps old latents usable.
-        equivariance: share of the steps on which the latent and the image are scaled and rotated alike before the
-            reconstruction is compared with the image, as in EQ-VAE; the adversary pauses on them.
-        activation_bound: a size that activations should not exceed in the networks that are trained, such as 8192 to be
-            safe in fp16, which ends at 65504; None bounds nothing.
-        activation_weight: of what exceeds the bound, relative to it, squared.
         checkpoint: keep only what goes into each block of the decoder, the encoder, or both (true) for the backward
             pass, and compute the rest again there: less memory, more time, the same gradients.
-        teacher_config: the :class:`Teacher` of a distillation. The encoder learns its latents; the decoder learns
-            images from its latents; with one of them frozen, validation takes the teacher's half in its place.
-        alignment_config: the :class:`Alignment` of the latent with a vision encoder.
+        parts: nodes of further ways to train, each a :class:`~olvae.models.parts.part.Part`, by a name of your choice;
+            null removes one.
         scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model,
-            which exports hand on; see :class:`~olvae.models.spec.AutoencoderSpec`. By default they are the teacher's,
-            except for force_upcast.
+            which exports hand on; see :class:`~olvae.models.spec.AutoencoderSpec`. By default they are those of a part
+            that brings latents, such as a teacher.
         val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…``, with the
             averaged weights if there are any, and then also as ``val_raw/…``, with the raw ones.
         weights_dir: a folder in which the metrics' pretrained networks are looked for first.
@@ -109,17 +91,10 @@ class LiteAutoencoderKL(ValidatedModule):
         compile: bool = False,  # noqa: A002  (the config's name)
         adversary_config: Node | None = None,
         sample_posterior: bool = True,
-        latent_noise: float = 0.0,
-        latent_noise_of: Literal["posterior", "data"] = "posterior",
         freeze_encoder: bool = False,
         freeze_decoder: bool = False,
-        anchor_weight: float = 0.0,
-        equivariance: float = 0.0,
-        activation_bound: float | None = None,
-        activation_weight: float = 1.0,
         checkpoint: bool | Literal["encoder", "decoder"] = False,
-        teacher_config: Node | None = None,
-        alignment_config: Node | None = None,
+        parts: Mapping[str, Node | None] | None = None,
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
         latents_mean: Sequence[float] | None = None,
@@ -148,21 +123,6 @@ class LiteAutoencoderKL(ValidatedModule):
             self.adversary = instantiate(adversary_config)
             if not isinstance(self.adversary, Adversary):
                 raise ConfigError(f"adversary_config: {adversary_config['target']} is not an Adversary")
-        self.teacher: Teacher | None = None
-        self.teacher_std: Tensor  # of its latents per channel, (n_z), measured by the trainer
-        if teacher_config is not None:
-            self.teacher = instantiate(teacher_config)
-            if not isinstance(self.teacher, Teacher):
-                raise ConfigError(f"teacher_config: {teacher_config['target']} is not a Teacher")
-            self.teacher.check_student(autoencoder)
-            factors = {n: v for n, v in self.teacher.model.for_diffusion.items() if n != "force_upcast"}
-            autoencoder.set_for_diffusion(factors)  # upcasting is about the weights of a decoder
-            self.register_buffer("teacher_std", torch.ones(autoencoder.latent_channels))
-        self.alignment: Alignment | None = None
-        if alignment_config is not None:
-            self.alignment = instantiate(alignment_config, latent_channels=autoencoder.latent_channels)
-            if not isinstance(self.alignment, Alignment):
-                raise ConfigError(f"alignment_config: {alignment_config['target']} is not an Alignment")
         if self.quantizer is None and not freeze_encoder and next(self.encoder.parameters(), None) is None:
             name = type(self.encoder).__name__
             raise ConfigError(f"model.params.freeze_encoder: {name} has nothing to train: set it to true")
@@ -175,10 +135,8 @@ class LiteAutoencoderKL(ValidatedModule):
             if self.quantizer is not None:
                 self.quantizer.post_quant_conv.requires_grad_(False)
         given = (scaling_factor, shift_factor, latents_mean, latents_std, force_upcast)
-        autoencoder.set_for_diffusion({n: v for n, v in zip(FOR_DIFFUSION, given, strict=True) if v is not None})
-        self.for_diffusion = autoencoder.for_diffusion
-        self.anchor = Anchor(self.encoder, self.quantizer) if anchor_weight else None
-        self.bound = ActivationBound(activation_bound) if activation_bound is not None else None
+        self.given_factors = {n: v for n, v in zip(FOR_DIFFUSION, given, strict=True) if v is not None}
+        self.for_diffusion = autoencoder.set_for_diffusion(self.given_factors).for_diffusion
         for half, network in (("encoder", self.encoder), ("decoder", self.decoder)):
             if checkpoint in (True, half):
                 network.checkpoint_steps()
@@ -199,34 +157,14 @@ class LiteAutoencoderKL(ValidatedModule):
         self.channels_last = channels_last
         self.compiled = compile
         self.sample_posterior = sample_posterior
-        self.latent_noise = latent_noise
-        self.latent_noise_of = latent_noise_of
         self.freeze_encoder = freeze_encoder
         self.freeze_decoder = freeze_decoder
-        self.anchor_weight = anchor_weight
-        self.equivariance = equivariance
-        self.activation_weight = activation_weight
         self.checkpoint = checkpoint
-        guessed = self.teacher is not None and not self.teacher.model.factors_known and scaling_factor is None
+        self.parts = nn.ModuleDict()
         mistakes = [
-            *([f"scaling_factor: {NO_FACTORS}"] if guessed else ()),
+            *self._attach(parts or {}),
             *check_factors(self.for_diffusion, autoencoder.latent_channels),
-            *contradictions(
-                self.loss.weights if isinstance(self.loss, Objective) else (),
-                self.teacher,
-                freeze_encoder,
-                freeze_decoder,
-                anchored=self.anchor is not None,
-                adversarial=self.adversary is not None,
-                equivariance=equivariance,
-                latent_noise=latent_noise,
-                latent_noise_of=latent_noise_of,
-                checkpoint=checkpoint,
-                bounded=self.bound is not None,
-                compiled=compile,
-                alignment=self.alignment,
-                in_channels=autoencoder.in_channels,
-            ),
+            *self._conflicts(),
         ]
         if mistakes:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
@@ -242,9 +180,102 @@ class LiteAutoencoderKL(ValidatedModule):
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
         self.rate_factor = 1.0
         """Of both learning rates: below one after a return to an earlier checkpoint."""
-        changing = (self.encoder, self.decoder, self.quantizer, self.adversary)
+        changing = (self.encoder, self.decoder, self.quantizer, self.adversary, self.parts)
         self.guard = StepGuard([part for part in changing if part is not None])
         """Keeps steps of non-finite numbers from changing anything."""
+
+    def _attach(self, nodes: Mapping[str, Node | None]) -> Iterator[str]:
+        """Build the parts; one line for each that can't be built."""
+        for name, node in nodes.items():
+            if node is None:
+                continue
+            try:
+                part = instantiate(node)
+            except ConfigError as error:
+                yield from (f"parts.{name}: {mistake}" for mistake in error.mistakes)
+                continue
+            except ValueError as error:
+                yield f"parts.{name}: {error}"
+                continue
+            if not name.isidentifier():
+                yield f"parts.{name}: expected a name without dots"
+            elif not isinstance(part, Part):
+                yield f"parts.{name}: {node['target']} is not a Part"
+            else:
+                part.name = name
+                self.parts[name] = part
+                part.attach(self)
+
+    def _conflicts(self) -> Iterator[str]:
+        """One line for each setting that contradicts another one."""
+        if self.checkpoint not in (True, False, "encoder", "decoder"):
+            yield f"checkpoint must be true, false, encoder or decoder, got {self.checkpoint!r}"
+        elif self.checkpoint in ("encoder", "decoder") and getattr(self, f"freeze_{self.checkpoint}"):
+            half = self.checkpoint
+            yield f"checkpoint: the {half} is frozen, so nothing of it is kept for a backward pass: leave it out"
+        if self.freeze_encoder and self.freeze_decoder:
+            yield "freeze_encoder, freeze_decoder: nothing is left to train"
+        if self.freeze_encoder and "kl" in self.loss_weights:
+            yield "lossconfig.params.kl_weight: the encoder is frozen (freeze_encoder), KL is a loss of it: set it to 0"
+        if self.freeze_decoder and self.adversary is not None:
+            yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
+        for part in self.each_part:
+            yield from part.conflicts(self)
+
+    @property
+    def each_part(self) -> list[Part]:
+        """The parts, in the order of the config."""
+        return [cast("Part", part) for part in self.parts.values()]
+
+    @property
+    def stand_in(self) -> StandIn | None:
+        """The autoencoder that the decoder learns from, and that takes the place of a frozen half, if there is one."""
+        return next((part.stand_in for part in self.each_part if part.stand_in is not None), None)
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Checksums of the parts' frozen weights, by part."""
+        return {part.name: found for part in self.each_part if (found := part.checksum()) is not None}
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """Weights of the objective's terms by name; none for a config that is for inference only."""
+        return self.loss.weights if isinstance(self.loss, Objective) else {}
+
+    def check(self, source: Source) -> None:
+        """Check that the model can train on a source's images.
+
+        Raises:
+            ConfigError: their size or channels do not fit, or a part can't use them.
+        """
+        f, channels = self.autoencoder.downscale, self.encoder.in_channels
+        if source.size % f:
+            raise ConfigError(
+                f"data.params.size: {source.size} is not a multiple of {f}, the model's downscaling factor: "
+                f"use {max(f, source.size // f * f)} or {(source.size // f + 1) * f}"
+            )
+        if source.channels != channels:
+            raise ConfigError(
+                f"the images have {source.channels} channels, the model takes {channels}: set data.params.channels, or "
+                "in_channels of encoder_config.params and out_channels of decoder_config.params"
+            )
+        if self.stand_in is None and pair_sources(source):
+            raise ConfigError(
+                "data: it has the latents of a teacher, but there is none: set `teacher`, or take the images alone"
+            )
+        for part in self.each_part:
+            part.check(self, source)
+
+    def prepare(self, source: Source, seed: int, device: torch.device) -> None:
+        """Let the parts measure or fit what they need before the first step of a new run.
+
+        Args:
+            source: of the training images.
+            seed: of their order.
+            device: of this process.
+        """
+        for part in self.each_part:
+            part.prepare(self, source, seed, device)
 
     @property
     def autoencoder(self) -> LiteVAE:
@@ -262,18 +293,19 @@ class LiteAutoencoderKL(ValidatedModule):
     def forward(
         self, x: Tensor, sample_posterior: bool = False, moments: Tensor | None = None
     ) -> tuple[Tensor, Posterior]:
-        """See :meth:`LiteVAE.forward`; with a teacher, its half takes the place of the one that is not trained.
+        """See :meth:`LiteVAE.forward`; a stand-in takes the place of a half that is frozen.
 
         Args:
-            moments: of the teacher's posterior, if they are known.
+            moments: of the stand-in's posterior, if they are known.
         """
-        taught = self.teacher if self.freeze_encoder else None
-        posterior = taught.posterior(x, moments) if taught is not None else self.encode(x)
+        stand_in = self.stand_in if self.freeze_encoder else None
+        posterior = self.encode(x) if stand_in is None else stand_in.posterior(x, moments)
         return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
     def decode_trained(self, z: Tensor) -> Tensor:
-        """Decode, with the teacher's decoder if this one is not trained."""
-        return self.teacher.decode(z) if self.teacher is not None and self.freeze_decoder else self.decode(z)
+        """Decode, with the stand-in if the decoder is frozen."""
+        stand_in = self.stand_in if self.freeze_decoder else None
+        return self.decode(z) if stand_in is None else stand_in.decode(z)
 
     def images(self, batch: Batch) -> Tensor:
         """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
@@ -299,7 +331,7 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  (Lightning's signature)
         """One micro-batch; every accumulate_grad_batches-th completes an update of each side."""
-        x = encoded = self.images(batch)  # (B, C, H, W) in [-1, 1]
+        images = self.images(batch)  # (B, C, H, W) in [-1, 1]
         last = self._micro_batch + 1 == self.accumulate_grad_batches
         if self._micro_batch == 0:
             self.guard.start()
@@ -309,34 +341,30 @@ class LiteAutoencoderKL(ValidatedModule):
         self.reports = last and every > 0 and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(self.global_step) else None
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
+        shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
+        step = Step(images, batch.get("moments"), shared, warming_up, adversary_plays=adversary is not None)
 
-        # Forward: one pass of the autoencoder, for both sides. With a teacher, the decoder learns from its latents.
-        with torch.set_grad_enabled(not warming_up), self.watched():
-            taught, posterior, z = self.encode_in_training(x, batch.get("moments"))
-            if self.equivariance:  # the same on every rank and for the whole update
-                shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
-                if not warming_up and shared.random() < self.equivariance:
-                    z, x = transform_alike(z, x, shared)
-                    adversary = None
-            reconstruction = self.decode_in_training(z)
+        # Forward: one pass of the autoencoder, for both players. Parts may change the latent and the target.
+        with torch.set_grad_enabled(not warming_up):
+            self.forward_pass(step)
+        if not step.adversary_plays:
+            adversary = None
 
         # The autoencoder: losses by name, and their weighted sum.
         if not warming_up:
-            total, losses = self._losses(x, encoded, reconstruction, posterior, taught)
-            if self.alignment is not None:
-                total = total + self._alignment_loss(self.alignment, losses)
+            total = self.autoencoder_loss(step)
             if adversary is not None:
-                assert reconstruction is not None
-                losses["adversarial"] = adversary.generator_loss(reconstruction)
-                total = total + self._adversarial_weight(adversary, losses) * losses["adversarial"]
-            self.guard.see({**losses, "loss": total})
+                assert step.reconstruction is not None
+                step.losses["adversarial"] = adversary.generator_loss(step.reconstruction)
+                total = total + self._adversarial_weight(adversary, step.losses) * step.losses["adversarial"]
+            self.guard.see({**step.losses, "loss": total})
             self._backward("autoencoder", total, last)
-            self._report({f"train/{name}": loss for name, loss in {"loss": total, **losses}.items()})
+            self.report({f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()})
 
         # The discriminator: its loss on the same reconstruction, without the graph.
         if adversary is not None:
-            assert reconstruction is not None
-            pair = (x, reconstruction.detach())
+            assert step.reconstruction is not None
+            pair = (step.target, step.reconstruction.detach())
             self._discriminator_backward(adversary, *pair, last)
             if adversary.updates_per_step > 1:
                 self._pairs.append(pair)
@@ -346,24 +374,43 @@ class LiteAutoencoderKL(ValidatedModule):
         if last:
             self._update(adversary, autoencoder=not warming_up)
             self._iteration += 1
-            self.images_seen += x.shape[0] * self.accumulate_grad_batches * self.trainer.world_size
-            self._report({"step": float(self.global_step)})  # else Lightning counts micro-batches on the logger's axis
+            self.images_seen += len(images) * self.accumulate_grad_batches * self.trainer.world_size
+            self.report({"step": float(self.global_step)})  # else Lightning counts micro-batches on the logger's axis
 
-    def watched(self) -> AbstractContextManager[None]:
-        """Where networks run whose activations are bounded, if they are."""
-        return self.bound.watch(*self._trained_networks()) if self.bound is not None else nullcontext()
+    def forward_pass(self, step: Step) -> None:
+        """Encode and decode a micro-batch: fill in a step up to its reconstruction."""
+        stand_in = self.stand_in
+        with ExitStack() as watching:
+            for part in self.each_part:
+                watching.enter_context(part.watch(self))
+            given = None if stand_in is None else stand_in.posterior(step.images, step.moments)
+            step.encoded = self.encode(step.images) if given is None or not self.freeze_encoder else None
+            posterior = given or step.encoded
+            assert posterior is not None
+            step.posterior, step.latent, step.target = posterior, self.draw(posterior), step.images
+            for part in self.each_part:
+                part.on_latent(self, step)
+            decoded = stand_in is None or not self.freeze_decoder
+            step.reconstruction = self.decode(step.latent) if decoded else None
 
-    def encode_in_training(
-        self, x: Tensor, moments: Tensor | None = None
-    ) -> tuple[Posterior | None, DiagonalGaussian | None, Tensor]:
-        """The teacher's posterior and this encoder's, each if there is one, and what the decoder gets."""
-        taught = self.teacher.posterior(x, moments) if self.teacher is not None else None
-        posterior = self.encode(x) if taught is None or not self.freeze_encoder else None
-        return taught, posterior, self._latent(taught or posterior)  # z: (B, n_z, H/f, W/f)
+    def autoencoder_loss(self, step: Step) -> Tensor:
+        """The weighted sum of the objective's losses and the parts'; each unweighted one is noted in the step.
 
-    def decode_in_training(self, z: Tensor) -> Tensor | None:
-        """The reconstruction; None if the decoder is not trained, and a teacher decodes."""
-        return self.decode(z) if self.teacher is None or not self.freeze_decoder else None
+        The sum is without the adversary's, whose weight depends on the other gradients.
+        """
+        total = step.images.new_zeros(())
+        if step.reconstruction is not None:
+            total, step.losses = self.objective(step.target, step.reconstruction, step.encoded, step.images)
+        for part in self.each_part:
+            losses = part.losses(self, step)
+            if losses:
+                total = total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
+                step.losses |= {name: loss for name, (loss, _) in losses.items()}
+        return total
+
+    def draw(self, posterior: Posterior) -> Tensor:
+        """A sample of a posterior in training, or its mode without ``sample_posterior``: (B, n_z, H/f, W/f)."""
+        return posterior.sample() if self.sample_posterior else posterior.mode()
 
     def _backward(self, player: str, loss: Tensor, last: bool) -> None:
         """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
@@ -371,77 +418,23 @@ class LiteAutoencoderKL(ValidatedModule):
             self.trainer.strategy.reduce_next(player)
         self.manual_backward(self.guard.spread(loss / self.accumulate_grad_batches))
 
-    def _report(self, values: Mapping[str, Tensor | float]) -> None:
+    def report(self, values: Mapping[str, Tensor | float]) -> None:
         """Log the values of a step that the loggers take; at the others nothing waits for the device."""
         if self.reports:
             self.log_dict({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
 
-    def _trained_networks(self) -> list[nn.Module]:
+    @property
+    def trained_networks(self) -> list[nn.Module]:
+        """The encoder and the decoder, without a frozen one."""
         halves = ((self.encoder, self.freeze_encoder), (self.decoder, self.freeze_decoder))
         return [network for network, frozen in halves if not frozen]
-
-    def _draw(self, posterior: Posterior) -> Tensor:
-        """A sample of the posterior in training, or its mode: (B, n_z, H/f, W/f)."""
-        return posterior.sample() if self.sample_posterior else posterior.mode()
-
-    def _latent(self, posterior: Posterior | None) -> Tensor:
-        """What the decoder gets in training: a sample of the posterior, or its mode, and noise on it if asked for."""
-        assert posterior is not None
-        z = self._draw(posterior)
-        if not self.latent_noise:
-            return z
-        if self.latent_noise_of == "data":
-            std = island(posterior.mean.detach()).std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
-        else:
-            std = posterior.std.detach()
-        return z + self.latent_noise * std * torch.randn_like(z)
-
-    def _losses(
-        self,
-        x: Tensor,
-        encoded: Tensor,
-        reconstruction: Tensor | None,
-        posterior: DiagonalGaussian | None,
-        taught: Posterior | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the autoencoder's losses, and each unweighted loss by name.
-
-        The sum is without the adversary's and without the alignment's, whose weights depend on the other gradients.
-
-        Args:
-            x: what the reconstruction is compared with.
-            encoded: what the posterior is of.
-            reconstruction: None if the decoder is not trained, and a teacher decodes.
-            posterior: None if the encoder is not trained, and a teacher encodes.
-            taught: the teacher's.
-        """
-        total, losses = encoded.new_zeros(()), {}
-        if reconstruction is not None:
-            total, losses = self.objective(x, reconstruction, posterior, encoded)
-        if self.anchor is not None:
-            losses["anchor"] = self.anchor(encoded, posterior)
-            total = total + self.anchor_weight * losses["anchor"]
-        if self.alignment is not None:
-            assert posterior is not None
-            losses |= self.alignment(encoded, posterior.mean)
-        if self.teacher is not None and posterior is not None:
-            assert taught is not None
-            terms = self.teacher.losses(posterior, taught, self.teacher_std)
-            if self.teacher.weights["teacher_decoder"]:
-                decoded = self.teacher.decode(self._draw(posterior))
-                terms["teacher_decoder"], _ = self.objective(encoded, decoded, posterior)
-            total = total + torch.stack([self.teacher.weights[name] * term for name, term in terms.items()]).sum()
-            losses |= terms
-        if self.bound is not None:
-            losses["activation"] = self.bound.penalty()
-            total = total + self.activation_weight * losses["activation"]
-        return total, losses
 
     @property
     def players(self) -> dict[str, nn.Module]:
         """The modules of each player, whose gradients no backward pass of the other one touches."""
-        parts = (self.encoder, self.decoder, self.quantizer, self.alignment)
-        sides: dict[str, nn.Module] = {"autoencoder": nn.ModuleList([part for part in parts if part is not None])}
+        learning = (part for part in self.each_part if any(p.requires_grad for p in part.parameters()))
+        modules = (self.encoder, self.decoder, self.quantizer, *learning)
+        sides: dict[str, nn.Module] = {"autoencoder": nn.ModuleList([m for m in modules if m is not None])}
         return sides if self.adversary is None else {**sides, "discriminator": self.adversary.discriminator}
 
     @property
@@ -457,27 +450,16 @@ class LiteAutoencoderKL(ValidatedModule):
             ratio = gradient_ratio(self, pixels, losses["adversarial"])  # |pixels| / |adversarial|
             if adversary.adaptive_weight:
                 weight = weight * ratio.clamp(0.0, adversary.adaptive_max)
-                self._report({"health/adaptive_weight": ratio.clamp(0.0, adversary.adaptive_max)})
-            self._report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
+                self.report({"health/adaptive_weight": ratio.clamp(0.0, adversary.adaptive_max)})
+            self.report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
         return weight
-
-    def _alignment_loss(self, alignment: Alignment, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted alignment of the latent; reports its adaptive factor."""
-        loss = losses["align_cosine"] + losses["align_distance"]
-        if not alignment.adaptive_weight:
-            return alignment.weight * loss
-        pixels = self.objective.weighted(losses, *IMAGE_TERMS)
-        last = self.encoder if self.quantizer is None else self.quantizer.quant_conv
-        factor = gradient_ratio(self, pixels, loss, last).clamp(max=ADAPTIVE_MAX)
-        self._report({"health/alignment_weight": factor})
-        return alignment.weight * factor * loss
 
     def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)
         self.guard.see({**logs, "the discriminator's loss": loss})
         self._backward("discriminator", loss, last)
         health = {"logits_real", "logits_fake", "accuracy"}
-        self._report({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
+        self.report({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
 
     def _update(self, adversary: Adversary | None, autoencoder: bool) -> None:
         """One update of the autoencoder, and ``updates_per_step`` of the discriminator if the adversary plays.
@@ -498,7 +480,7 @@ class LiteAutoencoderKL(ValidatedModule):
             self._step_discriminator(adversary, optimizers[1].optimizer, norms["discriminator"], updates[0])
         if autoencoder:
             optimizer = optimizers[0]
-            self._report({"train/lr": optimizer.param_groups[0]["lr"]})
+            self.report({"train/lr": optimizer.param_groups[0]["lr"]})
             self._clip(optimizer.optimizer, norms["autoencoder"], "train/grad_norm")
             self.guard.mask(optimizer.optimizer, updates[0], scaler)
             optimizer.step()
@@ -542,32 +524,8 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def _clip(self, optimizer: torch.optim.Optimizer, norm: Tensor, name: str) -> None:
         if self.gradient_clip_val:
-            self._report({name: norm})
+            self.report({name: norm})
             torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), self.gradient_clip_val, norm)
-
-    # Validation of a student: how far its latents are from the teacher's
-
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        self._latent_error = torch.zeros(2, dtype=torch.float64)  # sum over images of the mean square, their number
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        if self.teacher is not None and not self.freeze_encoder:
-            x = self.images(batch)
-            taught = self.teacher.posterior(x, batch.get("moments"))
-            error = latent_loss(self.encode(x).mean, taught.mean, self.teacher_std)
-            self._latent_error += torch.tensor([float(error) * len(x), len(x)], dtype=torch.float64)
-
-    def further_values(self) -> dict[str, float]:
-        """``val/latent_rmse``: the root mean square distance from the teacher's means, in its standard deviations."""
-        if self.teacher is None or self.freeze_encoder:
-            return {}
-        error = self._latent_error.to(self.device, torch.float32)
-        if self.trainer.world_size > 1:
-            error = self.trainer.strategy.reduce(error, reduce_op="sum")
-        square, images = error.tolist()
-        return {"val/latent_rmse": math.sqrt(square / images)} if images else {}
 
     # Lightning's hooks
 
@@ -610,19 +568,15 @@ class LiteAutoencoderKL(ValidatedModule):
         self.rate_factor = checkpoint.get("rate_factor", 1.0)  # of a run that began before there was one
 
     def on_fit_start(self) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device)
         if self.compiled:
             networks = [
-                *self._trained_networks(),
+                *self.trained_networks,
                 self.loss,
                 *([self.adversary.discriminator] if self.adversary else []),
             ]
             compile_networks(networks, self.device)
 
     def on_validation_start(self) -> None:
-        if self.teacher is not None:  # of a model that was not fitted
-            self.teacher.to(self.device)
         if self.compiled:
             torch.compiler.set_stance("force_eager")
 
@@ -632,10 +586,8 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def on_train_start(self) -> None:
         self.guard.prepare()
-        if self.anchor is not None:
-            if self._iteration == 0:
-                self.anchor.set(self.encoder, self.quantizer)  # whatever weights training starts from
-            self.anchor.eval()
+        for part in self.each_part:
+            part.start(self, resumed=self._iteration > 0)
         if self.freeze_encoder:
             self.encoder.eval()
         if self.freeze_decoder:

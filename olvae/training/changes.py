@@ -31,7 +31,7 @@ FREE = (
     "model.params.min_lr_factor",
     "model.params.optimizer",
     "model.params.scheduler",
-    "model.params.teacher_config.params.autoencoder",  # where it is; a checksum says that it is the same
+    "model.params.parts.teacher.params.autoencoder",  # where it is; a checksum says that it is the same
     "model.params.use_ema",
     "model.params.val_metrics",
     "model.params.warmup_steps",

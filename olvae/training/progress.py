@@ -261,10 +261,7 @@ def print_summary(
     }
     if model.adversary is not None:
         rows["adversary"] = _adversary(model.adversary)
-    if model.teacher is not None:
-        rows["teacher"] = model.teacher.describe()
-    if model.alignment is not None:
-        rows["alignment"] = model.alignment.describe()
+    rows |= {part.name.replace("_", " "): text for part in model.each_part if (text := part.describe())}
     if model.freeze_encoder or model.freeze_decoder:
         rows["trained"] = f"the {'decoder' if model.freeze_encoder else 'encoder'} alone"
     if settings["weights"]:

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import no_empty_folders, remove_partials, write_json
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.parts.teacher import set_teacher
 from olvae.models.players import PlayersStrategy
 from olvae.training.bad_steps import BadSteps
 from olvae.training.callbacks import (
@@ -33,17 +34,10 @@ from olvae.training.callbacks import (
     UnreadableLimit,
 )
 from olvae.training.changes import changes, check_changes, print_changes
-from olvae.training.checks import check_adversary, check_images, check_memory
+from olvae.training.checks import check_memory
 from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count, process_death
 from olvae.training.loggers import make_loggers
-from olvae.training.origin import (
-    Found,
-    check_teacher,
-    measure_teacher,
-    set_teacher,
-    start_from,
-    untrained_half,
-)
+from olvae.training.origin import Found, start_from, untrained_half
 from olvae.training.progress import StepProgress, is_finished, print_ending, print_finished, print_summary
 from olvae.training.saving import BackgroundCheckpointIO
 from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue, requeued_run, slurm_job
@@ -144,20 +138,16 @@ def _train(options: TrainOptions, lock: runs.RunLock) -> runs.Run:
     pl.seed_everything(settings["seed"], workers=True, verbose=False)
     model = _model(config, trainer_args)
     model.seed = settings["seed"]
-    check_images(model, source)
+    model.check(source)
     if found is not None:
         load_weights(model, found.weights, found.target)
     start, done = _restore(model, resumed, options.actual_resume)
     before = own if own is not None else found.config if found is not None else _config_of(options.actual_resume)
     settings["untrained"] = untrained_half(model, before)
-    settings["teacher"] = model.teacher.checksum if model.teacher is not None else None
-    if resumed is not None and settings["teacher"] != ((before or {}).get("run") or {}).get("teacher"):
-        raise ConfigError(
-            "teacher_config: a resumed run keeps its teacher, and these weights are not that one's: start a new run "
-            "from its weights with --actual_resume"
-        )
-    check_teacher(model.teacher, source)
-    if model.teacher is not None:
+    settings["checksums"] = model.checksums
+    if resumed is not None:
+        _check_checksums(((before or {}).get("run") or {}).get("checksums") or {}, model.checksums)
+    if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
 
     trainer_args = _steps(trainer_args, source, model)
@@ -178,7 +168,8 @@ def _train(options: TrainOptions, lock: runs.RunLock) -> runs.Run:
             print_finished(resumed, done)
         return resumed
     source.check_processes(processes)
-    check_adversary(model, source, trainer_args["max_steps"])
+    if model.adversary is not None:
+        model.adversary.check(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
@@ -196,8 +187,8 @@ def _train(options: TrainOptions, lock: runs.RunLock) -> runs.Run:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             check_memory(model, source, settings["precision"], free, trainer.is_global_zero)
-        if model.teacher is not None and resumed is None:  # else it is in the checkpoint
-            measure_teacher(model, source, settings["seed"], trainer.strategy.root_device)
+        if resumed is None:
+            model.prepare(source, settings["seed"], trainer.strategy.root_device)
         trainer.fit(
             model,
             train_dataloaders=source.train_loader(settings["seed"], start),
@@ -300,6 +291,19 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     _ = model.objective  # raises if the config is for inference only
     model.set_up_validation()  # raises if a metric's network is missing
     return model
+
+
+def _check_checksums(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that the frozen weights of the parts are those that a resumed run had."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ConfigError(
+            *(
+                f"model.params.parts.{name}: a resumed run keeps it, with the same weights: "
+                "start a new run from its weights with --actual_resume"
+                for name in changed
+            )
+        )
 
 
 def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | Path | None) -> tuple[int, int]:

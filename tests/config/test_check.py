@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from olvae.config import load, validate
-from tests.conftest import tiny_config
+from tests.conftest import parts, tiny_config
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").rglob("*.yaml"))
 
@@ -113,11 +113,11 @@ def test_what_an_autoencoder_to_start_from_has_the_values_of(image_folder):
     assert validate(config) == []
     config["model"]["params"] |= {"encoder_config": {"params": {"padding": "reflect"}}, "use_quant": True}
     assert validate(config) == []
-    config["model"]["params"] |= {"anchor_wieght": 1.0}
+    config["model"]["params"] |= {"freeze_encodr": True}
     config["model"]["fron"] = "x"
     assert sorted(validate(config)) == [
         "model.fron: unknown key; did you mean from?",
-        "model.params.anchor_wieght: unknown key; did you mean anchor_weight?",
+        "model.params.freeze_encodr: unknown key; did you mean freeze_encoder?",
     ]
 
 
@@ -135,14 +135,18 @@ def test_an_autoencoder_to_start_from_is_named_by_a_text(image_folder):
     assert validate(config) == ["data.from: unknown key; known: target, params"]
 
 
-def test_mistakes_in_a_teacher(image_folder):
-    node = {
-        "target": "olvae.models.teacher.Teacher",
-        "params": {"autoencoder": "x", "dtype": "float8", "latent_wieght": 1},
-    }
-    assert sorted(validate(tiny_config(image_folder, teacher_config=node))) == [
-        "model.params.teacher_config.params.dtype: expected Literal['float32', 'bfloat16', 'float16'], got 'float8'",
-        "model.params.teacher_config.params.latent_wieght: unknown key; did you mean latent_weight?",
-    ]
-    (mistake,) = validate(tiny_config(image_folder, teacher_config={"target": "olvae.models.teacher.Teacher"}))
-    assert mistake == "model.params.teacher_config.params.autoencoder: missing"
+def test_mistakes_in_parts(image_folder):
+    """At any name of the mapping, all at once; null removes a part."""
+    teacher = {"autoencoder": "x", "dtype": "float8", "latent_wieght": 1}
+    nodes = parts(teacher=teacher, anchor=None, equivariance={}) | {"mine": {"target": "no.where.Part"}, "other": 3}
+    config = tiny_config(image_folder, parts=nodes)
+    key, dtype, *rest = sorted(validate(config), key=lambda line: "teacher" not in line)
+    where = "model.params.parts"
+    assert dtype == f"{where}.teacher.params.dtype: expected Literal['float32', 'bfloat16', 'float16'], got 'float8'"
+    assert key == f"{where}.teacher.params.latent_wieght: unknown key; did you mean latent_weight?"
+    assert rest[0].startswith(f"{where}.mine.target: target 'no.where.Part' does not import")
+    assert rest[1:] == [f"{where}.other: expected a node of target and params, got 3"]
+    (mistake,) = validate(tiny_config(image_folder, parts=parts(teacher={})))
+    assert mistake == f"{where}.teacher.params.autoencoder: missing"
+    (mistake,) = validate(tiny_config(image_folder, parts=[]))
+    assert mistake.startswith(f"{where}: expected ")

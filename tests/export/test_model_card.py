@@ -130,7 +130,7 @@ def test_the_card_of_stock_networks():
     ],
 )
 def test_the_card_names_the_teacher(teacher, name):
-    config = {"model": {"params": {"teacher_config": {"params": {"autoencoder": teacher}}}}}
+    config = {"model": {"params": {"parts": {"teacher": {"params": {"autoencoder": teacher}}}}}}
     card = card_of(tiny_litevae(), Provenance("a_run", config))
     assert f"| latents | distilled from {name}: latents are those of {name} |" in card
     assert "AutoencoderLiteVAE.from_pretrained(" in card

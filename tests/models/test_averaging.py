@@ -10,6 +10,7 @@ from olvae.checkpoint import AUTOENCODER, read_weights
 from olvae.models.averaging import WeightAverage, find_average
 from olvae.models.bad_steps import StepGuard
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.conftest import parts
 from tests.models.steps import Each, against, assert_same, build, fit, source
 
 DECAY = 0.8
@@ -59,7 +60,7 @@ def test_the_average_is_its_recurrence(image_folder):
 def test_it_holds_one_copy_of_what_is_trained(image_folder, frozen):
     """No discriminator, anchor, buffer or frozen half: the element count of the copy is that of the optimizer."""
     loss = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
-    anchor = {} if frozen else {"anchor_weight": 0.1}
+    anchor = {} if frozen else {"parts": parts(anchor={})}
     model = build(against(), use_ema=True, use_quant=True, lossconfig=loss, **frozen, **anchor)
     held = []
 

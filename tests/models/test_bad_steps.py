@@ -38,16 +38,16 @@ def state(model: LiteAutoencoderKL) -> dict[str, torch.Tensor]:
 
 def spoil_losses(model: LiteAutoencoderKL, term: str, value: float, micro_batch: int = 0) -> None:
     """Add a number to one of the autoencoder's losses in one micro-batch."""
-    whole = model._losses
+    whole = model.autoencoder_loss
 
-    def spoilt(*args):
-        total, losses = whole(*args)
+    def spoilt(step):
+        total = whole(step)
         if model._iteration == BAD and model._micro_batch == micro_batch:
-            losses[term] = losses[term] + value
+            step.losses[term] = step.losses[term] + value
             total = total + value
-        return total, losses
+        return total
 
-    model._losses = spoilt
+    model.autoencoder_loss = spoilt
 
 
 def spoil_discriminator(model: LiteAutoencoderKL, name: str, value: float) -> None:

@@ -16,7 +16,7 @@ from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN, fixed_spectral_norm
-from tests.conftest import TINY_ENCODER
+from tests.conftest import TINY_ENCODER, parts
 from tests.models.steps import against, build, fit, metrics, snapshot
 
 NARROW = {"channels": 8, "z_channels": 4, "channel_mult": (1, 1, 1, 1), "num_res_blocks": 0}
@@ -144,4 +144,4 @@ def test_a_machine_without_a_compiler_trains_uncompiled(image_folder, monkeypatc
 
 def test_watched_activations_are_not_compiled():
     with pytest.raises(ConfigError, match="activation_bound"):
-        build(compile=True, activation_bound=100.0)
+        build(compile=True, parts=parts(activation_bound={"bound": 100.0}))

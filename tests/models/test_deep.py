@@ -21,10 +21,10 @@ def test_the_latent_is_what_the_name_says(name, factor):
         pytest.importorskip("timm")
     model = without_weights(load([CONFIGS[name]])["model"])
     assert (model.autoencoder.downscale, model.autoencoder.latent_channels) == (factor, 32)
-    assert (model.alignment is not None) == name.endswith("aligned")
+    assert ("alignment" in model.parts) == name.endswith("aligned")
     assert model.objective.weights["kl"] == 1e-6
-    if model.alignment is not None:
-        assert model.alignment.projection.weight.shape == (1024, 32, 1, 1)
+    if "alignment" in model.parts:
+        assert model.parts["alignment"].projection.weight.shape == (1024, 32, 1, 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -33,8 +33,8 @@ def test_a_small_one_trains_a_step(name, image_folder, request):
     params["encoder_config"]["params"] |= {**TINY_ENCODER, "image_size": 64}
     params["decoder_config"]["params"] |= {"channels": 8, "num_res_blocks": 0}
     params["lossconfig"]["params"]["lpips_weight"] = 0  # whose network is a download
-    if "alignment_config" in params:
-        params["alignment_config"]["params"] |= {"encoder": "test_vit", "weights": request.getfixturevalue("vit")}
+    if "parts" in params:
+        params["parts"]["alignment"]["params"] |= {"encoder": "test_vit", "weights": request.getfixturevalue("vit")}
     model = fit(LiteAutoencoderKL(**params), image_folder, 1, batch_size=2, size=64)
     factor = model.autoencoder.downscale
     assert model.encode(torch.zeros(1, 3, 64, 96)).mean.shape == (1, 32, 64 // factor, 96 // factor)

@@ -11,6 +11,7 @@ from olvae.config import ConfigError
 from olvae.losses import perceptual
 from olvae.models import footprint
 from olvae.models.footprint import CHECKPOINTS, GIB, MARGIN, Footprint, Kept, Moment, advice, footprints, keep
+from olvae.models.parts.part import Step
 from olvae.modules.base import count_parameters
 from tests.conftest import tiny_config
 from tests.models.steps import against, build
@@ -66,9 +67,10 @@ def really_kept(model, images: int, precision: str) -> dict[str, int]:
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext():
         x = model.images({"image": batch})
         with collecting("autoencoder"):
-            posterior = model.encode(x)
-            reconstruction = model.decode(posterior.sample())
-            total, _ = model._losses(x, x, reconstruction, posterior, None)
+            step = Step(x, None, None, warming_up=False, adversary_plays=True)
+            model.forward_pass(step)
+            reconstruction = step.reconstruction
+            total = model.autoencoder_loss(step)
             if model.adversary is not None:
                 total = total + model.adversary.generator_loss(reconstruction)
         if model.adversary is not None:

@@ -13,6 +13,7 @@ from olvae.training.bad_steps import BadSteps
 from olvae.training.callbacks import Health, KeepCheckpoints
 from olvae.training.progress import StepProgress
 from olvae.training.stopping import GracefulStop
+from tests.conftest import parts
 from tests.models.steps import UNETGAN, against, build
 
 WAITS = (
@@ -85,7 +86,7 @@ EVERYTHING = {"cutmix_weight": 1.0, "r1_weight": 1.0, "r1_every": 1, "lecam_weig
     ("size", "model"),
     [
         (16, {}),
-        (32, {"equivariance": 0.5, "latent_noise": 0.1, "latent_noise_of": "data", "anchor_weight": 1.0}),
+        (32, {"parts": parts(equivariance={}, latent_noise={"std": 0.1, "relative_to": "data"}, anchor={})}),
         (128, {"adversary": against(UNETGAN, **EVERYTHING)}),
     ],
     ids=["phase A", "fine-tuning", "phase B"],

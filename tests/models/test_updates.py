@@ -10,6 +10,7 @@ from torch import Tensor
 
 from olvae.data.image import from_uint8
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.conftest import parts
 from tests.models.steps import UNETGAN, Each, against, assert_same, build, fit, metrics, moved, norm, snapshot
 
 
@@ -109,7 +110,7 @@ def test_rates_and_betas_of_the_two(image_folder, updates):
 
 
 def test_each_optimizer_has_its_own_parameters(image_folder, updates):
-    model = fit(build(against(lecam_weight=1.0), use_quant=True, anchor_weight=1.0), image_folder, 1)
+    model = fit(build(against(lecam_weight=1.0), use_quant=True, parts=parts(anchor={})), image_folder, 1)
     (autoencoder,), (adversary,) = updates.of(model.autoencoder), updates.of(model.adversary)
     assert {id(p) for p in autoencoder.parameters} == {id(p) for p in model.autoencoder.parameters()}
     assert {id(p) for p in adversary.parameters} == {id(p) for p in model.adversary.parameters()}

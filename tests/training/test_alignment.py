@@ -7,16 +7,16 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config
-from tests.models.vision import node
+from tests.models.parts.vision import node
 from tests.training.origins import assert_same_checkpoint, checkpoint
 
-PROJECTION = "alignment.projection.weight"
+PROJECTION = "parts.alignment.projection.weight"
 
 
 def test_resumed_bit_for_bit_and_exported_without(vit, image_folder, tmp_path, monkeypatch, quick_training):
     monkeypatch.delenv(training.RUN_ENV, raising=False)
     base = tmp_path / "tiny.yaml"
-    save(tiny_config(image_folder, use_ema=True, alignment_config=node(vit)), base)
+    save(tiny_config(image_folder, use_ema=True, parts={"alignment": node(vit)}), base)
 
     def go(steps: int, logdir: str, **options):
         settings = {"base": [base], "logdir": tmp_path / logdir, "gpus": "0", **options}

@@ -29,16 +29,16 @@ def spoil(monkeypatch):
     """Give the iterations that a condition holds for a KL of nan, or times something."""
 
     def patch(condition, factor: float = math.nan) -> None:
-        whole = LiteAutoencoderKL._losses
+        whole = LiteAutoencoderKL.autoencoder_loss
 
-        def spoilt(self, *args):
-            total, losses = whole(self, *args)
+        def spoilt(self, step):
+            total = whole(self, step)
             if condition(self._iteration):
-                losses["kl"] = losses["kl"] * factor
-                total = total + losses["kl"]
-            return total, losses
+                step.losses["kl"] = step.losses["kl"] * factor
+                total = total + step.losses["kl"]
+            return total
 
-        monkeypatch.setattr(LiteAutoencoderKL, "_losses", spoilt)
+        monkeypatch.setattr(LiteAutoencoderKL, "autoencoder_loss", spoilt)
 
     return patch
 

@@ -7,8 +7,8 @@ from olvae.config import ConfigError
 from olvae.data.mapped.picture_folder import FolderSource
 from olvae.models.footprint import MARGIN, footprints
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.training.checks import check_adversary, check_images, check_memory
-from tests.conftest import tiny_config
+from olvae.training.checks import check_memory
+from tests.conftest import parts, tiny_config
 
 PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
 
@@ -22,31 +22,34 @@ def against(**params) -> LiteAutoencoderKL:
     return model(adversary_config={"target": "olvae.models.adversary.Adversary", "params": node})
 
 
+def check_adversary(playing: LiteAutoencoderKL, images: FolderSource, max_steps: int) -> None:
+    playing.adversary.check(playing, images, max_steps)
+
+
 def source(root, size: int = 16, **params) -> FolderSource:
     return FolderSource(str(root), size, 4, **params)
 
 
 def test_images_must_fit(image_folder):
-    check_images(model(), source(image_folder))
+    model().check(source(image_folder))
     with pytest.raises(ConfigError, match=r"20 is not a multiple of 8, .* use 16 or 24"):
-        check_images(model(), source(image_folder, 20))
+        model().check(source(image_folder, 20))
     with pytest.raises(ConfigError, match="the images have 1 channels, the model takes 3"):
-        check_images(model(), source(image_folder, channels=1))
+        model().check(source(image_folder, channels=1))
 
 
 def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_folder):
-    equivariant = model(equivariance=0.5)
-    check_images(equivariant, source(image_folder, 32))
+    equivariant = model(parts=parts(equivariance={}))
+    equivariant.check(source(image_folder, 32))
     equivariant.loss.perceptual = torch.nn.Identity()
     with pytest.raises(
         ConfigError, match="size: 32: equivariance shrinks images to a quarter, and the perceptual loss needs 16"
     ):
-        check_images(equivariant, source(image_folder, 32))
-    check_images(equivariant, source(image_folder, 64))
+        equivariant.check(source(image_folder, 32))
+    equivariant.check(source(image_folder, 64))
 
 
 def test_an_adversary_must_play(image_folder):
-    check_adversary(model(), source(image_folder), 1)
     check_adversary(against(start_step=3), source(image_folder), 4)
     with pytest.raises(ConfigError, match="start_step: 4 is not before the last of 4 steps"):
         check_adversary(against(start_step=4), source(image_folder), 4)
@@ -79,5 +82,5 @@ def test_memory_is_checked_before_the_first_step(image_folder, capfd):
 
 
 def test_memory_with_a_bound_is_not_mended_by_checkpointing(image_folder, capfd):
-    check_memory(model(activation_bound=1.0), source(image_folder), "32", 2**20)
+    check_memory(model(parts=parts(activation_bound={"bound": 1.0})), source(image_folder), "32", 2**20)
     assert "checkpoint" not in capfd.readouterr().err

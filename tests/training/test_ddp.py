@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import tiny_config
+from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
+from tests.models.parts.vision import node
 from tests.models.steps import against
-from tests.models.vision import node
 from tests.training.events import scalars
 
 ROOT = Path(__file__).parent.parent.parent
@@ -75,12 +75,12 @@ def test_two_processes_are_one(tmp_path, config):
 @pytest.mark.slow
 def test_two_processes_align_a_latent_as_one(tmp_path, vit):
     """The projection's gradient is averaged, and the adaptive factor is that of the whole batch."""
-    config = tiny_config(alignment_config=node(vit))
+    config = tiny_config(parts={"alignment": node(vit)})
     config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
     (tmp_path / "aligned.yaml").write_text(yaml.safe_dump(config))
     one = command(tmp_path, str(tmp_path / "aligned.yaml"), "one", "data.params.batch_size=8")
     two = command(tmp_path, str(tmp_path / "aligned.yaml"), "two", *TWO)
-    assert one["state_dict"].keys() == two["state_dict"].keys() > {"alignment.projection.weight"}
+    assert one["state_dict"].keys() == two["state_dict"].keys() > {"parts.alignment.projection.weight"}
     for name, tensor in one["state_dict"].items():
         torch.testing.assert_close(tensor, two["state_dict"][name], rtol=0, atol=1e-5, msg=name)
 
@@ -95,9 +95,8 @@ def test_two_processes_learn_from_a_teacher_as_one(tmp_path):
     ).save_pretrained(tmp_path / "teacher")
     teacher = {"autoencoder": f"diffusers:{tmp_path / 'teacher'}", "decoder_weight": 0.5}
     config = tiny_config(
-        teacher_config={"target": "olvae.models.teacher.Teacher", "params": teacher},
+        parts=parts(teacher=teacher, activation_bound={"bound": 0.5}),
         lossconfig={"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}},
-        activation_bound=0.5,
         use_quant=True,
         use_ema=True,
         ema_decay=0.5,
@@ -111,7 +110,7 @@ def test_two_processes_learn_from_a_teacher_as_one(tmp_path):
         assert one[part].keys() == two[part].keys()
         for name, tensor in one[part].items():
             torch.testing.assert_close(tensor, two[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
-    assert torch.equal(one["state_dict"]["teacher_std"], two["state_dict"]["teacher_std"])
+    assert torch.equal(one["state_dict"]["parts.teacher.std"], two["state_dict"]["parts.teacher.std"])
     (values,) = (read_scalars(path, "val/latent_rmse") for path in tmp_path.glob("*_two_32"))
     (expected,) = (read_scalars(path, "val/latent_rmse") for path in tmp_path.glob("*_one_32"))
     assert values == pytest.approx(expected, rel=1e-4)

@@ -18,7 +18,7 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.loading.diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
-from tests.conftest import tiny_config
+from tests.conftest import parts, tiny_config
 from tests.export.latents import encode
 from tests.export.test_diffusers_model import dit
 from tests.models.autoencoder_kl import tiny_kl
@@ -59,7 +59,7 @@ def test_the_student_carries_the_teachers_factors_through_every_format(train_wit
     params = load([run.config])["model"]["params"]
     assert validate(load([run.config])) == []
     assert {name: params[name] for name in FACTORS} == FACTORS
-    assert params["teacher_config"] == {"target": "olvae.models.teacher.Teacher", "params": {"autoencoder": target}}
+    assert params["parts"] == parts(teacher={"autoencoder": target})
     shutil.rmtree(tmp_path / "teacher")  # only training needs it
     model = LiteVAE.from_pretrained(run.path)
     assert model.for_diffusion == FACTORS
@@ -116,7 +116,7 @@ def test_stopping_and_resuming_is_not_stopping(train_with, image_folder, target,
     whole = train_with("lightning.trainer.accumulate_grad_batches=2", **options)
     half = train_with("lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.max_steps=2", **options)
     assert_same_checkpoint(whole, train_with("lightning.trainer.max_steps=4", resume=half.path))
-    assert set(checkpoint(whole)["state_dict"]["teacher_std"].tolist()) != {1.0}
+    assert set(checkpoint(whole)["state_dict"]["parts.teacher.std"].tolist()) != {1.0}
 
 
 def test_the_deviation_is_measured_on_the_training_images(train_with, image_folder, target):
@@ -128,7 +128,7 @@ def test_the_deviation_is_measured_on_the_training_images(train_with, image_fold
     with torch.no_grad():
         means = teacher.encode(from_uint8(images)).mean
     expected = means.double().std((0, 2, 3), unbiased=False).float()
-    torch.testing.assert_close(checkpoint(run)["state_dict"]["teacher_std"], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(checkpoint(run)["state_dict"]["parts.teacher.std"], expected, rtol=1e-5, atol=0)
 
 
 def test_a_teacher_does_not_change_what_the_student_starts_from(train_with, image_folder, target):
@@ -143,10 +143,10 @@ def test_a_teacher_does_not_change_what_the_student_starts_from(train_with, imag
 
 def test_teachers_of_the_config(train_with, image_folder, target):
     node = {"params": {"decoder_weight": 0.5}}
-    for given, autoencoder in ((node, target), ({"target": "olvae.models.teacher.Teacher", **node}, target)):
-        config = student(image_folder, teacher_config=given)
+    for given, autoencoder in ((node, target), ({"target": "olvae.models.parts.teacher.Teacher", **node}, target)):
+        config = student(image_folder, parts={"teacher": given})
         run = train_with("lightning.trainer.max_steps=1", config=config, teacher=autoencoder)
-        assert load([run.config])["model"]["params"]["teacher_config"]["params"] == {
+        assert load([run.config])["model"]["params"]["parts"]["teacher"]["params"] == {
             "autoencoder": target,
             "decoder_weight": 0.5,
         }
@@ -264,7 +264,7 @@ def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(train_wit
     run = train_with(config=of_pairs(pairs, **model), teacher=target)
     assert asked == []
     stats = json.loads((pairs / "stats.json").read_text())
-    assert checkpoint(run)["state_dict"]["teacher_std"].tolist() == pytest.approx(stats["means_std"], rel=1e-6)
+    assert checkpoint(run)["state_dict"]["parts.teacher.std"].tolist() == pytest.approx(stats["means_std"], rel=1e-6)
     shards = [Shard(str(path)) for path in sorted(pairs.glob("*.tar"))]
     entries = [read_latent(entry) for shard in shards for entry in read_shard(shard, LATENT)]
     sides = [latent for one, mirrored, _ in entries for latent in (one, mirrored)]
@@ -317,7 +317,7 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
         train_with("lightning.trainer.max_steps=2", resume=run.path)
     resumed = train_with("lightning.trainer.max_steps=2", resume=run.path, teacher=f"diffusers:{tmp_path / 'moved'}")
     assert checkpoint(resumed)["global_step"] == 2
-    assert load([run.config])["model"]["params"]["teacher_config"]["params"]["autoencoder"].endswith("moved")
+    assert load([run.config])["model"]["params"]["parts"]["teacher"]["params"]["autoencoder"].endswith("moved")
 
     other = tiny_kl(**EIGHT)
     with torch.no_grad():
@@ -326,10 +326,10 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
     plain = train_with("lightning.trainer.max_steps=1", config=student(image_folder))
     for path, overrides, options in (
         (run.path, (), {"teacher": f"diffusers:{tmp_path / 'other'}"}),
-        (run.path, ("model.params.teacher_config=null",), {}),
+        (run.path, ("model.params.parts.teacher=null",), {}),
         (plain.path, (), {"teacher": f"diffusers:{tmp_path / 'moved'}"}),
     ):
-        with pytest.raises(ConfigError, match=r"^teacher_config: a resumed run keeps its teacher") as caught:
+        with pytest.raises(ConfigError, match=r"^model.params.parts.teacher: a resumed run keeps it") as caught:
             train_with("lightning.trainer.max_steps=3", *overrides, resume=path, allow_changes=True, **options)
         one_line(caught)
 

@@ -20,11 +20,14 @@ from olvae.losses.objective import Objective
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
-from tests.conftest import tiny_config
+from tests.conftest import parts, tiny_config
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import latent_diffusion_names, taesd
 from tests.training.origins import OBJECTIVE, assert_same_checkpoint, checkpoint, one_line, without_networks
+
+ANCHOR = "model.params.parts.anchor.target=olvae.models.parts.anchor.Anchor"
+EQUIVARIANCE = "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
 
 
 @pytest.fixture
@@ -138,7 +141,7 @@ def test_the_config_of_the_run_is_complete(train_with, tmp_path):
 def test_a_run_goes_on_without_its_source(train_with, tmp_path, image_folder, ema):
     """4 steps equal 2 steps, a resume and 2 more; the folder that they started from is gone."""
     target = make_source("diffusers", tmp_path, tiny_kl())
-    config = without_networks(image_folder, use_ema=ema, ema_decay=0.5, latent_noise=0.1)
+    config = without_networks(image_folder, use_ema=ema, ema_decay=0.5, parts=parts(latent_noise={"std": 0.1}))
     whole = train_with(config=config, start_from=target)
     half = train_with("lightning.trainer.max_steps=2", config=config, start_from=target)
     shutil.rmtree(tmp_path / "source")
@@ -227,21 +230,21 @@ def test_what_is_trained_is_a_choice(train_with, tmp_path):
     old, new = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
     assert moved() == new
     assert moved("model.params.freeze_encoder=false") == old | new
-    assert moved("model.params.anchor_weight=1.0") == old | new
+    assert moved(ANCHOR) == old | new
     assert moved("model.params.freeze_decoder=true") == old
-    assert moved("model.params.equivariance=0.5", "model.params.freeze_encoder=false") == old | new
+    assert moved(EQUIVARIANCE, "model.params.freeze_encoder=false") == old | new
 
 
 def test_the_anchor_is_the_source(train_with, tmp_path):
     theirs = tiny_kl()
     target = make_source("diffusers", tmp_path, theirs)
-    run = train_with("model.params.anchor_weight=1.0", start_from=target)
+    run = train_with(ANCHOR, start_from=target)
     state = checkpoint(run)["state_dict"]
     for name, tensor in theirs.encoder.state_dict().items():
-        assert torch.equal(state[f"anchor.moments.0.model.{name}"], tensor), name
+        assert torch.equal(state[f"parts.anchor.moments.0.model.{name}"], tensor), name
     resumed = train_with("lightning.trainer.max_steps=6", resume=run.path)
     state = checkpoint(resumed)["state_dict"]
-    assert torch.equal(state["anchor.moments.1.weight"], theirs.quant_conv.weight)
+    assert torch.equal(state["parts.anchor.moments.1.weight"], theirs.quant_conv.weight)
 
 
 def test_the_half_that_a_source_never_trained_is_still_said_to_be(train_with, image_folder):
@@ -257,7 +260,7 @@ def test_the_half_that_a_source_never_trained_is_still_said_to_be(train_with, im
     ("overrides", "message"),
     [
         (("model.params.lossconfig.params.kl_weight=0.1",), "kl_weight: the encoder is frozen"),
-        (("model.params.anchor_weight=1.0", "model.params.freeze_encoder=true"), "anchor_weight: the encoder is"),
+        ((ANCHOR, "model.params.freeze_encoder=true"), "parts.anchor: the encoder is"),
         (("model.params.freeze_encoder=true", "model.params.freeze_decoder=true"), "nothing is left to train"),
         (("model.params.decoder_config.params.channels=64",), "weights are of another model"),
         (("model.params.decoder_config.params.paddings=reflect",), "paddings: unknown key; did you mean padding?"),
@@ -365,7 +368,7 @@ def test_the_flags(tmp_path, image_folder, capsys, monkeypatch):
     (run,) = (tmp_path / "runs").iterdir()
     found = load([run / "config.yaml"])
     assert found["run"]["weights"] == target
-    assert found["model"]["params"]["teacher_config"]["params"] == {"autoencoder": target}
+    assert found["model"]["params"]["parts"]["teacher"]["params"] == {"autoencoder": target}
     assert found["model"]["params"]["scaling_factor"] == 0.5
     capsys.readouterr()
     for given, code, message in (

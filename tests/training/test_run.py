@@ -81,7 +81,7 @@ def test_what_a_run_leaves(go, whole_training):
         "initial_seed": 5,
         "weights": None,
         "untrained": None,
-        "teacher": None,
+        "checksums": {},
         "paths": {},
     }
     assert checkpoint(run)["images_seen"] == 16

@@ -13,7 +13,7 @@ from olvae.runs import Run
 from olvae.training import run as training
 from olvae.training.run import TrainOptions, train
 from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue
-from tests.conftest import tiny_config
+from tests.conftest import parts, tiny_config
 from tests.models.steps import Each, against, assert_same, build, fit, moved
 from tests.training.events import scalars
 
@@ -35,7 +35,12 @@ def go(tmp_path, image_folder, monkeypatch, quick_training):
         learning_rate_ratio=2.0,
     )
     model = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 7}
-    config = tiny_config(image_folder, adversary_config=adversary, anchor_weight=0.1, equivariance=0.3, **model)
+    config = tiny_config(
+        image_folder,
+        adversary_config=adversary,
+        parts=parts(anchor={"weight": 0.1}, equivariance={"probability": 0.3}),
+        **model,
+    )
     config["lightning"]["trainer"]["accumulate_grad_batches"] = 2
     save(config, tmp_path / "phase_b.yaml")
 
@@ -60,7 +65,7 @@ def test_stopping_and_resuming_is_not_stopping(go):
         assert whole[part].keys() == resumed[part].keys()
         for name, tensor in whole[part].items():
             assert torch.equal(tensor, resumed[part][name]), f"{part} {name}"
-    assert {name.split(".")[0] for name in whole["state_dict"]} == {"encoder", "decoder", "adversary", "anchor"}
+    assert {name.split(".")[0] for name in whole["state_dict"]} == {"encoder", "decoder", "adversary", "parts"}
     assert {name.split(".")[0] for name in whole["current_model_state"]} == {"encoder", "decoder"}
     assert len(whole["optimizer_states"]) == len(resumed["optimizer_states"]) == 2
     for one, other in zip(whole["optimizer_states"], resumed["optimizer_states"], strict=True):
@@ -78,7 +83,7 @@ def test_stopping_and_resuming_is_not_stopping(go):
     assert int(state["adversary._extra_state"]) > int(state_before["adversary._extra_state"]) > 2
     assert moved(before["current_model_state"], whole["current_model_state"])
     assert state["adversary.lecam.real_anchors"].any()
-    anchor = {name: tensor for name, tensor in state.items() if name.startswith("anchor.")}
+    anchor = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
     assert_same(anchor, {name: state_before[name] for name in anchor})
 
     logged = scalars(run.path)

@@ -17,6 +17,6 @@ def vit(tmp_path_factory) -> str:
 
 
 def node(weights: str, **params) -> dict:
-    """An alignment_config."""
+    """An alignment."""
     arguments = {"encoder": "test_vit", "weights": weights, **params}
-    return {"target": "olvae.models.alignment.Alignment", "params": arguments}
+    return {"target": "olvae.models.parts.alignment.Alignment", "params": arguments}

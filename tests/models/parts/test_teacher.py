@@ -12,8 +12,10 @@ from olvae.config import ConfigError
 from olvae.data.image import from_uint8
 from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.teacher import Teacher
+from olvae.models.parts.part import Step
+from olvae.models.parts.teacher import Teacher
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
+from tests.conftest import parts
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import taesd
 from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot, source
@@ -33,9 +35,15 @@ def target(tmp_path) -> str:
 
 
 def student(target: str, adversary: dict | None = None, teacher: dict | None = None, **model) -> LiteAutoencoderKL:
-    node = {"target": "olvae.models.teacher.Teacher", "params": {"autoencoder": target, **(teacher or {})}}
-    settings = {"lossconfig": OBJECTIVE, "learning_rate": 1e-3, "initial_logvar": -4.0, "teacher_config": node}
+    nodes = parts(teacher={"autoencoder": target, **(teacher or {})}) | model.pop("parts", {})
+    settings = {"lossconfig": OBJECTIVE, "learning_rate": 1e-3, "initial_logvar": -4.0, "parts": nodes}
     return build(adversary, **{**settings, **model})
+
+
+def teacher_of(model: LiteAutoencoderKL) -> Teacher:
+    teacher = model.parts["teacher"]
+    assert isinstance(teacher, Teacher)
+    return teacher
 
 
 def bits(teacher: Teacher) -> dict[str, Tensor]:
@@ -52,10 +60,10 @@ MODES = {
     "both, adversary": {"adversary": against(weight=0.1, warmup_updates=2)},
     "both, quantizer": {"use_quant": True},
     "both, bfloat16": {"teacher": {"dtype": "bfloat16", "decoder_weight": 0.5}},
-    "both, equivariance": {"equivariance": 1.0},
-    "both, noise": {"latent_noise": 0.5, "latent_noise_of": "data"},
-    "both, bounded": {"activation_bound": 0.1},
-    "encoder, bounded": {"freeze_decoder": True, "activation_bound": 0.1},
+    "both, equivariance": {"parts": parts(equivariance={"probability": 1.0})},
+    "both, noise": {"parts": parts(latent_noise={"std": 0.5, "relative_to": "data"})},
+    "both, bounded": {"parts": parts(activation_bound={"bound": 0.1})},
+    "encoder, bounded": {"freeze_decoder": True, "parts": parts(activation_bound={"bound": 0.1})},
     "accumulated": {"accumulate_grad_batches": 2},
 }
 
@@ -64,7 +72,7 @@ MODES = {
 def test_what_a_step_changes(target, image_folder, mode):
     """The student's trained half, and nothing of the teacher or of the other half."""
     model = student(target, use_ema=True, ema_decay=0.5, **MODES[mode])
-    teacher, start, before = model.teacher, snapshot(model.autoencoder), bits(model.teacher)
+    teacher, start, before = teacher_of(model), snapshot(model.autoencoder), bits(teacher_of(model))
     fit(model, image_folder, 3)
     assert model.trainer.global_step == 3
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
@@ -93,14 +101,14 @@ def test_none_of_its_tensors_is_anywhere(target, image_folder, tmp_path):
     fit(model, image_folder, 2)
     model.trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    theirs = [t for t in bits(model.teacher).values() if t.numel() > 8]  # fewer could be equal by chance
+    theirs = [t for t in bits(teacher_of(model)).values() if t.numel() > 8]  # fewer could be equal by chance
     found: list[Tensor] = []
 
     def walk(value):
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, dict):
-            assert not any("teacher" in str(key) and key != "teacher_std" for key in value)
+            assert not any("teacher" in str(key) and key != "parts.teacher.std" for key in value)
             for part in value.values():
                 walk(part)
         elif isinstance(value, list | tuple):
@@ -112,17 +120,17 @@ def test_none_of_its_tensors_is_anywhere(target, image_folder, tmp_path):
     assert len(found) > 200
     for tensor in found:
         assert not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in theirs)
-    assert not any("teacher" in name and name != "teacher_std" for name in model.state_dict())
-    assert not any("teacher" in name for name, _ in [*model.named_modules(), *model.named_parameters()])
+    assert [name for name in model.state_dict() if "teacher" in name] == ["parts.teacher.std"]
+    assert not any("teacher" in name for name, _ in model.named_parameters())
 
 
 def test_a_copy_of_the_student_shares_it(target, image_folder):
     model = student(target)
     again = copy.deepcopy(model)
-    assert again.teacher is model.teacher
+    assert teacher_of(again).model is teacher_of(model).model
     assert again.encoder is not model.encoder
     fit(model, image_folder, 1)
-    copy.deepcopy(model.bound)
+    copy.deepcopy(model.parts)
 
 
 def test_it_does_not_change_the_students_first_weights(target):
@@ -139,7 +147,7 @@ def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(target, i
     plain = copy.deepcopy(model)
     fit(model, image_folder, 1)
     x = plain.images(next(iter(source(image_folder).train_loader())))
-    loss, _ = plain.objective(x, plain.teacher.model.decode(plain.encode(x).mean), None)
+    loss, _ = plain.objective(x, teacher_of(plain).model.decode(plain.encode(x).mean), None)
     expected = torch.autograd.grad(2.0 * loss, list(plain.encoder.parameters()))
     (update,) = updates
     assert len(update.gradients) == len(expected)
@@ -152,12 +160,12 @@ def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(target, i
 def test_the_losses_by_hand(target, image_folder):
     """The sum that is logged, from torch's own divergence and plain arithmetic."""
     model = student(target, teacher={"latent_weight": 3.0, "logvar_weight": 0.7}, freeze_decoder=True)
-    model.teacher_std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    teacher_of(model).std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
     plain = copy.deepcopy(model)
     fit(model, image_folder, 1)
     x = plain.images(next(iter(source(image_folder).train_loader())))
     with torch.no_grad():
-        ours, theirs = plain.encode(x), plain.teacher.model.encode(x)
+        ours, theirs = plain.encode(x), teacher_of(plain).model.encode(x)
     units = (ours.mean - theirs.mean).double() / torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1)
     normal = torch.distributions.Normal
     divergence = torch.distributions.kl_divergence(
@@ -181,7 +189,7 @@ def test_the_decoder_learns_from_the_teachers_latents(target, image_folder, upda
         fit(model, image_folder, 1)
         x = plain.images(next(iter(source(image_folder).train_loader())))
         with torch.no_grad():
-            z = plain.teacher.model.encode(x).mean
+            z = teacher_of(plain).model.encode(x).mean
         loss, _ = plain.objective(x, plain.decode(z), None)
         expected = torch.autograd.grad(loss, list(plain.decoder.parameters()))
         gradients = dict(zip(map(id, updates[0].parameters), updates[0].gradients, strict=True))
@@ -195,7 +203,7 @@ def test_an_encoder_gets_nearer_to_it(target, image_folder):
 
     @torch.no_grad()
     def distance() -> float:
-        return float(latent_loss(model.encode(x).mean, model.teacher.posterior(x).mean, model.teacher_std))
+        return float(latent_loss(model.encode(x).mean, teacher_of(model).posterior(x).mean, teacher_of(model).std))
 
     before = distance()
     fit(model, image_folder, 40)
@@ -208,8 +216,8 @@ def test_an_encoder_gets_nearer_to_it(target, image_folder):
 def test_moments_that_are_known_are_taken_instead(target, monkeypatch):
     model = student(target)
     x, moments = torch.rand(2, 3, 16, 16), torch.randn(2, 8, 2, 2).half()
-    monkeypatch.setattr(model.teacher.model, "encode", None)
-    posterior = model.teacher.posterior(x, moments)
+    monkeypatch.setattr(teacher_of(model).model, "encode", None)
+    posterior = teacher_of(model).posterior(x, moments)
     assert torch.equal(posterior.mean, moments[:, :4].float())
     assert torch.equal(posterior.logvar, moments[:, 4:].float())
     assert not posterior.deterministic
@@ -217,7 +225,7 @@ def test_moments_that_are_known_are_taken_instead(target, monkeypatch):
 
 @pytest.mark.parametrize("batches", [[12], [4, 4, 4], [1, 2, 3, 6]])
 def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
-    teacher = student(target).teacher
+    teacher = teacher_of(student(target))
     x = torch.rand(12, 3, 16, 24) * 2 - 1
     with torch.no_grad():
         means = teacher.model.encode(x).mean
@@ -228,7 +236,7 @@ def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
 
 
 def test_a_channel_without_deviation(target):
-    teacher = student(target).teacher
+    teacher = teacher_of(student(target))
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[2] = 0
     with pytest.raises(ValueError, match=r"channel 2 of its latents is the same everywhere"):
@@ -243,9 +251,9 @@ def test_a_channel_without_deviation(target):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_it_computes_in_its_own_precision(target, dtype, autocast):
     """Whatever precision the student trains in."""
-    teacher, exact = (student(target, teacher={"dtype": d}).teacher for d in (dtype, "float32"))
+    teacher, exact = (teacher_of(student(target, teacher={"dtype": d})) for d in (dtype, "float32"))
     assert {p.dtype for p in teacher.model.parameters()} == {getattr(torch, dtype)}
-    assert teacher.checksum == exact.checksum
+    assert teacher.checksum() == exact.checksum()
     x, z = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 2, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         posterior, image = teacher.posterior(x), teacher.decode(z)
@@ -262,7 +270,7 @@ def test_it_computes_in_its_own_precision(target, dtype, autocast):
 
 def test_the_gradient_through_its_decoder_survives_bfloat16(target):
     """Of a mean over two million pixel values, which float16 would round to 0."""
-    teacher, exact = (student(target, teacher={"dtype": d}).teacher for d in ("bfloat16", "float32"))
+    teacher, exact = (teacher_of(student(target, teacher={"dtype": d})) for d in ("bfloat16", "float32"))
     gradients = []
     for one in (teacher, exact):
         torch.manual_seed(0)
@@ -292,13 +300,17 @@ def test_a_teacher_without_a_distribution(tmp_path, image_folder):
     model = student(target, teacher={"logvar_weight": 0.0, "decoder_weight": 0.1})
     fit(model, image_folder, 2)
     assert math.isfinite(metrics(model)["train/loss"])
-    assert isinstance(model.teacher.posterior(torch.rand(1, 3, 16, 16)), Deterministic)
+    assert isinstance(teacher_of(model).posterior(torch.rand(1, 3, 16, 16)), Deterministic)
     with pytest.raises(ConfigError, match=r"params.logvar_weight: the teacher's latents have no distribution: set it"):
         student(target)
-    decoder_only = fit(student(target, freeze_encoder=True, latent_noise=0.1, latent_noise_of="data"), image_folder, 1)
+    decoder_only = fit(
+        student(target, freeze_encoder=True, parts=parts(latent_noise={"std": 0.1, "relative_to": "data"})),
+        image_folder,
+        1,
+    )
     assert decoder_only.trainer.global_step == 1
-    with pytest.raises(ConfigError, match=r"latent_noise_of: the teacher's latents have no distribution: set it to"):
-        student(target, freeze_encoder=True, latent_noise=0.1)
+    with pytest.raises(ConfigError, match="relative_to: the latents have no distribution: set it to data"):
+        student(target, freeze_encoder=True, parts=parts(latent_noise={"std": 0.1}))
 
 
 # Validation
@@ -327,13 +339,15 @@ class Fit:
 @pytest.mark.parametrize("mode", [{"freeze_decoder": True}, {}, {"use_ema": True, "ema_decay": 0.5}])
 def test_the_latents_error_in_validation_by_hand(target, image_folder, mode):
     model = student(target, **mode)
-    model.teacher_std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    teacher_of(model).std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
     done = Fit(model, image_folder)
     squares = []
     with torch.no_grad():
         for batch in done.batches:
             x = from_uint8(batch["image"])
-            units = (model.encode(x).mean - model.teacher.model.encode(x).mean) / model.teacher_std.view(1, 4, 1, 1)
+            units = (model.encode(x).mean - teacher_of(model).model.encode(x).mean) / teacher_of(model).std.view(
+                1, 4, 1, 1
+            )
             squares += units.double().square().mean((1, 2, 3)).tolist()
     expected = math.sqrt(sum(squares) / len(squares))
     assert done.values["val/latent_rmse"] == pytest.approx(expected, rel=1e-5)
@@ -348,7 +362,7 @@ def test_a_decoder_alone_has_no_error_of_latents(target, image_folder):
 def test_the_teachers_half_takes_the_place_of_the_one_that_is_not_trained(target, half):
     model = student(target, **{f"freeze_{'decoder' if half == 'encoder' else 'encoder'}": True}).eval()
     x = torch.rand(2, 3, 16, 16) * 2 - 1
-    theirs = model.teacher.model
+    theirs = teacher_of(model).model
     with torch.no_grad():
         image, posterior = model(x)
         latent = model.encode(x).mean if half == "encoder" else theirs.encode(x).mean
@@ -360,16 +374,9 @@ def test_the_teachers_half_takes_the_place_of_the_one_that_is_not_trained(target
         assert torch.equal(both(x)[0], both.decode(both.encode(x).mean))
 
 
-def test_it_follows_the_students_device(target, image_folder, monkeypatch):
-    """In a validation without a training too."""
-    model, devices = student(target, freeze_decoder=True), []
-    monkeypatch.setattr(Teacher, "to", lambda self, device: devices.append(device) or self)
-    Fit(model, image_folder, 1)
-    assert devices
-    devices.clear()
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.validate(model, source(image_folder).val_loader(), verbose=False)
-    assert devices == [model.device]
+def test_it_follows_the_students_device(target):
+    model = student(target, freeze_decoder=True).to("meta")
+    assert {p.device.type for p in teacher_of(model).model.parameters()} == {"meta"}
 
 
 # Factors and refusals
@@ -418,17 +425,20 @@ KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0
     ("settings", "message"),
     [
         ({"lossconfig": KL}, "kl_weight: the latents have to be the teacher's"),
-        ({"anchor_weight": 1.0}, "anchor_weight: the latents have to be the teacher's"),
+        ({"parts": parts(anchor={})}, "parts.anchor: the latents have to be the teacher's"),
         ({"teacher": {"latent_weight": 0, "logvar_weight": 0}}, "every weight is 0: nothing teaches the encoder"),
         ({"freeze_encoder": True, "teacher": {"decoder_weight": 1.0}}, "decoder_weight: the encoder is frozen"),
         ({"freeze_decoder": True, "adversary": against()}, "an adversary has nothing to train"),
-        ({"freeze_decoder": True, "equivariance": 0.5}, "equivariance, latent_noise: the decoder is frozen"),
-        ({"freeze_decoder": True, "latent_noise": 0.5}, "equivariance, latent_noise: the decoder is frozen"),
+        ({"freeze_decoder": True, "parts": parts(equivariance={})}, "parts.equivariance: the decoder is frozen"),
+        (
+            {"freeze_decoder": True, "parts": parts(latent_noise={"std": 0.5})},
+            "parts.latent_noise: the decoder is frozen",
+        ),
         ({"freeze_decoder": True, "freeze_encoder": True}, "nothing is left to train"),
         ({"teacher": {"latent_weight": -1.0}}, "latent_weight must not be negative, got -1"),
         ({"teacher": {"dtype": "float8"}}, "dtype must be one of float16, bfloat16, float32, got 'float8'"),
         ({"teacher": {"dtype": "float16", "decoder_weight": 0.1}}, "decoder_weight: .* are 0 in float16: use bfloat16"),
-        ({"teacher_config": OBJECTIVE}, "olvae.losses.objective.Objective is not a Teacher"),
+        ({"parts": {"teacher": OBJECTIVE}}, "parts.teacher: olvae.losses.objective.Objective is not a Part"),
     ],
 )
 def test_settings_that_contradict_each_other(target, settings, message):
@@ -444,14 +454,16 @@ def test_a_frozen_encoder_needs_no_lesson(target, image_folder):
 
 def test_what_the_summary_says(target):
     model = student(target, teacher={"dtype": "bfloat16", "decoder_weight": 0.5, "logvar_weight": 0})
-    assert model.teacher.describe() == f"{target}, bfloat16; 1 latent, 0.5 teacher_decoder"
+    assert teacher_of(model).describe() == f"{target}, bfloat16; 1 latent, 0.5 teacher_decoder"
 
 
 def test_posteriors_are_compared_in_float32(target):
-    teacher = student(target).teacher
+    teacher = teacher_of(student(target))
     ours = DiagonalGaussian(torch.randn(2, 8, 2, 2).bfloat16())
     theirs = DiagonalGaussian(torch.randn(2, 8, 2, 2))
-    terms = teacher.losses(ours, theirs, torch.ones(4))
+    step = Step(torch.zeros(2, 3, 16, 16), None, None, warming_up=False, adversary_plays=False)
+    step.encoded, step.posterior = ours, theirs
+    terms = {name: term for name, (term, _) in teacher.losses(None, step).items()}
     assert terms.keys() == {"latent", "logvar"}
     assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
     torch.testing.assert_close(terms["logvar"], logvar_loss(ours.logvar.float(), theirs.logvar))

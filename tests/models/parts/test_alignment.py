@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,22 +11,30 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8
 from olvae.losses.alignment import marginal_cosine_loss, marginal_distance_loss
-from olvae.models.alignment import Alignment
 from olvae.models.footprint import footprints, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
+from olvae.models.parts.alignment import Alignment
 from olvae.modules.frozen import VisionEncoder, published_weights
-from tests.conftest import tiny_config
+from tests.conftest import parts, tiny_config
+from tests.models.parts.vision import node
 from tests.models.steps import assert_same, build, fit, metrics, moved, snapshot, source
 from tests.models.test_synchronisation import traced
-from tests.models.vision import node
 
 timm = pytest.importorskip("timm")
 
 
 def aligned(vit: str, adversary: dict | None = None, alignment: dict | None = None, **model) -> LiteAutoencoderKL:
     settings = {"initial_logvar": -4.0, "learning_rate": 1e-3}
-    return build(adversary, alignment_config=node(vit, **(alignment or {})), **{**settings, **model})
+    nodes = {"alignment": node(vit, **(alignment or {})), **model.pop("parts", {})}
+    return build(adversary, parts=nodes, **{**settings, **model})
+
+
+def alone(vit: str, latent_channels: int, **params) -> Alignment:
+    """Attached to a model of which it sees no more than this."""
+    alignment = Alignment("test_vit", vit, **params)
+    alignment.attach(SimpleNamespace(autoencoder=SimpleNamespace(latent_channels=latent_channels), channels_last=False))
+    return alignment
 
 
 # The vision encoder
@@ -63,20 +72,20 @@ def test_convolutional_networks_too():
 
 def test_the_encoder_is_no_part_of_the_model(vit):
     model = aligned(vit)
-    assert [name for name in model.state_dict() if name.startswith("alignment.")] == ["alignment.projection.weight"]
-    assert not any(name.startswith("alignment.") for name in model.autoencoder.state_dict())
+    assert [name for name in model.state_dict() if name.startswith("parts.")] == ["parts.alignment.projection.weight"]
+    assert not any(name.startswith("parts.") for name in model.autoencoder.state_dict())
     other = copy.deepcopy(model)
-    assert other.alignment.features is model.alignment.features
-    assert other.alignment.projection is not model.alignment.projection
+    assert other.parts["alignment"].features is model.parts["alignment"].features
+    assert other.parts["alignment"].projection is not model.parts["alignment"].projection
     model.train()
-    assert not any(part.training for part in model.alignment.features.network.modules())
+    assert not any(part.training for part in model.parts["alignment"].features.network.modules())
 
 
 # The loss
 
 
 def test_the_terms_and_their_gradients(vit):
-    alignment = Alignment("test_vit", vit, latent_channels=5).double()
+    alignment = alone(vit, 5).double()
     x, z = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1, torch.randn(2, 5, 4, 4, dtype=torch.float64)
     features = alignment.features(x, (4, 4))
     terms = alignment(x, z)
@@ -99,7 +108,7 @@ def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dic
     torch.manual_seed(mix_seeds(0, 0, 0, 0))
     reconstruction, posterior = model(x, sample_posterior=True)
     total, terms = model.objective(x, reconstruction, posterior)
-    terms |= model.alignment(x, posterior.mean)
+    terms |= model.parts["alignment"](x, posterior.mean)
     loss = terms["align_cosine"] + terms["align_distance"]
     pixels = sum(model.objective.weights[name] * terms[name] for name in ("rec", "wavelet", "gaussian"))
     weight = model.encoder.aggregator.conv_out.weight
@@ -127,14 +136,14 @@ def test_the_projection_learns_and_is_not_averaged(vit, image_folder):
     model = aligned(vit, use_ema=True)
     before = snapshot(model)
     fit(model, image_folder, 3, precision="bf16-mixed")
-    assert "alignment.projection.weight" in moved(before, snapshot(model))
-    assert not any(p.requires_grad for p in model.alignment.features.network.parameters())
+    assert "parts.alignment.projection.weight" in moved(before, snapshot(model))
+    assert not any(p.requires_grad for p in model.parts["alignment"].features.network.parameters())
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_both_terms_can_be_learned(vit):
     """By the latent and the projection, of features that are given: 100 steps of Adam."""
-    alignment = Alignment("test_vit", vit, cosine_margin=0.0, distance_margin=0.0, latent_channels=8)
+    alignment = alone(vit, 8, cosine_margin=0.0, distance_margin=0.0)
     x, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 8, 4, 4, requires_grad=True)
     before = {name: term.item() for name, term in alignment(x, z).items()}
     optimizer = torch.optim.Adam([z, *alignment.parameters()], lr=0.05)
@@ -148,7 +157,13 @@ def test_both_terms_can_be_learned(vit):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_quant": True}, {"equivariance": 1.0}, {"checkpoint": True}, {"freeze_decoder": True}, {"compile": True}],
+    [
+        {"use_quant": True},
+        {"parts": parts(equivariance={"probability": 1.0})},
+        {"checkpoint": True},
+        {"freeze_decoder": True},
+        {"compile": True},
+    ],
 )
 def test_beside_other_settings(vit, image_folder, settings, monkeypatch):
     compiler = torch.compile
@@ -160,18 +175,18 @@ def test_beside_other_settings(vit, image_folder, settings, monkeypatch):
 def test_without_alignment_nothing_changes(vit, image_folder):
     """Of weight 0 it trains what the model trains without it."""
     plain = fit(build(), image_folder, 2)
-    beside = fit(build(alignment_config=node(vit, weight=0.0)), image_folder, 2)
+    beside = fit(build(parts={"alignment": node(vit, weight=0.0)}), image_folder, 2)
     assert_same(snapshot(plain.autoencoder), snapshot(beside.autoencoder))
 
 
 def test_no_step_waits(vit, tmp_path):
-    assert traced(tmp_path, 32, alignment_config=node(vit)).found == []
+    assert traced(tmp_path, 32, parts={"alignment": node(vit)}).found == []
 
 
 def test_memory_is_counted_without_its_file(vit):
     config = tiny_config(use_ema=True)["model"]
     plain = footprints(without_weights(config), 64, "bf16")["A", False]
-    config["params"]["alignment_config"] = node("/nowhere.pt")
+    config["params"]["parts"] = {"alignment": node("/nowhere.pt")}
     found = footprints(without_weights(config), 64, "bf16")["A", False]
     network = sum(p.numel() for p in timm.create_model("test_vit").parameters()) + 6  # and shift and scale
     projection = 4 * 64
@@ -187,9 +202,9 @@ def test_memory_is_counted_without_its_file(vit):
     ("settings", "message"),
     [
         ({"freeze_encoder": True, "lossconfig": "no kl"}, "the latents can't change"),
-        ({"anchor_weight": 1.0}, "the latents can't change"),
+        ({"parts": parts(anchor={})}, r"the latents can't change \(parts.anchor\)"),
         ({"lossconfig": "kl alone"}, "adaptive_weight: it needs one of the losses that compare images"),
-        ({"alignment_config": {"target": "torch.nn.Identity"}}, "is not an Alignment"),
+        ({"parts": {"alignment": {"target": "torch.nn.Identity"}}}, "parts.alignment: torch.nn.Identity is not a Part"),
     ],
 )
 def test_contradictions(vit, settings, message):
@@ -201,11 +216,11 @@ def test_contradictions(vit, settings, message):
         params = objectives[settings["lossconfig"]]
         settings = {**settings, "lossconfig": {"target": "olvae.losses.objective.Objective", "params": params}}
     with pytest.raises(ConfigError, match=message):
-        build(**{"alignment_config": node(vit), **settings})
+        aligned(vit, **settings)
 
 
 def test_images_that_are_not_of_colours(vit):
-    grey = tiny_config(alignment_config=node(vit))["model"]["params"]
+    grey = tiny_config(parts={"alignment": node(vit)})["model"]["params"]
     grey["encoder_config"]["params"]["in_channels"] = grey["decoder_config"]["params"]["out_channels"] = 1
     with pytest.raises(ConfigError, match="takes images of 3 channels, not 1"):
         LiteAutoencoderKL(**grey)
@@ -217,7 +232,7 @@ def test_images_that_are_not_of_colours(vit):
         ({"weight": -1}, ValueError, r"weight must be in \[0, inf\), got -1"),
         ({"cosine_margin": 2}, ValueError, r"cosine_margin must be in \[0, 2\)"),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
-        ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set alignment_config.params.weights to a file of"),
+        ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set `weights` of the alignment to a file of"),
         ({"encoder": "test_vit3"}, ValueError, "these are not the weights of test_vit3"),
     ],
 )

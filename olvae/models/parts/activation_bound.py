@@ -1,0 +1,65 @@
+"""Bound on activations, for networks that should be safe in half precision."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olvae.models.parts.part import Loss, Part, Step, check_not_negative
+from olvae.modules.precision import island
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+
+class ActivationBound(Part):
+    """Penalise activations beyond a bound in every module of the trained networks whose output is a tensor.
+
+    The loss is the sum over modules of the mean of ((|activation| - bound) / bound)^2 where that is positive.
+
+    Args:
+        bound: above 0, such as 8192 to be safe in fp16, which ends at 65504.
+        weight: of the loss ``activation``, not negative.
+    """
+
+    def __init__(self, bound: float, weight: float = 1.0) -> None:
+        super().__init__()
+        if bound <= 0:
+            raise ValueError(f"bound must be above 0, got {bound}")
+        check_not_negative(weight=weight)
+        self.bound = bound
+        self.weight = weight
+        self._excess: list[Tensor] = []
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        if model.checkpoint:
+            yield f"checkpoint, parts.{self.name}: checkpointing drops the activations to bound: leave one out"
+        if model.compiled:
+            yield f"compile, parts.{self.name}: compiled networks do not show their activations: leave one out"
+
+    @contextmanager
+    def watch(self, model: "LiteAutoencoderKL") -> Iterator[None]:
+        """Collect the excess of what the trained networks compute in this context."""
+
+        def collect(module: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
+            if isinstance(output, Tensor):
+                self._excess.append(F.relu(island(output).abs() / self.bound - 1.0).square().mean())
+
+        self._excess = []
+        modules = [module for network in model.trained_networks for module in network.modules()]
+        hooks = [module.register_forward_hook(collect) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+        excess, self._excess = self._excess, []  # no copy of the part may hold the graph behind it
+        return {"activation": (torch.stack(excess).sum(), self.weight)}
+
+    def describe(self) -> str:
+        return f"{self.bound:g}, weight {self.weight:g}"

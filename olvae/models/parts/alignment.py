@@ -1,0 +1,139 @@
+"""Alignment of the latent with a frozen vision encoder, as in VA-VAE (Yao et al. 2025)."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from olvae.checkpoint import read_checkpoint, state_dict_of
+from olvae.config import ConfigError
+from olvae.losses.alignment import marginal_cosine_loss, marginal_distance_loss
+from olvae.losses.objective import IMAGE_TERMS
+from olvae.models.optimization import gradient_ratio
+from olvae.models.parts.part import Loss, Part, Step
+from olvae.models.pretrained import locate_weights
+from olvae.modules.frozen import VisionEncoder, published_weights
+from olvae.modules.precision import island, no_autocast
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+ADAPTIVE_MAX = 1e4
+"""Limit of the adaptive factor, where the margins leave almost nothing of the alignment's gradient [D]."""
+
+
+class Alignment(Part):
+    """Align the latent with the features of a vision encoder, which is frozen, by a linear projection, which learns.
+
+    The loss is weight * factor * (marginal cosine loss + marginal distance loss). The cosine term takes the projected
+    means of the posterior, the distance term the means themselves.
+
+    Args:
+        encoder: a timm model; the paper's is DINOv2, ViT-L.
+        weights: a file of its weights, or an id of the hub; by default what timm has published, downloaded into the
+            hub's cache.
+        weight: w_hyper of the paper.
+        adaptive_weight: let the factor be |gradient of the weighted image terms| / |gradient of the alignment| at the
+            encoder's last convolution (quant_conv where there is one), in each step; else it is 1. It costs another
+            backward pass through the decoder.
+        cosine_margin, distance_margin: m1 and m2 of the paper.
+
+    Raises:
+        ConfigError: timm is not installed.
+        FileNotFoundError, OSError: the weights were not found, or not downloaded.
+        ValueError: a number is out of range, timm has no such model, or the weights are of another model.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "vit_large_patch14_dinov2.lvd142m",
+        weights: str | None = None,
+        weight: float = 0.1,
+        adaptive_weight: bool = True,
+        cosine_margin: float = 0.5,
+        distance_margin: float = 0.25,
+    ) -> None:
+        super().__init__()
+        for name, value, limit in (
+            ("weight", weight, float("inf")),
+            ("cosine_margin", cosine_margin, 2.0),
+            ("distance_margin", distance_margin, 2.0),
+        ):
+            if not 0 <= value < limit:
+                raise ValueError(f"{name} must be in [0, {limit:g}), got {value}")
+        self.encoder = encoder
+        self.weight = weight
+        self.adaptive_weight = adaptive_weight
+        self.cosine_margin = cosine_margin
+        self.distance_margin = distance_margin
+        self.features = _vision_encoder(encoder, weights)
+
+    def attach(self, model: "LiteAutoencoderKL") -> None:
+        channels = model.autoencoder.latent_channels
+        self.projection = nn.Conv2d(channels, self.features.channels, kernel_size=1, bias=False)
+        if model.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        """A vision encoder takes colour images, and the latent must be free to follow it."""
+        if (channels := model.encoder.in_channels) != 3:
+            yield f"parts.{self.name}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
+        fixed = [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
+        fixed = ["freeze_encoder", *fixed] if model.freeze_encoder else fixed
+        if fixed:
+            yield f"parts.{self.name}: the latents can't change ({', '.join(fixed)}): leave it out"
+        if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):
+            yield (
+                f"parts.{self.name}.params.adaptive_weight: it needs one of the losses that compare images: set it to "
+                "false"
+            )
+
+    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+        assert step.encoded is not None
+        terms = self(step.images, step.encoded.mean)
+        weight: Tensor | float = self.weight
+        if self.adaptive_weight:
+            pixels = model.objective.weighted(step.losses, *IMAGE_TERMS)
+            last = model.encoder if model.quantizer is None else model.quantizer.quant_conv
+            both = terms["align_cosine"] + terms["align_distance"]
+            factor = gradient_ratio(model, pixels, both, last).clamp(max=ADAPTIVE_MAX)
+            model.report({"health/alignment_weight": factor})
+            weight = self.weight * factor
+        return {name: (term, weight) for name, term in terms.items()}
+
+    def forward(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """The two terms by name, unweighted, in float32; gradients flow to z and to the projection.
+
+        Args:
+            x: images (B, 3, H, W) in [-1, 1].
+            z: the means of their posteriors, (B, n_z, h, w).
+        """
+        features, z = self.features(x, z.shape[-2:]), island(z)  # (B, d, h, w)
+        with no_autocast(z):
+            projected = self.projection(z)  # (B, d, h, w)
+        return {
+            "align_cosine": marginal_cosine_loss(projected, features, self.cosine_margin),
+            "align_distance": marginal_distance_loss(z, features, self.distance_margin),
+        }
+
+    def describe(self) -> str:
+        return f"{self.encoder}, weight {self.weight:g}{', adaptive' if self.adaptive_weight else ''}"
+
+
+def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
+    try:
+        if torch.empty(0).device.type == "meta":
+            return VisionEncoder(name, None)
+        file = locate_weights(published_weights(name) if weights is None else weights)
+        tensors = state_dict_of(read_checkpoint(file), file)
+        try:
+            return VisionEncoder(name, {n: t for n, t in tensors.items() if isinstance(t, Tensor)})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise ConfigError("an alignment needs timm: pip install 'open-litevae[align]'") from error
+    except OSError as error:
+        raise type(error)(f"{error}; set `weights` of the alignment to a file of {name}'s weights") from error

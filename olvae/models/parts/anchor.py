@@ -1,0 +1,63 @@
+"""Anchor: keep the latents close to those of the encoder that training started from."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from olvae.models.parts.part import Loss, Part, Step, check_not_negative
+from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.precision import island
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+
+class Anchor(Part):
+    """Penalise the mean squared distance between the posterior's means and those of a frozen copy of the encoder.
+
+    Encoder and decoder can be fine-tuned, and old latents stay usable. The copy is part of the training state, so that
+    a resumed run keeps the latents it started from.
+
+    Args:
+        weight: of the loss ``anchor``, not negative.
+    """
+
+    latents = "kept"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        check_not_negative(weight=weight)
+        self.weight = weight
+
+    def attach(self, model: "LiteAutoencoderKL") -> None:
+        self.moments = nn.Sequential(*copy.deepcopy(_networks(model)))
+        self.requires_grad_(False).eval()
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        if model.freeze_encoder:
+            yield f"parts.{self.name}: the encoder is frozen (freeze_encoder), and so are its latents: leave it out"
+
+    def start(self, model: "LiteAutoencoderKL", resumed: bool) -> None:
+        if not resumed:  # whatever weights were loaded since the model was built
+            for copied, network in zip(self.moments, _networks(model), strict=True):
+                copied.load_state_dict(network.state_dict())
+
+    def train(self, mode: bool = True) -> "Anchor":
+        return super().train(False)
+
+    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+        with torch.no_grad():
+            old = DiagonalGaussian(self.moments(step.images))
+        assert step.encoded is not None
+        return {"anchor": ((island(step.encoded.mean) - island(old.mean)).square().mean(), self.weight)}
+
+    def describe(self) -> str:
+        return f"weight {self.weight:g}"
+
+
+def _networks(model: "LiteAutoencoderKL") -> list[nn.Module]:
+    """The encoder, and the 1x1 convolution after it where there is one."""
+    return [model.encoder] if model.quantizer is None else [model.encoder, model.quantizer.quant_conv]

@@ -1,0 +1,46 @@
+"""Noise on the latent, so that the decoder learns to forgive a diffusion model's errors."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from olvae.models.parts.part import Part, Step, check_not_negative
+from olvae.modules.precision import island
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+
+class LatentNoise(Part):
+    """Add Gaussian noise to what the decoder gets in training.
+
+    Args:
+        std: its standard deviation, not negative.
+        relative_to: the unit of ``std``: the standard deviation of the ``posterior`` at each element, or of the
+            ``data`` in each channel, measured on the batch.
+    """
+
+    def __init__(self, std: float, relative_to: Literal["posterior", "data"] = "posterior") -> None:
+        super().__init__()
+        check_not_negative(std=std)
+        if relative_to not in ("posterior", "data"):
+            raise ValueError(f"relative_to must be posterior or data, got {relative_to!r}")
+        self.std = std
+        self.relative_to = relative_to
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        if model.freeze_decoder:
+            yield f"parts.{self.name}: the decoder is frozen (freeze_decoder): leave it out"
+        if self.relative_to == "posterior" and model.stand_in is not None and model.stand_in.deterministic:
+            yield f"parts.{self.name}.params.relative_to: the latents have no distribution: set it to data"
+
+    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+        if self.relative_to == "data":
+            unit = island(step.posterior.mean.detach()).std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
+        else:
+            unit = step.posterior.std.detach()
+        step.latent = step.latent + self.std * unit * torch.randn_like(step.latent)
+
+    def describe(self) -> str:
+        return f"{self.std:g} standard deviations of the {self.relative_to}"

@@ -1,0 +1,151 @@
+"""The contract of a part: a way to train that a config adds to LiteAutoencoderKL by its class path."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from olvae.config import resolve_target
+from olvae.data.image import from_uint8
+from olvae.data.source import LoaderProcess, Source
+from olvae.modules.distributions import DiagonalGaussian, Posterior
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+
+@dataclass
+class Step:
+    """A micro-batch on its way through a training step; parts read it, and change it in :meth:`Part.on_latent`."""
+
+    images: Tensor
+    """What is encoded: (B, C, H, W) in [-1, 1]."""
+    moments: Tensor | None
+    """Moments of a posterior that the data provide for the images, (B, 2 n_z, H/f, W/f)."""
+    shared: np.random.Generator
+    """Draws the same numbers in every process and every micro-batch of an update."""
+    warming_up: bool
+    """The discriminator trains alone: without gradients or losses of the autoencoder."""
+    adversary_plays: bool
+    """Whether the adversary sees this reconstruction; a part may let it sit out."""
+    target: Tensor = field(init=False)
+    """What the reconstruction is compared with; the images, unless a part changes it."""
+    encoded: DiagonalGaussian | None = field(init=False)
+    """The encoder's posterior; None where a part stands in for a frozen encoder."""
+    posterior: Posterior = field(init=False)
+    """The posterior that the latent is drawn from: a stand-in's if there is one, else ``encoded``."""
+    latent: Tensor = field(init=False)
+    """What the decoder gets: (B, n_z, h, w)."""
+    reconstruction: Tensor | None = field(init=False)
+    """(B, C, f h, f w); None where a part stands in for a frozen decoder."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Unweighted losses so far, by name: those of the objective, then of the parts in their order."""
+
+
+class StandIn(Protocol):
+    """Another autoencoder of the same latents: the decoder learns from it, and it replaces frozen halves."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether its latents have no distribution."""
+        ...
+
+    def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
+        """The posterior of images (B, C, H, W), or of these moments if the data provide them; without gradients."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, n_z, h, w) -> (B, C, f h, f w)."""
+        ...
+
+
+Loss = tuple[Tensor, Tensor | float]
+"""An unweighted loss, a scalar, and its weight."""
+
+
+class Part(nn.Module):
+    """A way to train: override the hooks that are needed. ``model`` is the LiteAutoencoderKL that the part belongs to.
+
+    Parts act in the order of the config. Parameters that need gradients are trained with the autoencoder, and all
+    parameters and buffers are in checkpoints, but in no export. Random numbers come from torch's global generator,
+    which each step seeds, or from ``step.shared``.
+    """
+
+    latents: ClassVar[Literal["free", "kept", "given"]] = "free"
+    """Where training may take the latents: anywhere, no further than where it started, or to another autoencoder's."""
+
+    name: str = ""
+    """Its key under ``model.params.parts``."""
+
+    @property
+    def stand_in(self) -> StandIn | None:
+        """An autoencoder for :class:`StandIn`'s uses."""
+        return None
+
+    def attach(self, model: "LiteAutoencoderKL") -> None:
+        """Build what depends on the model's networks, which have their initial weights."""
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        """One line for each setting that contradicts this part, as ``setting: why``, relative to ``model.params``."""
+        return ()
+
+    def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
+        """Raise ConfigError unless the part can train on the source's images."""
+
+    def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
+        """Before the first step of a new run, and not of a resumed one: measure or fit on :func:`first_images`."""
+
+    def start(self, model: "LiteAutoencoderKL", resumed: bool) -> None:
+        """Before the first step and after every resume, with the weights on their device."""
+
+    def watch(self, model: "LiteAutoencoderKL") -> AbstractContextManager[None]:
+        """A context around the autoencoder's forward pass of a step."""
+        return nullcontext()
+
+    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+        """Change the latent, the target or ``adversary_plays`` before decoding."""
+
+    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+        """Losses of the autoencoder by name, each logged as ``train/NAME``."""
+        return {}
+
+    def validate(self, model: "LiteAutoencoderKL", x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
+        """Means over the images of a validation batch by name; see :meth:`summarise`."""
+        return {}
+
+    def summarise(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Values to log as ``val/NAME``, from the means of :meth:`validate` over all images and processes."""
+        return means
+
+    def checksum(self) -> str | None:
+        """A checksum of frozen weights that the settings only name; a resumed run must find the same."""
+        return None
+
+    def describe(self) -> str:
+        """One line for the summary of a run, or nothing."""
+        return ""
+
+
+def latents_of(target: str) -> Literal["free", "kept", "given"]:
+    """:attr:`Part.latents` of a class by its path."""
+    latents: Literal["free", "kept", "given"] = getattr(resolve_target(target), "latents", "free")
+    return latents
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Raise ValueError for a number below 0."""
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+
+
+def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:
+    """The first training images of a run, one by one, (1, C, H, W) in [-1, 1]: the same in every process."""
+    process = LoaderProcess(0, 1, 0, 1, source.batch_size)
+    images = (sample.image for sample in source.stream(seed, 0, process) if sample.image is not None)
+    return (from_uint8(image[None].to(device)) for image in islice(images, count))

@@ -1,0 +1,242 @@
+"""Teacher: distil an existing autoencoder, whose latents the student learns."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from olvae.config import Config, ConfigError
+from olvae.data.mix import MixSource
+from olvae.data.shards.pairs import PairSource
+from olvae.data.source import Source
+from olvae.losses.terms import latent_loss, logvar_loss
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.loading.targets import find_target
+from olvae.models.parts.part import Loss, Part, Step, check_not_negative, first_images
+from olvae.modules.base import weights_checksum
+from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
+from olvae.modules.frozen import Constant
+from olvae.modules.precision import DTYPES, no_autocast
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+NO_FACTORS = (
+    "its file holds no factors for a diffusion model: set model.params.scaling_factor (Stable Diffusion 1 has 0.18215, "
+    "SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609, FLUX.1 0.3611 with 0.1159)"
+)
+
+MEASURED_IMAGES = 64
+"""Training images on which the standard deviation of the teacher's latents is measured."""
+
+
+class Teacher(Part):
+    """Learn the latents of a frozen autoencoder, and images from its latents.
+
+    The encoder learns its posterior; the decoder learns images from its latents. Where a half of the student is frozen,
+    validation uses the teacher's. Its tensors are in no state dict, optimizer, average or checkpoint, and copies of the
+    student share them; only the standard deviations of its latents are saved. Its factors for a diffusion model become
+    the student's, except for force_upcast, which is about the weights of a decoder.
+
+    Args:
+        autoencoder: a TARGET: ``diffusers:ID_OR_FOLDER``, a file, a run, ...
+        dtype: of its weights and of what it computes; bfloat16 halves its memory and time on a GPU.
+        latent_weight: of the squared distance of the means, in units of the teacher's standard deviation per channel.
+        logvar_weight: of the KL divergence between teacher's and student's Gaussians of equal means, which teaches the
+            log-variances. 0 for a teacher without a distribution.
+        decoder_weight: of the objective's image terms between the image and what the teacher's decoder makes of the
+            student's latents: its gradient goes through that decoder, in bfloat16 or float32. 0 saves the time.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
+    """
+
+    latents = "given"
+
+    std: Tensor
+    """Standard deviation of its means per channel, (n_z), measured before the first step."""
+
+    def __init__(
+        self,
+        autoencoder: str,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        latent_weight: float = 1.0,
+        logvar_weight: float = 0.1,
+        decoder_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_not_negative(latent_weight=latent_weight, logvar_weight=logvar_weight, decoder_weight=decoder_weight)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if dtype == "float16" and decoder_weight:
+            raise ValueError("decoder_weight: the gradients of a mean over pixels are 0 in float16: use bfloat16")
+        self.target = autoencoder
+        self.dtype = DTYPES[dtype]
+        self.weights = {"latent": latent_weight, "logvar": logvar_weight, "teacher_decoder": decoder_weight}
+        with torch.device("cpu"):
+            model = find_target(autoencoder).load()
+        self._checksum = weights_checksum(model)
+        self.frozen = Constant(model.to(self.dtype))
+
+    @property
+    def model(self) -> Autoencoder:
+        """The autoencoder."""
+        model = self.frozen.network
+        assert isinstance(model, Autoencoder)
+        return model
+
+    @property
+    def stand_in(self) -> "Teacher":
+        return self
+
+    @property
+    def deterministic(self) -> bool:
+        return self.model.deterministic
+
+    def attach(self, model: "LiteAutoencoderKL") -> None:
+        factors = {name: value for name, value in self.model.for_diffusion.items() if name != "force_upcast"}
+        model.for_diffusion |= factors | model.given_factors
+        self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        student, here = model.autoencoder, f"parts.{self.name}"
+        for what, ours, theirs in (
+            ("the latent", _latent(student), _latent(self.model)),
+            ("images", f"{student.in_channels} channels", f"{self.model.in_channels} channels"),
+        ):
+            if ours != theirs:
+                yield (
+                    f"{here}: {self.target}: {what}: {theirs}, but the student's: {ours}: set the student's "
+                    "networks and embed_dim to the teacher's factor and channels"
+                )
+        if not self.model.factors_known and "scaling_factor" not in model.given_factors:
+            yield f"scaling_factor: {NO_FACTORS}"
+        if "kl" in model.loss_weights:
+            yield "lossconfig.params.kl_weight: the latents have to be the teacher's, KL pulls them away: set it to 0"
+        for part in model.each_part:
+            if part.latents == "kept":
+                yield (
+                    f"parts.{part.name}: the latents have to be the teacher's, not those of the initial weights: "
+                    "leave it out"
+                )
+        if model.freeze_encoder and self.weights["teacher_decoder"]:
+            yield f"{here}.params.decoder_weight: the encoder is frozen (freeze_encoder): leave it out"
+        if not model.freeze_encoder and not any(self.weights.values()):
+            yield f"{here}.params: every weight is 0: nothing teaches the encoder"
+        if self.deterministic and not model.freeze_encoder and self.weights["logvar"]:
+            yield f"{here}.params.logvar_weight: the teacher's latents have no distribution: set it to 0"
+
+    def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
+        """Raise ConfigError if the data have latents of another autoencoder."""
+        for pairs in pair_sources(source):
+            if pairs.encoded_by.described["weights"] != self._checksum:
+                raise ConfigError(
+                    f"data: its latents are of {pairs.encoded_by.described['target']}, whose weights are not those of "
+                    f"the teacher, {self.target}"
+                )
+
+    def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
+        """Measure the standard deviation of the means per channel, in every process on the same images.
+
+        Raises:
+            ValueError: the latents are not finite, or a channel is constant.
+        """
+        if isinstance(source, PairSource):  # measured on all of its images
+            self.std.copy_(self.check_std(torch.tensor(source.encoded_by.means_std)))
+            return
+        self.to(device)
+        self.std.copy_(self.measure(first_images(source, seed, MEASURED_IMAGES, device)))
+
+    def measure(self, images: Iterable[Tensor]) -> Tensor:
+        """The standard deviation of the means per channel over images, (n_z), in float64 sums.
+
+        Args:
+            images: batches (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: as :meth:`check_std`.
+        """
+        count, total, square = 0, torch.zeros(()), torch.zeros(())
+        for x in images:
+            mean = self.posterior(x).mean.double().transpose(0, 1).flatten(1)  # (n_z, B h w)
+            count += mean.shape[1]
+            total, square = total + mean.sum(1).cpu(), square + mean.square().sum(1).cpu()
+        return self.check_std((square / count - (total / count).square()).clamp(min=0.0).sqrt().float())
+
+    def check_std(self, std: Tensor) -> Tensor:
+        """The same standard deviations per channel, (n_z).
+
+        Raises:
+            ValueError: one is not finite, or 0.
+        """
+        if not bool(std.isfinite().all()):
+            raise ValueError(f"{self.target}: its latents are not finite: set dtype of the teacher to float32")
+        if not bool((std > 0).all()):
+            raise ValueError(f"{self.target}: channel {int(std.argmin())} of its latents is the same everywhere")
+        return std
+
+    @torch.no_grad()
+    def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
+        """The teacher's posterior in float32; nothing is computed if the data provide its moments."""
+        if moments is not None:
+            return DiagonalGaussian(moments.float())
+        with no_autocast(x):
+            found = self.model.encode(x.to(self.dtype))
+        if isinstance(found, Deterministic):
+            return Deterministic(found.mean.float())
+        return DiagonalGaussian(torch.cat([found.mean.float(), found.logvar.float()], dim=1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, n_z, h, w) -> (B, C, f h, f w) in float32; gradients reach z, and no weight."""
+        with no_autocast(z):
+            return self.model.decode(z.to(self.dtype)).float()
+
+    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+        if step.encoded is None:
+            return {}
+        terms: dict[str, Tensor] = {}
+        if self.weights["latent"]:
+            terms["latent"] = latent_loss(step.encoded.mean, step.posterior.mean, self.std)
+        if self.weights["logvar"]:
+            terms["logvar"] = logvar_loss(step.encoded.logvar, step.posterior.logvar)
+        if self.weights["teacher_decoder"]:
+            decoded = self.decode(model.draw(step.encoded))
+            terms["teacher_decoder"], _ = model.objective(step.images, decoded, step.encoded)
+        return {name: (term, self.weights[name]) for name, term in terms.items()}
+
+    def validate(self, model: "LiteAutoencoderKL", x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
+        if model.freeze_encoder:
+            return {}
+        return {"latent_rmse": latent_loss(model.encode(x).mean, self.posterior(x, moments).mean, self.std)}
+
+    def summarise(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """``latent_rmse``: root mean square distance from the teacher's means, in its standard deviations."""
+        return {name: mean**0.5 for name, mean in means.items()}
+
+    def checksum(self) -> str:
+        return self._checksum
+
+    def describe(self) -> str:
+        weights = ", ".join(f"{weight:g} {name}" for name, weight in self.weights.items() if weight)
+        return f"{self.target}, {str(self.dtype).removeprefix('torch.')}{f'; {weights}' if weights else ''}"
+
+
+def set_teacher(config: Config, target: str) -> None:
+    """Make the autoencoder of a TARGET the teacher of a config; other settings of a teacher in it stay."""
+    params = config["model"].get("params") or {}
+    parts = params.get("parts") or {}
+    node = {"target": f"{Teacher.__module__}.Teacher", **(parts.get("teacher") or {})}
+    node["params"] = {**(node.get("params") or {}), "autoencoder": target}
+    config["model"]["params"] = {**params, "parts": {**parts, "teacher": node}}
+
+
+def pair_sources(source: Source) -> list[PairSource]:
+    """The sources of images with a teacher's latents among those of a source."""
+    if isinstance(source, MixSource):
+        return [pairs for part in source.sources for pairs in pair_sources(part)]
+    return [source] if isinstance(source, PairSource) else []
+
+
+def _latent(model: Autoencoder) -> str:
+    return f"f{model.downscale}, {model.latent_channels} channels"

@@ -1,0 +1,168 @@
+"""ActivationBound: the excess of activations over a bound."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from olvae.models.parts.activation_bound import ActivationBound
+from tests.conftest import parts
+from tests.models.steps import Each, build, fit, metrics
+
+WITHOUT_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+
+
+class Pair(nn.Module):
+    """An inner module with two outputs, of which none is watched."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, 100 * x
+
+
+class Small(nn.Module):
+    """x -> 2x -> 6x, and a tuple on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.thrice, self.pair = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), Pair()
+        with torch.no_grad():
+            self.twice.weight.fill_(2.0)
+            self.thrice.weight.fill_(3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.thrice(self.pair(self.twice(x))[0])
+        return out
+
+
+def watched(bound: ActivationBound, network: nn.Module):
+    return bound.watch(SimpleNamespace(trained_networks=[network]))
+
+
+def penalty_of(bound: ActivationBound) -> Tensor:
+    (loss, _), *_ = bound.losses(None, None).values()
+    return loss
+
+
+def test_the_excess_by_hand():
+    """Activations 2 and -8 of ``twice``, 6 and -24 of ``thrice``, which are those of the whole too; the bound is 4."""
+    network, bound = Small(), ActivationBound(4.0)
+    x = torch.tensor([[1.0], [-4.0]])
+    with watched(bound, network):
+        y = network(x)
+    assert y.flatten().tolist() == [6.0, -24.0]
+    double, triple = (8 / 4 - 1) ** 2 / 2, ((6 / 4 - 1) ** 2 + (24 / 4 - 1) ** 2) / 2
+    assert penalty_of(bound).item() == pytest.approx(double + 2 * triple, rel=1e-6)
+
+
+def test_the_gradient_of_the_excess_by_finite_differences():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU(), nn.Conv2d(2, 1, 1)).double()
+    weights = [p.detach().clone().requires_grad_() for p in network.parameters()]
+    names = [name for name, _ in network.named_parameters()]
+    x = torch.randn(2, 1, 5, 5, dtype=torch.float64)
+    bound = ActivationBound(0.2)
+
+    def penalty(*values: Tensor) -> Tensor:
+        with watched(bound, network):
+            torch.func.functional_call(network, dict(zip(names, values, strict=True)), (x,))
+        return penalty_of(bound)
+
+    assert penalty(*weights).item() > 0
+    assert torch.autograd.gradcheck(penalty, weights)
+
+
+def test_below_the_bound_nothing_is_lost():
+    network, bound = Small(), ActivationBound(24.0)
+    with watched(bound, network):
+        network(torch.tensor([[4.0]]))
+    penalty = penalty_of(bound)
+    assert penalty.item() == 0.0
+    penalty.backward()
+    assert network.twice.weight.grad.abs().max() == 0
+
+
+def hooks(network: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in network.modules())
+
+
+def test_hooks_are_removed_after_an_error_too():
+    network, bound = Small(), ActivationBound(4.0)
+    with watched(bound, network):
+        assert hooks(network) == 4
+    assert hooks(network) == 0
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), watched(bound, network):
+        network(torch.zeros(1, 2))
+    assert hooks(network) == 0
+    network(torch.tensor([[99.0]]))  # not watched
+    with watched(bound, network):
+        network(torch.tensor([[0.1]]))
+    assert penalty_of(bound).item() == 0.0
+
+
+def test_half_precision_is_compared_in_float32():
+    network, bound = Small().half(), ActivationBound(1e-3)
+    with watched(bound, network):
+        network(torch.tensor([[100.0]]).half())
+    penalty = penalty_of(bound)  # 600000 times the bound, squared: beyond fp16
+    assert penalty.dtype == torch.float32
+    assert penalty.item() == pytest.approx((200 / 1e-3 - 1) ** 2 + 2 * (600 / 1e-3 - 1) ** 2, rel=1e-3)
+
+
+def test_the_graph_goes_with_the_penalty():
+    """A copy of the object, which averaging makes when training begins, can't hold one."""
+    network, bound = Small(), ActivationBound(4.0)
+    with watched(bound, network):
+        network(torch.tensor([[1.0]]))
+    penalty_of(bound).backward()
+    assert copy.deepcopy(bound).bound == 4.0
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0])
+def test_a_bound_is_above_zero(bound):
+    with pytest.raises(ValueError, match="bound must be above 0, got"):
+        ActivationBound(bound)
+
+
+def test_a_bound_lowers_the_activations_of_a_decoder_scaled_by_hand(image_folder):
+    """Its first convolution gives 30 times what it gave."""
+
+    @torch.no_grad()
+    def largest(model) -> float:
+        seen = []
+        decoder = copy.deepcopy(model.decoder)
+        for module in decoder.modules():
+            module.register_forward_hook(lambda _, __, out: seen.append(out.abs().max().item()))
+        decoder(torch.randn(4, 4, 2, 2, generator=torch.Generator().manual_seed(0)))
+        return max(seen)
+
+    model = build(
+        parts=parts(activation_bound={"bound": 3.0}), learning_rate=3e-2, freeze_encoder=True, lossconfig=WITHOUT_KL
+    )
+    with torch.no_grad():
+        model.decoder.conv_in.weight.mul_(30)
+        model.decoder.conv_in.bias.mul_(30)
+    before, penalties = largest(model), []
+    fit(model, image_folder, 60, callbacks=[Each(lambda m: penalties.append(metrics(m)["train/activation"]))])
+    assert before > 30
+    assert penalties[-1] < 0.5 * penalties[0]
+    assert largest(model) < 0.8 * before
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+def test_the_bound_is_on_what_is_trained(image_folder, frozen):
+    model = build(**{f"freeze_{frozen}": True}, parts=parts(activation_bound={"bound": 1e-3}), lossconfig=WITHOUT_KL)
+    half = model.decoder if frozen == "encoder" else model.encoder
+    assert model.trained_networks == [half]
+    fit(model, image_folder, 1)
+    values = metrics(model)
+    terms = sum(weight * values[f"train/{name}"] for name, weight in model.objective.weights.items())
+    assert values["train/loss"] == pytest.approx(terms + values["train/activation"], rel=1e-5)
+
+
+def test_a_bounded_model_can_be_trained_again(image_folder):
+    model = build(parts=parts(activation_bound={"bound": 0.5}), use_ema=True)
+    for _ in range(2):
+        fit(model, image_folder, 1)
+    assert metrics(model)["train/activation"] > 0

@@ -1,0 +1,165 @@
+"""Anchor: the distance from the latents that training started from."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.parts.anchor import Anchor
+from olvae.models.parts.part import Step
+from olvae.modules.distributions import DiagonalGaussian
+from tests.conftest import parts, tiny_config
+from tests.models import steps
+from tests.models.steps import Each, against, assert_same, fit, metrics, moved, snapshot
+
+
+def build(seed: int = 0, use_quant: bool = False, **encoder) -> LiteVAE:
+    torch.manual_seed(seed)
+    params = tiny_config()["model"]["params"]
+    node = params["encoder_config"]
+    node = {**node, "params": {**node["params"], **encoder}}
+    return LiteVAE.from_config(node, params["decoder_config"], embed_dim=4, use_quant=use_quant)
+
+
+def anchor_of(vae: LiteVAE) -> Anchor:
+    anchor = Anchor()
+    anchor.attach(vae)  # which has what a model has here
+    return anchor
+
+
+def distance(anchor: Anchor, x: Tensor, posterior: DiagonalGaussian) -> Tensor:
+    step = Step(x, None, None, warming_up=False, adversary_plays=False)
+    step.encoded = posterior
+    (loss, _), *_ = anchor.losses(None, step).values()
+    return loss
+
+
+def drift(vae: LiteVAE) -> None:
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+@pytest.mark.parametrize("use_quant", [False, True])
+def test_the_distance_is_zero_at_first_and_then_that_of_the_means(use_quant):
+    vae = build(use_quant=use_quant)
+    anchor, x = anchor_of(vae), torch.rand(3, 3, 16, 16)
+    old = vae.encode(x).mean.detach()
+    assert distance(anchor, x, vae.encode(x)).item() == 0.0
+    drift(vae)
+    posterior = vae.encode(x)
+    by_hand = ((posterior.mean - old).double() ** 2).sum() / (3 * 4 * 2 * 2)  # (B, n_z, h, w)
+    assert by_hand > 1e-4
+    assert distance(anchor, x, posterior).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_gradients_reach_the_encoder_and_not_the_copy():
+    vae = build(use_quant=True)
+    anchor, x = anchor_of(vae), torch.rand(2, 3, 16, 16)
+    drift(vae)
+    distance(anchor, x, vae.encode(x)).backward()
+    for name, p in [*vae.encoder.named_parameters(), *vae.quantizer.quant_conv.named_parameters()]:
+        assert p.grad is not None, name
+        assert p.grad.abs().max() > 0, name
+    assert all(p.grad is None and not p.requires_grad for p in anchor.parameters())
+    assert all(p.grad is None for p in vae.decoder.parameters())
+
+
+def test_a_step_against_the_gradient_brings_the_means_back():
+    vae = build()
+    anchor, x = anchor_of(vae), torch.rand(2, 3, 16, 16)
+    drift(vae)
+    before = distance(anchor, x, vae.encode(x))
+    before.backward()
+    norm = torch.stack([p.grad.norm() for p in vae.encoder.parameters()]).norm()
+    with torch.no_grad():
+        for p in vae.encoder.parameters():
+            p.sub_(1e-2 * p.grad / norm)
+    assert distance(anchor, x, vae.encode(x)) < before
+
+
+@pytest.mark.parametrize("use_quant", [False, True])
+def test_a_new_run_renews_the_copy(use_quant):
+    vae, other = build(0, use_quant=use_quant), build(1, use_quant=use_quant)
+    anchor, x = anchor_of(vae), torch.rand(2, 3, 16, 16)
+    far = distance(anchor, x, other.encode(x))
+    assert far > 1e-4
+    drift(vae)
+    torch.testing.assert_close(distance(anchor, x, other.encode(x)), far)
+    anchor.start(other, resumed=False)
+    assert distance(anchor, x, other.encode(x)).item() == 0.0
+    drift(other)
+    assert distance(anchor, x, other.encode(x)).item() > 1e-4
+
+
+def test_it_is_saved():
+    vae, other = build(0, use_quant=True), build(1, use_quant=True)
+    anchor, loaded = anchor_of(vae), anchor_of(other)
+    moments = sum(t.numel() for t in [*vae.encoder.parameters(), *vae.quantizer.quant_conv.parameters()])
+    assert sum(t.numel() for t in anchor.state_dict().values()) == moments
+    loaded.load_state_dict(anchor.state_dict())
+    x = torch.rand(1, 3, 16, 16)
+    assert distance(loaded, x, vae.encode(x)).item() == 0.0
+
+
+def test_an_encoder_of_another_shape():
+    anchor = anchor_of(build())
+    wider = build(aggregate_channels=16)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        anchor.start(wider, resumed=False)
+    quantized = build(use_quant=True, latent_dim=8)  # the encoder fits, what is after it does not
+    with pytest.raises(ValueError, match="argument 2 is longer"):  # zip's own words
+        anchor.start(quantized, resumed=False)
+
+
+def test_bf16_means_are_compared_in_float32():
+    vae = build()
+    anchor, x = anchor_of(vae), torch.rand(1, 3, 16, 16)
+    drift(vae)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distance(anchor, x, vae.encode(x))
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(distance(anchor, x, vae.encode(x)).item(), rel=0.1)
+
+
+def test_the_anchor_is_where_training_started(image_folder):
+    """From whatever weights were loaded after the model was built."""
+    model, anchors = (
+        steps.build(against(), parts=parts(anchor={"weight": 1e-6}), use_quant=True, learning_rate=1e-3),
+        [],
+    )
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    start = snapshot(model.encoder)
+    fit(
+        model,
+        image_folder,
+        8,
+        callbacks=[
+            Each(lambda m: anchors.append((metrics(m)["train/anchor"], snapshot(m.parts["anchor"].moments[0]))))
+        ],
+    )
+    distances = [distance for distance, _ in anchors]
+    assert distances[0] == 0.0
+    assert min(distances[1:]) > 0
+    assert sum(distances[-4:]) / 4 > 1.5 * distances[1]  # it grows, as much as batches differ
+    for _, weights in anchors:
+        assert_same(weights, start)
+    assert len(moved(start, snapshot(model.encoder))) > 0.9 * len(start)
+    assert not model.parts["anchor"].training
+
+
+def test_the_anchor_is_in_the_loss_and_keeps_latents(image_folder):
+    values = metrics(fit(steps.build(parts=parts(anchor={"weight": 7.0}), learning_rate=1e-3), image_folder, 3))
+    weights = steps.build().objective.weights
+    expected = sum(weight * values[f"train/{name}"] for name, weight in weights.items()) + 7 * values["train/anchor"]
+    assert values["train/anchor"] > 0
+    assert values["train/loss"] == pytest.approx(expected, rel=1e-5)
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    old = steps.build().encode(x).mean
+    free, held = (
+        fit(steps.build(parts=parts(anchor={"weight": w}), learning_rate=1e-3), image_folder, 24) for w in (1e-6, 1e2)
+    )
+    distances = [(m.encode(x).mean - old).square().mean().item() for m in (free, held)]
+    assert distances[1] < distances[0]  # by how much is a matter of rounding

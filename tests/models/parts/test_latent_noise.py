@@ -1,0 +1,86 @@
+"""LatentNoise: its size in the two units, and what it leaves alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from olvae.models.parts.latent_noise import LatentNoise
+from olvae.models.parts.part import Step
+from olvae.modules.distributions import DiagonalGaussian
+from tests.conftest import parts
+from tests.models.steps import assert_same, build, fit, snapshot
+
+
+def noisy(posterior: DiagonalGaussian, std: float, unit: str = "posterior", sample: bool = False) -> Tensor:
+    """What the decoder gets."""
+    step = Step(torch.zeros(1), None, None, warming_up=False, adversary_plays=False)
+    step.posterior, step.latent = posterior, posterior.sample() if sample else posterior.mode()
+    LatentNoise(std, unit).on_latent(None, step)
+    return step.latent
+
+
+def latents(model, root, steps=1, **settings) -> list[torch.Tensor]:
+    """What the decoder gets in training."""
+    seen = []
+    hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    fit(model, root, steps, **settings)
+    hook.remove()
+    return seen
+
+
+def test_noise_on_the_latent_in_units_of_the_posteriors_deviation(image_folder):
+    """Statistics over a grid of latents whose means and deviations are known, against numbers."""
+    n = 100
+    mean = torch.linspace(-3, 3, 4).view(1, 4, 1, 1).expand(8, 4, n, n)
+    std = torch.tensor([0.1, 0.5, 1.0, 2.0]).view(1, 4, 1, 1).expand(8, 4, n, n)
+    posterior = DiagonalGaussian(torch.cat([mean, 2 * std.log()], 1))
+    for unit, expected in (
+        ("posterior", [0.03, 0.15, 0.3, 0.6]),
+        ("data", [0.0] * 4),  # the means of a channel are all the same
+    ):
+        z = noisy(posterior, 0.3, unit)
+        noise = (z - mean).double()
+        assert noise.std((0, 2, 3)).tolist() == pytest.approx(expected, rel=0.02)  # 1 / sqrt(2 * 80000) is 0.0025
+        assert noise.mean((0, 2, 3)).abs().max() < 0.01
+
+
+def test_noise_on_the_latent_in_units_of_the_datas_deviation():
+    """Per channel, over batch and positions; not the posterior's."""
+    torch.manual_seed(3)
+    scale = torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1)
+    mean = scale * torch.randn(8, 4, 100, 100) + 5
+    posterior = DiagonalGaussian(torch.cat([mean, torch.full_like(mean, -20.0)], 1))
+    z = noisy(posterior, 0.5, "data")
+    noise = (z - mean).double()
+    assert noise.std((0, 2, 3)).tolist() == pytest.approx([0.25, 0.5, 1.0, 2.0], rel=0.02)
+    correlation = torch.corrcoef(torch.stack([noise.flatten(), (mean - 5).flatten().double()]))[0, 1]
+    assert abs(correlation) < 0.02
+
+
+def test_noise_is_added_to_a_sample_too():
+    """Their variances add up."""
+    moments = torch.cat([torch.zeros(8, 4, 100, 100), torch.full((8, 4, 100, 100), 2 * 0.5 * 1.0)], 1)
+    std = torch.tensor(0.5).exp().item()
+    z = noisy(DiagonalGaussian(moments), 2.0, sample=True)
+    assert z.std().item() == pytest.approx(std * 5**0.5, rel=0.02)
+
+
+def test_noise_does_not_teach_the_encoder_to_hide_from_it():
+    """Its size is a constant: the gradient of a latent is that of its mean."""
+    moments = torch.randn(2, 8, 3, 3, requires_grad=True)
+    for unit in ("posterior", "data"):
+        (gradient,) = torch.autograd.grad(noisy(DiagonalGaussian(moments), 0.7, unit).sum(), moments)
+        assert torch.equal(gradient[:, :4], torch.ones(2, 4, 3, 3))
+        assert gradient[:, 4:].abs().max() == 0
+
+
+def test_without_noise_a_step_is_what_it_was(image_folder):
+    """Bit for bit; and with noise the decoder gets other latents, in training alone."""
+    plain, zero, other = build(), *(build(parts=parts(latent_noise={"std": std})) for std in (0.0, 0.5))
+    (first,), (second,), (third,) = (latents(model, image_folder) for model in (plain, zero, other))
+    assert torch.equal(first, second)
+    assert_same(snapshot(plain), snapshot(zero))
+    assert not torch.equal(first, third)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(other(x)[0], other.decode(other.encode(x).mean))
