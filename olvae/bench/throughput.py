@@ -27,9 +27,8 @@ from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.devices import autocast
-from olvae.export.encode import EncodeJob
+from olvae.export.encoding import EncodeJob, EncodeOptions
 from olvae.export.inputs import DatasetInputs
-from olvae.export.writers import EncodeOptions
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder

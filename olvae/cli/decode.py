@@ -16,8 +16,6 @@ from olvae.cli.options import (
     loading,
 )
 
-__all__ = ["command"]
-
 
 def command(
     target: TargetArgument,
@@ -44,7 +42,7 @@ def command(
         from olvae.data.shards.latent_source import LATENT, read_stats
         from olvae.data.source import total
         from olvae.devices import resolve_device
-        from olvae.export.decode import decode_shards
+        from olvae.export.decoding import decode_shards
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target

@@ -15,11 +15,10 @@ from olvae.cli.options import (
     TargetArgument,
     check_paths,
     check_precision,
+    in_flags,
     loading,
     stop_code,
 )
-
-__all__ = ["command"]
 
 
 def command(
@@ -37,25 +36,16 @@ def command(
     native: Annotated[
         bool, typer.Option("--native", help="Keep every image's size, padded to a multiple of f.")
     ] = False,
-    file_format: Annotated[
-        Literal["shards", "lightningdit", "kohya-sd", "kohya-sdxl", "kohya-sd3", "kohya-flux"],
-        typer.Option(
-            "--format",
-            help="shards, or what another trainer reads: lightningdit, kohya-sd|sdxl|sd3|flux.",
-        ),
-    ] = "shards",
     moments: Annotated[
-        bool | None,
+        bool,
         typer.Option(
-            "--moments/--sample",
-            help="Store the posterior's mean and standard deviation, as shards do, or one sample, as other formats do.",
+            "--moments/--sample", help="Store the posterior's mean and standard deviation, or one sample of it."
         ),
-    ] = None,
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")] = 0,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"] | None,
-        typer.Option(help="float16 (in shards), bfloat16 or float32 (in other formats)."),
-    ] = None,
+        Literal["float16", "bfloat16", "float32"], typer.Option(help="What latents are stored in.")
+    ] = "float16",
     flip: Annotated[bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")] = False,
     images: Annotated[
         bool, typer.Option("--images", help="Store the encoded pixels as well, as PNG; needs one size.")
@@ -79,7 +69,7 @@ def command(
     allow_mismatch: AllowMismatch = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print stats.json to standard output as well.")] = False,
 ) -> None:
-    """Turn images into latents, with their statistics: WebDataset shards, or the files of another trainer.
+    """Turn images into WebDataset shards of latents, with their statistics.
 
     After an interruption, the same command continues, and the result is the same byte for byte. To share the work among
     processes: torchrun --nproc_per_node 4 --module olvae encode ... The shards, and how to train a diffusion model on
@@ -87,7 +77,7 @@ def command(
 
     Example: olvae encode runs/*_demo_32 --data photos --size 128 --out latents
 
-    Example: olvae encode my-vae --data photos --size 512 --flip --format kohya-sdxl --out photos
+    Example: olvae encode my-vae --data shards --native --flip --out latents
     """
     import json
 
@@ -100,18 +90,14 @@ def command(
         import torch
 
         from olvae.allocator import keep_freed_memory
-        from olvae.data.shards.latent_source import SHARDS
         from olvae.devices import gather, join, leave, resolve_device
-        from olvae.export.encode import EncodeJob, encoder_of
+        from olvae.export.encoding import EncodeJob, EncodeOptions, encoder_of
         from olvae.export.inputs import find_inputs
-        from olvae.export.writers import EncodeOptions
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.compilation import compile_networks
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
-    moments = file_format == SHARDS if moments is None else moments
-    dtype = ("float16" if file_format == SHARDS else "float32") if dtype is None else dtype
     check_folder(out)
     if not native:
         keep_freed_memory()
@@ -121,42 +107,33 @@ def command(
     model = found.load().to(where)
     inputs = find_inputs(data, model.in_channels, shard_size, classes)
     size = 0 if native else size or found.usual_size(model)
-    options = EncodeOptions(size, moments, seed, dtype, flip, images, precision, file_format)
-    describe = {"target": found.name, "source": data}
+    options = EncodeOptions(size, moments, seed, dtype, flip, images, precision)
     stats = None
     with no_empty_folders(out):
-        encoder = EncodeJob(model, inputs, options, out, describe)
-        if where.type == "cpu" and precision == "fp16" and rank == 0:
-            typer.echo("note: fp16 is slow on a CPU: --precision bf16, or --device cuda", err=True)
+        job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
+        for note in job.notes(world) if rank == 0 else ():
+            typer.echo(f"note: {in_flags(note)}", err=True)
         if compiled:
             compile_networks([encoder_of(model)], where)
-        if rank == 0 and len(inputs) < world:
-            typer.echo(
-                f"note: {len(inputs)} shard{'s' * (len(inputs) > 1)} of latents for {world} processes: the others have "
-                "nothing to do; a smaller --shard-size gives them work, unless the images come in shards",
-                err=True,
-            )
         share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
-        with encoder.shards.nothing_left(), bar:
+        with job.shards.nothing_left(), bar:
             try:
-                encoder.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
+                job.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
             except KeyboardInterrupt:
                 stay = f": finished shards are in {out}; the same command continues from there"
                 if rank == 0:
-                    bar.print(f"stopped{stay if encoder.shards.any_stored() else ''}")
+                    bar.print(f"stopped{stay if job.shards.any_stored() else ''}")
                 sys.exit(stop_code())
-            if gather(None) is not None:
-                stats = encoder.finish()
+            if gather(None) is not None:  # all processes have finished, and this is the first
+                stats = job.finish()
     if stats is not None:
         if as_json:
             typer.echo(json.dumps(stats, indent=2))
         lost = stats["unreadable"]["count"]
-        skipped = f"; {lost} could not be read, stats.json lists them" if lost else ""
-        of_size = f" of {size} px" if size else ""
-        files = f"{len(inputs)} shard{'s' * (len(inputs) > 1)}" if file_format == SHARDS else file_format
         typer.echo(
-            f"latents: {out}, {stats['count']} images{of_size} in {files}{skipped}\n"
+            f"latents: {out}, {stats['count']} images{f' of {size} px' if size else ''} in {len(inputs)} "
+            f"shard{'s' * (len(inputs) > 1)}{f'; {lost} could not be read, stats.json lists them' if lost else ''}\n"
             f"numbers: {out / 'stats.json'}, scaling_factor {stats['scaling_factor']:.4f}, "
             f"shift_factor {stats['shift_factor']:.4f}",
             err=True,

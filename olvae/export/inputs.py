@@ -23,8 +23,6 @@ from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import total
 from olvae.data.transforms import EvalTransform
 
-__all__ = ["Inputs", "Item", "Numbered", "ReadImage", "find_inputs", "in_order", "read_batches"]
-
 T = TypeVar("T")
 
 
@@ -135,7 +133,7 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
         raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
     if holds_shards(src):
         if classes:
-            raise ConfigError("--classes is for folders: the .cls files of shards are kept anyway")
+            raise ConfigError("`classes` is for folders: the .cls files of shards are kept anyway")
         return ShardInputs(with_counts(find_shards(src)), channels)
     images = open_images(src, channels)
     return DatasetInputs(images, shard_size, _classes(images) if classes else ())
@@ -145,7 +143,7 @@ def _classes(images: ImageDataset) -> list[str]:
     """The folders that the images lie in, sorted."""
     keys = [images.key(i) for i in range(len(images))]
     if loose := [key for key in keys if "/" not in key]:
-        raise ConfigError(f"--classes: {loose[0]} is not in a folder that could be its class")
+        raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
     return sorted({_folder(key) for key in keys})
 
 
@@ -161,12 +159,11 @@ def _digest(lines: Sequence[str] | Iterator[str]) -> str:
 
 
 class ReadImage(NamedTuple):
-    """An image ready to be encoded, uint8 (C, H, W), its original width and height, and whether it was turned."""
+    """An image ready to be encoded, uint8 (C, H, W), and its original width and height."""
 
     item: Item
     pixels: Tensor
     size: tuple[int, int]
-    turned: bool = False
 
 
 Numbered = tuple[int, T]
@@ -180,7 +177,12 @@ WAITING_BYTES = 2**28
 
 
 def read_batches(
-    items: Iterable[Item | ReadError], size: int, multiple: int, batch_size: int, threads: int, keep: bool = False
+    items: Iterable[Item | ReadError],
+    size: int,
+    multiple: int,
+    batch_size: int,
+    threads: int,
+    keep_pixels: bool = False,
 ) -> Iterator[list[Numbered[ReadImage | ReadError]]]:
     """Batches of up to ``batch_size`` images that have one size once they are padded; read errors come alone.
 
@@ -193,11 +195,11 @@ def read_batches(
         size: pixels after the evaluation's resize and crop; 0 leaves the images as they are.
         multiple: that height and width are padded to.
         threads: that read ahead; 0 reads an image when it is needed.
-        keep: add the pixels, as PNG, to the files that are kept with an image.
+        keep_pixels: add the pixels, as PNG, to the files that are kept with an image.
     """
     groups: dict[tuple[int, ...], list[Numbered[ReadImage | ReadError]]] = {}  # the one that waits longest is first
     waiting = 0
-    for number, image in enumerate(_ahead(items, partial(_read, size, keep), threads, 2 * batch_size)):
+    for number, image in enumerate(_ahead(items, partial(_read, size, keep_pixels), threads, 2 * batch_size)):
         if isinstance(image, ReadError):
             yield [(number, image)]
             continue
@@ -246,15 +248,14 @@ def _ahead(
             yield waiting.popleft().result()
 
 
-def _read(size: int, keep: bool, item: Item | ReadError) -> ReadImage | ReadError:
+def _read(size: int, keep_pixels: bool, item: Item | ReadError) -> ReadImage | ReadError:
     if isinstance(item, ReadError):
         return item
     try:
-        photo = item.open()
-        picture = photo.read()
+        picture = item.open().read()
         pixels = image_to_tensor(EvalTransform(size)(picture) if size else picture)
-        if keep:
+        if keep_pixels:
             item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
-        return ReadImage(item, pixels, picture.size, photo.turned)
+        return ReadImage(item, pixels, picture.size)
     except UnreadableImageError as error:
         return ReadError(item.key, error.reason)

@@ -10,7 +10,7 @@ import torch
 from olvae.cli.main import main
 from olvae.data.image import image_to_tensor, read_picture, to_uint8
 from olvae.data.shards.latent_source import LatentSource
-from olvae.export.writers import ShardWriter
+from olvae.export.encoding import LatentShards
 from tests.export.latents import pictures, tiny_vae
 from tests.test_devices import fork_two
 
@@ -87,22 +87,6 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
     assert "note: 1 shard of latents for 2 processes: the others have" in err
 
 
-def test_other_formats(olvae, target, tmp_path, image_folder):
-    encode = ["encode", target, "--data", image_folder, "--size", 16, "--flip"]
-    code, _, err = olvae(*encode, "--format", "kohya-sdxl", "--out", image_folder)
-    assert code == 0
-    assert f"latents: {image_folder}, 12 images of 16 px in kohya-sdxl\n" in err
-    assert len(list(image_folder.rglob("*_0048x0040_sdxl.npz"))) == 12
-    out = tmp_path / "dit"
-    assert olvae(*encode, "--classes", "--format", "lightningdit", "--precision", "bfloat16", "--out", out)[0] == 0
-    stats = json.loads((out / "stats.json").read_text())
-    assert {"count": 12, "moments": False, "dtype": "float32", "precision": "bf16"}.items() <= stats.items()
-    assert (out / "latents_stats.pt").exists()
-    code, _, err = olvae("decode", target, out, "--out", tmp_path / "images")
-    assert (code, err.count("\n")) == (1, 1)
-    assert "latents in the format lightningdit" in err
-
-
 def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(
@@ -149,9 +133,6 @@ def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):
     cases = [
         (encode("--dtype", "int8"), 2, "'int8' is not one of 'float16', 'bfloat16', 'float32'"),
         (encode("--precision", "int8"), 2, "--precision int8: choose from fp16, bf16, 32"),
-        (encode("--format", "npz"), 2, "Invalid value for '--format': 'npz' is not one of 'shards', "),
-        (encode("--format", "kohya-sd", "--moments"), 2, "--moments: kohya-sd holds one latent per image"),
-        (encode("--format", "lightningdit"), 2, "add --flip"),
         (encode("--native"), 2, "--native and --size: give one of the two"),
         (encode("--size", 20), 1, "multiple of 8"),
         (["encode", target, "--data", image_folder, "--native", "--images", "--out", tmp_path / "out"], 1, "one size"),
@@ -193,7 +174,7 @@ def test_help(olvae, command):
 @pytest.mark.parametrize("shards", [0, 2])
 def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeypatch, shards):
     """Where a shard is finished; else it leaves nothing."""
-    write = ShardWriter.write
+    write = LatentShards.write
     written = []
 
     def interrupt(self, number, samples, details):
@@ -202,7 +183,7 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
         written.append(number)
         return write(self, number, samples, details)
 
-    monkeypatch.setattr(ShardWriter, "write", interrupt)
+    monkeypatch.setattr(LatentShards, "write", interrupt)
     latents = tmp_path / "new" / "latents"
     encode = ("encode", target, "--data", image_folder, "--size", 16, "--out", latents, "--shard-size", 3)
     code, out, err = olvae(*encode)

@@ -10,9 +10,8 @@ from olvae import LiteVAE
 from olvae.data.image import from_uint8, image_to_tensor, read_picture
 from olvae.data.mapped.picture_folder import find_images
 from olvae.data.transforms import EvalTransform
-from olvae.export.encode import EncodeJob
+from olvae.export.encoding import EncodeJob, EncodeOptions
 from olvae.export.inputs import find_inputs
-from olvae.export.writers import EncodeOptions
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
 from tests.conftest import tiny_config

@@ -13,8 +13,6 @@ from olvae.export.inputs import Item, in_order, read_batches
 class Fixed:
     """An image of a size."""
 
-    turned = False
-
     def __init__(self, width: int, height: int) -> None:
         self.size = (width, height)
 

@@ -207,10 +207,9 @@ def test_pack(tmp_path):
     soak(Command(lambda folder: ["data", "pack", source, "--out", folder / "out", *words], files), tmp_path, KILLS)
 
 
-@pytest.mark.parametrize("file_format", ["shards", "lightningdit"])
-def test_encode(tmp_path, file_format):
+def test_encode(tmp_path):
     source = photos(tmp_path / "photos", 30)
-    words = ["--data", source, "--size", 32, "--shard-size", 6, "--flip", "--classes", "--format", file_format]
+    words = ["--data", source, "--size", 32, "--shard-size", 6, "--flip", "--classes"]
     target = "olvae:photos-f8c4"
     soak(Command(lambda folder: ["encode", target, "--out", folder / "out", *words], files), tmp_path, KILLS // 2)
 

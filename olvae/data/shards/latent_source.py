@@ -21,7 +21,6 @@ __all__ = [
     "FLIP",
     "LATENT",
     "META",
-    "SHARDS",
     "STATS",
     "Latent",
     "LatentSource",
@@ -44,9 +43,6 @@ META_BYTES = 2**20
 
 FLIP = "_flip"
 """What the names of the mirrored image's tensors end with."""
-
-SHARDS = "shards"
-"""The format of these files; ``olvae encode`` writes others for other trainers."""
 
 STATS = "stats.json"
 """The file beside the shards that describes them; it is written last, so a folder without one is not complete."""
@@ -109,7 +105,7 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder has no latents, or not all of them yet.
-        ValueError: the description is not readable, or that of files for another trainer.
+        ValueError: the description is not readable.
     """
     path = Path(folder).expanduser() / STATS
     if not path.is_file():
@@ -129,8 +125,6 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
-    if read.get("format", SHARDS) != SHARDS:
-        raise ValueError(f"{folder}: latents in the format {read['format']}: this takes those of --format {SHARDS}")
     return read
 
 

@@ -1,4 +1,4 @@
-"""``olvae decode``: shards of latents to files of images."""
+"""Decode shards of latents to files of images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +16,6 @@ from olvae.figures import save_image
 from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
-
-__all__ = ["FORMATS", "Decoded", "decode_shards"]
 
 FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}}
 """Extensions of the images, and the options of Pillow's writers."""

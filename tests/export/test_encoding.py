@@ -18,9 +18,8 @@ from olvae.data.mapped.picture_folder import find_images
 from olvae.data.shards import write as module
 from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latents.accumulator import LatentAccumulator
-from olvae.export.encode import EncodeJob
+from olvae.export.encoding import EncodeJob, EncodeOptions
 from olvae.export.inputs import find_inputs
-from olvae.export.writers import EncodeOptions
 from olvae.models.large.tiling import pad_to_multiple, peak_bytes
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Blocks, Shrunk, encode, pictures, tiny_vae
@@ -297,7 +296,7 @@ def test_half_precision_that_overflows(tmp_path, image_folder):
     model = tiny_vae()
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if name.endswith("conv_out.weight")).mul_(1e8)
-    with pytest.raises(ValueError, match="non-finite values in fp16: use --precision 32"):
+    with pytest.raises(ValueError, match="non-finite values in fp16: set `precision` to 32"):
         encode(image_folder, tmp_path / "out", model, precision="fp16", dtype="bfloat16")
 
 
@@ -310,10 +309,10 @@ def test_folders_are_classes_if_asked(tmp_path, image_folder):
                 folder = json.loads(content)["key"].split("/")[0]
                 assert shard[name.replace("latent.json", "cls")] == folder.removeprefix("class").encode()
     picture(0).save(image_folder / "loose.png")
-    with pytest.raises(ConfigError, match=r"--classes: loose\.png is not in a folder"):
+    with pytest.raises(ConfigError, match=r"`classes`: loose\.png is not in a folder"):
         encode(image_folder, tmp_path / "loose", classes=True)
     write_shards(tmp_path / "shards", (2,))
-    with pytest.raises(ConfigError, match="--classes is for folders"):
+    with pytest.raises(ConfigError, match="`classes` is for folders"):
         encode(tmp_path / "shards", tmp_path / "more", classes=True)
 
 
@@ -485,7 +484,7 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path, image_folder, chang
 def test_what_it_refuses(tmp_path, image_folder):
     with pytest.raises(ValueError, match=r"20x20.*multiple of 8"):
         encode(image_folder, tmp_path / "out", size=20)
-    with pytest.raises(ValueError, match=r"--images and --native: .*one size"):
+    with pytest.raises(ValueError, match=r"`images`: .*one size"):
         encode(image_folder, tmp_path / "out", size=0, images=True)
     multispectral = Shrunk()
     multispectral.in_channels = 6

@@ -9,7 +9,7 @@ from olvae.data.image import from_uint8, image_to_tensor, to_uint8
 from olvae.data.shards.index import find_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, META
 from olvae.data.shards.tar_reading import read_shard
-from olvae.export.decode import decode_shards
+from olvae.export.decoding import decode_shards
 from olvae.models.large.tiling import crop_to, pad_to_multiple
 from tests.data.images import picture, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae

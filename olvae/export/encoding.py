@@ -1,0 +1,313 @@
+"""Encode images to shards of latents with their statistics; resumable, in one process or several."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from olvae.data.image import from_uint8
+from olvae.data.read_errors import ReadError
+from olvae.data.shards.index import INDEX
+from olvae.data.shards.latent_source import LATENT, META, STATS, Latent, latent_bytes
+from olvae.data.shards.pairs import CHANNELS
+from olvae.data.shards.write import Resumable, WebDatasetSample, write_tar
+from olvae.devices import FULL, autocast
+from olvae.export.inputs import Inputs, Item, Numbered, ReadImage, in_order, read_batches
+from olvae.files import write_json
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.large.tiling import GIB, pad_to_multiple
+from olvae.modules.base import weights_checksum
+from olvae.modules.distributions import Posterior, in_float32, keyed_generator
+from olvae.modules.moments import Moments
+from olvae.modules.precision import DTYPES
+
+STATE = ".encode"
+"""Folder beside the shards of latents, with the plan and a description of each finished shard."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What to store.
+
+    Args:
+        size: pixels of the square images after resizing the shorter side and cropping the centre; 0 keeps every image
+            at its own size, padded at the bottom and the right to a multiple of f.
+        moments: store the posterior's mean and standard deviation, else one sample of it.
+        seed: of the samples' noise.
+        dtype: of the latents, a name of :data:`~olvae.modules.precision.DTYPES`.
+        flip: store the mirrored image's latent as well.
+        images: store the pixels that are encoded as well, as PNG.
+        precision: that the encoder computes in, a name of :data:`~olvae.devices.PRECISIONS`.
+    """
+
+    size: int
+    moments: bool = True
+    seed: int = 0
+    dtype: str = "float16"
+    flip: bool = False
+    images: bool = False
+    precision: str = FULL
+
+    def check(self, model: Autoencoder) -> None:
+        """Check that images of a model can be stored like this.
+
+        Raises:
+            ValueError: the size is not a multiple of f, or images that are to be stored have several sizes or a number
+                of channels that PNG doesn't have.
+        """
+        f = model.downscale
+        if self.size % f:
+            raise ValueError(
+                f"images of {self.size}x{self.size} pixels, but a latent element stands for {f}x{f} of them: choose a "
+                f"`size` that is a multiple of {f}"
+            )
+        if self.images and not self.size:
+            raise ValueError("`images`: images that are stored beside latents have one size: give `size`")
+        if self.images and model.in_channels not in CHANNELS.values():
+            raise ValueError(f"`images`: PNG stores 1, 3 or 4 channels, but the images have {model.in_channels}")
+
+
+class Encoded(NamedTuple):
+    """An encoded image.
+
+    Args:
+        original, size: width and height before and after resizing.
+        latents: its latent, then the mirrored image's if it is stored.
+    """
+
+    item: Item
+    original: tuple[int, int]
+    size: tuple[int, int]
+    latents: Sequence[Latent]
+
+
+@dataclass(frozen=True)
+class LatentShards(Resumable[Encoded]):
+    """WebDataset shards of latents."""
+
+    def pack(self, path: Path, samples: Iterator[Encoded]) -> None:
+        write_tar(path, map(_sample, samples))
+
+
+def _sample(encoded: Encoded) -> WebDatasetSample:
+    width, height = encoded.original
+    meta = {"key": encoded.item.key, "width": width, "height": height, "image": list(encoded.size)}
+    files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*encoded.latents)}
+    return WebDatasetSample(encoded.item.name, {**encoded.item.files, **files})
+
+
+class _Statistics:
+    """Moments of latents and their shape; kept for each shard and added in order, so that interruptions don't matter.
+
+    Args:
+        details: of a finished shard, what :meth:`details` returned.
+    """
+
+    def __init__(self, details: Mapping[str, Any] | None = None) -> None:
+        self.moments: Moments | None = None
+        self.shape: list[int] | None = None
+        if details is not None and details["positions"]:
+            self.moments = Moments.from_state(details["positions"], details["sums"])
+            self.shape = details["shape"]
+
+    def add(self, moments: Moments, shape: list[int] | None) -> None:
+        """Add moments of latents of one shape; None if they have several."""
+        self.shape = shape if self.moments is None or shape == self.shape else None
+        self.moments = moments if self.moments is None else self.moments + moments
+
+    def details(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        positions, sums = (0, []) if self.moments is None else self.moments.state()
+        return {"positions": positions, "shape": self.shape, "sums": sums}
+
+
+class EncodeJob:
+    """Encodes the images of :data:`~olvae.export.inputs.Inputs` into a folder, in one process or several.
+
+    Output shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a
+    byte; see :class:`~olvae.data.shards.write.Resumable`.
+
+    Args:
+        model: on its device, in evaluation mode.
+        folder: of the shards, created if missing.
+        describe: further entries of stats.json, such as the target's name.
+
+    Raises:
+        ConfigError: the folder holds latents of other options, images or weights, or something else.
+        ValueError: as :meth:`EncodeOptions.check`.
+    """
+
+    def __init__(
+        self, model: Autoencoder, inputs: Inputs, options: EncodeOptions, folder: Path, describe: Mapping[str, Any]
+    ) -> None:
+        options.check(model)
+        self.model = model
+        self.inputs = inputs
+        self.options = options
+        self.shards = LatentShards(folder, STATE)
+        weights = weights_checksum(model)
+        self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
+        self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
+
+    def notes(self, world: int) -> Iterator[str]:
+        """Yield what makes this job slower than it could be in so many processes."""
+        if next(self.model.parameters()).device.type == "cpu" and self.options.precision == "fp16":
+            yield "fp16 is slow on a CPU: set `precision` to bf16, or `device` to cuda"
+        if (n := len(self.inputs)) < world:
+            yield (
+                f"{n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do; a smaller "
+                "`shard_size` gives them work, unless the images come in shards"
+            )
+
+    def run(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int = 8,
+        threads: int = 2,
+        memory: int = 4 * GIB,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Encode this process's shards, except those that are finished.
+
+        Args:
+            batch_size: images at a time, all of one size.
+            threads: that read images; 0 reads them in between.
+            memory: bytes that encoding images of their own sizes may take; see :meth:`Autoencoder.encode_within`.
+            advance: called with the number of further images that are done, including those of finished shards.
+
+        Raises:
+            ValueError: latents have non-finite values, or are too large for the dtype.
+            OSError: a remote shard can't be read now.
+        """
+        for shard in range(rank, len(self.inputs), world):
+            if finished := self.shards.finished(shard):
+                advance(finished.record.images + len(finished.unreadable))
+                continue
+            statistics = _Statistics()
+            size, images = self.options.size, self.options.images
+            batches = read_batches(
+                self.inputs.read(shard), size, self.model.downscale, batch_size, threads, keep_pixels=images
+            )
+            encoded = in_order(one for batch in batches for one in self._encode(batch, memory))
+            self.shards.write(shard, _counted(encoded, statistics, advance), statistics.details)
+
+    def finish(self) -> dict[str, Any]:
+        """Write index.json and last stats.json, whose content is returned; call it when all shards are finished.
+
+        Raises:
+            ValueError: no image could be read.
+        """
+        finished = [self.shards.finished(number) for number in range(len(self.inputs))]
+        statistics, index, unreadable = _Statistics(), dict[str, Any](), []
+        for number, shard in enumerate(finished):
+            assert shard is not None
+            unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
+            of_shard = _Statistics(shard.details)
+            if of_shard.moments is not None:
+                statistics.add(of_shard.moments, of_shard.shape)
+                index[self.shards.path(number).name] = {"images": shard.record.images}
+        moments, count = statistics.moments, sum(shard["images"] for shard in index.values())
+        if moments is None:
+            for number in range(len(finished)):
+                self.shards.forget(number)  # so that the same command tries again
+            if not unreadable:
+                raise ValueError("no images in these shards: an image is a file KEY.jpg, KEY.png, ...")
+            raise ValueError("none of the images could be read: {name}: {reason}".format(**unreadable[0]))
+        scaling_factor, shift_factor = moments.factors()
+        stats = {
+            "count": count,
+            "latent_shape": statistics.shape,
+            "shift_factor": shift_factor,
+            "scaling_factor": scaling_factor,
+            "latents_mean": moments.mean.tolist(),
+            "latents_std": moments.std.tolist(),
+            "means_std": moments.std_of_means.tolist(),
+            **asdict(self.options),
+            **self.describe,
+            "classes": list(self.inputs.classes),
+            "unreadable": {"count": len(unreadable), "images": unreadable},
+        }
+        self.shards.remove_partials()
+        write_json({"version": 1, "images": count, "shards": index}, self.shards.folder / INDEX)
+        write_json(stats, self.shards.folder / STATS)
+        return stats
+
+    @torch.inference_mode()
+    def _encode(
+        self, batch: Sequence[Numbered[ReadImage | ReadError]], memory: int
+    ) -> list[Numbered[Encoded | ReadError]]:
+        done: list[Numbered[Encoded | ReadError]] = [(n, one) for n, one in batch if isinstance(one, ReadError)]
+        images = [(number, image) for number, image in batch if isinstance(image, ReadImage)]
+        if not images:
+            return done
+        keys = [image.item.key for _, image in images]
+        pixels = [image.pixels for _, image in images]
+        sides = [self._latents(self._posterior(pixels, memory), keys)]
+        if self.options.flip:
+            mirrored = [one.flip(-1) for one in pixels]
+            sides.append(self._latents(self._posterior(mirrored, memory), [f"{key}\nflip" for key in keys]))
+        for (number, image), *latents in zip(images, *sides, strict=True):
+            size = image.pixels.shape[2], image.pixels.shape[1]
+            done.append((number, Encoded(image.item, image.size, size, latents)))
+        return done
+
+    def _posterior(self, images: Sequence[Tensor], memory: int) -> Posterior:
+        """Encode uint8 images that have one size once they are padded; the posterior is in float32."""
+        device = next(self.model.parameters()).device
+        padded = torch.stack([pad_to_multiple(image, self.model.downscale) for image in images])
+        x = from_uint8(padded.to(device))  # (B, C, H, W)
+        with autocast(device.type, self.options.precision):
+            posterior = self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
+        return in_float32(posterior)
+
+    def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
+        """Round latents to the stored dtype, on the CPU."""
+        means = posterior.mean.cpu()
+        stds = [None] * len(keys) if posterior.deterministic else posterior.std.cpu()
+        latents = []
+        for key, mean, std in zip(keys, means, stds, strict=True):
+            if not self.options.moments:
+                mean, std = Latent(mean, std).draw(keyed_generator(f"{self.options.seed}\n{key}")), None
+            latents.append(Latent(self._rounded(mean), None if std is None else self._rounded(std)))
+        return latents
+
+    def _rounded(self, exact: Tensor) -> Tensor:
+        rounded = exact.to(DTYPES[self.options.dtype])
+        if not exact.isfinite().all():
+            raise ValueError(
+                "the latents have non-finite values: the training run may have diverged"
+                if self.options.precision == FULL
+                else f"the latents have non-finite values in {self.options.precision}: set `precision` to {FULL}"
+            )
+        if not rounded.isfinite().all():
+            raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
+        return rounded
+
+
+def _counted(
+    encoded: Iterator[Encoded | ReadError], statistics: _Statistics, advance: Callable[[int], None]
+) -> Iterator[Encoded | ReadError]:
+    """Add the latents that pass to the statistics."""
+    for one in encoded:
+        for mean, std in one.latents if isinstance(one, Encoded) else ():
+            variance = None if std is None else std.double().square()
+            statistics.add(Moments.of(mean, variance), list(mean.shape))
+        yield one
+        advance(1)
+
+
+def encoder_of(model: Autoencoder) -> nn.Module:
+    """Find the network that encodes, of ours or of diffusers.
+
+    Raises:
+        ValueError: the autoencoder has none of its own.
+    """
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"`compile`: {type(model).__name__} has no encoder that can be compiled: leave it out")
+    return encoder
