@@ -15,7 +15,7 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.models.large.tiling import GIB
-from olvae.models.pretrained import config_inside
+from olvae.models.weight_files import config_inside
 
 __all__ = ["GIB", "VAE"]
 

@@ -16,7 +16,7 @@ from olvae.metrics.pixel import psnr
 from olvae.metrics.ssim import SSIM_WINDOW, ssim
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import default_memory
-from olvae.models.loading.targets import Target
+from olvae.models.loading.loader import Target
 
 MAX_PIXELS = 4_000_000
 """Limit of an image on the page; one thread reconstructs it in about a minute."""

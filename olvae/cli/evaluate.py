@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.observers.observer import Observer
     from olvae.evaluation.results import Results
     from olvae.evaluation.runner import Evaluated
-    from olvae.models.loading.targets import Target
+    from olvae.models.loading.loader import Target
     from olvae.runs import Run
 
 METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")

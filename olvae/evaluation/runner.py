@@ -21,7 +21,7 @@ from olvae.evaluation.roundtrip import RoundTrip
 from olvae.evaluation.statistics import confidence, difference, mean, pooled_psnr
 from olvae.metrics.metric import MetricSet
 from olvae.metrics.registry import METRICS, build_metrics
-from olvae.models.loading.targets import Target
+from olvae.models.loading.loader import Target
 
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from olvae.checkpoint import add_sums, check_file
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
-from olvae.models.shipped import is_shipped, shipped_folder
+from olvae.models.names import SHIPPED, shipped_folder
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, AutoencoderSpec
 from olvae.runs import Run
 
@@ -99,7 +99,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
                 "folder; LiteVAE.from_pretrained takes runs and files too"
             )
         given = str(pretrained_model_name_or_path)
-        folder = shipped_folder(given) if is_shipped(given) else pretrained_model_name_or_path
+        folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
         for file in Path(folder, kwargs.get("subfolder") or "").glob("*.safetensors"):
             check_file(file)
         return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]

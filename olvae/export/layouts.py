@@ -16,10 +16,17 @@ from olvae.checkpoint import PRIVATE_PREFIX, read_checkpoint, write_tensors
 from olvae.config import Config, ConfigError, resolve_target
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.latent_diffusion import from_latent_diffusion, latent_diffusion_config, pick_latent_diffusion
-from olvae.models.loading.stable_diffusion import as_litevae, diffusers_config, diffusers_weights, is_stable_diffusion
-from olvae.models.pretrained import CONFIG_KEY, write_export
+from olvae.models.loading.kl import (
+    as_litevae,
+    diffusers_config,
+    diffusers_weights,
+    from_latent_diffusion,
+    is_stable_diffusion,
+    latent_diffusion_config,
+    pick_latent_diffusion,
+)
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.sdvae import set_padding
 
 FACTORS = ("latents", "scaling_factor", "shift_factor")

@@ -11,8 +11,8 @@ from olvae.evaluation.results import Results
 from olvae.export.layouts import Layout, reflecting
 from olvae.metrics.registry import METRICS
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.stable_diffusion import is_stable_diffusion
-from olvae.models.named import DIFFUSERS, is_hub_id
+from olvae.models.loading.kl import is_stable_diffusion
+from olvae.models.names import DIFFUSERS, is_hub_id
 from olvae.modules.base import count_parameters
 
 CARD_NAME = "README.md"

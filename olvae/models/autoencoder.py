@@ -13,8 +13,9 @@ from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
-from olvae.models.named import is_hub_id
-from olvae.models.pretrained import (
+from olvae.models.names import is_hub_id
+from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
+from olvae.models.weight_files import (
     CARD,
     Located,
     config_kept,
@@ -22,7 +23,6 @@ from olvae.models.pretrained import (
     upload_errors,
     write_export,
 )
-from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder, count_parameters
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.loading.stable_diffusion import as_litevae
+from olvae.models.loading.kl import as_litevae
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import latents_of
 from olvae.models.parts.teacher import NO_FACTORS

@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 
 from olvae.evaluation.observers.observer import Seen
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.diffusers import DiffusersAutoencoder
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.conftest import tiny_config
 
 

@@ -16,7 +16,7 @@ from olvae.config import ConfigError
 from olvae.export import exporting as module
 from olvae.export.exporting import ExportSettings, export, read_factors
 from olvae.export.layouts import LAYOUTS, Layout, Loaded, find_layout
-from olvae.models.loading.stable_diffusion import as_litevae
+from olvae.models.loading.kl import as_litevae
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import autoencoder_kl

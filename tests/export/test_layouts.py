@@ -14,10 +14,10 @@ from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import save
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.layouts import LAYOUTS
-from olvae.models.loading.stable_diffusion import as_litevae
+from olvae.models.loading.kl import as_litevae
 from olvae.models.loading.targets import find_target
-from olvae.models.pretrained import config_inside, locate
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.weight_files import config_inside, locate
 from olvae.modules.sdvae import set_padding
 from tests.export.tiny import ours, reflecting, tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl

@@ -22,8 +22,8 @@ from olvae.data.image import from_uint8, to_uint8
 from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.metrics.pixel import psnr
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.pretrained import PUBLISHED
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.weight_files import PUBLISHED
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
@@ -479,7 +479,7 @@ def test_saving_twice_keeps_the_card_and_a_refusal_keeps_all(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("failing", ["olvae.checkpoint.save_file", "olvae.models.pretrained.write_json"])
+@pytest.mark.parametrize("failing", ["olvae.checkpoint.save_file", "olvae.models.weight_files.write_json"])
 def test_saving_that_fails_half_way_keeps_the_config(tmp_path, monkeypatch, failing):
     """The mixin removes it before it saves."""
 

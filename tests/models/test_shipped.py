@@ -11,7 +11,7 @@ from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.evaluation.observers.baselines import Bicubic
 from olvae.evaluation.roundtrip import RoundTrip
 from olvae.metrics.pixel import psnr
-from olvae.models import pretrained, shipped
+from olvae.models import names, weight_files
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import tiny_litevae
 
@@ -19,12 +19,12 @@ from tests.export.tiny import tiny_litevae
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder of shipped models; whoever asks the hub fails."""
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
+    monkeypatch.setattr(names, "SHIPPED_FOLDER", tmp_path / "pretrained")
 
     def refuse(*_, **__):
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", refuse)
+    monkeypatch.setattr(weight_files, "snapshot_download", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     return tmp_path / "pretrained"
 
@@ -53,8 +53,8 @@ def test_the_names_that_there_are(folder):
 
 
 def test_what_ships_loads():
-    for name in shipped.shipped_names():
-        files = {file.name for file in (shipped.FOLDER / name).iterdir()}
+    for name in names.shipped_names():
+        files = {file.name for file in (names.SHIPPED_FOLDER / name).iterdir()}
         assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= files
         find_target(f"olvae:{name}").load()
 
@@ -77,7 +77,7 @@ def _pairs(batch):
 
 @pytest.mark.parametrize("name", ["photos-f8c12", "photos-f8c4"])
 def test_the_card_of_a_model_in_the_package(name):
-    folder = shipped.FOLDER / name
+    folder = names.SHIPPED_FOLDER / name
     assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
     results = json.loads((folder / "metrics.json").read_text())["results"]
     card = (folder / "README.md").read_text()
@@ -92,5 +92,5 @@ def test_the_card_of_a_model_in_the_package(name):
     assert max(abs(v) for colour in colours for v in colour["shift"]) <= int(re.search(r"up to (\d+) of 255", card)[1])
     grid = float(re.search(r"at most (0\.\d+) of 255", card)[1])
     assert max(colour["grid"] for colour in colours) <= grid + 0.005
-    assert (shipped.FOLDER / "LICENCES.txt").read_text().count("\n  Licence: ") == 238
+    assert (names.SHIPPED_FOLDER / "LICENCES.txt").read_text().count("\n  Licence: ") == 238
     assert type(AutoencoderLiteVAE.from_pretrained(f"olvae:{name}")).__name__ == "AutoencoderLiteVAE"

@@ -16,7 +16,7 @@ from olvae.data.mapped.picture_folder import FolderSource
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE
-from olvae.models.loading.diffusers import DiffusersAutoencoder
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from tests.conftest import parts, tiny_config
 from tests.export.latents import encode

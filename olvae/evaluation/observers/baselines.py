@@ -9,7 +9,7 @@ from torch import Tensor
 from olvae.data.image import Bands, from_uint8, image_to_tensor, tensor_to_picture, to_uint8
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.models.autoencoder import Autoencoder
-from olvae.models.loading.targets import Target
+from olvae.models.loading.loader import Target
 from olvae.modules.distributions import Deterministic
 
 UNTRAINED = "untrained"

@@ -12,7 +12,7 @@ from olvae.losses.alignment import marginal_cosine_loss, marginal_distance_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import Loss, Part, Step
-from olvae.models.pretrained import locate_weights
+from olvae.models.weight_files import locate_weights
 from olvae.modules.frozen import VisionEncoder, published_weights
 from olvae.modules.precision import island, no_autocast
 

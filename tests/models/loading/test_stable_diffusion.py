@@ -7,8 +7,8 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.models.loading.diffusers import DiffusersAutoencoder
-from olvae.models.loading.stable_diffusion import (
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.kl import (
     as_litevae,
     diffusers_config,
     diffusers_weights,

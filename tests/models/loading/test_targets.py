@@ -1,18 +1,19 @@
 import json
 import shutil
+import sys
+import zipfile
 from pathlib import Path
 
 import diffusers
 import huggingface_hub.constants
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-from olvae import LiteVAE
-from olvae.checkpoint import read_weights
+from olvae import LiteVAE, checkpoint
 from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target, name_apart
 from tests.conftest import tiny_config
 from tests.models.loading.names import latent_diffusion_names
@@ -105,7 +106,7 @@ def test_an_export_has_no_raw_weights(make_run):
     run = make_run()
     out = run.parent / "export"
     find_target(run).load().save_pretrained(out)
-    with pytest.warns(UserWarning, match=r"an export has one kind of weights: --raw is ignored"):
+    with pytest.warns(UserWarning, match=r"an export has one kind of weights: `raw` is ignored"):
         found = find_target(out, raw=True)
     assert (found.name, found.given, found.raw) == ("export", str(out), False)
     assert find_target(run, raw=True).raw
@@ -125,7 +126,7 @@ def test_the_config_by_the_runs_name(make_run, tmp_path):
     run = make_run()
     (run / "config.yaml").unlink()
     base = tmp_path / "configs"
-    with pytest.raises(ConfigError, match=r"--config_base .*configs: no such folder"):
+    with pytest.raises(ConfigError, match=r"`config_base` .*configs: no such folder"):
         find_target(run, config_base=base)
     (base / "imagenet").mkdir(parents=True)
     with pytest.raises(ConfigError, match=f"neither {run.name}.yaml nor tiny_test.yaml"):
@@ -207,7 +208,7 @@ def test_kl(tmp_path, image):
 
 def test_diffusers_has_no_raw_weights(tmp_path):
     kl().save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=rf"diffusers:{tmp_path}: diffusers has one kind of weights: --raw is ignored"):
+    with pytest.warns(UserWarning, match=rf"diffusers:{tmp_path}: diffusers has one kind of weights: `raw` is ignored"):
         assert find_target(f"diffusers:{tmp_path}", raw=True).name == f"diffusers:{tmp_path}"
 
 
@@ -292,6 +293,32 @@ def test_what_is_no_autoencoder_of_diffusers(tmp_path):
         find_target(f"diffusers:{tmp_path}").load()
     with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
         find_target("diffusers:nothing here")
+
+
+class Mute(torch.nn.Module):
+    """An autoencoder whose errors have no message."""
+
+    config = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def encode(self, x):
+        raise ValueError
+
+
+def test_errors_without_a_message(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^Mute does not encode images: ValueError$"):
+        DiffusersAutoencoder(Mute())
+    kl().save_pretrained(tmp_path)
+
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"not a readable AutoencoderKL: AssertionError$"):
+        find_target(f"diffusers:{tmp_path}").load()
 
 
 def test_weights_of_diffusers_that_do_not_fit(tmp_path):
@@ -384,81 +411,80 @@ def test_latent_diffusion_that_does_not_fit(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-# How often a file is read
-@pytest.fixture
-def reads(monkeypatch) -> list[str]:
-    """The names of the files whose tensors were read, by whatever loader."""
-    seen: list[str] = []
-    for module, name in ((torch, "load"), (safetensors.torch, "safe_open")):
-        read = getattr(module, name)
-
-        def count(path, *args, read=read, **kwargs):
-            seen.append(Path(path).name)
-            return read(path, *args, **kwargs)
-
-        monkeypatch.setattr(module, name, count)
-    return seen
-
-
-def make_target(kind: str, run: Path, folder: Path) -> str:
-    """A target of this kind; those of our own are the run's model."""
-    folder.mkdir()
-    weights, config = run / "checkpoints" / "last.ckpt", run / "config.yaml"
-    match kind:
-        case "run":
-            return str(run)
-        case "checkpoint of a run":
-            return str(weights)
-        case "ckpt with its config":
-            shutil.copy(weights, folder / "model.ckpt")
-            shutil.copy(config, folder / "model.yaml")
-            return str(folder / "model.ckpt")
-        case "safetensors with its config":
-            save_file(read_weights(weights), folder / "model.safetensors")
-            shutil.copy(config, folder / "model.yaml")
-            return str(folder)
-        case "export":
-            LiteVAE.from_pretrained(run).save_pretrained(folder)
-            return str(folder)
-        case "diffusers":
-            kl().save_pretrained(folder)
-            return f"diffusers:{folder}"
-        case "an export as diffusers":
-            LiteVAE.from_pretrained(run).save_pretrained(folder / "vae")
-            return f"diffusers:{folder}"
-        case "latent-diffusion, ckpt":
-            torch.save({"state_dict": latent_diffusion_names(kl())}, folder / "kl.ckpt")
-            return str(folder / "kl.ckpt")
-        case "latent-diffusion, safetensors":
-            save_file(latent_diffusion_names(kl()), folder / "kl.safetensors")
-            return str(folder / "kl.safetensors")
-    raise AssertionError(kind)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "run",
-        "checkpoint of a run",
-        "ckpt with its config",
-        "safetensors with its config",
-        "export",
-        "diffusers",
-        "an export as diffusers",
-        "latent-diffusion, ckpt",
-        "latent-diffusion, safetensors",
-    ],
-)
-def test_a_file_is_read_once(make_run, tmp_path, reads, kind, image):
-    text = make_target(kind, make_run(), tmp_path / "target")
-    reads.clear()
-    target = find_target(text)
+# How often the values of a file are read
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "export", "latent-diffusion"])
+def test_a_file_is_checked_once_for_each_load(make_run, tmp_path, monkeypatch, kind, image):
+    run, passes = make_run(), []
+    for module, name in ((zipfile.ZipFile, "testzip"), (checkpoint, "tensors_sum")):
+        check = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, check=check: passes.append(args) or check(*args))
+    path = {"run": run, "export": tmp_path / "export"}.get(kind, tmp_path / "model.ckpt")
+    if kind == "checkpoint":
+        shutil.copy(run / "checkpoints" / "last.ckpt", path)
+        shutil.copy(run / "config.yaml", tmp_path / "model.yaml")
+    elif kind == "export":
+        LiteVAE.from_pretrained(run).save_pretrained(path)
+    elif kind == "latent-diffusion":
+        torch.save({"state_dict": latent_diffusion_names(kl())}, path)
+    passes.clear()
+    target = find_target(path)
     target.untrained()
-    first = target.load()
-    assert len(reads) == 1
-    again = target.load()  # nothing was kept for it
-    assert len(reads) == 2
+    assert passes == []
+    first, again = target.load(), target.load()
+    assert len(passes) == 2
     assert torch.equal(first(image)[0], again(image)[0])
+
+
+# One's own
+TOY = """
+import torch
+from olvae.models.autoencoder import Autoencoder
+from olvae.models.loading.loader import Loader, Target
+from olvae.modules.distributions import Deterministic
+
+class Mean(Autoencoder):
+    in_channels, latent_channels = 3, 3
+
+    def __init__(self, f):
+        super().__init__()
+        self.downscale, self.weight = f, torch.nn.Parameter(torch.ones(()))
+
+    def encode(self, x):
+        return Deterministic(self.weight * torch.nn.functional.avg_pool2d(x, self.downscale))
+
+    def decode(self, z):
+        return torch.nn.functional.interpolate(z, scale_factor=self.downscale)
+
+class MeanLoader(Loader):
+    def accepts(self, text):
+        return text.isdigit()
+
+    def find(self, text, options):
+        return Target(lambda: Mean(int(text)))
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> str:
+    (tmp_path / "toy_loader.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_loader", raising=False)
+    return "toy_loader.MeanLoader"
+
+
+def test_a_loader_from_outside(toy, image):
+    target = find_target(f"{toy}:4")
+    assert target.name == target.given == f"{toy}:4"
+    assert target.load().encode(image).mean.shape == (1, 3, 8, 10)
+    assert target.usual_size(target.load()) == 256
+    with pytest.raises(ConfigError, match=r"MeanLoader:4: can't be built without its weights"):
+        target.untrained()
+    with pytest.raises(FileNotFoundError, match=r"MeanLoader:four: not found; a target is"):
+        find_target(f"{toy}:four")
+    with pytest.raises(ConfigError, match=r"toy_loader.Mean is not a kind of olvae.models.loading.loader.Loader"):
+        find_target("toy_loader.Mean:4")
+    with pytest.raises(ConfigError, match=r"toy_loader.MeanLoder"):
+        find_target("toy_loader.MeanLoder:4")
 
 
 # None of these

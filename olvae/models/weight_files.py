@@ -28,26 +28,10 @@ from torch import Tensor
 
 from olvae.checkpoint import write_tensors
 from olvae.config import CONFIG_BYTES, Config, ConfigError
-from olvae.files import atomic_write, write_json
-from olvae.models.named import WEIGHT_SUFFIXES, is_hub_id
-from olvae.models.shipped import is_shipped, shipped_folder
-from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, read_config
+from olvae.files import atomic_write, first_line, write_json
+from olvae.models.names import SHIPPED, WEIGHT_SUFFIXES, is_hub_id, shipped_folder
+from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, class_in, read_config
 from olvae.runs import Run, run_of
-
-__all__ = [
-    "CARD",
-    "CONFIG_KEY",
-    "PUBLISHED",
-    "Located",
-    "config_inside",
-    "config_kept",
-    "locate",
-    "locate_weights",
-    "snapshot",
-    "upload_errors",
-    "write_export",
-]
-
 
 CONFIG_KEY = "config"
 """In the header of a safetensors file: an export's config.json."""
@@ -88,9 +72,9 @@ def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (),
     except Exception as error:
         for kind, message in _NOT_FOUND.items():
             if isinstance(error, kind):
-                told = message.format(error=_first_line(error), cause=_first_line(error.__cause__ or error))
-                raise FileNotFoundError(f"{where}: {told}") from error
-        raise OSError(f"{where}: not downloaded: {_first_line(error)}") from error  # the connection broke off
+                reason = message.format(error=first_line(error), cause=first_line(error.__cause__ or error))
+                raise FileNotFoundError(f"{where}: {reason}") from error
+        raise OSError(f"{where}: not downloaded: {first_line(error)}") from error  # the connection broke off
     return Path(folder)
 
 
@@ -128,11 +112,7 @@ def upload_errors(repo_id: str) -> Iterator[None]:
                 f"{repo_id}: not uploaded: the hub wants a token that may write there: set HF_TOKEN, or run "
                 f"hf auth login ({error.response.status_code})"
             ) from error
-        raise OSError(f"{repo_id}: not uploaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{repo_id}: not uploaded: {first_line(error)}") from error
 
 
 PUBLISHED = {
@@ -194,7 +174,7 @@ def locate(
     if found is None:
         raise ConfigError(
             f"{given}: no config beside the weights (config.json, config.yaml or {weights.stem}.yaml): name it with "
-            "--config, or config= in Python"
+            "`config`"
         )
     origin = given if isinstance(found, Mapping) else str(found)
     own = config is not None or (inside is None and run_of(weights) is not None)  # the user's, not a received one
@@ -207,7 +187,7 @@ def locate(
 def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     """Find the file of weights of a path, a model of this package, or an id of the hub; see :func:`locate`."""
     path, given = Path(path_or_id), os.fspath(path_or_id)
-    if is_shipped(given):
+    if given.startswith(SHIPPED):
         return _weights_in(shipped_folder(given), given)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
@@ -253,6 +233,11 @@ def config_inside(weights: Path) -> Config | None:
         return None  # it has none; reading the weights will say whether the file is whole
     is_export = isinstance(content, dict) and content.get("_class_name") == CLASS_NAME and "model" not in content
     return content if is_export else None
+
+
+def is_export(weights: Path) -> bool:
+    """Whether a file of weights is of an export of ours."""
+    return class_in(weights.parent) == CLASS_NAME or config_inside(weights) is not None
 
 
 def _config_beside(weights: Path) -> Path | None:

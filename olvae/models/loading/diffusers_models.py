@@ -1,8 +1,9 @@
-"""Autoencoders of diffusers (KL, Tiny, DC, ...) with the interface of our own."""
+"""Autoencoders of diffusers (KL, Tiny, DC, ...) with the interface of our own, and their TARGETs."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import check_file, mismatches
 from olvae.config import ConfigError
+from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
-from olvae.models.named import WEIGHT_SUFFIXES
-from olvae.models.pretrained import snapshot
-from olvae.models.spec import FOR_DIFFUSION, class_in, oversized
+from olvae.models.loading.loader import Loader, LoadOptions, Target
+from olvae.models.names import DIFFUSERS, WEIGHT_SUFFIXES
+from olvae.models.spec import CLASS_NAME, FOR_DIFFUSION, class_in, oversized
+from olvae.models.weight_files import snapshot
 from olvae.modules.base import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.runs import Run
-
-__all__ = ["SUBFOLDER", "DiffusersAutoencoder", "check_parameters", "find_folder", "load_diffusers"]
-
 
 SUBFOLDER = "vae"
 """Where pipelines keep their autoencoder."""
@@ -51,7 +51,7 @@ class DiffusersAutoencoder(Autoencoder):
                 p = next(model.parameters())
                 latent = self.encode_any(torch.zeros(1, self.in_channels, PROBE, PROBE, dtype=p.dtype, device=p.device))
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} does not encode images: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{name} does not encode images: {first_line(error)}") from error
         mean = latent.mean
         if mean.ndim != 4 or PROBE % mean.shape[-1] or mean.shape[-1] != mean.shape[-2]:
             raise ValueError(f"{name} makes {tuple(mean.shape[1:])} of an image of {PROBE}x{PROBE}: no latent image")
@@ -86,6 +86,27 @@ class DiffusersAutoencoder(Autoencoder):
     def decode(self, z: Tensor) -> Tensor:
         x: Tensor = self.model.decode(z).sample
         return x
+
+
+class DiffusersLoader(Loader):
+    """``diffusers:ID_OR_FOLDER``, or a folder of diffusers by its own name: an autoencoder's or a pipeline's."""
+
+    def accepts(self, text: str) -> bool:
+        path = Path(text)
+        inside = path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None)
+        return text.startswith(DIFFUSERS) or inside
+
+    def find(self, text: str, options: LoadOptions) -> Target | Path:
+        folder = find_folder(text.removeprefix(DIFFUSERS))
+        if class_in(folder) == CLASS_NAME:  # an export of ours, in a pipeline
+            return folder
+        if options.raw:
+            warnings.warn(f"{text}: diffusers has one kind of weights: `raw` is ignored", stacklevel=2)
+        return Target(
+            partial(load_diffusers, folder, allow_mismatch=options.allow_mismatch),
+            partial(load_diffusers, folder, trained=False),
+            name=text,
+        )
 
 
 def find_folder(text: str) -> Path:
@@ -157,7 +178,7 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
                 ignore_mismatched_sizes=True,  # so that they are in the report
             )
     except Exception as error:  # of many kinds, by what is broken
-        raise ValueError(f"{folder}: not a readable {name}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{folder}: not a readable {name}: {first_line(error)}") from error
     state = model.state_dict()
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     misshapen = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in report["mismatched_keys"]]

@@ -1,0 +1,95 @@
+"""Contract of a kind of TARGET: a loader finds what a text names, and gives it as a target to be loaded."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from olvae.config import Config, ConfigError
+from olvae.models.autoencoder import Autoencoder
+from olvae.runs import Run
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a user may ask for besides the target itself.
+
+    Args:
+        config: of a checkpoint, instead of the one beside it.
+        config_base: a folder in which a run's config is looked for by the run's name.
+        raw: the weights as trained, not the averaged ones (EMA).
+        allow_mismatch: load the tensors that fit, and warn of the others.
+    """
+
+    config: str | Path | None = None
+    config_base: str | Path | None = None
+    raw: bool = False
+    allow_mismatch: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """An autoencoder that was found, and is not loaded yet.
+
+    Args:
+        trained: loads it with its weights, anew at each call.
+        fresh: builds it with fresh weights; None if that is not known.
+        config: the training config; empty where there is none, or where it came along with received weights, whose data
+            must not be built: name that one with ``config``.
+        raw: it has the raw weights that were asked for, not the averaged ones (EMA).
+        name: by default what the user wrote.
+        given: what the user wrote, which :func:`~olvae.models.loading.targets.find_target` sets.
+    """
+
+    trained: Callable[[], Autoencoder] = field(repr=False)
+    fresh: Callable[[], Autoencoder] | None = field(repr=False, default=None)
+    config: Config = field(repr=False, default_factory=dict)
+    run: Run | None = None
+    raw: bool = False
+    name: str = ""
+    given: str = ""
+
+    def load(self) -> Autoencoder:
+        """Load the autoencoder, in evaluation mode and in float32.
+
+        Raises:
+            ValueError: the weights are not readable, non-finite, or of another model.
+        """
+        return self.trained()
+
+    def usual_size(self, model: Autoencoder) -> int:
+        """Side in pixels of the images that it was trained on, if that is known; else the model's."""
+        size = ((self.config.get("data") or {}).get("params") or {}).get("size")
+        return int(size or model.image_size)
+
+    def untrained(self) -> Autoencoder:
+        """Build the autoencoder as it was before the first step: a run's seed gives the same weights again.
+
+        Raises:
+            ConfigError: its loader can't build it.
+        """
+        if self.fresh is None:
+            raise ConfigError(f"{self.given}: can't be built without its weights")
+        run = self.config.get("run") or {}
+        pl.seed_everything(run.get("initial_seed", run.get("seed", 0)), verbose=False)
+        return self.fresh().eval()
+
+
+class Loader(ABC):
+    """A kind of TARGET. One of your own is named by its class: TARGET ``package.module.Class:ARGUMENT``."""
+
+    @abstractmethod
+    def accepts(self, text: str) -> bool:
+        """Whether this names a target of this kind; told by the text and by local files, in little time."""
+
+    @abstractmethod
+    def find(self, text: str, options: LoadOptions) -> Target | Path:
+        """Find what the text names, or fetch it: a path is given to the other loaders.
+
+        Raises:
+            FileNotFoundError: it does not exist, or can't be fetched.
+            ConfigError: its config is missing or has mistakes.
+            ValueError: it is something else.
+        """
