@@ -20,7 +20,8 @@ from olvae.export.model_card import CARD_NAME, MADE_WITH, Provenance, model_card
 from olvae.files import nearest, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.kl import as_litevae, is_stable_diffusion
-from olvae.models.loading.targets import RAW, Target
+from olvae.models.loading.loader import Target
+from olvae.models.loading.targets import RAW
 from olvae.models.names import DIFFUSERS
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.modules.base import weights_checksum
