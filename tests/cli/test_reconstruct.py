@@ -7,7 +7,7 @@ from PIL import Image
 
 from olvae import LiteVAE
 from olvae.config import save
-from olvae.models import shipped
+from olvae.models import names
 from tests.conftest import tiny_config
 from tests.models.test_autoencoder import tiny
 
@@ -129,7 +129,7 @@ def test_tiles_of_a_decoder_without_a_finite_field(olvae, tmp_path):
 
 
 def test_a_model_that_ships(olvae, tmp_path, monkeypatch):
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
+    monkeypatch.setattr(names, "SHIPPED_FOLDER", tmp_path / "pretrained")
     tiny().save_pretrained(tmp_path / "pretrained" / "small-f8")
     photo = picture(tmp_path / "photo.png", (40, 24))
     monkeypatch.chdir(tmp_path)
