@@ -1,4 +1,4 @@
-"""``index.json`` beside shards: how many images are in each, their sizes and checksums."""
+"""Find shards by folder, pattern or URL, and their numbers of images from ``index.json`` or by counting."""
 
 import contextlib
 import glob
@@ -21,7 +21,6 @@ from olvae.data.shards.tar_reading import (
     SHARD_ERRORS,
     TAR_NAME,
     Shard,
-    failure,
     file_name,
     is_image,
     is_local,
@@ -31,14 +30,17 @@ from olvae.data.shards.tar_reading import (
 )
 from olvae.files import legible, reason, write_json
 
-__all__ = ["INDEX", "Index", "ShardRecord", "Skipped", "count_images", "counts_beside", "with_counts"]
-
 log = logging.getLogger("olvae.data")
 
-VERSION = 1
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+INDEX = "index.json"
+"""The file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
 
 INDEX_BYTES = 2**28
-"""The most that is read of an index: of a million shards."""
+"""Largest index that is read: of a million shards."""
+
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Index:
-    """What ``index.json`` says.
+    """The content of ``index.json``.
 
     Args:
         shards: by file name.
-        packed: the options of ``olvae data pack``; None where the shards were made by something else.
+        packed: the options of ``olvae data pack``; None for shards from elsewhere.
         plan: a hash of those options and of the source.
         unreadable: images of the source that are in no shard.
     """
@@ -84,7 +86,7 @@ class Index:
         return sum(shard.bytes for shard in self.shards.values())
 
     def write(self, path: Path) -> None:
-        """Atomically; the same bytes for the same index."""
+        """Write the file atomically; the same bytes for the same index."""
         content = {
             "version": VERSION,
             "images": self.images,
@@ -98,7 +100,7 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> "Index":
-        """Raises ValueError where the file is not an index, or has counts alone."""
+        """Read an index; raises ValueError if the file is none, or has counts alone."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(
@@ -111,108 +113,15 @@ class Index:
             raise ValueError(f"{path}: not an index with counts, sizes and checksums of shards: {error}") from error
 
 
-INDEX = "index.json"
-"""The file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
-
-
-def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None) -> list[Shard]:
-    """Shards with their numbers of images: from an index, or by counting the local ones that have none.
-
-    Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
-    that no index knows, and that is missing or can't be read, is assumed to have as many images as the others have on
-    average. One without images is named in a warning.
-
-    Raises:
-        ValueError: the index is not readable, or does not know a shard; no shard has images; two have the same name.
-    """
-    names = shard_names(urls)
-    if index is not None:
-        given = _read_index(str(index))
-        if unknown := [url for url in urls if file_name(url) not in given]:
-            raise ValueError(f"{index}: does not list {unknown[0]}: make it anew with `olvae data check --index`")
-        counts: dict[str, int | None] = {url: given[file_name(url)] for url in urls}
-    else:
-        counts = counts_beside(urls, image_key)
-    if empty := [url for url in urls if counts[url] == 0]:
-        wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
-        what = f"a shard without images: no file in it is {wanted}"
-        if len(empty) == len(urls):
-            raise ValueError(f"{empty[0]}: {what}")
-        for url in empty:
-            _warn(f"skipped {url}: {what}")
-    return [Shard(url, counts[url], names[url]) for url in urls]
-
-
-@cache
-def _warn(message: str) -> None:
-    """Once in a process, which may look at shards several times."""
-    log.warning(message)
-
-
-def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
-    """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
-    local = {url: Path(url) for url in urls if is_local(url)}
-    indexes = {
-        folder: _read_index(str(folder / INDEX))
-        for folder in dict.fromkeys(path.parent for path in local.values())
-        if (folder / INDEX).is_file()
-    }
-    counts: dict[str, int | None] = dict.fromkeys(urls)
-    for url, path in local.items():
-        counts[url] = indexes.get(path.parent, {}).get(path.name)
-        if counts[url] is None and path.is_file():
-            counts[url] = count_images(path, image_key)
-    known = [counts[url] for url in urls if counts[url] is not None]
-    usual = max(1, round(sum(n or 0 for n in known) / len(known))) if known else 0
-    return {url: usual if url in local and n is None else n for url, n in counts.items()}
-
-
-def _read_index(url: str) -> dict[str, int]:
-    try:
-        with open_url(url) as stream:
-            text = stream.read(INDEX_BYTES)
-            if why := failure(stream):
-                raise OSError(why)
-        content = json.loads(text)
-        return {name: int(shard["images"]) for name, shard in content["shards"].items()}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
-
-
-def count_images(path: Path, image_key: str | None = None) -> int | None:
-    """Images of a local shard, from the headers alone, up to where it is broken; None where that is its beginning."""
-    count, last, has_image, whole = 0, None, False, False
-    with contextlib.suppress(*SHARD_ERRORS), path.open("rb") as file:
-        start = file.read(6)
-        file.seek(0)
-        with tarfile.open(fileobj=unpacked(file, start), mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
-                key, extension = base_plus_ext(member.name)
-                if key is None or not member.isreg():
-                    continue
-                if key != last:
-                    last, has_image = key, False
-                if not has_image and is_image(extension.lower(), image_key):
-                    count, has_image = count + 1, True
-            whole = True
-    return count if count or whole else None
-
-
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
-
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
-    """Shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
+    """List the shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
 
     Raises:
         FileNotFoundError: there are none, or they are local and none of them exists.
     """
     given = [str(text) for text in ([shards] if isinstance(shards, str | Path) else shards)]
     urls = [url for text in given for url in _expand(text)]
-    if not any(may_be_there(url) for url in urls):
+    if not any(may_exist(url) for url in urls):
         raise FileNotFoundError(
             f"{', '.join(given) or 'shards'}: no shards: name a folder of .tar files, a pattern such as "
             "data/{000000..000127}.tar, or URLs; `olvae data pack` makes shards of images"
@@ -238,13 +147,18 @@ def _matches(path: Path) -> list[str]:
     return [str(path)]
 
 
+def may_exist(url: str) -> bool:
+    """Whether a shard is a file that exists or, if remote, may exist: only reading it tells."""
+    return not is_local(url) or Path(url).is_file()
+
+
 def split_shards(
     shards: list[str], val: list[str] | None, fraction: float, argument: str
 ) -> tuple[list[str], list[str]]:
-    """The shards to train with, and those to validate with: ``val``, or the last ones of all.
+    """Split shards for training and validation: the validation shards are ``val``, or the last ones of all.
 
     Args:
-        fraction: of the shards that is held out where ``val`` is None, at least one of them.
+        fraction: of the shards that is held out if ``val`` is None, at least one of them.
         argument: of the source that names ``val``.
 
     Raises:
@@ -256,20 +170,100 @@ def split_shards(
         return shards, val
     if len(shards) < 2:
         raise ValueError(
-            f"{shards[0]}: one shard can't be split into training and validation: make smaller ones (--shard-size), "
+            f"{shards[0]}: one shard can't be split into training and validation: make smaller ones (`shard_size`), "
             f"or set data.params.{argument}"
         )
     held_out = max(1, round(fraction * len(shards)))
     return shards[:-held_out], shards[-held_out:]
 
 
-def may_be_there(url: str) -> bool:
-    """Whether a shard is a file that exists or, if remote, may exist: only reading it tells."""
-    return not is_local(url) or Path(url).is_file()
+def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None) -> list[Shard]:
+    """Look up the numbers of images of shards in an index, or count them in local shards that have none.
+
+    Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
+    that is in no index, and is missing or can't be read, counts as the mean of the others. One without images is named
+    in a warning.
+
+    Raises:
+        ValueError: the index is not readable, or lacks a shard; no shard has images; two have the same name.
+    """
+    names = shard_names(urls)
+    counts: dict[str, int | None]
+    if index is not None:
+        given = _read_counts(str(index))
+        if unknown := [url for url in urls if file_name(url) not in given]:
+            raise ValueError(f"{index}: does not list {unknown[0]}: remove data.params.index, or pack the shards again")
+        counts = {url: given[file_name(url)] for url in urls}
+    else:
+        counts = counts_beside(urls, image_key)
+    if empty := [url for url in urls if counts[url] == 0]:
+        wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
+        problem = f"a shard without images: no file in it is {wanted}"
+        if len(empty) == len(urls):
+            raise ValueError(f"{empty[0]}: {problem}")
+        for url in empty:
+            _warn_once(f"skipped {url}: {problem}")
+    return [Shard(url, counts[url], names[url]) for url in urls]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
+    """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
+    local = {url: Path(url) for url in urls if is_local(url)}
+    indexes = {
+        folder: _read_counts(str(folder / INDEX))
+        for folder in dict.fromkeys(path.parent for path in local.values())
+        if (folder / INDEX).is_file()
+    }
+    counts: dict[str, int | None] = dict.fromkeys(urls)
+    for url, path in local.items():
+        counts[url] = indexes.get(path.parent, {}).get(path.name)
+        if counts[url] is None and path.is_file():
+            counts[url] = count_images(path, image_key)
+    known = [count for count in counts.values() if count is not None]
+    mean = max(1, round(sum(known) / len(known))) if known else 0
+    return {url: mean if url in local and n is None else n for url, n in counts.items()}
+
+
+def _read_counts(url: str) -> dict[str, int]:
+    text = bytearray()
+    try:
+        with open_url(url) as stream:
+            while len(text) < INDEX_BYTES and (part := stream.read(2**20)):
+                text += part
+        return {name: int(shard["images"]) for name, shard in json.loads(text)["shards"].items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
+
+
+def count_images(path: Path, image_key: str | None = None) -> int | None:
+    """Count a local shard's images by its headers, up to where it is damaged; None if that is at its beginning."""
+    count, last, has_image, whole = 0, None, False, False
+    with contextlib.suppress(*SHARD_ERRORS), path.open("rb") as file:
+        start = file.read(6)
+        file.seek(0)
+        with tarfile.open(fileobj=unpacked(file, start), mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
+                key, extension = base_plus_ext(member.name)
+                if key is None or not member.isreg():
+                    continue
+                if key != last:
+                    last, has_image = key, False
+                if not has_image and is_image(extension.lower(), image_key):
+                    count, has_image = count + 1, True
+            whole = True
+    return count if count or whole else None
 
 
 def shard_names(urls: Sequence[str]) -> dict[str, str]:
-    """What the keys of each shard's images begin with: its stem or, if another shard has the same, its whole name.
+    """The beginning of the keys of each shard's images: its stem or, if another shard has the same, its whole name.
 
     Raises:
         ValueError: two shards have the same name, so their images would have the same keys.

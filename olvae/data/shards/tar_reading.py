@@ -1,27 +1,27 @@
-"""Reading shards, which are tar files of images in WebDataset's format, as far as they are whole."""
+"""Read shards, tar files in WebDataset's format, from disk, URLs and commands, up to where they are damaged."""
 
+import asyncio
 import bz2
-import contextlib
 import gzip
 import lzma
 import re
 import signal
 import struct
+import subprocess
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from webdataset.gopen import Pipe, gopen, rewrite_url, set_options
+import fsspec
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from olvae.data.image import EXTENSIONS
 from olvae.data.read_errors import ReadError
-from olvae.files import legible
-
-__all__ = ["Entry", "Shard", "extensions", "failure", "open_url", "read_shard"]
-
+from olvae.files import first_line, legible, reason
 
 SHARD_ERRORS = (
     tarfile.TarError,
@@ -34,7 +34,7 @@ SHARD_ERRORS = (
     OverflowError,
     IndexError,
 )
-"""What reading a broken tar file raises."""
+"""Exceptions from reading a broken tar file."""
 
 TAR_BLOCK = 512  # bytes; two blocks of zeros end an archive
 
@@ -43,25 +43,27 @@ COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
 }
-"""By their first bytes, how these formats are read, which fails where they are cut off."""
+"""Readers of compressed shards by their first bytes."""
 
-LARGEST = 2**30
-"""Bytes of an image and the files of its name in all: an uncompressed TIFF of the largest picture that is read."""
+MAX_SAMPLE_BYTES = 2**30
+"""Largest sample, an image and the files of its name: an uncompressed TIFF of the largest picture that is read."""
 
-PROPORTION = 32
-"""How much larger than its file a compressed shard may be; images hardly are, arrays of drawings by some ten."""
+MAX_EXPANSION = 32
+"""Largest ratio of a compressed shard to its file; images hardly shrink, arrays of drawings by some ten."""
 
-SLACK = 2**26
-"""Bytes that a compressed shard may have beyond that, because its first block may hold much."""
+FREE_EXPANSION = 2**26
+"""Bytes that a compressed shard may have beyond that ratio, because its first block may hold much."""
 
 META = re.compile(r"__[^/]*__($|/)")
-"""Names in WebDataset's shards that are not of samples."""
+"""Names in WebDataset's shards that belong to no sample."""
+
+TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
 
 class Shard(NamedTuple):
-    """A tar file, by path or URL, and how many images are in it, if that is known.
+    """A tar file, by path or URL, and its number of images, if known.
 
-    ``label`` is what its images' keys begin with, by default the stem of its name.
+    ``label`` begins the keys of its images; by default the stem of its name.
     """
 
     url: str
@@ -91,16 +93,32 @@ class Entry(NamedTuple):
     errors: tuple[ReadError, ...] = ()
 
 
+def is_local(url: str) -> bool:
+    """Whether a shard is a local file, rather than a URL or a pipe."""
+    return not (url.startswith("pipe:") or "://" in url)
+
+
+def file_name(url: str) -> str:
+    """The name of a shard's file, even inside a command or before a URL's signature."""
+    names = [] if is_local(url) else TAR_NAME.findall(url)
+    return names[-1] if names else Path(url).name
+
+
+def stem(url: str) -> str:
+    """The name of a shard's file up to its first dot."""
+    return legible(file_name(url).partition(".")[0])
+
+
 def read_shard(
     shard: Shard, image_key: str | None = None, sidecars: bool = True, dotted: list[str] | None = None
 ) -> Iterator[Entry | ReadError]:
-    """The images of a shard in order, undecoded; last a ReadError where it can't be opened or ends early.
+    """Yield the images of a shard in order, undecoded; last a ReadError if it can't be opened or ends early.
 
-    A group, which is files of one name, is left out if no image is in it.
+    A group of files of one name is left out if it has no image.
 
     Args:
         image_key: the extension of the image in a group; by default the first that is an image's.
-        sidecars: whether the other files of a group are wanted; without them it is less work.
+        sidecars: also read the other files of a group, which is more work.
         dotted: gets the names of files in groups without an image that would be images without a second dot in their
             names: WebDataset splits ``a.b.jpg`` at the first, which makes ``b.jpg`` the extension. Needs the sidecars.
     """
@@ -126,43 +144,37 @@ def read_shard(
 
 
 def extensions(urls: Sequence[str]) -> set[str]:
-    """Of the files of one name with which the first shard begins that can be read; empty if none can."""
+    """The extensions of the first sample in the first readable shard; empty if none can be read."""
     groups: Iterator[dict[str, Any]] = (
         next(group_by_keys(_files(url, [], None), handler=lambda _: True), {}) for url in urls
     )
     return next(({ext for ext in group if not ext.startswith("__")} for group in groups if group), set())
 
 
+def is_image(extension: str, image_key: str | None) -> bool:
+    """Whether an extension is ``image_key`` or, without one, that of a picture format."""
+    return extension == image_key if image_key else f".{extension}" in EXTENSIONS
+
+
 def _files(url: str, errors: list[ReadError], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
-    """The files of a tar file; what ends it early is added to ``errors``, and what came before is kept."""
-    stream: Any = None
-    tail: _Tail | None = None
+    """Yield the files of a tar file; add to ``errors`` if it ends early."""
     try:
-        stream = open_url(url)
-        tail = _Tail(stream)
-        for name, data in _members(tail, wanted):
-            yield {"fname": name, "data": data, "__url__": url}
-        ended = tail.ended
-        tail.read(TAR_BLOCK)
-        if tail.exhausted and (why := failure(stream)):
-            errors.append(ReadError(url, why))
-        elif not ended:
+        with open_url(url) as stream:
+            tail = _Tail(stream)
+            for name, data in _members(tail, wanted):
+                yield {"fname": name, "data": data, "__url__": url}
+            ended = tail.ended
+            tail.read(TAR_BLOCK)  # raises if the command or connection failed at its end
+        if not ended:
             errors.append(ReadError(url, "no end mark: cut off, or damaged on the way", lost=False))
     except SHARD_ERRORS as error:
-        # A command whose output is not read to its end may fail for that reason alone.
-        why = failure(stream) if tail is not None and tail.exhausted else None
-        errors.append(ReadError(url, why or _reason(error)))
-    finally:
-        if stream is not None:
-            with contextlib.suppress(OSError):  # of a command whose output is not read to its end
-                stream.close()
+        errors.append(ReadError(url, _reason(error)))
 
 
 def _members(file: "_Tail", wanted: Callable[[str], bool] | None) -> Iterator[tuple[str, bytes]]:
-    """The names and contents of a tar file.
+    """Yield the names and contents of a tar file.
 
-    Raises:
-        ValueError: those of one sample, or what the file unpacks to, are larger than they can be meant to be.
+    Raises ValueError for a sample or a decompressed file that is larger than any real one.
     """
     last, held = None, 0
     with tarfile.open(fileobj=unpacked(file, file.start), mode="r|") as archive:
@@ -172,24 +184,22 @@ def _members(file: "_Tail", wanted: Callable[[str], bool] | None) -> Iterator[tu
                 continue
             key = base_plus_ext(member.name)[0]
             last, held = key, member.size + (held if key == last else 0)
-            if member.issparse() or held > LARGEST:
-                why = (
-                    "a sparse file" if member.issparse() else f"larger than {LARGEST >> 30} GiB with those of its name"
-                )
-                raise ValueError(f"{legible(member.name)}: {why}")
+            if member.issparse() or held > MAX_SAMPLE_BYTES:
+                limit = f"larger than {MAX_SAMPLE_BYTES >> 30} GiB with those of its name"
+                raise ValueError(f"{legible(member.name)}: {'a sparse file' if member.issparse() else limit}")
             content = archive.extractfile(member)
             assert content is not None
             yield member.name, content.read()
 
 
 def unpacked(file: Any, start: bytes) -> Any:
-    """A file that begins with ``start`` or, where it is compressed, what is in it, within :data:`PROPORTION`."""
+    """A file that begins with ``start`` or, if compressed, its content, within :data:`MAX_EXPANSION`."""
     opened = next((read(file) for first, read in COMPRESSED.items() if start.startswith(first)), None)
     return file if opened is None else _Within(opened, file)
 
 
 class _Within:
-    """What a compressed file unpacks to, as far as that is in proportion to what was read of the file."""
+    """The content of a compressed file, as long as it is in proportion to the bytes read from the file."""
 
     def __init__(self, opened: Any, file: Any) -> None:
         self.opened = opened
@@ -198,7 +208,7 @@ class _Within:
         self.tell = opened.tell
 
     def read(self, size: int) -> bytes:
-        """As far as the file is whole; the next call says why it ended."""
+        """As far as the file is whole; the next call raises the reason."""
         parts: list[bytes] = []
         while size > 0 and (part := self._part(size, first=not parts)):
             parts.append(part)
@@ -212,22 +222,20 @@ class _Within:
             if first:
                 raise
             return b""
-        if self.opened.tell() > SLACK + PROPORTION * self.file.tell():
-            raise ValueError(f"it unpacks to more than {PROPORTION} times its size, a decompression bomb perhaps")
+        if self.opened.tell() > FREE_EXPANSION + MAX_EXPANSION * self.file.tell():
+            raise ValueError(f"it unpacks to more than {MAX_EXPANSION} times its size, a decompression bomb perhaps")
         return part
 
 
 class _Tail:
-    """A stream that knows whether the last bytes read are zeros, as they are at the end of an archive.
-
-    ``exhausted`` says whether it was read to its end.
-    """
+    """A stream that remembers its first bytes, and whether its last ones are zeros, as at the end of an archive."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.exhausted = False
-        self.start = self._ahead = stream.read(6)
-        """Its first bytes."""
+        self.start = b""
+        while len(self.start) < 6 and (data := stream.read(6 - len(self.start))):
+            self.start += data
+        self._ahead = self.start
         self._last = b""
         self._place = 0
 
@@ -237,7 +245,6 @@ class _Tail:
         if data:
             self._last = data[-TAR_BLOCK:]
             self._place += len(data)
-        self.exhausted = not data
         return data
 
     def tell(self) -> int:
@@ -248,161 +255,183 @@ class _Tail:
         return self.start.startswith((*COMPRESSED,)) or not any(self._last)
 
 
-def is_image(extension: str, image_key: str | None) -> bool:
-    return extension == image_key if image_key else f".{extension}" in EXTENSIONS
+STALL_S = 60.0
+"""Seconds without a byte after which a download is taken up anew."""
 
+CONNECT_S = 30.0
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    text = str(error.args[0]) if error.args else type(error).__name__
-    return " ".join(text.partition(" @ ")[0].split())
+RETRY_S = 60.0
+"""Seconds after a failure during which a download is tried again before it is given up."""
 
+PAUSE_S = 1.0
+"""Seconds before the first of these tries; each pause is twice as long as the one before."""
 
-STALL_S = 60
-"""Seconds without a byte after which a download has stalled."""
+MAX_RESUMES = 20
+"""Number of times that one download is taken up anew."""
 
-CURL = ("curl", "-fsL", "--connect-timeout", "30", "--speed-limit", "1")
+CHUNK = 2**20
+"""Bytes that are asked of a download at a time; fsspec passes each on from another thread."""
 
-RETRIES = ("--retry", "30", "--retry-delay", "2")
-"""curl retries for a minute while a server is busy or gone, but not after a refusal such as 404."""
+BLOCK = 2**23
+"""Bytes of a request to an object store."""
 
-RESUMES = 5
-"""How often at most a download goes on where it stopped."""
-
-STOPPED = (16, 18, 28, 52, 55, 56, 92)
-"""Exit statuses of curl after which it may go on."""
-
-CURL_STATUS = {
-    6: "host not found",
-    7: "no connection",
-    18: "the connection dropped",
-    22: "the server answers with an HTTP error, 400 or above",
-    28: "nothing came in time",
-    33: "it stopped in the middle, and the server can't send the rest alone",
-    56: "the connection dropped",
-}
-"""What curl's exit statuses mean."""
-
-GSUTIL = ("gsutil", "-o", "Boto:num_retries=6", "cat")
-"""It waits for 70 s by itself, as `aws` does for 60 s, but would try 23 times."""
-
-
-class _Curl(Pipe):
-    """What curl downloads. Where that stops in the middle, it goes on after the last byte that came.
-
-    Bytes that were read can't be taken back, and curl's own retries would send them again: those end when a download
-    can first have stalled.
-    """
-
-    def __init__(self, *what: str) -> None:
-        self._what = what
-        self._place = self._begun = 0
-        self._resumes = RESUMES
-        self._begin()
-
-    def read(self, size: int = -1) -> bytes:
-        data = b""
-        while True:
-            came: bytes = super().read(size if size < 0 else size - len(data))
-            data += came
-            self._place += len(came)
-            if len(data) == size or not self._resumed():
-                return data
-
-    def close(self) -> None:
-        self.proc.terminate()  # one that has stalled would not notice that nobody reads
-        super().close()
-
-    def _begin(self, *more: str) -> None:
-        stall = str(STALL_S)
-        command = [*CURL, "--speed-time", stall, *RETRIES, "--retry-max-time", stall, *more, *self._what]
-        super().__init__(command, mode="rb", ignore_errors=True, ignore_status=[141, 23])
-
-    def _resumed(self) -> bool:
-        """At the stream's end: whether it stopped too early and goes on. If the last time brought nothing, it does
-        not."""
-        self.wait_for_child()
-        if self.status not in STOPPED or self._place == self._begun or not self._resumes:
-            return False
-        self.close()
-        self._begun, self._resumes = self._place, self._resumes - 1
-        self._begin("--retry-connrefused", "--continue-at", str(self._place))
-        return True
+TEMPORARY = (408, 425, 429)
+"""HTTP statuses below 500 after which a request is repeated."""
 
 
 def open_url(url: str) -> Any:
-    """A stream of a file, a URL or a ``pipe:`` command. It ends early if the command fails: ask :func:`failure` then.
+    """Open a file, a URL or a ``pipe:`` command for reading in sequence.
 
-    A download that stalls ends after minutes; a ``pipe:`` command has to limit itself.
+    ``read(size)`` may give fewer bytes, and raises OSError when a command or download fails, after all bytes that
+    came before.
 
     Raises:
-        OSError, ValueError: it can't be opened.
+        OSError: a local file can't be opened.
     """
-    address = rewrite_url(url)
-    try:
-        if address.startswith(("http://", "https://")):
-            stream = _Curl(address)
-        elif address.startswith("hf://"):
-            stream = _Curl(*_on_the_hub(address))
-        elif address.startswith("gs://"):
-            stream = Pipe([*GSUTIL, address], mode="rb", ignore_status=[141, 23])
-        elif address.startswith("s3://"):  # which webdataset can't open
-            stream = Pipe(["aws", "s3", "cp", address, "-"], mode="rb", ignore_status=[141, 23])
-        else:
-            stream = gopen(url)
-    except FileNotFoundError as error:
-        if "://" not in address or address.startswith("file:"):
-            raise
-        command = f"it needs the command {error.filename}, which is not installed"
-        raise OSError(command if error.filename else str(error)) from error
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # whatever the hub's library raises
-        raise OSError(str(error) or type(error).__name__) from error
-    set_options(stream, ignore_errors=True)  # else it would raise before the bytes read so far are used
-    return stream
+    if url.startswith("pipe:"):
+        return _Command(url.removeprefix("pipe:"))
+    return Path(url).open("rb") if is_local(url) else _Download(url)
 
 
-def _on_the_hub(url: str) -> list[str]:
-    """curl's arguments for a file on the Hugging Face hub."""
+class _Command:
+    """The output of a shell command."""
+
+    def __init__(self, command: str) -> None:
+        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+
+    def __enter__(self) -> "_Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()  # ends a command that still writes
+        self._process.wait()
+
+    def read(self, size: int) -> bytes:
+        assert self._process.stdout is not None
+        data = self._process.stdout.read(size)
+        if not data and (status := self._process.wait()):
+            ended = (
+                f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+            )
+            raise OSError(f"the command {ended}")
+        return data
+
+
+class _Download:
+    """The bytes of a URL in sequence; after a cut or stalled connection it reads on from the next byte.
+
+    Opened and used in one process only: fsspec's event loop does not survive a fork.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._file: Any = None
+        self._ahead = memoryview(b"")
+        self._place = 0
+        self._tag: str | None = None
+        self._resumes = 0
+
+    def __enter__(self) -> "_Download":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def read(self, size: int) -> bytes:
+        if not self._ahead:
+            self._ahead = memoryview(self._more())
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        return data.tobytes()
+
+    def _more(self) -> bytes:
+        """The next bytes; tries again after temporary failures."""
+        pause, until = PAUSE_S, None
+        while True:
+            try:
+                if self._file is None:
+                    self._open()
+                data: bytes = self._file.read(CHUNK)
+            except Exception as error:  # each file system raises its own kinds
+                self.__exit__()
+                until = until or time.monotonic() + RETRY_S
+                self._resumes += 1
+                if _is_final(error) or time.monotonic() + pause > until or self._resumes > MAX_RESUMES:
+                    raise OSError(_explain(error)) from error
+                time.sleep(pause)
+                pause *= 2
+            else:
+                self._place += len(data)
+                return data
+
+    def _open(self) -> None:
+        """Open the URL at the byte after the last one that came."""
+        if not self._url.startswith(("http://", "https://", "hf://")):
+            system, path = fsspec.url_to_fs(self._url, skip_instance_cache=True)
+            self._file = system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
+            self._file.seek(self._place)
+            return
+        import aiohttp
+
+        url, headers = _on_the_hub(self._url) if self._url.startswith("hf://") else (self._url, {})
+        headers["Accept-Encoding"] = "identity"
+        if self._place:
+            headers["Range"] = f"bytes={self._place}-"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
+        client = {"timeout": timeout, "trust_env": True}  # proxies
+        system = fsspec.filesystem("http", encoded=True, client_kwargs=client, skip_instance_cache=True)
+        self._file = system.open(url, "rb", block_size=0, size=1, headers=headers)  # one request, without asking a size
+        response = self._file.r
+        tag = response.headers.get("ETag")
+        if self._tag not in (None, tag):
+            raise ValueError("it changed while it was read")
+        self._tag = tag
+        ahead = self._place if response.status != 206 else 0
+        while ahead:  # the server sends everything again
+            skipped = len(self._file.read(min(ahead, CHUNK)))
+            if not skipped:
+                raise ValueError("it changed while it was read")
+            ahead -= skipped
+
+
+def _on_the_hub(url: str) -> tuple[str, dict[str, str]]:
+    """The address of a file on the Hugging Face hub, and the user's token as a header."""
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url
 
-    file: Any = HfFileSystem().resolve_path(url)
+    file: Any = HfFileSystem(skip_instance_cache=True).resolve_path(url)
     address = hf_hub_url(file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision)
     token = get_token()
-    return [*(("--header", f"Authorization: Bearer {token}") if token else ()), address]
+    return address, {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def failure(stream: Any) -> str | None:
-    """Why the command behind a stream that was read to its end failed, if it did. Closes it."""
-    if not isinstance(stream, Pipe):
-        return None
-    stream.close()
-    if stream.status in (*stream.ignore_status, -signal.SIGPIPE):
-        return None
-    command = stream.proc.args
-    who = command[0] if isinstance(command, list) else "the command"
-    if stream.status < 0:
-        return f"{who} was ended by {signal.Signals(-stream.status).name}"
-    meaning = CURL_STATUS.get(stream.status) if who == "curl" else None
-    return f"{who} failed with exit status {stream.status}{f': {meaning}' if meaning else ''}"
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an error of aiohttp or of the hub's library."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
-TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
+def _is_final(error: Exception) -> bool:
+    """Whether trying again can't help."""
+    status = _status(error)
+    refused = status is not None and status < 500 and status not in TEMPORARY
+    return refused or isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
 
 
-def is_local(url: str) -> bool:
-    """Whether a shard is a file here, rather than a URL or a pipe."""
-    return not (url.startswith("pipe:") or "://" in url or url == "-")
+def _explain(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, asyncio.TimeoutError):
+        return f"nothing came for {STALL_S:g} s"
+    if type(error).__name__ in ("ClientPayloadError", "ServerDisconnectedError"):
+        return "the connection dropped"
+    status = _status(error)
+    return first_line(error) if status is None else f"the server answers {status} {HTTPStatus(status).phrase}"
 
 
-def file_name(url: str) -> str:
-    """The name of a shard's file, even inside a command or before a URL's signature."""
-    names = [] if is_local(url) else TAR_NAME.findall(url)
-    return names[-1] if names else Path(url).name
-
-
-def stem(url: str) -> str:
-    """The name of a shard's file up to its first dot."""
-    return legible(file_name(url).partition(".")[0])
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return "no such file" if isinstance(error, FileNotFoundError) else reason(error)
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return " ".join(text.partition(" @ ")[0].split())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from olvae.data.image import Photo, image_to_tensor
-from olvae.data.shards.index import find_shards, may_be_there, split_shards, with_counts
+from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.tar_reading import Entry
 from olvae.data.source import Sample, eval_sample
@@ -70,7 +70,7 @@ class WebDatasetSource(ShardSource):
         train, val = split_shards(found, given, val_fraction, "val_shards")
         if given is None:
             for part, use in ((train, "training"), (val, "validation")):
-                if not any(may_be_there(url) for url in part):
+                if not any(may_exist(url) for url in part):
                     raise FileNotFoundError(
                         f"{part[0]}: no such shard, nor another one for {use}, which has {len(part)} of "
                         f"{len(found)}: correct data.params.shards, or set data.params.val_shards"

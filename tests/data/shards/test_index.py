@@ -1,0 +1,108 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from olvae.data.shards.index import find_shards, with_counts
+from olvae.data.shards.tar_reading import Shard
+from tests.data.images import write_shards
+
+
+def test_an_empty_shard_among_others_and_a_broken_one(tmp_path, caplog):
+    """One without images is said, and has none; one that can't be read has as many as the others have on average."""
+    paths = [str(path) for path in write_shards(tmp_path / "s", [3, 5, 1, 1])]
+    Path(paths[2]).write_bytes(bytes(10240))
+    Path(paths[3]).write_bytes(b"no tar file" * 100)
+    assert [shard.images for shard in with_counts(paths)] == [3, 5, 0, 3]
+    (line,) = caplog.messages
+    assert line.startswith(f"skipped {paths[2]}: a shard without images: no file in it is with an extension of .jpg")
+
+
+def test_ways_to_name_shards(tmp_path, monkeypatch):
+    paths = [str(path) for path in write_shards(tmp_path / "s", [1, 1, 1])]
+    (tmp_path / "s" / "notes.txt").write_text("")
+    folder = str(tmp_path / "s")
+    assert find_shards(folder) == paths
+    assert find_shards(f"{folder}/{{000..002}}.tar") == paths
+    assert find_shards(f"{folder}/*.tar") == paths
+    assert find_shards([f"{folder}/000.tar", f"{folder}/00{{1,2}}.tar"]) == paths
+    assert find_shards("http://a/{00..01}.tar") == ["http://a/00.tar", "http://a/01.tar"]
+    assert find_shards("pipe:cat {1..2}.tar") == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
+    assert find_shards(f"{folder}/00{{2..4}}.tar")[1:] == [f"{folder}/003.tar", f"{folder}/004.tar"]  # missing ones
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_shards("~/s") == paths
+    for nothing in (str(tmp_path), f"{folder}/x*.tar", f"{folder}/{{7..9}}.tar", []):
+        with pytest.raises(FileNotFoundError, match="no shards"):
+            find_shards(nothing)
+
+
+def test_counts_from_an_index_or_by_counting(tmp_path):
+    paths = [str(path) for path in write_shards(tmp_path / "s", [3, 5])]
+    assert [shard.images for shard in with_counts(paths)] == [3, 5]
+    missing = str(tmp_path / "s" / "002.tar")
+    assert [shard.images for shard in with_counts([*paths, missing])] == [3, 5, 4]  # as many as the others have
+    assert with_counts(["http://a/0.tar"])[0].images is None
+    index = tmp_path / "s" / "index.json"
+    index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}, "001.tar": {"images": 50}}}))
+    assert [shard.images for shard in with_counts(paths)] == [30, 50]  # believed
+    assert with_counts(["http://a/000.tar"], str(index))[0].images == 30
+    with pytest.raises(ValueError, match=r"does not list .*002\.tar"):
+        with_counts([missing], str(index))
+    index.write_text("{")
+    with pytest.raises(ValueError, match="not a readable index"):
+        with_counts(paths)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://a.b/c/000.tar",
+        "https://a.b/c/000.tar?X-Signature=abc&name=x",
+        "pipe:aws s3 cp s3://bucket/c/000.tar -",
+        "pipe:curl -s 'https://a.b/000.tar'",
+        "pipe:cat /x.tar/000.tar | cat",
+        "pipe:hadoop fs -cat hdfs:///d/000.tar",
+    ],
+)
+def test_an_index_knows_shards_whatever_brings_them(tmp_path, url):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}}}))
+    (shard,) = with_counts([url], str(index))
+    assert shard.images == 30
+    assert shard.name == "000"
+
+
+def test_a_local_shard_may_have_any_name():
+    assert Shard("a b/my photos.v2.tar").name == "my photos"
+    assert Shard("pipe:make-images").name == "pipe:make-images"
+
+
+@pytest.mark.parametrize(
+    ("urls", "names"),
+    [
+        (["a.1.tar", "a.2.tar.gz", "b.3.tar"], ["a.1", "a.2", "b"]),
+        (["a.1.tar", "b.2.tar", "b.2.tar"], ["a", "b", "b"]),
+        (["http://h/0.tar?s=1", "http://h/1.tar?s=2"], ["0", "1"]),
+    ],
+)
+def test_shards_have_the_shortest_names_that_tell_them_apart(tmp_path, urls, names):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"shards": {Path(u.partition("?")[0]).name: {"images": 1} for u in urls}}))
+    assert [shard.name for shard in with_counts(urls, str(index))] == names
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ["a/000.tar", "b/001.tar", "b/000.tar"],
+        ["x/a/0.tar", "x/b/0.tar.gz"],
+        ["http://h/a/0.tar?s=1", "http://h/b/0.tar?s=2"],
+        ["pipe:cat /a/0.tar", "pipe:cat /b/0.tar"],
+        ["../0.tar", "0.tar"],
+    ],
+)
+def test_shards_of_one_name_are_refused(urls):
+    message = rf"{re.escape(urls[0])} and {re.escape(urls[-1])}: shards of the same name.*: rename one of them, .*Mix"
+    with pytest.raises(ValueError, match=message):
+        with_counts(urls)
