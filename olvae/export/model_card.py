@@ -7,9 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from olvae.evaluation.cells import scores
+from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.results import Results
 from olvae.export.layouts import Layout, reflecting
-from olvae.metrics.registry import METRICS
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.kl import is_stable_diffusion
 from olvae.models.names import DIFFUSERS, is_hub_id
@@ -53,14 +54,19 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     """
     environment = Environment(
         loader=PackageLoader("olvae.export", "."),
-        autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    results = None if provenance.metrics is None else Results.read(provenance.metrics)
+    first = results.rows[0].target if results is not None and results.rows else ""
+    family = (
+        [row for row in results.rows if row.target == first or row.target.startswith(f"{first}, ")] if results else []
+    )
     return environment.get_template("card.md.jinja").render(
         model=model,
+        layout=layout,
         title=title,
         made_with=MADE_WITH,
         provenance=provenance,
@@ -72,8 +78,9 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         weights=_weights(model, provenance),
         teacher=_teacher(provenance.config),
         reflecting=" and the ".join(reflecting(model)),
-        layout=layout,
-        quality=None if provenance.metrics is None else _quality(provenance.metrics),
+        results=results,
+        scores=results and scores(results),
+        precisions=list(HalfPrecision().lines(family)),
         data=_data(provenance.config),
         onnx=onnx,
     )
@@ -99,42 +106,6 @@ def _teacher(config: Mapping[str, Any]) -> str | None:
         return None
     plain = str(teacher).removeprefix(DIFFUSERS)
     return plain if is_hub_id(plain) else Path(plain).name
-
-
-def _quality(metrics: Path) -> dict[str, Any]:
-    content = Results.read(metrics).as_dict()
-    rows = content["results"]
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    return {
-        "labels": [METRICS[name].label if name in METRICS else name for name in names],
-        "rows": [
-            (row["target"], row["n"], [f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "-" for n in names])
-            for row in rows
-        ],
-        "protocol": content["protocol"],
-        "hash": content["protocol_hash"],
-        "images": rows[0]["n"] if rows else 0,
-        "precisions": _precisions(rows),
-    }
-
-
-def _precisions(rows: list[dict[str, Any]]) -> str:
-    """Say which precisions are safe for the first target; empty if none was measured."""
-    measured = [(row["target"], row["precision"]) for row in rows if row.get("precision")]
-    found = [precision for target, precision in measured if target == f"{rows[0]['target']}, {precision['dtype']}"]
-    safe, sentences = [precision for precision in found if precision["safe"]], []
-    names = [precision["dtype"] for precision in safe]
-    if safe:
-        top = max(safe, key=lambda precision: precision["largest_value"])
-        where = f"largest activation {top['largest_value']:.4g} at `{top['largest_name']}`"
-        sentences.append(f"{' and '.join(names)} {'are' if len(safe) > 1 else 'is'} safe ({where})")
-    for precision in found:
-        if not precision["safe"]:
-            first_at, lost = precision["non_finite"]["first"], precision["psnr_lost"]
-            change = "changes PSNR" if lost is None else f"changes PSNR by {-lost:+.2f} dB"
-            what = f"overflows at `{first_at}`" if first_at else change
-            sentences.append(f"{precision['dtype']} {what}: use {' or '.join([*names, 'float32'])}")
-    return "; ".join(sentences)
 
 
 def _data(config: Mapping[str, Any]) -> str:
