@@ -42,13 +42,8 @@ def command(
     with loading():
         from olvae.data.opening import open_test_source
         from olvae.devices import gather, join, leave, resolve_device
-        from olvae.evaluation.latents.report import (
-            draw_channels,
-            draw_distribution,
-            encode_latents,
-            print_latents,
-            report_content,
-        )
+        from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents
+        from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE
         from olvae.files import no_empty_folders, write_json
         from olvae.models.loading.targets import find_target, name_apart
 
@@ -71,29 +66,25 @@ def command(
     for part in parts[1:]:
         for name, accumulator in part.items():
             accumulators[name].merge(accumulator)
-    summaries = {}
+    rows = {}
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
         for name, accumulator in accumulators.items():
-            summaries[name] = accumulator.compute()
+            rows[name] = accumulator.compute()
             bar.advance()
 
-    seen = next(iter(summaries.values())).n
     about = {
         "source": data or found[0].config["data"]["target"],
         "images": source.describe_val_images(),
         "size": source.size,
+        "n": next(iter(rows.values()))["n"],
     }
-    content = report_content(summaries, {**about, "n": seen})
+    results = [{"target": name, **row} for name, row in rows.items()]
+    content = {"data": about, "active_variance": ACTIVE_VARIANCE, "results": results}
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(content, folder / "latents.json")
-        draw_distribution(summaries, folder / "latents.png")
-        draw_channels(summaries, folder / "latent_channels.png")
-    print_latents(summaries, content["data"])
+        draw_distribution(rows, folder / "latents.png")
+    print_latents(rows, about)
     if as_json:
         typer.echo(json.dumps(content, indent=2))
-    typer.echo(
-        f"numbers: {folder / 'latents.json'}\nfigures: {folder / 'latents.png'}\n"
-        f"         {folder / 'latent_channels.png'}",
-        err=True,
-    )
+    typer.echo(f"numbers: {folder / 'latents.json'}\nfigure:  {folder / 'latents.png'}", err=True)

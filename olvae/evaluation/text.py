@@ -23,10 +23,10 @@ def print_results(several: Sequence[Evaluated]) -> None:
     for evaluated in several:
         counts = {row.n for row in evaluated.results.table}
         images = f", {counts.pop()} images" if len(counts) == 1 else ""
-        console.print(_grid(f"protocol {_title(evaluated.results)}{images}", quality(evaluated)))
+        console.print(grid(f"protocol {_title(evaluated.results)}{images}", quality(evaluated)))
     rows = several[0].results.rows
     if any(row.cost for row in rows):
-        console.print(_grid(f"cost: {conditions(rows)}", costs(rows)))
+        console.print(grid(f"cost: {conditions(rows)}", costs(rows)))
     for line in dict.fromkeys(line for evaluated in several for line in remarks(evaluated)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -104,8 +104,8 @@ def skipped(results: Results) -> Iterator[str]:
     yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in reasons.items())
 
 
-def _grid(title: str, table: Table) -> Grid:
-    """On a narrow terminal its numbers stay whole: names are folded instead."""
+def grid(title: str, table: Table) -> Grid:
+    """A table for the terminal; on a narrow one its numbers stay whole, and names are folded."""
     grid = Grid(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     grid.add_column("target", overflow="fold", min_width=8)
     for heading in table.headings:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from olvae.evaluation.latents.summary import mmd2_normal, mmd2_null_std
+from olvae.evaluation.latent_statistics import mmd2_normal, mmd2_null_std
 
 
 def kernel(x: np.ndarray, y: np.ndarray, sigma: float) -> float:
@@ -62,9 +62,9 @@ def test_a_shifted_gaussian_has_a_closed_form():
         assert float(mmd2_normal(z, sigmas)[i]) == pytest.approx(expected, rel=0.1)
 
 
-def test_ten_thousand_normal_latents_are_zero_within_sampling_error():
-    z = torch.randn(10_000, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    value, bound = mmd2_normal(z), mmd2_null_std(10_000, 256)
+def test_normal_latents_are_zero_within_sampling_error():
+    z = torch.randn(3000, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    value, bound = mmd2_normal(z), mmd2_null_std(3000, 256)
     assert (value.abs() < 4 * bound).all()
     assert (mmd2_normal(z[:1000] + 0.1) > 20 * mmd2_null_std(1000, 256)).all()  # and a shift of a tenth is not
 

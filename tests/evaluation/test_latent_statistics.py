@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
-from olvae.evaluation.latents.accumulator import LatentAccumulator, image_key
-from olvae.evaluation.latents.report import COLOURS, draw_channels, draw_distribution, encode_latents
-from olvae.evaluation.latents.summary import EDGES, mmd2_normal, mmd2_null_std
+from olvae.evaluation.latent_report import COLOURS, draw_distribution, encode_latents
+from olvae.evaluation.latent_statistics import EDGES, LatentAccumulator, image_key, mmd2_normal, mmd2_null_std
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
 
 N, C, H, W = 11, 3, 6, 4
@@ -62,36 +61,40 @@ def test_the_numbers_of_numpy(moments):
     mean, logvar = (part.double().transpose(0, 1).flatten(1).numpy() for part in moments.chunk(2, dim=1))  # (C, N h w)
     var = np.exp(logvar)
     std = np.sqrt(mean.var(1) + var.mean(1))
-    assert got.n == N
-    assert got.shape == (C, H, W)
-    assert np.allclose(got.mean, mean.mean(1), rtol=1e-12)
-    assert np.allclose(got.std, std, rtol=1e-12)
-    assert np.allclose(got.mean_std, mean.std(1), rtol=1e-12)
-    assert np.array_equal(got.minimum, mean.min(1))
-    assert np.array_equal(got.maximum, mean.max(1))
+    channels, count = got["channels"], H * W
+    assert got["n"] == N
+    assert got["latent_shape"] == [C, H, W]
+    assert channels["mean"] == pytest.approx(mean.mean(1), rel=1e-12)
+    assert channels["std"] == pytest.approx(std, rel=1e-12)
+    assert channels["std_of_posterior_means"] == pytest.approx(mean.std(1), rel=1e-12)
+    assert channels["min_of_posterior_means"] == mean.min(1).tolist()
+    assert channels["max_of_posterior_means"] == mean.max(1).tolist()
     oracle = kl_divergence(Normal(torch.from_numpy(mean), torch.from_numpy(np.sqrt(var))), Normal(0.0, 1.0))
-    assert torch.allclose(got.kl, oracle.mean(1), rtol=1e-12)
-    assert got.kl_per_image == pytest.approx(float(DiagonalGaussian(moments.double()).kl().mean()), rel=1e-6)
-    assert got.kl_per_position == pytest.approx(got.kl_per_image / (H * W), rel=1e-12)
-    assert np.allclose(got.posterior_std, np.sqrt(var.mean(1)), rtol=1e-9)
-    assert got.sigma == pytest.approx(np.sqrt(var.mean()), rel=1e-9)
-    assert got.as_dict()["posterior_std"] == got.sigma
+    assert channels["kl_per_position"] == pytest.approx(oracle.mean(1).numpy(), rel=1e-12)
+    assert channels["kl_per_image"] == pytest.approx(oracle.mean(1).numpy() * count, rel=1e-12)
+    assert got["kl_per_image"] == pytest.approx(float(DiagonalGaussian(moments.double()).kl().mean()), rel=1e-6)
+    assert got["kl_per_position"] == pytest.approx(got["kl_per_image"] / count, rel=1e-12)
+    assert channels["posterior_std"] == pytest.approx(np.sqrt(var.mean(1)), rel=1e-9)
+    assert got["posterior_std"] == pytest.approx(np.sqrt(var.mean()), rel=1e-9)
     covariance = np.cov(mean, bias=True) + np.diag(var.mean(1))
-    assert np.allclose(got.correlation, covariance / np.outer(std, std), rtol=1e-12)
-    assert got.correlation[0, 1] > 0.5
-    assert got.shift_factor == pytest.approx(mean.mean(), rel=1e-12)
-    assert got.scaling_factor == pytest.approx(1 / math.sqrt(mean.var() + var.mean()), rel=1e-12)
+    assert np.allclose(got["correlation"], covariance / np.outer(std, std), rtol=1e-12)
+    assert got["correlation"][0][1] > 0.5
+    factors = got["diffusion"]
+    assert (factors["latents_mean"], factors["latents_std"]) == (channels["mean"], channels["std"])
+    assert got["mean"] == factors["shift_factor"] == pytest.approx(mean.mean(), rel=1e-12)
+    assert 1 / got["std"] == pytest.approx(factors["scaling_factor"], rel=1e-15)
+    assert factors["scaling_factor"] == pytest.approx(1 / math.sqrt(mean.var() + var.mean()), rel=1e-12)
     erfc = np.vectorize(math.erfc)
     below = erfc((mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)).mean(2).T / 2  # (C, edges)
     mass = np.diff(below, axis=1, prepend=0.0, append=1.0)
-    assert np.allclose(got.mass, mass, atol=1e-12)
-    assert got.mass[2, 0] > 0.002  # some of channel 2 is below the grid
-    assert got.mmd is not None
+    for found, expected in zip(got["histogram"]["channels"], mass, strict=True):
+        assert [found["below"], *found["share"], found["above"]] == pytest.approx(expected, abs=1e-12)
+    assert mass[2, 0] > 0.002  # some of channel 2 is below the grid
     z = sample(moments, keys)
-    assert got.mmd.raw == pytest.approx(mmd2_normal(z).tolist(), rel=1e-9)
-    scaled = (z.double() - got.shift_factor) * got.scaling_factor
-    assert got.mmd.scaled == pytest.approx(mmd2_normal(scaled).tolist(), rel=1e-4)
-    assert got.mmd.null_std == mmd2_null_std(N, C * H * W).tolist()
+    assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(z).tolist(), rel=1e-9)
+    scaled = (z.double() - got["mean"]) * factors["scaling_factor"]
+    assert got["mmd"]["mmd2_scaled"] == pytest.approx(mmd2_normal(scaled).tolist(), rel=1e-4)
+    assert got["mmd"]["standard_error_under_normal"] == mmd2_null_std(N, C * H * W).tolist()
 
 
 def test_the_spectrum_of_numpy(moments):
@@ -100,8 +103,8 @@ def test_the_spectrum_of_numpy(moments):
     for c in range(C):
         centred = mean[:, c] - mean[:, c].mean()
         power = (np.abs(np.fft.fft2(centred)) ** 2).mean(0) / (H * W) + np.exp(logvar[:, c]).mean()
-        assert np.allclose(got.spectrum[c], ring_means(power), rtol=1e-10)
-    assert got.frequency.tolist() == [0.0, 0.25, 0.5]
+        assert got["spectrum"]["channels"][c] == pytest.approx(ring_means(power), rel=1e-10)
+    assert got["spectrum"]["cycles_per_position"] == [0.0, 0.25, 0.5]
 
 
 def test_expectations_over_samples_hold_for_samples(moments):
@@ -110,33 +113,33 @@ def test_expectations_over_samples_hold_for_samples(moments):
     posterior = DiagonalGaussian(moments.double())
     z = torch.stack([posterior.sample() for _ in range(4000)])  # (draws, N, C, h, w)
     channels = z.transpose(0, 2).flatten(1)  # (C, ...)
-    assert torch.allclose(channels.std(1), got.std, rtol=0.01)
-    assert torch.allclose(torch.corrcoef(channels), got.correlation, atol=0.01)
-    shares = torch.stack([torch.histc(row, bins=1, min=-0.025, max=0.025) for row in channels]) / channels.shape[1]
-    assert torch.allclose(shares[:, 0], got.mass[:, 100:102].sum(1), rtol=0.05)
-    scaled = (z - got.shift_factor) * got.scaling_factor
+    assert channels.std(1).tolist() == pytest.approx(got["channels"]["std"], rel=0.01)
+    assert np.allclose(torch.corrcoef(channels), got["correlation"], atol=0.01)
+    for row, found in zip(channels, got["histogram"]["channels"], strict=True):
+        near_zero = float(torch.histc(row, bins=1, min=-0.025, max=0.025)) / len(row)
+        assert near_zero == pytest.approx(sum(found["share"][99:101]), rel=0.05)
+    scaled = (z - got["mean"]) / got["std"]
     assert abs(float(scaled.mean())) < 0.01
     assert float(scaled.std()) == pytest.approx(1.0, abs=0.01)
     for c in range(C):
-        power = torch.fft.fft2(z[:, :, c] - got.mean[c], norm="ortho").abs().square().mean((0, 1))
-        assert np.allclose(got.spectrum[c], ring_means(power.numpy()), rtol=0.02)
+        power = torch.fft.fft2(z[:, :, c] - got["channels"]["mean"][c], norm="ortho").abs().square().mean((0, 1))
+        assert np.allclose(got["spectrum"]["channels"][c], ring_means(power.numpy()), rtol=0.02)
 
 
 def test_white_latents_have_a_flat_spectrum_of_one_and_no_correlation():
     z = torch.randn(400, 2, 8, 8)
     got = accumulate(torch.cat((z, torch.full_like(z, -30.0)), 1), list(range(400)), 50).compute()
-    assert torch.allclose(got.spectrum, torch.ones(2, 5, dtype=torch.float64), atol=0.25)
-    assert torch.allclose(got.correlation, torch.eye(2, dtype=torch.float64), atol=0.03)
-    assert got.mmd is not None
-    assert all(abs(value) < 4 * error for value, error in zip(got.mmd.raw, got.mmd.null_std, strict=True))
-    shares = got.as_dict()["histogram"]
+    assert np.allclose(got["spectrum"]["channels"], np.ones((2, 5)), atol=0.25)
+    assert np.allclose(got["correlation"], np.eye(2), atol=0.03)
+    assert (np.abs(got["mmd"]["mmd2"]) < 4 * np.array(got["mmd"]["standard_error_under_normal"])).all()
+    shares = got["histogram"]
     assert np.abs(np.array(shares["share"]) - shares["normal"]).sum() < 0.1
     assert sum(shares["share"]) == pytest.approx(1.0)
 
 
 def test_neither_batches_nor_order_nor_merging_matter(moments):
     keys = [image_key(torch.full((3, 2, 2), i, dtype=torch.uint8)) for i in range(N)]
-    expected = flat(accumulate(moments, keys, N, 7).compute().as_dict())
+    expected = flat(accumulate(moments, keys, N, 7).compute())
     order = torch.randperm(N).tolist()
     merged = accumulate(moments[:4], keys[:4], 2, 7)
     merged.merge(LatentAccumulator(7))
@@ -151,7 +154,7 @@ def test_neither_batches_nor_order_nor_merging_matter(moments):
         empty,
     ]
     for other in others:
-        for (path, value), (name, got) in zip(expected, flat(other.compute().as_dict()), strict=True):
+        for (path, value), (name, got) in zip(expected, flat(other.compute()), strict=True):
             assert path == name
             assert got == pytest.approx(value, rel=1e-9, abs=1e-12), path
 
@@ -160,11 +163,10 @@ def test_the_mmd_keeps_the_smallest_keys_and_equal_images_once(moments):
     keys = [50, 3, 40, 7, 3, 99, 1, 60, 7, 20, 30]
     got = accumulate(moments, keys, 4, 5).compute()
     chosen = [6, 1, 3, 9, 10]  # the keys 1, 3, 7, 20, 30
-    assert got.n == N
-    assert got.mmd is not None
-    assert got.mmd.n == 5
+    assert got["n"] == N
+    assert got["mmd"]["latents"] == 5
     expected = mmd2_normal(sample(moments[chosen], [keys[i] for i in chosen]))
-    assert got.mmd.raw == pytest.approx(expected.tolist(), rel=1e-9)
+    assert got["mmd"]["mmd2"] == pytest.approx(expected.tolist(), rel=1e-9)
 
 
 def test_keys_are_of_the_pixels_and_the_shape():
@@ -184,11 +186,11 @@ def test_a_dead_channel():
     logvar = torch.full_like(mean, -4.0)
     logvar[:, 1] = 0.0
     got = accumulate(torch.cat((mean, logvar), 1), list(range(500)), 100).compute()
-    assert got.active.tolist() == [True, False, False, True]
-    assert got.as_dict()["active_channels"] == 2
-    assert got.kl[1] == 0.0
-    assert got.correlation[1].tolist() == [0.0, 1.0, 0.0, 0.0]
-    assert float(got.std[1]) == pytest.approx(1.0)
+    assert got["channels"]["active"] == [True, False, False, True]
+    assert got["active_channels"] == 2
+    assert got["channels"]["kl_per_position"][1] == 0.0
+    assert got["correlation"][1] == [0.0, 1.0, 0.0, 0.0]
+    assert got["channels"]["std"][1] == pytest.approx(1.0)
 
 
 def test_a_deterministic_posterior_is_a_histogram_of_its_means():
@@ -196,8 +198,8 @@ def test_a_deterministic_posterior_is_a_histogram_of_its_means():
     mean[1] = 50.0
     got = accumulate(torch.cat((mean, torch.full_like(mean, -30.0)), 1), [1, 2], 2).compute()
     index = int(torch.searchsorted(EDGES, torch.tensor(0.3, dtype=torch.float64)))
-    assert got.mass[0, index] == pytest.approx(0.5)
-    assert got.mass[0, -1] == pytest.approx(0.5)
+    assert got["histogram"]["share"][index - 1] == pytest.approx(0.5)
+    assert got["histogram"]["above"] == pytest.approx(0.5)
 
 
 def test_deterministic_latents_are_posteriors_of_no_width(moments):
@@ -210,25 +212,26 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
     narrow = torch.cat((latent, torch.full_like(latent, -30.0)), 1)
     narrow[:, 0, 0, 0] += 1e-5
     got, expected = points.compute(), accumulate(narrow, keys, N).compute()
-    assert got.deterministic
-    assert not expected.deterministic
-    for name in ("mean", "std", "correlation", "spectrum", "mass", "minimum", "maximum"):
-        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-5), name
-    assert got.mass.sum(1).tolist() == pytest.approx([1.0] * C)
-    assert got.scaling_factor == pytest.approx(1 / float(latent.double().std(correction=0)), rel=1e-9)
-    assert got.mmd is not None
-    assert got.mmd.raw == pytest.approx(mmd2_normal(latent.double()).tolist(), rel=1e-6)
-    content = got.as_dict()
+    assert got["deterministic"]
+    assert not expected["deterministic"]
+    names = [path for path, _ in flat({**got, "mmd": {}, "skipped": {}})]
+    others = dict(flat(expected))
+    assert {"mean", "std", "channels.mean[0]", "correlation[0][1]", "spectrum.mean[1]"} <= {name[1:] for name in names}
+    for name, value in flat({**got, "mmd": {}, "skipped": {}, "channels": {**got["channels"], "min": [], "max": []}}):
+        if name != ".deterministic":
+            assert value == pytest.approx(others[name], rel=1e-4, abs=1e-5), name
+    assert 1 / got["std"] == pytest.approx(1 / float(latent.double().std(correction=0)), rel=1e-9)
+    assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(latent.double()).tolist(), rel=1e-6)
+    content = got
     assert set(content["skipped"]) == {"kl", "active"}
     assert "deterministic" in content["skipped"]["kl"]
     assert not [path for path, _ in flat({**content, "skipped": {}}) if "kl" in path or "active" in path]
     assert content["channels"]["min"] == latent.double().transpose(0, 1).flatten(1).amin(1).tolist()
-    assert (got.kl, got.kl_per_position, got.sigma, got.active) == (None, None, None, None)
     halves = [LatentAccumulator(100), LatentAccumulator(100)]
     halves[0].update(Deterministic(latent[:3]), keys[:3])
     halves[1].update(Deterministic(latent[3:]), keys[3:])
     halves[0].merge(halves[1])
-    merged = halves[0].compute().as_dict()
+    merged = halves[0].compute()
     del content["skipped"], merged["skipped"]
     for (path, value), (name, other) in zip(flat(content), flat(merged), strict=True):
         assert (name, other) == (path, pytest.approx(value, rel=1e-9, abs=1e-12))
@@ -239,11 +242,11 @@ def test_a_constant_channel_of_deterministic_latents_correlates_with_none():
     latent[:, 1] = 0.5
     accumulator = LatentAccumulator()
     accumulator.update(Deterministic(latent), range(20))
-    assert accumulator.compute().correlation.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert accumulator.compute()["correlation"] == [[1.0, 0.0], [0.0, 1.0]]
 
 
 def test_one_image_has_no_mmd_but_the_rest(moments):
-    content = accumulate(moments[:1], [1], 1).compute().as_dict()
+    content = accumulate(moments[:1], [1], 1).compute()
     assert "mmd" not in content
     assert content["skipped"] == {"mmd": "needs at least two different images"}
     assert content["n"] == 1
@@ -279,9 +282,9 @@ def test_several_models_see_the_same_images_in_one_pass():
     batches = iter([{"image": part} for part in images.split(2)])
     got = encode_latents({"a": Halves(2), "b": Halves(4)}, batches)
     a, b = got["a"].compute(), got["b"].compute()
-    assert (a.n, a.shape, b.n, b.shape) == (9, (3, 4, 4), 9, (3, 2, 2))
-    assert torch.allclose(a.mean, (images.double() / 127.5 - 1).mean((0, 2, 3)), atol=1e-6)
-    assert torch.allclose(b.mean, a.mean, atol=1e-6)
+    assert [(row["n"], row["latent_shape"]) for row in (a, b)] == [(9, [3, 4, 4]), (9, [3, 2, 2])]
+    assert a["channels"]["mean"] == pytest.approx((images.double() / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert b["channels"]["mean"] == pytest.approx(a["channels"]["mean"], abs=1e-6)
     with pytest.raises(ValueError, match="no images"):
         encode_latents({"a": Halves(2)}, [])["a"].compute()
 
@@ -294,15 +297,14 @@ def test_images_that_do_not_fit_a_model():
         encode_latents({"c": Halves(4, in_channels=1)}, batch)
 
 
-def test_figures_show_every_model_in_its_colour(tmp_path, moments):
+def test_the_figure_shows_every_model_in_its_colour(tmp_path, moments):
     wide = accumulate(moments, list(range(N)), N).compute()
     one = accumulate(moments[:, [0, 3], :1, :1], list(range(N)), N).compute()  # one channel of 1x1
     points = LatentAccumulator()
     points.update(Deterministic(moments[:, :C]), range(N))
-    summaries = {f"model {i}": summary for i, summary in enumerate((wide, one, points.compute()))}
-    for draw, name in ((draw_distribution, "a.png"), (draw_channels, "b.png")):
-        draw(summaries, tmp_path / name)
-        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).reshape(-1, 3)
-        for colour in COLOURS[:3]:
-            wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-            assert (pixels == wanted).all(1).sum() > 50, (name, colour)
+    rows = {f"model {i}": row for i, row in enumerate((wide, one, points.compute()))}
+    draw_distribution(rows, tmp_path / "a.png")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3)
+    for colour in COLOURS[:3]:
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == wanted).all(1).sum() > 50, colour
