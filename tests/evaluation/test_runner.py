@@ -120,7 +120,7 @@ def test_a_metric_stands_under_metrics_or_under_skipped(images):
     assert row.metrics.keys() == {"psnr"}
     assert list(row.skipped) == ["ms_ssim", "rfid"]
     assert "176 pixels" in row.skipped["ms_ssim"]
-    assert "--weights-dir" in row.skipped["rfid"]
+    assert "`weights_dir`" in row.skipped["rfid"]
 
 
 def test_an_empty_set(images):
