@@ -1,6 +1,7 @@
 """Run folders: the files in one, the settings it was trained with, and the lock that one training holds."""
 
 import itertools
+import json
 import logging
 import os
 import re
@@ -78,6 +79,14 @@ class Run:
         self.finished = self.path / "finished.json"
         self.lock = self.path / ".lock"
 
+    def is_finished(self, steps: int) -> bool:
+        """Whether training has done everything after this many steps: validation, curves, the best weights."""
+        try:
+            note = json.loads(self.finished.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(note, dict) and note.get("steps") == steps
+
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
     """Make a new run folder. The timestamp and the precision have no underscore, so that the name can be cut out.
@@ -106,7 +115,7 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
 def check_name(name: str) -> None:
     """Raise ConfigError if a run folder can't have this name."""
     if not re.fullmatch(r"[\w.+=-]+", name):
-        raise ConfigError(f"--name {name!r}: use letters, digits and . _ - + = only")
+        raise ConfigError(f"`name` {name!r}: use letters, digits and . _ - + = only")
 
 
 def run_of(checkpoint: Path) -> Run | None:
@@ -128,7 +137,7 @@ def open_run(path: str | Path) -> Run:
             other = run.path.parent == around.checkpoints
             raise FileNotFoundError(
                 f"{path}: this is a file: name its run folder"
-                + (", or start a new run from these weights with --actual_resume" if other else "")
+                + (", or start a new run from these weights with `actual_resume`" if other else "")
             )
         run = around
     if not run.path.is_dir():
@@ -160,7 +169,7 @@ def config_of(run: Run) -> Config:
 def _without_config(run: Run) -> str:
     """What to do with a run that has no config any more."""
     return (
-        "put a copy of that file back, or start a new run from its weights with --base CFG --actual_resume "
+        "put a copy of that file back, or start a new run from its weights with `base` CFG and `actual_resume` "
         f"{run.last_checkpoint}"
     )
 

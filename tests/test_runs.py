@@ -32,7 +32,7 @@ def test_two_in_a_second_do_not_meet(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a b"])
 def test_names_that_are_no_folders(tmp_path, name):
-    with pytest.raises(ValueError, match="--name"):
+    with pytest.raises(ValueError, match="`name`"):
         create(tmp_path, name, "32")
     assert not list(tmp_path.iterdir())
 

@@ -48,7 +48,7 @@ def test_the_source_says_what_an_import_says():
         "olvae.data.shards.latent_source.LatentSource",
         "olvae.models.optimization.lr_factor",
         "olvae.models.parts.teacher.Teacher",
-        "olvae.training.callbacks.KeepCheckpoints",
+        "olvae.training.saving.KeepCheckpoints",
     }
     for target in sorted(target for target in named if target.startswith(signatures.FOLLOWED)):
         module, _, name = target.rpartition(".")

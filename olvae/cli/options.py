@@ -154,7 +154,7 @@ def name_flags(command: Any, arguments: Sequence[str]) -> None:
         inner = getattr(command, "commands", {}).get(argument)
         command = command if inner is None else inner
     for parameter in command.params:
-        if parameter.name is not None and parameter.opts[-1].startswith("--"):
+        if parameter.name is not None and max(parameter.opts, key=len).startswith("--"):
             flag = max(parameter.opts, key=len)
             _flags[parameter.name] = _flags[flag.removeprefix("--").replace("-", "_")] = flag
 

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import PREEMPTED, STOPPED, check_paths, end_on, loading
-
-__all__ = ["command"]
+from olvae.cli.options import PREEMPTED, STOPPED, end_on, loading
 
 
 def command(
@@ -24,7 +22,7 @@ def command(
     ] = None,
     logdir: Annotated[Path, typer.Option(help="The folder to create the run folder in.")] = Path("runs"),
     precision: Annotated[
-        str | None, typer.Option(metavar="{32,16,bf16}", help="Floating-point precision; 32 by default.")
+        str | None, typer.Option(metavar="{32,bf16,fp16}", help="Floating-point precision; 32 by default.")
     ] = None,
     gpus: Annotated[
         str | None, typer.Option(metavar="N_OR_LIST", help="The number of GPUs, or a list: 2, or 0,3. 0 is the CPU.")
@@ -63,43 +61,30 @@ def command(
 
     Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae data.params.root=photos
     """
+    given = {name: value for name, value in locals().items() if value is not None}
     end_on(signal.SIGUSR1)
-    from olvae.config import ConfigError, check, load
-    from olvae.runs import open_run
+    from olvae.training.setup import TrainOptions, read_plan
 
-    if resume is not None:
-        open_run(resume)
-    elif not base:
-        raise ConfigError("--base names the config to train, as in --base demo")
-    config = load(base or (), overrides or (), resolve=resume is None)
-    check_paths(*(target for target in (start_from, teacher) if target is not None))
-    if resume is None and start_from is None and teacher is None:
-        check(config)
+    plan = read_plan(TrainOptions(**given))  # before anything slow is imported
     with loading():
         from olvae.allocator import keep_freed_memory
         from olvae.devices import local_rank
-        from olvae.training.run import TrainOptions, train
+        from olvae.training.launch import ProcessDiedError, is_first
+        from olvae.training.run import train
         from olvae.training.stopping import TrainingStopped
 
     keep_freed_memory()
-    options = TrainOptions(
-        base=base or (),
-        overrides=overrides or (),
-        logdir=logdir,
-        name=name,
-        precision=precision,
-        gpus=gpus,
-        seed=seed,
-        resume=resume,
-        actual_resume=actual_resume,
-        start_from=start_from,
-        teacher=teacher,
-        allow_changes=allow_changes,
-        time_limit=time_limit,
-    )
     try:
-        train(options)
+        run = train(plan)
     except TrainingStopped as stopped:
-        # Only the first process of a machine reports it: if another one failed, torchrun would kill the first while it
-        # draws the curves.
+        if is_first():
+            typer.echo(f"continue with: olvae train --resume {stopped.run.path}", err=True)
+        # The first process of a machine reports the stop: torchrun kills the others when one exits with an error, and
+        # the first one is the last to end.
         sys.exit(0 if local_rank() else PREEMPTED if stopped.preempted else STOPPED)
+    except ProcessDiedError as died:
+        if not died.run.last_checkpoint.is_file():
+            raise
+        raise ChildProcessError(f"{died}; continue with: olvae train --resume {died.run.path}") from died
+    if is_first():
+        typer.echo(f"evaluate with: olvae evaluate {run.path}", err=True)

@@ -58,7 +58,7 @@ def _memory(config: dict[str, Any], name: str) -> "Table":
     from rich.table import Table
 
     from olvae.models.footprint import CHECKPOINTS, GIB, footprints, without_weights
-    from olvae.training.origin import start_from
+    from olvae.training.setup import start_from
 
     if config["model"].get("from") is not None:
         start_from(config)

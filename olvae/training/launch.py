@@ -1,4 +1,4 @@
-"""The processes of a run: how many there should be, who started them, how they meet, what is said where one dies."""
+"""Distributed launch: process counts, torchrun and srun, joining the process group, processes that died."""
 
 import os
 import re
@@ -16,27 +16,34 @@ from torch.distributed.constants import default_pg_timeout
 from olvae.config import ConfigError
 from olvae.data.read_errors import worker_death
 from olvae.devices import join, local_rank, srun_environment
+from olvae.runs import Run
 
-__all__ = ["check_launcher", "cluster", "find_launcher", "is_first", "meet", "process_count", "process_death"]
+
+class ProcessDiedError(ChildProcessError):
+    """A loader process, or another process of the training of ``run``, was killed."""
+
+    def __init__(self, cause: str, run: Run) -> None:
+        super().__init__(cause)
+        self.run = run
 
 
 def find_launcher() -> ClusterEnvironment | None:
-    """What Lightning asks for rank and number of processes under torchrun or srun; None if it starts them itself."""
+    """Detect torchrun or srun, for Lightning to ask for ranks; None if Lightning starts the processes itself."""
     if TorchElasticEnvironment.detect():  # also where srun starts one torchrun on each node
         return TorchElasticEnvironment()
     return srun_environment()
 
 
 def is_first() -> bool:
-    """Whether this is the first process of all, known before they meet."""
+    """Whether this is the first process of a training, known before they meet."""
     launcher = find_launcher()
     return launcher.global_rank() == 0 if launcher is not None else local_rank() == 0
 
 
 def cluster() -> list[ClusterEnvironment]:
-    """Lightning's plugins for :func:`find_launcher`."""
+    """Lightning's plugins for the launcher that was found."""
     launcher = find_launcher()
-    if launcher is None and SLURMEnvironment.detect():  # a batch script without srun: nobody else comes
+    if launcher is None and SLURMEnvironment.detect():  # a batch script without srun has one process
         launcher = LightningEnvironment()
     return [] if launcher is None else [launcher]
 
@@ -47,23 +54,23 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
 
 
 def check_launcher(trainer_args: Mapping[str, Any]) -> None:
-    """Check that torchrun or srun, if one of them did, started the processes that the run has.
+    """Check that torchrun or srun started as many processes as the run has devices.
 
-    With one device, Lightning would let each of them train a model of its own in the same folder; with more, it would
-    wait for those that never come.
+    With one device, Lightning would let each process train a model of its own in the same folder; with too many, it
+    would wait for processes that never come.
 
     Args:
         trainer_args: of lightning.trainer, with the ``devices`` of each node.
 
     Raises:
-        ConfigError: it started others, or there are several nodes and neither started anything.
+        ConfigError: the numbers differ, or there are several nodes and no launcher.
     """
     wanted = _per_node(trainer_args), _nodes(trainer_args)
     if TorchElasticEnvironment.detect():
-        name, option, total = "torchrun", "--nproc_per_node", int(os.environ["WORLD_SIZE"])
+        name, option, total = "torchrun", "nproc_per_node", int(os.environ["WORLD_SIZE"])
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", total))
     elif srun_environment() is not None:
-        name, option, total = "srun", "--ntasks-per-node", int(os.environ["SLURM_NTASKS"])
+        name, option, total = "srun", "ntasks-per-node", int(os.environ["SLURM_NTASKS"])
         per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", total))
     elif wanted[1] > 1:
         raise ConfigError(
@@ -75,18 +82,18 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
     nodes = max(1, total // per_node)
     if (per_node, nodes) != wanted or per_node * nodes != total:
         raise ConfigError(
-            f"{name} started {_counted(total, 'process', nodes)}, but the flags and lightning.trainer name "
-            f"{_counted(wanted[0] * wanted[1], 'device', wanted[1])}: set --gpus {per_node}, or on the CPU "
+            f"{name} started {_counted(total, 'process', nodes)}, but `gpus` and lightning.trainer name "
+            f"{_counted(wanted[0] * wanted[1], 'device', wanted[1])}: set `gpus` to {per_node}, or on the CPU "
             f"lightning.trainer.accelerator=cpu lightning.trainer.devices={per_node}"
             + (f", and lightning.trainer.num_nodes={nodes}" if nodes != wanted[1] else "")
-            + f"; or set {option} to {wanted[0]}"
+            + f"; or set {name}'s {option} to {wanted[0]}"
         )
 
 
 def meet() -> tuple[int, int]:
-    """Join the process group of the processes that torchrun or srun started; returns rank and number of processes.
+    """Join the processes that torchrun or srun started; return rank and number of processes.
 
-    (0, 1) if there is one process so far: Lightning starts the others, which join when training begins.
+    It is (0, 1) where Lightning starts the others, which join when training begins.
     """
     if find_launcher() is None:
         return 0, 1
@@ -94,7 +101,7 @@ def meet() -> tuple[int, int]:
 
 
 def process_death(error: RuntimeError) -> str | None:
-    """What to do about an error that says that a loader process, or another process of this run, died; else None."""
+    """Explain an error that comes from the death of a loader process or another process of this run; else None."""
     if dist.is_initialized() and re.search(
         r"closed by peer|reset by peer|remote process exited|Broken pipe", str(error)
     ):

@@ -1,12 +1,13 @@
-"""From a config to a finished run folder."""
+"""Train from a plan to a finished run folder: prepare, fit, finish."""
 
+import copy
 import logging
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -23,150 +24,126 @@ from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import no_empty_folders, remove_partials, write_json
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.parts.teacher import set_teacher
 from olvae.models.players import PlayersStrategy
-from olvae.training.bad_steps import BadSteps
-from olvae.training.callbacks import (
-    Health,
-    ImageGrids,
-    KeepCheckpoints,
-    SaveConfig,
-    UnreadableLimit,
-)
-from olvae.training.changes import changes, check_changes, print_changes
+from olvae.runs import Run, RunLock, Settings
+from olvae.training.callbacks import BadSteps, Health, ImageGrids, UnreadableLimit
 from olvae.training.checks import check_memory
-from olvae.training.launch import check_launcher, cluster, find_launcher, is_first, meet, process_count, process_death
+from olvae.training.launch import (
+    ProcessDiedError,
+    check_launcher,
+    cluster,
+    find_launcher,
+    is_first,
+    meet,
+    process_count,
+    process_death,
+)
 from olvae.training.loggers import make_loggers
-from olvae.training.origin import Found, start_from, untrained_half
-from olvae.training.progress import StepProgress, is_finished, print_ending, print_finished, print_summary
-from olvae.training.saving import BackgroundCheckpointIO
-from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue, requeued_run, slurm_job
-
-__all__ = [
-    "TrainOptions",
-    "quieten",
-    "train",
-]
-
+from olvae.training.progress import StepProgress, print_ending, print_summary
+from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
+from olvae.training.setup import (
+    Plan,
+    TrainOptions,
+    check_changes,
+    describe_changes,
+    find_changes,
+    read_plan,
+    start_from,
+    untrained_half,
+)
+from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue
 
 RUN_ENV = "OLVAE_RUN"
 """Environment variable with the run folder, for the processes that Lightning starts for the other devices."""
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """The flags of ``olvae train``; None for a flag that was not given."""
+class Prepared:
+    """A training that can begin: everything is checked, and nothing is written yet."""
 
-    base: Sequence[str | Path] = ()
-    overrides: Sequence[str] = ()
-    logdir: str | Path = "runs"
-    name: str | None = None
-    precision: str | None = None
-    gpus: str | None = None
-    seed: int | None = None
-    resume: str | Path | None = None
-    actual_resume: str | Path | None = None
-    start_from: str | None = None
-    """``--from``: an autoencoder whose networks and weights the run starts from."""
-    teacher: str | None = None
-    allow_changes: bool = False
-    """``--allow-changes``: a resumed run may get other data, networks and losses."""
-    time_limit: str | None = None
-    """``--time-limit``: training stops after this time, such as 3h50m."""
+    plan: Plan
+    settings: Settings
+    config: Config
+    """Of the run, complete."""
+    source: Source
+    model: LiteAutoencoderKL
+    trainer_args: Config
+    precision: str
+    stop: GracefulStop
+    images_seen: int
+    steps_done: int
+    """By the resumed run, as ``images_seen``."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the resumed run has done its last step."""
+        return self.plan.resumed is not None and self.steps_done == self.trainer_args["max_steps"]
 
 
-def train(options: TrainOptions) -> runs.Run:
+def train(options: TrainOptions | Plan) -> Run:
     """Train, and return the run folder, which is made after all of the user's input has been checked.
 
+    Args:
+        options: of ``olvae train``, or what :func:`~olvae.training.setup.read_plan` has made of them.
+
     Raises:
-        ConfigError: a mistake in the config or the flags.
+        ConfigError: a mistake in the config or the options.
         ValueError, FileNotFoundError: data, weights or devices do not fit or were not found.
-        TrainingStopped: a signal or the limit on time ended training; the checkpoint is written.
+        TrainingStopped: a signal or the time limit ended training; the checkpoint is written.
+        ProcessDiedError: a loader process, or another process of this training, was killed.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
-    with runs.RunLock() as lock, no_empty_folders(Path(options.logdir)):
-        return _train(options, lock)
+    plan = options if isinstance(options, Plan) else read_plan(options)
+    with RunLock() as lock, no_empty_folders(Path(plan.options.logdir)):
+        prepared = prepare(plan, lock)
+        if prepared.is_over and plan.resumed is not None and plan.resumed.is_finished(prepared.steps_done):
+            if is_first():
+                print_ending(
+                    plan.resumed,
+                    f"all {prepared.steps_done} steps of this run are done, and nothing is left to do: "
+                    f"lightning.trainer.max_steps={2 * prepared.steps_done} continues it",
+                )
+            return plan.resumed
+        with _run_folder(prepared, lock) as run:
+            trainer = fit(prepared, run)
+        finish(prepared, run, trainer)
+    return run
 
 
-def _train(options: TrainOptions, lock: runs.RunLock) -> runs.Run:
-    stop = GracefulStop(None if options.time_limit is None else parse_time(options.time_limit))
-    if (
-        options.resume is None
-        and options.base
-        and (begun := requeued_run(Path(options.logdir), _name(options))) is not None
-    ):
-        options = TrainOptions(resume=begun.path, time_limit=options.time_limit, gpus=options.gpus)
-    resumed = runs.open_run(options.resume) if options.resume is not None else None
-    starts = {
-        "--resume continues a run": options.resume,
-        "--actual_resume starts one from weights": options.actual_resume,
-        "--from starts one from an autoencoder's networks and weights": options.start_from,
-    }
-    if len(given := [what for what, value in starts.items() if value is not None]) > 1:
-        raise ConfigError(f"{', '.join(given)}: give one of them")
-    own: Config | None = None
-    if resumed is not None:
-        _take(lock, resumed)
-        own = runs.config_of(resumed)
-    elif options.allow_changes:
-        raise ConfigError("--allow-changes is for --resume: leave it out")
-    config, found = _config(options, resumed)
-    settings = _settings(options, config, resumed, found)
-    moved = moves(config)
-    settings["paths"] |= {now: settings["paths"][before] for before, now in moved.items()}
-    for one in (config,) if own is None else (config, own):
-        one["data"] = with_paths(one["data"], lambda text: moved.get(text, text))
-        settings["paths"] |= make_absolute(one)
-    if own is not None:
-        changed = changes(own, config, settings)
-        if is_first():
-            print_changes(changed)
-        if not options.allow_changes:
-            check_changes(changed)
+def prepare(plan: Plan, lock: RunLock) -> Prepared:
+    """Lock a resumed run, build data and model, load weights, and check that everything fits."""
+    stop = GracefulStop(None if plan.options.time_limit is None else parse_time(plan.options.time_limit))
+    if plan.resumed is not None:
+        _lock_resumed(plan.resumed, lock)
+    config, settings = _locate_data(plan)
+    start = start_from(config) if "from" in config["model"] else None
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
-    trainer_args.update(resolve_devices(settings["gpus"], trainer_args))
+    trainer_args |= resolve_devices(settings.gpus, trainer_args)
     processes = process_count(trainer_args)
     check_launcher(trainer_args)
-    precision = resolve_precision(settings["precision"], trainer_args["accelerator"])
+    precision = resolve_precision(settings.precision, trainer_args["accelerator"])
 
-    # Data and model, from the seed alone
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
-    settings["paths"] |= make_absolute(config)  # of what has been downloaded now
+    settings = replace(settings, paths={**settings.paths, **make_absolute(config)})  # of what was downloaded just now
     quieten()
-    pl.seed_everything(settings["seed"], workers=True, verbose=False)
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = _model(config, trainer_args)
-    model.seed = settings["seed"]
+    model.seed = settings.seed
     model.check(source)
-    if found is not None:
-        load_weights(model, found.weights, found.target)
-    start, done = _restore(model, resumed, options.actual_resume)
-    before = own if own is not None else found.config if found is not None else _config_of(options.actual_resume)
-    settings["untrained"] = untrained_half(model, before)
-    settings["checksums"] = model.checksums
-    if resumed is not None:
-        _check_checksums(((before or {}).get("run") or {}).get("checksums") or {}, model.checksums)
+    if start is not None:
+        load_weights(model, start.weights, start.name)
+    images_seen, steps_done = _restore(model, plan)
+    before = plan.previous or (start.config if start is not None else _config_of(plan.options.actual_resume))
+    if plan.resumed is not None:
+        _check_checksums(settings.checksums, model.checksums)
+    settings = replace(settings, untrained=untrained_half(model, before), checksums=model.checksums)
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
 
-    trainer_args = _steps(trainer_args, source, model)
-    last_step = trainer_args["max_steps"]
-    is_over = resumed is not None and done == last_step
-    if done > last_step:
-        raise ConfigError(
-            f"--resume: this run is at step {done}, after the last of max_steps {last_step}: to continue it, set more, "
-            f"as in lightning.trainer.max_steps={2 * done}"
-        )
-    if is_over and options.allow_changes:
-        raise ConfigError(
-            f"--allow-changes: all {done} steps of this run are done, so that other settings would change nothing: set "
-            f"more steps, as in lightning.trainer.max_steps={2 * done}"
-        )
-    if resumed is not None and is_over and is_finished(resumed, done):
-        if is_first():
-            print_finished(resumed, done)
-        return resumed
+    trainer_args = _in_steps(trainer_args, source, model)
+    _check_steps(plan, steps_done, trainer_args["max_steps"])
     source.check_processes(processes)
     if model.adversary is not None:
         model.adversary.check(model, source, trainer_args["max_steps"])
@@ -174,178 +151,148 @@ def _train(options: TrainOptions, lock: runs.RunLock) -> runs.Run:
         trainer_args.setdefault("sync_batchnorm", True)
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
-    run, is_ours = (resumed, False) if resumed is not None else _new_run(options.logdir, settings, lock)
+    config["run"] = settings.as_dict()
+    return Prepared(plan, settings, config, source, model, trainer_args, precision, stop, images_seen, steps_done)
+
+
+def fit(prepared: Prepared, run: Run) -> pl.Trainer:
+    """Train to the last step or to a stop, and validate the last step; return the trainer."""
+    model, source, resumed = prepared.model, prepared.source, prepared.plan.resumed
+    trainer = _trainer(prepared, run)
+    print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
+    if prepared.is_over and trainer.is_global_zero:
+        text = f"training has finished ({prepared.steps_done} steps); running the final validation"
+        Console(stderr=True).print(text, highlight=False)
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        check_memory(model, source, prepared.settings.precision, free, trainer.is_global_zero)
+    if resumed is None:
+        model.prepare(source, prepared.settings.seed, device)
     try:
-        save_config = SaveConfig({**config, "run": settings}, run)
-        trainer = _trainer(run, precision, trainer_args, config, save_config, [stop, UnreadableLimit()], done)
-        print_summary(settings, run, trainer, model, source, done)
-        if is_over and trainer.is_global_zero:
-            Console(stderr=True).print(
-                f"all {done} steps of this run are done: what is left is to validate the last one", highlight=False
+        with _stance_of(model):
+            trainer.fit(
+                model,
+                train_dataloaders=source.train_loader(prepared.settings.seed, prepared.images_seen),
+                val_dataloaders=source.val_loader(),
+                ckpt_path=None if resumed is None else str(run.last_checkpoint),
+                weights_only=True,
             )
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            check_memory(model, source, settings["precision"], free, trainer.is_global_zero)
-        if resumed is None:
-            model.prepare(source, settings["seed"], trainer.strategy.root_device)
-        trainer.fit(
-            model,
-            train_dataloaders=source.train_loader(settings["seed"], start),
-            val_dataloaders=source.val_loader(),
-            ckpt_path=str(run.last_checkpoint) if resumed is not None else None,
-            weights_only=True,
-        )
-        if is_over:  # fit has only restored it; what the checkpoint has as state_dict is validated, an average perhaps
-            model.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
-        if not stop.agreed and model.validated_at != trainer.global_step:  # the last step is off the interval
-            trainer.validate(model, source.val_loader(), verbose=False)
+            if prepared.is_over:  # fit has restored it only; validation is of state_dict, an average perhaps
+                model.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
+            if not prepared.stop.agreed and model.validated_at != trainer.global_step:  # off the interval
+                trainer.validate(model, source.val_loader(), verbose=False)
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
     except RuntimeError as error:
-        if (said := process_death(error)) is None:
+        if (cause := process_death(error)) is None:
             raise
-        go_on = f"; continue with: olvae train --resume {run.path}" if run.last_checkpoint.is_file() else ""
-        raise ChildProcessError(f"{said}{go_on}") from error
-    finally:
-        model.on_validation_end()  # an exception in validation skips it
-        if is_ours and not any(run.checkpoints.glob("*.ckpt")):
-            shutil.rmtree(run.path, ignore_errors=True)  # it failed before the first checkpoint
+        raise ProcessDiedError(cause, run) from error
+    return trainer
+
+
+def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
+    """Draw the curves, print where the results are, and note that nothing is left; raise TrainingStopped if it is."""
+    stop = prepared.stop
     if trainer.is_global_zero:
-        print_ending(run, trainer)
+        stopped = trainer.global_step < trainer.max_steps
+        print_ending(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps")
         if not stop.agreed:
             write_json({"steps": trainer.global_step}, run.finished)
         if stop.reason == "SIGUSR1":
             requeue()
-    if stop.agreed:
-        raise TrainingStopped(stop.preempted)  # so that the caller, Python or make, does not go on to the next command
-    return run
+    if stop.agreed:  # the caller, Python or make, must not begin what comes after a training
+        raise TrainingStopped(run, stop.preempted)
 
 
-def _config(options: TrainOptions, resumed: runs.Run | None) -> tuple[Config, Found | None]:
-    """The resumed run's config, the given files over it, then the overrides; checked.
-
-    With an autoencoder to start from, its networks are in the config; the second value is what was found.
-    """
-    files = [resumed.config] if resumed is not None else []
-    config = cfg.load([*files, *options.base], options.overrides)
-    if options.start_from is not None and isinstance(config.get("model"), dict):
-        config["model"]["from"] = options.start_from
-    if options.teacher is not None and isinstance(config.get("model"), dict):
-        set_teacher(config, options.teacher)
-    cfg.check(config)
-    if config["model"].get("from") is None:
-        config["model"].pop("from", None)
-        return config, None
-    for flag, value in (("--resume", options.resume), ("--actual_resume", options.actual_resume)):
-        if value is not None:
-            raise ConfigError(f"model.from names an autoencoder to start from, {flag} another: give one of them")
-    found = start_from(config)
-    cfg.check(config)
-    return config, found
-
-
-def _settings(options: TrainOptions, config: Config, resumed: runs.Run | None, found: Found | None) -> Config:
-    """The flags; for one that was not given, the resumed run's setting, then the default."""
-    weights = found.target if found is not None else options.actual_resume
-    before = (config.get("run") or {}) if resumed is not None else {}
-    if resumed is not None and options.name not in (None, before.get("name")):
-        raise ConfigError("--name: a resumed run keeps the name of its folder: leave it out")
-    name = before.get("name") or _name(options)
-    runs.check_name(name)
-    trainer = (config.get("lightning") or {}).get("trainer") or {}
-    seed = options.seed if options.seed is not None else before.get("seed", 0)
-    return {
-        "name": name,
-        "precision": options.precision or before.get("precision") or str(trainer.get("precision", "32")),
-        "gpus": options.gpus if options.gpus is not None else before.get("gpus"),
-        "seed": seed,
-        "initial_seed": before.get("initial_seed", seed),  # of the initial weights, if a resumed run changed the seed
-        "weights": str(weights) if weights is not None else before.get("weights"),
-        "paths": dict((config.get("run") or {}).get("paths") or {}),  # of the data, as they were written
-        **({"slurm_job": job} if (job := slurm_job()) is not None else {}),
-    }
-
-
-def _name(options: TrainOptions) -> str:
-    """Of a new run."""
-    return options.name or re.sub(r"[^\w.+=-]", "-", Path(options.base[0]).stem)
+def _locate_data(plan: Plan) -> tuple[Config, Settings]:
+    """Make the data's paths absolute, where they are now, and check what a resumed run's config and settings change."""
+    config, settings = copy.deepcopy(plan.config), plan.settings
+    previous = copy.deepcopy(plan.previous)
+    moved, paths = moves(config), dict(settings.paths)
+    paths |= {now: paths[before] for before, now in moved.items()}
+    for one in (config, previous):
+        if one is not None:
+            one["data"] = with_paths(one["data"], lambda text: moved.get(text, text))
+            paths |= make_absolute(one)
+    settings = replace(settings, paths=paths)
+    if previous is not None:
+        changes = find_changes(previous, config, settings)
+        if is_first():
+            for line in describe_changes(changes):
+                Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
+        if not plan.options.allow_changes:
+            check_changes(changes)
+    return config, settings
 
 
 def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
+    """Build the model; it takes what Lightning leaves to manual optimisation out of the trainer's arguments."""
     node = config["model"]
     extra: Config = {}
     if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
         raise ConfigError("lightning.trainer.gradient_clip_algorithm: only norm is supported")
-    for key in ("accumulate_grad_batches", "gradient_clip_val"):  # the model does both: manual optimisation
+    for key in ("accumulate_grad_batches", "gradient_clip_val"):
         if (value := trainer_args.pop(key, None)) is not None:
             extra[key] = value
     if "base_learning_rate" in node:
         extra["learning_rate"] = node["base_learning_rate"]
     try:
         model = cfg.instantiate(node, **extra)
-    except ValueError as error:  # a constructor's: the config is what it was given
+    except ValueError as error:
         raise ConfigError(str(error)) from error
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
-    _ = model.objective  # raises if the config is for inference only
     model.set_up_validation()  # raises if a metric's network is missing
     return model
 
 
-def _check_checksums(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Check that the frozen weights of the parts are those that a resumed run had."""
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        raise ConfigError(
-            *(
-                f"model.params.parts.{name}: a resumed run keeps it, with the same weights: "
-                "start a new run from its weights with --actual_resume"
-                for name in changed
-            )
-        )
-
-
-def _restore(model: LiteAutoencoderKL, resumed: runs.Run | None, weights: str | Path | None) -> tuple[int, int]:
-    """Load weights, or check that the checkpoint to resume fits; returns images seen and steps done."""
-    if weights is not None:
-        file = runs.Run(Path(weights)).last_checkpoint if Path(weights).is_dir() else Path(weights)
+def _restore(model: LiteAutoencoderKL, plan: Plan) -> tuple[int, int]:
+    """Load the weights of ``actual_resume`` or of a resumed run; return images seen and steps done."""
+    if (weights := plan.options.actual_resume) is not None:
+        file = Run(Path(weights)).last_checkpoint if Path(weights).is_dir() else Path(weights)
         load_weights(model, read_weights(file), file)
-    if resumed is None:
+    if plan.resumed is None:
         return 0, 0
-    file = resumed.last_checkpoint
+    file = plan.resumed.last_checkpoint
     checkpoint = read_checkpoint(file)
     load_weights(model, pick_weights(state_dict_of(checkpoint, file), file), file)
     needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "images_seen", "iteration")
     if missing := [key for key in needed if not checkpoint.get(key) and checkpoint.get(key) != 0]:
         raise ValueError(
             f"{file}: training can't continue from this checkpoint, {missing[0]} is missing: start a new run from its "
-            "weights with --actual_resume"
+            "weights with `actual_resume`"
         )
     if ("averaging_state" in checkpoint) != model.use_ema:
         raise ConfigError(
             f"model.params.use_ema: {model.use_ema}, but the run to resume was trained with {not model.use_ema}: "
-            "start a new run from its weights with --actual_resume"
-        )
-    states = (state for optimizer in checkpoint["optimizer_states"] for state in optimizer["state"].values())
-    if any("exp_avg" in state for state in states) != (model.optimizer == "adam"):
-        raise ConfigError(
-            f"model.params.optimizer: {model.optimizer}, but the run to resume was trained with the other one: "
-            "start a new run from its weights with --actual_resume"
+            "start a new run from its weights with `actual_resume`"
         )
     return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
 
 
 def _config_of(weights: str | Path | None) -> Config | None:
-    """The config of the weights that training starts from: empty for weights without one, None for fresh ones."""
+    """The training config of weights: empty for weights without one, None for fresh ones."""
     if weights is None:
         return None
     path = Path(weights).resolve()
-    run = runs.Run(path) if path.is_dir() else runs.run_of(path)
+    run = Run(path) if path.is_dir() else runs.run_of(path)
     return cfg.load([run.config]) if run is not None and run.config.is_file() else {}
 
 
-def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
+def _check_checksums(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that the frozen weights of the parts are those that a resumed run had."""
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        raise ConfigError(
+            *(
+                f"model.params.parts.{name}: a resumed run keeps it, with the same weights: start a new run from its "
+                "weights with `actual_resume`"
+                for name in changed
+            )
+        )
+
+
+def _in_steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
     """Convert epochs to steps, since the stream has no end, and intervals of steps to Lightning's, of batches."""
     args = dict(trainer_args)
     per_step = source.batch_size * model.accumulate_grad_batches * process_count(args)
@@ -369,39 +316,53 @@ def _steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Co
     return args
 
 
-def _trainer(
-    run: runs.Run,
-    precision: str,
-    trainer_args: Config,
-    config: Config,
-    save_config: SaveConfig,
-    ours: Sequence[pl.Callback],
-    done: int,
-) -> pl.Trainer:
-    nodes = (config.get("lightning") or {}).get("callbacks") or {}
-    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), *ours, save_config]
+def _check_steps(plan: Plan, done: int, last_step: int) -> None:
+    """Check that a resumed run has steps left for what was asked."""
+    if done > last_step:
+        raise ConfigError(
+            f"`resume`: this run is at step {done}, after the last of max_steps {last_step}: to continue it, set more, "
+            f"as in lightning.trainer.max_steps={2 * done}"
+        )
+    if done == last_step and plan.options.allow_changes:
+        raise ConfigError(
+            f"`allow_changes`: all {done} steps of this run are done, so that other settings would change nothing: set "
+            f"more steps, as in lightning.trainer.max_steps={2 * done}"
+        )
+
+
+def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
+    lightning = prepared.config.get("lightning") or {}
+    nodes = lightning.get("callbacks") or {}
+    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), prepared.stop, UnreadableLimit()]
     for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
+    on_cpu = prepared.trainer_args["accelerator"] == "cpu"
+    resumed_config = None if prepared.plan.resumed is None else (prepared.config, run.config)
     settings: Config = {
         "check_val_every_n_epoch": None,
-        "deterministic": trainer_args["accelerator"] == "cpu",
-        "benchmark": trainer_args["accelerator"] != "cpu",  # cuDNN tries its algorithms once for each shape
+        "deterministic": on_cpu,
+        "benchmark": not on_cpu,  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(save_config.on_saved), *cluster()],
-        **trainer_args,
-        "precision": precision,
+        "plugins": [BackgroundCheckpointIO(resumed_config), *cluster()],
+        **prepared.trainer_args,
+        "precision": prepared.precision,
         "callbacks": callbacks,
-        "logger": make_loggers((config.get("lightning") or {}).get("logger") or {}, run, done),
+        "logger": make_loggers(lightning.get("logger") or {}, run),
         "default_root_dir": run.path,
         "use_distributed_sampler": False,
     }
     return pl.Trainer(**settings)
 
 
-def _take(lock: runs.RunLock, run: runs.Run) -> None:
-    """Lock a run that is resumed, in the first process of all; the others learn whether it could."""
+def _stance_of(model: LiteAutoencoderKL) -> AbstractContextManager[object]:
+    """Put back torch.compile's stance, which validation changes, even after an exception."""
+    return torch.compiler.set_stance("default") if model.compiled else nullcontext()
+
+
+def _lock_resumed(run: Run, lock: RunLock) -> None:
+    """Lock a run in the first process of all; the others raise the same error."""
     refusal: list[str | None] = [None]
     if is_first():
         try:
@@ -418,27 +379,39 @@ def _take(lock: runs.RunLock, run: runs.Run) -> None:
         raise ConfigError(refusal[0])
 
 
-def _new_run(logdir: str | Path, settings: Config, lock: runs.RunLock) -> tuple[runs.Run, bool]:
-    """Make the run folder in the first process of all, lock it, and pass its path to the others.
+@contextmanager
+def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
+    """Make a new run's folder; remove it again after an end without a checkpoint."""
+    if prepared.plan.resumed is not None:
+        yield prepared.plan.resumed
+        return
+    run, is_ours = _new_run(prepared, lock)
+    try:
+        yield run
+    finally:
+        if is_ours and not any(run.checkpoints.glob("*.ckpt")):
+            shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _new_run(prepared: Prepared, lock: RunLock) -> tuple[Run, bool]:
+    """Make and lock the run folder in the first process of all, and pass its path to the others.
 
     Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run
-    already, and get the path through the process group.
-
-    Returns:
-        The run, and whether this process made its folder.
+    already, and get the path through the process group. The second value is whether this process made the folder.
     """
     if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and find_launcher() is None:
-        return runs.Run(Path(os.environ[RUN_ENV])), False
+        return Run(Path(os.environ[RUN_ENV])), False
     rank, processes = meet()
     path = [""]
     if rank == 0:
-        run = runs.create(logdir, settings["name"], settings["precision"])
+        run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)
         lock.take(run)
+        cfg.save(prepared.config, run.config)
         path = [str(run.path)]
     if processes > 1:
         dist.broadcast_object_list(path)
     os.environ[RUN_ENV] = path[0]
-    return runs.Run(Path(path[0])), rank == 0
+    return Run(Path(path[0])), rank == 0
 
 
 def quieten() -> None:

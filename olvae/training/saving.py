@@ -1,51 +1,202 @@
-"""Checkpoints that are written while training goes on."""
+"""Keep checkpoints of a training: when to save, what is best, and writing to disk in the background."""
 
+import json
 import logging
+import math
+import shutil
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from olvae.files import atomic_write, write_json
-
-__all__ = ["BackgroundCheckpointIO", "CheckpointError"]
+from olvae import config as cfg
+from olvae.config import Config
+from olvae.data.read_errors import TooManyUnreadableError
+from olvae.files import atomic_write, first_line, set_aside, write_json
+from olvae.metrics.registry import METRICS
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.runs import Run
 
 log = logging.getLogger("olvae.training")
+
+BETTER = {name: metric.better for name, metric in METRICS.items()} | {"latent_rmse": "lower"}
+"""Whether higher or lower values are better, by the name of a validation value."""
+
+MAX_PENDING = 2
+"""Checkpoints that may wait in host memory to be written: the last and the best of one step."""
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; the message has its path."""
 
 
-AT_ONCE = 2
-"""Copies of checkpoints in host memory."""
+class KeepCheckpoints(Checkpoint):
+    """Save ``checkpoints/last.ckpt`` at an interval, at the last step and at a stop, and ``best.ckpt`` by validation.
+
+    Non-finite weights are never saved. An error between two steps, such as an unreadable image, saves too.
+
+    Args:
+        every_n_steps: updates of the autoencoder between two saves of ``last.ckpt``.
+        keep_every_n_steps: also keep ``step=N.ckpt`` at multiples of this; 0 keeps none.
+        best: a value of validation, such as ``val/psnr``, ``val/rfid``, ``val_raw/lpips`` or ``val/latent_rmse``, by
+            which ``best.ckpt`` is chosen; its value and step are in ``best.json``. None keeps no best weights.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
+        if best is not None and best.rpartition("/")[2] not in BETTER:
+            raise ValueError(f"best: {best!r} is not a metric of validation: choose one of val/{', val/'.join(BETTER)}")
+        if every_n_steps < 1 or keep_every_n_steps < 0:
+            raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
+        self.every_n_steps = every_n_steps
+        self.keep_every_n_steps = keep_every_n_steps
+        self.best = best
+        self._best_value: float | None = None
+        self._saved_step = self._kept_step = 0
+        self._saved_images = 0  # beside the step, which stands still in the discriminator's warm-up
+        self._in_step = False
+        self._save_after_validation = False
+        self._warned = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._best_value = self._best_before(current_run(trainer), trainer.is_global_zero)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        self._saved_step = self._kept_step = trainer.global_step
+        self._saved_images = pl_module.images_seen
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._in_step = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        step = trainer.global_step
+        if self.keep_every_n_steps and step != self._kept_step and step % self.keep_every_n_steps == 0:
+            self._save(trainer, pl_module, f"step={step:08d}.ckpt")
+            self._kept_step = step
+        due = step != self._saved_step and step % self.every_n_steps == 0
+        ends = step == trainer.max_steps or trainer.should_stop
+        if due or (ends and pl_module.images_seen > self._saved_images):
+            self._save_after_validation = True
+            if not _validation_follows(trainer):
+                self._save_last(trainer, pl_module)
+        self._in_step = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep_best(trainer, pl_module)
+        if self._save_after_validation:  # saved before it, a run that is killed in between would never be validated
+            self._save_last(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        # A save takes all processes, and of all errors only TooManyUnreadableError is raised in each of them.
+        in_all = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
+        useful = not isinstance(exception, FloatingPointError | CheckpointError)
+        if in_all and useful and not self._in_step and pl_module.images_seen > self._saved_images:
+            self._save(trainer, pl_module, "last.ckpt")
+
+    def _save_last(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LiteAutoencoderKL)
+        self._save(trainer, module, "last.ckpt")
+        self._saved_step, self._saved_images = trainer.global_step, module.images_seen
+        self._save_after_validation = False
+
+    def _keep_best(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save ``best.ckpt`` if the validation that has just ended is the best one so far."""
+        assert isinstance(module, LiteAutoencoderKL)
+        run, fitting = current_run(trainer), trainer.state.fn == TrainerFn.FITTING
+        if self.best is None or trainer.sanity_checking or not (fitting or run.last_checkpoint.is_file()):
+            return
+        values = module.validation_values
+        if not values:
+            if trainer.is_global_zero and not self._warned:
+                log.warning("no validation image could be read, so best.ckpt is not kept")
+            self._warned = True
+            return
+        if self.best not in values:
+            if not fitting:  # the validation after training has no val_raw, of the weights without averaging
+                return
+            raise ValueError(
+                f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
+                "model.params.val_metrics, or set best to null"
+            )
+        value, before = values[self.best], self._best_value
+        higher = BETTER[self.best.rpartition("/")[2]] == "higher"
+        if before is not None and not (value > before if higher else value < before):
+            return
+        self._best_value = value
+        note = {"metric": self.best, "value": value, "step": trainer.global_step}
+        if fitting:
+            self._save(trainer, module, "best.ckpt", note)
+        elif trainer.is_global_zero:  # the model has only one of two sets of weights now, last.ckpt has both
+            _copy_last(run, note)
+
+    def _best_before(self, run: Run, is_first: bool) -> float | None:
+        """Read the best value of a resumed run, if it is of the same metric; set a broken note aside."""
+        note = run.checkpoints / "best.json"
+        if not note.is_file():
+            return None
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+            metric, value = before["metric"], float(before["value"])
+            if not math.isfinite(value):
+                raise ValueError("its value is not finite")
+        except (ValueError, KeyError, TypeError, OSError):
+            if is_first:
+                name = set_aside(note)
+                log.warning("%s: not readable: set aside as %s; the next validation replaces best.ckpt", note, name)
+            return None
+        return value if metric == self.best else None
+
+    def _save(
+        self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
+    ) -> None:
+        values = {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+        finite = torch.stack([t.isfinite().all() for t in values.values()])
+        if not finite.all():  # one wait for the device
+            first = list(values)[finite.tolist().index(False)]
+            raise FloatingPointError(
+                f"non-finite weights at step {trainer.global_step}, in {first}: nothing is saved"
+                + last_good(current_run(trainer))
+            )
+        path = current_run(trainer).checkpoints / name
+        trainer.save_checkpoint(path, storage_options=note)  # the first process writes
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
-    """Copies a checkpoint to host memory, and writes the copy to disk in a thread.
+    """Copy a checkpoint to host memory, and write the copy to disk in a thread.
 
-    A file appears complete or not at all. Files are written in the order of the saves, two of which may be under way:
-    the last and the best of one step; a third waits. An error in the thread is raised by a later save, or by
-    :meth:`teardown`, which Lightning calls at the end of training and after an exception.
+    A file appears complete or not at all, in the order of the saves. A third save waits for the first. An error in the
+    thread is raised by a later save, or by :meth:`teardown`, which Lightning calls at the end of training and after an
+    exception.
 
     Args:
-        on_saved: called in the thread with the path of each checkpoint that is on the disk.
+        config: of a resumed run, and its file, which is written after the first ``last.ckpt``, so that config and
+            checkpoint belong together whenever the run is killed.
     """
 
-    def __init__(self, on_saved: Callable[[Path], None] | None = None) -> None:
-        self._on_saved = on_saved
-        self._threads: list[Thread] = []
-        self._error: CheckpointError | None = None
+    def __init__(self, config: tuple[Config, Path] | None = None) -> None:
+        self._config = config
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: deque[Future[None]] = deque()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: dict[str, Any] | None = None
     ) -> None:
-        """Start to save; what the checkpoint holds may change afterwards.
+        """Start to save; the tensors may change as soon as this returns.
 
         Args:
             checkpoint: of tensors, numbers and text, in dicts, lists and tuples.
@@ -53,33 +204,21 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             storage_options: written in JSON beside the checkpoint, once it is complete: a.json for a.ckpt.
 
         Raises:
-            CheckpointError: one before this could not be written.
+            CheckpointError: an earlier one could not be written.
         """
-        self._wait(AT_ONCE - 1)
+        self._wait(MAX_PENDING - 1)
         copied = _on_host(checkpoint)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        before = self._threads[-1] if self._threads else None
-        thread = Thread(target=self._write, args=(before, copied, Path(path), storage_options), name="checkpoint")
-        thread.start()
-        self._threads.append(thread)
+        self._pending.append(self._writer.submit(self._write, copied, Path(path), storage_options))
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk.
+        """Wait until everything is on the disk.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: a checkpoint could not be written.
         """
         self._wait(0)
-
-    def _wait(self, left: int) -> None:
-        """Wait until no more than so many are under way."""
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        while len(self._threads) > left:
-            self._threads.pop(0).join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     def teardown(self) -> None:
         failed = sys.exc_info()[0] is not None  # training has an error of its own, which ends it
@@ -90,28 +229,27 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
                 raise
             log.error("%s", error)
 
-    def _write(
-        self, before: Thread | None, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None
-    ) -> None:
-        if before is not None:
-            before.join()
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many are pending; raise the error of one that has failed."""
+        while self._pending and (len(self._pending) > most or self._pending[0].done()):
+            self._pending.popleft().result()
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None) -> None:
         try:
             with atomic_write(path) as partial:
                 torch.save(checkpoint, partial)
             if note is not None:
                 write_json(note, path.with_suffix(".json"))
-            if self._on_saved is not None:
-                self._on_saved(path)
+            if self._config is not None and path.name == "last.ckpt":
+                cfg.save(*self._config)
+                self._config = None
         except Exception as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            if not path.parent.is_dir():
-                reason = "the run's folder is gone"
-            self._error = CheckpointError(f"{path}: the checkpoint could not be written: {reason}")
-            self._error.__cause__ = error
+            reason = first_line(error) if path.parent.is_dir() else "the run's folder is gone"
+            raise CheckpointError(f"{path}: the checkpoint could not be written: {reason}") from error
 
 
 def _on_host(value: Any) -> Any:
-    """A copy that shares no memory. Copies from a GPU go to pinned memory, and have arrived once it is synchronised."""
+    """Copy tensors to host memory, from a GPU without waiting: they have arrived once it is synchronised."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True, non_blocking=True)
     if isinstance(value, dict):
@@ -119,3 +257,28 @@ def _on_host(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_on_host, value))
     return value
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether this batch is followed by a validation."""
+    batches, every = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
+    return trainer.enable_validation and trainer.limit_val_batches != 0 and every is not None and batches % every == 0
+
+
+def _copy_last(run: Run, note: Mapping[str, Any]) -> None:
+    """Make the last checkpoint the best one, too."""
+    best = run.checkpoints / "best.ckpt"
+    with atomic_write(best) as partial:
+        shutil.copyfile(run.last_checkpoint, partial)
+    write_json(note, best.with_suffix(".json"))
+
+
+def last_good(run: Run) -> str:
+    """End an error message about lost weights with the place of good ones, if there are any."""
+    last = run.last_checkpoint
+    return f"; the last good weights are in {last}" if last.exists() else ""
+
+
+def current_run(trainer: pl.Trainer) -> Run:
+    """The run that a trainer trains."""
+    return Run(Path(trainer.default_root_dir))

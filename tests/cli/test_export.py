@@ -18,7 +18,7 @@ from olvae.config import load, save
 from olvae.export.layouts import Layout
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
-from olvae.training.origin import start_from
+from olvae.training.setup import start_from
 from tests.conftest import tiny_config
 from tests.export.tiny import tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl

@@ -18,6 +18,7 @@ from PIL import Image
 
 from olvae.cli.main import main, print_error, repeat_flags
 from olvae.config import save
+from olvae.runs import Run
 from olvae.training.stopping import TrainingStopped
 from tests.conftest import tiny_config
 
@@ -298,13 +299,14 @@ def test_the_first_process_reports_that_training_was_stopped(olvae, monkeypatch,
     code = 75 if code and preempted else code
 
     def stopped(_: object) -> None:
-        raise TrainingStopped(preempted)
+        raise TrainingStopped(Run(Path("runs/a")), preempted)
 
     monkeypatch.setattr("olvae.training.run.train", stopped)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert olvae("train", "--base", "demo") == (code, "", "")
+    hint = "" if rank == "1" else "continue with: olvae train --resume runs/a\n"
+    assert olvae("train", "--base", "demo") == (code, "", hint)
 
 
 def test_a_warning_is_one_line(olvae, config, monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olvae.training.bad_steps import BadSteps
-from olvae.training.callbacks import Health, KeepCheckpoints
+from olvae.training.callbacks import BadSteps, Health
 from olvae.training.progress import StepProgress
+from olvae.training.saving import KeepCheckpoints
 from olvae.training.stopping import GracefulStop
 from tests.conftest import parts
 from tests.models.steps import UNETGAN, against, build

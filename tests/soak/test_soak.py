@@ -186,7 +186,7 @@ def test_train(tmp_path, part, data, adversary):
             "params": {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 2, "num_workers": 2, "shuffle": 4},
         }
         trainer["accumulate_grad_batches"] = 2
-    keep = {"target": "olvae.training.callbacks.KeepCheckpoints", "params": {"every_n_steps": 4}}
+    keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 4}}
     config["lightning"] = {"trainer": trainer, "callbacks": {"keep": keep}}
     save(config, tmp_path / "tiny.yaml")
 

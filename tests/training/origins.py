@@ -1,4 +1,4 @@
-"""What the tests of --from and --teacher share: configs, comparisons of checkpoints."""
+"""Share configs and comparisons of checkpoints between the tests of training."""
 
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ def without_networks(root: Path, **model: Any) -> dict[str, Any]:
     return config
 
 
-def checkpoint(run: Run) -> dict:
-    return torch.load(run.last_checkpoint, weights_only=True)
+def checkpoint(run: Run, file: str = "last.ckpt") -> dict:
+    return torch.load(run.checkpoints / file, weights_only=True)
 
 
-def assert_same_checkpoint(one: Run, other: Run) -> None:
+def assert_same_checkpoint(one: Run, other: Run, file: str = "last.ckpt") -> None:
     """Every tensor and number, bit for bit, whatever part it is in."""
 
     def compare(a: Any, b: Any, where: str) -> None:
@@ -46,10 +46,11 @@ def assert_same_checkpoint(one: Run, other: Run) -> None:
         else:
             assert a == b, where
 
-    parts = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "images_seen", "iteration")
-    a, b = checkpoint(one), checkpoint(other)
-    for part in parts:
+    a, b = checkpoint(one, file), checkpoint(other, file)
+    for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
         compare(a.get(part), b.get(part), part)
+    for part in ("images_seen", "iteration", "global_step"):
+        assert a[part] == b[part], part
 
 
 def one_line(caught: pytest.ExceptionInfo) -> str:

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.training.bad_steps import BadSteps
+from olvae.training.callbacks import BadSteps
 from tests.conftest import tiny_config
 from tests.models.steps import against
 from tests.training.events import scalars
 from tests.training.origins import checkpoint, one_line
 
 BAD = "lightning.callbacks.bad"
-SAVES = ("lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints",)
+SAVES = ("lightning.callbacks.keep.target=olvae.training.saving.KeepCheckpoints",)
 
 
 def settings(**params) -> tuple[str, ...]:
     return (
-        f"{BAD}.target=olvae.training.bad_steps.BadSteps",
+        f"{BAD}.target=olvae.training.callbacks.BadSteps",
         *(f"{BAD}.params.{name}={value}" for name, value in params.items()),
     )
 
@@ -48,15 +48,15 @@ def config(image_folder) -> dict:
     return tiny_config(image_folder, adversary_config=against(), use_ema=True)
 
 
-def test_bad_steps_are_told_counted_and_noted(train_with, config, spoil, capfd):
+def test_bad_steps_are_printed_counted_and_noted(train_with, config, spoil, capfd):
     spoil(lambda iteration: iteration in (1, 2, 4))
     run = train_with("lightning.trainer.max_steps=6", "lightning.trainer.log_every_n_steps=2", config=config)
     notes = [json.loads(line) for line in run.bad_steps.read_text().splitlines()]
     assert [(note["step"], note["rank"], note["term"]) for note in notes] == [(2, 0, "kl"), (3, 0, "kl"), (5, 0, "kl")]
     assert all(len(note["keys"]) == 4 for note in notes)
-    told = capfd.readouterr().err
-    assert "step 2: kl is not finite: this step changed nothing (1 in this run so far)" in told
-    assert "step 5: kl is not finite" in told
+    printed = capfd.readouterr().err
+    assert "step 2: kl is not finite: this step changed nothing (1 in this run so far)" in printed
+    assert "step 5: kl is not finite" in printed
     assert scalars(run.path)["health/bad_steps"] == {2: 1, 4: 2, 6: 3}
     saved = checkpoint(run)
     assert all(t.isfinite().all() for t in saved["state_dict"].values())
@@ -66,8 +66,8 @@ def test_a_finite_loss_that_would_freeze_adam_changes_nothing(train_with, config
     """Its gradients, not clipped, are finite, and their squares are not."""
     spoil(lambda iteration: iteration == 2, 1e25)
     run = train_with("lightning.trainer.max_steps=4", "lightning.trainer.log_every_n_steps=1", config=config)
-    assert "step 3: " in (told := capfd.readouterr().err)
-    assert "this step changed nothing (1 in this run so far)" in told
+    assert "step 3: " in (printed := capfd.readouterr().err)
+    assert "this step changed nothing (1 in this run so far)" in printed
     saved = checkpoint(run)
     states = [state for optimizer in saved["optimizer_states"] for state in optimizer["state"].values()]
     assert all(value.isfinite().all() for state in states for value in state.values())
@@ -121,7 +121,7 @@ def test_before_the_first_save_the_weights_stay(train_with, tmp_path, config, sp
     spoil(lambda iteration: True)
     with pytest.raises(FloatingPointError, match="for 2 steps in a row until step 4, in spite of a return"):
         train_with(*settings(in_a_row=2, returns=1), "lightning.trainer.max_steps=20", config=config)
-    assert "no checkpoint is there yet: the weights stay" in capfd.readouterr().err
+    assert "there is no checkpoint yet: the weights stay" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

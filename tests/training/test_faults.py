@@ -7,14 +7,16 @@ import signal
 
 import pytest
 
+from olvae.cli.main import main
+from olvae.config import save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training import launch
 from olvae.training.launch import process_death
 from tests.conftest import tiny_config
-from tests.training.origins import checkpoint, one_line
+from tests.training.origins import checkpoint
 
 SAVES = (
-    "lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints",
+    "lightning.callbacks.keep.target=olvae.training.saving.KeepCheckpoints",
     "lightning.callbacks.keep.params.every_n_steps=2",
     "lightning.trainer.val_check_interval=3",
 )
@@ -68,17 +70,21 @@ def test_a_deleted_run_ends_with_one_line_and_stays_deleted(train_with, tmp_path
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_killed_loader_process_is_one_line_that_says_how_to_go_on(train_with, tmp_path, image_folder, at_step):
+def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(
+    tmp_path, image_folder, at_step, capfd, monkeypatch, quick_training
+):
+    monkeypatch.delenv("OLVAE_RUN", raising=False)
     at_step(3, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
-    with pytest.raises(ChildProcessError) as caught:
-        train_with(
-            *SAVES, "data.params.num_workers=1", "lightning.trainer.max_steps=99", config=tiny_config(image_folder)
-        )
+    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    where = ("--base", str(tmp_path / "tiny.yaml"), "--logdir", str(tmp_path / "runs"), "--gpus", "0")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *where, *SAVES, "data.params.num_workers=1", "lightning.trainer.max_steps=99"])
+    assert ended.value.code == 1
     (path,) = (tmp_path / "runs").iterdir()
-    text = one_line(caught)
-    assert text.startswith("a loader process (")
-    assert "lower data.params.num_workers or data.params.batch_size" in text
-    assert text.endswith(f"continue with: olvae train --resume {path}")
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: a loader process (")
+    assert "lower data.params.num_workers or data.params.batch_size" in line
+    assert line.endswith(f"continue with: olvae train --resume {path}")
 
 
 def test_another_process_that_died(monkeypatch):

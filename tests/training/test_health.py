@@ -1,3 +1,5 @@
+"""Warnings of an imbalance in phase B: after which steps, at which values, and in a training."""
+
 import io
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -21,24 +23,27 @@ BLIND = {"health/accuracy": 0.51}
 DOMINATES = {"health/gradient_ratio": 3.14}
 WELL = {"health/accuracy": 0.7, "health/gradient_ratio": 0.5}
 
-SENTENCES = [
-    (WON, "the discriminator has won: it is right about 97% of its logits. ", f"Lower {SETTINGS}.learning_rate_ratio"),
-    (
+SENTENCES = {
+    "won": (
+        WON,
+        "the discriminator has won: it is right about 97% of its logits. "
+        f"Lower {SETTINGS}.learning_rate_ratio, or set lecam_weight",
+    ),
+    "blind": (
         BLIND,
-        "the discriminator is blind: it is right about 51% of its logits, as a coin would be. ",
+        "the discriminator is blind: it is right about 51% of its logits, as a coin would be. "
         f"Raise {SETTINGS}.learning_rate_ratio or updates_per_step",
     ),
-    (
+    "dominates": (
         DOMINATES,
-        "the adversarial gradient dominates: at the decoder's last layer it is 3.1 times that of the pixel terms. ",
+        "the adversarial gradient dominates: at the decoder's last layer it is 3.1 times that of the pixel terms. "
         f"Lower {SETTINGS}.weight",
     ),
-]
-each = pytest.mark.parametrize(("values", "sentence", "setting"), SENTENCES, ids=["won", "blind", "dominates"])
+}
 
 
 class Blind(nn.Module):
-    """Says nothing of any image."""
+    """A discriminator whose logits are 0."""
 
     num_outputs = 1
 
@@ -51,7 +56,7 @@ class Blind(nn.Module):
 
 
 class Seer(Blind):
-    """Real images have values in steps of 1/127.5."""
+    """One that knows that real images have values in steps of 1/127.5."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         values = (x + 1) * 127.5
@@ -61,124 +66,109 @@ class Seer(Blind):
 
 def build(discriminator=PATCHGAN, **adversary) -> LiteAutoencoderKL:
     torch.manual_seed(0)
-    params = {"discriminator_config": discriminator, **adversary}
-    node = {"target": "olvae.models.adversary.Adversary", "params": params}
+    node = {
+        "target": "olvae.models.adversary.Adversary",
+        "params": {"discriminator_config": discriminator, **adversary},
+    }
     return LiteAutoencoderKL(**tiny_config(adversary_config=node)["model"]["params"])
 
 
-def listen(health: Health, width: int = 400) -> io.StringIO:
-    health.console = Console(file=io.StringIO(), width=width)
-    return health.console.file
+@pytest.fixture(scope="module")
+def phase_b() -> LiteAutoencoderKL:
+    return build()
 
 
-def watch(
-    health: Health,
-    steps: Iterable[int],
-    values: Callable[[int], dict[str, float]],
-    model: LiteAutoencoderKL | None = None,
-    first: bool = True,
-    width: int = 400,
-    every: int = 1,
-) -> list[tuple[int, str]]:
-    """The step at which each line was told, and the line."""
-    output, model = listen(health, width), build() if model is None else model
-    told: list[tuple[int, str]] = []
-    for step in steps:
-        trainer = SimpleNamespace(
-            global_step=step,
-            is_global_zero=first,
-            callback_metrics={name: torch.tensor(value) for name, value in values(step).items()},
-        )
-        model.reports = step % every == 0
-        health.on_train_batch_end(trainer, model, None, None, 0)
-        lines = output.getvalue().splitlines()
-        told += [(step, line) for line in lines[len(told) :]]
-    return told
+@pytest.fixture
+def watch(phase_b):
+    """Give a callback the values of some steps; return the step of each warning, and its line on a narrow console."""
+
+    def run(
+        health: Health,
+        steps: Iterable[int],
+        values: Callable[[int], dict[str, float]],
+        model: LiteAutoencoderKL = phase_b,
+        first: bool = True,
+        every: int = 1,
+    ) -> list[tuple[int, str]]:
+        health.console = Console(file=io.StringIO(), width=80)
+        warnings: list[tuple[int, str]] = []
+        for step in steps:
+            trainer = SimpleNamespace(
+                global_step=step,
+                is_global_zero=first,
+                callback_metrics={name: torch.tensor(value) for name, value in values(step).items()},
+            )
+            model.reports = step % every == 0
+            health.on_train_batch_end(trainer, model, None, None, 0)
+            lines = health.console.file.getvalue().splitlines()
+            warnings += [(step, line) for line in lines[len(warnings) :]]
+        return warnings
+
+    return run
 
 
-@each
-def test_a_symptom_is_told_after_patience_and_again_after_as_many_steps(values, sentence, setting):
-    told = watch(Health(patience=10), range(1, 40), lambda _: values)
-    assert [step for step, _ in told] == [11, 21, 31]  # first seen at 1
-    for step, line in told:
-        assert line.startswith(f"step {step}, for 10 steps: {sentence}{setting}")
+def steps_of(warnings: list[tuple[int, str]]) -> list[int]:
+    return [step for step, _ in warnings]
 
 
-@each
-def test_not_before_and_not_when_it_comes_and_goes(values, sentence, setting):
-    health = Health(patience=10)
-    assert watch(health, range(1, 11), lambda _: values) == []
-    assert watch(health, [11], lambda _: WELL) == []
-    assert watch(health, range(12, 22), lambda _: values) == []  # 10 steps from 12 on end at 22
-    assert [step for step, _ in watch(health, [22], lambda _: values)] == [22]
+@pytest.mark.parametrize(("values", "sentence"), SENTENCES.values(), ids=SENTENCES)
+def test_a_symptom_that_lasts_is_warned_of_again_and_again(watch, values, sentence):
+    warnings = watch(Health(patience=10), range(1, 40), lambda _: values)
+    assert steps_of(warnings) == [11, 21, 31]  # first seen at 1
+    for step, line in warnings:
+        assert line.startswith(f"step {step}, for 10 steps: {sentence}")
 
 
-@each
-def test_a_value_that_is_missing_interrupts(values, sentence, setting):
-    told = watch(Health(patience=10), range(1, 31), lambda step: {} if step == 9 else values)
-    assert [step for step, _ in told] == [20, 30]
+@pytest.mark.parametrize("between", [WELL, {}], ids=["well", "not logged"])
+def test_an_interruption_starts_anew(watch, between):
+    for at, expected in ((9, [20, 30]), (13, [11, 24])):
+        warnings = watch(Health(patience=10), range(1, 31), lambda step, at=at: between if step == at else WON)
+        assert steps_of(warnings) == expected
 
 
-@each
-def test_after_it_was_told_an_interruption_starts_anew(values, sentence, setting):
-    told = watch(Health(patience=10), range(1, 31), lambda step: WELL if step == 13 else values)
-    assert [step for step, _ in told] == [11, 24]
+def test_symptoms_have_clocks_of_their_own(watch):
+    def values(step: int) -> dict[str, float]:
+        return {**(WON if step < 5 else BLIND), **(DOMINATES if step >= 7 else {})}
 
-
-def test_symptoms_have_clocks_of_their_own():
-    told = watch(
-        Health(patience=10),
-        range(1, 20),
-        lambda step: {**(WON if step < 5 else BLIND), **(DOMINATES if step >= 7 else {})},
-    )
-    assert [(step, line.split(": ")[1]) for step, line in told] == [
+    warnings = watch(Health(patience=10), range(1, 20), values)
+    assert [(step, line.split(": ")[1]) for step, line in warnings] == [
         (15, "the discriminator is blind"),
         (17, "the adversarial gradient dominates"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("values", "ill"),
+    ("name", "value", "ill"),
     [
-        ({"health/accuracy": 0.951}, True),
-        ({"health/accuracy": 0.949}, False),
-        ({"health/accuracy": 0.519}, True),
-        ({"health/accuracy": 0.521}, False),
-        ({"health/accuracy": 0.481}, True),
-        ({"health/accuracy": 0.479}, False),
-        ({"health/gradient_ratio": 2.01}, True),
-        ({"health/gradient_ratio": 1.99}, False),
-        (WELL, False),
+        ("accuracy", 0.951, True),
+        ("accuracy", 0.949, False),
+        ("accuracy", 0.519, True),
+        ("accuracy", 0.521, False),
+        ("accuracy", 0.481, True),
+        ("accuracy", 0.479, False),
+        ("gradient_ratio", 2.01, True),
+        ("gradient_ratio", 1.99, False),
     ],
 )
-def test_limits(values, ill):
-    assert bool(watch(Health(patience=1), [1, 2], lambda _: values)) == ill
+def test_limits(watch, name, value, ill):
+    assert bool(watch(Health(patience=1), [1, 2], lambda _: {f"health/{name}": value})) == ill
 
 
-def test_it_looks_where_values_are_logged():
-    told = watch(Health(patience=10), range(1, 31), lambda step: WON if step % 5 == 0 else WELL, every=5)
-    assert [step for step, _ in told] == [15, 25]
+def test_it_reads_values_where_they_are_logged(watch):
+    warnings = watch(Health(patience=10), range(1, 31), lambda step: WON if step % 5 == 0 else WELL, every=5)
+    assert steps_of(warnings) == [15, 25]
 
 
-def test_micro_batches_and_updates_of_the_discriminator_alone_are_no_steps():
-    """One step's batches come one after another; the sentence comes once, and not before the steps have passed."""
+def test_batches_of_one_step_count_once(watch):
     health = Health(patience=2)
     assert watch(health, [0] * 50, lambda _: WON) == []
-    assert [step for step, _ in watch(health, [1, 1, 2, 2, 3, 3, 4, 4], lambda _: WON)] == [2, 4]
+    assert steps_of(watch(health, [1, 1, 2, 2, 3, 3, 4, 4], lambda _: WON)) == [2, 4]
 
 
-def test_a_sentence_is_one_line_on_a_narrow_console():
-    """So that a search in a log file finds it."""
-    assert len(watch(Health(patience=1), [1, 2], lambda _: WON, width=80)) == 1
-
-
-def test_silent_in_phase_a_and_on_other_ranks():
-    ill = {**WON, **DOMINATES}
+def test_silent_in_phase_a_and_on_other_ranks(watch):
     phase_a = LiteAutoencoderKL(**tiny_config()["model"]["params"])
-    assert phase_a.adversary is None
-    assert watch(Health(patience=1), range(9), lambda _: ill, model=phase_a) == []
-    assert watch(Health(patience=1), range(9), lambda _: ill, first=False) == []
-    assert watch(Health(patience=1), range(9), lambda _: ill) != []
+    assert watch(Health(patience=1), range(9), lambda _: WON, model=phase_a) == []
+    assert watch(Health(patience=1), range(9), lambda _: WON, first=False) == []
 
 
 def test_errors():
@@ -186,14 +176,20 @@ def test_errors():
         Health(patience=0)
 
 
-# In training: the values that the step logs are those that are watched
-
-
-def train(model: LiteAutoencoderKL, steps: int = 6) -> list[str]:
+@pytest.mark.parametrize(
+    ("adversary", "sentence"),
+    [
+        ({"discriminator": {"target": f"{__name__}.Blind"}}, "the discriminator is blind: it is right about 50%"),
+        ({"discriminator": {"target": f"{__name__}.Seer"}}, "the discriminator has won: it is right about 100%"),
+        ({"weight": 1e5}, "the adversarial gradient dominates"),
+    ],
+    ids=SENTENCES,
+)
+def test_the_values_that_a_training_logs(adversary, sentence):
     health = Health(patience=4)
-    output = listen(health)
+    health.console = Console(file=io.StringIO(), width=80)
     pl.Trainer(
-        max_steps=steps,
+        max_steps=6,
         accelerator="cpu",
         logger=False,
         callbacks=[health],
@@ -202,25 +198,6 @@ def train(model: LiteAutoencoderKL, steps: int = 6) -> list[str]:
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-    ).fit(model, SamplePhotographs(size=16, batch_size=4).train_loader())
-    return output.getvalue().splitlines()
-
-
-def test_a_discriminator_that_is_blind():
-    (line,) = train(build({"target": f"{__name__}.Blind"}))
-    assert line.startswith("step 5, for 4 steps: the discriminator is blind: it is right about 50% of its logits")
-
-
-def test_a_discriminator_that_has_won():
-    (line,) = train(build({"target": f"{__name__}.Seer"}))
-    assert line.startswith("step 5, for 4 steps: the discriminator has won: it is right about 100% of its logits")
-
-
-def test_an_adversarial_gradient_that_dominates():
-    lines = train(build(weight=1e5))
-    assert any(line.startswith("step 5, for 4 steps: the adversarial gradient dominates") for line in lines)
-
-
-def test_without_an_adversary_nothing_is_told():
-    phase_a = LiteAutoencoderKL(**tiny_config()["model"]["params"])
-    assert train(phase_a) == []
+    ).fit(build(**adversary), SamplePhotographs(size=16, batch_size=4).train_loader())
+    lines = health.console.file.getvalue().splitlines()
+    assert any(line.startswith(f"step 5, for 4 steps: {sentence}") for line in lines)

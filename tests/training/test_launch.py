@@ -13,51 +13,11 @@ from olvae.config import ConfigError, save
 from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
 from olvae.training.launch import check_launcher, cluster, find_launcher, process_count
-from olvae.training.run import RUN_ENV, TrainOptions, train
+from olvae.training.run import train
+from olvae.training.setup import TrainOptions
 from tests.conftest import tiny_config
 from tests.test_devices import fork_each, free_port
-
-
-def torchrun(rank: int = 0, nodes: int = 1, per_node: int = 1) -> dict[str, str]:
-    """The variables that torchrun sets."""
-    return {
-        "TORCHELASTIC_RUN_ID": "none",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank % per_node),
-        "GROUP_RANK": str(rank // per_node),
-        "WORLD_SIZE": str(nodes * per_node),
-        "LOCAL_WORLD_SIZE": str(per_node),
-        "MASTER_ADDR": "127.0.0.1",
-    }
-
-
-def srun(rank: int = 0, nodes: int = 1, per_node: int = 1) -> dict[str, str]:
-    """The variables that SLURM sets with --nodes and --ntasks-per-node."""
-    return {
-        "SLURM_JOB_NAME": "train",
-        "SLURM_JOB_ID": "1234567",
-        "SLURM_STEP_ID": "0",
-        "SLURM_NTASKS": str(nodes * per_node),
-        "SLURM_NTASKS_PER_NODE": str(per_node),
-        "SLURM_NNODES": str(nodes),
-        "SLURM_NODELIST": "127.0.0.1",
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank % per_node),
-        "SLURM_NODEID": str(rank // per_node),
-    }
-
-
-@pytest.fixture
-def under(monkeypatch):
-    """Set a launcher's variables."""
-
-    def set_all(variables: dict[str, str]) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    for name in (RUN_ENV, "MASTER_ADDR", "MASTER_PORT", *torchrun(), *srun()):
-        monkeypatch.delenv(name, raising=False)
-    return set_all
+from tests.training.conftest import srun, torchrun
 
 
 @pytest.mark.parametrize(
@@ -115,8 +75,11 @@ def test_as_many_processes_as_the_flags_name(under, launcher):
     under(launcher(nodes=2, per_node=2))
     check_launcher({"devices": [0, 1], "num_nodes": 2})
     for trainer, text in (
-        ({"devices": 1}, r"name 1 device: set --gpus 2, or .*devices=2, and lightning\.trainer\.num_nodes=2"),
-        ({"devices": 4, "num_nodes": 1}, r"name 4 devices: set --gpus 2, or .*num_nodes=2; or set --n\S+ to 4"),
+        ({"devices": 1}, r"name 1 device: set `gpus` to 2, or .*devices=2, and lightning\.trainer\.num_nodes=2"),
+        (
+            {"devices": 4, "num_nodes": 1},
+            rf"name 4 devices: set `gpus` to 2, or .*num_nodes=2; or set {name}'s n\S+ to 4",
+        ),
         ({"devices": 2, "num_nodes": 3}, r"name 6 devices on 3 nodes: set .*lightning\.trainer\.num_nodes=2"),
     ):
         with pytest.raises(ConfigError, match=rf"{name} started 4 processes on 2 nodes, but .* {text}"):
@@ -126,7 +89,9 @@ def test_as_many_processes_as_the_flags_name(under, launcher):
         check_launcher({"devices": 4})
     under(launcher())
     check_launcher({"devices": 1})
-    with pytest.raises(ConfigError, match=rf"{name} started 1 process, but .* name 8 devices: .* set --n\S+ to 8"):
+    with pytest.raises(
+        ConfigError, match=rf"{name} started 1 process, but .* name 8 devices: .* set {name}'s n\S+ to 8"
+    ):
         check_launcher({"devices": 8})
 
 
@@ -180,17 +145,17 @@ def test_a_start_that_fails_under_a_launcher_leaves_nothing(tmp_path, image_fold
     assert not (tmp_path / "runs").exists()
 
 
-def test_only_the_first_process_of_a_node_reports_a_stop(monkeypatch, under):
+def test_only_the_first_process_of_a_node_reports_a_stop(tmp_path, monkeypatch, under, capsys):
     from olvae.cli import train as cli
     from olvae.training.stopping import TrainingStopped
 
     def stopped(_: object) -> None:
-        raise TrainingStopped
+        raise TrainingStopped(Run(tmp_path))
 
     monkeypatch.setattr("olvae.training.run.train", stopped)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    for rank, code in ((2, 130), (3, 0)):
+    monkeypatch.setattr(cli, "end_on", lambda *_: None)
+    for rank, code, hint in ((0, 130, f"continue with: olvae train --resume {tmp_path}\n"), (2, 130, ""), (3, 0, "")):
         under(srun(rank, nodes=2, per_node=2))
         with pytest.raises(SystemExit) as caught:
             cli.command(base=[Path("demo")])
-        assert caught.value.code == code
+        assert (caught.value.code, capsys.readouterr().err) == (code, hint)

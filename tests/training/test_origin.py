@@ -317,8 +317,8 @@ def test_one_start_at_a_time(train_with, tmp_path, image_folder):
     named["model"]["from"] = target
     save(named, tmp_path / "named.yaml")
     for options, message in (
-        ({"resume": run.path, "start_from": target}, "--resume continues a run, --from starts one from an"),
-        ({"actual_resume": run.path, "start_from": target}, "--actual_resume starts one from weights, --from starts"),
+        ({"resume": run.path, "start_from": target}, "`resume` continues a run, `start_from` starts one from an"),
+        ({"actual_resume": run.path, "start_from": target}, "`actual_resume` starts one from weights, `start_from` "),
         ({"actual_resume": run.path, "base": [tmp_path / "named.yaml"]}, "model.from names an autoencoder to start"),
         ({"resume": run.path, "base": [tmp_path / "named.yaml"]}, "model.from names an autoencoder to start"),
     ):

@@ -1,12 +1,13 @@
+"""The speed that the progress bar shows, and what it says while training waits for data."""
+
 import re
 import time
 
 import pytest
 from rich.console import Console
-from rich.progress import BarColumn, Progress
 
 from olvae.training import progress
-from olvae.training.progress import Clock, StatusColumn
+from olvae.training.progress import Clock, Status, step_bar
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def now(monkeypatch):
 
 def step(clock: Clock, now, wait: float, work: float, number: int) -> None:
     now(wait)
-    clock.came()
+    clock.batch_arrived()
     now(work)
-    clock.count(number, number * 8)
+    clock.step_ended(number, number * 8)
 
 
 def test_rates_leave_out_the_first_step(now):
@@ -35,17 +36,6 @@ def test_rates_leave_out_the_first_step(now):
         step(clock, now, 0.0, 0.5, i)
     assert clock.images_per_s() == 16.0
     assert clock.seconds_left(10) == 3.0
-    assert clock.waiting() == ""
-
-
-def test_validation_is_left_out(now):
-    clock = Clock()
-    step(clock, now, 0.0, 1.0, 1)
-    step(clock, now, 0.0, 1.0, 2)
-    now(100.0)
-    clock.restart()
-    step(clock, now, 0.0, 1.0, 3)
-    assert clock.images_per_s() == 8.0
     assert clock.waiting() == ""
 
 
@@ -66,34 +56,38 @@ def test_while_nothing_comes_it_says_for_how_long(now):
     assert clock.waiting() == ""
     now(progress.LONG_WAIT_S)
     assert clock.waiting() == "waiting for data for 3 s"
-    clock.came()
+    clock.batch_arrived()
     assert "since" not in clock.waiting()
 
 
-def test_validation_is_no_waiting_for_data(now):
+def test_validation_is_neither_training_nor_waiting(now):
     clock = Clock()
     step(clock, now, 0.0, 1.0, 1)
     step(clock, now, 0.0, 1.0, 2)
-    clock.pause()
+    clock.validation_began()
     now(100.0)
     assert clock.waiting() == ""
-    clock.restart()
+    clock.validation_ended()
     now(3.0)
     assert clock.waiting() == "waiting for data for 3 s"
+    step(clock, now, 0.0, 1.0, 3)
+    assert clock.images_per_s() == 16 / 5
 
 
-def test_the_bar_stays_on_one_line(now):
-    clock = Clock()
-    step(clock, now, 9.0, 1.0, 1)
-    step(clock, now, 0.3, 0.7, 2)
-    bar = Progress(BarColumn(), StatusColumn(clock), console=Console(width=60, force_terminal=True))
-    bar.add_task("train", total=10, status="loss 0.4325  137.2 images/s")
-    for seconds, status in (
-        (0.0, "loss 0.4325  137.2 images/s  waiting for data 30%"),
+def test_the_bar_stays_on_one_line_and_has_its_text_from_the_moment_it_is_drawn(now):
+    status = Status(Clock())
+    step(status.clock, now, 9.0, 1.0, 1)
+    step(status.clock, now, 0.01, 0.04, 2)
+    status.loss = 0.4325
+    bar = step_bar(Console(width=100, force_terminal=True), status, 2, 10)
+    for seconds, text in (
+        (0.0, "loss 0.4325  160.0 images/s  waiting for data 20%"),
         (9.0, "waiting for data for 9 s"),
     ):
         now(seconds)
         with bar.console.capture() as capture:
             bar.console.print(bar.get_renderable())
         (line,) = capture.get().splitlines()
-        assert status in re.sub(r"\x1b\[[0-9;]*m", "", line)
+        line = re.sub(r"\x1b\[[0-9;]*m", "", line)
+        assert text in line
+        assert ("loss" in line) == ("loss" in text)

@@ -10,20 +10,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from threading import Thread
 
 import pytest
-import torch
 
 from olvae.cli.main import main
 from olvae.config import load, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import run as training
-from olvae.training.saving import BackgroundCheckpointIO
 from tests.conftest import tiny_config
 from tests.soak.killed import killed_before
 from tests.training.events import scalars
+from tests.training.origins import assert_same_checkpoint, checkpoint
 
 
 @pytest.fixture
@@ -51,12 +49,8 @@ def trained(olvae_train, tmp_path, image_folder) -> Run:
     return Run(path)
 
 
-def checkpoint(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 def steps(run: Run) -> int:
-    return checkpoint(run.last_checkpoint)["global_step"]
+    return checkpoint(run)["global_step"]
 
 
 @pytest.mark.parametrize("content", ["", '{"metric": "val/psnr", "value": NaN}'])
@@ -66,14 +60,14 @@ def test_a_broken_note_of_the_best_weights_is_set_aside(olvae_train, trained, co
     code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3")
     assert code == 0, err
     (warning,) = caplog.messages
-    assert warning.startswith(f"{note}: cut off, or not readable: set aside as best.json.broken")
+    assert warning.startswith(f"{note}: not readable: set aside as best.json.broken")
     assert note.with_name("best.json.broken").read_text() == content
     assert json.loads(note.read_text())["step"] == 3
 
 
 def test_a_broken_config_is_one_line_that_says_what_to_do(olvae_train, trained):
     whole = trained.config.read_text()
-    remedy = f"start a new run from its weights with --base CFG --actual_resume {trained.last_checkpoint}"
+    remedy = f"start a new run from its weights with --base CFG and --actual_resume {trained.last_checkpoint}"
     for content in ("", whole[: len(whole) // 2], whole[: whole.index("\nrun:")], "model: [", "\0\0\0"):
         trained.config.write_text(content)
         code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3")
@@ -153,7 +147,7 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
 
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert "all 4 steps of this run are done: what is left is to validate the last one" in err
+    assert "training has finished (4 steps); running the final validation" in err
     assert "done after 4 steps" in err
     assert psnr_at(killed) == psnr_at(whole)
     names = [f"images/step={step:08d}.png" for step in (interval, 4)]
@@ -163,10 +157,8 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
     assert notes[0] == notes[1]
     values = psnr_at(whole)
     assert notes[0]["step"] == max(values, key=values.__getitem__)
-    for part in ("state_dict", "current_model_state"):
-        for file in ("best.ckpt", "last.ckpt"):
-            one, other = (checkpoint(run.checkpoints / file)[part] for run in (killed, whole))
-            assert all(torch.equal(one[name], other[name]) for name in one | other), file
+    for file in ("best.ckpt", "last.ckpt"):
+        assert_same_checkpoint(killed, whole, file)
     assert (killed.images / "curves.png").is_file()
 
     (killed.images / "curves.png").unlink()
@@ -174,7 +166,7 @@ def test_a_run_killed_after_its_last_save_is_completed(olvae_train, tmp_path, im
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
     assert err.startswith(
-        "all 4 steps of this run are done, and nothing is left to do: lightning.trainer.max_steps=8 trains on\n"
+        "all 4 steps of this run are done, and nothing is left to do: lightning.trainer.max_steps=8 continues it\n"
     )
     assert (killed.images / "curves.png").is_file()
     code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
@@ -187,7 +179,7 @@ def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, m
     """A --resume beside it is refused; after a kill the next one has the run, until Ctrl-C."""
     save(tiny_config(image_folder), tmp_path / "tiny.yaml")
     keep = "lightning.callbacks.keep"
-    often = (f"{keep}.target=olvae.training.callbacks.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
+    often = (f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
     arguments = ("--base", tmp_path / "tiny.yaml", "lightning.trainer.max_steps=100000", *often)
     first = multiprocessing.get_context("fork").Process(target=olvae_train, args=arguments)
     first.start()
@@ -269,7 +261,7 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, trained, tmp_pa
         assert code == 2
         assert line in err.splitlines()
         key = override.partition("=")[0]
-        assert err.splitlines()[-1].startswith(f"error: --resume: {key}: the run would go on with other data, networks")
+        assert err.splitlines()[-1].startswith(f"error: --resume: {key}: this would continue the run with other data, ")
         assert err.splitlines()[-1].endswith("add --allow-changes")
     assert trained.config.read_bytes() == before
 
@@ -348,28 +340,25 @@ def test_a_run_that_was_moved_with_its_data_goes_on(olvae_train, started_here, t
 
 
 def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train, trained, monkeypatch):
-    before = trained.config.read_text()
-    seen = []
-    write = BackgroundCheckpointIO._write
+    placed, replace = [], Path.replace
 
-    def look(self, earlier: Thread | None, checkpoint: dict, file: Path, note: dict | None) -> None:
-        before_it = trained.config.read_text()
-        write(self, earlier, checkpoint, file, note)
-        seen.append((file.name, before_it == before, trained.config.read_text() == before, checkpoint["global_step"]))
+    def move(self: Path, target: Path) -> Path:
+        placed.append(Path(target).name)
+        return replace(self, target)
 
-    monkeypatch.setattr(BackgroundCheckpointIO, "_write", look)
+    monkeypatch.setattr(Path, "replace", move)
     code, err = olvae_train("--resume", trained.path, "lightning.trainer.max_steps=3", "model.base_learning_rate=0.002")
     assert code == 0, err
-    first = next(i for i, (name, *_) in enumerate(seen) if name == "last.ckpt")
-    assert seen[first] == ("last.ckpt", True, False, 3)
-    assert all(unchanged for _, unchanged, *_ in seen[:first])
+    assert placed.count("config.yaml") == 1
+    assert placed.index("config.yaml") == placed.index("last.ckpt") + 1
+    assert load([trained.config])["model"]["base_learning_rate"] == 0.002
 
 
 def test_a_kill_in_a_validation_does_not_leave_it_out(olvae_train, tmp_path, image_folder):
     """The step's checkpoint is saved after its validation, so that the run goes on before both."""
     config = tiny_config(image_folder)
     config["lightning"]["trainer"] |= {"max_steps": 6, "val_check_interval": 2}
-    keep = {"target": "olvae.training.callbacks.KeepCheckpoints", "params": {"every_n_steps": 2}}
+    keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 2}}
     config["lightning"]["callbacks"] = {"keep": keep}
     save(config, tmp_path / "tiny.yaml")
     begin = partial(olvae_train, "--base", tmp_path / "tiny.yaml")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError, instantiate, load, save
 from olvae.data.image import from_uint8, to_uint8
@@ -21,53 +21,31 @@ from olvae.metrics.pixel import psnr
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
-from olvae.training import run as training
-from olvae.training.run import TrainOptions, train
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.training.events import scalars
+from tests.training.origins import assert_same_checkpoint, checkpoint
 
 UNETGAN = {"target": "olvae.modules.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
 
 
 @pytest.fixture
-def go(tmp_path, image_folder, monkeypatch, quick_training):
+def go(train_with, image_folder):
     """Train the tiny config, changed by overrides; returns the run."""
-    monkeypatch.delenv(training.RUN_ENV, raising=False)
-    base = tmp_path / "tiny.yaml"
-    save(
-        tiny_config(image_folder, use_ema=True, ema_decay=0.8, scheduler="cosine", warmup_steps=2, decay_steps=8), base
-    )
-
-    def run(*overrides: str, **options) -> Run:
-        resume = options.get("resume")
-        settings = {"base": [] if resume else [base], "logdir": tmp_path / "runs", "gpus": "0", "overrides": overrides}
-        return train(TrainOptions(**{**settings, **options}))
-
-    return run
+    averaged = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 8}
+    return partial(train_with, config=tiny_config(image_folder, **averaged))
 
 
-def checkpoint(run: Run) -> dict:
-    return torch.load(run.last_checkpoint, weights_only=True)
+def test_what_a_run_leaves(go, whole_training, monkeypatch):
+    step, dtypes = LiteAutoencoderKL.training_step, set()
 
+    def look(self, batch, batch_idx):
+        dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return step(self, batch, batch_idx)
 
-def assert_same_state(a: Run, b: Run) -> None:
-    """Averaged and raw weights, optimizer and schedule, bit for bit."""
-    one, other = checkpoint(a), checkpoint(b)
-    for part in ("state_dict", "current_model_state"):
-        assert one[part].keys() == other[part].keys()
-        for name, tensor in one[part].items():
-            assert torch.equal(tensor, other[part][name]), f"{part} {name}"
-    for i, state in one["optimizer_states"][0]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["optimizer_states"][0]["state"][i][name]))
-    assert one["lr_schedulers"] == other["lr_schedulers"]
-    assert one["images_seen"] == other["images_seen"]
-    assert one["global_step"] == other["global_step"]
-
-
-def test_what_a_run_leaves(go, whole_training):
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", look)
     run = go(name="my_name", precision="bf16", seed=5)
+    assert dtypes == {torch.bfloat16}
     assert run.path.name.endswith("_my_name_bf16")
     files = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
     assert {"config.yaml", "checkpoints/last.ckpt", "images/step=00000004.png", "images/curves.png"} <= files
@@ -106,7 +84,7 @@ def test_what_a_run_leaves(go, whole_training):
 
 def test_one_seed_gives_the_same_weights_bit_for_bit(go):
     first, again, other = go(seed=3), go(seed=3), go(seed=4)
-    assert_same_state(first, again)
+    assert_same_checkpoint(first, again)
     name = "encoder.extractors.0.init_conv.weight"
     assert not torch.equal(checkpoint(first)["state_dict"][name], checkpoint(other)["state_dict"][name])
 
@@ -120,27 +98,10 @@ def test_stopping_and_resuming_is_not_stopping(go, overrides):
     half = go("lightning.trainer.max_steps=3", *overrides)
     resumed = go("lightning.trainer.max_steps=8", resume=half.path)
     assert resumed.path == half.path
-    assert_same_state(whole, resumed)
+    assert_same_checkpoint(whole, resumed)
 
 
-WIDE = "model.params.decoder_config.params.channels=24"  # convolutions of more than 4096 weights, which 8 bits are for
-
-
-def test_resuming_with_states_of_8_bits(go):
-    pytest.importorskip("bitsandbytes")
-    eight = ("model.params.optimizer=adam8bit", WIDE)
-    whole, half = (go(f"lightning.trainer.max_steps={steps}", *eight) for steps in (4, 2))
-    resumed = go("lightning.trainer.max_steps=4", resume=half.path)
-    one, other = (tree_leaves(checkpoint(run)) for run in (whole, resumed))
-    assert torch.uint8 in {leaf.dtype for leaf in one if isinstance(leaf, torch.Tensor)}
-    for a, b in zip(one, other, strict=True):
-        assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
-    with pytest.raises(ConfigError, match="optimizer: adam, but the run to resume was trained with the other one"):
-        go("lightning.trainer.max_steps=6", "model.params.optimizer=adam", resume=half.path)
-
-
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_shards_are_resumed_where_they_stopped(go, tmp_path, workers):
+def test_shards_are_resumed_where_they_stopped(go, tmp_path):
     write_shards(tmp_path / "shards", (5, 9, 6))
     overrides = (
         "data.target=olvae.data.shards.webdataset.WebDatasetSource",
@@ -149,11 +110,11 @@ def test_shards_are_resumed_where_they_stopped(go, tmp_path, workers):
         "data.params.size=16",
         "data.params.batch_size=4",
         "data.params.shuffle=4",
-        f"data.params.num_workers={workers}",
+        "data.params.num_workers=2",
     )
     whole = go("lightning.trainer.max_steps=7", *overrides)
     half = go("lightning.trainer.max_steps=3", *overrides)
-    assert_same_state(whole, go("lightning.trainer.max_steps=7", resume=half.path))
+    assert_same_checkpoint(whole, go("lightning.trainer.max_steps=7", resume=half.path))
 
 
 def test_a_source_that_nobody_can_count_has_no_epochs(go, tmp_path):
@@ -194,20 +155,20 @@ def test_actual_resume_takes_the_weights_alone(go):
 
 
 def test_a_signal_ends_training_after_the_step_with_a_checkpoint(go, tmp_path, monkeypatch):
-    step = training.LiteAutoencoderKL.training_step
+    step = LiteAutoencoderKL.training_step
 
     def interrupt(self, batch, batch_idx):
         if self.global_step == 2:
             signal.raise_signal(signal.SIGTERM)
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(training.LiteAutoencoderKL, "training_step", interrupt)
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         go("lightning.trainer.max_steps=8")
     (path,) = (tmp_path / "runs").iterdir()
     assert checkpoint(Run(path))["global_step"] == 3
-    monkeypatch.setattr(training.LiteAutoencoderKL, "training_step", step)
-    assert_same_state(go("lightning.trainer.max_steps=8"), go(resume=path))
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", step)
+    assert_same_checkpoint(go("lightning.trainer.max_steps=8"), go(resume=path))
 
 
 def test_the_last_step_is_validated_whatever_the_interval(go):
@@ -218,12 +179,11 @@ def test_the_last_step_is_validated_whatever_the_interval(go):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_cannot_be_read_is_named_and_the_steps_before_it_are_kept(go, tmp_path, image_folder, workers):
-    good = go("lightning.trainer.max_steps=2")
     for path in sorted(image_folder.rglob("*.png"))[:3]:
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"3 of 12 images can't be read.*0\.png \(image file is truncated"):
         go("lightning.trainer.max_steps=40", f"data.params.num_workers={workers}", "data.params.max_unreadable=0.17")
-    assert all(path == good.path or any(path.glob("checkpoints/*.ckpt")) for path in (tmp_path / "runs").iterdir())
+    assert all(any(path.glob("checkpoints/*.ckpt")) for path in (tmp_path / "runs").glob("*"))
 
 
 def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
@@ -239,13 +199,6 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
         go("model.params.use_ema=false", resume=run.path)
     with pytest.raises(ConfigError, match="leave it out"):
         go(resume=run.path, name="other")
-
-
-def test_precision_reaches_the_trainer(go):
-    name = "decoder.conv_in.weight"
-    full, half = (checkpoint(go(precision=p))["state_dict"][name] for p in ("32", "bf16"))
-    assert not torch.equal(full, half)
-    torch.testing.assert_close(full, half, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +240,7 @@ def test_epochs_become_steps(go):
 
 def test_callbacks_of_the_config(go):
     run = go(
-        "lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints",
+        "lightning.callbacks.keep.target=olvae.training.saving.KeepCheckpoints",
         "lightning.callbacks.keep.params.keep_every_n_steps=2",
     )
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [
@@ -304,7 +257,7 @@ def test_a_loss_that_is_no_number_stops_training(go, tmp_path):
         go(
             "model.base_learning_rate=1e30",
             "model.params.warmup_steps=0",
-            "lightning.callbacks.bad.target=olvae.training.bad_steps.BadSteps",
+            "lightning.callbacks.bad.target=olvae.training.callbacks.BadSteps",
             "lightning.callbacks.bad.params={in_a_row: 2, returns: 1}",
             "lightning.trainer.val_check_interval=100",
             "lightning.trainer.max_steps=100",
@@ -312,11 +265,10 @@ def test_a_loss_that_is_no_number_stops_training(go, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_demo_learns(tmp_path, monkeypatch, quick_training):
+def test_the_demo_learns(train_with):
     """30 steps of the demo on smaller crops: 2 dB above the 11.5 dB that untrained weights, or grey, have."""
-    monkeypatch.delenv(training.RUN_ENV, raising=False)
     overrides = ["lightning.trainer.max_steps=30", "model.params.use_ema=false", "data.params.size=32"]
-    run = train(TrainOptions(["configs/demo.yaml"], overrides, tmp_path))
+    run = train_with(*overrides, base=["configs/demo.yaml"])
     assert [*scalars(run.path)["val/psnr"].values()][-1] > 13.5
 
 
@@ -345,14 +297,14 @@ def test_other_channels(go, image_folder, channels):
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ((), {"base": []}, "model: missing"),
+        ((), {"base": []}, "`base` names the config"),
         ((), {"base": ["missing.yaml"]}, "no such config file"),
         (("data.params.root=/nowhere",), {}, "no such folder"),
         (("data.params.size=20",), {}, "20 is not a multiple of 8, .* use 16 or 24"),
         (("data.params.batch_size=100",), {}, "larger than the data"),
-        ((), {"precision": "8"}, "choose one of 32, 16, bf16"),
-        ((), {"gpus": "3"}, "--gpus 0 is the CPU"),
-        ((), {"name": "a/b"}, "--name"),
+        ((), {"precision": "8"}, "choose from fp16, bf16, 32"),
+        ((), {"gpus": "3"}, "`gpus` 3: .*; 0 is the CPU"),
+        ((), {"name": "a/b"}, "`name`"),
         ((), {"resume": "/nowhere"}, "no such run folder"),
         ((), {"actual_resume": "/nowhere.ckpt"}, "no such checkpoint"),
         (
@@ -374,15 +326,14 @@ def test_mistakes_leave_no_run_folder(go, tmp_path, overrides, options, message)
     assert not (tmp_path / "runs").exists()
 
 
-def test_configs_that_are_no_training(tmp_path, image_folder):
-    def start(**changes):
-        save({**tiny_config(image_folder), **changes}, tmp_path / "bad.yaml")
-        train(TrainOptions(base=[tmp_path / "bad.yaml"], logdir=tmp_path / "runs", gpus="0"))
-
+def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
+    config = tiny_config(image_folder)
     with pytest.raises(ConfigError, match=r"lightning\.trainer\.max_steps: missing"):
-        start(lightning={"trainer": {}})
+        train_with(config={**config, "lightning": {"trainer": {}}})
     with pytest.raises(ConfigError, match="not a source of images"):
-        start(data={"target": "fractions.Fraction"})
+        train_with(config={**config, "data": {"target": "fractions.Fraction"}})
+    with pytest.raises(ConfigError, match="the source of the training images"):
+        train_with(base=["configs/olitevaeB_im_f8c12.yaml"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -396,7 +347,7 @@ def test_configs_that_are_no_training(tmp_path, image_folder):
         ({"discriminator_config": {"target": "torch.nn.Identity"}}, "num_outputs|does not take"),
     ],
 )
-def test_adversaries_that_do_not_fit(tmp_path, image_folder, params, message):
+def test_adversaries_that_do_not_fit(train_with, tmp_path, image_folder, params, message):
     patchgan = {
         "target": "olvae.modules.patchgan.PatchGAN",
         "params": {"n_layers": 1, "base_channels": 4},
@@ -405,25 +356,9 @@ def test_adversaries_that_do_not_fit(tmp_path, image_folder, params, message):
         "target": "olvae.models.adversary.Adversary",
         "params": {"discriminator_config": patchgan, "lecam_weight": 1.0, **params},
     }
-    save(tiny_config(image_folder, adversary_config=adversary), tmp_path / "b.yaml")
     with pytest.raises(ConfigError, match=message):
-        train(TrainOptions(base=[tmp_path / "b.yaml"], logdir=tmp_path / "runs", gpus="0"))
+        train_with(config=tiny_config(image_folder, adversary_config=adversary))
     assert not (tmp_path / "runs").exists()
-
-
-def test_an_adversary_needs_a_term_that_compares_images(tmp_path, image_folder):
-    loss = {"lpips_weight": 0, "rec_weight": 0, "wavelet_weight": 0, "gaussian_weight": 0}
-    config = tiny_config(
-        image_folder,
-        lossconfig={"target": "olvae.losses.objective.Objective", "params": loss},
-        adversary_config={
-            "target": "olvae.models.adversary.Adversary",
-            "params": {"discriminator_config": {"target": "olvae.modules.patchgan.PatchGAN"}},
-        },
-    )
-    save(config, tmp_path / "b.yaml")
-    with pytest.raises(ConfigError, match="one of the losses that compare images"):
-        train(TrainOptions(base=[tmp_path / "b.yaml"], logdir=tmp_path / "runs", gpus="0"))
 
 
 def test_weights_of_another_model(go, tmp_path):
@@ -452,13 +387,6 @@ def test_lpips_without_its_weights(go, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_no_data(tmp_path):
-    base = tmp_path / "published.yaml"
-    base.write_text(Path("configs/olitevaeB_im_f8c12.yaml").read_text())
-    with pytest.raises(ConfigError, match="the source of the training images"):
-        train(TrainOptions(base=[base], logdir=tmp_path / "runs"))
-
-
 def mean_psnr(run: Run, checkpoint: Path, raw: bool) -> float:
     """Of the validation images, by the weights of a checkpoint, averaged or as trained."""
     model = find_target(checkpoint, run.config, raw=raw).load()
@@ -477,7 +405,7 @@ def test_validation_is_of_the_averaged_weights_and_of_those_as_trained(go):
 
 
 def test_the_best_weights_are_kept_by_a_named_metric(go):
-    keep = "lightning.callbacks.keep.target=olvae.training.callbacks.KeepCheckpoints"
+    keep = "lightning.callbacks.keep.target=olvae.training.saving.KeepCheckpoints"
     run = go(keep, "lightning.callbacks.keep.params.best=val/l1", "model.params.val_metrics=[l1]")
     values = scalars(run.path)["val/l1"]
     best = min(values, key=values.__getitem__)
@@ -526,13 +454,4 @@ def test_a_validation_without_images_does_not_repeat_what_the_one_before_gave(go
 def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training(go, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val_metrics: rfid: pt_inception.*is not in"):
         go("model.params.val_metrics=[rfid]", f"model.params.weights_dir={tmp_path}")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_processes_of_torchrun_that_would_not_train_together_are_refused(go, tmp_path, monkeypatch):
-    """Each would train a model of its own on its share of the images, and write it over the other's."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"torchrun started 2 processes, but .* name 1 device: set --gpus 2, or"):
-        go()
     assert not (tmp_path / "runs").exists()

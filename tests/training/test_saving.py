@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from threading import Event, Timer
 from types import SimpleNamespace
@@ -11,8 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olvae.training.callbacks import KeepCheckpoints
-from olvae.training.saving import BackgroundCheckpointIO
+from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from tests.conftest import tiny_config
 from tests.models.steps import against, build
 
@@ -114,7 +114,8 @@ def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, a
     saving.wait()
     monkeypatch.setattr(torch, "save", half_a_file(full_disk))
     saving.save_checkpoint(content(2.0), path, storage_options={"step": 2})
-    saving._threads[-1].join()
+    while not saving._pending[0].done():
+        time.sleep(0.01)
     with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written: .*No space left") as caught:
         saving.teardown() if at_the_end else saving.save_checkpoint(content(3.0), path)
     assert str(tmp_path) in str(caught.value)
@@ -132,6 +133,7 @@ def test_a_kill_in_the_middle_leaves_the_file_before(tmp_path, monkeypatch):
     child = os.fork()
     if child == 0:
         torch.save = half_a_file(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        saving = BackgroundCheckpointIO()  # with a thread of this process
         saving.save_checkpoint(content(2.0), path)
         saving.wait()
         os._exit(0)
@@ -146,7 +148,7 @@ def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, 
 
     monkeypatch.setattr(torch, "save", last_fails)
     keep = "lightning.callbacks.keep"
-    overrides = (f"{keep}.target=olvae.training.callbacks.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
+    overrides = (f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
     with pytest.raises(OSError, match=r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left"):
         train_with(*overrides, config=tiny_config(image_folder))
     assert "done after" not in capfd.readouterr().err
@@ -155,37 +157,40 @@ def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, 
     assert not list(run.glob("checkpoints/.partial-*"))
 
 
-def test_weights_are_checked_with_one_read(tmp_path):
-    """Of the device, however many parameters there are."""
+class Reads(TorchDispatchMode):
+    """Count how often a value is read from the device."""
 
-    class Reads(TorchDispatchMode):
-        count = 0
+    count = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func is torch.ops.aten._local_scalar_dense.default
-            return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
-    saved, model = [], build(against())
+
+def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
+    """They are checked with one read of the device. A buffer, as BatchNorm's, has no gradient that would show it."""
+    saved, model, keep = [], build(against(lecam_weight=0.1)), KeepCheckpoints(every_n_steps=1)
     trainer = SimpleNamespace(
-        default_root_dir=tmp_path, global_step=3, save_checkpoint=lambda path, storage_options: saved.append(path.name)
+        default_root_dir=tmp_path,
+        global_step=3,
+        max_steps=3,
+        enable_validation=False,
+        val_check_batch=None,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=2)),
+        save_checkpoint=lambda path, storage_options: saved.append(path.name),
     )
     with Reads() as reads:
-        KeepCheckpoints()._save(trainer, model, "last.ckpt")
+        keep.on_train_batch_end(trainer, model, None, None, 0)
     assert reads.count == 1
-    with torch.no_grad():
-        next(model.adversary.parameters()).view(-1)[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="non-finite weights at step 3, in adversary"):
-        KeepCheckpoints()._save(trainer, model, "last.ckpt")
     assert saved == ["last.ckpt"]
-
-
-def test_buffers_that_are_not_finite_are_not_saved(tmp_path):
-    """BatchNorm's, whose values no gradient would show."""
-    saved, model = [], build(against(lecam_weight=0.1))
-    save = lambda *_, **__: saved.append(1)  # noqa: E731
-    trainer = SimpleNamespace(default_root_dir=tmp_path, global_step=3, save_checkpoint=save)
-    name, buffer = next((n, b) for n, b in model.named_buffers() if n.endswith("running_var"))
-    buffer[0] = float("inf")
-    with pytest.raises(FloatingPointError, match=f"non-finite weights at step 3, in {name}: nothing is saved"):
-        KeepCheckpoints()._save(trainer, model, "last.ckpt")
-    assert not saved
+    parameters, buffers = dict(model.adversary.named_parameters()), dict(model.adversary.named_buffers())
+    running_var = next(name for name in buffers if name.endswith("running_var"))
+    for name, tensor in ((running_var, buffers[running_var]), next(iter(parameters.items()))):
+        with torch.no_grad():
+            tensor.view(-1)[0] = float("inf")
+        keep = KeepCheckpoints(every_n_steps=1)
+        with pytest.raises(FloatingPointError, match=f"non-finite weights at step 3, in adversary.{name}: nothing is"):
+            keep.on_train_batch_end(trainer, model, None, None, 0)
+        with torch.no_grad():
+            tensor.view(-1)[0] = 1.0
+    assert saved == ["last.ckpt"]

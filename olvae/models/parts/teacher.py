@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from olvae.config import Config, ConfigError
+from olvae.config import ConfigError
 from olvae.data.mix import MixSource
 from olvae.data.shards.pairs import PairSource
 from olvae.data.source import Source
@@ -220,15 +220,6 @@ class Teacher(Part):
     def describe(self) -> str:
         weights = ", ".join(f"{weight:g} {name}" for name, weight in self.weights.items() if weight)
         return f"{self.target}, {str(self.dtype).removeprefix('torch.')}{f'; {weights}' if weights else ''}"
-
-
-def set_teacher(config: Config, target: str) -> None:
-    """Make the autoencoder of a TARGET the teacher of a config; other settings of a teacher in it stay."""
-    params = config["model"].get("params") or {}
-    parts = params.get("parts") or {}
-    node = {"target": f"{Teacher.__module__}.Teacher", **(parts.get("teacher") or {})}
-    node["params"] = {**(node.get("params") or {}), "autoencoder": target}
-    config["model"]["params"] = {**params, "parts": {**parts, "teacher": node}}
 
 
 def pair_sources(source: Source) -> list[PairSource]:

@@ -1,0 +1,316 @@
+"""Set up a training: read its options and config, compare a resumed run's, find an autoencoder to start from.
+
+Importing this module takes no torch, so that mistakes of a config show at once.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olvae import config as cfg
+from olvae import runs
+from olvae.config import Config, ConfigError
+from olvae.models.names import check_target
+from olvae.runs import Run, Settings
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+FREE_SETTINGS = (
+    "lightning",
+    "run.gpus",
+    "run.precision",
+    "run.seed",
+    "data.params.num_workers",
+    "model.base_learning_rate",
+    "model.params.betas",
+    "model.params.channels_last",
+    "model.params.checkpoint",
+    "model.params.compile",
+    "model.params.decay_steps",
+    "model.params.ema_decay",
+    "model.params.min_lr_factor",
+    "model.params.optimizer",
+    "model.params.parts.teacher.params.autoencoder",  # a path; checksums hold its weights
+    "model.params.scheduler",
+    "model.params.use_ema",
+    "model.params.val_metrics",
+    "model.params.warmup_steps",
+    "model.params.weights_dir",
+)
+"""Settings, with all below them, that a resumed run may change: they are neither data, networks nor losses."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of ``olvae train``; None for one that was not given.
+
+    Args:
+        base: config files or recipes; later ones are merged over earlier ones.
+        overrides: ``key=value`` over all files.
+        logdir: the folder to make the run folder in.
+        name: of the run; by default the first config file's.
+        precision: ``32``, ``bf16`` or ``fp16``.
+        gpus: the number of GPUs, or a list of them such as ``0,2``; 0 is the CPU.
+        seed: of weights, data order and noise; 0 by default.
+        resume: a run folder to continue.
+        actual_resume: a checkpoint or run whose weights a new run starts from.
+        start_from: an autoencoder whose networks and weights a new run starts from.
+        teacher: an autoencoder to learn the latents of.
+        allow_changes: let a resumed run have other data, networks and losses.
+        time_limit: after which training stops with a checkpoint, such as ``3h50m``.
+    """
+
+    base: Sequence[str | Path] = ()
+    overrides: Sequence[str] = ()
+    logdir: str | Path = "runs"
+    name: str | None = None
+    precision: str | None = None
+    gpus: str | None = None
+    seed: int | None = None
+    resume: str | Path | None = None
+    actual_resume: str | Path | None = None
+    start_from: str | None = None
+    teacher: str | None = None
+    allow_changes: bool = False
+    time_limit: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training as its options and config files describe it, checked as far as that takes no torch."""
+
+    options: TrainOptions
+    config: Config
+    """Of the run, but for the networks that ``model.from`` names."""
+    settings: Settings
+    resumed: Run | None = None
+    previous: Config | None = None
+    """The resumed run's own config."""
+
+
+def read_plan(options: TrainOptions) -> Plan:
+    """Read and check the config that some options name: a resumed run's, the files over it, then the overrides.
+
+    A SLURM job that was queued again continues its run.
+
+    Raises:
+        ConfigError: a mistake in the config or the options.
+        FileNotFoundError: a config, a run or an autoencoder was not found.
+    """
+    if options.resume is None and options.base and (begun := requeued_run(Path(options.logdir), _name(options))):
+        options = TrainOptions(resume=begun.path, time_limit=options.time_limit, gpus=options.gpus)
+    resumed = None if options.resume is None else runs.open_run(options.resume)
+    previous = None if resumed is None else runs.config_of(resumed)
+    if resumed is None and not options.base:
+        raise ConfigError("`base` names the config to train, such as demo")
+    if resumed is None and options.allow_changes:
+        raise ConfigError("`allow_changes` is for `resume`: leave it out")
+    config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], options.overrides)
+    for target in (options.start_from, options.teacher):
+        if target is not None:
+            check_target(target)
+    if isinstance(config.get("model"), dict):
+        if options.start_from is not None:
+            config["model"]["from"] = options.start_from
+        if options.teacher is not None:
+            _set_teacher(config["model"], options.teacher)
+    cfg.check(config)
+    if config["model"].get("from") is None:
+        config["model"].pop("from", None)
+    _check_starts(options, config)
+    return Plan(options, config, _settings(options, config, previous), resumed, previous)
+
+
+def _check_starts(options: TrainOptions, config: Config) -> None:
+    """Check that a run starts from one place."""
+    starts = {
+        "`resume` continues a run": options.resume,
+        "`actual_resume` starts one from weights": options.actual_resume,
+        "`start_from` starts one from an autoencoder's networks and weights": options.start_from,
+        "model.from names an autoencoder to start from": None if options.start_from else config["model"].get("from"),
+    }
+    if len(given := [what for what, value in starts.items() if value is not None]) > 1:
+        raise ConfigError(f"{', '.join(given)}: give one of them")
+
+
+def _set_teacher(model: Config, target: str) -> None:
+    """Let the autoencoder of a TARGET be the teacher; other settings of a teacher in the config stay."""
+    params = model.get("params") or {}
+    parts = params.get("parts") or {}
+    node = {"target": "olvae.models.parts.teacher.Teacher", **(parts.get("teacher") or {})}
+    node["params"] = {**(node.get("params") or {}), "autoencoder": target}
+    model["params"] = {**params, "parts": {**parts, "teacher": node}}
+
+
+def _name(options: TrainOptions) -> str:
+    return options.name or re.sub(r"[^\w.+=-]", "-", Path(options.base[0]).stem)
+
+
+def _settings(options: TrainOptions, config: Config, previous: Config | None) -> Settings:
+    """The options over the resumed run's settings, over the defaults."""
+    settings = runs.settings_of(config)
+    if previous is None:
+        runs.check_name(_name(options))
+        precision = ((config.get("lightning") or {}).get("trainer") or {}).get("precision", "32")
+        settings = Settings(_name(options), str(precision), initial_seed=options.seed or 0, paths=settings.paths)
+    elif options.name not in (None, settings.name):
+        raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
+    weights = config["model"].get("from") or options.actual_resume
+    return replace(
+        settings,
+        precision=options.precision or settings.precision,
+        gpus=settings.gpus if options.gpus is None else options.gpus,
+        seed=settings.seed if options.seed is None else options.seed,
+        weights=settings.weights if weights is None else str(weights),
+        slurm_job=slurm_job(),
+    )
+
+
+# A run that is resumed
+
+
+Changes = Mapping[str, tuple[Any, Any]]
+"""Old and new value by dotted key, :data:`olvae.config.ABSENT` where there is none."""
+
+
+def find_changes(previous: Config, config: Config, settings: Settings) -> Changes:
+    """Compare a resumed run's config and settings with its saved ones."""
+    before, now = runs.settings_of(previous), settings
+    sections: list[Config] = [
+        {**whole, "run": {key: getattr(own, key) for key in ("precision", "gpus", "seed")}}
+        for whole, own in ((previous, before), (config, now))
+    ]
+    return cfg.differences(*sections)
+
+
+def describe_changes(changes: Changes) -> list[str]:
+    """Describe what differs, a line each after the first; nothing if nothing does."""
+    lines = [f"  {key}: {_text(old)} -> {_text(new)}" for key, (old, new) in changes.items()]
+    return ["settings that differ from the run's own:", *lines] if lines else []
+
+
+def check_changes(changes: Changes) -> None:
+    """Refuse changes that would make a resumed run a different one.
+
+    Raises:
+        ConfigError: data, networks or losses are not the run's own.
+    """
+    keys = [key for key in changes if not any(f"{key}.".startswith(f"{free}.") for free in FREE_SETTINGS)]
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise ConfigError(
+            f"`resume`: {', '.join(keys[:3])}{more}: this would continue the run with other data, networks or losses: "
+            "leave that out, start a new run from its weights with `actual_resume`, or add `allow_changes`"
+        )
+
+
+def _text(value: Any) -> str:
+    if value is cfg.ABSENT:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def slurm_job() -> str | None:
+    """The SLURM job of this process, by the name that scontrol takes."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def requeued_run(logdir: Path, name: str) -> Run | None:
+    """Find the run of this name that this SLURM job made before it was queued again; None if it did not."""
+    job = slurm_job()
+    if job is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        return None
+    for path in sorted(logdir.glob(f"*_{name}_*"), reverse=True):
+        run = Run(path)
+        if run.last_checkpoint.is_file() and run.config.is_file():
+            with contextlib.suppress(ConfigError):  # of another run, perhaps
+                settings = runs.settings_of(cfg.load([run.config]))
+                if (settings.slurm_job, settings.name) == (job, name):
+                    return run
+    return None
+
+
+# A run that starts from an autoencoder
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that a run starts from: their source as the user wrote it, the tensors, and their training config."""
+
+    name: str
+    weights: "Mapping[str, Tensor]"
+    config: Config
+    """Empty for weights without one."""
+
+
+def start_from(config: Config) -> Start:
+    """Load the autoencoder that ``model.from`` names, and put its networks into the config.
+
+    Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
+    added. The autoencoder's factors for a diffusion model replace the config's, unless its file has none, as
+    latent-diffusion's, or the config has a part that brings latents. The decoder alone is trained unless the config
+    says otherwise, or a part keeps or brings its latents. The resolved config is complete without ``model.from``, so
+    the key is removed.
+
+    Raises:
+        ConfigError: the autoencoder's networks can't be trained here.
+        FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
+    """
+    from olvae.models.loading.kl import as_litevae
+    from olvae.models.loading.targets import find_target
+    from olvae.models.parts.part import latents_of
+    from olvae.models.parts.teacher import NO_FACTORS
+
+    node = config["model"]
+    name, params = node.pop("from"), dict(node.get("params") or {})
+    target = find_target(name)
+    source = target.load()
+    found = as_litevae(source, name)
+    if found.folded:
+        raise ConfigError(f"{name}: its convolutions are folded, for inference only: start from an export without it")
+    for key, value in found.config.items():
+        given = params.get(key)
+        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
+            value = {**value, **given, "params": {**value["params"], **(given.get("params") or {})}}
+        params[key] = value
+    params.pop("initial_logvar", None)
+    latents = {latents_of(node["target"]) for node in (params.get("parts") or {}).values() if node is not None}
+    if "given" not in latents:
+        if not source.factors_known and params.get("scaling_factor") is None:
+            raise ConfigError(f"{name}: {NO_FACTORS}")
+        for key, value in found.for_diffusion.items():
+            if source.factors_known or params.get(key) is None:
+                params[key] = value
+        params.setdefault("freeze_encoder", not ("kept" in latents or params.get("freeze_decoder")))
+    old, new = (half["encoder_config"]["params"].get("padding") for half in (found.config, params))
+    if params.get("freeze_encoder") and old != new:
+        raise ConfigError(
+            f"model.params.encoder_config.params.padding: {new}, but {name} has {old}: with a frozen "
+            "encoder the latents would change at the borders: leave it out, or set freeze_encoder to false"
+        )
+    node["params"] = params
+    cfg.check(config)
+    return Start(name, found.state_dict(), target.config)
+
+
+def untrained_half(model: "LiteAutoencoderKL", before: Config | None) -> str | None:
+    """Find the half that keeps its initial weights: frozen, and not trained with the weights that training starts from.
+
+    Args:
+        before: the config of those weights; None if they are fresh.
+    """
+    if before is not None:
+        fresh = runs.settings_of(before).untrained
+    else:
+        fresh = "encoder" if model.freeze_encoder else "decoder" if model.freeze_decoder else None
+    trained = {"encoder": not model.freeze_encoder, "decoder": not model.freeze_decoder}
+    return None if fresh is None or trained[fresh] else fresh
