@@ -88,9 +88,9 @@ def command(
         settings.check(out)
         found = find_target(target, config, config_base, raw, allow_mismatch)
     with Console(stderr=True).status("writing and comparing" + (", ONNX takes a minute" if onnx else "")):
-        done = export_target(found, out, settings)
-    for what, difference in done.differences.items():
+        differences, notes = export_target(found, out, settings)
+    for what, difference in differences.items():
         typer.echo(f"{what}: " + (f"within {difference:.1e} of the largest value" if difference else "equal"), err=True)
-    for note in done.notes:
+    for note in notes:
         typer.echo(f"note: {in_flags(note)}", err=True)
     typer.echo(f"export: {out}", err=True)

@@ -5,10 +5,9 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +31,9 @@ TOLERANCE = 1e-6
 
 FOLDING = 1e-5
 """The same for folding, which computes in another order."""
+
+ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
+"""Settings that mean nothing in a format of one file, and why."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,14 @@ class ExportSettings:
         if self.onnx and self.dtype != "float32":
             raise ConfigError(f"`onnx` writes float32: leave out `dtype` {self.dtype}, or `onnx`")
 
-    def check_layout(self, name: str) -> Layout:
+    def layout(self, name: str) -> Layout:
         """Find a format, and check that these settings mean something in it.
 
         Raises:
             ConfigError: there is no such format, or a setting means nothing there.
         """
         layout = find_layout(name)
-        one_file = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
-        for setting, why in {**layout.refused, **(one_file if layout.suffix else {})}.items():
+        for setting, why in {**layout.refused, **(ONE_FILE if layout.suffix else {})}.items():
             if getattr(self, setting) not in (None, False):
                 raise ConfigError(f"`{setting}` does not go with `format` {name}: {why}")
         return layout
@@ -91,42 +92,31 @@ class ExportSettings:
         """Check what can be checked before the model is loaded.
 
         Raises:
-            ConfigError: as :meth:`check_layout`, or the format is a folder and ``place`` names a file.
+            ConfigError: as :meth:`layout`.
             FileExistsError, FileNotFoundError, ValueError: as :func:`check_place`, or ``latents`` is not there.
         """
-        suffix = "" if self.format is None else self.check_layout(self.format).suffix
+        suffix = "" if self.format is None else self.layout(self.format).suffix
         if self.latents is not None:
             _factors_file(self.latents)
         check_place(place, suffix, self.force)
 
 
-class Exported(NamedTuple):
-    """What came of an export.
-
-    Args:
-        differences: relative to the largest value, by what was compared; 0 is equal to the bit.
-        notes: sentences for the user.
-    """
-
-    differences: Mapping[str, float]
-    notes: list[str]
-
-
-def export_target(target: Target, place: Path, settings: ExportSettings) -> Exported:
+def export_target(target: Target, place: Path, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
     """Load an autoencoder and export it, with its factors, and the numbers of its run in the model card.
+
+    Returns:
+        The differences, as :func:`export`, and sentences for the user.
 
     Raises:
         ConfigError: the format can't hold the model, or a setting does not suit it.
-        FileExistsError: something is in the place.
-        ValueError: weights are not readable or not finite, also after rounding, or a comparison fails.
+        FileExistsError, ValueError: as :func:`export`; also where the weights are not readable.
     """
     settings.check(place)
     if half := (target.config.get("run") or {}).get("untrained"):
         raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
     loaded = target.load()
     model = as_litevae(loaded, target.given)
-    name = settings.format or ("diffusers" if is_stable_diffusion(model) else "litevae")
-    layout = settings.check_layout(name)
+    layout = settings.layout(settings.format or ("diffusers" if is_stable_diffusion(model) else "litevae"))
     if reason := layout.misfit(model):
         raise ConfigError(f"{target.given}: {reason}")
     factors_from = factors_note = metrics = metrics_note = None
@@ -136,7 +126,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> Expo
         metrics, metrics_note = _metrics_of(target)
     provenance = Provenance(target.name, target.config, metrics, target.raw, settings.license, factors_from)
     differences = export(model, place, layout, settings, provenance)
-    return Exported(differences, [note for note in (*layout.notes(model), factors_note, metrics_note) if note])
+    return differences, [note for note in (*layout.notes(model), factors_note, metrics_note) if note]
 
 
 def export(
@@ -157,7 +147,7 @@ def export(
         settings: of which ``dtype``, ``fold``, ``onnx`` and ``force`` count here.
 
     Returns:
-        The differences, relative to the largest value, by what was compared.
+        The differences, relative to the largest value, by what was compared; 0 is equal to the bit.
 
     Raises:
         FileExistsError: as :func:`check_place`.
@@ -204,8 +194,6 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
         FileExistsError: the place leads through a file, or holds something that may not be replaced in one step.
         ValueError: the name is that of a folder where a file is written, or the other way round.
     """
-    if place.is_file() and not suffix:
-        raise FileExistsError(f"{place}: this is a file")
     if not (parent := nearest(place.absolute().parent)).is_dir():
         raise FileExistsError(f"{place}: {parent} is a file")
     if suffix:
@@ -215,17 +203,17 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
             raise ValueError(f"{place}: this format is one file: its name ends with {suffix}")
         if place.exists() and not force:
             raise FileExistsError(f"{place}: exists: `force` replaces it")
-        return
-    if not place.is_dir() and place.suffix in {layout.suffix for layout in LAYOUTS.values() if layout.suffix}:
+    elif place.is_dir():
+        if place.is_mount() or place.samefile(Path.cwd()):
+            raise FileExistsError(f"{place}: the current folder, or a mount point: name a new folder in it")
+        if any(place.iterdir()) and not _is_export(place):
+            raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only")
+        if any(place.iterdir()) and not force:
+            raise FileExistsError(f"{place}: contains an export: `force` replaces it")
+    elif place.suffix in {layout.suffix for layout in LAYOUTS.values()} - {""}:
         raise ConfigError(f"{place}: names a file, but this format is a folder; `format` ldm is one file")
-    if place.is_dir() and (place.is_mount() or place.samefile(Path.cwd())):
-        raise FileExistsError(f"{place}: the current folder, or a mount point: name a new folder in it")
-    if not place.is_dir() or not any(place.iterdir()):
-        return
-    if not _is_export(place):
-        raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only")
-    if not force:
-        raise FileExistsError(f"{place}: contains an export: `force` replaces it")
+    elif place.exists():
+        raise FileExistsError(f"{place}: this is a file")
 
 
 def _is_export(folder: Path) -> bool:
@@ -243,15 +231,16 @@ def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVA
     out = model.eval()
     if fold and not model.folded:
         out = model.fold().eval()
-        differences["folded"] = _within(FOLDING, "folded", _distance(model, out.moments, out.decode))
+        differences["folded"] = _difference("folded", model, out.moments, out.decode, FOLDING)
     if broken := _non_finite(out):
         raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
-    if dtype == torch.float32:
-        return out, differences
-    rounded = copy.deepcopy(out).to(dtype)
-    if lost := _non_finite(rounded):
-        raise ValueError(f"{len(lost)} tensors do not fit into {dtype} ({lost[0]}, ...): use bfloat16 or float32")
-    return rounded, differences
+    if dtype != torch.float32:
+        out = copy.deepcopy(out).to(dtype)
+        if broken := _non_finite(out):
+            raise ValueError(
+                f"{len(broken)} tensors do not fit into {dtype} ({broken[0]}, ...): use bfloat16 or float32"
+            )
+    return out, differences
 
 
 def _non_finite(model: LiteVAE) -> list[str]:
@@ -266,18 +255,23 @@ def _compare(model: LiteVAE, layout: Layout, path: Path) -> dict[str, float]:
         if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b.cpu()):
             raise ValueError(f"{path}: {name} differs from what was written: is the disk full, or broken?")
     differences: dict[str, float] = {}
-    for loaded in layout.load(path, model):
-        for_diffusion = model.for_diffusion if loaded.for_diffusion is None else loaded.for_diffusion
-        if wrong := [name for name, value in model.for_diffusion.items() if for_diffusion[name] != value]:
+    for loader, moments, decode, for_diffusion in layout.load(path, model):
+        known = model.for_diffusion if for_diffusion is None else for_diffusion
+        if wrong := [name for name, value in model.for_diffusion.items() if known[name] != value]:
             raise ValueError(f"{path}: {', '.join(wrong)} differs from what was written")
-        distance = _distance(model, loaded.moments, loaded.decode)
-        differences[loaded.loader] = _within(TOLERANCE, loaded.loader, distance)
+        differences[loader] = _difference(loader, model, moments, decode)
     return differences
 
 
 @torch.no_grad()
-def _distance(model: LiteVAE, moments: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> float:
-    """Compare moments and reconstructions of one image of noise with another model's; relative to the largest value.
+def _difference(
+    what: str,
+    model: LiteVAE,
+    moments: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    limit: float = TOLERANCE,
+) -> float:
+    """Compare moments and reconstructions of one image of noise with another model's, relative to the largest value.
 
     In float32: half precision would hide differences, and overflow in some networks.
     """
@@ -288,11 +282,8 @@ def _distance(model: LiteVAE, moments: Callable[[Tensor], Tensor], decode: Calla
     own = whole.moments(x)
     z = own.chunk(2, dim=1)[0]
     pairs = ((own, moments(x)), (whole.decode(z), decode(z)))
-    return float(torch.stack([(m - n).abs().max() / m.abs().max() for m, n in pairs]).max())
-
-
-def _within(limit: float, what: str, difference: float) -> float:
-    if not math.isfinite(difference) or difference > limit:
+    difference = float(torch.stack([(m - n).abs().max() / m.abs().max() for m, n in pairs]).max())
+    if not difference <= limit:  # also where it is not a number
         raise ValueError(f"{what}, the result differs by {difference:.1e} of the largest value: nothing is written")
     return difference
 
@@ -327,16 +318,16 @@ def _set_factors(
 ) -> tuple[str | None, str | None]:
     """Set the factors that the settings give; return where they are from, and a note."""
     per_channel = model.latents_mean is not None
-    if per_channel and any(getattr(settings, name) is not None for name in FACTORS):
+    given = {name: value for name in FACTORS if (value := getattr(settings, name)) is not None}
+    if per_channel and given:
         names = ", ".join(f"`{name}`" for name in FACTORS)
         raise ConfigError(f"{target.given}: has latents_mean and latents_std per channel: leave out {names}")
     if settings.latents is not None:
         file = _factors_file(settings.latents)
         model.scaling_factor, model.shift_factor = read_factors(file, target.name, weights_checksum(loaded))
         return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}", None
-    if settings.scaling_factor is not None or settings.shift_factor is not None:
-        given = {name: getattr(settings, name) for name in ("scaling_factor", "shift_factor")}
-        model.set_for_diffusion({name: value for name, value in given.items() if value is not None})
+    if given:
+        model.set_for_diffusion(given)
         return "given to olvae export", None
     if not loaded.factors_known:
         note = (
@@ -357,32 +348,30 @@ def _factors_file(given: Path) -> Path:
     raise FileNotFoundError(f"`latents` {given}: {what}: name what olvae latents or olvae encode wrote")
 
 
-def read_factors(path: str | Path, target: str, weights: str | None = None) -> tuple[float, float]:
+def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[float, float]:
     """Read a target's factors from latents.json of ``olvae latents`` or stats.json of ``olvae encode``.
 
     Args:
         weights: the target's checksum, which stats.json has too.
+
+    Returns:
+        The scaling and the shift factor.
 
     Raises:
         ValueError: it is something else, or has no factors of this target.
         OSError: it can't be read.
     """
     try:
-        content = json.loads(Path(path).read_text())
-        one = {"target": content.get("target"), "diffusion": content}
-        factors = {
-            result["target"]: (float(result["diffusion"]["scaling_factor"]), float(result["diffusion"]["shift_factor"]))
-            for result in content.get("results", [one])
-        }
+        content = json.loads(path.read_text(encoding="utf-8"))
+        results = content.get("results", [{"target": content.get("target"), "diffusion": content}])
+        keys = ("scaling_factor", "shift_factor")
+        found = {result["target"]: [float(result["diffusion"][key]) for key in keys] for result in results}
+        other_weights = weights is not None and content.get("weights", weights) != weights
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: neither a latents.json of olvae latents nor a stats.json of olvae encode: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if weights is not None and content.get("weights", weights) != weights:
-        raise ValueError(f"{path}: of latents that {content.get('target')} made, with other weights than {target}'s")
-    if target in factors:
-        return factors[target]
-    if len(factors) == 1:
-        return next(iter(factors.values()))
-    raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(factors) or 'nothing'}")
+        raise ValueError(f"{path}: not written by olvae latents or olvae encode: {error!r}") from error
+    if other_weights:
+        raise ValueError(f"{path}: of latents that {content['target']} made, with other weights than {target}'s")
+    if target not in found and len(found) != 1:
+        raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(found) or 'nothing'}")
+    scaling, shift = found.get(target) or next(iter(found.values()))
+    return scaling, shift

@@ -99,7 +99,7 @@ def test_folded(layout, model, place):
     if "fold" in layout.refused:
         name = next(name for name in FORMATS if type(find_layout(name)) is type(layout))
         with pytest.raises(ConfigError, match=rf"`fold` does not go with `format` {name}: \w+"):
-            ExportSettings(fold=True).check_layout(name)
+            ExportSettings(fold=True).layout(name)
         return
     differences = export(model, place, layout, ExportSettings(fold=True))
     assert differences.pop("folded") < 1e-5
@@ -293,5 +293,5 @@ def test_factors_of_latents_json(tmp_path):
         read_factors(path, "c", "34cd")
     for text in ("", "[]", '{"results": [{"target": "a"}]}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"neither a latents.json of olvae latents nor"):
+        with pytest.raises(ValueError, match=r"not written by olvae latents or olvae encode"):
             read_factors(path, "a")
