@@ -38,8 +38,7 @@ from olvae.data.opening import open_source
 from olvae.data.shards.latent_source import LatentSource
 from olvae.figures import labelled_grid
 from olvae.files import atomic_write, check_folder, write_json
-from olvae.metrics.inception import Extract, Features, Inception
-from olvae.metrics.rfid import frechet_distance
+from olvae.metrics.features import Extract, Features, Inception, frechet_distance
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
 from study.features import Lite0, frechet_lite0

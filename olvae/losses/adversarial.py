@@ -27,18 +27,6 @@ from torch import Tensor, nn
 
 from olvae.modules.precision import island
 
-__all__ = [
-    "ADVERSARIAL_LOSSES",
-    "LeCam",
-    "cutmix",
-    "cutmix_consistency",
-    "cutmix_loss",
-    "discriminator_accuracy",
-    "discriminator_loss",
-    "generator_loss",
-    "r1_penalty",
-]
-
 
 @dataclass(frozen=True)
 class _Loss:

@@ -10,8 +10,6 @@ from olvae.losses.perceptual import PERCEPTUAL, Perceptual
 from olvae.losses.terms import RECONSTRUCTION, gaussian_loss, kl_loss, wavelet_loss
 from olvae.modules.distributions import Posterior
 
-__all__ = ["IMAGE_TERMS", "Objective"]
-
 IMAGE_TERMS = ("rec", *PERCEPTUAL, "wavelet", "gaussian")
 """The terms that compare images; the other one is KL."""
 

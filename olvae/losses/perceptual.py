@@ -13,9 +13,6 @@ from olvae.modules.frozen import Constant, conv5_4, perceptual_network
 from olvae.modules.precision import island, no_autocast
 from olvae.weights import VGG16, VGG19, WeightsFile, find_weights
 
-__all__ = ["ESRGAN", "LPIPS", "PERCEPTUAL", "Perceptual", "PerceptualLoss"]
-
-
 Perceptual = Literal["lpips", "esrgan"]
 
 REMEDY = (

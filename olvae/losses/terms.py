@@ -1,4 +1,4 @@
-"""Pixel, wavelet, Gaussian and KL losses, and those between two latents; means over elements, in float32."""
+"""Pixel, wavelet, Gaussian and KL losses, of two latents, of a latent and features; means over elements, in float32."""
 
 from collections.abc import Callable
 
@@ -9,19 +9,6 @@ from torch import Tensor
 from olvae.modules.distributions import Posterior
 from olvae.modules.precision import island, no_autocast
 from olvae.modules.wavelet import dwt2
-
-__all__ = [
-    "RECONSTRUCTION",
-    "charbonnier",
-    "gaussian_blur",
-    "gaussian_loss",
-    "kl_loss",
-    "l1",
-    "l2",
-    "latent_loss",
-    "logvar_loss",
-    "wavelet_loss",
-]
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -115,3 +102,39 @@ def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
     """
     difference = island(target) - island(logvar)
     return 0.5 * (difference.exp() - 1.0 - difference).mean()
+
+
+def marginal_cosine_loss(projected: Tensor, features: Tensor, margin: float = 0.5) -> Tensor:
+    """Mean over positions of relu(1 - margin - cos(projected, features)): VA-VAE's first term (Yao et al. 2025).
+
+    Args:
+        projected: the latent, by a linear projection, (B, d, h, w).
+        features: (B, d, h, w).
+        margin: a cosine above 1 - margin costs nothing.
+
+    Returns:
+        A scalar; gradients flow to both.
+    """
+    cosine = F.cosine_similarity(island(projected), island(features), dim=1)  # (B, h, w)
+    return F.relu(1.0 - margin - cosine).mean()
+
+
+def marginal_distance_loss(z: Tensor, features: Tensor, margin: float = 0.25) -> Tensor:
+    """Mean over pairs of positions of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin): VA-VAE's second term.
+
+    Args:
+        z: the latent, (B, n_z, h, w).
+        features: (B, d, h, w).
+        margin: a difference of cosines below it costs nothing.
+
+    Returns:
+        A scalar; gradients flow to both. Memory grows with (h w)^2.
+    """
+    return F.relu((_cosines(z) - _cosines(features)).abs() - margin).mean()
+
+
+def _cosines(x: Tensor) -> Tensor:
+    """Of all pairs of positions of each sample: (B, C, h, w) -> (B, h w, h w)."""
+    unit = F.normalize(island(x).flatten(2), dim=1)  # (B, C, h w)
+    with no_autocast(unit):
+        return unit.transpose(1, 2) @ unit

@@ -12,8 +12,6 @@ from torch import Tensor
 from olvae.modules.precision import full_float32
 from olvae.weights import WeightsFile
 
-__all__ = ["Kind", "Metric", "MetricSet", "PerImage", "Unavailable", "check_pairs"]
-
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)
     """This metric can't be computed from these images; the message says why. Other metrics can."""

@@ -6,16 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olvae.metrics.inception import Features, Inception, PairFeatures
-from olvae.metrics.lpips import LPIPSDistance
+from olvae.metrics.features import KID, RFID, Features, Inception, LPIPSDistance, PairFeatures
 from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
-from olvae.metrics.pixel import l1, psnr
-from olvae.metrics.rfid import KID, RFID
-from olvae.metrics.ssim import ms_ssim, ssim, ssim_uniform
+from olvae.metrics.pixel import l1, ms_ssim, psnr, ssim, ssim_uniform
 from olvae.modules.frozen import Trunk
 from olvae.weights import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
-
-__all__ = ["METRICS", "MakeMetrics", "build_metrics"]
 
 METRICS: dict[str, Kind] = {
     kind.name: kind

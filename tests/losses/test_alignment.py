@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from olvae.losses.alignment import marginal_cosine_loss, marginal_distance_loss
+from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -5,7 +5,7 @@ import torch
 import torch_fidelity
 from PIL import Image
 
-from olvae.metrics.inception import Inception
+from olvae.metrics.features import Inception
 from olvae.metrics.metric import Unavailable
 from olvae.metrics.registry import build_metrics
 from olvae.weights import INCEPTION

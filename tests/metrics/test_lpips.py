@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision
 
-from olvae.metrics.lpips import LPIPS_SIZE, LPIPSDistance
+from olvae.metrics.features import LPIPS_SIZE, LPIPSDistance
 from olvae.metrics.metric import Unavailable
 from olvae.modules.frozen import TRUNKS
 from tests.metrics.conftest import pairs

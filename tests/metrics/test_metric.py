@@ -80,7 +80,7 @@ def test_a_set_has_values_or_reasons(nowhere):
     assert metrics.compute() == {"psnr": run("psnr", keys, x, y).compute()}
     assert list(metrics.skipped) == ["rfid", "ms_ssim"]
     assert "176 pixels" in metrics.skipped["ms_ssim"]
-    assert "--weights-dir" in metrics.skipped["rfid"]
+    assert "`weights_dir`" in metrics.skipped["rfid"]
     empty = metric_set([], x, y)
     assert empty.compute() == {}
     assert empty.skipped["psnr"] == "psnr needs an image, got none"

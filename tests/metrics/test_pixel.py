@@ -3,8 +3,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from olvae.metrics.pixel import psnr
-from olvae.metrics.ssim import ssim
+from olvae.metrics.pixel import psnr, ssim
 
 
 @pytest.fixture

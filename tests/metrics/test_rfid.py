@@ -8,10 +8,9 @@ import torch
 from scipy.linalg import sqrtm
 from torch import nn
 
-from olvae.metrics.inception import PairFeatures
+from olvae.metrics.features import KID, RFID, PairFeatures, gaussian
 from olvae.metrics.metric import Unavailable
 from olvae.metrics.registry import METRICS
-from olvae.metrics.rfid import KID, RFID, gaussian
 from tests.metrics.conftest import pairs
 
 WIDTH = 12
@@ -70,7 +69,7 @@ def test_rfid_of_one_feature_by_hand():
 
 
 def test_gaussian_over_chunks_is_numpys(monkeypatch):
-    monkeypatch.setattr("olvae.metrics.rfid.CHUNK", 3)
+    monkeypatch.setattr("olvae.metrics.features.CHUNK", 3)
     features = np.random.default_rng(0).normal(1000, 1, (10, 4)).astype(np.float32)
     statistics = gaussian(features)
     np.testing.assert_allclose(statistics["mu"], features.astype(np.float64).mean(0), rtol=1e-12)

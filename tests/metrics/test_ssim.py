@@ -5,8 +5,7 @@ from scipy.ndimage import correlate1d
 from torch import Tensor
 
 from olvae.metrics.metric import Unavailable
-from olvae.metrics.pixel import l1
-from olvae.metrics.ssim import ms_ssim
+from olvae.metrics.pixel import l1, ms_ssim
 from tests.metrics.conftest import pairs
 
 

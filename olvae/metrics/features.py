@@ -1,4 +1,4 @@
-"""Inception features of images and reconstructions, kept by key, for the metrics that compare the two sets."""
+"""Metrics of networks' features: LPIPS of each pair, rFID and KID of Inception features of the whole sets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,14 +10,48 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
+from olvae.modules.frozen import Trunk, perceptual_network
 from olvae.modules.precision import full_float32
 from olvae.weights import INCEPTION, read_weights_file
 
-__all__ = ["Features", "Inception", "PairFeatures", "SetMetric"]
+LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}
+"""The least height and width, in pixels, at which the last layer still has a position."""
+
+CHUNK = 4096
+"""Rows of features that are multiplied at a time."""
+
+KID_SUBSET = 1000
+"""Images of a subset, at most."""
 
 Features = NDArray[np.float32]
 Extract = Callable[[Tensor], Features]
 """uint8 (B, 3, H, W) to features (B, D)."""
+
+
+class LPIPSDistance:
+    """LPIPS of each pair, version 0.1, as the lpips package computes it.
+
+    Args:
+        trunk: ``vgg`` or ``alex``.
+        path: of the trunk's weights, :data:`olvae.modules.frozen.TRUNKS`.
+        device: where it is computed, in float32.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(self, trunk: Trunk, path: Path, device: str | torch.device = "cpu") -> None:
+        self._least = LPIPS_SIZE[trunk]
+        self._network = perceptual_network(trunk, path).to(device)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two batches of uint8 images (B, 3, H, W) -> float64 (B,)."""
+        if x.shape[1] != 3:
+            raise Unavailable(f"LPIPS needs images of 3 channels, got {x.shape[1]}")
+        if min(x.shape[-2:]) < self._least:
+            raise Unavailable(f"LPIPS needs images of at least {self._least} pixels, got {tuple(x.shape[-2:])}")
+        distances: Tensor = self._network(x.float() / 127.5 - 1.0, y.float() / 127.5 - 1.0)  # (B, 1, 1, 1)
+        return distances.flatten().double()
 
 
 class Inception:
@@ -129,3 +163,63 @@ class SetMetric(Metric):
         if len(self._features) < 2:
             raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(self._features)}")
         return self._features.sets()
+
+
+class RFID(SetMetric):
+    """The Fréchet distance of the two sets' features: :func:`frechet_distance`."""
+
+    def compute(self) -> float:
+        images, reconstructions = self._sets()
+        n, width = images.shape
+        self._computed = {"features": width}
+        if n <= width:
+            self._computed["warning"] = (
+                f"{n} images for {width} features: the covariances are singular and the distance is biased; "
+                "compare it only with values on the same images"
+            )
+        return frechet_distance(images, reconstructions)
+
+
+def frechet_distance(a: Features, b: Features) -> float:
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), by torch-fidelity's function.
+
+    Means m and covariances S are in float64. The square root of the product has rounding errors of about 1e-4, which
+    may make the distance between equal sets negative; it is then given as 0.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    distance = fid_statistics_to_metric(gaussian(a), gaussian(b), verbose=False)
+    return max(0.0, float(distance[KEY_METRIC_FID]))
+
+
+def gaussian(features: Features) -> dict[str, NDArray[np.float64]]:
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64."""
+    mean = features.mean(0, dtype=np.float64)
+    products = np.zeros((len(mean), len(mean)))
+    for start in range(0, len(features), CHUNK):
+        centred = features[start : start + CHUNK] - mean
+        products += centred.T @ centred
+    return {"mu": mean, "sigma": products / (len(features) - 1)}
+
+
+class KID(SetMetric):
+    """Mean over random subsets of the unbiased squared MMD with a cubic kernel, by torch-fidelity's function.
+
+    With its defaults: 100 subsets of 1000 images (of all N if there are fewer), drawn with seed 2020 from the images
+    sorted by key. Equal sets give a value slightly below 0.
+    """
+
+    def compute(self) -> float:
+        from torch_fidelity.defaults import DEFAULTS
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+        images, reconstructions = (torch.from_numpy(features) for features in self._sets())
+        size = min(KID_SUBSET, len(images))
+        result = kid_features_to_metric(images, reconstructions, kid_subset_size=size, verbose=False)
+        self._computed = {
+            "subsets": DEFAULTS["kid_subsets"],
+            "subset_size": size,
+            "seed": DEFAULTS["rng_seed"],
+            "std": float(result[KEY_METRIC_KID_STD]),
+        }
+        return float(result[KEY_METRIC_KID_MEAN])
