@@ -22,9 +22,9 @@ from olvae.bench.throughput import data_cases, encode_cases
 from olvae.config import ConfigError
 from olvae.data.source import Batch
 from olvae.devices import FULL, PRECISIONS
-from olvae.models.compilation import compile_networks
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.optimization import compile_networks
 from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder

@@ -94,9 +94,9 @@ def command(
         from olvae.export.encoding import EncodeJob, EncodeOptions, encoder_of
         from olvae.export.inputs import find_inputs
         from olvae.files import check_folder, no_empty_folders
-        from olvae.models.compilation import compile_networks
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
+        from olvae.models.optimization import compile_networks
 
     check_folder(out)
     if not native:

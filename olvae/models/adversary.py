@@ -114,6 +114,11 @@ class Adversary(nn.Module):
         self.updates = 0
         """Updates of the discriminator so far."""
 
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterator[str]:
+        """One line for each setting of the model that contradicts an adversary."""
+        if model.freeze_decoder:
+            yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
+
     def check(self, model: "LiteAutoencoderKL", source: Source, max_steps: int) -> None:
         """Check that the adversary plays before the last step, beside an image loss, and takes the source's images.
 

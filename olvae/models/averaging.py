@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from olvae.checkpoint import AUTOENCODER
-from olvae.models.bad_steps import StepGuard
+from olvae.models.nonfinite import NonFiniteGuard
 
 __all__ = ["WeightAverage", "find_average"]
 
@@ -31,7 +31,7 @@ class WeightAverage(pl.Callback):
         decay: in [0, 1].
     """
 
-    def __init__(self, guard: StepGuard, decay: float = 0.999) -> None:
+    def __init__(self, guard: NonFiniteGuard, decay: float = 0.999) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"the decay of the average must be between 0 and 1, got {decay}")
         self.guard = guard

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from olvae.config import ConfigError, instantiate
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import adam_state_bytes
 from olvae.models.parts.part import Step
 from olvae.modules.base import Steps
 from olvae.modules.frozen import Constant
@@ -239,8 +238,7 @@ def _constant(model: LiteAutoencoderKL, adversary: bool) -> tuple[int, int]:
         else:
             everything -= _bytes(_tensors(model.adversary))
     averaged = _bytes(p for p in model.autoencoder.parameters() if p.requires_grad) if model.use_ema else 0
-    states = sum(adam_state_bytes(model.optimizer, parameter) for parameter in trained)
-    return everything + averaged + states, _bytes(trained)
+    return everything + averaged + 2 * _bytes(trained), _bytes(trained)  # Adam has two moments
 
 
 class _LikeCUDA(TorchFunctionMode):

@@ -1,54 +1,26 @@
-"""What a training step needs around its losses: seeds, optimizers, rates, the scale of fp16, a ratio of gradients."""
+"""Optimization: seeds, rates, Adam, fp16's loss scale, a ratio of gradients, reducers of DDP, torch.compile."""
 
+import logging
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import cast
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.overrides.distributed import prepare_for_backward
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from olvae.config import ConfigError
+from olvae.devices import this_process
+from olvae.files import first_line
 
-__all__ = ["adam_of", "adam_state_bytes", "grad_scaler", "gradient_ratio", "last_convolution", "lr_factor", "mix_seeds"]
+log = logging.getLogger("olvae")
 
 
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, different for each list of them."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0]) >> 1
-
-
-def adam_of(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """torch's ``adam``, or bitsandbytes' ``adam8bit``, whose states take two bytes a weight instead of eight.
-
-    Raises:
-        ValueError: another name.
-        ConfigError: bitsandbytes is not installed.
-    """
-    if name == "adam":
-        return partial(torch.optim.Adam, fused=True)
-    if name != "adam8bit":
-        raise ValueError(f"optimizer must be adam or adam8bit, got {name!r}")
-    try:
-        from bitsandbytes.optim.adam import Adam8bit
-    except ImportError as error:
-        raise ConfigError(
-            "model.params.optimizer: adam8bit needs bitsandbytes: pip install 'open-litevae[adam8bit]'"
-        ) from error
-    return cast("Callable[..., torch.optim.Optimizer]", Adam8bit)
-
-
-def adam_state_bytes(name: str, parameter: Tensor) -> int:
-    """Bytes of the two moments that an optimizer of :func:`adam_of` holds for a parameter.
-
-    In 8 bits each block of 256 values has a scale in float32; a parameter of less than 4096 values stays in float32.
-    """
-    values = parameter.numel()
-    if name == "adam" or values < 4096:
-        return 2 * parameter.element_size() * values
-    return 2 * (values + 4 * -(-values // 256))
 
 
 def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
@@ -65,10 +37,28 @@ def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_fac
     return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def adam(parameters: Sequence[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Adam with fused kernels, which can skip an update without a host-device sync."""
+    return torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer trains."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def grad_scaler(module: pl.LightningModule) -> torch.amp.GradScaler | None:
     """The scaler of the losses under fp16; None in any other precision."""
     scaler: torch.amp.GradScaler | None = getattr(module.trainer.precision_plugin, "scaler", None)
     return scaler
+
+
+def gradient_norm(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of the true gradient of what an optimizer trains: under fp16 the scale is taken off first."""
+    scaler = grad_scaler(module)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
 
 
 def last_convolution(module: nn.Module) -> nn.Conv2d:
@@ -97,3 +87,48 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
             gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
         norms.append(gradient.float().norm())
     return norms[0] / torch.maximum(norms[1], 1e-12 * scaled(norms[1].new_ones(())))
+
+
+class PlayersStrategy(DDPStrategy):
+    """Lightning's DDP, with one reducer for the autoencoder and one for the discriminator.
+
+    A backward pass reaches the parameters of one player only. One reducer over both would send both players' gradients
+    in each of them, and search the graph for those that have none. The model itself is not wrapped: it names its
+    ``players``, and calls :meth:`reduce_next` for the one whose gradients the next backward pass completes.
+    """
+
+    def configure_ddp(self) -> None:
+        assert self.lightning_module is not None
+        players: dict[str, nn.Module] = self.lightning_module.players  # type: ignore[assignment]
+        self.reducers: dict[str, DistributedDataParallel] = {
+            name: self._setup_model(player) for name, player in players.items()
+        }
+
+    def reduce_next(self, player: str) -> None:
+        """Average this player's gradients over the processes in the next backward pass.
+
+        Without it a backward pass sends nothing: gradients of micro-batches add up in each process.
+        """
+        prepare_for_backward(self.reducers[player], None)
+
+
+def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> bool:
+    """Compile networks in place, at their first use; names in their state dicts and copies of them stay plain.
+
+    Inductor writes C++ for a CPU and Triton for a GPU, both of which need a compiler on the machine. Without one the
+    networks stay as they are, and one line is logged.
+
+    Returns:
+        Whether they are compiled.
+    """
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds: InductorError, InvalidCxxCompiler, CalledProcessError, ...
+        if this_process()[0] == 0:
+            log.warning("compile: the networks run uncompiled, because no compiler works here (%s)", first_line(error))
+        return False
+    # A ratio of gradients goes through a graph before its backward pass, which must not reuse the graph's memory.
+    torch._functorch.config.donated_buffer = False
+    for network in networks:
+        network.compile()
+    return True

@@ -1,24 +1,24 @@
 """Validation during training: metrics of the averaged weights, and of the weights as trained."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from olvae.data.image import to_uint8
+from olvae.data.image import from_uint8, to_uint8
 from olvae.data.source import Batch
 from olvae.metrics.metric import MetricSet
 from olvae.metrics.registry import MakeMetrics, build_metrics
+from olvae.models.autoencoder import LiteVAE, Quantizer
 from olvae.models.averaging import find_average
-from olvae.models.parts.part import Part
-
-__all__ = ["ValidatedModule", "allow_uneven_batches"]
+from olvae.models.parts.part import Part, StandIn
+from olvae.modules.base import Decoder, Encoder
+from olvae.modules.distributions import DiagonalGaussian, Posterior
 
 
 def allow_uneven_batches(trainer: pl.Trainer) -> None:
@@ -32,37 +32,77 @@ def allow_uneven_batches(trainer: pl.Trainer) -> None:
         model.require_forward_param_sync = False
 
 
-class ValidatedModule(pl.LightningModule, ABC):
-    """A module whose reconstructions are validated, with the averaged weights and with the weights as trained.
-
-    ``forward`` takes images (B, C, H, W) in [-1, 1], and ``moments``, a stand-in's or None; it returns the
-    reconstructions first.
+class ValidatedModule(pl.LightningModule):
+    """An autoencoder with parts whose reconstructions Lightning validates.
 
     Args:
         val_metrics: names of metrics besides PSNR and SSIM.
         weights_dir: a folder of their pretrained networks, searched first.
     """
 
+    encoder: Encoder
+    decoder: Decoder
+    quantizer: Quantizer | None
+    parts: nn.ModuleDict
+    for_diffusion: dict[str, Any]
+    """Factors for a diffusion model; see :attr:`Autoencoder.for_diffusion`."""
+    freeze_encoder: bool
+    freeze_decoder: bool
+    channels_last: bool
+
+    validated_at = 0
+    """The step of the last validation."""
+
     def __init__(self, val_metrics: Sequence[str] = (), weights_dir: str | None = None) -> None:
         super().__init__()
         self.val_metrics = list(val_metrics)
         self.weights_dir = weights_dir
-        self.validated_at = 0
-        """The step of the last validation."""
         self.validation_values: dict[str, float] = {}
         """The values of the last validation, as ``val/psnr``; empty if no image could be read."""
         self._make_metrics: tuple[torch.device, MakeMetrics] | None = None
         self._metrics: dict[str, MetricSet] = {}  # by the weights, val (averaged) or val_raw (as trained)
-        self._sums: dict[str, dict[str, tuple[float, int]]] = {}  # by part and name: sum over images, their number
-
-    @abstractmethod
-    def images(self, batch: Batch) -> Tensor:
-        """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
+        self._sums: dict[tuple[str, str], tuple[float, int]] = {}  # by part and name: sum over images, their number
 
     @property
-    @abstractmethod
+    def autoencoder(self) -> LiteVAE:
+        """The plain module over the same weights (a view: cheap to make, nothing is copied)."""
+        return LiteVAE(self.encoder, self.decoder, self.quantizer).set_for_diffusion(self.for_diffusion)
+
+    @property
     def each_part(self) -> list[Part]:
-        """Parts that validate something beside the metrics."""
+        """The parts, in the order of the config."""
+        return [cast("Part", part) for part in self.parts.values()]
+
+    @property
+    def stand_in(self) -> StandIn | None:
+        """The autoencoder that the decoder learns from, and that takes the place of a frozen half, if there is one."""
+        return next((part.stand_in for part in self.each_part if part.stand_in is not None), None)
+
+    def images(self, batch: Batch) -> Tensor:
+        """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
+        x = from_uint8(batch["image"])
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """See :meth:`LiteVAE.encode`."""
+        return self.autoencoder.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """See :meth:`LiteVAE.decode`."""
+        return self.autoencoder.decode(z)
+
+    def decode_trained(self, z: Tensor) -> Tensor:
+        """Decode, with the stand-in if the decoder is frozen."""
+        stand_in = self.stand_in if self.freeze_decoder else None
+        return self.decode(z) if stand_in is None else stand_in.decode(z)
+
+    def forward(
+        self, x: Tensor, sample_posterior: bool = False, moments: Tensor | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """See :meth:`LiteVAE.forward`; a stand-in, whose moments may be known, takes the place of a frozen half."""
+        stand_in = self.stand_in if self.freeze_encoder else None
+        posterior = self.encode(x) if stand_in is None else stand_in.posterior(x, moments)
+        return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
     def set_up_validation(self) -> MakeMetrics:
         """Prepare the metrics on the module's device; they may need pretrained networks.
@@ -81,8 +121,7 @@ class ValidatedModule(pl.LightningModule, ABC):
     def on_validation_epoch_start(self) -> None:
         allow_uneven_batches(self.trainer)
         make = self.set_up_validation()
-        self._metrics = {"val": make()}
-        self._sums = {part.name: {} for part in self.each_part}
+        self._metrics, self._sums = {"val": make()}, {}
         if find_average(self.trainer) is not None:
             self._metrics["val_raw"] = make()
 
@@ -93,24 +132,31 @@ class ValidatedModule(pl.LightningModule, ABC):
         self._metrics["val"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
         for part in self.each_part:
             for name, mean in part.validate(cast("Any", self), images, moments).items():
-                _add(self._sums[part.name], name, float(mean) * len(x), len(x))
+                self._add((part.name, name), float(mean) * len(x), len(x))
         average = find_average(self.trainer)
         if average is not None:
             with average.weights_as_trained():
                 self._metrics["val_raw"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
 
+    def _add(self, key: tuple[str, str], total: float, images: int) -> None:
+        before, count = self._sums.get(key, (0.0, 0))
+        self._sums[key] = (before + total, count + images)
+
+    def _gather(self) -> None:
+        """Take in what the other processes validated."""
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, ({key: part.state() for key, part in self._metrics.items()}, self._sums))
+        self._sums = {}
+        for metrics, sums in states:
+            for weights, state in metrics.items():
+                self._metrics[weights].merge(state)
+            for key, (total, images) in sums.items():
+                self._add(key, total, images)
+
     def on_validation_epoch_end(self) -> None:
         """Log the values over all processes, without those that are infinite or not available."""
         if dist.is_initialized():
-            states: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(states, ({key: part.state() for key, part in self._metrics.items()}, self._sums))
-            self._sums = {name: {} for name in self._sums}
-            for metrics, sums in states:
-                for weights, state in metrics.items():
-                    self._metrics[weights].merge(state)
-                for part, by_name in sums.items():
-                    for name, (total, count) in by_name.items():
-                        _add(self._sums[part], name, total, count)
+            self._gather()
         self.validation_values = {
             f"{weights}/{name}": value
             for weights, metrics in self._metrics.items()
@@ -118,14 +164,9 @@ class ValidatedModule(pl.LightningModule, ABC):
             if math.isfinite(value)
         }
         for part in self.each_part:
-            means = {name: total / count for name, (total, count) in self._sums[part.name].items()}
+            means = {name: total / count for (of, name), (total, count) in self._sums.items() if of == part.name}
             self.validation_values |= {f"val/{name}": value for name, value in part.summarise(means).items()}
         self._metrics = {}
         self.log_dict(self.validation_values)
         self.log("step", float(self.global_step))
         self.validated_at = self.global_step
-
-
-def _add(sums: dict[str, tuple[float, int]], name: str, total: float, count: int) -> None:
-    before, images = sums.get(name, (0.0, 0))
-    sums[name] = (before + total, images + count)

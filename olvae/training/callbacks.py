@@ -18,8 +18,8 @@ from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
 from olvae.files import atomic_write, reason
 from olvae.models.averaging import find_average
-from olvae.models.bad_steps import BadStep
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.nonfinite import BadStep
 from olvae.runs import Run
 from olvae.training.loggers import log_picture
 from olvae.training.saving import BackgroundCheckpointIO, current_run, last_good
@@ -161,7 +161,7 @@ MAX_UNREAD_STEPS = 1000
 class BadSteps(Callback):
     """Log and count non-finite training steps; after several in a row, return to the last checkpoint.
 
-    A step with a non-finite loss or gradient changes nothing (:class:`~olvae.models.bad_steps.StepGuard`). It counts in
+    A step with a non-finite loss or gradient changes nothing (:class:`~olvae.models.nonfinite.NonFiniteGuard`). It counts in
     ``health/bad_steps``, and ``bad_steps.jsonl`` names its images. After ``in_a_row`` of them, weights, averages and
     optimizers are loaded from ``last.ckpt``, the learning rates are multiplied by ``rate_factor``, and training
     continues with the next images; after ``returns`` such returns it stops. Under fp16, gradients that were only too
@@ -197,7 +197,7 @@ class BadSteps(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
-        if pl_module.reports or pl_module.guard.unseen >= MAX_UNREAD_STEPS:
+        if pl_module.reports or pl_module.guard.pending >= MAX_UNREAD_STEPS:
             self._read(trainer, pl_module)
         if pl_module.reports:
             pl_module.log("health/bad_steps", float(self.bad))
@@ -208,7 +208,7 @@ class BadSteps(Callback):
 
     def _read(self, trainer: pl.Trainer, model: LiteAutoencoderKL) -> None:
         bad: list[BadStep] = []
-        for step in model.guard.look():
+        for step in model.guard.collect():
             if step is None:
                 self._row = 0
             elif not step.overflow:

@@ -24,7 +24,7 @@ from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import no_empty_folders, remove_partials, write_json
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.players import PlayersStrategy
+from olvae.models.optimization import PlayersStrategy
 from olvae.runs import Run, RunLock, Settings
 from olvae.training.callbacks import BadSteps, Health, ImageGrids, UnreadableLimit
 from olvae.training.checks import check_memory

@@ -37,7 +37,6 @@ FREE_SETTINGS = (
     "model.params.decay_steps",
     "model.params.ema_decay",
     "model.params.min_lr_factor",
-    "model.params.optimizer",
     "model.params.parts.teacher.params.autoencoder",  # a path; checksums hold its weights
     "model.params.scheduler",
     "model.params.use_ema",

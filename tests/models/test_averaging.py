@@ -8,8 +8,8 @@ import torch
 
 from olvae.checkpoint import AUTOENCODER, read_weights
 from olvae.models.averaging import WeightAverage, find_average
-from olvae.models.bad_steps import StepGuard
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.nonfinite import NonFiniteGuard
 from tests.conftest import parts
 from tests.models.steps import Each, against, assert_same, build, fit, source
 
@@ -153,4 +153,4 @@ def test_there_is_none_unless_asked_for():
     assert isinstance(callback, WeightAverage)
     assert callback.decay == 0.25
     with pytest.raises(ValueError, match="decay"):
-        WeightAverage(StepGuard([]), 1.5)
+        WeightAverage(NonFiniteGuard([]), 1.5)

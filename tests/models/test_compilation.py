@@ -8,7 +8,7 @@ import torch
 
 from olvae.config import ConfigError
 from olvae.losses.objective import Objective
-from olvae.models.compilation import compile_networks
+from olvae.models.optimization import compile_networks
 from olvae.modules.distributions import DiagonalGaussian
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder

@@ -1,6 +1,5 @@
 """Seeds, learning rates, gradients at the decoder's last layer."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olvae.config import ConfigError
 from olvae.models.optimization import (
-    adam_of,
-    adam_state_bytes,
     grad_scaler,
     gradient_ratio,
     last_convolution,
@@ -185,41 +181,3 @@ def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder):
 
 
 # Optimizers
-
-
-def test_states_are_as_large_as_said():
-    for name in ("adam", "adam8bit"):
-        if name == "adam8bit":
-            pytest.importorskip("bitsandbytes")
-        for values in (4095, 4096, 5000):
-            weight = nn.Parameter(torch.randn(values))
-            optimizer = adam_of(name)([weight], lr=1e-3)
-            weight.grad = torch.ones_like(weight)
-            optimizer.step()
-            state = optimizer.state[weight]
-            moments = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
-            assert sum(state[part].nbytes for part in moments if part in state) == adam_state_bytes(name, weight)
-
-
-def test_8_bits_follow_32():
-    """A quadratic's minimum, from the same start."""
-    pytest.importorskip("bitsandbytes")
-    target, found = torch.randn(8192), {}
-    for name in ("adam", "adam8bit"):
-        weight = nn.Parameter(torch.zeros(8192))
-        optimizer = adam_of(name)([weight], lr=0.05, betas=(0.5, 0.9))
-        for _ in range(100):
-            optimizer.zero_grad()
-            (weight - target).square().sum().backward()
-            optimizer.step()
-        found[name] = weight.detach()
-    assert (found["adam"] - target).abs().mean() < 0.02
-    assert (found["adam8bit"] - target).abs().mean() < 0.05
-
-
-def test_an_optimizer_that_is_not_there(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adam", None)
-    with pytest.raises(ConfigError, match=r"adam8bit needs bitsandbytes: pip install 'open-litevae\[adam8bit\]'"):
-        adam_of("adam8bit")
-    with pytest.raises(ValueError, match="optimizer must be adam or adam8bit, got 'sgd'"):
-        adam_of("sgd")

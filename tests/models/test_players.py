@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from olvae.models.players import PlayersStrategy
+from olvae.models.optimization import PlayersStrategy
 from olvae.modules.base import count_parameters
 from tests.models.steps import against, assert_same, build, snapshot
 

@@ -208,7 +208,7 @@ def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folde
     assert {name.split(".")[0] for name in moved(history[1], history[2])} == {"encoder", "decoder", "adversary"}
     assert all(p.isfinite().all() for p in history[2].values())
     assert plugin.scaler.scales == [2.0**9, 2.0**9]
-    first, second = model.guard.look()
+    first, second = model.guard.collect()
     player = {"autoencoder": "autoencoder", "adversary": "discriminator"}[side]
     assert first.term == f"gradient of the {player}"
     assert first.overflow
@@ -219,4 +219,4 @@ def test_below_a_scale_of_one_it_is_no_overflow(image_folder):
     model = build(gradient_clip_val=1.0)
     next(model.autoencoder.parameters()).register_hook(lambda g: g * float("inf"))
     fit(model, image_folder, 2, plugins=[Scaled(init_scale=2.0)])
-    assert [step.overflow for step in model.guard.look()] == [True, False]
+    assert [step.overflow for step in model.guard.collect()] == [True, False]

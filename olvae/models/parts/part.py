@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olvae.config import resolve_target
+from olvae.config import Node, instantiate, resolve_target
 from olvae.data.image import from_uint8
 from olvae.data.source import LoaderProcess, Source
 from olvae.modules.distributions import DiagonalGaussian, Posterior
@@ -129,6 +129,27 @@ class Part(nn.Module):
     def describe(self) -> str:
         """One line for the summary of a run, or nothing."""
         return ""
+
+
+def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -> Iterator[str]:
+    """Build a model's parts from their nodes, and yield one line for each that can't be built."""
+    for name, node in nodes.items():
+        if node is None:
+            continue
+        if not name.isidentifier():
+            yield f"parts.{name}: expected a name of letters, digits and underscores"
+            continue
+        try:
+            part = instantiate(node)
+        except ValueError as error:
+            yield from (f"parts.{name}: {mistake}" for mistake in getattr(error, "mistakes", [error]))
+            continue
+        if not isinstance(part, Part):
+            yield f"parts.{name}: {node['target']} is not a Part"
+            continue
+        part.name = name
+        model.parts[name] = part
+        part.attach(model)
 
 
 def latents_of(target: str) -> Literal["free", "kept", "given"]:

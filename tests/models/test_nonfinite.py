@@ -1,6 +1,5 @@
 """Steps of non-finite numbers change nothing, bit for bit; the term that was the first is named."""
 
-import copy
 import math
 
 import lightning.pytorch as pl
@@ -8,8 +7,8 @@ import pytest
 import torch
 
 from olvae.models.averaging import find_average
-from olvae.models.bad_steps import StepGuard
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.nonfinite import NonFiniteGuard
 from tests.models.steps import Each, against, assert_same, build, fit
 
 EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1, "lecam_decay": 0.5}
@@ -96,23 +95,23 @@ def test_a_bad_step_changes_nothing(image_folder, case, clip):
     for part in ("encoder.", "adversary.discriminator.", "adversary.lecam.", "average.", "optimizer.1."):
         assert any(not torch.equal(history[BAD][n], t) for n, t in history[4].items() if n.startswith(part)), part
     assert all(t.isfinite().all() for t in history[4].values())
-    seen = model.guard.look()
+    seen = model.guard.collect()
     assert [step is None for step in seen] == [True, True, False, True, True]
     bad = seen[BAD]
     assert (bad.step, bad.term, bad.overflow) == (BAD + 1, term, False)
     assert len(bad.keys) == 4
-    assert model.guard.look() == []
+    assert model.guard.collect() == []
 
 
 def test_one_micro_batch_spoils_the_update_and_is_named(image_folder):
     model = build(accumulate_grad_batches=2, use_ema=True)
     spoil_losses(model, "kl", math.nan, micro_batch=1)
     before, keys = Before(), []
-    whole = model.guard.batch
-    model.guard.batch = lambda names: (keys.append(names), whole(names))
+    whole = model.guard.begin_micro_batch
+    model.guard.begin_micro_batch = lambda names: (keys.append(names), whole(names))
     fit(model, image_folder, 4, batch_size=2, callbacks=[before])
     assert_same(before.history[2 * BAD], before.history[2 * BAD + 2])
-    (bad,) = (step for step in model.guard.look() if step is not None)
+    (bad,) = (step for step in model.guard.collect() if step is not None)
     assert bad.keys == keys[2 * BAD + 1] != keys[2 * BAD]
 
 
@@ -128,7 +127,7 @@ def test_a_bad_update_of_several_of_the_discriminator(image_folder):
 
     model.adversary.discriminator_loss = spoilt
     fit(model, image_folder, 2)
-    first, second = model.guard.look()
+    first, second = model.guard.collect()
     assert first.term == "the discriminator's loss"
     assert second is None
     assert all(t.isfinite().all() for t in state(model).values())
@@ -144,33 +143,16 @@ def test_a_bad_step_in_the_discriminators_warm_up(image_folder):
 
     fit(model, image_folder, 1, callbacks=[Each(look)])
     assert_same(history[BAD - 1], history[BAD])
-    assert [step is not None for step in model.guard.look()] == [False, False, True, False, False]
-
-
-def test_an_optimizer_without_fused_kernels_is_masked_as_well():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.Adam([weight], fused=False)
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    before = copy.deepcopy((weight.data, optimizer.state_dict()["state"][0]))
-    weight.grad = torch.full((3,), torch.nan)
-    StepGuard.mask(optimizer, torch.tensor(1.0), None)
-    optimizer.step()
-    assert torch.equal(weight, before[0])
-    assert_same(optimizer.state_dict()["state"][0], before[1])
-    weight.grad = torch.ones(3)
-    StepGuard.mask(optimizer, torch.tensor(0.0), None)
-    optimizer.step()
-    assert not torch.equal(weight, before[0])
+    assert [step is not None for step in model.guard.collect()] == [False, False, True, False, False]
 
 
 def test_a_loss_that_is_not_finite_makes_all_gradients_so():
     """Also where its own gradient is zero or finite: on another rank, the average of the gradients is all there is."""
     x = torch.ones(2, requires_grad=True)
-    StepGuard.spread(torch.where(x > 0, x * 0 + math.inf, x).sum()).backward()
+    NonFiniteGuard.propagate(torch.where(x > 0, x * 0 + math.inf, x).sum()).backward()
     assert x.grad.isnan().all()
     x.grad = None
     loss = (3 * x).sum()
-    assert StepGuard.spread(loss) == loss
-    StepGuard.spread(loss).backward()
+    assert NonFiniteGuard.propagate(loss) == loss
+    NonFiniteGuard.propagate(loss).backward()
     assert torch.equal(x.grad, torch.full((2,), 3.0))
