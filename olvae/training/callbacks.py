@@ -161,7 +161,7 @@ MAX_UNREAD_STEPS = 1000
 class BadSteps(Callback):
     """Log and count non-finite training steps; after several in a row, return to the last checkpoint.
 
-    A step with a non-finite loss or gradient changes nothing (:class:`~olvae.models.nonfinite.NonFiniteGuard`). It counts in
+    A step with a non-finite loss or gradient changes nothing (:mod:`olvae.models.nonfinite`). It counts in
     ``health/bad_steps``, and ``bad_steps.jsonl`` names its images. After ``in_a_row`` of them, weights, averages and
     optimizers are loaded from ``last.ckpt``, the learning rates are multiplied by ``rate_factor``, and training
     continues with the next images; after ``returns`` such returns it stops. Under fp16, gradients that were only too
