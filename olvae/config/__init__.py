@@ -1,14 +1,16 @@
-"""YAML to objects, in the open-LiteVAE and latent-diffusion dialect: nodes of ``target`` and ``params``.
+"""Read configs, check them, and build objects from them, in the open-LiteVAE and latent-diffusion dialect of YAML.
 
-A config's top level has ``model``, ``data``, ``lightning`` (``trainer``, ``callbacks`` and ``logger``), and in a run
-folder ``run``, the command's own settings.
+A node names a ``target`` and its ``params``. A config's top level has ``model``, ``data``, ``lightning`` (``trainer``,
+``callbacks`` and ``logger``), and in a run folder ``run``, the command's own settings.
 """
 
-from olvae.config.check import check, check_arguments, validate
-from olvae.config.files import (
+from olvae.config.checking import check, check_arguments, unknown_keys, validate
+from olvae.config.nodes import Node, instantiate, resolve_target, with_paths
+from olvae.config.reading import (
     ABSENT,
     CONFIG_BYTES,
-    RECIPES,
+    Config,
+    ConfigError,
     differences,
     load,
     nearest_recipes,
@@ -16,13 +18,10 @@ from olvae.config.files import (
     recipes,
     save,
 )
-from olvae.config.mistakes import ConfigError, unknown_keys
-from olvae.config.nodes import Config, Node, instantiate, resolve_target, with_paths
 
 __all__ = [
     "ABSENT",
     "CONFIG_BYTES",
-    "RECIPES",
     "Config",
     "ConfigError",
     "Node",

@@ -234,7 +234,7 @@ def test_a_file_is_named_once(olvae, tmp_path, monkeypatch):
     def closed(*_: object) -> None:
         Path(tmp_path).read_bytes()
 
-    monkeypatch.setattr("olvae.config.files.OmegaConf.load", closed)
+    monkeypatch.setattr("olvae.config.reading.OmegaConf.load", closed)
     (tmp_path / "closed.yaml").touch()
     code, _, err = olvae("validate", tmp_path / "closed.yaml")
     assert err.endswith(f"{tmp_path / 'closed.yaml'}: not readable as YAML: Is a directory\n")

@@ -1,4 +1,4 @@
-"""Config files: read over each other, with what they include; written; and compared."""
+"""Read config files over each other, with what they include; write and compare configs."""
 
 import copy
 import difflib
@@ -12,40 +12,42 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from olvae.config.mistakes import ConfigError, first_line, nearest
-from olvae.config.nodes import Config, moved
 from olvae.files import atomic_write, reason
 
-__all__ = [
-    "ABSENT",
-    "CONFIG_BYTES",
-    "TOP_LEVEL",
-    "differences",
-    "load",
-    "nearest_recipes",
-    "read_received",
-    "recipes",
-    "save",
-]
+Config = dict[str, Any]
 
 ABSENT = object()
 """In place of a value that a config does not have."""
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CHECKOUT = "configs"
-"""What the folder of the recipes is called in a checkout: a link to it."""
+"""The name of a checkout's link to the recipes."""
 
 TOP_LEVEL = ("model", "data", "lightning", "run")
 
 CONFIG_BYTES = 2**21
 """The largest config that is read; the longest recipe has 5 kB."""
 
-MOST_VALUES = 100_000
-"""Of a config, wherever aliases repeat them: a few kB of YAML can stand for more than fits into memory."""
+RECEIVED_VALUES = 100_000
+"""Limit of a received config, with repetition by aliases: a few kB of YAML can stand for more than fits into memory."""
+
+
+class ConfigError(ValueError):
+    """One or more mistakes of a config, one line each."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message on an unknown name: the nearest known one, if one is near."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def recipes() -> dict[str, Path]:
-    """The configs that come with this package, by their names: ``demo``, then those in folders, ``imagenet/A2``."""
+    """List the configs that come with this package by their names: ``demo``, then those in folders, ``imagenet/A2``."""
     paths = sorted(RECIPES.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
 
@@ -74,13 +76,21 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
         merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(merged, resolve=resolve)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(first_line(error)) from error
-    assert isinstance(container, dict)
+        raise ConfigError(_one_line(error)) from error
     return typing.cast(Config, container)
 
 
+def read_received(path: Path) -> Config:
+    """Read a YAML file of somebody else: one that includes no other file and resolves no interpolation.
+
+    Raises:
+        ConfigError: it is not readable, not a mapping, or stands for more values than fit into memory.
+    """
+    return typing.cast(Config, OmegaConf.to_container(_yaml(path, received=True), resolve=False))
+
+
 def _find(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
-    """The file of this name in the folder, with ``.yaml`` or without, else this package's recipe, else no file."""
+    """Find a file of this name in the folder, with ``.yaml`` or without, or else a recipe of this package."""
     path = folder / name
     with_suffix = path.with_name(f"{path.name}.yaml") if path.name else path
     if path.is_file():
@@ -94,7 +104,7 @@ def _find(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
 
 
 def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:
-    """A file over what it includes."""
+    """Read a file over what it includes."""
     path = _find(name, folder, includers)
     if path.resolve() in includers:
         raise ConfigError(f"{path}: includes itself")
@@ -113,25 +123,25 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
     return part
 
 
-def _yaml(path: Path) -> DictConfig:
-    """One file as it is."""
+def _yaml(path: Path, received: bool = False) -> DictConfig:
+    """Read one file as it is."""
     try:
         if path.stat().st_size > CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which no config is")
-        with path.open(encoding="utf-8") as file:
-            values = _count(yaml.compose(file, yaml.SafeLoader), {})
-        if values > MOST_VALUES:
-            raise ConfigError(f"{path}: more than {MOST_VALUES} values, counting what its aliases repeat")
+        if received and _count(yaml.compose(path.read_text("utf-8"), yaml.SafeLoader), {}) > RECEIVED_VALUES:
+            raise ConfigError(f"{path}: more than {RECEIVED_VALUES} values, counting what its aliases repeat")
         part = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_parse_error(error, path)}") from error
+        text = reason(error) if isinstance(error, OSError) else _one_line(error)
+        text = text.replace(f' in "{path.absolute()}", ', " at ").replace(' in "<unicode string>", ', " at ")
+        raise ConfigError(f"{path}: not readable as YAML: {text}") from error
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
     return part
 
 
 def _count(node: Any, counted: dict[int, float]) -> float:
-    """The values in a node of YAML, repeated where aliases do; infinite if a node has itself in it."""
+    """Count the values in a node of YAML, repeated where aliases do; infinite if a node has itself in it."""
     if id(node) not in counted:
         counted[id(node)] = math.inf
         inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
@@ -140,21 +150,15 @@ def _count(node: Any, counted: dict[int, float]) -> float:
     return counted[id(node)]
 
 
-def read_received(path: Path) -> Config:
-    """Read a YAML file of somebody else: one that includes no other file and resolves no interpolation.
-
-    Raises:
-        ConfigError: it is not readable, or not a mapping.
-    """
-    container = OmegaConf.to_container(_yaml(path), resolve=False)
-    return typing.cast(Config, container)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """``above`` over ``below``; where it names another target, the params of the old one are dropped."""
+    """Merge ``above`` over ``below``; where it names another target, the params of the old one are dropped."""
 
     def drop_params(low: DictConfig, high: DictConfig) -> None:
-        if "target" in low and "target" in high and moved(low.target) != moved(high.target):
+        if "target" in low and "target" in high and low.target != high.target:
             low.pop("params", None)
         for key in high:
             if OmegaConf.is_dict(low._get_node(key)) and OmegaConf.is_dict(high._get_node(key)):
@@ -162,9 +166,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 
     below = copy.deepcopy(below)
     drop_params(below, above)
-    merged = OmegaConf.merge(below, above)
-    assert isinstance(merged, DictConfig)
-    return merged
+    return typing.cast(DictConfig, OmegaConf.merge(below, above))
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
@@ -174,10 +176,7 @@ def save(config: Mapping[str, Any], path: str | Path) -> None:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two configs, by dotted key: both values, :data:`ABSENT` where there is none.
-
-    A target is equal to the same one by the name that its module had before.
-    """
+    """List what differs between two configs by dotted key: both values, :data:`ABSENT` for a missing one."""
     flat, other = dict(_leaves(before)), dict(_leaves(after))
     pairs = {key: (flat.get(key, ABSENT), other.get(key, ABSENT)) for key in flat | other}
     return {key: (old, new) for key, (old, new) in pairs.items() if old is not new and old != new}
@@ -188,26 +187,20 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", moved(value) if key == "target" else value
+            yield f"{prefix}{key}", value
 
 
 def _nearest_file(path: Path, name: str | Path) -> str:
-    """For a missing file: the nearest one beside it, else the nearest recipes."""
+    """End the message on a missing file with the nearest one beside it, or else the nearest recipes."""
     beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     return nearest(path.name, beside) or nearest_recipes(name)
 
 
 def nearest_recipes(name: str | Path) -> str:
-    """For a message on a name that no recipe has: those that are like it, by the whole name or its last part."""
+    """End the message on an unknown recipe with those that are like it, by the whole name or its last part."""
     known = recipes()
     names = {recipe.rpartition("/")[2].lower(): recipe for recipe in known}
     names |= {recipe.lower(): recipe for recipe in known}
     asked = Path(name).as_posix().removeprefix(f"{CHECKOUT}/").removesuffix(".yaml").lower()
     close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
     return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"
-
-
-def _parse_error(error: Exception, path: Path) -> str:
-    """Without the file's name, which the message has already."""
-    text = reason(error) if isinstance(error, OSError) else first_line(error)
-    return text.replace(f' in "{path.absolute()}", ', " at ")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olvae.config import ConfigError, load, save
+from olvae.config import ABSENT, ConfigError, differences, load, read_received, save
 from tests.conftest import tiny_config
 
 
@@ -22,14 +22,6 @@ def test_later_files_and_overrides_win(tmp_path):
 
 def test_interpolations_are_resolved(tmp_path):
     assert load([write(tmp_path / "a.yaml", "size: 64\nother: ${size}")])["other"] == 64
-
-
-def test_a_target_that_moved_is_the_same_target(tmp_path):
-    old = write(tmp_path / "run.yaml", "data: {target: olvae.data.folder.FolderSource, params: {root: a, size: 8}}")
-    new = write(
-        tmp_path / "new.yaml", "data: {target: olvae.data.mapped.picture_folder.FolderSource, params: {size: 16}}"
-    )
-    assert load([old, new])["data"]["params"] == {"root": "a", "size": 16}
 
 
 def test_another_target_has_params_of_its_own(tmp_path):
@@ -66,10 +58,27 @@ def test_includes_that_are_no_paths(tmp_path, include, named):
     assert str(caught.value) == f"{top}: include: expected a path or a list of paths, got {named}"
 
 
+def test_a_part_is_changed_or_removed_by_a_later_file(tmp_path):
+    a = write(tmp_path / "a.yaml", "parts: {x: {target: a.A, params: {k: 1, l: 1}}, y: {target: a.B}}")
+    b = write(tmp_path / "b.yaml", "parts: {x: {params: {k: 2}}, y: null, z: {target: a.C}}")
+    assert load([a, b])["parts"] == {
+        "x": {"target": "a.A", "params": {"k": 2, "l": 1}},
+        "y": None,
+        "z": {"target": "a.C"},
+    }
+
+
 def test_save_and_load(tmp_path):
     config = tiny_config()
     save(config, tmp_path / "config.yaml")
     assert load([tmp_path / "config.yaml"]) == config
+
+
+def test_differences():
+    before = {"a": {"x": 1, "y": [1]}, "b": {}, "c": 1}
+    after = {"a": {"x": 2, "y": [1]}, "b": {"z": None}, "c": 1}
+    assert differences(before, after) == {"a.x": (1, 2), "b": ({}, ABSENT), "b.z": (ABSENT, None)}
+    assert differences(before, before) == {}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,14 @@ def test_unreadable_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         load([write(tmp_path / "bad.yaml", text)])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "- a\n- b", "a: &a [*a, *a]", "a: {target: x.Y}\na: {b: [\x00]}"])
+def test_unreadable_files_of_others(tmp_path, text):
+    with pytest.raises(ConfigError) as error:
+        read_received(write(tmp_path / "bad.yaml", text))
+    assert "\n" not in str(error.value)
+    assert str(error.value).count(str(tmp_path)) == 1
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):
