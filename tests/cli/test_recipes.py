@@ -43,7 +43,7 @@ def test_a_copy_includes_its_recipe(olvae, tmp_path, name):
     assert olvae("recipes", "copy", name, copy) == (0, "", f"train with: olvae train --base {copy}\n")
     assert load([copy]) == load([name])
     assert yaml.safe_load(copy.read_text()) == {"include": name}
-    assert copy.read_text().startswith(recipes()[name].read_text()[:10])
+    assert copy.read_text().startswith("# ")
 
 
 def test_a_copy_with_settings_of_its_own(olvae, tmp_path):
