@@ -16,22 +16,6 @@ from olvae.config import Config, ConfigError, Node
 from olvae.files import reason
 from olvae.modules.base import Decoder, Encoder
 
-__all__ = [
-    "CLASS_NAME",
-    "CONFIG_NAME",
-    "DERIVED",
-    "FOR_DIFFUSION",
-    "IN_EXPORT",
-    "NETWORKS",
-    "WEIGHTS_NAME",
-    "AutoencoderSpec",
-    "check_factors",
-    "class_in",
-    "oversized",
-    "read_config",
-]
-
-
 OURS = "olvae."
 """The prefix of every target that a config from outside may name."""
 

@@ -14,18 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.checkpoint import tensors_sum
 
-__all__ = [
-    "Decoder",
-    "Encoder",
-    "ShapesOnly",
-    "Stage",
-    "Steps",
-    "check_counts",
-    "count_macs",
-    "count_parameters",
-    "weights_checksum",
-]
-
 
 class Stage(NamedTuple):
     """A step of a decoder with a finite receptive field.

@@ -7,16 +7,6 @@ from torch import Tensor
 
 from olvae.modules.precision import island
 
-__all__ = [
-    "LOGVAR_RANGE",
-    "Deterministic",
-    "DiagonalGaussian",
-    "Posterior",
-    "in_float32",
-    "keyed_generator",
-    "keyed_seed",
-]
-
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 
 

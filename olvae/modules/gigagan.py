@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from olvae.modules.precision import island, no_autocast
 from olvae.modules.unetgan import SpectralConv2d
 
-__all__ = ["GigaGAN", "TransformerBlock", "l2_attention"]
-
 
 def l2_attention(qk: Tensor, v: Tensor) -> Tensor:
     """softmax_j(-|q_i - q_j|^2 / sqrt(D)) v_j, queries and keys being the same vectors.

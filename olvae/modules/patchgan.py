@@ -3,8 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PatchGAN"]
-
 
 class PatchGAN(nn.Module):
     """4x4 convolutions, BatchNorm, LeakyReLU 0.2; one logit per patch of the image [R].

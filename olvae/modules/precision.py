@@ -6,19 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = [
-    "DTYPES",
-    "FULL",
-    "PRECISIONS",
-    "PRECISION_SYNONYMS",
-    "autocast_enabled",
-    "full_float32",
-    "in_precision",
-    "island",
-    "no_autocast",
-]
-
-
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """What weights and latents can be stored in, by name."""
 

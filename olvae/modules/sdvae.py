@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Encoder, check_counts
 
-__all__ = ["SDDecoder", "SDEncoder", "set_padding"]
-
 
 class SDEncoder(Encoder):
     """Stable Diffusion's convolutional encoder with attention in the middle.

@@ -21,8 +21,6 @@ from torch.autograd import Function
 
 from olvae.modules.precision import autocast_enabled, island, no_autocast
 
-__all__ = ["dwt2", "idwt2", "wavedec2", "waverec2"]
-
 
 def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
     """One level of the transform.

@@ -37,7 +37,7 @@ def test_missing_weights_are_told_and_the_rest_works(tmp_path, weights_dir, nowh
     assert list(make().metrics) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips_alex"]
     assert list(skipped) == ["lpips", "rfid", "kid"]
     for name, file in (("lpips", VGG16), ("rfid", INCEPTION), ("kid", INCEPTION)):
-        for part in (file.name, file.url, str(nowhere), "--weights-dir", "no network"):
+        for part in (file.name, file.url, str(nowhere), "`weights_dir`", "no network"):
             assert part in skipped[name]
         assert "\n" not in skipped[name]
 

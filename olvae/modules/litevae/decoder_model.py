@@ -12,8 +12,6 @@ from olvae.modules.litevae.smc import SMC
 from olvae.modules.litevae.unet import GroupNorm, PreActivationBlock
 from olvae.modules.wavelet import idwt2
 
-__all__ = ["LiteVAE_Decoder"]
-
 Variant = Literal["open_litevae", "paper_smc", "group_norm"]
 
 

@@ -12,8 +12,6 @@ from olvae.modules.distributions import LOGVAR_RANGE
 from olvae.modules.litevae.unet import OpenUNet, PaperUNet
 from olvae.modules.wavelet import wavedec2
 
-__all__ = ["SCALES", "LiteVAE_Encoder", "Scale", "WaveletEncoder"]
-
 
 class Scale(NamedTuple):
     """Widths of a preset, and blocks per level of the open_litevae variant [R]."""

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SMC", "fold_smc"]
-
 
 class SMC(nn.Module):
     """A convolution whose filters are scaled per input channel, then normalised to length ``gain``.

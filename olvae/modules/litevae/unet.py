@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from olvae.modules.base import Steps
 
-__all__ = ["OpenUNet", "PaperUNet", "UNet"]
-
 
 def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)

@@ -1,16 +1,23 @@
-"""rFID and KID on few features of our own making, against hand-written float64."""
+"""LPIPS against its package; rFID and KID against float64 by hand, and on Inception against torch-fidelity."""
 
 import pickle
+import warnings
 
+import lpips as reference
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
+import torchvision
+from PIL import Image
 from scipy.linalg import sqrtm
 from torch import nn
 
-from olvae.metrics.features import KID, RFID, PairFeatures, gaussian
+from olvae.metrics.features import KID, LPIPS_SIZE, RFID, Inception, LPIPSDistance, PairFeatures, gaussian
 from olvae.metrics.metric import Unavailable
-from olvae.metrics.registry import METRICS
+from olvae.metrics.registry import METRICS, build_metrics
+from olvae.modules.frozen import TRUNKS
+from olvae.weights import INCEPTION
 from tests.metrics.conftest import pairs
 
 WIDTH = 12
@@ -175,3 +182,112 @@ def test_subsets_of_many_images_do_not_depend_on_the_order():
         assert kid.details()["subset_size"] == 1000
         assert kid.details()["std"] > 0
     assert results[0] == results[1]
+
+
+def theirs(folder, keys, x, y, weights) -> tuple[float, float]:
+    for name, images in (("x", x), ("y", y)):
+        (folder / name).mkdir()
+        for key, image in zip(keys, images, strict=True):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name / key)
+    result = torch_fidelity.calculate_metrics(
+        input1=str(folder / "x"),
+        input2=str(folder / "y"),
+        fid=True,
+        kid=True,
+        kid_subset_size=len(keys),
+        feature_extractor_weights_path=str(weights),
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,  # no loader processes
+        verbose=False,
+    )
+    return result["frechet_inception_distance"], result["kernel_inception_distance_mean"]
+
+
+def check(tmp_path, weights_dir, n: int, size: int) -> None:
+    keys, x, y = pairs(n, size)
+    y = y // 2 + 60
+    make, skipped = build_metrics(["rfid", "kid"], weights_dir)
+    assert not skipped
+    metrics, same = make().metrics, make().metrics
+    for part in (slice(n // 2, None), slice(0, n // 2)):
+        for metric in metrics.values():
+            metric.update(keys[part], x[part], y[part])
+    fid, kid = theirs(tmp_path, keys, x, y, weights_dir / INCEPTION.name)
+    assert metrics["rfid"].compute() == pytest.approx(fid, rel=1e-3)
+    assert metrics["kid"].compute() == pytest.approx(kid, rel=1e-3)
+    assert fid > 10
+    assert abs(kid) > 0.05
+
+    for metric in same.values():
+        metric.update(keys[:3], x[:3], x[:3])
+    assert 0 <= same["rfid"].compute() < 1e-3
+    assert same["kid"].compute() < kid
+
+
+def test_equals_torch_fidelity(tmp_path, weights_dir):
+    check(tmp_path, weights_dir, n=4, size=64)
+
+
+@pytest.mark.slow
+def test_equals_torch_fidelity_on_more_images(tmp_path, weights_dir):
+    check(tmp_path, weights_dir, n=100, size=96)
+
+
+def test_features(weights_dir):
+    inception = Inception(weights_dir / INCEPTION.name)
+    _, x, _ = pairs(2, 64)
+    together, alone = inception(x), inception(x[1:])
+    largest = float(together.max())
+    assert together.shape == (2, 2048)
+    assert together[1] == pytest.approx(alone[0], rel=1e-4, abs=1e-5 * largest)
+    assert abs(together[0] - together[1]).max() > 0.1 * largest
+    with pytest.raises(Unavailable, match="3 channels, got 1"):
+        inception(x[:, :1])
+
+
+def test_files_of_something_else(tmp_path, weights_dir):
+    path = tmp_path / INCEPTION.name
+    state = torch.load(weights_dir / INCEPTION.name, weights_only=True)
+    torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, path)
+    with pytest.raises(ValueError, match=r"is not a file of Inception weights: .*fc\.weight") as error:
+        Inception(path)
+    assert "\n" not in str(error.value)
+    del state["Conv2d_1a_3x3.conv.weight"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"is not a file of Inception weights: .*Conv2d_1a_3x3\.conv\.weight"):
+        Inception(path)
+    path.write_bytes((weights_dir / INCEPTION.name).read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match="cut off"):
+        build_metrics(["rfid"], tmp_path)
+
+
+PUBLISHED = {"vgg": torchvision.models.VGG16_Weights, "alex": torchvision.models.AlexNet_Weights}
+
+
+@pytest.mark.parametrize("trunk", ["vgg", "alex"])
+def test_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
+    """The package loads the same file its own way: through torchvision's loader."""
+    path = weights_dir / TRUNKS[trunk].name
+    state = torch.load(path, weights_only=True)
+    monkeypatch.setattr(PUBLISHED[trunk], "get_state_dict", lambda *args, **kwargs: state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = reference.LPIPS(net=trunk, verbose=False)
+    ours = LPIPSDistance(trunk, path)
+    _, x, y = pairs(3, 64)
+    with torch.no_grad():
+        values = ours(x, y)
+        expected = theirs(*((image.float() / 127.5 - 1) for image in (x, y))).flatten()
+        assert ours(x, x).tolist() == [0.0, 0.0, 0.0]
+    assert values.dtype == torch.float64
+    assert values.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert min(values) > 1e-3
+    assert len({round(value, 6) for value in values.tolist()}) == 3
+
+    least = torch.zeros(1, 3, LPIPS_SIZE[trunk], 64, dtype=torch.uint8)
+    assert ours(least, least).item() == 0.0
+    with pytest.raises(Unavailable, match=f"at least {LPIPS_SIZE[trunk]} pixels"):
+        ours(least[:, :, 1:], least[:, :, 1:])
+    with pytest.raises(Unavailable, match="3 channels, got 4"):
+        ours(torch.zeros(1, 4, 64, 64, dtype=torch.uint8), torch.zeros(1, 4, 64, 64, dtype=torch.uint8))
