@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class StepProgress(ProgressBar):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
         else:
-            left = _hours(clock.seconds_left(trainer.max_steps))
+            left = timedelta(seconds=round(clock.seconds_left(trainer.max_steps)))
             self.console.print(f"step {step}/{trainer.max_steps}  {self._status}  {left} left")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,11 +186,6 @@ def step_bar(console: Console, status: Status, done: int, total: int) -> Progres
     )
     bar.add_task("train", total=total, completed=done, status=status)
     return bar
-
-
-def _hours(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def print_summary(
@@ -256,12 +252,8 @@ def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> 
 
 def print_ending(run: Run, title: str) -> None:
     """Draw the curves, and print a title and where the results are."""
-    places = {
-        "weights": run.last_checkpoint,
-        "config": run.config,
-        "pictures": run.images,
-        "curves": draw_curves(run),
-    }
+    curves = draw_curves(run)
+    places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images, "curves": curves}
     console = Console(stderr=True)
     console.print(title, highlight=False, soft_wrap=True)
     for name, place in places.items():

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     if resumed is None:
         model.prepare(source, prepared.settings.seed, device)
     try:
-        with _stance_of(model):
+        with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
             trainer.fit(
                 model,
                 train_dataloaders=source.train_loader(prepared.settings.seed, prepared.images_seen),
@@ -356,11 +356,6 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     return pl.Trainer(**settings)
 
 
-def _stance_of(model: LiteAutoencoderKL) -> AbstractContextManager[object]:
-    """Put back torch.compile's stance, which validation changes, even after an exception."""
-    return torch.compiler.set_stance("default") if model.compiled else nullcontext()
-
-
 def _lock_resumed(run: Run, lock: RunLock) -> None:
     """Lock a run in the first process of all; the others raise the same error."""
     refusal: list[str | None] = [None]
@@ -381,26 +376,17 @@ def _lock_resumed(run: Run, lock: RunLock) -> None:
 
 @contextmanager
 def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
-    """Make a new run's folder; remove it again after an end without a checkpoint."""
+    """Make and lock a new run's folder in the first process of all; remove it after an end without a checkpoint.
+
+    Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run
+    already, and get the path through the process group.
+    """
     if prepared.plan.resumed is not None:
         yield prepared.plan.resumed
         return
-    run, is_ours = _new_run(prepared, lock)
-    try:
-        yield run
-    finally:
-        if is_ours and not any(run.checkpoints.glob("*.ckpt")):
-            shutil.rmtree(run.path, ignore_errors=True)
-
-
-def _new_run(prepared: Prepared, lock: RunLock) -> tuple[Run, bool]:
-    """Make and lock the run folder in the first process of all, and pass its path to the others.
-
-    Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run
-    already, and get the path through the process group. The second value is whether this process made the folder.
-    """
     if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and find_launcher() is None:
-        return Run(Path(os.environ[RUN_ENV])), False
+        yield Run(Path(os.environ[RUN_ENV]))
+        return
     rank, processes = meet()
     path = [""]
     if rank == 0:
@@ -411,7 +397,12 @@ def _new_run(prepared: Prepared, lock: RunLock) -> tuple[Run, bool]:
     if processes > 1:
         dist.broadcast_object_list(path)
     os.environ[RUN_ENV] = path[0]
-    return Run(Path(path[0])), rank == 0
+    run = Run(Path(path[0]))
+    try:
+        yield run
+    finally:
+        if rank == 0 and not any(run.checkpoints.glob("*.ckpt")):
+            shutil.rmtree(run.path, ignore_errors=True)
 
 
 def quieten() -> None:

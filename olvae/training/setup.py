@@ -25,47 +25,20 @@ if TYPE_CHECKING:  # slow to import
 
 FREE_SETTINGS = (
     "lightning",
-    "run.gpus",
-    "run.precision",
-    "run.seed",
+    *(f"run.{key}" for key in ("gpus", "precision", "seed")),
     "data.params.num_workers",
     "model.base_learning_rate",
-    "model.params.betas",
-    "model.params.channels_last",
-    "model.params.checkpoint",
-    "model.params.compile",
-    "model.params.decay_steps",
-    "model.params.ema_decay",
-    "model.params.min_lr_factor",
-    "model.params.parts.teacher.params.autoencoder",  # a path; checksums hold its weights
-    "model.params.scheduler",
-    "model.params.use_ema",
-    "model.params.val_metrics",
-    "model.params.warmup_steps",
-    "model.params.weights_dir",
+    *(f"model.params.{key}" for key in ("betas", "decay_steps", "min_lr_factor", "scheduler", "warmup_steps")),
+    *(f"model.params.{key}" for key in ("channels_last", "checkpoint", "compile", "weights_dir")),
+    *(f"model.params.{key}" for key in ("ema_decay", "use_ema", "val_metrics")),
+    "model.params.parts.teacher.params.autoencoder",  # a path; its weights have a checksum
 )
 """Settings, with all below them, that a resumed run may change: they are neither data, networks nor losses."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of ``olvae train``; None for one that was not given.
-
-    Args:
-        base: config files or recipes; later ones are merged over earlier ones.
-        overrides: ``key=value`` over all files.
-        logdir: the folder to make the run folder in.
-        name: of the run; by default the first config file's.
-        precision: ``32``, ``bf16`` or ``fp16``.
-        gpus: the number of GPUs, or a list of them such as ``0,2``; 0 is the CPU.
-        seed: of weights, data order and noise; 0 by default.
-        resume: a run folder to continue.
-        actual_resume: a checkpoint or run whose weights a new run starts from.
-        start_from: an autoencoder whose networks and weights a new run starts from.
-        teacher: an autoencoder to learn the latents of.
-        allow_changes: let a resumed run have other data, networks and losses.
-        time_limit: after which training stops with a checkpoint, such as ``3h50m``.
-    """
+    """The options of ``olvae train``, whose help describes them; None for one that was not given."""
 
     base: Sequence[str | Path] = ()
     overrides: Sequence[str] = ()
@@ -177,17 +150,15 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
 
 
 Changes = Mapping[str, tuple[Any, Any]]
-"""Old and new value by dotted key, :data:`olvae.config.ABSENT` where there is none."""
 
 
 def find_changes(previous: Config, config: Config, settings: Settings) -> Changes:
-    """Compare a resumed run's config and settings with its saved ones."""
-    before, now = runs.settings_of(previous), settings
-    sections: list[Config] = [
-        {**whole, "run": {key: getattr(own, key) for key in ("precision", "gpus", "seed")}}
-        for whole, own in ((previous, before), (config, now))
-    ]
-    return cfg.differences(*sections)
+    """Compare a resumed run's config and settings with its saved ones: old and new value by dotted key."""
+
+    def compared(whole: Config, own: Settings) -> Config:
+        return {**whole, "run": {"precision": own.precision, "gpus": own.gpus, "seed": own.seed}}
+
+    return cfg.differences(compared(previous, runs.settings_of(previous)), compared(config, settings))
 
 
 def describe_changes(changes: Changes) -> list[str]:
