@@ -25,6 +25,7 @@ from olvae.data.shards.tar_reading import is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.data.transforms import RandomScaleCrop
+from olvae.runs import settings_of
 
 
 def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, channels: int = 3) -> Source:
@@ -151,7 +152,7 @@ def moves(config: Config) -> dict[str, str]:
     Raises:
         FileNotFoundError: they are not in this folder either.
     """
-    written = (config.get("run") or {}).get("paths") or {}
+    written = settings_of(config).paths
     downloaded = _is_downloaded(config["data"])
     found: dict[str, str] = {}
 

@@ -25,6 +25,7 @@ from olvae.models.names import DIFFUSERS
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.modules.base import weights_checksum
 from olvae.modules.precision import DTYPES
+from olvae.runs import settings_of
 
 TOLERANCE = 1e-6
 """Largest difference of a model that was loaded back, relative to the largest value."""
@@ -112,7 +113,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
         FileExistsError, ValueError: as :func:`export`; also where the weights are not readable.
     """
     settings.check(place)
-    if half := (target.config.get("run") or {}).get("untrained"):
+    if half := settings_of(target.config).untrained:
         raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
     loaded = target.load()
     model = as_litevae(loaded, target.given)

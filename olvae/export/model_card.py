@@ -15,6 +15,7 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.kl import is_stable_diffusion
 from olvae.models.names import DIFFUSERS, is_hub_id
 from olvae.modules.base import count_parameters
+from olvae.runs import settings_of
 
 CARD_NAME = "README.md"
 
@@ -117,7 +118,7 @@ def _data(config: Mapping[str, Any]) -> str:
     size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
     steps = ((config.get("lightning") or {}).get("trainer") or {}).get("max_steps")
     start = ""
-    if before := (config.get("run") or {}).get("weights"):
+    if before := settings_of(config).weights:
         file = Path(before)
         start = f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
     return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}{start}."

@@ -11,7 +11,7 @@ from olvae.models.autoencoder import LiteVAE, load_located
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.names import DIFFUSERS, SHIPPED, is_hub_id, shipped_folder
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
-from olvae.runs import run_of
+from olvae.runs import run_of, settings_of
 
 
 class ShippedLoader(Loader):
@@ -58,7 +58,7 @@ class CheckpointLoader(Loader):
         located = locate(text, config=config)
         if located.config and (mistakes := cfg.validate(located.config)):
             raise ConfigError(*mistakes)
-        if half := (located.config.get("run") or {}).get("untrained"):
+        if half := settings_of(located.config).untrained:
             warnings.warn(f"{text}: its {half} has never been trained", stacklevel=2)
         return Target(
             lambda: load_located(located, read_weights(weights, raw), options.allow_mismatch),

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder
-from olvae.runs import Run
+from olvae.runs import Run, settings_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Target:
         """
         if self.fresh is None:
             raise ConfigError(f"{self.given}: can't be built without its weights")
-        run = self.config.get("run") or {}
-        pl.seed_everything(run.get("initial_seed", run.get("seed", 0)), verbose=False)
+        pl.seed_everything(settings_of(self.config).initial_seed, verbose=False)
         return self.fresh().eval()
 
 
