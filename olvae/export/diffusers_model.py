@@ -20,8 +20,6 @@ from olvae.models.names import SHIPPED, shipped_folder
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, AutoencoderSpec
 from olvae.runs import Run
 
-__all__ = ["AutoencoderLiteVAE"]
-
 
 class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     """A LiteVAE with the interface of diffusers' ``AutoencoderKL``.
@@ -67,8 +65,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         use_quant_conv: bool | None = None,
     ) -> None:
         super().__init__()
-        said = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}  # the arguments
-        built = LiteVAE.from_spec(AutoencoderSpec.from_content(said, type(self).__name__, only_ours=True))
+        given = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}  # the arguments
+        built = LiteVAE.from_spec(AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True))
         self.encoder = built.encoder
         self.decoder = built.decoder
         self.quantizer = built.quantizer
@@ -78,7 +76,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
         follows = {name: value for name, value in built.export_config().items() if name in DERIVED}
         for name, expected in follows.items():
-            value = list(said[name]) if isinstance(said[name], tuple) else said[name]
+            value = list(given[name]) if isinstance(given[name], tuple) else given[name]
             if value is not None and value != expected:
                 raise ValueError(f"{name} is {value}, but for these networks it is {expected}: leave it out")
         self.register_to_config(**follows)
@@ -88,15 +86,14 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub.
 
         Raises:
-            ValueError: it is a run or a file, of which an export has to be written first, or is not what its checksum
-                says.
+            ValueError: it is a run or a file, not an export, or damaged.
             OSError: it was not found.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_file() or Run(path).last_checkpoint.is_file():
             raise ValueError(
-                f"{path}: diffusers loads exports: write one with `olvae export {path} --out DIR`, and name that "
-                "folder; LiteVAE.from_pretrained takes runs and files too"
+                f"{path}: diffusers loads exports: name the folder that olvae export writes of it; "
+                "LiteVAE.from_pretrained takes runs and files too"
             )
         given = str(pretrained_model_name_or_path)
         folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
@@ -128,7 +125,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
     @property
     def post_quant_conv(self) -> nn.Module:
-        """What latents go to first; pipelines of ``force_upcast`` read the dtype of its parameters."""
+        """The module that latents enter; pipelines of ``force_upcast`` read the dtype of its parameters."""
         return self.decoder if self.quantizer is None else self.quantizer.post_quant_conv
 
     @apply_forward_hook

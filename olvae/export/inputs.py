@@ -1,4 +1,4 @@
-"""The images to encode, divided into output shards before the first is read, and read ahead in threads."""
+"""Find the images to encode, divide them into output shards, and read them ahead in batches of one size."""
 
 import hashlib
 from collections import deque
@@ -24,6 +24,7 @@ from olvae.data.source import total
 from olvae.data.transforms import EvalTransform
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Item(NamedTuple):
@@ -39,7 +40,8 @@ class Item(NamedTuple):
 class DatasetInputs:
     """Images by number: output shard i holds those from i * shard_size on, and files are named by the number.
 
-    With ``classes``, names of folders, a file ``.cls`` holds the number of the folder that the image lies in.
+    Args:
+        classes: names of folders; a file ``.cls`` holds the number of the folder that the image lies in.
     """
 
     images: ImageDataset
@@ -53,11 +55,11 @@ class DatasetInputs:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.images)))
 
     def count(self, shards: range) -> int:
-        """Images of these output shards."""
+        """Count the images of output shards."""
         return sum(len(self._range(shard)) for shard in shards)
 
     def read(self, shard: int) -> Iterator[Item]:
-        """The images of an output shard in order."""
+        """Yield the images of an output shard in order."""
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._range(shard):
             key = self.images.key(i)
@@ -65,7 +67,7 @@ class DatasetInputs:
             yield Item(f"{i:08d}", key, partial(self.images.__getitem__, i), files)
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What the shards' content depends on, together with the options."""
+        """Collect what the shards' bytes depend on, together with the options."""
         keys = (self.images.key(i) for i in range(len(self.images)))
         return {
             "options": {**options, "shard_size": self.shard_size},
@@ -87,11 +89,11 @@ class ShardInputs:
         return len(self.shards)
 
     def count(self, shards: range) -> int | None:
-        """Images of these output shards; None if that is unknown before reading."""
+        """Count the images of output shards; None if that is unknown before reading."""
         return total([self.shards[shard].images for shard in shards])
 
     def read(self, shard: int) -> Iterator[Item | ReadError]:
-        """The images of an output shard in order, and what can't be read of it."""
+        """Yield the images of an output shard in order, and errors in reading it."""
         source = self.shards[shard]
         for entry in read_shard(source, self.image_key):
             if not isinstance(entry, ReadError):
@@ -103,7 +105,7 @@ class ShardInputs:
                 raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What the shards' content depends on, together with the options."""
+        """Collect what the shards' bytes depend on, together with the options."""
         names = [f"{Path(shard.url).name}:{shard.images}" for shard in self.shards]
         return {"options": dict(options), "images": _digest(names)}
 
@@ -113,7 +115,7 @@ Inputs = DatasetInputs | ShardInputs
 
 
 def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
-    """The images of SRC: those that :func:`~olvae.data.opening.open_source` would give.
+    """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
 
     Args:
         channels: of the images.
@@ -129,18 +131,21 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
         if isinstance(source, WebDatasetSource):
             return ShardInputs(source.val, source.channels, source.image_key)
         if isinstance(source, MappedSource):
-            return DatasetInputs(source.val, shard_size, _classes(source.val) if classes else ())
+            return _by_number(source.val, shard_size, classes)
         raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
     if holds_shards(src):
         if classes:
             raise ConfigError("`classes` is for folders: the .cls files of shards are kept anyway")
         return ShardInputs(with_counts(find_shards(src)), channels)
-    images = open_images(src, channels)
+    return _by_number(open_images(src, channels), shard_size, classes)
+
+
+def _by_number(images: ImageDataset, shard_size: int, classes: bool) -> DatasetInputs:
     return DatasetInputs(images, shard_size, _classes(images) if classes else ())
 
 
 def _classes(images: ImageDataset) -> list[str]:
-    """The folders that the images lie in, sorted."""
+    """List the folders that the images lie in, sorted."""
     keys = [images.key(i) for i in range(len(images))]
     if loose := [key for key in keys if "/" not in key]:
         raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
@@ -151,7 +156,7 @@ def _folder(key: str) -> str:
     return key.partition("/")[0]
 
 
-def _digest(lines: Sequence[str] | Iterator[str]) -> str:
+def _digest(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode(errors="surrogateescape") + b"\n")
@@ -169,11 +174,11 @@ class ReadImage(NamedTuple):
 Numbered = tuple[int, T]
 """Something, and its number in the shard."""
 
-WAITING = 8
-"""Batches of images among which those of equal size are looked for."""
+GROUPED_BATCHES = 8
+"""Number of batches among whose images those of equal size are grouped."""
 
-WAITING_BYTES = 2**28
-"""Bytes of pixels that wait for others of their size, at most."""
+GROUPED_BYTES = 2**28
+"""Limit of the pixels that wait for others of their size."""
 
 
 def read_batches(
@@ -184,11 +189,11 @@ def read_batches(
     threads: int,
     keep_pixels: bool = False,
 ) -> Iterator[list[Numbered[ReadImage | ReadError]]]:
-    """Batches of up to ``batch_size`` images that have one size once they are padded; read errors come alone.
+    """Yield batches of up to ``batch_size`` images that have one size once they are padded; read errors come alone.
 
-    Images of other sizes wait in memory for others of theirs, up to :data:`WAITING` batches and
-    :data:`WAITING_BYTES`; then the ones that have waited longest make a smaller batch. :func:`in_order` puts what is
-    made of them into order again. The batches depend on the items' order and the batch size alone.
+    Images wait in memory for others of their size, up to :data:`GROUPED_BATCHES` batches and :data:`GROUPED_BYTES`;
+    then those that have waited longest make a smaller batch. :func:`in_order` restores the order. The batches depend on
+    the items' order and the batch size alone.
 
     Args:
         items: the images, and the errors met in their shard.
@@ -209,7 +214,7 @@ def read_batches(
         while groups:
             full = len(groups.get(shape, ())) == batch_size
             oldest, group = next(iter(groups.items()))
-            if not full and waiting <= WAITING_BYTES and number - group[0][0] < WAITING * batch_size:
+            if not full and waiting <= GROUPED_BYTES and number - group[0][0] < GROUPED_BATCHES * batch_size:
                 break
             batch = groups.pop(shape if full else oldest)
             waiting -= sum(one.pixels.nbytes for _, one in batch if isinstance(one, ReadImage))
@@ -218,7 +223,7 @@ def read_batches(
 
 
 def in_order(numbered: Iterable[Numbered[T]]) -> Iterator[T]:
-    """What comes in any order with the numbers from 0 on, in the order of the numbers."""
+    """Sort what is numbered from 0 on, without waiting for the end."""
     early: dict[int, T] = {}
     following = 0
     for number, one in numbered:
@@ -228,17 +233,12 @@ def in_order(numbered: Iterable[Numbered[T]]) -> Iterator[T]:
             following += 1
 
 
-def _ahead(
-    items: Iterable[Item | ReadError],
-    read: Callable[[Item | ReadError], ReadImage | ReadError],
-    threads: int,
-    depth: int,
-) -> Iterator[ReadImage | ReadError]:
-    """The images in the order of the items, with up to ``depth`` of them read ahead."""
+def _ahead(items: Iterable[T], read: Callable[[T], R], threads: int, depth: int) -> Iterator[R]:
+    """Yield what is read of the items in order, with up to ``depth`` of them read ahead."""
     if not threads:
         yield from map(read, items)
         return
-    waiting: deque[Future[ReadImage | ReadError]] = deque()
+    waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
             waiting.append(pool.submit(read, item))

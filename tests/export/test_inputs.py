@@ -49,13 +49,13 @@ def test_equal_once_they_are_padded(items, threads):
 
 
 def test_a_rare_size_waits_for_so_many_images(items, monkeypatch):
-    monkeypatch.setattr(inputs, "WAITING", 3)
+    monkeypatch.setattr(inputs, "GROUPED_BATCHES", 3)
     sizes = [(8, 16), *[(8, 8)] * 8, (8, 16)]
     assert numbers(read_batches(items(*sizes), 0, 8, 2, 0)) == [[1, 2], [3, 4], [5, 6], [0], [7, 8], [9]]
 
 
 def test_and_while_there_is_memory(items, monkeypatch):
-    monkeypatch.setattr(inputs, "WAITING_BYTES", 3 * 8 * 8 * 3)  # three images of 8x8
+    monkeypatch.setattr(inputs, "GROUPED_BYTES", 3 * 8 * 8 * 3)  # three images of 8x8
     sizes = [(8, 8 * i) for i in (1, 1, 2, 1, 3, 1)]
     assert numbers(read_batches(items(*sizes), 0, 8, 5, 0)) == [[0, 1], [2], [3], [4], [5]]
 
