@@ -23,7 +23,7 @@ FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsamp
 
 @dataclass
 class Decoded:
-    """How many images were written, and which latents could not be read."""
+    """The number of images that were written, and latents that could not be read."""
 
     images: int = 0
     unreadable: list[ReadError] = field(default_factory=list)
@@ -47,9 +47,7 @@ def decode_shards(
 ) -> Decoded:
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
-    An image's file is named by its key, whose extension is replaced by the format's; if another image has that name
-    already, the format's extension is appended instead. Unreadable latents are skipped. A command that was killed
-    starts again, and replaces its images.
+    Files are named by the images' keys with the format's extension. Unreadable latents are skipped.
 
     Args:
         model: on its device, in evaluation mode.
@@ -86,7 +84,7 @@ def decode_shards(
 
 
 def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterator[list[_Latent]]:
-    """Batches of up to ``batch_size`` latents of one shape, in order."""
+    """Yield batches of up to ``batch_size`` latents of one shape, in order."""
     batch: list[_Latent] = []
     for shard in shards:
         for entry in read_shard(shard, LATENT):

@@ -29,14 +29,11 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor.
 
     Args:
-        encoder_config, decoder_config, embed_dim, use_quant: see :meth:`LiteVAE.from_config`; networks of this package
-            only, because a config may come from the hub.
-        folded: the self-modulated convolutions are ordinary ones.
-        scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: for a diffusion model on the latents; see
-            :class:`AutoencoderSpec`.
-        block_out_channels, in_channels, latent_channels, out_channels, sample_size,
-            use_post_quant_conv, use_quant_conv: keys that pipelines read in an AutoencoderKL's config. They follow
-            from the other arguments, and are checked if given.
+        encoder_config, decoder_config, embed_dim, use_quant, folded, scaling_factor, shift_factor, latents_mean,
+            latents_std, force_upcast: see :class:`AutoencoderSpec`; networks of this package only, because a config may
+            come from the hub.
+        block_out_channels, ...: keys that pipelines read in an AutoencoderKL's config. They follow from the other
+            arguments, and are checked if given.
 
     Raises:
         ConfigError: the config has mistakes, or names code from outside this package.

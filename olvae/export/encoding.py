@@ -34,8 +34,8 @@ class EncodeOptions:
     """What to store.
 
     Args:
-        size: pixels of the square images after resizing the shorter side and cropping the centre; 0 keeps every image
-            at its own size, padded at the bottom and the right to a multiple of f.
+        size: side in pixels after resizing and cropping the centre; 0 keeps every image's size, padded to a multiple
+            of f at the bottom and the right.
         moments: store the posterior's mean and standard deviation, else one sample of it.
         seed: of the samples' noise.
         dtype: of the latents, a name of :data:`~olvae.modules.precision.DTYPES`.
@@ -53,12 +53,7 @@ class EncodeOptions:
     precision: str = FULL
 
     def check(self, model: Autoencoder) -> None:
-        """Check that images of a model can be stored like this.
-
-        Raises:
-            ValueError: the size is not a multiple of f, or images that are to be stored have several sizes or a number
-                of channels that PNG doesn't have.
-        """
+        """Raise ValueError unless images of a model can be stored like this."""
         f = model.downscale
         if self.size % f:
             raise ValueError(
@@ -72,12 +67,7 @@ class EncodeOptions:
 
 
 class Encoded(NamedTuple):
-    """An encoded image.
-
-    Args:
-        original, size: width and height before and after resizing.
-        latents: its latent, then the mirrored image's if it is stored.
-    """
+    """An image's latent, then the mirrored image's if it is stored; width and height before and after resizing."""
 
     item: Item
     original: tuple[int, int]
@@ -101,10 +91,9 @@ def _sample(encoded: Encoded) -> WebDatasetSample:
 
 
 class _Statistics:
-    """Moments of latents and their shape; kept for each shard and added in order, so that interruptions don't matter.
+    """Moments of latents, and their shape; kept for each shard and added in order, so that interruptions don't matter.
 
-    Args:
-        details: of a finished shard, what :meth:`details` returned.
+    Restored from what :meth:`details` gave.
     """
 
     def __init__(self, details: Mapping[str, Any] | None = None) -> None:
@@ -115,21 +104,19 @@ class _Statistics:
             self.shape = details["shape"]
 
     def add(self, moments: Moments, shape: list[int] | None) -> None:
-        """Add moments of latents of one shape; None if they have several."""
         self.shape = shape if self.moments is None or shape == self.shape else None
         self.moments = moments if self.moments is None else self.moments + moments
 
     def details(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
         positions, sums = (0, []) if self.moments is None else self.moments.state()
         return {"positions": positions, "shape": self.shape, "sums": sums}
 
 
 class EncodeJob:
-    """Encodes the images of :data:`~olvae.export.inputs.Inputs` into a folder, in one process or several.
+    """Encode images into a folder of shards, in one process or several.
 
-    Output shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a
-    byte; see :class:`~olvae.data.shards.write.Resumable`.
+    Shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a byte; see
+    :class:`~olvae.data.shards.write.Resumable`.
 
     Args:
         model: on its device, in evaluation mode.
@@ -138,7 +125,7 @@ class EncodeJob:
 
     Raises:
         ConfigError: the folder holds latents of other options, images or weights, or something else.
-        ValueError: as :meth:`EncodeOptions.check`.
+        ValueError: the size is not a multiple of f, or PNG can't store the images.
     """
 
     def __init__(

@@ -67,9 +67,8 @@ class Loaded(NamedTuple):
 class Layout:
     """A format of export: which models it can hold, what is written, and how it is loaded back.
 
-    A class of one's own needs :meth:`load`, and what differs from the default of the other methods: the weights as
-    safetensors under their own names, in a folder with ``config.json`` or in one file. :mod:`olvae.export.exporting`
-    writes it beside its place, loads it back, compares, and moves it there.
+    A class of your own needs :meth:`load`, and what differs from the default: the weights as safetensors under their
+    own names, in a folder with ``config.json`` or in one file.
     """
 
     suffix: ClassVar[str] = ""
@@ -105,11 +104,7 @@ class Layout:
         return load_file(path if self.suffix else path / WEIGHTS_NAME)
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        """Load what was written, as those who will use it do.
-
-        Args:
-            model: that was written, for what the format does not say.
-        """
+        """Load what was written, as its users do; ``model`` is for what the format does not say."""
         raise NotImplementedError
 
     def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
@@ -207,11 +202,7 @@ images = vae.decode(z).sample"""
 
 
 class LatentDiffusionLayout(DiffusersLayout):
-    """One file with latent-diffusion's names, for ComfyUI and A1111.
-
-    The names are those of the published files, without a prefix: ``encoder.down.I.block.J``, ``decoder.up.I`` with the
-    level of the image's size as 0, ``mid.attn_1`` with 1x1 convolutions.
-    """
+    """One file with latent-diffusion's names, as in the published files, for ComfyUI and A1111."""
 
     suffix = SAFETENSORS
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
@@ -276,11 +267,7 @@ LAYOUTS: dict[str, type[Layout]] = {
 
 
 def find_layout(name: str) -> Layout:
-    """Find a format by its name, or by the path of a class of one's own.
-
-    Raises:
-        ConfigError: there is no such format.
-    """
+    """Find a format by its name, or by the path of a class of your own; raise ConfigError if there is none."""
     if name in LAYOUTS:
         return LAYOUTS[name]()
     if "." not in name:

@@ -24,18 +24,11 @@ CHECKED = ((1, 5, 3), (2, 2, 6), (3, 1, 1))
 
 
 class Half(nn.Module):
-    """The encoder (``image`` to ``moments``) or the decoder (``latent`` to ``image``) as a module.
-
-    Args:
-        function: the forward pass, a method of ``model``.
-        channels: of the input.
-        factor: that the input's height and width are multiples of.
-    """
+    """Encoder or decoder as a module: a method of the model, its input's channels, and the factor of its sides."""
 
     def __init__(self, model: LiteVAE, function: Callable[[Tensor], Tensor], channels: int, factor: int) -> None:
         super().__init__()
-        self.model = model
-        self.function = function
+        self.model, self.function = model, function
         self.channels, self.factor = channels, factor
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class ReconstructOptions:
 
 
 def collect_images(given: Iterable[Path], out: Path) -> list[Path]:
-    """List the given files, and the images in the given folders except those in ``out``; each once, in order.
+    """List the given files and the images in the given folders, except those in ``out``; each once, in order.
 
     Raises:
         FileNotFoundError: a path does not exist, or a folder has no images.
@@ -92,7 +92,6 @@ def name_outputs(images: Sequence[Path], out: Path, channels: int = 3) -> dict[P
 
 
 def comparison_path(result: Path) -> Path:
-    """Name the picture of input, output and error beside a result."""
     return result.with_name(f"{result.stem}_compare.png")
 
 
@@ -177,13 +176,10 @@ def reconstruct_files(
     report: Callable[[str], None],
     progress: Callable[[float], None] = lambda _: None,
 ) -> int:
-    """Reconstruct images, by where their results are written; report each in a line, also one that fails.
+    """Reconstruct images into ``outputs``; report each in a line, also one that fails; return how many succeeded.
 
     Args:
         progress: called with the number of images that are done, and a fraction of the next.
-
-    Returns:
-        How many were reconstructed.
 
     Raises:
         ConfigError: ``options.tile`` is set, and the decoder can't be tiled.
