@@ -62,17 +62,6 @@ def test_there_and_back(olvae, target, tmp_path, image_folder):
     assert f"note: vae made these latents, with other weights than {tmp_path / 'other'}'s" in err
 
 
-def test_images_of_their_own_sizes_and_classes(olvae, target, tmp_path, image_folder):
-    out = tmp_path / "latents"
-    code, text, _ = olvae("encode", target, "--data", image_folder, "--native", "--classes", "--out", out, "--json")
-    assert code == 0
-    stats = json.loads(text)
-    assert (stats["size"], stats["latent_shape"]) == (0, [4, 5, 6])
-    assert stats["classes"] == ["class0", "class1", "class2"]
-    assert olvae("decode", target, out, "--out", tmp_path / "images", "--format", "jpg")[0] == 0
-    assert read_picture(tmp_path / "images/class1/1.jpg").size == (48, 40)
-
-
 def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path, image_folder):
     encode = ["encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3, "--flip", "--images"]
     encode += ["--device", "cpu"]

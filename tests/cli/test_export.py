@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import load_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import load, save
@@ -238,49 +237,11 @@ def test_stock_networks_go_everywhere(olvae, stock_folder, make_stock_run, tmp_p
         assert state.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
-    code, _, err = olvae(run, "--out", tmp_path / "litevae", "--format", "litevae")
-    assert (code, err.splitlines()[:2]) == (0, ["loaded back: equal", "in diffusers: equal"])
-    assert AutoencoderLiteVAE.from_pretrained(tmp_path / "litevae").config.scaling_factor == 0.13025
-    code, _, _ = olvae(tmp_path / "litevae", "--out", tmp_path / "half", "--dtype", "float16")  # an export is a target
-    half = load_file(tmp_path / "half" / WEIGHTS_NAME)
-    assert code == 0
-    assert all(torch.equal(tensor, expected[name].half()) for name, tensor in half.items())
-
-
-def test_reflect_padding_is_told(olvae, make_stock_run, tmp_path):
-    run = make_stock_run()
-    config = load([run / "config.yaml"])
-    for half in ("encoder_config", "decoder_config"):
-        config["model"]["params"][half]["params"]["padding"] = "reflect"
-    save(config, run / "config.yaml")
-    for arguments in (["--out", tmp_path / "vae"], ["--out", tmp_path / "vae.safetensors", "--format", "ldm"]):
-        code, _, err = olvae(run, *arguments)
-        assert code == 0
-        assert "note: padding: reflect in the encoder and the decoder, which this format can't say: loaders have" in err
-    assert "| padding | reflect, in the encoder and the decoder;" in (tmp_path / "vae" / "README.md").read_text()
-    code, _, err = olvae(run, "--out", tmp_path / "ours", "--format", "litevae")
-    assert (code, "note" in err) == (0, False)
-    assert LiteVAE.from_pretrained(tmp_path / "ours").encoder.node["params"]["padding"] == "reflect"
-
-
-def test_for_comfyui(olvae, run_folder, tmp_path):
-    file = tmp_path / "vae.safetensors"
-    code, stdout, err = olvae(run_folder, "--format", "comfyui", "--fold", "--out", file, "--dtype", "bfloat16")
-    assert (code, stdout) == (0, "")
-    assert err.endswith(f"loaded back: equal\nexport: {file}\n")
-    assert LiteVAE.from_pretrained(file).folded
-    assert all(name.startswith("olvae.") for name in load_file(file))
-    code, _, err = olvae(file, "--out", tmp_path / "folder")  # a target
-    assert code == 0
-    assert LiteVAE.from_pretrained(tmp_path / "folder").folded
-
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
-@pytest.mark.parametrize("layout", ["litevae", "diffusers", "ldm", "comfyui"])
-def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half, layout):
-    run = make_stock_run(run={"untrained": half})
-    out = tmp_path / ("vae" if layout in ("litevae", "diffusers") else "vae.safetensors")
-    code, stdout, err = olvae(run, "--out", out, "--format", layout)
+def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half):
+    run, out = make_stock_run(run={"untrained": half}), tmp_path / "vae"
+    code, stdout, err = olvae(run, "--out", out)
     assert (code, stdout, err.count("\n")) == (2, "", 1)
     assert f"its {half} has never been trained: train it first, by distil/{half}" in err
     assert not out.exists()

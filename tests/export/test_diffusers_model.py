@@ -186,21 +186,6 @@ def test_gradients_are_not_lost_to_tiling(vae):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tiling_in_half_precision(vae, large, dtype):
-    model = AutoencoderLiteVAE.from_autoencoder(vae).to(dtype)
-    x = large.to(dtype)
-    with torch.no_grad():
-        whole = model.encode(x).latent_dist.mode()
-        image = model.decode(whole).sample
-        model.enable_tiling(tile_bytes(model.decoder, 3, (2, 4, 11, 5)))
-        tiled = model.encode(x).latent_dist.mode()
-        torch.testing.assert_close(tiled, whole, rtol=0, atol=20 * torch.finfo(dtype).eps * float(whole.abs().max()))
-        again = model.decode(whole).sample
-    assert again.dtype == dtype
-    torch.testing.assert_close(again, image, rtol=0, atol=20 * torch.finfo(dtype).eps * float(image.abs().max()))
-
-
 def test_what_can_not_be_tiled_says_so(vae):
     model = AutoencoderLiteVAE.from_autoencoder(sd())
     model.enable_tiling(100)

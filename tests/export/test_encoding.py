@@ -15,7 +15,6 @@ from safetensors.torch import load
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8, image_to_tensor
 from olvae.data.mapped.picture_folder import find_images
-from olvae.data.shards import write as module
 from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latent_statistics import LatentAccumulator
 from olvae.export.encoding import EncodeJob, EncodeOptions
@@ -82,15 +81,6 @@ def test_moments_are_those_of_the_model_rounded(tmp_path, image_folder, dtype, b
                 assert torch.equal(got, exact.to(dtype))
     assert all(set(one) == {"mean", "std", "mean_flip", "std_flip"} for one in found.values())
     assert not torch.equal(found[keys[0]]["mean"], found[keys[0]]["mean_flip"])
-
-
-def test_the_batch_size_does_not_matter(tmp_path, noise_folder):
-    encode(noise_folder, tmp_path / "a", batch_size=1, dtype="float32")
-    encode(noise_folder, tmp_path / "b", batch_size=5, dtype="float32")
-    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    for key, one in a.items():
-        for name in ("mean", "std"):
-            assert torch.allclose(one[name], b[key][name], rtol=0, atol=5e-5)
 
 
 def test_the_layout(tmp_path, image_folder):
@@ -421,28 +411,6 @@ def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, i
     encode_to(out)
     assert everything(out) == everything(tmp_path / "whole")
     assert everything(out / ".encode") == everything(tmp_path / "whole" / ".encode")
-
-
-def test_killed_between_a_shard_and_its_description(tmp_path, image_folder, monkeypatch):
-    job = Job(image_folder, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        write_json = module.write_json
-
-        def write_or_die(content, path):
-            if path.name != "plan.json":
-                os.kill(os.getpid(), signal.SIGKILL)
-            write_json(content, path)
-
-        patch.setattr(module, "write_json", write_or_die)
-        assert job.start() == -signal.SIGKILL
-    assert [path.name for path in job.folder.glob("*.tar")] == ["000000.tar"]
-    (job.folder / "000000.tar").write_bytes(b"something else")
-    job.encoder().run(batch_size=1)
-    job.encoder().finish()
-    other = Job(image_folder, tmp_path / "other")
-    other.encoder().run(batch_size=1)
-    other.encoder().finish()
-    assert everything(job.folder) == everything(other.folder)
 
 
 def test_a_finished_shard_is_not_encoded_again_but_a_lost_one_is(tmp_path, image_folder):
