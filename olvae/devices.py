@@ -52,6 +52,9 @@ PRECISIONS = {
 }
 """The one table of precisions: every flag and setting takes these names."""
 
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What weights and latents can be stored in, by name."""
+
 _ALIASES = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
 
 

@@ -15,7 +15,7 @@ from olvae.data.shards.index import INDEX
 from olvae.data.shards.latent_source import LATENT, META, STATS, Latent, latent_bytes
 from olvae.data.shards.pairs import CHANNELS
 from olvae.data.shards.write import Resumable, WebDatasetSample, write_tar
-from olvae.devices import FULL, autocast
+from olvae.devices import DTYPES, FULL, autocast
 from olvae.export.inputs import Inputs, Item, Numbered, ReadImage, in_order, read_batches
 from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder
@@ -23,7 +23,6 @@ from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import Posterior, in_float32, keyed_generator
 from olvae.modules.moments import Moments
-from olvae.modules.precision import DTYPES
 
 STATE = ".encode"
 """Folder beside the shards of latents, with the plan and a description of each finished shard."""

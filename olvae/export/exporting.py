@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
+from olvae.devices import DTYPES
 from olvae.evaluation.results import Results
 from olvae.export.layouts import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.export.model_card import CARD_NAME, MADE_WITH, Provenance, model_card
@@ -24,7 +25,6 @@ from olvae.models.loading.targets import RAW
 from olvae.models.names import DIFFUSERS
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.modules.base import weights_checksum
-from olvae.modules.precision import DTYPES
 from olvae.runs import settings_of
 
 TOLERANCE = 1e-6

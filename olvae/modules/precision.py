@@ -6,21 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What weights and latents can be stored in, by name."""
-
-FULL = "32"
-
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, FULL: torch.float32}
-"""What networks can compute in, by name."""
-
-PRECISION_SYNONYMS = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
-
-
-def in_precision(kind: str, name: str) -> AbstractContextManager[object]:
-    """Autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
-    return torch.autocast(kind, PRECISIONS[name], enabled=name != FULL)
-
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x`` (devices such as meta have none)."""

@@ -1,17 +1,65 @@
-"""The Stable Diffusion autoencoder, the baseline [P App. F]: encoder and decoder from diffusers.
+"""Stable Diffusion's autoencoder, the baseline [P App. F]: encoder and decoder from diffusers.
 
 Together, with ``use_quant: true`` and the encoder's ``latent_dim`` at 2 n_z, they are the SD-VAE.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, check_counts
+from olvae.modules.base import Decoder, Encoder, Steps, check_counts
+
+Padding = Literal["zeros", "reflect"]
 
 
-class SDEncoder(Encoder):
+class _Half(Steps):
+    """What both halves share: diffusers' network inside, built from a width, its multiples and blocks per level."""
+
+    model: nn.Module
+
+    def _build(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        norm_groups: int,
+        attention: bool,
+        padding: Padding,
+    ) -> None:
+        """Build the network from its named channels."""
+        from diffusers.models.autoencoders import vae  # seconds, for this network only
+
+        check_counts(1, **inputs, **outputs, channels=channels, channel_mult=channel_mult)
+        check_counts(0, num_res_blocks=num_res_blocks)
+        levels = len(channel_mult)
+        shared: dict[str, Any] = {
+            "in_channels": next(iter(inputs.values())),
+            "out_channels": next(iter(outputs.values())),
+            "block_out_channels": tuple(channels * m for m in channel_mult),
+            "layers_per_block": num_res_blocks,
+            "norm_num_groups": norm_groups,
+            "mid_block_add_attention": attention,
+        }
+        if isinstance(self, Encoder):
+            self.model = vae.Encoder(down_block_types=("DownEncoderBlock2D",) * levels, double_z=False, **shared)
+        else:
+            self.model = vae.Decoder(up_block_types=("UpDecoderBlock2D",) * levels, **shared)
+        set_padding(self.model, padding)
+
+    def checkpoint_steps(self) -> None:
+        super().checkpoint_steps()
+        self.model.gradient_checkpointing = True  # type: ignore[assignment]  # each level, and the middle
+        self.model._gradient_checkpointing_func = self.step  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x)
+        return out
+
+
+class SDEncoder(_Half, Encoder):
     """Stable Diffusion's convolutional encoder with attention in the middle.
 
     Args:
@@ -35,41 +83,18 @@ class SDEncoder(Encoder):
         num_res_blocks: int = 2,
         norm_groups: int = 32,
         attention: bool = True,
-        padding: Literal["zeros", "reflect"] = "zeros",
+        padding: Padding = "zeros",
     ) -> None:
         super().__init__()
-        from diffusers.models.autoencoders import vae  # seconds, for this network only
-
-        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, channels=channels, channel_mult=channel_mult)
-        check_counts(0, num_res_blocks=num_res_blocks)
-        self.latent_dim = latent_dim
-        self.in_channels = in_channels
+        self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
         self.downscale = 2 ** (len(channel_mult) - 1)
-        self.image_size = image_size
         if image_size % self.downscale:
             raise ValueError(f"image_size {image_size} is not a multiple of {self.downscale}")
-        self.model = vae.Encoder(
-            in_channels=in_channels,
-            out_channels=latent_dim,
-            down_block_types=("DownEncoderBlock2D",) * len(channel_mult),
-            block_out_channels=tuple(channels * m for m in channel_mult),
-            layers_per_block=num_res_blocks,
-            norm_num_groups=norm_groups,
-            double_z=False,
-            mid_block_add_attention=attention,
-        )
-        set_padding(self.model, padding)
-
-    def checkpoint_steps(self) -> None:
-        super().checkpoint_steps()
-        _take_steps(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.model(x)
-        return out
+        inputs, outputs = {"in_channels": in_channels}, {"latent_dim": latent_dim}
+        self._build(inputs, outputs, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
 
 
-class SDDecoder(Decoder):
+class SDDecoder(_Half, Decoder):
     """Stable Diffusion's convolutional decoder with attention in the middle.
 
     The first five arguments are LiteVAE_Decoder's, so that a config can exchange the two; the others are
@@ -87,43 +112,16 @@ class SDDecoder(Decoder):
         num_res_blocks: int = 2,
         norm_groups: int = 32,
         attention: bool = True,
-        padding: Literal["zeros", "reflect"] = "zeros",
+        padding: Padding = "zeros",
     ) -> None:
         super().__init__()
-        from diffusers.models.autoencoders import vae  # seconds, for this network only
-
-        check_counts(1, z_channels=z_channels, out_channels=out_channels, channels=channels, channel_mult=channel_mult)
-        check_counts(0, num_res_blocks=num_res_blocks)
-        self.z_channels = z_channels
-        self.out_channels = out_channels
+        self.z_channels, self.out_channels = z_channels, out_channels
         self.upscale = 2 ** (len(channel_mult) - 1)
-        self.model = vae.Decoder(
-            in_channels=z_channels,
-            out_channels=out_channels,
-            up_block_types=("UpDecoderBlock2D",) * len(channel_mult),
-            block_out_channels=tuple(channels * m for m in channel_mult),
-            layers_per_block=num_res_blocks,
-            norm_num_groups=norm_groups,
-            mid_block_add_attention=attention,
-        )
-        set_padding(self.model, padding)
-
-    def checkpoint_steps(self) -> None:
-        super().checkpoint_steps()
-        _take_steps(self)
-
-    def forward(self, z: Tensor) -> Tensor:
-        out: Tensor = self.model(z)
-        return out
+        inputs, outputs = {"z_channels": z_channels}, {"out_channels": out_channels}
+        self._build(inputs, outputs, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
 
 
-def _take_steps(network: SDEncoder | SDDecoder) -> None:
-    """Let diffusers' network hand its blocks to :meth:`Steps.step`: each level, and the middle."""
-    network.model.gradient_checkpointing = True
-    network.model._gradient_checkpointing_func = network.step  # type: ignore[assignment]
-
-
-def set_padding(network: nn.Module, padding: Literal["zeros", "reflect"]) -> None:
+def set_padding(network: nn.Module, padding: Padding) -> None:
     """Set what a network's convolutions see beyond the borders; see :class:`SDEncoder`."""
     if padding not in ("zeros", "reflect"):
         raise ValueError(f"padding must be zeros or reflect, got {padding!r}")

@@ -10,6 +10,7 @@ from olvae.config import ConfigError
 from olvae.data.mix import MixSource
 from olvae.data.shards.pairs import PairSource
 from olvae.data.source import Source
+from olvae.devices import DTYPES
 from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
@@ -17,7 +18,7 @@ from olvae.models.parts.part import Loss, Part, Step, check_not_negative, first_
 from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.frozen import Constant
-from olvae.modules.precision import DTYPES, no_autocast
+from olvae.modules.precision import no_autocast
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
