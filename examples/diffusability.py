@@ -31,11 +31,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where study/ is
 
-from olvae.allocator import keep_freed_memory
 from olvae.cli.main import print_error
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.opening import open_source
 from olvae.data.shards.latent_source import LatentSource
+from olvae.devices import keep_freed_memory
 from olvae.figures import labelled_grid
 from olvae.files import atomic_write, check_folder, write_json
 from olvae.metrics.features import Extract, Features, Inception, frechet_distance

@@ -1,6 +1,8 @@
-"""Devices, precision, and the processes that torchrun or srun started."""
+"""Devices, precision, host memory, and the processes that torchrun or srun started."""
 
+import ctypes
 import os
+import platform
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -18,7 +20,7 @@ if TYPE_CHECKING:  # slow to import
 
 
 def resolve_device(device: str | None = None) -> str:
-    """The device to compute on: the given one, else a GPU, else the CPU; each process takes a GPU of its own.
+    """Choose the device to compute on: the given one, else a GPU, else the CPU; each process takes its own GPU.
 
     Raises:
         ConfigError: this machine does not have it.
@@ -59,7 +61,7 @@ _ALIASES = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL
 
 
 def precision_name(text: str) -> str:
-    """A name of :data:`PRECISIONS`, also for 16, float16, bfloat16 and float32.
+    """Return a name of :data:`PRECISIONS`, also for 16, float16, bfloat16 and float32.
 
     Raises:
         ConfigError: there is no such precision.
@@ -71,7 +73,7 @@ def precision_name(text: str) -> str:
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Lightning's name for a precision of training.
+    """Return Lightning's name for a precision of training.
 
     Raises:
         ConfigError: there is no such precision, or it is fp16 without a GPU.
@@ -83,22 +85,30 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 
 def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
-    """Autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
+    """Return autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
     return torch.autocast(kind, PRECISIONS[precision].dtype, enabled=precision != FULL)
 
 
 def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Lightning's ``accelerator`` and ``devices`` for ``--gpus``: N for the first N GPUs, "0,2" for a list of them.
+    """Choose Lightning's ``accelerator`` and ``devices``.
 
-    0 is the CPU, with as many processes as lightning.trainer.devices says if its accelerator is cpu. Without the flag
-    lightning.trainer decides; by default it is every GPU, or the CPU if there is none.
+    Args:
+        gpus: N for the first N GPUs, "0,2" for a list of them, or 0 for the CPU, with as many processes as
+            lightning.trainer.devices says if its accelerator is cpu; None leaves it to lightning.trainer.
+        trainer: lightning.trainer; by default every GPU, or the CPU if there is none.
 
     Raises:
         ConfigError: this machine does not have that GPU.
     """
-    if gpus is not None:
-        return _devices_of_flag(gpus, trainer)
     present = torch.cuda.device_count()
+    if gpus is not None:
+        wanted = _parse_gpus(gpus)
+        if not wanted:
+            return {"accelerator": "cpu", "devices": trainer.get("devices", 1) if _on_cpu(trainer) else 1}
+        if max(wanted) >= present:
+            has = f"{present} GPU{'s' * (present > 1)}" if present else "no GPU"
+            raise ConfigError(f"`gpus` {gpus}: this machine has {has}; 0 is the CPU")
+        return {"accelerator": "cuda", "devices": wanted}
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if accelerator == "auto":
         if not present:
@@ -114,46 +124,53 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     return {"accelerator": accelerator, "devices": devices}
 
 
-def _devices_of_flag(gpus: str, trainer: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        wanted = [int(part) for part in gpus.split(",") if part.strip()]
-    except ValueError:
-        wanted = []
-    if not wanted or min(wanted) < 0:
+def _on_cpu(trainer: Mapping[str, Any]) -> bool:
+    return bool(trainer.get("accelerator") == "cpu")
+
+
+def _parse_gpus(gpus: str) -> list[int]:
+    """Parse a number of GPUs or a list of them; empty for the CPU."""
+    if not re.fullmatch(r"\d+|(\d+,)+\d*", gpus.replace(" ", "")):
         raise ConfigError(f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
-    if "," not in gpus:
-        if wanted[0] == 0:
-            processes = trainer.get("devices", 1) if trainer.get("accelerator") == "cpu" else 1
-            return {"accelerator": "cpu", "devices": processes}
-        wanted = list(range(wanted[0]))
-    present = torch.cuda.device_count()
-    if max(wanted) >= present:
-        has = f"this machine has {present} GPU{'' if present == 1 else 's'}" if present else "this machine has no GPU"
-        raise ConfigError(f"`gpus` {gpus}: {has}; 0 is the CPU")
-    return {"accelerator": "cuda", "devices": wanted}
+    numbers = [int(part) for part in gpus.split(",") if part.strip()]
+    return numbers if "," in gpus else list(range(numbers[0]))
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees; returns False for C libraries without that option.
+
+    glibc gives blocks of over 32 MB back to the system at once, and gets fresh pages for the next tensor, which the
+    system clears first. On a CPU that takes up to half of the time of a network on large images. From then on a process
+    holds its peak, and may hold half as much again in gaps: not for commands that promise a limit on memory.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3), from malloc.h
+    set_option = ctypes.CDLL(None).mallopt
+    return bool(set_option(mmap_max, 0)) and bool(set_option(trim_threshold, -1))
 
 
 PATIENCE = timedelta(days=7)
-"""How long the first process waits for the others: long, since shares differ, and torchrun ends all if one fails."""
+"""Timeout of collectives: long, since shares differ, and torchrun ends all processes if one fails."""
 
 T = TypeVar("T")
 
 
 def this_process() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
+    """Return this process's rank and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def local_rank() -> int:
-    """This process's place among those of its machine; torchrun, srun and Lightning say it."""
+    """Return this process's rank on its machine, as torchrun, srun and Lightning set it."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def srun_environment() -> "SLURMEnvironment | None":
-    """What srun says of its processes; None if it did not start this one, as in a batch script that calls Python.
+    """Return Lightning's view of the SLURM step; None if srun did not start this process.
 
     Raises:
-        ConfigError: it does not say how many of them each machine has.
+        ConfigError: srun was not given the number of tasks on each machine.
     """
     if "SLURM_STEP_ID" not in os.environ:
         return None
@@ -162,7 +179,7 @@ def srun_environment() -> "SLURMEnvironment | None":
     if not SLURMEnvironment.detect():  # an interactive shell
         return None
     if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise ConfigError("srun: give the number of tasks with --ntasks-per-node and --nodes, not with --ntasks")
+        raise ConfigError("srun: give it the options ntasks-per-node and nodes, not ntasks")
     return SLURMEnvironment(auto_requeue=False)  # a job that is queued again would start a new run
 
 
@@ -208,10 +225,10 @@ def leave() -> None:
 
 
 class Agreement:
-    """Whether any process has asked for something, which all of them learn at the same step.
+    """Agree on a request that any rank may make, so that all ranks follow it at the same step.
 
-    Nothing waits for a device: the flags travel between the CPUs while the next step runs, so with several processes
-    the answer comes one call later.
+    Nothing waits for a device: the flags are reduced between the CPUs while the next step runs, so with several
+    processes the answer comes one call later.
     """
 
     def __init__(self) -> None:
@@ -220,7 +237,7 @@ class Agreement:
         self._sent: dist.Work | None = None
 
     def any_asked(self, asked: bool, wait: bool = False) -> bool:
-        """Whether any process asked by the call before, or with ``wait`` by this one. All call it equally often."""
+        """Return True if any rank set ``asked`` in the previous call, or in this one with ``wait``. Collective."""
         if this_process()[1] == 1:
             return asked
         if self._group is None:

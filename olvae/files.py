@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, folders for results, and file names in messages."""
+"""Write files atomically, check folders for results, print file names and errors on one line."""
 
 import contextlib
 import hashlib
@@ -10,23 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
-
-__all__ = [
-    "atomic_write",
-    "check_folder",
-    "file_sha256",
-    "first_line",
-    "legible",
-    "named",
-    "nearest",
-    "no_empty_folders",
-    "printable",
-    "reason",
-    "remove_partials",
-    "safe_path",
-    "set_aside",
-    "write_json",
-]
 
 
 @contextmanager
@@ -52,11 +35,11 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
-    """Remove what :func:`atomic_write` was writing to when its process was killed.
+    """Remove the temporary files of :func:`atomic_write` that a killed process left.
 
     Args:
         partials: the temporary files, ``folder.glob(".partial-*")``.
-        idle_s: seconds for which nothing was written to them, where another process may be at work.
+        idle_s: leave those that were written to in these last seconds, as another process may be at work.
     """
     until = time.time() - idle_s
     for partial in partials:
@@ -95,7 +78,7 @@ def check_folder(folder: Path) -> Path:
 
 
 def nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest of its parents that exists, which may be a file."""
+    """Return the folder itself, or the nearest of its parents that exists, which may be a file."""
     place = folder.absolute()
     return next(path for path in (place, *place.parents) if path.exists())
 
@@ -115,7 +98,7 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -124,7 +107,7 @@ def file_sha256(path: Path) -> str:
 
 
 def safe_path(key: str) -> PurePosixPath:
-    """The path below a folder that the key of an image names.
+    """Turn the key of an image into a path below a folder.
 
     Raises:
         ValueError: it leads out of the folder, or names no file.
@@ -136,27 +119,27 @@ def safe_path(key: str) -> PurePosixPath:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, on one line, for a message that has the file's name: without the one that the system adds."""
+    """Return an error's message on one line, without the file name that the system adds."""
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return " ".join(text.split())
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class if it has none."""
+    """Return the first line of an error's message, or the name of its class if it is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def legible(name: str) -> str:
-    r"""A file's name as valid Unicode: bytes that are not UTF-8 become ``\xe9``."""
+    r"""Make a file's name valid Unicode: bytes that are not UTF-8 become ``\xe9``."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def printable(name: str) -> str:
-    """A file's name on one line: unprintable characters are escaped."""
+    """Put a file's name on one line: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
 
 
 def named(skipped: Iterable[tuple[str, str]]) -> str:
-    """The first ten names with their reasons, and how many more there are."""
+    """List the first ten names with their reasons, and count the others."""
     texts = [f"{printable(name)} ({reason})" for name, reason in skipped]
     return ", ".join(texts[:10]) + (f", and {len(texts) - 10} more" if len(texts) > 10 else "")

@@ -1,4 +1,4 @@
-"""Tasks in worker processes, which stop between two images when told to and never outlive the main process."""
+"""Run tasks in worker processes, which can be stopped between two images and never outlive the main process."""
 
 import multiprocessing as mp
 import os
@@ -13,15 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["OnProgress", "SharedProgress", "cores", "ignore_progress", "run_in_processes"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 
 OnProgress = Callable[[int, int | None], None]
 """Called with the number of images done, and with their total if it is known."""
 
-POLL_S = 0.1  # seconds between looks at the progress, and at whether the main process is alive
+POLL_S = 0.1
+"""Seconds between looks at the progress, and at whether the main process is alive."""
 
 
 class Cancelled(Exception):  # noqa: N818  (nothing went wrong)
@@ -29,7 +28,7 @@ class Cancelled(Exception):  # noqa: N818  (nothing went wrong)
 
 
 class SharedProgress:
-    """The number of images that all processes have done, and whether they are to stop."""
+    """Count the images that all processes have done, and ask them to stop."""
 
     def __init__(self, context: Any) -> None:
         self._count = context.Value("Q", 0)
@@ -83,18 +82,18 @@ def run_in_processes(
             for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
-        raise ChildProcessError("a worker process was killed, perhaps for lack of memory: lower --workers") from error
+        raise ChildProcessError("a worker process was killed, perhaps for lack of memory: lower `workers`") from error
     finally:
         progress.stop()
         executor.shutdown(wait=True, cancel_futures=True)
 
 
 def ignore_progress(*_: int | None) -> None:
-    """An :data:`OnProgress` that does nothing."""
+    """Do nothing: an :data:`OnProgress`."""
 
 
 def cores() -> int:
-    """The number of cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -119,7 +119,7 @@ def check_name(name: str) -> None:
 
 
 def run_of(checkpoint: Path) -> Run | None:
-    """The run that a file is a checkpoint of; None if it lies elsewhere, be it in a folder of that name."""
+    """Return the run that a file is a checkpoint of; None if it lies elsewhere, even in a folder of that name."""
     run = Run(checkpoint.parent.parent)
     return run if checkpoint.parent.name == run.checkpoints.name and run.config.is_file() else None
 
@@ -152,7 +152,7 @@ def open_run(path: str | Path) -> Run:
 
 
 def config_of(run: Run) -> Config:
-    """The config of a run that is continued, with its section ``run``, the command's settings.
+    """Read the config of a run to continue, with its section ``run``, the command's settings.
 
     Raises:
         ConfigError: the file is broken; the line says what to do instead.
@@ -167,7 +167,7 @@ def config_of(run: Run) -> Config:
 
 
 def _without_config(run: Run) -> str:
-    """What to do with a run that has no config any more."""
+    """Say what to do with a run that has no config any more."""
     return (
         "put a copy of that file back, or start a new run from its weights with `base` CFG and `actual_resume` "
         f"{run.last_checkpoint}"

@@ -1,4 +1,4 @@
-"""Files of pretrained weights of published networks: finding, downloading and reading them."""
+"""Find, download and read the pretrained weights of published networks: VGG, AlexNet, Inception."""
 
 import http.client
 import os
@@ -19,7 +19,7 @@ VARIABLE = "OLVAE_WEIGHTS"
 """The environment variable that names a folder of weights."""
 
 TIMEOUT_S = 10.0
-"""How long a server may take to answer, and a running download may pause."""
+"""How long a server may be silent, before it answers or during a download."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def find_weights(
 
 
 def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with ``prefix``; code in the file is not executed.
+    """Read the tensors of a file whose names begin with ``prefix``; code in the file is not executed.
 
     Raises:
         ValueError: it is cut off, is another kind of file, or has non-finite values.
     """
     wrong = f"{path} is not a file of {file.what} weights"
     try:
-        content = read_torch(path, legacy=True)  # as torchvision's VGG is
+        content = read_torch(path, legacy=True)  # torchvision's VGG is of that format
     except ValueError as error:
         raise ValueError(f"{wrong}: it is cut off, or another kind of file; download {file.url} again") from error
     if not isinstance(content, dict) or not all(
@@ -132,7 +132,7 @@ def load_weights_file(path: Path, file: WeightsFile, prefix: str, tensors: Mappi
 
 
 def provenance(path: Path, file: WeightsFile) -> dict[str, object]:
-    """What to report with a result: the file's name, its SHA-256, and whether that is the published file's."""
+    """Describe a file beside a result: its name, its SHA-256, and whether that is the published file's."""
     state = path.stat()
     digest = _sha256(path.resolve(), state.st_size, state.st_mtime_ns)
     return {"file": path.name, "sha256": digest, "published": digest.startswith(file.sha256)}

@@ -53,10 +53,8 @@ def command(
     """
     import json
 
-    from olvae.allocator import keep_freed_memory
     from olvae.config import ConfigError
 
-    keep_freed_memory()
     chosen = list(GROUPS) if groups == "all" else split_commas(groups)
     if unknown := [name for name in chosen if name not in GROUPS]:
         raise ConfigError(f"GROUPS {', '.join(unknown)}: choose from all, {', '.join(GROUPS)}")
@@ -70,9 +68,10 @@ def command(
     from olvae.bench.cases import bench
     from olvae.bench.measure import Setting, moved, read_document
     from olvae.data.mapped.dataset import PHOTOGRAPHS
-    from olvae.devices import resolve_device
+    from olvae.devices import keep_freed_memory, resolve_device
     from olvae.training.run import quieten
 
+    keep_freed_memory()
     device = resolve_device(device)
     before = None if against is None else read_document(against, device)
     setting = Setting(

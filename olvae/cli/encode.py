@@ -89,8 +89,7 @@ def command(
     with loading():
         import torch
 
-        from olvae.allocator import keep_freed_memory
-        from olvae.devices import gather, join, leave, resolve_device
+        from olvae.devices import gather, join, keep_freed_memory, leave, resolve_device
         from olvae.export.encoding import EncodeJob, EncodeOptions, encoder_of
         from olvae.export.inputs import find_inputs
         from olvae.files import check_folder, no_empty_folders

@@ -153,8 +153,7 @@ def command(
 
     check_paths(*targets, data=data)
     with loading():
-        from olvae.allocator import keep_freed_memory
-        from olvae.devices import join, leave, resolve_device
+        from olvae.devices import join, keep_freed_memory, leave, resolve_device
         from olvae.evaluation.observers.baselines import UNTRAINED
         from olvae.evaluation.protocol import named
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate

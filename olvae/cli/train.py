@@ -67,8 +67,7 @@ def command(
 
     plan = read_plan(TrainOptions(**given))  # before anything slow is imported
     with loading():
-        from olvae.allocator import keep_freed_memory
-        from olvae.devices import local_rank
+        from olvae.devices import keep_freed_memory, local_rank
         from olvae.training.launch import ProcessDiedError, is_first
         from olvae.training.run import train
         from olvae.training.stopping import TrainingStopped

@@ -101,7 +101,7 @@ def test_mistakes_without_a_launcher_and_with_slurms_other_option(under, monkeyp
         check_launcher({"devices": 2, "num_nodes": 2})
     under(srun(per_node=2))
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
-    with pytest.raises(ConfigError, match="srun: give the number of tasks with --ntasks-per-node"):
+    with pytest.raises(ConfigError, match="srun: give it the options ntasks-per-node and nodes"):
         check_launcher({"devices": 2})
 
 
