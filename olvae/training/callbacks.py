@@ -44,29 +44,23 @@ class ImageGrids(Callback):
 
     @torch.no_grad()
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: Any, batch: Batch, batch_idx: int, *__: Any
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
         moments = batch["moments"][: self.count] if "moments" in batch else None
-        batch = {"image": batch["image"][: self.count]}
-        decoded, posterior = pl_module(pl_module.images(batch), moments=moments)
+        images = batch["image"][: self.count]
+        decoded, posterior = pl_module(pl_module.images({"image": images}), moments=moments)
         reconstruction = to_uint8(decoded)
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(posterior.mean)
         samples = to_uint8(pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise)))
         step = trainer.global_step
         grid = labelled_grid(
             {
-                f"input, held out, step {step}": batch["image"].cpu(),
+                f"input, held out, step {step}": images.cpu(),
                 "reconstruction": reconstruction.cpu(),
-                "error, black 0 to white 64 of 255": error_map(batch["image"], reconstruction),
+                "error, black 0 to white 64 of 255": error_map(images, reconstruction),
                 "decoded from N(0, I): noise is expected": samples.cpu(),
             }
         )
@@ -120,9 +114,7 @@ class Health(Callback):
         self.console = Console(stderr=True)
         self._since: dict[str, int] = {}  # the first step of each symptom that lasts, by its sentence
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         step = trainer.global_step
         if pl_module.adversary is None or not trainer.is_global_zero or not pl_module.reports:
@@ -143,9 +135,7 @@ class UnreadableLimit(Callback):
         self._lost = Agreement()
         self._shared = 0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         loader = trainer.train_dataloader
         if trainer.world_size == 1 or not isinstance(loader, Loader):
             return
@@ -193,9 +183,7 @@ class BadSteps(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.bad, self.returned, self._row = state_dict["bad"], state_dict["returned"], state_dict["row"]
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         if pl_module.reports or pl_module.guard.pending >= MAX_UNREAD_STEPS:
             self._read(trainer, pl_module)

@@ -50,22 +50,16 @@ def cluster() -> list[ClusterEnvironment]:
 
 def process_count(trainer_args: Mapping[str, Any]) -> int:
     """The number of processes of a run, over all nodes."""
-    return _per_node(trainer_args) * _nodes(trainer_args)
+    per_node, nodes = _devices(trainer_args)
+    return per_node * nodes
 
 
 def check_launcher(trainer_args: Mapping[str, Any]) -> None:
-    """Check that torchrun or srun started as many processes as the run has devices.
+    """Raise ConfigError unless torchrun or srun, if used, started as many processes as the run has devices.
 
-    With one device, Lightning would let each process train a model of its own in the same folder; with too many, it
-    would wait for processes that never come.
-
-    Args:
-        trainer_args: of lightning.trainer, with the ``devices`` of each node.
-
-    Raises:
-        ConfigError: the numbers differ, or there are several nodes and no launcher.
+    Otherwise Lightning would let each process train a model of its own, or wait for processes that never come.
     """
-    wanted = _per_node(trainer_args), _nodes(trainer_args)
+    wanted = _devices(trainer_args)
     if TorchElasticEnvironment.detect():
         name, option, total = "torchrun", "nproc_per_node", int(os.environ["WORLD_SIZE"])
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", total))
@@ -81,10 +75,11 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
         return
     nodes = max(1, total // per_node)
     if (per_node, nodes) != wanted or per_node * nodes != total:
+        started = _counted(total, "process", "processes", nodes)
+        devices = _counted(wanted[0] * wanted[1], "device", "devices", wanted[1])
         raise ConfigError(
-            f"{name} started {_counted(total, 'process', nodes)}, but `gpus` and lightning.trainer name "
-            f"{_counted(wanted[0] * wanted[1], 'device', wanted[1])}: set `gpus` to {per_node}, or on the CPU "
-            f"lightning.trainer.accelerator=cpu lightning.trainer.devices={per_node}"
+            f"{name} started {started}, but `gpus` and lightning.trainer name {devices}: set `gpus` to {per_node}, or "
+            f"on the CPU lightning.trainer.accelerator=cpu lightning.trainer.devices={per_node}"
             + (f", and lightning.trainer.num_nodes={nodes}" if nodes != wanted[1] else "")
             + f"; or set {name}'s {option} to {wanted[0]}"
         )
@@ -102,24 +97,19 @@ def meet() -> tuple[int, int]:
 
 def process_death(error: RuntimeError) -> str | None:
     """Explain an error that comes from the death of a loader process or another process of this run; else None."""
-    if dist.is_initialized() and re.search(
-        r"closed by peer|reset by peer|remote process exited|Broken pipe", str(error)
-    ):
+    broken = r"closed by peer|reset by peer|remote process exited|Broken pipe"
+    if dist.is_initialized() and re.search(broken, str(error)):
         return (
             "another process of this training died: its own output, or the system's log of killed processes, says why"
         )
     return worker_death(error)
 
 
-def _per_node(trainer_args: Mapping[str, Any]) -> int:
+def _devices(trainer_args: Mapping[str, Any]) -> tuple[int, int]:
+    """Devices of each node, and nodes."""
     devices = trainer_args["devices"]
-    return devices if isinstance(devices, int) else len(devices)
+    return devices if isinstance(devices, int) else len(devices), int(trainer_args.get("num_nodes", 1))
 
 
-def _nodes(trainer_args: Mapping[str, Any]) -> int:
-    return int(trainer_args.get("num_nodes", 1))
-
-
-def _counted(number: int, what: str, nodes: int) -> str:
-    plural = ("es" if what.endswith("s") else "s") if number != 1 else ""
-    return f"{number} {what}{plural}" + (f" on {nodes} nodes" if nodes > 1 else "")
+def _counted(number: int, one: str, several: str, nodes: int) -> str:
+    return f"{number} {one if number == 1 else several}" + (f" on {nodes} nodes" if nodes > 1 else "")

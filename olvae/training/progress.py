@@ -120,20 +120,16 @@ class StepProgress(ProgressBar):
         """Lightning calls this on every rank but the first."""
         self._enabled = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._status, self._shown_at = Status(Clock(trainer.global_step)), time.monotonic()
         if self._enabled and self.console.is_terminal:
             self._bar = step_bar(self.console, self._status, trainer.global_step, trainer.max_steps)
             self._bar.start()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self._status.clock.batch_arrived()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if not self._enabled:
             return
         assert isinstance(pl_module, LiteAutoencoderKL)
@@ -150,13 +146,15 @@ class StepProgress(ProgressBar):
             left = timedelta(seconds=round(clock.seconds_left(trainer.max_steps)))
             self.console.print(f"step {step}/{trainer.max_steps}  {self._status}  {left} left")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop()
+    def on_train_end(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         self._status.clock.validation_began()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,11 +164,6 @@ class StepProgress(ProgressBar):
         if values and self._enabled and not trainer.sanity_checking:
             text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
             self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def step_bar(console: Console, status: Status, done: int, total: int) -> Progress:

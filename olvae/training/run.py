@@ -26,31 +26,13 @@ from olvae.files import no_empty_folders, remove_partials, write_json
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
 from olvae.runs import Run, RunLock, Settings
+from olvae.training import launch, setup
 from olvae.training.callbacks import BadSteps, Health, ImageGrids, UnreadableLimit
 from olvae.training.checks import check_memory
-from olvae.training.launch import (
-    ProcessDiedError,
-    check_launcher,
-    cluster,
-    find_launcher,
-    is_first,
-    meet,
-    process_count,
-    process_death,
-)
 from olvae.training.loggers import make_loggers
 from olvae.training.progress import StepProgress, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
-from olvae.training.setup import (
-    Plan,
-    TrainOptions,
-    check_changes,
-    describe_changes,
-    find_changes,
-    read_plan,
-    start_from,
-    untrained_half,
-)
+from olvae.training.setup import Plan, TrainOptions, read_plan, start_from
 from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue
 
 RUN_ENV = "OLVAE_RUN"
@@ -81,10 +63,9 @@ class Prepared:
 
 
 def train(options: TrainOptions | Plan) -> Run:
-    """Train, and return the run folder, which is made after all of the user's input has been checked.
+    """Train with the options of ``olvae train``, or with the plan that ``read_plan`` has made of them.
 
-    Args:
-        options: of ``olvae train``, or what :func:`~olvae.training.setup.read_plan` has made of them.
+    Returns the run folder, which is made after all of the user's input has been checked.
 
     Raises:
         ConfigError: a mistake in the config or the options.
@@ -97,7 +78,7 @@ def train(options: TrainOptions | Plan) -> Run:
     with RunLock() as lock, no_empty_folders(Path(plan.options.logdir)):
         prepared = prepare(plan, lock)
         if prepared.is_over and plan.resumed is not None and plan.resumed.is_finished(prepared.steps_done):
-            if is_first():
+            if launch.is_first():
                 print_ending(
                     plan.resumed,
                     f"all {prepared.steps_done} steps of this run are done, and nothing is left to do: "
@@ -119,8 +100,8 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     start = start_from(config) if "from" in config["model"] else None
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args |= resolve_devices(settings.gpus, trainer_args)
-    processes = process_count(trainer_args)
-    check_launcher(trainer_args)
+    processes = launch.process_count(trainer_args)
+    launch.check_launcher(trainer_args)
     precision = resolve_precision(settings.precision, trainer_args["accelerator"])
 
     source = cfg.instantiate(config["data"])
@@ -138,7 +119,7 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     before = plan.previous or (start.config if start is not None else _config_of(plan.options.actual_resume))
     if plan.resumed is not None:
         _check_checksums(settings.checksums, model.checksums)
-    settings = replace(settings, untrained=untrained_half(model, before), checksums=model.checksums)
+    settings = replace(settings, untrained=setup.untrained_half(model, before), checksums=model.checksums)
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
 
@@ -161,8 +142,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     trainer = _trainer(prepared, run)
     print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
     if prepared.is_over and trainer.is_global_zero:
-        text = f"training has finished ({prepared.steps_done} steps); running the final validation"
-        Console(stderr=True).print(text, highlight=False)
+        _print(f"training has finished ({prepared.steps_done} steps); running the final validation")
     device = trainer.strategy.root_device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -185,9 +165,9 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
     except RuntimeError as error:
-        if (cause := process_death(error)) is None:
+        if (cause := launch.process_death(error)) is None:
             raise
-        raise ProcessDiedError(cause, run) from error
+        raise launch.ProcessDiedError(cause, run) from error
     return trainer
 
 
@@ -205,6 +185,10 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
         raise TrainingStopped(run, stop.preempted)
 
 
+def _print(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def _locate_data(plan: Plan) -> tuple[Config, Settings]:
     """Make the data's paths absolute, where they are now, and check what a resumed run's config and settings change."""
     config, settings = copy.deepcopy(plan.config), plan.settings
@@ -217,12 +201,12 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
             paths |= make_absolute(one)
     settings = replace(settings, paths=paths)
     if previous is not None:
-        changes = find_changes(previous, config, settings)
-        if is_first():
-            for line in describe_changes(changes):
-                Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
+        changes = setup.find_changes(previous, config, settings)
+        if launch.is_first():
+            for line in setup.describe_changes(changes):
+                _print(line)
         if not plan.options.allow_changes:
-            check_changes(changes)
+            setup.check_changes(changes)
     return config, settings
 
 
@@ -277,27 +261,21 @@ def _config_of(weights: str | Path | None) -> Config | None:
         return None
     path = Path(weights).resolve()
     run = Run(path) if path.is_dir() else runs.run_of(path)
-    return cfg.load([run.config]) if run is not None and run.config.is_file() else {}
+    return {} if run is None or not run.config.is_file() else cfg.load([run.config])
 
 
 def _check_checksums(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Check that the frozen weights of the parts are those that a resumed run had."""
     if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
-        raise ConfigError(
-            *(
-                f"model.params.parts.{name}: a resumed run keeps it, with the same weights: start a new run from its "
-                "weights with `actual_resume`"
-                for name in changed
-            )
-        )
+        why = "a resumed run keeps it, with the same weights: start a new run from its weights with `actual_resume`"
+        raise ConfigError(*(f"model.params.parts.{name}: {why}" for name in changed))
 
 
 def _in_steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
     """Convert epochs to steps, since the stream has no end, and intervals of steps to Lightning's, of batches."""
     args = dict(trainer_args)
-    per_step = source.batch_size * model.accumulate_grad_batches * process_count(args)
-    limits = {key: args.pop(key, None) for key in ("max_steps", "max_epochs")}
-    limits = {key: limit for key, limit in limits.items() if limit not in (None, -1)}  # -1 is Lightning's "no limit"
+    per_step = source.batch_size * model.accumulate_grad_batches * launch.process_count(args)
+    limits = {key: limit for key in ("max_steps", "max_epochs") if (limit := args.pop(key, -1)) not in (None, -1)}
     if not limits:
         raise ConfigError("lightning.trainer.max_steps: missing: the number of steps to train")
     if "max_epochs" in limits:
@@ -345,7 +323,7 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
         "benchmark": not on_cpu,  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(resumed_config), *cluster()],
+        "plugins": [BackgroundCheckpointIO(resumed_config), *launch.cluster()],
         **prepared.trainer_args,
         "precision": prepared.precision,
         "callbacks": callbacks,
@@ -359,14 +337,14 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
 def _lock_resumed(run: Run, lock: RunLock) -> None:
     """Lock a run in the first process of all; the others raise the same error."""
     refusal: list[str | None] = [None]
-    if is_first():
+    if launch.is_first():
         try:
             lock.take(run)
             for folder in (run.path, run.checkpoints, run.images):  # what a killed process left half-written
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
             refusal = [str(error)]
-    if meet()[1] > 1:
+    if launch.meet()[1] > 1:
         dist.broadcast_object_list(refusal)
     if refusal[0] is not None:
         if dist.is_initialized():
@@ -384,10 +362,10 @@ def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
     if prepared.plan.resumed is not None:
         yield prepared.plan.resumed
         return
-    if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and find_launcher() is None:
+    if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and launch.find_launcher() is None:
         yield Run(Path(os.environ[RUN_ENV]))
         return
-    rank, processes = meet()
+    rank, processes = launch.meet()
     path = [""]
     if rank == 0:
         run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)

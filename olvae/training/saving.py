@@ -66,7 +66,7 @@ class KeepCheckpoints(Checkpoint):
         self._save_after_validation = False
         self._warned = False
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._best_value = self._best_before(current_run(trainer), trainer.is_global_zero)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -74,14 +74,10 @@ class KeepCheckpoints(Checkpoint):
         self._saved_step = self._kept_step = trainer.global_step
         self._saved_images = pl_module.images_seen
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self._in_step = True
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         step = trainer.global_step
         if self.keep_every_n_steps and step != self._kept_step and step % self.keep_every_n_steps == 0:
@@ -177,11 +173,10 @@ class KeepCheckpoints(Checkpoint):
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
-    """Copy a checkpoint to host memory, and write the copy to disk in a thread.
+    """Copy a checkpoint to host memory, and write the copy to disk in a thread, in the order of the saves.
 
-    A file appears complete or not at all, in the order of the saves. A third save waits for the first. An error in the
-    thread is raised by a later save, or by :meth:`teardown`, which Lightning calls at the end of training and after an
-    exception.
+    An error in the thread is raised by a later save, or by :meth:`teardown`, which Lightning calls at the end of
+    training and after an exception.
 
     Args:
         config: of a resumed run, and its file, which is written after the first ``last.ckpt``, so that config and
@@ -198,13 +193,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Start to save; the tensors may change as soon as this returns.
 
-        Args:
-            checkpoint: of tensors, numbers and text, in dicts, lists and tuples.
-            path: on this machine's file system.
-            storage_options: written in JSON beside the checkpoint, once it is complete: a.json for a.ckpt.
-
-        Raises:
-            CheckpointError: an earlier one could not be written.
+        ``storage_options`` are written in JSON beside the complete checkpoint: a.json for a.ckpt. Raises
+        CheckpointError if an earlier checkpoint could not be written.
         """
         self._wait(MAX_PENDING - 1)
         copied = _on_host(checkpoint)
@@ -213,11 +203,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._pending.append(self._writer.submit(self._write, copied, Path(path), storage_options))
 
     def wait(self) -> None:
-        """Wait until everything is on the disk.
-
-        Raises:
-            CheckpointError: a checkpoint could not be written.
-        """
+        """Wait until everything is on the disk; raise CheckpointError if it could not be written."""
         self._wait(0)
 
     def teardown(self) -> None:

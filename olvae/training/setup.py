@@ -146,9 +146,6 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
     )
 
 
-# A run that is resumed
-
-
 Changes = Mapping[str, tuple[Any, Any]]
 
 
@@ -207,9 +204,6 @@ def requeued_run(logdir: Path, name: str) -> Run | None:
                 if (settings.slurm_job, settings.name) == (job, name):
                     return run
     return None
-
-
-# A run that starts from an autoencoder
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,13 @@ class GracefulStop(Callback):
         """Whether anything but Ctrl-C in this process ended training."""
         return self.agreed and self.reason != SIGNALS[signal.SIGINT]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, *_: Any) -> None:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             # After Lightning's fit has set handlers of its own, which end training without a checkpoint.
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._ask)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         if not pl_module.update_is_complete:
             return
@@ -80,15 +78,15 @@ class GracefulStop(Callback):
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # no validation on the way out
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self.agreed |= self._agreement.any_asked(self.reason is not None, wait=True)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, number: int, _: FrameType | None) -> None:
         if self.reason is not None:
             raise KeyboardInterrupt
         self._announce(SIGNALS[signal.Signals(number)])
