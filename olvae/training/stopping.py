@@ -81,7 +81,7 @@ class GracefulStop(Callback):
     def on_train_end(self, *_: Any) -> None:
         self.agreed |= self._agreement.any_asked(self.reason is not None, wait=True)
 
-    def teardown(self, *_: Any) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
