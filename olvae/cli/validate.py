@@ -48,40 +48,29 @@ def command(
 
 
 def _memory(config: dict[str, Any], name: str) -> "Table":
-    """What a training step needs, by size, precision and phase: at 128 and 256 pixels and at the config's own size.
-
-    A size other than its own is left out if the networks do not take it.
-    """
-    from itertools import product
-
+    """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
     from rich import box
     from rich.table import Table
 
-    from olvae.models.footprint import CHECKPOINTS, GIB, footprints, without_weights
+    from olvae.models.footprint import footprint, without_weights
+    from olvae.models.large.tiling import GIB
     from olvae.training.setup import start_from
 
     if config["model"].get("from") is not None:
         start_from(config)
     model = without_weights(config["model"])
-    own = ((config.get("data") or {}).get("params") or {}).get("size")
+    size = ((config.get("data") or {}).get("params") or {}).get("size") or 256
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{name}: GiB of a training step on a GPU",
-        caption="fixed: weights, gradients, Adam, averages, and what is kept whatever the batch. Then for each image "
-        "of a micro-batch, by model.params.checkpoint. A tenth to a quarter comes on top.",
+        title=f"{name}: GiB of a training step on a GPU, at {size} pixels",
+        caption="fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth.",
     )
-    for heading in ("size", "precision", "phase", "fixed", *(f"{value}".lower() for value in CHECKPOINTS)):
-        table.add_column(heading, justify="left" if heading in ("precision", "phase") else "right", no_wrap=True)
-    for size, (precision, label) in product(sorted({128, 256, own or 256}), (("32", "32"), ("bf16", "bf16, 16"))):
-        try:
-            counted = footprints(model, size, precision)
-        except ValueError:
-            if size == own:
-                raise
-            continue
-        for phase in dict.fromkeys(phase for phase, _ in counted):
-            row = [counted[phase, value] for value in CHECKPOINTS]
-            per_image = [f"{footprint.per_image / GIB:.3f}" for footprint in row]
-            table.add_row(str(size), label, phase, f"{row[0].fixed / GIB:.2f}", *per_image)
+    for heading in ("precision", "model.params.checkpoint", "fixed", "per image"):
+        table.add_column(heading, justify="right" if heading in ("fixed", "per image") else "left", no_wrap=True)
+    for precision in ("32", "bf16"):
+        for checkpoint in (False, True):
+            need = footprint(model, size, precision, checkpoint)
+            values = (f"{need.fixed / GIB:.2f}", f"{need.per_image / GIB:.3f}")
+            table.add_row(precision, str(checkpoint).lower(), *values)
     return table

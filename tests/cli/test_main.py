@@ -163,14 +163,14 @@ def test_validate(olvae, config, tmp_path):
 
 
 def test_validate_memory(olvae, config, tmp_path):
-    """At 128 and 256 pixels and the config's 16; what an image needs is proportional to its pixels."""
+    """A line for each precision, without and with checkpointing, which needs less."""
     code, out, err = olvae("validate", "--memory", config)
     assert code == 0
     assert "no mistakes" in err
-    rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
-    assert [(row[0], row[1]) for row in rows] == [(str(n), p) for n in (16, 128, 256) for p in ("32", "bf16,")]
-    small, large = (float(row[4]) for row in (rows[2], rows[4]))
-    assert large == pytest.approx(4 * small, rel=0.2)
+    assert "at 16 pixels" in out
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
+    assert [row[:2] for row in rows] == [[p, c] for p in ("32", "bf16") for c in ("false", "true")]
+    assert float(rows[0][3]) >= float(rows[1][3])
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n")
     assert olvae("validate", "--memory", bad)[:2] == (1, "")

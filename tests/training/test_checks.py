@@ -5,7 +5,7 @@ import torch
 
 from olvae.config import ConfigError
 from olvae.data.mapped.picture_folder import FolderSource
-from olvae.models.footprint import MARGIN, footprints
+from olvae.models.footprint import MARGIN, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.checks import check_memory
 from tests.conftest import parts, tiny_config
@@ -63,7 +63,7 @@ def test_an_adversary_is_checked_for_a_term_beside_it(image_folder):
 
 
 def test_memory_is_checked_before_the_first_step(image_folder, capfd):
-    counted = footprints(model(), 16, "32")["A", False]
+    counted = footprint(model(), 16, "32")
     enough = int(MARGIN * counted.total(4)) + 1
     check_memory(model(), source(image_folder), "32", enough)
     assert capfd.readouterr().err == ""
@@ -76,9 +76,9 @@ def test_memory_is_checked_before_the_first_step(image_folder, capfd):
     )
     check_memory(model(), source(image_folder), "32", enough - 2, warns=False)
     assert capfd.readouterr().err == ""
-    check_memory(model(), source(image_folder), "32", counted.least(1))
+    check_memory(model(), source(image_folder), "32", counted.total(1))
     with pytest.raises(ConfigError, match="not even one image fits: a step with 4 images"):
-        check_memory(model(), source(image_folder), "32", counted.least(1) - 1)
+        check_memory(model(), source(image_folder), "32", counted.total(1) - 1)
 
 
 def test_memory_with_a_bound_is_not_mended_by_checkpointing(image_folder, capfd):

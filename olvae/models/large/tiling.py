@@ -228,7 +228,7 @@ def peak_bytes(module: M, run: Callable[[M, Tensor], object], shape: tuple[int, 
     """
     meta = _meta_copy(module)
     x = torch.empty(shape, dtype=next(meta.parameters()).dtype, device="meta")
-    with torch.no_grad(), _LiveBytes() as live:
+    with torch.no_grad(), LiveBytes() as live:
         run(meta, x)
     return int(live.peak)
 
@@ -247,7 +247,7 @@ def _meta_copy(module: M) -> M:
     return meta
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8
 from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
-from olvae.models.footprint import footprints, without_weights
+from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
 from olvae.models.parts.alignment import Alignment
@@ -184,14 +184,12 @@ def test_no_step_waits(vit, tmp_path):
 
 
 def test_memory_is_counted_without_its_file(vit):
-    config = tiny_config(use_ema=True)["model"]
-    plain = footprints(without_weights(config), 64, "bf16")["A", False]
+    config = tiny_config()["model"]
+    plain = footprint(without_weights(config), 64, "bf16")
     config["params"]["parts"] = {"alignment": node("/nowhere.pt")}
-    found = footprints(without_weights(config), 64, "bf16")["A", False]
-    network = sum(p.numel() for p in timm.create_model("test_vit").parameters()) + 6  # and shift and scale
-    projection = 4 * 64
-    assert found.held - plain.held == 4 * (network + 3 * projection)  # with its optimizer's two states
-    assert found.gradients - plain.gradients == 4 * projection
+    found = footprint(without_weights(config), 64, "bf16")
+    network = sum(p.numel() for p in timm.create_model("test_vit").parameters())
+    assert 4 * network < found.fixed - plain.fixed
     assert found.per_image > plain.per_image
 
 
