@@ -1,3 +1,1 @@
-"""The commands: one file each, heavy imports inside the function, and how mistakes are told.
-
-Imports everything; nothing imports it."""
+"""One file per command, with heavy imports inside the function; imports everything, and nothing imports it."""

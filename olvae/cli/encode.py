@@ -89,7 +89,7 @@ def command(
     with loading():
         import torch
 
-        from olvae.devices import gather, join, keep_freed_memory, leave, resolve_device
+        from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
         from olvae.export.encoding import EncodeJob, EncodeOptions, encoder_of
         from olvae.export.inputs import find_inputs
         from olvae.files import check_folder, no_empty_folders
@@ -106,7 +106,7 @@ def command(
     model = found.load().to(where)
     inputs = find_inputs(data, model.in_channels, shard_size, classes)
     size = 0 if native else size or found.usual_size(model)
-    options = EncodeOptions(size, moments, seed, dtype, flip, images, precision)
+    options = EncodeOptions(size, moments, seed, dtype, flip, images, precision_name(precision))
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})

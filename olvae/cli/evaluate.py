@@ -109,7 +109,7 @@ def command(
         str,
         typer.Option(
             metavar="LIST",
-            callback=comma_list(("fp16", "bf16", "32"), aliases=PRECISIONS),
+            callback=comma_list(PRECISIONS[:3], aliases=PRECISIONS),
             help="fp16, bf16: adds a row in that precision, with its largest activations; float32 is always included.",
         ),
     ] = "32",

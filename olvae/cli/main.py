@@ -1,4 +1,4 @@
-"""``olvae``: the commands, and how errors are printed."""
+"""Run the command ``olvae``: collect the commands, print errors in one line, exit with a code."""
 
 import logging
 import re
@@ -28,8 +28,6 @@ from olvae.cli import (
     validate,
 )
 from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
-
-__all__ = ["app", "main", "print_error", "repeat_flags"]
 
 app = typer.Typer(
     name="olvae",
@@ -92,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo("stopped", err=True)
         sys.exit(stop_code())
     except Exception as error:
-        if stop_code() == PREEMPTED:  # in the middle of a library's import, which made another error of it
+        if stop_code() == PREEMPTED:  # a library's import turned KeyboardInterrupt into another error
             typer.echo("stopped", err=True)
             sys.exit(PREEMPTED)
         if debug:
@@ -106,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _keep_examples(command: Any) -> None:
-    """Let a help's examples stay on a line each, to be copied, however narrow the terminal is."""
+    """Keep each example of a help on one line, to be copied, however narrow the terminal is."""
     command.help = re.sub("^Example: ", "\b\nExample: ", command.help or "", flags=re.MULTILINE)
     for inner in getattr(command, "commands", {}).values():
         _keep_examples(inner)
@@ -115,7 +113,7 @@ def _keep_examples(command: Any) -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """One line for this package's warnings; Python's format, with the place, for others."""
+    """Format this package's warnings in one line, and others as Python does, with their place."""
     if Path(filename).is_relative_to(PACKAGE):
         return f"warning: {in_flags(str(message))}\n"
     return PYTHONS_FORMAT(message, category, filename, lineno, line)
@@ -132,8 +130,8 @@ def print_error(error: Exception) -> int:
     if isinstance(error, RuntimeError):
         from olvae.data.read_errors import worker_death
 
-        if (said := worker_death(error)) is not None:
-            error = ChildProcessError(said)
+        if (death := worker_death(error)) is not None:
+            error = ChildProcessError(death)
     expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own

@@ -1,4 +1,4 @@
-"""What several commands share: arguments, the exit codes after a stop, the progress bar."""
+"""Arguments, checks of values, exit codes and the progress bar that several commands share."""
 
 import re
 import signal
@@ -21,55 +21,39 @@ if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch
 
 STOPPED = 130
-"""The exit code after Ctrl-C, as in shells."""
+"""Exit code after Ctrl-C, as in shells."""
 
 PREEMPTED = 75
-"""The exit code where a scheduler's signal or a limit on time ended the command, EX_TEMPFAIL in sysexits.h: the same
-command again goes on, or ``olvae train --resume`` does."""
+"""Exit code after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h; rerun the same command, or
+``olvae train --resume``, to continue."""
+
+PRECISIONS = ("fp16", "bf16", "32", "16", "float16", "bfloat16", "float32")
+"""What :func:`olvae.devices.precision_name`, which imports torch, takes: names, then aliases."""
 
 Callback = Callable[[typer.CallbackParam, str | None], str | None]
-"""Of an option: called with what the user gave, returns what the command gets."""
-
-PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "32": "32"} | {
-    "16": "fp16",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float32": "32",
-}
-"""The names in :data:`olvae.devices.PRECISIONS`, which imports torch, by themselves and their aliases."""
 
 
-def check_precision(param: typer.CallbackParam, value: str | None) -> str | None:
-    """Take fp16, bf16, 32, or an alias of one of them."""
-    from olvae.config import ConfigError
-
-    if value is not None and value not in PRECISIONS:
-        raise ConfigError(f"{param.opts[0]} {value}: choose from {', '.join(dict.fromkeys(PRECISIONS.values()))}")
-    return None if value is None else PRECISIONS[value]
-
-
-def check_device(param: typer.CallbackParam, value: str | None) -> str | None:
-    """Take a device by its form; :func:`olvae.devices.resolve_device` checks that the machine has it."""
-    from olvae.config import ConfigError
-
-    if value is not None and not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", value):
-        raise ConfigError(f"{param.opts[0]} {value}: choose cpu, cuda, or cuda:N")
-    return value
-
-
-def comma_list(names: Iterable[str], aliases: Iterable[str] = ()) -> Callback:
-    """Take names separated by commas; ``aliases`` are accepted, but not shown in the message."""
-    known = (*names,)
-    accepted = {*known, *aliases}
+def _checked(is_valid: Callable[[str], Any], choices: str) -> Callback:
+    """Make a callback for ``typer.Option`` that refuses other values."""
 
     def check(param: typer.CallbackParam, value: str | None) -> str | None:
         from olvae.config import ConfigError
 
-        if value is not None and not ({*split_commas(value)} or {""}) <= accepted:
-            raise ConfigError(f"{param.opts[0]} {value}: choose from {', '.join(known)}")
+        if value is not None and not is_valid(value):
+            raise ConfigError(f"{param.opts[0]} {value}: choose {choices}")
         return value
 
     return check
+
+
+check_device = _checked(re.compile(r"cpu(:0)?|cuda(:\d+)?").fullmatch, "cpu, cuda, or cuda:N")
+check_precision = _checked(PRECISIONS.__contains__, f"from {', '.join(PRECISIONS[:3])}")
+
+
+def comma_list(names: Sequence[str], aliases: Sequence[str] = ()) -> Callback:
+    """Take names separated by commas; ``aliases`` are accepted, but not shown in the message."""
+    accepted = {*names, *aliases}
+    return _checked(lambda text: accepted.issuperset(split_commas(text) or [""]), f"from {', '.join(names)}")
 
 
 def split_commas(text: str) -> list[str]:
@@ -108,7 +92,7 @@ _flags: dict[str, str] = {}
 
 
 def end_on(*numbers: int) -> None:
-    """From now on these signals end the command as Ctrl-C does, with :data:`PREEMPTED` for its exit code."""
+    """Let these signals end the command as Ctrl-C does, with the exit code :data:`PREEMPTED`."""
     _received.clear()
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (Python's signature)
@@ -121,24 +105,17 @@ def end_on(*numbers: int) -> None:
 
 
 def stop_code() -> int:
-    """The exit code of a command that was interrupted."""
+    """Return the exit code of a command that was interrupted."""
     return PREEMPTED if _received else STOPPED
 
 
 def loading() -> Status:
-    """What a terminal shows inside the ``with`` block, while torch is imported and weights are read."""
+    """Show "loading" on a terminal inside the ``with`` block, while torch is imported and weights are read."""
     return Console(stderr=True).status("loading")
 
 
 def check_paths(*targets: str, data: str | None = None) -> None:
-    """Check that what a command names is there, before anything slow is imported.
-
-    Args:
-        data: SRC; only one that can be nothing but a path is looked for here.
-
-    Raises:
-        FileNotFoundError: it is not.
-    """
+    """Raise FileNotFoundError for a missing target or source of data, before anything slow is imported."""
     for target in targets:
         check_target(target)
     may_be_elsewhere = data is None or re.search(r"[:*?\[{]|\.(ya?ml|tar|tgz|gz)$|^(samples|-)$", data)
@@ -164,17 +141,16 @@ def in_flags(text: str) -> str:
     return re.sub(r"`(\w+)`", lambda match: _flags.get(match[1], match[0]), text)
 
 
-LINE_EVERY_S = 15.0  # without a terminal
+LINE_EVERY_S = 15.0
+"""Seconds between lines of progress without a terminal."""
 
 
 class ProgressBar:
-    """Progress on standard error, inside a ``with`` block; the bar disappears at its end.
+    """Show progress on standard error, inside a ``with`` block; the bar disappears at its end.
 
     Args:
-        description: what is being done, such as ``encoding``.
         total: of the units; None if unknown.
-        enabled: show anything at all; for ranks other than the first.
-        unit: what is counted.
+        enabled: False for ranks other than the first.
         at_once: show the bar immediately. Without it, the bar and its thread start with the first count, because worker
             processes have to be forked before.
     """
@@ -187,10 +163,7 @@ class ProgressBar:
         unit: str = "images",
         at_once: bool = True,
     ) -> None:
-        self.description = description
-        self.total = total
-        self.enabled = enabled
-        self.unit = unit
+        self.description, self.total, self.enabled, self.unit = description, total, enabled, unit
         self.done = 0.0
         self._line_at = time.monotonic() + LINE_EVERY_S
         self._bar: Progress | None = None
@@ -245,7 +218,7 @@ class _RateColumn(ProgressColumn):
 
 
 def watched(description: str, shared: bool = True) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
-    """Wraps the batches of this process in a progress bar over the images of all; only the first process shows one.
+    """Wrap this process's batches in a progress bar over the images of all, which only the first process shows.
 
     If they are not ``shared``, the first process alone has batches.
     """

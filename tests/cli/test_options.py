@@ -16,8 +16,8 @@ def test_names_are_those_of_the_registries():
     """Which the command line does not import, as they import torch."""
     assert tuple(registry.METRICS) == evaluate.METRICS
     assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOLS
-    assert {name: devices.precision_name(name) for name in PRECISIONS} == PRECISIONS
-    assert {*PRECISIONS.values()} == {*devices.PRECISIONS}
+    assert tuple(devices.PRECISIONS) == PRECISIONS[:3]
+    assert {devices.precision_name(name) for name in PRECISIONS} == {*devices.PRECISIONS}
 
 
 LATENTS = ("encode", "x", "--data", "y", "--out", "z")
@@ -32,7 +32,6 @@ LATENTS = ("encode", "x", "--data", "y", "--out", "z")
         (("evaluate", "x", "--precision", "fp16,fp8"), "error: --precision fp16,fp8: choose from fp16, bf16, 32\n"),
         (("evaluate", "x", "--posterior", "mean"), "'mean' is not one of 'mode"),
         (("latents", "x", "--device", "gpu"), "error: --device gpu: choose cpu, cuda, or cuda:N\n"),
-        ((*LATENTS, "--format", "npz"), "'npz' is not one of 'shards"),
         ((*LATENTS, "--dtype", "half"), "'half' is not one of 'float16"),
         ((*LATENTS, "--precision", "8"), "error: --precision 8: choose from fp16, bf16, 32\n"),
         (("decode", "x", "y", "--out", "z", "--format", "gif"), "'gif' is not one of 'p"),
