@@ -19,7 +19,7 @@ class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the rea
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known about a metric before it sees images.
+    """Name, label and needs of a metric.
 
     Args:
         name: in commands and files.

@@ -1,4 +1,4 @@
-"""LiteVAE as a plain module: images to a posterior, latents to images. No Lightning needed."""
+"""LiteVAE as a plain module, without Lightning: images to a posterior, latents to images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
+from olvae.files import first_line
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
 from olvae.models.names import is_hub_id
@@ -31,12 +32,12 @@ from olvae.modules.precision import autocast_enabled, island
 Progress = Callable[[float], None]
 """Called from time to time with the fraction that is done."""
 
-MOST_PARAMETERS = 10**9
-"""Of networks of this package that are built from a file's config; the largest recipe has a tenth."""
+MAX_PARAMETERS = 10**9
+"""Limit for networks that are built from a file's config; the largest recipe has a tenth."""
 
 
 class Autoencoder(nn.Module, ABC):
-    """The interface of every autoencoder to evaluate, encode and reconstruct with; images are in [-1, 1]."""
+    """Interface of every autoencoder that the commands take; images are in [-1, 1]."""
 
     in_channels: int
     downscale: int
@@ -55,17 +56,17 @@ class Autoencoder(nn.Module, ABC):
     latents_std: Sequence[float] | None = None
     """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std."""
     force_upcast: bool = False
-    """Tells pipelines in fp16 to decode in float32."""
+    """Whether pipelines in fp16 should decode in float32."""
     factors_known: bool = True
-    """False where the file has none of these, and they are a guess."""
+    """False if the file has none of these factors, so that they are a guess."""
 
     @property
     def for_diffusion(self) -> dict[str, Any]:
-        """What a diffusion model has to know, by the names of :data:`FOR_DIFFUSION`."""
+        """The settings for a diffusion model by name, see :data:`FOR_DIFFUSION`."""
         return {name: getattr(self, name) for name in FOR_DIFFUSION}
 
     def from_diffusion(self, z: Tensor) -> Tensor:
-        """What a diffusion model makes, of standard deviation 1, as a latent to decode: (B, n_z, h, w), both."""
+        """Undo the scaling for a diffusion model: (B, n_z, h, w) of standard deviation 1 -> a latent to decode."""
         if self.latents_mean is None or self.latents_std is None:
             return z / self.scaling_factor + self.shift_factor
         mean, std = (z.new_tensor(values)[:, None, None] for values in (self.latents_mean, self.latents_std))
@@ -111,19 +112,13 @@ class Autoencoder(nn.Module, ABC):
             return self.decode(z)
 
     def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
-        """Reconstruction, from the posterior's mode or from a sample, and the posterior."""
+        """Reconstruct from the posterior's mode or a sample; the reconstruction and the posterior."""
         posterior = self.encode(x)
         return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
 
 class Quantizer(nn.Module):
-    """The two 1x1 convolutions of the latent-diffusion autoencoders, under their published names [M].
-
-    Args:
-        latent_dim: channels of the encoder's output.
-        embed_dim: channels of the latent, n_z.
-        z_channels: channels of the decoder's input.
-    """
+    """The two 1x1 convolutions of the latent-diffusion autoencoders, under their published names [M]."""
 
     def __init__(self, latent_dim: int, embed_dim: int, z_channels: int) -> None:
         super().__init__()
@@ -179,11 +174,10 @@ class LiteVAE(
         Args:
             encoder_config, decoder_config: nodes of an Encoder and a Decoder.
             embed_dim: n_z, channels of the latent.
-            use_quant: put a 1x1 convolution on either side of the latent. The encoder's ``latent_dim`` is then its
-                width before the convolution. Without it the encoder computes the 2 ``embed_dim`` moments itself, and
-                its ``latent_dim`` may be left out, be that number, or be ``embed_dim``, as in the published YAML.
-            initial_logvar: added to the bias of the log-variances. At 0 the latent of fresh weights is mostly noise,
-                which a short training would first have to unlearn.
+            use_quant: put a 1x1 convolution on either side of the latent; the encoder's ``latent_dim`` is its width
+                before the convolution. Otherwise ``latent_dim`` may be left out, 2 ``embed_dim``, or ``embed_dim``, as
+                in the published YAML.
+            initial_logvar: added to the bias of the log-variances: at 0 the latent of fresh weights is mostly noise.
 
         Raises:
             ConfigError: a node has mistakes, or ``latent_dim`` does not fit.
@@ -203,22 +197,17 @@ class LiteVAE(
         return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
 
     @classmethod
-    def from_spec(cls, spec: AutoencoderSpec, most: int = MOST_PARAMETERS) -> "LiteVAE":
-        """Build with fresh weights; see :meth:`from_config`.
-
-        Args:
-            most: parameters that networks of this package may have; they are counted before memory is taken.
+    def from_spec(cls, spec: AutoencoderSpec, max_parameters: int = MAX_PARAMETERS) -> "LiteVAE":
+        """Build with fresh weights, after counting the parameters of networks of this package.
 
         Raises:
-            ConfigError: also where they have more.
+            ConfigError: as :meth:`from_config`, or there are more than ``max_parameters``.
         """
         if spec.ours:
             with torch.device("meta"):
                 parameters = count_parameters(cls._built(spec))
-            if parameters > most:
-                raise ConfigError(
-                    f"weights of another model, or too large: {parameters:,} parameters, at most {most:,}"
-                )
+            if parameters > max_parameters:
+                raise ConfigError(f"weights of another model, or too large: {parameters:,} parameters")
         return cls._built(spec)
 
     @classmethod
@@ -230,7 +219,7 @@ class LiteVAE(
         return model.set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
 
     def set_for_diffusion(self, values: Mapping[str, Any]) -> "LiteVAE":
-        """Set what a diffusion model has to know, all or some of :attr:`Autoencoder.for_diffusion`."""
+        """Set some or all of :attr:`Autoencoder.for_diffusion`."""
         for name, value in values.items():
             assert name in FOR_DIFFUSION
             number = float(value) if name.endswith("_factor") else value
@@ -258,9 +247,7 @@ class LiteVAE(
             path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config in it or
                 beside it, a folder with one of each, ``olvae:NAME`` of a model that ships with this package, or an
                 id of the Hugging Face hub, such as RGenDiff/olitevaeB_im_f8c12.
-            revision: a branch, tag or commit of the hub's repository.
-            token, cache_dir, force_download, local_files_only: as in huggingface_hub; by default its environment
-                decides.
+            revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub.
             config: the config instead of the one beside the weights: a YAML file, a config.json, or its content.
             raw: the weights as trained, not the averaged ones (EMA).
             allow_mismatch: load the tensors that fit, and warn of the others.
@@ -283,9 +270,7 @@ class LiteVAE(
         return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which :meth:`from_pretrained` and
-        diffusers read, and a short README.md if there is none. ``olvae export`` also writes a model card, and checks
-        the result.
+        """Write an export, which diffusers reads too, and a short README.md if there is none.
 
         Args:
             kwargs: for huggingface_hub's mixin, such as push_to_hub.
@@ -364,11 +349,7 @@ class LiteVAE(
         )
 
     def moments(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast.
-
-        Raises:
-            ValueError: H or W is not a multiple of f, or the images are integers.
-        """
+        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast."""
         return self._moments(x, self.encoder)
 
     def _moments(self, x: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
@@ -381,7 +362,7 @@ class LiteVAE(
 
     @torch.no_grad()
     def moments_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Tensor:
-        """:meth:`moments`, equal to rounding, within ``memory`` bytes; see :func:`~olvae.models.large.streaming`."""
+        """:meth:`moments`, equal to rounding, within ``memory`` bytes; see :mod:`olvae.models.large.streaming`."""
         return self._moments(x, lambda images: encode_within(self.encoder, images, memory, progress))
 
     def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> DiagonalGaussian:
@@ -437,8 +418,7 @@ def load_located(
             stored = sum(weight.nbytes for weight in weights.values())  # a parameter takes at least a byte
             model = LiteVAE.from_spec(found.spec, stored).to(dtype)
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {reason}") from error
+            raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {first_line(error)}") from error
     load_weights(model, weights, found.weights, allow_mismatch)
     return model.eval()
 

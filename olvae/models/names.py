@@ -1,4 +1,4 @@
-"""Names of TARGETs, checked by the text and by what is there, before anything slow is imported."""
+"""Check the names of TARGETs without slow imports; models that ship with this package."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an autoencoder is built from, as a training config or the ``config.json`` of an export says it.
+"""Read and check the part of a training config, or of an export's ``config.json``, that builds an autoencoder.
 
 An export is a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``: diffusers' layout, with the
 parameters under their published names, so that this package, the hub and diffusers read the same two files.
@@ -17,7 +17,7 @@ from olvae.files import reason
 from olvae.modules.base import Decoder, Encoder
 
 OURS = "olvae."
-"""The prefix of every target that a config from outside may name."""
+"""Prefix of every target that a received config may name."""
 
 CLASS_NAME = "AutoencoderLiteVAE"
 
@@ -29,7 +29,7 @@ NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
 """Arguments of :class:`AutoencoderSpec` that build the networks."""
 
 FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
-"""Arguments of :class:`AutoencoderSpec` that change nothing here, and tell a diffusion model's pipeline what to do."""
+"""Arguments of :class:`AutoencoderSpec` for the pipeline of a diffusion model; they change nothing here."""
 
 IN_TRAINING = (*NETWORKS, "initial_logvar", *FOR_DIFFUSION)
 """Arguments of :class:`AutoencoderSpec` in a training config."""
@@ -46,29 +46,26 @@ DERIVED = (
     "use_post_quant_conv",
     "use_quant_conv",
 )
-"""Other keys of an export's config.json: they follow from the arguments, and are there for diffusers."""
+"""Other keys of an export's config.json, for diffusers; they follow from the arguments."""
 
 
-MOST_BLOCKS = 24
+MAX_BLOCKS = 24
 """Per level, of a received config; of the recipes the deepest has 5."""
 
-MOST_ENTRIES = 10
+MAX_ENTRIES = 10
 """Of a list in a received config, which has one for each level."""
 
-LARGEST_NUMBER = 2**16
+MAX_NUMBER = 2**16
 """In a received config: channels, sizes in pixels."""
 
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """The arguments that build an autoencoder; ``LiteVAE.from_spec`` does.
+    """The arguments that build an autoencoder: see ``LiteVAE.from_config`` and the attributes of ``Autoencoder``.
 
     Args:
-        encoder_config, decoder_config, embed_dim, use_quant, initial_logvar: see ``LiteVAE.from_config``.
         folded: the self-modulated convolutions are ordinary ones.
-        scaling_factor, shift_factor: for a diffusion model on the latents.
-        latents_mean, latents_std: the same per channel, n_z numbers each; None for most autoencoders.
-        force_upcast: pipelines in fp16 decode in float32, because fp16 overflows, as in SDXL's.
+        latents_mean, latents_std: n_z numbers each; None for most autoencoders.
     """
 
     encoder_config: Node
@@ -89,7 +86,7 @@ class AutoencoderSpec:
 
         Args:
             origin: where the content is from, for messages.
-            only_ours: the config came from outside: it may build networks of this package, and nothing else.
+            only_ours: refuse networks from outside of this package, because the config was received.
 
         Raises:
             ConfigError: the config has mistakes, or describes something else.
@@ -197,22 +194,22 @@ def _check_export(content: Mapping[str, Any], origin: str) -> None:
 
 
 def oversized(params: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each number in a received config of which even an outline of the networks would take long."""
+    """Yield an error for each size too large to build even on the meta device."""
     for key, value in params.items():
         if isinstance(value, Mapping):
             yield from (f"{key}.{line}" for line in oversized(value))
             continue
         values = list(value) if isinstance(value, list | tuple) else [value]
         counts_layers = str(key).endswith(("blocks", "layers", "levels", "per_block"))
-        most = MOST_BLOCKS if counts_layers else LARGEST_NUMBER
+        most = MAX_BLOCKS if counts_layers else MAX_NUMBER
         if any(isinstance(number, int) and abs(number) > most for number in values):
             yield f"{key}: more than {most} in a config that was received: refused"
-        elif len(values) > MOST_ENTRIES and not str(key).startswith(("_", "latents_")):
-            yield f"{key}: more than {MOST_ENTRIES} entries in a config that was received: refused"
+        elif len(values) > MAX_ENTRIES and not str(key).startswith(("_", "latents_")):
+            yield f"{key}: more than {MAX_ENTRIES} entries in a config that was received: refused"
 
 
 def check_factors(values: Mapping[str, Any], n_z: int) -> Iterator[str]:
-    """One line for each number for a diffusion model, of those given by name, that can't be one."""
+    """Yield an error for each invalid scaling or shift factor."""
     for key, positive in (("scaling_factor", True), ("shift_factor", False)):
         if not _is_number(value := values.get(key, 1.0), positive):
             yield f"{key}: expected a number{' above 0' if positive else ''}, got {value!r}"

@@ -1,6 +1,4 @@
-"""The files of a trained autoencoder: found in a run, a checkpoint, an export or on the hub; written as an export.
-
-Nothing here builds a network: what the config says is in ``spec``, the autoencoder in ``autoencoder``.
+"""Find the files of a trained autoencoder, local or on the hub; write them as an export.
 
 The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, HF_TOKEN.
 """

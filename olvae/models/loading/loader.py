@@ -81,7 +81,7 @@ class Loader(ABC):
 
     @abstractmethod
     def accepts(self, text: str) -> bool:
-        """Whether this names a target of this kind; told by the text and by local files, in little time."""
+        """Whether this names a target of this kind, judged quickly by the text and local files."""
 
     @abstractmethod
     def find(self, text: str, options: LoadOptions) -> Target | Path:
