@@ -3,43 +3,15 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from olvae.losses.adversarial import r1_penalty
 from olvae.modules.gigagan import GigaGAN, TransformerBlock, l2_attention
 from olvae.modules.unetgan import SpectralConv2d
+from tests.modules.test_discriminators import GIGA, nudge
 
 
 def _small(**options: object) -> GigaGAN:
     torch.manual_seed(0)
-    return GigaGAN(**{"image_size": 64, "base": 256, "max_channels": 16, "heads": 2, "head_channels": 8} | options)
-
-
-def _nudge(net: torch.nn.Module) -> None:
-    """Away from the start, where orthogonal weights and small position embeddings hide differences."""
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-
-
-def test_parameters_and_macs_are_the_readmes(meta: None):
-    net = GigaGAN()
-    assert sum(p.numel() for p in net.parameters()) == 14_378_498  # README: 14.38 M
-    with FlopCounterMode(display=False) as counter:
-        net(torch.empty(1, 3, 256, 256))
-    assert counter.get_total_flops() / 2 == pytest.approx(3.23e9, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"predictors": "all"}, 14_722_310),
-        ({"image_size": 64}, 14_407_938),
-        ({"image_size": 512}, 14_377_026),
-    ],
-)
-def test_parameters_of_other_layouts(meta: None, options: dict[str, object], expected: int):
-    assert sum(p.numel() for p in GigaGAN(**options).parameters()) == expected
+    return GigaGAN(**GIGA | options)
 
 
 def test_layout_at_256(meta: None):
@@ -130,7 +102,7 @@ def test_l2_attention_extremes():
 def test_transformer_block_by_hand():
     torch.manual_seed(0)
     block = TransformerBlock(6, heads=2, head_channels=3).double().eval()
-    _nudge(block)
+    nudge(block)
     x = torch.randn(1, 6, 2, 3, dtype=torch.float64)
     tokens = x[0].flatten(1).T  # (6 positions, 6 channels)
 
@@ -156,7 +128,7 @@ def test_checkpointing_gives_the_same_logits_gradients_and_power_iterations():
     for checkpoint in (False, True):
         net = _small(checkpoint_attention=checkpoint)
         torch.manual_seed(1)
-        _nudge(net)
+        nudge(net)
         logits = net(x)
         sum(t.square().mean() for t in logits).backward()
         results.append((logits, [p.grad for p in net.parameters()], list(net.buffers())))
@@ -173,87 +145,3 @@ def test_checkpointing_keeps_no_attention_weights():
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.append(tuple(t.shape)), t)[1], lambda t: t):
             block(torch.randn(1, 8, 5, 5, requires_grad=True))
         assert any(shape[-2:] == (25, 25) for shape in saved) is not checkpoint
-
-
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_can_be_differentiated_twice(checkpoint: bool):
-    net = _small(checkpoint_attention=checkpoint)
-    x = torch.randn(2, 3, 64, 64, requires_grad=True)
-    penalty = r1_penalty(net(x), x)
-    penalty.backward()
-    gradients = [p.grad for n, p in net.named_parameters() if not n.endswith("bias") and p.grad is not None]
-    assert penalty > 0
-    assert all(g.isfinite().all() for g in gradients)
-    assert net.transformers["1"].blocks[0].to_qk.parametrizations.weight.original.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("predictors", ["ends", "all"])
-def test_every_parameter_gets_a_gradient(predictors: str):
-    net = _small(predictors=predictors)
-    _nudge(net)
-    sum(t.square().mean() for t in net(torch.randn(2, 3, 64, 64))).backward()
-    for name, p in net.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.isfinite().all(), name
-        assert p.grad.abs().max() > 0, name
-
-
-def test_spectral_norm_bounds_the_largest_singular_value():
-    net = _small()
-    layers = [m for m in net.modules() if isinstance(m, SpectralConv2d)]
-    with torch.no_grad():
-        for layer in layers:
-            original = layer.parametrizations.weight.original
-            original.mul_(5).add_(torch.randn_like(original))
-        for _ in range(60):
-            net(torch.randn(1, 3, 64, 64))
-    for layer in layers:
-        assert 0.999 < torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() < 1.05
-
-
-def test_bf16_is_close_to_float32():
-    net = _small(predictors="all").eval()
-    x = torch.rand(2, 3, 64, 64) * 2 - 1
-    expected = net(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = net(x)
-    for half, full in zip(logits, expected, strict=True):
-        assert (half.float() - full).abs().max() < 0.05 * max(t.abs().max() for t in expected)
-
-
-def test_trains_under_bf16():
-    """The hinge loss falls on a task that is easy to tell: images of noise, with and without a blur.
-
-    It halves within 15 steps; at a higher rate it does so with peaks, whose places are a matter of rounding.
-    """
-    net = _small()
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-4, betas=(0.5, 0.9))
-    losses = []
-    for _ in range(16):
-        real = torch.randn(4, 3, 64, 64)
-        fake = torch.nn.functional.avg_pool2d(real, 3, stride=1, padding=1)
-        with torch.autocast("cpu", torch.bfloat16):
-            r, f = net(real), net(fake)
-        loss = sum((1 - a.float()).relu().mean() + (1 + b.float()).relu().mean() for a, b in zip(r, f, strict=True)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert all(math.isfinite(v) for v in losses)
-    assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
-
-
-def test_errors_name_the_remedy():
-    net = _small()
-    for shape in ((1, 3, 128, 128), (1, 3, 64, 128), (1, 3, 96, 96)):
-        with pytest.raises(ValueError, match=r"takes images \(B, C, 64, 64\).*power of two from 64, as image_size"):
-            net(torch.empty(shape))
-    for size in (32, 96, 0):
-        with pytest.raises(ValueError, match=f"power of two from 64, got {size}"):
-            GigaGAN(image_size=size)
-    with pytest.raises(ValueError, match=r"levels of \[32, 16, 8, 4\] px: attention cannot be at \[64\]"):
-        GigaGAN(image_size=64, attention=(8, 64))
-    with pytest.raises(ValueError, match="base at least image_size = 64"):
-        GigaGAN(image_size=64, base=32)
-    with pytest.raises(ValueError, match='"ends" or "all"'):
-        GigaGAN(predictors="some")  # type: ignore[arg-type]

@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.modules.patchgan import PatchGAN
 
@@ -10,17 +9,6 @@ from olvae.modules.patchgan import PatchGAN
 def small() -> PatchGAN:
     torch.manual_seed(0)
     return PatchGAN(base_channels=8)
-
-
-def test_parameters_are_the_readmes():
-    with torch.device("meta"):
-        assert sum(p.numel() for p in PatchGAN().parameters()) == 2_765_633  # README: 2.77 M
-
-
-def test_macs_are_the_readmes():
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        PatchGAN()(torch.empty(1, 3, 256, 256))
-    assert counter.get_total_flops() / 2 == pytest.approx(3.15e9, rel=0.01)
 
 
 def test_layers_by_hand(small: PatchGAN):
@@ -67,32 +55,3 @@ def test_smallest_and_odd_sizes(layers: int, size: tuple[int, int], expected: tu
     (logits,) = net(torch.randn(2, 3, *size))
     assert logits.shape == (2, 1, *expected)
     assert logits.isfinite().all()
-
-
-def test_other_channels():
-    (logits,) = PatchGAN(in_channels=5, base_channels=4)(torch.randn(2, 5, 32, 32))
-    assert logits.shape == (2, 1, 2, 2)
-
-
-def test_every_parameter_gets_a_gradient(small: PatchGAN):
-    small(torch.randn(2, 3, 64, 64))[0].square().mean().backward()
-    for name, p in small.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.isfinite().all(), name
-        assert p.grad.abs().max() > 0, name
-
-
-def test_bf16_is_close_to_float32(small: PatchGAN):
-    x = torch.randn(2, 3, 64, 64)
-    (expected,) = small(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        (logits,) = small(x)
-    assert (logits.float() - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-def test_errors_name_the_remedy():
-    with pytest.raises(ValueError, match=r"at least 32x32 pixels.*31.*smaller n_layers"):
-        PatchGAN(base_channels=4)(torch.randn(1, 3, 31, 64))
-    with pytest.raises(ValueError, match="n_layers of at least 1"):
-        PatchGAN(n_layers=0)
-    assert PatchGAN.num_outputs == 1

@@ -1,0 +1,167 @@
+"""What every discriminator does: published size, gradients everywhere, half precision, errors that name the remedy."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from olvae.losses.adversarial import r1_penalty
+from olvae.modules.gigagan import GigaGAN
+from olvae.modules.patchgan import PatchGAN
+from olvae.modules.unetgan import SpectralConv2d, UNetGAN
+
+GIGA = {"image_size": 64, "base": 256, "max_channels": 16, "heads": 2, "head_channels": 8}
+SMALL = {
+    "patchgan": (PatchGAN, {"base_channels": 8}),
+    "unetgan": (UNetGAN, {"base_channels": 4}),
+    "gigagan": (GigaGAN, GIGA),
+    "gigagan, all": (GigaGAN, {**GIGA, "predictors": "all"}),
+}
+
+
+def small(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    kind, arguments = SMALL[name]
+    return kind(**arguments)
+
+
+def nudge(net: nn.Module) -> nn.Module:
+    """Away from the start, where orthogonal weights and small position embeddings hide differences."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+every = pytest.mark.parametrize("name", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "parameters", "macs", "tolerance"),
+    [
+        (PatchGAN, {}, 2_765_633, 3.15e9, 0.01),  # README: 2.77 M
+        (GigaGAN, {}, 14_378_498, 3.23e9, 0.02),  # 14.38 M
+        (UNetGAN, {"base_channels": 16}, 2_757_058, 2.31e9, 0.02),  # S 2.75 M
+        (UNetGAN, {"base_channels": 32}, 11_020_674, 9.13e9, 0.02),  # M 11.0 M
+        (UNetGAN, {"base_channels": 64}, 44_067_586, 36.34e9, 0.02),  # L 44.1 M
+    ],
+)
+def test_parameters_and_macs_are_the_readmes(meta, kind, arguments, parameters, macs, tolerance):
+    net = kind(**arguments)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, 3, 256, 256))
+    assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "expected"),
+    [
+        (GigaGAN, {"predictors": "all"}, 14_722_310),
+        (GigaGAN, {"image_size": 64}, 14_407_938),
+        (GigaGAN, {"image_size": 512}, 14_377_026),
+        (UNetGAN, {"base_channels": 16, "image_size": 512}, 2_757_058),
+        (UNetGAN, {"base_channels": 16, "image_size": 128}, 1_969_858),
+        (UNetGAN, {"base_channels": 32, "image_size": 128}, 7_873_410),
+        (UNetGAN, {"base_channels": 64, "image_size": 192}, 31_481_602),
+    ],
+)
+def test_parameters_of_other_layouts(meta, kind, arguments, expected):
+    assert sum(p.numel() for p in kind(**arguments).parameters()) == expected
+
+
+@every
+def test_every_parameter_gets_a_gradient(name):
+    net = nudge(small(name))
+    logits = net(torch.randn(2, 3, 64, 64))
+    assert net.num_outputs == len(logits)
+    sum(t.square().mean() for t in logits).backward()
+    for parameter, p in net.named_parameters():
+        assert p.grad is not None, parameter
+        assert p.grad.isfinite().all(), parameter
+        assert p.grad.abs().max() > 0, parameter
+
+
+@every
+def test_bf16_is_close_to_float32(name):
+    net = small(name)
+    net.train(name == "patchgan")  # BatchNorm has no statistics yet; the others would iterate
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    expected = net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(x)
+    largest = max(t.abs().max() for t in expected)
+    for half, full in zip(logits, expected, strict=True):
+        assert (half.float() - full).abs().max() < 0.05 * largest
+
+
+@pytest.mark.parametrize("name", ["unetgan", "gigagan"])
+def test_two_passes_then_one_backward(name):
+    """Real and fake go through one after the other; the power iteration in between must not break the graph."""
+    net = small(name)
+    real, fake = net(torch.randn(1, 3, 64, 64)), net(torch.randn(1, 3, 64, 64))
+    (fake[0].mean() - real[0].mean()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("patchgan", {}), ("unetgan", {}), ("gigagan", {}), ("gigagan", {"checkpoint_attention": True})],
+)
+def test_can_be_differentiated_twice(name, settings):
+    kind, arguments = SMALL[name]
+    net = kind(**arguments, **settings)
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    penalty = r1_penalty(net(x), x)
+    penalty.backward()
+    gradients = [p.grad for n, p in net.named_parameters() if not n.endswith("bias") and p.grad is not None]
+    assert penalty > 0
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(("name", "autocast"), [("unetgan", False), ("unetgan", True), ("gigagan", False)])
+def test_spectral_norm_bounds_the_largest_singular_value(name, autocast):
+    net = small(name)
+    layers = [m for m in net.modules() if isinstance(m, SpectralConv2d)]
+    with torch.no_grad():
+        for layer in layers:  # far from its orthogonal start
+            original = layer.parametrizations.weight.original
+            original.mul_(7).add_(torch.randn_like(original))
+    assert max(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers) > 1.1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(60):
+            net(torch.randn(1, 3, 64, 64))
+    net.eval()
+    for layer in layers:
+        assert 0.999 < torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() < 1.05
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("patchgan", (1, 3, 31, 64), r"at least 32x32 pixels.*31.*smaller n_layers"),
+        ("unetgan", (1, 3, 64, 96), r"multiples of 64.*\(1, 3, 64, 96\).*resize or crop"),
+        ("gigagan", (1, 3, 128, 128), r"takes images \(B, C, 64, 64\).*power of two from 64, as image_size"),
+        ("gigagan", (1, 3, 64, 128), r"takes images \(B, C, 64, 64\)"),
+    ],
+)
+def test_images_that_do_not_fit(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        small(name)(torch.empty(shape))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (PatchGAN, {"n_layers": 0}, "n_layers of at least 1"),
+        (UNetGAN, {"image_size": 100}, "image_size must be a multiple of 64, got 100"),
+        *((GigaGAN, {"image_size": size}, f"power of two from 64, got {size}") for size in (32, 96, 0)),
+        (GigaGAN, {**GIGA, "attention": (8, 64)}, r"levels of \[32, 16, 8, 4\] px: attention cannot be at \[64\]"),
+        (GigaGAN, {"image_size": 64, "base": 32}, "base at least image_size = 64"),
+        (GigaGAN, {"predictors": "some"}, '"ends" or "all"'),
+    ],
+)
+def test_arguments_that_cannot_be(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
