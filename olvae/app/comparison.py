@@ -45,26 +45,15 @@ class Result(NamedTuple):
 
 
 def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
-    """Load models by name, folded for inference.
-
-    Raises:
-        ValueError: they take images of different channels.
-    """
-    models: dict[str, Autoencoder] = {}
-    for target in targets:
-        model = target.load()
-        models[target.name] = model.fold().to(device).eval()
+    """Load models by name, folded for inference; raise ValueError if they take images of different channels."""
+    models = {target.name: target.load().fold().to(device).eval() for target in targets}
     if len(channels := {model.in_channels for model in models.values()}) > 1:
         raise ValueError(f"the targets take images of {' and '.join(map(str, sorted(channels)))} channels")
     return models
 
 
 def read_image(path: str | Path, channels: int) -> Tensor:
-    """Read an image as uint8 (C, H, W).
-
-    Raises:
-        ValueError: it is no image, or has more than :data:`MAX_PIXELS`.
-    """
+    """Read an image as uint8 (C, H, W); raise ValueError if it is none, or has more than :data:`MAX_PIXELS`."""
     photo = Photo(Path(path), Path(path).name, channels)
     width, height = photo.size  # the header's: nothing is decoded yet
     if width * height > MAX_PIXELS:
@@ -76,11 +65,7 @@ def read_image(path: str | Path, channels: int) -> Tensor:
 
 
 def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[str, Result]:
-    """Reconstruct an image, uint8 (C, H, W), with every model.
-
-    Raises:
-        ValueError: a reconstruction is non-finite; the message names the model.
-    """
+    """Reconstruct an image, uint8 (C, H, W), with every model; raise ValueError if a reconstruction is not finite."""
     where = torch.device(device)
     options = ReconstructOptions(where, default_memory(where))
     found = {}
@@ -91,15 +76,9 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         seconds = time.perf_counter() - start
-        large_enough = min(x.shape[-2:]) >= SSIM_WINDOW
-        found[name] = Result(
-            y,
-            error_map(x[None], y[None])[0],
-            z[0].float().cpu(),
-            psnr(x[None], y[None]).item(),
-            ssim(x[None], y[None]).item() if large_enough else None,
-            seconds,
-        )
+        similarity = ssim(x[None], y[None]).item() if min(x.shape[-2:]) >= SSIM_WINDOW else None
+        picture = error_map(x[None], y[None])[0]
+        found[name] = Result(y, picture, z[0].float().cpu(), psnr(x[None], y[None]).item(), similarity, seconds)
     return found
 
 

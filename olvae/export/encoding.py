@@ -53,11 +53,9 @@ class EncodeOptions:
 
     def check(self, model: Autoencoder) -> None:
         """Raise ValueError unless images of a model can be stored like this."""
-        f = model.downscale
-        if self.size % f:
+        if self.size % (f := model.downscale):
             raise ValueError(
-                f"images of {self.size}x{self.size} pixels, but a latent element stands for {f}x{f} of them: choose a "
-                f"`size` that is a multiple of {f}"
+                f"`size` {self.size}: choose a multiple of {f}, the pixels that a latent position stands for"
             )
         if self.images and not self.size:
             raise ValueError("`images`: images that are stored beside latents have one size: give `size`")
@@ -174,11 +172,9 @@ class EncodeJob:
             if finished := self.shards.finished(shard):
                 advance(finished.record.images + len(finished.unreadable))
                 continue
-            statistics = _Statistics()
-            size, images = self.options.size, self.options.images
-            batches = read_batches(
-                self.inputs.read(shard), size, self.model.downscale, batch_size, threads, keep_pixels=images
-            )
+            statistics, size, images = _Statistics(), self.options.size, self.options.images
+            items = self.inputs.read(shard)
+            batches = read_batches(items, size, self.model.downscale, batch_size, threads, keep_pixels=images)
             encoded = in_order(one for batch in batches for one in self._encode(batch, memory))
             self.shards.write(shard, _counted(encoded, statistics, advance), statistics.details)
 
@@ -201,9 +197,9 @@ class EncodeJob:
         if moments is None:
             for number in range(len(finished)):
                 self.shards.forget(number)  # so that the same command tries again
-            if not unreadable:
-                raise ValueError("no images in these shards: an image is a file KEY.jpg, KEY.png, ...")
-            raise ValueError("none of the images could be read: {name}: {reason}".format(**unreadable[0]))
+            if unreadable:
+                raise ValueError("none of the images could be read: {name}: {reason}".format(**unreadable[0]))
+            raise ValueError("no images in these shards: an image is a file KEY.jpg, KEY.png, ...")
         scaling_factor, shift_factor = moments.factors()
         stats = {
             "count": count,
@@ -231,8 +227,7 @@ class EncodeJob:
         images = [(number, image) for number, image in batch if isinstance(image, ReadImage)]
         if not images:
             return done
-        keys = [image.item.key for _, image in images]
-        pixels = [image.pixels for _, image in images]
+        keys, pixels = [image.item.key for _, image in images], [image.pixels for _, image in images]
         sides = [self._latents(self._posterior(pixels, memory), keys)]
         if self.options.flip:
             mirrored = [one.flip(-1) for one in pixels]
@@ -263,13 +258,10 @@ class EncodeJob:
         return latents
 
     def _rounded(self, exact: Tensor) -> Tensor:
-        rounded = exact.to(DTYPES[self.options.dtype])
+        precision, rounded = self.options.precision, exact.to(DTYPES[self.options.dtype])
         if not exact.isfinite().all():
-            raise ValueError(
-                "the latents have non-finite values: the training run may have diverged"
-                if self.options.precision == FULL
-                else f"the latents have non-finite values in {self.options.precision}: set `precision` to {FULL}"
-            )
+            why = "the training run may have diverged" if precision == FULL else f"set `precision` to {FULL}"
+            raise ValueError(f"the latents have non-finite values in {precision}: {why}")
         if not rounded.isfinite().all():
             raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
         return rounded
@@ -288,11 +280,7 @@ def _counted(
 
 
 def encoder_of(model: Autoencoder) -> nn.Module:
-    """Find the network that encodes, of ours or of diffusers.
-
-    Raises:
-        ValueError: the autoencoder has none of its own.
-    """
+    """Find the network that encodes, of ours or of diffusers; raise ValueError if there is none."""
     encoder = getattr(model, "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"`compile`: {type(model).__name__} has no encoder that can be compiled: leave it out")

@@ -78,11 +78,7 @@ class ExportSettings:
             raise ConfigError(f"`onnx` writes float32: leave out `dtype` {self.dtype}, or `onnx`")
 
     def layout(self, name: str) -> Layout:
-        """Find a format, and check that these settings mean something in it.
-
-        Raises:
-            ConfigError: there is no such format, or a setting means nothing there.
-        """
+        """Find a format; raise ConfigError if there is none, or a setting means nothing in it."""
         layout = find_layout(name)
         for setting, why in {**layout.refused, **(ONE_FILE if layout.suffix else {})}.items():
             if getattr(self, setting) not in (None, False):
@@ -90,12 +86,7 @@ class ExportSettings:
         return layout
 
     def check(self, place: Path) -> None:
-        """Check what can be checked before the model is loaded.
-
-        Raises:
-            ConfigError: as :meth:`layout`.
-            FileExistsError, FileNotFoundError, ValueError: as :func:`check_place`, or ``latents`` is not there.
-        """
+        """Check what can be checked before the model is loaded; raises as :meth:`layout` and :func:`check_place`."""
         suffix = "" if self.format is None else self.layout(self.format).suffix
         if self.latents is not None:
             _factors_file(self.latents)
@@ -185,11 +176,7 @@ def export(
 
 
 def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
-    """Check that an export can be written to a place.
-
-    Args:
-        suffix: of the one file that is written; empty for a folder.
-        force: an export that is there may be replaced.
+    """Check that an export can be written to a place: one file of this suffix, or a folder if it is empty.
 
     Raises:
         FileExistsError: the place leads through a file, or holds something that may not be replaced in one step.
@@ -235,13 +222,10 @@ def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVA
         differences["folded"] = _difference("folded", model, out.moments, out.decode, FOLDING)
     if broken := _non_finite(out):
         raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
-    if dtype != torch.float32:
-        out = copy.deepcopy(out).to(dtype)
-        if broken := _non_finite(out):
-            raise ValueError(
-                f"{len(broken)} tensors do not fit into {dtype} ({broken[0]}, ...): use bfloat16 or float32"
-            )
-    return out, differences
+    rounded = out if dtype == torch.float32 else copy.deepcopy(out).to(dtype)
+    if broken := _non_finite(rounded):
+        raise ValueError(f"{len(broken)} tensors do not fit into {dtype} ({broken[0]}, ...): use bfloat16 or float32")
+    return rounded, differences
 
 
 def _non_finite(model: LiteVAE) -> list[str]:
@@ -272,10 +256,7 @@ def _difference(
     decode: Callable[[Tensor], Tensor],
     limit: float = TOLERANCE,
 ) -> float:
-    """Compare moments and reconstructions of one image of noise with another model's, relative to the largest value.
-
-    In float32: half precision would hide differences, and overflow in some networks.
-    """
+    """Compare moments and reconstructions of an image of noise, in float32: half precision would hide differences."""
     whole = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
     size = 4 * model.downscale
     x = torch.rand((1, model.in_channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -350,17 +331,10 @@ def _factors_file(given: Path) -> Path:
 
 
 def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[float, float]:
-    """Read a target's factors from latents.json of ``olvae latents`` or stats.json of ``olvae encode``.
-
-    Args:
-        weights: the target's checksum, which stats.json has too.
-
-    Returns:
-        The scaling and the shift factor.
+    """Read a target's scaling and shift factor from latents.json of olvae latents or stats.json of olvae encode.
 
     Raises:
-        ValueError: it is something else, or has no factors of this target.
-        OSError: it can't be read.
+        ValueError: the file is something else, has no factors of this target, or other weights by their checksum.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

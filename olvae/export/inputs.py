@@ -118,7 +118,6 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
     """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
 
     Args:
-        channels: of the images.
         shard_size: images in an output shard, unless SRC is made of shards.
         classes: whether the folders of SRC are classes; shards keep their own .cls files.
 
@@ -196,7 +195,6 @@ def read_batches(
     the items' order and the batch size alone.
 
     Args:
-        items: the images, and the errors met in their shard.
         size: pixels after the evaluation's resize and crop; 0 leaves the images as they are.
         multiple: that height and width are padded to.
         threads: that read ahead; 0 reads an image when it is needed.

@@ -25,15 +25,8 @@ MADE_WITH = "made with open-LiteVAE"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where exported weights are from.
-
-    Args:
-        name: of the target.
-        config: the training config, if there is one.
-        metrics: the metrics.json to put beside the weights.
-        raw: the weights are those as trained, not averaged ones.
-        licence: of the weights, by the hub's name for it.
-        factors_from: where the scaling and shift factors are from; None if they were not measured.
+    """Where weights are from: the target's name, training config, metrics.json and licence; whether they are the raw
+    ones, not averaged; and where the scaling and shift factors are from, None if they were not measured.
     """
 
     name: str
@@ -46,9 +39,6 @@ class Provenance:
 
 def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenance, onnx: bool) -> str:
     """Write a model card: Markdown, with the hub's metadata in front.
-
-    Args:
-        onnx: the folder has ONNX files.
 
     Raises:
         ValueError: ``provenance.metrics`` is not a metrics.json.
