@@ -1,4 +1,4 @@
-"""From an image file to a uint8 tensor, and back to a picture."""
+"""Read image files as 8-bit pictures and uint8 tensors."""
 
 import io
 import warnings
@@ -15,19 +15,6 @@ from torch import Tensor
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
 
-__all__ = [
-    "EXTENSIONS",
-    "Bands",
-    "Photo",
-    "Picture",
-    "array_to_picture",
-    "from_uint8",
-    "image_to_tensor",
-    "read_picture",
-    "tensor_to_picture",
-    "to_uint8",
-]
-
 
 def from_uint8(x: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [-1, 1]: x / 127.5 - 1."""
@@ -40,7 +27,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 class Bands:
-    """A picture of any number of channels, with the operations of Pillow that transforms need, band by band."""
+    """A picture of any number of channels, with Pillow's operations for transforms, band by band."""
 
     def __init__(self, bands: Sequence[Image.Image]) -> None:
         self.bands = list(bands)
@@ -98,16 +85,16 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm",
 WHITE_16 = 65535  # in 16-bit greyscale, some of which Pillow reads as 32-bit integers
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
-"""What files may be, by Pillow's names, whatever they are called. Others start programs, as EPS does Ghostscript."""
+"""Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
 
-MOST_PIXELS = 160_000_000
-"""Of a picture: the largest camera's have 151 million. Each takes up to 12 bytes while it is read."""
+MAX_PIXELS = 160_000_000
+"""Most pixels of a picture: the largest camera's have 151 million. Each takes up to 12 bytes while it is read."""
 
-LONGEST = 100
-"""The most that a picture's longer side may be of its shorter one: resized to size s, it has up to 100 s^2 pixels."""
+MAX_RATIO = 100
+"""Largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels."""
 
-AT_ONCE = 2**22
-"""Pixels that are converted at a time, because some conversions need 20 bytes for each."""
+CONVERTED_PIXELS = 2**22
+"""Pixels that are converted at a time; some conversions need 20 bytes for each."""
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -131,7 +118,7 @@ class Photo:
         self._image: Picture
         try:
             self._image = self._open(content)
-            _check_size(*self._image.size)  # before what is next, which decodes a PNG
+            _check_size(*self._image.size)  # before EXIF is read, which decodes a PNG
             self._orientation = _orientation(self._image) if isinstance(self._image, Image.Image) else 1
             self.size = self._upright_size()
         except Exception as error:  # decoders raise all kinds for a broken file
@@ -143,7 +130,7 @@ class Photo:
 
     @property
     def turned(self) -> bool:
-        """Whether the file's pixels lie in another way than the picture is seen, by its EXIF orientation."""
+        """Whether the EXIF orientation turns or mirrors the file's pixels."""
         return self._orientation != 1
 
     def undecoded(self) -> bytes | Picture:
@@ -174,7 +161,7 @@ class Photo:
 
         Args:
             shrink: 1, 2, 4 or 8. A JPEG is decoded at 1/shrink of its size, rounded up, which is faster; other formats
-                come at their full size.
+                are decoded in full.
 
         Raises:
             UnreadableImageError: the file is broken.
@@ -222,18 +209,18 @@ def read_picture(path: str | Path, channels: int = 3) -> Picture:
 
     Raises:
         UnreadableImageError: the file is not a picture, is broken, has floating-point pixels or integers beyond 16
-            bits, whose range is unknown, has another number of channels, more than :data:`MOST_PIXELS` pixels, or a
-            side that is more than :data:`LONGEST` times the other.
+            bits, whose range is unknown, has another number of channels, more than :data:`MAX_PIXELS` pixels, or a
+            side that is more than :data:`MAX_RATIO` times the other.
     """
     return Photo(Path(path), legible(str(path)), channels).read()
 
 
 def _check_size(width: int, height: int) -> None:
-    """Raise ValueError for a picture that would take too much memory, before it does."""
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"its header claims {width}x{height} pixels, more than {MOST_PIXELS // 10**6} million")
-    if max(width, height) > LONGEST * min(width, height):
-        raise ValueError(f"{width}x{height} pixels: one side is more than {LONGEST} times the other")
+    """Raise ValueError for a picture that would take too much memory."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"its header claims {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_RATIO} times the other")
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
@@ -241,7 +228,7 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     if image.mode == mode == "RGB" and not _is_transparent(image):
         return image
-    rows = max(1, AT_ONCE // image.width)
+    rows = max(1, CONVERTED_PIXELS // image.width)
     if rows >= image.height:
         return _convert_rows(image, mode)
     out = Image.new(mode, image.size)
@@ -283,7 +270,7 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """By its EXIF; upright if that is broken, because the pixels may still be whole."""
+    """The EXIF orientation; upright if EXIF is broken, because the pixels may still be whole."""
     try:
         orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -302,6 +289,6 @@ def _array(file: io.BufferedIOBase, channels: int) -> Bands:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
-        return f"its header claims more than {MOST_PIXELS // 10**6} million pixels"
+        return f"its header claims more than {MAX_PIXELS // 10**6} million pixels"
     text = reason(error)
     return "no known picture format" if "cannot identify image file" in text else text

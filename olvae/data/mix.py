@@ -1,4 +1,4 @@
-"""Several sources in one stream, by weight."""
+"""Mix several sources in one stream, by weight."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,8 +9,6 @@ from olvae.config import ConfigError, Node, instantiate
 from olvae.data.mapped.dataset import MappedSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source, total
-
-__all__ = ["MixSource"]
 
 CYCLE = 1000
 """Samples in which each source has its exact share; weights are as fine as that."""
@@ -61,7 +59,7 @@ class MixSource(Source):
             self.crops = "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
 
     def _is_one_of_several(self, source: Source) -> bool:
-        """Whether another source makes its keys in the same way."""
+        """Whether another source makes keys in the same way."""
         kind = next((kind for kind in (MappedSource, WebDatasetSource) if isinstance(source, kind)), Source)
         return sum(isinstance(other, kind) for other in self.sources) > 1
 

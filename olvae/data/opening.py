@@ -1,4 +1,4 @@
-"""Opens SRC, as commands take it.
+"""Open SRC, the data argument of commands, and find a run's data from any folder.
 
 It is a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files, ``samples``,
 ``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``, or a config.yaml.
@@ -63,7 +63,7 @@ def open_test_source(config: Config, src: str | None = None, size: int | None = 
     if src is not None:
         return open_source(src, size or params.get("size") or 256, 1, params.get("num_workers", 0), channels)
     if not config.get("data"):
-        raise ConfigError("the first target has no data to take images from: add --data SRC")
+        raise ConfigError("the first target has no data to take images from: set `data`")
     node = where_it_is(config)
     if size is not None:
         node["params"]["size"] = size
@@ -141,7 +141,7 @@ def make_absolute(config: Config) -> dict[str, str]:
 
 
 def where_it_is(config: Config) -> Config:
-    """The ``data`` of a config with the places where they are now; see :func:`moves`."""
+    """The ``data`` of a config with their present places; see :func:`moves`."""
     found = moves(config)
     return with_paths(config["data"], lambda text: found.get(text, text))
 
@@ -160,7 +160,7 @@ def moves(config: Config) -> dict[str, str]:
         if text in written and not _is_there(text):
             here = str(Path.cwd() / written[text])
             if _is_there(written[text]):
-                _tell(text, here)
+                _warn_once(text, here)
                 found[text] = here
             elif not downloaded:  # else it is fetched again
                 raise FileNotFoundError(
@@ -173,19 +173,19 @@ def moves(config: Config) -> dict[str, str]:
 
 
 def _is_downloaded(part: Any) -> bool:
-    """Whether a data set somewhere in a node is told to fetch itself, as torchvision's are."""
+    """Whether a data set in a node downloads itself, as torchvision's do with ``download``."""
     if isinstance(part, Mapping):
         return bool(part.get("download")) or any(map(_is_downloaded, part.values()))
     return isinstance(part, list) and any(map(_is_downloaded, part))
 
 
 @cache
-def _tell(before: str, now: str) -> None:
+def _warn_once(before: str, now: str) -> None:
     log.warning("%s: this run's data are not there any more: taken from %s", before, now)
 
 
 def _is_there(text: str) -> bool:
-    """Whether a path leads to something, or a pattern, of files or of shards, to anything."""
+    """Whether a path or a pattern, of files or of shards, exists."""
     if not is_local(text) or Path(text).expanduser().exists():
         return is_local(text)
     try:

@@ -1,4 +1,4 @@
-"""``olvae data pack``: the images of any source as WebDataset shards, written in parallel and resumable."""
+"""Pack the images of any source into WebDataset shards, in parallel and resumably (``olvae data pack``)."""
 
 import hashlib
 import io
@@ -25,27 +25,25 @@ from olvae.data.transforms import resize_shorter_side
 from olvae.files import named, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
-__all__ = ["FORMATS", "PackOptions", "Packed", "is_begun", "pack", "shard_positions", "usual_shard_size"]
-
 STATE = ".packing"
-"""The folder beside the shards, until they are complete, with what is needed to continue."""
+"""The folder beside the shards, until they are complete, with the state to continue from."""
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-"""What images that are made smaller can be stored as: extension, and Pillow's name of the format."""
+"""Formats of images that are made smaller: extension, and Pillow's name."""
 
-KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
-"""Formats, by Pillow's name, whose files go into shards unchanged, and the extension that they get."""
+STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
+"""Formats, by Pillow's name, whose files go into shards unchanged, and their extension there."""
 
-MANY = 100
-"""Unreadable images, where they are too many, after which the others are not read any more."""
+STOP_AFTER = 100
+"""Number of unreadable images, if more than allowed, after which the rest is not read."""
 
-LONGEST = {"jpg": 65_500, "webp": 16_383}
+MAX_SIDE = {"jpg": 65_500, "webp": 16_383}
 """The longest side in pixels that a format can store."""
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What the shards' content depends on, besides the source.
+    """Settings that the shards' content depends on, besides the source.
 
     Args:
         shard_size: the most images in a shard, unreadable ones included; 0 for :func:`usual_shard_size`.
@@ -66,16 +64,16 @@ class PackOptions:
 
     def __post_init__(self) -> None:
         if self.shard_size < 0:
-            raise ConfigError(f"--shard-size {self.shard_size}: at least 1 image")
+            raise ConfigError(f"`shard_size` {self.shard_size}: at least 1 image")
         if self.format not in FORMATS:
-            raise ConfigError(f"--format {self.format}: choose from {', '.join(FORMATS)}")
+            raise ConfigError(f"`format` {self.format}: choose from {', '.join(FORMATS)}")
         if self.resize is not None and self.channels == 4 and self.format == "jpg":
-            raise ConfigError("--format jpg has no fourth channel: choose png or webp")
+            raise ConfigError("`format` jpg has no fourth channel: choose png or webp")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The index that was written, and how many of the shards an earlier run had finished."""
+    """The index that was written, and the number of shards that an earlier run had finished."""
 
     index: Index
     found: int
@@ -89,7 +87,7 @@ def pack(
     max_unreadable: float = 0.01,
     on_progress: OnProgress = ignore_progress,
 ) -> Packed:
-    """Write the images of a source to ``out/000000.tar``, ``000001.tar``, ... and last an ``index.json``.
+    """Write the images of a source to ``out/000000.tar``, ``000001.tar``, ... and last to an ``index.json``.
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the source, its
     width and height, upright, and its class where a data set gives one; KEY is its position in the order. Shards and
@@ -135,18 +133,18 @@ def pack(
 
 
 def is_begun(out: Path) -> bool:
-    """Whether a folder holds shards, but not all of them yet."""
+    """Whether a folder holds only some of its shards."""
     return (out / STATE).is_dir()
 
 
 def _keep_apart(src: str, out: Path) -> None:
     source, target = Path(src).expanduser().resolve(), out.resolve()
     if target.is_file():
-        raise ConfigError(f"--out {out}: is a file")
+        raise ConfigError(f"`out` {out}: is a file")
     if source.is_dir() and target.is_relative_to(source):
-        raise ConfigError(f"--out {out}: is inside the images' folder {src}: choose one beside it")
+        raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
     if source.is_dir() and source.is_relative_to(target):
-        raise ConfigError(f"--out {out}: holds the images' folder {src}: choose one beside it")
+        raise ConfigError(f"`out` {out}: holds the images' folder {src}: choose one beside it")
 
 
 def _open_folder(out: Path) -> ResumableShards:
@@ -155,7 +153,7 @@ def _open_folder(out: Path) -> ResumableShards:
         return ResumableShards(out, STATE, checksums=True)
     index = Index.read(out / INDEX)
     if index.plan is None or index.packed is None:
-        raise ConfigError(f"--out {out}: holds shards that `olvae data pack` has not made: choose another folder")
+        raise ConfigError(f"`out` {out}: holds shards that `olvae data pack` has not made: choose another folder")
     unreadable: dict[str, list[ReadError]] = {}
     for skipped in index.unreadable:
         unreadable.setdefault(skipped.shard, []).append(ReadError(skipped.name, skipped.reason))
@@ -196,10 +194,7 @@ def _pack_all(
     max_unreadable: float,
     on_progress: OnProgress,
 ) -> list[_PackedShard]:
-    """All shards, by number.
-
-    Too many unreadable images are told at the end, so that all are named; only where they are very many, at once.
-    """
+    """Write all shards; raise for too many unreadable images at the end, or at once if they are very many."""
     packed: list[_PackedShard] = []
     lost = 0
     tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
@@ -208,13 +203,13 @@ def _pack_all(
         for shard in results:
             packed.append(shard)
             lost += len(shard.finished.unreadable)
-            if lost >= MANY and lost > max_unreadable * len(images):
+            if lost >= STOP_AFTER and lost > max_unreadable * len(images):
                 break
     if max_unreadable * len(images) < lost < len(images):
         names = named((skipped.name, skipped.reason) for skipped in _skipped(packed))
         raise TooManyUnreadableError(
             f"{lost}{' or more' if len(packed) < len(tasks) else ''} of {len(images)} images can't be read, more than "
-            f"--max-unreadable {max_unreadable:g}: {names}"
+            f"`max_unreadable` {max_unreadable:g}: {names}"
         )
     return sorted(packed)
 
@@ -228,7 +223,7 @@ def _skipped(packed: Iterable[_PackedShard]) -> list[Skipped]:
 
 
 class _Packer:
-    """Writes shards by number, in any process; those that are finished and intact are kept."""
+    """Writes shards by number, in any process; keeps those that are finished and intact."""
 
     def __init__(self, images: ImageDataset, options: PackOptions, shards: ResumableShards) -> None:
         self.images = images
@@ -256,9 +251,9 @@ class _Packer:
             progress.advance()
 
     def _files(self, index: int) -> dict[str, bytes]:
-        """The image and what is known about it, by extension, sorted."""
+        """The image and its description, by extension, sorted."""
         photo = self.images[index]
-        photo = Photo(photo.undecoded(), photo.name, photo.channels)  # what is checked is what is stored
+        photo = Photo(photo.undecoded(), photo.name, photo.channels)  # check the bytes that are stored
         extension, data, (width, height) = _encode(photo, self.options)
         details = {"name": self.images.key(index), "width": width, "height": height}
         label = self.images.label(index) if isinstance(self.images, Items) else None
@@ -268,18 +263,18 @@ class _Packer:
 
 
 def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, int]]:
-    """The file that an image is stored as: extension, bytes, (width, height)."""
+    """Extension, bytes and (width, height) of an image's file."""
     picture = photo.read()  # raises where it can't be decoded, even if its bytes are kept
     size = options.resize or min(picture.size)
     smaller = min(picture.size) > size
-    if isinstance(photo.content, bytes) and not smaller and photo.format in KEPT:
-        return KEPT[photo.format], photo.content, picture.size
+    if isinstance(photo.content, bytes) and not smaller and photo.format in STORED_AS_IS:
+        return STORED_AS_IS[photo.format], photo.content, picture.size
     if smaller:
         picture = resize_shorter_side(picture, size)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
     longer = max(picture.size)
-    if longer > LONGEST.get(extension, longer):
-        reason = f"its longer side becomes {longer} pixels, more than {extension} stores: choose --format png"
+    if longer > MAX_SIDE.get(extension, longer):
+        reason = f"its longer side becomes {longer} pixels, more than {extension} stores: choose `format` png"
         raise UnreadableImageError(photo.name, reason)
     return extension, _picture_bytes(picture, extension, options.quality), picture.size
 
@@ -295,11 +290,11 @@ def _picture_bytes(picture: Picture, extension: str, quality: int) -> bytes:
 
 
 def usual_shard_size(images: int) -> int:
-    """1000 images, or fewer so that there are 20 shards: one is held out, and every loader process needs some."""
+    """1000 images, or fewer for 20 shards: one is held out, and every loader process needs some."""
     return min(1000, max(1, -(-images // 20)))
 
 
 def shard_positions(images: int, at_most: int) -> list[range]:
-    """The positions in the order that belong to each shard; the sizes of shards differ by at most one."""
+    """The positions of each shard in the order; the sizes of shards differ by at most one."""
     count = -(-images // at_most)
     return [range(number * images // count, (number + 1) * images // count) for number in range(count)]

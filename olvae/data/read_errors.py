@@ -1,4 +1,4 @@
-"""Unreadable files: replaced by others, logged once, counted; an error once their share is too large."""
+"""Replace, count and log unreadable images; stop if their share is too large."""
 
 import logging
 import re
@@ -11,20 +11,10 @@ import torch.distributed as dist
 
 from olvae.files import named
 
-__all__ = [
-    "ReadError",
-    "ReadErrors",
-    "TooManyUnreadableError",
-    "UnreadableImageError",
-    "UnreadableImages",
-    "read_or_replace",
-    "worker_death",
-]
-
 log = logging.getLogger("olvae.data")
 
-STAND_INS = 20
-"""How many other images are tried in the place of one that can't be read."""
+REPLACEMENTS = 20
+"""Number of other images that are tried in place of an unreadable one."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,7 +26,7 @@ class ReadError(NamedTuple):
     Args:
         name: of the file.
         reason: in a few words.
-        image: which image of it, where a file holds several.
+        image: which image of the file, if it holds several.
         lost: whether an image is lost with it; a shard without its end mark may still be whole.
     """
 
@@ -47,7 +37,7 @@ class ReadError(NamedTuple):
 
 
 class UnreadableImageError(ValueError):
-    """A file that holds no picture, a broken one, or one with another number of channels."""
+    """A file is no picture, is broken, or has another number of channels."""
 
     def __init__(self, name: str, reason: str, image: str = "") -> None:
         super().__init__(name, reason)
@@ -63,13 +53,13 @@ class UnreadableImageError(ValueError):
 
 
 class TooManyUnreadableError(ValueError):
-    """More than the set share of the images can't be read."""
+    """More images are unreadable than ``max_unreadable`` allows."""
 
 
 def worker_death(error: RuntimeError) -> str | None:
-    """What to do about an error that says that one of torch's loader processes was killed; None for another one.
+    """Explain an error of torch about a killed loader process; None for other errors.
 
-    It is raised wherever the process that it belongs to is at that moment.
+    torch raises it at an arbitrary point in the main process.
     """
     match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error))
     if match is None:
@@ -86,36 +76,35 @@ def read_or_replace(
 ) -> tuple[R, tuple[ReadError, ...]]:
     """Read ``first`` or, if that fails, one of ``others``, drawn with the sample's seed.
 
-    So batches keep their size, and the samples after it stay the same.
+    Batches keep their size, and the samples after it stay the same.
 
     Args:
-        read: gets the list of errors as well, to which it may add those that it can read past.
+        read: gets the list of errors as well, to add those that it can read past.
 
     Returns:
-        what was read, and the errors on the way.
+        the result of ``read``, and the errors on the way.
 
     Raises:
-        UnreadableImageError: none of :data:`STAND_INS` others can be read either.
+        UnreadableImageError: none of :data:`REPLACEMENTS` others can be read either.
     """
     errors: list[ReadError] = []
     item = first
-    for attempt in range(STAND_INS + 1):
+    for attempt in range(REPLACEMENTS + 1):
         try:
             return read(item, errors), tuple(errors)
         except UnreadableImageError as error:
             errors.append(error.read_error())
         item = others[int(np.random.default_rng((*seed, 1, attempt)).integers(len(others)))]
-    reason = f"{errors[0].reason}; nor are {STAND_INS} others drawn in its place"
-    raise UnreadableImageError(errors[0].name, reason)
+    raise UnreadableImageError(errors[0].name, f"{errors[0].reason}; nor are {REPLACEMENTS} others drawn in its place")
 
 
 @dataclass
 class UnreadableImages:
-    """What all loaders of a source could not read.
+    """All files that the loaders of a source could not read.
 
     Args:
         reasons: by file.
-        images: that are lost, each by file and image.
+        images: lost ones, each by file and image.
         delivered: number of images that were read.
     """
 
@@ -126,20 +115,20 @@ class UnreadableImages:
 
 @dataclass
 class ReadErrors:
-    """Counts what one loader could not read.
+    """Counts the read errors of one loader.
 
     Args:
         epoch: images in an epoch of training, over all processes; None if unknown, or for a loader that ends.
         images: all images of the source; None if unknown.
         limit: share of those that may be unreadable.
-        what: the loader is for, in a word for messages.
-        unreadable: what the source's loaders could not read so far.
+        purpose: of the loader, a word for messages.
+        unreadable: shared by the source's loaders.
     """
 
     epoch: int | None
     images: int | None
     limit: float
-    what: str
+    purpose: str
     unreadable: UnreadableImages
     _delivered: int = field(default=0, init=False)
     _epochs: int = field(default=0, init=False)
@@ -156,8 +145,8 @@ class ReadErrors:
         Args:
             errors: met on the way to it.
             delivered: number of images in it.
-            world: how many processes share the images. One of several never stops alone, because the others would
-                wait for it: see :meth:`share`.
+            world: processes that share the images. One of several never stops alone, because the others would wait
+                for it: see :meth:`share`.
 
         Raises:
             TooManyUnreadableError: the share of unreadable images is above the limit.
@@ -178,7 +167,7 @@ class ReadErrors:
             self.end_of_epoch()
 
     def share(self) -> None:
-        """Add what the other processes met. All have to call this at the same point, and all raise or none.
+        """Add the counts of the other processes. Collective: all raise or none.
 
         Raises:
             TooManyUnreadableError: the share of unreadable images is above the limit.
@@ -192,10 +181,10 @@ class ReadErrors:
         self._check()
 
     def end_of_epoch(self) -> None:
-        """Log how many images were skipped since the last one, if any."""
+        """Log the number of images skipped since the last call, if any."""
         if self._skipped:
             images = f"{self._skipped} image{'s' if self._skipped > 1 else ''}"
-            log.warning("%s: %s skipped%s", self.what, images, " in this epoch" if self.epoch else "")
+            log.warning("%s: %s skipped%s", self.purpose, images, " in this epoch" if self.epoch else "")
         self._skipped = 0
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""What every source of images offers: three loaders of the same batches."""
+"""The contract of a source of images, its loaders, and the resumable order of their samples."""
 
 import atexit
 import os
@@ -22,13 +22,13 @@ from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.data.transforms import EvalTransform
 from olvae.devices import this_process
 
-FEW = 20
-"""Of fewer images than this, a mean says more about the choice of the images than about the model."""
+MIN_VAL_IMAGES = 20
+"""Below this number of images, validation means are too noisy to compare models."""
 
 
 @dataclass(frozen=True)
 class LoaderProcess:
-    """One of a rank's loader processes, and which samples of a stream are its own.
+    """One of a rank's loader processes, and its share of the samples of a stream.
 
     A DataLoader takes whole batches from its workers in turn, so own sample s of worker w is in batch
     (s // batch_size) * workers + w of its rank; ranks take every ``world``-th sample.
@@ -63,9 +63,9 @@ class LoaderProcess:
             yield self.offset + (batch * self.batch_size + own % self.batch_size) * self.world + self.rank
 
     def resumed(self, start: int) -> tuple["LoaderProcess", int]:
-        """Which process's part this one takes when ``start`` samples over all ranks are done, and that one's position.
+        """The process whose part this one takes over after ``start`` samples over all ranks, and its position.
 
-        A DataLoader begins with worker 0, which has to go on with the batch whose turn it is.
+        A DataLoader begins with worker 0, which has to continue with the next batch.
         """
         done, offset = divmod(start, self.batch_size * self.world)
         worker = (self.worker + done) % self.workers
@@ -74,7 +74,7 @@ class LoaderProcess:
 
 
 def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Positions, which ascend, of an endless stream of ``length`` images, each with the number of the image there.
+    """Yield each ascending position of an endless stream of ``length`` images with the number of its image.
 
     Every image comes once per epoch, in an order of its own for each epoch. With its augmentation seeded by (seed, p),
     the p-th sample depends on the seed and on p alone.
@@ -106,7 +106,7 @@ class Batch(TypedDict, total=False):
 
 
 class Sample(NamedTuple):
-    """What a loader process reads.
+    """A sample, as a loader process reads it.
 
     Args:
         image: uint8 (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read.
@@ -125,7 +125,7 @@ class Sample(NamedTuple):
 
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
-    """An image to validate with.
+    """Read an image for validation.
 
     Raises:
         UnreadableImageError: the photograph's file is broken.
@@ -140,7 +140,7 @@ def total(counts: Sequence[int | None]) -> int | None:
 
 
 class Source(ABC):
-    """Endless training images, and the validation images, which are the test images as well, once each.
+    """Endless training images, and the validation images, which are also the test images, once each.
 
     Args:
         size: side of the images in pixels.
@@ -154,7 +154,7 @@ class Source(ABC):
     """
 
     tensor = "image"
-    """What batches call the samples' tensors."""
+    """Key of the samples' tensors in a batch."""
 
     shares_evenly = False
     """Whether each rank validates on every n-th image, which makes the length of its loader known."""
@@ -176,19 +176,19 @@ class Source(ABC):
         self.max_unreadable = max_unreadable
         self.unreadable = UnreadableImages()
         self.crops: str | None = None
-        """How the validation images were cut, if they are parts of others."""
+        """A description of how the validation images were cut, if they are parts of others."""
         self.eval_transform = EvalTransform(size)
-        """From a picture to a validation image; an evaluation may put another one here."""
+        """From a picture to a validation image; an evaluation may replace it."""
 
     @property
     @abstractmethod
     def samples_per_epoch(self) -> int | None:
-        """Training images in an epoch, over all processes; None if only reading them would tell."""
+        """Training images in an epoch, over all processes; None if unknown before reading."""
 
     @property
     @abstractmethod
     def val_images(self) -> int | None:
-        """Validation images, over all processes; None if only reading them would tell."""
+        """Validation images, over all processes; None if unknown before reading."""
 
     @property
     def images(self) -> int | None:
@@ -199,7 +199,7 @@ class Source(ABC):
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
         """Endless training samples of a process, from its own sample number ``position`` on.
 
-        A function of the arguments: started anywhere, it goes on as it would have.
+        A function of the arguments: started at any position, it equals the rest of a stream from 0.
         """
 
     @abstractmethod
@@ -218,12 +218,12 @@ class Source(ABC):
         """Evaluate on the first ``images`` images only.
 
         Raises:
-            ValueError: there are fewer, or only reading them would tell which are the first.
+            ValueError: there are fewer, or their number is unknown.
         """
         raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
 
     def check_batch(self) -> None:
-        """Raises ValueError where a batch is larger than the training images of an epoch."""
+        """Raise ValueError if a batch is larger than the training images of an epoch."""
         if self.samples_per_epoch is not None and self.batch_size > self.samples_per_epoch:
             raise ValueError(
                 f"batch_size {self.batch_size} is larger than the data, {self.samples_per_epoch} training images: "
@@ -231,7 +231,7 @@ class Source(ABC):
             )
 
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
-        """Raises ValueError where the data can't be shared among the processes of ``world`` ranks."""
+        """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""
 
     def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
         """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
@@ -247,7 +247,7 @@ class Source(ABC):
 
 
 class _Samples(IterableDataset[Sample]):
-    """A source's samples for this rank and loader process: endless ones from ``start`` on, or without it each once."""
+    """A source's samples for this rank and loader process: endless from ``start`` on, or without it each once."""
 
     def __init__(self, source: Source, batch_size: int, seed: int = 0, start: int | None = None) -> None:
         self.source = source
@@ -259,7 +259,7 @@ class _Samples(IterableDataset[Sample]):
     def __len__(self) -> int:
         images = self.source.val_images
         if self.start is not None or images is None or not self.source.shares_evenly:
-            raise TypeError("only reading all images tells how many batches there are")
+            raise TypeError("the number of batches is unknown before reading")
         return -(-images // this_process()[1])  # the same for all ranks: one with 0 would leave out validation
 
     def __iter__(self) -> Iterator[Sample]:
@@ -279,11 +279,11 @@ class Loader(DataLoader[Any]):
     pictures.
 
     Args:
-        what: it is for, in a word for messages.
+        purpose: a word for messages, such as ``training``.
         epoch: images in an epoch of training, over all processes, if known.
     """
 
-    def __init__(self, dataset: _Samples, what: str, epoch: int | None = None) -> None:
+    def __init__(self, dataset: _Samples, purpose: str, epoch: int | None = None) -> None:
         source = dataset.source
         super().__init__(
             dataset,
@@ -296,11 +296,11 @@ class Loader(DataLoader[Any]):
             drop_last=dataset.start is not None,
         )
         self.samples = dataset
-        self.read_errors = ReadErrors(epoch, source.images, source.max_unreadable, what, source.unreadable)
+        self.read_errors = ReadErrors(epoch, source.images, source.max_unreadable, purpose, source.unreadable)
         self.enlarged = 0
 
     def check_worker_number_rationality(self) -> None:
-        """torch's warning of more processes than cores, twice in 500 characters: training says it in a line."""
+        """Silence torch's long warning of more processes than cores; training prints a line instead."""
 
     def __iter__(self) -> Any:
         rank, world = this_process()
@@ -321,16 +321,13 @@ _with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """Before multiprocessing does, at Python's end: it would send the one SIGTERM that they survive, and wait.
-
-    Registered after multiprocessing's own function, and so called before it.
-    """
+    """End loader processes at exit before multiprocessing does, whose single SIGTERM they survive."""
     for batches in list(_with_workers):
         batches._shutdown_workers()  # as Lightning does; torch has no public name for it
 
 
 def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    """A :class:`Batch` of those that could be read; with it, for the loader, ``errors`` and the number ``enlarged``."""
+    """A :class:`Batch` of the readable samples, with ``errors`` and the number ``enlarged`` for the loader."""
     good = [sample for sample in samples if sample.image is not None]
     labels = [sample.label for sample in good if sample.label is not None]
     moments = [sample.moments for sample in good if sample.moments is not None]
@@ -349,9 +346,9 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)
-    """Ctrl-C, and a scheduler's SIGTERM or SIGUSR1, reach the workers too, which must live on until the step is done.
+    """Let workers survive Ctrl-C and a scheduler's SIGTERM or SIGUSR1 until the training step is done.
 
-    A second SIGTERM ends a worker, because that is how its loader ends one that does not end by itself.
+    A second SIGTERM ends a worker: its loader sends it to one that does not end by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

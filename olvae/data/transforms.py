@@ -1,4 +1,4 @@
-"""From a picture to a square of ``size`` pixels: the training and the evaluation transforms."""
+"""Crop and resize pictures to a square: random for training, fixed for evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,6 @@ import numpy as np
 from PIL import Image
 
 from olvae.data.image import Bands, Photo, Picture
-
-__all__ = ["FILTERS", "EvalTransform", "RandomScaleCrop", "resize_shorter_side"]
 
 FILTERS = {
     "box": Image.Resampling.BOX,
@@ -19,8 +17,11 @@ FILTERS = {
 }
 """Pillow's filters; all are antialiased when they shrink."""
 
+ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")
+"""Filters that training draws from by default."""
+
 OVERSAMPLING = 2.0
-"""A JPEG is decoded at a fraction of its size only if the square is still this much larger than the result."""
+"""Least ratio of the square to the result for a JPEG that is decoded at a fraction of its size."""
 
 
 class RandomScaleCrop:
@@ -46,7 +47,7 @@ class RandomScaleCrop:
         self,
         size: int,
         min_fraction: float = 0.5,
-        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
         shuffle_channels: float = 0.0,
     ) -> None:
@@ -82,7 +83,7 @@ class RandomScaleCrop:
         return crop
 
     def _shrink(self, side: float) -> int:
-        """By which factor a decoder may shrink a square of this side."""
+        """Factor by which a decoder may shrink a square of this side."""
         return next((n for n in (8, 4, 2) if side >= n * OVERSAMPLING * self.size), 1)
 
 
@@ -92,12 +93,12 @@ RESIZES = {
     "squash": "{filter} antialiased resize of both sides (Pillow)",
     "none": "not resized, centre crop",
 }
-"""What the protocol says of each."""
+"""Descriptions for the protocol."""
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """From a picture to the square of ``size`` pixels that is evaluated, always the same.
+    """Resize and crop a picture to a square of ``size`` pixels for evaluation, without randomness.
 
     Args:
         size: in pixels.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from olvae.data.source import FEW
+from olvae.data.source import MIN_VAL_IMAGES
 from olvae.evaluation.roundtrip import Cost
 from olvae.evaluation.statistics import Difference
 from olvae.files import write_json
@@ -173,7 +173,7 @@ class Results:
     def warnings(self) -> list[str]:
         """Sentences for the reader."""
         found = [str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d]
-        few = next((row for row in self.rows if row.n < FEW), None)
+        few = next((row for row in self.rows if row.n < MIN_VAL_IMAGES), None)
         if few is not None:
             ends = ", ".join(
                 f"{kind.label.partition(',')[0]} {low:.{kind.digits}f} to {high:.{kind.digits}f}"

@@ -14,7 +14,7 @@ from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.latent_source import LATENT, META, STATS, Latent, latent_bytes
 from olvae.data.shards.pairs import CHANNELS
-from olvae.data.shards.write import Resumable, WebDatasetSample, write_tar
+from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.devices import DTYPES, FULL, autocast
 from olvae.export.inputs import Inputs, Item, Numbered, ReadImage, in_order, read_batches
 from olvae.files import write_json
@@ -72,15 +72,9 @@ class Encoded(NamedTuple):
     latents: Sequence[Latent]
 
 
-@dataclass(frozen=True)
-class LatentShards(Resumable[Encoded]):
-    """WebDataset shards of latents."""
-
-    def pack(self, path: Path, samples: Iterator[Encoded]) -> None:
-        write_tar(path, map(_sample, samples))
-
-
-def _sample(encoded: Encoded) -> WebDatasetSample:
+def _sample(encoded: Encoded | ReadError) -> WebDatasetSample | ReadError:
+    if isinstance(encoded, ReadError):
+        return encoded
     width, height = encoded.original
     meta = {"key": encoded.item.key, "width": width, "height": height, "image": list(encoded.size)}
     files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*encoded.latents)}
@@ -113,7 +107,7 @@ class EncodeJob:
     """Encode images into a folder of shards, in one process or several.
 
     Shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a byte; see
-    :class:`~olvae.data.shards.write.Resumable`.
+    :class:`~olvae.data.shards.write.ResumableShards`.
 
     Args:
         model: on its device, in evaluation mode.
@@ -132,7 +126,7 @@ class EncodeJob:
         self.model = model
         self.inputs = inputs
         self.options = options
-        self.shards = LatentShards(folder, STATE)
+        self.shards = ResumableShards(folder, STATE)
         weights = weights_checksum(model)
         self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
         self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
@@ -176,7 +170,8 @@ class EncodeJob:
             items = self.inputs.read(shard)
             batches = read_batches(items, size, self.model.downscale, batch_size, threads, keep_pixels=images)
             encoded = in_order(one for batch in batches for one in self._encode(batch, memory))
-            self.shards.write(shard, _counted(encoded, statistics, advance), statistics.details)
+            samples = map(_sample, _counted(encoded, statistics, advance))
+            self.shards.write(shard, samples, statistics.details)
 
     def finish(self) -> dict[str, Any]:
         """Write index.json and last stats.json, whose content is returned; call it when all shards are finished.

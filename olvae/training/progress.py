@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from olvae.data.source import FEW, Source
+from olvae.data.source import MIN_VAL_IMAGES, Source
 from olvae.figures import plot_curves
 from olvae.models.adversary import Adversary
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -229,7 +229,7 @@ def print_summary(
 def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> Iterator[str]:
     """Warn of settings that make a training or its scores worse."""
     images, workers, cores = source.val_images, source.num_workers * trainer.world_size, os.cpu_count() or 1
-    if images is not None and images < FEW:
+    if images is not None and images < MIN_VAL_IMAGES:
         yield (
             f"only {images} held-out image{'s' if images > 1 else ''}: scores are uncertain, and `olvae evaluate` "
             "prints by how much"

@@ -343,6 +343,6 @@ def test_large_pictures_are_converted_in_strips(name, tmp_path, monkeypatch):
     path = tmp_path / name
     path.write_bytes(CONVERTED[name][0])
     whole = [np.asarray(read_picture(path, channels)) for channels in (1, 3, 4)]
-    monkeypatch.setattr(reading, "AT_ONCE", 60)  # pixels: two or three rows
+    monkeypatch.setattr(reading, "CONVERTED_PIXELS", 60)  # pixels: two or three rows
     for channels, expected in zip((1, 3, 4), whole, strict=True):
         assert np.array_equal(np.asarray(read_picture(path, channels)), expected)

@@ -3,8 +3,13 @@
 import subprocess
 import sys
 import warnings
+from itertools import count, islice
+
+import numpy as np
+import pytest
 
 from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.source import LoaderProcess, draws, epoch_order
 
 SCRIPT = """
 import sys
@@ -29,3 +34,54 @@ def test_more_processes_than_cores_are_no_warning_of_torch(image_folder, monkeyp
         warnings.simplefilter("error")
         batches = iter(FolderSource(str(image_folder), 16, 2, num_workers=2).test_loader())
         assert len(next(batches)["key"]) == 2
+
+
+def drawn(number: int, length: int = 7, seed: int = 0, start: int = 0):
+    return list(islice(draws(seed, length, count(start)), number))
+
+
+def test_each_image_once_an_epoch_in_an_order_of_its_own():
+    epochs = [[image for _, image in drawn(21)][i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 23])
+def test_starting_later_is_the_same_stream(start):
+    assert drawn(20, start=start) == drawn(20 + start)[start:]
+
+
+def test_the_order_is_the_seeds_and_the_same_in_every_version():
+    """Runs that are resumed, and published results, rely on it."""
+    assert drawn(50) == drawn(50)
+    assert drawn(50) != drawn(50, seed=1)
+    first, second = (np.random.default_rng((3, epoch, 1)).permutation(5) for epoch in (0, 1))
+    assert drawn(3, length=5, seed=3, start=4) == [(4, first[4]), (5, second[0]), (6, second[1])]
+    assert epoch_order(3, 1, 5).tolist() == second.tolist()
+
+
+def batches(workers: int, rank: int, world: int, batch_size: int, start: int, number: int) -> list[list[int]]:
+    """Positions that a rank's DataLoader delivers: whole batches of its workers, in turn from worker 0 on."""
+    streams = []
+    for worker in range(workers):
+        process, position = LoaderProcess(worker, workers, rank, world, batch_size).resumed(start)
+        streams.append(process.positions(position))
+    return [list(islice(streams[i % workers], batch_size)) for i in range(number)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1, 24, 37, 120])
+def test_whatever_the_workers_and_ranks_batches_hold_the_next_positions(workers, world, start):
+    ranks = [batches(workers, rank, world, 4, start, 9) for rank in range(world)]
+    for number, parts in enumerate(zip(*ranks, strict=True)):
+        first = start + number * 4 * world
+        assert sorted(position for part in parts for position in part) == list(range(first, first + 4 * world))
+        assert parts[0] == list(range(first, first + 4 * world, world))
+
+
+@pytest.mark.parametrize(("worker", "rank"), [(w, r) for w in range(3) for r in range(2)])
+def test_one_by_one_each_process_takes_every_nth_position(worker, rank):
+    process = LoaderProcess(worker, 3, rank, 2)
+    assert list(islice(process.positions(4), 5)) == [4 * 6 + process.index + 6 * i for i in range(5)]
+    assert process.count == 6

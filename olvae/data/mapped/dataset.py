@@ -1,4 +1,4 @@
-"""Sources of numbered pictures: files, arrays, data sets."""
+"""Sources of numbered pictures (files, arrays, data sets), and the sample photographs of this package."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ import numpy as np
 
 from olvae.data.image import Photo, Picture, image_to_tensor, read_picture
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
-from olvae.data.source import FEW, LoaderProcess, Sample, Source, draws, eval_sample
-from olvae.data.transforms import RandomScaleCrop, resize_shorter_side
+from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
+from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop, resize_shorter_side
 
-USUAL_SHARE = 0.05
-"""Of the images, held out for validation."""
+VAL_FRACTION = 0.05
+"""Default share of the images that is held out for validation."""
 
 
 class ImageDataset(ABC):
@@ -29,7 +29,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Photo:
-        """Raises UnreadableImageError where it can't be read."""
+        """Raises UnreadableImageError if the picture can't be read."""
 
 
 class Subset(ImageDataset):
@@ -49,23 +49,41 @@ class Subset(ImageDataset):
         return self.images[self.indices[index]]
 
 
-def not_few(images: int, fraction: float | None) -> int:
-    """How many images to hold out at least: one; without a fraction :data:`FEW`, but no more than a fifth of all."""
-    return 1 if fraction else max(1, min(FEW, images // 5))
+class InMemory(ImageDataset):
+    """Pictures in memory, by name."""
+
+    def __init__(self, pictures: Sequence[tuple[str, Picture]], channels: int = 3) -> None:
+        self.pictures = pictures
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def key(self, index: int) -> str:
+        return self.pictures[index][0]
+
+    def __getitem__(self, index: int) -> Photo:
+        name, picture = self.pictures[index]
+        return Photo(picture, name, self.channels)
+
+
+def min_held_out(images: int, fraction: float | None) -> int:
+    """Smallest validation set: 1 image if ``fraction`` is given, else :data:`MIN_VAL_IMAGES`, at most a fifth."""
+    return 1 if fraction else max(1, min(MIN_VAL_IMAGES, images // 5))
 
 
 def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[ImageDataset, ImageDataset]:
-    """Images to train with, and about ``fraction`` of all, evenly spread, for validation.
+    """Split into images to train with, and about ``fraction`` of all, evenly spread, for validation.
 
-    By default it is :data:`USUAL_SHARE`, and at least :func:`not_few`.
+    By default that is :data:`VAL_FRACTION`, and at least :func:`min_held_out`.
     """
     count = len(images)
     if fraction is not None and not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
     if count < 2:
         raise ValueError(f"{count} images can't be split into training and validation")
-    share = round(count * (fraction or USUAL_SHARE))
-    held_out = {int(i) for i in np.linspace(0, count - 1, max(share, not_few(count, fraction)))}
+    share = round(count * (fraction or VAL_FRACTION))
+    held_out = {int(i) for i in np.linspace(0, count - 1, max(share, min_held_out(count, fraction)))}
     rest = [i for i in range(count) if i not in held_out]
     return Subset(images, rest), Subset(images, sorted(held_out))
 
@@ -76,8 +94,8 @@ class MappedSource(Source):
     Args:
         train, val: the pictures.
         transform: from a training picture to a square; its size is that of all images.
-        batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
-        samples_per_image: how often a training picture counts in an epoch.
+        batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
+        samples_per_image: number of times that a training picture counts in an epoch.
 
     Raises:
         ValueError: a batch is larger than the training images of an epoch.
@@ -102,7 +120,7 @@ class MappedSource(Source):
         self.train, self.val = train, val
         self.transform = transform
         self.samples_per_image = samples_per_image
-        self._images = len(train) + len(val)  # whatever part of them is evaluated
+        self._images = len(train) + len(val)  # limit() changes val
         self.check_batch()
 
     @property
@@ -163,7 +181,7 @@ _HELD_OUT = (
 
 
 class Photograph(NamedTuple):
-    """A JPEG file of this package, who made it, and its licence; ``LICENCES.txt`` beside it says more."""
+    """A JPEG file of this package, its author and licence; ``LICENCES.txt`` beside it says more."""
 
     file: str
     author: str
@@ -174,18 +192,16 @@ class Photograph(NamedTuple):
         return _FOLDER / self.file
 
 
-def _read_licences() -> list[Photograph]:
+def _read_licences() -> Iterator[Photograph]:
     """One for each entry of LICENCES.txt: a file's name, then a line ``Author:``, ``Licence:`` and others."""
-    photographs = []
     for entry in (_FOLDER / "LICENCES.txt").read_text(encoding="utf-8").split("\n\n"):
         file, *lines = entry.strip().splitlines()
         if file.endswith(".jpg"):
             fields = dict(line.strip().split(": ", 1) for line in lines)
-            photographs.append(Photograph(file, fields["Author"], fields["Licence"]))
-    return photographs
+            yield Photograph(file, fields["Author"], fields["Licence"])
 
 
-_ALL = _read_licences()
+_ALL = tuple(_read_licences())
 
 PHOTOGRAPHS = tuple(photograph for photograph in _ALL if photograph.file not in _HELD_OUT)
 """For training."""
@@ -194,36 +210,17 @@ HELD_OUT = tuple(photograph for photograph in _ALL if photograph.file in _HELD_O
 """For validation and test; never trained on."""
 
 
-class _Pictures(ImageDataset):
-    """Pictures in memory, by name."""
-
-    def __init__(self, pictures: Sequence[tuple[str, Picture]], channels: int = 3) -> None:
-        self.pictures = pictures
-        self.channels = channels
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def key(self, index: int) -> str:
-        return self.pictures[index][0]
-
-    def __getitem__(self, index: int) -> Photo:
-        name, picture = self.pictures[index]
-        return Photo(picture, name, self.channels)
-
-
 def sample_photographs(
     photographs: Sequence[Photograph] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3
 ) -> ImageDataset:
     """The photographs, whole; by default all sixty."""
-    pictures = [(photograph.file, read_picture(photograph.path)) for photograph in photographs]
-    return _Pictures(pictures, channels)
+    return InMemory([(photograph.file, read_picture(photograph.path)) for photograph in photographs], channels)
 
 
 def _tiles(photographs: Sequence[Photograph], size: int) -> ImageDataset:
-    """The photographs, shrunk to a shorter side of two tiles, cut into whole tiles without overlap around the centre.
+    """Shrink photographs to a shorter side of two tiles, and cut whole tiles without overlap around the centre.
 
-    Nothing is enlarged: a photograph whose shorter side is less than two tiles is cut as it is. If that side is less
+    Nothing is enlarged: a photograph with a shorter side of less than two tiles is cut as it is. If that side is less
     than one tile, it is the tile's side.
     """
     tiles: list[tuple[str, Picture]] = []
@@ -236,7 +233,7 @@ def _tiles(photographs: Sequence[Photograph], size: int) -> ImageDataset:
             for column in range(image.width // side):
                 left, top = image.width % side // 2 + column * side, image.height % side // 2 + row * side
                 tiles.append((f"{photograph.file}/{row}-{column}", image.crop((left, top, left + side, top + side))))
-    return _Pictures(tiles)
+    return InMemory(tiles)
 
 
 class SamplePhotographs(MappedSource):
@@ -250,7 +247,7 @@ class SamplePhotographs(MappedSource):
     Args:
         size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
         crops_per_photograph: crops of each photograph in an epoch.
-        min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.transforms.RandomScaleCrop`.
     """
 
     def __init__(
@@ -260,7 +257,7 @@ class SamplePhotographs(MappedSource):
         num_workers: int = 0,
         crops_per_photograph: int = 16,
         min_fraction: float = 0.15,
-        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
         shuffle_channels: float = 0.5,
     ) -> None:

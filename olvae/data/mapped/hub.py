@@ -1,4 +1,4 @@
-"""An image column of a Hugging Face data set, from the hub or from disk. Needs the extra ``hf``."""
+"""Data sets of torchvision and of the Hugging Face hub (the latter with the extra ``hf``)."""
 
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -12,11 +12,84 @@ from olvae.config import ConfigError, Node, instantiate
 from olvae.data.image import Bands, Photo, Picture, array_to_picture
 from olvae.data.mapped.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.read_errors import UnreadableImageError
-from olvae.data.transforms import RandomScaleCrop
+from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
+
+
+class Items(ImageDataset):
+    """Pictures of a data set whose items are a picture, or begin with one."""
+
+    def __init__(self, dataset: Any, channels: int = 3) -> None:
+        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+            raise ValueError(f"{type(dataset).__name__}: its items have no numbers")
+        self.dataset = dataset
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def label(self, index: int) -> int | None:
+        """An item's second part, if that is an integer: its class."""
+        item = self.dataset[index]
+        return item[1] if isinstance(item, tuple) and len(item) > 1 and isinstance(item[1], int) else None
+
+    def __getitem__(self, index: int) -> Photo:
+        name = f"{type(self.dataset).__name__}[{index}]"
+        try:
+            item = self.dataset[index]
+            return Photo(_picture(item[0] if isinstance(item, tuple | list) else item), name, self.channels)
+        except ImportError:  # a decoder that is not installed reads no image
+            raise
+        except Exception as error:  # the data set's own decoder raises all kinds
+            raise UnreadableImageError(name, str(error)) from error
+
+
+def _picture(item: Any) -> Picture:
+    if isinstance(item, Image.Image | Bands):
+        return item
+    array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
+    if array.shape[2:] in ((), (1,), (3,), (4,)) or (array is item and array.shape[2:] == (2,)):
+        return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+    return array_to_picture(array)
+
+
+class TorchvisionSource(MappedSource):
+    """Images of torchvision's data sets, or of others whose pictures are numbered, without their labels.
+
+    Args:
+        dataset: the node of the training images, for example ``{target: torchvision.datasets.CIFAR10, params: {root:
+            data, download: true}}``; the data set must give pictures, so leave its ``transform`` out.
+        val_dataset: the node of the validation and test images; without it a part of the first is held out.
+        val_fraction: size of that part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
+            fifth.
+        size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
+        min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
+    """
+
+    def __init__(
+        self,
+        dataset: Node,
+        size: int,
+        batch_size: int,
+        num_workers: int = 0,
+        val_dataset: Node | None = None,
+        val_fraction: float | None = None,
+        min_fraction: float = 0.5,
+        filters: Sequence[str] = ALL_FILTERS,
+        flip: bool = True,
+        channels: int = 3,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        train, val = (None if node is None else Items(instantiate(node), channels) for node in (dataset, val_dataset))
+        assert train is not None
+        parts = hold_out(train, val_fraction) if val is None else (train, val)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 class Column(ImageDataset):
-    """Pictures of a column, undecoded."""
+    """Pictures of a column of a Hugging Face data set, undecoded."""
 
     def __init__(self, table: Any, column: str, channels: int = 3) -> None:
         from datasets import Image
@@ -49,11 +122,11 @@ class HuggingFaceSource(MappedSource):
         column: of the images.
         split: for training.
         val_split: for validation and test; without it a part of the training split is held out.
-        val_fraction: how large a part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
+        val_fraction: size of that part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
             fifth.
-        name, data_files, data_dir, revision: handed to ``datasets.load_dataset``.
+        name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip: see :class:`RandomScaleCrop`.
+        min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
 
     Raises:
         ConfigError: the library is not installed, or the column holds no images.
@@ -74,7 +147,7 @@ class HuggingFaceSource(MappedSource):
         data_dir: str | Path | None = None,
         revision: str | None = None,
         min_fraction: float = 0.5,
-        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
         channels: int = 3,
         max_unreadable: float = 0.01,
@@ -82,13 +155,12 @@ class HuggingFaceSource(MappedSource):
         files = str(data_files) if isinstance(data_files, str | Path) else data_files and [str(f) for f in data_files]
         folder = None if data_dir is None else str(data_dir)
 
-        def read(part: str) -> Any:
-            return load_table(str(path), part, name=name, data_files=files, data_dir=folder, revision=revision)
+        def read(part: str) -> Column:
+            arguments = {"name": name, "data_files": files, "data_dir": folder, "revision": revision}
+            return Column(load_table(str(path), part, **arguments), column, channels)
 
-        train = Column(read(split), column, channels)
-        parts = (
-            hold_out(train, val_fraction) if val_split is None else (train, Column(read(val_split), column, channels))
-        )
+        train = read(split)
+        parts = hold_out(train, val_fraction) if val_split is None else (train, read(val_split))
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
 
@@ -98,82 +170,8 @@ def load_table(path: str, split: str, **arguments: Any) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError("data.target: HuggingFaceSource needs the datasets library: pip install datasets") from error
+        raise ConfigError("HuggingFaceSource needs the datasets library: pip install 'open-litevae[hf]'") from error
     if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
         table = datasets.load_from_disk(path)
         return table[split] if isinstance(table, datasets.DatasetDict) else table
     return datasets.load_dataset(path, split=split, **arguments)
-
-
-class Items(ImageDataset):
-    """Pictures of a data set whose items are a picture, or begin with one."""
-
-    def __init__(self, dataset: Any, channels: int = 3) -> None:
-        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-            raise ValueError(f"{type(dataset).__name__}: its items can't be asked for by number")
-        self.dataset = dataset
-        self.channels = channels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def label(self, index: int) -> int | None:
-        """An item's second part, if that is an integer: its class."""
-        item = self.dataset[index]
-        return item[1] if isinstance(item, tuple) and len(item) > 1 and isinstance(item[1], int) else None
-
-    def __getitem__(self, index: int) -> Photo:
-        name = f"{type(self.dataset).__name__}[{index}]"
-        try:
-            item = self.dataset[index]
-            return Photo(_picture(item[0] if isinstance(item, tuple | list) else item), name, self.channels)
-        except ImportError:  # a decoder that is not installed reads no image
-            raise
-        except Exception as error:  # the data set's own decoder raises all kinds
-            raise UnreadableImageError(name, str(error)) from error
-
-
-class TorchvisionSource(MappedSource):
-    """Images of torchvision's data sets, without their labels.
-
-    Args:
-        dataset: the node of the training images, for example ``{target: torchvision.datasets.CIFAR10, params: {root:
-            data, download: true}}``; the data set must give pictures, so leave its ``transform`` out.
-        val_dataset: the node of the validation and test images; without it a part of the first is held out.
-        val_fraction: how large a part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
-            fifth.
-        size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip: see :class:`RandomScaleCrop`.
-    """
-
-    def __init__(
-        self,
-        dataset: Node,
-        size: int,
-        batch_size: int,
-        num_workers: int = 0,
-        val_dataset: Node | None = None,
-        val_fraction: float | None = None,
-        min_fraction: float = 0.5,
-        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
-        flip: bool = True,
-        channels: int = 3,
-        max_unreadable: float = 0.01,
-    ) -> None:
-        train = Items(instantiate(dataset), channels)
-        parts = (
-            hold_out(train, val_fraction) if val_dataset is None else (train, Items(instantiate(val_dataset), channels))
-        )
-        transform = RandomScaleCrop(size, min_fraction, filters, flip)
-        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
-
-
-def _picture(item: Any) -> Picture:
-    if isinstance(item, Image.Image | Bands):
-        return item
-    array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
-        raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
-    if array.shape[2:] in ((), (1,), (3,), (4,)) or (array is item and array.shape[2:] == (2,)):
-        return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-    return array_to_picture(array)

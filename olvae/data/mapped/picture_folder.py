@@ -1,4 +1,4 @@
-"""Images of a folder at any depth, of a pattern, or of a list of files."""
+"""Read the images of a folder at any depth, of a pattern, or of a list of files."""
 
 import codecs
 import glob
@@ -11,24 +11,20 @@ from functools import cache, partial
 from pathlib import Path
 
 from olvae.data.image import EXTENSIONS, Photo
-from olvae.data.mapped.dataset import USUAL_SHARE, ImageDataset, MappedSource, not_few
+from olvae.data.mapped.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.read_errors import ReadError
-from olvae.data.transforms import RandomScaleCrop
+from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 from olvae.files import legible
-
-__all__ = ["Files", "FolderSource", "find_images"]
-
 
 log = logging.getLogger("olvae.data")
 
-TRAINING, HELD_OUT = ("train", "training"), ("val", "validation", "test")
-"""Names of the folders that data sets are split into."""
+TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "validation", "test")
 
 
 class Files(ImageDataset):
     """Pictures in files; a key is the path below the deepest folder that holds all of them.
 
-    ``closed`` are folders on the way that could not be opened.
+    ``closed`` are folders that could not be opened.
     """
 
     def __init__(self, paths: Sequence[Path], channels: int = 3, closed: Sequence[ReadError] = ()) -> None:
@@ -58,13 +54,12 @@ class FolderSource(MappedSource):
         size, batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
         val_root: the validation and test images, in the same three ways. Without it, if root has the folders
             ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
-        val_fraction: without either, the share of the images that is held out. A hash of the path below root decides
-            which ones, so that it does not change when images are added. By default 5 %, and at least 20 images or, of
+        val_fraction: without either, the share of the images that is held out, by a hash of the path below root, so
+            that it does not change when images are added. By default 5 %, and at least 20 images or, of
             fewer than 100, a fifth: up to about 400 images, adding some may change which ones.
         max_val_images: hold out at most this number of images, chosen by the hash.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
-        channels: of the images; see :func:`~olvae.data.image.read_picture` for what 1, 3, 4 and any other
-            number mean.
+        channels: of the images: 1, 3, 4 or any other number, see :func:`~olvae.data.image.read_picture`.
 
     Raises:
         FileNotFoundError: a folder is missing, or has no images.
@@ -81,7 +76,7 @@ class FolderSource(MappedSource):
         val_fraction: float | None = None,
         max_val_images: int | None = None,
         min_fraction: float = 0.5,
-        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
         channels: int = 3,
         max_unreadable: float = 0.01,
@@ -99,13 +94,13 @@ class FolderSource(MappedSource):
 
 
 def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:
-    """Files of images: in a folder at any depth, matching a pattern, or listed in a text file.
+    """Find files of images: in a folder at any depth, by a pattern, or listed in a text file.
 
     Folders and patterns give files with an image's extension, sorted, through symbolic links as well, without hidden
     ones. A list gives its paths in its order, whether the files exist or not.
 
     Args:
-        closed: gets the folders below root that can't be opened. The log names each once.
+        closed: gets the folders below root that can't be opened; the log names each once.
 
     Raises:
         FileNotFoundError: the folder or list is missing or empty.
@@ -133,7 +128,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
 
 
 def _lines(path: Path) -> list[str]:
-    """The names in a list; bytes that are not UTF-8 are kept, because file names may have them."""
+    """Read the names in a list; bytes that are not UTF-8 are kept, because file names may have them."""
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     lines = [line.strip() for line in re.split(r"[\r\n]+", data.decode(encoding, "surrogateescape"))]
@@ -141,13 +136,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
-    """Files of images at any depth; each folder once, however many links lead to it."""
+    """Find images at any depth; each folder once, however many links lead to it."""
 
     def leave_out(error: OSError) -> None:
         if Path(error.filename) == folder:
             raise PermissionError(f"{folder}: this folder can't be opened: {error.strerror}") from error
         closed.append(ReadError(legible(str(error.filename)), error.strerror or str(error), lost=False))
-        _tell(closed[-1])
+        _warn_once(closed[-1])
 
     seen = set()
     for top, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
@@ -161,14 +156,14 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 
 def _each_once(paths: Iterable[Path]) -> list[Path]:
-    """Sorted, without the second paths to a file that ``**`` finds through links to folders."""
+    """Sort, without the second paths to a file that ``**`` finds through links to folders."""
     real = cache(Path.resolve)
     shortest_last = sorted(paths, key=lambda path: (len(path.parts), path), reverse=True)
     return sorted({(real(path.parent), path.name): path for path in shortest_last}.values())
 
 
 @cache
-def _tell(folder: ReadError) -> None:
+def _warn_once(folder: ReadError) -> None:
     log.warning("skipped the folder %s and everything in it: %s", folder.name, folder.reason)
 
 
@@ -184,22 +179,22 @@ def _may_be_file(path: Path) -> bool:
 
 
 def _parts(root: str | Path) -> tuple[str | Path, str | Path | None]:
-    """The folders of training and of held-out images, if a data set has both."""
+    """The folders of training and of validation images, if a data set has both."""
     folder = Path(root).expanduser()
     train, held_out = (
         [str(folder / name) for name in names if os.path.isdir(folder / name)]  # noqa: PTH112  (False where closed)
-        for names in (TRAINING, HELD_OUT)
+        for names in (TRAIN_FOLDERS, VAL_FOLDERS)
     )
     return (train[0], held_out[0]) if train and held_out else (root, None)
 
 
 def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> tuple[list[Path], list[Path]]:
-    """Hold out about ``fraction`` of the paths, by the hash of their names; by default :data:`USUAL_SHARE`, not few."""
+    """Hold out about ``fraction`` of the paths, by the hash of their names; by default as hold_out()."""
     if len(paths) < 2:
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
     places = {path: _place(Path(root).expanduser(), path) for path in paths}
-    count = sum(place < (fraction or USUAL_SHARE) for place in places.values())
-    held_out = set(sorted(paths, key=places.__getitem__)[: max(count, not_few(len(paths), fraction))])
+    count = sum(place < (fraction or VAL_FRACTION) for place in places.values())
+    held_out = set(sorted(paths, key=places.__getitem__)[: max(count, min_held_out(len(paths), fraction))])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 

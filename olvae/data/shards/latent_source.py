@@ -1,4 +1,4 @@
-"""Shards of latents: the files of each image as bytes, the description beside the shards, and batches of latents."""
+"""Read shards of latents: the files of each image, the description beside the shards, and batches."""
 
 import json
 from collections.abc import Mapping
@@ -17,20 +17,6 @@ from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.tar_reading import Entry
 from olvae.data.source import Sample
 
-__all__ = [
-    "FLIP",
-    "LATENT",
-    "META",
-    "STATS",
-    "Latent",
-    "LatentSource",
-    "latent_bytes",
-    "read_label",
-    "read_latent",
-    "read_stats",
-]
-
-
 LATENT = "latent.safetensors"
 """The extension of the tensors: ``mean`` and ``std`` of the posterior, or one ``latent``, each (n_z, h, w)."""
 
@@ -39,21 +25,16 @@ META = "latent.json"
 ``image`` that the latent stands for, [width, height]: the image was padded if that is not a multiple of f."""
 
 META_BYTES = 2**20
-"""The most that is read of it."""
 
 FLIP = "_flip"
-"""What the names of the mirrored image's tensors end with."""
+"""End of the names of the mirrored image's tensors."""
 
 STATS = "stats.json"
-"""The file beside the shards that describes them; it is written last, so a folder without one is not complete."""
-
-
-CHANNELS = ("latents_mean", "latents_std")
-"""What it says of each channel."""
+"""The description beside the shards; it is written last, so a folder without one is not complete."""
 
 
 class Latent(NamedTuple):
-    """An image's Gaussian, ``mean`` and ``std``, or a latent as it is, with std None; (n_z, h, w)."""
+    """An image's Gaussian, ``mean`` and ``std``, or one latent with std None; (n_z, h, w)."""
 
     mean: Tensor
     std: Tensor | None = None
@@ -67,7 +48,7 @@ class Latent(NamedTuple):
 
 
 def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
-    """The file of an image's tensors, with those of the mirrored image if given."""
+    """Serialise an image's tensors, with those of the mirrored image if given."""
     tensors: dict[str, Tensor] = {}
     for ending, one in {"": latent, FLIP: flipped}.items():
         if one is not None:
@@ -77,7 +58,7 @@ def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
 
 
 def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
-    """An image's latent, the mirrored image's if it is there, and what ``latent.json`` says.
+    """Read an image's latent, the mirrored image's if stored, and ``latent.json``.
 
     Raises:
         UnreadableImageError: the files are broken, or :func:`latent_bytes` did not make them.
@@ -101,7 +82,7 @@ def _latent(tensors: Mapping[str, Tensor], ending: str) -> Latent:
 
 
 def read_stats(folder: str | Path) -> dict[str, Any]:
-    """The description of a folder of latents.
+    """Read the description of a folder of latents.
 
     Raises:
         FileNotFoundError: the folder has no latents, or not all of them yet.
@@ -140,9 +121,9 @@ class LatentSource(ShardSource):
     ``label`` is the number in an image's ``.cls`` file; batches in which an image has none are without.
 
     Args:
-        folder: what ``olvae encode`` wrote.
+        folder: written by ``olvae encode``.
         batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
-        shuffle: latents in a block that is shuffled, kept in memory twice per loader process.
+        shuffle: latents in a shuffled block; two blocks are in memory per loader process.
         sample: in training, draw from the posterior; else take its mode.
         flip: in training, take the mirrored image's latent half of the time, if it was encoded too.
         per_channel: shift and scale each channel by its own numbers, as VA-VAE's diffusion models do.
@@ -174,7 +155,9 @@ class LatentSource(ShardSource):
         self.scaling_factor: float | Tensor = self.stats["scaling_factor"]
         """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
         if per_channel:
-            self.shift_factor, std = (_of_channels(folder, self.stats, name) for name in CHANNELS)
+            self.shift_factor, std = (
+                _per_channel(folder, self.stats, name) for name in ("latents_mean", "latents_std")
+            )
             if not bool((std > 0).all()):
                 raise ValueError(f"{folder}: channel {int(std.argmin())} of its latents is the same everywhere")
             self.scaling_factor = 1.0 / std
@@ -205,12 +188,12 @@ class LatentSource(ShardSource):
     def _sample(self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry) -> Sample:
         shape, expected = [*latent.mean.shape], self.stats["latent_shape"]
         if expected is not None and shape != expected:
-            raise UnreadableImageError(entry.name, f"a latent of shape {shape}, not {expected} as {STATS} says")
+            raise UnreadableImageError(entry.name, f"a latent of shape {shape}, but {expected} by {STATS}")
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
         return Sample(z, key, label=read_label(entry))
 
 
-def _of_channels(folder: str | Path, stats: Mapping[str, Any], name: str) -> Tensor:
+def _per_channel(folder: str | Path, stats: Mapping[str, Any], name: str) -> Tensor:
     """(n_z, 1, 1)"""
     try:
         return torch.tensor([float(value) for value in stats[name]])[:, None, None]
@@ -219,7 +202,7 @@ def _of_channels(folder: str | Path, stats: Mapping[str, Any], name: str) -> Ten
 
 
 def read_label(entry: Entry) -> int | None:
-    """The number in an image's ``.cls`` file, if it has one.
+    """Read the number in an image's ``.cls`` file, if it has one.
 
     Raises:
         UnreadableImageError: the file holds something else.

@@ -1,4 +1,4 @@
-"""Images beside a teacher's latents: the pixels' file, and batches of both, cropped and mirrored in step."""
+"""Read images with a teacher's latents: batches of both, cropped and mirrored in step."""
 
 import contextlib
 import io
@@ -23,20 +23,18 @@ from olvae.data.source import Sample
 from olvae.data.transforms import EvalTransform
 from olvae.modules.distributions import LOGVAR_RANGE
 
-__all__ = ["CHANNELS", "PIXELS", "EncodedBy", "PairSource", "pixel_bytes"]
-
 PIXELS = "latent.png"
-"""The extension of the pixels that were encoded. For its dot, sources of images don't take it for an image."""
+"""The extension of the pixels that were encoded. With its dot, sources of images don't take it for an image."""
 
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
-"""The modes, as Pillow calls them, that PNG stores, and their channels."""
+"""Pillow's modes that PNG stores, and their channels."""
 
 COMPRESSION = 3
-"""Of zlib's 9 levels: a third of the time of Pillow's default, 6, and .3 % more bytes for photographs of 256 pixels."""
+"""zlib's level: a third of the time of Pillow's default, 6, and .3 % more bytes for photographs of 256 pixels."""
 
 
 def pixel_bytes(pixels: Tensor) -> bytes:
-    """The file of an image's pixels, uint8 (C, H, W), C of :data:`CHANNELS`; lossless."""
+    """Encode pixels, uint8 (C, H, W) with C of :data:`CHANNELS`, losslessly."""
     mode = next(mode for mode, channels in CHANNELS.items() if channels == pixels.shape[0])
     stream = io.BytesIO()
     Image.merge(mode, tensor_to_picture(pixels).bands).save(stream, "PNG", compress_level=COMPRESSION)
@@ -67,7 +65,7 @@ class EncodedBy:
 
 
 class PairSource(ShardSource):
-    """Images with the moments of a teacher's latents, from shards of ``olvae encode --images``.
+    """Images with the moments of a teacher's latents, from shards that ``olvae encode`` wrote with ``images``.
 
     A batch has ``image``, uint8 (B, C, size, size), ``moments``, float32 (B, 2 n_z, size / f, size / f): the means,
     then the log-variances, which are at least -30; ``key`` and, with classes, ``label``. Nothing is drawn: a trainer
@@ -79,13 +77,13 @@ class PairSource(ShardSource):
     :class:`~olvae.data.shards.webdataset.WebDatasetSource`.
 
     Args:
-        folder: what ``olvae encode --images`` wrote.
+        folder: written by ``olvae encode`` with ``images``.
         batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
         size: side of the windows in pixels, a multiple of the teacher's f; by default that of the images.
         val_folder: another such folder for validation and test; without it the last shards are held out.
         val_fraction: without val_folder, the share of the shards that is held out, at least one.
-        shuffle: pairs in a block that is shuffled, kept undecoded in memory twice per loader process.
-        flip: in training, mirror half of the pairs, if mirrored images were encoded too (``--flip``).
+        shuffle: pairs in a shuffled block; two blocks are in memory, undecoded, per loader process.
+        flip: in training, mirror half of the pairs, if mirrored images were encoded too.
 
     Raises:
         FileNotFoundError: a folder has no latents, or not all of them yet.
@@ -146,7 +144,7 @@ class PairSource(ShardSource):
         return self._window(entry, False, lambda places: (places - 1) // 2)
 
     def _window(self, entry: Entry, mirror: bool, choose: Callable[[int], int]) -> Sample:
-        """A window of the pair; ``choose`` gives one of so many places, for the rows and then for the columns.
+        """Cut a window of the pair; ``choose`` picks one of n places, for the rows and then for the columns.
 
         Raises:
             UnreadableImageError: the files are broken or do not belong together.
@@ -179,10 +177,7 @@ def _open(folder: str | Path, size: int | None) -> tuple[EncodedBy, dict[str, An
     """
     stats = read_stats(folder)
     if not stats.get("images"):
-        raise ValueError(
-            f"{folder}: latents without the images that they were made of: run `olvae encode` with --images, into "
-            "another folder"
-        )
+        raise ValueError(f"{folder}: latents without their images: encode with `images` into another folder")
     try:
         teacher = EncodedBy(
             int(stats["downscale"]),
@@ -199,8 +194,8 @@ def _open(folder: str | Path, size: int | None) -> tuple[EncodedBy, dict[str, An
         raise ValueError(f"{folder}: {STATS} is not a description of latents: {error!r}") from error
     if size is not None and size > stats["size"]:
         raise ValueError(
-            f"data.params.size: {size} pixels, but the images of {folder} have {stats['size']}: encode larger ones "
-            "with --size, or train on smaller crops"
+            f"data.params.size: {size} pixels, but the images of {folder} have {stats['size']}: encode larger ones, "
+            "or train on smaller crops"
         )
     if size is not None and size % teacher.downscale:
         raise ValueError(
@@ -210,14 +205,14 @@ def _open(folder: str | Path, size: int | None) -> tuple[EncodedBy, dict[str, An
     first = _first_latent(folder)
     if first is not None and first.std is None:
         raise ValueError(
-            f"{folder}: one latent for each image instead of a mean and a standard deviation: run `olvae encode` "
-            "without --sample, for a target that has a distribution, into another folder"
+            f"{folder}: one latent for each image instead of a mean and a standard deviation: encode without `sample`, "
+            "with a target that has a distribution, into another folder"
         )
     return teacher, stats
 
 
 def _first_latent(folder: str | Path) -> Latent | None:
-    """The first that can be read."""
+    """The first readable one."""
     for entry in chain.from_iterable(read_shard(Shard(url), LATENT) for url in find_shards(folder)):
         if isinstance(entry, Entry):
             with contextlib.suppress(UnreadableImageError):

@@ -1,4 +1,4 @@
-"""Sources of shards: endless, shuffled, shared among processes, resumable at any image; or once, in order."""
+"""Stream samples of shards: endless, shuffled, shared among processes, resumable; or once, in order."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,6 @@ import numpy as np
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.source import LoaderProcess, Sample, Source, epoch_order, total
-
-__all__ = ["ShardSource"]
 
 
 class ShardSource(Source):
@@ -53,14 +51,14 @@ class ShardSource(Source):
 
     @abstractmethod
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
-        """Raises UnreadableImageError if it can't be read; then another entry of the same block takes its place."""
+        """Raise UnreadableImageError if it can't be read; another entry of the same block takes its place."""
 
     @abstractmethod
     def val_sample(self, entry: Entry) -> Sample:
-        """Raises UnreadableImageError if it can't be read."""
+        """Raise UnreadableImageError if it can't be read."""
 
     def entries(self, shard: Shard) -> Iterator[Entry | ReadError]:
-        """As :func:`read_shard`; where only reading tells that a shard has no images, last a ReadError says so."""
+        """Read a shard; last a ReadError if it has no images and that was unknown."""
         empty = shard.images is None
         for entry in read_shard(shard, self.image_key, self.sidecars):
             empty = False
@@ -122,7 +120,7 @@ class ShardSource(Source):
 
 
 class _Block(NamedTuple):
-    """Images that are shuffled together, shuffled; and those that can replace a lost one."""
+    """Images that are shuffled together, and those that can replace a lost one."""
 
     entries: list[Entry | ReadError]
     good: list[Entry]
@@ -187,7 +185,7 @@ class _Reader:
             number = 0
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[Entry | ReadError]:
-        """What this process reads in an epoch, in the shards' order."""
+        """This process's entries of an epoch, in the shards' order."""
         shards = [self.source.train[i] for i in epoch_order(self.seed, epoch, len(self.source.train))]
         if self.share is None:
             own = shards[self.process.index :: self.process.count]
@@ -196,9 +194,9 @@ class _Reader:
         return self._range(shards, first + skip, first + self.share)
 
     def _whole(self, own: Sequence[Shard], others: Sequence[Shard]) -> Iterator[Entry]:
-        """Entries of shards whose counts are unknown; errors come with the next image that is read.
+        """Entries of shards with unknown counts; errors come with the next image that is read.
 
-        Where none of the process's own gives an image, the first of the others that does takes their place.
+        If none of the process's own shards gives an image, the first of the others that does takes their place.
         """
         errors: list[ReadError] = []
         read = False
@@ -246,7 +244,7 @@ class _Reader:
         return _Block(shuffled, good or self._next_good(epoch, number))
 
     def _next_good(self, epoch: int, number: int) -> list[Entry]:
-        """Entries of the next block in which anything can be read, for a block in which nothing can."""
+        """Entries of the next block that has readable ones, for a block that has none."""
         for later, _, entries in self._blocks(epoch, number + 1):
             good = [entry for entry in entries if isinstance(entry, Entry)]
             if good or later > epoch + 1:

@@ -1,4 +1,4 @@
-"""Images from WebDataset shards: read in sequence, shuffled, shared among processes, resumable at any image."""
+"""Read images from WebDataset shards: in sequence, shuffled, shared among processes, resumable at any image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,7 @@ from olvae.data.shards.index import find_shards, may_exist, split_shards, with_c
 from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.tar_reading import Entry
 from olvae.data.source import Sample, eval_sample
-from olvae.data.transforms import RandomScaleCrop
-
-__all__ = ["WebDatasetSource"]
+from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 
 
 class WebDatasetSource(ShardSource):
@@ -30,15 +28,15 @@ class WebDatasetSource(ShardSource):
 
     Args:
         shards: a folder of .tar files; a pattern such as ``data/{000..127}.tar``; URLs (http, s3, gs, hf and others
-            that webdataset opens), ``pipe:`` commands; or a list of these.
+            of fsspec), ``pipe:`` commands; or a list of these.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         val_shards: the validation and test images; without it the last shards are held out.
         val_fraction: without val_shards, the share of the shards that is held out, at least one.
         index: path or URL of the shards' ``index.json``; that of local shards is found beside them.
-        shuffle: images in a block, kept undecoded in memory, twice per loader process.
+        shuffle: images in a shuffled block; two blocks are in memory, undecoded, per loader process.
         image_key: the extension of the image in a sample that has several, for example ``input.png``; by default
             the first that is an image's.
-        min_fraction, filters, flip: see :class:`RandomScaleCrop`.
+        min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.
@@ -59,7 +57,7 @@ class WebDatasetSource(ShardSource):
         shuffle: int = 500,
         image_key: str | None = None,
         min_fraction: float = 0.5,
-        filters: Sequence[str] = ("box", "bilinear", "bicubic", "lanczos"),
+        filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
         channels: int = 3,
         max_unreadable: float = 0.01,

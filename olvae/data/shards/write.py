@@ -1,4 +1,4 @@
-"""Shards written one by one into a folder, so that a run killed at any moment is continued by the same command."""
+"""Write shards one by one into a folder, resumably: after a kill at any moment the same command continues."""
 
 import fcntl
 import io
@@ -6,12 +6,11 @@ import json
 import shutil
 import tarfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from olvae.config import ConfigError
 from olvae.data.read_errors import ReadError
@@ -19,11 +18,7 @@ from olvae.data.shards.index import ShardRecord
 from olvae.devices import this_process
 from olvae.files import atomic_write, file_sha256, remove_partials, write_json
 
-__all__ = ["FinishedShard", "Resumable", "ResumableShards", "WebDatasetSample", "shard_name", "write_tar"]
-
 LOCK_S = 5.0  # worker processes of a killed run need a moment to notice
-
-S = TypeVar("S")
 
 
 class WebDatasetSample(NamedTuple):
@@ -35,7 +30,7 @@ class WebDatasetSample(NamedTuple):
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """What is written down about a shard once its file is in place.
+    """The description of a shard, written once its file is in place.
 
     Args:
         record: images, bytes and SHA-256; a shard without images has no file.
@@ -49,13 +44,12 @@ class FinishedShard:
 
 
 @dataclass(frozen=True)
-class Resumable(ABC, Generic[S]):
-    """A folder of samples, written shard by shard, that may be interrupted and continued.
+class ResumableShards:
+    """Shards ``000000.tar``, ``000001.tar``, ... in a folder, whose writing may be interrupted and continued.
 
-    A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a file of JSON about
-    each finished shard, and what is being written. A shard is moved to its place when it is complete, and only then
-    described. Any process may write any shard; no two should write the same one. Here a shard is one file, which
-    :meth:`pack` writes.
+    A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a JSON file about each
+    finished shard, and what is being written. A shard is moved to its place when it is complete, and only then
+    described. Any process may write any shard; no two should write the same one.
 
     Args:
         folder: of the shards; made by :meth:`begin`.
@@ -63,7 +57,6 @@ class Resumable(ABC, Generic[S]):
         checksums: verify finished shards by their SHA-256, not by their size alone.
         earlier: finished shards of a run that has removed its state.
         earlier_plan: the plan of that run.
-        extension: of a shard's file, whose name is its number.
     """
 
     folder: Path
@@ -71,36 +64,13 @@ class Resumable(ABC, Generic[S]):
     checksums: bool = False
     earlier: Mapping[int, FinishedShard] = field(default_factory=dict)
     earlier_plan: Mapping[str, Any] | None = None
-    extension: str = "tar"
 
-    @abstractmethod
-    def pack(self, path: Path, samples: Iterator[S]) -> None:
-        """Write the samples, of which there may be none, to a file; the same samples give the same bytes."""
-
-    def store(self, number: int, samples: Iterator[S]) -> ShardRecord:
-        """Write a shard to its place. The record counts no images: :meth:`write` does."""
-        path = self.path(number)
-        remove_partials(self._state.glob(f".partial-*-{path.name}"))
-        with atomic_write(path, self._state) as partial:
-            self.pack(partial, samples)
-            return ShardRecord(0, partial.stat().st_size, file_sha256(partial))
-
-    def intact(self, number: int, record: ShardRecord) -> bool:
-        """Whether what was stored is still there."""
-        path = self.path(number)
-        there = path.is_file() and path.stat().st_size == record.bytes
-        return there and (not self.checksums or file_sha256(path) == record.sha256)
+    def path(self, number: int) -> Path:
+        return self.folder / shard_name(number)
 
     def any_stored(self) -> bool:
         """Whether a shard is in its place already."""
-        return any(self.folder.glob(f"*.{self.extension}"))
-
-    def holds_others(self) -> bool:
-        """Whether the folder holds something else, for a folder without a plan."""
-        return self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.{self.extension}"
+        return any(self.folder.glob("*.tar"))
 
     def check(self, plan: Mapping[str, Any]) -> None:
         """Compare a plan with the one that the folder was begun with; writes nothing.
@@ -111,26 +81,24 @@ class Resumable(ABC, Generic[S]):
         Raises:
             ConfigError: shards of another plan are finished, or the folder holds something else.
         """
-        others = self.holds_others()
+        others = self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
         begun = self._plan()  # read after the listing: another process may be writing both
         if begun is None:
             if others:
                 raise ConfigError(
-                    f"--out {self.folder}: has other files already: name a new or empty folder, or one that this "
+                    f"`out` {self.folder}: has other files already: name a new or empty folder, or one that this "
                     "command began"
                 )
             return
-        if "options" not in begun:
-            raise ConfigError(f"--out {self.folder}: was begun by an earlier version of olvae: name another folder")
         changes = _changes(begun, plan)
         if changes and (self.earlier or any(self._state.glob("[0-9]*.json")) or self.any_stored()):
             raise ConfigError(
-                f"--out {self.folder}: was begun with {', '.join(changes)}: give the same options and images to "
+                f"`out` {self.folder}: was begun with {', '.join(changes)}: give the same options and images to "
                 "continue, name another folder, or remove this one to start again"
             )
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """:meth:`check`, remove what a killed run left half-written, then write the plan."""
+        """:meth:`check`, remove half-written files of a killed run, then write the plan."""
         self.check(plan)
         if this_process()[1] == 1:  # another of several may be writing
             self.remove_partials()
@@ -153,13 +121,13 @@ class Resumable(ABC, Generic[S]):
                     break
                 except BlockingIOError as error:
                     if time.monotonic() > end:
-                        raise ConfigError(f"--out {self.folder}: another `{command}` is at work there") from error
+                        raise ConfigError(f"`out` {self.folder}: another `{command}` is at work there") from error
                     time.sleep(0.1)
             yield
 
     @contextmanager
     def nothing_left(self) -> Iterator[None]:
-        """After an exception before the first shard is in its place, remove what was begun, but not the folder."""
+        """After an exception before the first shard is in its place, remove the state, but not the folder."""
         try:
             yield
         except BaseException:
@@ -169,7 +137,7 @@ class Resumable(ABC, Generic[S]):
             raise
 
     def finished(self, number: int) -> FinishedShard | None:
-        """What is known about a shard, if it is finished and its file is intact."""
+        """The description of a shard, if it is finished and its file is intact."""
         description = self._description(number)
         if description.is_file():
             content = json.loads(description.read_text(encoding="utf-8"))
@@ -179,10 +147,18 @@ class Resumable(ABC, Generic[S]):
             shard = self.earlier[number]
         else:
             return None
-        return shard if not shard.record.images or self.intact(number, shard.record) else None
+        return shard if not shard.record.images or self._is_intact(number, shard.record) else None
+
+    def _is_intact(self, number: int, record: ShardRecord) -> bool:
+        path = self.path(number)
+        right_size = path.is_file() and path.stat().st_size == record.bytes
+        return right_size and (not self.checksums or file_sha256(path) == record.sha256)
 
     def write(
-        self, number: int, samples: Iterable[S | ReadError], details: Callable[[], Mapping[str, Any]] = dict
+        self,
+        number: int,
+        samples: Iterable[WebDatasetSample | ReadError],
+        details: Callable[[], Mapping[str, Any]] = dict,
     ) -> FinishedShard:
         """Write a shard; the same samples give the same bytes.
 
@@ -194,20 +170,19 @@ class Resumable(ABC, Generic[S]):
             OSError: the shard can't be written.
         """
         images, unreadable = 0, list[ReadError]()
-
-        def readable() -> Iterator[S]:
-            nonlocal images
-            for sample in samples:
-                if isinstance(sample, ReadError):
-                    unreadable.append(sample)
-                else:
-                    images += 1
-                    yield sample
-
-        stored = self.store(number, readable())
+        path = self.path(number)
+        remove_partials(self._state.glob(f".partial-*-{path.name}"))
+        with atomic_write(path, self._state) as partial:
+            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+                for sample in samples:
+                    if isinstance(sample, ReadError):
+                        unreadable.append(sample)
+                    else:
+                        images += 1
+                        _add(archive, sample)
+            record = ShardRecord(images, partial.stat().st_size if images else 0, file_sha256(partial))
         if not images:
-            self.path(number).unlink(missing_ok=True)
-        record = ShardRecord(images, stored.bytes if images else 0, stored.sha256)
+            path.unlink()
         shard = FinishedShard(record, unreadable, details())
         write_json(asdict(shard), self._description(number))
         return shard
@@ -217,12 +192,12 @@ class Resumable(ABC, Generic[S]):
         self._description(number).unlink(missing_ok=True)
 
     def remove_partials(self) -> None:
-        """Remove what a killed run left half-written; no other process may be writing."""
+        """Remove half-written files of a killed run; no other process may be writing."""
         for folder in (self.folder, self._state):
             remove_partials(folder.glob(".partial-*"))
 
     def remove_state(self) -> None:
-        """Remove what is needed only to continue: the shards are complete."""
+        """Remove the state, once the shards are complete."""
         shutil.rmtree(self._state)
 
     @property
@@ -240,22 +215,11 @@ class Resumable(ABC, Generic[S]):
         return plan
 
 
-@dataclass(frozen=True)
-class ResumableShards(Resumable[WebDatasetSample]):
-    """Shards ``000000.tar``, ``000001.tar``, ...; see :class:`Resumable`."""
-
-    def pack(self, path: Path, samples: Iterator[WebDatasetSample]) -> None:
-        write_tar(path, samples)
-
-
-def write_tar(path: Path, samples: Iterable[WebDatasetSample]) -> None:
-    """A WebDataset shard; the same samples give the same bytes."""
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        for sample in samples:
-            for extension, content in sample.files.items():
-                member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+def _add(archive: tarfile.TarFile, sample: WebDatasetSample) -> None:
+    for extension, content in sample.files.items():
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
 
 
 def shard_name(number: int) -> str:
@@ -263,7 +227,7 @@ def shard_name(number: int) -> str:
 
 
 def _changes(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """What differs between two plans, in a user's words; options first, because other entries may depend on them."""
+    """The differences of two plans in words; options first, because other entries may depend on them."""
     old, new = begun["options"], plan["options"]
     options = [f"{name} {old.get(name)} (now {value})" for name, value in new.items() if old.get(name) != value]
     return options or [f"other {name}" for name in {**begun, **plan} if begun.get(name) != plan.get(name)]

@@ -215,14 +215,19 @@ def test_loader_processes_after_the_main_one_has_downloaded(server, tmp_path):
     assert loader.read_errors.unreadable.reasons == {server.url("stall-always.tar"): "nothing came for 0.5 s"}
 
 
-def _count(url: str) -> int:
-    return len(read(url)[0])
-
-
 def test_many_forks(server):
-    assert _count(server.url("six.tar")) == 6
-    with get_context("fork").Pool(4, maxtasksperchild=1) as pool:
-        assert pool.map(_count, [server.url("six.tar")] * 12, chunksize=1) == [6] * 12
+    def count(results) -> None:
+        results.put(len(read(server.url("six.tar"))[0]))
+
+    context = get_context("fork")
+    results = context.Queue()
+    count(results)
+    processes = [context.Process(target=count, args=(results,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in range(9)] == [6] * 9
+    for process in processes:
+        process.join()
 
 
 def test_shards_and_their_index(server, tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from olvae.data.mix import MixSource
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import Latent, latent_bytes
 from olvae.data.shards.pairs import PairSource, pixel_bytes
-from olvae.data.source import LoaderProcess
 from olvae.data.transforms import EvalTransform
 from tests.data.images import encoded, picture, write_tar
 from tests.export.latents import Blocks, Shrunk, encode
@@ -102,10 +100,10 @@ def test_moments_are_those_of_the_crop_mirrored_or_not(pairs, size):
 
 def test_every_window_and_both_sides_come(pairs):
     seen, keys = set(), set()
-    for batch in take(source(pairs).train_loader(seed=0), 150):
+    for batch in take(source(pairs, size=24).train_loader(seed=0), 60):
         keys |= set(batch["key"])
         seen |= {place(image, key) for image, key in zip(batch["image"], batch["key"], strict=True)}
-    assert seen == {(flip, 4 * row, 4 * column) for flip in (False, True) for row in range(5) for column in range(5)}
+    assert seen == {(flip, 4 * row, 4 * column) for flip in (False, True) for row in range(3) for column in range(3)}
     assert len(keys) == 20
     assert not any(key.startswith("003/") for key in keys)  # held out
 
@@ -193,33 +191,6 @@ def test_what_is_known_of_the_teacher(pairs):
     assert len(teacher.latents_mean) == len(teacher.latents_std) == 48
 
 
-@pytest.mark.parametrize("where", [(0, 1), (1, 2), (2, 3)])
-def test_a_process_goes_on_anywhere(pairs, where):
-    s = source(pairs)
-    whole = list(islice(s.stream(5, 0, LoaderProcess(*where)), 45))
-    for position in (0, 1, 5, 6, 17, 33):
-        rest = list(islice(s.stream(5, position, LoaderProcess(*where)), 45 - position))
-        for a, b in zip(rest, whole[position:], strict=True):
-            assert (a.key, a.label) == (b.key, b.label)
-            assert torch.equal(a.image, b.image)
-            assert torch.equal(a.moments, b.moments)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_goes_on_for_each_of_two_ranks(pairs, workers, monkeypatch):
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    seen = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        whole = take(source(pairs, batch_size=2, num_workers=workers).train_loader(seed=3), 10)
-        for batches in (1, 2, 5):
-            rest = source(pairs, batch_size=2, num_workers=workers).train_loader(3, batches * 2 * 2)
-            assert same(take(rest, 10 - batches), whole[batches:])
-        seen.append([key for batch in whole[: 4 if workers else 5] for key in batch["key"]])
-    assert not set(seen[0]) & set(seen[1])  # of the first epoch
-
-
 @pytest.mark.parametrize("damage", ["no picture", "other pixels", "no pixels", "no latent", "no mirrored latent"])
 def test_a_broken_pair_is_counted_and_another_one_stands_in(pairs, damage):
     latent = Latent(torch.ones(48, 8, 8), torch.ones(48, 8, 8))
@@ -256,7 +227,7 @@ def test_what_it_refuses(pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"):
         source(images)
     encode(images, tmp_path / "plain", Blocks(), size=SIDE)
-    with pytest.raises(ValueError, match=r"plain: latents without the images.*with --images, into another folder"):
+    with pytest.raises(ValueError, match="plain: latents without their images: encode with `images`"):
         source(tmp_path / "plain")
     encode(images, tmp_path / "sampled", Blocks(), size=SIDE, moments=False, images=True)
     encode(images, tmp_path / "points", Shrunk(), size=SIDE, images=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from PIL import Image
 
@@ -57,17 +56,6 @@ def test_each_image_once_an_epoch_in_an_order_of_its_own(shards, shuffle):
     assert keys(source(shards, shuffle=shuffle), 50, seed=1) != epochs[0]
 
 
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("place", [(0, 1), (1, 2), (2, 3)])
-def test_a_process_goes_on_anywhere(shards, known, place):
-    s = source(shards) if known else source(shards, shards=remote(shards))
-    whole = list(islice(s.stream(5, 0, LoaderProcess(*place)), 70))
-    for position in (0, 1, 5, 6, 16, 17, 33, 50, 61):
-        rest = list(islice(s.stream(5, position, LoaderProcess(*place)), 70 - position))
-        assert [x.key for x in rest] == [x.key for x in whole[position:]]
-        assert all(torch.equal(a.image, b.image) for a, b in zip(rest, whole[position:], strict=True))
-
-
 @pytest.mark.parametrize("processes", [2, 3, 4, 7, 16])
 def test_known_shards_are_shared_evenly_and_no_image_comes_twice(shards, processes):
     s, share = source(shards), 50 // processes
@@ -87,33 +75,6 @@ def test_shards_of_unknown_counts_are_shared_whole(shards):
         assert Counter(key.split("/")[0] for key in seen[:count]) == {f"{m:03d}": COUNTS[m] for m in mine}
         assert len(set(seen[:count])) == count
     assert s.samples_per_epoch is None
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("known", [True, False])
-def test_the_loader_goes_on_at_any_batch(shards, workers, known):
-    def loader(start: int = 0):
-        s = source(shards, num_workers=workers, **({} if known else {"shards": remote(shards)}))
-        return s.train_loader(seed=3, start=start)
-
-    whole = take(loader(), 20)
-    for batches in (1, 2, 7, 13):
-        assert same(take(loader(batches * 4), 20 - batches), whole[batches:])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_goes_on_for_each_of_two_ranks(shards, workers, monkeypatch):
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    seen = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        whole = take(source(shards, num_workers=workers).train_loader(seed=3), 12)
-        for batches in (1, 2, 5):
-            rest = take(source(shards, num_workers=workers).train_loader(3, batches * 4 * 2), 12 - batches)
-            assert same(rest, whole[batches:])
-        seen.append([key for batch, _ in whole[:6] for key in batch])
-    assert not set(seen[0]) & set(seen[1])  # 24 of the 25 of each in the first epoch
 
 
 def test_images_are_the_pictures_and_validation_is_each_of_them_once(shards):

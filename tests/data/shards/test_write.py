@@ -84,13 +84,6 @@ def test_another_plan_is_refused_once_something_is_finished(shards):
     shards.begin(PLAN)
 
 
-def test_a_folder_of_an_earlier_version(tmp_path):
-    (tmp_path / "out" / ".state").mkdir(parents=True)
-    (tmp_path / "out" / ".state" / "plan.json").write_text('{"version": 1, "size": 8}')
-    with pytest.raises(ConfigError, match="was begun by an earlier version of olvae: name another folder"):
-        ResumableShards(tmp_path / "out", ".state").begin({"options": {"size": 8}})
-
-
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="has other files already"):

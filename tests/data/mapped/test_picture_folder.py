@@ -84,7 +84,7 @@ def test_only_images_are_found(image_folder):
     assert len(find_images(image_folder)) == 12
 
 
-@pytest.mark.parametrize("pattern", ["", "/**/*.png", "/**/**/*.png", "/*/*.png"])
+@pytest.mark.parametrize("pattern", ["", "/**/*.png", "/*/*.png"])
 def test_each_image_is_found_once_whatever_leads_to_it(image_folder, pattern):
     expected = find_images(image_folder)
     (image_folder / "class0" / "up").symlink_to(image_folder)

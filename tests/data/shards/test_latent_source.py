@@ -39,19 +39,19 @@ def take(loader, count):
 def test_latents_have_mean_0_and_deviation_1(latents):
     """Each value, over many visits, within its sampling error."""
     s = source(latents, batch_size=23)
-    batches = take(s.train_loader(seed=0), 150)
+    batches = take(s.train_loader(seed=0), 60)
     z = torch.cat([batch["latent"] for batch in batches]).double()
     assert batches[0]["latent"].dtype == torch.float32
     assert batches[0]["latent"].shape == (23, 4, 2, 2)
-    assert float(z.mean()) == pytest.approx(0.0, abs=0.01)
-    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.01)
+    assert float(z.mean()) == pytest.approx(0.0, abs=0.02)
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_per_channel_each_has_mean_0_and_deviation_1(latents):
     s, plain = source(latents, batch_size=23, per_channel=True), source(latents, batch_size=23)
-    z = torch.cat([batch["latent"] for batch in take(s.train_loader(seed=0), 150)]).double()
-    assert z.mean((0, 2, 3)).tolist() == pytest.approx([0.0] * 4, abs=0.02)
-    assert z.square().mean((0, 2, 3)).tolist() == pytest.approx([1.0] * 4, abs=0.02)
+    z = torch.cat([batch["latent"] for batch in take(s.train_loader(seed=0), 60)]).double()
+    assert z.mean((0, 2, 3)).tolist() == pytest.approx([0.0] * 4, abs=0.03)
+    assert z.square().mean((0, 2, 3)).tolist() == pytest.approx([1.0] * 4, abs=0.04)
     (one,), (other,) = take(s.val_loader(), 1), take(plain.val_loader(), 1)
     assert one["key"] == other["key"]
     assert one["latent"].dtype == torch.float32
@@ -88,7 +88,7 @@ def test_per_channel_without_its_numbers(latents, change, message):
 def test_visits_draw_other_noise_and_other_sides(latents):
     s, model = source(latents, batch_size=23), tiny_vae()
     key, visits = "001/0010", []
-    for batch in take(s.train_loader(seed=0), 200):
+    for batch in take(s.train_loader(seed=0), 100):
         visits.append(batch["latent"][batch["key"].index(key)])
     z = torch.stack(visits).double() / s.scaling_factor + s.shift_factor
     picture = EvalTransform(16)(Photo(encoded(10), "10.jpg").read())
@@ -97,7 +97,7 @@ def test_visits_draw_other_noise_and_other_sides(latents):
         plain, mirrored = model.encode(x), model.encode(x.flip(-1))
     mean = (plain.mean + mirrored.mean)[0].double() / 2
     var = (plain.var + mirrored.var)[0].double() / 2 + ((plain.mean - mirrored.mean)[0].double() / 2).square()
-    assert ((z.mean(0) - mean).abs() < 5 * (var / 200).sqrt()).all()
+    assert ((z.mean(0) - mean).abs() < 5 * (var / 100).sqrt()).all()
     assert torch.allclose(z.var(0), var, rtol=0.6)
     fixed = source(latents, batch_size=23, sample=False, flip=False)
     for batch in take(fixed.train_loader(seed=0), 3):
@@ -123,16 +123,6 @@ def test_without_classes_there_is_no_label(tmp_path, image_folder):
     encode(image_folder, tmp_path / "latents")
     (batch,) = take(source(tmp_path / "latents").train_loader(), 1)
     assert set(batch) == {"latent", "key"}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_goes_on_at_any_batch_with_the_same_noise(latents, workers):
-    whole = take(source(latents, num_workers=workers).train_loader(seed=3), 12)
-    rest = take(source(latents, num_workers=workers).train_loader(seed=3, start=5 * 4), 7)
-    for x, y in zip(rest, whole[5:], strict=True):
-        assert x["key"] == y["key"]
-        assert torch.equal(x["latent"], y["latent"])
-        assert torch.equal(x["label"], y["label"])
 
 
 def test_images_beside_the_latents_change_nothing(latents, tmp_path):

@@ -7,8 +7,9 @@ from PIL import Image
 
 from olvae.config import ConfigError
 from olvae.data.mapped.dataset import hold_out
-from olvae.data.mapped.hub import Items, TorchvisionSource
+from olvae.data.mapped.hub import HuggingFaceSource, Items, TorchvisionSource
 from olvae.data.read_errors import UnreadableImageError
+from tests.data.images import encoded
 
 FAKE = {"target": "torchvision.datasets.FakeData", "params": {"size": 30, "image_size": [3, 24, 20]}}
 
@@ -69,7 +70,7 @@ def test_items_of_other_kinds():
     assert np.array_equal(np.asarray(Items(Dataset([array[..., :1]]), channels=1)[0].read()), array[..., 0])
     with pytest.raises(UnreadableImageError, match="is a Tensor, not a picture: leave out"):
         Items(Dataset([torch.zeros(3, 8, 9)]))[0]
-    with pytest.raises(ValueError, match="can't be asked for by number"):
+    with pytest.raises(ValueError, match="its items have no numbers"):
         Items(iter([]))
 
 
@@ -91,3 +92,46 @@ def test_parts():
 def test_an_unknown_name():
     with pytest.raises(ConfigError, match="did you mean CIFAR10"):
         TorchvisionSource({"target": "torchvision.datasets.CIFAR_10"}, 16, 4)
+
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def table(tmp_path):
+    cells = [{"bytes": encoded(n), "path": None} for n in range(20)]
+    cells[7] = {"bytes": b"no picture", "path": None}
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"picture": cells, "label": list(range(20))}, features)
+
+
+@pytest.mark.parametrize("kind", ["disk", "parquet", "dict"])
+def test_a_column_of_images(table, kind, tmp_path):
+    path, arguments = str(tmp_path / "set"), {}
+    if kind == "disk":
+        table.save_to_disk(path)
+    elif kind == "dict":
+        datasets.DatasetDict({"train": table, "test": table}).save_to_disk(path)
+        arguments["val_split"] = "test"
+    else:
+        table.to_parquet(tmp_path / "a.parquet")
+        path, arguments = "parquet", {"data_files": str(tmp_path / "a.parquet")}
+    s = HuggingFaceSource(path, 16, 4, column="picture", val_fraction=0.1, max_unreadable=0.2, **arguments)
+    assert (s.samples_per_epoch, s.val_images) == ((20, 20) if kind == "dict" else (18, 2))
+    loader = s.train_loader()
+    assert all(batch["image"].shape == (4, 3, 16, 16) for batch in islice(loader, 10))
+    assert s.unreadable.reasons == {"row 7 of picture": "no known picture format"}
+
+
+def test_an_image_folder(image_folder):
+    s = HuggingFaceSource("imagefolder", 16, 4, data_dir=str(image_folder))
+    assert s.images == 12
+    assert len(list(s.val_loader())) == 1
+
+
+def test_mistakes(table, tmp_path):
+    table.save_to_disk(tmp_path / "set")
+    with pytest.raises(ConfigError, match="no column image; there are picture, label"):
+        HuggingFaceSource(str(tmp_path / "set"), 16, 4)
+    with pytest.raises(ConfigError, match=r"label holds .*, not images"):
+        HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="label")

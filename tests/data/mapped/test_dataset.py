@@ -1,0 +1,263 @@
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from olvae.data.image import Photo, Picture
+from olvae.data.mapped.dataset import (
+    HELD_OUT,
+    PHOTOGRAPHS,
+    ImageDataset,
+    MappedSource,
+    Photograph,
+    SamplePhotographs,
+    sample_photographs,
+)
+from olvae.data.read_errors import UnreadableImageError
+from olvae.data.source import LoaderProcess
+from olvae.data.transforms import RandomScaleCrop
+from tests.data.images import encoded, picture, same, take
+
+
+class Pictures(ImageDataset):
+    def __init__(self, count: int, broken: Sequence[int] = ()) -> None:
+        self.count = count
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def __getitem__(self, index: int) -> Picture | Photo:
+        return Photo(encoded(index)[: 100 if index in self.broken else None], f"{index}.jpg")
+
+
+def source(count: int = 20, broken: Sequence[int] = (), **arguments: Any) -> MappedSource:
+    train, val = Pictures(count, broken), Pictures(7, broken)
+    transform = RandomScaleCrop(arguments.pop("size", 16))
+    return MappedSource(train, val, transform, **{"batch_size": 4, **arguments})
+
+
+def test_the_order_is_the_same_with_any_number_of_workers():
+    whole = take(source(broken=(3, 8), max_unreadable=0.5).train_loader(3), 9)
+    for workers, batches in ((1, 0), (2, 0), (2, 5)):
+        s = source(broken=(3, 8), num_workers=workers, max_unreadable=0.5)
+        assert same(take(s.train_loader(3, batches * 4), 9 - batches), whole[batches:])
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_no_rank_believes_that_it_has_nothing_to_validate(rank, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    loader = source().val_loader()  # of seven images
+    assert len(loader) == 1
+    assert len(list(loader)) == (rank == 0)
+
+
+def test_two_ranks_share_an_epoch_and_the_validation_images(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    training, validation = [], []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        s = source(count=16)
+        training += [key for batch, _ in take(s.train_loader(3), 2) for key in batch]
+        validation += [key for batch, _ in take(s.val_loader(), 99) for key in batch]
+    assert sorted(training, key=int) == [str(i) for i in range(16)]
+    assert sorted(validation) == [str(i) for i in range(7)]
+
+
+def test_the_ranks_are_those_of_when_the_loader_starts(monkeypatch):
+    """Lightning makes the process group after it was given the loaders."""
+    loader = source().val_loader()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    assert len(loader) == 1
+    assert [batch["key"] for batch in loader] == [["1", "3", "5"]]
+
+
+def test_the_length_of_a_loader_is_known_where_it_ends():
+    """Lightning's limit_val_batches takes a share of it."""
+    assert len(source().val_loader()) == 2
+    assert len(source().test_loader(3)) == 3
+    with pytest.raises(TypeError, match="unknown before reading"):
+        len(source().train_loader())
+
+
+def test_another_image_stands_in_for_one_that_cannot_be_read(caplog):
+    s = source(broken=(3, 8), max_unreadable=0.5)
+    loader = s.train_loader()
+    batches = take(loader, 10)
+    assert all(len(keys) == len(image) == 4 for keys, image in batches)
+    assert not {"3", "8"} & {key for keys, _ in batches for key in keys}
+    assert loader.read_errors.lost == 2
+    totals = [m for m in caplog.messages if "epoch" in m]  # in the second, a stand-in was a broken one too
+    assert totals == [f"training: {n} images skipped in this epoch" for n in (2, 3)]
+
+
+def test_where_nothing_can_be_read_it_ends():
+    with pytest.raises(UnreadableImageError, match="nor are 20 others"):
+        take(source(broken=range(20), max_unreadable=1.0).train_loader(), 1)
+
+
+def test_validation_goes_without_what_cannot_be_read():
+    loader = source(broken=(0, 1, 2, 3, 6), max_unreadable=1.0).val_loader()
+    assert [keys for keys, _ in take(loader, 9)] == [["4", "5"]]  # the first batch was empty
+    assert loader.read_errors.lost == 5
+
+
+def test_processes_share_the_stream():
+    s = source()
+    seen = [sample.key for i in range(3) for sample in islice(s.stream(0, 0, LoaderProcess(i, 3)), 6)]
+    assert len(set(seen)) == 18
+    whole = [sample.key for sample in islice(s.stream(0, 0, LoaderProcess(1, 3)), 15)]
+    assert [sample.key for sample in islice(s.stream(0, 4, LoaderProcess(1, 3)), 11)] == whole[4:]
+    assert [sample.key for sample in s.once(LoaderProcess(1, 3))] == ["1", "4"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_jpeg_that_is_decoded_at_a_fraction_gives_nearly_the_same_crop(seed):
+    """Within 1 of 255 on average for a smooth picture; exactly, where the crop needs every pixel."""
+    import io
+
+    stream = io.BytesIO()
+    picture(seed, (900, 701)).save(stream, "JPEG", quality=95)
+    crop = RandomScaleCrop(64)
+    photo, whole = Photo(stream.getvalue(), "a.jpg"), Photo(stream.getvalue(), "a.jpg").read()
+    a, b = (np.asarray(crop(p, np.random.default_rng(seed)), dtype=float) for p in (photo, whole))
+    assert 0 < np.abs(a - b).mean() < 1
+    near = RandomScaleCrop(300)
+    assert near(Photo(stream.getvalue(), "a.jpg"), np.random.default_rng(seed)) == near(
+        whole, np.random.default_rng(seed)
+    )
+    assert isinstance(whole, Image.Image)
+
+
+def test_mistakes():
+    for arguments in ({"size": 0}, {"batch_size": 0}, {"num_workers": -1}, {"channels": 0}, {"max_unreadable": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            source(**arguments)
+    with pytest.raises(ValueError, match="samples_per_image"):
+        source(samples_per_image=0)
+
+
+ALL = (*PHOTOGRAPHS, *HELD_OUT)
+FOLDER = ALL[0].path.parent
+LICENCES = (FOLDER / "LICENCES.txt").read_text(encoding="utf-8")
+
+
+def thumbnail(photograph: Photograph) -> np.ndarray:
+    with Image.open(photograph.path) as image:
+        return np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float64)
+
+
+def test_the_photographs_are_small_plain_jpegs():
+    for photograph in ALL:
+        with Image.open(photograph.path) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB"), photograph
+            assert 256 <= min(image.size) <= 320, photograph
+            assert not image.getexif(), photograph
+            assert not image.info.keys() & {"icc_profile", "exif", "xmp", "comment"}, photograph
+    assert sum(photograph.path.stat().st_size for photograph in ALL) <= 3_000_000
+
+
+def test_every_file_has_its_author_and_an_open_licence():
+    assert sorted(photograph.file for photograph in ALL) == sorted(path.name for path in FOLDER.glob("*.jpg"))
+    for photograph in ALL:
+        entry = LICENCES.split(f"\n\n{photograph.file}\n", 1)[1].split("\n\n", 1)[0]
+        fields = [line.strip().split(": ")[0] for line in entry.splitlines()]
+        assert [field for field in fields if field != "Address"] == ["Title", "Author", "Source", "Licence", "Changes"]
+        assert f"Author: {photograph.author}\n" in entry
+        assert f"Licence: {photograph.licence}\n" in entry
+        assert re.fullmatch(r"public domain|CC0 1\.0|CC BY(-SA)? \d\.\d", photograph.licence)
+        assert f"\n  {photograph.licence} " in LICENCES  # with its address
+
+
+def test_an_eighth_is_held_out():
+    assert (len(PHOTOGRAPHS), len(HELD_OUT)) == (52, 8)
+    assert not set(PHOTOGRAPHS) & set(HELD_OUT)
+    assert len(sample_photographs()) == 60
+
+
+def test_models_of_the_first_list_stay_honest():
+    """Four were held out and eleven trained on before there were sixty."""
+    held_out = {photograph.file for photograph in HELD_OUT}
+    assert held_out >= {"camera.jpg", "chelsea.jpg", "coffee.jpg", "flower.jpg"}
+    trained_on = "astronaut brick coins grass gravel hubble ihc motorcycle retina rocket china"
+    assert not held_out & {f"{name}.jpg" for name in trained_on.split()}
+
+
+def test_no_held_out_photograph_resembles_a_training_one():
+    """The root mean square difference of thumbnails, mirrored or not, in 255ths."""
+    train = np.stack([thumbnail(photograph) for photograph in PHOTOGRAPHS])
+    for photograph in HELD_OUT:
+        for held_out in (thumbnail(photograph), thumbnail(photograph)[:, ::-1]):
+            assert np.sqrt(((train - held_out) ** 2).mean((1, 2, 3))).min() > 30, photograph
+
+
+def test_batches():
+    source = SamplePhotographs(size=32, batch_size=8)
+    (batch,) = islice(source.train_loader(), 1)
+    assert batch["image"].shape == (8, 3, 32, 32)
+    assert batch["image"].dtype == torch.uint8
+
+
+def test_an_epoch_has_each_photograph_as_often():
+    source = SamplePhotographs(size=8, crops_per_photograph=3, batch_size=1)
+    drawn = Counter(batch["key"][0] for batch in islice(source.train_loader(), 3 * 52))
+    assert drawn == {photograph.file: 3 for photograph in PHOTOGRAPHS}
+
+
+def test_the_tiles():
+    source = SamplePhotographs(size=64, batch_size=42)
+    (batch,) = source.test_loader()
+    assert batch["image"].shape == (42, 3, 64, 64)
+    assert batch["key"][4] == "chelsea.jpg/0-0"  # after four tiles of camera.jpg
+    chelsea = Image.open(FOLDER / "chelsea.jpg").resize((192, 128), Image.Resampling.BICUBIC)
+    assert np.array_equal(batch["image"][4].permute(1, 2, 0).numpy(), np.asarray(chelsea.crop((0, 0, 64, 64))))
+
+
+def test_the_tiles_are_cut_around_the_centre():
+    (batch,) = SamplePhotographs(size=64, batch_size=42).test_loader()
+    coffee = Image.open(FOLDER / "coffee.jpg").resize((192, 128), Image.Resampling.BICUBIC)  # from 456x304
+    place = batch["key"].index("coffee.jpg/1-2")
+    expected = np.asarray(coffee.crop((128, 64, 192, 128)))
+    assert np.array_equal(batch["image"][place].permute(1, 2, 0).numpy(), expected)
+    gateway = Image.open(FOLDER / "gateway-of-india.jpg").resize((171, 128), Image.Resampling.BICUBIC)  # from 405x304
+    place = batch["key"].index("gateway-of-india.jpg/0-1")
+    expected = np.asarray(gateway.crop((21 + 64, 0, 21 + 128, 64)))  # of the 43 columns left over, 21 on the left
+    assert np.array_equal(batch["image"][place].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(("size", "tiles"), [(128, 42), (256, 8)])
+def test_large_tiles_are_not_enlarged(size, tiles):
+    source = SamplePhotographs(size=size, batch_size=8, crops_per_photograph=1)
+    loader = source.test_loader()
+    assert sum(len(batch["key"]) for batch in loader) == tiles
+    assert loader.enlarged == 0
+
+
+def test_a_tile_of_256_pixels_is_the_centre():
+    (batch,) = SamplePhotographs(size=256, batch_size=8).test_loader()
+    chelsea = np.asarray(Image.open(FOLDER / "chelsea.jpg"))  # 451x300
+    image = batch["image"][batch["key"].index("chelsea.jpg/0-0")].permute(1, 2, 0).numpy()
+    assert np.array_equal(image, chelsea[22 : 22 + 256, 97 : 97 + 256])
+
+
+def test_what_is_smaller_than_a_tile_is_reported_as_enlarged():
+    source = SamplePhotographs(size=312, batch_size=8, crops_per_photograph=1)
+    loader = source.test_loader()
+    (batch,) = loader
+    assert batch["image"].shape == (8, 3, 312, 312)
+    assert loader.enlarged == 8

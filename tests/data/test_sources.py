@@ -1,0 +1,142 @@
+"""The contract of a source: it continues anywhere, at any batch size, on two ranks; the order is the seed's alone."""
+
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.mix import MixSource
+from olvae.data.shards.latent_source import LatentSource
+from olvae.data.shards.pairs import PairSource
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess, Sample, Source
+from tests.data.images import encoded, write_shards, write_tar
+from tests.export.latents import Blocks, encode
+
+COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Path:
+    """Shards of 50 images and of 7 to validate, a folder of 24 images, latents of 20 and 3 with the images."""
+    root = tmp_path_factory.mktemp("sources")
+    write_shards(root / "shards", COUNTS)
+    write_shards(root / "val", (4, 3))
+    (root / "photos").mkdir()
+    for n in range(24):
+        (root / "photos" / f"{n:02d}.jpg").write_bytes(encoded(n)[: 100 if n == 3 else None])  # one is broken
+    (root / "classes").mkdir()
+    for shard, numbers in enumerate((range(7), range(7, 16), range(16, 20), range(20, 23))):
+        files = [((f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", str(n % 5).encode())) for n in numbers]
+        write_tar(root / "classes" / f"{shard}.tar", [file for group in files for file in group])
+    encode(root / "classes", root / "latents", Blocks(), size=32, flip=True, dtype="float32", images=True)
+    return root
+
+
+def folder(root: Path, **arguments: Any) -> Source:
+    return FolderSource(root / "photos", 16, val_fraction=0.2, max_unreadable=1.0, **arguments)
+
+
+def known_shards(root: Path, **arguments: Any) -> Source:
+    return WebDatasetSource(str(root / "shards"), 16, val_shards=str(root / "val"), shuffle=6, **arguments)
+
+
+def unknown_shards(root: Path, **arguments: Any) -> Source:
+    urls = [f"pipe:cat {path}" for path in sorted((root / "shards").iterdir())]
+    return WebDatasetSource(urls, 16, val_shards=str(root / "val"), shuffle=6, **arguments)
+
+
+def latents(root: Path, **arguments: Any) -> Source:
+    return LatentSource(root / "latents", shuffle=5, **arguments)
+
+
+def pairs(root: Path, **arguments: Any) -> Source:
+    return PairSource(root / "latents", size=16, shuffle=5, **arguments)
+
+
+def mix(root: Path, **arguments: Any) -> Source:
+    photos = {"root": str(root / "photos"), "size": 16, "batch_size": 1, "max_unreadable": 1.0}
+    shards = {"shards": str(root / "shards"), "size": 16, "batch_size": 1, "val_shards": str(root / "val")}
+    nodes = [
+        {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": photos},
+        {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
+    ]
+    return MixSource(nodes, size=16, weights=[1, 2], max_unreadable=1.0, **arguments)
+
+
+@pytest.fixture(params=[folder, known_shards, unknown_shards, latents, pairs, mix], ids=lambda make: make.__name__)
+def make(request, material) -> "partial[Source]":
+    return partial(request.param, material, batch_size=4)
+
+
+def take(loader: Any, count: int) -> list[dict[str, Any]]:
+    return list(islice(loader, count))
+
+
+def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    return len(a) == len(b) and all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) if k != "key" else x[k] == y[k] for k in x)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def same_samples(a: list[Sample], b: list[Sample]) -> bool:
+    return all(
+        (x.key, x.label, x.errors) == (y.key, y.label, y.errors)
+        and torch.equal(x.image, y.image)
+        and (x.moments is None or torch.equal(x.moments, y.moments))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def be_rank(monkeypatch, rank: int, world: int = 2) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+
+
+@pytest.mark.parametrize("place", [(0, 1), (1, 2), (2, 3)])
+def test_a_stream_continues_anywhere(make, place):
+    s, process = make(), LoaderProcess(*place)
+    whole = list(islice(s.stream(5, 0, process), 60))
+    for position in (0, 1, 5, 6, 17, 33, 50):
+        assert same_samples(list(islice(s.stream(5, position, process), 60 - position)), whole[position:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_a_loader_continues_at_any_batch(make, batch_size):
+    s = make(batch_size=batch_size)
+    whole = take(s.train_loader(3), 12)
+    for batches in (1, 2, 7):
+        assert same(take(s.train_loader(3, batches * batch_size), 12 - batches), whole[batches:])
+    assert not same(take(s.train_loader(4), 12), whole)
+
+
+def test_loader_processes_continue_for_each_of_two_ranks(make, monkeypatch):
+    """With two workers per rank; the ranks share the validation images."""
+    seen: list[set[str]] = []
+    validated: list[str] = []
+    for rank in (0, 1):
+        be_rank(monkeypatch, rank)
+        s = make(batch_size=2, num_workers=2)
+        whole = take(s.train_loader(3), 8)
+        assert same(take(s.train_loader(3, 3 * 2 * 2), 5), whole[3:])
+        seen.append({key for batch in whole[:4] for key in batch["key"]})
+        validated += [key for batch in s.val_loader() for key in batch["key"]]
+    if make.func not in (unknown_shards, mix):  # of the first epoch; in the folder, one replaces the broken one
+        assert len(seen[0] & seen[1]) <= (make.func is folder)
+    monkeypatch.undo()
+    assert sorted(validated) == sorted(key for batch in make().val_loader() for key in batch["key"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_validation_is_each_image_once_in_order(make, batch_size):
+    s = make()
+    keys = [key for batch in s.test_loader(batch_size) for key in batch["key"]]
+    assert keys == [sample.key for sample in s.once(LoaderProcess()) if sample.image is not None]
+    assert len(keys) == len(set(keys)) == s.val_images - len(s.unreadable.images)
