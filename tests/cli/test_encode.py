@@ -10,7 +10,7 @@ import torch
 from olvae.cli.main import main
 from olvae.data.image import image_to_tensor, read_picture, to_uint8
 from olvae.data.shards.latent_source import LatentSource
-from olvae.export.encoding import LatentShards
+from olvae.data.shards.write import ResumableShards
 from tests.export.latents import pictures, tiny_vae
 from tests.test_devices import fork_two
 
@@ -163,7 +163,7 @@ def test_help(olvae, command):
 @pytest.mark.parametrize("shards", [0, 2])
 def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeypatch, shards):
     """Where a shard is finished; else it leaves nothing."""
-    write = LatentShards.write
+    write = ResumableShards.write
     written = []
 
     def interrupt(self, number, samples, details):
@@ -172,7 +172,7 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
         written.append(number)
         return write(self, number, samples, details)
 
-    monkeypatch.setattr(LatentShards, "write", interrupt)
+    monkeypatch.setattr(ResumableShards, "write", interrupt)
     latents = tmp_path / "new" / "latents"
     encode = ("encode", target, "--data", image_folder, "--size", 16, "--out", latents, "--shard-size", 3)
     code, out, err = olvae(*encode)
