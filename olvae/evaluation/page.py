@@ -10,7 +10,7 @@ from olvae.evaluation.cells import conditions, costs, differences
 from olvae.evaluation.html import Page
 from olvae.evaluation.results import used_weights
 from olvae.evaluation.runner import Evaluated
-from olvae.evaluation.text import quality, skipped
+from olvae.evaluation.text import notes, quality
 from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
 
@@ -46,7 +46,7 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         },
         scores=quality(evaluated),
         counts={row.n for row in results.table},
-        skipped=list(skipped(results)),
+        notes=list(notes(evaluated)),
         differences=differences(results),
         costs=costs(results.rows),
         conditions=conditions(results.rows),

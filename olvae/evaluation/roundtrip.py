@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -90,6 +90,10 @@ class Cost:
     peak_memory_bytes: int | None
     batch_size: int
     device: str
+
+    def unmeasured(self) -> "Cost":
+        """Without speed and memory."""
+        return replace(self, encode_images_per_s=None, decode_images_per_s=None, peak_memory_bytes=None)
 
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
-from olvae.evaluation.observers.observer import Conditions, Observer, Progress, Seen, Subject, no_progress
+from olvae.evaluation.observers.observer import Conditions, Observation, Observer, Progress, Subject, no_progress
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import FIXED, Results, Row
 from olvae.evaluation.roundtrip import RoundTrip
@@ -151,7 +151,8 @@ def _one_pass(
         draw = seeds.index(_seed(protocol))
         found = rows_under(complete, [rows.get((name, draw), rows[name, 0]) for name in subjects], request.metrics)
         for observer in observers:
-            found = observer.complete(found)
+            by_name = {row.target: row for row in found}
+            found = [observer.complete(row, by_name) for row in found]
         evaluated.append(Evaluated(Results(complete.as_dict(), complete.hash(), about, found), observers))
     return evaluated
 
@@ -228,9 +229,9 @@ def observe(
                     stack.enter_context(observer.watch(name, draw, subjects[name], keys))
                 latents, y = trip(keys, x)
             metrics[name, draw].update(keys, x, y)
-            seen = Seen(name, draw, keys, x, y, latents, metrics[name, draw].values(keys))
+            seen = Observation(name, draw, keys, x, y, latents, metrics[name, draw].values(keys))
             for observer in observers:
-                observer.see(seen)
+                observer.update(seen)
     states = {key: metric.state() for key, metric in metrics.items()}
     parts = gather((digests, states, [observer.state() for observer in observers]))
     if parts is None:

@@ -27,7 +27,7 @@ def print_results(several: Sequence[Evaluated]) -> None:
     rows = several[0].results.rows
     if any(row.cost for row in rows):
         console.print(grid(f"cost: {conditions(rows)}", costs(rows)))
-    for line in dict.fromkeys(line for evaluated in several for line in remarks(evaluated)):
+    for line in dict.fromkeys(line for evaluated in several for line in _remarks(evaluated)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -46,7 +46,7 @@ def write_markdown(evaluated: Evaluated, path: Path) -> None:
         lines.append(_line([_plain(target), *map(_plain_cell, cells)]))
     if cost.rows:
         lines += ["", f"Cost of one image; speed and memory: {_plain(conditions(results.table))}."]
-    lines += ["", *(f"- {_plain(remark)}" for remark in remarks(evaluated))]
+    lines += ["", *(f"- {_plain(remark)}" for remark in _remarks(evaluated))]
     with atomic_write(path) as partial:
         partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -70,15 +70,6 @@ def write_csv(results: Results, path: Path) -> None:
                 writer.writerow([row.target, key, *(repr(column[key]) if key in column else "" for column in columns)])
 
 
-def remarks(evaluated: Evaluated) -> Iterator[str]:
-    """Lines below a table: the observers', what was skipped and why, and the warnings."""
-    results = evaluated.results
-    for observer in evaluated.observers:
-        yield from observer.lines(results.table)
-    yield from skipped(results)
-    yield from (f"warning: {warning}" for warning in results.warnings())
-
-
 def quality(evaluated: Evaluated, counts: bool = False) -> Table:
     """The metrics and the observers' columns; before them the numbers of images, if asked for or if they differ."""
     rows = evaluated.results.table
@@ -93,15 +84,23 @@ def quality(evaluated: Evaluated, counts: bool = False) -> Table:
     return table
 
 
-def skipped(results: Results) -> Iterator[str]:
-    """A line for each reason for which metrics were skipped."""
+def notes(evaluated: Evaluated) -> Iterator[str]:
+    """Lines below a table: the observers', and why metrics were skipped."""
+    rows = evaluated.results.table
+    for observer in evaluated.observers:
+        yield from observer.lines(rows)
     reasons: dict[str, list[str]] = {}
-    for row in results.table:
+    for row in rows:
         for name, reason in row.skipped.items():
             label = METRICS[name].label if name in METRICS else name
             if label not in reasons.setdefault(reason, []):
                 reasons[reason].append(label)
     yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in reasons.items())
+
+
+def _remarks(evaluated: Evaluated) -> Iterator[str]:
+    yield from notes(evaluated)
+    yield from (f"warning: {warning}" for warning in evaluated.results.warnings())
 
 
 def grid(title: str, table: Table) -> Grid:

@@ -18,9 +18,9 @@ TOY = """
         def __init__(self):
             self.changes = {}  # by target, image by image
 
-        def see(self, seen):
-            change = (seen.y.double() - seen.x.double()).mean((1, 2, 3)).tolist()
-            self.changes.setdefault(seen.target, {}).update(zip(seen.keys, change))
+        def update(self, batch):
+            change = (batch.y.double() - batch.x.double()).mean((1, 2, 3)).tolist()
+            self.changes.setdefault(batch.target, {}).update(zip(batch.keys, change))
 
         def state(self):
             return self.changes

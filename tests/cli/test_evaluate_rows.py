@@ -92,7 +92,7 @@ def test_every_encoder_with_every_decoder(olvae, trained, teacher, photos, tmp_p
     assert line in err
     assert line in (tmp_path / "one" / "metrics.md").read_text()
     page = (tmp_path / "one" / "report.html").read_text()
-    assert '<section id="latents">' in page
+    assert f"latents of {b}: RMS error {latents['rmse']:.3f}" in page
     assert "encoder, diffusers:" in page
 
     beside = ("--beside", tmp_path / "one" / "metrics.json")
@@ -199,16 +199,13 @@ def test_the_sample_photographs_and_the_card(olvae, tmp_path):
     arguments = ["--data", "samples", "--size", "32", "--metrics", "psnr", "--precision", "fp16,bf16"]
     code, _, err = olvae("evaluate", tmp_path / "vae", *arguments, "--out", tmp_path / "vae")
     assert code == 0, err
+    lines = [line for line in err.splitlines() if line.startswith("vae") and "largest activation" in line]
+    assert len(lines) == 3
+    assert "first at encoder.aggregator.init_conv" in lines[1]
     code, _, err = olvae("export", tmp_path / "vae", "--out", tmp_path / "out")
     assert code == 0, err
-    found = rows(tmp_path / "vae")["vae, bf16"]["precision"]
-    name = found["largest_name"]
-    assert name.startswith("encoder.aggregator.")
-    assert (
-        f"Precision, measured on 42 images of 32 px: bf16 is safe (largest activation {found['largest_value']:.4g} at "
-        f"`{name}`); fp16 overflows at "
-        "`encoder.aggregator.init_conv`: use bf16 or float32."
-    ) in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(line in card for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderKL
 
-from olvae.evaluation.observers.observer import Seen
+from olvae.evaluation.observers.observer import Observation
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.conftest import tiny_config
@@ -28,8 +28,8 @@ def kl(latent_channels: int = 4) -> DiffusersAutoencoder:
     return DiffusersAutoencoder(model.eval()).eval()
 
 
-def seen(target, keys, x=None, y=None, draw=0, latents=None, values=None) -> Seen:
+def seen(target, keys, x=None, y=None, draw=0, latents=None, values=None) -> Observation:
     """A batch for an observer; black images and latents where the test needs none."""
     x = torch.zeros(len(keys), 3, 16, 16, dtype=torch.uint8) if x is None else x
     latents = torch.zeros(len(keys), 4, 2, 2) if latents is None else latents
-    return Seen(target, draw, keys, x, x if y is None else y, latents, values or {})
+    return Observation(target, draw, keys, x, x if y is None else y, latents, values or {})

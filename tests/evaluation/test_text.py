@@ -1,11 +1,11 @@
 import csv
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
-from olvae.evaluation.observers.cross import Cross, LatentError
-from olvae.evaluation.observers.half_precision import HalfPrecision, NonFinite, Precision
+from olvae.evaluation.observers.cross import Cross
+from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Cost
@@ -13,7 +13,6 @@ from olvae.evaluation.runner import Evaluated
 from olvae.evaluation.text import print_results, write_csv, write_markdown
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
-FINITE = NonFinite(0, 0, None)
 COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")
 COST = Cost(1_500_000, 2_000_000_000, 3_000_000_000, 12.34, 5.678, 3 * 2**20, 4, "CPU, 1 thread")
 
@@ -53,18 +52,20 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
     )
 
 
-def test_latents_and_precisions_are_lines_below_the_table(tmp_path):
-    def found(dtype: str, value: float, limit: float, broken: NonFinite = FINITE, lost: float | None = 0.0) -> dict:
+def test_observers_add_lines_below_the_table(tmp_path):
+    def found(dtype: str, value: float, limit: float, lost: float | None = 0.0, broken: int = 0) -> dict:
+        largest = {"largest": {}, "largest_name": "decoder.conv_out", "largest_value": value, "limit": limit}
+        non_finite = {"images": broken, "values": broken, "first": "decoder.up.0"}
         return {
-            "precision": asdict(Precision(dtype, {}, "decoder.conv_out", value, limit, broken, lost, not broken.values))
+            "precision": {"dtype": dtype, **largest, "non_finite": non_finite, "psnr_lost": lost, "safe": not broken}
         }
 
-    latents = LatentError("a", 0.18, [0.18, None], [1.0, 0.0])
+    latents = {"teacher": "a", "rmse": 0.18, "per_channel": [0.18, None], "teacher_std": [1.0, 0.0]}
     rows = (
         Row("a", 50, {"psnr": 20.0}, observed=found("32", 71234.4, 3.4e38)),
-        Row("a, fp16", 50, {"psnr": 5.0}, observed=found("fp16", 9.0, 65504.0, NonFinite(3, 8, "decoder.up.0"), 15.0)),
+        Row("a, fp16", 50, {"psnr": 5.0}, observed=found("fp16", 9.0, 65504.0, 15.0, broken=3)),
         Row("a, bf16", 50, {"psnr": 20.0}, observed=found("bf16", 3.14159, 3.4e38, lost=-0.0625)),
-        Row("b", 50, {"psnr": 20.0}, cost=COUNTED, observed={"latents": asdict(latents)}),
+        Row("b", 50, {"psnr": 20.0}, cost=COUNTED, observed={"latents": latents}),
     )
     write_markdown(Evaluated(results_of(*rows), [HalfPrecision(), Cross()]), tmp_path / "m.md")
     lines = (tmp_path / "m.md").read_text().splitlines()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from olvae.evaluation.cells import NONE, significant
 from olvae.evaluation.html import Page
-from olvae.evaluation.observers.observer import Observer, Seen
+from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.results import Row
 from olvae.modules.wavelet import wavedec2
 
@@ -47,15 +47,15 @@ class Bands(Observer):
         self._energies: dict[str, dict[str, tuple[Energies, Energies]]] = {}  # by target and key; of error and input
 
     @torch.no_grad()
-    def see(self, seen: Seen) -> None:
-        levels = min(self._levels, *map(_halvings, seen.x.shape[-2:]))
-        if seen.draw or not levels:
+    def update(self, batch: Observation) -> None:
+        levels = min(self._levels, *map(_halvings, batch.x.shape[-2:]))
+        if batch.draw or not levels:
             return
-        signal = seen.x.double()
-        error = seen.y.double() - signal
+        signal = batch.x.double()
+        error = batch.y.double() - signal
         pairs = zip(_energies(error, levels), _energies(signal, levels), strict=True)
-        known = self._energies.setdefault(seen.target, {})
-        for key, pair in zip(seen.keys, pairs, strict=True):
+        known = self._energies.setdefault(batch.target, {})
+        for key, pair in zip(batch.keys, pairs, strict=True):
             known.setdefault(key, pair)
 
     def state(self) -> Any:

@@ -2,20 +2,18 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from markupsafe import Markup
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.evaluation.cells import NONE, Cell, Table, significant
-from olvae.evaluation.html import Page
-from olvae.evaluation.observers.observer import Observer, Seen, Subject
+from olvae.evaluation.cells import NONE
+from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Direction, OneWay
 from olvae.models.autoencoder import Autoencoder
@@ -30,7 +28,7 @@ LATENT = 8
 
 
 class Crossed(Autoencoder):
-    """The encoder of one autoencoder with the decoder of another; it shares their weights."""
+    """Join the encoder of one autoencoder with the decoder of another; weights are shared."""
 
     def __init__(self, encoder_of: Autoencoder, decoder_of: Autoencoder) -> None:
         super().__init__()
@@ -50,54 +48,23 @@ class Crossed(Autoencoder):
         return encoder + _used_parameters(self.decoder_of, "decode", self.latent_channels, LATENT)
 
 
-@dataclass(frozen=True)
-class LatentError:
-    """How far a student's latents are from its teacher's: the means of the posteriors of the same images.
-
-    Args:
-        teacher: its name.
-        rmse: the root of the mean over channels of the squares of ``per_channel``, without those that are None; None
-            if all are.
-        per_channel: root mean square of the difference over images and positions, divided by ``teacher_std``; None
-            where the teacher's channel is constant.
-        teacher_std: standard deviation of the teacher's means over the same images and positions, per channel.
-    """
-
-    teacher: str
-    rmse: float | None
-    per_channel: Sequence[float | None]
-    teacher_std: Sequence[float]
-
-
-class Pair(NamedTuple):
-    """A crossed row: the targets whose encoder and decoder it has, and its number of parameters in use."""
-
-    encoder: str
-    decoder: str
-    parameters: int
-
-
 class Cross(Observer):
     """Evaluate each encoder of two targets, teacher then student, with the other's decoder, and compare the latents.
 
-    Batches, their order and the number of processes make no difference to the latents' error, and a key counts once.
+    The student's entry has the ``teacher``'s name; ``teacher_std``, the standard deviation of its posterior means per
+    channel; ``per_channel``, the root mean square of student minus teacher over images and positions, divided by it,
+    None where the teacher's channel is constant; and ``rmse``, the root mean square of those over channels.
     """
 
     name = "latents"
-    title = "Latents"
 
     def __init__(self) -> None:
         self._teacher = self._student = ""
-        self._pairs: dict[str, Pair] = {}
+        self._pairs: dict[str, tuple[str, str, int]] = {}  # targets of encoder and decoder, parameters in use
         self._waiting: Tensor | None = None  # the teacher's latents of the batch
         self._sums: dict[str, _Sums] = {}  # by key
 
-    def conflicts(
-        self,
-        targets: Sequence[str],
-        metrics: Sequence[str],
-        observers: Sequence[Observer],
-    ) -> Iterator[str]:
+    def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
         if len(targets) != 2:
             yield f"`cross` takes two targets, TEACHER STUDENT, and got {len(targets)}"
 
@@ -118,18 +85,18 @@ class Cross(Observer):
             f"{a}'s encoder, {b}'s decoder": (a, b, Crossed(first, second)),
             f"{b}'s encoder, {a}'s decoder": (b, a, Crossed(second, first)),
         }
-        self._pairs = {name: Pair(x, y, model.used_parameters()) for name, (x, y, model) in crossed.items()}
+        self._pairs = {name: (x, y, model.used_parameters()) for name, (x, y, model) in crossed.items()}
         return {**subjects, **{name: Subject(model) for name, (_, _, model) in crossed.items()}}
 
-    def see(self, seen: Seen) -> None:
-        if seen.draw:
+    def update(self, batch: Observation) -> None:
+        if batch.draw:
             return
-        if seen.target == self._teacher:
-            self._waiting = seen.latents
-        elif seen.target == self._student:
+        if batch.target == self._teacher:
+            self._waiting = batch.latents
+        elif batch.target == self._student:
             assert self._waiting is not None, "the teacher comes first"
-            errors = (seen.latents.double() - self._waiting.double()).square().sum((2, 3))  # (B, n_z)
-            for key, teacher, error in zip(seen.keys, self._waiting, errors.tolist(), strict=True):
+            errors = (batch.latents.double() - self._waiting.double()).square().sum((2, 3))  # (B, n_z)
+            for key, teacher, error in zip(batch.keys, self._waiting, errors.tolist(), strict=True):
                 self._sums.setdefault(key, (Moments.of(teacher).state(), error))
             self._waiting = None
 
@@ -140,70 +107,46 @@ class Cross(Observer):
         self._sums = state | self._sums
 
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
-        return (
-            asdict(_error(self._teacher, (self._sums[key] for key in sorted(self._sums))))
-            if target == self._student
-            else None
-        )
+        if target != self._student:
+            return None
+        moments, errors = zip(*(self._sums[key] for key in sorted(self._sums)), strict=True)
+        total = reduce(add, (Moments.from_state(*state) for state in moments))
+        rms = [math.sqrt(math.fsum(channel) / total.positions) for channel in zip(*errors, strict=True)]
+        deviations = total.std.tolist()
+        per_channel = [
+            None if std <= torch.finfo(torch.float32).eps * abs(mean) else error / std  # constant but for rounding
+            for error, std, mean in zip(rms, deviations, total.mean.tolist(), strict=True)
+        ]
+        known = [value for value in per_channel if value is not None]
+        rmse = math.sqrt(math.fsum(value**2 for value in known) / len(known)) if known else None
+        return {"teacher": self._teacher, "rmse": rmse, "per_channel": per_channel, "teacher_std": deviations}
 
-    def complete(self, rows: Sequence[Row]) -> list[Row]:
-        """Costs of crossed rows: the parameters in use; the same half has one speed in all rows."""
-        costs = {row.target: row.cost for row in rows if row.cost}
-        done = []
-        for row in rows:
-            if row.cost and (pair := self._pairs.get(row.target)):
-                cost = replace(
-                    row.cost,
-                    parameters=pair.parameters,
-                    encode_images_per_s=costs[pair.encoder].encode_images_per_s,
-                    decode_images_per_s=costs[pair.decoder].decode_images_per_s,
-                )
-                row = replace(row, cost=cost)
-            done.append(row)
-        return done
+    def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
+        """Costs of a crossed row: the parameters in use; the same half has one speed in all rows."""
+        if row.target not in self._pairs:
+            return row
+        one, other, parameters = self._pairs[row.target]
+        cost, encoder, decoder = row.cost, rows[one].cost, rows[other].cost
+        if not (cost and encoder and decoder):
+            return row
+        cost = replace(
+            cost,
+            parameters=parameters,
+            encode_images_per_s=encoder.encode_images_per_s,
+            decode_images_per_s=decoder.decode_images_per_s,
+        )
+        return replace(row, cost=cost)
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
-        for name, found in _errors(rows).items():
-            overall, *channels = (
-                NONE if value is None else f"{value:.3f}" for value in (found.rmse, *found.per_channel)
-            )
-            yield (
-                f"latents of {name}: RMS error {overall} in standard deviations of {found.teacher}; per channel "
-                f"{', '.join(channels)}"
-            )
-
-    def section(self, page: Page) -> Markup | None:
-        errors = _errors(page.results.table)
-        channels = max((len(found.per_channel) for found in errors.values()), default=0)
-        cells = {}
-        for name, found in errors.items():
-            pairs = zip(found.per_channel, found.teacher_std, strict=True)
-            one = [Cell(significant(error), significant(std)) for error, std in pairs]
-            cells[name] = [Cell(significant(found.rmse)), *one, *[Cell(NONE)] * (channels - len(one))]
-        table = Table(["all", *(f"channel {i + 1}" for i in range(channels))], cells)
-        caption = (
-            "Root mean square of the difference from the teacher's latents, over images and positions, in units of the "
-            "teacher's standard deviation; in small print that deviation."
-        )
-        return page.table(table, self.name, caption) or None
-
-
-def _error(teacher: str, sums: Iterable[_Sums]) -> LatentError:
-    moments, errors = zip(*sums, strict=True)
-    total = reduce(add, (Moments.from_state(*state) for state in moments))
-    rms = [math.sqrt(math.fsum(channel) / total.positions) for channel in zip(*errors, strict=True)]
-    deviations = total.std.tolist()
-    per_channel = [
-        None if std <= torch.finfo(torch.float32).eps * abs(mean) else error / std  # constant but for rounding
-        for error, std, mean in zip(rms, deviations, total.mean.tolist(), strict=True)
-    ]
-    known = [value for value in per_channel if value is not None]
-    rmse = math.sqrt(math.fsum(value**2 for value in known) / len(known)) if known else None
-    return LatentError(teacher, rmse, per_channel, deviations)
-
-
-def _errors(rows: Sequence[Row]) -> dict[str, LatentError]:
-    return {row.target: LatentError(**row.observed["latents"]) for row in rows if row.observed.get("latents")}
+        for row in rows:
+            if entry := row.observed.get(self.name):
+                overall, *channels = (
+                    NONE if value is None else f"{value:.3f}" for value in (entry["rmse"], *entry["per_channel"])
+                )
+                yield (
+                    f"latents of {row.target}: RMS error {overall} in standard deviations of {entry['teacher']}; per "
+                    f"channel {', '.join(channels)}"
+                )
 
 
 def _used_parameters(model: Autoencoder, direction: Direction, channels: int, side: int) -> int:

@@ -1,7 +1,7 @@
 """Observe what becomes of constant colours: the grids that an autoencoder adds, which photographs hide."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from olvae.data.image import from_uint8, to_uint8
 from olvae.data.source import Batch
 from olvae.evaluation.cells import number, texts
 from olvae.evaluation.html import Page
-from olvae.evaluation.observers.observer import Conditions, Observer, Subject, Watched
+from olvae.evaluation.observers.observer import Conditions, Observer, Subject, Wrapper
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.precision import full_float32
 
@@ -46,7 +46,6 @@ class Colour:
     The inner part is the image without a frame of a quarter of its size.
 
     Args:
-        name: of the colour.
         shift: the mean over the inner part minus the colour, per channel.
         amplitude: standard deviation over the inner part's positions, root mean square over channels.
         grid: the part of the amplitude that repeats every f pixels: the amplitude of the mean f x f tile.
@@ -55,8 +54,7 @@ class Colour:
         deviation: reconstruction minus its mean over the inner part, float32 (C, H, W).
     """
 
-    name: str
-    shift: tuple[float, ...]
+    shift: list[float]
     amplitude: float
     grid: float
     amplitude_with_border: float
@@ -68,55 +66,29 @@ class Colour:
     def largest_shift(self) -> float:
         return max(self.shift, key=abs)
 
-
-@dataclass(frozen=True)
-class Colours:
-    """All colours, reconstructed by an autoencoder that downscales by ``period``, with sides of ``size`` pixels."""
-
-    size: int
-    period: int
-    frame: int
-    """Pixels on each side that are outside the inner part."""
-    colours: Sequence[Colour]
-
     def as_dict(self) -> dict[str, Any]:
         """The numbers for metrics.json; None where one is not finite."""
+        amplitudes = {name: getattr(self, name) for name in ("amplitude", "grid", "amplitude_with_border")}
         return {
-            "size": self.size,
-            "period": self.period,
-            "frame": self.frame,
-            "colours": {
-                colour.name: {
-                    "shift": [_finite(value) for value in colour.shift],
-                    "amplitude": _finite(colour.amplitude),
-                    "grid": _finite(colour.grid),
-                    "amplitude_with_border": _finite(colour.amplitude_with_border),
-                }
-                for colour in self.colours
-            },
-        }
-
-    def summary(self) -> dict[str, str]:
-        """Over all colours, cells by heading."""
-        grids = [colour.grid for colour in self.colours]
-        return {
-            "grid, mean": number(_mean(grids), 2),
-            "grid, largest": number(max(grids), 2),
-            "amplitude, mean": number(_mean([colour.amplitude for colour in self.colours]), 2),
-            "with border, mean": number(_mean([colour.amplitude_with_border for colour in self.colours]), 2),
-            "shift, largest": number(max(abs(colour.largest_shift) for colour in self.colours), 1),
+            "shift": [value if math.isfinite(value) else None for value in self.shift],
+            **{name: value if math.isfinite(value) else None for name, value in amplitudes.items()},
         }
 
 
 class FlatColours(Observer):
-    """Reconstruct constant colours with every target in float32, and measure the deviation, as a grid and in all."""
+    """Reconstruct constant colours with every target in float32, and measure the deviation, as a grid and in all.
+
+    An entry has the colours' ``size``, the ``period`` of the grid, both in pixels, the width of the ``frame`` outside
+    the inner part, and the numbers of each of the ``colours``.
+    """
 
     name = "test_patterns"
     title = "Artefacts on constant colours"
 
     def __init__(self) -> None:
-        self.found: dict[str, Colours] = {}
-        """By target."""
+        self._colours: dict[str, dict[str, Colour]] = {}  # by target
+        self._periods: dict[str, int] = {}
+        self._size = 0
 
     def examine(self, subjects: Mapping[str, Subject], conditions: Conditions) -> None:
         models = {
@@ -124,21 +96,25 @@ class FlatColours(Observer):
             for name, subject in subjects.items()
             if not subject.baseline and all(p.dtype == torch.float32 for p in subject.model.parameters())
         }
-        side = colour_size((model.downscale for model in models.values()), conditions.size)
+        self._periods = {name: model.downscale for name, model in models.items()}
+        self._size = colour_size(self._periods.values(), conditions.size)
         for name, model in models.items():
-            watched = conditions.progress("constant colours", shared=False)
-            self.found[name] = reconstruct_colours(model, side, conditions.device, conditions.batch_size, watched)
+            wrap = conditions.progress("constant colours", shared=False)
+            self._colours[name] = reconstruct_colours(model, self._size, conditions.device, conditions.batch_size, wrap)
 
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
-        return self.found[target].as_dict() if target in self.found else None
+        if target not in self._colours:
+            return None
+        colours = {name: colour.as_dict() for name, colour in self._colours[target].items()}
+        period = self._periods[target]
+        return {"size": self._size, "period": period, "frame": _frame(self._size, period), "colours": colours}
 
     def section(self, page: Page) -> Markup | None:
-        if not self.found:
+        if not self._colours:
             return None
-        found = list(self.found.values())
-        side = min(PATCH // 2 if max(one.period for one in found) <= PATCH // 8 else PATCH, found[0].size)
+        side = min(PATCH // 2 if max(self._periods.values()) <= PATCH // 8 else PATCH, self._size)
         screen = side * max(1, PATCH // side)  # a whole multiple: other scaling would add a grid
-        factor = amplification(found)
+        factor = amplification(self._colours.values())
 
         def picture(image: Tensor, alt: str, swatch: bool = False) -> Markup:
             style = "" if swatch else f"width: {screen}px; height: {screen}px"
@@ -146,12 +122,12 @@ class FlatColours(Observer):
 
         return page.render(
             "flat_colours.html",
-            summary=texts({target: one.summary() for target, one in self.found.items()}),
-            targets=list(self.found),
-            colours=list(zip(*(one.colours for one in found), strict=True)),
+            summary=texts({target: _summary(colours.values()) for target, colours in self._colours.items()}),
+            colours=self._colours,
+            names=list(next(iter(self._colours.values()))),
             side=side,
             factor=factor,
-            amplified=lambda deviation: amplified(deviation, factor),
+            amplified=amplified,
             picture=picture,
         )
 
@@ -173,8 +149,8 @@ def reconstruct_colours(
     size: int,
     device: str | torch.device = "cpu",
     batch_size: int = 8,
-    watched: Watched = lambda batches, _: batches,
-) -> Colours:
+    wrap: Wrapper = lambda batches, _: batches,
+) -> dict[str, Colour]:
     """Reconstruct constant colours from the posterior's mode, in full float32.
 
     If there are not three channels, the colours are greys and each channel alone.
@@ -182,10 +158,9 @@ def reconstruct_colours(
     Args:
         model: in evaluation mode; it is moved to the device.
         size: side of the square images, in pixels; a multiple of the model's downscale factor f.
-        watched: wraps the batches, to show progress.
+        wrap: gets the batches, to show progress.
     """
-    f = model.downscale
-    assert size % f == 0
+    assert size % model.downscale == 0
     images = _images(model.in_channels, size)
     names = list(images)
     batches = [
@@ -193,19 +168,22 @@ def reconstruct_colours(
         for some in (names[i : i + batch_size] for i in range(0, len(names), batch_size))
     ]
     model.to(device)
-    found: dict[str, Tensor] = {}
-    for batch in watched(batches, len(images)):
-        found |= zip(batch["key"], _reconstruct(model, batch["image"].to(device)), strict=True)
-    frame = size // (4 * f) * f
-    return Colours(size, f, frame, [_colour(name, x, found[name], f, frame) for name, x in images.items()])
+    colours: dict[str, Colour] = {}
+    for batch in wrap(batches, len(images)):
+        x = from_uint8(batch["image"].to(device))
+        with full_float32(x):
+            y = model.decode(model.encode(x).mode()).float().cpu()
+        for key, image, reconstruction in zip(batch["key"], batch["image"], y, strict=True):
+            colours[key] = _measure(image, reconstruction, model.downscale)
+    return colours
 
 
-def amplification(results: Iterable[Colours]) -> int:
+def amplification(results: Iterable[Mapping[str, Colour]]) -> int:
     """The power of two, 64 at most, at which 99 % of the worst target's deviations stay within a picture's range.
 
     It is one factor for all targets, so that their pictures compare.
     """
-    deviations = (np.concatenate([colour.deviation.flatten() for colour in found.colours]) for found in results)
+    deviations = (np.concatenate([colour.deviation.flatten() for colour in found.values()]) for found in results)
     largest = max(float(np.quantile(np.abs(values), 0.99)) for values in deviations)
     factor = AMPLIFIED
     while factor > 1 and factor * largest > 127.0:
@@ -230,24 +208,21 @@ def _images(channels: int, size: int) -> dict[str, Tensor]:
     }
 
 
-def _reconstruct(model: Autoencoder, x: Tensor) -> Tensor:
-    """uint8 -> the network's output, float32, nominally in [-1, 1], on the CPU."""
-    images = from_uint8(x)
-    with full_float32(images):
-        return model.decode(model.encode(images).mode()).float().cpu()
+def _frame(size: int, f: int) -> int:
+    return size // (4 * f) * f
 
 
-def _colour(name: str, x: Tensor, y: Tensor, f: int, frame: int) -> Colour:
+def _measure(x: Tensor, y: Tensor, f: int) -> Colour:
     values = (y.clamp(-1.0, 1.0) + 1.0) * 127.5  # (C, H, W) in 0..255
+    frame = _frame(values.shape[-1], f)
     inner = slice(frame, values.shape[-1] - frame)
     inside = values[:, inner, inner].double()
     mean = inside.mean((1, 2))
-    tiles = inside.unfold(1, f, f).unfold(2, f, f).mean((1, 2))  # (C, f, f)
+    tile = inside.unfold(1, f, f).unfold(2, f, f).mean((1, 2))  # (C, f, f)
     return Colour(
-        name,
-        tuple((mean - x[:, 0, 0]).tolist()),
+        (mean - x[:, 0, 0]).tolist(),
         _amplitude(inside),
-        _amplitude(tiles),
+        _amplitude(tile),
         _amplitude(values.double()),
         x,
         to_uint8(y),
@@ -255,14 +230,18 @@ def _colour(name: str, x: Tensor, y: Tensor, f: int, frame: int) -> Colour:
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _amplitude(values: Tensor) -> float:
     """Standard deviation over positions, root mean square over channels."""
     return math.sqrt(values.var((1, 2), correction=0).mean())
+
+
+def _summary(colours: Collection[Colour]) -> dict[str, str]:
+    """Over all colours, cells by heading."""
+    grids = [colour.grid for colour in colours]
+    return {
+        "grid, mean": number(sum(grids) / len(colours), 2),
+        "grid, largest": number(max(grids), 2),
+        "amplitude, mean": number(sum(colour.amplitude for colour in colours) / len(colours), 2),
+        "with border, mean": number(sum(colour.amplitude_with_border for colour in colours) / len(colours), 2),
+        "shift, largest": number(max(abs(colour.largest_shift) for colour in colours), 1),
+    }

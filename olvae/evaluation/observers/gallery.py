@@ -12,7 +12,7 @@ from torch import Tensor
 
 from olvae.evaluation.html import Page, side_limit
 from olvae.evaluation.observers.baselines import UNTRAINED
-from olvae.evaluation.observers.observer import Observer, Seen
+from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.figures import ERROR_RANGE, error_map, labelled_grid
 from olvae.files import atomic_write
 from olvae.metrics.registry import METRICS
@@ -130,14 +130,14 @@ class Gallery(Observer):
         """By target."""
         self._metric: str | None = None
 
-    def see(self, seen: Seen) -> None:
+    def update(self, batch: Observation) -> None:
         if self._metric is None:
-            lpips = seen.x.shape[1] == 3 and min(seen.x.shape[2:]) >= LPIPS_FROM
-            self._metric = next((name for name in ["lpips"] * lpips + ["psnr"] if name in seen.values), None)
+            lpips = batch.x.shape[1] == 3 and min(batch.x.shape[2:]) >= LPIPS_FROM
+            self._metric = next((name for name in ["lpips"] * lpips + ["psnr"] if name in batch.values), None)
         metric = self._metric
-        if metric is not None and metric in seen.values and not seen.draw and seen.target != UNTRAINED:
-            ranking = self.rankings.setdefault(seen.target, Ranking(METRICS[metric].better))
-            ranking.add(seen.keys, seen.values[metric], seen.x, seen.y)
+        if metric is not None and metric in batch.values and not batch.draw and batch.target != UNTRAINED:
+            ranking = self.rankings.setdefault(batch.target, Ranking(METRICS[metric].better))
+            ranking.add(batch.keys, batch.values[metric], batch.x, batch.y)
 
     def state(self) -> Any:
         return self._metric, self.rankings

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, precision_name
-from olvae.evaluation.cells import NONE, magnitude, number, texts
+from olvae.evaluation.cells import magnitude, texts
 from olvae.evaluation.html import Page
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
@@ -26,64 +26,17 @@ from olvae.modules.distributions import Posterior, in_float32
 TOLERANCE = 0.1
 """In dB: a precision whose PSNR is further from float32's is not safe."""
 
-FP16 = torch.finfo(torch.float16).max
-
 WRAPPER = "model"
 """The attribute under which an autoencoder of diffusers, and Stable Diffusion's networks, stand inside ours."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class NonFinite:
-    """What was infinite or not a number.
-
-    Args:
-        images: with at least one such value in any module's output.
-        values: over all modules' outputs, so one that spreads counts in each.
-        first: the module, in the order of the forward pass, in whose output one was; None if there was none.
-    """
-
-    images: int
-    values: int
-    first: str | None
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The range of an autoencoder's activations over all images, in one precision.
-
-    Args:
-        dtype: fp16, bf16 or 32.
-        largest: by stage (:func:`stage_of`), the largest magnitude of the outputs that are finite.
-        largest_name, largest_value: of all modules, the one with the largest, and how large.
-        limit: the largest number of the dtype.
-        non_finite: what was not finite.
-        psnr_lost: float32's PSNR minus this one's, in dB; None if it is infinite, or not known yet.
-        safe: nothing was non-finite, and PSNR is within :data:`TOLERANCE` of float32's.
-    """
-
-    dtype: str
-    largest: Mapping[str, float]
-    largest_name: str
-    largest_value: float
-    limit: float
-    non_finite: NonFinite
-    psnr_lost: float | None = None
-    safe: bool = False
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Precision":
-        """The inverse of :func:`dataclasses.asdict`."""
-        return cls(**{**content, "non_finite": NonFinite(**content["non_finite"])})
-
-
 class InPrecision(Autoencoder):
     """An autoencoder with weights and inputs in a precision, as after ``vae.half()``: no autocast.
 
-    Images and latents are float32 outside, so that everything else is computed as ever. In fp16 and bf16 a value of a
-    reconstruction that is not finite becomes what a pipeline makes of it: plus infinity white, minus infinity and NaN
-    black. So metrics show the damage.
+    Images and latents are float32 outside. In fp16 and bf16 a value of a reconstruction that is not finite becomes what
+    a pipeline makes of it, so that metrics show the damage: plus infinity white, minus infinity and NaN black.
 
     Args:
         model: in float32; it is copied unless that is the precision.
@@ -93,8 +46,7 @@ class InPrecision(Autoencoder):
 
     def __init__(self, model: Autoencoder, precision: str, name: str = "the autoencoder") -> None:
         super().__init__()
-        self.name = name
-        self.precision = precision
+        self.name, self.precision = name, precision
         self.dtype = PRECISIONS[precision].dtype
         self.model = model if precision == FULL else copy.deepcopy(model).to(self.dtype)
         self.reconstruction = nn.Identity()
@@ -143,12 +95,27 @@ class Activations:
     """The largest activations of modules, and which were not finite, over all images of :meth:`recorded`."""
 
     def __init__(self) -> None:
-        self.largest: dict[str, float] = {}
-        """By module, in the order of the forward pass: the largest magnitude of its outputs that are finite."""
+        self._largest: dict[str, float] = {}  # by module, in the order of the forward pass; of finite outputs
         self._broken: set[str] = set()  # modules
         self._lost: dict[str, int] = {}  # by image, non-finite values
 
-    def add(self, keys: Sequence[str], name: str, output: Tensor) -> None:
+    @contextmanager
+    def recorded(self, model: InPrecision, keys: Sequence[str]) -> Iterator[None]:
+        """Record the outputs of all modules that give a tensor, while a batch with these keys goes through."""
+
+        def hook(name: str, module: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
+            if isinstance(output, Tensor) and output.is_floating_point():
+                self._add(keys, name, output)
+
+        modules = {**dict(model.model.named_modules()), "reconstruction": model.reconstruction}
+        handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items() if name]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, keys: Sequence[str], name: str, output: Tensor) -> None:
         """Add a module's output for a batch: (B, ...), or with a multiple of B in front, as where heads are split.
 
         Of an output of another shape it is not known which image a non-finite value belongs to: then to all.
@@ -163,46 +130,43 @@ class Activations:
             lost = (~finite).reshape(len(keys) if by_image else 1, -1).sum(1).expand(len(keys))
             for key, count in zip(keys, lost.tolist(), strict=True):
                 self._lost[key] = self._lost.get(key, 0) + count
-        self.largest[name] = max(self.largest.get(name, 0.0), largest)
+        self._largest[name] = max(self._largest.get(name, 0.0), largest)
 
     def merge(self, other: "Activations") -> None:
-        """Add what another process has seen."""
-        for name, value in other.largest.items():
-            self.largest[name] = max(self.largest.get(name, 0.0), value)
+        """Add another process's."""
+        for name, value in other._largest.items():
+            self._largest[name] = max(self._largest.get(name, 0.0), value)
         self._broken |= other._broken
         self._lost = other._lost | self._lost
 
-    def compute(self, precision: str) -> Precision:
-        """What was found, without a verdict; a network whose largest activation has several names has the innermost."""
+    def compute(self, precision: str) -> dict[str, Any]:
+        """The entry of a row; where several modules have the largest activation, the innermost is named."""
         stages: dict[str, float] = {}
-        for name, value in self.largest.items():
-            stage = stage_of(name)
-            stages[stage] = max(stages.get(stage, 0.0), value)
+        for name, value in self._largest.items():
+            stages[stage_of(name)] = max(stages.get(stage_of(name), 0.0), value)
         lost = [count for count in self._lost.values() if count]
-        first = next((name for name in self.largest if name in self._broken), None)
-        name = max(self.largest, key=self.largest.__getitem__)
-        limit = torch.finfo(PRECISIONS[precision].dtype).max
-        return Precision(precision, stages, name, self.largest[name], limit, NonFinite(len(lost), sum(lost), first))
-
-    @contextmanager
-    def recorded(self, model: InPrecision, keys: Sequence[str]) -> Iterator[None]:
-        """Record the outputs of all modules that give a tensor, while a batch with these keys goes through."""
-
-        def hook(name: str, module: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
-            if isinstance(output, Tensor) and output.is_floating_point():
-                self.add(keys, name, output)
-
-        modules = {**dict(model.model.named_modules()), "reconstruction": model.reconstruction}
-        handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items() if name]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        largest = max(self._largest, key=self._largest.__getitem__)
+        return {
+            "dtype": precision,
+            "largest": stages,
+            "largest_name": largest,
+            "largest_value": self._largest[largest],
+            "limit": torch.finfo(PRECISIONS[precision].dtype).max,
+            "non_finite": {
+                "images": len(lost),
+                "values": sum(lost),
+                "first": next((name for name in self._largest if name in self._broken), None),
+            },
+        }
 
 
 class HalfPrecision(Observer):
     """Evaluate every target in further precisions, record activations, and judge whether each precision is safe.
+
+    An entry has ``dtype``; ``largest``, the largest finite magnitude by :func:`stage_of`; ``largest_name`` and
+    ``largest_value`` of all modules; ``limit`` of the dtype; ``non_finite``: ``images`` with such a value in any
+    module's output, ``values`` over all modules, and the ``first`` module with one; ``psnr_lost``, float32's PSNR minus
+    this one's, None if it is infinite; and ``safe``: nothing was non-finite, and PSNR is within :data:`TOLERANCE`.
 
     Args:
         precisions: fp16, bf16, 32, by any of their names; 32 is always among them, and first, because others are
@@ -217,7 +181,7 @@ class HalfPrecision(Observer):
 
     def __init__(self, precisions: Sequence[str] = (FULL,)) -> None:
         self.precisions = tuple(dict.fromkeys([FULL, *map(precision_name, precisions)]))
-        self._of: dict[str, str] = {}  # by target, its precision
+        self._derived: dict[str, tuple[str, str]] = {}  # by row, its target and precision
         self._activations: dict[tuple[str, int], Activations] = {}
 
     def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
@@ -241,7 +205,7 @@ class HalfPrecision(Observer):
                 if row in derived or (row != name and row in subjects):
                     raise ConfigError(f"{row}: a target has the name of another's row with `precision`: rename it")
                 derived[row] = Subject(InPrecision(subject.model, precision, row), subject.baseline)
-                self._of[row] = precision
+                self._derived[row] = name, precision
         return derived
 
     def watch(self, target: str, draw: int, subject: Subject, keys: Sequence[str]) -> AbstractContextManager[None]:
@@ -258,96 +222,51 @@ class HalfPrecision(Observer):
 
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
         activations = self._activations.get((target, draw))
-        return asdict(activations.compute(self._of[target])) if activations else None
+        return activations.compute(self._derived[target][1]) if activations else None
 
-    def complete(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows with the verdict, each after its target's in float32, and without speed: recording takes time."""
-        full, done = math.inf, []
-        for row in rows:
-            if found := _found(row):
-                full = row.metrics["psnr"] if found.dtype == FULL else full
-                found = judged(found, row.metrics["psnr"], full)
-                cost = row.cost and replace(
-                    row.cost, encode_images_per_s=None, decode_images_per_s=None, peak_memory_bytes=None
-                )
-                row = replace(row, observed={**row.observed, self.name: asdict(found)}, cost=cost)
-            done.append(row)
-        return done
+    def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
+        """Add the verdict, and leave out speed: recording takes time."""
+        if (entry := row.observed.get(self.name)) is None:
+            return row
+        psnr, full = row.metrics["psnr"], rows[self._derived[row.target][0]].metrics["psnr"]
+        lost = 0.0 if psnr == full else full - psnr
+        safe = not entry["non_finite"]["values"] and abs(lost) <= TOLERANCE
+        entry = {**entry, "psnr_lost": lost if math.isfinite(lost) else None, "safe": safe}
+        return replace(row, observed={**row.observed, self.name: entry}, cost=row.cost and row.cost.unmeasured())
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
-        full: Precision | None = None
+        full: Mapping[str, Any] | None = None
         for row in rows:
-            if found := _found(row):
-                full = found if found.dtype == FULL else full
-                yield f"{row.target}: {_in_words(row, found, full)}"
+            if entry := row.observed.get(self.name):
+                full = entry if entry["dtype"] == FULL else full
+                yield f"{row.target}: {_in_words(row.n, entry, full)}"
 
     def section(self, page: Page) -> Markup | None:
-        found = {row.target: precision for row in page.results.table if (precision := _found(row))}
-        if not found:
-            return None
-        items = Markup("").join(Markup("<li>{}</li>").format(line) for line in self.lines(page.results.table))
+        entries = {row.target: row.observed[self.name] for row in page.results.table if self.name in row.observed}
+        stages = {
+            name: {stage: magnitude(value) for stage, value in entry["largest"].items()}
+            for name, entry in entries.items()
+        }
         caption = (
-            "Weights and inputs in each precision, without autocast. Safe: no activation is infinite or not a number, "
-            f"and PSNR is within {TOLERANCE} dB of float32's. Of activations, magnitudes of those that are finite."
+            "The largest finite activation of each part of the network, with weights and inputs in the precision, "
+            f"without autocast; a network's name alone is its output. Safe means that PSNR is within {TOLERANCE} dB of "
+            "float32's, and that no activation is infinite or not a number."
         )
-        verdicts = texts({target: _verdict(precision) for target, precision in found.items()})
-        stages = texts({name: {s: magnitude(v) for s, v in one.largest.items()} for name, one in found.items()})
-        about = "The largest activation of each part of the network; a network's name alone is its output."
-        return (
-            Markup("<ul>{}</ul>").format(items)
-            + page.table(verdicts, "precision", caption)
-            + page.table(stages, "activations", about)
-        )
+        return page.table(texts(stages), "activations", caption) or None
 
 
-def judged(found: Precision, psnr: float, full: float) -> Precision:
-    """With the verdict.
-
-    Args:
-        psnr: of this precision, in dB; may be infinite.
-        full: of float32.
-    """
-    lost = 0.0 if psnr == full else full - psnr
-    safe = not found.non_finite.values and abs(lost) <= TOLERANCE
-    return replace(found, psnr_lost=lost if math.isfinite(lost) else None, safe=safe)
-
-
-def _found(row: Row) -> Precision | None:
-    entry = row.observed.get("precision")
-    return Precision.from_dict(entry) if entry else None
-
-
-def _verdict(found: Precision) -> dict[str, str]:
-    return {
-        "safe": "yes" if found.safe else "no",
-        "PSNR lost, dB": NONE if found.psnr_lost is None else number(found.psnr_lost, 3),
-        "largest": magnitude(found.largest_value),
-        "at": found.largest_name,
-        "limit": magnitude(found.limit),
-        "images non-finite": str(found.non_finite.images),
-        "first at": found.non_finite.first or NONE,
-    }
-
-
-def _in_words(row: Row, found: Precision, full: Precision | None) -> str:
-    """A precision in words.
-
-    Args:
-        full: the same target in float32.
-    """
-    broken = found.non_finite
-    largest = full if full and broken.images else found  # in float32 the value that overflows is known
-    parts = [f"largest activation {magnitude(largest.largest_value)} at {largest.largest_name}"]
-    if largest is not found:
-        parts[0] += " in float32"
-    if largest.largest_value > found.limit:
-        parts[0] += f", beyond {magnitude(found.limit)}"
-    elif found.dtype == FULL:
-        parts[0] += f"; fp16 ends at {magnitude(FP16)}"
-    if broken.images:
-        parts.append(f"{broken.images} of {row.n} images non-finite, first at {broken.first}")
-    if found.dtype == FULL:
-        return "; ".join(parts)
-    if found.psnr_lost is not None:
-        parts.append(f"PSNR {-found.psnr_lost:+.3f} dB")
-    return f"{'; '.join(parts)}: {'safe' if found.safe else 'not safe'}"
+def _in_words(n: int, entry: Mapping[str, Any], full: Mapping[str, Any] | None) -> str:
+    """The verdict on a precision of ``n`` images; ``full`` is the same target in float32."""
+    broken, half = entry["non_finite"], entry["dtype"] != FULL
+    largest = full if full and broken["images"] else entry  # in float32 the value that overflows is known
+    first = f"largest activation {magnitude(largest['largest_value'])} at {largest['largest_name']}"
+    if largest is not entry:
+        first += " in float32"
+    if largest["largest_value"] > entry["limit"]:
+        first += f", beyond {magnitude(entry['limit'])}"
+    parts = [first] if half else [first, f"fp16 ends at {magnitude(torch.finfo(torch.float16).max)}"]
+    if broken["images"]:
+        parts.append(f"{broken['images']} of {n} images non-finite, first at {broken['first']}")
+    if half and entry["psnr_lost"] is not None:
+        parts.append(f"PSNR {-entry['psnr_lost']:+.3f} dB")
+    return "; ".join(parts) + (f": {'safe' if entry['safe'] else 'not safe'}" if half else "")

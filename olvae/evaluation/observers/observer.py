@@ -14,18 +14,18 @@ from olvae.evaluation.html import Page
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 
-Watched = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
+Wrapper = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
 """Passes batches on; gets the number of images over all processes too, None if it is unknown."""
 
 
 class Progress(Protocol):
     """Make what shows progress, by a description such as ``evaluating``."""
 
-    def __call__(self, description: str, shared: bool = True) -> Watched:
+    def __call__(self, description: str, shared: bool = True) -> Wrapper:
         """Not ``shared``: only the first process has batches."""
 
 
-def no_progress(description: str, shared: bool = True) -> Watched:  # noqa: ARG001
+def no_progress(description: str, shared: bool = True) -> Wrapper:  # noqa: ARG001
     """Show no progress."""
     return lambda batches, _: batches
 
@@ -44,7 +44,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """A batch of test images and one subject's reconstructions of them.
 
     Args:
@@ -79,7 +79,7 @@ class Observer:
     """Look at something in an evaluation: subclass it, and override what you need.
 
     An instance describes what to look at; each pass over images works on a deep copy. In order: :meth:`conflicts`,
-    :meth:`derive`, then for each batch and subject :meth:`watch` and :meth:`see`, then in the first process
+    :meth:`derive`, then for each batch and subject :meth:`watch` and :meth:`update`, then in the first process
     :meth:`merge`, :meth:`examine`, :meth:`result`, :meth:`complete`, and whatever is shown. The class
     ``package.module.Class`` of a user takes part by ``olvae evaluate``, which builds it without arguments.
     """
@@ -103,7 +103,7 @@ class Observer:
         """Make a context round the forward pass of a batch; by default, none."""
         return nullcontext()
 
-    def see(self, seen: Seen) -> None:
+    def update(self, batch: Observation) -> None:
         """Take a batch that one subject reconstructed. Keys are unique, but processes may share an image."""
 
     def state(self) -> Any:
@@ -120,9 +120,9 @@ class Observer:
         """Return a row's entry in metrics.json, ready for JSON; None if there is none."""
         return None
 
-    def complete(self, rows: Sequence[Row]) -> list[Row]:
-        """Change the rows under one protocol, once their metrics and entries are known."""
-        return list(rows)
+    def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
+        """Return a row under one protocol as it should be, by its metrics and entries, and by those of all rows."""
+        return row
 
     def columns(self, entry: Any) -> Mapping[str, str]:
         """Return the cells, by heading, that a row's entry adds to the tables."""

@@ -18,7 +18,7 @@ def pairs(n: int, height: int = 16, width: int = 24, channels: int = 3):
 def observed(keys, x, y, levels: int = 3, size: int = 4) -> Bands:
     observer = Bands(levels)
     for i in range(0, len(keys), size):
-        observer.see(seen("a", keys[i : i + size], x[i : i + size], y[i : i + size]))
+        observer.update(seen("a", keys[i : i + size], x[i : i + size], y[i : i + size]))
     return observer
 
 
@@ -88,5 +88,5 @@ def test_odd_sides_have_no_bands():
 def test_further_draws_have_the_bands_of_the_first():
     keys, x, y = pairs(2)
     observer = observed(keys, x, y)
-    observer.see(seen("a", keys, x, x, draw=1))
+    observer.update(seen("a", keys, x, x, draw=1))
     assert observer.result("a", 1) == bands(keys, x, y)

@@ -113,7 +113,7 @@ def test_one_ranking_a_target_by_the_best_metric_there_is():
     ):
         observer = Gallery()
         for target, draw in (("a", 0), ("untrained", 0), ("a", 1)):
-            observer.see(seen(target, keys, x[..., :size, :size], y[..., :size, :size], draw, values=scores))
+            observer.update(seen(target, keys, x[..., :size, :size], y[..., :size, :size], draw, values=scores))
         other = Gallery()
         other.merge(pickle.loads(pickle.dumps(observer.state())))
         for gallery in (observer, other):
@@ -121,5 +121,5 @@ def test_one_ranking_a_target_by_the_best_metric_there_is():
             assert gallery.rankings["a"].examples()["worst"][0].value == first
             assert gallery.result("a", 0) is None
     nothing = Gallery()
-    nothing.see(seen("a", keys, x, y, values={}))
+    nothing.update(seen("a", keys, x, y, values={}))
     assert not nothing.rankings

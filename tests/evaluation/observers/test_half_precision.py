@@ -11,8 +11,6 @@ from olvae.config import ConfigError
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import (
     HalfPrecision,
-    Precision,
-    judged,
     stage_of,
 )
 from olvae.evaluation.observers.observer import Subject
@@ -70,8 +68,12 @@ class Trip:
         with self.observer.watch(self.name, 0, self.subject, keys):
             return self.reconstruct(keys, x).images
 
-    def found(self) -> Precision:
-        return Precision.from_dict(self.observer.result(self.name, 0))
+    def found(self) -> dict:
+        return self.observer.result(self.name, 0)
+
+    def judged(self, psnr: float, full: float) -> dict:
+        row = Row(self.name, 2, {"psnr": psnr}, observed={"precision": self.found()})
+        return self.observer.complete(row, {"mine": Row("mine", 2, {"psnr": full})}).observed["precision"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "32"])
@@ -82,10 +84,10 @@ def test_the_largest_activations_by_hand(images, precision):
     assert set(y[0, 0, 0, :3].tolist()) == {255}
     assert set(y[1].flatten().tolist()) == {0}
     found = reconstruct.found()
-    assert found.largest == {"encoder": 4.0, "decoder.0": 8.0, "decoder.1": 2.0, "decoder": 2.0}
-    assert (found.largest_name, found.largest_value) == ("decoder.0", 8.0)
-    assert (found.non_finite.images, found.non_finite.values, found.non_finite.first) == (0, 0, None)
-    assert found.limit == {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127, "32": (2 - 2**-23) * 2.0**127}[precision]
+    assert found["largest"] == {"encoder": 4.0, "decoder.0": 8.0, "decoder.1": 2.0, "decoder": 2.0}
+    assert (found["largest_name"], found["largest_value"]) == ("decoder.0", 8.0)
+    assert (found["non_finite"]["images"], found["non_finite"]["values"], found["non_finite"]["first"]) == (0, 0, None)
+    assert found["limit"] == {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127, "32": (2 - 2**-23) * 2.0**127}[precision]
 
 
 def test_an_overflow_is_counted_and_named(images):
@@ -95,17 +97,17 @@ def test_an_overflow_is_counted_and_named(images):
     y = reconstruct(KEYS, images)
     assert set(y[0, 0, 0, :3].tolist()) == {255}
     found = reconstruct.found()
-    assert found.largest["decoder.0"] == found.largest_value == pytest.approx(6e4, rel=1e-3)
-    assert found.non_finite.first == "decoder.0"
-    assert found.non_finite.images == 1
-    assert found.non_finite.values == 3 * 4  # both factors, their sequence, the reconstruction
+    assert found["largest"]["decoder.0"] == found["largest_value"] == pytest.approx(6e4, rel=1e-3)
+    assert found["non_finite"]["first"] == "decoder.0"
+    assert found["non_finite"]["images"] == 1
+    assert found["non_finite"]["values"] == 3 * 4  # both factors, their sequence, the reconstruction
 
     for precision in ("bf16", "32"):
         other = Trip(model, precision)
         assert set(other(KEYS, images)[0, 0, 0, :3].tolist()) == {255}
         found = other.found()
-        assert found.largest_value == pytest.approx(12e4, rel=1e-2)
-        assert found.non_finite.first is None
+        assert found["largest_value"] == pytest.approx(12e4, rel=1e-2)
+        assert found["non_finite"]["first"] is None
 
 
 def test_what_is_not_finite_is_as_in_a_pipeline(images):
@@ -118,8 +120,8 @@ def test_what_is_not_finite_is_as_in_a_pipeline(images):
 
     reconstruct = Trip(Broken(1.0, 1.0), "fp16")
     assert reconstruct(KEYS, images)[:, 0, 0].tolist() == [[255, 0, 0, 255]] * 2
-    found = reconstruct.found().non_finite
-    assert (found.images, found.values, found.first) == (2, 2 * 4 * 3, "reconstruction")
+    found = reconstruct.found()["non_finite"]
+    assert found == {"images": 2, "values": 2 * 4 * 3, "first": "reconstruction"}
 
 
 def test_an_overflow_inside_counts_though_the_output_is_finite(images):
@@ -132,9 +134,9 @@ def test_an_overflow_inside_counts_though_the_output_is_finite(images):
     reconstruct = Trip(Inverse(3e4, 100.0), "fp16")
     reconstruct(KEYS, images)
     found = reconstruct.found()
-    assert "reconstruction" not in found.largest
-    assert found.non_finite.first == "decoder.0"
-    assert not judged(found, 20.0, 20.0).safe
+    assert "reconstruction" not in found["largest"]
+    assert found["non_finite"]["first"] == "decoder.0"
+    assert not reconstruct.judged(20.0, 20.0)["safe"]
 
 
 def test_in_float32_it_stays_an_error(images):
@@ -175,8 +177,8 @@ def test_networks_run_as_they_do_in_a_pipeline(make, precision):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in reconstruct.subject.model.modules())
     found = reconstruct.found()
-    assert found.non_finite.images == 0
-    assert {"encoder", "decoder", "decoder.conv_in"} <= found.largest.keys()
+    assert found["non_finite"]["images"] == 0
+    assert {"encoder", "decoder", "decoder.conv_in"} <= found["largest"].keys()
 
 
 def test_recording_changes_no_pixel_and_gives_no_speed():
@@ -187,7 +189,7 @@ def test_recording_changes_no_pixel_and_gives_no_speed():
     assert recorded.reconstruct.cost(16).encode_macs == measured.encode_macs
     entry = {"precision": recorded.observer.result("mine", 0)}
     rows = [Row("mine", 2, {"psnr": 20.0}, cost=measured, observed=entry), Row("baseline", 2, {}, cost=measured)]
-    first, second = recorded.observer.complete(rows)
+    first, second = (recorded.observer.complete(row, {row.target: row for row in rows}) for row in rows)
     unmeasured = replace(measured, encode_images_per_s=None, decode_images_per_s=None, peak_memory_bytes=None)
     assert (first.cost, second.cost) == (unmeasured, measured)
     assert first.observed["precision"]["safe"]
@@ -228,9 +230,9 @@ def test_what_a_request_must_not_have():
 def test_the_verdict(images, psnr, full, lost, safe):
     reconstruct = Trip(Tiny(2.0, 0.25), "fp16")
     reconstruct(KEYS, images)
-    verdict = judged(reconstruct.found(), psnr, full)
-    assert verdict.psnr_lost == (None if lost is None else pytest.approx(lost))
-    assert verdict.safe == safe
+    verdict = reconstruct.judged(psnr, full)
+    assert verdict["psnr_lost"] == (None if lost is None else pytest.approx(lost))
+    assert verdict["safe"] == safe
 
 
 @pytest.mark.parametrize(
