@@ -21,13 +21,13 @@ from olvae.losses.adversarial import (
     r1_penalty,
 )
 from olvae.losses.objective import IMAGE_TERMS
+from olvae.models.parts.part import check_not_negative
+from olvae.modules.base import check_counts
 from olvae.modules.precision import no_autocast
 from olvae.modules.unetgan import fixed_spectral_norm, power_iteration
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
-
-__all__ = ["Adversary"]
 
 
 class Adversary(nn.Module):
@@ -75,19 +75,9 @@ class Adversary(nn.Module):
         super().__init__()
         if loss not in ADVERSARIAL_LOSSES:
             raise ValueError(f"adversarial loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {loss!r}")
-        for name, number, least in (
-            ("weight", weight, 0),
-            ("start_step", start_step, 0),
-            ("ramp_steps", ramp_steps, 0),
-            ("warmup_updates", warmup_updates, 0),
-            ("updates_per_step", updates_per_step, 1),
-            ("r1_weight", r1_weight, 0),
-            ("r1_every", r1_every, 1),
-            ("lecam_weight", lecam_weight, 0),
-            ("cutmix_weight", cutmix_weight, 0),
-        ):
-            if number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        check_not_negative(weight=weight, start_step=start_step, ramp_steps=ramp_steps, warmup_updates=warmup_updates)
+        check_not_negative(r1_weight=r1_weight, lecam_weight=lecam_weight, cutmix_weight=cutmix_weight)
+        check_counts(1, updates_per_step=updates_per_step, r1_every=r1_every)
         if learning_rate_ratio <= 0:
             raise ValueError(f"learning_rate_ratio must be above 0, got {learning_rate_ratio}")
         self.discriminator: nn.Module = instantiate(discriminator_config)
@@ -96,21 +86,13 @@ class Adversary(nn.Module):
                 f"discriminator_config: {discriminator_config['target']} is not a discriminator: num_outputs, the "
                 "number of its logit tensors, is missing"
             )
-        self.loss = loss
-        self.weight = weight
-        self.start_step = start_step
-        self.ramp_steps = ramp_steps
-        self.warmup_updates = warmup_updates
-        self.updates_per_step = updates_per_step
-        self.adaptive_weight = adaptive_weight
-        self.adaptive_max = adaptive_max
-        self.learning_rate_ratio = learning_rate_ratio
-        self.betas = (betas[0], betas[1])
-        self.r1_weight = r1_weight
-        self.r1_every = r1_every
-        self.lecam_weight = lecam_weight
+        self.loss, self.weight, self.start_step, self.ramp_steps = loss, weight, start_step, ramp_steps
+        self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
+        self.adaptive_weight, self.adaptive_max = adaptive_weight, adaptive_max
+        self.learning_rate_ratio, self.betas = learning_rate_ratio, (betas[0], betas[1])
+        self.r1_weight, self.r1_every = r1_weight, r1_every
+        self.lecam_weight, self.cutmix_weight = lecam_weight, cutmix_weight
         self.lecam = LeCam(self.discriminator.num_outputs, lecam_decay) if lecam_weight else None
-        self.cutmix_weight = cutmix_weight
         self.updates = 0
         """Updates of the discriminator so far."""
 

@@ -12,22 +12,18 @@ from torch import Tensor, nn
 from olvae.checkpoint import AUTOENCODER
 from olvae.models.nonfinite import NonFiniteGuard
 
-__all__ = ["WeightAverage", "find_average"]
-
 
 class WeightAverage(pl.Callback):
-    """Averages the autoencoder's parameters that are trained, and nothing else of the model.
+    """Average the autoencoder's parameters that are trained, and nothing else of the model.
 
     The average starts as the weights after the first step, and moves by ``1 - decay`` towards them at every further
-    one, except for steps whose numbers were not finite. Validation and the end of training use it in the model's place.
-    A checkpoint has it in ``state_dict``, the same names as trained in ``current_model_state``, and their number of
-    steps in ``averaging_state``.
-
-    Lightning's callback would average the discriminator and every buffer too, and torch's AveragedModel reads its
-    counter from the device at every step.
+    one that is finite. Validation and the end of training use it in the model's place. A checkpoint has it in
+    ``state_dict``, the same names as trained in ``current_model_state``, and the number of steps in
+    ``averaging_state``. Lightning's callback would average the discriminator and every buffer too, and torch's
+    AveragedModel reads its counter from the device at every step.
 
     Args:
-        guard: knows which steps had such numbers.
+        guard: knows which steps were finite.
         decay: in [0, 1].
     """
 

@@ -215,11 +215,7 @@ class LiteAutoencoderKL(ValidatedModule):
 
     @property
     def objective(self) -> Objective:
-        """The loss, which training needs to be an :class:`Objective`.
-
-        Raises:
-            ConfigError: the config is for inference.
-        """
+        """The loss; ConfigError if it is no :class:`Objective`, as in a config for inference."""
         if not isinstance(self.loss, Objective):
             kind = f"{type(self.loss).__module__}.{type(self.loss).__qualname__}"
             raise ConfigError(
@@ -231,11 +227,7 @@ class LiteAutoencoderKL(ValidatedModule):
     # Before training
 
     def check(self, source: Source) -> None:
-        """Check that the model can train on a source's images.
-
-        Raises:
-            ConfigError: their size or channels do not fit, or a part can't use them.
-        """
+        """Raise ConfigError if a source's images do not fit in size or channels, or a part can't use them."""
         f, channels = self.autoencoder.downscale, self.encoder.in_channels
         if source.size % f:
             raise ConfigError(
@@ -255,13 +247,7 @@ class LiteAutoencoderKL(ValidatedModule):
             part.check(self, source)
 
     def prepare(self, source: Source, seed: int, device: torch.device) -> None:
-        """Let the parts measure or fit what they need before the first step of a new run.
-
-        Args:
-            source: of the training images.
-            seed: of their order.
-            device: of this process.
-        """
+        """Let the parts measure or fit what they need, on images in the order of a seed, before a new run's first step."""
         for part in self.each_part:
             part.prepare(self, source, seed, device)
 
@@ -396,11 +382,8 @@ class LiteAutoencoderKL(ValidatedModule):
         """
         optimizers, schedules = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         scaler = grad_scaler(self)
-        norms: dict[str, Tensor] = {}
-        if autoencoder:
-            norms["autoencoder"] = gradient_norm(self, optimizers[0].optimizer)
-        if adversary is not None:
-            norms["discriminator"] = gradient_norm(self, optimizers[1].optimizer)
+        playing = {"autoencoder": autoencoder, "discriminator": adversary is not None}
+        norms = {p: gradient_norm(self, o.optimizer) for o, p in zip(optimizers, playing, strict=False) if playing[p]}
         updates = [self.guard.is_bad(norms)]
         if adversary is not None:
             self._step_discriminator(adversary, optimizers[1].optimizer, norms["discriminator"], updates[0])

@@ -80,7 +80,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Begin a step, before its first micro-batch."""
+        """Begin a step."""
         self._record = _Record()
         self._before = [torch.cat([b.flatten() for b in same]) for same in self._buffers]
 

@@ -22,11 +22,7 @@ from olvae.modules.distributions import DiagonalGaussian, Posterior
 
 
 def allow_uneven_batches(trainer: pl.Trainer) -> None:
-    """Let processes validate different numbers of batches, even none.
-
-    DDP sends buffers to all processes in the first forward pass; a process without a batch would never receive them.
-    Training switches this on again.
-    """
+    """Let processes validate different numbers of batches: DDP's first forward pass would wait for all of them."""
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel):
         model.require_forward_param_sync = False
@@ -105,12 +101,7 @@ class ValidatedModule(pl.LightningModule):
         return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
     def set_up_validation(self) -> MakeMetrics:
-        """Prepare the metrics on the module's device; they may need pretrained networks.
-
-        Raises:
-            FileNotFoundError: a pretrained network is missing.
-            ValueError: a metric's name is unknown.
-        """
+        """Prepare the metrics on the module's device; FileNotFoundError if a pretrained network is missing."""
         if self._make_metrics is None or self._make_metrics[0] != self.device:
             make, missing = build_metrics(("psnr", "ssim", *self.val_metrics), self.weights_dir, self.device)
             if missing:

@@ -1,6 +1,8 @@
 """Teacher: distil an existing autoencoder, whose latents the student learns."""
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,8 +18,9 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Loss, Part, Step, check_not_negative, first_images
 from olvae.modules.base import weights_checksum
-from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
+from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
 from olvae.modules.frozen import Constant
+from olvae.modules.moments import Moments
 from olvae.modules.precision import no_autocast
 
 if TYPE_CHECKING:
@@ -101,16 +104,12 @@ class Teacher(Part):
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
-        student, here = model.autoencoder, f"parts.{self.name}"
-        for what, ours, theirs in (
-            ("the latent", _latent(student), _latent(self.model)),
-            ("images", f"{student.in_channels} channels", f"{self.model.in_channels} channels"),
-        ):
-            if ours != theirs:
-                yield (
-                    f"{here}: {self.target}: {what}: {theirs}, but the student's: {ours}: set the student's "
-                    "networks and embed_dim to the teacher's factor and channels"
-                )
+        here, ours, theirs = f"parts.{self.name}", _shape(model.autoencoder), _shape(self.model)
+        if ours != theirs:
+            yield (
+                f"{here}: {self.target} has {theirs}, but the student {ours}: set the student's networks and embed_dim "
+                "to the teacher's"
+            )
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
             yield f"scaling_factor: {NO_FACTORS}"
         if "kl" in model.loss_weights:
@@ -138,44 +137,20 @@ class Teacher(Part):
                 )
 
     def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
-        """Measure the standard deviation of the means per channel, in every process on the same images.
-
-        Raises:
-            ValueError: the latents are not finite, or a channel is constant.
-        """
-        if isinstance(source, PairSource):  # measured on all of its images
-            self.std.copy_(self.check_std(torch.tensor(source.encoded_by.means_std)))
-            return
-        self.to(device)
-        self.std.copy_(self.measure(first_images(source, seed, MEASURED_IMAGES, device)))
-
-    def measure(self, images: Iterable[Tensor]) -> Tensor:
-        """The standard deviation of the means per channel over images, (n_z), in float64 sums.
-
-        Args:
-            images: batches (B, C, H, W) in [-1, 1].
-
-        Raises:
-            ValueError: as :meth:`check_std`.
-        """
-        count, total, square = 0, torch.zeros(()), torch.zeros(())
-        for x in images:
-            mean = self.posterior(x).mean.double().transpose(0, 1).flatten(1)  # (n_z, B h w)
-            count += mean.shape[1]
-            total, square = total + mean.sum(1).cpu(), square + mean.square().sum(1).cpu()
-        return self.check_std((square / count - (total / count).square()).clamp(min=0.0).sqrt().float())
-
-    def check_std(self, std: Tensor) -> Tensor:
-        """The same standard deviations per channel, (n_z).
-
-        Raises:
-            ValueError: one is not finite, or 0.
-        """
+        """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite."""
+        if isinstance(source, PairSource):
+            std = torch.tensor(source.encoded_by.means_std)  # over all of its images
+        else:
+            std = self.to(device).measure(first_images(source, seed, MEASURED_IMAGES, device))
         if not bool(std.isfinite().all()):
             raise ValueError(f"{self.target}: its latents are not finite: set dtype of the teacher to float32")
         if not bool((std > 0).all()):
             raise ValueError(f"{self.target}: channel {int(std.argmin())} of its latents is the same everywhere")
-        return std
+        self.std.copy_(std)
+
+    def measure(self, images: Iterable[Tensor]) -> Tensor:
+        """The standard deviation of the means per channel, (n_z), over batches (B, C, H, W) in [-1, 1]."""
+        return reduce(add, (Moments.of(self.posterior(x).mean) for x in images)).std_of_means.float()
 
     @torch.no_grad()
     def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
@@ -183,10 +158,7 @@ class Teacher(Part):
         if moments is not None:
             return DiagonalGaussian(moments.float())
         with no_autocast(x):
-            found = self.model.encode(x.to(self.dtype))
-        if isinstance(found, Deterministic):
-            return Deterministic(found.mean.float())
-        return DiagonalGaussian(torch.cat([found.mean.float(), found.logvar.float()], dim=1))
+            return in_float32(self.model.encode(x.to(self.dtype)))
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, C, f h, f w) in float32; gradients reach z, and no weight."""
@@ -230,5 +202,5 @@ def pair_sources(source: Source) -> list[PairSource]:
     return [source] if isinstance(source, PairSource) else []
 
 
-def _latent(model: Autoencoder) -> str:
-    return f"f{model.downscale}, {model.latent_channels} channels"
+def _shape(model: Autoencoder) -> str:
+    return f"f{model.downscale}, {model.latent_channels} channels, for images of {model.in_channels} channels"

@@ -1,0 +1,136 @@
+"""The contract of a part, with one from outside of the package, named by its path in a config."""
+
+import pytest
+import torch
+
+from olvae.config import ConfigError, save, validate
+from olvae.models.autoencoder import LiteVAE
+from olvae.training.run import RUN_ENV, train
+from olvae.training.setup import TrainOptions
+from tests.conftest import parts, tiny_config
+from tests.models.steps import build, fit, metrics, snapshot
+from tests.training.origins import assert_same_checkpoint, checkpoint
+
+TOY = '''
+import torch
+from olvae.models.parts.part import Part, first_images
+
+
+class Gain(Part):
+    """Multiply the latent by a learned gain per channel, which is drawn towards that of the first training images."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def attach(self, model):
+        self.gain = torch.nn.Parameter(torch.ones(model.autoencoder.latent_channels, 1, 1))
+        self.register_buffer("goal", torch.zeros(model.autoencoder.latent_channels))
+
+    def conflicts(self, model):
+        if model.freeze_decoder:
+            yield f"parts.{self.name}: the decoder is frozen: leave it out"
+
+    @torch.no_grad()
+    def prepare(self, model, source, seed, device):
+        images = torch.cat(list(first_images(source, seed, 4, device)))
+        self.goal.copy_(model.to(device).encode(images).mean.std((0, 2, 3)))
+
+    def on_latent(self, model, step):
+        step.latent = step.latent * self.gain
+
+    def losses(self, model, step):
+        return {"gain": ((self.gain.flatten() - self.goal).square().mean(), self.weight)}
+
+    def validate(self, model, x, moments):
+        return {"gain": self.gain.mean()}
+
+    def describe(self):
+        return f"weight {self.weight:g}"
+'''
+
+NODE = {"target": "toy_part.Gain", "params": {"weight": 0.5}}
+GAIN, GOAL = "parts.mine.gain", "parts.mine.goal"
+
+
+@pytest.fixture(autouse=True)
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy_part.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.fixture
+def go(tmp_path, image_folder, monkeypatch, quick_training):
+    """Train some steps with the toy part, and an average."""
+    monkeypatch.delenv(RUN_ENV, raising=False)
+    config = tiny_config(image_folder, use_ema=True, parts={"mine": NODE, "gone": None})
+    save(config, tmp_path / "tiny.yaml")
+    assert validate(config) == []
+
+    def run(steps: int, logdir: str = "runs", **options):
+        settings = {"base": [tmp_path / "tiny.yaml"], "logdir": tmp_path / logdir, "gpus": "0", **options}
+        return train(TrainOptions(overrides=[f"lightning.trainer.max_steps={steps}"], **settings))
+
+    return run
+
+
+def test_a_run_with_a_part_is_resumed_bit_for_bit_and_exported_without_it(go, capfd):
+    whole, half = go(4, "whole"), go(2, "half")
+    state = checkpoint(half)["state_dict"]
+    assert not torch.equal(checkpoint(whole)["state_dict"][GAIN], state[GAIN])
+    assert (state[GAIN] != 1).all()
+    assert (state[GOAL] > 0).all()  # measured once: a resumed run keeps it
+    assert "mine weight 0.5" in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert_same_checkpoint(whole, go(4, "half", base=[], resume=half.path))
+    assert not checkpoint(whole)["current_model_state"].keys() & {GAIN, GOAL}  # it is not averaged
+    assert not any("parts" in name for name in LiteVAE.from_pretrained(whole.path).state_dict())
+
+
+def test_its_hooks_by_hand(image_folder):
+    """The loss with its weight, under its name; the gradient by Adam's first step, which has the size of the rate."""
+    model = build(parts={"mine": NODE}, learning_rate=1e-3)
+    fit(model, image_folder, 1)
+    values = metrics(model)
+    terms = sum(weight * values[f"train/{name}"] for name, weight in model.objective.weights.items())
+    assert values["train/gain"] == pytest.approx(1.0)  # from 1 to a goal of 0
+    assert values["train/loss"] == pytest.approx(terms + 0.5 * values["train/gain"], rel=1e-6)
+    assert (model.parts["mine"].gain - 1).abs().flatten().tolist() == pytest.approx([1e-3] * 4, rel=0.1)
+
+
+def test_its_values_are_validated_over_all_images(go):
+    run = go(2)
+    lines = "".join(path.read_text(errors="ignore") for path in run.path.rglob("events*"))
+    assert "val/gain" in lines
+
+
+def test_parts_act_in_their_order(image_folder):
+    """Noise before the gain, or after it: another latent, from the same draws."""
+    noise, gain = parts(latent_noise={"std": 0.5}), {"mine": NODE}
+    seen = []
+    for nodes in ({**noise, **gain}, {**gain, **noise}):
+        model = build(parts=nodes)
+        with torch.no_grad():
+            model.parts["mine"].gain.fill_(3.0)
+        model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        fit(model, image_folder, 1)
+    assert list(snapshot(model)) == list(snapshot(build(parts=nodes)))
+    assert not torch.allclose(*seen)
+
+
+def test_its_mistakes_are_told_with_all_others(image_folder):
+    config = tiny_config(image_folder, parts={"mine": {**NODE, "params": {"wait": 1, "weight": "much"}}})
+    where = "model.params.parts.mine.params"
+    assert sorted(validate(config)) == [
+        f"{where}.wait: unknown key; did you mean weight?",
+        f"{where}.weight: expected float, got 'much'",
+    ]
+    nodes = {"mine": NODE, "other": {"target": "torch.nn.Identity"}, "a.b": NODE, **parts(latent_noise={"std": -1.0})}
+    with pytest.raises(ConfigError) as caught:
+        build(parts=nodes, freeze_decoder=True, accumulate_grad_batches=0)
+    assert str(caught.value).splitlines() == [
+        "model.params.accumulate_grad_batches must be at least 1, got 0",
+        "model.params.parts.other: torch.nn.Identity is not a Part",
+        "model.params.parts.a.b: expected a name of letters, digits and underscores",
+        "model.params.parts.latent_noise: std must not be negative, got -1.0",
+        "model.params.parts.mine: the decoder is frozen: leave it out",
+    ]
