@@ -247,7 +247,7 @@ class LiteAutoencoderKL(ValidatedModule):
             part.check(self, source)
 
     def prepare(self, source: Source, seed: int, device: torch.device) -> None:
-        """Let the parts measure or fit what they need, on images in the order of a seed, before a new run's first step."""
+        """Let the parts measure or fit what they need before the first step of a new run, on images of this seed."""
         for part in self.each_part:
             part.prepare(self, source, seed, device)
 
