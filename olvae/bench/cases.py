@@ -265,14 +265,9 @@ GROUPS: Mapping[str, Group] = {
 
 
 def bench(groups: Sequence[str], setting: Setting, rounds: int, on_group: Callable[[str, int], None]) -> dict[str, Any]:
-    """Measure groups of :data:`GROUPS`, the cases of a group in turns.
+    """Measure groups of :data:`GROUPS`, the cases of a group in turns; ``on_group`` hears of each before.
 
-    Args:
-        setting: its size and batch size are for all groups; at 0 each has its own.
-        on_group: called with a group's name and number of cases before it is measured.
-
-    Returns:
-        :func:`~olvae.bench.measure.machine`, date, rounds, and ``rows``, see :func:`~olvae.bench.measure.rows_of`.
+    Returns the machine, date, rounds, and ``rows``, see :func:`~olvae.bench.measure.rows_of`.
     """
     rows = []
     for name in groups:

@@ -89,9 +89,7 @@ class Case:
 def measure(work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True) -> dict[K, Times]:
     """Measure each in turn, some rounds of all, so that a change of the machine's load meets all of them.
 
-    Args:
-        device: on which memory is measured, if it is a GPU.
-        warm_up: whether a round that does not count comes first.
+    With ``warm_up`` a round that does not count comes first.
     """
     times = {name: Times() for name in work}
     on_gpu = device != "cpu"
@@ -224,11 +222,9 @@ class Setting:
 def rows_of(group: str, cases: Sequence[Case], device: str, rounds: int, warm_up: bool) -> list[dict[str, Any]]:
     """Measure the cases of a group; a row for each.
 
-    Returns:
-        Rows of group, name, variant, precision, size, batch_size, images_per_s, median_ms and spread_ms (the
-        interquartile range) of what is timed at once, and where they mean something: ratio, of images per second to the
-        peer's; gflop_per_s or gbyte_per_s; shares of limits; peak_memory_bytes, measured on a GPU beside what lay there
-        before, counted from shapes for networks on a CPU.
+    A row has group, name, variant, precision, size, batch_size, images_per_s, median_ms and spread_ms (interquartile)
+    of what is timed at once, and where they mean something: ratio, of images per second to the peer's; gflop_per_s or
+    gbyte_per_s; shares of limits; peak_memory_bytes, measured on a GPU, else counted from shapes for networks.
     """
     times = measure({case: case.run for case in cases}, device, rounds, warm_up)
     return [_row(group, case, times) for case in cases]
@@ -279,14 +275,9 @@ def read_document(path: Path, device: str) -> dict[str, Any]:
 
 
 def moved(before: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The cases whose medians differ by more than both spreads together.
+    """The cases in both lists of rows whose medians differ by more than both spreads together.
 
-    Args:
-        before: rows of a document; those that are in one of the two alone are left out.
-        current: rows of another.
-
-    Returns:
-        For each: what identifies it, before_ms, now_ms, and ratio, the time now by the time before.
+    Each has before_ms, now_ms, and ratio, the time now by the time before.
     """
     known = {tuple(row.get(key) for key in CASE_KEYS): row for row in before}
     rows = []

@@ -59,34 +59,20 @@ ADVERSARIAL_LOSSES = tuple(_LOSSES)
 
 
 def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
-    """The autoencoder's loss: reconstructions should get the logits of real images.
-
-    Args:
-        name: one of ``ADVERSARIAL_LOSSES``.
-        fake_logits: the discriminator's logits of reconstructions, tensors of any shapes.
-
-    Returns:
-        A scalar in float32.
+    """The autoencoder's loss on the discriminator's logits of reconstructions, a scalar in float32.
 
     Raises:
-        ValueError: the name is unknown or the list is empty; TypeError: it is a tensor, not a list.
+        ValueError: the name is not in ``ADVERSARIAL_LOSSES`` or the list is empty; TypeError: it is a tensor.
     """
     loss = _lookup(name)
     return _mean([loss.generator(f) for f in _logits(fake_logits)])
 
 
 def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
-    """The discriminator's loss; give it detached reconstructions.
-
-    Args:
-        name: one of ``ADVERSARIAL_LOSSES``.
-        real_logits, fake_logits: the discriminator's logits of images and of reconstructions, lists of equal length.
-
-    Returns:
-        A scalar in float32.
+    """The discriminator's loss on its logits of images and of detached reconstructions, a scalar in float32.
 
     Raises:
-        ValueError: the name is unknown, or the lists are empty or of different lengths.
+        ValueError: as :func:`generator_loss`, or the lists have different lengths.
     """
     loss = _lookup(name)
     real, fake = _pair(real_logits, fake_logits)
@@ -99,13 +85,7 @@ def discriminator_accuracy(real_logits: Sequence[Tensor], fake_logits: Sequence[
 
     The threshold is the loss's undecided logit: 0 for hinge, logistic and bce, 0.5 for lsgan. wgan's logits are
     defined up to a constant: there it is the midpoint between the means of real and fake logits, per tensor. A logit on
-    the threshold counts half. Real and fake weigh the same; mean over each tensor, then over the list.
-
-    Returns:
-        A scalar in [0, 1], float32, without gradient.
-
-    Raises:
-        ValueError: as :func:`discriminator_loss`.
+    the threshold counts half. Real and fake weigh the same; mean over each tensor, then over the list; no gradient.
     """
     threshold = _lookup(name).threshold
     shares: list[Tensor] = []
@@ -149,16 +129,12 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
 
     1/2 E |grad_x D(x)|^2, with D(x) the sum of all of a sample's logits, as usual: of its pixels or patches, of every
     tensor. So it grows with their number. The square is summed over a sample's values, the mean is over the batch. The
-    result can be differentiated again. Compute the logits without autocast: the gradient is as exact as they are. For
-    the lazy form, call it every k-th step and multiply by k.
+    result, a scalar in float32, can be differentiated again. Compute the logits without autocast. For the lazy form,
+    call it every k-th step and multiply by k.
 
     Args:
-        logits: the discriminator's logits of ``real_images``, each (B, ...). With BatchNorm in training mode, samples
-            depend on each other, and the penalty is on the batch as a whole.
+        logits: of ``real_images``, each (B, ...). With BatchNorm in training mode the penalty is on the whole batch.
         real_images: (B, C, H, W), with ``requires_grad`` set before the discriminator was called.
-
-    Returns:
-        A scalar in float32, not negative, not multiplied by the usual gamma.
 
     Raises:
         ValueError: real_images does not require a gradient, or a tensor of logits is not a batch of their length.
@@ -200,11 +176,7 @@ class LeCam(nn.Module):
         self.register_buffer("started", torch.tensor(False))
 
     def forward(self, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
-        """The penalty, a scalar in float32; gradients flow to the logits and not to the anchors.
-
-        Raises:
-            ValueError: the lists do not have ``num_outputs`` tensors.
-        """
+        """The penalty, a scalar in float32; gradients flow to the logits and not to the anchors."""
         outputs = self.real_anchors.numel()
         if len(real_logits) != outputs or len(fake_logits) != outputs:
             raise ValueError(
@@ -240,15 +212,8 @@ def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None)
     random place. A fair coin decides whether it holds the real or the fake image, so that a pixel's place does not
     predict its label [D].
 
-    Args:
-        real, fake: (B, C, H, W).
-        generator: of the random numbers, on any device.
-
     Returns:
         The mixed images (B, C, H, W), and the mask (B, 1, H, W) in their dtype: 1 for real pixels, 0 for fake ones.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     if real.shape != fake.shape or real.ndim != 4:
         raise ValueError(f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
@@ -271,37 +236,25 @@ def _inside(size: int, share: Tensor, place: Tensor) -> Tensor:
 
 
 def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
-    """The logits of a mixed image should be the mix of the logits (Schönfeld et al. 2020).
-
-    E (D(mix(x, y)) - mix(D(x), D(y)))^2, over all pixels.
+    """E (D(mix(x, y)) - mix(D(x), D(y)))^2 over all pixels (Schönfeld et al. 2020), in float32.
 
     Args:
-        mixed_logits, real_logits, fake_logits: the discriminator's logits per pixel, (B, 1, H, W), of the mixed, the
-            real and the fake images.
+        mixed_logits, real_logits, fake_logits: per pixel, (B, 1, H, W); gradients flow to all three.
         mask: cutmix's, (B, 1, H, W).
-
-    Returns:
-        A scalar in float32; gradients flow to all three.
     """
     target = torch.where(mask > 0.5, island(real_logits), island(fake_logits))
     return (island(mixed_logits) - target).square().mean()
 
 
 def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """The discriminator's loss on mixed images (Schönfeld et al. 2020).
+    """The discriminator's loss on mixed images (Schönfeld et al. 2020), a scalar in float32.
 
-    Each pixel's logit is told where its pixel is from, and the mean over all pixels is taken, so the real and the fake
-    region weigh by their pixels. An image's own logit is told "fake", unless the mix has no fake pixel [D]: a
-    rectangle may fill the image. The mean is over the list, as in the other losses.
+    The label of a pixel's logit is its pixel's, and the mean is over all pixels. The label of an image's own logit is
+    "fake", unless the mix has no fake pixel [D]: a rectangle may fill the image. The mean is over the list.
 
     Args:
-        name: one of ``ADVERSARIAL_LOSSES``.
-        mixed_logits: the discriminator's logits of the mixed images: per pixel, (B, 1, H, W), then any number of
-            tensors (B, ...) of whole images.
+        mixed_logits: per pixel, (B, 1, H, W), then any number of tensors (B, ...) of whole images.
         mask: cutmix's, (B, 1, H, W).
-
-    Returns:
-        A scalar in float32.
     """
     loss, (pixels, *images) = _lookup(name), _logits(mixed_logits)
     real = mask > 0.5

@@ -22,8 +22,7 @@ class Objective(nn.Module):
 
     Args:
         reconstruction: the pixel loss: l1, l2 or charbonnier.
-        rec_weight, lpips_weight, kl_weight, wavelet_weight, gaussian_weight: not negative; ``lpips_weight`` is that of
-            the perceptual loss, whichever it is.
+        lpips_weight: of the perceptual loss, whichever it is. No weight may be negative.
         lpips_weights: the file of its network's weights; see :class:`~olvae.losses.perceptual.PerceptualLoss`.
         perceptual: ``lpips``, or ``esrgan``, which the paper recommends instead [P Table 14]; also the term's name.
     """

@@ -26,14 +26,11 @@ class PerceptualLoss(Constant, ABC):
 
     Args:
         title: of the loss, for messages.
-        file: of the network's weights.
-        build: the network from that file; from None without values, to count it.
-        weights: the file; by default searched, then downloaded: :func:`olvae.weights.find_weights`. On the meta device,
-            where nothing has values, none are read.
+        build: the network from its file of weights; from None without values, to count it.
+        weights: the file; by default :func:`olvae.weights.find_weights` finds it. None is read on the meta device.
 
     Raises:
         FileNotFoundError: the weights are missing.
-        ValueError: the file holds something else.
     """
 
     def __init__(

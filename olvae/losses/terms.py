@@ -32,15 +32,7 @@ RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
-    """Charbonnier between the three level-1 Haar detail bands, divided by 2, of two images [D].
-
-    Args:
-        x, y: (B, C, H, W) in [-1, 1].
-        eps: Charbonnier's.
-
-    Returns:
-        The mean over bands and pixels; gradients flow to both through the transform.
-    """
+    """Charbonnier between the three level-1 Haar detail bands, divided by 2, of two images (B, C, H, W) [D]."""
     channels = x.shape[1]
     return charbonnier(dwt2(x)[:, channels:] / 2, dwt2(y)[:, channels:] / 2, eps)  # (B, 3C, H/2, W/2)
 
@@ -60,14 +52,7 @@ def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor
 
 
 def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
-    """L1 between x - blur(x) and y - blur(y); 5x5, sigma 1 [D].
-
-    Args:
-        x, y: (B, C, H, W) in [-1, 1].
-
-    Returns:
-        The mean over all elements; gradients flow to both.
-    """
+    """L1 between x - blur(x) and y - blur(y), images (B, C, H, W); 5x5, sigma 1 [D]."""
     difference = island(x) - island(y)  # the filter is linear: the difference of the residuals is its residual
     return l1(difference, gaussian_blur(difference, kernel_size, sigma))
 
@@ -82,23 +67,14 @@ def kl_loss(posterior: Posterior, x: Tensor) -> Tensor:
 
 
 def latent_loss(mean: Tensor, target: Tensor, std: Tensor) -> Tensor:
-    """Mean squared distance of two latents, in units of a standard deviation per channel.
-
-    Args:
-        mean, target: (B, n_z, h, w).
-        std: (n_z), above 0.
-    """
+    """Mean squared distance of two latents (B, n_z, h, w), in units of a standard deviation per channel, (n_z)."""
     return ((island(mean) - island(target)) / island(std)[:, None, None]).square().mean()
 
 
 def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
-    """Mean KL(target || ours) per latent element in nats, of two Gaussians with equal means.
+    """Mean KL(target || ours) per latent element in nats, of two Gaussians with equal means, by their log-variances.
 
-    In this direction it is steep where ours is too narrow and grows linearly where it is too wide, which fresh weights
-    are.
-
-    Args:
-        logvar, target: log-variances, (B, n_z, h, w).
+    In this direction it is steep where ours is too narrow and grows linearly where it is too wide.
     """
     difference = island(target) - island(logvar)
     return 0.5 * (difference.exp() - 1.0 - difference).mean()
@@ -107,13 +83,7 @@ def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
 def marginal_cosine_loss(projected: Tensor, features: Tensor, margin: float = 0.5) -> Tensor:
     """Mean over positions of relu(1 - margin - cos(projected, features)): VA-VAE's first term (Yao et al. 2025).
 
-    Args:
-        projected: the latent, by a linear projection, (B, d, h, w).
-        features: (B, d, h, w).
-        margin: a cosine above 1 - margin costs nothing.
-
-    Returns:
-        A scalar; gradients flow to both.
+    Both (B, d, h, w): the latent by a linear projection, and features.
     """
     cosine = F.cosine_similarity(island(projected), island(features), dim=1)  # (B, h, w)
     return F.relu(1.0 - margin - cosine).mean()
@@ -122,13 +92,7 @@ def marginal_cosine_loss(projected: Tensor, features: Tensor, margin: float = 0.
 def marginal_distance_loss(z: Tensor, features: Tensor, margin: float = 0.25) -> Tensor:
     """Mean over pairs of positions of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin): VA-VAE's second term.
 
-    Args:
-        z: the latent, (B, n_z, h, w).
-        features: (B, d, h, w).
-        margin: a difference of cosines below it costs nothing.
-
-    Returns:
-        A scalar; gradients flow to both. Memory grows with (h w)^2.
+    The latent is (B, n_z, h, w), the features (B, d, h, w); memory grows with (h w)^2.
     """
     return F.relu((_cosines(z) - _cosines(features)).abs() - margin).mean()
 

@@ -29,16 +29,7 @@ Extract = Callable[[Tensor], Features]
 
 
 class LPIPSDistance:
-    """LPIPS of each pair, version 0.1, as the lpips package computes it.
-
-    Args:
-        trunk: ``vgg`` or ``alex``.
-        path: of the trunk's weights, :data:`olvae.modules.frozen.TRUNKS`.
-        device: where it is computed, in float32.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """LPIPS of each pair (Zhang et al. 2018), version 0.1, as the lpips package computes it, in float32."""
 
     def __init__(self, trunk: Trunk, path: Path, device: str | torch.device = "cpu") -> None:
         self._least = LPIPS_SIZE[trunk]
@@ -55,11 +46,7 @@ class LPIPSDistance:
 
 
 class Inception:
-    """The 2048 features of torch-fidelity's InceptionV3, in float32. The network resizes to 299x299 itself.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """The 2048 features of torch-fidelity's InceptionV3, in float32. The network resizes to 299x299 itself."""
 
     def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -94,7 +81,6 @@ class PairFeatures:
     could not be taken back out of the sums of a Gaussian.
 
     Args:
-        extract: such as :class:`Inception`.
         reference: features of the images by key, shared by all targets; filled here as images come.
     """
 
@@ -135,11 +121,7 @@ class PairFeatures:
 
 
 class SetMetric(Metric):
-    """A distance between the features of all images and those of all reconstructions.
-
-    Args:
-        features: may be shared by several metrics of one target; each key is computed once.
-    """
+    """A distance between the features of all images and those of all reconstructions; metrics may share features."""
 
     def __init__(self, kind: Kind, features: PairFeatures, details: Mapping[str, object] | None = None) -> None:
         super().__init__(kind, details)

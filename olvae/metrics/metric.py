@@ -53,11 +53,7 @@ class Metric(ABC):
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Add images and their reconstructions.
-
-        Args:
-            keys: of the B images.
-            x, y: uint8 (B, C, H, W), on any device.
+        """Add images and their reconstructions, B keys and twice uint8 (B, C, H, W), on any device.
 
         Raises:
             Unavailable: the metric is not defined for this size or number of channels.

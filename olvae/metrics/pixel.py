@@ -15,13 +15,9 @@ UNIFORM_WINDOW = 7
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """PSNR of each image in dB; infinite where the two are equal.
+    """PSNR of each image in dB, infinite for equal ones: uint8 (B, C, H, W) twice -> float64 (B,).
 
-    Args:
-        x, y: uint8 (B, C, H, W).
-
-    Returns:
-        float64 (B,): 10 log10(255^2 / mean squared error over the image).
+    10 log10(255^2 / mean squared error over the image).
     """
     rows = zip(x.split(64, 2), y.split(64, 2), strict=True)  # large images need little memory, and integers are exact
     error = torch.stack([(a.int() - b.int()).square().flatten(1).sum(1) for a, b in rows]).sum(0)
@@ -29,25 +25,15 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute error of each image, on a scale from 0 (black) to 1 (white).
-
-    Args:
-        x, y: uint8 (B, C, H, W).
-
-    Returns:
-        float64 (B,): the mean over the image of |x - y| / 255.
-    """
+    """Mean of |x - y| / 255 over each image: uint8 (B, C, H, W) twice -> float64 (B,)."""
     return (x.double() - y.double()).abs().flatten(1).mean(1) / 255.0
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image: Gaussian window of 11 pixels, sigma 1.5, K 0.01 and 0.03, range 255, mean over channels.
+    """SSIM of each image: uint8 (B, C, H, W) twice, of at least 11 pixels -> float64 (B,).
 
-    Args:
-        x, y: uint8 (B, C, H, W), at least 11 pixels in height and width.
-
-    Returns:
-        float64 (B,); computed in float32, which is 13 times as fast and agrees to 2e-6.
+    Gaussian window of 11 pixels, sigma 1.5, K 0.01 and 0.03, range 255, mean over channels; in float32, which is 13
+    times as fast as float64 and agrees to 2e-6.
     """
     if min(x.shape[-2:]) < SSIM_WINDOW:
         raise Unavailable(f"SSIM needs images of at least {SSIM_WINDOW} pixels, got {tuple(x.shape[-2:])}")
@@ -60,14 +46,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image as scikit-image computes it by default: a uniform window of 7 pixels, sample covariances.
-
-    Args:
-        x, y: uint8 (B, C, H, W), at least 7 pixels in height and width.
-
-    Returns:
-        float64 (B,).
-    """
+    """SSIM of each image as scikit-image's default: a uniform window of 7 pixels, sample covariances."""
     if min(x.shape[-2:]) < UNIFORM_WINDOW:
         raise Unavailable(f"SSIM needs images of at least {UNIFORM_WINDOW} pixels, got {tuple(x.shape[-2:])}")
     from skimage.metrics import structural_similarity  # slow to import
@@ -85,17 +64,11 @@ MS_SSIM_SIZE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """MS-SSIM of each image as torchmetrics computes it, data range 255, with the paper's five weights.
+    """MS-SSIM of each image as torchmetrics computes it: uint8 (B, C, H, W) twice, of at least 176 pixels -> (B,).
 
-    Each scale averages 2x2 pixels of the one before; the window is that of :func:`ssim`. The first four scales give
-    their contrast term, averaged over channels and over the positions where the window fits. The last gives its SSIM,
-    averaged over all positions, with the image reflected at its border. A negative mean counts as 0.
-
-    Args:
-        x, y: uint8 (B, C, H, W), at least 176 pixels in height and width.
-
-    Returns:
-        float64 (B,), computed in float32.
+    Range 255, the paper's five weights, the window of :func:`ssim`. Each scale averages 2x2 pixels of the one before.
+    The first four give their contrast term, averaged over channels and over the positions where the window fits, the
+    last its SSIM, averaged over all positions, with the image reflected at its border. A negative mean counts as 0.
     """
     if min(x.shape[-2:]) < MS_SSIM_SIZE:
         raise Unavailable(

@@ -41,9 +41,7 @@ def build_metrics(
     """Prepare metrics for any number of targets on the same images.
 
     Args:
-        names: of :data:`METRICS`.
         weights_dir: a folder of pretrained weights, searched first: :func:`find_weights`.
-        device: where they are computed, in float32.
 
     Returns:
         A function that makes the metrics of one target, in the order of the names; and for each metric whose weights

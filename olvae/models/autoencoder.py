@@ -134,12 +134,7 @@ class LiteVAE(
     tags=["autoencoder", "vae", "litevae"],
     model_card_template=CARD,
 ):
-    """An autoencoder for latent diffusion.
-
-    Args:
-        encoder: images to 2 n_z moments, or to features if there is a quantizer.
-        decoder: latents to images.
-        quantizer: optional 1x1 convolutions on either side of the latent.
+    """An autoencoder for latent diffusion; a quantizer is a 1x1 convolution on either side of the latent.
 
     Raises:
         ValueError: encoder and decoder do not fit each other.

@@ -91,11 +91,7 @@ _NOT_FOUND: dict[type[Exception], str] = {
 
 @contextmanager
 def upload_errors(repo_id: str) -> Iterator[None]:
-    """Turn the errors of an upload into one line.
-
-    Raises:
-        OSError: the hub refuses, or can't be reached.
-    """
+    """Turn the errors of an upload into an OSError of one line."""
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -150,8 +146,7 @@ def locate(
     """Find the weights, and the config that belongs to them.
 
     Args:
-        path_or_id: a run folder, an export, another folder with one file of weights and one config, a file of
-            weights with its config in it or beside it, ``olvae:NAME`` of a model of this package, or an id of the hub.
+        path_or_id: see ``LiteVAE.from_pretrained``.
         config: the config, instead of the one beside the weights: a YAML file, a config.json, or its content.
         access: see :func:`snapshot`.
 

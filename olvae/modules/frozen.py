@@ -41,11 +41,7 @@ class Constant(nn.Module):
 
 
 class Normalise(nn.Module):
-    """Images in [-1, 1], (B, 3, H, W), as a network of ImageNet expects them: in [0, 1], less a mean, over a deviation.
-
-    Args:
-        mean, std: of each channel of images in [0, 1].
-    """
+    """Images (B, 3, H, W) in [-1, 1] -> in [0, 1], less a mean, over a deviation, as networks of ImageNet take them."""
 
     mean: Tensor
     std: Tensor
@@ -68,13 +64,8 @@ TRUNKS: dict[Trunk, WeightsFile] = {"vgg": VGG16, "alex": ALEXNET}
 def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
     """LPIPS (Zhang et al. 2018), version 0.1 with its own linear heads; frozen, in evaluation mode.
 
-    Two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1).
-
-    Args:
-        path: the trunk's file of :data:`TRUNKS`; None for random weights, to count the network.
-
-    Raises:
-        ValueError: the file holds something else.
+    Two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1). ``path`` is the trunk's file of
+    :data:`TRUNKS`; None gives random weights, to count the network.
     """
     import lpips
 
@@ -98,11 +89,7 @@ VGG_LAYERS = 35
 def conv5_4(path: Path | None) -> nn.Module:
     """VGG19's last convolution before its activation: images (B, 3, H, W) in [-1, 1] -> (B, 512, H/16, W/16).
 
-    Args:
-        path: the file of :data:`olvae.weights.VGG19`; None for weights without values, to count the network.
-
-    Raises:
-        ValueError: the file holds something else.
+    ``path`` is the file of :data:`olvae.weights.VGG19`; None gives weights without values, to count the network.
     """
     import torchvision
 
@@ -126,7 +113,6 @@ def published_weights(name: str) -> str:
     """The id on the hub of a timm model's weights.
 
     Raises:
-        ModuleNotFoundError: timm is not installed.
         ValueError: timm has no such model, or no weights for it on the hub.
     """
     import timm
@@ -145,8 +131,7 @@ class VisionEncoder(Constant):
     """The last feature map of a timm network, after its last norm; frozen: see :class:`Constant`.
 
     Args:
-        name: of a timm model, which takes images of any size; a tag after a dot, as in
-            ``vit_large_patch14_dinov2.lvd142m``, names its published weights.
+        name: of a timm model, which takes images of any size; a tag after a dot names its published weights.
         weights: its tensors, under timm's names or its publisher's; None for fresh ones, to count the network.
 
     Raises:
@@ -164,17 +149,10 @@ class VisionEncoder(Constant):
 
     @torch.no_grad()
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Features of images without gradients, in the precision of autocast.
+        """(B, 3, H, W) in [-1, 1] -> features (B, channels, *grid) in float32, without gradients.
 
-        The network sees the images resized so that 16 of their pixels make one feature; the features are then resized
-        to the grid.
-
-        Args:
-            x: (B, 3, H, W) in [-1, 1].
-            grid: h, w.
-
-        Returns:
-            (B, channels, h, w) in float32.
+        The network sees the images resized so that 16 of their pixels make one feature, in autocast's precision; the
+        features are then resized to the grid, (h, w).
         """
         normalise, network = self.network.children()
         size = [self._stride * max(1, round(side / PIXELS_PER_FEATURE)) for side in x.shape[-2:]]

@@ -17,17 +17,10 @@ from olvae.modules.unetgan import SpectralConv2d
 
 
 def l2_attention(qk: Tensor, v: Tensor) -> Tensor:
-    """softmax_j(-|q_i - q_j|^2 / sqrt(D)) v_j, queries and keys being the same vectors.
+    """softmax_j(-|q_i - q_j|^2 / sqrt(D)) v_j: q (..., N, D), also the keys, and v (..., N, E) -> (..., N, E).
 
-    In float32, without autocast. |q_i|^2 is the same for all j and cancels in the softmax, so it is left out; the mean
-    is subtracted first, which changes no distance and keeps the differences exact.
-
-    Args:
-        qk: (..., N, D), the queries, which are also the keys.
-        v: (..., N, E).
-
-    Returns:
-        (..., N, E), in float32 (float64 for float64).
+    In float32 without autocast (float64 for float64). |q_i|^2 is the same for all j and cancels in the softmax, so it
+    is left out; the mean is subtracted first, which changes no distance and keeps the differences exact.
     """
     with no_autocast(qk):
         q = island(qk)
@@ -44,8 +37,6 @@ class TransformerBlock(nn.Module):
     the output has one. The feed-forward network is W3 (GELU(W1 x) * W2 x), four times as wide as the input.
 
     Args:
-        channels: of the feature map.
-        heads, head_channels: of the attention.
         checkpoint_attention: recompute the attention in the backward pass instead of keeping its (heads, H W, H W)
             weights. The layers with spectral norm around it are not recomputed, so that their power iterations run
             once per pass and the gradients are the same.
@@ -166,17 +157,7 @@ class GigaGAN(nn.Module):
         self.num_outputs = len(self.predictors) + 1
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Logits of patches of growing size, and of the image.
-
-        Args:
-            x: (B, in_channels, image_size, image_size).
-
-        Returns:
-            (B, 1, size, size) for every level with a predictor but the last, finest first; then (B, 1).
-
-        Raises:
-            ValueError: the image has another size.
-        """
+        """(B, in_channels, image_size, image_size) -> [patches' logits (B, 1, s, s), finest first; (B, 1)]."""
         if x.ndim != 4 or x.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"this GigaGAN takes images (B, C, {self.image_size}, {self.image_size}), got {tuple(x.shape)}: "

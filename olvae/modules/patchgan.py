@@ -13,11 +13,6 @@ class PatchGAN(nn.Module):
 
     BatchNorm makes a sample's logits depend on its batch: in training, use separate batches for real and fake images,
     and convert to SyncBatchNorm when several devices share a batch.
-
-    Args:
-        in_channels: the image's channels.
-        base_channels: the width of the first layer.
-        n_layers: how many layers halve the image.
     """
 
     num_outputs = 1
@@ -42,17 +37,7 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Logits of the patches.
-
-        Args:
-            x: (B, in_channels, H, W), H and W at least 4 * 2^n_layers (32 at the defaults).
-
-        Returns:
-            One tensor (B, 1, ~H/2^n_layers - 2, ~W/2^n_layers - 2).
-
-        Raises:
-            ValueError: the image is too small.
-        """
+        """(B, in_channels, H, W), sides of at least 4 * 2^n -> [logits of patches (B, 1, ~H/2^n - 2, ~W/2^n - 2)]."""
         if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"PatchGAN with {len(self.layers)} layers takes images (B, C, H, W) of at least {self.min_size}x"

@@ -80,7 +80,6 @@ class UNetGAN(nn.Module):
     down; a plain 1x1 convolution gives one logit per pixel.
 
     Args:
-        in_channels: the image's channels.
         base_channels: the width: 16, 32, 64 for UNetGAN-S, M, L.
         image_size: the intended size in pixels: below 256 it has five levels, like the paper's network for 128 px, else
             six, like that for 256 px. Both take images of any size in multiples of 64.
@@ -109,17 +108,7 @@ class UNetGAN(nn.Module):
         nn.init.zeros_(self.pixel_head.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Logits of the pixels and of the image.
-
-        Args:
-            x: (B, in_channels, H, W), H and W multiples of 64.
-
-        Returns:
-            (B, 1, H, W) and (B, 1).
-
-        Raises:
-            ValueError: H or W is not a multiple of 64.
-        """
+        """(B, in_channels, H, W), sides multiples of 64 -> [logits of pixels (B, 1, H, W), of the image (B, 1)]."""
         if x.ndim != 4 or x.shape[-2] % 64 or x.shape[-1] % 64:
             raise ValueError(
                 f"UNetGAN takes images (B, C, H, W) with H and W multiples of 64, got {tuple(x.shape)}: "

@@ -31,9 +31,6 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
 
     Returns:
         (B, 4C, ceil(H/2), ceil(W/2)): LL, width, height and diagonal details, C channels each.
-
-    Raises:
-        ValueError: x is not 4-dimensional, or the wavelet is unknown or not orthogonal.
     """
     if x.ndim != 4:
         raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
@@ -43,20 +40,11 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
 
 
 def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
-    """The inverse of :func:`dwt2`.
+    """The inverse of :func:`dwt2`: (B, 4C, h, w) in its order -> (B, C, *size).
 
     Args:
-        y: (B, 4C, h, w) in dwt2's order.
-        wavelet: the wavelet that dwt2 used.
         size: the height and width of the image; (2h, 2w) if it is not given, which for an odd-sized
             image holds one repeated row or column too many.
-
-    Returns:
-        (B, C, *size).
-
-    Raises:
-        ValueError: the channels are not a multiple of four, the size is not one that dwt2 takes to (h, w),
-            or the wavelet is unknown or not orthogonal.
     """
     if y.ndim != 4 or y.shape[1] % 4:
         raise ValueError(f"idwt2 takes bands of shape (B, 4C, h, w), got {tuple(y.shape)}")

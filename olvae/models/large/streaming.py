@@ -37,8 +37,6 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
 
     Args:
         encoder: in evaluation mode.
-        x: (B, C, H, W) in [-1, 1], H and W multiples of f.
-        memory: bytes.
         progress: called from time to time with the fraction that is done.
 
     Raises:

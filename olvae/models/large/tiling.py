@@ -33,9 +33,6 @@ def pad_to_multiple(x: Tensor, f: int) -> Tensor:
     Rows are added at the bottom and columns at the right, so that latent position (i, j) belongs to the pixels from
     (f i, f j) for any size. They are the image's reflection, or copies of its last row or column along an axis with no
     more pixels than are added [D].
-
-    Raises:
-        ValueError: the image has no pixels, or f is not positive.
     """
     if f < 1:
         raise ValueError(f"can't pad to a multiple of {f}")
@@ -59,13 +56,10 @@ def crop_to(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def receptive_field(decoder: Decoder) -> int | None:
-    """The most latent positions beyond its own, on each side, that an output pixel depends on.
+    """The most latent positions beyond its own, on each side, that an output pixel depends on; tight [D].
 
-    Computed from the decoder's stages, and tight: the outermost position matters [D].
-
-    Returns:
-        Positions; None for a decoder without a finite field, such as Stable Diffusion's, whose GroupNorm and attention
-        depend on the whole latent.
+    None for a decoder without a finite field, such as Stable Diffusion's, whose GroupNorm and attention depend on the
+    whole latent.
     """
     stages = decoder.stages()
     if stages is None:
@@ -77,15 +71,10 @@ def receptive_field(decoder: Decoder) -> int | None:
 
 
 def decode_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
-    """Decode a window of the image from the latent positions that it depends on.
+    """Decode a window of the image, rows and columns in pixels, from the latent positions that it depends on.
 
     Between two stages, whatever the rest does not need is cut off. At the image's borders nothing is cut, and the zero
     padding is that of the whole image: so the result equals the window of the whole image.
-
-    Args:
-        stages: those of the decoder.
-        z: the whole latent, (B, z_channels, h, w).
-        window: rows and columns of the image, in pixels.
     """
     rows = _needed(stages, window[0], z.shape[-2])
     columns = _needed(stages, window[1], z.shape[-1])
@@ -123,12 +112,10 @@ def decode_tiled(
 ) -> Tensor:
     """``decoder(z)`` tile by tile: equal to rounding, because each tile includes all that it depends on.
 
-    A decoder without a finite receptive field (see :func:`receptive_field`) is never tiled: with ``memory`` it decodes
-    the whole latent if that fits.
+    A decoder without a finite :func:`receptive_field` is never tiled: with ``memory`` it decodes whole if that fits.
 
     Args:
         decoder: in evaluation mode; faster if folded.
-        z: (B, z_channels, h, w).
         tile: side of a tile, in latent positions.
         memory: the bytes of a tile beside z, the image and the parameters, for the largest tile that fits. Give tile or
             memory.

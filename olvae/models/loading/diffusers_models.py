@@ -34,9 +34,6 @@ class DiffusersAutoencoder(Autoencoder):
 
     Its latents are the model's own: neither scaled nor shifted by the factors in its config.
 
-    Args:
-        model: with ``encode`` that gives a ``latent_dist``, or ``latents`` without a distribution, and ``decode``.
-
     Raises:
         ValueError: it does not take images to smaller latents and back.
     """
@@ -67,11 +64,7 @@ class DiffusersAutoencoder(Autoencoder):
         return getattr(self.model, "encoder", None)
 
     def encode(self, x: Tensor) -> Posterior:
-        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f), deterministic where the model has none.
-
-        Raises:
-            ValueError: H or W is not a multiple of f.
-        """
+        """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f), deterministic where the model has none."""
         if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
             raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {self.downscale}")
         return self.encode_any(x)
@@ -113,8 +106,7 @@ def find_folder(text: str) -> Path:
     """Find the folder of an autoencoder, or download it.
 
     Args:
-        text: a folder or an id of the hub, of an autoencoder or of a pipeline that has one in ``vae``; another
-            subfolder is named after ``::``.
+        text: a folder or id of the hub, of an autoencoder or of a pipeline with one in ``vae``, or after ``::``.
 
     Raises:
         FileNotFoundError: there is no such autoencoder, or the hub can't be reached.
@@ -142,9 +134,6 @@ def find_folder(text: str) -> Path:
 
 def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = False) -> DiffusersAutoencoder:
     """Load the autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
-
-    Args:
-        allow_mismatch: load the tensors that fit, and warn of the others.
 
     Raises:
         ConfigError: the config does not name an autoencoder of diffusers.
@@ -199,13 +188,10 @@ def load_diffusers(folder: Path, trained: bool = True, allow_mismatch: bool = Fa
 
 
 def check_parameters(outline: nn.Module, stored: int) -> None:
-    """Check a network on the meta device, before it is built.
-
-    Args:
-        stored: bytes of its weights.
+    """Check that a network on the meta device has no more parameters than its weights have bytes.
 
     Raises:
-        ValueError: it has more parameters than that.
+        ValueError: it has.
     """
     parameters = count_parameters(outline)
     if stored and parameters > stored:

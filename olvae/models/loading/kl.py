@@ -46,12 +46,8 @@ def is_stable_diffusion(model: Autoencoder) -> bool:
 def as_litevae(model: Autoencoder, name: str) -> LiteVAE:
     """The same autoencoder as a LiteVAE object, whose networks can be trained and exported.
 
-    Args:
-        model: a LiteVAE, which is returned as it is, or diffusers' AutoencoderKL, whose weights are copied.
-        name: of the model, for messages.
-
     Raises:
-        ConfigError: it is another autoencoder, or has a part that SDEncoder and SDDecoder do not have.
+        ConfigError: it is neither a LiteVAE nor an AutoencoderKL, or has a part that SDEncoder and SDDecoder lack.
     """
     if isinstance(model, LiteVAE):
         return model
@@ -69,7 +65,7 @@ def diffusers_config(model: LiteVAE) -> dict[str, Any]:
     """The arguments of diffusers' AutoencoderKL with the networks of :func:`is_stable_diffusion`.
 
     Raises:
-        ValueError: encoder and decoder differ in a setting of which AutoencoderKL has one for both.
+        ValueError: encoder and decoder differ in a setting that AutoencoderKL has once.
     """
     encoder, decoder = model.encoder.node["params"], model.decoder.node["params"]
     widths = [encoder["channels"] * m for m in encoder["channel_mult"]]
@@ -217,11 +213,6 @@ def from_latent_diffusion(
 ) -> DiffusersAutoencoder:
     """Build the autoencoder of :func:`latent_diffusion_config`, in evaluation mode; fresh without weights.
 
-    Args:
-        weights: see :func:`pick_latent_diffusion`.
-        origin: the file that they are from, for messages.
-        allow_mismatch: load the tensors that fit, and warn of the others.
-
     Raises:
         ValueError: weights do not fit or are non-finite.
     """
@@ -243,8 +234,7 @@ def latent_diffusion_config(weights: Mapping[str, Tensor], origin: str | Path) -
     """The arguments of AutoencoderKL, from the shapes. GroupNorm always has 32 groups in that code.
 
     Raises:
-        ValueError: it has attention outside the middle, a latent of another width than the decoder's input, or lacks
-            a tensor, which AutoencoderKL does not allow.
+        ValueError: AutoencoderKL does not allow it: attention outside the middle, several latent widths, a gap.
     """
     if attention := [name for name in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)]:
         raise ValueError(f"{origin}: attention outside the middle ({attention[0]}), which AutoencoderKL does not have")
