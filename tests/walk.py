@@ -1,0 +1,64 @@
+"""Trace a command through the package: the files with functions that it runs, in the order of their first calls.
+
+    python -m tests.walk olvae export runs/*_demo_32 --out vae
+"""
+
+import inspect
+import runpy
+import sys
+import threading
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import olvae
+
+PACKAGE = Path(olvae.__file__).parent
+
+
+class Walk:
+    """Files of the package and, of each, the first function called; what runs while a module is imported is left out."""
+
+    def __init__(self) -> None:
+        self.first: dict[Path, str] = {}
+        self._known: set[CodeType] = set()
+
+    def __enter__(self) -> "Walk":
+        threading.setprofile(self._profile)
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def _profile(self, frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or code in self._known:
+            return
+        path = Path(code.co_filename)
+        is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
+        if PACKAGE in path.parents and is_function and not _is_importing(frame):
+            self._known.add(code)
+            self.first.setdefault(path.relative_to(PACKAGE.parent), getattr(code, "co_qualname", code.co_name))
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and PACKAGE in Path(frame.f_code.co_filename).parents:
+            return Path(frame.f_code.co_filename).name != "__main__.py"
+        frame = frame.f_back
+    return False
+
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    walk = Walk()
+    with walk:
+        try:
+            runpy.run_module("olvae", run_name="__main__", alter_sys=False)
+        except SystemExit as leaving:
+            print(f"exit code {leaving.code}")
+    for path, function in walk.first.items():
+        print(f"{path}  {function}")
+    print(len(walk.first), "files")
