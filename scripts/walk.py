@@ -1,6 +1,6 @@
 """Trace a command through the package: the files with functions that it runs, in the order of their first calls.
 
-    python -m tests.walk olvae export runs/*_demo_32 --out vae
+python scripts/walk.py olvae export runs/*_demo_32 --out vae
 """
 
 import inspect
@@ -17,7 +17,7 @@ PACKAGE = Path(olvae.__file__).parent
 
 
 class Walk:
-    """Files of the package and, of each, the first function called; what runs while a module is imported is left out."""
+    """Files of the package, each with the first function called; code that runs during imports is left out."""
 
     def __init__(self) -> None:
         self.first: dict[Path, str] = {}
