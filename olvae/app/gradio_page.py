@@ -15,7 +15,7 @@ from olvae.figures import rgb
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target, name_apart
 
-COLUMNS = ("model", "latent", "PSNR, dB", "SSIM", "seconds")
+COLUMNS = ["model", "latent", "PSNR, dB", "SSIM", "seconds"]
 
 DETAIL_SIDES = (16, 32, 64, 128)
 """Pixels along a side of the enlarged detail."""
@@ -59,30 +59,11 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
         except ValueError as error:
             raise gr.Error(str(error), duration=None) from None
         errors = [(_array(result.error), model) for model, result in shown.results.items()]
-        slider, latent = choose(shown, name)
-        return shown, _table(models, shown), slider, errors, latent, _array(x), detail(shown, side)
+        slider, latent = _choose(shown, name)
+        return shown, _table(models, shown), slider, errors, latent, _array(x), _detail(shown, side)
 
-    def choose(shown: Shown | None, name: str) -> tuple[Any, Any]:
-        if shown is None:
-            return None, None
-        result = shown.results[name]
-        latent = [(_array(channel), f"channel {i + 1}") for i, channel in enumerate(latent_pictures(result.latent))]
-        return (_array(shown.x), _array(result.y)), latent
-
-    def detail(shown: Shown | None, side: int, place: tuple[int, int] | None = None) -> list[Captioned] | None:
-        if shown is None:
-            return None
-        height, width = shown.x.shape[-2:]
-        place = place or (width // 2, height // 2)
-        images = {"original": shown.x, **{name: result.y for name, result in shown.results.items()}}
-        return [(_array(enlarged(crop_around(image, place, side))), name) for name, image in images.items()]
-
-    def pointed(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
-        return detail(shown, side, (int(event.index[0]), int(event.index[1])))
-
-    with gr.Blocks(
-        title="open-LiteVAE", analytics_enabled=False, delete_cache=(DELETE_AFTER_S, DELETE_AFTER_S)
-    ) as blocks:
+    deleting = (DELETE_AFTER_S, DELETE_AFTER_S)
+    with gr.Blocks(title="open-LiteVAE", analytics_enabled=False, delete_cache=deleting) as blocks:
         gr.Markdown("# What an autoencoder keeps of an image")
         state = gr.State(time_to_live=DELETE_AFTER_S)
         with gr.Row():
@@ -92,9 +73,7 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
                 name = gr.Radio(names, value=names[0], label="Shown beside the original", visible=len(names) > 1)
             with gr.Column(scale=2, min_width=360):
                 slider = gr.ImageSlider(label="original | reconstruction", format="png", elem_id="slider")
-                table = gr.Dataframe(
-                    headers=list(COLUMNS), wrap=True, label="Numbers", interactive=False, elem_id="numbers"
-                )
+                table = gr.Dataframe(headers=COLUMNS, wrap=True, label="Numbers", interactive=False, elem_id="numbers")
         with gr.Tab("Error", render_children=True):
             gr.Markdown("Absolute error, mean of the channels: black is 0, white 64 of 255 and above.")
             errors = gr.Gallery(label="Error", elem_id="errors", columns=min(3, len(names)), **GALLERY)
@@ -108,10 +87,31 @@ def build(models: Mapping[str, Autoencoder], device: str = "cpu") -> gr.Blocks:
                 whole = gr.Image(label="Original", interactive=False, format="png", elem_id="whole")
                 near = gr.Gallery(label="Detail", elem_id="detail", columns=2, **GALLERY)
         file.change(look, [file, name, side], [state, table, slider, errors, latent, whole, near])
-        name.change(choose, [state, name], [slider, latent])
-        whole.select(pointed, [state, side], near)
-        side.change(detail, [state, side], near)
+        name.change(_choose, [state, name], [slider, latent])
+        whole.select(_detail_at, [state, side], near)
+        side.change(_detail, [state, side], near)
     return blocks
+
+
+def _choose(shown: Shown | None, name: str) -> tuple[Any, Any]:
+    if shown is None:
+        return None, None
+    result = shown.results[name]
+    latent = [(_array(channel), f"channel {i + 1}") for i, channel in enumerate(latent_pictures(result.latent))]
+    return (_array(shown.x), _array(result.y)), latent
+
+
+def _detail(shown: Shown | None, side: int, place: tuple[int, int] | None = None) -> list[Captioned] | None:
+    if shown is None:
+        return None
+    height, width = shown.x.shape[-2:]
+    place = place or (width // 2, height // 2)
+    images = {"original": shown.x, **{name: result.y for name, result in shown.results.items()}}
+    return [(_array(enlarged(crop_around(image, place, side))), name) for name, image in images.items()]
+
+
+def _detail_at(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
+    return _detail(shown, side, (int(event.index[0]), int(event.index[1])))
 
 
 def _table(models: Mapping[str, Autoencoder], shown: Shown) -> list[list[str]]:

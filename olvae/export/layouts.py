@@ -16,15 +16,7 @@ from olvae.checkpoint import PRIVATE_PREFIX, read_checkpoint, write_tensors
 from olvae.config import Config, ConfigError, resolve_target
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.kl import (
-    as_litevae,
-    diffusers_config,
-    diffusers_weights,
-    from_latent_diffusion,
-    is_stable_diffusion,
-    latent_diffusion_config,
-    pick_latent_diffusion,
-)
+from olvae.models.loading import kl
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.sdvae import set_padding
@@ -144,45 +136,33 @@ vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in pla
 class DiffusersLayout(Layout):
     """The folder of diffusers' own AutoencoderKL, for networks of Stable Diffusion's kind."""
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "fold": NO_MODULATION,
-        "onnx": "ONNX files are written in the format litevae",
-    }
+    refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, "onnx": "ONNX files are written by `format` litevae"}
     keeps_padding = False
 
     def misfit(self, model: LiteVAE) -> str | None:
-        if not is_stable_diffusion(model):
+        if not kl.is_stable_diffusion(model):
             return (
                 "a LiteVAE has other networks than AutoencoderKL: `format` litevae is for diffusers' "
                 "AutoencoderLiteVAE, `format` comfyui for ComfyUI"
             )
         try:
-            self.tensors(model)
-            self.config(model)
+            self.tensors(model), self.config(model)
         except ValueError as error:
             return f"{error}: `format` litevae can hold it"
         return None
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        return diffusers_weights(model)
+        return kl.diffusers_weights(model)
 
     def config(self, model: LiteVAE) -> Config | None:
         kind = {"_class_name": AutoencoderKL.__name__, "_diffusers_version": diffusers.__version__}
-        return {**kind, **diffusers_config(model)}
+        return {**kind, **kl.diffusers_config(model)}
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
         for half in reflecting(model):
             set_padding(getattr(vae, half), "reflect")
-
-        def moments(x: Tensor) -> Tensor:
-            parameters: Tensor = vae.encode(x).latent_dist.parameters
-            return parameters
-
-        def decode(z: Tensor) -> Tensor:
-            sample: Tensor = vae.decode(z).sample
-            return sample
-
+        moments, decode = lambda x: vae.encode(x).latent_dist.parameters, lambda z: vae.decode(z).sample
         return [Loaded(IN_DIFFUSERS, moments, decode, vae.config)]
 
     def usage(self, model: LiteVAE) -> str:
@@ -208,15 +188,13 @@ class LatentDiffusionLayout(DiffusersLayout):
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        config = diffusers_config(model)
-        if config["norm_num_groups"] != LDM_GROUPS:
-            raise ValueError(
-                f"GroupNorm with {config['norm_num_groups']} groups: latent-diffusion always has {LDM_GROUPS}"
-            )
+        config = kl.diffusers_config(model)
+        if (groups := config["norm_num_groups"]) != LDM_GROUPS:
+            raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has {LDM_GROUPS}")
         if not config["mid_block_add_attention"]:
             raise ValueError("no attention in the middle: latent-diffusion always has it")
         last = len(config["block_out_channels"]) - 1
-        renamed = ((_ldm_name(name, last), tensor) for name, tensor in diffusers_weights(model).items())
+        renamed = ((_ldm_name(name, last), tensor) for name, tensor in kl.diffusers_weights(model).items())
         # Attention's linear layers are 1x1 convolutions there, (C, C, 1, 1).
         return {name: tensor[:, :, None, None] if tensor.ndim == 2 else tensor for name, tensor in renamed}
 
@@ -224,15 +202,16 @@ class LatentDiffusionLayout(DiffusersLayout):
         return None
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        tensors = pick_latent_diffusion(read_checkpoint(path), path) or {}
-        back = as_litevae(from_latent_diffusion(latent_diffusion_config(tensors, path), tensors, path), str(path))
+        tensors = kl.pick_latent_diffusion(read_checkpoint(path), path) or {}
+        loaded = kl.from_latent_diffusion(kl.latent_diffusion_config(tensors, path), tensors, path)
+        back = kl.as_litevae(loaded, str(path))
         for half in reflecting(model):
             set_padding(getattr(back, half), "reflect")
         return [Loaded(LOADED_BACK, back.moments, back.decode)]
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
-        config = diffusers_config(model)
+        config = kl.diffusers_config(model)
         if odd := [f"{key} {config[key]}" for key, known in STOCK.items() if config[key] not in known]:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
 
@@ -248,7 +227,7 @@ class ComfyUILayout(Layout):
     refused = NO_FACTORS
 
     def misfit(self, model: LiteVAE) -> str | None:
-        return "an AutoencoderKL: `format` ldm is what ComfyUI loads" if is_stable_diffusion(model) else None
+        return "an AutoencoderKL: `format` ldm is what ComfyUI loads" if kl.is_stable_diffusion(model) else None
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         return {PRIVATE_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
