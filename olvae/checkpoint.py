@@ -43,14 +43,16 @@ EXPANDED_BYTES = 2**30
 """Limit of all tensors beyond twice the file's size: tensors may share memory or repeat it."""
 
 CALLED = re.compile(
-    r"collections\.(Counter|OrderedDict)|builtins\.(complex|set)|_codecs\.encode|torch\.(Size|device|storage\.UntypedStorage)"
-    r"|torch\._utils\._rebuild_(parameter|parameter_with_state|tensor|tensor_v2|tensor_v3)|torch\.\w+Storage"
+    r"collections\.(Counter|OrderedDict)|builtins\.(complex|set)|_codecs\.encode|torch\.(?!\w*Tensor$)\w+"
+    r"|torch\.storage\.UntypedStorage|torch\._utils\._rebuild_(parameter|parameter_with_state|tensor|tensor_v2|tensor_v3)"
 )
-"""Classes and functions that a pickle may use, besides dtypes."""
+"""Classes and functions that a pickle may use, as far as torch knows them: it refuses others."""
 
-SHELL_PACKAGES = ("lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "typing")
-SHELL_TYPES = ("Any", "bool", "defaultdict", "dict", "float", "int", "list", "str", "tuple")
-"""Packages and built-in types of objects that trainers leave beside the weights: read as empty dictionaries."""
+SHELLS = re.compile(
+    r"(lightning|lightning_fabric|numpy|omegaconf|pytorch_lightning|typing)\..+"
+    r"|(builtins|collections)\.(bool|defaultdict|dict|float|int|list|str|tuple)"
+)
+"""Objects that trainers leave beside the weights: read as empty dictionaries."""
 
 EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")
 """Encodings from bytes to bytes, which may double the length at each turn."""
@@ -298,8 +300,8 @@ def _scan(path: Path, check: bool = True) -> set[str]:
         raise
     except Exception as error:  # of many kinds, by what is broken
         raise _RefusedError("cut off, or of another kind") from error
-    shells = {name for name in names if _is_shell(name)}
-    if not all(CALLED.fullmatch(name) or _is_dtype(name) for name in names - shells):
+    shells = {name for name in names if SHELLS.fullmatch(name)}
+    if not all(CALLED.fullmatch(name) for name in names - shells):
         raise _RefusedError("it holds objects other than tensors, code perhaps, which is not run: ask for safetensors")
     return shells
 
@@ -324,16 +326,6 @@ def _expands(text: str) -> bool:
     with contextlib.suppress(LookupError, ValueError):
         return codecs.lookup(text).name in EXPANDING_CODECS
     return False
-
-
-def _is_dtype(name: str) -> bool:
-    package, _, last = name.partition(".")
-    return package == "torch" and isinstance(getattr(torch, last, None), torch.dtype)
-
-
-def _is_shell(name: str) -> bool:
-    package, *_, last = name.split(".")
-    return package in SHELL_PACKAGES or (package in ("builtins", "collections") and last in SHELL_TYPES)
 
 
 def _shell(name: str) -> type:

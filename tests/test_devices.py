@@ -23,38 +23,24 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flag", "there", "expected"),
+    ("gpus_wanted", "trainer", "there", "expected"),
     [
-        ("0", 4, ("cpu", 1)),
-        ("2", 4, ("cuda", [0, 1])),
-        ("1,3", 4, ("cuda", [1, 3])),
-        ("0,", 4, ("cuda", [0])),
-        (None, 4, ("cuda", 4)),
-        (None, 0, ("cpu", 1)),
+        ("0", {}, 4, ("cpu", 1)),
+        ("0", {"accelerator": "cpu", "devices": 2}, 0, ("cpu", 2)),
+        ("2", {}, 4, ("cuda", [0, 1])),
+        ("1,3", {}, 4, ("cuda", [1, 3])),
+        ("0,", {}, 4, ("cuda", [0])),
+        (None, {}, 4, ("cuda", 4)),
+        (None, {}, 0, ("cpu", 1)),
+        (None, {"accelerator": "cpu", "devices": 2}, 4, ("cpu", 2)),
+        (None, {"accelerator": "gpu", "devices": "auto"}, 3, ("gpu", 3)),
+        (None, {"devices": 2}, 4, ("cuda", 2)),
+        (None, {"accelerator": "auto", "devices": -1}, 2, ("cuda", 2)),
     ],
 )
-def test_flag(gpus, flag, there, expected):
+def test_accelerator_and_devices(gpus, gpus_wanted, trainer, there, expected):
     gpus(there)
-    assert tuple(resolve_devices(flag, {}).values()) == expected
-
-
-@pytest.mark.parametrize(
-    ("trainer", "there", "expected"),
-    [
-        ({"accelerator": "cpu", "devices": 2}, 4, ("cpu", 2)),
-        ({"accelerator": "gpu", "devices": "auto"}, 3, ("gpu", 3)),
-        ({"devices": 2}, 4, ("cuda", 2)),
-        ({"accelerator": "auto", "devices": -1}, 2, ("cuda", 2)),
-    ],
-)
-def test_config(gpus, trainer, there, expected):
-    gpus(there)
-    assert tuple(resolve_devices(None, trainer).values()) == expected
-
-
-def test_processes_on_the_cpu(gpus):
-    gpus(0)
-    assert resolve_devices("0", {"accelerator": "cpu", "devices": 2}) == {"accelerator": "cpu", "devices": 2}
+    assert tuple(resolve_devices(gpus_wanted, trainer).values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -84,26 +70,6 @@ def test_precision():
 
 
 REPO = Path(__file__).parents[1]
-
-PROGRAM = """
-import sys
-from pathlib import Path
-import torch
-from olvae.devices import Agreement, gather, join, leave
-rank, world = join()
-assert join() == (rank, world)
-first = gather({"rank": rank, "z": torch.full((2,), float(rank))})
-second = gather(None if rank else 7)
-assert (first is None) == (rank > 0) == (second is None)
-agreement = Agreement()  # the second process asks at its second call, the first one at the end
-answers = [agreement.any_asked(asked) for asked in (False, rank == 1, False, False)]
-answers.append(agreement.any_asked(rank == 0, wait=True))
-both = gather(answers)
-if first:
-    Path(sys.argv[1]).write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second} {both}")
-leave()
-assert gather(1) == [1]
-"""
 
 
 def free_port() -> int:
@@ -163,9 +129,24 @@ def run_on_two(*arguments: str) -> list[str]:
     return errors
 
 
+def meet(out: Path) -> None:
+    rank, world = join()
+    assert join() == (rank, world)
+    first = gather({"rank": rank, "z": torch.full((2,), float(rank))})
+    second = gather(None if rank else 7)
+    assert (first is None) == (rank > 0) == (second is None)
+    agreement = Agreement()  # the second process asks at its second call, the first one at the end
+    answers = [agreement.any_asked(asked) for asked in (False, rank == 1, False, False)]
+    answers.append(agreement.any_asked(rank == 0, wait=True))
+    both = gather(answers)
+    if first:
+        out.write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second} {both}")
+    leave()
+    assert gather(1) == [1]
+
+
 def test_two_processes_meet_and_the_first_gets_what_each_has(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    run_on_two(str(tmp_path / "program.py"), str(tmp_path / "out"))
+    fork_two(meet, tmp_path / "out")
     answers = [False, False, True, False, True]
     expected = f"2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None] {[answers, answers]}"
     assert (tmp_path / "out").read_text() == expected

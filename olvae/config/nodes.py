@@ -239,9 +239,6 @@ class _Names(dict[str, Any]):
                 return _names(module)[original] if _is_read(module) and original else Unimported
             case ast.Assign(value=value) | ast.AnnAssign(value=value) if value is not None:
                 return eval(compile(ast.Expression(value), self.module, "eval"), {}, self)
-            case ast.ClassDef(bases=bases) if any(ast.unparse(base) in ("TypedDict", "Protocol") for base in bases):
-                exec(compile(ast.Module([statement], []), self.module, "exec"), {}, self)
-                return self.pop(name)
         return Unimported
 
     def imported(self, name: str) -> tuple[str, str]:
@@ -264,7 +261,7 @@ def _names(module: str) -> _Names:
 def _file(module: str) -> Path:
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)
-    (folder,) = (spec and spec.submodule_search_locations) or ("",)
+    folder = next(iter((spec and spec.submodule_search_locations) or ("",)))
     files = Path(folder, *rest).with_suffix(".py"), Path(folder, *rest, "__init__.py")
     return files[0] if files[0].is_file() else files[1]
 

@@ -28,6 +28,14 @@ def olvae(capfd, monkeypatch, quick_training) -> Callable[..., tuple[int, str, s
     return run
 
 
+@pytest.fixture
+def terminal(monkeypatch) -> None:
+    """Make rich believe that standard error is a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, quick_training) -> Iterator[Path]:
     """A run folder after two steps, on a folder of twelve pictures beside it; not to be changed."""

@@ -45,7 +45,7 @@ def test_pack_and_check(olvae, photos, tmp_path):
         with tarfile.open(path) as archive:
             packed |= {json.load(archive.extractfile(m))["name"] for m in archive if m.name.endswith(".json")}
     assert packed == KEYS
-    code, out, _ = olvae("data", "check", photos, "--size", 16, "-B", 2, "--json")
+    code, out, _ = olvae("data", "check", photos, "--size", 16, "--json")
     assert [error["name"] for error in json.loads(out)["unreadable"]] == ["bad\\xe9.jpg"]
     assert code == 1
 

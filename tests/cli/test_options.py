@@ -44,13 +44,6 @@ def test_wrong_values(olvae, command, message):
     assert not out
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-
-
 def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
     with ProgressBar("packing", at_once=False) as bar:
         bar.set(3, 10)
