@@ -46,19 +46,6 @@ def test_every_size_and_the_unreadable(olvae, target, tmp_path):
         assert max(Image.open(out / f"{name}_compare.png").size) >= 256
 
 
-def test_tiles_and_memory_change_nothing(olvae, target, tmp_path):
-    image = picture(tmp_path / "x.png", (70, 45))
-    results = []
-    for number, options in enumerate(([], ["--tile", 2], ["--memory", 0.0005])):
-        out = tmp_path / str(number)
-        code, _, _ = olvae("reconstruct", *target, image, "--out", out, *options)
-        assert code == 0
-        results.append(np.asarray(Image.open(out / "x.png")).astype(int))
-    for result in results[1:]:
-        assert np.abs(result - results[0]).max() <= 1
-        assert np.abs(result - results[0]).mean() < 0.01
-
-
 def test_samples_and_precision(olvae, target, tmp_path):
     image = picture(tmp_path / "x.png", (20, 20))
     results = {}
@@ -98,15 +85,6 @@ def test_mistakes(olvae, target, tmp_path, options, code, text):
     assert text in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_result_does_not_replace_the_image(olvae, target, tmp_path):
-    image = picture(tmp_path / "x.png", (8, 8))
-    before = image.read_bytes()
-    code, _, err = olvae("reconstruct", *target, image, "--out", tmp_path)
-    assert code == 2
-    assert "is one of the images" in err
-    assert image.read_bytes() == before
 
 
 def test_tiles_of_a_decoder_without_a_finite_field(olvae, tmp_path):

@@ -13,9 +13,10 @@ from tests.conftest import tiny_config
 from tests.models.large.test_tiling import sd
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "quantizer"])
+@pytest.fixture
 def vae(request) -> LiteVAE:
-    params = tiny_config(use_quant=request.param)["model"]["params"]
+    """With a quantizer, and so with all that there is, unless the test says otherwise."""
+    params = tiny_config(use_quant=getattr(request, "param", True))["model"]["params"]
     model = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
     model.scaling_factor, model.shift_factor = 0.5, 0.125
     return model
@@ -30,6 +31,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("vae", [False, True], ids=["plain", "quantizer"], indirect=True)
 def test_there_and_back(vae, image, tmp_path):
     """An export, diffusers' class from it, that one's own saving, and ours again: bit for bit the same."""
     vae.save_pretrained(tmp_path / "a")

@@ -38,8 +38,7 @@ def assert_equal(tensors: dict, expected: dict) -> None:
 
 
 # litevae
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(("dtype", "fold"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False)])
 def test_diffusers_loads_an_export_and_saves_it_again(dtype, fold, tmp_path):
     model = tiny_litevae()
     how = ExportSettings(dtype=str(dtype)[6:], fold=fold)
