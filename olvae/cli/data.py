@@ -114,13 +114,12 @@ def check(
 
     _check_source(src)
     with loading():
-        from olvae.data.audit import CheckOptions, print_audit
         from olvae.data.audit import check as check_source
+        from olvae.data.audit import print_audit
         from olvae.pool import cores
 
-    options = CheckOptions(size, channels, max_unreadable)
     with ProgressBar("reading", at_once=False) as bar:
-        result = check_source(src, options, workers or cores(), bar.set)
+        result = check_source(src, size, channels, max_unreadable, workers or cores(), bar.set)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:

@@ -21,12 +21,12 @@ from olvae.data.mapped.dataset import ImageDataset
 from olvae.data.mapped.picture_folder import Files, FolderSource
 from olvae.data.opening import holds_shards, open_images, open_source
 from olvae.data.read_errors import ReadError, UnreadableImageError
-from olvae.data.shards.index import INDEX, Index, ShardRecord, counts_beside, find_shards
+from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import LATENT, STATS
 from olvae.data.shards.pairs import PIXELS
 from olvae.data.shards.tar_reading import Shard, extensions, is_local, read_shard, stem
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess, total
+from olvae.data.source import LoaderProcess
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
@@ -38,21 +38,6 @@ IMAGES_PER_TASK = 64
 PRINTED_NAMES = 10
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class CheckOptions:
-    """Settings of a check.
-
-    Args:
-        size: side of the training crops in pixels.
-        channels: see :func:`~olvae.data.image.read_picture`.
-        max_unreadable: share of the images that may be unreadable.
-    """
-
-    size: int = 256
-    channels: int = 3
-    max_unreadable: float = 0.01
 
 
 class ImageFacts(NamedTuple):
@@ -94,8 +79,7 @@ class AuditResult:
         smaller: images with a shorter side below ``size``, which training and evaluation would enlarge.
         duplicates: names of images that have the same pixels, by group.
         images_per_s: speed of one loader process: reading, decoding and the training transform.
-        problems: to fix before training.
-        notes: worth knowing.
+        problems: to fix before training; ``notes`` are worth knowing.
     """
 
     source: str
@@ -121,16 +105,24 @@ class AuditResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
-        content = asdict(self)
-        content["unreadable"] = [{"name": error.name, "reason": error.reason} for error in self.unreadable]
-        return content
+        return asdict(self) | {"unreadable": [{"name": e.name, "reason": e.reason} for e in self.unreadable]}
 
 
-def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProgress = ignore_progress) -> AuditResult:
+def check(
+    src: str,
+    size: int = 256,
+    channels: int = 3,
+    max_unreadable: float = 0.01,
+    workers: int = 1,
+    on_progress: OnProgress = ignore_progress,
+) -> AuditResult:
     """Read and decode every image of a source.
 
     Args:
         src: a folder, pattern, list, data set or shards; see :mod:`olvae.data.opening`.
+        size: side of the training crops in pixels.
+        channels: see :func:`~olvae.data.image.read_picture`.
+        max_unreadable: share of the images that may be unreadable.
         workers: processes.
         on_progress: called with the number of images that are done, and of all.
 
@@ -143,23 +135,23 @@ def check(src: str, options: CheckOptions, workers: int = 1, on_progress: OnProg
             f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, and `olvae decode` makes "
             "images of them"
         )
-    result = (_check_shards if sharded else _check_images)(src, options, workers, on_progress)
+    result = (_check_shards if sharded else _check_images)(src, size, channels, workers, on_progress)
     lost = len(result.unreadable)
     if sharded or Path(src).expanduser().exists():
         try:
-            (WebDatasetSource if sharded else FolderSource)(src, options.size, 1, channels=options.channels)
+            (WebDatasetSource if sharded else FolderSource)(src, size, 1, channels=channels)
         except (ValueError, FileNotFoundError) as error:
             result.problems.append(str(error))
     if not result.images:
         result.problems.append("no images")
-    elif lost > options.max_unreadable * result.images:
+    elif lost > max_unreadable * result.images:
         result.problems.append(
-            f"{lost} of {result.images} images can't be read, more than `max_unreadable` {options.max_unreadable:g}"
+            f"{lost} of {result.images} images can't be read, more than `max_unreadable` {max_unreadable:g}"
         )
     if result.smaller:
-        result.notes.append(f"{result.smaller} images are smaller than {options.size} pixels and would be enlarged")
+        result.notes.append(f"{result.smaller} images are smaller than {size} pixels and would be enlarged")
     if result.images > lost:
-        result.images_per_s = _measure_speed(src, options)
+        result.images_per_s = _measure_speed(src, size, channels)
     return result
 
 
@@ -172,18 +164,14 @@ class _Found:
     shards: list[ShardFacts] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)
 
-    def add(self, other: "_Found") -> None:
-        for name, facts in vars(other).items():
-            getattr(self, name).extend(facts)
-
-    def examine(self, image: Callable[[], Photo], name: str) -> None:
+    def decode(self, image: Callable[[], Photo], name: str) -> None:
         try:
-            self.images.append(_decode(image(), name))
+            self.images.append(_facts_of(image(), name))
         except UnreadableImageError as error:
             self.unreadable.append(ReadError(name, error.reason))
 
 
-def _decode(photo: Photo, name: str) -> ImageFacts:
+def _facts_of(photo: Photo, name: str) -> ImageFacts:
     in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
     kind = f"{photo.format or in_memory} {photo.mode or ''}".strip()
     picture = photo.read()
@@ -197,7 +185,7 @@ def _decode(photo: Photo, name: str) -> ImageFacts:
 def _read_images(images: ImageDataset, indices: range, progress: SharedProgress) -> _Found:
     found = _Found()
     for index in indices:
-        found.examine(partial(images.__getitem__, index), images.key(index))
+        found.decode(partial(images.__getitem__, index), images.key(index))
         progress.advance()
     return found
 
@@ -212,7 +200,7 @@ def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgre
             reasons.append(entry.reason)
             continue
         count += 1
-        found.examine(partial(Photo, entry.data, entry.name, channels), entry.key)
+        found.decode(partial(Photo, entry.data, entry.name, channels), entry.key)
         progress.advance()
     found.dotted = [f"{stem(url)}/{name}" for name in dotted if not name.endswith(f".{PIXELS}")]
     digest = file_sha256(Path(url)) if checksums and is_local(url) and Path(url).is_file() else None
@@ -230,27 +218,28 @@ def _read_all(
     found = _Found()
     with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, images))) as parts:
         for part in parts:
-            found.add(part)
+            for name, facts in vars(part).items():
+                getattr(found, name).extend(facts)
     return found
 
 
-def _check_images(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
-    images = open_images(src, options.channels)
+def _check_images(src: str, size: int, channels: int, workers: int, on_progress: OnProgress) -> AuditResult:
+    images = open_images(src, channels)
     count = len(images)
     tasks = [range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)]
     found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
-    result = _summarise(src, options.size, found)
+    result = _summarise(src, size, found)
     if isinstance(images, Files):
         result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
     return result
 
 
-def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: OnProgress) -> AuditResult:
+def _check_shards(src: str, size: int, channels: int, workers: int, on_progress: OnProgress) -> AuditResult:
     urls = find_shards(src)
     folders = sorted({Path(url).parent for url in urls if is_local(url)})
-    read = partial(_read_shard, options.channels, any((folder / INDEX).is_file() for folder in folders))
-    found = _read_all(read, urls, workers, _expected(urls), on_progress)
-    result = _summarise(src, options.size, found)
+    read = partial(_read_shard, channels, any((folder / INDEX).is_file() for folder in folders))
+    found = _read_all(read, urls, workers, None, on_progress)
+    result = _summarise(src, size, found)
     result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
     if found.dotted:
         result.problems.append(_dotted_problem(found.dotted))
@@ -259,14 +248,6 @@ def _check_shards(src: str, options: CheckOptions, workers: int, on_progress: On
     for folder in folders:
         _compare_with_index(src, folder, result)
     return result
-
-
-def _expected(urls: Sequence[str]) -> int | None:
-    """Number of images to read, for a progress bar; None if unknown."""
-    try:
-        return total(list(counts_beside(urls).values()))
-    except ValueError:  # an index is not readable, as _compare_with_index reports
-        return None
 
 
 def _summarise(source: str, size: int, found: _Found) -> AuditResult:
@@ -299,10 +280,10 @@ def _dotted_problem(names: Sequence[str]) -> str:
     )
 
 
-def _measure_speed(src: str, options: CheckOptions) -> float | None:
+def _measure_speed(src: str, size: int, channels: int) -> float | None:
     """Images per second of this process, from files that were just read; None if the source can't be opened."""
     try:
-        stream = open_source(src, options.size, 1, channels=options.channels).stream(0, 0, LoaderProcess())
+        stream = open_source(src, size, 1, channels=channels).stream(0, 0, LoaderProcess())
         next(stream)
         start, count = time.perf_counter(), 0
         while (seconds := time.perf_counter() - start) < MEASURE_S:

@@ -9,13 +9,11 @@ import pytest
 from PIL import Image
 
 from olvae.data import audit as module
-from olvae.data.audit import CheckOptions, check, print_audit
+from olvae.data.audit import check, print_audit
 from olvae.data.packing import PackOptions, pack
 from tests.data.images import close_folders, encoded, write_tar
 from tests.data.packing import picture
 from tests.export.latents import encode
-
-OPTIONS = CheckOptions(size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +40,7 @@ def shards(photos, tmp_path):
 
 def test_a_folder_that_is_fine(photos):
     counted = []
-    result = check(str(photos), OPTIONS, 2, lambda done, total: counted.append((done, total)))
+    result = check(str(photos), 16, 3, 0.01, 2, lambda done, total: counted.append((done, total)))
     assert (result.images, result.unreadable, result.duplicates) == (24, [], [])
     assert (result.problems, result.notes) == ([], [])
     assert result.kinds == {"PNG RGB": 24}
@@ -56,7 +54,7 @@ def test_sizes(tmp_path):
     sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
     for i, size in enumerate(sizes):
         picture(i, size).save(root / f"{i}.png")
-    result = check(str(root), CheckOptions(size=64), 2)
+    result = check(str(root), 64, workers=2)
     for spread, values in (
         (result.width, [w for w, _ in sizes]),
         (result.height, [h for _, h in sizes]),
@@ -80,7 +78,7 @@ def test_the_same_pixels_in_other_files(photos):
     almost[0, 0, 0] ^= 1
     Image.fromarray(almost).save(photos / "almost.png")
     Image.frombytes("RGB", (20, 24), picture(4).tobytes()).save(photos / "other shape.png")
-    result = check(str(photos), OPTIONS, 2)
+    result = check(str(photos), 16, workers=2)
     assert result.duplicates == [
         ["class0/00.png", "copy.png", "other format.bmp"],
         ["class0/02.png", "turned.png"],
@@ -101,7 +99,7 @@ def test_kinds_of_files(tmp_path):
     Image.fromarray(np.arange(480, dtype=np.uint16).reshape(20, 24)).save(root / "e.png")
     rgb.save(root / "f.gif")
     np.save(root / "g.npy", np.asarray(rgb))
-    result = check(str(root), OPTIONS)
+    result = check(str(root), 16)
     kinds = ["JPEG RGB", "PNG L", "JPEG CMYK", "PNG RGBA", "PNG I;16", "GIF P", "array"]
     assert result.kinds == dict.fromkeys(kinds, 1)
 
@@ -114,32 +112,32 @@ def test_unreadable_files(photos):
     (photos / "new\nline.png").write_text("no picture")
     (photos / "folder.jpg").mkdir()
     (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")
-    result = check(str(photos), OPTIONS, 2)
+    result = check(str(photos), 16, workers=2)
     assert result.images == 27
     assert [error.name for error in result.unreadable] == ["cut.png", "empty.jpg", "new\nline.png"]
     assert result.unreadable[1].reason == "the file is empty"
     assert result.problems == ["3 of 27 images can't be read, more than `max_unreadable` 0.01"]
-    assert check(str(photos), CheckOptions(size=16, max_unreadable=0.2)).problems == []
+    assert check(str(photos), 16, max_unreadable=0.2).problems == []
 
 
 def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
     close_folders(monkeypatch, photos / "class1")
-    result = check(str(photos), OPTIONS, 2)
+    result = check(str(photos), 16, workers=2)
     assert result.images == 12
     assert result.problems == [f"{photos / 'class1'}: this folder can't be opened: Permission denied"]
     close_folders(monkeypatch, photos)
     with pytest.raises(PermissionError, match="photos: this folder can't be opened"):
-        check(str(photos), OPTIONS, 2)
+        check(str(photos), 16, workers=2)
 
 
 def test_one_image_is_too_little(tmp_path):
     picture(0).save(tmp_path / "one.png")
-    (problem,) = check(str(tmp_path), OPTIONS).problems
+    (problem,) = check(str(tmp_path), 16).problems
     assert "one image can't be split into training and validation" in problem
 
 
 def test_shards_that_are_fine(shards):
-    result = check(str(shards), OPTIONS, 2)
+    result = check(str(shards), 16, workers=2)
     assert (result.images, result.problems, result.unreadable) == (24, [], [])
     assert [shard.images for shard in result.shards] == [6, 6, 6, 6]
     assert result.notes == []
@@ -148,7 +146,7 @@ def test_shards_that_are_fine(shards):
 def test_a_truncated_shard(shards):
     data = (shards / "000001.tar").read_bytes()
     (shards / "000001.tar").write_bytes(data[: len(data) // 2])
-    result = check(str(shards), OPTIONS, 2)
+    result = check(str(shards), 16, workers=2)
     read = result.shards[1].images
     assert 0 < read < 6
     assert result.images == 18 + read
@@ -164,18 +162,18 @@ def test_a_changed_shard_and_a_missing_one(shards):
     data[place + 1] = ord("N")  # of a sidecar: the images are as they were
     (shards / "000002.tar").write_bytes(data)
     (shards / "000003.tar").unlink()
-    problems = check(str(shards), OPTIONS, 2).problems
+    problems = check(str(shards), 16, workers=2).problems
     assert problems == [
         f"{shards / '000002.tar'}: its checksum is not that of index.json: changed or damaged since",
         f"{shards}: 1 shards of index.json are missing: 000003.tar",
     ]
     shutil.copy(shards / "000000.tar", shards / "new.tar")
-    problems = check(str(shards), OPTIONS, 2).problems
+    problems = check(str(shards), 16, workers=2).problems
     assert (
         f"{shards / 'new.tar'}: is not in index.json: remove that file, and training counts the images instead"
         in problems
     )
-    picked = check(str(shards / "{000000..000001}.tar"), OPTIONS, 2)
+    picked = check(str(shards / "{000000..000001}.tar"), 16, workers=2)
     assert picked.problems == []
 
 
@@ -186,21 +184,21 @@ def test_copies_in_shards_and_unreadable_images(photos, tmp_path):
     data = path.read_bytes()
     start = data.index(b"\x89PNG")
     path.write_bytes(data[:start] + b"JUNK" + data[start + 4 :])
-    result = check(str(tmp_path / "shards"), OPTIONS, 2)
+    result = check(str(tmp_path / "shards"), 16, workers=2)
     assert [error.name for error in result.unreadable] == ["000000/00000000"]
     assert result.images == 25
     assert result.duplicates == []  # one of the two is the one that can't be read
     path.write_bytes(data)
-    assert check(str(tmp_path / "shards"), OPTIONS, 2).duplicates == [["000000/00000000", "000001/00000024"]]
+    assert check(str(tmp_path / "shards"), 16, workers=2).duplicates == [["000000/00000000", "000001/00000024"]]
 
 
 def test_an_index_is_missing_or_holds_counts_alone(shards):
     (shards / "index.json").write_text(json.dumps({"shards": {f"00000{i}.tar": {"images": 6} for i in range(4)}}))
-    result = check(str(shards), OPTIONS, 2)
+    result = check(str(shards), 16, workers=2)
     assert result.problems == []
     assert "not an index with counts, sizes and checksums" in result.notes[0]
     (shards / "index.json").unlink()
-    result = check(str(shards), OPTIONS, 2)
+    result = check(str(shards), 16, workers=2)
     assert result.problems == []
     assert result.notes == [
         f"{shards}: has no index.json, so training counts the images of these shards when it starts"
@@ -210,7 +208,7 @@ def test_an_index_is_missing_or_holds_counts_alone(shards):
 def test_a_shard_without_images(shards):
     (shards / "index.json").unlink()
     (shards / "000001.tar").write_bytes(bytes(10240))
-    result = check(str(shards), OPTIONS, 2)
+    result = check(str(shards), 16, workers=2)
     assert result.problems == []
     assert f"{shards / '000001.tar'}: a shard without images" in result.notes
 
@@ -219,7 +217,7 @@ def test_files_that_a_second_dot_keeps_from_being_images(tmp_path):
     for i in range(3):
         names = [f"img_{i}.5.jpg", f"img_{i}.notes.txt", f"whole_{i}.jpg", f"whole_{i}.mask.png"]
         write_tar(tmp_path / f"{i}.tar", [(name, encoded(i)) for name in names])
-    result = check(str(tmp_path), OPTIONS, 2)
+    result = check(str(tmp_path), 16, workers=2)
     assert result.images == 3
     (problem,) = result.problems
     assert problem.startswith("3 files have a second dot in their names (0/img_0.5.jpg): WebDataset reads 5.jpg as")
@@ -232,11 +230,11 @@ def test_latents_are_no_images_even_with_images_beside_them(tmp_path, image_fold
     encode(image_folder, tmp_path / "latents", images=images, classes=True)
     (tmp_path / "latents" / "000000.tar").write_bytes(b"")  # one that can't be read hides nothing
     with pytest.raises(ValueError, match="these are latents of `olvae encode`, not images"):
-        check(str(tmp_path / "latents"), OPTIONS, 2)
+        check(str(tmp_path / "latents"), 16, workers=2)
 
 
 def test_a_data_set_in_memory():
-    result = check("torchvision:FakeData,size=3", CheckOptions())
+    result = check("torchvision:FakeData,size=3")
     assert result.kinds == {"in memory RGB": 3}
     assert result.notes == ["3 images are smaller than 256 pixels and would be enlarged"]
 
@@ -248,7 +246,7 @@ def test_report_is_whole_on_a_narrow_terminal(photos, shards, tmp_path):
     for i in range(12):
         (photos / f"bad{i:02d}.jpg").touch()
     stream = io.StringIO()
-    print_audit(check(str(photos), OPTIONS, 2), Console(file=stream, width=60))
+    print_audit(check(str(photos), 16, workers=2), Console(file=stream, width=60))
     text = stream.getvalue()
     for part in (
         "37, 12 of them unreadable (32.43%)",
@@ -261,6 +259,6 @@ def test_report_is_whole_on_a_narrow_terminal(photos, shards, tmp_path):
     assert "problem: 12 of 37 images can't be read" in text
     assert "fine" not in text
     stream = io.StringIO()
-    print_audit(check(str(shards), OPTIONS, 2), Console(file=stream, width=100))
+    print_audit(check(str(shards), 16, workers=2), Console(file=stream, width=100))
     assert "fine: ready for training" in stream.getvalue()
     assert "4, 6 images each" in stream.getvalue()
