@@ -134,11 +134,7 @@ class Photo:
         return self._orientation != 1
 
     def undecoded(self) -> bytes | Picture:
-        """The file's bytes, or the picture in memory.
-
-        Raises:
-            UnreadableImageError: the file can't be read.
-        """
+        """The file's bytes, or the picture in memory. Raises UnreadableImageError if the file can't be read."""
         if not isinstance(self.content, Path):
             return self.content
         try:

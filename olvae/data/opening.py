@@ -149,8 +149,7 @@ def where_it_is(config: Config) -> Config:
 def moves(config: Config) -> dict[str, str]:
     """The data that are no longer where they were when the run was started, and their places in this folder.
 
-    Raises:
-        FileNotFoundError: they are not in this folder either.
+    Raises FileNotFoundError: they are not in this folder either.
     """
     written = settings_of(config).paths
     downloaded = _is_downloaded(config["data"])

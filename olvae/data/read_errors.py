@@ -169,8 +169,7 @@ class ReadErrors:
     def share(self) -> None:
         """Add the counts of the other processes. Collective: all raise or none.
 
-        Raises:
-            TooManyUnreadableError: the share of unreadable images is above the limit.
+        Raises TooManyUnreadableError: the share of unreadable images is above the limit.
         """
         parts = [self.unreadable] * dist.get_world_size()
         dist.all_gather_object(parts, self.unreadable)

@@ -125,11 +125,7 @@ class Sample(NamedTuple):
 
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
-    """Read an image for validation.
-
-    Raises:
-        UnreadableImageError: the photograph's file is broken.
-    """
+    """Read an image for validation. Raises UnreadableImageError if the photograph's file is broken."""
     picture = photo.read()
     return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
 
@@ -217,8 +213,7 @@ class Source(ABC):
     def limit(self, images: int) -> None:
         """Evaluate on the first ``images`` images only.
 
-        Raises:
-            ValueError: there are fewer, or their number is unknown.
+        Raises ValueError: there are fewer, or their number is unknown.
         """
         raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
 

@@ -247,30 +247,6 @@ def test_pictures_and_tensors():
     assert torch.equal(image_to_tensor(tensor_to_picture(tensor)), tensor)
 
 
-def colour(path):
-    image = read_picture(path)
-    assert image.mode == "RGB"
-    return image.getpixel((0, 0))
-
-
-def test_modes(tmp_path):
-    cases = {
-        "grey.png": (Image.new("L", (4, 4), 100), (100, 100, 100)),
-        "palette.png": (
-            Image.new("RGB", (4, 4), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
-            (10, 20, 30),
-        ),
-        "alpha.png": (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), (255, 255, 255)),
-        "half.png": (Image.new("LA", (4, 4), (0, 128)), (127, 127, 127)),
-        "deep.png": (Image.fromarray(np.full((4, 4), 25700, dtype=np.uint16)), (100, 100, 100)),
-        "cmyk.tif": (Image.new("CMYK", (4, 4), (0, 0, 0, 0)), (255, 255, 255)),
-        "bits.png": (Image.new("1", (4, 4), 1), (255, 255, 255)),
-    }
-    for name, (image, expected) in cases.items():
-        image.save(tmp_path / name)
-        assert colour(tmp_path / name) == expected, name
-
-
 @pytest.mark.parametrize(("channels", "expected"), [(1, [141]), (3, [200, 100, 200]), (4, [200, 100, 200, 255])])
 def test_channels_of_a_picture(tmp_path, channels, expected):
     Image.new("RGB", (4, 4), (200, 100, 200)).save(tmp_path / "a.png")
@@ -300,31 +276,6 @@ def test_arrays_of_any_number_of_channels(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"read from \.npy files"):
         read_picture(tmp_path / "a.png", 7)
-
-
-def test_orientation_is_honoured(tmp_path):
-    image = Image.new("RGB", (8, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").size == (4, 8)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
-def test_broken_files_are_named(tmp_path, content):
-    path = tmp_path / "broken.png"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
-        read_picture(path)
-
-
-def test_a_cut_off_file(tmp_path):
-    whole = tmp_path / "whole.jpg"
-    Image.effect_noise((64, 64), 50).save(whole)
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes(whole.read_bytes()[:300])
-    with pytest.raises(ValueError, match="not a readable image"):
-        read_picture(cut)
 
 
 def test_sizes_are_looked_at_before_pixels_are_made():

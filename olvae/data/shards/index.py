@@ -116,8 +116,7 @@ class Index:
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
     """List the shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
 
-    Raises:
-        FileNotFoundError: there are none, or they are local and none of them exists.
+    Raises FileNotFoundError: there are none, or they are local and none of them exists.
     """
     given = [str(text) for text in ([shards] if isinstance(shards, str | Path) else shards)]
     urls = [url for text in given for url in _expand(text)]
@@ -232,7 +231,7 @@ def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str
 def _read_counts(url: str) -> dict[str, int]:
     text = bytearray()
     try:
-        with open_url(url) as stream:
+        with contextlib.closing(open_url(url)) as stream:
             while len(text) < INDEX_BYTES and (part := stream.read(2**20)):
                 text += part
         return {name: int(shard["images"]) for name, shard in json.loads(text)["shards"].items()}
@@ -265,8 +264,7 @@ def count_images(path: Path, image_key: str | None = None) -> int | None:
 def shard_names(urls: Sequence[str]) -> dict[str, str]:
     """The beginning of the keys of each shard's images: its stem or, if another shard has the same, its whole name.
 
-    Raises:
-        ValueError: two shards have the same name, so their images would have the same keys.
+    Raises ValueError: two shards have the same name, so their images would have the same keys.
     """
     stems = {url: stem(url) for url in urls}
     shared = Counter(stems.values())

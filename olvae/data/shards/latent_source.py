@@ -60,8 +60,7 @@ def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
 def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
     """Read an image's latent, the mirrored image's if stored, and ``latent.json``.
 
-    Raises:
-        UnreadableImageError: the files are broken, or :func:`latent_bytes` did not make them.
+    Raises UnreadableImageError: the files are broken, or :func:`latent_bytes` did not make them.
     """
     try:
         tensors = load(entry.data)
@@ -204,8 +203,7 @@ def _per_channel(folder: str | Path, stats: Mapping[str, Any], name: str) -> Ten
 def read_label(entry: Entry) -> int | None:
     """Read the number in an image's ``.cls`` file, if it has one.
 
-    Raises:
-        UnreadableImageError: the file holds something else.
+    Raises UnreadableImageError: the file holds something else.
     """
     try:
         return int(entry.files["cls"]) if "cls" in entry.files else None

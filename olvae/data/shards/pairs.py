@@ -146,8 +146,7 @@ class PairSource(ShardSource):
     def _window(self, entry: Entry, mirror: bool, choose: Callable[[int], int]) -> Sample:
         """Cut a window of the pair; ``choose`` picks one of n places, for the rows and then for the columns.
 
-        Raises:
-            UnreadableImageError: the files are broken or do not belong together.
+        Raises UnreadableImageError: the files are broken or do not belong together.
         """
         plain, mirrored, meta = read_latent(entry)
         latent = mirrored if mirror else plain
@@ -172,8 +171,7 @@ class PairSource(ShardSource):
 def _open(folder: str | Path, size: int | None) -> tuple[EncodedBy, dict[str, Any]]:
     """The teacher of a folder of pairs, and the folder's description.
 
-    Raises:
-        FileNotFoundError, ValueError: see :class:`PairSource`.
+    Raises FileNotFoundError, ValueError: see :class:`PairSource`.
     """
     stats = read_stats(folder)
     if not stats.get("images"):

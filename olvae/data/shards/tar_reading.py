@@ -12,6 +12,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +24,8 @@ from olvae.data.image import EXTENSIONS
 from olvae.data.read_errors import ReadError
 from olvae.files import first_line, legible, reason
 
-SHARD_ERRORS = (
-    tarfile.TarError,
-    OSError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    ValueError,
-    OverflowError,
-    IndexError,
-)
+_UNPACKING = (zlib.error, lzma.LZMAError, EOFError)
+SHARD_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, IndexError, struct.error, *_UNPACKING)
 """Exceptions from reading a broken tar file."""
 
 TAR_BLOCK = 512  # bytes; two blocks of zeros end an archive
@@ -159,7 +151,7 @@ def is_image(extension: str, image_key: str | None) -> bool:
 def _files(url: str, errors: list[ReadError], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
     """Yield the files of a tar file; add to ``errors`` if it ends early."""
     try:
-        with open_url(url) as stream:
+        with closing(open_url(url)) as stream:
             tail = _Tail(stream)
             for name, data in _members(tail, wanted):
                 yield {"fname": name, "data": data, "__url__": url}
@@ -243,7 +235,7 @@ class _Tail:
         data: bytes = self._ahead[:size] or self.stream.read(size)
         self._ahead = self._ahead[size:]
         if data:
-            self._last = data[-TAR_BLOCK:]
+            self._last = (self._last + data[-TAR_BLOCK:])[-TAR_BLOCK:]
             self._place += len(data)
         return data
 
@@ -299,22 +291,20 @@ class _Command:
     def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
 
-    def __enter__(self) -> "_Command":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         assert self._process.stdout is not None
-        self._process.stdout.close()  # ends a command that still writes
+        self._process.stdout.close()
+        self._process.terminate()
         self._process.wait()
 
     def read(self, size: int) -> bytes:
         assert self._process.stdout is not None
         data = self._process.stdout.read(size)
         if not data and (status := self._process.wait()):
-            ended = (
-                f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+            reason = (
+                f"failed with exit status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
             )
-            raise OSError(f"the command {ended}")
+            raise OSError(f"the command {reason}")
         return data
 
 
@@ -332,10 +322,7 @@ class _Download:
         self._tag: str | None = None
         self._resumes = 0
 
-    def __enter__(self) -> "_Download":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -355,7 +342,7 @@ class _Download:
                     self._open()
                 data: bytes = self._file.read(CHUNK)
             except Exception as error:  # each file system raises its own kinds
-                self.__exit__()
+                self.close()
                 until = until or time.monotonic() + RETRY_S
                 self._resumes += 1
                 if _is_final(error) or time.monotonic() + pause > until or self._resumes > MAX_RESUMES:

@@ -109,8 +109,7 @@ class ResumableShards:
     def locked(self, command: str) -> Iterator[None]:
         """Refuse to run beside another process that holds the lock; child processes that are forked hold it as well.
 
-        Raises:
-            ConfigError: another run is still at work after :data:`LOCK_S` seconds.
+        Raises ConfigError: another run is still at work after :data:`LOCK_S` seconds.
         """
         self._state.mkdir(parents=True, exist_ok=True)
         with (self._state / "lock").open("w") as file:

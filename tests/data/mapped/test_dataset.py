@@ -21,7 +21,6 @@ from olvae.data.mapped.dataset import (
     sample_photographs,
 )
 from olvae.data.read_errors import UnreadableImageError
-from olvae.data.source import LoaderProcess
 from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture, same, take
 
@@ -115,15 +114,6 @@ def test_validation_goes_without_what_cannot_be_read():
     loader = source(broken=(0, 1, 2, 3, 6), max_unreadable=1.0).val_loader()
     assert [keys for keys, _ in take(loader, 9)] == [["4", "5"]]  # the first batch was empty
     assert loader.read_errors.lost == 5
-
-
-def test_processes_share_the_stream():
-    s = source()
-    seen = [sample.key for i in range(3) for sample in islice(s.stream(0, 0, LoaderProcess(i, 3)), 6)]
-    assert len(set(seen)) == 18
-    whole = [sample.key for sample in islice(s.stream(0, 0, LoaderProcess(1, 3)), 15)]
-    assert [sample.key for sample in islice(s.stream(0, 4, LoaderProcess(1, 3)), 11)] == whole[4:]
-    assert [sample.key for sample in s.once(LoaderProcess(1, 3))] == ["1", "4"]
 
 
 @pytest.mark.parametrize("seed", range(8))

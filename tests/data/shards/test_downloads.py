@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -150,7 +150,7 @@ def test_nobody_listens():
 
 def test_a_stalled_download_is_left_at_once(server, monkeypatch):
     monkeypatch.setattr(tar_reading, "STALL_S", 60.0)
-    with open_url(server.url("stall-always.tar")) as stream:
+    with closing(open_url(server.url("stall-always.tar"))) as stream:
         assert len(stream.read(100)) == 100
         begun = time.monotonic()
     assert time.monotonic() - begun < 5
@@ -159,7 +159,7 @@ def test_a_stalled_download_is_left_at_once(server, monkeypatch):
 def test_a_large_file_is_not_held_in_memory(server, tmp_path):
     with (tmp_path / "big.tar").open("wb") as file:
         file.truncate(2**30)
-    with open_url(server.url("big.tar")) as stream:
+    with closing(open_url(server.url("big.tar"))) as stream:
         assert sum(len(stream.read(10240)) for _ in range(100)) > 2**19
         assert len(stream._ahead) <= tar_reading.CHUNK
 
@@ -198,7 +198,7 @@ def test_loader_processes_after_the_main_one_has_downloaded(server, tmp_path):
         json.dumps({"shards": {f"00{i}.tar": {"images": 6} for i in range(3)} | {"stall-always.tar": {"images": 6}}})
     )
     names = ("s/000.tar", "stall-always.tar", "s/001.tar", "s/002.tar")
-    with suppress(OSError), open_url(server.url("six.tar")) as open_in_the_main_process:
+    with closing(open_url(server.url("six.tar"))) as open_in_the_main_process:
         open_in_the_main_process.read(100)
         source = WebDatasetSource(
             [server.url(name) for name in names],

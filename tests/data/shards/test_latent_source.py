@@ -1,7 +1,6 @@
 import json
 import tarfile
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -207,18 +206,3 @@ def test_what_it_refuses(latents, tmp_path, image_folder):
         (latents / "stats.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match="not a description of latents"):
             source(latents)
-
-
-def test_two_processes_may_write_one_description(tmp_path, monkeypatch):
-    """The other one comes and goes between the first's writing and renaming."""
-    path, write_text = tmp_path / "plan.json", Path.write_text
-
-    def interrupted(self, *arguments, **options):
-        write_text(self, *arguments, **options)
-        monkeypatch.setattr(Path, "write_text", write_text)
-        write_json({"from": "the other"}, path)
-
-    monkeypatch.setattr(Path, "write_text", interrupted)
-    write_json({"from": "the first"}, path)
-    assert json.loads(path.read_text()) == {"from": "the first"}
-    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]

@@ -151,14 +151,6 @@ def test_by_default_images_are_whole_and_another_folder_may_validate(pairs, tmp_
     assert s.describe_val_images().startswith("at 40 pixels: ")
 
 
-def test_labels_keys_and_images_belong_together(pairs):
-    for batch in take(source(pairs).train_loader(seed=0), 12):
-        assert set(batch) == {"image", "moments", "key", "label"}
-        assert batch["label"].tolist() == [int(key.split("/")[1]) % 5 for key in batch["key"]]
-        for image, key in zip(batch["image"], batch["key"], strict=True):
-            place(image, key)
-
-
 def test_a_deviation_of_0_is_the_smallest_log_variance(pairs):
     """Rounding to float16 makes zeros of the smallest deviations."""
     plain, mirrored = (Latent(torch.ones(48, 8, 8).half(), torch.zeros(48, 8, 8).half()) for _ in range(2))

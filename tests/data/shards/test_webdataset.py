@@ -181,12 +181,6 @@ def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
         source(shards, shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")], val_shards=None)
 
 
-def test_two_shards_of_one_name_are_refused_because_their_images_would_share_keys(shards):
-    write_shards(shards / "more", (2, 2))
-    with pytest.raises(ValueError, match=r"val/000\.tar and .*more/000\.tar: shards of the same name.*MixSource"):
-        source(shards, val_shards=[str(shards / "val"), str(shards / "more")])
-
-
 def test_too_few_shards_are_told_before_training(shards):
     with pytest.raises(ValueError, match=r"7 training shards for 8 processes \(4 workers x 2 ranks\)"):
         source(shards, shards=remote(shards), num_workers=4).check_processes(2)
