@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def of(*languages: str) -> Any:
     return pytest.mark.parametrize("file", files, ids=lambda file: file.name)
 
 
+def save_files(file: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Write the blocks that begin with a comment of their file's name, to be imported and loaded from the folder."""
+    for block in blocks(file, "python", "yaml"):
+        if named := re.match(r"# (\w+)\.(py|yaml)\n", block.text):
+            (folder / f"{named[1]}.{named[2]}").write_text(block.text, encoding="utf-8")
+            patch.delitem(sys.modules, named[1], raising=False)
+    patch.syspath_prepend(folder)
+
+
 def runnable(file: Path) -> list[Block]:
     return [block for block in blocks(file) if block.language == "python" or block.mark == RUN]
 
@@ -33,8 +43,9 @@ every_file = pytest.mark.parametrize("file", [*DOCS, *EXAMPLES, *CONFIGS], ids=l
 
 
 @pytest.mark.parametrize("file", [f for f in DOCS if runnable(f)], ids=lambda file: file.name)
-def test_blocks_run(file, workspace, capsys):
+def test_blocks_run(file, workspace, monkeypatch, capsys):
     """Python in order, in one namespace per file, and between it the commands that are marked to run."""
+    save_files(file, workspace, monkeypatch)
     namespace: dict[str, Any] = {"__name__": "docs"}
     for block in runnable(file):
         if block.language != "python":
@@ -59,9 +70,13 @@ def test_marks_are_few_and_known():
 
 
 @every_file
-def test_commands_exist(file, monkeypatch):
+def test_commands_exist(file, tmp_path, monkeypatch):
     """In shell blocks, and in an example's docstring."""
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("examples", "scripts", "tests", "train.py", "requirements.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    save_files(file, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
     if file.suffix == ".md":
         lines = [(block.place, words) for block in blocks(file, "sh", "console") for words in commands(block)]
     else:
@@ -161,8 +176,9 @@ def test_code_is_in_blocks_of_a_known_language(file):
 
 
 @of("yaml")
-def test_yaml_blocks_are_valid_configs(file, tmp_path):
+def test_yaml_blocks_are_valid_configs(file, tmp_path, monkeypatch):
     """A block with targets is a part of a config: it is checked over the demo's."""
+    save_files(file, tmp_path, monkeypatch)
     for block in blocks(file, "yaml"):
         content = yaml.safe_load(block.text)
         if "target:" not in block.text:
