@@ -4,8 +4,9 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -87,6 +88,25 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
     """Return autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
     return torch.autocast(kind, PRECISIONS[precision].dtype, enabled=precision != FULL)
+
+
+def now(device: str) -> float:
+    """Seconds of a clock, once the device has finished its work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def peak_memory(device: str, peaks: list[int]) -> Iterator[None]:
+    """Append the most bytes that the work in this context takes on a GPU, beyond those allocated before it."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield
+    peaks.append(torch.cuda.max_memory_allocated(device) - before)
 
 
 def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae import config as cfg
-from olvae.bench.measure import Case, Setting, Work, clocked, copy_of, machine, now, rows_of
+from olvae.bench.measure import Case, Setting, Work, clocked, copy_of, machine, rows_of
 from olvae.bench.throughput import data_cases, encode_cases
 from olvae.config import ConfigError
 from olvae.data.source import Batch
-from olvae.devices import FULL, PRECISIONS
+from olvae.devices import FULL, PRECISIONS, now
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import compile_networks

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.devices import FULL, PRECISIONS, autocast
+from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 
 Work = Callable[[], Sequence[float]]
 """Does something once or several times; returns the seconds of each."""
@@ -92,20 +92,14 @@ def measure(work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = Tr
     With ``warm_up`` a round that does not count comes first.
     """
     times = {name: Times() for name in work}
-    on_gpu = device != "cpu"
     for turn in range(-int(warm_up), rounds):
         for name, run in work.items():
-            before = 0
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-            seconds = run()
-            if turn < 0:
-                continue
-            times[name].seconds += seconds
-            if on_gpu:
-                peak = torch.cuda.max_memory_allocated(device) - before
-                times[name].peak_bytes = max(peak, times[name].peak_bytes or 0)
+            peaks: list[int] = []
+            with peak_memory(device, peaks):
+                seconds = run()
+            if turn >= 0:
+                times[name].seconds += seconds
+                times[name].peak_bytes = max([*peaks, times[name].peak_bytes or 0]) if peaks else None
     return times
 
 
@@ -118,13 +112,6 @@ def clocked(function: Callable[[], Any], device: str) -> Work:
         return [now(device) - start]
 
     return run
-
-
-def now(device: str) -> float:
-    """Seconds, after the device has finished its work."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def per_image(work: Callable[[], Any], images: int, seconds: float) -> list[float]:

@@ -35,21 +35,16 @@ def image_key(image: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Totals:
-    """Sums over images and positions.
-
-    ``cross`` is of products of two channels' posterior means (C, C), ``kl`` in nats (C,) or None for deterministic
-    latents, ``minimum`` and ``maximum`` of the posterior means (C,), ``power`` of their Fourier transform (C, h, w),
-    ``mass`` of z in each bin of EDGES and beyond both ends (C, bins + 2).
-    """
+    """Sums over images and positions."""
 
     n: int
     moments: Moments
-    cross: Tensor
-    kl: Tensor | None
-    minimum: Tensor
+    cross: Tensor  # products of two channels' posterior means (C, C)
+    kl: Tensor | None  # nats (C,); None for deterministic latents
+    minimum: Tensor  # of the posterior means (C,)
     maximum: Tensor
-    power: Tensor
-    mass: Tensor
+    power: Tensor  # of the posterior means' Fourier transform (C, h, w)
+    mass: Tensor  # of z in each bin of EDGES and beyond both ends (C, bins + 2)
 
     @classmethod
     def of(cls, mean: Tensor, logvar: Tensor | None) -> "_Totals":
@@ -175,14 +170,10 @@ class _Totals:
 class LatentAccumulator:
     """Sum over batches of posteriors, in float64; the order and the size of batches make no difference.
 
-    A latent is z = mean + std * noise. Whatever can be computed without drawing noise is: the variance of z is the
-    variance of the means plus the mean of the variances, its spectrum the means' spectrum plus a flat one, its
-    histogram an average of normal distributions. Only the MMD needs samples. An image's noise comes from a generator
-    seeded with the image's key, and the samples kept are those of the smallest keys: an arbitrary choice of images
-    that depends on nothing else. Equal images count once in the MMD. A deterministic latent is z itself.
-
-    Args:
-        mmd_latents: how many samples to keep for the MMD, in float32.
+    A latent is z = mean + std * noise; a deterministic one is z itself. Expectations over the noise are closed: the
+    spectrum is the means' plus a flat one, the histogram an average of normal distributions. Only the MMD needs
+    samples: of the images with the smallest keys, at most ``mmd_latents``, with noise seeded by the key. Equal images
+    count once in it.
     """
 
     def __init__(self, mmd_latents: int = MMD_LATENTS) -> None:
@@ -192,14 +183,10 @@ class LatentAccumulator:
         self._minus_keys: list[int] = []  # a heap with the largest key on top
 
     def update(self, posterior: Posterior, keys: Sequence[int]) -> None:
-        """Add a batch.
-
-        Args:
-            posterior: over (B, n_z, h, w), on any device.
-            keys: of the B images; see :func:`image_key`.
+        """Add a posterior over (B, n_z, h, w), on any device, with its images' keys: :func:`image_key`.
 
         Raises:
-            ValueError: the posterior is not finite, or its shape differs from the ones before.
+            ValueError: it is not finite, or its shape differs from the ones before.
         """
         assert len(keys) == posterior.mean.shape[0]
         device = "cpu" if posterior.mean.device.type == "mps" else posterior.mean.device  # mps has no float64
@@ -275,7 +262,7 @@ def _shares(mass: Tensor) -> dict[str, Any]:
 
 
 def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -> Tensor:
-    """MMD^2 between the distribution that ``z`` was drawn from and N(0, I), for RBF kernels of several widths.
+    """Estimate MMD^2 between latents ``z`` (N, ...) and N(0, I), for RBF kernels of several widths, in float64.
 
     k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), over whole flattened latents, and the unbiased estimator [D: the paper
     specifies neither]. The kernel's expectation under N(0, I) has a closed form, so no normal samples are drawn:
@@ -283,17 +270,8 @@ def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -
         MMD^2 = mean over i != j of k(z_i, z_j) - 2 mean over i of e(z_i) + c
         e(x) = E k(x, y) = (s / (s + 1))^(d/2) exp(-|x|^2 / (2 (s + 1))),   c = E k(y, y') = (s / (s + 2))^(d/2)
 
-    with s = sigma^2 and d the number of values of a latent. So the value is deterministic given ``z``; its only error
-    is the sampling error of the latents, and being unbiased, it can be slightly below 0. At sigma = 500 the three terms
-    are near 1 and their sum near 1e-7, so everything is in float64.
-
-    Args:
-        z: (N, ...) of any floating type, one latent per row, N at least 2.
-        sigmas: bandwidths, above 0.
-        chunk: rows at a time; memory is ``z`` and two chunks in float64.
-
-    Returns:
-        float64 (len(sigmas),), between 0 and 2 up to the sampling error: :func:`mmd2_null_std`.
+    with s = sigma^2 and d the number of values of a latent. Being unbiased, it can be slightly below 0: its error is
+    :func:`mmd2_null_std`. Memory is ``z`` and two chunks of rows in float64.
     """
     z = z.flatten(1)  # (N, d)
     n, d = z.shape
@@ -319,11 +297,7 @@ def mmd2_null_std(n: int, d: int, sigmas: Sequence[float] = SIGMAS) -> Tensor:
     """Standard deviation of :func:`mmd2_normal` over sets of ``n`` latents of ``d`` values drawn from N(0, I).
 
     The estimator is the mean over pairs of h(x, x') = k(x, x') - e(x) - e(x') + c, whose expectation given either
-    argument is 0 under N(0, I). So its variance is 2 E h^2 / (n (n - 1)), and E h^2 = E k^2 - 2 E e^2 + c^2 has a
-    closed form. A measured value of a few standard deviations is noise.
-
-    Returns:
-        float64 (len(sigmas),).
+    argument is 0 under N(0, I). So its variance is 2 E h^2 / (n (n - 1)), with E h^2 = E k^2 - 2 E e^2 + c^2.
     """
     s = torch.tensor(sigmas, dtype=torch.float64).square()
     k2 = -0.5 * d * torch.log1p(4.0 / s)  # log E k^2: the kernel of half the squared width

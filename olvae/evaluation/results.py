@@ -152,14 +152,13 @@ class Results:
         Raises:
             ValueError: they are not comparable.
         """
-        mark = ""
-        if what := self._not_comparable(earlier):
-            if not mix:
-                raise ValueError(
-                    f"has results of {what}, which are not comparable with these; to show them in one table "
-                    "anyway, set `mix_protocols`"
-                )
-            mark = f" [{what}]"
+        what = self._not_comparable(earlier)
+        if what and not mix:
+            raise ValueError(
+                f"has results of {what}, which are not comparable with these; to show them in one table anyway, set "
+                "`mix_protocols`"
+            )
+        mark = f" [{what}]" if what else ""
         taken = {row.target for row in self.table}
         added = []
         for row in earlier.table:
@@ -173,16 +172,13 @@ class Results:
     def warnings(self) -> list[str]:
         """Sentences for the reader."""
         found = [str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d]
-        few = next((row for row in self.rows if row.n < MIN_VAL_IMAGES), None)
-        if few is not None:
-            ends = ", ".join(
-                f"{kind.label.partition(',')[0]} {low:.{kind.digits}f} to {high:.{kind.digits}f}"
-                for kind, (low, high) in ((METRICS[name], ends) for name, ends in few.intervals.items())
-            )
-            found.append(
-                f"few images, {few.n}: other ones give other numbers"
-                + (f"; 95 % bootstrap intervals for {few.target}: {ends}" if ends else "")
-            )
+        if few := next((row for row in self.rows if row.n < MIN_VAL_IMAGES), None):
+            kinds = [(METRICS[name], ends) for name, ends in few.intervals.items()]
+            ends = [
+                f"{k.label.partition(',')[0]} {low:.{k.digits}f} to {high:.{k.digits}f}" for k, (low, high) in kinds
+            ]
+            intervals = f"; 95 % bootstrap intervals for {few.target}: {', '.join(ends)}" if ends else ""
+            found.append(f"few images, {few.n}: other ones give other numbers{intervals}")
         if self.images["unreadable"]:
             found.append(f"unreadable images, which are not in these numbers: {self.images['unreadable']}")
         if self.images["enlarged"]:

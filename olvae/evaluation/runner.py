@@ -38,14 +38,14 @@ class Request:
     Args:
         targets: with distinct names.
         protocols: each gives results of its own; those that prepare images alike share a pass.
-        metrics: names, in the order of the table.
+        metrics: names.
         data: a SRC; by default the test images of the first target's config.
         size: of the images; by default the config's, otherwise the protocol's.
         images: use only the first N.
         batch_size: by default the config's, otherwise 8.
         weights_dir: a folder of pretrained networks, searched first.
         device: in torch's notation.
-        observers: what to look at besides, and what to derive further rows; in the order of the page.
+        observers: in the order of the page.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -209,8 +209,7 @@ def observe(
     Args:
         batches: this process's share of the test images, which have unique keys.
         subjects: by name.
-        trips: what reconstructs, by subject and draw.
-        metrics: by the same keys; in the first process they and the observers hold the observations of all in the end.
+        trips, metrics: by subject and draw; in the end the first process's metrics and observers hold all processes'.
 
     Returns:
         A digest of each image's pixels by key, in the first process; None in the others.
@@ -282,8 +281,10 @@ def _measured(
     rows = {}
     for name, draw in trips:
         entries = {observer.name: observer.result(name, draw) for observer in observers}
-        rows[name, draw] = replace(
-            measure(name, metrics[name, draw], n),
+        rows[name, draw] = measure(
+            name,
+            metrics[name, draw],
+            n,
             cost=costs.get(name),
             observed={entry: content for entry, content in entries.items() if content is not None},
             baseline=subjects[name].baseline,
@@ -291,17 +292,12 @@ def _measured(
     return rows
 
 
-def measure(target: str, metrics: MetricSet, n: int) -> Row:
-    """A target's values of all variants of the metrics, from ``n`` images."""
+def measure(target: str, metrics: MetricSet, n: int, **more: Any) -> Row:
+    """A row with all variants of the metrics, from ``n`` images; ``more`` of it is known already."""
     values = metrics.compute()
-    return Row(
-        target,
-        n,
-        values,
-        metrics.skipped,
-        details={name: metrics.metrics[name].details() for name in values},
-        per_image={name: found for name in values if (found := metrics.metrics[name].per_image()) is not None},
-    )
+    details = {name: metrics.metrics[name].details() for name in values}
+    per_image = {name: found for name in values if (found := metrics.metrics[name].per_image()) is not None}
+    return Row(target, n, values, metrics.skipped, details=details, per_image=per_image, **more)
 
 
 def rows_under(protocol: Protocol, measured: Sequence[Row], names: Sequence[str]) -> list[Row]:
@@ -326,17 +322,9 @@ def rows_under(protocol: Protocol, measured: Sequence[Row], names: Sequence[str]
                 found = difference(values, rows[0].per_image[name], statistic=statistic)
                 if found is not None:
                     differences[name] = found
-        rows.append(
-            replace(
-                row,
-                metrics=metrics,
-                skipped=_renamed(row.skipped, columns),
-                intervals=intervals,
-                details=_renamed(row.details, columns),
-                per_image=per_image,
-                differences=differences,
-            )
-        )
+        row = replace(row, skipped=_renamed(row.skipped, columns), details=_renamed(row.details, columns))
+        row = replace(row, metrics=metrics, intervals=intervals, per_image=per_image, differences=differences)
+        rows.append(row)
     return rows
 
 

@@ -40,23 +40,16 @@ def pooled_psnr(values: Array) -> Array:
 
 
 def confidence(
-    values: Mapping[str, float],
-    level: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
-    statistic: Statistic = mean,
+    values: Mapping[str, float], level: float = 0.95, samples: int = 1000, seed: int = 0, statistic: Statistic = mean
 ) -> tuple[float, float] | None:
     """The interval that holds the statistic in ``level`` of all draws of as many images, with replacement.
 
     Args:
         values: one per image, by key; their order makes no difference.
-        level: between 0 and 1.
-        samples: number of draws.
-        seed: of the draws.
         statistic: :func:`mean`, :func:`pooled_psnr` of PSNRs, or another.
 
     Returns:
-        The lower and the upper end; None for one image, or if the statistic is infinite.
+        Its ends; None for one image, or if the statistic is infinite.
     """
     drawn = _bootstrap(_array(values)[None], samples, seed, statistic)
     return None if drawn is None else _interval(drawn[0], level)
@@ -70,13 +63,10 @@ def difference(
     seed: int = 0,
     statistic: Statistic = mean,
 ) -> Difference | None:
-    """The statistic of ``a`` minus that of ``b``, both on the same images in every draw.
+    """The statistic of ``a`` minus that of ``b``, both on the same images in every draw; None as :func:`confidence`.
 
-    What is hard or easy for both cancels out, so the interval is narrower than those of a and b suggest. If it
-    excludes 0, the two differ by more than the choice of images explains.
-
-    Returns:
-        None in the cases of :func:`confidence`.
+    The paired interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
+    choice of images explains.
 
     Raises:
         ValueError: the keys differ.

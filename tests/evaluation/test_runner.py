@@ -157,7 +157,7 @@ def test_what_it_costs(images, model):
     reconstruct = RoundTrip(model)
     for _ in range(3):
         reconstruct(KEYS, images)
-    cost = reconstruct.meter.cost(model, 32)
+    cost = reconstruct.cost(32)
     assert cost.batch_size == len(KEYS)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert cost.encode_macs > 0
@@ -171,7 +171,7 @@ def test_what_it_costs(images, model):
 def test_a_gpu_measures_the_memory_of_a_batch(images, model):
     reconstruct = RoundTrip(model, "cuda")
     reconstruct(KEYS, images)
-    assert reconstruct.meter.cost(model, 32).peak_memory_bytes >= 4 * images.numel()  # the output in float32
+    assert reconstruct.cost(32).peak_memory_bytes >= 4 * images.numel()  # the output in float32
 
 
 def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):

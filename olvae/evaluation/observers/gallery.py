@@ -42,26 +42,18 @@ class Ranking:
     Args:
         better: which values of the metric are better.
         each: images per group.
-        pool: images from which the median group is chosen, and the most that :meth:`spread` can return; at least three
-            groups, so that none stays empty.
+        pool: images from which the median group is chosen, at least three groups, so that none stays empty.
     """
 
     def __init__(self, better: Literal["higher", "lower"], each: int = 4, pool: int = 64) -> None:
         assert pool >= 3 * each
         self._sign = 1.0 if better == "higher" else -1.0
-        self._each = each
-        self._pool = pool
+        self._each, self._pool = each, pool
         self._values: dict[str, float] = {}
         self._images: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, keys: Sequence[str], values: Sequence[float], x: Tensor, y: Tensor) -> None:
-        """Add images.
-
-        Args:
-            keys: of the B images.
-            values: of the metric, one per image; may be infinite.
-            x, y: inputs and reconstructions, uint8 (B, C, H, W), on any device.
-        """
+        """Add images and reconstructions, uint8 (B, C, H, W), with their keys and values, which may be infinite."""
         fresh = {key: i for i, key in enumerate(keys) if key not in self._values}
         for key, value in zip(keys, values, strict=True):
             self._values.setdefault(key, value)
@@ -70,7 +62,7 @@ class Ranking:
         self._images = {key: pair for key, pair in (self._images | copies).items() if key in wanted}
 
     def merge(self, other: "Ranking") -> None:
-        """Add what another process has seen."""
+        """Add those of another process."""
         self._values = other._values | self._values
         together = other._images | self._images
         wanted = self._wanted(together)
@@ -93,7 +85,7 @@ class Ranking:
             groups = {"worst": worst, "median": self._ranked(self._nearest(rest)[:each]), "best": best}
         return {name: [self._example(key) for key in keys] for name, keys in groups.items()}
 
-    def spread(self, n: int) -> list[Example]:
+    def arbitrary(self, n: int) -> list[Example]:
         """The n images whose keys have the smallest hashes, or all if there are fewer: an arbitrary choice."""
         assert n <= self._pool
         return [self._example(key) for key in sorted(self._images, key=_hash)[:n]]
@@ -126,8 +118,7 @@ class Gallery(Observer):
     title = "Gallery"
 
     def __init__(self) -> None:
-        self.rankings: dict[str, Ranking] = {}
-        """By target."""
+        self.rankings: dict[str, Ranking] = {}  # by target
         self._metric: str | None = None
 
     def update(self, batch: Observation) -> None:
@@ -168,7 +159,7 @@ class Gallery(Observer):
         if not self.rankings:
             return {}
         path = folder / f"reconstructions{suffix}.png"
-        examples = {name: ranking.spread(SHOWN) for name, ranking in self.rankings.items()}
+        examples = {name: ranking.arbitrary(SHOWN) for name, ranking in self.rankings.items()}
         inputs = torch.stack([example.x for example in next(iter(examples.values()))])
         rows = {"input, held out": inputs}
         for target, shown in examples.items():

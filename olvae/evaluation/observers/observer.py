@@ -67,7 +67,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a pass is made: side of the images in pixels, device, images per batch, and what shows progress."""
+    """Side of a pass's images in pixels, device, images per batch, and what shows progress."""
 
     size: int
     device: str = "cpu"

@@ -62,7 +62,7 @@ def test_batches_order_and_processes_make_no_difference():
     second.merge(second)
     for other in (shuffled, second):
         assert shown(other) == shown(whole)
-        assert [e.key for e in other.spread(12)] == by_hash(keys)[:12]
+        assert [e.key for e in other.arbitrary(12)] == by_hash(keys)[:12]
     everything = ranking("higher", keys, values, x, y, pool=100)
     assert len(pickle.dumps(second)) < 0.4 * len(pickle.dumps(everything))  # the other images are gone
 
@@ -76,7 +76,7 @@ def test_few_images_are_in_one_group_only(n, sizes):
     assert tuple(len(group) for group in groups.values()) == sizes
     everything = [key for group in groups.values() for key, _, _ in group]
     assert len(everything) == len(set(everything))
-    assert len(kept.spread(8)) == min(n, 8)
+    assert len(kept.arbitrary(8)) == min(n, 8)
 
 
 def test_infinite_values_and_ties():
