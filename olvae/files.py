@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> Path:
     Raises:
         OSError: the path leads through a file, or the folder is not writable.
     """
-    place = nearest(folder)
+    place = nearest_folder(folder)
     if not place.is_dir():
         raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -77,7 +77,7 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
-def nearest(folder: Path) -> Path:
+def nearest_folder(folder: Path) -> Path:
     """Return the folder itself, or the nearest of its parents that exists, which may be a file."""
     place = folder.absolute()
     return next(path for path in (place, *place.parents) if path.exists())
@@ -87,7 +87,7 @@ def nearest(folder: Path) -> Path:
 def no_empty_folders(folder: Path) -> Iterator[None]:
     """After an exception, remove the folder and its parents, as far as they are new and empty."""
     place = folder.absolute()
-    before = nearest(place)
+    before = nearest_folder(place)
     try:
         yield
     except BaseException:
@@ -139,7 +139,7 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
 
 
-def named(skipped: Iterable[tuple[str, str]]) -> str:
+def list_skipped(skipped: Iterable[tuple[str, str]]) -> str:
     """List the first ten names with their reasons, and count the others."""
     texts = [f"{printable(name)} ({reason})" for name, reason in skipped]
     return ", ".join(texts[:10]) + (f", and {len(texts) - 10} more" if len(texts) > 10 else "")

@@ -80,7 +80,7 @@ class Run:
         self.lock = self.path / ".lock"
 
     def is_finished(self, steps: int) -> bool:
-        """Whether training has done everything after this many steps: validation, curves, the best weights."""
+        """Return whether training has done everything after this many steps: validation, curves, the best weights."""
         try:
             note = json.loads(self.finished.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -19,7 +19,7 @@ from olvae.cli.options import (
     comma_list,
     loading,
     split_commas,
-    watched,
+    with_progress,
 )
 
 if TYPE_CHECKING:  # slow to import
@@ -176,7 +176,7 @@ def command(
     request = Request(found, protocols, names, data, size, images, batch_size, weights_dir, device, observers)
     if device.startswith("cpu") and "fp16" in split_commas(precision) and images is None and not rank:
         typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
-    evaluated = evaluate(request, watched)
+    evaluated = evaluate(request, with_progress)
     leave()
     if evaluated is not None:
         _finish(evaluated, files, earlier, mix_protocols, as_json)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from olvae.cli.evaluate import BatchSize, First, Targets, TestImages, results_folder
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, watched
+from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, with_progress
 
 __all__ = ["command"]
 
@@ -58,7 +58,7 @@ def command(
     if images is not None:
         source.limit(images)
     count, batches = source.val_images, source.test_loader(batch_size or (8 if data else None))
-    accumulators = encode_latents(models, watched("encoding")(batches, count), device)
+    accumulators = encode_latents(models, with_progress("encoding")(batches, count), device)
     parts = gather(accumulators)
     leave()
     if parts is None:

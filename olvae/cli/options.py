@@ -217,7 +217,9 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
 
 
-def watched(description: str, shared: bool = True) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
+def with_progress(
+    description: str, shared: bool = True
+) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
     """Wrap this process's batches in a progress bar over the images of all, which only the first process shows.
 
     If they are not ``shared``, the first process alone has batches.

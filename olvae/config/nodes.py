@@ -1,9 +1,8 @@
 """Resolve and build nodes of ``target`` and ``params``; find a target's arguments, if possible without importing it.
 
-Importing a model takes many times as long as importing torch, as Lightning imports torchmetrics, torchvision and more.
-So the arguments of a class of this package, or of Lightning, that is not imported yet are read from its source: its
-constructor is compiled without its body, and the names in its annotations are looked up from module to module. Anything
-unusual, such as a decorator, is left to an import.
+Importing a model takes several times as long as importing torch, because of Lightning. So the arguments of a class of
+this package or of Lightning are read from its source: its constructor is compiled without its body, and the names in
+its annotations are looked up from module to module. Anything unusual, such as a decorator, is left to an import.
 """
 
 import ast
@@ -202,7 +201,7 @@ class _AnyAttribute(type):
 
 
 class Unimported(metaclass=_AnyAttribute):
-    """Stands in for modules and classes that are not imported: a value of a config is never an instance of one."""
+    """Stand-in for a module or class that is not imported: a value of a config is never an instance of it."""
 
 
 class _Names(dict[str, Any]):
@@ -214,17 +213,12 @@ class _Names(dict[str, Any]):
         self.statements: dict[str, ast.stmt] = {}
         for statement in ast.parse(_file(module).read_bytes()).body:
             match statement:
-                case ast.ClassDef() | ast.FunctionDef():
-                    defined = [statement.name]
-                case ast.Import() | ast.ImportFrom():
-                    defined = [alias.asname or alias.name.partition(".")[0] for alias in statement.names]
-                case ast.Assign(targets=targets):
-                    defined = [target.id for target in targets if isinstance(target, ast.Name)]
-                case ast.AnnAssign(target=ast.Name(id=name)):
-                    defined = [name]
-                case _:
-                    defined = []
-            self.statements |= dict.fromkeys(defined, statement)
+                case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+                    self.statements[name] = statement
+                case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                    self.statements |= {a.asname or a.name.partition(".")[0]: statement for a in aliases}
+                case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                    self.statements[name] = statement
 
     def __missing__(self, name: str) -> Any:
         if name not in self.statements and hasattr(builtins, name):
@@ -242,7 +236,7 @@ class _Names(dict[str, Any]):
         return Unimported
 
     def imported(self, name: str) -> tuple[str, str]:
-        """The module that a name is imported from, and its name there, empty for the module itself."""
+        """Return the module that a name is imported from, and its name there, empty for the module itself."""
         statement = self.statements[name]
         assert isinstance(statement, ast.Import | ast.ImportFrom)
         (alias,) = (a for a in statement.names if name == (a.asname or a.name.partition(".")[0]))
@@ -261,9 +255,8 @@ def _names(module: str) -> _Names:
 def _file(module: str) -> Path:
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)
-    folder = next(iter((spec and spec.submodule_search_locations) or ("",)))
-    files = Path(folder, *rest).with_suffix(".py"), Path(folder, *rest, "__init__.py")
-    return files[0] if files[0].is_file() else files[1]
+    path = Path(next(iter((spec and spec.submodule_search_locations) or ("",))), *rest)
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def _constructor(module: str, name: str) -> tuple[_Names, ast.FunctionDef]:
@@ -276,11 +269,11 @@ def _constructor(module: str, name: str) -> tuple[_Names, ast.FunctionDef]:
             return names, function
         case ast.ClassDef(decorator_list=[], keywords=[]) as node:
             own = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
-            if "__init__" in own and "__new__" not in own:
+            if "__new__" not in own and "__init__" in own:
                 return names, own["__init__"]
-            if not node.bases and "__new__" not in own:
+            if "__new__" not in own and not node.bases:
                 return names, typing.cast(ast.FunctionDef, ast.parse("def nothing(): pass").body[0])
-            if len(node.bases) == 1 and "__new__" not in own:
+            if "__new__" not in own and len(node.bases) == 1:
                 base, _, attribute = ast.unparse(node.bases[0]).partition(".")
                 return _constructor(names.imported(base)[0], attribute) if attribute else _constructor(module, base)
     raise LookupError(f"{module}.{name} has to be imported")

@@ -22,7 +22,7 @@ from olvae.data.read_errors import ReadError, TooManyUnreadableError, Unreadable
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.data.transforms import resize_shorter_side
-from olvae.files import named, no_empty_folders, reason
+from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
 STATE = ".packing"
@@ -121,7 +121,7 @@ def pack(
             records = {shard_name(number): shard.record for number, shard, _ in packed if shard.record.images}
             unreadable = _skipped(packed)
             if not records:
-                names = named((skipped.name, skipped.reason) for skipped in unreadable)
+                names = list_skipped((skipped.name, skipped.reason) for skipped in unreadable)
                 raise ValueError(f"{src}: none of its {len(images)} images can be read: {names}")
             index = Index(records, asdict(options), digest, unreadable)
             index.write(out / INDEX)
@@ -206,7 +206,7 @@ def _pack_all(
             if lost >= STOP_AFTER and lost > max_unreadable * len(images):
                 break
     if max_unreadable * len(images) < lost < len(images):
-        names = named((skipped.name, skipped.reason) for skipped in _skipped(packed))
+        names = list_skipped((skipped.name, skipped.reason) for skipped in _skipped(packed))
         raise TooManyUnreadableError(
             f"{lost}{' or more' if len(packed) < len(tasks) else ''} of {len(images)} images can't be read, more than "
             f"`max_unreadable` {max_unreadable:g}: {names}"

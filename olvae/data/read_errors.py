@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from olvae.files import named
+from olvae.files import list_skipped
 
 log = logging.getLogger("olvae.data")
 
@@ -191,5 +191,5 @@ class ReadErrors:
         if self.lost > self.limit * read:
             raise TooManyUnreadableError(
                 f"{self.lost} of {read} images can't be read, more than max_unreadable = {self.limit:g}: "
-                f"{named(self.unreadable.reasons.items())}"
+                f"{list_skipped(self.unreadable.reasons.items())}"
             )

@@ -17,7 +17,7 @@ from olvae.devices import DTYPES
 from olvae.evaluation.results import Results
 from olvae.export.layouts import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.export.model_card import CARD_NAME, MADE_WITH, Provenance, model_card
-from olvae.files import nearest, no_empty_folders
+from olvae.files import nearest_folder, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.kl import as_litevae, is_stable_diffusion
 from olvae.models.loading.loader import Target
@@ -155,7 +155,7 @@ def export(
     out, differences = _as_exported(model, DTYPES[settings.dtype], settings.fold)
     with (
         no_empty_folders(place.parent),
-        tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=nearest(place.parent)) as beside,
+        tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=nearest_folder(place.parent)) as beside,
     ):
         partial = Path(beside) / place.name
         layout.write(out, partial)
@@ -182,7 +182,7 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
         FileExistsError: the place leads through a file, or holds something that may not be replaced in one step.
         ValueError: the name is that of a folder where a file is written, or the other way round.
     """
-    if not (parent := nearest(place.absolute().parent)).is_dir():
+    if not (parent := nearest_folder(place.absolute().parent)).is_dir():
         raise FileExistsError(f"{place}: {parent} is a file")
     if suffix:
         if place.is_dir():
