@@ -22,13 +22,14 @@ from olvae.config import Config, ConfigError, with_paths
 from olvae.data.opening import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
-from olvae.files import no_empty_folders, remove_partials, write_json
+from olvae.files import first_line, no_empty_folders, remove_partials, write_json
+from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
+from olvae.models.parts.activation_bound import ActivationBound
 from olvae.runs import Run, RunLock, Settings
 from olvae.training import launch, setup
 from olvae.training.callbacks import BadSteps, Health, ImageGrids, UnreadableLimit
-from olvae.training.checks import check_memory
 from olvae.training.loggers import make_loggers
 from olvae.training.progress import StepProgress, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
@@ -183,6 +184,23 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
             requeue()
     if stop.agreed:  # the caller, Python or make, must not begin what comes after a training
         raise TrainingStopped(run, stop.preempted)
+
+
+def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free: int, warns: bool = True) -> None:
+    """Warn where a step needs most of the bytes that are free on a GPU; raise ConfigError if not one image fits."""
+    try:
+        plain = footprint(model, source.size, precision)
+        bounded = any(isinstance(part, ActivationBound) for part in model.each_part)  # it excludes checkpointing
+        fits = MARGIN * plain.total(source.batch_size) <= free
+        checkpointed = plain if fits or bounded else footprint(model, source.size, precision, checkpoint=True)
+    except Exception as error:  # networks of the user's own may need tensors with values: an estimate stops nothing
+        sentence: str | None = f"not counted: {first_line(error)}"
+    else:
+        sentence = advice(free, source.batch_size, model.accumulate_grad_batches, plain, checkpointed)
+        if plain.total(1) > free:
+            raise ConfigError(f"data.params.batch_size: not even one image fits: {sentence}")
+    if warns and sentence is not None:
+        Console(stderr=True).print(f"[yellow]warning:[/] memory: {sentence}", highlight=False, soft_wrap=True)
 
 
 def _print(line: str) -> None:

@@ -7,7 +7,7 @@ from olvae.config import ConfigError
 from olvae.data.mapped.picture_folder import FolderSource
 from olvae.models.footprint import MARGIN, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.training.checks import check_memory
+from olvae.training.run import check_memory
 from tests.conftest import parts, tiny_config
 
 PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
@@ -22,20 +22,8 @@ def against(**params) -> LiteAutoencoderKL:
     return model(adversary_config={"target": "olvae.models.adversary.Adversary", "params": node})
 
 
-def check_adversary(playing: LiteAutoencoderKL, images: FolderSource, max_steps: int) -> None:
-    playing.adversary.check(playing, images, max_steps)
-
-
 def source(root, size: int = 16, **params) -> FolderSource:
     return FolderSource(str(root), size, 4, **params)
-
-
-def test_images_must_fit(image_folder):
-    model().check(source(image_folder))
-    with pytest.raises(ConfigError, match=r"20 is not a multiple of 8, .* use 16 or 24"):
-        model().check(source(image_folder, 20))
-    with pytest.raises(ConfigError, match="the images have 1 channels, the model takes 3"):
-        model().check(source(image_folder, channels=1))
 
 
 def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_folder):
@@ -49,38 +37,26 @@ def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_fold
     equivariant.check(source(image_folder, 64))
 
 
-def test_an_adversary_must_play(image_folder):
-    check_adversary(against(start_step=3), source(image_folder), 4)
-    with pytest.raises(ConfigError, match="start_step: 4 is not before the last of 4 steps"):
-        check_adversary(against(start_step=4), source(image_folder), 4)
-
-
 def test_an_adversary_is_checked_for_a_term_beside_it(image_folder):
     playing = against()
     playing.objective.weights = {"kl": 1e-6}
     with pytest.raises(ConfigError, match="one of the losses that compare images"):
-        check_adversary(playing, source(image_folder), 4)
+        playing.adversary.check(playing, source(image_folder), 4)
 
 
-def test_memory_is_checked_before_the_first_step(image_folder, capfd):
-    counted = footprint(model(), 16, "32")
+def test_memory_is_checked_before_the_first_step(image_folder, capfd, monkeypatch):
+    images, plain = source(image_folder), model()
+    counted = footprint(plain, 16, "32")
+    monkeypatch.setattr("olvae.training.run.footprint", lambda *_, **__: counted)
     enough = int(MARGIN * counted.total(4)) + 1
-    check_memory(model(), source(image_folder), "32", enough)
+    check_memory(plain, images, "32", enough)
+    check_memory(plain, images, "32", enough - 2, warns=False)
     assert capfd.readouterr().err == ""
-    check_memory(model(), source(image_folder), "32", enough - 2)
+    check_memory(plain, images, "32", enough - 2)
     err = capfd.readouterr().err
     assert "warning: memory: a step with 4 images needs about 0.0 GiB" in err
-    assert (
-        "set data.params.batch_size=2 lightning.trainer.accumulate_grad_batches=2 or model.params.checkpoint=true"
-        in err
-    )
-    check_memory(model(), source(image_folder), "32", enough - 2, warns=False)
-    assert capfd.readouterr().err == ""
-    check_memory(model(), source(image_folder), "32", counted.total(1))
+    assert "set data.params.batch_size=2 lightning.trainer.accumulate_grad_batches=2" in err
+    check_memory(model(parts=parts(activation_bound={"bound": 1.0})), images, "32", 2**20)
+    assert "checkpoint" not in capfd.readouterr().err  # which a bound excludes
     with pytest.raises(ConfigError, match="not even one image fits: a step with 4 images"):
-        check_memory(model(), source(image_folder), "32", counted.total(1) - 1)
-
-
-def test_memory_with_a_bound_is_not_mended_by_checkpointing(image_folder, capfd):
-    check_memory(model(parts=parts(activation_bound={"bound": 1.0})), source(image_folder), "32", 2**20)
-    assert "checkpoint" not in capfd.readouterr().err
+        check_memory(plain, images, "32", counted.total(1) - 1)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,40 +19,18 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
+from olvae.training.setup import untrained_half
 from tests.conftest import parts, tiny_config
 from tests.export.latents import encode
 from tests.export.test_diffusers_model import dit
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import taesd
-from tests.models.steps import against
-from tests.training.origins import OBJECTIVE, assert_same_checkpoint, checkpoint, one_line
-
-FACTORS: dict[str, Any] = {
-    "scaling_factor": 0.5,
-    "shift_factor": 0.25,
-    "latents_mean": [0.0, 1.0, 2.0, 3.0],
-    "latents_std": [1.0, 2.0, 3.0, 4.0],
-    "force_upcast": False,
-}
-
-EIGHT = {
-    "block_out_channels": (8, 8, 8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-"""AutoencoderKL with the student's factor."""
+from tests.training.origins import EIGHT, FACTORS, OBJECTIVE, checkpoint, one_line, save_teacher, student
 
 
 @pytest.fixture
 def target(tmp_path) -> str:
-    tiny_kl(**EIGHT, **FACTORS).save_pretrained(tmp_path / "teacher")
-    return f"diffusers:{tmp_path / 'teacher'}"
-
-
-def student(root: Path, **model: Any) -> dict[str, Any]:
-    config = tiny_config(root, lossconfig=OBJECTIVE, initial_logvar=-4.0, **model)
-    config["data"]["params"]["val_fraction"] = 0.4
-    return config
+    return save_teacher(tmp_path / "teacher")
 
 
 def test_the_student_carries_the_teachers_factors_through_every_format(train_with, tmp_path, image_folder, target):
@@ -101,24 +80,6 @@ def test_the_student_stands_in_for_the_teacher_in_a_pipeline(train_with, tmp_pat
     assert 0 < difference <= crossed.abs().max() / 2 + 1e-5
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {},
-        {"freeze_decoder": True, "use_ema": True, "ema_decay": 0.5},
-        {"freeze_encoder": True, "use_ema": True, "adversary_config": against(weight=0.1)},
-    ],
-    ids=["both", "encoder", "decoder"],
-)
-def test_stopping_and_resuming_is_not_stopping(train_with, image_folder, target, model):
-    config = student(image_folder, **model)
-    options = {"config": config, "teacher": target}
-    whole = train_with("lightning.trainer.accumulate_grad_batches=2", **options)
-    half = train_with("lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.max_steps=2", **options)
-    assert_same_checkpoint(whole, train_with("lightning.trainer.max_steps=4", resume=half.path))
-    assert set(checkpoint(whole)["state_dict"]["parts.teacher.std"].tolist()) != {1.0}
-
-
 def test_the_deviation_is_measured_on_the_training_images(train_with, image_folder, target):
     """The first 64 of the stream, here each of the seven training images about nine times."""
     run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target, seed=4)
@@ -156,23 +117,32 @@ def untrained(run) -> str | None:
     return load([run.config])["run"]["untrained"]
 
 
-def test_which_half_has_fresh_weights_is_known_through_a_sequence(train_with, image_folder, target):
-    encoder = student(image_folder, freeze_decoder=True)
-    decoder = student(image_folder, freeze_encoder=True)
-    first = train_with("lightning.trainer.max_steps=1", config=encoder, teacher=target)
+@pytest.mark.parametrize(
+    ("frozen", "before", "expected"),
+    [
+        ("decoder", None, "decoder"),
+        ("encoder", None, "encoder"),
+        (None, None, None),
+        ("decoder", "decoder", "decoder"),
+        ("encoder", "decoder", None),
+        ("decoder", {}, None),  # weights without a config
+    ],
+)
+def test_the_half_with_fresh_weights(frozen, before, expected):
+    model = SimpleNamespace(freeze_encoder=frozen == "encoder", freeze_decoder=frozen == "decoder")
+    config = {"run": {"untrained": before}} if isinstance(before, str) else before
+    assert untrained_half(model, config) == expected
+
+
+def test_the_decoder_is_trained_after_the_encoder(train_with, image_folder, target):
+    one_step = "lightning.trainer.max_steps=1"
+    first = train_with(one_step, config=student(image_folder, freeze_decoder=True), teacher=target)
     assert untrained(first) == "decoder"
-    assert untrained(train_with("lightning.trainer.max_steps=2", resume=first.path)) == "decoder"
-    for weights in (first.last_checkpoint, first.path):
-        second = train_with("lightning.trainer.max_steps=1", config=decoder, teacher=target, actual_resume=weights)
-        assert untrained(second) is None
-        before, after = (checkpoint(run)["state_dict"] for run in (first, second))
-        assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
-    third = train_with("lightning.trainer.max_steps=1", config=decoder, teacher=target)
-    assert untrained(third) == "encoder"
-    again = train_with("lightning.trainer.max_steps=1", config=decoder, teacher=target, actual_resume=third.path)
-    assert untrained(again) == "encoder"
-    both = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target)
-    assert untrained(both) is None
+    decoder = student(image_folder, freeze_encoder=True)
+    second = train_with(one_step, config=decoder, teacher=target, actual_resume=first.path)
+    assert untrained(second) is None
+    before, after = (checkpoint(run)["state_dict"] for run in (first, second))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
 
 
 def test_weights_without_a_run_are_taken_for_trained(train_with, tmp_path, image_folder, target, monkeypatch):

@@ -24,7 +24,7 @@ from olvae.runs import Run
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.training.events import scalars
-from tests.training.origins import assert_same_checkpoint, checkpoint
+from tests.training.origins import checkpoint
 
 UNETGAN = {"target": "olvae.modules.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
 
@@ -82,41 +82,6 @@ def test_what_a_run_leaves(go, whole_training, monkeypatch):
     assert sorted(event.step for event in images) == [2, 4]
 
 
-def test_one_seed_gives_the_same_weights_bit_for_bit(go):
-    first, again, other = go(seed=3), go(seed=3), go(seed=4)
-    assert_same_checkpoint(first, again)
-    name = "encoder.extractors.0.init_conv.weight"
-    assert not torch.equal(checkpoint(first)["state_dict"][name], checkpoint(other)["state_dict"][name])
-
-
-@pytest.mark.parametrize(
-    "overrides", [(), ("lightning.trainer.accumulate_grad_batches=2", "data.params.num_workers=1")]
-)
-def test_stopping_and_resuming_is_not_stopping(go, overrides):
-    """3 steps, resume, 5 steps equal 8 steps: weights, average, optimizer, schedule, place in the data."""
-    whole = go("lightning.trainer.max_steps=8", *overrides)
-    half = go("lightning.trainer.max_steps=3", *overrides)
-    resumed = go("lightning.trainer.max_steps=8", resume=half.path)
-    assert resumed.path == half.path
-    assert_same_checkpoint(whole, resumed)
-
-
-def test_shards_are_resumed_where_they_stopped(go, tmp_path):
-    write_shards(tmp_path / "shards", (5, 9, 6))
-    overrides = (
-        "data.target=olvae.data.shards.webdataset.WebDatasetSource",
-        f"data.params.shards={tmp_path}/shards/{{000..001}}.tar",
-        f"data.params.val_shards={tmp_path}/shards/002.tar",
-        "data.params.size=16",
-        "data.params.batch_size=4",
-        "data.params.shuffle=4",
-        "data.params.num_workers=2",
-    )
-    whole = go("lightning.trainer.max_steps=7", *overrides)
-    half = go("lightning.trainer.max_steps=3", *overrides)
-    assert_same_checkpoint(whole, go("lightning.trainer.max_steps=7", resume=half.path))
-
-
 def test_a_source_that_nobody_can_count_has_no_epochs(go, tmp_path):
     (shard,) = write_shards(tmp_path / "shards", (9,))
     overrides = (
@@ -152,23 +117,6 @@ def test_actual_resume_takes_the_weights_alone(go):
         torch.testing.assert_close(tensor, after["state_dict"][name], atol=1e-6, rtol=0)
     assert after["global_step"] == 1
     assert load([second.config])["run"]["weights"] == str(first.last_checkpoint)
-
-
-def test_a_signal_ends_training_after_the_step_with_a_checkpoint(go, tmp_path, monkeypatch):
-    step = LiteAutoencoderKL.training_step
-
-    def interrupt(self, batch, batch_idx):
-        if self.global_step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(LiteAutoencoderKL, "training_step", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        go("lightning.trainer.max_steps=8")
-    (path,) = (tmp_path / "runs").iterdir()
-    assert checkpoint(Run(path))["global_step"] == 3
-    monkeypatch.setattr(LiteAutoencoderKL, "training_step", step)
-    assert_same_checkpoint(go("lightning.trainer.max_steps=8"), go(resume=path))
 
 
 def test_the_last_step_is_validated_whatever_the_interval(go):

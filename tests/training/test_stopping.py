@@ -2,96 +2,46 @@
 
 import os
 import signal
-from pathlib import Path
+from functools import partial
 
 import pytest
-import torch
 
-from olvae.config import ConfigError, save
+from olvae.config import ConfigError
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
-from olvae.training import run as training
-from olvae.training.run import TrainOptions, train
 from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue
-from tests.conftest import parts, tiny_config
-from tests.models.steps import Each, against, assert_same, build, fit, moved
+from tests.conftest import tiny_config
+from tests.models.steps import Each, against, build, fit
 from tests.training.events import scalars
+from tests.training.origins import assert_same_checkpoint, checkpoint, phase_b
 
 
 @pytest.fixture
-def go(tmp_path, image_folder, monkeypatch, quick_training):
-    """Train a tiny phase B with everything on that has a state; returns the run."""
-    monkeypatch.delenv(training.RUN_ENV, raising=False)
-    adversary = against(
-        weight=0.3,
-        start_step=1,
-        ramp_steps=3,
-        warmup_updates=2,
-        updates_per_step=2,
-        r1_weight=1.0,
-        r1_every=3,
-        lecam_weight=0.1,
-        lecam_decay=0.5,
-        learning_rate_ratio=2.0,
-    )
-    model = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 7}
-    config = tiny_config(
-        image_folder,
-        adversary_config=adversary,
-        parts=parts(anchor={"weight": 0.1}, equivariance={"probability": 0.3}),
-        **model,
-    )
-    config["lightning"]["trainer"]["accumulate_grad_batches"] = 2
-    save(config, tmp_path / "phase_b.yaml")
+def go(train_with, image_folder):
+    """Train a tiny phase B; returns the run."""
 
-    def run(steps: int, *overrides: str, resume: Path | None = None) -> Run:
-        base = [] if resume else [tmp_path / "phase_b.yaml"]
-        overrides = (f"lightning.trainer.max_steps={steps}", *overrides)
-        return train(TrainOptions(base, overrides, tmp_path / "runs", gpus="0", resume=resume))
+    def run(steps: int, *overrides: str, **options) -> Run:
+        return train_with(f"lightning.trainer.max_steps={steps}", *overrides, config=phase_b(image_folder), **options)
 
     return run
 
 
-def checkpoint(run: Run) -> dict:
-    return torch.load(run.last_checkpoint, weights_only=True)
-
-
-def test_stopping_and_resuming_is_not_stopping(go):
-    """3 steps, resume, 3 steps equal 6: both sides' weights, average, optimizers, schedules, counts, anchors."""
-    run, half = go(6), go(3)
-    whole, before = checkpoint(run), checkpoint(half)
-    resumed = checkpoint(go(6, resume=half.path))
-    for part in ("state_dict", "current_model_state"):
-        assert whole[part].keys() == resumed[part].keys()
-        for name, tensor in whole[part].items():
-            assert torch.equal(tensor, resumed[part][name]), f"{part} {name}"
-    assert {name.split(".")[0] for name in whole["state_dict"]} == {"encoder", "decoder", "adversary", "parts"}
-    assert {name.split(".")[0] for name in whole["current_model_state"]} == {"encoder", "decoder"}
-    assert len(whole["optimizer_states"]) == len(resumed["optimizer_states"]) == 2
-    for one, other in zip(whole["optimizer_states"], resumed["optimizer_states"], strict=True):
-        assert one["state"].keys() == other["state"].keys()
-        assert len(one["state"]) > 5
-        for i, state in one["state"].items():
-            for name, value in state.items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["state"][i][name])), f"{i} {name}"
-        assert one["param_groups"] == other["param_groups"]
-    for name in ("lr_schedulers", "images_seen", "iteration", "global_step"):
-        assert whole[name] == resumed[name], name
-    assert whole["global_step"] == 6
-    assert whole["iteration"] == 7  # one batch, of two updates, warmed up
-    state, state_before = whole["state_dict"], before["state_dict"]
-    assert int(state["adversary._extra_state"]) > int(state_before["adversary._extra_state"]) > 2
-    assert moved(before["current_model_state"], whole["current_model_state"])
-    assert state["adversary.lecam.real_anchors"].any()
-    anchor = {name: tensor for name, tensor in state.items() if name.startswith("parts.")}
-    assert_same(anchor, {name: state_before[name] for name in anchor})
-
-    logged = scalars(run.path)
+def test_what_is_saved_and_logged_in_phase_b(go):
+    run = go(3)
+    saved = checkpoint(run)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"encoder", "decoder", "adversary", "parts"}
+    assert {name.split(".")[0] for name in saved["current_model_state"]} == {"encoder", "decoder"}
+    assert len(saved["optimizer_states"]) == 2
+    assert saved["global_step"] == 3
+    assert saved["iteration"] == 4  # one batch, of two updates, warmed up
+    assert int(saved["state_dict"]["adversary._extra_state"]) > 2
+    assert saved["state_dict"]["adversary.lecam.real_anchors"].any()
     train_names = {"adversarial", "discriminator", "lecam", "r1", "anchor"}
     health_names = {"logits_real", "logits_fake", "accuracy", "gradient_ratio"}
     names = {f"train/{name}" for name in train_names} | {f"health/{name}" for name in health_names}
+    logged = scalars(run.path)
     assert names <= set(logged)
-    assert set(logged["train/loss"]) == {1, 2, 3, 4, 5, 6}
+    assert set(logged["train/loss"]) == {1, 2, 3}
 
 
 def test_a_signal_stops_between_updates(image_folder):
@@ -181,30 +131,31 @@ def stop_at(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(LiteAutoencoderKL, "training_step", stop)
 
 
-def test_a_requeued_job_continues_its_run(go, tmp_path, job, monkeypatch):
+def test_a_requeued_job_continues_its_run(train_with, image_folder, tmp_path, job, monkeypatch):
     """SIGUSR1 is what `#SBATCH --signal=USR1@300` sends before the time is up."""
-    whole = go(4)
+    command = partial(train_with, config=tiny_config(image_folder))
+    whole = command()
     with monkeypatch.context() as patch:
         stop_at(patch, 2, signal.SIGUSR1)
         with pytest.raises(TrainingStopped):
-            go(4)
+            command()
     assert job.read_text() == "requeue 17\n"
     begun = max((tmp_path / "runs").iterdir())
     assert checkpoint(Run(begun))["global_step"] < 4
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    continued = go(4)  # the same command
+    continued = command()
     assert continued.path == begun != whole.path
-    assert_same(checkpoint(continued)["state_dict"], checkpoint(whole)["state_dict"])
-    assert go(4).path == begun  # a job of several trainings repeats none
+    assert_same_checkpoint(continued, whole)
+    assert command().path == begun  # a job of several trainings repeats none
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert go(4).path not in (begun, whole.path)
+    assert command().path not in (begun, whole.path)
 
 
-def test_sigterm_queues_nothing_and_an_array_has_its_own_names(go, job, monkeypatch):
+def test_sigterm_queues_nothing_and_an_array_has_its_own_names(train_with, image_folder, job, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 1, signal.SIGTERM)
         with pytest.raises(TrainingStopped):
-            go(2)
+            train_with(config=tiny_config(image_folder))
     assert not job.exists()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "20")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")

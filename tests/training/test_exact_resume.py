@@ -1,0 +1,128 @@
+"""A run that was stopped and resumed equals one that was not, bit for bit: weights, averages, optimizers, counts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olvae.models.autoencoder import LiteVAE
+from tests.conftest import parts, tiny_config
+from tests.data.images import write_shards
+from tests.models.autoencoder_kl import tiny_kl
+from tests.models.parts.vision import node
+from tests.models.steps import against, moved
+from tests.training.origins import (
+    assert_same_checkpoint,
+    checkpoint,
+    phase_b,
+    save_teacher,
+    student,
+    without_networks,
+)
+
+AVERAGED = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 4}
+
+Case = tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]
+"""A config, options, and overrides."""
+
+
+def phase_a(tmp_path: Path, images: Path) -> Case:
+    return tiny_config(images, **AVERAGED), {}, ()
+
+
+def accumulated_with_a_loader_process(tmp_path: Path, images: Path) -> Case:
+    return (
+        tiny_config(images, **AVERAGED),
+        {},
+        ("lightning.trainer.accumulate_grad_batches=2", "data.params.num_workers=1"),
+    )
+
+
+def shards(tmp_path: Path, images: Path) -> Case:
+    write_shards(tmp_path / "shards", (5, 9, 6))
+    config = tiny_config(images, **AVERAGED)
+    config["data"] = {
+        "target": "olvae.data.shards.webdataset.WebDatasetSource",
+        "params": {
+            "shards": f"{tmp_path}/shards/{{000..001}}.tar",
+            "val_shards": f"{tmp_path}/shards/002.tar",
+            "size": 16,
+            "batch_size": 4,
+            "shuffle": 4,
+            "num_workers": 2,
+        },
+    }
+    return config, {}, ()
+
+
+def everything_of_phase_b(tmp_path: Path, images: Path) -> Case:
+    return phase_b(images), {}, ()
+
+
+def started_from_another(tmp_path: Path, images: Path) -> Case:
+    """Whose folder is gone when the run is resumed."""
+    tiny_kl().save_pretrained(tmp_path / "gone")
+    config = without_networks(images, use_ema=True, ema_decay=0.5, parts=parts(latent_noise={"std": 0.1}))
+    return config, {"start_from": f"diffusers:{tmp_path / 'gone'}"}, ()
+
+
+def taught_both(tmp_path: Path, images: Path, **model: Any) -> Case:
+    accumulated = ("lightning.trainer.accumulate_grad_batches=2",)
+    return student(images, **model), {"teacher": save_teacher(tmp_path / "teacher")}, accumulated
+
+
+def taught_encoder(tmp_path: Path, images: Path) -> Case:
+    return taught_both(tmp_path, images, freeze_decoder=True, use_ema=True, ema_decay=0.5)
+
+
+def taught_decoder(tmp_path: Path, images: Path) -> Case:
+    return taught_both(tmp_path, images, freeze_encoder=True, use_ema=True, adversary_config=against(weight=0.1))
+
+
+CASES = (
+    phase_a,
+    accumulated_with_a_loader_process,
+    shards,
+    everything_of_phase_b,
+    started_from_another,
+    taught_both,
+    taught_encoder,
+    taught_decoder,
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_stopping_and_resuming_is_not_stopping(train_with, tmp_path, image_folder, case: Callable[..., Case]):
+    config, options, overrides = case(tmp_path, image_folder)
+    whole, half = (
+        train_with(f"lightning.trainer.max_steps={steps}", *overrides, config=config, **options) for steps in (5, 2)
+    )
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    resumed = train_with("lightning.trainer.max_steps=5", resume=half.path)
+    assert resumed.path == half.path
+    assert_same_checkpoint(whole, resumed)
+
+
+def test_a_projection_of_alignment_is_resumed_and_not_exported(train_with, vit, image_folder, tmp_path):
+    config = tiny_config(image_folder, use_ema=True, parts={"alignment": node(vit)})
+    whole, half = (train_with(f"lightning.trainer.max_steps={steps}", config=config) for steps in (3, 1))
+    before = checkpoint(half)["state_dict"]
+    assert_same_checkpoint(whole, train_with("lightning.trainer.max_steps=3", resume=half.path))
+    saved, name = checkpoint(whole), "parts.alignment.projection.weight"
+    assert name in moved(before, saved["state_dict"])
+    states = saved["optimizer_states"][0]["state"].values()
+    assert any(state["exp_avg"].shape == (64, 4, 1, 1) for state in states)
+    assert name not in saved["current_model_state"]  # it is not averaged
+    assert not any("alignment" in name for name in LiteVAE.from_pretrained(whole.path).state_dict())
+    train_with("lightning.trainer.max_steps=1", config=tiny_config(image_folder), actual_resume=whole.path)
+
+
+def test_one_seed_gives_the_same_weights(train_with, image_folder):
+    config = tiny_config(image_folder, **AVERAGED)
+    first, again, other = (train_with(config=config, seed=seed) for seed in (3, 3, 4))
+    assert_same_checkpoint(first, again)
+    name = "encoder.extractors.0.init_conv.weight"
+    assert not torch.equal(checkpoint(first)["state_dict"][name], checkpoint(other)["state_dict"][name])
