@@ -1,6 +1,6 @@
 """How well a small diffusion model learns a latent space: the Fréchet distance of its samples, over several seeds.
 
-Encode images, then train one small diffusion transformer for each seed, and compare what it makes with images:
+Encode images, then train one small diffusion transformer for each seed, and compare its samples with images:
 
     olvae encode runs/*_demo_32 --data crops --size 64 --flip --out latents
     python examples/diffusability.py latents --decoder runs/*_demo_32 --reference more-crops --out diffusability
@@ -54,7 +54,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class DiT(nn.Module):
-    """diffusers' diffusion transformer without classes, of which each block begins as the identity (adaLN-Zero).
+    """diffusers' diffusion transformer without classes; each block begins as the identity (adaLN-Zero).
 
     Args:
         shape: of a latent, (n_z, h, w).

@@ -30,7 +30,7 @@ F = 8
 class Model(NamedTuple):
     """A diffusion model's latent channels, and the factors of its caches: (z - shift) * scale.
 
-    The trainer scales what it reads of the first three by its own constants.
+    The trainer scales latents of the first three by its own constants.
     """
 
     channels: int

@@ -17,8 +17,6 @@ from olvae import LiteVAE
 from olvae.models.large.tiling import GIB
 from olvae.models.weight_files import config_inside
 
-__all__ = ["GIB", "VAE"]
-
 
 class VAE:
     """A LiteVAE for ComfyUI's nodes, on its device while it works, and on its offload device in between.

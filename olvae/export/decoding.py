@@ -23,7 +23,7 @@ FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsamp
 
 @dataclass
 class Decoded:
-    """The number of images that were written, and latents that could not be read."""
+    """Count of images that were written, and latents that could not be read."""
 
     images: int = 0
     unreadable: list[ReadError] = field(default_factory=list)

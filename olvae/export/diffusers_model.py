@@ -114,7 +114,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
     @property
     def autoencoder(self) -> LiteVAE:
-        """The plain module over the same weights."""
+        """Return the plain module over the same weights."""
         plain = LiteVAE(self.encoder, self.decoder, self.quantizer)
         plain.folded = self.config["folded"]
         plain.set_for_diffusion({name: self.config[name] for name in FOR_DIFFUSION})
@@ -127,7 +127,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """(B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, ceil(H/f), ceil(W/f)).
+        """Encode (B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, ceil(H/f), ceil(W/f)).
 
         Images are padded to multiples of f at the bottom and at the right, see :func:`pad_to_multiple`; decoding
         returns the padded size, f h rows and f w columns.
@@ -144,7 +144,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,  # pipelines pass one; nothing here is random
     ) -> DecoderOutput | tuple[Tensor]:
-        """(B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        """Decode (B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         model = self.autoencoder
         x = self._run(model.decode, lambda z, memory: model.decode_tiled(z, memory=memory), z)
         return DecoderOutput(sample=x) if return_dict else (x,)
@@ -156,7 +156,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Reconstruction of (B, C, H, W), of the same size, from the posterior's mode or from a sample."""
+        """Reconstruct (B, C, H, W), of the same size, from the posterior's mode or from a sample."""
         (posterior,) = self.encode(sample, return_dict=False)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         x = crop_to(self.decode(z, return_dict=False)[0], (sample.shape[-2], sample.shape[-1]))

@@ -30,7 +30,7 @@ STATE = ".encode"
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What to store.
+    """Settings of encoding.
 
     Args:
         size: side in pixels after resizing and cropping the centre; 0 keeps every image's size, padded to a multiple
@@ -265,7 +265,7 @@ class EncodeJob:
 def _counted(
     encoded: Iterator[Encoded | ReadError], statistics: _Statistics, advance: Callable[[int], None]
 ) -> Iterator[Encoded | ReadError]:
-    """Add the latents that pass to the statistics."""
+    """Add latents to the statistics on their way to the shard."""
     for one in encoded:
         for mean, std in one.latents if isinstance(one, Encoded) else ():
             variance = None if std is None else std.double().square()

@@ -39,10 +39,10 @@ ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "on
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export, and how.
+    """Settings of an export.
 
     Args:
-        format: a name of :data:`~olvae.export.layouts.LAYOUTS` or the path of a Layout of one's own; by default
+        format: a name of :data:`~olvae.export.layouts.LAYOUTS` or the path of a Layout of your own; by default
             diffusers for AutoencoderKL's networks, else litevae.
         dtype: to round the weights to, a name of :data:`~olvae.modules.precision.DTYPES`.
         fold: write the self-modulated convolutions as ordinary ones.
@@ -136,7 +136,7 @@ def export(
     Args:
         model: in float32, with its scaling and shift factors.
         layout: the format; by default litevae.
-        settings: of which ``dtype``, ``fold``, ``onnx`` and ``force`` count here.
+        settings: only ``dtype``, ``fold``, ``onnx`` and ``force`` are used here.
 
     Returns:
         The differences, relative to the largest value, by what was compared; 0 is equal to the bit.
@@ -149,7 +149,7 @@ def export(
     layout, settings = layout or LAYOUTS["litevae"](), settings or ExportSettings()
     title = Path(place).absolute().name
     check_place(Path(place), layout.suffix, settings.force)
-    place = Path(place).resolve()  # of a link, what it leads to is replaced
+    place = Path(place).resolve()  # the goal of a link is replaced, not the link
     if reason := layout.misfit(model):
         raise ValueError(reason)
     out, differences = _as_exported(model, DTYPES[settings.dtype], settings.fold)

@@ -221,7 +221,7 @@ def read_batches(
 
 
 def in_order(numbered: Iterable[Numbered[T]]) -> Iterator[T]:
-    """Sort what is numbered from 0 on, without waiting for the end."""
+    """Sort numbered values as they come; the numbers start at 0 and have no gaps."""
     early: dict[int, T] = {}
     following = 0
     for number, one in numbered:
@@ -232,7 +232,7 @@ def in_order(numbered: Iterable[Numbered[T]]) -> Iterator[T]:
 
 
 def _ahead(items: Iterable[T], read: Callable[[T], R], threads: int, depth: int) -> Iterator[R]:
-    """Yield what is read of the items in order, with up to ``depth`` of them read ahead."""
+    """Yield ``read(item)`` in order, up to ``depth`` of them computed ahead in threads."""
     if not threads:
         yield from map(read, items)
         return

@@ -57,7 +57,7 @@ class Loaded(NamedTuple):
 
 
 class Layout:
-    """A format of export: which models it can hold, what is written, and how it is loaded back.
+    """A format of export: which models it can hold, how they are written, and how they are loaded back.
 
     A class of your own needs :meth:`load`, and what differs from the default: the weights as safetensors under their
     own names, in a folder with ``config.json`` or in one file.
@@ -71,15 +71,15 @@ class Layout:
     """Whether loaders of the format pad by reflection where the networks do."""
 
     def misfit(self, model: LiteVAE) -> str | None:  # noqa: ARG002
-        """Why the format can't hold a model; None if it can."""
+        """Say why the format can't hold a model; None if it can."""
         return None
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        """The weights under the format's names and in its shapes."""
+        """Name the weights as the format does, and shape them so."""
         return model.state_dict()
 
     def config(self, model: LiteVAE) -> Config | None:
-        """The content of config.json, or of the file's header; None if the format has no config."""
+        """Make the content of config.json or of the file's header; None if the format has no config."""
         return model.export_config()
 
     def write(self, model: LiteVAE, path: Path) -> None:
@@ -100,7 +100,7 @@ class Layout:
         raise NotImplementedError
 
     def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
-        """Lines of Python for the model card that load the export, named FOLDER_OR_ID, and use it."""
+        """Give the model card lines of Python that load the export, named FOLDER_OR_ID, and use it."""
         return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
