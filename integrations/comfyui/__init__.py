@@ -4,7 +4,9 @@ from typing import Any
 
 import folder_paths
 
-from .vae import GIB, VAE
+from olvae.models.large.tiling import GIB
+
+from .vae import VAE
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "LoadLiteVAE"]
 

@@ -14,7 +14,6 @@ from comfy import model_management
 from torch import Tensor
 
 from olvae import LiteVAE
-from olvae.models.large.tiling import GIB
 from olvae.models.weight_files import config_inside
 
 
