@@ -143,15 +143,6 @@ def test_without_its_weight_the_autoencoder_goes_as_in_phase_a(image_folder, set
     assert moved(snapshot(phase_a.autoencoder), snapshot(with_weight.autoencoder))
 
 
-def test_from_the_start_step_on_both_sides_play(image_folder):
-    phase_a, phase_b = build(), build(against(start_step=2, weight=0.5))
-    history_a, history_b = [], []
-    fit(phase_a, image_folder, 4, callbacks=[Each(lambda m: history_a.append(snapshot(m.autoencoder)))])
-    fit(phase_b, image_folder, 4, callbacks=[Each(lambda m: history_b.append(snapshot(m.autoencoder)))])
-    differ = [bool(moved(a, b)) for a, b in zip(history_a, history_b, strict=True)]
-    assert differ == [False, False, True, True]
-
-
 def test_the_ramp_is_in_the_loss(image_folder):
     model, seen = build(against(weight=0.4, start_step=1, ramp_steps=2)), []
 

@@ -1,9 +1,8 @@
 import copy
-import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.losses import adversarial as losses
@@ -19,22 +18,8 @@ DISCRIMINATORS = {  # each in small, and an image size for it
         {"image_size": 64, "base": 128, "max_channels": 8, "blocks": 1, "attention": [8], "heads": 2},
         64,
     ),
-    "per_pixel": (f"{__name__}.PerPixel", {}, 8),
 }
 every = pytest.mark.parametrize("kind", ["patchgan", "unetgan", "gigagan"])
-
-
-class PerPixel(nn.Module):
-    """The smallest discriminator with a logit per pixel, for images of any size."""
-
-    num_outputs = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 1, kernel_size=1)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.conv(x)]
 
 
 def build(kind: str = "unetgan", **params) -> Adversary:
@@ -202,19 +187,6 @@ def test_r1_is_lazy_and_multiplied_by_how_lazy():
         adversary.updated()
 
 
-def test_r1_has_a_gradient_of_its_own():
-    """Without the other terms' gradients a step on the total lowers the penalty."""
-    adversary, (real, _) = build(loss="wgan", r1_weight=1e3, r1_every=1), images()
-    total, logs = adversary.discriminator_loss(real, real)  # wgan's own term is 0 for any weights
-    assert logs["discriminator"].item() == pytest.approx(0.0, abs=1e-6)
-    total.backward()
-    norm = torch.stack([p.grad.norm() for p in adversary.parameters()]).norm()
-    with torch.no_grad():
-        for p in adversary.parameters():
-            p.sub_(0.05 * p.grad / norm)
-    assert adversary.discriminator_loss(real, real)[1]["r1"] < 0.98 * logs["r1"]
-
-
 @every
 def test_r1_under_bf16_is_that_of_float32(kind):
     adversary, (real, fake) = build(kind, r1_weight=1.0), images(kind)
@@ -243,15 +215,6 @@ def test_lecam_is_logged_and_weighted_when_it_is_on():
     assert total.item() == pytest.approx(base.item() + 0.3 * by_hand, rel=1e-5)
 
 
-def test_lecam_takes_its_decay_and_the_discriminators_outputs():
-    assert build(lecam_weight=1.0, lecam_decay=0.7).lecam.decay == 0.7
-    for kind, outputs in (("patchgan", 1), ("unetgan", 2), ("gigagan", 2)):
-        adversary = build(kind, lecam_weight=1.0)
-        assert adversary.lecam.real_anchors.numel() == outputs
-        assert adversary.discriminator_loss(*images(kind))[1]["lecam"].isfinite()
-    assert build().lecam is None
-
-
 def test_cutmix_is_logged_and_weighted_when_it_is_on():
     """Consistency, and half as much for either kind of logits."""
     adversary, (real, fake) = build(cutmix_weight=0.3), images()
@@ -267,26 +230,6 @@ def test_cutmix_is_logged_and_weighted_when_it_is_on():
     )
     assert logs["cutmix"].item() == pytest.approx(expected.item(), rel=1e-4)
     assert total.item() == pytest.approx(base.item() + 0.3 * expected.item(), rel=1e-4)
-
-
-def test_cutmix_of_one_image_is_always_a_number():
-    """A rectangle may fill the image, or vanish: then all pixels are of one kind, and it is an image like others."""
-    adversary, (real, fake) = build("per_pixel", cutmix_weight=1.0), images("per_pixel", batch=1)
-    kinds = {"real": 0, "fake": 0, "both": 0}
-    for seed in range(300):
-        torch.manual_seed(seed)
-        _, mask = losses.cutmix(real, fake)
-        kind = "real" if mask.all() else "both" if mask.any() else "fake"
-        kinds[kind] += 1
-        if kinds[kind] > 3:
-            continue
-        torch.manual_seed(seed)
-        adversary.zero_grad()
-        total, logs = adversary.discriminator_loss(real, fake)
-        total.backward()
-        assert logs["cutmix"].isfinite()
-        assert all(p.grad.isfinite().all() for p in adversary.parameters())
-    assert min(kinds.values()) > 2, kinds
 
 
 # Its state
@@ -395,15 +338,3 @@ def test_settings_that_make_no_sense(params, message):
 def test_a_discriminator_that_is_none():
     with pytest.raises(ConfigError, match=r"PatchGan.*did you mean PatchGAN"):
         Adversary({"target": "olvae.modules.patchgan.PatchGan"})
-
-
-@every
-def test_extreme_images_give_finite_losses(kind):
-    adversary, (real, _) = build(kind, loss="logistic", r1_weight=1.0, lecam_weight=1.0), images(kind)
-    fake = torch.full_like(real, 100.0).requires_grad_()
-    total, _ = adversary.discriminator_loss(real, fake)
-    other = adversary.generator_loss(fake)
-    assert math.isfinite(total.item())
-    assert math.isfinite(other.item())
-    other.backward()
-    assert fake.grad.isfinite().all()

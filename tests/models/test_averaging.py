@@ -117,36 +117,6 @@ def test_the_raw_weights_of_a_frozen_half_are_in_the_rest(image_folder, tmp_path
     assert_same(raw, {**model.autoencoder.state_dict(), **checkpoint["current_model_state"]})
 
 
-def test_whole_copies_that_earlier_versions_wrote(image_folder, tmp_path):
-    """Lightning's callback kept two states of the whole model: they load, and training goes on as if never stopped."""
-
-    def train(steps: int, resume: Path | None = None) -> Path:
-        model = build(against(lecam_weight=0.1), use_ema=True, ema_decay=DECAY)
-        if resume is not None:
-            model.images_seen = torch.load(resume, weights_only=True)["images_seen"]
-        trainer = run(model, image_folder, steps, ckpt_path=resume)
-        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
-        return tmp_path / f"{steps}.ckpt"
-
-    checkpoint = torch.load(train(2), weights_only=True)
-    raw = {**checkpoint["state_dict"], **checkpoint["current_model_state"]}
-    averaged = {
-        name: t if name.startswith(AUTOENCODER) or not t.is_floating_point() else t + 1  # of the discriminator
-        for name, t in checkpoint["state_dict"].items()
-    }
-    old = {**checkpoint, "state_dict": averaged, "current_model_state": raw}
-    old["callbacks"] = {"EMAWeightAveraging": {"latest_update_step": 2}}
-    torch.save(old, tmp_path / "old.ckpt")
-    for kind, state in (({}, averaged), ({"raw": True}, raw)):
-        expected = {name: t for name, t in state.items() if name.startswith(AUTOENCODER)}
-        assert_same(read_weights(tmp_path / "old.ckpt", **kind), expected)
-
-    whole, resumed = (torch.load(train(5, resume), weights_only=True) for resume in (None, tmp_path / "old.ckpt"))
-    assert int(whole["averaging_state"]["n_averaged"]) == int(resumed["averaging_state"]["n_averaged"]) == 5
-    for part in ("state_dict", "current_model_state"):
-        assert_same(whole[part], resumed[part])
-
-
 def test_there_is_none_unless_asked_for():
     assert build().configure_callbacks() == []
     (callback,) = build(use_ema=True, ema_decay=0.25).configure_callbacks()

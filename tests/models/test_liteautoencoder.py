@@ -9,7 +9,7 @@ import torch
 
 from olvae.config import ConfigError, instantiate, load
 from olvae.models.optimization import mix_seeds
-from tests.models.steps import build, fit, norm, source
+from tests.models.steps import build, fit, source
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -31,41 +31,6 @@ def test_a_step_is_the_objective_and_adam_by_hand(image_folder):
     optimizer.step()
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-
-
-def test_the_autoencoder_runs_forward_once_a_step(image_folder):
-    model = build()
-    calls = []
-    model.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
-    model.decoder.register_forward_hook(lambda *_: calls.append("decoder"))
-    fit(model, image_folder, 3)
-    assert calls == ["encoder", "decoder"] * 3
-
-
-def test_accumulation_counts_updates_and_equals_a_larger_batch(image_folder, monkeypatch, updates):
-    """Without the posterior's noise, 2 x 4 images give the gradient of 8."""
-    monkeypatch.setattr("olvae.modules.distributions.DiagonalGaussian.sample", lambda self, *_: self.mode())
-    small = fit(build(accumulate_grad_batches=2), image_folder, 3)
-    large = fit(build(), image_folder, 3, batch_size=8)
-    assert small.trainer.global_step == large.trainer.global_step == 3
-    assert small.images_seen == large.images_seen == 24
-    accumulated, whole = updates[0].gradients, updates[3].gradients
-    for a, b in zip(accumulated, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_clipping(image_folder, updates):
-    """Norm 1e-3, where it would be more, as the optimizer sees it."""
-    fit(build(), image_folder, 1)
-    fit(build(gradient_clip_val=1e-3), image_folder, 1)
-    free, clipped = (norm(update.gradients) for update in updates)
-    assert free > 0.01
-    assert clipped == pytest.approx(1e-3, rel=1e-2)
-
-
-def test_the_schedule_reaches_the_optimizer(image_folder, updates):
-    fit(build(scheduler="cosine", warmup_steps=2, min_lr_factor=0.5, learning_rate=1e-2), image_folder, 4)
-    assert [update.lr for update in updates] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
 
 
 def narrow_models() -> dict[str, dict[str, Any]]:

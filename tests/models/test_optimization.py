@@ -28,11 +28,6 @@ def test_seeds_differ_with_every_number_and_with_their_order():
     assert mix_seeds(1, 2) != mix_seeds(2, 1)
 
 
-def test_seeds_differ_from_those_with_zeros_after_them():
-    """So that what an update shares does not follow its first micro-batch's noise."""
-    assert mix_seeds(0, 5) != mix_seeds(0, 5, 0, 0)
-
-
 def test_seeds_are_what_torch_takes_and_the_same_again():
     for step in range(100):
         seed = mix_seeds(3, step)
@@ -50,24 +45,7 @@ def test_cosine():
     assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
 
 
-def test_no_warm_up():
-    assert lr_factor(0, "cosine", 0, 10, 0.0) == 1.0
-    assert lr_factor(0, "constant", 0, 10, 0.0) == 1.0
-
-
 # The decoder's last layer, and gradients there
-
-
-@pytest.mark.parametrize("output", ["image", "wavelet"])
-@pytest.mark.parametrize("variant", ["open_litevae", "paper_smc"])
-def test_the_last_convolution_of_litevae(variant, output):
-    decoder = LiteVAE_Decoder(8, 4, channel_mult=(1, 2), num_res_blocks=0, variant=variant, output=output)
-    assert last_convolution(decoder) is decoder.conv_out
-
-
-def test_the_last_convolution_of_the_sd_decoder():
-    decoder = SDDecoder(8, 4, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)
-    assert last_convolution(decoder) is decoder.model.conv_out
 
 
 @pytest.mark.parametrize(
@@ -155,12 +133,6 @@ def test_the_loss_scale_saves_gradients_that_half_precision_would_lose(decoder):
     assert gradient_ratio(module(decoder), one, other).item() == 0.0
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(3.0, rel=1e-2)
-
-
-def test_without_a_scaler():
-    assert grad_scaler(module(nn.Identity())) is None
-    plain = SimpleNamespace(trainer=SimpleNamespace(precision_plugin=SimpleNamespace()))
-    assert grad_scaler(plain) is None
 
 
 def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder):

@@ -153,10 +153,7 @@ class Scaled(MixedPrecision):
 
 SCALED_RUNS = {
     "plain": ({}, {}),
-    "clipped": ({}, {"gradient_clip_val": 0.01}),
-    "accumulated": ({}, {"accumulate_grad_batches": 2}),
     "warm-up": ({"warmup_updates": 2}, {"gradient_clip_val": 0.01}),
-    "several updates": ({"updates_per_step": 3}, {"gradient_clip_val": 0.01}),
     "several updates, accumulated": ({"updates_per_step": 3, "warmup_updates": 3}, {"accumulate_grad_batches": 2}),
     "adaptive": ({"adaptive_weight": True}, {}),
 }

@@ -110,15 +110,6 @@ def test_half_precision_is_compared_in_float32():
     assert penalty.item() == pytest.approx((200 / 1e-3 - 1) ** 2 + 2 * (600 / 1e-3 - 1) ** 2, rel=1e-3)
 
 
-def test_the_graph_goes_with_the_penalty():
-    """A copy of the object, which averaging makes when training begins, can't hold one."""
-    network, bound = Small(), ActivationBound(4.0)
-    with watched(bound, network):
-        network(torch.tensor([[1.0]]))
-    penalty_of(bound).backward()
-    assert copy.deepcopy(bound).bound == 4.0
-
-
 @pytest.mark.parametrize("bound", [0.0, -1.0])
 def test_a_bound_is_above_zero(bound):
     with pytest.raises(ValueError, match="bound must be above 0, got"):
@@ -144,7 +135,7 @@ def test_a_bound_lowers_the_activations_of_a_decoder_scaled_by_hand(image_folder
         model.decoder.conv_in.weight.mul_(30)
         model.decoder.conv_in.bias.mul_(30)
     before, penalties = largest(model), []
-    fit(model, image_folder, 60, callbacks=[Each(lambda m: penalties.append(metrics(m)["train/activation"]))])
+    fit(model, image_folder, 30, callbacks=[Each(lambda m: penalties.append(metrics(m)["train/activation"]))])
     assert before > 30
     assert penalties[-1] < 0.5 * penalties[0]
     assert largest(model) < 0.8 * before
@@ -159,10 +150,3 @@ def test_the_bound_is_on_what_is_trained(image_folder, frozen):
     values = metrics(model)
     terms = sum(weight * values[f"train/{name}"] for name, weight in model.objective.weights.items())
     assert values["train/loss"] == pytest.approx(terms + values["train/activation"], rel=1e-5)
-
-
-def test_a_bounded_model_can_be_trained_again(image_folder):
-    model = build(parts=parts(activation_bound={"bound": 0.5}), use_ema=True)
-    for _ in range(2):
-        fit(model, image_folder, 1)
-    assert metrics(model)["train/activation"] > 0

@@ -141,20 +141,6 @@ def test_the_projection_learns_and_is_not_averaged(vit, image_folder):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_both_terms_can_be_learned(vit):
-    """By the latent and the projection, of features that are given: 100 steps of Adam."""
-    alignment = alone(vit, 8, cosine_margin=0.0, distance_margin=0.0)
-    x, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 8, 4, 4, requires_grad=True)
-    before = {name: term.item() for name, term in alignment(x, z).items()}
-    optimizer = torch.optim.Adam([z, *alignment.parameters()], lr=0.05)
-    for _ in range(100):
-        optimizer.zero_grad()
-        sum(alignment(x, z).values()).backward()
-        optimizer.step()
-    for name, term in alignment(x, z).items():
-        assert term.item() < 0.5 * before[name], name
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -162,12 +148,9 @@ def test_both_terms_can_be_learned(vit):
         {"parts": parts(equivariance={"probability": 1.0})},
         {"checkpoint": True},
         {"freeze_decoder": True},
-        {"compile": True},
     ],
 )
-def test_beside_other_settings(vit, image_folder, settings, monkeypatch):
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend="eager"))
+def test_beside_other_settings(vit, image_folder, settings):
     values = metrics(fit(aligned(vit, **settings), image_folder, 2, size=32))
     assert values["health/alignment_weight"] > 0
 
@@ -185,9 +168,9 @@ def test_no_step_waits(vit, tmp_path):
 
 def test_memory_is_counted_without_its_file(vit):
     config = tiny_config()["model"]
-    plain = footprint(without_weights(config), 64, "bf16")
+    plain = footprint(without_weights(config), 32, "bf16")
     config["params"]["parts"] = {"alignment": node("/nowhere.pt")}
-    found = footprint(without_weights(config), 64, "bf16")
+    found = footprint(without_weights(config), 32, "bf16")
     network = sum(p.numel() for p in timm.create_model("test_vit").parameters())
     assert 4 * network < found.fixed - plain.fixed
     assert found.per_image > plain.per_image

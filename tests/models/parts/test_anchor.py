@@ -65,19 +65,6 @@ def test_gradients_reach_the_encoder_and_not_the_copy():
     assert all(p.grad is None for p in vae.decoder.parameters())
 
 
-def test_a_step_against_the_gradient_brings_the_means_back():
-    vae = build()
-    anchor, x = anchor_of(vae), torch.rand(2, 3, 16, 16)
-    drift(vae)
-    before = distance(anchor, x, vae.encode(x))
-    before.backward()
-    norm = torch.stack([p.grad.norm() for p in vae.encoder.parameters()]).norm()
-    with torch.no_grad():
-        for p in vae.encoder.parameters():
-            p.sub_(1e-2 * p.grad / norm)
-    assert distance(anchor, x, vae.encode(x)) < before
-
-
 @pytest.mark.parametrize("use_quant", [False, True])
 def test_a_new_run_renews_the_copy(use_quant):
     vae, other = build(0, use_quant=use_quant), build(1, use_quant=use_quant)
@@ -90,26 +77,6 @@ def test_a_new_run_renews_the_copy(use_quant):
     assert distance(anchor, x, other.encode(x)).item() == 0.0
     drift(other)
     assert distance(anchor, x, other.encode(x)).item() > 1e-4
-
-
-def test_it_is_saved():
-    vae, other = build(0, use_quant=True), build(1, use_quant=True)
-    anchor, loaded = anchor_of(vae), anchor_of(other)
-    moments = sum(t.numel() for t in [*vae.encoder.parameters(), *vae.quantizer.quant_conv.parameters()])
-    assert sum(t.numel() for t in anchor.state_dict().values()) == moments
-    loaded.load_state_dict(anchor.state_dict())
-    x = torch.rand(1, 3, 16, 16)
-    assert distance(loaded, x, vae.encode(x)).item() == 0.0
-
-
-def test_an_encoder_of_another_shape():
-    anchor = anchor_of(build())
-    wider = build(aggregate_channels=16)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        anchor.start(wider, resumed=False)
-    quantized = build(use_quant=True, latent_dim=8)  # the encoder fits, what is after it does not
-    with pytest.raises(ValueError, match="argument 2 is longer"):  # zip's own words
-        anchor.start(quantized, resumed=False)
 
 
 def test_bf16_means_are_compared_in_float32():
@@ -159,7 +126,7 @@ def test_the_anchor_is_in_the_loss_and_keeps_latents(image_folder):
     x = torch.rand(4, 3, 16, 16) * 2 - 1
     old = steps.build().encode(x).mean
     free, held = (
-        fit(steps.build(parts=parts(anchor={"weight": w}), learning_rate=1e-3), image_folder, 24) for w in (1e-6, 1e2)
+        fit(steps.build(parts=parts(anchor={"weight": w}), learning_rate=1e-3), image_folder, 12) for w in (1e-6, 1e2)
     )
     distances = [(m.encode(x).mean - old).square().mean().item() for m in (free, held)]
     assert distances[1] < distances[0]  # by how much is a matter of rounding

@@ -145,11 +145,6 @@ def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_fold
         assert state == other
 
 
-def test_without_equivariance_nothing_is_transformed(image_folder, monkeypatch):
-    monkeypatch.setattr(equivariance, "transform_alike", None)
-    assert fit(build(against()), image_folder, 2).trainer.global_step == 2
-
-
 def test_equivariance_compares_with_the_transformed_image(image_folder, monkeypatch):
     """A decoder that knows the transformed image by heart has no pixel loss."""
     seen = {}
@@ -171,11 +166,11 @@ def test_equivariance_leaves_the_kl_term_alone(image_folder):
     plain = fit(build(), image_folder, 1, size=32)
     expected = metrics(plain)["train/kl"]
     kls = []
-    for seed in range(6):
+    for seed in range(3):
         model = build(parts=parts(equivariance={"probability": 1.0}))
         model.seed = seed  # another transformation
         x = model.images(next(iter(source(image_folder, size=32).train_loader())))
         assert kl_loss(model.encode(x), x).item() == pytest.approx(expected, rel=1e-5)
         fit(model, image_folder, 1, size=32)
         kls.append(metrics(model)["train/kl"])
-    assert kls == pytest.approx([expected] * 6, rel=1e-5)
+    assert kls == pytest.approx([expected] * 3, rel=1e-5)

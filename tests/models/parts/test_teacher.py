@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8
-from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.parts.part import Step
 from olvae.models.parts.teacher import Teacher
-from olvae.modules.distributions import Deterministic, DiagonalGaussian
+from olvae.modules.distributions import Deterministic
 from tests.conftest import parts
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import taesd
@@ -59,13 +57,11 @@ MODES = {
     "both, through the teacher's decoder": {"teacher": {"decoder_weight": 0.5}},
     "decoder, adversary": {"freeze_encoder": True, "adversary": against(weight=0.1)},
     "both, adversary": {"adversary": against(weight=0.1, warmup_updates=2)},
-    "both, quantizer": {"use_quant": True},
-    "both, bfloat16": {"teacher": {"dtype": "bfloat16", "decoder_weight": 0.5}},
-    "both, equivariance": {"parts": parts(equivariance={"probability": 1.0})},
-    "both, noise": {"parts": parts(latent_noise={"std": 0.5, "relative_to": "data"})},
-    "both, bounded": {"parts": parts(activation_bound={"bound": 0.1})},
+    "both, quantizer, bfloat16": {"use_quant": True, "teacher": {"dtype": "bfloat16", "decoder_weight": 0.5}},
+    "both, other parts": {
+        "parts": parts(latent_noise={"std": 0.5, "relative_to": "data"}, equivariance={"probability": 1.0})
+    },
     "encoder, bounded": {"freeze_decoder": True, "parts": parts(activation_bound={"bound": 0.1})},
-    "accumulated": {"accumulate_grad_batches": 2},
 }
 
 
@@ -198,19 +194,6 @@ def test_the_decoder_learns_from_the_teachers_latents(target, image_folder, upda
             torch.testing.assert_close(gradients[id(p)], by_hand)
 
 
-def test_an_encoder_gets_nearer_to_it(target, image_folder):
-    model = student(target, freeze_decoder=True, learning_rate=3e-3)
-    x = torch.rand(8, 3, 16, 16) * 2 - 1
-
-    @torch.no_grad()
-    def distance() -> float:
-        return float(latent_loss(model.encode(x).mean, teacher_of(model).posterior(x).mean, teacher_of(model).std))
-
-    before = distance()
-    fit(model, image_folder, 40)
-    assert distance() < 0.9 * before
-
-
 # Moments, measuring, precision
 
 
@@ -272,29 +255,15 @@ def test_it_computes_in_its_own_precision(target, dtype, autocast):
 
 
 def test_the_gradient_through_its_decoder_survives_bfloat16(target):
-    """Of a mean over two million pixel values, which float16 would round to 0."""
+    """Of a mean over 400,000 pixel values, which float16 would round to 0."""
     teacher, exact = (teacher_of(student(target, teacher={"dtype": d})) for d in ("bfloat16", "float32"))
     gradients = []
     for one in (teacher, exact):
         torch.manual_seed(0)
-        z = torch.randn(10, 4, 32, 32, requires_grad=True)
+        z = torch.randn(2, 4, 32, 32, requires_grad=True)
         (0.1 * one.decode(z).abs().mean()).backward()
         gradients.append(z.grad)
     assert (gradients[0] - gradients[1]).norm() < 0.3 * gradients[1].norm()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_student_in_half_precision(target, image_folder, dtype):
-    model = student(target, teacher={"dtype": dtype, "decoder_weight": 0.5})
-    start = snapshot(model.autoencoder)
-    fit(model, image_folder, 2, precision="bf16-mixed")
-    assert len(moved(start, snapshot(model.autoencoder))) > 0.9 * len(start)
-    assert math.isfinite(metrics(model)["train/loss"])
-
-
-def test_the_layout_of_the_students_weights_does_not_matter(target, image_folder):
-    plain, last = (fit(student(target, channels_last=c), image_folder, 1) for c in (False, True))
-    assert metrics(plain)["train/loss"] == pytest.approx(metrics(last)["train/loss"], rel=1e-4)
 
 
 def test_a_teacher_without_a_distribution(tmp_path, image_folder):
@@ -458,18 +427,6 @@ def test_a_frozen_encoder_needs_no_lesson(target, image_folder):
 def test_what_the_summary_says(target):
     model = student(target, teacher={"dtype": "bfloat16", "decoder_weight": 0.5, "logvar_weight": 0})
     assert teacher_of(model).describe() == f"{target}, bfloat16; 1 latent, 0.5 teacher_decoder"
-
-
-def test_posteriors_are_compared_in_float32(target):
-    teacher = teacher_of(student(target))
-    ours = DiagonalGaussian(torch.randn(2, 8, 2, 2).bfloat16())
-    theirs = DiagonalGaussian(torch.randn(2, 8, 2, 2))
-    step = Step(torch.zeros(2, 3, 16, 16), None, None, warming_up=False, adversary_plays=False)
-    step.encoded, step.posterior = ours, theirs
-    terms = {name: term for name, (term, _) in teacher.losses(None, step).items()}
-    assert terms.keys() == {"latent", "logvar"}
-    assert all(term.dtype == torch.float32 and term.ndim == 0 for term in terms.values())
-    torch.testing.assert_close(terms["logvar"], logvar_loss(ours.logvar.float(), theirs.logvar))
 
 
 def test_an_encoder_alone_without_a_teacher(image_folder):
