@@ -341,6 +341,10 @@ for arguments in json.load(sys.stdin):
 
 QUICK: list[tuple[tuple[str, ...], int, str]] = [
     (("--help",), 0, ""),
+    (("--version",), 0, ""),
+    (("recipes",), 0, ""),
+    (("recipes", "copy", "nothing"), 2, "nothing: no such recipe"),
+    (("validate", "imagenet/A2"), 0, "imagenet/A2: no mistakes"),
     (("train", "--base", "demo", "--help"), 0, ""),
     (("train", "--base", "missing"), 2, "missing: no such config file"),
     (("train", "--base", "demo", "data.params.siez=3"), 2, "did you mean size?"),

@@ -13,7 +13,6 @@ from olvae import __version__
 from olvae.config import ConfigError, load, recipes
 
 ROOT = Path(__file__).parent.parent.parent
-HEAVY = "{'torch', 'lightning', 'torchvision', 'diffusers', 'matplotlib'} & set(sys.modules)"
 
 
 def test_every_recipe_is_listed_with_a_sentence(olvae):
@@ -131,13 +130,6 @@ def test_commands_take_names(olvae, trained, tmp_path, monkeypatch):
     code, _, err = olvae("evaluate", weights, "--config", "demo", "--data", "photos", "--metrics", "psnr")
     assert code == 2
     assert "weights of another model" in err  # the demo's networks are found, and are others
-
-
-def test_naming_and_listing_do_not_wait_for_torch():
-    for arguments in (["recipes"], ["validate", "imagenet/A2"], ["recipes", "copy", "nothing"], ["--version"]):
-        code = f"import sys; from olvae.cli.main import main\ntry: main({arguments})\nfinally: print({HEAVY})"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.stdout.endswith("set()\n"), done
 
 
 def test_version_and_help(olvae):
