@@ -10,7 +10,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from olvae.cli.evaluate import results_folder
@@ -21,6 +20,8 @@ from olvae.evaluation.roundtrip import RoundTrip
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
+from tests.evaluation.peers import kl
+from tests.models.loading.test_targets import taesd
 from tests.soak.killed import killed_before
 from tests.test_devices import fork_two
 
@@ -93,75 +94,27 @@ def test_from_python_it_is_the_same(olvae, trained, photos, tmp_path):
     assert Results.read(tmp_path / "metrics.json").images == evaluated.results.images
 
 
-def test_the_size_of_batches_changes_nothing(olvae, trained, photos, tmp_path):
-    for batch in (1, 5, 12):
-        code, _, err = olvae(
-            "evaluate", trained, "--data", photos, "--out", tmp_path / str(batch), "-B", batch, *PIXELS
-        )
-        assert code == 0, err
-    for batch in (5, 12):
-        assert metrics(tmp_path / str(batch))[0] == pytest.approx(metrics(tmp_path / "1")[0], rel=1e-4)
-
-
-def test_two_processes_are_one(olvae, trained, photos, tmp_path):
-    arguments = ["evaluate", str(trained), "--data", str(photos), "-B", "3", *PIXELS, "--out"]
-    fork_two(main, [*arguments, str(tmp_path / "two")])
-    assert olvae(*arguments, tmp_path / "one")[0] == 0
+def test_two_processes_and_small_batches_change_nothing(olvae, trained, photos, tmp_path):
+    arguments = ["evaluate", str(trained), "--data", str(photos), *PIXELS, "--out"]
+    fork_two(main, [*arguments, str(tmp_path / "two"), "-B", "3"])
+    assert olvae(*arguments, tmp_path / "one", "-B", 12)[0] == 0
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     assert one["images"] == two["images"]
     assert one["protocol_hash"] == two["protocol_hash"]
     assert one["results"][0]["metrics"] == pytest.approx(two["results"][0]["metrics"], rel=1e-4)
 
 
-@pytest.fixture
-def peers(tmp_path):
-    """Small autoencoders of diffusers with random weights: KL, Tiny, DC."""
-    small = {"in_channels": 3, "out_channels": 3}
-    models = {
-        "kl": AutoencoderKL(
-            **small,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-        ),
-        "tiny": AutoencoderTiny(
-            **small,
-            encoder_block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8, 8),
-            num_encoder_blocks=(1, 1, 1, 1),
-            num_decoder_blocks=(1, 1, 1, 1),
-        ),
-        "dc": AutoencoderDC(
-            in_channels=3,
-            latent_channels=4,
-            encoder_block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8, 8),
-            encoder_layers_per_block=(1, 1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1, 1),
-            encoder_qkv_multiscales=((), (), (), ()),
-            decoder_qkv_multiscales=((), (), (), ()),
-            encoder_block_types="ResBlock",
-            decoder_block_types="ResBlock",
-            attention_head_dim=4,
-            encoder_out_shortcut=False,
-        ),
-    }
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / "peers" / name)
-    return {name: f"diffusers:{tmp_path}/peers/{name}" for name in models}
-
-
-def test_several_kinds_of_target_in_one_table(olvae, trained, peers, photos, tmp_path):
+def test_several_kinds_of_target_in_one_table(olvae, trained, photos, tmp_path):
+    kl().model.save_pretrained(tmp_path / "kl")
+    taesd().save_pretrained(tmp_path / "tiny")
     checkpoint = trained / "checkpoints" / "last.ckpt"
-    targets = [trained, checkpoint, *peers.values()]
+    targets = [trained, checkpoint, f"diffusers:{tmp_path}/kl", f"diffusers:{tmp_path}/tiny"]
     code, _, err = olvae("evaluate", *targets, "--data", photos, "--size", 32, "--out", tmp_path / "out", *PIXELS)
     assert code == 0, err
     rows = content(tmp_path / "out")["results"]
-    assert len({row["target"] for row in rows}) == 5
+    assert len({row["target"] for row in rows}) == 4
     assert rows[0]["metrics"] == rows[1]["metrics"]
-    assert len({row["metrics"]["psnr"] for row in rows}) == 4
+    assert len({row["metrics"]["psnr"] for row in rows}) == 3
     assert all(row["cost"]["decode_macs"] > 0 for row in rows)
 
 
@@ -177,7 +130,9 @@ def test_several_protocols_in_one_command(olvae, trained, photos, tmp_path):
 
 def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, photos, tmp_path):
     def evaluate(out: str, *more: object) -> tuple[int, str, str]:
-        return olvae("evaluate", trained, "--data", photos, "--out", tmp_path / out, "--metrics", "psnr", *more)
+        return olvae(
+            "evaluate", trained, "--data", photos, "--out", tmp_path / out, "--metrics", "psnr", "--no-report", *more
+        )
 
     assert evaluate("first")[0] == 0
     earlier = ("--beside", tmp_path / "first" / "metrics.json")

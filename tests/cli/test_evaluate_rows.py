@@ -56,44 +56,34 @@ def test_every_encoder_with_every_decoder(olvae, trained, teacher, photos, tmp_p
     assert list(found) == [*crossed, "bicubic, 8x smaller and back", "untrained"]
 
     models = [find_target(target).load() for target in (teacher, trained)]
-    pairs = [(models[i], models[j]) for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))]
     x = np.stack([crop(path) for path in sorted(photos.iterdir())])  # (N, 32, 32, 3)
     images = torch.tensor(x).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
-        for name, (encoder, decoder) in zip(crossed, pairs, strict=True):
-            y = decoder.decode(encoder.encode(images).mode())
+        for name, (i, j) in zip(crossed, ((0, 0), (1, 1), (0, 1), (1, 0)), strict=True):
+            y = models[j].decode(models[i].encode(images).mode())
             y = ((y.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
             expected = np.mean([peak_signal_noise_ratio(p, q) for p, q in zip(x, y, strict=True)])
             assert found[name]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-3)
-        first, second = (
-            model.encode(images).mean.double().numpy().transpose(1, 0, 2, 3).reshape(4, -1) for model in models
-        )
-    std = first.std(1)
-    latents = found[b]["latents"]
-    expected = np.sqrt(((second - first) ** 2).mean(1)) / std
+        first, second = (model.encode(images).mean.double().transpose(0, 1).flatten(1).numpy() for model in models)
+    latents, expected = found[b]["latents"], np.sqrt(((second - first) ** 2).mean(1)) / first.std(1)
     assert latents["teacher"] == a
     assert latents["per_channel"] == pytest.approx(list(expected), rel=1e-4)
-    assert latents["teacher_std"] == pytest.approx(list(std), rel=1e-4)
+    assert latents["teacher_std"] == pytest.approx(list(first.std(1)), rel=1e-4)
     assert latents["rmse"] == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-4)
     assert [name for name, row in found.items() if "latents" in row] == [b]
-    costs = [found[name]["cost"] for name in crossed]
-    assert costs[0]["parameters"] + costs[1]["parameters"] == costs[2]["parameters"] + costs[3]["parameters"]
-    for key in ("encode_macs", "decode_macs"):
-        assert {costs[0][key], costs[1][key]} == {costs[2][key], costs[3][key]}
-    assert costs[2]["encode_macs"] == costs[0]["encode_macs"]
-    for crossed_cost, encoder, decoder in ((costs[2], costs[0], costs[1]), (costs[3], costs[1], costs[0])):
-        assert crossed_cost["encode_images_per_s"] == encoder["encode_images_per_s"] > 0
-        assert crossed_cost["decode_images_per_s"] == decoder["decode_images_per_s"] > 0
+    first, second, *both = (found[name]["cost"] for name in crossed)
+    assert first["parameters"] + second["parameters"] == both[0]["parameters"] + both[1]["parameters"]
+    for cost, encoder, decoder in ((both[0], first, second), (both[1], second, first)):
+        for key, half in (("encode", encoder), ("decode", decoder)):
+            assert cost[f"{key}_macs"] == half[f"{key}_macs"]
+            assert cost[f"{key}_images_per_s"] == half[f"{key}_images_per_s"] > 0
 
     sampled = rows(tmp_path / "one", "metrics_latent-diffusion.json")
     assert sampled[b]["latents"] == latents
     assert sampled[crossed[2]]["metrics"]["psnr"] != found[crossed[2]]["metrics"]["psnr"]
     line = f"latents of {b}: RMS error {latents['rmse']:.3f} in standard deviations of {a}; per channel"
-    assert line in err
-    assert line in (tmp_path / "one" / "metrics.md").read_text()
-    page = (tmp_path / "one" / "report.html").read_text()
-    assert f"latents of {b}: RMS error {latents['rmse']:.3f}" in page
-    assert "encoder, diffusers:" in page
+    for text in (err, *((tmp_path / "one" / name).read_text() for name in ("metrics.md", "report.html"))):
+        assert line in text
 
     beside = ("--beside", tmp_path / "one" / "metrics.json")
     assert olvae(*arguments, *beside, "-B", 3, "--no-report", "--out", tmp_path / "beside")[0] == 0
