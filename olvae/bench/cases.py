@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -273,11 +272,10 @@ def bench(groups: Sequence[str], setting: Setting, rounds: int, on_group: Callab
     for name in groups:
         group = GROUPS[name]
         pixels, images = group.sizes[setting.device.partition(":")[0]]
-        with ExitStack() as stack:
-            own = replace(setting, size=setting.size or pixels, batch_size=setting.batch_size or images, stack=stack)
-            cases = group.cases(own)
-            on_group(name, len(cases))
-            rows += rows_of(name, cases, setting.device, rounds, group.warm_up)
+        own = replace(setting, size=setting.size or pixels, batch_size=setting.batch_size or images)
+        cases = group.cases(own)
+        on_group(name, len(cases))
+        rows += rows_of(name, cases, setting.device, rounds, group.warm_up)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {**machine(setting.device), "date": date, "rounds": rounds, "rows": rows}
 

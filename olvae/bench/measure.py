@@ -10,7 +10,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -167,7 +166,6 @@ class Setting:
         sources: of images, each a SRC.
         workers: numbers of loader processes.
         compiled: whether compiled variants are measured, where a compiler works.
-        stack: closes what the cases hold after they were measured.
     """
 
     device: str
@@ -177,7 +175,6 @@ class Setting:
     sources: Sequence[str] = ()
     workers: Sequence[int] = (0, 1, 2)
     compiled: bool = False
-    stack: ExitStack = field(default_factory=ExitStack)
 
     @property
     def precisions(self) -> list[str]:

@@ -127,8 +127,7 @@ def encode_cases(setting: Setting) -> list[Case]:
     scale: Literal["S", "B"] = "S" if on_cpu else "B"
     paths = [photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT)][: 24 if on_cpu else None]
     model = LiteVAE(LiteVAE_Encoder(8, scale), LiteVAE_Decoder(32, 4)).eval().to(setting.device)
-    folder = Path(setting.stack.enter_context(tempfile.TemporaryDirectory(prefix="olvae-")))
-    places = (folder / str(number) for number in count())
+    places = _new_folders()
     x, n, sizes = setting.images(), len(paths), (setting.size, setting.batch_size)
     cases = []
     for precision in setting.precisions:
@@ -143,6 +142,11 @@ def encode_cases(setting: Setting) -> list[Case]:
             cases.append(peer)
         cases.append(limit)
     return cases
+
+
+def _new_folders() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="olvae-") as folder:
+        yield from (Path(folder) / str(number) for number in count())
 
 
 def _encode(

@@ -38,9 +38,8 @@ NAMES = {
 
 def is_stable_diffusion(model: Autoencoder) -> bool:
     """Whether a model's networks are AutoencoderKL's."""
-    return isinstance(getattr(model, "encoder", None), SDEncoder) and isinstance(
-        getattr(model, "decoder", None), SDDecoder
-    )
+    halves = (getattr(model, half, None) for half in ("encoder", "decoder"))
+    return all(isinstance(half, kind) for half, kind in zip(halves, (SDEncoder, SDDecoder), strict=True))
 
 
 def as_litevae(model: Autoencoder, name: str) -> LiteVAE:
@@ -120,7 +119,7 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
             f"{name}: it has one of quant_conv and post_quant_conv: only both or none can be trained here"
         )
     widths, n_z = list(config["block_out_channels"]), config["latent_channels"]
-    common = math.gcd(*widths)
+    common, size, f = math.gcd(*widths), config["sample_size"], 2 ** (len(widths) - 1)
     shared = {
         "channels": common,
         "channel_mult": [width // common for width in widths],
@@ -128,7 +127,8 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
         "norm_groups": config["norm_num_groups"],
         "attention": config["mid_block_add_attention"],
     }
-    encoder = {"latent_dim": 2 * n_z, "in_channels": config["in_channels"], "image_size": _size(config)}
+    encoder = {"latent_dim": 2 * n_z, "in_channels": config["in_channels"]}
+    encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
     decoder = {"z_channels": n_z, "out_channels": config["out_channels"]}
     return AutoencoderSpec(
         encoder_config={"target": f"{SDEncoder.__module__}.SDEncoder", "params": {**encoder, **shared}},
@@ -141,12 +141,6 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
         latents_std=config["latents_std"],
         force_upcast=bool(config["force_upcast"]),
     )
-
-
-def _size(config: Mapping[str, Any]) -> int:
-    """The side of the images in pixels that it was made for."""
-    size, f = config["sample_size"], 2 ** (len(config["block_out_channels"]) - 1)
-    return size if isinstance(size, int) and size % f == 0 else max(256, f)
 
 
 LDM_PREFIXES = ("first_stage_model.", "vae.", "")

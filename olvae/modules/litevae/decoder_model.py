@@ -107,10 +107,8 @@ class LiteVAE_Decoder(Decoder):
         check_counts(1, channels=channels, z_channels=z_channels, out_channels=out_channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)
         pre_activation = variant != "open_litevae"
-        self.variant = variant
-        self.z_channels = z_channels
-        self.out_channels = out_channels
-        self.output = output
+        self.variant, self.output = variant, output
+        self.z_channels, self.out_channels = z_channels, out_channels
         self.upscale = 2 ** (len(channel_mult) - 1)
 
         def block(in_channels: int, out_channels: int) -> nn.Module:

@@ -85,28 +85,12 @@ class LiteVAE_Encoder(Encoder):
         _check_size(image_size, dct_levels)
         if not 0 <= skip_levels < dct_levels:
             raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
-        widths = _widths(
-            scale,
-            variant,
-            {
-                "extractor_channels": extractor_channels,
-                "extractor_mult": extractor_mult,
-                "extractor_resblocks": extractor_resblocks,
-                "aggregate_channels": aggregate_channels,
-                "aggregate_mult": aggregate_mult,
-                "aggregate_resblocks": aggregate_resblocks,
-            },
-        )
-        blocks = {name: count for name, count in widths._asdict().items() if name.endswith("resblocks")}
-        channels = {name: count for name, count in widths._asdict().items() if name not in blocks}
-        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, **channels)
-        check_counts(0, **blocks)
-        self.in_channels = in_channels
-        self.latent_dim = latent_dim
-        self.levels = dct_levels
-        self.skip_levels = skip_levels
-        self.image_size = image_size
-        self.wavelet = wavelet
+        extractor = extractor_channels, extractor_mult, extractor_resblocks
+        aggregator = aggregate_channels, aggregate_mult, aggregate_resblocks
+        widths = _widths(scale, variant, dict(zip(Scale._fields, (*extractor, *aggregator), strict=True)))
+        check_counts(1, latent_dim=latent_dim, in_channels=in_channels)
+        self.in_channels, self.latent_dim, self.image_size = in_channels, latent_dim, image_size
+        self.levels, self.skip_levels, self.wavelet = dct_levels, skip_levels, wavelet
         self.downscale = 2**dct_levels
         # [P App. G]: level l divided by 2^l, so that LL stays in the image's range; the published code does not [M].
         self.band_scales = [2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)]
@@ -174,12 +158,8 @@ class WaveletEncoder(Encoder):
                 f"a wavelet level of {in_channels} channels has {bands} bands, which latent_dim {latent_dim} does not "
                 f"fit: set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
             )
-        self.in_channels = in_channels
-        self.latent_dim = latent_dim
-        self.levels = dct_levels
-        self.image_size = image_size
-        self.wavelet = wavelet
-        self.downscale = 2**dct_levels
+        self.in_channels, self.latent_dim, self.image_size = in_channels, latent_dim, image_size
+        self.levels, self.wavelet, self.downscale = dct_levels, wavelet, 2**dct_levels
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self)
@@ -218,4 +198,6 @@ def _widths(scale: str | None, variant: str, given: dict[str, int | Sequence[int
     missing = [name for name in Scale._fields if name not in widths]
     if missing:
         raise ValueError(f"the encoder needs a scale ({', '.join(SCALES)}) or these widths: {', '.join(missing)}")
+    for name, counts in widths.items():
+        check_counts(0 if name.endswith("resblocks") else 1, **{name: counts})
     return Scale(**widths)

@@ -81,16 +81,13 @@ class UNet(Steps, ABC):
     conv_out: nn.Conv2d
 
     @abstractmethod
-    def down(self) -> list[nn.Module]:
-        """The steps on the way down."""
+    def down(self) -> list[nn.Module]: ...
 
     @abstractmethod
-    def middle(self) -> list[nn.Module]:
-        """The blocks in the middle."""
+    def middle(self) -> list[nn.Module]: ...
 
     @abstractmethod
-    def up(self) -> list[nn.Module]:
-        """The steps on the way up."""
+    def up(self) -> list[nn.Module]: ...
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.init_conv(x)
