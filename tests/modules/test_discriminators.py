@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.losses.adversarial import r1_penalty
 from olvae.modules.gigagan import GigaGAN
@@ -37,36 +36,22 @@ every = pytest.mark.parametrize("name", SMALL)
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "parameters", "macs", "tolerance"),
-    [
-        (PatchGAN, {}, 2_765_633, 3.15e9, 0.01),  # README: 2.77 M
-        (GigaGAN, {}, 14_378_498, 3.23e9, 0.02),  # 14.38 M
-        (UNetGAN, {"base_channels": 16}, 2_757_058, 2.31e9, 0.02),  # S 2.75 M
-        (UNetGAN, {"base_channels": 32}, 11_020_674, 9.13e9, 0.02),  # M 11.0 M
-        (UNetGAN, {"base_channels": 64}, 44_067_586, 36.34e9, 0.02),  # L 44.1 M
-    ],
-)
-def test_parameters_and_macs_are_the_readmes(meta, kind, arguments, parameters, macs, tolerance):
-    net = kind(**arguments)
-    assert sum(p.numel() for p in net.parameters()) == parameters
-    with FlopCounterMode(display=False) as counter:
-        net(torch.empty(1, 3, 256, 256))
-    assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=tolerance)
-
-
-@pytest.mark.parametrize(
     ("kind", "arguments", "expected"),
     [
+        (PatchGAN, {}, 2_765_633),  # README: 2.77 M
+        (GigaGAN, {}, 14_378_498),  # 14.38 M
         (GigaGAN, {"predictors": "all"}, 14_722_310),
         (GigaGAN, {"image_size": 64}, 14_407_938),
         (GigaGAN, {"image_size": 512}, 14_377_026),
-        (UNetGAN, {"base_channels": 16, "image_size": 512}, 2_757_058),
+        (UNetGAN, {"base_channels": 16, "image_size": 512}, 2_757_058),  # S 2.75 M, as at 256
+        (UNetGAN, {"base_channels": 32}, 11_020_674),  # M 11.0 M
+        (UNetGAN, {"base_channels": 64}, 44_067_586),  # L 44.1 M
         (UNetGAN, {"base_channels": 16, "image_size": 128}, 1_969_858),
         (UNetGAN, {"base_channels": 32, "image_size": 128}, 7_873_410),
         (UNetGAN, {"base_channels": 64, "image_size": 192}, 31_481_602),
     ],
 )
-def test_parameters_of_other_layouts(meta, kind, arguments, expected):
+def test_parameters(meta, kind, arguments, expected):
     assert sum(p.numel() for p in kind(**arguments).parameters()) == expected
 
 

@@ -83,25 +83,6 @@ def test_the_field_of_the_published_shape(variant, output, field):
     assert field == convolutions[0] - leftmost
 
 
-@pytest.mark.parametrize("arguments", [c for c in CONFIGURATIONS if c["num_res_blocks"] < 2])
-def test_one_position_less_is_too_few(arguments):
-    """A latent cut to the field around a position decodes to the same pixels; cut one closer, it does not."""
-    module = decoder(**arguments)
-    field, f = receptive_field(module), module.upscale
-    size = 2 * field + 9
-    middle = size // 2
-    z = torch.rand(1, 1, 3, size, dtype=torch.float64)
-
-    def error(halo):
-        cut = module(z[..., middle - halo : middle + halo + 1])[..., f * halo : f * (halo + 1)]
-        return ((cut - whole).abs() / whole.abs()).max()
-
-    with torch.no_grad():
-        whole = module(z)[..., f * middle : f * (middle + 1)]
-        assert error(field) < 1e-13
-        assert error(field - 1) > 1e-13
-
-
 def test_the_stages_are_the_whole_decoder():
     """A window of everything is everything, and a window reads no latent outside the field."""
     module = LiteVAE_Decoder(channels=4, z_channels=2, channel_mult=(1, 1), num_res_blocks=0).eval()
@@ -115,10 +96,6 @@ def test_the_stages_are_the_whole_decoder():
         window = (40, 42), (30, 32)
         got = decode_window(module.stages(), poisoned, window)
         torch.testing.assert_close(got, module(z)[..., 40:42, 30:32], rtol=1e-5, atol=1e-5)
-
-
-def test_stable_diffusions_decoder_has_no_finite_field():
-    assert receptive_field(SDDecoder(channels=32, channel_mult=(1, 1), num_res_blocks=0)) is None
 
 
 ROOT = Path(__file__).parents[3]
@@ -228,6 +205,7 @@ def sd() -> LiteVAE:
 
 
 def test_stable_diffusions_decoder_is_not_tiled():
+    assert sd().receptive_field is None
     z = torch.randn(1, 4, 6, 5)
     with pytest.raises(ValueError, match="SDDecoder sees the whole latent"):
         sd().decode_tiled(z, tile=4)
@@ -264,15 +242,6 @@ def test_tiles_on_a_gpu(monkeypatch):
     z = torch.randn(1, 4, 50, 37, device="cuda")
     with torch.no_grad():
         assert (vae.decode_tiled(z, 13) - vae.decode(z)).abs().max() < 1e-4
-
-
-@pytest.mark.slow
-def test_the_published_decoder_on_768x512():
-    vae = LiteVAE(LiteVAE_Encoder(24, "B"), LiteVAE_Decoder()).eval().fold()
-    z = torch.randn(1, 12, 64, 96)
-    with torch.no_grad():
-        whole = vae.decode(z)
-    assert (vae.decode_tiled(z, 40) - whole).abs().max() < 1e-4 * whole.std()  # fresh weights: far below 1
 
 
 SIZES = [(1, 1), (1, 9), (7, 3), (8, 8), (13, 200), (31, 17), (5, 4), (9, 16)]
