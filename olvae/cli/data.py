@@ -8,8 +8,6 @@ import typer
 
 from olvae.cli.options import ProgressBar, check_paths, in_flags, loading, stop_code
 
-__all__ = ["app"]
-
 HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -32,8 +30,7 @@ def pack(
     src: Src,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the shards to.")],
     shard_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most images in a shard; by default 1000, or fewer to make 20 shards."),
+        int | None, typer.Option(min=1, help="Most images in a shard; by default 1000, or fewer for 20 shards.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
     shuffle: Annotated[bool, typer.Option(help="Shuffle, so that each shard is a random sample.")] = True,
@@ -80,15 +77,12 @@ def pack(
         sys.exit(stop_code())
     index = packed.index
     for skipped in index.unreadable[:10]:
-        typer.echo(f"skipped {printable(skipped.name)}: {skipped.reason}", err=True)
+        typer.echo(f"skipped {printable(skipped.name)}: {in_flags(skipped.reason)}", err=True)
     if index.unreadable:
         typer.echo(f"{len(index.unreadable)} unreadable images left out; the index lists them", err=True)
     found = f", {packed.found} of them from an earlier run" if packed.found else ""
-    size = index.bytes / 1e6
-    typer.echo(
-        f"{index.images} images, {size:.1f} MB in {len(index.shards)} shard{'s' * (len(index.shards) != 1)}{found}",
-        err=True,
-    )
+    shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"
+    typer.echo(f"{index.images} images, {index.bytes / 1e6:.1f} MB in {shards}{found}", err=True)
     typer.echo(f"shards:  {out}\nindex:   {out / 'index.json'}", err=True)
 
 
@@ -101,10 +95,9 @@ def check(
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Read every image of a source and say what is wrong with it; exits with 1 if anything is.
+    """Read every image of a source and report problems; exits with 1 if there are any.
 
-    Reports unreadable files, sizes, copies, shards that differ from their index, and how many images per second a
-    loader process reads.
+    Reports unreadable files, sizes, copies, shards that differ from their index, and the speed of a loader process.
 
     Example: olvae data check shards --size 256
     """
@@ -130,7 +123,7 @@ def check(
 
 
 def _check_source(src: str) -> None:
-    """Raise where SRC is a config, or is not there."""
+    """Raise ConfigError if SRC is a config or does not exist."""
     from olvae.config import ConfigError
 
     if Path(src).suffix in (".yaml", ".yml"):

@@ -60,22 +60,13 @@ class ShardFacts:
     broken: str | None
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Smallest, median and largest value over the images."""
-
-    min: float
-    median: float
-    max: float
-
-
 @dataclass
 class AuditResult:
     """Facts about all images of a source; sizes are in pixels, of images turned upright.
 
     Args:
         kinds: images by format and mode.
-        aspect_ratio: width over height.
+        spreads: min, median and max of width, height, shorter side and aspect ratio, width over height.
         smaller: images with a shorter side below ``size``, which training and evaluation would enlarge.
         duplicates: names of images that have the same pixels, by group.
         images_per_s: speed of one loader process: reading, decoding and the training transform.
@@ -87,10 +78,7 @@ class AuditResult:
     images: int
     unreadable: list[ReadError]
     kinds: dict[str, int] = field(default_factory=dict)
-    width: Spread | None = None
-    height: Spread | None = None
-    shorter_side: Spread | None = None
-    aspect_ratio: Spread | None = None
+    spreads: dict[str, dict[str, float]] = field(default_factory=dict)
     smaller: int = 0
     duplicates: list[list[str]] = field(default_factory=list)
     shards: list[ShardFacts] = field(default_factory=list)
@@ -105,7 +93,9 @@ class AuditResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
-        return asdict(self) | {"unreadable": [{"name": e.name, "reason": e.reason} for e in self.unreadable]}
+        content: dict[str, Any] = asdict(self)
+        unreadable = [{"name": error.name, "reason": error.reason} for error in self.unreadable]
+        return {**content.pop("spreads"), **content, "unreadable": unreadable}
 
 
 def check(
@@ -258,16 +248,21 @@ def _summarise(source: str, size: int, found: _Found) -> AuditResult:
     width, height = (np.array([getattr(image, side) for image in images]) for side in ("width", "height"))
     shorter = np.minimum(width, height)
     result.kinds = dict(Counter(image.kind for image in images).most_common())
-    result.width, result.height, result.shorter_side, result.aspect_ratio = (
-        Spread(*(round(float(value), 4) for value in (values.min(), np.median(values), values.max())))
-        for values in (width, height, shorter, width / height)
-    )
+    values = {"width": width, "height": height, "shorter_side": shorter, "aspect_ratio": width / height}
+    result.spreads = {
+        name: {"min": _rounded(v.min()), "median": _rounded(np.median(v)), "max": _rounded(v.max())}
+        for name, v in values.items()
+    }
     result.smaller = int((shorter < size).sum())
     groups: dict[bytes, list[str]] = {}
     for image in images:
         groups.setdefault(image.digest, []).append(image.name)
     result.duplicates = [names for names in groups.values() if len(names) > 1]
     return result
+
+
+def _rounded(value: "np.floating[Any]") -> float:
+    return round(float(value), 4)
 
 
 def _dotted_problem(names: Sequence[str]) -> str:
@@ -348,11 +343,9 @@ def _facts(result: AuditResult) -> list[tuple[str, str]]:
         ("files", ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) or "-"),
         ("copies", f"{result.copies:,}"),
     ]
-    for name in ("width", "height", "shorter_side", "aspect_ratio"):
-        if spread := getattr(result, name):
-            form = ".2f" if name == "aspect_ratio" else ",.0f"
-            values = f"{spread.min:{form}} to {spread.max:{form}}, median {spread.median:{form}}"
-            facts.append((name.replace("_", " "), values))
+    for name, spread in result.spreads.items():
+        low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
+        facts.append((name.replace("_", " "), f"{low} to {high}, median {middle}"))
     facts.append(("small", f"{result.smaller:,} with a shorter side of less than {result.size} pixels"))
     if result.shards:
         counts = sorted(shard.images for shard in result.shards)

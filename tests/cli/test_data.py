@@ -146,7 +146,7 @@ def test_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_pa
 def test_ctrl_c_says_how_to_go_on(tmp_path, olvae):
     root, out = tmp_path / "photos", tmp_path / "out"
     root.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     for i in range(60):
         Image.fromarray(noise).save(root / f"{i}.bmp")
     command = [sys.executable, "-m", "olvae.cli.main", "data", "pack", str(root), "--out", str(out)]

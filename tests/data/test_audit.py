@@ -55,14 +55,14 @@ def test_sizes(tmp_path):
     for i, size in enumerate(sizes):
         picture(i, size).save(root / f"{i}.png")
     result = check(str(root), 64, workers=2)
-    for spread, values in (
-        (result.width, [w for w, _ in sizes]),
-        (result.height, [h for _, h in sizes]),
-        (result.shorter_side, [min(s) for s in sizes]),
-        (result.aspect_ratio, [w / h for w, h in sizes]),
+    for name, values in (
+        ("width", [w for w, _ in sizes]),
+        ("height", [h for _, h in sizes]),
+        ("shorter_side", [min(s) for s in sizes]),
+        ("aspect_ratio", [w / h for w, h in sizes]),
     ):
         values = sorted(values)
-        assert (spread.min, spread.median, spread.max) == pytest.approx((values[0], values[2], values[4]), abs=1e-4)
+        assert tuple(result.spreads[name].values()) == pytest.approx((values[0], values[2], values[4]), abs=1e-4)
     assert result.smaller == 2
     assert "2 images are smaller than 64 pixels" in result.notes[0]
 

@@ -16,6 +16,8 @@ from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import fsspec
 from webdataset.tariterators import base_plus_ext, group_by_keys
@@ -367,9 +369,10 @@ class _Download:
         if self._place:
             headers["Range"] = f"bytes={self._place}-"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
-        client = {"timeout": timeout, "trust_env": True}  # proxies
+        client = {"timeout": timeout}  # with trust_env, a .netrc would clash with the hub's token
         system = fsspec.filesystem("http", encoded=True, client_kwargs=client, skip_instance_cache=True)
-        self._file = system.open(url, "rb", block_size=0, size=1, headers=headers)  # one request, without asking a size
+        # any size: else a request would ask for it
+        self._file = system.open(url, "rb", block_size=0, size=1, headers=headers, proxy=_proxy(url))
         response = self._file.r
         tag = response.headers.get("ETag")
         if self._tag not in (None, tag):
@@ -381,6 +384,12 @@ class _Download:
             if not skipped:
                 raise ValueError("it changed while it was read")
             ahead -= skipped
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL."""
+    address = urlsplit(url)
+    return None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
 
 
 def _on_the_hub(url: str) -> tuple[str, dict[str, str]]:

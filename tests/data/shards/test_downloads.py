@@ -105,6 +105,7 @@ def _impatient(monkeypatch):
     monkeypatch.setattr(tar_reading, "STALL_S", 0.5)
     monkeypatch.setattr(tar_reading, "RETRY_S", 1.0)
     monkeypatch.setattr(tar_reading, "PAUSE_S", 0.05)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.mark.parametrize("name", ["cut.tar", "stall.tar"])
@@ -164,12 +165,21 @@ def test_a_large_file_is_not_held_in_memory(server, tmp_path):
         assert len(stream._ahead) <= tar_reading.CHUNK
 
 
-def test_a_private_file_of_the_hub(server, monkeypatch):
+def test_a_proxy_of_the_environment(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url(""))
+    monkeypatch.delenv("no_proxy")
+    assert read("http://nowhere.invalid/six.tar") == ([], ["no such file"])
+    assert [path for path, _ in server.requests] == ["http://nowhere.invalid/six.tar"]
+
+
+def test_a_private_file_of_the_hub(server, monkeypatch, tmp_path):
     """By the user's token, which is in a header and in no command."""
     file = SimpleNamespace(repo_id="a/b", path_in_repo="cut.tar", repo_type="dataset", revision="main")
     monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", lambda self, url: file)
     monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda repo, name, **_: server.url(name))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert read("hf://datasets/a/b/cut.tar") == (IMAGES, [])
     assert [headers["Authorization"] for _, headers in server.requests] == ["Bearer hf_secret"] * 2
 
