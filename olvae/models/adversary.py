@@ -102,11 +102,7 @@ class Adversary(nn.Module):
             yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
 
     def check(self, model: "LiteAutoencoderKL", source: Source, max_steps: int) -> None:
-        """Check that the adversary plays before the last step, beside an image loss, and takes the source's images.
-
-        Raises:
-            ConfigError: it does not.
-        """
+        """Raise ConfigError unless it plays before the last step, beside an image loss, and takes the images."""
         if self.start_step >= max_steps:
             raise ConfigError(
                 f"adversary_config.params.start_step: {self.start_step} is not before the last of "
@@ -117,11 +113,7 @@ class Adversary(nn.Module):
         self.check_image(model.encoder.in_channels, source.size)
 
     def check_image(self, channels: int, size: int) -> None:
-        """Run the discriminator on a grey image of this size, to find a misfit before training.
-
-        Raises:
-            ConfigError: it does not take such images.
-        """
+        """Run the discriminator on a grey image of this size; ConfigError if it does not take such images."""
         try:
             with torch.no_grad():
                 logits = self.discriminator.eval()(torch.zeros(1, channels, size, size))

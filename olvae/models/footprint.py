@@ -47,13 +47,7 @@ class Footprint:
 def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
     """Build a config's model on the meta device: without memory, and without the files of constant networks.
 
-    Only a teacher is loaded.
-
-    Args:
-        node: the config's ``model``.
-
-    Raises:
-        ConfigError: it is not a LiteAutoencoderKL, or is for inference only.
+    Only a teacher is loaded. ConfigError if it is not a LiteAutoencoderKL, or is for inference only.
     """
     with torch.device("meta"):
         model = instantiate(node)
@@ -71,12 +65,9 @@ def footprint(model: LiteAutoencoderKL, size: int, precision: str, checkpoint: b
 
     Args:
         model: on any device, the meta device too; it is not changed.
-        size: of the images in pixels.
+        size: of the images in pixels; ValueError if the networks do not take it.
         precision: fp16, bf16 or 32.
         checkpoint: activation checkpointing of both halves; by default as the model has it.
-
-    Raises:
-        ValueError: the networks do not take images of this size.
     """
     few, many = (_peak(model, size, images, precision, checkpoint) for images in COUNTED)
     per_image = (many - few) // (COUNTED[1] - COUNTED[0])
@@ -121,7 +112,7 @@ def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, check
 
 
 def _peak(model: LiteAutoencoderKL, size: int, images: int, precision: str, checkpoint: bool | None) -> int:
-    """Bytes alive at the peak of a micro-batch, beside what is held between steps."""
+    """Bytes alive at the peak of a micro-batch, without the tensors that live between steps."""
     dtype = PRECISIONS[precision_name(precision)].dtype
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
     with FakeTensorMode():

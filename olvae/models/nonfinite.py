@@ -119,13 +119,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def end_step(self, step: int, updates: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> None:
-        """End a step: put buffers back if it was bad, and remember it.
-
-        Args:
-            step: of the autoencoder.
-            updates: of :meth:`is_bad`; the first is that of the autoencoder, if it had one.
-            scaler: of the losses under fp16.
-        """
+        """End a step of these updates, by :meth:`is_bad`, an autoencoder's first; put buffers back if one was bad."""
         self.good = 1.0 - updates[0]
         bad = torch.stack(list(updates)).amax()
         for buffers, before in zip(self._buffers, self._before, strict=True):

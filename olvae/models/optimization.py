@@ -116,10 +116,7 @@ def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> boo
     """Compile networks in place, at their first use; names in their state dicts and copies of them stay plain.
 
     Inductor writes C++ for a CPU and Triton for a GPU, both of which need a compiler on the machine. Without one the
-    networks stay as they are, and one line is logged.
-
-    Returns:
-        Whether they are compiled.
+    networks stay as they are, one line is logged, and the answer is False.
     """
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))

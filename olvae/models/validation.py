@@ -29,12 +29,7 @@ def allow_uneven_batches(trainer: pl.Trainer) -> None:
 
 
 class ValidatedModule(pl.LightningModule):
-    """An autoencoder with parts whose reconstructions Lightning validates.
-
-    Args:
-        val_metrics: names of metrics besides PSNR and SSIM.
-        weights_dir: a folder of their pretrained networks, searched first.
-    """
+    """An autoencoder with parts whose reconstructions Lightning validates; see :class:`LiteAutoencoderKL`."""
 
     encoder: Encoder
     decoder: Decoder

@@ -38,11 +38,6 @@ class Alignment(Part):
             encoder's last convolution (quant_conv where there is one), in each step; else it is 1. It costs another
             backward pass through the decoder.
         cosine_margin, distance_margin: m1 and m2 of the paper.
-
-    Raises:
-        ConfigError: timm is not installed.
-        FileNotFoundError, OSError: the weights were not found, or not downloaded.
-        ValueError: a number is out of range, timm has no such model, or the weights are of another model.
     """
 
     def __init__(
@@ -103,12 +98,7 @@ class Alignment(Part):
         return {name: (term, weight) for name, term in terms.items()}
 
     def forward(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """The two terms by name, unweighted, in float32; gradients flow to z and to the projection.
-
-        Args:
-            x: images (B, 3, H, W) in [-1, 1].
-            z: the means of their posteriors, (B, n_z, h, w).
-        """
+        """The two unweighted terms by name, of images (B, 3, H, W) and the means of their posteriors (B, n_z, h, w)."""
         features, z = self.features(x, z.shape[-2:]), island(z)  # (B, d, h, w)
         with no_autocast(z):
             projected = self.projection(z)  # (B, d, h, w)

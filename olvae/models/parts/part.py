@@ -71,9 +71,9 @@ Loss = tuple[Tensor, Tensor | float]
 class Part(nn.Module):
     """A way to train: override the hooks that are needed. ``model`` is the LiteAutoencoderKL that the part belongs to.
 
-    Parts act in the order of the config. Parameters that need gradients are trained with the autoencoder, and all
-    parameters and buffers are in checkpoints, but in no export. Random numbers come from torch's global generator,
-    which each step seeds, or from ``step.shared``.
+    Parts act in the order of the config. Parameters that need gradients are trained with the autoencoder, and not
+    averaged; all parameters and buffers are in checkpoints, and in no export. Random numbers come from torch's global
+    generator, which each step seeds, or from ``step.shared``.
     """
 
     latents: ClassVar[Literal["free", "kept", "given"]] = "free"

@@ -51,9 +51,6 @@ class Teacher(Part):
             log-variances. 0 for a teacher without a distribution.
         decoder_weight: of the objective's image terms between the image and what the teacher's decoder makes of the
             student's latents: its gradient goes through that decoder, in bfloat16 or float32. 0 saves the time.
-
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
     """
 
     latents = "given"
