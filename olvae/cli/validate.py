@@ -8,8 +8,6 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["command"]
-
 
 def command(
     configs: Annotated[

@@ -168,7 +168,7 @@ def imported_arguments(factory: Any) -> Arguments | None:
 
 
 def arguments_in_source(module: str, name: str) -> Arguments | None:
-    """Read the arguments of ``module.name`` from its source; None if an import has to find them, or what is wrong."""
+    """Read the arguments of ``module.name`` from its source; None if that takes an import, or the name is wrong."""
     if not _is_read(module):
         return None
     stub = ast.parse("def stub(): pass")

@@ -3,11 +3,13 @@
 import threading
 
 import pytest
+import typer
 
 from olvae import devices
 from olvae.cli import evaluate
 from olvae.cli import options as module
-from olvae.cli.options import PRECISIONS, ProgressBar
+from olvae.cli.main import app
+from olvae.cli.options import PRECISIONS, ProgressBar, in_flags, name_flags
 from olvae.evaluation import protocol
 from olvae.metrics import registry
 
@@ -42,6 +44,21 @@ def test_wrong_values(olvae, command, message):
     assert code == 2
     assert message in err
     assert not out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "expected"),
+    [
+        (["train", "x=1"], "`precision` 64, `actual_resume`", "--precision 64, --actual_resume"),
+        (["data", "pack", "x"], "lower `workers`", "lower --workers"),
+        (["evaluate", "x"], "`batch_size`, `from` and `lr`", "--batch-size, `from` and `lr`"),
+        (["train"], "`start_from`", "--from"),
+        ([], "`size`", "`size`"),
+    ],
+)
+def test_settings_are_written_as_flags_of_the_running_command(arguments, text, expected):
+    name_flags(typer.main.get_command(app), arguments)
+    assert in_flags(text) == expected
 
 
 def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
