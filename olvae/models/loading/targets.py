@@ -1,17 +1,103 @@
-"""Find what a command's TARGET names: the model to evaluate, export or encode with."""
+"""Find what a command's TARGET names; runs, checkpoints and exports of the user, of the hub, and of this package."""
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from olvae import config as cfg
+from olvae.checkpoint import pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import ConfigError
-from olvae.models.loading.checkpoints import CheckpointLoader, HubLoader, ShippedLoader
+from olvae.models.autoencoder import LiteVAE, load_located
 from olvae.models.loading.diffusers_models import DiffusersLoader
 from olvae.models.loading.kl import LatentDiffusionLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
-from olvae.models.names import KINDS, check_target, split_class
+from olvae.models.names import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, shipped_folder, split_class
+from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
+from olvae.runs import run_of, settings_of
+
+RAW = ", raw weights"
+"""Ends the name of a target whose raw weights were asked for."""
+
+
+class ShippedLoader(Loader):
+    """``olvae:NAME``, an export that ships with this package."""
+
+    def accepts(self, text: str) -> bool:
+        return text.startswith(SHIPPED)
+
+    def find(self, text: str, options: LoadOptions) -> Path:  # noqa: ARG002
+        return shipped_folder(text)
+
+
+class HubLoader(Loader):
+    """OWNER/NAME on the Hugging Face hub, whose weights are downloaded; they may be any loader's."""
+
+    def accepts(self, text: str) -> bool:
+        return is_hub_id(text) and not Path(text).exists()
+
+    def find(self, text: str, options: LoadOptions) -> Target | Path:
+        return CheckpointLoader().find(text, options) if text in PUBLISHED else locate_weights(text)
+
+
+class CheckpointLoader(Loader):
+    """A run folder, a checkpoint, an export, or another file of weights with its config."""
+
+    def accepts(self, text: str) -> bool:
+        return Path(text).exists()
+
+    def find(self, text: str, options: LoadOptions) -> Target:
+        weights, config, raw = locate_weights(text), options.config, options.raw
+        exported = is_export(weights)
+        if raw and exported:
+            warnings.warn(f"{text}: an export has one kind of weights: `raw` is ignored", stacklevel=2)
+            raw = False
+        if not exported and run_of(weights) is None:
+            state = state_dict_of(read_checkpoint(weights, check=False), weights)
+            if any(name.startswith("encoder.down_blocks.") for name in state):
+                raise ValueError(
+                    f"{text}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
+                )
+            pick_weights(state, weights)
+        if config is None and options.config_base is not None and weights.parent.name == "checkpoints":
+            config = find_config(options.config_base, weights.parent.parent.resolve().name)
+        located = locate(text, config=config)
+        if located.config and (mistakes := cfg.validate(located.config)):
+            raise ConfigError(*mistakes)
+        if half := settings_of(located.config).untrained:
+            warnings.warn(f"{text}: its {half} has never been trained", stacklevel=2)
+        return Target(
+            lambda: load_located(located, read_weights(weights, raw), options.allow_mismatch),
+            partial(LiteVAE.from_spec, located.spec),
+            located.config,
+            located.run,
+            raw,
+            name=Path(text).resolve().name if Path(text).is_dir() else text,
+        )
+
+
+def find_config(base: str | Path, run_name: str) -> Path:
+    """Find the YAML file of a run in a folder and those below: ``<run's name>.yaml``, or ``<config>.yaml``.
+
+    A run's name is ``<timestamp>_<config>_<precision>`` [R].
+
+    Raises:
+        ConfigError: it is missing, or there are several.
+    """
+    if not Path(base).is_dir():
+        raise ConfigError(f"`config_base` {base}: no such folder")
+    names = [run_name, "_".join(run_name.split("_")[1:-1])]
+    for name in names:
+        files = sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name)
+        if len(files) > 1:
+            raise ConfigError(f"`config_base` {base}: several files for {run_name}: {', '.join(map(str, files))}")
+        if files:
+            return files[0]
+    tried = " nor ".join(f"{name}.yaml" for name in names if name)
+    raise ConfigError(f"`config_base` {base}: no config for {run_name}: neither {tried}; name it with `config`")
+
 
 LOADERS: tuple[Loader, ...] = (
     ShippedLoader(),
@@ -21,9 +107,6 @@ LOADERS: tuple[Loader, ...] = (
     CheckpointLoader(),
 )
 """The first that accepts a text finds it."""
-
-RAW = ", raw weights"
-"""Ends the name of a target whose raw weights were asked for."""
 
 
 def find_target(
