@@ -253,22 +253,12 @@ class LiteVAE(
             ConfigError: the config is missing, has mistakes, or names code from outside this package.
             ValueError: the weights are not readable, non-finite, or of another model; the message lists the names.
         """
-        found = locate(
-            path_or_id,
-            config,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        access = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        found = locate(path_or_id, config, force_download=force_download, **access)
         return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write an export, which diffusers reads too, and a short README.md if there is none.
-
-        Args:
-            kwargs: for huggingface_hub's mixin, such as push_to_hub.
 
         Raises:
             ValueError: a network is not of this package, or weights are non-finite; nothing is written.
