@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -151,11 +150,14 @@ def command(
     """
     import logging
 
+    from olvae.config import ConfigError
+
     check_paths(*targets, data=data)
     with loading():
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
         from olvae.evaluation.observers.baselines import UNTRAINED
         from olvae.evaluation.protocol import named
+        from olvae.evaluation.results import Results
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.models.loading.targets import find_target, name_apart
 
@@ -165,8 +167,11 @@ def command(
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     observers = _observers(found[0], cross, split_commas(precision), baselines, report, observe or ())
     folder = results_folder(out, targets[0], found[0].run)
-    files = {p.name: Files(folder, "" if p is protocols[0] else f"_{p.name}", report) for p in protocols}
-    earlier = [_read_earlier(path, files.values()) for path in beside or ()]
+    suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
+    earlier = [(path, Results.read(path)) for path in beside or ()]
+    places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
+    if over := [path for path, _ in earlier if path.resolve() in places]:
+        raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
 
     keep_freed_memory()
     rank, _ = join()
@@ -179,7 +184,7 @@ def command(
     evaluated = evaluate(request, with_progress)
     leave()
     if evaluated is not None:
-        _finish(evaluated, files, earlier, mix_protocols, as_json)
+        _finish(evaluated, folder, suffixes, earlier, mix_protocols, report, as_json)
 
 
 def _observers(
@@ -206,62 +211,13 @@ def _observers(
     return [*observers, *([Baselines(first)] if baselines else [])]
 
 
-@dataclass(frozen=True)
-class Files:
-    """The files of one protocol's results; a suffix tells them from another protocol's."""
-
-    folder: Path
-    suffix: str
-    page: bool
-
-    def path(self, name: str) -> Path:
-        stem, _, extension = name.partition(".")
-        return self.folder / f"{stem}{self.suffix}.{extension}"
-
-    def write(self, evaluated: "Evaluated") -> dict[str, Path]:
-        """Write all; where metrics.json is, the others are its own. Returns what and where."""
-        from olvae.evaluation.page import write_page
-        from olvae.evaluation.text import write_csv, write_markdown
-        from olvae.files import no_empty_folders, remove_partials
-
-        with no_empty_folders(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_partials(self.folder.glob(".partial-*"), idle_s=1.0)
-            numbers = self.path("metrics.json")
-            numbers.unlink(missing_ok=True)  # of an earlier evaluation
-            written = {
-                what: path for o in evaluated.observers for what, path in o.write(self.folder, self.suffix).items()
-            }
-            if self.page:
-                written["report"] = self.path("report.html")
-                write_page(evaluated, written["report"], shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-            written |= {"images": self.path("per_image.csv"), "table": self.path("metrics.md"), "numbers": numbers}
-            write_csv(evaluated.results, written["images"])
-            write_markdown(evaluated, written["table"])
-            evaluated.results.write(numbers)
-        return written
-
-
-def _read_earlier(path: Path, files: Iterable[Files]) -> tuple[Path, "Results"]:
-    """An earlier metrics.json.
-
-    Raises:
-        ConfigError: new results would overwrite it.
-        FileNotFoundError, ValueError: it is not there, or something else.
-    """
-    from olvae.config import ConfigError
-    from olvae.evaluation.results import Results
-
-    if path.resolve() in {one.path("metrics.json").resolve() for one in files}:
-        raise ConfigError(f"--beside {path}: new results would overwrite it: add --out DIR")
-    return path, Results.read(path)
-
-
 def _finish(
     evaluated: "list[Evaluated]",
-    files: Mapping[str, Files],
+    folder: Path,
+    suffixes: Mapping[str, str],
     earlier: "list[tuple[Path, Results]]",
     mix: bool,
+    page: bool,
     as_json: bool,
 ) -> None:
     """Write and print results beside earlier ones.
@@ -273,12 +229,12 @@ def _finish(
     from dataclasses import replace
 
     from olvae.evaluation.observers.cross import Cross
-    from olvae.evaluation.text import print_results
+    from olvae.evaluation.report import print_results, write_files
 
-    shown: list[Evaluated] = []
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
-    for one in evaluated:
+    for i, one in enumerate(evaluated):
         results = one.results
         for path, other in earlier:
             try:
@@ -289,11 +245,12 @@ def _finish(
         observers = one.observers
         if not any(isinstance(observer, Cross) for observer in observers):
             observers = [Cross(), *observers]  # for entries of earlier rows
-        shown.append(replace(one, results=results, observers=observers))
-        written += files[results.protocol["name"]].write(shown[-1]).items()
-        if as_json and one is evaluated[0]:
+        evaluated[i] = replace(one, results=results, observers=observers)
+        suffix = suffixes[results.protocol["name"]]
+        written += write_files(evaluated[i], folder, suffix, command if page else None).items()
+        if as_json and not suffix:
             typer.echo(json.dumps(results.as_dict(), indent=2))
-    print_results(shown)
+    print_results(evaluated)
     for what, path in written:
         typer.echo(f"{what + ':':<9}{path}", err=True)
     if refused:

@@ -19,7 +19,7 @@ from olvae.evaluation.latent_statistics import (
     LatentAccumulator,
     image_key,
 )
-from olvae.evaluation.text import grid
+from olvae.evaluation.report import grid
 from olvae.files import atomic_write
 from olvae.models.autoencoder import Autoencoder
 

@@ -188,7 +188,7 @@ def test_results_do_not_overwrite_the_file_of_beside(olvae, trained, photos, tmp
     before = (tmp_path / "metrics.json").read_bytes()
     code, _, err = olvae(*arguments, "--beside", tmp_path / "metrics.json", "--posterior", "sample")
     assert code == 2
-    assert "new results would overwrite it: add --out DIR" in err
+    assert "new results would overwrite it: set --out" in err
     assert (tmp_path / "metrics.json").read_bytes() == before
 
 

@@ -144,7 +144,7 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
         (["missing", *out], 1, "not found; a target is"),
         ([empty, *out], 1, "neither a run folder"),
         ([weights, *out], 2, "name it with --config"),
-        ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "add --data SRC"),
+        ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "set --data"),
         ([weights, "--config", tmp_path / "size.yaml", *out], 1, "images of 20x20 pixels"),
         ([run, "--data", empty, *out], 1, "no images in this folder"),
         ([run, "--data", tmp_path / "nowhere", *out], 1, "no such folder"),
@@ -159,9 +159,3 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
     code, _, err = olvae("latents", run, "--images", 0)
     assert code == 2
     assert "--images" in err
-
-
-def test_help(olvae):
-    code, out, _ = olvae("latents", "--help")
-    assert code == 0
-    assert "Example: " in out

@@ -235,7 +235,7 @@ def test_a_file_is_named_once(olvae, tmp_path, monkeypatch):
 def test_a_failed_evaluation_leaves_no_folder(olvae, trained, tmp_path, monkeypatch):
     out = tmp_path / "new" / "out"
     for command, place in (
-        ("evaluate", "olvae.evaluation.text.write_csv"),
+        ("evaluate", "olvae.evaluation.report.write_csv"),
         ("latents", "olvae.files.write_json"),
     ):
         monkeypatch.setattr(place, full_disk)

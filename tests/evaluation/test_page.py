@@ -20,7 +20,7 @@ from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.gallery import Gallery
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Conditions, Subject
-from olvae.evaluation.page import render_page, write_page
+from olvae.evaluation.report import render_page, write_page
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost, RoundTrip
 from olvae.evaluation.runner import Evaluated

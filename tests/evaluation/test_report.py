@@ -7,10 +7,10 @@ import pytest
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.protocol import Protocol
+from olvae.evaluation.report import print_results, write_csv, write_markdown
 from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Cost
 from olvae.evaluation.runner import Evaluated
-from olvae.evaluation.text import print_results, write_csv, write_markdown
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
 COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")

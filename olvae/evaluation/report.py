@@ -1,8 +1,11 @@
-"""Write results as text: tables on the terminal, one in Markdown, and the values of images as CSV."""
+"""Report results: tables on the terminal, one in Markdown, the values of images as CSV, and one HTML page."""
 
 import csv
+import importlib.metadata
+import platform
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from rich import box
@@ -10,10 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from olvae.evaluation.cells import Cell, Table, conditions, costs, joined, scores, texts
-from olvae.evaluation.results import Results
+from olvae import __version__
+from olvae.evaluation.cells import Cell, Table, conditions, costs, differences, joined, scores, texts
+from olvae.evaluation.html import Page
+from olvae.evaluation.results import Results, used_weights
 from olvae.evaluation.runner import Evaluated
-from olvae.files import atomic_write
+from olvae.files import atomic_write, no_empty_folders, remove_partials
 from olvae.metrics.registry import METRICS
 
 
@@ -68,6 +73,74 @@ def write_csv(results: Results, path: Path) -> None:
             columns = [row.per_image.get(name, {}) for name in names]
             for key in sorted({key for column in columns for key in column}):
                 writer.writerow([row.target, key, *(repr(column[key]) if key in column else "" for column in columns)])
+
+
+PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
+
+
+def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: str | None = None) -> dict[str, Path]:
+    """Write all files of one protocol; where metrics.json is, the others are its own.
+
+    Args:
+        suffix: to the files' names.
+        command: the command line, for the page; without one, no page is written.
+
+    Returns:
+        What is written and where.
+    """
+    with no_empty_folders(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partials(folder.glob(".partial-*"), idle_s=1.0)
+        numbers = folder / f"metrics{suffix}.json"
+        numbers.unlink(missing_ok=True)  # of an earlier evaluation
+        written = {what: path for one in evaluated.observers for what, path in one.write(folder, suffix).items()}
+        if command is not None:
+            written["report"] = folder / f"report{suffix}.html"
+            write_page(evaluated, written["report"], command)
+        written |= {"images": folder / f"per_image{suffix}.csv", "table": folder / f"metrics{suffix}.md"}
+        write_csv(evaluated.results, written["images"])
+        write_markdown(evaluated, written["table"])
+        evaluated.results.write(numbers)
+    return {**written, "numbers": numbers}
+
+
+def write_page(evaluated: Evaluated, path: Path, command: str = "", when: datetime | None = None) -> None:
+    """Write the page, whole or not at all; see :func:`render_page`."""
+    html = render_page(evaluated, command, when)
+    with atomic_write(path) as partial:
+        partial.write_text(html, encoding="utf-8", errors="backslashreplace")
+
+
+def render_page(evaluated: Evaluated, command: str = "", when: datetime | None = None) -> str:
+    """The page as HTML: no script, no request; its pictures are smaller the more there are.
+
+    Args:
+        command: the command line, to be shown.
+        when: the evaluation was made, with the time zone; by default now.
+    """
+    results = evaluated.results
+    page = Page(results)
+    sections = [(observer, html) for observer in evaluated.observers if (html := observer.section(page)) is not None]
+    weights = used_weights(results.rows)
+    return page.render(
+        "page.html",
+        command=command,
+        when=when or datetime.now().astimezone(),
+        environment={
+            "Python": platform.python_version(),
+            "open-litevae": __version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
+        scores=quality(evaluated),
+        counts={row.n for row in results.table},
+        notes=list(notes(evaluated)),
+        differences=differences(results),
+        costs=costs(results.rows),
+        conditions=conditions(results.rows),
+        sections=sections,
+        weights=weights,
+        labels={name: METRICS[name].label for name in weights},
+    )
 
 
 def quality(evaluated: Evaluated, counts: bool = False) -> Table:
@@ -130,3 +203,10 @@ def _line(cells: Sequence[str]) -> str:
 def _plain(text: str) -> str:
     """A user's text on one line, with Markdown's characters escaped, except underscores inside a word."""
     return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # installed under another name, such as pillow-simd
+        return "unknown"
