@@ -48,6 +48,13 @@ def write_tar(path: Path, files: Sequence[tuple[str, bytes]]) -> Path:
     return path
 
 
+def rewrite(path: Path, changed: Mapping[str, bytes | None]) -> None:
+    """Other bytes for some files of a shard; None leaves one out."""
+    with tarfile.open(path) as archive:
+        files = [(member.name, archive.extractfile(member).read()) for member in archive]
+    write_tar(path, [(n, new) for n, old in files if (new := changed.get(n, old)) is not None])
+
+
 def write_shard(path: Path, numbers: Sequence[int], broken: Mapping[int, bytes] | None = None) -> Path:
     """JPEGs ``NNNN.jpg``, each with a ``NNNN.json``; ``broken`` has other bytes for some."""
     files = []

@@ -73,7 +73,7 @@ class PairSource(ShardSource):
 
     Training cuts the same window of image and latent, at a random multiple of f, and takes the mirrored image with the
     latent that was encoded from it; validation cuts the central window. The teacher saw the whole image, so that the
-    latent of a window may know what is around it. The order of training is that of
+    latent of a window may depend on its surroundings. The order of training is that of
     :class:`~olvae.data.shards.webdataset.WebDatasetSource`.
 
     Args:
@@ -114,17 +114,9 @@ class PairSource(ShardSource):
         given = None if val_folder is None else find_shards(val_folder)
         train, val = split_shards(find_shards(folder), given, val_fraction, "val_folder")
         self.flip = flip and self.stats["flip"]
-        super().__init__(
-            with_counts(train, image_key=LATENT),
-            with_counts(val, image_key=LATENT),
-            shuffle,
-            LATENT,
-            size,
-            batch_size,
-            num_workers,
-            self.stats["channels"],
-            max_unreadable,
-        )
+        parts = with_counts(train, image_key=LATENT), with_counts(val, image_key=LATENT)
+        channels = self.stats["channels"]
+        super().__init__(*parts, shuffle, LATENT, size, batch_size, num_workers, channels, max_unreadable)
         self.crops = f"at {held_out['size']} pixels: {EvalTransform(held_out['size']).describe()}"
         if self.size < held_out["size"]:
             self.crops += f", of which the central {self.size} pixels, at a multiple of {self.encoded_by.downscale}"

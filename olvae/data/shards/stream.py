@@ -18,7 +18,7 @@ class ShardSource(Source):
     Args:
         train, val: the shards, with their counts where they are known.
         shuffle: entries in a block that is shuffled.
-        image_key: the extension of what is read in a group of files; by default the first that is an image's.
+        image_key: the extension of the file that is read in a group; by default the first that is an image's.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
 
     Raises:

@@ -73,17 +73,8 @@ class WebDatasetSource(ShardSource):
                         f"{part[0]}: no such shard, nor another one for {use}, which has {len(part)} of "
                         f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
                     )
-        super().__init__(
-            with_counts(train, index, image_key),
-            with_counts(val, None if val_shards is not None else index, image_key),
-            shuffle,
-            image_key,
-            size,
-            batch_size,
-            num_workers,
-            channels,
-            max_unreadable,
-        )
+        parts = with_counts(train, index, image_key), with_counts(val, None if given else index, image_key)
+        super().__init__(*parts, shuffle, image_key, size, batch_size, num_workers, channels, max_unreadable)
 
     def describe(self) -> str:
         counts = (self.samples_per_epoch, self.val_images)

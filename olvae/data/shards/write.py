@@ -48,7 +48,7 @@ class ResumableShards:
     """Shards ``000000.tar``, ``000001.tar``, ... in a folder, whose writing may be interrupted and continued.
 
     A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a JSON file about each
-    finished shard, and what is being written. A shard is moved to its place when it is complete, and only then
+    finished shard, and half-written files. A shard is moved to its place when it is complete, and only then
     described. Any process may write any shard; no two should write the same one.
 
     Args:

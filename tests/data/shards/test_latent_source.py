@@ -1,5 +1,4 @@
 import json
-import tarfile
 from itertools import islice
 
 import pytest
@@ -12,7 +11,7 @@ from olvae.data.shards.latent_source import LATENT, LatentSource, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.transforms import EvalTransform
 from olvae.files import write_json
-from tests.data.images import encoded, picture, write_tar
+from tests.data.images import encoded, picture, rewrite, write_tar
 from tests.export.latents import encode, tiny_vae
 
 
@@ -154,9 +153,7 @@ def test_validation_gives_each_mode_once_in_order(latents):
 
 def test_a_broken_latent_is_counted_and_another_one_stands_in(latents):
     path = latents / "000001.tar"
-    with tarfile.open(path) as archive:
-        files = [(member.name, archive.extractfile(member).read()) for member in archive]
-    write_tar(path, [(n, b"broken" if n == "0011.latent.safetensors" else c) for n, c in files])
+    rewrite(path, {"0011.latent.safetensors": b"broken"})
     s = source(latents, max_unreadable=0.1)
     loader = s.train_loader()
     batches = take(loader, 12)
@@ -177,9 +174,7 @@ def test_a_broken_latent_is_counted_and_another_one_stands_in(latents):
 )
 def test_a_latent_of_another_shape_is_unreadable(latents, tensors):
     path = latents / "000001.tar"
-    with tarfile.open(path) as archive:
-        files = [(member.name, archive.extractfile(member).read()) for member in archive]
-    write_tar(path, [(n, save(tensors) if n == "0011.latent.safetensors" else c) for n, c in files])
+    rewrite(path, {"0011.latent.safetensors": save(tensors)})
     loader = source(latents, max_unreadable=0.1).val_loader()
     assert sum(len(batch["key"]) for batch in loader) == 22
     assert loader.read_errors.lost == 1

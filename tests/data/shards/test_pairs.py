@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import Latent, latent_bytes
 from olvae.data.shards.pairs import PairSource, pixel_bytes
 from olvae.data.transforms import EvalTransform
-from tests.data.images import encoded, picture, write_tar
+from tests.data.images import encoded, picture, rewrite, write_tar
 from tests.export.latents import Blocks, Shrunk, encode
 
 SIDE = 32  # of the encoded images, so that crops of 16 pixels have 5 x 5 places
@@ -75,12 +74,8 @@ def place(image: Tensor, key: str) -> tuple[bool, int, int]:
     return only
 
 
-def rewrite(path: Path, **changed: bytes | None) -> None:
-    """Other bytes for some files of a shard, named without their number of the image, 0011; None leaves one out."""
-    with tarfile.open(path) as archive:
-        files = [(member.name, archive.extractfile(member).read()) for member in archive]
-    new = {f"0011.latent.{name}": content for name, content in changed.items()}
-    write_tar(path, [(name, new.get(name, content)) for name, content in files if new.get(name, b"") is not None])
+def damage_0011(pairs: Path, **changed: bytes | None) -> None:
+    rewrite(pairs / "000001.tar", {f"0011.latent.{name}": content for name, content in changed.items()})
 
 
 @pytest.mark.parametrize("size", [8, 16, SIDE])
@@ -154,7 +149,7 @@ def test_by_default_images_are_whole_and_another_folder_may_validate(pairs, tmp_
 def test_a_deviation_of_0_is_the_smallest_log_variance(pairs):
     """Rounding to float16 makes zeros of the smallest deviations."""
     plain, mirrored = (Latent(torch.ones(48, 8, 8).half(), torch.zeros(48, 8, 8).half()) for _ in range(2))
-    rewrite(pairs / "000001.tar", safetensors=latent_bytes(plain, mirrored))
+    damage_0011(pairs, safetensors=latent_bytes(plain, mirrored))
     for batch in take(source(pairs).train_loader(seed=0), 10):
         assert batch["moments"].isfinite().all()
         if "001/0011" in batch["key"]:
@@ -193,7 +188,7 @@ def test_a_broken_pair_is_counted_and_another_one_stands_in(pairs, damage):
         "no latent": {"safetensors": b"broken"},
         "no mirrored latent": {"safetensors": latent_bytes(latent)},
     }
-    rewrite(pairs / "000001.tar", **changed[damage])
+    damage_0011(pairs, **changed[damage])
     loader = source(pairs, max_unreadable=0.1).train_loader()
     batches = take(loader, 20)
     assert all(len(batch["key"]) == 4 for batch in batches)
