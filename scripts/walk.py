@@ -38,7 +38,7 @@ class Walk:
             return
         path = Path(code.co_filename)
         is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
-        if PACKAGE in path.parents and is_function and not _is_importing(frame):
+        if path.suffix == ".py" and PACKAGE in path.parents and is_function and not _is_importing(frame):
             self._known.add(code)
             self.first.setdefault(path.relative_to(PACKAGE.parent), getattr(code, "co_qualname", code.co_name))
 
