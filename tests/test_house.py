@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xfail(reason="the redraw has not landed; `--runxfail` shows what is left")
+unfinished = pytest.mark.xfail(reason="the redraw has not landed; `--runxfail` shows the rest")
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("olvae/**/*.py"))
@@ -22,8 +22,8 @@ ARGUMENTS_AT_MOST = 16
 LONG = {"training_step"}
 """Functions that may be longer: the training step is read from top to bottom."""
 
-PUBLISHED = {"LiteVAE_Encoder", "LiteVAE_Decoder", "LiteAutoencoderKL"}
-"""Classes with constructors that open-LiteVAE's YAML fixes. A source's arguments are flat in YAML, too."""
+PUBLISHED = {"LiteVAE_Encoder", "LiteVAE_Decoder", "LiteAutoencoderKL", "AutoencoderLiteVAE"}
+"""Classes with constructors fixed by open-LiteVAE's YAML or diffusers' config.json. Sources are flat in YAML, too."""
 
 SPEAKS_OF_FLAGS = {"cli", "app", "comparison.py"}
 
@@ -52,12 +52,14 @@ def count_lines(pattern: str) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob(pattern))
 
 
+@unfinished
 def test_the_package_and_its_tests_are_no_larger_than_this():
     assert len(FILES) <= FILES_AT_MOST
     assert count_lines("olvae/**/*.py") <= LINES_AT_MOST
     assert count_lines("tests/**/*.py") <= TEST_LINES_AT_MOST
 
 
+@unfinished
 def test_no_package_has_too_many_files():
     counts = Counter(path.parent for path in FILES)
     nothing(f"{folder.relative_to(ROOT)}: {count} files" for folder, count in counts.items() if count > PACKAGE_AT_MOST)

@@ -8,8 +8,6 @@ import typer
 from olvae.cli.evaluate import BatchSize, First, Targets, TestImages, results_folder
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, with_progress
 
-__all__ = ["command"]
-
 
 def command(
     targets: Targets,

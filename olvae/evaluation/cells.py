@@ -75,7 +75,7 @@ def joined(first: Table, second: Table) -> Table:
 
 
 def scores(results: Results) -> Table:
-    """The metrics of which at least one row has a value."""
+    """Metrics with a value in at least one row."""
     rows = results.table
     names = [name for name in METRICS if any(name in row.metrics for row in rows)]
     best = {name: _best(name, rows) for name in names}

@@ -210,7 +210,7 @@ class LatentAccumulator:
                 self._keep(key, z)
 
     def compute(self) -> dict[str, Any]:
-        """A row of latents.json: plain numbers and lists; what is missing is under ``skipped``, with the reason.
+        """Compute a row of latents.json: numbers and lists, and reasons under ``skipped`` for those missing.
 
         Raises:
             ValueError: there were no images, or all latents are equal.

@@ -1,3 +1,3 @@
-"""From a config to a run folder: the run, Lightning's callbacks, what is printed on the way.
+"""Train a config into a run folder: the run, Lightning's callbacks, progress.
 
 Imports ``olvae.models`` and below; only the command imports it."""

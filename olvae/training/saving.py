@@ -1,4 +1,4 @@
-"""Keep checkpoints of a training: when to save, what is best, and writing to disk in the background."""
+"""Keep a training's checkpoints: when to save, the best, and writing to disk in the background."""
 
 import json
 import logging

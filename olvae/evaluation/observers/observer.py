@@ -96,7 +96,7 @@ class Observer:
         yield from ()
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
-        """Choose what is evaluated, by name: the given subjects, and others made from them."""
+        """Choose the subjects to evaluate, by name: those given, and others derived from them."""
         return dict(subjects)
 
     def watch(self, target: str, draw: int, subject: Subject, keys: Sequence[str]) -> AbstractContextManager[None]:
