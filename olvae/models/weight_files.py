@@ -79,9 +79,10 @@ def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (),
 _NOT_FOUND: dict[type[Exception], str] = {
     HFValidationError: "no such file or folder, and not an id of the hub",
     GatedRepoError: "access is restricted: ask for it on the hub, then set HF_TOKEN",
-    RepositoryNotFoundError: "no such file here, and no such repository on the hub (a private one needs HF_TOKEN)",
+    RepositoryNotFoundError: "no such file or folder here, no such repository on the hub (private: set HF_TOKEN)",
     RevisionNotFoundError: "the repository has no such revision",
-    LocalEntryNotFoundError: "no such file here, not in the hub's cache, and the hub can't be reached: {cause}",
+    LocalEntryNotFoundError: "no such file or folder here, not in the hub's cache, and the hub can't be reached: "
+    "{cause}",
     HfHubHTTPError: "the hub answers: {error}",
 }
 """Messages for huggingface_hub's errors; the first that fits, since some are kinds of others."""
