@@ -2,7 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -130,3 +132,19 @@ def count_macs(module: nn.Module, *shape: int) -> int:
 def weights_checksum(model: nn.Module) -> str:
     """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
     return tensors_sum(model.state_dict())
+
+
+@contextmanager
+def watch_outputs(modules: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``record`` in this context with the name and the output of each module whose output is a tensor."""
+
+    def hook(name: str, module: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
+        if isinstance(output, Tensor):
+            record(name, output)
+
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

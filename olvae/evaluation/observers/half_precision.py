@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.results import Row
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
+from olvae.modules.base import watch_outputs
 from olvae.modules.distributions import Posterior, in_float32
 
 TOLERANCE = 0.1
@@ -99,27 +100,18 @@ class Activations:
         self._broken: set[str] = set()  # modules
         self._lost: dict[str, int] = {}  # by image, non-finite values
 
-    @contextmanager
-    def recorded(self, model: InPrecision, keys: Sequence[str]) -> Iterator[None]:
+    def recorded(self, model: InPrecision, keys: Sequence[str]) -> AbstractContextManager[None]:
         """Record the outputs of all modules that give a tensor, while a batch with these keys goes through."""
-
-        def hook(name: str, module: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
-            if isinstance(output, Tensor) and output.is_floating_point():
-                self._add(keys, name, output)
-
-        modules = {**dict(model.model.named_modules()), "reconstruction": model.reconstruction}
-        handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items() if name]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        modules = {name: module for name, module in model.model.named_modules() if name}
+        return watch_outputs({**modules, "reconstruction": model.reconstruction}, partial(self._add, keys))
 
     def _add(self, keys: Sequence[str], name: str, output: Tensor) -> None:
         """Add a module's output for a batch: (B, ...), or with a multiple of B in front, as where heads are split.
 
         Of an output of another shape it is not known which image a non-finite value belongs to: then to all.
         """
+        if not output.is_floating_point():
+            return
         low, high = output.aminmax()
         largest = float(torch.maximum(-low, high))
         if not math.isfinite(largest):

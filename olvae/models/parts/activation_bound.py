@@ -1,14 +1,15 @@
 """Bound on activations, for networks that should be safe in half precision."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.models.parts.part import Loss, Part, Step, check_not_negative
+from olvae.modules.base import watch_outputs
 from olvae.modules.precision import island
 
 if TYPE_CHECKING:
@@ -40,22 +41,16 @@ class ActivationBound(Part):
         if model.compiled:
             yield f"compile, parts.{self.name}: compiled networks do not show their activations: leave one out"
 
-    @contextmanager
-    def watch(self, model: "LiteAutoencoderKL") -> Iterator[None]:
+    def watch(self, model: "LiteAutoencoderKL") -> AbstractContextManager[None]:
         """Collect the excess of what the trained networks compute in this context."""
 
-        def collect(module: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
-            if isinstance(output, Tensor):
-                self._excess.append(F.relu(island(output).abs() / self.bound - 1.0).square().mean())
+        def collect(name: str, output: Tensor) -> None:  # noqa: ARG001
+            self._excess.append(F.relu(island(output).abs() / self.bound - 1.0).square().mean())
 
         self._excess = []
-        modules = [module for network in model.trained_networks for module in network.modules()]
-        hooks = [module.register_forward_hook(collect) for module in modules]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        networks = enumerate(model.trained_networks)
+        modules = {f"{i}.{name}": module for i, network in networks for name, module in network.named_modules()}
+        return watch_outputs(modules, collect)
 
     def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
         excess, self._excess = self._excess, []  # no copy of the part may hold the graph behind it
