@@ -193,15 +193,6 @@ def test_an_epoch_has_each_photograph_as_often():
     assert drawn == {photograph.file: 3 for photograph in PHOTOGRAPHS}
 
 
-def test_the_tiles():
-    source = SamplePhotographs(size=64, batch_size=42)
-    (batch,) = source.test_loader()
-    assert batch["image"].shape == (42, 3, 64, 64)
-    assert batch["key"][4] == "chelsea.jpg/0-0"  # after four tiles of camera.jpg
-    chelsea = Image.open(FOLDER / "chelsea.jpg").resize((192, 128), Image.Resampling.BICUBIC)
-    assert np.array_equal(batch["image"][4].permute(1, 2, 0).numpy(), np.asarray(chelsea.crop((0, 0, 64, 64))))
-
-
 def test_the_tiles_are_cut_around_the_centre():
     (batch,) = SamplePhotographs(size=64, batch_size=42).test_loader()
     coffee = Image.open(FOLDER / "coffee.jpg").resize((192, 128), Image.Resampling.BICUBIC)  # from 456x304

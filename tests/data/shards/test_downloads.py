@@ -102,8 +102,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(tar_reading, "STALL_S", 0.5)
-    monkeypatch.setattr(tar_reading, "RETRY_S", 1.0)
+    monkeypatch.setattr(tar_reading, "STALL_S", 1.0)
+    monkeypatch.setattr(tar_reading, "RETRY_S", 0.9)
     monkeypatch.setattr(tar_reading, "PAUSE_S", 0.05)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -133,13 +133,13 @@ def test_a_busy_server_is_asked_again(server):
         ("403.tar", "the server answers 403 Forbidden"),
         ("500.tar", "the server answers 500 Internal Server Error"),
         ("cut-always.tar", "the connection dropped"),
-        ("stall-always.tar", "nothing came for 0.5 s"),
+        ("stall-always.tar", "nothing came for 1 s"),
     ],
 )
 def test_images_before_the_end_are_kept_and_the_reason_is_a_line(server, name, reason):
     begun = time.monotonic()
     assert read(server.url(name)) == (IMAGES[:4] if "always" in name else [], [reason])
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     assert (len(server.asked(name)) == 1) == name.startswith("4")  # a refusal is final
 
 
@@ -222,7 +222,7 @@ def test_loader_processes_after_the_main_one_has_downloaded(server, tmp_path):
         keys = [key for batch in islice(loader, 12) for key in batch["key"]]
         assert time.monotonic() - begun < 60
     assert {key.partition("/")[0] for key in keys} == {"000", "001", "002", "stall-always"}
-    assert loader.read_errors.unreadable.reasons == {server.url("stall-always.tar"): "nothing came for 0.5 s"}
+    assert loader.read_errors.unreadable.reasons == {server.url("stall-always.tar"): "nothing came for 1 s"}
 
 
 def test_many_forks(server):
