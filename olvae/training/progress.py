@@ -184,13 +184,7 @@ def step_bar(console: Console, status: Status, done: int, total: int) -> Progres
 def print_summary(
     settings: Settings, run: Run, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: int
 ) -> None:
-    """Print networks, data and settings of a training, and warnings, from the first process.
-
-    Args:
-        done: steps of a resumed run.
-    """
-    if not trainer.is_global_zero:
-        return
+    """Print networks, data and settings of a training, and warnings; ``done`` are the steps of a resumed run."""
     size, vae = source.size, model.autoencoder
     nominal, f = vae.encoder.image_size, vae.downscale  # the crops of training may be smaller
     latent = (1, vae.decoder.z_channels, nominal // f, nominal // f)
@@ -230,10 +224,8 @@ def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> 
     """Warn of settings that make a training or its scores worse."""
     images, workers, cores = source.val_images, source.num_workers * trainer.world_size, os.cpu_count() or 1
     if images is not None and images < MIN_VAL_IMAGES:
-        yield (
-            f"only {images} held-out image{'s' if images > 1 else ''}: scores are uncertain, and `olvae evaluate` "
-            "prints by how much"
-        )
+        several = "s" * (images != 1)
+        yield f"only {images} held-out image{several}: scores are uncertain, and `olvae evaluate` prints by how much"
     if model.warmup_steps >= trainer.max_steps:
         yield (
             f"the learning rate rises for {model.warmup_steps} steps, and training ends after {trainer.max_steps}: "
@@ -294,9 +286,9 @@ def _adversary(adversary: Adversary) -> str:
 
 
 def _batch(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> str:
-    total = source.batch_size * model.accumulate_grad_batches * trainer.world_size
-    devices = f"{trainer.world_size} device{'' if trainer.world_size == 1 else 's'}"
-    return f"{total} = {source.batch_size} x {model.accumulate_grad_batches} accumulated x {devices}"
+    images, batches, devices = source.batch_size, model.accumulate_grad_batches, trainer.world_size
+    total = images * batches * devices
+    return f"{total} = {images} x {batches} accumulated x {devices} device{'s' * (devices != 1)}"
 
 
 def _rate(trainer: pl.Trainer, model: LiteAutoencoderKL) -> str:
@@ -310,7 +302,5 @@ def _device(trainer: pl.Trainer, precision: str) -> str:
         names = f"{trainer.world_size} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
     else:
         threads, processes = torch.get_num_threads(), trainer.world_size
-        names = (
-            f"CPU, {threads} thread{'' if threads == 1 else 's'}, {processes} process{'' if processes == 1 else 'es'}"
-        )
+        names = f"CPU, {threads} thread{'s' * (threads != 1)}, {processes} process{'es' * (processes != 1)}"
     return f"{names}, precision {precision}"

@@ -141,7 +141,8 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     """Train to the last step or to a stop, and validate the last step; return the trainer."""
     model, source, resumed = prepared.model, prepared.source, prepared.plan.resumed
     trainer = _trainer(prepared, run)
-    print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
+    if trainer.is_global_zero:
+        print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
     if prepared.is_over and trainer.is_global_zero:
         _print(f"training has finished ({prepared.steps_done} steps); running the final validation")
     device = trainer.strategy.root_device
