@@ -74,7 +74,7 @@ def test_no_two_files_have_one_name():
 def is_command(function: Function) -> bool:
     """Whether typer reads the function's arguments as flags."""
     decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
-    return function.name == "command" or any(".command(" in text or ".callback(" in text for text in decorators)
+    return function.name.endswith("command") or any(".command(" in text or ".callback(" in text for text in decorators)
 
 
 def test_functions_fit_on_a_screen():

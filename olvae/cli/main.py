@@ -5,28 +5,14 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from olvae import __version__
-from olvae.cli import app as browser
-from olvae.cli import (
-    bench,
-    data,
-    decode,
-    encode,
-    evaluate,
-    export,
-    latents,
-    recipes,
-    reconstruct,
-    tables,
-    train,
-    validate,
-)
+from olvae.cli import bench, configs, data, encode, evaluate, export, latents, reconstruct, train
 from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
 
 app = typer.Typer(
@@ -39,13 +25,24 @@ app = typer.Typer(
     rich_markup_mode=None,  # its panels cut names of options off at 80 columns
     epilog="Errors are one line; add --debug to any command for the traceback.",
 )
-for command in (train, bench, evaluate, reconstruct, browser, latents, encode, decode, export, validate, tables):
-    app.command(command.__name__.rpartition(".")[2], context_settings={"help_option_names": ["-h", "--help"]})(
-        command.command
-    )
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.command,
+    "bench": bench.command,
+    "evaluate": evaluate.command,
+    "reconstruct": reconstruct.command,
+    "app": reconstruct.app_command,
+    "latents": latents.command,
+    "encode": encode.command,
+    "decode": encode.decode_command,
+    "export": export.command,
+    "validate": configs.validate_command,
+    "tables": bench.tables_command,
+}
+for name, command in COMMANDS.items():
+    app.command(name, context_settings={"help_option_names": ["-h", "--help"]})(command)
 
 app.add_typer(data.app, name="data")
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(configs.recipes_app, name="recipes")
 
 
 def _print_version(asked: bool) -> None:

@@ -1,0 +1,149 @@
+"""Run ``olvae validate``, ``olvae recipes`` and ``olvae recipes copy``: configs, and their mistakes."""
+
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HELP = {"help_option_names": ["-h", "--help"]}
+NARROWEST = 24  # columns of text beside a name
+
+
+def validate_command(
+    configs: Annotated[
+        list[Path], typer.Argument(metavar="CFG...", help="Config files or recipes; each is checked on its own.")
+    ],
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="Also print what a training step needs on a GPU; takes seconds, and no GPU."),
+    ] = False,
+) -> None:
+    """List every mistake of a config at once, without building anything.
+
+    Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if there is a mistake.
+
+    Example: olvae validate mine.yaml imagenet/A2
+    """
+    from olvae.config import ConfigError, load, validate
+
+    found = 0
+    for path in configs:
+        try:
+            mistakes = validate(load([path]))
+        except ConfigError as error:
+            mistakes = list(error.mistakes)
+        found += len(mistakes)
+        for mistake in mistakes:
+            typer.echo(mistake if mistake.startswith(str(path)) else f"{path}: {mistake}", err=True)
+        if not mistakes:
+            typer.echo(f"{path}: no mistakes", err=True)
+        if memory and not mistakes:
+            from rich.console import Console
+
+            Console().print(_memory(load([path]), str(path)))
+    if found:
+        raise typer.Exit(1)
+
+
+def _memory(config: dict[str, Any], name: str) -> "Table":
+    """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
+    from rich import box
+    from rich.table import Table
+
+    from olvae.models.footprint import footprint, without_weights
+    from olvae.models.large.tiling import GIB
+    from olvae.training.setup import start_from
+
+    if config["model"].get("from") is not None:
+        start_from(config)
+    model = without_weights(config["model"])
+    size = ((config.get("data") or {}).get("params") or {}).get("size") or 256
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{name}: GiB of a training step on a GPU, at {size} pixels",
+        caption="fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth.",
+    )
+    for heading in ("precision", "model.params.checkpoint", "fixed", "per image"):
+        table.add_column(heading, justify="right" if heading in ("fixed", "per image") else "left", no_wrap=True)
+    for precision in ("32", "bf16"):
+        for checkpoint in (False, True):
+            need = footprint(model, size, precision, checkpoint)
+            values = (f"{need.fixed / GIB:.2f}", f"{need.per_image / GIB:.3f}")
+            table.add_row(precision, str(checkpoint).lower(), *values)
+    return table
+
+
+recipes_app = typer.Typer(context_settings=HELP)
+
+
+@recipes_app.callback(invoke_without_command=True)
+def show(context: typer.Context) -> None:
+    """List the configs that come with this package, or copy one to edit.
+
+    Their names stand wherever a config file is taken: olvae train --base NAME. A file of that name, with .yaml or
+    without, comes first.
+
+    Example: olvae recipes
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from olvae.config import recipes
+
+    lines = {name: _first_line(path) for name, path in recipes().items()}
+    indent = 2 + max(map(len, lines))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # a pipe gets a line each
+    for name, line in lines.items():
+        wrapped = textwrap.wrap(line, max(NARROWEST, columns - indent))
+        typer.echo(f"{name:<{indent}}" + ("\n" + " " * indent).join(wrapped))
+
+
+@recipes_app.command(context_settings=HELP)
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `olvae recipes` lists.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="By default the name's last part and .yaml, here.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write over the recipe's.")
+    ] = None,
+) -> None:
+    """Write a config of your own, which includes a recipe and overrides its settings.
+
+    Example: olvae recipes copy phase_a mine.yaml data.params.root=photos
+    """
+    from omegaconf import OmegaConf
+
+    from olvae.config import ConfigError, load, nearest_recipes, recipes
+    from olvae.files import atomic_write
+
+    settings = list(overrides or ())
+    if file is not None and "=" in file.name:
+        settings, file = [str(file), *settings], None
+    known = recipes()
+    if name not in known:
+        raise ConfigError(f"{name}: no such recipe{nearest_recipes(name)}")
+    file = file or Path(f"{Path(name).name}.yaml")
+    if file.exists():
+        raise ConfigError(f"{file}: exists: name another file, as in olvae recipes copy {name} my_{file.name}")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file.parent}: no such folder")
+    text = f"# {_first_line(known[name])}\n# Settings below the include override the recipe's.\ninclude: {name}\n"
+    if settings:
+        text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))
+    with atomic_write(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+    typer.echo(f"train with: olvae train --base {file}", err=True)
+
+
+def _first_line(recipe: Path) -> str:
+    """The first comment line, without the sources that it gives in brackets."""
+    with recipe.open(encoding="utf-8") as file:
+        return re.sub(r" \[[^\]]*\]", "", file.readline().removeprefix("# ").strip())
