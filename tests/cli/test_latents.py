@@ -97,7 +97,7 @@ def numbers(content, path=""):
     return [] if isinstance(content, str) else [(path, float(content))]
 
 
-@pytest.mark.parametrize("limit", [pytest.param((), marks=pytest.mark.slow), ("--images", 7), ("--images", 1)])
+@pytest.mark.parametrize("limit", [("--images", 7), ("--images", 1)])
 def test_two_processes_give_the_numbers_of_one(olvae, capfd, run, tmp_path, image_folder, limit):
     """One image at a time, so that each is encoded in the same batch; the MMD's noise is the images' own."""
     command = ["latents", run, "--data", image_folder, "-B", 1, "--device", "cpu", *limit]
@@ -105,7 +105,7 @@ def test_two_processes_give_the_numbers_of_one(olvae, capfd, run, tmp_path, imag
     fork_two(main, [str(a) for a in (*command, "--out", tmp_path / "two")])
     assert capfd.readouterr().err.count("numbers: ") == 1
     one, two = (json.loads((tmp_path / name / "latents.json").read_text()) for name in ("one", "two"))
-    assert one["data"]["n"] == two["data"]["n"] == (limit[1] if limit else 12)
+    assert one["data"]["n"] == two["data"]["n"] == limit[1]
     for (path, value), (name, other) in zip(numbers(one), numbers(two), strict=True):
         assert (name, other) == (path, pytest.approx(value, rel=1e-6, abs=1e-9))
 

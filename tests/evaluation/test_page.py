@@ -239,13 +239,6 @@ def test_latents_and_precisions(whole):
     assert "precision" not in {a.get("id") for _, a in Reader(render_page(changed(whole, rest))).elements}
 
 
-def test_earlier_rows_stand_below(whole):
-    earlier = Row("an earlier one", 12, {"psnr": 99.0, "lpips": 0.5})
-    text = Reader(render_page(changed(whole, earlier=[earlier]))).all_text()
-    assert "D an earlier one" in text
-    assert "99.000" in text
-
-
 def test_bars_are_as_long_as_the_error(whole):
     bands = {row.target: row.observed["bands"] for row in whole.results.rows}
     largest = max(band["mse"] for found in bands.values() for band in found.values())
@@ -275,11 +268,10 @@ def test_baselines_stand_below_all_models(whole):
     results = replace(whole.results, rows=[first, replace(second, baseline=True), third], earlier=[earlier])
     assert [row.target for row in results.table] == ["one", "three", "an earlier one", LONG]
     assert [Row.from_dict(row.as_dict()).baseline for row in results.table] == [False, False, False, True]
-    assert "C an earlier one" in Reader(render_page(replace(whole, results=results))).all_text()
-
-
-def test_names_break_after_separators(whole):
-    assert "olitevaeB_<wbr>im_<wbr>f8c12_<wbr>imagenet" in render_page(whole)
+    html = render_page(replace(whole, results=results))
+    assert "C an earlier one" in Reader(html).all_text()
+    assert "99.000" in html
+    assert "olitevaeB_<wbr>im_<wbr>f8c12_<wbr>imagenet" in html  # long names break after separators
     assert breakable("a/b<c") == "a/<wbr>b&lt;c"
 
 
@@ -336,9 +328,7 @@ def test_a_failure_leaves_the_old_page(tmp_path, whole):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize(("size", "width", "dark"), [(64, 390, False), (256, 390, True), (256, 1280, False)])
 def test_in_a_browser(tmp_path, browser, size, width, dark):
     """Nothing is wider than the screen, every picture is there, nothing is asked of the network.
 
