@@ -47,14 +47,8 @@ def decode_shards(
 ) -> Decoded:
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
-    Files are named by the images' keys with the format's extension. Unreadable latents are skipped.
-
-    Args:
-        model: on its device, in evaluation mode.
-        folder: of the images, created if missing.
-        image_format: a name of :data:`FORMATS`.
-        memory: bytes that decoding a batch may take, beyond which it is tiled; see :meth:`Autoencoder.decode_tiled`.
-        advance: called with the number of further images that are done.
+    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`. Unreadable latents are
+    skipped. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of further images.
 
     Raises:
         ValueError: the latents are another model's, a key leads out of the folder, or no latent can be read.
@@ -64,12 +58,9 @@ def decode_shards(
     for batch in _batches(shards, batch_size, done):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
         if z.shape[1] != model.latent_channels:
-            raise ValueError(
-                f"{batch[0].key}: a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}: "
-                "name the target that encoded it"
-            )
-        z = z.to(next(model.parameters()).device)
-        y = model.decode_tiled(z, memory=memory)
+            wrong = f"a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}"
+            raise ValueError(f"{batch[0].key}: {wrong}: name the target that encoded it")
+        y = model.decode_tiled(z.to(next(model.parameters()).device), memory=memory)
         for latent, image in zip(batch, to_uint8(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)

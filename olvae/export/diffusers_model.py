@@ -28,16 +28,9 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     As in AutoencoderKL, ``encode`` and ``decode`` work on the model's own latents; pipelines and trainers apply
     ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor.
 
-    Args:
-        encoder_config, decoder_config, embed_dim, use_quant, folded, scaling_factor, shift_factor, latents_mean,
-            latents_std, force_upcast: see :class:`AutoencoderSpec`; networks of this package only, because a config may
-            come from the hub.
-        block_out_channels, ...: keys that pipelines read in an AutoencoderKL's config. They follow from the other
-            arguments, and are checked if given.
-
-    Raises:
-        ConfigError: the config has mistakes, or names code from outside this package.
-        ValueError: one of these keys does not agree with the networks.
+    Arguments up to ``force_upcast`` are those of :class:`AutoencoderSpec`, with networks of this package only, because
+    a config may come from the hub. Pipelines read the others in an AutoencoderKL's config; they follow from the first
+    ones, and are checked if given: ValueError.
     """
 
     @register_to_config  # type: ignore[misc, unused-ignore]
@@ -80,12 +73,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
-        """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub.
-
-        Raises:
-            ValueError: it is a run or a file, not an export, or damaged.
-            OSError: it was not found.
-        """
+        """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
         path = Path(pretrained_model_name_or_path)
         if path.is_file() or Run(path).last_checkpoint.is_file():
             raise ValueError(
@@ -173,15 +161,10 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """Encode and decode large images within a stated memory; the result is the same to rounding.
 
         An image that does not fit is decoded in tiles that overlap by the receptive field, and encoded layer by layer
-        in strips of rows, without gradients; see :func:`decode_tiled` and :func:`moments_within`. With gradients, of
-        the input or in training mode, everything is computed whole.
-
-        Args:
-            memory: bytes beside images and weights; by default half of a GPU's free memory, on the CPU 1 GiB.
-
-        Raises:
-            ValueError: ``memory`` is not positive. Encoding and decoding raise it if the memory is too small, or a
-                network can't be tiled, such as Stable Diffusion's.
+        in strips of rows; see :func:`decode_tiled` and :func:`moments_within`. With gradients, of the input or in
+        training mode, everything is computed whole. ``memory`` is in bytes beside images and weights; by default half
+        of a GPU's free memory, on the CPU 1 GiB. Encoding and decoding raise ValueError if it is too small, or a
+        network can't be tiled, such as Stable Diffusion's.
         """
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is a number of bytes, at least 1, got {memory}")

@@ -35,11 +35,9 @@ class EncodeOptions:
     Args:
         size: side in pixels after resizing and cropping the centre; 0 keeps every image's size, padded to a multiple
             of f at the bottom and the right.
-        moments: store the posterior's mean and standard deviation, else one sample of it.
-        seed: of the samples' noise.
-        dtype: of the latents, a name of :data:`~olvae.modules.precision.DTYPES`.
-        flip: store the mirrored image's latent as well.
-        images: store the pixels that are encoded as well, as PNG.
+        moments: store the posterior's mean and standard deviation, else one sample of it, with noise by ``seed``.
+        dtype: of the latents, a name of :data:`~olvae.devices.DTYPES`.
+        flip, images: store the mirrored image's latent, and the pixels that are encoded as PNG, as well.
         precision: that the encoder computes in, a name of :data:`~olvae.devices.PRECISIONS`.
     """
 
@@ -54,9 +52,7 @@ class EncodeOptions:
     def check(self, model: Autoencoder) -> None:
         """Raise ValueError unless images of a model can be stored like this."""
         if self.size % (f := model.downscale):
-            raise ValueError(
-                f"`size` {self.size}: choose a multiple of {f}, the pixels that a latent position stands for"
-            )
+            raise ValueError(f"`size` {self.size}: choose a multiple of {f}, the model's downscaling factor")
         if self.images and not self.size:
             raise ValueError("`images`: images that are stored beside latents have one size: give `size`")
         if self.images and model.in_channels not in CHANNELS.values():
@@ -72,27 +68,12 @@ class Encoded(NamedTuple):
     latents: Sequence[Latent]
 
 
-def _sample(encoded: Encoded | ReadError) -> WebDatasetSample | ReadError:
-    if isinstance(encoded, ReadError):
-        return encoded
-    width, height = encoded.original
-    meta = {"key": encoded.item.key, "width": width, "height": height, "image": list(encoded.size)}
-    files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*encoded.latents)}
-    return WebDatasetSample(encoded.item.name, {**encoded.item.files, **files})
-
-
+@dataclass
 class _Statistics:
-    """Moments of latents, and their shape; kept for each shard and added in order, so that interruptions don't matter.
+    """Moments of latents, and their shape, None if it varies; added shard by shard, so that any process may finish."""
 
-    Restored from what :meth:`details` gave.
-    """
-
-    def __init__(self, details: Mapping[str, Any] | None = None) -> None:
-        self.moments: Moments | None = None
-        self.shape: list[int] | None = None
-        if details is not None and details["positions"]:
-            self.moments = Moments.from_state(details["positions"], details["sums"])
-            self.shape = details["shape"]
+    moments: Moments | None = None
+    shape: list[int] | None = None
 
     def add(self, moments: Moments, shape: list[int] | None) -> None:
         self.shape = shape if self.moments is None or shape == self.shape else None
@@ -107,16 +88,12 @@ class EncodeJob:
     """Encode images into a folder of shards, in one process or several.
 
     Shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a byte; see
-    :class:`~olvae.data.shards.write.ResumableShards`.
-
-    Args:
-        model: on its device, in evaluation mode.
-        folder: of the shards, created if missing.
-        describe: further entries of stats.json, such as the target's name.
+    :class:`~olvae.data.shards.write.ResumableShards`. The model is on its device, in evaluation mode; ``describe`` has
+    further entries of stats.json, such as the target's name.
 
     Raises:
         ConfigError: the folder holds latents of other options, images or weights, or something else.
-        ValueError: the size is not a multiple of f, or PNG can't store the images.
+        ValueError: the options do not suit the model, see :meth:`EncodeOptions.check`.
     """
 
     def __init__(
@@ -153,8 +130,6 @@ class EncodeJob:
         """Encode this process's shards, except those that are finished.
 
         Args:
-            batch_size: images at a time, all of one size.
-            threads: that read images; 0 reads them in between.
             memory: bytes that encoding images of their own sizes may take; see :meth:`Autoencoder.encode_within`.
             advance: called with the number of further images that are done, including those of finished shards.
 
@@ -170,23 +145,20 @@ class EncodeJob:
             items = self.inputs.read(shard)
             batches = read_batches(items, size, self.model.downscale, batch_size, threads, keep_pixels=images)
             encoded = in_order(one for batch in batches for one in self._encode(batch, memory))
-            samples = map(_sample, _counted(encoded, statistics, advance))
-            self.shards.write(shard, samples, statistics.details)
+            self.shards.write(shard, _samples(encoded, statistics, advance), statistics.details)
 
     def finish(self) -> dict[str, Any]:
-        """Write index.json and last stats.json, whose content is returned; call it when all shards are finished.
+        """Write index.json and last stats.json, whose content is returned; raise ValueError if no image was readable.
 
-        Raises:
-            ValueError: no image could be read.
+        All shards have to be finished, by :meth:`run` of every process.
         """
         finished = [self.shards.finished(number) for number in range(len(self.inputs))]
         statistics, index, unreadable = _Statistics(), dict[str, Any](), []
         for number, shard in enumerate(finished):
             assert shard is not None
             unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
-            of_shard = _Statistics(shard.details)
-            if of_shard.moments is not None:
-                statistics.add(of_shard.moments, of_shard.shape)
+            if positions := shard.details["positions"]:
+                statistics.add(Moments.from_state(positions, shard.details["sums"]), shard.details["shape"])
                 index[self.shards.path(number).name] = {"images": shard.record.images}
         moments, count = statistics.moments, sum(shard["images"] for shard in index.values())
         if moments is None:
@@ -262,15 +234,21 @@ class EncodeJob:
         return rounded
 
 
-def _counted(
+def _samples(
     encoded: Iterator[Encoded | ReadError], statistics: _Statistics, advance: Callable[[int], None]
-) -> Iterator[Encoded | ReadError]:
-    """Add latents to the statistics on their way to the shard."""
+) -> Iterator[WebDatasetSample | ReadError]:
+    """Turn latents into files of a shard, and add them to the statistics."""
     for one in encoded:
-        for mean, std in one.latents if isinstance(one, Encoded) else ():
-            variance = None if std is None else std.double().square()
-            statistics.add(Moments.of(mean, variance), list(mean.shape))
-        yield one
+        if isinstance(one, ReadError):
+            yield one
+        else:
+            for mean, std in one.latents:
+                variance = None if std is None else std.double().square()
+                statistics.add(Moments.of(mean, variance), list(mean.shape))
+            width, height = one.original
+            meta = {"key": one.item.key, "width": width, "height": height, "image": list(one.size)}
+            files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*one.latents)}
+            yield WebDatasetSample(one.item.name, {**one.item.files, **files})
         advance(1)
 
 

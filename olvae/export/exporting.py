@@ -27,11 +27,8 @@ from olvae.models.spec import CLASS_NAME, class_in
 from olvae.modules.base import weights_checksum
 from olvae.runs import settings_of
 
-TOLERANCE = 1e-6
-"""Largest difference of a model that was loaded back, relative to the largest value."""
-
-FOLDING = 1e-5
-"""The same for folding, which computes in another order."""
+TOLERANCE, FOLDING = 1e-6, 1e-5
+"""Largest differences, relative to the largest value: loaded back, and folded, which computes in another order."""
 
 ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
 """Settings that mean nothing in a format of one file, and why."""
@@ -44,16 +41,12 @@ class ExportSettings:
     Args:
         format: a name of :data:`~olvae.export.layouts.LAYOUTS` or the path of a Layout of your own; by default
             diffusers for AutoencoderKL's networks, else litevae.
-        dtype: to round the weights to, a name of :data:`~olvae.modules.precision.DTYPES`.
+        dtype: to round the weights to, a name of :data:`~olvae.devices.DTYPES`.
         fold: write the self-modulated convolutions as ordinary ones.
         onnx: also write encoder.onnx and decoder.onnx.
-        scaling_factor, shift_factor: for a diffusion model on the latents.
         latents: what ``olvae latents`` or ``olvae encode`` wrote, with both factors: a file or its folder.
         license: of the weights, by the hub's name for it.
         force: replace the export that is there.
-
-    Raises:
-        ConfigError: settings contradict each other, or a number is out of its range.
     """
 
     format: str | None = None
@@ -96,12 +89,8 @@ class ExportSettings:
 def export_target(target: Target, place: Path, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
     """Load an autoencoder and export it, with its factors, and the numbers of its run in the model card.
 
-    Returns:
-        The differences, as :func:`export`, and sentences for the user.
-
-    Raises:
-        ConfigError: the format can't hold the model, or a setting does not suit it.
-        FileExistsError, ValueError: as :func:`export`; also where the weights are not readable.
+    Return the differences, as :func:`export` does, and sentences for the user; raise ConfigError where the format or a
+    setting does not suit the model.
     """
     settings.check(place)
     if half := settings_of(target.config).untrained:
@@ -111,11 +100,9 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     layout = settings.layout(settings.format or ("diffusers" if is_stable_diffusion(model) else "litevae"))
     if reason := layout.misfit(model):
         raise ConfigError(f"{target.given}: {reason}")
-    factors_from = factors_note = metrics = metrics_note = None
-    if "latents" not in layout.refused:
-        factors_from, factors_note = _set_factors(model, loaded, target, settings)
-    if not layout.suffix:
-        metrics, metrics_note = _metrics_of(target)
+    keeps_factors = "latents" not in layout.refused
+    factors_from, factors_note = _set_factors(model, loaded, target, settings) if keeps_factors else (None, None)
+    metrics, metrics_note = (None, None) if layout.suffix else _metrics_of(target)
     provenance = Provenance(target.name, target.config, metrics, target.raw, settings.license, factors_from)
     differences = export(model, place, layout, settings, provenance)
     return differences, [note for note in (*layout.notes(model), factors_note, metrics_note) if note]
@@ -135,7 +122,7 @@ def export(
 
     Args:
         model: in float32, with its scaling and shift factors.
-        layout: the format; by default litevae.
+        layout: by default litevae.
         settings: only ``dtype``, ``fold``, ``onnx`` and ``force`` are used here.
 
     Returns:
@@ -167,9 +154,8 @@ def export(
             provenance = provenance or Provenance(title)
             if provenance.metrics is not None:
                 shutil.copyfile(provenance.metrics, partial / "metrics.json")
-            (partial / CARD_NAME).write_text(
-                model_card(out, layout, title, provenance, settings.onnx), encoding="utf-8"
-            )
+            card = model_card(out, layout, title, provenance, settings.onnx)
+            (partial / CARD_NAME).write_text(card, encoding="utf-8")
         differences |= _compare(out, layout, partial)
         _replace(partial, place)
     return differences
@@ -178,9 +164,7 @@ def export(
 def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
     """Check that an export can be written to a place: one file of this suffix, or a folder if it is empty.
 
-    Raises:
-        FileExistsError: the place leads through a file, or holds something that may not be replaced in one step.
-        ValueError: the name is that of a folder where a file is written, or the other way round.
+    Raise FileExistsError for what may not be replaced, and ValueError for a name that does not suit the format.
     """
     if not (parent := nearest_folder(place.absolute().parent)).is_dir():
         raise FileExistsError(f"{place}: {parent} is a file")
@@ -206,11 +190,9 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
 
 def _is_export(folder: Path) -> bool:
     """Recognise our exports; one in a format of others by its card, which a downloaded one does not have."""
-    if class_in(folder) == CLASS_NAME:
-        return True
-    card = folder / CARD_NAME
-    ours = card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
-    return ours and not any(path.is_dir() for path in folder.iterdir())
+    card, flat = folder / CARD_NAME, not any(path.is_dir() for path in folder.iterdir())
+    ours = flat and card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
+    return ours or class_in(folder) == CLASS_NAME
 
 
 def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVAE, dict[str, float]]:
@@ -220,16 +202,14 @@ def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVA
     if fold and not model.folded:
         out = model.fold().eval()
         differences["folded"] = _difference("folded", model, out.moments, out.decode, FOLDING)
-    if broken := _non_finite(out):
-        raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
     rounded = out if dtype == torch.float32 else copy.deepcopy(out).to(dtype)
-    if broken := _non_finite(rounded):
-        raise ValueError(f"{len(broken)} tensors do not fit into {dtype} ({broken[0]}, ...): use bfloat16 or float32")
+    for one, wrong in (
+        (out, "of the model's tensors have non-finite values"),
+        (rounded, f"tensors do not fit into {dtype}, bfloat16 and float32 hold larger ones"),
+    ):
+        if broken := [name for name, tensor in one.state_dict().items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{len(broken)} {wrong}: {broken[0]}, ...")
     return rounded, differences
-
-
-def _non_finite(model: LiteVAE) -> list[str]:
-    return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
 def _compare(model: LiteVAE, layout: Layout, path: Path) -> dict[str, float]:
@@ -248,19 +228,15 @@ def _compare(model: LiteVAE, layout: Layout, path: Path) -> dict[str, float]:
     return differences
 
 
+Function = Callable[[Tensor], Tensor]
+
+
 @torch.no_grad()
-def _difference(
-    what: str,
-    model: LiteVAE,
-    moments: Callable[[Tensor], Tensor],
-    decode: Callable[[Tensor], Tensor],
-    limit: float = TOLERANCE,
-) -> float:
+def _difference(what: str, model: LiteVAE, moments: Function, decode: Function, limit: float = TOLERANCE) -> float:
     """Compare moments and reconstructions of an image of noise, in float32: half precision would hide differences."""
     whole = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
-    size = 4 * model.downscale
-    x = torch.rand((1, model.in_channels, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x = x.to(next(model.parameters()).device)
+    shape = (1, model.in_channels, 4 * model.downscale, 4 * model.downscale)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device) * 2 - 1
     own = whole.moments(x)
     z = own.chunk(2, dim=1)[0]
     pairs = ((own, moments(x)), (whole.decode(z), decode(z)))
@@ -271,7 +247,7 @@ def _difference(
 
 
 def _replace(partial: Path, place: Path) -> None:
-    """Move an export to its place; an old folder is only removed once the new one is there."""
+    """Move an export to its place; an old folder is removed only after that."""
     old = partial.with_name(f"{partial.name}.old")
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -285,7 +261,7 @@ def _replace(partial: Path, place: Path) -> None:
 
 
 def _metrics_of(target: Target) -> tuple[Path | None, str | None]:
-    """Find the numbers of a target beside it; in a run folder they may be about the other kind of weights."""
+    """Find metrics.json beside a target; one of a run may be about the other kind of weights: then return a note."""
     folder = target.run.path if target.run is not None else Path(target.given.removeprefix(DIFFUSERS))
     metrics = folder / "metrics.json"
     if not metrics.is_file():
@@ -302,7 +278,7 @@ def _set_factors(
     per_channel = model.latents_mean is not None
     given = {name: value for name in FACTORS if (value := getattr(settings, name)) is not None}
     if per_channel and given:
-        names = ", ".join(f"`{name}`" for name in FACTORS)
+        names = ", ".join(f"`{name}`" for name in given)
         raise ConfigError(f"{target.given}: has latents_mean and latents_std per channel: leave out {names}")
     if settings.latents is not None:
         file = _factors_file(settings.latents)
@@ -312,10 +288,8 @@ def _set_factors(
         model.set_for_diffusion(given)
         return "given to olvae export", None
     if not loaded.factors_known:
-        note = (
-            f"{target.given} holds no factors: {model.scaling_factor:g} and {model.shift_factor:g} are diffusers' "
-            "defaults, Stable Diffusion 1's; other models need `scaling_factor` and `shift_factor`"
-        )
+        defaults = f"{model.scaling_factor:g} and {model.shift_factor:g} are diffusers' defaults, Stable Diffusion 1's"
+        note = f"{target.given} holds no factors: {defaults}; other models need `scaling_factor` and `shift_factor`"
         return "diffusers' default, the file holds none", note
     if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
         return f"from {target.name}", None
@@ -333,8 +307,7 @@ def _factors_file(given: Path) -> Path:
 def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[float, float]:
     """Read a target's scaling and shift factor from latents.json of olvae latents or stats.json of olvae encode.
 
-    Raises:
-        ValueError: the file is something else, has no factors of this target, or other weights by their checksum.
+    Raise ValueError if the file has no factors of this target, or those of other weights by their checksum.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

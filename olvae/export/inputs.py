@@ -40,8 +40,7 @@ class Item(NamedTuple):
 class DatasetInputs:
     """Images by number: output shard i holds those from i * shard_size on, and files are named by the number.
 
-    Args:
-        classes: names of folders; a file ``.cls`` holds the number of the folder that the image lies in.
+    If ``classes`` names folders, a file ``.cls`` holds the number of the folder that the image lies in.
     """
 
     images: ImageDataset
@@ -55,11 +54,9 @@ class DatasetInputs:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.images)))
 
     def count(self, shards: range) -> int:
-        """Count the images of output shards."""
         return sum(len(self._range(shard)) for shard in shards)
 
     def read(self, shard: int) -> Iterator[Item]:
-        """Yield the images of an output shard in order."""
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._range(shard):
             key = self.images.key(i)
@@ -68,12 +65,8 @@ class DatasetInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        keys = (self.images.key(i) for i in range(len(self.images)))
-        return {
-            "options": {**options, "shard_size": self.shard_size},
-            "images": _digest(keys),
-            "classes": list(self.classes),
-        }
+        images = _digest(self.images.key(i) for i in range(len(self.images)))
+        return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,6 @@ class ShardInputs:
         return total([self.shards[shard].images for shard in shards])
 
     def read(self, shard: int) -> Iterator[Item | ReadError]:
-        """Yield the images of an output shard in order, and errors in reading it."""
         source = self.shards[shard]
         for entry in read_shard(source, self.image_key):
             if not isinstance(entry, ReadError):
@@ -105,7 +97,6 @@ class ShardInputs:
                 raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Collect what the shards' bytes depend on, together with the options."""
         names = [f"{Path(shard.url).name}:{shard.images}" for shard in self.shards]
         return {"options": dict(options), "images": _digest(names)}
 
@@ -129,17 +120,15 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
         source = open_source(src, 1, 1)
         if isinstance(source, WebDatasetSource):
             return ShardInputs(source.val, source.channels, source.image_key)
-        if isinstance(source, MappedSource):
-            return _by_number(source.val, shard_size, classes)
-        raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
-    if holds_shards(src):
+        if not isinstance(source, MappedSource):
+            raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
+        images = source.val
+    elif holds_shards(src):
         if classes:
             raise ConfigError("`classes` is for folders: the .cls files of shards are kept anyway")
         return ShardInputs(with_counts(find_shards(src)), channels)
-    return _by_number(open_images(src, channels), shard_size, classes)
-
-
-def _by_number(images: ImageDataset, shard_size: int, classes: bool) -> DatasetInputs:
+    else:
+        images = open_images(src, channels)
     return DatasetInputs(images, shard_size, _classes(images) if classes else ())
 
 
@@ -158,7 +147,7 @@ def _folder(key: str) -> str:
 def _digest(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(line.encode(errors="surrogateescape") + b"\n")
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -198,7 +187,7 @@ def read_batches(
         size: pixels after the evaluation's resize and crop; 0 leaves the images as they are.
         multiple: that height and width are padded to.
         threads: that read ahead; 0 reads an image when it is needed.
-        keep_pixels: add the pixels, as PNG, to the files that are kept with an image.
+        keep_pixels: add the pixels as PNG to an image's files.
     """
     groups: dict[tuple[int, ...], list[Numbered[ReadImage | ReadError]]] = {}  # the one that waits longest is first
     waiting = 0
@@ -222,8 +211,7 @@ def read_batches(
 
 def in_order(numbered: Iterable[Numbered[T]]) -> Iterator[T]:
     """Sort numbered values as they come; the numbers start at 0 and have no gaps."""
-    early: dict[int, T] = {}
-    following = 0
+    early, following = dict[int, T](), 0
     for number, one in numbered:
         early[number] = one
         while following in early:

@@ -1,7 +1,6 @@
 """Formats of an export: names of tensors, config, and the independent loader that reads each back."""
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -27,33 +26,23 @@ FACTORS = ("latents", "scaling_factor", "shift_factor")
 NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there, not the autoencoder's")
 NO_MODULATION = "AutoencoderKL has no self-modulated convolutions"
 
-SAFETENSORS = ".safetensors"
-
-LOADED_BACK, IN_DIFFUSERS = "loaded back", "in diffusers"
-
-LDM_GROUPS = 32
-"""Of every GroupNorm in latent-diffusion's code."""
-
-LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+SAFETENSORS, LOADED_BACK, IN_DIFFUSERS = ".safetensors", "loaded back", "in diffusers"
 
 STOCK = {"block_out_channels": ([128, 256, 512], [128, 256, 512, 512]), "layers_per_block": (2,)}
 """What ComfyUI builds, whatever the file says; A1111's config has the longer list."""
 
 
 class Loaded(NamedTuple):
-    """An export, as an independent loader has read it, in float32.
-
-    Args:
-        loader: for reports: "loaded back", "in diffusers".
-        moments: images (B, C, H, W) in [-1, 1] to means, then log-variances.
-        decode: latents (B, n_z, h, w) to images.
-        for_diffusion: scaling and shift factors and the like; None if the format has no place for them.
-    """
+    """An export, as an independent loader has read it, in float32."""
 
     loader: str
+    """For reports: "loaded back", "in diffusers"."""
     moments: Callable[[Tensor], Tensor]
+    """Images (B, C, H, W) in [-1, 1] to means, then log-variances."""
     decode: Callable[[Tensor], Tensor]
+    """Latents (B, n_z, h, w) to images."""
     for_diffusion: Mapping[str, Any] | None = None
+    """Scaling and shift factors and the like; None if the format has no place for them."""
 
 
 class Layout:
@@ -105,11 +94,9 @@ class Layout:
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         """Yield what a user has to know about this model in this format."""
-        if not self.keeps_padding and (halves := reflecting(model)):
-            yield (
-                f"padding: reflect in the {' and the '.join(halves)}, which this format can't say: loaders have to set "
-                'padding_mode="reflect" on every convolution that pads, otherwise borders differ'
-            )
+        if not self.keeps_padding and (halves := " and the ".join(reflecting(model))):
+            how = 'loaders have to set padding_mode="reflect" on every convolution that pads, otherwise borders differ'
+            yield f"padding: reflect in the {halves}, which this format can't say: {how}"
 
 
 class LiteVAELayout(Layout):
@@ -117,11 +104,11 @@ class LiteVAELayout(Layout):
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
         ours = LiteVAE.from_pretrained(path)
-        in_diffusers = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        return [
-            Loaded(loader, loaded.moments, loaded.decode, loaded.for_diffusion)
-            for loader, loaded in ((LOADED_BACK, ours), (IN_DIFFUSERS, in_diffusers.autoencoder))
-        ]
+        theirs = AutoencoderLiteVAE.from_pretrained(
+            path, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        ).autoencoder
+        both = {LOADED_BACK: ours, IN_DIFFUSERS: theirs}
+        return [Loaded(name, one.moments, one.decode, one.for_diffusion) for name, one in both.items()]
 
     def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
         return """from olvae import AutoencoderLiteVAE, LiteVAE
@@ -141,10 +128,8 @@ class DiffusersLayout(Layout):
 
     def misfit(self, model: LiteVAE) -> str | None:
         if not kl.is_stable_diffusion(model):
-            return (
-                "a LiteVAE has other networks than AutoencoderKL: `format` litevae is for diffusers' "
-                "AutoencoderLiteVAE, `format` comfyui for ComfyUI"
-            )
+            instead = "`format` litevae is for diffusers' AutoencoderLiteVAE, `format` comfyui for ComfyUI"
+            return f"a LiteVAE has other networks than AutoencoderKL: {instead}"
         try:
             self.tensors(model), self.config(model)
         except ValueError as error:
@@ -166,13 +151,11 @@ class DiffusersLayout(Layout):
         return [Loaded(IN_DIFFUSERS, moments, decode, vae.config)]
 
     def usage(self, model: LiteVAE) -> str:
-        padding = "".join(
-            f"""for conv in vae.{half}.modules():
+        reflect = """for conv in vae.{half}.modules():
     if isinstance(conv, torch.nn.Conv2d) and conv.padding != (0, 0):
         conv.padding_mode = "reflect"
 """
-            for half in reflecting(model)
-        )
+        padding = "".join(reflect.format(half=half) for half in reflecting(model))
         return f"""import torch
 from diffusers import AutoencoderKL
 
@@ -189,14 +172,11 @@ class LatentDiffusionLayout(DiffusersLayout):
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         config = kl.diffusers_config(model)
-        if (groups := config["norm_num_groups"]) != LDM_GROUPS:
-            raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has {LDM_GROUPS}")
+        if (groups := config["norm_num_groups"]) != 32:
+            raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has 32")
         if not config["mid_block_add_attention"]:
             raise ValueError("no attention in the middle: latent-diffusion always has it")
-        last = len(config["block_out_channels"]) - 1
-        renamed = ((_ldm_name(name, last), tensor) for name, tensor in kl.diffusers_weights(model).items())
-        # Attention's linear layers are 1x1 convolutions there, (C, C, 1, 1).
-        return {name: tensor[:, :, None, None] if tensor.ndim == 2 else tensor for name, tensor in renamed}
+        return kl.latent_diffusion_weights(model)
 
     def config(self, model: LiteVAE) -> Config | None:  # noqa: ARG002
         return None
@@ -261,20 +241,3 @@ def reflecting(model: LiteVAE) -> list[str]:
     """List the halves, encoder and decoder, that pad by reflection."""
     halves = {"encoder": model.encoder, "decoder": model.decoder}
     return [name for name, half in halves.items() if half.node["params"].get("padding") == "reflect"]
-
-
-def _ldm_name(name: str, last: int) -> str:
-    """Rename a parameter of AutoencoderKL, whose lowest resolution is level ``last``."""
-    rules: tuple[tuple[str, Any], ...] = (
-        (r"\.down_blocks\.(\d+)\.", r".down.\1."),
-        (r"\.up_blocks\.(\d+)\.", lambda found: f".up.{last - int(found[1])}."),
-        (r"\.mid_block\.resnets\.(\d+)\.", lambda found: f".mid.block_{int(found[1]) + 1}."),
-        (r"\.mid_block\.attentions\.0\.(.+)\.", lambda found: f".mid.attn_1.{LDM_ATTENTION[found[1]]}."),
-        (r"\.resnets\.", ".block."),
-        (r"\.(down|up)samplers\.0\.", r".\1sample."),
-        (r"\.conv_shortcut\.", ".nin_shortcut."),
-        (r"\.conv_norm_out\.", ".norm_out."),
-    )
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name

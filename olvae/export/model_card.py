@@ -25,36 +25,27 @@ MADE_WITH = "made with open-LiteVAE"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights are from: the target's name, training config, metrics.json and licence; whether they are the raw
-    ones, not averaged; and where the scaling and shift factors are from, None if they were not measured.
-    """
+    """Where weights are from: the target's name, training config, metrics.json and licence."""
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Path | None = None
     raw: bool = False
+    """Whether they are the raw weights, not averaged."""
     licence: str | None = None
     factors_from: str | None = None
+    """Where the scaling and shift factors are from; None if they were not measured."""
 
 
 def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenance, onnx: bool) -> str:
-    """Write a model card: Markdown, with the hub's metadata in front.
-
-    Raises:
-        ValueError: ``provenance.metrics`` is not a metrics.json.
-    """
+    """Write a model card: Markdown, with the hub's metadata in front."""
+    cards = PackageLoader("olvae.export", ".")
     environment = Environment(
-        loader=PackageLoader("olvae.export", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=cards, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     results = None if provenance.metrics is None else Results.read(provenance.metrics)
-    first = results.rows[0].target if results is not None and results.rows else ""
-    family = (
-        [row for row in results.rows if row.target == first or row.target.startswith(f"{first}, ")] if results else []
-    )
+    rows = results.rows if results else []
+    family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
     return environment.get_template("card.md.jinja").render(
         model=model,
         layout=layout,
@@ -107,8 +98,8 @@ def _data(config: Mapping[str, Any]) -> str:
     root = f", {Path(str(params['root'])).name}" if "root" in params else ""
     size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
     steps = ((config.get("lightning") or {}).get("trainer") or {}).get("max_steps")
-    start = ""
+    text = f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}"
     if before := settings_of(config).weights:
         file = Path(before)
-        start = f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
-    return f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}{start}."
+        text += f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
+    return f"{text}."

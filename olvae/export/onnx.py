@@ -16,11 +16,8 @@ from olvae.models.autoencoder import LiteVAE
 TOLERANCE = 1e-4
 """Largest difference between onnxruntime and torch, relative to the largest value."""
 
-TRACED = (2, 3, 4)
-"""Batch, and height and width in latent positions, at which a network is traced."""
-
-CHECKED = ((1, 5, 3), (2, 2, 6), (3, 1, 1))
-"""The same for the sizes at which an ONNX file is checked."""
+TRACED, CHECKED = (2, 3, 4), ((1, 5, 3), (2, 2, 6), (3, 1, 1))
+"""Batch, and height and width in latent positions, at which a network is traced, and ONNX files are checked."""
 
 
 class Half(nn.Module):
@@ -39,26 +36,13 @@ class Half(nn.Module):
         shape = (batch, self.channels, self.factor * height, self.factor * width)
         return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
-    @property
-    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        dim = torch.export.Dim
-        height, width = dim("latent_height", min=2), dim("latent_width", min=2)  # torch.export treats 1 as a constant
-        sides = {2: height, 3: width} if self.factor == 1 else {2: self.factor * height, 3: self.factor * width}
-        return {"x": {0: dim("batch", min=1), **sides}}
-
 
 def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
     """Write ``encoder.onnx`` and ``decoder.onnx``, folded, and check them at sizes other than the traced one.
 
     The encoder maps ``image`` in [-1, 1] to ``moments`` (means, then log-variances, unclamped), the decoder ``latent``
-    to ``image`` (unclamped).
-
-    Returns:
-        For each file the largest difference from torch, relative to the largest value.
-
-    Raises:
-        ModuleNotFoundError: the ``onnx`` extra is not installed.
-        ValueError: the difference is above :data:`TOLERANCE`, or the model is not float32.
+    to ``image`` (unclamped). Return each file's largest difference from torch, relative to the largest value; raise
+    ValueError if it is above :data:`TOLERANCE`, or the model is not float32.
     """
     if {p.dtype for p in model.parameters()} != {torch.float32}:
         raise ValueError("ONNX files are written and checked in float32: leave `dtype` at float32")
@@ -82,14 +66,20 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
 
 
 def _write(half: Half, names: tuple[str, str], file: Path) -> None:
+    dim, factor = torch.export.Dim, half.factor
+    height, width = dim("latent_height", min=2), dim("latent_width", min=2)  # torch.export treats 1 as a constant
+    sides = {2: height, 3: width} if factor == 1 else {2: factor * height, 3: factor * width}
+    shapes = {"x": {0: dim("batch", min=1), **sides}}
+    one, other = ([name] for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             half,
             (half.example(*TRACED),),
-            dynamic_shapes=half.dynamic_shapes,
-            input_names=[names[0]],
-            output_names=[names[1]],
+            None,
+            input_names=one,
+            output_names=other,
+            dynamic_shapes=shapes,
             dynamo=True,
             verbose=False,
         )

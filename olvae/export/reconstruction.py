@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -21,10 +21,9 @@ from olvae.models.large.tiling import crop_to, pad_to_multiple
 
 @dataclass(frozen=True)
 class ReconstructOptions:
-    """How to reconstruct.
+    """Settings of reconstruction.
 
     Args:
-        device: to compute on.
         memory: bytes for encoding, and for decoding unless ``tile`` is given.
         tile: side of the decoder's tiles in latent positions.
         seed: decode a sample of the posterior, with the same seed for every image; None decodes the mode.
@@ -39,11 +38,7 @@ class ReconstructOptions:
 
 
 def collect_images(given: Iterable[Path], out: Path) -> list[Path]:
-    """List the given files and the images in the given folders, except those in ``out``; each once, in order.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or a folder has no images.
-    """
+    """List the given files and the images in the given folders, except those in ``out``; each once, in order."""
     found: dict[Path, Path] = {}
     for path in given:
         if path.is_dir():
@@ -64,13 +59,8 @@ def collect_images(given: Iterable[Path], out: Path) -> list[Path]:
 def name_outputs(images: Sequence[Path], out: Path, channels: int = 3) -> dict[Path, Path]:
     """Choose where every image's result is written, NAME.png beside NAME_compare.png, all different.
 
-    A name that is taken is prefixed with that of its folder, and numbered if that is taken as well.
-
-    Args:
-        channels: of the images; PNG has 1, 3 or 4, others become NAME.npy.
-
-    Raises:
-        ConfigError: a result would overwrite an input.
+    A name that is taken is prefixed with that of its folder, and numbered if that is taken as well. PNG has 1, 3 or 4
+    channels; images of others become NAME.npy. Raise ConfigError if a result would overwrite an input.
     """
     suffix = ".png" if channels in (1, 3, 4) else ".npy"
     taken: set[str] = set()
@@ -78,11 +68,9 @@ def name_outputs(images: Sequence[Path], out: Path, channels: int = 3) -> dict[P
     inputs = {image.resolve() for image in images}
     for image in images:
         longer = f"{image.resolve().parent.name}_{image.stem}".lstrip("_")
-        numbers = count(2)
-        name = image.stem
-        while {f"{name}{suffix}".lower(), f"{name}_compare.png".lower()} & taken:
-            name = longer if name == image.stem else f"{longer}_{next(numbers)}"
-        result = out / f"{name}{suffix}"
+        names = chain((image.stem, longer), (f"{longer}_{number}" for number in count(2)))
+        results = (out / f"{name}{suffix}" for name in names)
+        result = next(p for p in results if not {p.name.lower(), comparison_path(p).name.lower()} & taken)
         for path in (result, comparison_path(result)):
             if path.resolve() in inputs:
                 raise ConfigError(f"`out` {out}: {path} is one of the images: choose another folder")
@@ -104,10 +92,8 @@ def reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """Encode and decode an image, uint8 (C, H, W) of any size.
 
-    Autoencoders that can't work in tiles process the whole image at once, whatever memory that takes.
-
-    Args:
-        progress: called with the fraction that is done.
+    Autoencoders that can't work in tiles process the whole image at once, whatever memory that takes. ``progress`` is
+    called with the fraction that is done.
 
     Returns:
         The reconstruction, uint8 of the same shape, on the CPU; and what was decoded, (1, n_z, h, w).
@@ -120,10 +106,8 @@ def reconstruct(
     with autocast(options.device.type, options.precision):
         posterior = model.encode_within(x, options.memory, progress and (lambda done: progress(0.3 * done)))
         del x
-        if options.seed is None:
-            z = posterior.mode()
-        else:
-            z = posterior.sample(torch.Generator(options.device).manual_seed(options.seed))
+        seed = options.seed
+        z = posterior.mode() if seed is None else posterior.sample(torch.Generator(options.device).manual_seed(seed))
         memory = options.memory if options.tile is None else None
         y = model.decode_tiled(z, options.tile, memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
     if not torch.isfinite(y).all():
@@ -145,9 +129,7 @@ def reconstruct_file(
 ) -> float:
     """Read an image, reconstruct it, write the result and beside it the comparison; return the PSNR in dB.
 
-    Raises:
-        ValueError: the image can't be read or reconstructed; the message names it, and nothing is written.
-        OSError: a file can't be written.
+    Raise ValueError that names the image if it can't be read or reconstructed; then nothing is written.
     """
     x = image_to_tensor(read_picture(source, model.in_channels))
     try:
@@ -178,22 +160,19 @@ def reconstruct_files(
 ) -> int:
     """Reconstruct images into ``outputs``; report each in a line, also one that fails; return how many succeeded.
 
-    Args:
-        progress: called with the number of images that are done, and a fraction of the next.
-
-    Raises:
-        ConfigError: ``options.tile`` is set, and the decoder can't be tiled.
+    ``progress`` is called with the number of images that are done. Raise ConfigError if ``options.tile`` is set, but
+    the decoder can't be tiled.
     """
     if options.tile is not None and model.receptive_field is None:
         name = type(getattr(model, "decoder", model)).__name__
         raise ConfigError(f"`tile` {options.tile}: {name} sees the whole latent at every position: leave `tile` out")
-    failed = 0
+    succeeded = 0
     for number, (source, result) in enumerate(outputs.items()):
         try:
             value = reconstruct_file(model, source, result, options, lambda part: progress(number + part))  # noqa: B023
             report(f"{value:6.2f} dB  {source} -> {result}")
+            succeeded += 1
         except ValueError as error:
-            failed += 1
             report(f"error: {error}")
         progress(number + 1)
-    return len(outputs) - failed
+    return succeeded

@@ -143,6 +143,35 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
     )
 
 
+def latent_diffusion_weights(model: LiteVAE) -> dict[str, Tensor]:
+    """Name the weights as latent-diffusion does, where attention's linear layers are 1x1 convolutions, (C, C, 1, 1)."""
+    last = len(model.encoder.node["params"]["channel_mult"]) - 1
+    named = {}
+    for name, tensor in diffusers_weights(model).items():
+        name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", name)
+        for ours, theirs in LDM_NAMES.items():
+            name = name.replace(ours, theirs)
+        named[name] = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+    return named
+
+
+LDM_NAMES = {
+    "down_blocks.": "down.",
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "resnets.": "block.",
+    "samplers.0.": "sample.",
+    "conv_shortcut.": "nin_shortcut.",
+    "conv_norm_out.": "norm_out.",
+    "group_norm.": "norm.",
+    "to_q.": "q.",
+    "to_k.": "k.",
+    "to_v.": "v.",
+    "to_out.0.": "proj_out.",
+}
+"""Parts of names in diffusers' AutoencoderKL and in latent-diffusion, where levels of the decoder count backwards."""
+
 LDM_PREFIXES = ("first_stage_model.", "vae.", "")
 
 LDM_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
