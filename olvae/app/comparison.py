@@ -25,22 +25,13 @@ SHOWN_SIDE = 256
 
 
 class Result(NamedTuple):
-    """One model's reconstruction of one image.
+    """One model's reconstruction of one image, and the seconds that encoding and decoding took together."""
 
-    Args:
-        y: uint8 (C, H, W).
-        error: uint8 (3, H, W), :func:`~olvae.figures.error_map`.
-        latent: what was decoded, (n_z, h, w).
-        psnr: in dB, infinite for an equal image.
-        ssim: None if the image is too small for it.
-        seconds: of encoding and decoding together.
-    """
-
-    y: Tensor
-    error: Tensor
-    latent: Tensor
-    psnr: float
-    ssim: float | None
+    y: Tensor  # uint8 (C, H, W)
+    error: Tensor  # uint8 (3, H, W), of olvae.figures.error_map
+    latent: Tensor  # what was decoded, (n_z, h, w)
+    psnr: float  # in dB, infinite for an equal image
+    ssim: float | None  # None if the image is too small for it
     seconds: float
 
 

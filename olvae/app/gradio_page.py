@@ -38,11 +38,7 @@ class Shown(NamedTuple):
 
 
 def page(targets: Sequence[str], device: str = "cpu") -> gr.Blocks:
-    """Load TARGETs, and build their page.
-
-    Raises:
-        ConfigError, OSError, ValueError: a target can't be found or loaded.
-    """
+    """Load TARGETs, and build their page."""
     return build(load(name_apart([find_target(target) for target in targets]), device), device)
 
 

@@ -74,13 +74,10 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
-        path = Path(pretrained_model_name_or_path)
-        if path.is_file() or Run(path).last_checkpoint.is_file():
-            raise ValueError(
-                f"{path}: diffusers loads exports: name the folder that olvae export writes of it; "
-                "LiteVAE.from_pretrained takes runs and files too"
-            )
         given = str(pretrained_model_name_or_path)
+        if Path(given).is_file() or Run(Path(given)).last_checkpoint.is_file():
+            instead = "name the folder that olvae export writes of it; LiteVAE.from_pretrained takes runs and files too"
+            raise ValueError(f"{given}: diffusers loads exports: {instead}")
         folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
         for file in Path(folder, kwargs.get("subfolder") or "").glob("*.safetensors"):
             check_file(file)
@@ -126,11 +123,8 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode(
-        self,
-        z: Tensor,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,  # pipelines pass one; nothing here is random
+    def decode(  # pipelines pass a generator; nothing here is random
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode (B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
         model = self.autoencoder

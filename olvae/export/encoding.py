@@ -16,7 +16,7 @@ from olvae.data.shards.latent_source import LATENT, META, STATS, Latent, latent_
 from olvae.data.shards.pairs import CHANNELS
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.devices import DTYPES, FULL, autocast
-from olvae.export.inputs import Inputs, Item, Numbered, ReadImage, in_order, read_batches
+from olvae.export.inputs import Batch, Inputs, Item, Numbered, ReadImage, in_order, read_batches
 from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
@@ -113,10 +113,8 @@ class EncodeJob:
         if next(self.model.parameters()).device.type == "cpu" and self.options.precision == "fp16":
             yield "fp16 is slow on a CPU: set `precision` to bf16, or `device` to cuda"
         if (n := len(self.inputs)) < world:
-            yield (
-                f"{n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do; a smaller "
-                "`shard_size` gives them work, unless the images come in shards"
-            )
+            remedy = "a smaller `shard_size` gives them work, unless the images come in shards"
+            yield f"{n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do; {remedy}"
 
     def run(
         self,
@@ -187,12 +185,9 @@ class EncodeJob:
         return stats
 
     @torch.inference_mode()
-    def _encode(
-        self, batch: Sequence[Numbered[ReadImage | ReadError]], memory: int
-    ) -> list[Numbered[Encoded | ReadError]]:
+    def _encode(self, batch: Batch, memory: int) -> list[Numbered[Encoded | ReadError]]:
         done: list[Numbered[Encoded | ReadError]] = [(n, one) for n, one in batch if isinstance(one, ReadError)]
-        images = [(number, image) for number, image in batch if isinstance(image, ReadImage)]
-        if not images:
+        if not (images := [(number, image) for number, image in batch if isinstance(image, ReadImage)]):
             return done
         keys, pixels = [image.item.key for _, image in images], [image.pixels for _, image in images]
         sides = [self._latents(self._posterior(pixels, memory), keys)]

@@ -31,7 +31,6 @@ TOLERANCE, FOLDING = 1e-6, 1e-5
 """Largest differences, relative to the largest value: loaded back, and folded, which computes in another order."""
 
 ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
-"""Settings that mean nothing in a format of one file, and why."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class ExportSettings:
         return layout
 
     def check(self, place: Path) -> None:
-        """Check what can be checked before the model is loaded; raises as :meth:`layout` and :func:`check_place`."""
+        """Check what can be checked before the model is loaded."""
         suffix = "" if self.format is None else self.layout(self.format).suffix
         if self.latents is not None:
             _factors_file(self.latents)
@@ -118,12 +117,8 @@ def export(
     """Write an export beside its place, load it back, compare, and move it there; leave nothing behind on failure.
 
     Tensors are compared bit for bit, outputs of the format's loaders to :data:`TOLERANCE`. A link to a folder or file
-    stays a link. Folders get a model card, and the metrics.json that it cites.
-
-    Args:
-        model: in float32, with its scaling and shift factors.
-        layout: by default litevae.
-        settings: only ``dtype``, ``fold``, ``onnx`` and ``force`` are used here.
+    stays a link. Folders get a model card, and the metrics.json that it cites. The model is in float32, with its
+    factors; of the settings only ``dtype``, ``fold``, ``onnx`` and ``force`` are used; the default layout is litevae.
 
     Returns:
         The differences, relative to the largest value, by what was compared; 0 is equal to the bit.

@@ -162,21 +162,15 @@ class ReadImage(NamedTuple):
 Numbered = tuple[int, T]
 """Something, and its number in the shard."""
 
-GROUPED_BATCHES = 8
-"""Number of batches among whose images those of equal size are grouped."""
+Batch = list[Numbered[ReadImage | ReadError]]
 
-GROUPED_BYTES = 2**28
-"""Limit of the pixels that wait for others of their size."""
+GROUPED_BATCHES, GROUPED_BYTES = 8, 2**28
+"""Limits of the images that wait for others of their size, and of their pixels."""
 
 
 def read_batches(
-    items: Iterable[Item | ReadError],
-    size: int,
-    multiple: int,
-    batch_size: int,
-    threads: int,
-    keep_pixels: bool = False,
-) -> Iterator[list[Numbered[ReadImage | ReadError]]]:
+    items: Iterable[Item | ReadError], size: int, multiple: int, batch_size: int, threads: int, keep_pixels: bool
+) -> Iterator[Batch]:
     """Yield batches of up to ``batch_size`` images that have one size once they are padded; read errors come alone.
 
     Images wait in memory for others of their size, up to :data:`GROUPED_BATCHES` batches and :data:`GROUPED_BYTES`;
@@ -189,7 +183,7 @@ def read_batches(
         threads: that read ahead; 0 reads an image when it is needed.
         keep_pixels: add the pixels as PNG to an image's files.
     """
-    groups: dict[tuple[int, ...], list[Numbered[ReadImage | ReadError]]] = {}  # the one that waits longest is first
+    groups: dict[tuple[int, ...], Batch] = {}  # the one that waits longest is first
     waiting = 0
     for number, image in enumerate(_ahead(items, partial(_read, size, keep_pixels), threads, 2 * batch_size)):
         if isinstance(image, ReadError):

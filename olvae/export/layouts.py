@@ -26,7 +26,7 @@ FACTORS = ("latents", "scaling_factor", "shift_factor")
 NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there, not the autoencoder's")
 NO_MODULATION = "AutoencoderKL has no self-modulated convolutions"
 
-SAFETENSORS, LOADED_BACK, IN_DIFFUSERS = ".safetensors", "loaded back", "in diffusers"
+SAFETENSORS, IN_DIFFUSERS = ".safetensors", "in diffusers"
 
 STOCK = {"block_out_channels": ([128, 256, 512], [128, 256, 512, 512]), "layers_per_block": (2,)}
 """What ComfyUI builds, whatever the file says; A1111's config has the longer list."""
@@ -43,6 +43,10 @@ class Loaded(NamedTuple):
     """Latents (B, n_z, h, w) to images."""
     for_diffusion: Mapping[str, Any] | None = None
     """Scaling and shift factors and the like; None if the format has no place for them."""
+
+    @classmethod
+    def of(cls, model: LiteVAE, loader: str = "loaded back") -> "Loaded":
+        return cls(loader, model.moments, model.decode, model.for_diffusion)
 
 
 class Layout:
@@ -74,11 +78,11 @@ class Layout:
     def write(self, model: LiteVAE, path: Path) -> None:
         """Write a folder or a file that does not exist yet."""
         tensors, config = self.tensors(model), self.config(model)
-        if not self.suffix:
+        if self.suffix:
+            write_tensors(path, tensors, None if config is None else {CONFIG_KEY: json.dumps(config)})
+        else:
             path.mkdir()
             write_export(tensors, config or {}, path)
-            return
-        write_tensors(path, tensors, None if config is None else {CONFIG_KEY: json.dumps(config)})
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         """Read the tensors that :meth:`write` wrote, under the format's names."""
@@ -103,12 +107,8 @@ class LiteVAELayout(Layout):
     """A folder that this package loads, and diffusers as AutoencoderLiteVAE; holds every network of this package."""
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
-        ours = LiteVAE.from_pretrained(path)
-        theirs = AutoencoderLiteVAE.from_pretrained(
-            path, torch_dtype=torch.float32, low_cpu_mem_usage=False
-        ).autoencoder
-        both = {LOADED_BACK: ours, IN_DIFFUSERS: theirs}
-        return [Loaded(name, one.moments, one.decode, one.for_diffusion) for name, one in both.items()]
+        theirs = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        return [Loaded.of(LiteVAE.from_pretrained(path)), Loaded.of(theirs.autoencoder, IN_DIFFUSERS)]
 
     def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
         return """from olvae import AutoencoderLiteVAE, LiteVAE
@@ -187,7 +187,7 @@ class LatentDiffusionLayout(DiffusersLayout):
         back = kl.as_litevae(loaded, str(path))
         for half in reflecting(model):
             set_padding(getattr(back, half), "reflect")
-        return [Loaded(LOADED_BACK, back.moments, back.decode)]
+        return [Loaded.of(back)._replace(for_diffusion=None)]
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
@@ -213,8 +213,7 @@ class ComfyUILayout(Layout):
         return {PRIVATE_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
-        back = LiteVAE.from_pretrained(path)
-        return [Loaded(LOADED_BACK, back.moments, back.decode, back.for_diffusion)]
+        return [Loaded.of(LiteVAE.from_pretrained(path))]
 
 
 LAYOUTS: dict[str, type[Layout]] = {

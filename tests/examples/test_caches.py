@@ -1,6 +1,5 @@
 """Caches for other trainers, made of our shards, and read with NumPy, safetensors and torch alone."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -15,19 +14,16 @@ from olvae.data.image import from_uint8, image_to_tensor
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, keyed_generator
 from tests.data.images import encoded, picture, write_tar
+from tests.examples.loading import load_example
 from tests.export.latents import encode, pictures, tiny_vae
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+def kohya(*arguments: object) -> int:
+    return load_example("kohya_cache").main([str(argument) for argument in arguments])
 
 
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
-
-
-kohya, lightningdit = example("kohya_cache"), example("lightningdit_cache")
+def lightningdit(*arguments: object) -> int:
+    return load_example("lightningdit_cache").main([str(argument) for argument in arguments])
 
 
 class Means(Autoencoder):
@@ -112,10 +108,7 @@ def test_lightningdit_latents_labels_and_statistics(tmp_path, image_folder, mome
     model, out = tiny_vae(), tmp_path / "out"
     stats = encode(image_folder, tmp_path / "latents", model, classes=True, flip=True, moments=moments, dtype="float32")
     assert lightningdit(tmp_path / "latents", "--out", out) == 12
-    assert sorted(path.name for path in out.iterdir()) == [
-        *(f"00000{i}.safetensors" for i in range(3)),
-        "latents_stats.pt",
-    ]
+    assert {path.name for path in out.iterdir()} == {*(f"00000{i}.safetensors" for i in range(3)), "latents_stats.pt"}
     parts = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
     latents, mirrored, labels = (torch.cat([part[n] for part in parts]) for n in ("latents", "latents_flip", "labels"))
     assert (labels.dtype, labels.tolist()) == (torch.int64, [0] * 4 + [1] * 4 + [2] * 4)

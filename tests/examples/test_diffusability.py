@@ -1,7 +1,5 @@
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,7 @@ from safetensors.torch import load_file
 from olvae import LiteVAE
 from olvae.cli.main import main as olvae
 from tests.conftest import tiny_config
-
-FILE = Path(__file__).parent.parent.parent / "examples" / "diffusability.py"
+from tests.examples.loading import load_example
 
 
 def coarse(images):
@@ -23,9 +20,7 @@ def coarse(images):
 
 @pytest.fixture
 def example(monkeypatch):
-    spec = importlib.util.spec_from_file_location("diffusability", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("diffusability")
     monkeypatch.setattr(module, "Lite0", lambda: coarse)
     monkeypatch.setattr(module, "Inception", lambda path: coarse)
     return module
@@ -67,7 +62,7 @@ def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(example, arg
         assert samples.height > 5 * 128  # the reference, two limits, two seeds
 
     monkeypatch.setattr(example, "train", None)  # from here on it would fail
-    with_inception = example.main([*arguments, "--out", str(a), "--inception", str(FILE)])
+    with_inception = example.main([*arguments, "--out", str(a), "--inception", __file__])
     assert with_inception["frechet_lite0"] == first["frechet_lite0"]
     assert with_inception["fid"] == first["frechet_lite0"]  # of equal features
     assert set(first["frechet_lite0"]) == {"mean", "std", "reconstructions", "decoded_latents"}
@@ -140,11 +135,8 @@ def test_sizes_that_do_not_fit(example, shape, width, patch, message):
 
 def test_another_autoencoder_is_refused(example, arguments, tmp_path):
     arguments[2] = "diffusers:configs/distil/teacher"
-    (tmp_path / "latents" / "stats.json").write_text(
-        (tmp_path / "latents" / "stats.json")
-        .read_text()
-        .replace('"latent_shape": [\n    4', '"latent_shape": [\n    5')
-    )
+    stats = tmp_path / "latents" / "stats.json"
+    stats.write_text(json.dumps({**json.loads(stats.read_text()), "latent_shape": [5, 4, 4]}))
     with pytest.raises(ValueError, match="5 channels, but diffusers:configs/distil/teacher decodes 4"):
         example.main([*arguments, "--out", str(tmp_path / "out")])
 

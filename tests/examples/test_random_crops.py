@@ -1,19 +1,13 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
-FILE = Path(__file__).parent.parent.parent / "examples" / "random_crops.py"
+from tests.examples.loading import load_example
 
 
 @pytest.fixture
 def example():
-    spec = importlib.util.spec_from_file_location("random_crops", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("random_crops")
 
 
 def crops(folder):

@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -8,16 +5,12 @@ from PIL import Image
 
 from olvae import LiteVAE
 from tests.conftest import tiny_config
-
-FILE = Path(__file__).parent.parent.parent / "examples" / "train_diffusion.py"
+from tests.examples.loading import load_example
 
 
 @pytest.fixture
 def example():
-    spec = importlib.util.spec_from_file_location("train_diffusion", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("train_diffusion")
 
 
 def test_the_loss_falls_and_images_are_made(example, tmp_path, capsys):

@@ -59,10 +59,10 @@ class Blocks(Autoencoder):
 def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, shard_size: int = 5, **options: Any):
     """What the command does, in this process; stats.json's content."""
     model = tiny_vae() if model is None else model
-    batch_size = options.pop("batch_size", 3)
+    batches = {"batch_size": options.pop("batch_size", 3), "threads": options.pop("threads", 2)}
     inputs = find_inputs(str(source), 3, shard_size, options.pop("classes", False))
     encoder = EncodeJob(model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"})
-    encoder.run(batch_size=batch_size)
+    encoder.run(**batches)
     return encoder.finish()
 
 
@@ -70,3 +70,8 @@ def pictures(folder: Path, size: int = 16) -> Tensor:
     """All images of a folder as a model takes them, in the order of their paths."""
     images = [image_to_tensor(EvalTransform(size)(read_picture(path))) for path in find_images(folder)]
     return from_uint8(torch.stack(images))
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by name, not those of the folders in it."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from safetensors.torch import load_file
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError
 from olvae.models.large.tiling import GIB, crop_to, default_memory, pad_to_multiple, peak_bytes, tile_bytes
 from tests.conftest import tiny_config
+from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.large.test_tiling import sd
 
 
@@ -52,19 +52,9 @@ def test_there_and_back(vae, image, tmp_path):
     assert torch.equal(shared.autoencoder(image)[0], expected)
 
 
-def test_folded(vae, image, tmp_path):
-    vae.fold().save_pretrained(tmp_path)
-    model = AutoencoderLiteVAE.from_pretrained(tmp_path)
-    assert model.config.folded
-    assert "decoder.mid.0.conv1.weight" in load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    torch.testing.assert_close(model(image).sample, vae(image)[0], rtol=1e-5, atol=1e-6)
-    assert model.autoencoder.folded
-
-
 def test_the_interface_is_that_of_autoencoder_kl(vae, image):
     model = AutoencoderLiteVAE.from_autoencoder(vae)
-    theirs = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-                           up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    theirs = autoencoder_kl((32,) * 4)
     read_by_pipelines = (
         "block_out_channels", "force_upcast", "in_channels", "latent_channels", "out_channels", "sample_size",
         "scaling_factor", "shift_factor", "use_post_quant_conv", "use_quant_conv",
@@ -216,29 +206,10 @@ def test_any_size(vae, size):
         torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=1e-4)
 
 
-def test_dtypes(vae, image, tmp_path):
-    vae.save_pretrained(tmp_path)
-    half = AutoencoderLiteVAE.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    assert torch.equal(
-        half(image.bfloat16()).sample, LiteVAE.from_pretrained(tmp_path, dtype=half.dtype)(image.bfloat16())[0]
-    )
-    assert half.to(torch.float32).dtype == torch.float32
-    half.to("meta")
-    assert half.device.type == "meta"
-
-
-def dit(channels: int = 4) -> DiTTransformer2DModel:
+def dit() -> DiTTransformer2DModel:
     torch.manual_seed(2)
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=channels,
-        out_channels=channels,
-        num_layers=1,
-        sample_size=4,
-        num_embeds_ada_norm=1000,
-    ).eval()
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4}
+    return DiTTransformer2DModel(in_channels=4, out_channels=4, num_embeds_ada_norm=1000, **sizes).eval()
 
 
 def test_a_pipeline_makes_an_image(vae, tmp_path):
@@ -246,9 +217,8 @@ def test_a_pipeline_makes_an_image(vae, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
 
     def run(pipeline: DiTPipeline) -> torch.Tensor:
-        return pipeline(
-            [3, 7], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt"
-        ).images
+        seeded = torch.Generator().manual_seed(0)
+        return pipeline([3, 7], num_inference_steps=3, generator=seeded, output_type="pt").images
 
     latents: list[torch.Tensor] = []
     handle = vae.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0]))
@@ -270,18 +240,21 @@ def test_a_pipeline_makes_an_image(vae, tmp_path):
     )
 
 
-def test_a_config_from_outside_runs_no_code(vae, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            {"decoder_config": {"target": "subprocess.Popen", "params": {}}},
+            ConfigError,
+            "subprocess.Popen is not a network of this package",
+        ),
+        ({"latent_channels": 5}, ValueError, "latent_channels is 5, but for these networks it is 4"),
+    ],
+)
+def test_configs_that_are_refused(vae, tmp_path, change, kind, message):
+    """A config from outside runs no code, and does not contradict itself."""
     vae.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    content["decoder_config"]["target"] = "subprocess.Popen"
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"subprocess.Popen is not a network of this package"):
-        AutoencoderLiteVAE.from_pretrained(tmp_path)
-
-
-def test_a_config_that_contradicts_itself(vae, tmp_path):
-    vae.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**content, "latent_channels": 5}))
-    with pytest.raises(ValueError, match=r"latent_channels is 5, but for these networks it is 4"):
+    (tmp_path / "config.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(kind, match=message):
         AutoencoderLiteVAE.from_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """What every format of export keeps: exact, compared, whole or not at all; and a format from outside the package."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,57 +135,39 @@ def test_a_link_stays_a_link(layout, model, tmp_path):
         assert f"# {link.name}\n" in (goal / "README.md").read_text()
 
 
-def of_another_tensor(layout: Layout, monkeypatch):
-    read = layout.read
-
-    def other(path: Path) -> dict[str, Tensor]:
-        written = {**read(path)}
-        written[[*written][-1]] += 1e-6
-        return written
-
-    monkeypatch.setattr(layout, "read", other)
+def another_tensor(written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    last = [*written][-1]
+    return {**written, last: written[last] + 1e-6}
 
 
-def of_another_function(layout: Layout, monkeypatch):
+def another_function(loaded: Sequence[Loaded]) -> list[Loaded]:
     """The same tensors: what only a comparison of outputs finds."""
-    load = layout.load
-
-    def other(path: Path, model: LiteVAE) -> list[Loaded]:
-        loader, moments, decode, _ = load(path, model)[-1]
-        return [Loaded(loader, moments, lambda z: decode(z) * (1 + 4e-6))]
-
-    monkeypatch.setattr(layout, "load", other)
+    one = loaded[-1]
+    return [one._replace(decode=lambda z: one.decode(z) * (1 + 4e-6))]
 
 
-def of_other_factors(layout: Layout, monkeypatch):
-    load = layout.load
-
-    def other(path: Path, model: LiteVAE) -> list[Loaded]:
-        return [load(path, model)[-1]._replace(for_diffusion={**model.for_diffusion, "scaling_factor": 3.0})]
-
-    monkeypatch.setattr(layout, "load", other)
+def other_factors(loaded: Sequence[Loaded]) -> list[Loaded]:
+    return [loaded[-1]._replace(for_diffusion=defaultdict(lambda: 3.0))]
 
 
-def a_full_disk(layout: Layout, monkeypatch):
-    def full(model: LiteVAE, path: Path) -> None:
-        path.touch()
-        raise OSError("No space left")
-
-    monkeypatch.setattr(layout, "write", full)
+def full_disk(_: None) -> None:
+    raise OSError("No space left")
 
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("method", "spoil", "message"),
     [
-        (of_another_tensor, "differs from what was written: is the disk full"),
-        (of_another_function, "the result differs by .* of the largest value: nothing is written"),
-        (of_other_factors, "scaling_factor differs from what was written"),
-        (None, "1 tensors do not fit into torch.float16"),
-        (a_full_disk, "No space left"),
+        ("read", another_tensor, "differs from what was written: is the disk full"),
+        ("load", another_function, "the result differs by .* of the largest value: nothing is written"),
+        ("load", other_factors, "scaling_factor, .* differs from what was written"),
+        (None, None, "1 tensors do not fit into torch.float16"),
+        ("write", full_disk, "No space left"),
     ],
 )
-def test_a_failure_leaves_nothing_and_takes_nothing(layout, model, tmp_path, monkeypatch, spoil, message, force):
+def test_a_failure_leaves_nothing_and_takes_nothing(
+    layout, model, tmp_path, monkeypatch, method, spoil, message, force
+):
     place, settings = tmp_path / "deep" / "down" / f"vae{layout.suffix}", ExportSettings(force=force)
     if force:
         export(model, place, layout)
@@ -193,7 +176,8 @@ def test_a_failure_leaves_nothing_and_takes_nothing(layout, model, tmp_path, mon
         settings = replace(settings, dtype="float16")
         next(model.decoder.parameters()).data.flatten()[0] = 1e6
     else:
-        spoil(layout, monkeypatch)
+        original = getattr(layout, method)
+        monkeypatch.setattr(layout, method, lambda *given: spoil(original(*given)))
     with pytest.raises((ValueError, OSError), match=message):
         export(model, place, layout, settings)
     assert content(tmp_path) == before
@@ -230,12 +214,9 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     cases = [(f"photos/cat.png/vae{layout.suffix}", FileExistsError, "cat.png/vae.*: .*cat.png is a file")]
     if layout.suffix:
+        instead = rf"a folder, but this format is one file: name it, as in .*/vae{layout.suffix}"
         cases += [
-            (
-                "photos",
-                FileExistsError,
-                rf"a folder, but this format is one file: name it, as in .*/vae{layout.suffix}",
-            ),
+            ("photos", FileExistsError, instead),
             ("vae.ckpt", ValueError, f"this format is one file: its name ends with {layout.suffix}"),
         ]
     else:

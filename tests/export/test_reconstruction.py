@@ -42,24 +42,6 @@ def test_the_reconstruction_is_the_models(size, options):
     assert difference.float().mean() < 0.01
 
 
-def test_samples_are_drawn_from_the_seed():
-    vae = tiny().eval()
-    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
-    seven, again, eight = (
-        reconstruct(vae, image, ReconstructOptions(CPU.device, 2**30, seed=seed))[0] for seed in (7, 7, 8)
-    )
-    assert torch.equal(seven, again)
-    assert not torch.equal(seven, eight)
-    assert not torch.equal(seven, reconstruct(vae, image, CPU)[0])
-
-
-def test_half_precision_is_near():
-    vae = tiny().eval()
-    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
-    half = reconstruct(vae, image, ReconstructOptions(CPU.device, 2**30, precision="bf16"))[0]
-    assert 0 < (half.int() - reconstruct(vae, image, CPU)[0].int()).abs().float().mean() < 3
-
-
 def touch(*paths: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,54 +134,29 @@ from pathlib import Path
 import torch
 
 from olvae import config as cfg
-from olvae.export import reconstruction as module
+from olvae.export.reconstruction import ReconstructOptions, reconstruct_file
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import AutoencoderSpec
-from olvae.models.large.tiling import decode_window, split, tile_for
 
 
 def status(key):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
 
-class Watched(LiteVAE):
-    def decode_tiled(self, z, *arguments):
-        image = super().decode_tiled(z, *arguments)
-        kept.extend((z, image))
-        return image
-
-
-kept = []
-source, out = map(Path, sys.argv[1:])
 spec = AutoencoderSpec.from_content(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
-model = Watched.from_spec(spec).eval().fold()
-(result,) = module.name_outputs([source], out).values()
+model = LiteVAE.from_spec(spec).eval().fold()
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-module.reconstruct_file(model, source, result, module.ReconstructOptions(torch.device("cpu"), 2**30))
-added = status("VmHWM") - before
-
-z, image = kept
-worst = 0.0
-rows, columns = (split(size, tile_for(model.decoder, 2**30, tuple(z.shape)), 8) for size in z.shape[-2:])
-with torch.no_grad():
-    for _, y in rows[:-1]:
-        for _, x in columns[:-1]:
-            window = (y - 16, y + 16), (x - 16, x + 16)
-            again = decode_window(model.decoder.stages(), z, window)
-            worst = max(worst, float((again - image[..., slice(*window[0]), slice(*window[1])]).abs().max()))
-print(added, worst / float(image.std()))
+reconstruct_file(model, Path(sys.argv[1]), Path(sys.argv[2]), ReconstructOptions(torch.device("cpu"), 2**30))
+print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.slow
 def test_a_large_photograph_in_two_gib(tmp_path):
-    """The published networks on 3000x2000 pixels: added memory, and the seams' crossings decoded anew."""
+    """The published networks on 3000x2000 pixels."""
     data = pytest.importorskip("skimage.data")
-    (tmp_path / "out").mkdir()
     Image.fromarray(data.astronaut()).resize((3000, 2000), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
-    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "photo.png"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "photo.png"), str(tmp_path / "out.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    added, worst = done.stdout.split()
-    assert int(added) < 2 * 2**30
-    assert float(worst) < 1e-4
+    assert int(done.stdout) < 2 * 2**30

@@ -19,41 +19,25 @@ COMFYUI = LAYOUTS["comfyui"]()
 NODE = Path(__file__).parent.parent.parent / "integrations" / "comfyui"
 
 LOOKED_FOR = [
-    "decoder.up_blocks.0.resnets.0.norm1.weight",
-    "decoder.mid.block_1.mix_factor",
-    "taesd_decoder.1.weight",
-    "vquantizer.codebook.weight",
-    "backbone.1.0.block.0.1.num_batches_tracked",
-    "blocks.11.num_batches_tracked",
-    "encoder.backbone.1.0.block.0.1.num_batches_tracked",
-    "decoder.conv_in.weight",
-    "decoder.layers.1.layers.0.beta",
-    "blocks.2.blocks.3.stack.5.weight",
-    "decoder.blocks.2.blocks.3.stack.5.weight",
-    "layers.4.layers.1.attn_block.attn.qkv.weight",
-    "encoder.layers.4.layers.1.attn_block.attn.qkv.weight",
-    "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight",
-    "decoder.conv_in.conv.weight",
-    "decoder.unpatcher3d.wavelets",
-    "decoder.middle.0.residual.0.gamma",
-    "geo_decoder.cross_attn_decoder.ln_1.bias",
-    "vocoder.backbone.channel_layers.0.0.bias",
-    "pixel_space_vae",
-    "vocoder.activation_post.downsample.lowpass.filter",
-    "decoder.22.bias",
-    "vocoder.resblocks.0.convs1.0.weight",
-    "vocoder.vocoder.resblocks.0.convs1.0.weight",
-    "pre_block.attn.zero_k_bias",
-]
+    "decoder.up_blocks.0.resnets.0.norm1.weight", "decoder.mid.block_1.mix_factor", "taesd_decoder.1.weight",
+    "vquantizer.codebook.weight", "backbone.1.0.block.0.1.num_batches_tracked", "blocks.11.num_batches_tracked",
+    "encoder.backbone.1.0.block.0.1.num_batches_tracked", "decoder.conv_in.weight", "decoder.layers.1.layers.0.beta",
+    "blocks.2.blocks.3.stack.5.weight", "decoder.blocks.2.blocks.3.stack.5.weight",
+    "layers.4.layers.1.attn_block.attn.qkv.weight", "encoder.layers.4.layers.1.attn_block.attn.qkv.weight",
+    "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "decoder.conv_in.conv.weight",
+    "decoder.unpatcher3d.wavelets", "decoder.middle.0.residual.0.gamma", "geo_decoder.cross_attn_decoder.ln_1.bias",
+    "vocoder.backbone.channel_layers.0.0.bias", "pixel_space_vae",
+    "vocoder.activation_post.downsample.lowpass.filter", "decoder.22.bias", "vocoder.resblocks.0.convs1.0.weight",
+    "vocoder.vocoder.resblocks.0.convs1.0.weight", "pre_block.attn.zero_k_bias",
+]  # fmt: skip
 """Names of which one tells ComfyUI's loader what an autoencoder is (comfy/sd.py, VAE.__init__, as read in November
 2026). Without any of them it warns "No VAE weights detected"."""
 
 
 @pytest.fixture
 def model() -> LiteVAE:
-    return tiny_litevae().set_for_diffusion(
-        {"scaling_factor": 0.5, "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
-    )
+    factors = {"scaling_factor": 0.5, "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
+    return tiny_litevae().set_for_diffusion(factors)
 
 
 @pytest.fixture
@@ -127,16 +111,12 @@ def test_the_tiled_nodes_give_the_same(node, model, vae_folder):
     pixels = torch.rand(1, 64, 96, 3)
     vae, small = load(node), load(node, memory_gib=0.0005)
     z = vae.encode(pixels)
-    for tiled in (
-        vae.encode_tiled(pixels, tile_x=64, tile_y=64, overlap=16, tile_t=None, overlap_t=None),
-        small.encode(pixels),
-    ):
+    tiles = vae.encode_tiled(pixels, tile_x=64, tile_y=64, overlap=16, tile_t=None, overlap_t=None)
+    for tiled in (tiles, small.encode(pixels)):
         torch.testing.assert_close(tiled, z, rtol=1e-4, atol=1e-5)
     image = vae.decode(z)
-    for tiled in (
-        vae.decode_tiled(z, tile_x=3, tile_y=5, overlap=1, tile_t=None, overlap_t=None),
-        small.decode(z),
-    ):
+    tiles = vae.decode_tiled(z, tile_x=3, tile_y=5, overlap=1, tile_t=None, overlap_t=None)
+    for tiled in (tiles, small.decode(z)):
         torch.testing.assert_close(tiled, image, rtol=1e-4, atol=1e-5)
 
 
