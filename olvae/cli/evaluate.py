@@ -157,7 +157,6 @@ def command(
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
         from olvae.evaluation.observers.baselines import UNTRAINED
         from olvae.evaluation.protocol import named
-        from olvae.evaluation.results import Results
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.models.loading.targets import find_target, name_apart
 
@@ -168,7 +167,7 @@ def command(
     observers = _observers(found[0], cross, split_commas(precision), baselines, report, observe or ())
     folder = results_folder(out, targets[0], found[0].run)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
-    earlier = [(path, Results.read(path)) for path in beside or ()]
+    earlier = [(path, _read_earlier(path)) for path in beside or ()]
     places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
     if over := [path for path, _ in earlier if path.resolve() in places]:
         raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
@@ -209,6 +208,21 @@ def _observers(
             raise ConfigError(f"`observe` {path}: not a class derived from {Observer.__module__}.Observer")
         observers.append(kind())
     return [*observers, *([Baselines(first)] if baselines else [])]
+
+
+def _read_earlier(path: Path) -> "Results":
+    """An earlier metrics.json whose entries can be shown, as :meth:`~olvae.evaluation.results.Results.read`."""
+    from olvae.evaluation.observers.cross import Cross
+    from olvae.evaluation.observers.half_precision import HalfPrecision
+    from olvae.evaluation.results import Results
+
+    results = Results.read(path)
+    try:
+        for observer in (Cross(), HalfPrecision()):
+            list(observer.lines(results.rows))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
+    return results
 
 
 def _finish(
