@@ -11,12 +11,12 @@ from .evaluation.runner import Request as Request
 from .evaluation.runner import evaluate as evaluate
 from .export.diffusers_model import AutoencoderLiteVAE as AutoencoderLiteVAE
 from .losses.adversarial import LeCam as LeCam
-from .losses.adversarial import cutmix as cutmix
-from .losses.adversarial import cutmix_consistency as cutmix_consistency
 from .losses.adversarial import discriminator_accuracy as discriminator_accuracy
 from .losses.adversarial import discriminator_loss as discriminator_loss
 from .losses.adversarial import generator_loss as generator_loss
 from .losses.adversarial import r1_penalty as r1_penalty
+from .losses.cutmix import cutmix as cutmix
+from .losses.cutmix import cutmix_consistency as cutmix_consistency
 from .losses.objective import Objective as Objective
 from .losses.perceptual import LPIPS as LPIPS
 from .losses.terms import gaussian_loss as gaussian_loss

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.modules.distributions import Posterior, keyed_seed
-from olvae.modules.moments import Moments
+from olvae.modules.scaling_factors import Moments
 
 ACTIVE_VARIANCE = 0.01
 """A channel is active if its posterior mean varies by more than this over the data (Burda et al. 2016, section 5.1)."""

@@ -22,7 +22,7 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import Posterior, in_float32, keyed_generator
-from olvae.modules.moments import Moments
+from olvae.modules.scaling_factors import Moments
 
 STATE = ".encode"
 """Folder beside the shards of latents, with the plan and a description of each finished shard."""

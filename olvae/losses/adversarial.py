@@ -64,8 +64,8 @@ def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: the name is not in ``ADVERSARIAL_LOSSES`` or the list is empty; TypeError: it is a tensor.
     """
-    loss = _lookup(name)
-    return _mean([loss.generator(f) for f in _logits(fake_logits)])
+    loss = find_loss(name)
+    return mean_of_outputs([loss.generator(f) for f in check_logits(fake_logits)])
 
 
 def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
@@ -74,9 +74,9 @@ def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Se
     Raises:
         ValueError: as :func:`generator_loss`, or the lists have different lengths.
     """
-    loss = _lookup(name)
+    loss = find_loss(name)
     real, fake = _pair(real_logits, fake_logits)
-    return _mean([loss.real(r) for r in real]) + _mean([loss.fake(f) for f in fake])
+    return mean_of_outputs([loss.real(r) for r in real]) + mean_of_outputs([loss.fake(f) for f in fake])
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def discriminator_accuracy(real_logits: Sequence[Tensor], fake_logits: Sequence[
     defined up to a constant: there it is the midpoint between the means of real and fake logits, per tensor. A logit on
     the threshold counts half. Real and fake weigh the same; mean over each tensor, then over the list; no gradient.
     """
-    threshold = _lookup(name).threshold
+    threshold = find_loss(name).threshold
     shares: list[Tensor] = []
     for r, f in zip(*_pair(real_logits, fake_logits), strict=True):
         middle = 0.5 * (r.mean() + f.mean()) if threshold is None else threshold
@@ -99,17 +99,20 @@ def _share_above(x: Tensor) -> Tensor:
     return 0.5 * (1 + x.sign()).mean()
 
 
-def _mean(per_logit: Sequence[Tensor]) -> Tensor:
+def mean_of_outputs(per_logit: Sequence[Tensor]) -> Tensor:
+    """The mean over each tensor, then over the list."""
     return torch.stack([values.mean() for values in per_logit]).mean()
 
 
-def _lookup(name: str) -> _Loss:
+def find_loss(name: str) -> _Loss:
+    """Find an adversarial loss by name; ValueError if there is none."""
     if name not in _LOSSES:
         raise ValueError(f"adversarial loss must be one of {', '.join(_LOSSES)}, got {name!r}")
     return _LOSSES[name]
 
 
-def _logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
+def check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """Check that logits are the list that a discriminator returns; in float32."""
     if isinstance(logits, Tensor):
         raise TypeError("logits come as the list that a discriminator returns, got a single tensor: wrap it in [ ]")
     if not logits:
@@ -118,7 +121,7 @@ def _logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
 
 
 def _pair(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    real, fake = _logits(real_logits), _logits(fake_logits)
+    real, fake = check_logits(real_logits), check_logits(fake_logits)
     if len(real) != len(fake):
         raise ValueError(f"{len(real)} real and {len(fake)} fake logit tensors: they come from one discriminator")
     return real, fake
@@ -203,63 +206,3 @@ class LeCam(nn.Module):
         self.real_anchors.copy_(torch.lerp(new_real, self.real_anchors, decay))
         self.fake_anchors.copy_(torch.lerp(new_fake, self.fake_anchors, decay))
         self.started.fill_(True)
-
-
-def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Paste a rectangle of one image into the other, sample by sample (Yun et al. 2019, Schönfeld et al. 2020).
-
-    The rectangle's share of the area is uniform in (0, 1), up to whole pixels; it has the image's aspect ratio and a
-    random place. A fair coin decides whether it holds the real or the fake image, so that a pixel's place does not
-    predict its label [D].
-
-    Returns:
-        The mixed images (B, C, H, W), and the mask (B, 1, H, W) in their dtype: 1 for real pixels, 0 for fake ones.
-    """
-    if real.shape != fake.shape or real.ndim != 4:
-        raise ValueError(f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
-    b, _, h, w = real.shape
-    source = real.device if generator is None else generator.device
-    area, top, left, coin = torch.rand(4, b, 1, generator=generator, device=source).to(real.device)  # each (B, 1)
-    rows = _inside(h, area.sqrt(), top)  # (B, H)
-    columns = _inside(w, area.sqrt(), left)  # (B, W)
-    inside = rows[:, :, None] & columns[:, None, :]  # (B, H, W)
-    mask = (inside ^ (coin < 0.5)[..., None]).unsqueeze(1)  # (B, 1, H, W)
-    return torch.where(mask, real, fake), mask.to(real.dtype)
-
-
-def _inside(size: int, share: Tensor, place: Tensor) -> Tensor:
-    """(B, size), true on a random interval of round(share * size) pixels; share and place (B, 1) in [0, 1)."""
-    length = (share * size).round()
-    start = (place * (size - length + 1)).floor()
-    pixel = torch.arange(size, device=share.device)
-    return (pixel >= start) & (pixel < start + length)
-
-
-def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
-    """E (D(mix(x, y)) - mix(D(x), D(y)))^2 over all pixels (Schönfeld et al. 2020), in float32.
-
-    Args:
-        mixed_logits, real_logits, fake_logits: per pixel, (B, 1, H, W); gradients flow to all three.
-        mask: cutmix's, (B, 1, H, W).
-    """
-    target = torch.where(mask > 0.5, island(real_logits), island(fake_logits))
-    return (island(mixed_logits) - target).square().mean()
-
-
-def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """The discriminator's loss on mixed images (Schönfeld et al. 2020), a scalar in float32.
-
-    The label of a pixel's logit is its pixel's, and the mean is over all pixels. The label of an image's own logit is
-    "fake", unless the mix has no fake pixel [D]: a rectangle may fill the image. The mean is over the list.
-
-    Args:
-        mixed_logits: per pixel, (B, 1, H, W), then any number of tensors (B, ...) of whole images.
-        mask: cutmix's, (B, 1, H, W).
-    """
-    loss, (pixels, *images) = _lookup(name), _logits(mixed_logits)
-    real = mask > 0.5
-    terms = [torch.where(real, loss.real(pixels), loss.fake(pixels))]
-    for t in images:
-        wholly_real = real.flatten(1).all(dim=1).view(-1, *(1,) * (t.ndim - 1))  # (B, 1, ...)
-        terms.append(torch.where(wholly_real, loss.real(t), loss.fake(t)))
-    return _mean(terms)

@@ -1,6 +1,6 @@
 """The adversary of phase B: a discriminator, the losses of both sides, and their schedule."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -12,15 +12,14 @@ from olvae.data.source import Source
 from olvae.losses.adversarial import (
     ADVERSARIAL_LOSSES,
     LeCam,
-    cutmix,
-    cutmix_consistency,
-    cutmix_loss,
     discriminator_accuracy,
     discriminator_loss,
     generator_loss,
     r1_penalty,
 )
+from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
+from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import check_not_negative
 from olvae.modules.base import check_counts
 from olvae.modules.precision import no_autocast
@@ -139,6 +138,18 @@ class Adversary(nn.Module):
         if not self.plays(step):
             return 0.0
         return self.weight * min(1.0, (step - self.start_step + 1) / max(1, self.ramp_steps))
+
+    def weight_in(self, model: "LiteAutoencoderKL", losses: Mapping[str, Tensor]) -> Tensor | float:
+        """The weight of the loss ``adversarial`` in this step, times the adaptive weight if that is on; logs health."""
+        weight: Tensor | float = self.weight_at(model.global_step)
+        if self.adaptive_weight or model.reports:
+            pixels = model.objective.weighted(losses, *IMAGE_TERMS)
+            ratio = gradient_ratio(model, pixels, losses["adversarial"])  # |pixels| / |adversarial|
+            if self.adaptive_weight:
+                weight = weight * ratio.clamp(0.0, self.adaptive_max)
+                model.report({"health/adaptive_weight": ratio.clamp(0.0, self.adaptive_max)})
+            model.report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
+        return weight
 
     # Losses
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.source import Batch, Source
-from olvae.losses.objective import IMAGE_TERMS, Objective
+from olvae.losses.objective import Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
@@ -22,7 +22,6 @@ from olvae.models.optimization import (
     compile_networks,
     grad_scaler,
     gradient_norm,
-    gradient_ratio,
     lr_factor,
     mix_seeds,
     parameters_of,
@@ -280,7 +279,7 @@ class LiteAutoencoderKL(ValidatedModule):
             if adversary is not None:
                 assert step.reconstruction is not None
                 step.losses["adversarial"] = adversary.generator_loss(step.reconstruction)
-                total = total + self._adversarial_weight(adversary, step.losses) * step.losses["adversarial"]
+                total = total + adversary.weight_in(self, step.losses) * step.losses["adversarial"]
             self.guard.observe({**step.losses, "loss": total})
             self._backward("autoencoder", total, last)
             self.report({f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()})
@@ -335,18 +334,6 @@ class LiteAutoencoderKL(ValidatedModule):
                 total = total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
                 step.losses |= {name: loss for name, (loss, _) in losses.items()}
         return total
-
-    def _adversarial_weight(self, adversary: Adversary, losses: dict[str, Tensor]) -> Tensor | float:
-        """The weight of the adversarial loss; reports health."""
-        weight: Tensor | float = adversary.weight_at(self.global_step)
-        if adversary.adaptive_weight or self.reports:
-            pixels = self.objective.weighted(losses, *IMAGE_TERMS)
-            ratio = gradient_ratio(self, pixels, losses["adversarial"])  # |pixels| / |adversarial|
-            if adversary.adaptive_weight:
-                weight = weight * ratio.clamp(0.0, adversary.adaptive_max)
-                self.report({"health/adaptive_weight": ratio.clamp(0.0, adversary.adaptive_max)})
-            self.report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
-        return weight
 
     def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)

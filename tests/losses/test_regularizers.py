@@ -6,7 +6,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from olvae.losses.adversarial import LeCam, cutmix, cutmix_consistency, cutmix_loss, r1_penalty
+from olvae.losses.adversarial import LeCam, r1_penalty
+from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.modules.unetgan import UNetGAN
 
 

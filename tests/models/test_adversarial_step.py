@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from olvae.models import liteautoencoder
+from olvae.models import adversary
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
 from olvae.modules.unetgan import fixed_spectral_norm
@@ -113,8 +113,8 @@ def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(i
     for _, _, autoencoder, _, gradients in history[:6]:
         assert_same(autoencoder, start)
         assert all(g is None or not g.any() for g in gradients)
-    for _, count, _, adversary, _ in history:
-        assert bool(moved(start_d, adversary)) == (count > 0)
+    for _, count, _, weights_d, _ in history:
+        assert bool(moved(start_d, weights_d)) == (count > 0)
     _, _, after, _, _ = history[7]
     assert len(moved(start, after)) > 0.9 * len(start)
     assert model.trainer.global_step == 2
@@ -228,7 +228,7 @@ def test_the_gradient_ratio_is_measured_where_the_loggers_take_it(
     image_folder, tmp_path, monkeypatch, accumulate, warmup
 ):
     measured, logged = [], []
-    ratio = liteautoencoder.gradient_ratio
+    ratio = adversary.gradient_ratio
 
     def measure(model, one, other):
         measured.append(model.global_step + 1)
@@ -238,7 +238,7 @@ def test_the_gradient_ratio_is_measured_where_the_loggers_take_it(
         def log_metrics(self, metrics, step=None) -> None:
             logged.append(step)
 
-    monkeypatch.setattr(liteautoencoder, "gradient_ratio", measure)
+    monkeypatch.setattr(adversary, "gradient_ratio", measure)
     model = build(against(warmup_updates=warmup), accumulate_grad_batches=accumulate)
     fit(model, image_folder, 7, batch_size=2, logger=Logger(tmp_path), log_every_n_steps=3 * accumulate)
     assert len(logged) >= 2

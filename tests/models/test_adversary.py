@@ -7,6 +7,7 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.losses import adversarial as losses
 from olvae.losses.adversarial import ADVERSARIAL_LOSSES
+from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.models.adversary import Adversary
 from olvae.modules.unetgan import fixed_spectral_norm
 
@@ -223,9 +224,9 @@ def test_cutmix_is_logged_and_weighted_when_it_is_on():
     total, logs = adversary.discriminator_loss(real, fake)
     assert logs.keys() - without.keys() == {"cutmix"}
     torch.manual_seed(3)
-    mixed, mask = losses.cutmix(real, fake)
+    mixed, mask = cutmix(real, fake)
     of_mixed = logits(adversary, mixed)
-    expected = losses.cutmix_loss("hinge", of_mixed, mask) + losses.cutmix_consistency(
+    expected = cutmix_loss("hinge", of_mixed, mask) + cutmix_consistency(
         of_mixed[0], logits(adversary, real)[0], logits(adversary, fake)[0], mask
     )
     assert logs["cutmix"].item() == pytest.approx(expected.item(), rel=1e-4)

@@ -20,8 +20,8 @@ from olvae.models.parts.part import Loss, Part, Step, check_not_negative, first_
 from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
 from olvae.modules.frozen import Constant
-from olvae.modules.moments import Moments
 from olvae.modules.precision import no_autocast
+from olvae.modules.scaling_factors import Moments
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from olvae.modules.moments import Moments
+from olvae.modules.scaling_factors import Moments
 
 
 @pytest.fixture

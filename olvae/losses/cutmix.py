@@ -1,0 +1,69 @@
+"""Mix images and reconstructions by CutMix, for discriminators with a logit per pixel (Schönfeld et al. 2020)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from olvae.losses.adversarial import check_logits, find_loss, mean_of_outputs
+from olvae.modules.precision import island
+
+
+def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of one image into the other, sample by sample (Yun et al. 2019, Schönfeld et al. 2020).
+
+    The rectangle's share of the area is uniform in (0, 1), up to whole pixels; it has the image's aspect ratio and a
+    random place. A fair coin decides whether it holds the real or the fake image, so that a pixel's place does not
+    predict its label [D].
+
+    Returns:
+        The mixed images (B, C, H, W), and the mask (B, 1, H, W) in their dtype: 1 for real pixels, 0 for fake ones.
+    """
+    if real.shape != fake.shape or real.ndim != 4:
+        raise ValueError(f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
+    b, _, h, w = real.shape
+    source = real.device if generator is None else generator.device
+    area, top, left, coin = torch.rand(4, b, 1, generator=generator, device=source).to(real.device)  # each (B, 1)
+    rows = _inside(h, area.sqrt(), top)  # (B, H)
+    columns = _inside(w, area.sqrt(), left)  # (B, W)
+    inside = rows[:, :, None] & columns[:, None, :]  # (B, H, W)
+    mask = (inside ^ (coin < 0.5)[..., None]).unsqueeze(1)  # (B, 1, H, W)
+    return torch.where(mask, real, fake), mask.to(real.dtype)
+
+
+def _inside(size: int, share: Tensor, place: Tensor) -> Tensor:
+    """(B, size), true on a random interval of round(share * size) pixels; share and place (B, 1) in [0, 1)."""
+    length = (share * size).round()
+    start = (place * (size - length + 1)).floor()
+    pixel = torch.arange(size, device=share.device)
+    return (pixel >= start) & (pixel < start + length)
+
+
+def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
+    """E (D(mix(x, y)) - mix(D(x), D(y)))^2 over all pixels (Schönfeld et al. 2020), in float32.
+
+    Args:
+        mixed_logits, real_logits, fake_logits: per pixel, (B, 1, H, W); gradients flow to all three.
+        mask: cutmix's, (B, 1, H, W).
+    """
+    target = torch.where(mask > 0.5, island(real_logits), island(fake_logits))
+    return (island(mixed_logits) - target).square().mean()
+
+
+def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The discriminator's loss on mixed images (Schönfeld et al. 2020), a scalar in float32.
+
+    The label of a pixel's logit is its pixel's, and the mean is over all pixels. The label of an image's own logit is
+    "fake", unless the mix has no fake pixel [D]: a rectangle may fill the image. The mean is over the list.
+
+    Args:
+        mixed_logits: per pixel, (B, 1, H, W), then any number of tensors (B, ...) of whole images.
+        mask: cutmix's, (B, 1, H, W).
+    """
+    loss, (pixels, *images) = find_loss(name), check_logits(mixed_logits)
+    real = mask > 0.5
+    terms = [torch.where(real, loss.real(pixels), loss.fake(pixels))]
+    for t in images:
+        wholly_real = real.flatten(1).all(dim=1).view(-1, *(1,) * (t.ndim - 1))  # (B, 1, ...)
+        terms.append(torch.where(wholly_real, loss.real(t), loss.fake(t)))
+    return mean_of_outputs(terms)
