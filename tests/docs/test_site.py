@@ -92,3 +92,13 @@ def test_the_drawn_layers_are_those_of_the_import_contract():
     assert layers
     drawn = [set(box.split(" · ")) for box in re.findall(r'\["(.*?)"\]', diagram[1])]
     assert drawn == [set(re.findall(r"olvae\.(\w+)", line)) for line in layers[1].splitlines()]
+
+
+def test_the_walks_name_files_and_functions_that_exist():
+    """A file and, after it, a function of it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    stops = re.findall(r"`((?:\w+/)+\w+\.py)`(?:\s+`(?:\w+\.)?(\w+)`)?", text)
+    assert len(stops) > 40
+    for file, function in stops:
+        path = next(path for path in (ROOT / "olvae" / file, ROOT / file) if path.exists())
+        assert not function or re.search(rf"(?:def|class) {function}\b", path.read_text(encoding="utf-8")), function
