@@ -59,7 +59,6 @@ def test_the_package_and_its_tests_are_no_larger_than_this():
     assert count_lines("tests/**/*.py") <= TEST_LINES_AT_MOST
 
 
-@unfinished
 def test_no_package_has_too_many_files():
     counts = Counter(path.parent for path in FILES)
     nothing(f"{folder.relative_to(ROOT)}: {count} files" for folder, count in counts.items() if count > PACKAGE_AT_MOST)
