@@ -15,11 +15,11 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.devices import DTYPES
 from olvae.evaluation.results import Results
-from olvae.export.layouts import FACTORS, LAYOUTS, Layout, find_layout
+from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.export.model_card import CARD_NAME, MADE_WITH, Provenance, model_card
 from olvae.files import nearest_folder, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.kl import as_litevae, is_stable_diffusion
+from olvae.models.loading.autoencoder_kl import as_litevae, is_stable_diffusion
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.names import DIFFUSERS
@@ -38,7 +38,7 @@ class ExportSettings:
     """Settings of an export.
 
     Args:
-        format: a name of :data:`~olvae.export.layouts.LAYOUTS` or the path of a Layout of your own; by default
+        format: a name of :data:`~olvae.export.formats.LAYOUTS` or the path of a Layout of your own; by default
             diffusers for AutoencoderKL's networks, else litevae.
         dtype: to round the weights to, a name of :data:`~olvae.devices.DTYPES`.
         fold: write the self-modulated convolutions as ordinary ones.

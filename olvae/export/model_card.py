@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from olvae.evaluation.cells import scores
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.results import Results
-from olvae.export.layouts import Layout, reflecting
+from olvae.export.formats import Layout, reflecting
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.kl import is_stable_diffusion
+from olvae.models.loading.autoencoder_kl import is_stable_diffusion
 from olvae.models.names import DIFFUSERS, is_hub_id
 from olvae.modules.base import count_parameters
 from olvae.runs import settings_of

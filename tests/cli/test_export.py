@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import save
-from olvae.export.layouts import Layout
+from olvae.export.formats import Layout
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.training.setup import start_from

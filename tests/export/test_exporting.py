@@ -16,8 +16,8 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export import exporting as module
 from olvae.export.exporting import ExportSettings, export, read_factors
-from olvae.export.layouts import LAYOUTS, Layout, Loaded, find_layout
-from olvae.models.loading.kl import as_litevae
+from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
+from olvae.models.loading.autoencoder_kl import as_litevae
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import autoencoder_kl
@@ -250,8 +250,8 @@ def test_folding_that_changes_the_result_is_refused(tmp_path, monkeypatch):
 def test_formats_that_do_not_exist():
     for name, message in (
         ("numpy", "`format` numpy: choose from litevae, diffusers, ldm, comfyui, or name a class"),
-        ("pathlib.Path", "`format` pathlib.Path: not a subclass of olvae.export.layouts.Layout"),
-        ("olvae.export.layouts.Layouts", "has no Layouts"),
+        ("pathlib.Path", "`format` pathlib.Path: not a subclass of olvae.export.formats.Layout"),
+        ("olvae.export.formats.Layouts", "has no Layouts"),
     ):
         with pytest.raises(ConfigError, match=message):
             find_layout(name)

@@ -7,7 +7,7 @@ import pytest
 
 from olvae import LiteVAE
 from olvae.export.exporting import export
-from olvae.export.layouts import LAYOUTS
+from olvae.export.formats import LAYOUTS
 from olvae.export.model_card import Provenance, model_card
 from tests.conftest import tiny_config
 from tests.export.tiny import ours, tiny_litevae

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
 from olvae.export.exporting import ExportSettings, export
-from olvae.export.layouts import LAYOUTS
+from olvae.export.formats import LAYOUTS
 from tests.export.tiny import tiny_litevae
 
 COMFYUI = LAYOUTS["comfyui"]()

@@ -11,8 +11,8 @@ from olvae import config as cfg
 from olvae.checkpoint import pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE, load_located
+from olvae.models.loading.autoencoder_kl import LatentDiffusionLoader
 from olvae.models.loading.diffusers_models import DiffusersLoader
-from olvae.models.loading.kl import LatentDiffusionLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.names import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, shipped_folder, split_class
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights

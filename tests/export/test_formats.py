@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import save
 from olvae.export.exporting import ExportSettings, export
-from olvae.export.layouts import LAYOUTS
-from olvae.models.loading.kl import as_litevae
+from olvae.export.formats import LAYOUTS
+from olvae.models.loading.autoencoder_kl import as_litevae
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import config_inside, locate

@@ -15,7 +15,7 @@ from olvae.checkpoint import PRIVATE_PREFIX, read_checkpoint, write_tensors
 from olvae.config import Config, ConfigError, resolve_target
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading import kl
+from olvae.models.loading import autoencoder_kl as kl
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.sdvae import set_padding
