@@ -26,9 +26,8 @@ from olvae.files import first_line, no_empty_folders, remove_partials, write_jso
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
-from olvae.models.parts.activation_bound import ActivationBound
 from olvae.runs import Run, RunLock, Settings
-from olvae.training import launch, setup
+from olvae.training import launch, resuming, setup
 from olvae.training.callbacks import BadSteps, Health, ImageGrids, UnreadableLimit
 from olvae.training.loggers import make_loggers
 from olvae.training.progress import StepProgress, print_ending, print_summary
@@ -191,7 +190,7 @@ def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free:
     """Warn where a step needs most of the bytes that are free on a GPU; raise ConfigError if not one image fits."""
     try:
         plain = footprint(model, source.size, precision)
-        bounded = any(isinstance(part, ActivationBound) for part in model.each_part)  # it excludes checkpointing
+        bounded = any(part.needs_activations for part in model.each_part)
         fits = MARGIN * plain.total(source.batch_size) <= free
         checkpointed = plain if fits or bounded else footprint(model, source.size, precision, checkpoint=True)
     except Exception as error:  # networks of the user's own may need tensors with values: an estimate stops nothing
@@ -220,12 +219,12 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
             paths |= make_absolute(one)
     settings = replace(settings, paths=paths)
     if previous is not None:
-        changes = setup.find_changes(previous, config, settings)
+        changes = resuming.find_changes(previous, config, settings)
         if launch.is_first():
-            for line in setup.describe_changes(changes):
+            for line in resuming.describe_changes(changes):
                 _print(line)
         if not plan.options.allow_changes:
-            setup.check_changes(changes)
+            resuming.check_changes(changes)
     return config, settings
 
 

@@ -17,7 +17,7 @@ from olvae.config import ConfigError
 from olvae.devices import Agreement
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
-from olvae.training.setup import slurm_job
+from olvae.training.resuming import slurm_job
 
 log = logging.getLogger("olvae.training")
 

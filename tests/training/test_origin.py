@@ -206,7 +206,7 @@ def test_what_is_trained_is_a_choice(train_with, tmp_path):
     target = make_source("diffusers", tmp_path, tiny_kl())
 
     def moved(*overrides: str) -> set[str]:
-        run = train_with("lightning.trainer.max_steps=2", *overrides, start_from=target)
+        run = train_with("lightning.trainer.max_steps=1", *overrides, start_from=target)
         before, after = tiny_kl().state_dict(), find_target(run.path).load().state_dict()
         renamed = {
             name.replace("quantizer.", "").replace("coder.model.", "coder."): tensor for name, tensor in after.items()
@@ -216,7 +216,6 @@ def test_what_is_trained_is_a_choice(train_with, tmp_path):
 
     old, new = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
     assert moved() == new
-    assert moved("model.params.freeze_encoder=false") == old | new
     assert moved(ANCHOR) == old | new
     assert moved("model.params.freeze_decoder=true") == old
     assert moved(EQUIVARIANCE, "model.params.freeze_encoder=false") == old | new

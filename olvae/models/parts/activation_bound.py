@@ -26,6 +26,8 @@ class ActivationBound(Part):
         weight: of the loss ``activation``, not negative.
     """
 
+    needs_activations = True
+
     def __init__(self, bound: float, weight: float = 1.0) -> None:
         super().__init__()
         if bound <= 0:

@@ -79,6 +79,9 @@ class Part(nn.Module):
     latents: ClassVar[Literal["free", "kept", "given"]] = "free"
     """Where training may take the latents: anywhere, no further than where it started, or to another autoencoder's."""
 
+    needs_activations: ClassVar[bool] = False
+    """Whether it looks at activations that checkpointing drops."""
+
     name: str = ""
     """Its key under ``model.params.parts``."""
 
