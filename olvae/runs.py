@@ -1,5 +1,6 @@
 """Run folders: the files in one, the settings it was trained with, and the lock that one training holds."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -177,7 +178,8 @@ def _without_config(run: Run) -> str:
 class RunLock:
     """Hold a run for one training, from :meth:`take` to the end of the ``with`` block.
 
-    It is an advisory lock of the system, which ends with the process, however that ends. The file's text names the
+    It is an advisory lock of the system, which ends with the process, however that ends; on network file systems whose
+    locks are local to a machine it keeps the processes of one machine apart. The file's text names the
     holder for other processes.
     """
 
@@ -189,7 +191,8 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.truncate(0)
+            with contextlib.suppress(OSError):  # a stale handle must not hide training's own error
+                self._file.truncate(0)
             self._file.close()
 
     def take(self, run: Run) -> None:

@@ -63,7 +63,7 @@ def find_weights(
     file: WeightsFile, weights_dir: str | Path | None = None, remedy: str = "name its folder in `weights_dir`"
 ) -> Path:
     """Look for a file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, and in torch hub's cache; if it is in
-    none of them, download it into the cache, which fails within seconds without internet.
+    none of them, download it into the cache, which fails soon where there is no internet.
 
     Args:
         remedy: what else the user can do, for the message.

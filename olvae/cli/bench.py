@@ -95,7 +95,11 @@ def command(
             _show(name, [{key: row[key] for key in row if key != "group"} for row in rows if row["group"] == name])
     if before is not None:
         changed = moved(before["rows"], rows)
-        _show(f"{len(changed)} of {len(rows)} moved since {against} by more than both spreads", changed)
+        title = f"{len(changed)} of {len(rows)} moved since {against} by more than both spreads"
+        if changed:
+            _show(title, changed)
+        else:
+            typer.echo(title, err=True)
 
 
 def _show(title: str, rows: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from olvae.cli.options import (
     Raw,
     check_paths,
     comma_list,
+    in_flags,
     loading,
     split_commas,
     with_progress,
@@ -212,6 +213,7 @@ def _observers(
 
 def _read_earlier(path: Path) -> "Results":
     """An earlier metrics.json whose entries can be shown, as :meth:`~olvae.evaluation.results.Results.read`."""
+    from olvae.evaluation.html import Page
     from olvae.evaluation.observers.cross import Cross
     from olvae.evaluation.observers.half_precision import HalfPrecision
     from olvae.evaluation.results import Results
@@ -220,7 +222,8 @@ def _read_earlier(path: Path) -> "Results":
     try:
         for observer in (Cross(), HalfPrecision()):
             list(observer.lines(results.rows))
-    except (KeyError, TypeError, ValueError) as error:
+            observer.section(Page(results))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
     return results
 
@@ -257,14 +260,14 @@ def _finish(
                 results, refused = one.results, [*refused, ValueError(f"{path}: {reason}")]
                 break
         observers = one.observers
-        if not any(isinstance(observer, Cross) for observer in observers):
+        if earlier and not any(observer.name == Cross.name for observer in observers):
             observers = [Cross(), *observers]  # for entries of earlier rows
         evaluated[i] = replace(one, results=results, observers=observers)
         suffix = suffixes[results.protocol["name"]]
         written += write_files(evaluated[i], folder, suffix, command if page else None).items()
         if as_json and not suffix:
             typer.echo(json.dumps(results.as_dict(), indent=2))
-    print_results(evaluated)
+    print_results(evaluated, in_flags)
     for what, path in written:
         typer.echo(f"{what + ':':<9}{path}", err=True)
     if refused:

@@ -26,7 +26,7 @@ TRAINER = "lightning.pytorch.Trainer"
 SET_BY_TRAINING = {
     "callbacks": "lightning.callbacks",
     "logger": "lightning.logger",
-    "default_root_dir": "`logdir`",
+    "default_root_dir": "the option logdir of olvae train",
     "use_distributed_sampler": "the data source",
     "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
     "limit_train_batches": "lightning.trainer.max_steps",

@@ -114,7 +114,7 @@ def check(
         channels: see :func:`~olvae.data.image.read_picture`.
         max_unreadable: share of the images that may be unreadable.
         workers: processes.
-        on_progress: called with the number of images that are done, and of all.
+        on_progress: called with the number of images that are done, and of all; None for shards.
 
     Raises:
         FileNotFoundError, ValueError: the source has no images, or latents.
@@ -127,7 +127,7 @@ def check(
         )
     result = (_check_shards if sharded else _check_images)(src, size, channels, workers, on_progress)
     lost = len(result.unreadable)
-    if sharded or Path(src).expanduser().exists():
+    if sharded or not (src == "samples" or src.partition(":")[0] in ("torchvision", "hf")):
         try:
             (WebDatasetSource if sharded else FolderSource)(src, size, 1, channels=channels)
         except (ValueError, FileNotFoundError) as error:

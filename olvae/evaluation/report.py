@@ -4,7 +4,7 @@ import csv
 import importlib.metadata
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -22,8 +22,12 @@ from olvae.files import atomic_write, no_empty_folders, remove_partials
 from olvae.metrics.registry import METRICS
 
 
-def print_results(several: Sequence[Evaluated]) -> None:
-    """To standard error: a table per protocol, one of the costs, and what was skipped and why."""
+def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = str) -> None:
+    """Print to standard error: a table per protocol, one of the costs, and what was skipped and why.
+
+    Args:
+        worded: rewrites a line, such as settings as flags.
+    """
     console = Console(stderr=True)
     for evaluated in several:
         counts = {row.n for row in evaluated.results.table}
@@ -33,7 +37,7 @@ def print_results(several: Sequence[Evaluated]) -> None:
     if any(row.cost for row in rows):
         console.print(grid(f"cost: {conditions(rows)}", costs(rows)))
     for line in dict.fromkeys(line for evaluated in several for line in _remarks(evaluated)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(worded(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def write_markdown(evaluated: Evaluated, path: Path) -> None:

@@ -257,7 +257,7 @@ def _replace(partial: Path, place: Path) -> None:
 
 def _metrics_of(target: Target) -> tuple[Path | None, str | None]:
     """Find metrics.json beside a target; one of a run may be about the other kind of weights: then return a note."""
-    folder = target.run.path if target.run is not None else Path(target.given.removeprefix(DIFFUSERS))
+    folder = target.run.path if target.run is not None else Path(target.given.removesuffix(RAW).removeprefix(DIFFUSERS))
     metrics = folder / "metrics.json"
     if not metrics.is_file():
         return None, None

@@ -46,6 +46,11 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     results = None if provenance.metrics is None else Results.read(provenance.metrics)
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
+    try:
+        precisions = list(HalfPrecision().lines(family))
+        protocol = {name: results.protocol[name] for name in ("name", "version")} if results else {}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{provenance.metrics}: not a metrics.json: {type(error).__name__} {error}") from error
     return environment.get_template("card.md.jinja").render(
         model=model,
         layout=layout,
@@ -62,7 +67,8 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         reflecting=" and the ".join(reflecting(model)),
         results=results,
         scores=results and scores(results),
-        precisions=list(HalfPrecision().lines(family)),
+        protocol=protocol,
+        precisions=precisions,
         data=_data(provenance.config),
         onnx=onnx,
     )

@@ -165,8 +165,8 @@ def locate(
         return Located(weights, PUBLISHED[given], given, {}, None)
     if found is None:
         raise ConfigError(
-            f"{given}: no config beside the weights (config.json, config.yaml or {weights.stem}.yaml): name it with "
-            "`config`"
+            f"{given}: no config beside the weights (config.json, config.yaml or {weights.stem}.yaml): put one "
+            "there, or name it with `config`"
         )
     origin = given if isinstance(found, Mapping) else str(found)
     own = config is not None or (inside is None and run_of(weights) is not None)  # the user's, not a received one

@@ -245,6 +245,7 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
         raise ConfigError(str(error)) from error
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
+    _ = model.objective  # raises if the config is for inference only
     model.set_up_validation()  # raises if a metric's network is missing
     return model
 
@@ -388,13 +389,14 @@ def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
     if rank == 0:
         run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)
         lock.take(run)
-        cfg.save(prepared.config, run.config)
         path = [str(run.path)]
     if processes > 1:
         dist.broadcast_object_list(path)
     os.environ[RUN_ENV] = path[0]
     run = Run(Path(path[0]))
     try:
+        if rank == 0:
+            cfg.save(prepared.config, run.config)
         yield run
     finally:
         if rank == 0 and not any(run.checkpoints.glob("*.ckpt")):

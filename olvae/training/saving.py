@@ -216,9 +216,13 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             log.error("%s", error)
 
     def _wait(self, most: int) -> None:
-        """Wait until at most so many are pending; raise the error of one that has failed."""
+        """Wait until at most so many are pending; then raise the first error of those that failed."""
+        errors: list[BaseException] = []
         while self._pending and (len(self._pending) > most or self._pending[0].done()):
-            self._pending.popleft().result()
+            if (error := self._pending.popleft().exception()) is not None:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _write(self, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None) -> None:
         try:

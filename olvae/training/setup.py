@@ -102,7 +102,9 @@ def _check_starts(options: TrainOptions, config: Config) -> None:
 def _set_teacher(model: Config, target: str) -> None:
     """Let the autoencoder of a TARGET be the teacher; other settings of a teacher in the config stay."""
     params = model.get("params") or {}
-    parts = params.get("parts") or {}
+    parts = (params.get("parts") or {}) if isinstance(params, dict) else None
+    if not isinstance(parts, dict) or not isinstance(parts.get("teacher") or {}, dict):
+        return  # the check of the config, which is next, names the mistake
     node = {"target": "olvae.models.parts.teacher.Teacher", **(parts.get("teacher") or {})}
     node["params"] = {**(node.get("params") or {}), "autoencoder": target}
     model["params"] = {**params, "parts": {**parts, "teacher": node}}

@@ -68,6 +68,12 @@ def test_everything(olvae, tiny, tmp_path):
     assert "| with gradient | 32 " in err
     assert "moved since" in err
 
+    document["rows"] = [row | {"spread_ms": 1e9} for row in document["rows"]]
+    (tmp_path / "before.json").write_text(json.dumps(document))
+    _, _, err = olvae("bench", "dwt", *options, "--against", tmp_path / "before.json")
+    assert "0 of " in err.splitlines()[-1]
+    assert "moved since" in err.splitlines()[-1]
+
     (tmp_path / "before.json").write_text(json.dumps({**document, "device": "another"}))
     code, _, err = olvae("bench", "all", *options, "--against", tmp_path / "before.json")
     assert code == 2

@@ -132,8 +132,15 @@ def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
 
 def test_one_image_is_too_little(tmp_path):
     picture(0).save(tmp_path / "one.png")
-    (problem,) = check(str(tmp_path), 16).problems
-    assert "one image can't be split into training and validation" in problem
+    for source in (str(tmp_path), f"{tmp_path}/*.png"):
+        (problem,) = check(source, 16).problems
+        assert "one image can't be split into training and validation" in problem
+
+
+def test_a_folder_that_is_called_samples_is_not_the_sample_photographs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples").mkdir()
+    assert check("samples", 16).problems == []
 
 
 def test_shards_that_are_fine(shards):

@@ -113,3 +113,12 @@ def test_files_that_are_no_metrics(metrics, tmp_path):
     with pytest.raises(ValueError, match=r"not a metrics.json: KeyError"):
         export(tiny_litevae(), tmp_path / "vae", provenance=Provenance("x", metrics=metrics))
     assert not (tmp_path / "vae").exists()
+
+
+@pytest.mark.parametrize("entry", [{}, {"precision": {"dtype": "fp16"}}])
+def test_numbers_of_something_else(tmp_path, entry):
+    """A protocol without a name, or an entry that has nothing to show, is a metrics.json of something else."""
+    row = {"target": "a", "n": 1, "metrics": {"psnr": 20.0}, "skipped": {}, **entry}
+    (tmp_path / "metrics.json").write_text(json.dumps({"protocol_hash": "0", "results": [row]}))
+    with pytest.raises(ValueError, match=r"metrics\.json: not a metrics\.json: KeyError"):
+        card_of(tiny_litevae(), Provenance("a", metrics=tmp_path / "metrics.json"))

@@ -260,6 +260,17 @@ def test_other_channels(go, image_folder, channels):
             {},
             "inference only",
         ),
+        (
+            (
+                "model.params.lossconfig.target=torch.nn.Identity",
+                "model.params.lossconfig.params={}",
+                "model.params.adversary_config.target=olvae.models.adversary.Adversary",
+                "model.params.adversary_config.params.discriminator_config.target=olvae.modules.patchgan.PatchGAN",
+            ),
+            {},
+            "inference only",
+        ),
+        (("model.params.parts=[1]",), {"teacher": "olvae:photos-f8c4"}, "parts: expected"),
         (("lightning.trainer.max_steps=0",), {}, "at least 1"),
         (("lightning.trainer.val_check_interval=0.5",), {}, "expected a number of steps"),
         (("model.target=torch.nn.Identity",), {}, "unknown key|is not a LiteAutoencoderKL"),

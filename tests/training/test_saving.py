@@ -125,6 +125,18 @@ def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, a
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.ckpt", "best.json"]
 
 
+def test_a_failed_save_does_not_cut_the_next_one_off(tmp_path, monkeypatch):
+    saving = BackgroundCheckpointIO()
+    (tmp_path / "best.ckpt").mkdir()  # which no file can replace
+    saving.save_checkpoint(content(1.0), tmp_path / "best.ckpt")
+    write = torch.save
+    monkeypatch.setattr(torch, "save", lambda *given: (time.sleep(0.2), write(*given)))
+    saving.save_checkpoint(content(2.0), tmp_path / "last.ckpt")
+    with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written"):
+        saving.teardown()
+    assert torch.equal(load(tmp_path / "last.ckpt")["state_dict"]["a"], torch.full((3, 2), 2.0))
+
+
 def test_a_kill_in_the_middle_leaves_the_file_before(tmp_path, monkeypatch):
     saving, path = BackgroundCheckpointIO(), tmp_path / "last.ckpt"
     saving.save_checkpoint(content(1.0), path)

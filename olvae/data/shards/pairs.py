@@ -167,7 +167,7 @@ def _open(folder: str | Path, size: int | None) -> tuple[EncodedBy, dict[str, An
     """
     stats = read_stats(folder)
     if not stats.get("images"):
-        raise ValueError(f"{folder}: latents without their images: encode with `images` into another folder")
+        raise ValueError(f"{folder}: latents without their images: let `olvae encode` store both, in another folder")
     try:
         teacher = EncodedBy(
             int(stats["downscale"]),
@@ -195,8 +195,8 @@ def _open(folder: str | Path, size: int | None) -> tuple[EncodedBy, dict[str, An
     first = _first_latent(folder)
     if first is not None and first.std is None:
         raise ValueError(
-            f"{folder}: one latent for each image instead of a mean and a standard deviation: encode without `sample`, "
-            "with a target that has a distribution, into another folder"
+            f"{folder}: one latent for each image instead of a mean and a standard deviation: encode "
+            "posteriors, not samples of them, with a target that has a distribution, into another folder"
         )
     return teacher, stats
 

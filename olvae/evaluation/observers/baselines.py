@@ -19,8 +19,6 @@ UNTRAINED = "untrained"
 class Bicubic(Autoencoder):
     """Shrink images by a factor and enlarge them again, both with Pillow's antialiased bicubic."""
 
-    deterministic = True
-
     def __init__(self, factor: int, channels: int = 3) -> None:
         super().__init__()
         self.downscale = factor

@@ -96,6 +96,8 @@ class FlatColours(Observer):
             for name, subject in subjects.items()
             if not subject.baseline and all(p.dtype == torch.float32 for p in subject.model.parameters())
         }
+        if not models:
+            return
         self._periods = {name: model.downscale for name, model in models.items()}
         self._size = colour_size(self._periods.values(), conditions.size)
         for name, model in models.items():

@@ -21,12 +21,14 @@ class LoadOptions:
         config_base: a folder in which a run's config is looked for by the run's name.
         raw: the weights as trained, not the averaged ones (EMA).
         allow_mismatch: load the tensors that fit, and warn of the others.
+        given: what the user wrote, for messages; :func:`~olvae.models.loading.targets.find_target` sets it.
     """
 
     config: str | Path | None = None
     config_base: str | Path | None = None
     raw: bool = False
     allow_mismatch: bool = False
+    given: str = ""
 
 
 @dataclass(frozen=True)

@@ -49,25 +49,28 @@ class CheckpointLoader(Loader):
         return Path(text).exists()
 
     def find(self, text: str, options: LoadOptions) -> Target:
-        weights, config, raw = locate_weights(text), options.config, options.raw
+        weights, config, raw, given = locate_weights(text), options.config, options.raw, options.given or text
         exported = is_export(weights)
         if raw and exported:
-            warnings.warn(f"{text}: an export has one kind of weights: `raw` is ignored", stacklevel=2)
+            warnings.warn(f"{given}: an export has one kind of weights: `raw` is ignored", stacklevel=2)
             raw = False
         if not exported and run_of(weights) is None:
             state = state_dict_of(read_checkpoint(weights, check=False), weights)
             if any(name.startswith("encoder.down_blocks.") for name in state):
                 raise ValueError(
-                    f"{text}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
+                    f"{given}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
                 )
             pick_weights(state, weights)
         if config is None and options.config_base is not None and weights.parent.name == "checkpoints":
             config = find_config(options.config_base, weights.parent.parent.resolve().name)
-        located = locate(text, config=config)
+        try:
+            located = locate(text, config=config)
+        except ConfigError as error:
+            raise ConfigError(*(mistake.replace(text, given) for mistake in error.mistakes)) from error
         if located.config and (mistakes := cfg.validate(located.config)):
             raise ConfigError(*mistakes)
         if half := settings_of(located.config).untrained:
-            warnings.warn(f"{text}: its {half} has never been trained", stacklevel=2)
+            warnings.warn(f"{given}: its {half} has never been trained", stacklevel=2)
         return Target(
             lambda: load_located(located, read_weights(weights, raw), options.allow_mismatch),
             partial(LiteVAE.from_spec, located.spec),
@@ -128,7 +131,7 @@ def find_target(
     """
     given = str(text)
     check_target(given)
-    options = LoadOptions(config, config_base, raw, allow_mismatch)
+    options = LoadOptions(config, config_base, raw, allow_mismatch, given)
     place, loaders = given, LOADERS
     if not Path(given).exists() and (named := split_class(given)):
         place, loaders = named[1], (_own_loader(named[0]),)

@@ -126,4 +126,4 @@ def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
             raise
         raise ConfigError("an alignment needs timm: pip install 'open-litevae[align]'") from error
     except OSError as error:
-        raise type(error)(f"{error}; set `weights` of the alignment to a file of {name}'s weights") from error
+        raise type(error)(f"{error}; set params.weights of the alignment to a file of {name}'s weights") from error

@@ -139,8 +139,8 @@ def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -
     for name, node in nodes.items():
         if node is None:
             continue
-        if not name.isidentifier():
-            yield f"parts.{name}: expected a name of letters, digits and underscores"
+        if not name.isidentifier() or hasattr(model.parts, name):
+            yield f"parts.{name}: expected a name of letters, digits and underscores, and none of torch's, such as keys"
             continue
         try:
             part = instantiate(node)

@@ -214,7 +214,7 @@ def test_what_it_refuses(pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"):
         source(images)
     encode(images, tmp_path / "plain", Blocks(), size=SIDE)
-    with pytest.raises(ValueError, match="plain: latents without their images: encode with `images`"):
+    with pytest.raises(ValueError, match="plain: latents without their images: let `olvae encode`"):
         source(tmp_path / "plain")
     encode(images, tmp_path / "sampled", Blocks(), size=SIDE, moments=False, images=True)
     encode(images, tmp_path / "points", Shrunk(), size=SIDE, images=True)

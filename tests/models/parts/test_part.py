@@ -117,6 +117,9 @@ def test_parts_act_in_their_order(image_folder):
     assert not torch.allclose(*seen)
 
 
+NAME = "expected a name of letters, digits and underscores, and none of torch's, such as keys"
+
+
 def test_its_mistakes_are_told_with_all_others(image_folder):
     config = tiny_config(image_folder, parts={"mine": {**NODE, "params": {"wait": 1, "weight": "much"}}})
     where = "model.params.parts.mine.params"
@@ -124,13 +127,20 @@ def test_its_mistakes_are_told_with_all_others(image_folder):
         f"{where}.wait: unknown key; did you mean weight?",
         f"{where}.weight: expected float, got 'much'",
     ]
-    nodes = {"mine": NODE, "other": {"target": "torch.nn.Identity"}, "a.b": NODE, **parts(latent_noise={"std": -1.0})}
+    nodes = {
+        "mine": NODE,
+        "other": {"target": "torch.nn.Identity"},
+        "a.b": NODE,
+        "keys": NODE,
+        **parts(latent_noise={"std": -1.0}),
+    }
     with pytest.raises(ConfigError) as caught:
         build(parts=nodes, freeze_decoder=True, accumulate_grad_batches=0)
     assert str(caught.value).splitlines() == [
         "model.params.accumulate_grad_batches must be at least 1, got 0",
         "model.params.parts.other: torch.nn.Identity is not a Part",
-        "model.params.parts.a.b: expected a name of letters, digits and underscores",
+        f"model.params.parts.a.b: {NAME}",
+        f"model.params.parts.keys: {NAME}",
         "model.params.parts.latent_noise: std must not be negative, got -1.0",
         "model.params.parts.mine: the decoder is frozen: leave it out",
     ]
