@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-unfinished = pytest.mark.xfail(reason="the redraw has not landed; `--runxfail` shows the rest")
-
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("olvae/**/*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 135, 20_500, 23_000
+FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 147, 23_600, 27_400
+"""The size of today, which a change may lower and not raise; 135, 20,500 and 23,000 are the aim."""
+
 PACKAGE_AT_MOST = 12
 FUNCTION_AT_MOST = 60
 ARGUMENTS_AT_MOST = 16
@@ -52,7 +52,6 @@ def count_lines(pattern: str) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob(pattern))
 
 
-@unfinished
 def test_the_package_and_its_tests_are_no_larger_than_this():
     assert len(FILES) <= FILES_AT_MOST
     assert count_lines("olvae/**/*.py") <= LINES_AT_MOST
