@@ -124,7 +124,7 @@ def print_error(error: Exception) -> int:
         return int(error.exit_code)
     from olvae.config import ConfigError
 
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError | ConnectionError | EOFError):
         from olvae.data.read_errors import worker_death
 
         if (death := worker_death(error)) is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -56,18 +57,23 @@ class TooManyUnreadableError(ValueError):
     """More images are unreadable than ``max_unreadable`` allows."""
 
 
-def worker_death(error: RuntimeError) -> str | None:
+def worker_death(error: Exception) -> str | None:
     """Explain an error of torch about a killed loader process; None for other errors.
 
-    torch raises it at an arbitrary point in the main process.
+    torch raises it at an arbitrary point in the main process, and Python where it was receiving a batch.
     """
     match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error))
-    if match is None:
+    if match is not None:
+        which = f" ({match[1]}) was killed" + (f" ({match[2]})" if match[2] else "")
+    elif isinstance(error, ConnectionError | EOFError) and any(
+        "multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+    ):
+        which = " was killed"
+    else:
         return None
-    pids, name = match.groups()
     return (
-        f"a loader process ({pids}) was killed{f' ({name})' if name else ''}, by the system perhaps because memory ran "
-        "out: lower data.params.num_workers or data.params.batch_size"
+        f"a loader process{which}, by the system perhaps because memory ran out: lower data.params.num_workers or "
+        "data.params.batch_size"
     )
 
 

@@ -95,7 +95,7 @@ def meet() -> tuple[int, int]:
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
 
 
-def process_death(error: RuntimeError) -> str | None:
+def process_death(error: Exception) -> str | None:
     """Explain an error that comes from the death of a loader process or another process of this run; else None."""
     broken = r"closed by peer|reset by peer|remote process exited|Broken pipe"
     if dist.is_initialized() and re.search(broken, str(error)):

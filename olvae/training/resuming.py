@@ -74,11 +74,11 @@ def requeued_run(logdir: Path, name: str) -> Run | None:
     job = slurm_job()
     if job is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
         return None
-    for path in sorted(logdir.glob(f"*_{name}_*"), reverse=True):
-        run = Run(path)
-        if run.last_checkpoint.is_file() and run.config.is_file():
-            with contextlib.suppress(ConfigError):  # of another run, perhaps
-                settings = runs.settings_of(cfg.load([run.config]))
-                if (settings.slurm_job, settings.name) == (job, name):
-                    return run
+    found = [Run(path) for path in logdir.glob(f"*_{name}_*")]
+    begun = [run for run in found if run.last_checkpoint.is_file() and run.config.is_file()]
+    for run in sorted(begun, key=lambda run: run.config.stat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(ConfigError):  # of another run, perhaps
+            settings = runs.settings_of(cfg.load([run.config]))
+            if (settings.slurm_job, settings.name) == (job, name):
+                return run
     return None

@@ -165,7 +165,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 trainer.validate(model, source.val_loader(), verbose=False)
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if (cause := launch.process_death(error)) is None:
             raise
         raise launch.ProcessDiedError(cause, run) from error

@@ -1,3 +1,4 @@
+import multiprocessing
 from collections.abc import Sequence
 
 import numpy as np
@@ -135,3 +136,13 @@ def test_a_loader_process_that_was_killed(text, start, capsys):
     assert print_error(RuntimeError(text)) == 1
     assert capsys.readouterr().err.startswith(f"error: {start}")
     assert worker_death(RuntimeError("something else")) is None
+
+
+def test_a_batch_whose_sender_was_killed():
+    """As where the main process receives tensors: the other end of a connection of multiprocessing is gone."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(EOFError) as caught:
+        ours.recv()
+    assert worker_death(caught.value).startswith("a loader process was killed, by the system perhaps")
+    assert worker_death(ConnectionResetError("of a server")) is None

@@ -82,7 +82,7 @@ def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(
     assert ended.value.code == 1
     (path,) = (tmp_path / "runs").iterdir()
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: a loader process (")
+    assert line.startswith("error: a loader process")
     assert "lower data.params.num_workers or data.params.batch_size" in line
     assert line.endswith(f"continue with: olvae train --resume {path}")
 

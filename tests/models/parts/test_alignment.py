@@ -213,7 +213,7 @@ def test_images_that_are_not_of_colours(vit):
         ({"weight": -1}, ValueError, r"weight must be in \[0, inf\), got -1"),
         ({"cosine_margin": 2}, ValueError, r"cosine_margin must be in \[0, 2\)"),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
-        ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set `weights` of the alignment to a file of"),
+        ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set params.weights of the alignment to a file of"),
         ({"encoder": "test_vit3"}, ValueError, "these are not the weights of test_vit3"),
     ],
 )
