@@ -133,7 +133,7 @@ class WaveletEncoder(Encoder):
 
     Args:
         latent_dim: 8 in_channels for moments, whose log-variances are the smallest there are; 4 in_channels for the
-            sub-bands alone, of which ``use_quant`` makes moments of any number of channels.
+            sub-bands alone, which ``use_quant`` turns into moments of any number of channels.
         in_channels: channels of the image.
         dct_levels: levels of the wavelet transform; f = 2^levels.
         image_size: the intended size in pixels, at which summaries count operations.
