@@ -191,7 +191,7 @@ def _observers(
     first: "Target", cross: bool, precisions: list[str], baselines: bool, report: bool, own: Iterable[str]
 ) -> list["Observer"]:
     """What the flags ask to look at, in the order of the page."""
-    from olvae.config import ConfigError, resolve_target
+    from olvae.config import resolve_class
     from olvae.evaluation.observers.bands import Bands
     from olvae.evaluation.observers.baselines import Baselines
     from olvae.evaluation.observers.cross import Cross
@@ -203,11 +203,7 @@ def _observers(
     observers: list[Observer] = [Cross()] if cross else []
     observers += [HalfPrecision(precisions), Gallery(), Bands()]
     observers += [FlatColours()] if report else []
-    for path in own:
-        kind = resolve_target(path)
-        if not (isinstance(kind, type) and issubclass(kind, Observer)):
-            raise ConfigError(f"`observe` {path}: not a class derived from {Observer.__module__}.Observer")
-        observers.append(kind())
+    observers += [resolve_class(path, Observer)() for path in own]
     return [*observers, *([Baselines(first)] if baselines else [])]
 
 

@@ -5,7 +5,7 @@ A node names a ``target`` and its ``params``. A config's top level has ``model``
 """
 
 from olvae.config.checking import check, check_arguments, unknown_keys, validate
-from olvae.config.nodes import Node, instantiate, resolve_target, with_paths
+from olvae.config.nodes import Node, instantiate, resolve_class, resolve_target, with_paths
 from olvae.config.reading import (
     ABSENT,
     CONFIG_BYTES,
@@ -33,6 +33,7 @@ __all__ = [
     "nearest_recipes",
     "read_received",
     "recipes",
+    "resolve_class",
     "resolve_target",
     "save",
     "unknown_keys",

@@ -18,9 +18,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Union
+from typing import Annotated, Any, NamedTuple, TypeVar, Union
 
 from olvae.config.reading import Config, ConfigError, nearest
+
+T = TypeVar("T")
 
 NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], NODE]
@@ -58,6 +60,18 @@ def resolve_target(target: str) -> Any:
     found = getattr(module, name)
     if not callable(found):
         raise ConfigError(f"target {target!r} is a {type(found).__name__}, not a class or function")
+    return found
+
+
+def resolve_class(target: str, base: type[T]) -> type[T]:
+    """Import the class that a dotted path names.
+
+    Raises:
+        ConfigError: it does not import, or is not derived from ``base``.
+    """
+    found = resolve_target(target)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{target} is not a kind of {base.__module__}.{base.__qualname__}")
     return found
 
 

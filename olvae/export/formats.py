@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from olvae.checkpoint import PRIVATE_PREFIX, read_checkpoint, write_tensors
-from olvae.config import Config, ConfigError, resolve_target
+from olvae.config import Config, ConfigError, resolve_class
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading import autoencoder_kl as kl
@@ -230,10 +230,7 @@ def find_layout(name: str) -> Layout:
         return LAYOUTS[name]()
     if "." not in name:
         raise ConfigError(f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, package.module.Class")
-    found = resolve_target(name)
-    if not (isinstance(found, type) and issubclass(found, Layout)):
-        raise ConfigError(f"`format` {name}: not a subclass of {Layout.__module__}.{Layout.__name__}")
-    return found()
+    return resolve_class(name, Layout)()
 
 
 def reflecting(model: LiteVAE) -> list[str]:

@@ -109,8 +109,10 @@ class AutoencoderSpec:
             raise ConfigError(*(f"{origin}: {prefix}{it}" for it in large))
         mistakes = list(cfg.check_arguments(cls, params)) or list(check_factors(params, params["embed_dim"]))
         for (key, target), kind in zip(targets.items(), (Encoder, Decoder), strict=True):
-            if target is not None and _is_another_kind(target, kind):
-                mistakes = [f"{key}.target: {target} is not a kind of {kind.__module__}.{kind.__name__}"]
+            try:
+                cfg.resolve_class(target or f"{kind.__module__}.{kind.__name__}", kind)
+            except ConfigError as error:
+                mistakes = [f"{key}.target: {error}"]
         if mistakes:
             raise ConfigError(*(f"{origin}: {prefix}{mistake}" for mistake in mistakes))
         return cls(**params)
@@ -174,14 +176,6 @@ def class_in(folder: Path) -> str | None:
 def _text(node: Any, key: str) -> str | None:
     text = node.get(key) if isinstance(node, Mapping) else None
     return text if isinstance(text, str) else None
-
-
-def _is_another_kind(target: str, kind: type) -> bool:
-    try:
-        found = cfg.resolve_target(target)
-    except ConfigError:
-        return False  # check_arguments has the better message
-    return not (isinstance(found, type) and issubclass(found, kind))
 
 
 def _check_export(content: Mapping[str, Any], origin: str) -> None:

@@ -78,7 +78,7 @@ def test_it_is_in_metrics_json_in_the_tables_and_on_the_page(evaluate, trained, 
 @pytest.mark.parametrize(
     ("classes", "text"),
     [
-        (["toys.Nothing"], "--observe toys.Nothing: not a class derived from"),
+        (["toys.Nothing"], "toys.Nothing is not a kind of"),
         (["toys.Brighter"], "toys has no Brighter; did you mean Brightness"),
         (["toys.Brightness", "toys.Brightness"], "two entries of metrics.json would be called brightness"),
     ],

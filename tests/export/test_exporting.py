@@ -250,7 +250,7 @@ def test_folding_that_changes_the_result_is_refused(tmp_path, monkeypatch):
 def test_formats_that_do_not_exist():
     for name, message in (
         ("numpy", "`format` numpy: choose from litevae, diffusers, ldm, comfyui, or name a class"),
-        ("pathlib.Path", "`format` pathlib.Path: not a subclass of olvae.export.formats.Layout"),
+        ("pathlib.Path", "pathlib.Path is not a kind of olvae.export.formats.Layout"),
         ("olvae.export.formats.Layouts", "has no Layouts"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -134,7 +134,7 @@ def find_target(
     options = LoadOptions(config, config_base, raw, allow_mismatch, given)
     place, loaders = given, LOADERS
     if not Path(given).exists() and (named := split_class(given)):
-        place, loaders = named[1], (_own_loader(named[0]),)
+        place, loaders = named[1], (cfg.resolve_class(named[0], Loader)(),)  # type: ignore[type-abstract]
     fetched = False
     while True:
         loader = next((loader for loader in loaders if loader.accepts(place)), None)
@@ -146,14 +146,6 @@ def find_target(
         place, loaders, fetched = str(found), LOADERS, True
     suffix = RAW if found.raw else ""
     return replace(found, name=((not fetched and found.name) or given) + suffix, given=given + suffix)
-
-
-def _own_loader(path: str) -> Loader:
-    kind = cfg.resolve_target(path)
-    if not (isinstance(kind, type) and issubclass(kind, Loader)):
-        raise ConfigError(f"{path} is not a kind of {Loader.__module__}.Loader")
-    loader: Loader = kind()
-    return loader
 
 
 def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Target]:
