@@ -161,6 +161,7 @@ def decode_command(
     """
     check_paths(target, data=source)
     with loading():
+        from olvae.checkpoint import tensors_sum
         from olvae.data.shards.index import find_shards, with_counts
         from olvae.data.shards.latent_source import LATENT, read_stats
         from olvae.data.source import total
@@ -169,14 +170,13 @@ def decode_command(
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
-        from olvae.modules.base import weights_checksum
 
     check_folder(out)
     where = resolve_device(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
-    if stats.get("weights", (mine := weights_checksum(model))) != mine:
+    if stats.get("weights", (mine := tensors_sum(model.state_dict()))) != mine:
         typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
     model.to(where)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from olvae.checkpoint import tensors_sum
 from olvae.data.image import from_uint8
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import INDEX
@@ -20,7 +21,6 @@ from olvae.export.inputs import Batch, Inputs, Item, Numbered, ReadImage, in_ord
 from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
-from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import Posterior, in_float32, keyed_generator
 from olvae.modules.scaling_factors import Moments
 
@@ -104,7 +104,7 @@ class EncodeJob:
         self.inputs = inputs
         self.options = options
         self.shards = ResumableShards(folder, STATE)
-        weights = weights_checksum(model)
+        weights = tensors_sum(model.state_dict())
         self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
         self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.devices import DTYPES
 from olvae.evaluation.results import Results
@@ -24,7 +25,6 @@ from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.names import DIFFUSERS
 from olvae.models.spec import CLASS_NAME, class_in
-from olvae.modules.base import weights_checksum
 from olvae.runs import settings_of
 
 TOLERANCE, FOLDING = 1e-6, 1e-5
@@ -277,7 +277,7 @@ def _set_factors(
         raise ConfigError(f"{target.given}: has latents_mean and latents_std per channel: leave out {names}")
     if settings.latents is not None:
         file = _factors_file(settings.latents)
-        model.scaling_factor, model.shift_factor = read_factors(file, target.name, weights_checksum(loaded))
+        model.scaling_factor, model.shift_factor = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
         return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}", None
     if given:
         model.set_for_diffusion(given)

@@ -1,4 +1,4 @@
-"""Base classes of encoders and decoders, counts of parameters and operations, a checksum of weights."""
+"""Base classes of encoders and decoders, counts of parameters and operations."""
 
 import copy
 import inspect
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-
-from olvae.checkpoint import tensors_sum
 
 
 class Stage(NamedTuple):
@@ -32,15 +30,13 @@ class Stage(NamedTuple):
 class Steps(nn.Module):
     """A network whose forward pass hands its steps to :meth:`step`."""
 
-    checkpoint: bool = False
-    """Whether training keeps what goes into each step alone, and computes the step again in the backward pass."""
+    checkpoint: bool = False  # keep each step's inputs alone, and compute it again in the backward pass
 
     def step(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """``run(*inputs)``; dropout draws the same numbers when it is computed again."""
-        if self.checkpoint and self.training and torch.is_grad_enabled():
-            out: Tensor = checkpoint(run, *inputs, use_reentrant=False)
-            return out
-        return run(*inputs)
+        again = self.checkpoint and self.training and torch.is_grad_enabled()
+        out: Tensor = checkpoint(run, *inputs, use_reentrant=False) if again else run(*inputs)
+        return out
 
     def checkpoint_steps(self) -> None:
         """Turn :attr:`checkpoint` on, in the networks inside as well."""
@@ -50,8 +46,7 @@ class Steps(nn.Module):
 
 
 class _Network(Steps):
-    node: dict[str, Any]
-    """The ``target`` and ``params`` that build this network again, with defaults, for the config of a saved model."""
+    node: dict[str, Any]  # ``target`` and ``params`` that build this network again, for the config of a saved model
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         network = super().__new__(cls)
@@ -68,8 +63,7 @@ class Encoder(_Network):
     in_channels: int
     latent_dim: int
     downscale: int
-    image_size: int
-    """The intended size in pixels, at which summaries count operations."""
+    image_size: int  # the intended size in pixels, at which summaries count operations
 
 
 class Decoder(_Network):
@@ -80,20 +74,21 @@ class Decoder(_Network):
     upscale: int
 
     def stages(self) -> list[Stage] | None:
-        """The steps of ``forward``, to compute it in tiles; None if a step depends on the whole image."""
+        """List the steps of ``forward``, to compute it in tiles; None if a step depends on the whole image."""
         return None
 
 
 def check_counts(least: int, **counts: int | Sequence[int]) -> None:
-    """Check numbers of channels, blocks or multiples, each one number or several.
-
-    Raises:
-        ValueError: one is below ``least``, or there is none where several are expected.
-    """
+    """Check numbers of channels, blocks or multiples, one or several each; ValueError if one is below ``least``."""
     for name, value in counts.items():
         given = [value] if isinstance(value, int) else list(value)
         if not given or min(given) < least:
             raise ValueError(f"{name} must be at least {least}, got {value if isinstance(value, int) else given}")
+
+
+def check_size(image_size: int, downscale: int) -> None:
+    if image_size % downscale:
+        raise ValueError(f"image_size {image_size} is not a multiple of {downscale}")
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -101,10 +96,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Normalisations, SiLU and the power iterations of spectral norms compute no more than shapes inside.
-
-    For counting on the meta device, which computes them in Python, slowly. They have no operations that are counted.
-    """
+    """Skip normalisations, SiLU and power iterations, which are slow on the meta device, when counting operations."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,11 +119,6 @@ def count_macs(module: nn.Module, *shape: int) -> int:
     with torch.no_grad(), ShapesOnly(), FlopCounterMode(display=False) as counter:
         module(torch.empty(shape, device="meta"))
     return int(counter.get_total_flops()) // 2
-
-
-def weights_checksum(model: nn.Module) -> str:
-    """A checksum of the names, shapes, dtypes and values of a model's parameters and buffers."""
-    return tensors_sum(model.state_dict())
 
 
 @contextmanager

@@ -8,20 +8,20 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps, check_counts
+from olvae.modules.base import Decoder, Encoder, Steps, check_counts, check_size
 
 Padding = Literal["zeros", "reflect"]
 
 
 class _Half(Steps):
-    """What both halves share: diffusers' network inside, built from a width, its multiples and blocks per level."""
+    """Wrap diffusers' network, built from a width, its multiples and blocks per level."""
 
     model: nn.Module
 
     def _build(
         self,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
+        in_channels: int,
+        out_channels: int,
         channels: int,
         channel_mult: Sequence[int],
         num_res_blocks: int,
@@ -29,24 +29,23 @@ class _Half(Steps):
         attention: bool,
         padding: Padding,
     ) -> None:
-        """Build the network from its named channels."""
         from diffusers.models.autoencoders import vae  # seconds, for this network only
 
-        check_counts(1, **inputs, **outputs, channels=channels, channel_mult=channel_mult)
+        check_counts(1, channels=channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)
-        levels = len(channel_mult)
         shared: dict[str, Any] = {
-            "in_channels": next(iter(inputs.values())),
-            "out_channels": next(iter(outputs.values())),
+            "in_channels": in_channels,
+            "out_channels": out_channels,
             "block_out_channels": tuple(channels * m for m in channel_mult),
             "layers_per_block": num_res_blocks,
             "norm_num_groups": norm_groups,
             "mid_block_add_attention": attention,
         }
         if isinstance(self, Encoder):
-            self.model = vae.Encoder(down_block_types=("DownEncoderBlock2D",) * levels, double_z=False, **shared)
+            down = ("DownEncoderBlock2D",) * len(channel_mult)
+            self.model = vae.Encoder(down_block_types=down, double_z=False, **shared)
         else:
-            self.model = vae.Decoder(up_block_types=("UpDecoderBlock2D",) * levels, **shared)
+            self.model = vae.Decoder(up_block_types=("UpDecoderBlock2D",) * len(channel_mult), **shared)
         set_padding(self.model, padding)
 
     def checkpoint_steps(self) -> None:
@@ -88,10 +87,9 @@ class SDEncoder(_Half, Encoder):
         super().__init__()
         self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
         self.downscale = 2 ** (len(channel_mult) - 1)
-        if image_size % self.downscale:
-            raise ValueError(f"image_size {image_size} is not a multiple of {self.downscale}")
-        inputs, outputs = {"in_channels": in_channels}, {"latent_dim": latent_dim}
-        self._build(inputs, outputs, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
+        check_size(image_size, self.downscale)
+        check_counts(1, in_channels=in_channels, latent_dim=latent_dim)
+        self._build(in_channels, latent_dim, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
 
 
 class SDDecoder(_Half, Decoder):
@@ -117,8 +115,8 @@ class SDDecoder(_Half, Decoder):
         super().__init__()
         self.z_channels, self.out_channels = z_channels, out_channels
         self.upscale = 2 ** (len(channel_mult) - 1)
-        inputs, outputs = {"z_channels": z_channels}, {"out_channels": out_channels}
-        self._build(inputs, outputs, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
+        check_counts(1, z_channels=z_channels, out_channels=out_channels)
+        self._build(z_channels, out_channels, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
 
 
 def set_padding(network: nn.Module, padding: Padding) -> None:

@@ -209,12 +209,13 @@ class Stream:
         h = self.conv(unet.init_conv, [first])
         del first
         skips: list[Plane] = []
-        for step in unet.down():
+        down, middle, up = unet.steps()
+        for step in down:
             h = self.step(step, [h])
             if not isinstance(step, nn.Conv2d):
                 skips.append(h)
-        for step in unet.middle():
+        for step in middle:
             h = self.step(step, [h])
-        for step in unet.up():
+        for step in up:
             h = self.step(step, [h] if isinstance(step, nn.Conv2d) else [h, skips.pop()])
         return self.conv(unet.conv_out, [h]).read(0, height).to(x)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.data.mix import MixSource
 from olvae.data.shards.pairs import PairSource
@@ -17,7 +18,6 @@ from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Loss, Part, Step, check_not_negative, first_images
-from olvae.modules.base import weights_checksum
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
 from olvae.modules.frozen import Constant
 from olvae.modules.precision import no_autocast
@@ -77,7 +77,7 @@ class Teacher(Part):
         self.weights = {"latent": latent_weight, "logvar": logvar_weight, "teacher_decoder": decoder_weight}
         with torch.device("cpu"):
             model = find_target(autoencoder).load()
-        self._checksum = weights_checksum(model)
+        self._checksum = tensors_sum(model.state_dict())
         self.frozen = Constant(model.to(self.dtype))
 
     @property

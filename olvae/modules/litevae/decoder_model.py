@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Stage, check_counts
 from olvae.modules.litevae.smc import SMC
-from olvae.modules.litevae.unet import GroupNorm, PreActivationBlock
+from olvae.modules.litevae.unet import GroupNorm, PreActivationBlock, conv3, shortcut
 from olvae.modules.wavelet import idwt2
 
 Variant = Literal["open_litevae", "paper_smc", "group_norm"]
@@ -28,9 +28,7 @@ class SMCBlock(nn.Module):
         self.conv1 = SMC(in_channels, out_channels)
         self.conv2 = SMC(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.nin_shortcut = (
-            nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
-        )
+        self.nin_shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pre_activation:
@@ -48,21 +46,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
-
-
-class Level(nn.Module):
-    """The blocks of one width, and the upsampling after them; the names are the published ones [M]."""
-
-    def __init__(self, blocks: Sequence[nn.Module], upsample: nn.Module | None) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-        if upsample is not None:
-            self.upsample = upsample
 
 
 class LiteVAE_Decoder(Decoder):
@@ -117,18 +105,18 @@ class LiteVAE_Decoder(Decoder):
             return SMCBlock(in_channels, out_channels, dropout, pre_activation)
 
         width = channels * channel_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, kernel_size=3, padding=1)
+        self.conv_in = conv3(z_channels, width)
         self.mid = nn.Sequential(*(block(width, width) for _ in range(2 if pre_activation else 3)))
 
-        # `up` is indexed from the finest level, as the published names are, and run from the coarsest.
-        levels: list[nn.Module] = []
+        # `up` is indexed from the finest level, as the published names are [M], and run from the coarsest.
+        levels: list[nn.ModuleDict] = []
         for index, mult in reversed(list(enumerate(channel_mult))):
-            blocks: list[nn.Module] = []
+            blocks = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
                 blocks.append(block(width, channels * mult))
                 width = channels * mult
             upsamples = index > (1 if output == "wavelet" else 0)
-            levels.append(Level(blocks, Upsample(width) if upsamples else None))
+            levels.append(nn.ModuleDict({"block": blocks} | ({"upsample": Upsample(width)} if upsamples else {})))
         self.up = nn.ModuleList(reversed(levels))
 
         self.conv_norm: nn.Module
@@ -136,7 +124,7 @@ class LiteVAE_Decoder(Decoder):
             self.conv_norm = GroupNorm(gcd(32, width), width)
         else:
             self.conv_norm = nn.Identity() if pre_activation else SMC(width, width)
-        self.conv_out = nn.Conv2d(width, out_channels * (4 if output == "wavelet" else 1), kernel_size=3, padding=1)
+        self.conv_out = conv3(width, out_channels * (4 if output == "wavelet" else 1))
 
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 4 or z.shape[1] != self.z_channels:
@@ -151,13 +139,11 @@ class LiteVAE_Decoder(Decoder):
         return None if self.variant == "group_norm" else self._stages()
 
     def _stages(self) -> list[Stage]:
-        out = [Stage(self.conv_in, _reach(self.conv_in))]
-        out += [Stage(block, _reach(block)) for block in self.mid]  # (B, width, h, w)
+        modules: list[nn.Module] = [self.conv_in, *self.mid]
         for level in reversed(self.up):
-            assert isinstance(level, Level)
-            out += [Stage(block, _reach(block)) for block in level.block]
-            if hasattr(level, "upsample"):
-                out.append(Stage(level.upsample, _reach(level.upsample), scale=2))
+            blocks, *upsample = level.children()
+            modules += [*blocks.children(), *upsample]
+        out = [Stage(module, _reach(module), scale=2 if isinstance(module, Upsample) else 1) for module in modules]
         out.append(Stage(self._head, _reach(self.conv_norm, self.conv_out)))
         if self.output == "wavelet":
             out.append(Stage(_inverse_wavelet, 0, scale=2))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Encoder, check_counts
+from olvae.modules.base import Encoder, check_counts, check_size
 from olvae.modules.distributions import LOGVAR_RANGE
 from olvae.modules.litevae.unet import OpenUNet, PaperUNet
 from olvae.modules.wavelet import wavedec2
@@ -82,16 +82,16 @@ class LiteVAE_Encoder(Encoder):
             raise ValueError(f"variant must be open_litevae or paper, got {variant!r}")
         if variant == "open_litevae" and (pool != "average" or dropout):
             raise ValueError("pool and dropout belong to the paper variant: set variant to paper, or leave them out")
-        _check_size(image_size, dct_levels)
+        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, dct_levels=dct_levels)
+        self.downscale = 2**dct_levels
+        check_size(image_size, self.downscale)
         if not 0 <= skip_levels < dct_levels:
             raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
         extractor = extractor_channels, extractor_mult, extractor_resblocks
         aggregator = aggregate_channels, aggregate_mult, aggregate_resblocks
-        widths = _widths(scale, variant, dict(zip(Scale._fields, (*extractor, *aggregator), strict=True)))
-        check_counts(1, latent_dim=latent_dim, in_channels=in_channels)
+        widths = _widths(scale, variant, (*extractor, *aggregator))
         self.in_channels, self.latent_dim, self.image_size = in_channels, latent_dim, image_size
         self.levels, self.skip_levels, self.wavelet = dct_levels, skip_levels, wavelet
-        self.downscale = 2**dct_levels
         # [P App. G]: level l divided by 2^l, so that LL stays in the image's range; the published code does not [M].
         self.band_scales = [2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)]
 
@@ -134,10 +134,7 @@ class WaveletEncoder(Encoder):
     Args:
         latent_dim: 8 in_channels for moments, whose log-variances are the smallest there are; 4 in_channels for the
             sub-bands alone, which ``use_quant`` turns into moments of any number of channels.
-        in_channels: channels of the image.
-        dct_levels: levels of the wavelet transform; f = 2^levels.
-        image_size: the intended size in pixels, at which summaries count operations.
-        wavelet: an orthogonal PyWavelets wavelet.
+        in_channels, dct_levels, image_size, wavelet: as LiteVAE_Encoder's.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
     """
@@ -151,7 +148,9 @@ class WaveletEncoder(Encoder):
         wavelet: str = "haar",
     ) -> None:
         super().__init__()
-        _check_size(image_size, dct_levels)
+        check_counts(1, in_channels=in_channels, dct_levels=dct_levels)
+        self.downscale = 2**dct_levels
+        check_size(image_size, self.downscale)
         bands = 4 * in_channels
         if latent_dim not in (bands, 2 * bands):
             raise ValueError(
@@ -159,7 +158,7 @@ class WaveletEncoder(Encoder):
                 f"fit: set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
             )
         self.in_channels, self.latent_dim, self.image_size = in_channels, latent_dim, image_size
-        self.levels, self.wavelet, self.downscale = dct_levels, wavelet, 2**dct_levels
+        self.levels, self.wavelet = dct_levels, wavelet
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self)
@@ -169,34 +168,24 @@ class WaveletEncoder(Encoder):
         return torch.cat((bands, torch.full_like(bands, LOGVAR_RANGE[0])), dim=1)  # (B, 8C, H/f, W/f)
 
 
-def _check_size(image_size: int, levels: int) -> None:
-    if levels < 1 or image_size % 2**levels:
-        raise ValueError(
-            f"image_size {image_size} is not a multiple of {2 ** max(levels, 1)}, which {levels} wavelet levels need"
-        )
-
-
 def _check_images(x: Tensor, encoder: Encoder) -> None:
     if x.ndim != 4 or x.shape[1] != encoder.in_channels:
         raise ValueError(f"expected images of shape (B, {encoder.in_channels}, H, W), got {tuple(x.shape)}")
-    if x.shape[-2] % encoder.downscale or x.shape[-1] % encoder.downscale:
-        h, w = x.shape[-2:]
-        padded = "x".join(str(-(-side // encoder.downscale) * encoder.downscale) for side in (h, w))
-        raise ValueError(
-            f"image size {h}x{w} is not a multiple of {encoder.downscale}: crop or pad it, for example to {padded}"
-        )
+    (h, w), f = x.shape[-2:], encoder.downscale
+    if h % f or w % f:
+        padded = f"{-(-h // f) * f}x{-(-w // f) * f}"
+        raise ValueError(f"image size {h}x{w} is not a multiple of {f}: crop or pad it, for example to {padded}")
 
 
-def _widths(scale: str | None, variant: str, given: dict[str, int | Sequence[int] | None]) -> Scale:
+def _widths(scale: str | None, variant: str, given: tuple[int | Sequence[int] | None, ...]) -> Scale:
     """The preset's widths, overridden by the given ones; the paper has two blocks everywhere [P App. G]."""
     if scale is not None and scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     widths: dict[str, Any] = SCALES[scale]._asdict() if scale else {}
     if variant == "paper":
         widths.update(extractor_resblocks=2, aggregate_resblocks=2)
-    widths.update({name: value for name, value in given.items() if value is not None})
-    missing = [name for name in Scale._fields if name not in widths]
-    if missing:
+    widths.update({name: value for name, value in zip(Scale._fields, given, strict=True) if value is not None})
+    if missing := [name for name in Scale._fields if name not in widths]:
         raise ValueError(f"the encoder needs a scale ({', '.join(SCALES)}) or these widths: {', '.join(missing)}")
     for name, counts in widths.items():
         check_counts(0 if name.endswith("resblocks") else 1, **{name: counts})

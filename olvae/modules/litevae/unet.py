@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from olvae.modules.base import Steps
 
 
-def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
+def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
-def _conv1(in_channels: int, out_channels: int) -> nn.Conv2d:
+def conv1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+
+def shortcut(in_channels: int, out_channels: int) -> nn.Module:
+    return conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
 
 class GroupNorm(nn.GroupNorm):
@@ -35,11 +39,11 @@ class PostActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 8) -> None:
         super().__init__()
-        self.conv1 = _conv3(in_channels, out_channels)
+        self.conv1 = conv3(in_channels, out_channels)
         self.norm1 = GroupNorm(groups, out_channels)
-        self.conv2 = _conv3(out_channels, out_channels)
+        self.conv2 = conv3(out_channels, out_channels)
         self.norm2 = GroupNorm(groups, out_channels)
-        self.residual_conv = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.residual_conv = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.silu(self.norm1(self.conv1(x)))
@@ -57,11 +61,11 @@ class PreActivationBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = GroupNorm(gcd(32, in_channels), in_channels)
-        self.conv1 = _conv3(in_channels, out_channels)
+        self.conv1 = conv3(in_channels, out_channels)
         self.norm2 = GroupNorm(gcd(32, out_channels), out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _conv3(out_channels, out_channels)
-        self.shortcut = _conv1(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.conv2 = conv3(out_channels, out_channels)
+        self.shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -81,26 +85,22 @@ class UNet(Steps, ABC):
     conv_out: nn.Conv2d
 
     @abstractmethod
-    def down(self) -> list[nn.Module]: ...
-
-    @abstractmethod
-    def middle(self) -> list[nn.Module]: ...
-
-    @abstractmethod
-    def up(self) -> list[nn.Module]: ...
+    def steps(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+        """Blocks and convolutions on the way down, in the middle, and on the way up."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.init_conv(x)
         skips: list[Tensor] = []
-        for step in self.down():
+        down, middle, up = self.steps()
+        for step in down:
             if isinstance(step, nn.Conv2d):
                 h = step(h)
             else:
                 h = self.step(step, h)
                 skips.append(h)
-        for step in self.middle():
+        for step in middle:
             h = self.step(step, h)
-        for step in self.up():
+        for step in up:
             h = step(h) if isinstance(step, nn.Conv2d) else self.step(partial(_joined, step), h, skips.pop())
         out: Tensor = self.conv_out(h)
         return out
@@ -124,27 +124,23 @@ class OpenUNet(UNet):
     def __init__(self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int) -> None:
         super().__init__()
         *widths, middle = (channels * m for m in mult)
-        self.init_conv = _conv3(in_channels, channels)
+        self.init_conv = conv3(in_channels, channels)
         self.down_blocks = nn.ModuleList()
         self.up_blocks = nn.ModuleList()
 
         for width, wider in zip(widths, [*widths[1:], middle], strict=True):
             level = [PostActivationBlock(width, width) for _ in range(blocks)]
-            self.down_blocks.append(nn.ModuleList([*level, _conv1(width, wider)]))
+            self.down_blocks.append(nn.ModuleList([*level, conv1(width, wider)]))
         self.mid_block = nn.Sequential(*(PostActivationBlock(middle, middle) for _ in range(blocks)))
         for width, wider in zip(reversed(widths), [middle, *reversed(widths[1:])], strict=True):
             level = [PostActivationBlock(2 * width, width) for _ in range(blocks)]
-            self.up_blocks.append(nn.ModuleList([_conv1(wider, width), *level]))
-        self.conv_out = _conv1(channels * mult[0], out_channels)
+            self.up_blocks.append(nn.ModuleList([conv1(wider, width), *level]))
+        self.conv_out = conv1(channels * mult[0], out_channels)
 
-    def down(self) -> list[nn.Module]:
-        return [step for level in self.down_blocks for step in level.children()]
-
-    def middle(self) -> list[nn.Module]:
-        return list(self.mid_block)
-
-    def up(self) -> list[nn.Module]:
-        return [step for level in self.up_blocks for step in level.children()]
+    def steps(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+        down = [step for level in self.down_blocks for step in level.children()]
+        up = [step for level in self.up_blocks for step in level.children()]
+        return down, list(self.mid_block), up
 
 
 class PaperUNet(UNet):
@@ -160,7 +156,7 @@ class PaperUNet(UNet):
         self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int, dropout: float
     ) -> None:
         super().__init__()
-        self.init_conv = _conv3(in_channels, channels)
+        self.init_conv = conv3(in_channels, channels)
         down: list[nn.Module] = []
         up: list[nn.Module] = []
         skips: list[int] = []
@@ -177,13 +173,7 @@ class PaperUNet(UNet):
                 width = channels * m
         self.down_blocks = nn.ModuleList(down)
         self.up_blocks = nn.ModuleList(up)
-        self.conv_out = _conv3(width, out_channels)
+        self.conv_out = conv3(width, out_channels)
 
-    def down(self) -> list[nn.Module]:
-        return list(self.down_blocks)
-
-    def middle(self) -> list[nn.Module]:
-        return list(self.mid_blocks)
-
-    def up(self) -> list[nn.Module]:
-        return list(self.up_blocks)
+    def steps(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+        return list(self.down_blocks), list(self.mid_blocks), list(self.up_blocks)
