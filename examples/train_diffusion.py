@@ -16,8 +16,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from olvae import AutoencoderLiteVAE
+from olvae.data.dataset import SamplePhotographs
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.figures import labelled_grid
 
 

@@ -1,10 +1,10 @@
 """The public names, which docs/api.md documents; ``olvae/__init__.py`` imports each when it is first used."""
 
-from .data.mapped.dataset import SamplePhotographs as SamplePhotographs
-from .data.mapped.hub import HuggingFaceSource as HuggingFaceSource
-from .data.mapped.hub import TorchvisionSource as TorchvisionSource
-from .data.mapped.picture_folder import FolderSource as FolderSource
+from .data.dataset import SamplePhotographs as SamplePhotographs
+from .data.hub import HuggingFaceSource as HuggingFaceSource
+from .data.hub import TorchvisionSource as TorchvisionSource
 from .data.mix import MixSource as MixSource
+from .data.picture_folder import FolderSource as FolderSource
 from .data.shards.latent_source import LatentSource as LatentSource
 from .data.shards.webdataset import WebDatasetSource as WebDatasetSource
 from .evaluation.runner import Request as Request

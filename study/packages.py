@@ -168,4 +168,4 @@ SAMPLES_HELD_OUT = (
     "gcompris-qt-data_explore-monuments-india-gatewayofindia",
     "lomiri-wallpapers-16-04_picosdeeuropa-by-aitzol-berasategi",
 )
-"""Photographs of the corpus that ``olvae.data.mapped.dataset`` holds out: they are held out here, too."""
+"""Photographs of the corpus that ``olvae.data.dataset`` holds out: they are held out here, too."""

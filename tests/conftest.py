@@ -109,10 +109,10 @@ def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
     """A config that trains in a second: a narrow encoder and decoder on 16-pixel crops."""
     decoder = {"channels": 8, "z_channels": 4, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 0, "output": "wavelet"}
     if root is None:
-        data = {"target": "olvae.data.mapped.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 4}}
+        data = {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 4}}
     else:
         data = {
-            "target": "olvae.data.mapped.picture_folder.FolderSource",
+            "target": "olvae.data.picture_folder.FolderSource",
             "params": {"root": str(root), "size": 16, "batch_size": 4, "val_fraction": 0.2},
         }
     return {

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from olvae.app.comparison import Result, compare, crop_around, enlarged, latent_pictures, load, read_image
-from olvae.data.mapped.dataset import HELD_OUT
+from olvae.data.dataset import HELD_OUT
 from olvae.figures import rgb
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target, name_apart

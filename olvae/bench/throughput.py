@@ -17,11 +17,11 @@ from torchvision import transforms
 
 from olvae.bench.measure import Case, Setting, Work, per_image
 from olvae.config import ConfigError
+from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS, MappedSource
 from olvae.data.image import Photo, Picture, image_to_tensor
-from olvae.data.mapped.dataset import HELD_OUT, PHOTOGRAPHS, MappedSource
-from olvae.data.mapped.picture_folder import Files
 from olvae.data.mix import MixSource
 from olvae.data.opening import open_source
+from olvae.data.picture_folder import Files
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource

@@ -67,7 +67,7 @@ def command(
 
     from olvae.bench.cases import bench
     from olvae.bench.measure import Setting, moved, read_document
-    from olvae.data.mapped.dataset import PHOTOGRAPHS
+    from olvae.data.dataset import PHOTOGRAPHS
     from olvae.devices import keep_freed_memory, resolve_device
     from olvae.training.run import quieten
 

@@ -80,7 +80,7 @@ def _dotted(target: str) -> tuple[str, str]:
     module, _, name = target.rpartition(".")
     right = module and all(part.isidentifier() for part in (*module.split("."), name))
     if not right or module.count(".") > LONGEST:
-        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.mapped.dataset.SamplePhotographs")
+        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.dataset.SamplePhotographs")
     return module, name
 
 

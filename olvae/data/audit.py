@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olvae.data.dataset import ImageDataset
 from olvae.data.image import Bands, Photo
-from olvae.data.mapped.dataset import ImageDataset
-from olvae.data.mapped.picture_folder import Files, FolderSource
 from olvae.data.opening import holds_shards, open_images, open_source
+from olvae.data.picture_folder import Files, FolderSource
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import LATENT, STATS

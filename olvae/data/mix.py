@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.mapped.dataset import MappedSource
+from olvae.data.dataset import MappedSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source, total
 

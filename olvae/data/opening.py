@@ -16,9 +16,9 @@ import yaml
 from webdataset.shardlists import expand_urls
 
 from olvae.config import Config, ConfigError, instantiate, load, with_paths
-from olvae.data.mapped.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
-from olvae.data.mapped.hub import Column, Items, load_table
-from olvae.data.mapped.picture_folder import Files, find_images
+from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
+from olvae.data.hub import Column, Items, load_table
+from olvae.data.picture_folder import Files, find_images
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import SUFFIXES
 from olvae.data.shards.tar_reading import is_local

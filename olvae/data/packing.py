@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from olvae.config import ConfigError
+from olvae.data.dataset import ImageDataset
+from olvae.data.hub import Items
 from olvae.data.image import Bands, Photo, Picture
-from olvae.data.mapped.dataset import ImageDataset
-from olvae.data.mapped.hub import Items
-from olvae.data.mapped.picture_folder import Files
 from olvae.data.opening import open_images
+from olvae.data.picture_folder import Files
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name

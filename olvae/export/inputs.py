@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from olvae.config import ConfigError
+from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import Photo, image_to_tensor
-from olvae.data.mapped.dataset import ImageDataset, MappedSource
 from olvae.data.opening import holds_shards, open_images, open_source
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import find_shards, with_counts

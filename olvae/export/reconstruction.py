@@ -10,7 +10,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8, image_to_tensor, read_picture, to_uint8
-from olvae.data.mapped.picture_folder import find_images
+from olvae.data.picture_folder import find_images
 from olvae.devices import FULL, autocast
 from olvae.figures import comparison, error_map, save_image
 from olvae.files import atomic_write

@@ -40,7 +40,7 @@ def test_a_config_brings_its_size_and_crops(tmp_path, image_folder, monkeypatch)
     made = []
     monkeypatch.setattr(RandomScaleCrop, "__call__", lambda self, *_: made.append(self) or picture(0, (24, 24)))
     write_shards(tmp_path / "shards", (8, 8))
-    folder = node("mapped.picture_folder.FolderSource", root=str(image_folder), min_fraction=0.9)
+    folder = node("picture_folder.FolderSource", root=str(image_folder), min_fraction=0.9)
     shards = node("shards.webdataset.WebDatasetSource", shards=str(tmp_path / "shards"))
     for name, content in (("one", folder), ("mix", node("mix.MixSource", sources=[folder, shards]))):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"data": content}))

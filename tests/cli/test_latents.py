@@ -11,7 +11,7 @@ from PIL import Image
 from olvae.cli.main import main
 from olvae.config import load, save
 from olvae.data.image import from_uint8, image_to_tensor, read_picture
-from olvae.data.mapped.picture_folder import find_images
+from olvae.data.picture_folder import find_images
 from olvae.data.transforms import EvalTransform
 from olvae.models.loading.targets import find_target
 from tests.models.loading.test_targets import taesd
@@ -35,7 +35,7 @@ def test_a_run_on_its_own_test_images(olvae, run):
         assert text in err, text
     content = json.loads((run / "latents.json").read_text())
     (result,) = content["results"]
-    assert content["data"]["source"] == "olvae.data.mapped.picture_folder.FolderSource"
+    assert content["data"]["source"] == "olvae.data.picture_folder.FolderSource"
     assert content["data"]["n"] == result["n"] > 0
     assert result["target"] == run.name
     assert min(Image.open(run / "latents.png").size) > 300

@@ -53,7 +53,7 @@ def test_nodes_in_values(value, hint, places):
 
 def test_paths_in_nodes_at_any_depth():
     params = {"root": "a", "size": 8, "batch_size": 1}
-    folder = {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": params}
+    folder = {"target": "olvae.data.picture_folder.FolderSource", "params": params}
     mix = {"target": "olvae.data.mix.MixSource", "params": {"sources": [folder, folder], "weights": [1, 2]}}
     changed = with_paths(mix, lambda path: f"/{path}")
     assert [node["params"]["root"] for node in changed["params"]["sources"]] == ["/a", "/a"]
@@ -74,7 +74,7 @@ READ = sorted(
         "lightning.pytorch.Trainer",
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "lightning.pytorch.callbacks.Callback",
-        "olvae.data.mapped.picture_folder.FolderSource",
+        "olvae.data.picture_folder.FolderSource",
         "olvae.models.optimization.lr_factor",
         "olvae.training.callbacks.ImageGrids",
     }

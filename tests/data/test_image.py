@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from olvae.data import image as reading
 from olvae.data.image import Photo, from_uint8, image_to_tensor, read_picture, tensor_to_picture, to_uint8
-from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.picture_folder import FolderSource
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture

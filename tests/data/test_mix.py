@@ -20,7 +20,7 @@ def nodes(tmp_path, image_folder):
     folder = {"root": str(image_folder), "size": 16, "batch_size": 1, "val_fraction": 0.1}
     shards = {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 1, "val_shards": str(tmp_path / "val")}
     return [
-        {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": folder},
+        {"target": "olvae.data.picture_folder.FolderSource", "params": folder},
         {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
     ]
 
@@ -107,7 +107,7 @@ def test_an_evaluations_transform_reaches_the_sources(nodes):
 
 def test_the_protocol_hears_how_each_sources_images_are_made(nodes):
     assert mix(nodes).crops is None
-    samples = {"target": "olvae.data.mapped.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 1}}
+    samples = {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 1}}
     images = mix([nodes[0], samples]).describe_val_images()
     assert "tiles" in images
     assert "centre crop" in images

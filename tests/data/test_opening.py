@@ -84,7 +84,7 @@ def test_mistakes(tmp_path):
         open_source(str(tmp_path / "empty.yaml"), 16, 4)
 
 
-FOLDER = "olvae.data.mapped.picture_folder.FolderSource"
+FOLDER = "olvae.data.picture_folder.FolderSource"
 SHARDS = "olvae.data.shards.webdataset.WebDatasetSource"
 
 
@@ -155,7 +155,7 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
 def test_a_data_set_that_is_gone_is_fetched_again(home, monkeypatch):
     dataset = {"target": "torchvision.datasets.CIFAR10", "params": {"root": "photos"}}
     params = {"dataset": dataset, "size": 8, "batch_size": 1}
-    config = {"data": {"target": "olvae.data.mapped.hub.TorchvisionSource", "params": params}}
+    config = {"data": {"target": "olvae.data.hub.TorchvisionSource", "params": params}}
     config["run"] = {"paths": make_absolute(config)}
     (home / "photos").rename(home / "gone")
     with pytest.raises(FileNotFoundError, match="not there any more"):

@@ -8,12 +8,12 @@ from itertools import count, islice
 import numpy as np
 import pytest
 
-from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.picture_folder import FolderSource
 from olvae.data.source import LoaderProcess, draws, epoch_order
 
 SCRIPT = """
 import sys
-from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.picture_folder import FolderSource
 
 source = FolderSource(sys.argv[1], 16, 2, num_workers=1)
 kept = [iter(source.test_loader()), iter(source.train_loader(0))]

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olvae.data.mapped.picture_folder import FolderSource
 from olvae.data.mix import MixSource
+from olvae.data.picture_folder import FolderSource
 from olvae.data.shards.latent_source import LatentSource
 from olvae.data.shards.pairs import PairSource
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -63,7 +63,7 @@ def mix(root: Path, **arguments: Any) -> Source:
     photos = {"root": str(root / "photos"), "size": 16, "batch_size": 1, "max_unreadable": 1.0}
     shards = {"shards": str(root / "shards"), "size": 16, "batch_size": 1, "val_shards": str(root / "val")}
     nodes = [
-        {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": photos},
+        {"target": "olvae.data.picture_folder.FolderSource", "params": photos},
         {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
     ]
     return MixSource(nodes, size=16, weights=[1, 2], max_unreadable=1.0, **arguments)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.data.image import from_uint8, image_to_tensor, read_picture
-from olvae.data.mapped.picture_folder import find_images
+from olvae.data.picture_folder import find_images
 from olvae.data.transforms import EvalTransform
 from olvae.export.encoding import EncodeJob, EncodeOptions
 from olvae.export.inputs import find_inputs

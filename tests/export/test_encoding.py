@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8, image_to_tensor
-from olvae.data.mapped.picture_folder import find_images
+from olvae.data.picture_folder import find_images
 from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latent_statistics import LatentAccumulator
 from olvae.export.encoding import EncodeJob, EncodeOptions
@@ -396,7 +396,7 @@ def test_what_it_refuses(tmp_path, image_folder):
         encode(image_folder, tmp_path / "zero", Shrunk(0.0))
     (tmp_path / "mix.yaml").write_text(
         "data: {target: olvae.data.mix.MixSource, params: {size: 16, batch_size: 1, sources: "
-        "[{target: olvae.data.mapped.picture_folder.FolderSource, "
+        "[{target: olvae.data.picture_folder.FolderSource, "
         f"params: {{root: {image_folder}, size: 16, batch_size: 1}}}}]}}}}"
     )
     with pytest.raises(ConfigError, match="one by one"):
@@ -407,7 +407,7 @@ def test_a_config_gives_the_images_that_it_tests_with(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (2, 3))
     source = "data: {{target: olvae.data.{}, params: {{{}, size: 16, batch_size: 1}}}}"
     (tmp_path / "folder.yaml").write_text(
-        source.format("mapped.picture_folder.FolderSource", f"root: {image_folder}, val_root: {image_folder}/class1")
+        source.format("picture_folder.FolderSource", f"root: {image_folder}, val_root: {image_folder}/class1")
     )
     (tmp_path / "shards.yaml").write_text(
         source.format("shards.webdataset.WebDatasetSource", f"shards: {tmp_path}/shards, shuffle: 2")

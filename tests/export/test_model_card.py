@@ -31,7 +31,7 @@ def card_of(model: LiteVAE, provenance: Provenance, layout: str = "litevae") -> 
 def test_the_model_card(metrics, tmp_path):
     config = {
         **tiny_config(),
-        "data": {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": {"root": "/home/me/cats"}},
+        "data": {"target": "olvae.data.picture_folder.FolderSource", "params": {"root": "/home/me/cats"}},
         "run": {"weights": "/home/me/runs/2026_a_32/checkpoints/last.ckpt"},
     }
     export(tiny_litevae(), tmp_path / "vae", None, None, Provenance("a_run", config, metrics, False, "mit", "measured"))
@@ -47,7 +47,7 @@ def test_the_model_card(metrics, tmp_path):
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
         "Half precision: not measured: `olvae evaluate` compares fp16, bf16 and 32.",
-        "`olvae.data.mapped.picture_folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
+        "`olvae.data.picture_folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
     ):

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.picture_folder import FolderSource
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 

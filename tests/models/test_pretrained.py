@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, load, save
+from olvae.data.dataset import SamplePhotographs
 from olvae.data.image import from_uint8, to_uint8
-from olvae.data.mapped.dataset import SamplePhotographs
 from olvae.metrics.pixel import psnr
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME

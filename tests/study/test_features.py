@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from olvae.data.mapped.dataset import HELD_OUT, PHOTOGRAPHS
+from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS
 from study.features import Lite0, frechet_lite0, lite0_network
 
 GIANT_PANDA, ICE_BEAR, ESPRESSO = 388, 296, 967

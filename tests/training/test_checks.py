@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.mapped.picture_folder import FolderSource
+from olvae.data.picture_folder import FolderSource
 from olvae.models.footprint import MARGIN, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import check_memory

@@ -120,7 +120,7 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(tra
     if kind == "folder":
         (tmp_path / "val").mkdir()
         (image_folder / "class0" / "0.png").rename(tmp_path / "val" / "0.png")
-        data = {"target": "olvae.data.mapped.picture_folder.FolderSource", "params": {"root": str(image_folder)}}
+        data = {"target": "olvae.data.picture_folder.FolderSource", "params": {"root": str(image_folder)}}
         data["params"]["val_root"] = str(tmp_path / "val")
     else:
         write_shards(tmp_path / "shards", (8, 8, 1))

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from olvae.data.mapped.dataset import SamplePhotographs
+from olvae.data.dataset import SamplePhotographs
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.callbacks import Health
 from tests.conftest import tiny_config

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
-from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.tar_reading import Entry
+from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
 
 LATENT = "latent.safetensors"

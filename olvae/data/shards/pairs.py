@@ -17,8 +17,8 @@ from olvae.data.image import Photo, image_to_tensor, tensor_to_picture
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import find_shards, split_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, STATS, Latent, read_label, read_latent, read_stats
-from olvae.data.shards.stream import ShardSource
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
+from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
 from olvae.data.transforms import EvalTransform
 from olvae.modules.distributions import LOGVAR_RANGE

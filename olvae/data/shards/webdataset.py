@@ -1,16 +1,126 @@
-"""Read images from WebDataset shards: in sequence, shuffled, shared among processes, resumable at any image."""
+"""Stream samples of WebDataset shards: endless, shuffled, shared among processes, resumable; or once, in order."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from olvae.data.image import Photo, image_to_tensor
+from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
-from olvae.data.shards.stream import ShardSource
-from olvae.data.shards.tar_reading import Entry
-from olvae.data.source import Sample, eval_sample
+from olvae.data.shards.tar_reading import Entry, Shard, read_shard
+from olvae.data.source import LoaderProcess, Sample, Source, epoch_order, eval_sample, total
 from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
+
+
+class ShardSource(Source):
+    """Samples of shards; :class:`WebDatasetSource` describes their order.
+
+    Args:
+        train, val: the shards, with their counts where they are known.
+        shuffle: entries in a block that is shuffled.
+        image_key: the extension of the file that is read in a group; by default the first that is an image's.
+        size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
+
+    Raises:
+        ValueError: a batch is larger than the training images of an epoch.
+    """
+
+    sidecars = True
+    """Whether samples need the other files of a group."""
+
+    def __init__(
+        self,
+        train: Sequence[Shard],
+        val: Sequence[Shard],
+        shuffle: int,
+        image_key: str | None,
+        size: int,
+        batch_size: int,
+        num_workers: int,
+        channels: int = 3,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
+        if shuffle < 1:
+            raise ValueError(f"shuffle must be at least 1, got {shuffle}")
+        self.train, self.val = train, val
+        self.shuffle = shuffle
+        self.image_key = image_key
+        self._limited = False
+        self.check_batch()
+
+    @abstractmethod
+    def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
+        """Raise UnreadableImageError if it can't be read; another entry of the same block takes its place."""
+
+    @abstractmethod
+    def val_sample(self, entry: Entry) -> Sample:
+        """Raise UnreadableImageError if it can't be read."""
+
+    def entries(self, shard: Shard) -> Iterator[Entry | ReadError]:
+        """Read a shard; last a ReadError if it has no images and that was unknown."""
+        empty = shard.images is None
+        for entry in read_shard(shard, self.image_key, self.sidecars):
+            empty = False
+            yield entry
+        if empty:
+            yield ReadError(shard.url, "no images in it", lost=False)
+
+    @property
+    def samples_per_epoch(self) -> int | None:
+        return total([shard.images for shard in self.train])
+
+    @property
+    def val_images(self) -> int | None:
+        return total([shard.images for shard in self.val])
+
+    def check_processes(self, world: int) -> None:
+        processes, images = max(1, self.num_workers) * world, self.samples_per_epoch
+        if images is None and len(self.train) < processes:
+            raise ValueError(
+                f"{len(self.train)} training shards for {processes} processes ({self.num_workers} workers x {world} "
+                "ranks): each needs one of its own: lower data.params.num_workers, pack smaller shards, or give their "
+                "index"
+            )
+        if images is not None and images < processes:
+            raise ValueError(f"{images} training images for {processes} processes: lower data.params.num_workers")
+
+    def limit(self, images: int) -> None:
+        known, left, shards = self.val_images, images, []
+        if known is None or images > known:
+            has = "an unknown number of" if known is None else known
+            raise ValueError(f"the set has {has} images, {images} were asked for")
+        for shard in self.val:
+            assert shard.images is not None
+            shards.append(shard._replace(images=min(left, shard.images)))
+            left -= shards[-1].images or 0
+            if not left:
+                break
+        self.val, self._limited = shards, True
+
+    def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
+        return _Reader(self, seed, process).samples(position)
+
+    def once(self, process: LoaderProcess) -> Iterator[Sample]:
+        for shard in self.val[process.index :: process.count]:
+            read = 0
+            for entry in self.entries(shard):
+                if self._limited and read == shard.images:
+                    break
+                if isinstance(entry, ReadError):
+                    missing = max(0, (shard.images or 0) - read)
+                    lost = [ReadError(entry.name, entry.reason, str(read + i)) for i in range(missing)]
+                    yield Sample(None, shard.url, tuple(lost) or (entry,))
+                    continue
+                read += 1
+                try:
+                    yield self.val_sample(entry)
+                except UnreadableImageError as error:
+                    yield Sample(None, entry.key, (error.read_error(),))
 
 
 class WebDatasetSource(ShardSource):
@@ -87,3 +197,138 @@ class WebDatasetSource(ShardSource):
 
     def val_sample(self, entry: Entry) -> Sample:
         return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)
+
+
+class _Block(NamedTuple):
+    """Images that are shuffled together, and those that can replace a lost one."""
+
+    entries: list[Entry | ReadError]
+    good: list[Entry]
+
+
+class _Reader:
+    """A process's share of a source's endless stream."""
+
+    def __init__(self, source: ShardSource, seed: int, process: LoaderProcess) -> None:
+        self.source = source
+        self.seed = seed
+        self.process = process
+        images = source.samples_per_epoch
+        self.share = None if images is None else images // process.count
+        """Images of this process in an epoch, if the shards' counts are known."""
+        assert self.share != 0  # check_processes raises
+
+    def samples(self, position: int) -> Iterator[Sample]:
+        """The process's endless samples, from its own ``position`` on."""
+        for block, index in self._from_position(position):
+            yield self._sample(block, index, (self.seed, self.process.index, self.process.count, position))
+            position += 1
+
+    def _sample(self, block: _Block, index: int, seed: tuple[int, ...]) -> Sample:
+        """A sample of an entry of a block or, if that can't be read, of another one of the same block."""
+        rng = np.random.default_rng(seed)
+
+        def read(entry: Entry | ReadError, errors: list[ReadError]) -> Sample:
+            if isinstance(entry, ReadError):
+                raise UnreadableImageError(entry.name, entry.reason, entry.image)
+            errors += entry.errors
+            return self.source.train_sample(entry, rng)
+
+        sample, errors = read_or_replace(block.entries[index], block.good, seed, read)
+        return sample._replace(errors=errors)
+
+    def _from_position(self, position: int) -> Iterator[tuple[_Block, int]]:
+        """Each image's block and place in it, from the process's own ``position`` on, without end."""
+        epoch, number = 0, 0
+        if self.share is not None:
+            epoch, position = divmod(position, self.share)
+            number, position = divmod(position, self.source.shuffle)
+        blocks = self._blocks(epoch, number)
+        epoch, number, entries = next(blocks)
+        block = self._shuffled(epoch, number, list(entries))
+        for epoch, number, following in blocks:
+            ahead: list[Entry | ReadError] = []
+            for index in range(position, len(block.entries)):
+                yield block, index
+                ahead += islice(following, 1)  # read on while training uses these: no pause between blocks
+            position = max(0, position - len(block.entries))
+            ahead += following
+            block = self._shuffled(epoch, number, ahead)
+
+    def _blocks(self, epoch: int, number: int) -> Iterator[tuple[int, int, Iterator[Entry | ReadError]]]:
+        """Epoch, number and entries of each block; each must be read to its end before the next is taken."""
+        for epoch in count(epoch):  # noqa: B020  (from the given one on)
+            entries = self._epoch(epoch, number * self.source.shuffle)
+            for first in entries:
+                yield epoch, number, chain([first], islice(entries, self.source.shuffle - 1))
+                number += 1
+            number = 0
+
+    def _epoch(self, epoch: int, skip: int) -> Iterator[Entry | ReadError]:
+        """This process's entries of an epoch, in the shards' order."""
+        shards = [self.source.train[i] for i in epoch_order(self.seed, epoch, len(self.source.train))]
+        if self.share is None:
+            own = shards[self.process.index :: self.process.count]
+            return self._whole(own, [shard for shard in shards if shard not in own])
+        first = self.process.index * self.share
+        return self._range(shards, first + skip, first + self.share)
+
+    def _whole(self, own: Sequence[Shard], others: Sequence[Shard]) -> Iterator[Entry]:
+        """Entries of shards with unknown counts; errors come with the next image that is read.
+
+        If none of the process's own shards gives an image, the first of the others that does takes their place.
+        """
+        errors: list[ReadError] = []
+        read = False
+        for shard in chain(own, others):
+            if read and shard not in own:
+                return
+            for entry in self.source.entries(shard):
+                if isinstance(entry, ReadError):
+                    errors.append(entry)
+                else:
+                    yield entry._replace(errors=tuple(errors))
+                    errors, read = [], True
+        if not read:
+            reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors)
+            raise ValueError(f"none of the {len(own) + len(others)} shards could be read: {reasons}")
+
+    def _range(self, shards: Sequence[Shard], first: int, last: int) -> Iterator[Entry | ReadError]:
+        """The images from ``first`` to ``last`` of shards laid end to end; a ReadError in the place of a lost one."""
+        start = 0
+        for shard in shards:
+            assert shard.images is not None
+            begin, end = max(first - start, 0), min(last - start, shard.images)
+            start += shard.images
+            if begin < end:
+                yield from self._part(shard, begin, end)
+
+    def _part(self, shard: Shard, begin: int, end: int) -> Iterator[Entry | ReadError]:
+        place, reason = 0, "has fewer images than its index says"
+        entries = self.source.entries(shard)
+        for entry in entries:
+            if isinstance(entry, ReadError):
+                reason = entry.reason
+                continue
+            if place >= begin:
+                yield entry
+            place += 1
+            if place == end:
+                return
+        yield from (ReadError(shard.url, reason, str(i)) for i in range(max(place, begin), end))
+
+    def _shuffled(self, epoch: int, number: int, entries: list[Entry | ReadError]) -> _Block:
+        rng = np.random.default_rng((self.seed, epoch, number, self.process.index, self.process.count, 2))
+        shuffled = [entries[i] for i in rng.permutation(len(entries))]
+        good = [entry for entry in shuffled if isinstance(entry, Entry)]
+        return _Block(shuffled, good or self._next_good(epoch, number))
+
+    def _next_good(self, epoch: int, number: int) -> list[Entry]:
+        """Entries of the next block that has readable ones, for a block that has none."""
+        for later, _, entries in self._blocks(epoch, number + 1):
+            good = [entry for entry in entries if isinstance(entry, Entry)]
+            if good or later > epoch + 1:
+                break
+        if not good:
+            raise ValueError("none of the shards of a loader process could be read")
+        return good

@@ -9,8 +9,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from olvae.data.image import Photo, Picture
-from olvae.data.mapped.dataset import (
+from olvae.data.dataset import (
     HELD_OUT,
     PHOTOGRAPHS,
     ImageDataset,
@@ -19,6 +18,7 @@ from olvae.data.mapped.dataset import (
     SamplePhotographs,
     sample_photographs,
 )
+from olvae.data.image import Photo, Picture
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture, same, take

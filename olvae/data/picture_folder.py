@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import EXTENSIONS, Photo
-from olvae.data.mapped.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.read_errors import ReadError
 from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 from olvae.files import legible

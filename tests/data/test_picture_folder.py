@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.mapped.picture_folder import Files, FolderSource, find_images
+from olvae.data.picture_folder import Files, FolderSource, find_images
 from olvae.data.transforms import EvalTransform
 from tests.data.images import close_folders
 

@@ -6,8 +6,8 @@ import torchvision
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.mapped.dataset import hold_out
-from olvae.data.mapped.hub import HuggingFaceSource, Items, TorchvisionSource
+from olvae.data.dataset import hold_out
+from olvae.data.hub import HuggingFaceSource, Items, TorchvisionSource
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded
 

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.config import ConfigError, Node, instantiate
+from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import Bands, Photo, Picture, array_to_picture
-from olvae.data.mapped.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 
