@@ -25,7 +25,7 @@ LONG = {"training_step"}
 PUBLISHED = {"LiteVAE_Encoder", "LiteVAE_Decoder", "LiteAutoencoderKL", "AutoencoderLiteVAE"}
 """Classes with constructors fixed by open-LiteVAE's YAML or diffusers' config.json. Sources are flat in YAML, too."""
 
-SPEAKS_OF_FLAGS = {"cli", "app", "comparison.py"}
+SPEAKS_OF_FLAGS = {"cli"}
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 TRANSLATED = re.compile(r"\b(told|said|goes on|go on|of which|what is|to be had)\b", re.I)

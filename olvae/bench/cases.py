@@ -1,26 +1,41 @@
 """What `olvae bench` measures, in groups; and the table of networks that `olvae tables` prints."""
 
+import contextlib
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
-from itertools import repeat
+from itertools import count, cycle, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import pywt
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 
 from olvae import config as cfg
-from olvae.bench.measure import Case, Setting, Work, clocked, copy_of, machine, rows_of
-from olvae.bench.throughput import data_cases, encode_cases
+from olvae.bench.measure import Case, Setting, Work, clocked, machine, per_image, rows_of
 from olvae.config import ConfigError
-from olvae.data.source import Batch
-from olvae.devices import FULL, PRECISIONS, now
+from olvae.data.image import Photo, Picture, image_to_tensor
+from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS, MappedSource
+from olvae.data.picture_folder import Files
+from olvae.data.opening import open_source
+from olvae.data.read_errors import UnreadableImageError
+from olvae.data.shards.tar_reading import Entry, read_shard
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import Batch, Source
+from olvae.devices import FULL, PRECISIONS, autocast, now
+from olvae.export.encoding import EncodeJob, EncodeOptions
+from olvae.export.inputs import DatasetInputs
+from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import compile_networks
@@ -57,7 +72,6 @@ DECODERS: Networks = {
 WAVELET_LEVELS = 3
 
 EVERY = "every option"
-
 STEP_OPTIONS: Mapping[str, Mapping[str, bool]] = {
     "plain": {},
     "channels-last": {"channels_last": True},
@@ -67,10 +81,26 @@ STEP_OPTIONS: Mapping[str, Mapping[str, bool]] = {
 }
 """Options of the model by which training steps are measured; the first and the last in each precision."""
 
+SECONDS = 1.0
+"""Of a loader, or of decoding alone, in each round."""
 
-def _networks(builders: Networks, shape: tuple[int, int, int, int], setting: Setting) -> list[Case]:
+FLOOR_IMAGES = 256
+"""Images that are kept undecoded in memory and decoded in turn."""
+
+Undecoded = tuple[bytes | Picture, str]
+
+
+def _encoders(setting: Setting) -> list[Case]:
+    return _networks(ENCODERS, 3, setting.size, setting)
+
+
+def _decoders(setting: Setting) -> list[Case]:
+    return _networks(DECODERS, N_Z, setting.size // F8, setting)
+
+
+def _networks(builders: Networks, channels: int, side: int, setting: Setting) -> list[Case]:
     """Each network in each precision and memory layout; the peer is the first, plain."""
-    products = setting.products()
+    products, shape = setting.products(), (setting.batch_size, channels, side, side)
     cases, peers = list(products.values()), dict[str, Case]()
     sizes = setting.size, setting.batch_size
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
@@ -89,26 +119,15 @@ def _networks(builders: Networks, shape: tuple[int, int, int, int], setting: Set
         for precision in setting.precisions:
             for variant, (module, layout) in variants.items():
                 run = setting.inference(partial(module, x.contiguous(memory_format=layout)), precision)
-                limits = {"of_product": products[precision]}
-                peer, memory = peers.get(precision), counted if (variant, precision) == ("eager", FULL) else None
+                peer, limits = peers.get(precision), {"of_product": products[precision]}
+                memory = counted if (variant, precision) == ("eager", FULL) else None
                 case = Case(name, variant, precision, run, shape[0], *sizes, macs, "macs", limits, peer, memory)
                 peers.setdefault(precision, case)
                 cases.append(case)
     return cases
 
 
-def _encoders(setting: Setting) -> list[Case]:
-    return _networks(ENCODERS, (setting.batch_size, 3, setting.size, setting.size), setting)
-
-
-def _decoders(setting: Setting) -> list[Case]:
-    side = setting.size // F8
-    return _networks(DECODERS, (setting.batch_size, N_Z, side, side), setting)
-
-
 class _Transform(nn.Module):
-    """Three levels of Haar, as a module, which can be compiled."""
-
     def forward(self, x: Tensor) -> list[Tensor]:
         return wavedec2(x, "haar", WAVELET_LEVELS)
 
@@ -119,9 +138,9 @@ def _wavelet(setting: Setting) -> list[Case]:
     Each level reads its images or LL once and writes as much; so does its gradient.
     """
     x = setting.images()
+    target, copied = torch.empty_like(x), 2 * x.nbytes  # read and written
     sizes = setting.size, setting.batch_size
-    duplicate, copied = copy_of(x)
-    limit = Case("copy", "limit", FULL, setting.inference(duplicate), 0, *sizes, copied, "bytes")
+    limit = Case("copy", "limit", FULL, setting.inference(lambda: target.copy_(x)), 0, *sizes, copied, "bytes")
     once = sum(copied / 4**level for level in range(WAVELET_LEVELS))
 
     def case(name: str, variant: str, run: Work, passes: int, peer: Case | None) -> Case:
@@ -156,14 +175,14 @@ class TwoForwards(LiteAutoencoderKL):
 
 
 def _train(setting: Setting) -> list[Case]:
+    """Training steps of each config on random images, without LPIPS, which costs all the same."""
     products = setting.products()
     steps = [case for config in setting.configs for case in _steps(config, setting, products)]
     return [*products.values(), *steps]
 
 
 def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -> Iterator[Case]:
-    """Training steps of a config on random images, without LPIPS, which costs all the same."""
-    params, size, batch_size = read_step(config, setting.size, setting.batch_size)
+    params, size, batch_size = _read_step(config, setting.size, setting.batch_size)
     plain = {**params, **dict.fromkeys(STEP_OPTIONS[EVERY], False)}
     with FlopCounterMode(display=False) as counter:
         time_steps(LiteAutoencoderKL(**plain), size, batch_size, 0, setting.device)
@@ -180,18 +199,13 @@ def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -
     for variant, options in STEP_OPTIONS.items():
         if variant == "compiled" and not setting.compiled:
             continue
-        compiled = options.get("compile", False) and setting.compiled
-        model = LiteAutoencoderKL(**{**plain, **options, "compile": compiled})
+        model = LiteAutoencoderKL(**{**plain, **options, "compile": setting.compiled and "compile" in options})
         for precision in setting.precisions if variant in ("plain", EVERY) else [FULL]:
             yield case(model, variant, precision, peer if precision == FULL else None)
 
 
-def read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str, Any], int, int]:
-    """The model's params without LPIPS, pixels and batch size: those given, else (0) those of the config.
-
-    Raises:
-        ConfigError: the config has mistakes, or starts from an autoencoder.
-    """
+def _read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str, Any], int, int]:
+    """The model's params without LPIPS, pixels and batch size: those given, else (0) those of the config."""
     loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
     if mistakes := cfg.validate(loaded):
         raise ConfigError(*mistakes)
@@ -239,6 +253,119 @@ class _Stopwatch(pl.Callback):
         self.seconds.append(now(self.device) - self._start)
 
 
+def _loaders(setting: Setting) -> list[Case]:
+    """Training loaders beside decoding and cropping the same images in memory, one by one."""
+    cases = []
+    for name in setting.sources:
+        source = open_source(name, setting.size, setting.batch_size)
+        source.batch_size = setting.batch_size
+        sizes = source.size, setting.batch_size
+        decode = partial(per_image, _floor(name, source), 1, SECONDS)
+        floor = Case("decoding alone", "limit", "uint8", decode, 1, source.size, 1, 1, "images")
+        cases.append(floor)
+        for workers in setting.workers:
+            source.num_workers = workers
+            try:
+                source.check_processes(1)
+            except ValueError as error:
+                raise ConfigError(f"`workers` {workers}: {name}: {error}") from error
+            run, work, limits = _loader(source, workers), 1 / max(1, workers), {"of_floor": floor}
+            cases.append(Case(name, f"{workers} workers", "uint8", run, 1, *sizes, work, "images", limits))
+    return cases
+
+
+def _loader(source: Source, workers: int) -> Work:
+    """Take batches of a source's training loader, once its processes have started and their queues are empty."""
+    seeds = count()
+
+    def run() -> list[float]:
+        source.num_workers = workers
+        batches = iter(source.train_loader(seed=next(seeds)))
+        for _ in islice(batches, 2 * max(1, workers) + 1):
+            pass
+        return per_image(lambda: next(batches), source.batch_size, SECONDS)
+
+    return run
+
+
+def _floor(name: str, source: Source) -> Callable[[], Tensor]:
+    """Decode and crop training images that are in memory, in turn."""
+    if not isinstance(source, MappedSource | WebDatasetSource):
+        raise ConfigError(f"data.target: {type(source).__name__} can't be timed against decoding alone")
+    rng, images = np.random.default_rng(0), list[Undecoded]()
+
+    def decode(image: Undecoded) -> Tensor:
+        return image_to_tensor(source.transform(Photo(*image, source.channels), rng))
+
+    for image in islice(_undecoded(source), FLOOR_IMAGES):
+        with contextlib.suppress(UnreadableImageError):
+            decode(image)
+            images.append(image)
+    if not images:
+        raise ValueError(f"{name}: no image of it can be read")
+    turns = cycle(images)
+    return lambda: decode(next(turns))
+
+
+def _undecoded(source: MappedSource | WebDatasetSource) -> Iterator[Undecoded]:
+    if isinstance(source, WebDatasetSource):
+        for shard in source.train:
+            entries = read_shard(shard, source.image_key)
+            yield from ((entry.data, entry.name) for entry in entries if isinstance(entry, Entry))
+        return
+    for i in np.random.default_rng(0).permutation(len(source.train)):
+        with contextlib.suppress(UnreadableImageError):
+            photo = source.train[int(i)]
+            yield photo.undecoded(), photo.name
+
+
+def _encoding(setting: Setting) -> list[Case]:
+    """`olvae encode`, from files to files, beside a plain loop with the same network, and the network alone."""
+    on_cpu = setting.device == "cpu"
+    scale: Literal["S", "B"] = "S" if on_cpu else "B"
+    paths = [photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT)][: 24 if on_cpu else None]
+    model = LiteVAE(LiteVAE_Encoder(8, scale), LiteVAE_Decoder(32, 4)).eval().to(setting.device)
+    x, n, sizes = setting.images(), len(paths), (setting.size, setting.batch_size)
+    cases = []
+    for precision in setting.precisions:
+        options = EncodeOptions(setting.size, precision=precision)
+        alone = setting.inference(partial(model.encoder, x), precision)
+        limit = Case(f"encoder {scale}", "limit", precision, alone, sizes[1], *sizes, sizes[1], "images")
+        peer = None
+        for name, encode in (("plain loop", _loop), ("olvae encode", _encode)):
+            run = setting.inference(partial(_in_new_folder, encode, model, paths, options, setting.batch_size))
+            peer = Case(name, "files to files", precision, run, n, *sizes, n, "images", {"of_encoder": limit}, peer)
+            cases.append(peer)
+        cases.append(limit)
+    return cases
+
+
+def _in_new_folder(encode: Callable[..., None], *arguments: object) -> None:
+    with tempfile.TemporaryDirectory(prefix="olvae-") as folder:
+        encode(*arguments, Path(folder))
+
+
+def _encode(model: LiteVAE, paths: Sequence[Path], options: EncodeOptions, batch_size: int, folder: Path) -> None:
+    job = EncodeJob(model, DatasetInputs(Files(paths), 1000), options, folder, {})
+    job.run(batch_size=batch_size)
+    job.finish()
+
+
+def _loop(model: LiteVAE, paths: Sequence[Path], options: EncodeOptions, batch_size: int, folder: Path) -> None:
+    """Encode as one would without a library: Pillow, torchvision, a file of mean and deviation per image."""
+    device = next(model.parameters()).device
+    resize = transforms.Resize(options.size, transforms.InterpolationMode.BICUBIC)
+    normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
+    transform = transforms.Compose([resize, transforms.CenterCrop(options.size), transforms.ToTensor(), normalise])
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        x = torch.stack([transform(Image.open(path).convert("RGB")) for path in batch]).to(device)
+        with autocast(device.type, options.precision):
+            posterior = model.encode(x)
+        for path, mean, std in zip(batch, posterior.mean.half().cpu(), posterior.std.half().cpu(), strict=True):
+            save_file({"mean": mean.contiguous(), "std": std.contiguous()}, folder / f"{path.stem}.safetensors")
+
+
 class Group(NamedTuple):
     """Cases that are measured in turns.
 
@@ -258,8 +385,8 @@ GROUPS: Mapping[str, Group] = {
     "encoder": Group(_encoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
     "decoder": Group(_decoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
     "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
-    "data": Group(data_cases, False, {"cpu": (64, 16), "cuda": (256, 32)}),
-    "encode": Group(encode_cases, True, {"cpu": (64, 16), "cuda": (256, 32)}),
+    "data": Group(_loaders, False, {"cpu": (64, 16), "cuda": (256, 32)}),
+    "encode": Group(_encoding, True, {"cpu": (64, 16), "cuda": (256, 32)}),
 }
 
 
@@ -271,7 +398,7 @@ def bench(groups: Sequence[str], setting: Setting, rounds: int, on_group: Callab
     rows = []
     for name in groups:
         group = GROUPS[name]
-        pixels, images = group.sizes[setting.device.partition(":")[0]]
+        pixels, images = group.sizes[setting.kind]
         own = replace(setting, size=setting.size or pixels, batch_size=setting.batch_size or images)
         cases = group.cases(own)
         on_group(name, len(cases))

@@ -4,20 +4,19 @@ A case's share of a limit compares its rate with that of a plain operation, meas
 product, a copy.
 """
 
-import json
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 
 Work = Callable[[], Sequence[float]]
@@ -27,12 +26,6 @@ K = TypeVar("K", bound=Hashable)
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 """Side of the matrices that are multiplied: large enough that a product takes milliseconds."""
-
-CASE_KEYS = ("group", "name", "variant", "precision", "size", "batch_size")
-"""Entries of a row that identify what was measured."""
-
-MACHINE_KEYS = ("device", "threads")
-"""Entries of a document without which its seconds can't be compared."""
 
 RATES = {"macs": ("gflop_per_s", 2e-9), "bytes": ("gbyte_per_s", 1e-9)}
 """By unit of work: the row's entry, and the factor to its unit."""
@@ -85,77 +78,6 @@ class Case:
     computed_bytes: int | None = None
 
 
-def measure(work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True) -> dict[K, Times]:
-    """Measure each in turn, some rounds of all, so that a change of the machine's load meets all of them.
-
-    With ``warm_up`` a round that does not count comes first.
-    """
-    times = {name: Times() for name in work}
-    for turn in range(-int(warm_up), rounds):
-        for name, run in work.items():
-            peaks: list[int] = []
-            with peak_memory(device, peaks):
-                seconds = run()
-            if turn >= 0:
-                times[name].seconds += seconds
-                times[name].peak_bytes = max([*peaks, times[name].peak_bytes or 0]) if peaks else None
-    return times
-
-
-def clocked(function: Callable[[], Any], device: str) -> Work:
-    """Work that is one call of a function, until the device has finished it."""
-
-    def run() -> list[float]:
-        start = now(device)
-        function()
-        return [now(device) - start]
-
-    return run
-
-
-def per_image(work: Callable[[], Any], images: int, seconds: float) -> list[float]:
-    """Repeat ``work``, which gives ``images`` each time, for some seconds; the seconds of an image."""
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        work()
-        done += images
-    return [(time.perf_counter() - start) / done]
-
-
-def matrix_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
-    """A product of two square matrices, and its multiply-accumulates."""
-    side = MATRIX_SIDE[device.partition(":")[0]]
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return lambda: a @ b, side**3
-
-
-def copy_of(x: Tensor) -> tuple[Callable[[], Tensor], int]:
-    """A copy into memory that is there already, and the bytes that it reads and writes."""
-    target = torch.empty_like(x)
-    return lambda: target.copy_(x), 2 * x.nbytes
-
-
-def machine(device: str) -> dict[str, Any]:
-    """The device's name, threads, torch's version; on a GPU whether float32 is computed in TF32."""
-    described: dict[str, Any] = {
-        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    if device != "cpu":
-        described["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
-        described["tf32_products"] = torch.backends.cuda.matmul.allow_tf32
-    return described
-
-
-def _processor() -> str:
-    try:
-        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:  # not Linux
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @dataclass
 class Setting:
     """What a group's cases have in common.
@@ -177,15 +99,19 @@ class Setting:
     compiled: bool = False
 
     @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
     def precisions(self) -> list[str]:
         """float32 and bfloat16, on a GPU also float16."""
-        return [FULL, "bf16"] if self.device == "cpu" else [FULL, "bf16", "fp16"]
+        return [FULL, "bf16"] if self.kind == "cpu" else [FULL, "bf16", "fp16"]
 
     def inference(self, function: Callable[[], object], precision: str = FULL) -> Work:
         """Work without gradients, under autocast unless the precision is float32."""
 
         def run() -> None:
-            with torch.inference_mode(), autocast(self.device.partition(":")[0], precision):
+            with torch.inference_mode(), autocast(self.kind, precision):
                 function()
 
         return clocked(run, self.device)
@@ -195,12 +121,69 @@ class Setting:
         return x.to(self.device)
 
     def products(self) -> dict[str, Case]:
-        """The matrix product in each precision."""
-        cases = {}
-        for precision in self.precisions:
-            product, macs = matrix_product(self.device, PRECISIONS[precision].dtype)
-            cases[precision] = Case("matrix product", "limit", precision, self.inference(product), 0, work=macs)
+        """A product of two square matrices in each precision."""
+        cases, side = {}, MATRIX_SIDE[self.kind]
+        for name in self.precisions:
+            a, b = (torch.randn(side, side, device=self.device, dtype=PRECISIONS[name].dtype) for _ in range(2))
+            run = self.inference(partial(torch.matmul, a, b))
+            cases[name] = Case("matrix product", "limit", name, run, 0, work=side**3)
         return cases
+
+
+def clocked(function: Callable[[], object], device: str) -> Work:
+    """Work that is one call of a function, until the device has finished it."""
+
+    def run() -> list[float]:
+        start = now(device)
+        function()
+        return [now(device) - start]
+
+    return run
+
+
+def per_image(work: Callable[[], object], images: int, seconds: float) -> list[float]:
+    """Repeat ``work``, which gives ``images`` each time, for some seconds; the seconds of an image."""
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        work()
+        done += images
+    return [(time.perf_counter() - start) / done]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device's name, threads, torch's version; on a GPU whether float32 is computed in TF32."""
+    described: dict[str, Any] = {
+        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if device != "cpu":
+        described["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
+        described["tf32_products"] = torch.backends.cuda.matmul.allow_tf32
+    return described
+
+
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")  # Linux has it
+    found = re.search(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE) if described.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def measure(work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True) -> dict[K, Times]:
+    """Measure each in turn, some rounds of all, so that a change of the machine's load meets all of them.
+
+    With ``warm_up`` a round that does not count comes first.
+    """
+    times = {name: Times() for name in work}
+    for turn in range(-int(warm_up), rounds):
+        for name, run in work.items():
+            peaks: list[int] = []
+            with peak_memory(device, peaks):
+                seconds = run()
+            if turn >= 0:
+                times[name].seconds += seconds
+                times[name].peak_bytes = max([*peaks, times[name].peak_bytes or 0]) if peaks else None
+    return times
 
 
 def rows_of(group: str, cases: Sequence[Case], device: str, rounds: int, warm_up: bool) -> list[dict[str, Any]]:
@@ -232,44 +215,3 @@ def _row(group: str, case: Case, times: Mapping[Case, Times]) -> dict[str, Any]:
     if (peak := case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes) is not None:
         row["peak_memory_bytes"] = peak
     return row
-
-
-def read_document(path: Path, device: str) -> dict[str, Any]:
-    """Read what ``olvae bench`` printed as JSON, on this machine with as many threads.
-
-    Raises:
-        ConfigError: the file is missing, something else, or of another machine.
-    """
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for row in document["rows"]:
-            float(row["median_ms"]), float(row["spread_ms"]), row["name"]
-        before = {key: document[key] for key in MACHINE_KEYS}
-    except OSError as error:
-        raise ConfigError(f"`against` {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"`against` {path}: not a JSON document of `olvae bench`") from error
-    for key, value in machine(device).items():
-        if value != before.get(key, value):
-            raise ConfigError(
-                f"`against` {path}: {key} was {before[key]} and is {value} now: seconds of two machines can't be "
-                "compared; measure both on one"
-            )
-    return document
-
-
-def moved(before: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The cases in both lists of rows whose medians differ by more than both spreads together.
-
-    Each has before_ms, now_ms, and ratio, the time now by the time before.
-    """
-    known = {tuple(row.get(key) for key in CASE_KEYS): row for row in before}
-    rows = []
-    for row in current:
-        old = known.get(tuple(row.get(key) for key in CASE_KEYS))
-        if old is None or abs(row["median_ms"] - old["median_ms"]) <= row["spread_ms"] + old["spread_ms"]:
-            continue
-        named = {key: row[key] for key in CASE_KEYS if key in row}
-        ratio = row["median_ms"] / old["median_ms"]
-        rows.append({**named, "before_ms": old["median_ms"], "now_ms": row["median_ms"], "ratio": ratio})
-    return rows

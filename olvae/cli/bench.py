@@ -36,9 +36,6 @@ def command(
     ] = False,
     device: Annotated[str, typer.Option(callback=check_device, help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
-    against: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What --json printed before: show what moved since.")
-    ] = None,
 ) -> None:
     """Measure speed and memory beside named peers, and beside what the machine reaches at most.
 
@@ -66,14 +63,13 @@ def command(
         raise ConfigError(f"`workers` {workers}: give numbers of processes, such as 0,1,2")
 
     from olvae.bench.cases import bench
-    from olvae.bench.measure import Setting, moved, read_document
+    from olvae.bench.measure import Setting
     from olvae.data.dataset import PHOTOGRAPHS
     from olvae.devices import keep_freed_memory, resolve_device
     from olvae.training.run import quieten
 
     keep_freed_memory()
     device = resolve_device(device)
-    before = None if against is None else read_document(against, device)
     setting = Setting(
         device,
         size or 0,
@@ -86,20 +82,12 @@ def command(
     quieten()
     count = rounds or (3 if device == "cpu" else 10)
     document = bench(chosen, setting, count, lambda name, cases: typer.echo(f"{name}: {cases} cases", err=True))
-    rows = document["rows"]
     if as_json:
         typer.echo(json.dumps(document, indent=2))
-    else:
-        typer.echo(", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True)
-        for name in chosen:
-            _show(name, [{key: row[key] for key in row if key != "group"} for row in rows if row["group"] == name])
-    if before is not None:
-        changed = moved(before["rows"], rows)
-        title = f"{len(changed)} of {len(rows)} moved since {against} by more than both spreads"
-        if changed:
-            _show(title, changed)
-        else:
-            typer.echo(title, err=True)
+        return
+    typer.echo(", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True)
+    for name in chosen:
+        _show(name, [row for row in document["rows"] if row["group"] == name])
 
 
 def _show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -110,9 +98,9 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.MARKDOWN)
-    keys = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
+    keys = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row if key != "group")
     for key in keys:
-        justify: Literal["left", "right"] = "left" if key in ("group", "name", "variant", "precision") else "right"
+        justify: Literal["left", "right"] = "left" if key in ("name", "variant", "precision") else "right"
         table.add_column(key.removesuffix("_bytes").replace("_", " "), justify=justify)
     for row in rows:
         table.add_row(*(escape(_cell(key, row[key])) if key in row else "" for key in keys))

@@ -110,7 +110,7 @@ def app_command(
         raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'")
     check_paths(*targets)
     with loading():
-        from olvae.app.gradio_page import page
+        from olvae.app import page
         from olvae.devices import resolve_device
 
     blocks = page(targets, resolve_device(device))

@@ -1,23 +1,8 @@
-import json
 from itertools import count
 
 import pytest
-import torch
 
-from olvae.bench import measure as module
-from olvae.bench.measure import (
-    Case,
-    Times,
-    clocked,
-    copy_of,
-    machine,
-    matrix_product,
-    measure,
-    moved,
-    read_document,
-    rows_of,
-)
-from olvae.config import ConfigError
+from olvae.bench.measure import Case, Times, clocked, measure, rows_of
 
 
 def test_statistics():
@@ -44,14 +29,7 @@ def test_each_has_a_turn_in_each_round(warm_up):
     assert measure({"a": lambda: [1.0, 2.0]}, "cpu", rounds=2, warm_up=False)["a"].seconds == [1.0, 2.0, 1.0, 2.0]
 
 
-def test_plain_operations(monkeypatch):
-    monkeypatch.setitem(module.MATRIX_SIDE, "cpu", 4)
-    product, macs = matrix_product("cpu", torch.float32)
-    assert (tuple(product().shape), macs) == ((4, 4), 64)
-    x = torch.randn(5)
-    copied, nbytes = copy_of(x)
-    assert torch.equal(copied(), x)
-    assert nbytes == 2 * 5 * 4
+def test_a_call_is_clocked():
     calls = []
     (seconds,) = clocked(lambda: calls.append(0), "cpu")()
     assert calls == [0]
@@ -74,33 +52,3 @@ def test_rates_shares_and_ratios():
     assert fourth["gflop_per_s"] == pytest.approx(2.0)
     assert fourth["of_product"] == pytest.approx(0.5)  # 1 G a second of 2
     assert "peak_memory_bytes" not in fourth
-
-
-def row(name: str, median: float, spread: float, **more) -> dict:
-    same = {"group": "encoder", "name": name, "variant": "eager", "precision": "32", "size": 64, "batch_size": 1}
-    return {**same, "median_ms": median, "spread_ms": spread, **more}
-
-
-def test_what_moved_by_more_than_both_spreads():
-    before = [row("still", 10, 1), row("edge", 10, 1), row("faster", 10, 1), row("slower", 10, 1), row("gone", 1, 0)]
-    now = [row("new", 1, 0), row("still", 11, 1), row("edge", 12, 1), row("faster", 5, 1), row("slower", 12.5, 1)]
-    faster, slower = moved(before, now)
-    assert (faster["name"], faster["before_ms"], faster["now_ms"], faster["ratio"]) == ("faster", 10, 5, 0.5)
-    assert (slower["name"], slower["ratio"]) == ("slower", 1.25)
-    assert moved(before, [row("slower", 100, 1, size=128)]) == []  # another case
-
-
-def test_a_document_of_before(tmp_path):
-    path, here = tmp_path / "before.json", machine("cpu")
-    with pytest.raises(ConfigError, match=r"before.json: No such file"):
-        read_document(path, "cpu")
-    for text in ("no json", "[]", '{"rows": []}', json.dumps({**here, "rows": [{"name": "a"}]})):
-        path.write_text(text)
-        with pytest.raises(ConfigError, match="not a JSON document of `olvae bench`"):
-            read_document(path, "cpu")
-    path.write_text(json.dumps({**here, "torch": "1.0", "rows": [row("a", 1, 0)]}))
-    assert read_document(path, "cpu")["rows"] == [row("a", 1, 0)]
-    for key, value in (("device", "another"), ("threads", 99)):
-        path.write_text(json.dumps({**here, key: value, "rows": []}))
-        with pytest.raises(ConfigError, match=f"before.json: {key} was {value} and is "):
-            read_document(path, "cpu")
