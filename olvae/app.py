@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olvae.data.image import Photo, image_to_tensor
 from olvae.data.dataset import HELD_OUT
+from olvae.data.image import Photo, image_to_tensor
 from olvae.export.reconstruction import ReconstructOptions, reconstruct
 from olvae.figures import error_map, rgb
 from olvae.metrics.pixel import SSIM_WINDOW, psnr, ssim

@@ -24,10 +24,10 @@ from torchvision import transforms
 from olvae import config as cfg
 from olvae.bench.measure import Case, Setting, Work, clocked, machine, per_image, rows_of
 from olvae.config import ConfigError
-from olvae.data.image import Photo, Picture, image_to_tensor
 from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS, MappedSource
-from olvae.data.picture_folder import Files
+from olvae.data.image import Photo, Picture, image_to_tensor
 from olvae.data.opening import open_source
+from olvae.data.picture_folder import Files
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
