@@ -1,6 +1,6 @@
-"""Read and write files of weights: safetensors, and checkpoints of torch and Lightning.
+"""Read and write files of weights: safetensors, checkpoints of torch and Lightning, and published pretrained networks.
 
-The names of the parameters are the published ones [M]: ``encoder.*``, ``decoder.*``, ``quantizer.*``.
+The names of the autoencoder's parameters are the published ones [M]: ``encoder.*``, ``decoder.*``, ``quantizer.*``.
 
 A received file must neither run code nor fill the memory. torch's reader with ``weights_only`` runs no code, but calls
 constructors that take any amount of memory, and ignores checksums. So the directory, the checksums and the pickle of a
@@ -10,13 +10,18 @@ file are scanned first, and its tensors are mapped into memory.
 import codecs
 import contextlib
 import hashlib
+import http.client
 import json
+import os
 import pickletools
 import re
+import socket
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from olvae.files import atomic_write
+from olvae.files import atomic_write, file_sha256
 
 AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 """Prefixes of an autoencoder's parameters; a checkpoint may also hold a loss, a discriminator, EMA copies."""
@@ -33,8 +38,7 @@ AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
 PRIVATE_PREFIX = "olvae."
 """Extra prefix of these names in files that other projects' loaders should not take for their own."""
 
-SUM_KEY = "olvae.sha256"
-"""The key of the checksum in the header of a safetensors file."""
+SUM_KEY = "olvae.sha256"  # of the checksum in the header of a safetensors file
 
 PICKLE_BYTES = 2**23
 """The longest pickle that is read: some 50,000 tensors. An object of one byte takes up to 200 in memory."""
@@ -57,6 +61,9 @@ SHELLS = re.compile(
 EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")
 """Encodings from bytes to bytes, which may double the length at each turn."""
 
+FOLDER_VARIABLE = "OLVAE_WEIGHTS"  # of the environment: names a folder of pretrained weights
+SILENCE_S = 10.0  # how long a server may be silent, before it answers or during a download
+
 
 class _RefusedError(ValueError):
     """Why a file is not read, without its name."""
@@ -78,8 +85,8 @@ def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path, check)
     try:
-        content = read_torch(path, check=check)
-    except ValueError as error:
+        content = _read_torch(path, check=check)
+    except _RefusedError as error:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(content).__name__}")
@@ -153,11 +160,8 @@ def load_weights(
     broken = [name for name in fitting if not weights[name].float().isfinite().all()]
     if broken:
         raise ValueError(f"{origin}: {len(broken)} of its tensors have non-finite values ({broken[0]}, ...)")
-    shapes = [
-        f"{name} {_shape(weights[name])} for {_shape(tensor)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
+    misshapen = [name for name in own if name in weights and name not in fitting]
+    shapes = [f"{name} {_shape(weights[name])} for {_shape(own[name])}" for name in misshapen]
     report = mismatches([n for n in own if n not in weights], [n for n in weights if n not in own], shapes)
     if report and not (allow_mismatch and fitting):
         raise ValueError(f"{origin}: these weights are of another model: {report}")
@@ -197,7 +201,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def add_sums(folder: Path) -> None:
-    """Put checksums into the headers of the safetensors files that another library wrote into a folder."""
+    """Put checksums into the headers of a folder's safetensors files, which another library wrote."""
     for file in sorted(folder.glob("[!.]*.safetensors")):
         with atomic_write(file) as partial:
             write_tensors(partial, load_file(file))
@@ -214,11 +218,7 @@ def tensors_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
 
 
 def check_file(path: Path) -> None:
-    """Check a file of weights that another library will read.
-
-    Raises:
-        ValueError: as :func:`read_checkpoint`.
-    """
+    """Check a file of weights that another library will read; raise ValueError as :func:`read_checkpoint` does."""
     if path.suffix == ".safetensors":
         if SUM_KEY in _metadata(path):
             _read_safetensors(path)
@@ -246,15 +246,10 @@ def _metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def read_torch(path: Path, legacy: bool = False, check: bool = True) -> Any:
+def _read_torch(path: Path, legacy: bool = False, check: bool = True) -> Any:
     """Read a file of ``torch.save``: plain values, and tensors on the CPU, mapped from the file.
 
-    Args:
-        legacy: accept files that torch before 1.6 wrote, which are not scanned; only for known files.
-        check: compare checksums.
-
-    Raises:
-        ValueError: it is damaged or of another kind, or holds more than that; the message does not name the file.
+    ``legacy`` accepts files that torch before 1.6 wrote, which are not scanned; only for known files.
     """
     mapped = not legacy or zipfile.is_zipfile(path)
     names = _scan(path, check) if mapped else set()
@@ -331,8 +326,125 @@ def _expands(text: str) -> bool:
 def _shell(name: str) -> type:
     """Make a class of this name that does nothing."""
     module, _, last = name.rpartition(".")
-    return type(last, (dict,), {"__module__": module, "__init__": _ignore, "__setstate__": _ignore})
+    ignore = {method: lambda *_: None for method in ("__init__", "__setstate__")}
+    return type(last, (dict,), {"__module__": module, **ignore})
 
 
-def _ignore(*_: Any) -> None:
-    pass
+@dataclass(frozen=True)
+class WeightsFile:
+    """A published file of pretrained weights, whose name ends with the first eight digits of its SHA-256.
+
+    Args:
+        what: the network, for messages.
+        url: where it is published.
+        alias: another name under which the same file is published.
+    """
+
+    what: str
+    url: str
+    alias: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def sha256(self) -> str:
+        return self.name.removesuffix(".pth")[-8:]
+
+
+VGG16 = WeightsFile("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth")
+VGG19 = WeightsFile("VGG19", "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth")
+ALEXNET = WeightsFile("AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth")
+INCEPTION = WeightsFile(
+    "Inception",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    alias="weights-inception-2015-12-05-6726825d.pth",  # torch-fidelity's
+)
+
+
+class MissingWeights(FileNotFoundError):  # noqa: N818  (it reads as what it says)
+    """Weights were not found and can't be downloaded; one line, with the remedy."""
+
+
+def find_weights(
+    file: WeightsFile, weights_dir: str | Path | None = None, remedy: str = "name its folder in `weights_dir`"
+) -> Path:
+    """Look for a file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, and in torch hub's cache; if it is in
+    none of them, download it into the cache, which fails soon where there is no internet.
+
+    Args:
+        remedy: what else the user can do, for the message.
+
+    Raises:
+        MissingWeights: the file was not found and could not be downloaded.
+        NotADirectoryError: ``weights_dir`` is not a folder.
+    """
+    if weights_dir is not None and not Path(weights_dir).is_dir():
+        raise NotADirectoryError(f"{weights_dir}: no such folder of weights")
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    places = [*(Path(place) for place in (weights_dir, os.environ.get(FOLDER_VARIABLE)) if place), cache]
+    for path in (place / name for place in places for name in (file.name, file.alias) if name is not None):
+        if path.is_file():
+            return path
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_S)  # torch's download sets none
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(file.url, str(cache / file.name), hash_prefix=file.sha256)
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: wrong checksum
+        why = " ".join(str(getattr(error, "reason", error)).split())
+        raise MissingWeights(
+            f"{file.name} is not in {', '.join(map(str, places))} and could not be downloaded ({why}): "
+            f"download {file.url} into {cache}, or {remedy}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return cache / file.name
+
+
+def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[str, Tensor]:
+    """Read the tensors of a file whose names begin with ``prefix``; code in the file is not executed.
+
+    Raises:
+        ValueError: it is cut off, is another kind of file, or has non-finite values.
+    """
+    wrong, again = f"{path} is not a file of {file.what} weights", f"download {file.url} again"
+    try:
+        content = _read_torch(path, legacy=True)  # torchvision's VGG is of that format
+    except _RefusedError as error:
+        raise ValueError(f"{wrong}: it is cut off, or another kind of file; {again}") from error
+    named = content if isinstance(content, dict) else {}
+    if not named or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named.items()):
+        raise ValueError(f"{wrong}: it holds more than tensors; {again}")
+    chosen = {name: tensor for name, tensor in named.items() if name.startswith(prefix)}
+    if broken := [name for name, tensor in chosen.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{wrong}: {broken[0]} has non-finite values; {again}")
+    return chosen
+
+
+def load_weights_file(path: Path, file: WeightsFile, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file's values into ``tensors``, by their names in the file, which begin with ``prefix``.
+
+    Raises:
+        ValueError: as :func:`read_weights_file`, or a tensor is missing or has another shape.
+    """
+    state = read_weights_file(path, file, prefix)
+    for name, own in sorted(tensors.items()):
+        found = state.get(name)
+        if found is None or found.shape != own.shape:
+            wrong = "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"
+            raise ValueError(f"{path} is not a file of {file.what} weights: {name} {wrong}")
+        own.copy_(found)
+
+
+def provenance(path: Path, file: WeightsFile) -> dict[str, object]:
+    """Describe a file beside a result: its name, its SHA-256, and whether that is the published file's."""
+    state = path.stat()
+    digest = _sha256(path.resolve(), state.st_size, state.st_mtime_ns)
+    return {"file": path.name, "sha256": digest, "published": digest.startswith(file.sha256)}
+
+
+@lru_cache(maxsize=16)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  (they invalidate the cache)
+    return file_sha256(path)

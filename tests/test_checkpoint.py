@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from olvae.checkpoint import load_weights, read_checkpoint, read_torch, read_weights, write_tensors
+from olvae.checkpoint import VGG16, load_weights, read_checkpoint, read_weights, read_weights_file, write_tensors
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
@@ -56,9 +56,8 @@ def test_code_is_not_run(tmp_path, capsys, legacy):
     torch.save({"state_dict": {}, "x": Harmful()}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "a.ckpt")
-    if legacy:
-        with pytest.raises(ValueError, match="cut off, or of another kind"):
-            read_torch(tmp_path / "a.ckpt", legacy=True)
+    with pytest.raises(ValueError, match="it is cut off, or another kind of file"):
+        read_weights_file(tmp_path / "a.ckpt", VGG16)
     assert "code ran" not in capsys.readouterr().out
 
 

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from olvae.checkpoint import VGG16, VGG19, WeightsFile, find_weights
 from olvae.losses.terms import l1
 from olvae.modules.frozen import Constant, conv5_4, perceptual_network
 from olvae.modules.precision import island, no_autocast
-from olvae.weights import VGG16, VGG19, WeightsFile, find_weights
 
 Perceptual = Literal["lpips", "esrgan"]
 
@@ -27,7 +27,7 @@ class PerceptualLoss(Constant, ABC):
     Args:
         title: of the loss, for messages.
         build: the network from its file of weights; from None without values, to count it.
-        weights: the file; by default :func:`olvae.weights.find_weights` finds it. None is read on the meta device.
+        weights: the file; by default :func:`olvae.checkpoint.find_weights` finds it. None is read on the meta device.
 
     Raises:
         FileNotFoundError: the weights are missing.

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from olvae.checkpoint import WeightsFile
 from olvae.modules.precision import full_float32
-from olvae.weights import WeightsFile
 
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from olvae.checkpoint import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 from olvae.metrics.features import KID, RFID, Features, Inception, LPIPSDistance, PairFeatures
 from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
 from olvae.metrics.pixel import l1, ms_ssim, psnr, ssim, ssim_uniform
 from olvae.modules.frozen import Trunk
-from olvae.weights import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 
 METRICS: dict[str, Kind] = {
     kind.name: kind

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olvae.checkpoint import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file
 from olvae.modules.precision import island
-from olvae.weights import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -89,7 +89,7 @@ VGG_LAYERS = 35
 def conv5_4(path: Path | None) -> nn.Module:
     """VGG19's last convolution before its activation: images (B, 3, H, W) in [-1, 1] -> (B, 512, H/16, W/16).
 
-    ``path`` is the file of :data:`olvae.weights.VGG19`; None gives weights without values, to count the network.
+    ``path`` is the file of :data:`olvae.checkpoint.VGG19`; None gives weights without values, to count the network.
     """
     import torchvision
 

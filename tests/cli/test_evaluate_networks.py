@@ -14,7 +14,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from olvae import LiteVAE
-from olvae.weights import ALEXNET, INCEPTION, VGG16
+from olvae.checkpoint import ALEXNET, INCEPTION, VGG16
 from tests.test_devices import run_on_two
 
 SIZE = 32

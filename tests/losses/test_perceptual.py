@@ -7,9 +7,9 @@ import pytest
 import torch
 import torchvision
 
+from olvae.checkpoint import VGG16, VGG19
 from olvae.losses.perceptual import ESRGAN, LPIPS
 from olvae.modules.frozen import conv5_4
-from olvae.weights import VGG16, VGG19
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import nn
 
+from olvae.checkpoint import INCEPTION
 from olvae.metrics.features import KID, LPIPS_SIZE, RFID, Inception, LPIPSDistance, PairFeatures, gaussian
 from olvae.metrics.metric import Unavailable
 from olvae.metrics.registry import METRICS, build_metrics
 from olvae.modules.frozen import TRUNKS
-from olvae.weights import INCEPTION
 from tests.metrics.conftest import pairs
 
 WIDTH = 12

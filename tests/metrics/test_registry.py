@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
+from olvae.checkpoint import ALEXNET, INCEPTION, VGG16
 from olvae.metrics.registry import METRICS, build_metrics
-from olvae.weights import ALEXNET, INCEPTION, VGG16
 from tests.metrics.conftest import pairs
 
 
