@@ -11,11 +11,12 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
-from olvae.checkpoint import PRIVATE_PREFIX, read_checkpoint, write_tensors
+from olvae.checkpoint import PRIVATE_PREFIX, write_tensors
 from olvae.config import Config, ConfigError, resolve_class
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading import autoencoder_kl as kl
+from olvae.models.loading import diffusers_models as kl
+from olvae.models.loading.loader import LoadOptions
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.sdvae import set_padding
@@ -182,9 +183,7 @@ class LatentDiffusionLayout(DiffusersLayout):
         return None
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        tensors = kl.pick_latent_diffusion(read_checkpoint(path), path) or {}
-        loaded = kl.from_latent_diffusion(kl.latent_diffusion_config(tensors, path), tensors, path)
-        back = kl.as_litevae(loaded, str(path))
+        back = kl.as_litevae(kl.LatentDiffusionLoader().find(str(path), LoadOptions()).load(), str(path))
         for half in reflecting(model):
             set_padding(getattr(back, half), "reflect")
         return [Loaded.of(back)._replace(for_diffusion=None)]

@@ -17,7 +17,7 @@ from olvae.config import ConfigError
 from olvae.export import exporting as module
 from olvae.export.exporting import ExportSettings, export, read_factors
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
-from olvae.models.loading.autoencoder_kl import as_litevae
+from olvae.models.loading.diffusers_models import as_litevae
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import autoencoder_kl

@@ -21,14 +21,12 @@ class LoadOptions:
         config_base: a folder in which a run's config is looked for by the run's name.
         raw: the weights as trained, not the averaged ones (EMA).
         allow_mismatch: load the tensors that fit, and warn of the others.
-        given: what the user wrote, for messages; :func:`~olvae.models.loading.targets.find_target` sets it.
     """
 
     config: str | Path | None = None
     config_base: str | Path | None = None
     raw: bool = False
     allow_mismatch: bool = False
-    given: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Target:
     """An autoencoder that was found, and is not loaded yet.
 
     Args:
-        trained: loads it with its weights, anew at each call.
+        load: loads it with its weights, in evaluation mode and float32, anew at each call. ValueError if they are not
+            readable, non-finite, or of another model.
         fresh: builds it with fresh weights; None if that is not known.
         config: the training config; empty where there is none, or where it came along with received weights, whose data
             must not be built: name that one with ``config``.
@@ -45,7 +44,7 @@ class Target:
         given: what the user wrote, which :func:`~olvae.models.loading.targets.find_target` sets.
     """
 
-    trained: Callable[[], Autoencoder] = field(repr=False)
+    load: Callable[[], Autoencoder] = field(repr=False)
     fresh: Callable[[], Autoencoder] | None = field(repr=False, default=None)
     config: Config = field(repr=False, default_factory=dict)
     run: Run | None = None
@@ -53,25 +52,13 @@ class Target:
     name: str = ""
     given: str = ""
 
-    def load(self) -> Autoencoder:
-        """Load the autoencoder, in evaluation mode and in float32.
-
-        Raises:
-            ValueError: the weights are not readable, non-finite, or of another model.
-        """
-        return self.trained()
-
     def usual_size(self, model: Autoencoder) -> int:
         """Side in pixels of the images that it was trained on, if that is known; else the model's."""
         size = ((self.config.get("data") or {}).get("params") or {}).get("size")
         return int(size or model.image_size)
 
     def untrained(self) -> Autoencoder:
-        """Build the autoencoder as it was before the first step: a run's seed gives the same weights again.
-
-        Raises:
-            ConfigError: its loader can't build it.
-        """
+        """Build the autoencoder as before the first step, by the run's seed; ConfigError if its loader can't."""
         if self.fresh is None:
             raise ConfigError(f"{self.given}: can't be built without its weights")
         pl.seed_everything(settings_of(self.config).initial_seed, verbose=False)
@@ -89,8 +76,5 @@ class Loader(ABC):
     def find(self, text: str, options: LoadOptions) -> Target | Path:
         """Find what the text names, or fetch it: a path is given to the other loaders.
 
-        Raises:
-            FileNotFoundError: it does not exist, or can't be fetched.
-            ConfigError: its config is missing or has mistakes.
-            ValueError: it is something else.
+        FileNotFoundError if it can't be found, ConfigError for its config, ValueError if it is something else.
         """

@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from olvae import config as cfg
-from olvae.checkpoint import pick_weights, read_checkpoint, read_weights, state_dict_of
+from olvae.checkpoint import read_checkpoint, read_weights, state_dict_of
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE, load_located
-from olvae.models.loading.autoencoder_kl import LatentDiffusionLoader
-from olvae.models.loading.diffusers_models import DiffusersLoader
+from olvae.models.loading.diffusers_models import DiffusersLoader, LatentDiffusionLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
-from olvae.models.names import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, shipped_folder, split_class
+from olvae.models.names import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
 from olvae.runs import run_of, settings_of
 
@@ -22,21 +21,11 @@ RAW = ", raw weights"
 """Ends the name of a target whose raw weights were asked for."""
 
 
-class ShippedLoader(Loader):
-    """``olvae:NAME``, an export that ships with this package."""
+class PackageAndHubLoader(Loader):
+    """``olvae:NAME`` in this package, or OWNER/NAME on the hub, which is downloaded; they may be any loader's."""
 
     def accepts(self, text: str) -> bool:
-        return text.startswith(SHIPPED)
-
-    def find(self, text: str, options: LoadOptions) -> Path:  # noqa: ARG002
-        return shipped_folder(text)
-
-
-class HubLoader(Loader):
-    """OWNER/NAME on the Hugging Face hub, whose weights are downloaded; they may be any loader's."""
-
-    def accepts(self, text: str) -> bool:
-        return is_hub_id(text) and not Path(text).exists()
+        return text.startswith(SHIPPED) or (is_hub_id(text) and not Path(text).exists())
 
     def find(self, text: str, options: LoadOptions) -> Target | Path:
         return CheckpointLoader().find(text, options) if text in PUBLISHED else locate_weights(text)
@@ -49,28 +38,24 @@ class CheckpointLoader(Loader):
         return Path(text).exists()
 
     def find(self, text: str, options: LoadOptions) -> Target:
-        weights, config, raw, given = locate_weights(text), options.config, options.raw, options.given or text
+        weights, config, raw = locate_weights(text), options.config, options.raw
         exported = is_export(weights)
         if raw and exported:
-            warnings.warn(f"{given}: an export has one kind of weights: `raw` is ignored", stacklevel=2)
+            warnings.warn(f"{text}: an export has one kind of weights: `raw` is ignored", stacklevel=2)
             raw = False
         if not exported and run_of(weights) is None:
             state = state_dict_of(read_checkpoint(weights, check=False), weights)
             if any(name.startswith("encoder.down_blocks.") for name in state):
                 raise ValueError(
-                    f"{given}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
+                    f"{text}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
                 )
-            pick_weights(state, weights)
         if config is None and options.config_base is not None and weights.parent.name == "checkpoints":
             config = find_config(options.config_base, weights.parent.parent.resolve().name)
-        try:
-            located = locate(text, config=config)
-        except ConfigError as error:
-            raise ConfigError(*(mistake.replace(text, given) for mistake in error.mistakes)) from error
+        located = locate(text, config=config)
         if located.config and (mistakes := cfg.validate(located.config)):
             raise ConfigError(*mistakes)
         if half := settings_of(located.config).untrained:
-            warnings.warn(f"{given}: its {half} has never been trained", stacklevel=2)
+            warnings.warn(f"{text}: its {half} has never been trained", stacklevel=2)
         return Target(
             lambda: load_located(located, read_weights(weights, raw), options.allow_mismatch),
             partial(LiteVAE.from_spec, located.spec),
@@ -84,31 +69,18 @@ class CheckpointLoader(Loader):
 def find_config(base: str | Path, run_name: str) -> Path:
     """Find the YAML file of a run in a folder and those below: ``<run's name>.yaml``, or ``<config>.yaml``.
 
-    A run's name is ``<timestamp>_<config>_<precision>`` [R].
-
-    Raises:
-        ConfigError: it is missing, or there are several.
+    A run's name is ``<timestamp>_<config>_<precision>`` [R]. ConfigError unless there is exactly one file.
     """
-    if not Path(base).is_dir():
-        raise ConfigError(f"`config_base` {base}: no such folder")
-    names = [run_name, "_".join(run_name.split("_")[1:-1])]
-    for name in names:
-        files = sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name)
-        if len(files) > 1:
-            raise ConfigError(f"`config_base` {base}: several files for {run_name}: {', '.join(map(str, files))}")
-        if files:
-            return files[0]
-    tried = " nor ".join(f"{name}.yaml" for name in names if name)
-    raise ConfigError(f"`config_base` {base}: no config for {run_name}: neither {tried}; name it with `config`")
+    names = (run_name, "_".join(run_name.split("_")[1:-1]))
+    files = sorted(file for file in Path(base).rglob("*.y*ml") if file.stem in names)
+    if len(files) != 1:
+        found = ", ".join(map(str, files)) or "none"
+        wanted = " or ".join(f"{name}.yaml" for name in names if name)
+        raise ConfigError(f"`config_base` {base}: expected one config {wanted}, found {found}: name it with `config`")
+    return files[0]
 
 
-LOADERS: tuple[Loader, ...] = (
-    ShippedLoader(),
-    DiffusersLoader(),
-    HubLoader(),
-    LatentDiffusionLoader(),
-    CheckpointLoader(),
-)
+LOADERS: tuple[Loader, ...] = (DiffusersLoader(), PackageAndHubLoader(), LatentDiffusionLoader(), CheckpointLoader())
 """The first that accepts a text finds it."""
 
 
@@ -129,18 +101,16 @@ def find_target(
         ConfigError: the config has mistakes, or is missing.
         ValueError: the file is not readable, or of another kind.
     """
-    given = str(text)
+    given = place = str(text)
     check_target(given)
-    options = LoadOptions(config, config_base, raw, allow_mismatch, given)
-    place, loaders = given, LOADERS
+    loaders, fetched = LOADERS, False
     if not Path(given).exists() and (named := split_class(given)):
-        place, loaders = named[1], (cfg.resolve_class(named[0], Loader)(),)  # type: ignore[type-abstract]
-    fetched = False
+        loaders, place = (cfg.resolve_class(named[0], Loader)(),), named[1]  # type: ignore[type-abstract]
     while True:
         loader = next((loader for loader in loaders if loader.accepts(place)), None)
         if loader is None:
             raise FileNotFoundError(f"{given}: not found; a target is {KINDS}")
-        found = loader.find(place, options)
+        found = loader.find(place, LoadOptions(config, config_base, raw, allow_mismatch))
         if isinstance(found, Target):
             break
         place, loaders, fetched = str(found), LOADERS, True
@@ -149,17 +119,12 @@ def find_target(
 
 
 def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Target]:
-    """Give every target a name of its own: equal names become what the user wrote, and numbered if still equal.
-
-    Args:
-        taken: names that are in use already.
-    """
-    for rename in (lambda t, _: t.given, lambda t, n: f"{t.name} ({n})"):
-        counts = Counter([*(target.name for target in targets), *taken])
-        seen: Counter[str] = Counter()
-        targets = list(targets)
-        for i, target in enumerate(targets):
+    """Rename targets whose names are equal or ``taken``: to what the user wrote, and with a number if still equal."""
+    renamed = list(targets)
+    for rename in (lambda target, _: target.given, lambda target, n: f"{target.name} ({n})"):
+        counts, seen = Counter([*(target.name for target in renamed), *taken]), Counter[str]()
+        for i, target in enumerate(renamed):
             seen[target.name] += 1
             if counts[target.name] > 1:
-                targets[i] = replace(target, name=rename(target, seen[target.name]))
-    return list(targets)
+                renamed[i] = replace(target, name=rename(target, seen[target.name]))
+    return renamed

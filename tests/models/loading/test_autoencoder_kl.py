@@ -7,13 +7,13 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.models.loading.autoencoder_kl import (
+from olvae.models.loading.diffusers_models import (
+    DiffusersAutoencoder,
     as_litevae,
     diffusers_config,
     diffusers_weights,
     is_stable_diffusion,
 )
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
 from tests.models.loading.test_targets import taesd
@@ -177,8 +177,8 @@ def test_another_autoencoder_of_ones_own():
         ("decoder", {"num_res_blocks": 2}, "num_res_blocks 1, the decoder 2"),
         ("encoder", {"attention": False}, "attention False, the decoder True"),
         ("encoder", {"norm_groups": 8}, "norm_groups 8, the decoder 4"),
-        ("encoder", {"latent_dim": 16}, "the encoder gives 16: AutoencoderKL has one width"),
-        ("decoder", {"z_channels": 6}, "the decoder takes 6, the encoder gives 8"),
+        ("encoder", {"latent_dim": 16}, "moments 16, the decoder 8: AutoencoderKL"),
+        ("decoder", {"z_channels": 6}, "moments 8, the decoder 12"),
     ],
 )
 def test_halves_that_autoencoder_kl_does_not_have(half, params, message):

@@ -126,19 +126,14 @@ def test_the_config_by_the_runs_name(make_run, tmp_path):
     run = make_run()
     (run / "config.yaml").unlink()
     base = tmp_path / "configs"
-    with pytest.raises(ConfigError, match=r"`config_base` .*configs: no such folder"):
-        find_target(run, config_base=base)
     (base / "imagenet").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"neither {run.name}.yaml nor tiny_test.yaml"):
+    with pytest.raises(ConfigError, match=f"one config {run.name}.yaml or tiny_test.yaml, found none"):
         find_target(run, config_base=base)
     save(tiny_config(), base / "imagenet" / "tiny_test.yaml")
     assert find_target(run, config_base=base).config == tiny_config()
     assert find_target(run / "checkpoints" / "last.ckpt", config_base=base).config == tiny_config()
-    whole = {**tiny_config(), "lightning": {"trainer": {"max_steps": 9}}}  # the whole name goes first
-    save(whole, base / f"{run.name}.yaml")
-    assert find_target(run, config_base=base).config == whole
-    save(whole, base / "imagenet" / f"{run.name}.yaml")
-    with pytest.raises(ConfigError, match=r"several files"):
+    save(tiny_config(), base / f"{run.name}.yaml")
+    with pytest.raises(ConfigError, match=f"{run.name}.yaml, .*tiny_test.yaml: name it"):
         find_target(run, config_base=base)
 
 
@@ -323,14 +318,6 @@ def test_weights_of_diffusers_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=rf"of another model than its config.json: {listed}") as caught:
         find_target(f"diffusers:{tmp_path}").load()
     assert "\n" not in str(caught.value)
-    forgiving = find_target(f"diffusers:{tmp_path}", allow_mismatch=True)
-    with pytest.warns(UserWarning, match=rf"{len(state) - 1} of {len(state)} tensors are loaded: {listed}"):
-        loaded, again = (forgiving.load().model.state_dict() for _ in range(2))
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items() if name != second)
-    assert torch.equal(loaded[second], again[second])
-    save_file({"more": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="of another model"):  # nothing fits
-        forgiving.load()
     save_file({**state, second: torch.full_like(state[second], torch.nan)}, file)
     with pytest.raises(ValueError, match=rf"non-finite values \({second}"):
         find_target(f"diffusers:{tmp_path}").load()
