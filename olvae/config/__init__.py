@@ -4,8 +4,17 @@ A node names a ``target`` and its ``params``. A config's top level has ``model``
 ``callbacks`` and ``logger``), and in a run folder ``run``, the command's own settings.
 """
 
-from olvae.config.checking import check, check_arguments, unknown_keys, validate
-from olvae.config.nodes import Node, instantiate, resolve_class, resolve_target, with_paths
+from olvae.config.nodes import (
+    Node,
+    check,
+    check_arguments,
+    instantiate,
+    resolve_class,
+    resolve_target,
+    unknown_keys,
+    validate,
+    with_paths,
+)
 from olvae.config.reading import (
     ABSENT,
     CONFIG_BYTES,

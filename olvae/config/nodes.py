@@ -1,4 +1,4 @@
-"""Resolve and build nodes of ``target`` and ``params``; find a target's arguments, if possible without importing it.
+"""Resolve, check and build nodes of ``target`` and ``params``; find every mistake of a config before anything is built.
 
 Importing a model takes several times as long as importing torch, because of Lightning. So the arguments of a class of
 this package or of Lightning are read from its source: its constructor is compiled without its body, and the names in
@@ -11,16 +11,19 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, Union
 
-from olvae.config.reading import Config, ConfigError, nearest
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from olvae.config.reading import TOP_LEVEL, Config, ConfigError, nearest
 
 T = TypeVar("T")
 
@@ -28,18 +31,73 @@ NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""
 
-LONGEST = 30
-"""Dots in the name of a module; importing takes time by their square."""
+NODE_KEYS = ("target", "params")
+MODEL_KEYS = ("base_learning_rate", "from", *NODE_KEYS)
+LIGHTNING = ("trainer", "callbacks", "logger")
+
+FROM_START = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
+"""Arguments of the model that are taken from the autoencoder of ``model.from``."""
+
+SET_BY_TRAINER = {
+    "learning_rate": "model.base_learning_rate",
+    "accumulate_grad_batches": "lightning.trainer.accumulate_grad_batches",
+    "gradient_clip_val": "lightning.trainer.gradient_clip_val",
+}
+"""Arguments of the model, and the setting from which the trainer fills them in."""
+
+SET_BY_TRAINING = {
+    "callbacks": "lightning.callbacks",
+    "logger": "lightning.logger",
+    "default_root_dir": "the option logdir of olvae train",
+    "use_distributed_sampler": "the data source",
+    "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
+    "limit_train_batches": "lightning.trainer.max_steps",
+    "fast_dev_run": "lightning.trainer.max_steps",
+}
+"""Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
 
 READ_AS_SOURCE = ("olvae", "lightning")
 """Packages whose modules are not imported to find arguments."""
 
 
-class Arguments(NamedTuple):
-    """Parameters by name, without ``self``, and the types of those that are annotated."""
+def validate(config: Mapping[str, Any]) -> list[str]:
+    """List every mistake of a config, one line each, without building anything.
 
-    parameters: Mapping[str, inspect.Parameter]
-    hints: Mapping[str, Any]
+    Finds unknown and missing keys, wrong types and targets that do not import, in nodes at any depth, and suggests the
+    nearest right name; the Trainer's keys are checked against Lightning's signature.
+    """
+    mistakes = list(unknown_keys(config, TOP_LEVEL))
+    mistakes += _check_model(config["model"]) if "model" in config else ["model: missing"]
+    if "data" in config:
+        mistakes += _check_node(config["data"], "data")
+    if config.get("lightning") is not None:
+        mistakes += _check_lightning(config["lightning"])
+    return mistakes
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Check a config to train with.
+
+    Raises:
+        ConfigError: it has mistakes, or no data.
+    """
+    mistakes = validate(config)
+    if "data" not in config:
+        mistakes.append("data: missing: the source of the training images")
+    if mistakes:
+        raise ConfigError(*mistakes)
+
+
+def unknown_keys(given: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
+    """Yield a line for each key that is not known, with the nearest one that is."""
+    for key in given:
+        if key not in known:
+            yield f"{prefix}{key}: unknown key" + (nearest(str(key), known) or f"; known: {', '.join(known)}")
+
+
+def check_arguments(factory: Any, params: Any) -> Iterator[str]:
+    """Yield a line for each mistake in the arguments of a class or function, and of the nodes among them."""
+    yield from _check_arguments(_imported_arguments(factory), params, "")
 
 
 def resolve_target(target: str) -> Any:
@@ -54,9 +112,8 @@ def resolve_target(target: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"target {target!r} does not import: {error}" + _nearest_module(module_name)) from error
     if not hasattr(module, name):
-        raise ConfigError(
-            f"target {target!r} does not import: {module_name} has no {name}" + nearest(name, dir(module))
-        )
+        near = nearest(name, dir(module))
+        raise ConfigError(f"target {target!r} does not import: {module_name} has no {name}{near}")
     found = getattr(module, name)
     if not callable(found):
         raise ConfigError(f"target {target!r} is a {type(found).__name__}, not a class or function")
@@ -73,25 +130,6 @@ def resolve_class(target: str, base: type[T]) -> type[T]:
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{target} is not a kind of {base.__module__}.{base.__qualname__}")
     return found
-
-
-def _dotted(target: str) -> tuple[str, str]:
-    """Split a target into its module and the class or function in it."""
-    module, _, name = target.rpartition(".")
-    right = module and all(part.isidentifier() for part in (*module.split("."), name))
-    if not right or module.count(".") > LONGEST:
-        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.dataset.SamplePhotographs")
-    return module, name
-
-
-def _nearest_module(name: str) -> str:
-    """End the message on a missing module with the nearest one in its package."""
-    package, _, missing = name.rpartition(".")
-    try:
-        inside = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    except (ImportError, ValueError, AttributeError):
-        return _nearest_module(package) if package else ""
-    return nearest(missing, inside)
 
 
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
@@ -112,6 +150,21 @@ def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
     return factory(**params)
 
 
+def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
+    """Copy a node, and those in it, with other paths: strings and lists in arguments whose type allows a Path."""
+    if not isinstance(node, dict) or not isinstance(node.get("target"), str):
+        return typing.cast(Config, node)  # instantiate says what is wrong
+    arguments = _arguments_of(node["target"])
+    params = dict(node.get("params") or {})
+    for name, value in params.items():
+        hint = arguments.hints.get(name) if arguments is not None else None
+        if _holds_nodes(hint):
+            params[name] = map_nodes(value, hint, lambda part, _: with_paths(part, change))
+        elif _takes_path(hint):
+            params[name] = [change(part) for part in value] if isinstance(value, list) else value and change(value)
+    return {**node, "params": params}
+
+
 def map_nodes(value: Any, hint: Any, change: Callable[[Any, str], Any]) -> Any:
     """Change the nodes in an argument's value: one node, a list of nodes, or nodes or null by name.
 
@@ -119,7 +172,8 @@ def map_nodes(value: Any, hint: Any, change: Callable[[Any, str], Any]) -> Any:
         hint: the argument's type, with a :data:`Node` in it.
         change: gets a node and its place in the value, such as ``.name``.
     """
-    kinds = {typing.get_origin(part) for part in _alternatives(hint)}
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    kinds = {typing.get_origin(part) for part in (typing.get_args(hint) if is_union else (hint,))}
     if isinstance(value, list) and kinds & {Sequence, list}:
         return [change(part, f".{i}") for i, part in enumerate(value)]
     if isinstance(value, Mapping) and kinds & {Mapping, dict}:
@@ -127,49 +181,145 @@ def map_nodes(value: Any, hint: Any, change: Callable[[Any, str], Any]) -> Any:
     return value if value is None else change(value, "")
 
 
-def holds_nodes(hint: Any) -> bool:
-    """Return whether a type is a node, or one of nodes."""
+def _holds_nodes(hint: Any) -> bool:
     if typing.get_origin(hint) is Annotated:
         return NODE in hint.__metadata__
-    return any(holds_nodes(part) for part in typing.get_args(hint))
-
-
-def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
-    """Copy a node, and those in it, with other paths: strings and lists in arguments whose type allows a Path."""
-    if not isinstance(node, dict) or not isinstance(node.get("target"), str):
-        return typing.cast(Config, node)  # instantiate says what is wrong
-    arguments = arguments_of(node["target"])
-    params = dict(node.get("params") or {})
-    for name, value in params.items():
-        hint = arguments.hints.get(name) if arguments is not None else None
-        if holds_nodes(hint):
-            params[name] = map_nodes(value, hint, lambda part, _: with_paths(part, change))
-        elif _takes_path(hint):
-            params[name] = [change(part) for part in value] if isinstance(value, list) else value and change(value)
-    return {**node, "params": params}
+    return any(_holds_nodes(part) for part in typing.get_args(hint))
 
 
 def _takes_path(hint: Any) -> bool:
     return hint is Path or any(_takes_path(part) for part in typing.get_args(hint))
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+def _check_lightning(section: Any) -> Iterator[str]:
+    if not isinstance(section, Mapping):
+        yield f"lightning: expected a mapping of {', '.join(LIGHTNING)}, got {section!r}"
+        return
+    yield from unknown_keys(section, LIGHTNING, "lightning.")
+    trainer = section.get("trainer")
+    if trainer is not None:
+        yield from _check_arguments(_arguments_of("lightning.pytorch.Trainer"), trainer, "lightning.trainer")
+        for key in SET_BY_TRAINING.keys() & trainer if isinstance(trainer, Mapping) else ():
+            yield f"lightning.trainer.{key}: is set by {SET_BY_TRAINING[key]}; leave it out"
+    for key, filled_in in (("callbacks", ()), ("logger", ("save_dir",))):  # a logger gets the run's folder
+        nodes = section.get(key)
+        if isinstance(nodes, Mapping):
+            for name, node in nodes.items():
+                yield from _check_node(node, f"lightning.{key}.{name}", filled_in)
+        elif nodes is not None:
+            yield f"lightning.{key}: expected a mapping of names to nodes, got {nodes!r}"
 
 
-def arguments_of(target: str) -> Arguments | None:
-    """Find the arguments of a target; None for built-in functions.
+def _check_model(node: Any) -> Iterator[str]:
+    if not isinstance(node, Mapping):
+        yield f"model: expected {NODE}, got {node!r}"
+        return
+    yield from unknown_keys(node, MODEL_KEYS, "model.")
+    rate = node.get("base_learning_rate", 1e-4)
+    if not isinstance(rate, float | int) or isinstance(rate, bool) or not 0 < rate < math.inf:
+        yield f"model.base_learning_rate: expected a positive number, got {rate!r}"
+    params = node.get("params") or {}
+    filled_in: tuple[str, ...] = ("learning_rate",)  # by the trainer
+    if isinstance(params, Mapping):
+        for key in SET_BY_TRAINER.keys() & params:
+            yield f"model.params.{key}: set {SET_BY_TRAINER[key]} instead"
+        if node.get("from") is not None:
+            filled_in += FROM_START
+            params = {key: value for key, value in params.items() if key not in FROM_START}
+            if not isinstance(node["from"], str):
+                yield f"model.from: expected an autoencoder to start from, got {node['from']!r}"
+    target = {"target": node["target"]} if "target" in node else {}
+    yield from _check_node({**target, "params": params}, "model", filled_in)
+
+
+def _check_node(node: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
+    """Yield the mistakes of a node at a place in the config; arguments that are ``filled_in`` may be missing."""
+    if not isinstance(node, Mapping):
+        yield f"{where}: expected {NODE}, got {node!r}"
+        return
+    yield from unknown_keys(node, NODE_KEYS, f"{where}.")
+    if not isinstance(node.get("target"), str):
+        yield f"{where}.target: " + ("expected a dotted path" if "target" in node else "missing")
+        return
+    try:
+        arguments = _arguments_of(node["target"])
+    except ConfigError as error:
+        yield f"{where}.target: {error}"
+        return
+    yield from _check_arguments(arguments, node.get("params") or {}, f"{where}.params", filled_in)
+
+
+class Arguments(NamedTuple):
+    """Parameters by name, without ``self``, and the types of those that are annotated."""
+
+    parameters: Mapping[str, inspect.Parameter]
+    hints: Mapping[str, Any]
+
+
+def _check_arguments(
+    arguments: Arguments | None, params: Any, where: str, filled_in: Container[str] = ()
+) -> Iterator[str]:
+    if not isinstance(params, Mapping):
+        yield f"{where}: expected a mapping of arguments, got {params!r}"
+        return
+    if arguments is None:
+        return
+    prefix = f"{where}." if where else ""
+    parameters = arguments.parameters.values()
+    named = {a.name: a for a in parameters if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
+    if not any(a.kind is a.VAR_KEYWORD for a in parameters):
+        yield from unknown_keys(params, tuple(named), prefix)
+    for name, argument in named.items():
+        if argument.default is argument.empty and name not in params and name not in filled_in:
+            yield f"{prefix}{name}: missing"
+    for name, value in params.items():
+        yield from _check_value(value, arguments.hints.get(name), f"{prefix}{name}")
+
+
+def _check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
+    if _holds_nodes(hint):
+        mistakes: list[str] = []
+        map_nodes(value, hint, lambda node, place: mistakes.extend(_check_node(node, f"{where}{place}")))
+        yield from mistakes
+    elif hint is not None:
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            name = hint.__name__ if inspect.isclass(hint) else str(hint)
+            yield f"{where}: expected {name.replace('typing.', '').replace('collections.abc.', '')}, got {value!r}"
+
+
+def _dotted(target: str) -> tuple[str, str]:
+    """Split a target into its module and the class or function in it."""
+    module, _, name = target.rpartition(".")
+    right = module and all(part.isidentifier() for part in (*module.split("."), name))
+    if not right or module.count(".") > 30:  # importing takes time by the square of their number
+        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.dataset.SamplePhotographs")
+    return module, name
+
+
+def _nearest_module(name: str) -> str:
+    """End the message on a missing module with the nearest one in its package."""
+    package, _, missing = name.rpartition(".")
+    try:
+        inside = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    except (ImportError, ValueError, AttributeError):
+        return _nearest_module(package) if package else ""
+    return nearest(missing, inside)
+
+
+def _arguments_of(target: str) -> Arguments | None:
+    """Find the arguments of a target, if possible without importing it; None if it is a built-in without a signature.
 
     Raises:
         ConfigError: it does not import.
     """
     module, name = _dotted(target)
     found = None if module in sys.modules else arguments_in_source(module, name)
-    return found or imported_arguments(resolve_target(target))
+    return found or _imported_arguments(resolve_target(target))
 
 
-def imported_arguments(factory: Any) -> Arguments | None:
-    """Find the arguments of a class or function; None if it is a built-in one that does not say."""
+def _imported_arguments(factory: Any) -> Arguments | None:
     try:
         parameters = inspect.signature(factory).parameters
     except ValueError:
@@ -190,7 +340,7 @@ def arguments_in_source(module: str, name: str) -> Arguments | None:
         names, function = _constructor(module, name)
         for argument in (node for node in ast.walk(function.args) if isinstance(node, ast.arg)):
             if argument.annotation is not None and not isinstance(argument.annotation, ast.Constant):
-                argument.annotation = ast.fix_missing_locations(ast.Constant(ast.unparse(argument.annotation)))
+                argument.annotation = ast.Constant(ast.unparse(argument.annotation))
         stub.body[0].args = function.args  # type: ignore[attr-defined]
         exec(compile(ast.fix_missing_locations(stub), names.module, "exec"), {}, names)
         compiled = names.pop("stub")
@@ -236,9 +386,8 @@ class _Names(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         if name not in self.statements and hasattr(builtins, name):
-            raise KeyError(name)  # Python goes on to the built-in names
-        statement = self.statements.get(name)
-        match statement:
+            raise KeyError(name)  # Python looks for built-in names next
+        match self.statements.get(name):
             case ast.Import() | ast.ImportFrom():
                 module, original = self.imported(name)
                 if module in sys.modules or module.partition(".")[0] in sys.stdlib_module_names:
@@ -255,8 +404,6 @@ class _Names(dict[str, Any]):
         assert isinstance(statement, ast.Import | ast.ImportFrom)
         (alias,) = (a for a in statement.names if name == (a.asname or a.name.partition(".")[0]))
         if isinstance(statement, ast.ImportFrom):
-            if statement.level:
-                raise LookupError("a relative import")
             return statement.module or "", alias.name
         return (alias.name if alias.asname else name), ""
 

@@ -24,7 +24,7 @@ def test_instantiate():
         ({"target": "Fraction"}, "not a dotted path"),
         ({"target": "no.such.module"}, "does not import"),
         ({"target": "fractions.Fractoin"}, "did you mean Fraction"),
-        ({"target": "olvae.config.nodes.holds_nodes", "params": {"hnit": 1}}, "holds_nodes: "),
+        ({"target": "olvae.config.nodes.check", "params": {"confg": 1}}, "nodes.check: "),
     ):
         with pytest.raises(ConfigError, match=message):
             instantiate(node)
