@@ -33,8 +33,7 @@ from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Batch, Source
 from olvae.devices import FULL, PRECISIONS, autocast, now
-from olvae.export.encoding import EncodeJob, EncodeOptions
-from olvae.export.inputs import DatasetInputs
+from olvae.export.encoding import DatasetInputs, EncodeJob, EncodeOptions
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -90,8 +90,7 @@ def command(
         import torch
 
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
-        from olvae.export.encoding import EncodeJob, EncodeOptions, encoder_of
-        from olvae.export.inputs import find_inputs
+        from olvae.export.encoding import EncodeJob, EncodeOptions, encoder_of, find_inputs
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target

@@ -1,31 +1,165 @@
 """Encode images to shards of latents with their statistics; resumable, in one process or several."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from olvae.checkpoint import tensors_sum
-from olvae.data.image import from_uint8
-from olvae.data.read_errors import ReadError
-from olvae.data.shards.index import INDEX
+from olvae.config import ConfigError
+from olvae.data.dataset import ImageDataset, MappedSource
+from olvae.data.image import Photo, from_uint8, image_to_tensor
+from olvae.data.opening import holds_shards, open_images, open_source
+from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, META, STATS, Latent, latent_bytes
-from olvae.data.shards.pairs import CHANNELS
+from olvae.data.shards.pairs import CHANNELS, PIXELS, pixel_bytes
+from olvae.data.shards.tar_reading import Shard, is_local, read_shard
+from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
+from olvae.data.source import total
+from olvae.data.transforms import EvalTransform
 from olvae.devices import DTYPES, FULL, autocast
-from olvae.export.inputs import Batch, Inputs, Item, Numbered, ReadImage, in_order, read_batches
 from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
-from olvae.modules.distributions import Posterior, in_float32, keyed_generator
+from olvae.modules.distributions import in_float32, keyed_generator
 from olvae.modules.scaling_factors import Moments
 
-STATE = ".encode"
-"""Folder beside the shards of latents, with the plan and a description of each finished shard."""
+STATE = ".encode"  # folder beside the shards, with the plan and a description of each finished shard
+
+WINDOW_BATCHES, WINDOW_BYTES = 8, 2**28
+"""Limits of the images of their own sizes that are looked at together, for those of one size, and of their pixels."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Item(NamedTuple):
+    """An image to encode: the name of its files in the shard, its key, how to open it, and files to keep with it."""
+
+    name: str
+    key: str
+    open: Callable[[], Photo]
+    files: Mapping[str, bytes] = {}
+
+
+@dataclass(frozen=True)
+class DatasetInputs:
+    """Images by number: output shard i holds those from i * shard_size on, and files are named by the number.
+
+    If ``classes`` names folders, a file ``.cls`` holds the number of the folder that the image lies in.
+    """
+
+    images: ImageDataset
+    shard_size: int
+    classes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.shard_size)
+
+    def _range(self, shard: int) -> range:
+        return range(len(self.images))[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def count(self, shards: range) -> int:
+        return sum(len(self._range(shard)) for shard in shards)
+
+    def read(self, shard: int) -> Iterator[Item]:
+        numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
+        for i in self._range(shard):
+            key = self.images.key(i)
+            files = {"cls": numbers[_folder(key)]} if numbers else {}
+            yield Item(f"{i:08d}", key, partial(self.images.__getitem__, i), files)
+
+    def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Collect what the shards' bytes depend on, together with the options."""
+        images = _digest(self.images.key(i) for i in range(len(self.images)))
+        return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
+
+
+@dataclass(frozen=True)
+class ShardInputs:
+    """One output shard for each input shard; files keep their names, and other files of an image are kept."""
+
+    shards: Sequence[Shard]
+    channels: int
+    image_key: str | None = None
+    classes: ClassVar[Sequence[str]] = ()  # the .cls files of the shards are kept
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def count(self, shards: range) -> int | None:
+        """Count the images of output shards; None if that is unknown before reading."""
+        return total([self.shards[shard].images for shard in shards])
+
+    def read(self, shard: int) -> Iterator[Item | ReadError]:
+        source = self.shards[shard]
+        for entry in read_shard(source, self.image_key):
+            if not isinstance(entry, ReadError):
+                name = entry.key.removeprefix(f"{source.name}/")
+                yield Item(name, entry.key, partial(Photo, entry.data, entry.name, self.channels), entry.files)
+            elif is_local(source.url):
+                yield entry
+            else:  # the network may have failed, so this need not be the end of the shard
+                raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
+
+    def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        names = [f"{Path(shard.url).name}:{shard.images}" for shard in self.shards]
+        return {"options": dict(options), "images": _digest(names)}
+
+
+Inputs = DatasetInputs | ShardInputs
+
+
+def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
+    """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
+
+    Args:
+        shard_size: images in an output shard, unless SRC is made of shards.
+        classes: whether the folders of SRC are classes; shards keep their own .cls files.
+
+    Raises:
+        ConfigError: SRC is not a source, or has no folders for classes.
+        FileNotFoundError, ValueError: it has no images.
+    """
+    if Path(src).suffix in (".yaml", ".yml"):
+        source = open_source(src, 1, 1)
+        if isinstance(source, WebDatasetSource):
+            return ShardInputs(source.val, source.channels, source.image_key)
+        if not isinstance(source, MappedSource):
+            raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
+        images = source.val
+    elif holds_shards(src):
+        if classes:
+            raise ConfigError("`classes` is for folders: the .cls files of shards are kept anyway")
+        return ShardInputs(with_counts(find_shards(src)), channels)
+    else:
+        images = open_images(src, channels)
+    return DatasetInputs(images, shard_size, _classes(images) if classes else ())
+
+
+def _classes(images: ImageDataset) -> list[str]:
+    keys = [images.key(i) for i in range(len(images))]
+    if loose := [key for key in keys if "/" not in key]:
+        raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
+    return sorted({_folder(key) for key in keys})
+
+
+def _folder(key: str) -> str:
+    return key.partition("/")[0]
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -59,13 +193,54 @@ class EncodeOptions:
             raise ValueError(f"`images`: PNG stores 1, 3 or 4 channels, but the images have {model.in_channels}")
 
 
-class Encoded(NamedTuple):
-    """An image's latent, then the mirrored image's if it is stored; width and height before and after resizing."""
+class ReadImage(NamedTuple):
+    """An image ready to be encoded, uint8 (C, H, W), and its original width and height."""
 
     item: Item
-    original: tuple[int, int]
+    pixels: Tensor
     size: tuple[int, int]
-    latents: Sequence[Latent]
+
+
+def _read(size: int, keep_pixels: bool, item: Item | ReadError) -> ReadImage | ReadError:
+    if isinstance(item, ReadError):
+        return item
+    try:
+        picture = item.open().read()
+        pixels = image_to_tensor(EvalTransform(size)(picture) if size else picture)
+        if keep_pixels:
+            item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
+        return ReadImage(item, pixels, picture.size)
+    except UnreadableImageError as error:
+        return ReadError(item.key, error.reason)
+
+
+def _ahead(items: Iterable[T], read: Callable[[T], R], threads: int, depth: int) -> Iterator[R]:
+    """Yield ``read(item)`` in order, up to ``depth`` of them computed ahead in threads, if there are any."""
+    if not threads:
+        yield from map(read, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _windows(images: Iterable[ReadImage | ReadError], length: int) -> Iterator[list[ReadImage | ReadError]]:
+    """Divide images into lists of this length, shorter where their pixels exceed :data:`WINDOW_BYTES`."""
+    window: list[ReadImage | ReadError] = []
+    pixels = 0
+    for image in images:
+        window.append(image)
+        pixels += image.pixels.nbytes if isinstance(image, ReadImage) else 0
+        if len(window) == length or pixels > WINDOW_BYTES:
+            yield window
+            window, pixels = [], 0
+    if window:
+        yield window
 
 
 @dataclass
@@ -139,11 +314,11 @@ class EncodeJob:
             if finished := self.shards.finished(shard):
                 advance(finished.record.images + len(finished.unreadable))
                 continue
-            statistics, size, images = _Statistics(), self.options.size, self.options.images
-            items = self.inputs.read(shard)
-            batches = read_batches(items, size, self.model.downscale, batch_size, threads, keep_pixels=images)
-            encoded = in_order(one for batch in batches for one in self._encode(batch, memory))
-            self.shards.write(shard, _samples(encoded, statistics, advance), statistics.details)
+            statistics = _Statistics()
+            read = partial(_read, self.options.size, self.options.images)
+            images = _ahead(self.inputs.read(shard), read, threads, 2 * batch_size)
+            samples = self._samples(images, batch_size, memory, statistics, advance)
+            self.shards.write(shard, samples, statistics.details)
 
     def finish(self) -> dict[str, Any]:
         """Write index.json and last stats.json, whose content is returned; raise ValueError if no image was readable.
@@ -184,32 +359,56 @@ class EncodeJob:
         write_json(stats, self.shards.folder / STATS)
         return stats
 
-    @torch.inference_mode()
-    def _encode(self, batch: Batch, memory: int) -> list[Numbered[Encoded | ReadError]]:
-        done: list[Numbered[Encoded | ReadError]] = [(n, one) for n, one in batch if isinstance(one, ReadError)]
-        if not (images := [(number, image) for number, image in batch if isinstance(image, ReadImage)]):
-            return done
-        keys, pixels = [image.item.key for _, image in images], [image.pixels for _, image in images]
-        sides = [self._latents(self._posterior(pixels, memory), keys)]
-        if self.options.flip:
-            mirrored = [one.flip(-1) for one in pixels]
-            sides.append(self._latents(self._posterior(mirrored, memory), [f"{key}\nflip" for key in keys]))
-        for (number, image), *latents in zip(images, *sides, strict=True):
-            size = image.pixels.shape[2], image.pixels.shape[1]
-            done.append((number, Encoded(image.item, image.size, size, latents)))
-        return done
+    def _samples(
+        self,
+        images: Iterable[ReadImage | ReadError],
+        batch_size: int,
+        memory: int,
+        statistics: _Statistics,
+        advance: Callable[[int], None],
+    ) -> Iterator[WebDatasetSample | ReadError]:
+        """Turn images into files of a shard, in their order, and add their latents to the statistics."""
+        for window in _windows(images, batch_size * (1 if self.options.size else WINDOW_BATCHES)):
+            latents = iter(self._encode([one for one in window if isinstance(one, ReadImage)], batch_size, memory))
+            for one in window:
+                if isinstance(one, ReadError):
+                    yield one
+                else:
+                    sides = next(latents)
+                    for mean, std in sides:
+                        variance = None if std is None else std.double().square()
+                        statistics.add(Moments.of(mean, variance), list(mean.shape))
+                    (width, height), (_, h, w) = one.size, one.pixels.shape
+                    meta = {"key": one.item.key, "width": width, "height": height, "image": [w, h]}
+                    files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*sides)}
+                    yield WebDatasetSample(one.item.name, {**one.item.files, **files})
+                advance(1)
 
-    def _posterior(self, images: Sequence[Tensor], memory: int) -> Posterior:
-        """Encode uint8 images that have one size once they are padded; the posterior is in float32."""
+    def _encode(self, images: Sequence[ReadImage], batch_size: int, memory: int) -> list[list[Latent]]:
+        """Encode images in batches of one padded size; each image's latent, then the mirrored image's if stored."""
+        latents: list[list[Latent]] = [[] for _ in images]
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            groups[tuple(-(-side // self.model.downscale) for side in image.pixels.shape[1:])].append(i)
+        for group in groups.values():
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                for ending in ("", "\nflip") if self.options.flip else ("",):
+                    pixels = [images[i].pixels.flip(-1) if ending else images[i].pixels for i in batch]
+                    keys = [images[i].item.key + ending for i in batch]
+                    for i, latent in zip(batch, self._latents(pixels, keys, memory), strict=True):
+                        latents[i].append(latent)
+        return latents
+
+    @torch.inference_mode()
+    def _latents(self, images: Sequence[Tensor], keys: Sequence[str], memory: int) -> list[Latent]:
+        """Encode uint8 images that have one size once they are padded, and round to the stored dtype, on the CPU."""
         device = next(self.model.parameters()).device
         padded = torch.stack([pad_to_multiple(image, self.model.downscale) for image in images])
         x = from_uint8(padded.to(device))  # (B, C, H, W)
         with autocast(device.type, self.options.precision):
             posterior = self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
-        return in_float32(posterior)
-
-    def _latents(self, posterior: Posterior, keys: Sequence[str]) -> list[Latent]:
-        """Round latents to the stored dtype, on the CPU."""
+        posterior = in_float32(posterior)
         means = posterior.mean.cpu()
         stds = [None] * len(keys) if posterior.deterministic else posterior.std.cpu()
         latents = []
@@ -227,24 +426,6 @@ class EncodeJob:
         if not rounded.isfinite().all():
             raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
         return rounded
-
-
-def _samples(
-    encoded: Iterator[Encoded | ReadError], statistics: _Statistics, advance: Callable[[int], None]
-) -> Iterator[WebDatasetSample | ReadError]:
-    """Turn latents into files of a shard, and add them to the statistics."""
-    for one in encoded:
-        if isinstance(one, ReadError):
-            yield one
-        else:
-            for mean, std in one.latents:
-                variance = None if std is None else std.double().square()
-                statistics.add(Moments.of(mean, variance), list(mean.shape))
-            width, height = one.original
-            meta = {"key": one.item.key, "width": width, "height": height, "image": list(one.size)}
-            files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*one.latents)}
-            yield WebDatasetSample(one.item.name, {**one.item.files, **files})
-        advance(1)
 
 
 def encoder_of(model: Autoencoder) -> nn.Module:

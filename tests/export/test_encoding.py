@@ -15,8 +15,7 @@ from olvae.data.image import from_uint8, image_to_tensor
 from olvae.data.picture_folder import find_images
 from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latent_statistics import LatentAccumulator
-from olvae.export.encoding import EncodeJob, EncodeOptions
-from olvae.export.inputs import find_inputs
+from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
 from olvae.models.large.tiling import pad_to_multiple, peak_bytes
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Blocks, Shrunk, encode, everything, pictures, tiny_vae
