@@ -27,15 +27,16 @@ def resolve_device(device: str | None = None) -> str:
         ConfigError: this machine does not have it.
     """
     present = torch.cuda.device_count()
-    if device is not None:
-        if not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", device):
-            raise ConfigError(f"`device` {device}: choose cpu, cuda, or cuda:N")
-        if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= present:
-            raise ConfigError(f"`device` {device}: this machine has {present} GPUs")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and present > 1:
-        return f"cuda:{local_rank() % present}"
-    return device
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= present:
+        raise ConfigError(f"`device` {device}: this machine has {present} GPUs")
+    return f"cuda:{local_rank() % present}" if device == "cuda" and present > 1 else device
+
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""Timeout of collectives: long, since shares differ, and torchrun ends all processes if one fails."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ class Precision:
 
 
 FULL = "32"
-
 PRECISIONS = {
     "fp16": Precision(torch.float16, "16-mixed"),
     "bf16": Precision(torch.bfloat16, "bf16-mixed"),
@@ -121,15 +121,18 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
         ConfigError: this machine does not have that GPU.
     """
     present = torch.cuda.device_count()
+    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if gpus is not None:
-        wanted = _parse_gpus(gpus)
+        if not re.fullmatch(r"\d+|(\d+,)+\d*", gpus.replace(" ", "")):
+            raise ConfigError(f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
+        wanted = [int(part) for part in gpus.split(",") if part.strip()]
+        wanted = wanted if "," in gpus else list(range(wanted[0]))
         if not wanted:
-            return {"accelerator": "cpu", "devices": trainer.get("devices", 1) if _on_cpu(trainer) else 1}
+            return {"accelerator": "cpu", "devices": trainer.get("devices", 1) if accelerator == "cpu" else 1}
         if max(wanted) >= present:
             has = f"{present} GPU{'s' * (present > 1)}" if present else "no GPU"
             raise ConfigError(f"`gpus` {gpus}: this machine has {has}; 0 is the CPU")
         return {"accelerator": "cuda", "devices": wanted}
-    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if accelerator == "auto":
         if not present:
             return {"accelerator": "cpu", "devices": 1}
@@ -137,23 +140,11 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     on_gpu = accelerator in ("cuda", "gpu")
     if on_gpu and not present:
         raise ConfigError(f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU")
-    if devices in ("auto", -1, "-1"):
+    if devices in ("auto", -1):
         devices = present if on_gpu else 1
-    if isinstance(devices, str):
-        devices = [int(part) for part in devices.split(",") if part] if "," in devices else int(devices)
+    elif isinstance(devices, str):
+        raise ConfigError(f"lightning.trainer.devices: {devices!r}: give a number, a list of numbers, or auto")
     return {"accelerator": accelerator, "devices": devices}
-
-
-def _on_cpu(trainer: Mapping[str, Any]) -> bool:
-    return bool(trainer.get("accelerator") == "cpu")
-
-
-def _parse_gpus(gpus: str) -> list[int]:
-    """Parse a number of GPUs or a list of them; empty for the CPU."""
-    if not re.fullmatch(r"\d+|(\d+,)+\d*", gpus.replace(" ", "")):
-        raise ConfigError(f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
-    numbers = [int(part) for part in gpus.split(",") if part.strip()]
-    return numbers if "," in gpus else list(range(numbers[0]))
 
 
 def keep_freed_memory() -> bool:
@@ -168,12 +159,6 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3), from malloc.h
     set_option = ctypes.CDLL(None).mallopt
     return bool(set_option(mmap_max, 0)) and bool(set_option(trim_threshold, -1))
-
-
-PATIENCE = timedelta(days=7)
-"""Timeout of collectives: long, since shares differ, and torchrun ends all processes if one fails."""
-
-T = TypeVar("T")
 
 
 def this_process() -> tuple[int, int]:
@@ -207,11 +192,7 @@ def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int
     """Join the processes that torchrun or srun started; returns rank and world size, (0, 1) for a single process.
 
     From then on the loaders of a :class:`~olvae.data.source.Source` give each process its share. End with
-    :func:`leave`. An existing process group is left as it is.
-
-    Args:
-        backend: gloo is enough where objects in memory are exchanged, and no tensors of GPUs.
-        timeout: after which a process that waits for others fails.
+    :func:`leave`. An existing process group is left as it is. gloo exchanges objects in memory, not tensors of GPUs.
     """
     if dist.is_initialized():
         return this_process()
@@ -260,8 +241,7 @@ class Agreement:
         """Return True if any rank set ``asked`` in the previous call, or in this one with ``wait``. Collective."""
         if this_process()[1] == 1:
             return asked
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        self._group = self._group or dist.new_group(backend="gloo")
         answer = self._received()
         self._flag.fill_(asked)
         self._sent = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
@@ -270,5 +250,5 @@ class Agreement:
     def _received(self) -> bool:
         if self._sent is not None:
             self._sent.wait()
-            self._sent = None
+        self._sent = None
         return bool(self._flag.numpy())

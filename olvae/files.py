@@ -18,11 +18,7 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
     It is on the disk before it takes the place of an older one, because the machine may crash as well as the process.
     The temporary name ends with that of ``path``, so that libraries recognise its extension. It is a new one each
-    time, so that several processes may write the same file at once.
-
-    Args:
-        path: where the file goes.
-        folder: where the temporary file is written, on the same file system; by default beside ``path``.
+    time, so that several processes may write the same file at once. It lies beside ``path``, or in ``folder``.
     """
     partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name[-50:]}"
     try:
@@ -35,11 +31,9 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
-    """Remove the temporary files of :func:`atomic_write` that a killed process left.
+    """Remove temporary files of :func:`atomic_write`, ``.partial-*``, that a killed process left.
 
-    Args:
-        partials: the temporary files, ``folder.glob(".partial-*")``.
-        idle_s: leave those that were written to in these last seconds, as another process may be at work.
+    Those that were written to in the last ``idle_s`` seconds stay, as another process may be at work.
     """
     until = time.time() - idle_s
     for partial in partials:
@@ -49,11 +43,7 @@ def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file of JSON, atomically.
-
-    Raises:
-        ValueError: a number in it is not finite, which JSON can't express.
-    """
+    """Write a file of JSON, atomically; raise ValueError for a number that is not finite, which JSON can't express."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -107,11 +97,7 @@ def file_sha256(path: Path) -> str:
 
 
 def safe_path(key: str) -> PurePosixPath:
-    """Turn the key of an image into a path below a folder.
-
-    Raises:
-        ValueError: it leads out of the folder, or names no file.
-    """
+    """Turn the key of an image into a path below a folder; raise ValueError if it leads out, or names no file."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")

@@ -31,26 +31,15 @@ class SharedProgress:
     """Count the images that all processes have done, and ask them to stop."""
 
     def __init__(self, context: Any) -> None:
-        self._count = context.Value("Q", 0)
-        self._stop = context.Value("b", 0, lock=False)
+        self.count = context.Value("Q", 0)
+        self.stop = context.Value("b", 0, lock=False)
 
     def advance(self, images: int = 1) -> None:
-        """Count images; a task calls this after each of them.
-
-        Raises:
-            Cancelled: the task is to end here.
-        """
-        with self._count.get_lock():
-            self._count.value += images
-        if self._stop.value:
+        """Count images, after each of them; raise Cancelled where the task is to end."""
+        with self.count.get_lock():
+            self.count.value += images
+        if self.stop.value:
             raise Cancelled
-
-    def stop(self) -> None:
-        self._stop.value = 1
-
-    @property
-    def count(self) -> int:
-        return int(self._count.get_obj().value)
 
 
 def run_in_processes(
@@ -59,10 +48,10 @@ def run_in_processes(
     """Yield the result of ``function`` for every task, in order of completion.
 
     Close the iterator (``contextlib.closing``) to stop early: tasks end at their next :meth:`SharedProgress.advance`.
-    Worker processes exit by themselves if the main process is killed.
+    Worker processes exit by themselves if the main process is killed. The function and the tasks reach them by fork on
+    Linux, elsewhere by pickle.
 
     Args:
-        function: it and the tasks reach the processes by fork on Linux, elsewhere by pickle.
         on_progress: called several times a second with the number of images done; not before the processes are
             forked, so it may start threads.
 
@@ -78,13 +67,13 @@ def run_in_processes(
         waiting = {executor.submit(_run_task, task) for task in tasks}
         while waiting:
             done, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
-            on_progress(progress.count)
+            on_progress(progress.count.get_obj().value)
             for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError("a worker process was killed, perhaps for lack of memory: lower `workers`") from error
     finally:
-        progress.stop()
+        progress.stop.value = 1
         executor.shutdown(wait=True, cancel_futures=True)
 
 

@@ -22,38 +22,22 @@ log = logging.getLogger("olvae.training")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run beside model, data and trainer: the section ``run`` of its config.yaml.
+    """The settings of a run beside model, data and trainer: the section ``run`` of its config.yaml."""
 
-    Args:
-        name: the middle of the run folder's name.
-        precision: ``32``, ``bf16`` or ``fp16``.
-        gpus: the number of GPUs, or a list of them such as ``0,2``; None leaves it to ``lightning.trainer``.
-        seed: of data order and noise.
-        initial_seed: of the initial weights: another one where a resumed run changed its seed.
-        weights: the checkpoint or autoencoder that training started from, as the user wrote it; None for fresh weights.
-        untrained: ``encoder`` or ``decoder`` if that half still has its initial weights.
-        checksums: of weights that parts only name, a teacher's, by part.
-        paths: the data's relative paths as the user wrote them, by their absolute ones.
-        slurm_job: the SLURM job that trains the run.
-    """
-
-    name: str = ""
-    precision: str = "32"
-    gpus: str | None = None
-    seed: int = 0
-    initial_seed: int = 0
-    weights: str | None = None
-    untrained: str | None = None
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    paths: Mapping[str, str] = field(default_factory=dict)
-    slurm_job: str | None = None
+    name: str = ""  # the middle of the run folder's name
+    precision: str = "32"  # or bf16, fp16
+    gpus: str | None = None  # a number, or a list such as 0,2; None leaves it to lightning.trainer
+    seed: int = 0  # of data order and noise
+    initial_seed: int = 0  # of the initial weights: another one where a resumed run changed its seed
+    weights: str | None = None  # what training started from, as the user wrote it; None for fresh weights
+    untrained: str | None = None  # encoder or decoder, if that half still has its initial weights
+    checksums: Mapping[str, str] = field(default_factory=dict)  # of weights that parts only name, a teacher's, by part
+    paths: Mapping[str, str] = field(default_factory=dict)  # the data's relative paths as written, by absolute ones
+    slurm_job: str | None = None  # the SLURM job that trains the run
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section ``run``; outside of SLURM it has no ``slurm_job``."""
-        section = asdict(self)
-        if self.slurm_job is None:
-            del section["slurm_job"]
-        return section
+        return {key: value for key, value in asdict(self).items() if key != "slurm_job" or value is not None}
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -133,22 +117,15 @@ def open_run(path: str | Path) -> Run:
     """
     run = Run(Path(path))
     if run.path.is_file():
-        around = Run(run.path.parent.parent)
-        if run.path != around.last_checkpoint:
-            other = run.path.parent == around.checkpoints
-            raise FileNotFoundError(
-                f"{path}: this is a file: name its run folder"
-                + (", or start a new run from these weights with `actual_resume`" if other else "")
-            )
-        run = around
+        run = Run(run.path.parent.parent)
+        if Path(path) != run.last_checkpoint:
+            other = "start a new run from its weights with `actual_resume`"
+            raise FileNotFoundError(f"{path}: this is a file: name its run folder, or {other}")
     if not run.path.is_dir():
         raise FileNotFoundError(f"{path}: no such run folder")
-    for file in (run.config, run.last_checkpoint):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{run.path}: not a run folder that can be continued: {file.relative_to(run.path)} is missing"
-                + (f": {_without_config(run)}" if run.last_checkpoint.is_file() else "")
-            )
+    if missing := [file for file in (run.config, run.last_checkpoint) if not file.is_file()]:
+        wrong = f"{run.path}: not a run folder that can be continued: {missing[0].relative_to(run.path)} is missing"
+        raise FileNotFoundError(f"{wrong}: {_without_config(run)}" if run.last_checkpoint.is_file() else wrong)
     return run
 
 
@@ -168,19 +145,15 @@ def config_of(run: Run) -> Config:
 
 
 def _without_config(run: Run) -> str:
-    """Say what to do with a run that has no config any more."""
-    return (
-        "put a copy of that file back, or start a new run from its weights with `base` CFG and `actual_resume` "
-        f"{run.last_checkpoint}"
-    )
+    again = f"start a new run from its weights with `base` CFG and `actual_resume` {run.last_checkpoint}"
+    return f"put a copy of that file back, or {again}"
 
 
 class RunLock:
     """Hold a run for one training, from :meth:`take` to the end of the ``with`` block.
 
     It is an advisory lock of the system, which ends with the process, however that ends; on network file systems whose
-    locks are local to a machine it keeps the processes of one machine apart. The file's text names the
-    holder for other processes.
+    locks are local to a machine it keeps the processes of one machine apart. The file's text names the holder.
     """
 
     def __init__(self) -> None:
@@ -211,9 +184,8 @@ class RunLock:
             file.close()
             raise ConfigError(f"{run.path}: is being trained by {holder}: wait for its end, or stop it") from error
         except OSError as error:
-            log.warning(
-                "%s: no lock here (%s): make sure that nothing else trains this run", run.path, error.strerror or error
-            )
+            remedy = "make sure that nothing else trains this run"
+            log.warning("%s: no lock here (%s): %s", run.path, error.strerror or error, remedy)
         if hasattr(os, "register_at_fork"):  # a forked loader process would hold the lock beyond this one's end
             os.register_at_fork(after_in_child=file.close)
         since = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -20,8 +20,6 @@ ABSENT = object()
 """In place of a value that a config does not have."""
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-CHECKOUT = "configs"
-"""The name of a checkout's link to the recipes."""
 
 TOP_LEVEL = ("model", "data", "lightning", "run")
 
@@ -69,8 +67,7 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
     merged = OmegaConf.create({})
     for path in paths:
         merged = _merge(merged, _read(path))
-    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
-    if bad:
+    if bad := [item for item in overrides if "=" not in item or item.startswith("=")]:
         raise ConfigError(*(f"{item}: an override is key=value, as in model.params.embed_dim=8" for item in bad))
     try:
         merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
@@ -97,10 +94,7 @@ def _find(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
         return path
     if with_suffix.is_file() and with_suffix.resolve() not in includers:  # demo.yaml may include the recipe demo
         return with_suffix
-    recipe = Path(name).as_posix()
-    if recipe.startswith(f"{CHECKOUT}/") and not (folder / CHECKOUT).is_dir():  # installed, or Windows without links
-        recipe = recipe.removeprefix(f"{CHECKOUT}/").removesuffix(".yaml")
-    return recipes().get(recipe, path)
+    return recipes().get(Path(name).as_posix(), path)
 
 
 def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:
@@ -111,15 +105,15 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
     if path.is_dir():
         raise ConfigError(f"{path}: this is a folder: name a config file in it")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file" + _nearest_file(path, name))
+        beside = sorted(p.name for p in path.parent.glob("*.yaml"))
+        raise ConfigError(f"{path}: no such config file" + (nearest(path.name, beside) or nearest_recipes(name)))
     part = _yaml(path)
     include = part.pop("include", [])
     names = list(include) if isinstance(include, list | ListConfig) else [include]
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise ConfigError(f"{path}: include: expected a path or a list of paths, got {wrong[0]!r}")
     for name in reversed(names):
-        below = _read(name, path.parent, (*includers, path.resolve()))
-        part = _merge(below, part)
+        part = _merge(_read(name, path.parent, (*includers, path.resolve())), part)
     return part
 
 
@@ -190,17 +184,11 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _nearest_file(path: Path, name: str | Path) -> str:
-    """End the message on a missing file with the nearest one beside it, or else the nearest recipes."""
-    beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    return nearest(path.name, beside) or nearest_recipes(name)
-
-
 def nearest_recipes(name: str | Path) -> str:
     """End the message on an unknown recipe with those that are like it, by the whole name or its last part."""
     known = recipes()
     names = {recipe.rpartition("/")[2].lower(): recipe for recipe in known}
     names |= {recipe.lower(): recipe for recipe in known}
-    asked = Path(name).as_posix().removeprefix(f"{CHECKOUT}/").removesuffix(".yaml").lower()
+    asked = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml").lower()  # a checkout's path
     close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
     return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"
