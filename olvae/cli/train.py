@@ -68,9 +68,8 @@ def command(
     plan = read_plan(TrainOptions(**given))  # before anything slow is imported
     with loading():
         from olvae.devices import keep_freed_memory, local_rank
-        from olvae.training.launch import ProcessDiedError, is_first
-        from olvae.training.run import train
-        from olvae.training.stopping import TrainingStopped
+        from olvae.training.launch import is_first
+        from olvae.training.run import ProcessDiedError, TrainingStopped, train
 
     keep_freed_memory()
     try:

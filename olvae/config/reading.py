@@ -72,7 +72,7 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
     try:
         merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(merged, resolve=resolve)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a key of a list
         raise ConfigError(_one_line(error)) from error
     return typing.cast(Config, container)
 

@@ -1,15 +1,18 @@
-"""Callbacks beside the training step: pictures, imbalance of the adversary, unreadable images, non-finite steps."""
+"""Callbacks beside the training step: pictures, imbalance, unreadable images, non-finite steps, signals to stop."""
 
 import json
 import logging
 import math
+import signal
+import threading
+import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.data.image import to_uint8
@@ -21,10 +24,13 @@ from olvae.models.averaging import find_average
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.nonfinite import BadStep
 from olvae.runs import Run
-from olvae.training.loggers import log_picture
+from olvae.training.progress import log_picture, notify
 from olvae.training.saving import BackgroundCheckpointIO, current_run, last_good
 
 log = logging.getLogger("olvae.training")
+
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
+WARNING = "bold yellow"
 
 
 class ImageGrids(Callback):
@@ -111,7 +117,6 @@ class Health(Callback):
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
         self.patience = patience
-        self.console = Console(stderr=True)
         self._since: dict[str, int] = {}  # the first step of each symptom that lasts, by its sentence
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -124,7 +129,7 @@ class Health(Callback):
             if not holds(value):  # no condition holds for nan, a value that was not logged
                 self._since.pop(sentence, None)
             elif (steps := step - self._since.setdefault(sentence, step)) >= self.patience:
-                _warn(f"step {step}, for {steps} steps: {sentence.format(value=value)}", self.console)
+                notify(f"step {step}, for {steps} steps: {sentence.format(value=value)}", WARNING)
                 self._since[sentence] = step
 
 
@@ -171,10 +176,7 @@ class BadSteps(Callback):
         self.in_a_row = in_a_row
         self.returns = returns
         self.rate_factor = rate_factor
-        self.bad = 0
-        """Non-finite steps of the whole run."""
-        self.returned = 0
-        """Returns to a checkpoint so far."""
+        self.bad = self.returned = 0  # non-finite steps of the whole run, and returns to a checkpoint
         self._row = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,11 +222,12 @@ class BadSteps(Callback):
             log.warning("%s: the images of bad steps are not noted: %s", path, reason(error))
         if trainer.is_global_zero:
             first, several = bad[0], len(bad) > 1
-            _warn(
+            notify(
                 f"step {first.step}: {first.term} is not finite"
                 + (f", and {len(bad) - 1} of the steps after it are bad too" if several else "")
                 + f": {'these steps' if several else 'this step'} changed nothing ({self.bad} in this run so far); "
-                f"{path.name} names the images"
+                f"{path.name} names the images",
+                WARNING,
             )
 
     def _return(self, trainer: pl.Trainer, model: LiteAutoencoderKL, last: BadStep) -> None:
@@ -244,17 +247,19 @@ class BadSteps(Callback):
             )
         self.returned += 1
         where = "there is no checkpoint yet: the weights stay"
-        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
         if run.last_checkpoint.is_file():
             where = f"weights and optimizers are those of step {_restore(trainer, model, run)} again"
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         model.rate_factor *= self.rate_factor
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * self.rate_factor
         if trainer.is_global_zero:
-            _warn(
+            notify(
                 f"step {trainer.global_step}: {row} bad steps in a row: {where}, the learning rate is multiplied by "
-                f"{self.rate_factor:g} (return {self.returned} of {self.returns})"
+                f"{self.rate_factor:g} (return {self.returned} of {self.returns})",
+                WARNING,
             )
 
 
@@ -269,5 +274,54 @@ def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
     return int(checkpoint["global_step"])
 
 
-def _warn(text: str, console: Console | None = None) -> None:
-    (console or Console(stderr=True)).print(f"[bold yellow]{text}", highlight=False, soft_wrap=True)
+class GracefulStop(Callback):
+    """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM or SIGUSR1; at a second signal at once.
+
+    A validation that has begun is finished first.
+
+    Args:
+        time_limit: seconds from now on, after which training stops in the same way; None for no limit.
+    """
+
+    def __init__(self, time_limit: float | None = None) -> None:
+        self.reason: str | None = None  # of this process: the name of a signal, or the time limit
+        self.agreed = False  # whether all processes stop; the same in each
+        self._end = math.inf if time_limit is None else time.monotonic() + time_limit
+        self._agreement = Agreement()
+        self._before: dict[int, Any] = {}
+
+    @property
+    def preempted(self) -> bool:
+        """Whether anything but Ctrl-C in this process ended training."""
+        return self.agreed and self.reason != SIGNALS[signal.SIGINT]
+
+    def on_train_start(self, *_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            # After Lightning's fit has set handlers of its own, which end training without a checkpoint.
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        if not pl_module.update_is_complete:
+            return
+        if self.reason is None and time.monotonic() >= self._end:
+            self._announce("the time limit")
+        if self._agreement.any_asked(self.reason is not None):
+            self.agreed = trainer.should_stop = True
+            trainer.limit_val_batches = 0  # no validation on the way out
+
+    def on_train_end(self, *_: Any) -> None:
+        self.agreed |= self._agreement.any_asked(self.reason is not None, wait=True)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self.reason is not None:
+            raise KeyboardInterrupt
+        self._announce(SIGNALS[number])
+
+    def _announce(self, reason: str) -> None:
+        self.reason = reason
+        notify(f"{reason}: stopping after this step, with a checkpoint; a further signal: at once")

@@ -1,7 +1,9 @@
-"""Distributed launch: process counts, torchrun and srun, joining the process group, processes that died."""
+"""Distributed launch: process counts, torchrun and srun, joining the process group, dead processes, requeueing."""
 
+import logging
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,15 +18,10 @@ from torch.distributed.constants import default_pg_timeout
 from olvae.config import ConfigError
 from olvae.data.read_errors import worker_death
 from olvae.devices import join, local_rank, srun_environment
-from olvae.runs import Run
+from olvae.training.progress import notify
+from olvae.training.setup import slurm_job
 
-
-class ProcessDiedError(ChildProcessError):
-    """A loader process, or another process of the training of ``run``, was killed."""
-
-    def __init__(self, cause: str, run: Run) -> None:
-        super().__init__(cause)
-        self.run = run
+log = logging.getLogger("olvae.training")
 
 
 def find_launcher() -> ClusterEnvironment | None:
@@ -75,11 +72,10 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
         return
     nodes = max(1, total // per_node)
     if (per_node, nodes) != wanted or per_node * nodes != total:
-        started = _counted(total, "process", "processes", nodes)
-        devices = _counted(wanted[0] * wanted[1], "device", "devices", wanted[1])
         raise ConfigError(
-            f"{name} started {started}, but `gpus` and lightning.trainer name {devices}: set `gpus` to {per_node}, or "
-            f"on the CPU lightning.trainer.accelerator=cpu lightning.trainer.devices={per_node}"
+            f"{name} started {total} processes, {per_node} on each node, but `gpus` and lightning.trainer name "
+            f"{wanted[0]} devices on each of {wanted[1]} nodes: set `gpus` to {per_node}, or on the CPU "
+            f"lightning.trainer.accelerator=cpu lightning.trainer.devices={per_node}"
             + (f", and lightning.trainer.num_nodes={nodes}" if nodes != wanted[1] else "")
             + f"; or set {name}'s {option} to {wanted[0]}"
         )
@@ -99,9 +95,7 @@ def process_death(error: Exception) -> str | None:
     """Explain an error that comes from the death of a loader process or another process of this run; else None."""
     broken = r"closed by peer|reset by peer|remote process exited|Broken pipe"
     if dist.is_initialized() and re.search(broken, str(error)):
-        return (
-            "another process of this training died: its own output, or the system's log of killed processes, says why"
-        )
+        return "another process of this training died: see its own output, or the system's log of killed processes"
     return worker_death(error)
 
 
@@ -111,5 +105,15 @@ def _devices(trainer_args: Mapping[str, Any]) -> tuple[int, int]:
     return devices if isinstance(devices, int) else len(devices), int(trainer_args.get("num_nodes", 1))
 
 
-def _counted(number: int, one: str, several: str, nodes: int) -> str:
-    return f"{number} {one if number == 1 else several}" + (f" on {nodes} nodes" if nodes > 1 else "")
+def requeue() -> None:
+    """Let SLURM queue this job again; when it starts for the second time, it continues its run."""
+    job = slurm_job()
+    if job is None:
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error.strerror
+        log.warning("SLURM does not queue job %s again: scontrol requeue: %s", job, said)
+    else:
+        notify(f"SLURM queues job {job} again")

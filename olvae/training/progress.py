@@ -1,28 +1,40 @@
-"""Print a training: the summary before it, the progress bar, the ending, and the curves."""
+"""Show a training: summary, progress bar, loggers (TensorBoard, W&B, CSV), ending and curves."""
 
+import logging
 import math
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from olvae import config as cfg
+from olvae.config import Config, ConfigError
 from olvae.data.source import MIN_VAL_IMAGES, Source
 from olvae.figures import plot_curves
+from olvae.files import reason
 from olvae.models.adversary import Adversary
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs, count_parameters
 from olvae.runs import Run, Settings
+
+log = logging.getLogger("olvae.training")
 
 LONG_WAIT_S = 2.0
 """A wait for a batch is shown once it lasts this long."""
@@ -31,14 +43,20 @@ LARGE_WAIT_SHARE = 0.1
 """The share of training time spent waiting for data is shown above this."""
 
 
-class Clock:
-    """Measure the speed of training, without validation and without the first step, which warms up.
+def notify(line: str, style: str | None = None) -> None:
+    """Print a line on standard error as it is: never cut, so that it can be copied."""
+    Console(stderr=True).print(line, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+class Status:
+    """Measure speed and waits, without validation and without the first step, which warms up; print them and the loss.
 
     Args:
         step: steps before this training.
     """
 
     def __init__(self, step: int = 0) -> None:
+        self.loss = math.nan
         self._first = self._last = (step, 0)  # steps and images in total
         self._is_warm = False
         self._training_s = self._waiting_s = 0.0
@@ -66,19 +84,6 @@ class Clock:
     def validation_ended(self) -> None:
         self._since, self._is_waiting = time.monotonic(), True
 
-    @property
-    def seconds_waiting(self) -> float:
-        """Seconds since the last batch, if they are many; else 0."""
-        seconds = time.monotonic() - self._since
-        return seconds if self._is_waiting and seconds > LONG_WAIT_S else 0.0
-
-    def waiting(self) -> str:
-        """Note that training waits for data: the seconds by now, or the share of its time; else empty."""
-        if seconds := self.seconds_waiting:
-            return f"waiting for data for {seconds:.0f} s"
-        share = self._waiting_s / self._training_s if self._training_s else 0.0
-        return f"waiting for data {share:.0%}" if share > LARGE_WAIT_SHARE else ""
-
     def images_per_s(self) -> float:
         return (self._last[1] - self._first[1]) / self._training_s if self._training_s else 0.0
 
@@ -86,18 +91,16 @@ class Clock:
         done = self._last[0] - self._first[0]
         return (last_step - self._last[0]) * self._training_s / done if done else 0.0
 
-
-class Status:
-    """Loss and speed, or how long training has waited for data: a text that is formed anew whenever it is drawn."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.loss = math.nan
-
     def __str__(self) -> str:
-        loss = "" if math.isnan(self.loss) else f"loss {self.loss:.4f}  "
-        speed = "" if self.clock.seconds_waiting else f"{loss}{self.clock.images_per_s():.1f} images/s"  # room for one
-        return "  ".join(text for text in (speed, self.clock.waiting()) if text)
+        """Loss, speed and the share of waiting, or how long it has waited by now: the bar asks whenever it is drawn."""
+        seconds = time.monotonic() - self._since
+        if self._is_waiting and seconds > LONG_WAIT_S:
+            return f"waiting for data for {seconds:.0f} s"
+        texts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
+        texts.append(f"{self.images_per_s():.1f} images/s")
+        if self._training_s and (share := self._waiting_s / self._training_s) > LARGE_WAIT_SHARE:
+            texts.append(f"waiting for data {share:.0%}")
+        return "  ".join(texts)
 
 
 class StepProgress(ProgressBar):
@@ -113,7 +116,7 @@ class StepProgress(ProgressBar):
         self.console = Console(stderr=True)
         self._enabled = True
         self._bar: Progress | None = None
-        self._status = Status(Clock())
+        self._status = Status()
         self._shown_at = 0.0
 
     def disable(self) -> None:
@@ -121,13 +124,13 @@ class StepProgress(ProgressBar):
         self._enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._status, self._shown_at = Status(Clock(trainer.global_step)), time.monotonic()
+        self._status, self._shown_at = Status(trainer.global_step), time.monotonic()
         if self._enabled and self.console.is_terminal:
             self._bar = step_bar(self.console, self._status, trainer.global_step, trainer.max_steps)
             self._bar.start()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._status.clock.batch_arrived()
+        self._status.batch_arrived()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if not self._enabled:
@@ -135,15 +138,15 @@ class StepProgress(ProgressBar):
         assert isinstance(pl_module, LiteAutoencoderKL)
         if pl_module.reports:  # at other steps, nothing waits for the device
             self._status.loss = float(trainer.callback_metrics.get("train/loss", math.nan))
-        step, clock, now = trainer.global_step, self._status.clock, time.monotonic()
-        clock.step_ended(step, pl_module.images_seen)
+        step, now = trainer.global_step, time.monotonic()
+        self._status.step_ended(step, pl_module.images_seen)
         if step != trainer.max_steps and now - self._shown_at < (self.line_every_s if self._bar is None else 0.5):
             return
         self._shown_at = now
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
         else:
-            left = timedelta(seconds=round(clock.seconds_left(trainer.max_steps)))
+            left = timedelta(seconds=round(self._status.seconds_left(trainer.max_steps)))
             self.console.print(f"step {step}/{trainer.max_steps}  {self._status}  {left} left")
 
     def on_train_end(self, *_: Any) -> None:
@@ -155,10 +158,10 @@ class StepProgress(ProgressBar):
         self.on_train_end()
 
     def on_validation_start(self, *_: Any) -> None:
-        self._status.clock.validation_began()
+        self._status.validation_began()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._status.clock.validation_ended()
+        self._status.validation_ended()
         assert isinstance(pl_module, LiteAutoencoderKL)
         values = {name: v for name, v in pl_module.validation_values.items() if name.startswith("val/")}
         if values and self._enabled and not trainer.sanity_checking:
@@ -213,11 +216,10 @@ def print_summary(
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", escape(value))
-    console = Console(stderr=True)
-    console.print(Panel(table, title=f"olvae train: {escape(settings.name)}", expand=False))
-    console.print(f"run: {run.path}", highlight=False, soft_wrap=True, markup=False)  # to be copied: never cut
+    Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings.name)}", expand=False))
+    notify(f"run: {run.path}")
     for sentence in _warnings(trainer, model, source):
-        console.print(f"[yellow]warning:[/] {sentence}", highlight=False, soft_wrap=True)
+        notify(f"warning: {sentence}", "yellow")
 
 
 def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> Iterator[str]:
@@ -238,12 +240,12 @@ def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> 
 def print_ending(run: Run, title: str) -> None:
     """Draw the curves, and print a title and where the results are."""
     curves = draw_curves(run)
-    places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images, "curves": curves}
-    console = Console(stderr=True)
-    console.print(title, highlight=False, soft_wrap=True)
-    for name, place in places.items():
-        if place is not None and place.exists():
-            console.print(f"  {name:<9} {place}", highlight=False, soft_wrap=True, markup=False)
+    notify(title)
+    for name, place in {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images}.items():
+        if place.exists():
+            notify(f"  {name:<9} {place}")
+    if curves is not None:
+        notify(f"  curves    {curves}")
 
 
 def draw_curves(run: Run) -> Path | None:
@@ -251,7 +253,7 @@ def draw_curves(run: Run) -> Path | None:
 
     Returns None if nothing was logged yet, or a folder of the run is gone.
     """
-    folder = run.path / "tensorboard"
+    folder, path = run.path / "tensorboard", run.images / "curves.png"
     if not (folder.is_dir() and run.images.is_dir()):
         return None
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -262,14 +264,79 @@ def draw_curves(run: Run) -> Path | None:
     for tag in sorted(events.Tags()["scalars"]):
         if tag.startswith(("train/", "val/")):
             written = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
-            last_at = {event.step: event.value for event in written}  # a step that was resumed counts once
-            steps = sorted(last_at)
-            curves[tag] = ([float(step) for step in steps], [last_at[step] for step in steps])
+            last_at = dict(sorted({float(e.step): e.value for e in written}.items()))  # a resumed step counts once
+            curves[tag] = list(last_at), list(last_at.values())
     if not curves:
         return None
-    path = run.images / "curves.png"
     plot_curves(curves, path)
     return path
+
+
+def make_loggers(nodes: Mapping[str, Config], run: Run) -> list[Logger]:
+    """Make TensorBoard's logger, then those of ``lightning.logger``.
+
+    Unless the node says otherwise, CSVLogger writes into ``csv`` in the run's folder, a file for each start of the run,
+    and WandbLogger continues the W&B run of the folder's name.
+
+    Raises:
+        ConfigError: a logger can't be made, for example because its package is missing.
+    """
+    loggers: list[Logger] = [TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard")]
+    unique = run.path.resolve().name
+    defaults: dict[str, Config] = {
+        "CSVLogger": {"save_dir": str(run.path), "name": "csv"},
+        "WandbLogger": {"save_dir": str(run.path), "name": unique, "id": unique, "resume": "allow"},
+    }
+    for name, node in nodes.items():
+        params = {**defaults.get(node["target"].rpartition(".")[2], {}), **(node.get("params") or {})}
+        try:
+            logger = cfg.instantiate({**node, "params": params})
+        except (ModuleNotFoundError, ConfigError) as error:
+            raise ConfigError(f"lightning.logger.{name}: {error}") from error
+        if not isinstance(logger, Logger):
+            raise ConfigError(f"lightning.logger.{name}: {node['target']} is no logger of Lightning")
+        loggers.append(logger)
+    _silence_tensorboard()
+    for logger in loggers:
+        for method in ("log_metrics", "log_hyperparams", "save", "finalize"):
+            setattr(logger, method, partial(_attempt, logger, getattr(logger, method)))
+    return loggers
+
+
+def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+    """Log a picture to TensorBoard or W&B; Lightning's other loggers have no common way to take one."""
+    if isinstance(logger, TensorBoardLogger):
+        pixels = np.asarray(picture)
+        _attempt(logger, lambda: logger.experiment.add_image(name, pixels, step, dataformats="HWC"))
+    elif isinstance(logger, WandbLogger):
+        _attempt(logger, lambda: logger.log_image(name, [picture], step))
+
+
+@cache
+def _silence_tensorboard() -> None:
+    """Leave out the traceback of TensorBoard's thread, whose error is raised by the next call as well."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (type(args.thread).__module__.startswith("tensorboard") and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
+
+
+_failed: WeakSet[Logger] = WeakSet()
+
+
+def _attempt(logger: Logger, action: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """Let a logger write; a full disk or a missing folder ends its logging, not the training."""
+    if logger in _failed:
+        return None
+    try:
+        return action(*args, **settings)
+    except OSError as error:
+        _failed.add(logger)
+        log.warning("%s: nothing more is logged there: %s", type(logger).__name__, reason(error))
+        return None
 
 
 def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from olvae import config as cfg
 from olvae import runs
@@ -27,16 +26,39 @@ from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
 from olvae.runs import Run, RunLock, Settings
-from olvae.training import launch, resuming, setup
-from olvae.training.callbacks import BadSteps, Health, ImageGrids, UnreadableLimit
-from olvae.training.loggers import make_loggers
-from olvae.training.progress import StepProgress, print_ending, print_summary
+from olvae.training import launch
+from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
+from olvae.training.progress import StepProgress, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
-from olvae.training.setup import Plan, TrainOptions, read_plan, start_from
-from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue
+from olvae.training.setup import (
+    Plan,
+    TrainOptions,
+    changed_settings,
+    check_changes,
+    read_plan,
+    start_from,
+    untrained_half,
+)
 
 RUN_ENV = "OLVAE_RUN"
 """Environment variable with the run folder, for the processes that Lightning starts for the other devices."""
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """Training of ``run`` ended after a step, with a checkpoint; ``preempted`` by anything but Ctrl-C."""
+
+    def __init__(self, run: Run, preempted: bool = False) -> None:
+        super().__init__()
+        self.run = run
+        self.preempted = preempted
+
+
+class ProcessDiedError(ChildProcessError):
+    """A loader process, or another process of the training of ``run``, was killed."""
+
+    def __init__(self, cause: str, run: Run) -> None:
+        super().__init__(cause)
+        self.run = run
 
 
 @dataclass(frozen=True)
@@ -45,16 +67,14 @@ class Prepared:
 
     plan: Plan
     settings: Settings
-    config: Config
-    """Of the run, complete."""
+    config: Config  # of the run, complete
     source: Source
     model: LiteAutoencoderKL
     trainer_args: Config
     precision: str
     stop: GracefulStop
-    images_seen: int
+    images_seen: int  # by the resumed run
     steps_done: int
-    """By the resumed run, as ``images_seen``."""
 
     @property
     def is_over(self) -> bool:
@@ -93,11 +113,11 @@ def train(options: TrainOptions | Plan) -> Run:
 
 def prepare(plan: Plan, lock: RunLock) -> Prepared:
     """Lock a resumed run, build data and model, load weights, and check that everything fits."""
-    stop = GracefulStop(None if plan.options.time_limit is None else parse_time(plan.options.time_limit))
+    stop = GracefulStop(plan.time_limit)
     if plan.resumed is not None:
         _lock_resumed(plan.resumed, lock)
     config, settings = _locate_data(plan)
-    start = start_from(config) if "from" in config["model"] else None
+    weights, before = start_from(config) if "from" in config["model"] else (None, plan.previous)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args |= resolve_devices(settings.gpus, trainer_args)
     processes = launch.process_count(trainer_args)
@@ -113,18 +133,21 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     model = _model(config, trainer_args)
     model.seed = settings.seed
     model.check(source)
-    if start is not None:
-        load_weights(model, start.weights, start.name)
-    images_seen, steps_done = _restore(model, plan)
-    before = plan.previous or (start.config if start is not None else _config_of(plan.options.actual_resume))
-    if plan.resumed is not None:
-        _check_checksums(settings.checksums, model.checksums)
-    settings = replace(settings, untrained=setup.untrained_half(model, before), checksums=model.checksums)
+    if weights is not None:
+        load_weights(model, weights, str(settings.weights))
+    if plan.options.actual_resume is not None:
+        before = _load_other_run(model, Path(plan.options.actual_resume))
+    images_seen, steps_done = (0, 0) if plan.resumed is None else _restore(model, plan.resumed, settings)
+    settings = replace(settings, untrained=untrained_half(model, before), checksums=model.checksums)
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
 
     trainer_args = _in_steps(trainer_args, source, model)
-    _check_steps(plan, steps_done, trainer_args["max_steps"])
+    if steps_done > trainer_args["max_steps"]:
+        raise ConfigError(
+            f"`resume`: this run is at step {steps_done}, after the last of max_steps {trainer_args['max_steps']}: to "
+            f"continue it, set more, as in lightning.trainer.max_steps={2 * steps_done}"
+        )
     source.check_processes(processes)
     if model.adversary is not None:
         model.adversary.check(model, source, trainer_args["max_steps"])
@@ -143,7 +166,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     if trainer.is_global_zero:
         print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
     if prepared.is_over and trainer.is_global_zero:
-        _print(f"training has finished ({prepared.steps_done} steps); running the final validation")
+        notify(f"training has finished ({prepared.steps_done} steps); running the final validation")
     device = trainer.strategy.root_device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -168,7 +191,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if (cause := launch.process_death(error)) is None:
             raise
-        raise launch.ProcessDiedError(cause, run) from error
+        raise ProcessDiedError(cause, run) from error
     return trainer
 
 
@@ -181,7 +204,7 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
         if not stop.agreed:
             write_json({"steps": trainer.global_step}, run.finished)
         if stop.reason == "SIGUSR1":
-            requeue()
+            launch.requeue()
     if stop.agreed:  # the caller, Python or make, must not begin what comes after a training
         raise TrainingStopped(run, stop.preempted)
 
@@ -200,11 +223,7 @@ def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free:
         if plain.total(1) > free:
             raise ConfigError(f"data.params.batch_size: not even one image fits: {sentence}")
     if warns and sentence is not None:
-        Console(stderr=True).print(f"[yellow]warning:[/] memory: {sentence}", highlight=False, soft_wrap=True)
-
-
-def _print(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
+        notify(f"warning: memory: {sentence}", "yellow")
 
 
 def _locate_data(plan: Plan) -> tuple[Config, Settings]:
@@ -219,12 +238,12 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
             paths |= make_absolute(one)
     settings = replace(settings, paths=paths)
     if previous is not None:
-        changes = resuming.find_changes(previous, config, settings)
-        if launch.is_first():
-            for line in resuming.describe_changes(changes):
-                _print(line)
+        changes = changed_settings(previous, config, settings)
+        if changes and launch.is_first():
+            lines = (f"  {key}: {change}" for key, change in changes.items())
+            notify("\n".join(["settings that differ from the run's own:", *lines]))
         if not plan.options.allow_changes:
-            resuming.check_changes(changes)
+            check_changes(changes)
     return config, settings
 
 
@@ -250,44 +269,31 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     return model
 
 
-def _restore(model: LiteAutoencoderKL, plan: Plan) -> tuple[int, int]:
-    """Load the weights of ``actual_resume`` or of a resumed run; return images seen and steps done."""
-    if (weights := plan.options.actual_resume) is not None:
-        file = Run(Path(weights)).last_checkpoint if Path(weights).is_dir() else Path(weights)
-        load_weights(model, read_weights(file), file)
-    if plan.resumed is None:
-        return 0, 0
-    file = plan.resumed.last_checkpoint
+def _load_other_run(model: LiteAutoencoderKL, path: Path) -> Config | None:
+    """Load the weights of another run, its folder or a checkpoint; return its config, empty for a file without one."""
+    file = Run(path).last_checkpoint if path.is_dir() else path
+    load_weights(model, read_weights(file), file)
+    run = runs.run_of(file.resolve())
+    return {} if run is None else cfg.load([run.config])
+
+
+def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[int, int]:
+    """Load the weights of a resumed run, and check that it can be continued; return images seen and steps done."""
+    file = run.last_checkpoint
     checkpoint = read_checkpoint(file)
     load_weights(model, pick_weights(state_dict_of(checkpoint, file), file), file)
-    needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "images_seen", "iteration")
-    if missing := [key for key in needed if not checkpoint.get(key) and checkpoint.get(key) != 0]:
-        raise ValueError(
-            f"{file}: training can't continue from this checkpoint, {missing[0]} is missing: start a new run from its "
-            "weights with `actual_resume`"
-        )
+    other = "start a new run from its weights with `actual_resume`"
+    if not checkpoint.get("optimizer_states") or "images_seen" not in checkpoint:
+        raise ValueError(f"{file}: has weights only, without what training needs to continue: {other}")
     if ("averaging_state" in checkpoint) != model.use_ema:
         raise ConfigError(
-            f"model.params.use_ema: {model.use_ema}, but the run to resume was trained with {not model.use_ema}: "
-            "start a new run from its weights with `actual_resume`"
+            f"model.params.use_ema: {model.use_ema}, but the run was trained with {not model.use_ema}: {other}"
         )
-    return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
-
-
-def _config_of(weights: str | Path | None) -> Config | None:
-    """The training config of weights: empty for weights without one, None for fresh ones."""
-    if weights is None:
-        return None
-    path = Path(weights).resolve()
-    run = Run(path) if path.is_dir() else runs.run_of(path)
-    return {} if run is None or not run.config.is_file() else cfg.load([run.config])
-
-
-def _check_checksums(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Check that the frozen weights of the parts are those that a resumed run had."""
+    before, now = settings.checksums, model.checksums
     if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
-        why = "a resumed run keeps it, with the same weights: start a new run from its weights with `actual_resume`"
+        why = f"a resumed run keeps it, with the same weights: {other}"
         raise ConfigError(*(f"model.params.parts.{name}: {why}" for name in changed))
+    return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
 
 
 def _in_steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
@@ -311,20 +317,6 @@ def _in_steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) ->
     args["val_check_interval"] = min(every, args["max_steps"]) * model.accumulate_grad_batches
     args["log_every_n_steps"] = (args.get("log_every_n_steps") or 20) * model.accumulate_grad_batches
     return args
-
-
-def _check_steps(plan: Plan, done: int, last_step: int) -> None:
-    """Check that a resumed run has steps left for what was asked."""
-    if done > last_step:
-        raise ConfigError(
-            f"`resume`: this run is at step {done}, after the last of max_steps {last_step}: to continue it, set more, "
-            f"as in lightning.trainer.max_steps={2 * done}"
-        )
-    if done == last_step and plan.options.allow_changes:
-        raise ConfigError(
-            f"`allow_changes`: all {done} steps of this run are done, so that other settings would change nothing: set "
-            f"more steps, as in lightning.trainer.max_steps={2 * done}"
-        )
 
 
 def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:

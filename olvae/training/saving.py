@@ -6,7 +6,6 @@ import math
 import shutil
 import sys
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,16 +128,18 @@ class KeepCheckpoints(Checkpoint):
                 f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
                 "model.params.val_metrics, or set best to null"
             )
-        value, before = values[self.best], self._best_value
-        higher = BETTER[self.best.rpartition("/")[2]] == "higher"
-        if before is not None and not (value > before if higher else value < before):
+        sign = 1 if BETTER[self.best.rpartition("/")[2]] == "higher" else -1
+        if self._best_value is not None and sign * values[self.best] <= sign * self._best_value:
             return
-        self._best_value = value
-        note = {"metric": self.best, "value": value, "step": trainer.global_step}
+        self._best_value = values[self.best]
+        note = {"metric": self.best, "value": self._best_value, "step": trainer.global_step}
         if fitting:
             self._save(trainer, module, "best.ckpt", note)
         elif trainer.is_global_zero:  # the model has only one of two sets of weights now, last.ckpt has both
-            _copy_last(run, note)
+            best = run.checkpoints / "best.ckpt"
+            with atomic_write(best) as partial:
+                shutil.copyfile(run.last_checkpoint, partial)
+            write_json(note, best.with_suffix(".json"))
 
     def _best_before(self, run: Run, is_first: bool) -> float | None:
         """Read the best value of a resumed run, if it is of the same metric; set a broken note aside."""
@@ -148,14 +149,12 @@ class KeepCheckpoints(Checkpoint):
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
             metric, value = before["metric"], float(before["value"])
-            if not math.isfinite(value):
-                raise ValueError("its value is not finite")
         except (ValueError, KeyError, TypeError, OSError):
-            if is_first:
-                name = set_aside(note)
-                log.warning("%s: not readable: set aside as %s; the next validation replaces best.ckpt", note, name)
-            return None
-        return value if metric == self.best else None
+            metric, value = self.best, math.nan
+        if not math.isfinite(value) and is_first:
+            name = set_aside(note)
+            log.warning("%s: not readable: set aside as %s; the next validation replaces best.ckpt", note, name)
+        return value if metric == self.best and math.isfinite(value) else None
 
     def _save(
         self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
@@ -168,8 +167,7 @@ class KeepCheckpoints(Checkpoint):
                 f"non-finite weights at step {trainer.global_step}, in {first}: nothing is saved"
                 + last_good(current_run(trainer))
             )
-        path = current_run(trainer).checkpoints / name
-        trainer.save_checkpoint(path, storage_options=note)  # the first process writes
+        trainer.save_checkpoint(current_run(trainer).checkpoints / name, storage_options=note)  # the first one writes
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
@@ -196,15 +194,20 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         ``storage_options`` are written in JSON beside the complete checkpoint: a.json for a.ckpt. Raises
         CheckpointError if an earlier checkpoint could not be written.
         """
-        self._wait(MAX_PENDING - 1)
+        self.wait(MAX_PENDING - 1)
         copied = _on_host(checkpoint)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._pending.append(self._writer.submit(self._write, copied, Path(path), storage_options))
 
-    def wait(self) -> None:
-        """Wait until everything is on the disk; raise CheckpointError if it could not be written."""
-        self._wait(0)
+    def wait(self, pending: int = 0) -> None:
+        """Wait until at most so many saves are not on the disk yet; raise CheckpointError if one has failed."""
+        errors: list[BaseException] = []
+        while self._pending and (len(self._pending) > pending or self._pending[0].done()):
+            if (error := self._pending.popleft().exception()) is not None:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def teardown(self) -> None:
         failed = sys.exc_info()[0] is not None  # training has an error of its own, which ends it
@@ -214,15 +217,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             if not failed:
                 raise
             log.error("%s", error)
-
-    def _wait(self, most: int) -> None:
-        """Wait until at most so many are pending; then raise the first error of those that failed."""
-        errors: list[BaseException] = []
-        while self._pending and (len(self._pending) > most or self._pending[0].done()):
-            if (error := self._pending.popleft().exception()) is not None:
-                errors.append(error)
-        if errors:
-            raise errors[0]
 
     def _write(self, checkpoint: dict[str, Any], path: Path, note: dict[str, Any] | None) -> None:
         try:
@@ -253,14 +247,6 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
     """Whether this batch is followed by a validation."""
     batches, every = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
     return trainer.enable_validation and trainer.limit_val_batches != 0 and every is not None and batches % every == 0
-
-
-def _copy_last(run: Run, note: Mapping[str, Any]) -> None:
-    """Make the last checkpoint the best one, too."""
-    best = run.checkpoints / "best.ckpt"
-    with atomic_write(best) as partial:
-        shutil.copyfile(run.last_checkpoint, partial)
-    write_json(note, best.with_suffix(".json"))
 
 
 def last_good(run: Run) -> str:

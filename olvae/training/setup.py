@@ -1,25 +1,39 @@
-"""Set up a training: read its options and config, find an autoencoder to start from.
+"""Set up a training: read its options and config, compare a resumed run's settings, find an autoencoder to start from.
 
 Importing this module takes no torch, so that mistakes of a config show at once.
 """
 
+import contextlib
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError
 from olvae.models.names import check_target
 from olvae.runs import Run, Settings
-from olvae.training.resuming import requeued_run, slurm_job
 
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
 
     from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+FREE_SETTINGS = (
+    "lightning",
+    *(f"run.{key}" for key in ("gpus", "precision", "seed")),
+    "data.params.num_workers",
+    "model.base_learning_rate",
+    *(f"model.params.{key}" for key in ("betas", "decay_steps", "min_lr_factor", "scheduler", "warmup_steps")),
+    *(f"model.params.{key}" for key in ("channels_last", "checkpoint", "compile", "weights_dir")),
+    *(f"model.params.{key}" for key in ("ema_decay", "use_ema", "val_metrics")),
+    "model.params.parts.teacher.params.autoencoder",  # a path; its weights have a checksum
+)
+"""Settings, with all below them, that a resumed run may change: they are neither data, networks nor losses."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +60,11 @@ class Plan:
     """A training as its options and config files describe it, checked as far as that takes no torch."""
 
     options: TrainOptions
-    config: Config
-    """Of the run, but for the networks that ``model.from`` names."""
+    config: Config  # of the run, but for the networks that `model.from` names
     settings: Settings
-    resumed: Run | None = None
-    previous: Config | None = None
-    """The resumed run's own config."""
+    time_limit: float | None  # in seconds
+    resumed: Run | None
+    previous: Config | None  # the resumed run's own
 
 
 def read_plan(options: TrainOptions) -> Plan:
@@ -71,20 +84,34 @@ def read_plan(options: TrainOptions) -> Plan:
         raise ConfigError("`base` names the config to train, such as demo")
     if resumed is None and options.allow_changes:
         raise ConfigError("`allow_changes` is for `resume`: leave it out")
-    config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], options.overrides)
-    for target in (options.start_from, options.teacher):
+    targets = {"from": options.start_from, "params.parts.teacher.params.autoencoder": options.teacher}
+    overrides = [*options.overrides]
+    for key, target in targets.items():
         if target is not None:
             check_target(target)
-    if isinstance(config.get("model"), dict):
-        if options.start_from is not None:
-            config["model"]["from"] = options.start_from
-        if options.teacher is not None:
-            _set_teacher(config["model"], options.teacher)
+            overrides.append(f"model.{key}={json.dumps(target)}")
+    config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], overrides)
+    if options.teacher is not None:
+        config["model"]["params"]["parts"]["teacher"].setdefault("target", "olvae.models.parts.teacher.Teacher")
     cfg.check(config)
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
     _check_starts(options, config)
-    return Plan(options, config, _settings(options, config, previous), resumed, previous)
+    time_limit = None if options.time_limit is None else parse_time(options.time_limit)
+    return Plan(options, config, _settings(options, config, previous), time_limit, resumed, previous)
+
+
+def parse_time(text: str) -> float:
+    """Convert a time such as 3h50m, 45m, 1d12h or 90s to seconds.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not match or not text:
+        raise ConfigError(f"`time_limit` {text}: give days, hours, minutes or seconds, as in 3h50m, 45m or 1d12h")
+    days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _check_starts(options: TrainOptions, config: Config) -> None:
@@ -97,17 +124,6 @@ def _check_starts(options: TrainOptions, config: Config) -> None:
     }
     if len(given := [what for what, value in starts.items() if value is not None]) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
-
-
-def _set_teacher(model: Config, target: str) -> None:
-    """Let the autoencoder of a TARGET be the teacher; other settings of a teacher in the config stay."""
-    params = model.get("params") or {}
-    parts = (params.get("parts") or {}) if isinstance(params, dict) else None
-    if not isinstance(parts, dict) or not isinstance(parts.get("teacher") or {}, dict):
-        return  # the check of the config, which is next, names the mistake
-    node = {"target": "olvae.models.parts.teacher.Teacher", **(parts.get("teacher") or {})}
-    node["params"] = {**(node.get("params") or {}), "autoencoder": target}
-    model["params"] = {**params, "parts": {**parts, "teacher": node}}
 
 
 def _name(options: TrainOptions) -> str:
@@ -134,17 +150,53 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
     )
 
 
-@dataclass(frozen=True)
-class Start:
-    """The weights that a run starts from: their source as the user wrote it, the tensors, and their training config."""
+def changed_settings(previous: Config, config: Config, settings: Settings) -> dict[str, str]:
+    """Compare a resumed run's config and settings with its saved ones: ``OLD -> NEW`` by dotted key."""
 
-    name: str
-    weights: "Mapping[str, Tensor]"
-    config: Config
-    """Empty for weights without one."""
+    def compared(whole: Config, own: Settings) -> Config:
+        return {**whole, "run": {"precision": own.precision, "gpus": own.gpus, "seed": own.seed}}
+
+    def text(value: Any) -> str:
+        if value is cfg.ABSENT:
+            return "not set"
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    differences = cfg.differences(compared(previous, runs.settings_of(previous)), compared(config, settings))
+    return {key: f"{text(old)} -> {text(new)}" for key, (old, new) in differences.items()}
 
 
-def start_from(config: Config) -> Start:
+def check_changes(changed: Iterable[str]) -> None:
+    """Raise ConfigError unless these settings may change in a resumed run, which has its data, networks and losses."""
+    if keys := [key for key in changed if not any(f"{key}.".startswith(f"{free}.") for free in FREE_SETTINGS)]:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise ConfigError(
+            f"`resume`: {', '.join(keys[:3])}{more}: this would continue the run with other data, networks or losses: "
+            "leave that out, start a new run from its weights with `actual_resume`, or add `allow_changes`"
+        )
+
+
+def slurm_job() -> str | None:
+    """The SLURM job of this process, by the name that scontrol takes."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def requeued_run(logdir: Path, name: str) -> Run | None:
+    """Find the run of this name that this SLURM job made before it was queued again; None if it did not."""
+    job = slurm_job()
+    if job is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        return None
+    found = [Run(path) for path in logdir.glob(f"*_{name}_*")]
+    begun = [run for run in found if run.last_checkpoint.is_file() and run.config.is_file()]
+    for run in sorted(begun, key=lambda run: run.config.stat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(ConfigError):  # of another run, perhaps
+            settings = runs.settings_of(cfg.load([run.config]))
+            if (settings.slurm_job, settings.name) == (job, name):
+                return run
+    return None
+
+
+def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
     """Load the autoencoder that ``model.from`` names, and put its networks into the config.
 
     Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
@@ -152,6 +204,9 @@ def start_from(config: Config) -> Start:
     latent-diffusion's, or the config has a part that brings latents. The decoder alone is trained unless the config
     says otherwise, or a part keeps or brings its latents. The resolved config is complete without ``model.from``, so
     the key is removed.
+
+    Returns:
+        The autoencoder's weights, and its training config, empty if it has none.
 
     Raises:
         ConfigError: the autoencoder's networks can't be trained here.
@@ -191,7 +246,7 @@ def start_from(config: Config) -> Start:
         )
     node["params"] = params
     cfg.check(config)
-    return Start(name, found.state_dict(), target.config)
+    return found.state_dict(), target.config
 
 
 def untrained_half(model: "LiteAutoencoderKL", before: Config | None) -> str | None:
@@ -200,9 +255,6 @@ def untrained_half(model: "LiteAutoencoderKL", before: Config | None) -> str | N
     Args:
         before: the config of those weights; None if they are fresh.
     """
-    if before is not None:
-        fresh = runs.settings_of(before).untrained
-    else:
-        fresh = "encoder" if model.freeze_encoder else "decoder" if model.freeze_decoder else None
-    trained = {"encoder": not model.freeze_encoder, "decoder": not model.freeze_decoder}
-    return None if fresh is None or trained[fresh] else fresh
+    frozen = [half for half in ("encoder", "decoder") if getattr(model, f"freeze_{half}")]
+    fresh = frozen if before is None else [runs.settings_of(before).untrained]
+    return next((half for half in frozen if half in fresh), None)

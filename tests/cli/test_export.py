@@ -182,10 +182,10 @@ def make_stock_run(stock_folder, tmp_path):
     def make(name="2026-01-31T12-00-00_sd_32", run=None):
         config = tiny_config(use_ema=False, freeze_encoder=False)
         config["model"]["from"] = f"diffusers:{stock_folder}"
-        found = start_from(config)
+        weights, _ = start_from(config)
         config["run"] = run or {}
         model = LiteAutoencoderKL(**config["model"]["params"])
-        model.load_state_dict(found.weights, strict=False)
+        model.load_state_dict(weights, strict=False)
         folder = tmp_path / name
         (folder / "checkpoints").mkdir(parents=True)
         torch.save({"state_dict": model.state_dict()}, folder / "checkpoints" / "last.ckpt")

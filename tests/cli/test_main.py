@@ -16,7 +16,7 @@ from PIL import Image
 from olvae.cli.main import main, print_error, repeat_flags
 from olvae.config import save
 from olvae.runs import Run
-from olvae.training.stopping import TrainingStopped
+from olvae.training.run import TrainingStopped
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent

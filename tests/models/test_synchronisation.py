@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olvae.training.callbacks import BadSteps, Health
+from olvae.training.callbacks import BadSteps, GracefulStop, Health
 from olvae.training.progress import StepProgress
 from olvae.training.saving import KeepCheckpoints
-from olvae.training.stopping import GracefulStop
 from tests.conftest import parts
 from tests.models.steps import UNETGAN, against, build
 

@@ -1,21 +1,15 @@
 """Warnings of an imbalance in phase B: after which steps, at which values, and in a training."""
 
-import io
-from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from olvae.data.dataset import SamplePhotographs
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.callbacks import Health
-from tests.conftest import tiny_config
+from tests.models.steps import against, build, fit
 
-PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
 SETTINGS = "model.params.adversary_config.params"
 
 WON = {"health/accuracy": 0.97}
@@ -64,44 +58,23 @@ class Seer(Blind):
         return [torch.where(on_grid, 3.0, -3.0) + self.weight * 0 * x.mean()]
 
 
-def build(discriminator=PATCHGAN, **adversary) -> LiteAutoencoderKL:
-    torch.manual_seed(0)
-    node = {
-        "target": "olvae.models.adversary.Adversary",
-        "params": {"discriminator_config": discriminator, **adversary},
-    }
-    return LiteAutoencoderKL(**tiny_config(adversary_config=node)["model"]["params"])
-
-
 @pytest.fixture(scope="module")
 def phase_b() -> LiteAutoencoderKL:
-    return build()
+    return build(against())
 
 
 @pytest.fixture
-def watch(phase_b):
-    """Give a callback the values of some steps; return the step of each warning, and its line on a narrow console."""
+def watch(phase_b, capsys):
+    """Give a callback the values of some steps; return the step of each warning, and the warning."""
 
-    def run(
-        health: Health,
-        steps: Iterable[int],
-        values: Callable[[int], dict[str, float]],
-        model: LiteAutoencoderKL = phase_b,
-        first: bool = True,
-        every: int = 1,
-    ) -> list[tuple[int, str]]:
-        health.console = Console(file=io.StringIO(), width=80)
-        warnings: list[tuple[int, str]] = []
+    def run(health, steps, values, model=phase_b, first=True, every=1) -> list[tuple[int, str]]:
+        warnings = []
         for step in steps:
-            trainer = SimpleNamespace(
-                global_step=step,
-                is_global_zero=first,
-                callback_metrics={name: torch.tensor(value) for name, value in values(step).items()},
-            )
+            logged = {name: torch.tensor(value) for name, value in values(step).items()}
+            trainer = SimpleNamespace(global_step=step, is_global_zero=first, callback_metrics=logged)
             model.reports = step % every == 0
             health.on_train_batch_end(trainer, model, None, None, 0)
-            lines = health.console.file.getvalue().splitlines()
-            warnings += [(step, line) for line in lines[len(warnings) :]]
+            warnings += [(step, line) for line in capsys.readouterr().err.splitlines()]
         return warnings
 
     return run
@@ -127,77 +100,50 @@ def test_an_interruption_starts_anew(watch, between):
 
 
 def test_symptoms_have_clocks_of_their_own(watch):
-    def values(step: int) -> dict[str, float]:
-        return {**(WON if step < 5 else BLIND), **(DOMINATES if step >= 7 else {})}
-
-    warnings = watch(Health(patience=10), range(1, 20), values)
+    warnings = watch(
+        Health(patience=10),
+        range(1, 20),
+        lambda step: {**(WON if step < 5 else BLIND), **(DOMINATES if step >= 7 else {})},
+    )
     assert [(step, line.split(": ")[1]) for step, line in warnings] == [
         (15, "the discriminator is blind"),
         (17, "the adversarial gradient dominates"),
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "ill"),
-    [
-        ("accuracy", 0.951, True),
-        ("accuracy", 0.949, False),
-        ("accuracy", 0.519, True),
-        ("accuracy", 0.521, False),
-        ("accuracy", 0.481, True),
-        ("accuracy", 0.479, False),
-        ("gradient_ratio", 2.01, True),
-        ("gradient_ratio", 1.99, False),
-    ],
-)
-def test_limits(watch, name, value, ill):
-    assert bool(watch(Health(patience=1), [1, 2], lambda _: {f"health/{name}": value})) == ill
+def test_limits(watch):
+    for name, ill, well in (
+        ("accuracy", (0.951, 0.519, 0.481), (0.949, 0.521, 0.479)),
+        ("gradient_ratio", (2.01,), (1.99,)),
+    ):
+        for values, expected in ((ill, True), (well, False)):
+            for value in values:
+                warned = watch(Health(patience=1), [1, 2], lambda _, key=name, v=value: {f"health/{key}": v})
+                assert bool(warned) == expected, (name, value)
 
 
-def test_it_reads_values_where_they_are_logged(watch):
+def test_values_are_read_where_they_are_logged_once_a_step_in_phase_b_by_the_first_process(watch):
     warnings = watch(Health(patience=10), range(1, 31), lambda step: WON if step % 5 == 0 else WELL, every=5)
     assert steps_of(warnings) == [15, 25]
-
-
-def test_batches_of_one_step_count_once(watch):
     health = Health(patience=2)
     assert watch(health, [0] * 50, lambda _: WON) == []
     assert steps_of(watch(health, [1, 1, 2, 2, 3, 3, 4, 4], lambda _: WON)) == [2, 4]
-
-
-def test_silent_in_phase_a_and_on_other_ranks(watch):
-    phase_a = LiteAutoencoderKL(**tiny_config()["model"]["params"])
-    assert watch(Health(patience=1), range(9), lambda _: WON, model=phase_a) == []
+    assert watch(Health(patience=1), range(9), lambda _: WON, model=build()) == []
     assert watch(Health(patience=1), range(9), lambda _: WON, first=False) == []
-
-
-def test_errors():
     with pytest.raises(ValueError, match="at least 1"):
         Health(patience=0)
 
 
 @pytest.mark.parametrize(
-    ("adversary", "sentence"),
+    ("node", "sentence"),
     [
-        ({"discriminator": {"target": f"{__name__}.Blind"}}, "the discriminator is blind: it is right about 50%"),
-        ({"discriminator": {"target": f"{__name__}.Seer"}}, "the discriminator has won: it is right about 100%"),
-        ({"weight": 1e5}, "the adversarial gradient dominates"),
+        (against({"target": f"{__name__}.Blind"}), "the discriminator is blind: it is right about 50%"),
+        (against({"target": f"{__name__}.Seer"}), "the discriminator has won: it is right about 100%"),
+        (against(weight=1e5), "the adversarial gradient dominates"),
     ],
     ids=SENTENCES,
 )
-def test_the_values_that_a_training_logs(adversary, sentence):
-    health = Health(patience=4)
-    health.console = Console(file=io.StringIO(), width=80)
-    pl.Trainer(
-        max_steps=6,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[health],
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    ).fit(build(**adversary), SamplePhotographs(size=16, batch_size=4).train_loader())
-    lines = health.console.file.getvalue().splitlines()
+def test_the_values_that_a_training_logs(node, sentence, image_folder, capsys):
+    fit(build(node), image_folder, 6, callbacks=[Health(patience=4)])
+    lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith(f"step 5, for 4 steps: {sentence}") for line in lines)

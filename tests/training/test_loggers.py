@@ -9,7 +9,7 @@ from PIL import Image
 
 from olvae.config import ConfigError
 from olvae.runs import Run
-from olvae.training.loggers import make_loggers
+from olvae.training.progress import make_loggers
 from tests.conftest import tiny_config
 from tests.training.events import scalars
 

@@ -6,8 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from olvae.training import progress
-from olvae.training.progress import Clock, Status, step_bar
+from olvae.training.progress import Status, step_bar
 
 
 @pytest.fixture
@@ -22,62 +21,50 @@ def now(monkeypatch):
     return wait
 
 
-def step(clock: Clock, now, wait: float, work: float, number: int) -> None:
+def step(status: Status, now, wait: float, work: float, number: int) -> None:
     now(wait)
-    clock.batch_arrived()
+    status.batch_arrived()
     now(work)
-    clock.step_ended(number, number * 8)
+    status.step_ended(number, number * 8)
 
 
 def test_rates_leave_out_the_first_step(now):
-    clock = Clock()
-    step(clock, now, 50.0, 10.0, 1)
+    status = Status()
+    step(status, now, 50.0, 10.0, 1)
     for i in (2, 3, 4):
-        step(clock, now, 0.0, 0.5, i)
-    assert clock.images_per_s() == 16.0
-    assert clock.seconds_left(10) == 3.0
-    assert clock.waiting() == ""
+        step(status, now, 0.0, 0.5, i)
+    assert str(status) == "16.0 images/s"
+    assert status.seconds_left(10) == 3.0
 
 
-def test_waiting_is_a_share_of_the_time_and_only_told_when_it_is_much(now):
-    clock = Clock()
-    step(clock, now, 9.0, 1.0, 1)
-    step(clock, now, 0.3, 0.7, 2)
-    assert clock.waiting() == "waiting for data 30%"
+def test_a_share_of_waiting_is_shown_when_it_is_large(now):
+    status = Status()
+    step(status, now, 9.0, 1.0, 1)
+    step(status, now, 0.3, 0.7, 2)
+    assert str(status) == "8.0 images/s  waiting for data 30%"
     for i in range(3, 12):
-        step(clock, now, 0.0, 1.0, i)
-    assert clock.waiting() == ""
-
-
-def test_while_nothing_comes_it_says_for_how_long(now):
-    clock = Clock()
-    step(clock, now, 0.0, 1.0, 1)
-    now(1.0)
-    assert clock.waiting() == ""
-    now(progress.LONG_WAIT_S)
-    assert clock.waiting() == "waiting for data for 3 s"
-    clock.batch_arrived()
-    assert "since" not in clock.waiting()
+        step(status, now, 0.0, 1.0, i)
+    assert "waiting" not in str(status)
 
 
 def test_validation_is_neither_training_nor_waiting(now):
-    clock = Clock()
-    step(clock, now, 0.0, 1.0, 1)
-    step(clock, now, 0.0, 1.0, 2)
-    clock.validation_began()
+    status = Status()
+    step(status, now, 0.0, 1.0, 1)
+    step(status, now, 0.0, 1.0, 2)
+    status.validation_began()
     now(100.0)
-    assert clock.waiting() == ""
-    clock.validation_ended()
+    assert "waiting" not in str(status)
+    status.validation_ended()
     now(3.0)
-    assert clock.waiting() == "waiting for data for 3 s"
-    step(clock, now, 0.0, 1.0, 3)
-    assert clock.images_per_s() == 16 / 5
+    assert str(status) == "waiting for data for 3 s"
+    step(status, now, 0.0, 1.0, 3)
+    assert status.images_per_s() == 16 / 5
 
 
 def test_the_bar_stays_on_one_line_and_has_its_text_from_the_moment_it_is_drawn(now):
-    status = Status(Clock())
-    step(status.clock, now, 9.0, 1.0, 1)
-    step(status.clock, now, 0.01, 0.04, 2)
+    status = Status()
+    step(status, now, 9.0, 1.0, 1)
+    step(status, now, 0.01, 0.04, 2)
     status.loss = 0.4325
     bar = step_bar(Console(width=100, force_terminal=True), status, 2, 10)
     for seconds, text in (

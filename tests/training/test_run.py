@@ -270,7 +270,7 @@ def test_other_channels(go, image_folder, channels):
             {},
             "inference only",
         ),
-        (("model.params.parts=[1]",), {"teacher": "olvae:photos-f8c4"}, "parts: expected"),
+        (("model.params.parts=[1]",), {"teacher": "olvae:photos-f8c4"}, "not an int"),
         (("lightning.trainer.max_steps=0",), {}, "at least 1"),
         (("lightning.trainer.val_check_interval=0.5",), {}, "expected a number of steps"),
         (("model.target=torch.nn.Identity",), {}, "unknown key|is not a LiteAutoencoderKL"),

@@ -9,7 +9,10 @@ import pytest
 from olvae.config import ConfigError
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
-from olvae.training.stopping import GracefulStop, TrainingStopped, parse_time, requeue
+from olvae.training.callbacks import GracefulStop
+from olvae.training.launch import requeue
+from olvae.training.run import TrainingStopped
+from olvae.training.setup import parse_time
 from tests.conftest import tiny_config
 from tests.models.steps import Each, against, build, fit
 from tests.training.events import scalars
