@@ -66,7 +66,7 @@ def command(
         import torch
 
         from olvae.devices import precision_name, resolve_device, resolve_precision
-        from olvae.export.reconstruction import ReconstructOptions, collect_images, name_outputs, reconstruct_files
+        from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct_files
         from olvae.files import check_folder, legible
         from olvae.models.large.tiling import GIB, default_memory
         from olvae.models.loading.targets import find_target
@@ -75,16 +75,15 @@ def command(
     where = torch.device(resolve_device(device))
     resolve_precision(precision, where.type)
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
-    pictures = collect_images(images, out)
+    places = plan_outputs(images, out)
     model = found.load().to(where).fold()
-    outputs = name_outputs(pictures, out, model.in_channels)
     budget = default_memory(where) if memory is None else int(memory * GIB)
     options = ReconstructOptions(where, budget, tile, (seed or 0) if sample else None, precision_name(precision))
-    with ProgressBar("reconstructing", len(outputs)) as bar:
-        done = reconstruct_files(model, outputs, options, lambda line: bar.print(in_flags(legible(line))), bar.set)
+    with ProgressBar("reconstructing", len(places)) as bar:
+        done = reconstruct_files(model, places, options, lambda line: bar.print(in_flags(legible(line))), bar.set)
     if done:
-        typer.echo(f"{done} of {len(outputs)} reconstructed by {found.name}: {out}", err=True)
-    if done < len(outputs):
+        typer.echo(f"{done} of {len(places)} reconstructed by {found.name}: {out}", err=True)
+    if done < len(places):
         raise typer.Exit(1)
 
 

@@ -27,8 +27,7 @@ from olvae.models.names import DIFFUSERS
 from olvae.models.spec import CLASS_NAME, class_in
 from olvae.runs import settings_of
 
-TOLERANCE, FOLDING = 1e-6, 1e-5
-"""Largest differences, relative to the largest value: loaded back, and folded, which computes in another order."""
+TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise
 
 ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
 
@@ -86,10 +85,9 @@ class ExportSettings:
 
 
 def export_target(target: Target, place: Path, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
-    """Load an autoencoder and export it, with its factors, and the numbers of its run in the model card.
+    """Load an autoencoder and :func:`export` it, with its factors and its run's numbers in the card; also return notes.
 
-    Return the differences, as :func:`export` does, and sentences for the user; raise ConfigError where the format or a
-    setting does not suit the model.
+    Raises ConfigError where the format or a setting does not suit the model.
     """
     settings.check(place)
     if half := settings_of(target.config).untrained:
@@ -99,12 +97,11 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     layout = settings.layout(settings.format or ("diffusers" if is_stable_diffusion(model) else "litevae"))
     if reason := layout.misfit(model):
         raise ConfigError(f"{target.given}: {reason}")
-    keeps_factors = "latents" not in layout.refused
-    factors_from, factors_note = _set_factors(model, loaded, target, settings) if keeps_factors else (None, None)
-    metrics, metrics_note = (None, None) if layout.suffix else _metrics_of(target)
+    notes = list(layout.notes(model))
+    factors_from = _set_factors(model, loaded, target, settings, notes) if "latents" not in layout.refused else None
+    metrics = None if layout.suffix else _metrics_of(target, notes)
     provenance = Provenance(target.name, target.config, metrics, target.raw, settings.license, factors_from)
-    differences = export(model, place, layout, settings, provenance)
-    return differences, [note for note in (*layout.notes(model), factors_note, metrics_note) if note]
+    return export(model, place, layout, settings, provenance), notes
 
 
 def export(
@@ -116,12 +113,12 @@ def export(
 ) -> dict[str, float]:
     """Write an export beside its place, load it back, compare, and move it there; leave nothing behind on failure.
 
-    Tensors are compared bit for bit, outputs of the format's loaders to :data:`TOLERANCE`. A link to a folder or file
-    stays a link. Folders get a model card, and the metrics.json that it cites. The model is in float32, with its
-    factors; of the settings only ``dtype``, ``fold``, ``onnx`` and ``force`` are used; the default layout is litevae.
+    Tensors are compared bit for bit, outputs of the format's loaders to :data:`TOLERANCE`. A link stays a link. Folders
+    get a model card, and the metrics.json that it cites. The model is in float32, with its factors; of the settings
+    only ``dtype``, ``fold``, ``onnx`` and ``force`` are used; the default layout is litevae.
 
     Returns:
-        The differences, relative to the largest value, by what was compared; 0 is equal to the bit.
+        The differences, relative to the largest value, by what was compared.
 
     Raises:
         FileExistsError: as :func:`check_place`.
@@ -161,26 +158,19 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
 
     Raise FileExistsError for what may not be replaced, and ValueError for a name that does not suit the format.
     """
-    if not (parent := nearest_folder(place.absolute().parent)).is_dir():
-        raise FileExistsError(f"{place}: {parent} is a file")
-    if suffix:
-        if place.is_dir():
-            raise FileExistsError(f"{place}: a folder, but this format is one file: name it, as in {place}/vae{suffix}")
-        if place.suffix != suffix:
-            raise ValueError(f"{place}: this format is one file: its name ends with {suffix}")
-        if place.exists() and not force:
-            raise FileExistsError(f"{place}: exists: `force` replaces it")
-    elif place.is_dir():
-        if place.is_mount() or place.samefile(Path.cwd()):
-            raise FileExistsError(f"{place}: the current folder, or a mount point: name a new folder in it")
-        if any(place.iterdir()) and not _is_export(place):
-            raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only")
-        if any(place.iterdir()) and not force:
-            raise FileExistsError(f"{place}: contains an export: `force` replaces it")
-    elif place.suffix in {layout.suffix for layout in LAYOUTS.values()} - {""}:
+    parent, holds_something = nearest_folder(place.absolute().parent), place.is_dir() and any(place.iterdir())
+    if suffix and (place.is_dir() or place.suffix != suffix):
+        raise ValueError(f"{place}: this format is one file: name it, as in vae{suffix}")
+    if not suffix and place.suffix in {layout.suffix for layout in LAYOUTS.values()} - {""}:
         raise ConfigError(f"{place}: names a file, but this format is a folder; `format` ldm is one file")
-    elif place.exists():
-        raise FileExistsError(f"{place}: this is a file")
+    if not parent.is_dir() or (place.is_file() and not suffix):
+        raise FileExistsError(f"{place}: {place if parent.is_dir() else parent} is a file")
+    if place.is_dir() and place.samefile(Path.cwd()):
+        raise FileExistsError(f"{place}: the current folder: name a new folder in it")
+    if holds_something and not _is_export(place):
+        raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only")
+    if (holds_something or place.is_file()) and not force:
+        raise FileExistsError(f"{place}: exists: `force` replaces it")
 
 
 def _is_export(folder: Path) -> bool:
@@ -198,12 +188,9 @@ def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVA
         out = model.fold().eval()
         differences["folded"] = _difference("folded", model, out.moments, out.decode, FOLDING)
     rounded = out if dtype == torch.float32 else copy.deepcopy(out).to(dtype)
-    for one, wrong in (
-        (out, "of the model's tensors have non-finite values"),
-        (rounded, f"tensors do not fit into {dtype}, bfloat16 and float32 hold larger ones"),
-    ):
+    for one, kind in ((out, torch.float32), (rounded, dtype)):
         if broken := [name for name, tensor in one.state_dict().items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{len(broken)} {wrong}: {broken[0]}, ...")
+            raise ValueError(f"{len(broken)} tensors have values that are not finite in {kind}: {broken[0]}, ...")
     return rounded, differences
 
 
@@ -255,21 +242,22 @@ def _replace(partial: Path, place: Path) -> None:
         raise
 
 
-def _metrics_of(target: Target) -> tuple[Path | None, str | None]:
-    """Find metrics.json beside a target; one of a run may be about the other kind of weights: then return a note."""
+def _metrics_of(target: Target, notes: list[str]) -> Path | None:
+    """Find metrics.json beside a target; note if it is about a run's other kind of weights, and so left out."""
     folder = target.run.path if target.run is not None else Path(target.given.removesuffix(RAW).removeprefix(DIFFUSERS))
     metrics = folder / "metrics.json"
     if not metrics.is_file():
-        return None, None
+        return None
     if target.run is not None and (rows := Results.read(metrics).rows) and (RAW in rows[0].target) != target.raw:
-        return None, f"{metrics} is left out: it is about {rows[0].target}, not {target.name}"
-    return metrics, None
+        notes.append(f"{metrics} is left out: it is about {rows[0].target}, not {target.name}")
+        return None
+    return metrics
 
 
 def _set_factors(
-    model: LiteVAE, loaded: Autoencoder, target: Target, settings: ExportSettings
-) -> tuple[str | None, str | None]:
-    """Set the factors that the settings give; return where they are from, and a note."""
+    model: LiteVAE, loaded: Autoencoder, target: Target, settings: ExportSettings, notes: list[str]
+) -> str | None:
+    """Set the factors that the settings give; return where they are from, None if they are not measured."""
     per_channel = model.latents_mean is not None
     given = {name: value for name in FACTORS if (value := getattr(settings, name)) is not None}
     if per_channel and given:
@@ -278,17 +266,20 @@ def _set_factors(
     if settings.latents is not None:
         file = _factors_file(settings.latents)
         model.scaling_factor, model.shift_factor = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
-        return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}", None
+        return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}"
     if given:
         model.set_for_diffusion(given)
-        return "given to olvae export", None
+        return "given to olvae export"
     if not loaded.factors_known:
         defaults = f"{model.scaling_factor:g} and {model.shift_factor:g} are diffusers' defaults, Stable Diffusion 1's"
-        note = f"{target.given} holds no factors: {defaults}; other models need `scaling_factor` and `shift_factor`"
-        return "diffusers' default, the file holds none", note
+        other = "other models need `scaling_factor` and `shift_factor`"
+        notes.append(f"{target.given} holds no factors: {defaults}; {other}")
+        return "diffusers' default, the file holds none"
     if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
-        return f"from {target.name}", None
-    return None, "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with `latents`"
+        return f"from {target.name}"
+    measure = "olvae latents does, then export with `latents`"
+    notes.append(f"scaling factor 1 and shift factor 0 are not measured: {measure}")
+    return None
 
 
 def _factors_file(given: Path) -> Path:

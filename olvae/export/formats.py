@@ -1,6 +1,7 @@
 """Formats of an export: names of tensors, config, and the independent loader that reads each back."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -21,13 +22,10 @@ from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.sdvae import set_padding
 
-FACTORS = ("latents", "scaling_factor", "shift_factor")
-"""Settings that say which factors a diffusion model needs."""
-
+FACTORS = ("latents", "scaling_factor", "shift_factor")  # settings that say which ones a diffusion model needs
 NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there, not the autoencoder's")
 NO_MODULATION = "AutoencoderKL has no self-modulated convolutions"
-
-SAFETENSORS, IN_DIFFUSERS = ".safetensors", "in diffusers"
+IN_DIFFUSERS = "in diffusers"
 
 STOCK = {"block_out_channels": ([128, 256, 512], [128, 256, 512, 512]), "layers_per_block": (2,)}
 """What ComfyUI builds, whatever the file says; A1111's config has the longer list."""
@@ -36,33 +34,26 @@ STOCK = {"block_out_channels": ([128, 256, 512], [128, 256, 512, 512]), "layers_
 class Loaded(NamedTuple):
     """An export, as an independent loader has read it, in float32."""
 
-    loader: str
-    """For reports: "loaded back", "in diffusers"."""
-    moments: Callable[[Tensor], Tensor]
-    """Images (B, C, H, W) in [-1, 1] to means, then log-variances."""
-    decode: Callable[[Tensor], Tensor]
-    """Latents (B, n_z, h, w) to images."""
-    for_diffusion: Mapping[str, Any] | None = None
-    """Scaling and shift factors and the like; None if the format has no place for them."""
+    loader: str  # for reports: "loaded back", "in diffusers"
+    moments: Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] to means, then log-variances
+    decode: Callable[[Tensor], Tensor]  # latents (B, n_z, h, w) to images
+    for_diffusion: Mapping[str, Any] | None = None  # scaling factor and the like; None if the format has no place
 
     @classmethod
     def of(cls, model: LiteVAE, loader: str = "loaded back") -> "Loaded":
         return cls(loader, model.moments, model.decode, model.for_diffusion)
 
 
-class Layout:
+class Layout(ABC):
     """A format of export: which models it can hold, how they are written, and how they are loaded back.
 
     A class of your own needs :meth:`load`, and what differs from the default: the weights as safetensors under their
     own names, in a folder with ``config.json`` or in one file.
     """
 
-    suffix: ClassVar[str] = ""
-    """The extension of the one file that is written; empty if it is a folder, which gets a model card."""
-    refused: ClassVar[Mapping[str, str]] = {}
-    """Settings of an export that mean nothing here, and why."""
-    keeps_padding: ClassVar[bool] = True
-    """Whether loaders of the format pad by reflection where the networks do."""
+    suffix: ClassVar[str] = ""  # of the one file that is written; empty if it is a folder, which gets a model card
+    refused: ClassVar[Mapping[str, str]] = {}  # settings of an export that mean nothing here, and why
+    keeps_padding: ClassVar[bool] = True  # whether loaders of the format pad by reflection where the networks do
 
     def misfit(self, model: LiteVAE) -> str | None:  # noqa: ARG002
         """Say why the format can't hold a model; None if it can."""
@@ -89,9 +80,9 @@ class Layout:
         """Read the tensors that :meth:`write` wrote, under the format's names."""
         return load_file(path if self.suffix else path / WEIGHTS_NAME)
 
+    @abstractmethod
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         """Load what was written, as its users do; ``model`` is for what the format does not say."""
-        raise NotImplementedError
 
     def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
         """Give the model card lines of Python that load the export, named FOLDER_OR_ID, and use it."""
@@ -133,9 +124,9 @@ class DiffusersLayout(Layout):
             return f"a LiteVAE has other networks than AutoencoderKL: {instead}"
         try:
             self.tensors(model), self.config(model)
+            return None
         except ValueError as error:
             return f"{error}: `format` litevae can hold it"
-        return None
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         return kl.diffusers_weights(model)
@@ -168,7 +159,7 @@ images = vae.decode(z).sample"""
 class LatentDiffusionLayout(DiffusersLayout):
     """One file with latent-diffusion's names, as in the published files, for ComfyUI and A1111."""
 
-    suffix = SAFETENSORS
+    suffix = ".safetensors"
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
@@ -202,7 +193,7 @@ class ComfyUILayout(Layout):
     it would take a LiteVAE for Stable Diffusion's and decode noise. So every name has a prefix that it does not know.
     """
 
-    suffix = SAFETENSORS
+    suffix = ".safetensors"
     refused = NO_FACTORS
 
     def misfit(self, model: LiteVAE) -> str | None:
@@ -229,7 +220,7 @@ def find_layout(name: str) -> Layout:
         return LAYOUTS[name]()
     if "." not in name:
         raise ConfigError(f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, package.module.Class")
-    return resolve_class(name, Layout)()
+    return resolve_class(name, Layout)()  # type: ignore[type-abstract]
 
 
 def reflecting(model: LiteVAE) -> list[str]:

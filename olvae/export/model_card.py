@@ -74,13 +74,18 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     )
 
 
+def _entry(config: Any, path: str) -> Any:
+    """Look up a path of names in nested mappings; None if there is nothing."""
+    for name in path.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
+
+
 def _weights(model: LiteVAE, provenance: Provenance) -> str:
     kinds = [str(next(model.parameters()).dtype).removeprefix("torch.")]
-    params = (provenance.config.get("model") or {}).get("params") or {}
-    if provenance.raw or params.get("use_ema") is False:
-        kinds.append("as trained")
-    elif params.get("use_ema"):
-        kinds.append("averaged over training (EMA)")
+    averaged = _entry(provenance.config, "model.params.use_ema")
+    if provenance.raw or averaged is not None:
+        kinds.append("averaged over training (EMA)" if averaged and not provenance.raw else "as trained")
     if model.folded:
         kinds.append("self-modulated convolutions folded into ordinary ones")
     return ", ".join(kinds)
@@ -88,24 +93,23 @@ def _weights(model: LiteVAE, provenance: Provenance) -> str:
 
 def _teacher(config: Mapping[str, Any]) -> str | None:
     """Name the teacher of a distilled model; a folder of the user's is named without its path."""
-    params = (config.get("model") or {}).get("params") or {}
-    teacher = (((params.get("parts") or {}).get("teacher") or {}).get("params") or {}).get("autoencoder")
-    if not teacher:
-        return None
-    plain = str(teacher).removeprefix(DIFFUSERS)
-    return plain if is_hub_id(plain) else Path(plain).name
+    teacher = _entry(config, "model.params.parts.teacher.params.autoencoder")
+    plain = str(teacher or "").removeprefix(DIFFUSERS)
+    return (plain if is_hub_id(plain) else Path(plain).name) or None
 
 
 def _data(config: Mapping[str, Any]) -> str:
-    node = config.get("data")
-    if not isinstance(node, Mapping) or "target" not in node:
+    if not (target := _entry(config, "data.target")):
         return "Unknown."
-    params = node.get("params") or {}
-    root = f", {Path(str(params['root'])).name}" if "root" in params else ""
-    size = f", crops of {params['size']}x{params['size']}" if "size" in params else ""
-    steps = ((config.get("lightning") or {}).get("trainer") or {}).get("max_steps")
-    text = f"`{node['target']}`{root}{size}{f', {steps} steps' if steps else ''}"
+    root, size, steps = (
+        _entry(config, path) for path in ("data.params.root", "data.params.size", "lightning.trainer.max_steps")
+    )
+    text = [f"`{target}`"]
+    text += [Path(str(root)).name] if root else []
+    text += [f"crops of {size}x{size}"] if size else []
+    text += [f"{steps} steps"] if steps else []
     if before := settings_of(config).weights:
         file = Path(before)
-        text += f", from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}"
-    return f"{text}."
+        name = file.parents[1].name if file.parent.name == "checkpoints" else file.name
+        text.append(f"from the weights of {name}")
+    return f"{', '.join(text)}."

@@ -1,8 +1,7 @@
 """Reconstruct images of any size with an autoencoder, and write files that show the result."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -37,50 +36,41 @@ class ReconstructOptions:
     precision: str = FULL
 
 
-def collect_images(given: Iterable[Path], out: Path) -> list[Path]:
-    """List the given files and the images in the given folders, except those in ``out``; each once, in order."""
-    found: dict[Path, Path] = {}
-    for path in given:
-        if path.is_dir():
-            inside = [image for image in find_images(path) if out.resolve() not in image.resolve().parents]
-            if not inside and path.resolve() != out.resolve():
-                raise FileNotFoundError(f"{path}: no images in this folder except those of {out}")
-        elif path.exists():
-            inside = [path]
-        else:
-            raise FileNotFoundError(f"{path}: no such image or folder")
-        for image in inside:
-            found.setdefault(image.resolve(), image)
-    if not found:
-        raise FileNotFoundError(f"{out}: is the folder of the results: name one of images as well")
-    return list(found.values())
+def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
+    """Choose each image's place below ``out``, without extension: its name, in its folder below a given folder.
 
+    Images in given folders are found, but for those in ``out``.
 
-def name_outputs(images: Sequence[Path], out: Path, channels: int = 3) -> dict[Path, Path]:
-    """Choose where every image's result is written, NAME.png beside NAME_compare.png, all different.
-
-    A name that is taken is prefixed with that of its folder, and numbered if that is taken as well. PNG has 1, 3 or 4
-    channels; images of others become NAME.npy. Raise ConfigError if a result would overwrite an input.
+    Raises:
+        FileNotFoundError: something given does not exist, or there is no image.
+        ConfigError: two images would have one result, or a result would overwrite an image.
     """
-    suffix = ".png" if channels in (1, 3, 4) else ".npy"
-    taken: set[str] = set()
-    outputs: dict[Path, Path] = {}
-    inputs = {image.resolve() for image in images}
-    for image in images:
-        longer = f"{image.resolve().parent.name}_{image.stem}".lstrip("_")
-        names = chain((image.stem, longer), (f"{longer}_{number}" for number in count(2)))
-        results = (out / f"{name}{suffix}" for name in names)
-        result = next(p for p in results if not {p.name.lower(), comparison_path(p).name.lower()} & taken)
-        for path in (result, comparison_path(result)):
-            if path.resolve() in inputs:
-                raise ConfigError(f"`out` {out}: {path} is one of the images: choose another folder")
-            taken.add(path.name.lower())
-        outputs[image] = result
-    return outputs
+    found: dict[Path, tuple[Path, Path]] = {}
+    for path in given:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such image or folder")
+        for image in find_images(path) if path.is_dir() else [path]:
+            below = image.relative_to(path) if path.is_dir() else Path(image.name)
+            if not path.is_dir() or out.resolve() not in image.resolve().parents:
+                found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
+    if not found:
+        raise FileNotFoundError(f"no images except those of {out}, the folder of the results: name others")
+    taken: dict[str, Path] = {}
+    for image, place in found.values():
+        for path in (place, comparison_path(place).with_suffix("")):
+            other = taken.setdefault(str(path).lower(), image)
+            if other != image:
+                raise ConfigError(
+                    f"{other} and {image} would both become {path}: give a folder that holds both folders"
+                )
+            for suffix in (".png", ".npy"):
+                if path.with_name(path.name + suffix).resolve() in found:
+                    raise ConfigError(f"`out` {out}: {path.name}{suffix} is one of the images: choose another folder")
+    return dict(found.values())
 
 
-def comparison_path(result: Path) -> Path:
-    return result.with_name(f"{result.stem}_compare.png")
+def comparison_path(place: Path) -> Path:
+    return place.with_name(f"{place.name}_compare.png")
 
 
 @torch.no_grad()
@@ -90,10 +80,7 @@ def reconstruct(
     options: ReconstructOptions,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Encode and decode an image, uint8 (C, H, W) of any size.
-
-    Autoencoders that can't work in tiles process the whole image at once, whatever memory that takes. ``progress`` is
-    called with the fraction that is done.
+    """Encode and decode an image, uint8 (C, H, W) of any size; ``progress`` is called with the fraction that is done.
 
     Returns:
         The reconstruction, uint8 of the same shape, on the CPU; and what was decoded, (1, n_z, h, w).
@@ -123,13 +110,14 @@ def _by_rows(function: Callable[..., Tensor], *images: Tensor) -> Tensor:
 def reconstruct_file(
     model: Autoencoder,
     source: Path,
-    out: Path,
+    place: Path,
     options: ReconstructOptions,
     progress: Callable[[float], None] | None = None,
-) -> float:
-    """Read an image, reconstruct it, write the result and beside it the comparison; return the PSNR in dB.
+) -> tuple[float, Path]:
+    """Read an image, write its reconstruction and the comparison; return the PSNR in dB and the reconstruction's path.
 
-    Raise ValueError that names the image if it can't be read or reconstructed; then nothing is written.
+    It is ``place``.png, or .npy where PNG lacks such channels. Raise ValueError that names the image if it can't be
+    read or reconstructed; then nothing is written.
     """
     x = image_to_tensor(read_picture(source, model.in_channels))
     try:
@@ -144,32 +132,32 @@ def reconstruct_file(
             "error, white: 64/255": _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
         }
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_image(y, out)
-    with atomic_write(comparison_path(out)) as partial:
+    result = place.with_name(place.name + (".png" if len(y) in (1, 3, 4) else ".npy"))
+    result.parent.mkdir(parents=True, exist_ok=True)
+    save_image(y, result)
+    with atomic_write(comparison_path(place)) as partial:
         figure.save(partial)
-    return value
+    return value, result
 
 
 def reconstruct_files(
     model: Autoencoder,
-    outputs: Mapping[Path, Path],
+    places: Mapping[Path, Path],
     options: ReconstructOptions,
     report: Callable[[str], None],
     progress: Callable[[float], None] = lambda _: None,
 ) -> int:
-    """Reconstruct images into ``outputs``; report each in a line, also one that fails; return how many succeeded.
+    """Reconstruct images into places of :func:`plan_outputs`; report each in a line; return how many succeeded.
 
-    ``progress`` is called with the number of images that are done. Raise ConfigError if ``options.tile`` is set, but
-    the decoder can't be tiled.
+    ``progress`` is called with the number of images that are done. Raise ConfigError for tiles of a decoder without.
     """
     if options.tile is not None and model.receptive_field is None:
         name = type(getattr(model, "decoder", model)).__name__
         raise ConfigError(f"`tile` {options.tile}: {name} sees the whole latent at every position: leave `tile` out")
     succeeded = 0
-    for number, (source, result) in enumerate(outputs.items()):
+    for number, (source, place) in enumerate(places.items()):
         try:
-            value = reconstruct_file(model, source, result, options, lambda part: progress(number + part))  # noqa: B023
+            value, result = reconstruct_file(model, source, place, options, lambda part: progress(number + part))  # noqa: B023
             report(f"{value:6.2f} dB  {source} -> {result}")
             succeeded += 1
         except ValueError as error:

@@ -39,8 +39,9 @@ def test_every_size_and_the_unreadable(olvae, target, tmp_path):
     assert err.count("error:") == 1
     assert err.count(" dB  ") == 5
     assert f"5 of 6 reconstructed by {target[0]}: {out}" in err
-    written = {"dot": (1, 1), "line": (9, 1), "b_line": (1, 9), "odd": (31, 17), "wide": (200, 13)}
-    assert {path.name for path in out.iterdir()} == {f"{n}{s}.png" for n in written for s in ("", "_compare")}
+    written = {"dot": (1, 1), "a/line": (9, 1), "b/line": (1, 9), "odd": (31, 17), "wide": (200, 13)}
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+    assert found == {f"{n}{s}.png" for n in written for s in ("", "_compare")}
     for name, size in written.items():
         assert Image.open(out / f"{name}.png").size == size
         assert max(Image.open(out / f"{name}_compare.png").size) >= 256

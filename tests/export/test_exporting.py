@@ -112,7 +112,7 @@ def test_folded(layout, model, place):
 def test_an_export_is_replaced_only_if_asked(layout, model, place):
     export(model, place, layout)
     before = content(place)
-    with pytest.raises(FileExistsError, match=r": (exists|contains an export): `force` replaces it"):
+    with pytest.raises(FileExistsError, match=r": exists: `force` replaces it"):
         export(model, place, layout)
     assert content(place) == before
     with torch.no_grad():
@@ -161,7 +161,7 @@ def full_disk(_: None) -> None:
         ("read", another_tensor, "differs from what was written: is the disk full"),
         ("load", another_function, "the result differs by .* of the largest value: nothing is written"),
         ("load", other_factors, "scaling_factor, .* differs from what was written"),
-        (None, None, "1 tensors do not fit into torch.float16"),
+        (None, None, "1 tensors have values that are not finite in torch.float16"),
         ("write", full_disk, "No space left"),
     ],
 )
@@ -214,17 +214,14 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     cases = [(f"photos/cat.png/vae{layout.suffix}", FileExistsError, "cat.png/vae.*: .*cat.png is a file")]
     if layout.suffix:
-        instead = rf"a folder, but this format is one file: name it, as in .*/vae{layout.suffix}"
-        cases += [
-            ("photos", FileExistsError, instead),
-            ("vae.ckpt", ValueError, f"this format is one file: its name ends with {layout.suffix}"),
-        ]
+        instead = f"this format is one file: name it, as in vae{layout.suffix}"
+        cases += [("photos", ValueError, instead), ("vae.ckpt", ValueError, instead)]
     else:
         cases += [
             ("photos", FileExistsError, "not empty, and not an export: `force` replaces exports only"),
-            ("photos/cat.png", FileExistsError, "this is a file"),
+            ("photos/cat.png", FileExistsError, "cat.png is a file"),
             ("vae.safetensors", ConfigError, "names a file, but this format is a folder"),
-            (".", FileExistsError, "the current folder, or a mount point: name a new folder in it"),
+            (".", FileExistsError, "the current folder: name a new folder in it"),
         ]
     for name, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -13,9 +13,7 @@ from olvae.data.image import from_uint8, to_uint8
 from olvae.export import reconstruction as module
 from olvae.export.reconstruction import (
     ReconstructOptions,
-    collect_images,
-    comparison_path,
-    name_outputs,
+    plan_outputs,
     reconstruct,
     reconstruct_file,
 )
@@ -48,36 +46,26 @@ def touch(*paths: Path) -> None:
         Image.new("RGB", (2, 2)).save(path)
 
 
-def test_what_is_read(tmp_path):
-    a, b, result, c = (tmp_path / name for name in ("a.png", "in/b.png", "in/out/b.png", "in/deep/c.jpg"))
+def test_every_image_has_a_place_of_its_own(tmp_path):
+    a, b, result, c = (tmp_path / name for name in ("a.png", "in/b.png", "in/out/b.png", "in/deep/b.jpg"))
     touch(a, b, result, c)
     out = tmp_path / "in" / "out"
-    assert collect_images([a, tmp_path / "in", b], out) == [a, b, c]
-    with pytest.raises(FileNotFoundError, match="no such image or folder"):
-        collect_images([tmp_path / "missing.png"], out)
-    b.unlink()
-    c.unlink()
-    with pytest.raises(FileNotFoundError, match="no images in this folder except those of"):
-        collect_images([tmp_path / "in"], out)
-
-
-def test_no_name_twice(tmp_path):
-    out = tmp_path / "out"
-    names = ["a/x.png", "b/x.png", "c/b/x.jpg", "b/X.bmp", "a/y.png", "a/y_compare.png"]
-    outputs = name_outputs([tmp_path / name for name in names], out)
-    assert list(outputs) == [tmp_path / name for name in names]
-    assert [result.name for result in outputs.values()] == [
-        "x.png", "b_x.png", "b_x_2.png", "b_X_3.png", "y.png", "a_y_compare.png",
-    ]  # fmt: skip
-    names = [path.name.lower() for result in outputs.values() for path in (result, comparison_path(result))]
-    assert len(set(names)) == len(names)
-    assert comparison_path(out / "x.png") == out / "x_compare.png"
-
-
-def test_inputs_are_not_replaced(tmp_path):
-    for name in ("x.png", "x_compare.png"):
-        with pytest.raises(ConfigError, match=f"{name} is one of the images"):
-            name_outputs([tmp_path / "other" / "x.jpg", tmp_path / name], tmp_path)
+    assert plan_outputs([a, tmp_path / "in", b], out) == {a: out / "a", b: out / "b", c: out / "deep/b"}
+    for given, text in (
+        ([a, tmp_path / "missing.png"], "no such image or folder"),
+        ([out], "no images except those of"),
+    ):
+        with pytest.raises(FileNotFoundError, match=text):
+            plan_outputs(given, out)
+    touch(tmp_path / "in/B.bmp", tmp_path / "deep/a_compare.png")
+    for given, place, text in (
+        ([tmp_path / "in"], out, "would both become .*/b"),
+        ([a, tmp_path / "deep/a_compare.png"], out, "would both become .*/a_compare"),
+        ([a], tmp_path, r"a\.png is one of the images"),
+        ([tmp_path / "in/deep/b.jpg", tmp_path / "in/b.png"], tmp_path / "in", "would both|is one of the images"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            plan_outputs(given, place)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 2])
@@ -92,12 +80,11 @@ def test_any_number_of_channels(tmp_path, channels, monkeypatch):
     monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: (x, x))
     vae = tiny()
     vae.in_channels = channels
-    (result,) = name_outputs([source], tmp_path / "out", channels).values()
-    result.parent.mkdir()
-    assert reconstruct_file(vae, source, result, CPU) == math.inf
+    value, result = reconstruct_file(vae, source, tmp_path / "out" / "x", CPU)
+    assert value == math.inf
     written = np.load(result) if suffix == ".npy" else np.asarray(Image.open(result))
     assert np.array_equal(np.atleast_3d(written), array)
-    assert comparison_path(result).is_file()
+    assert (tmp_path / "out" / "x_compare.png").is_file()
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
@@ -112,7 +99,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="No space left"):
-        reconstruct_file(tiny().eval(), source, out / "x.png", CPU)
+        reconstruct_file(tiny().eval(), source, out / "x", CPU)
     assert list(out.iterdir()) == []
 
 
@@ -123,7 +110,7 @@ def test_values_that_are_not_finite(tmp_path):
         reconstruct(vae, torch.zeros(3, 8, 8, dtype=torch.uint8), CPU)
     Image.new("RGB", (9, 8)).save(tmp_path / "grey.png")
     with pytest.raises(ValueError, match=r"grey\.png: the reconstruction has non-finite values"):
-        reconstruct_file(vae, tmp_path / "grey.png", tmp_path / "out.png", CPU)
+        reconstruct_file(vae, tmp_path / "grey.png", tmp_path / "out", CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["grey.png"]
 
 
@@ -157,6 +144,6 @@ def test_a_large_photograph_in_two_gib(tmp_path):
     """The published networks on 3000x2000 pixels."""
     data = pytest.importorskip("skimage.data")
     Image.fromarray(data.astronaut()).resize((3000, 2000), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
-    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "photo.png"), str(tmp_path / "out.png")]
+    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "photo.png"), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2 * 2**30
