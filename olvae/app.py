@@ -147,7 +147,7 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label="Drop an image", type="filepath", elem_id="file")
-                gr.Examples([[str(photograph.path)] for photograph in HELD_OUT[:4]], file, label="or take one of these")
+                gr.Examples([[str(path)] for path in HELD_OUT[:4]], file, label="or take one of these")
                 name = gr.Radio(names, value=names[0], label="Shown beside the original", visible=len(names) > 1)
             with gr.Column(scale=2, min_width=360):
                 slider = gr.ImageSlider(label="original | reconstruction", format="png", elem_id="slider")

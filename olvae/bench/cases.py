@@ -322,7 +322,7 @@ def _encoding(setting: Setting) -> list[Case]:
     """`olvae encode`, from files to files, beside a plain loop with the same network, and the network alone."""
     on_cpu = setting.device == "cpu"
     scale: Literal["S", "B"] = "S" if on_cpu else "B"
-    paths = [photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT)][: 24 if on_cpu else None]
+    paths = [*PHOTOGRAPHS, *HELD_OUT][: 24 if on_cpu else None]
     model = LiteVAE(LiteVAE_Encoder(8, scale), LiteVAE_Decoder(32, 4)).eval().to(setting.device)
     x, n, sizes = setting.images(), len(paths), (setting.size, setting.batch_size)
     cases = []

@@ -75,7 +75,7 @@ def command(
         size or 0,
         batch_size or 0,
         config or (["demo", "demo_b"] if device == "cpu" else ["imagenet/A2", "imagenet/B4"]),
-        sources or [str(PHOTOGRAPHS[0].path.parent)],
+        sources or [str(PHOTOGRAPHS[0].parent)],
         [int(number) for number in split_commas(workers)],
         compiled,
     )

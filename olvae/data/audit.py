@@ -1,6 +1,5 @@
-"""Check a source of images before training: unreadable files, sizes, copies, damaged shards, reading speed."""
+"""Check a source of images before training: unreadable files, sizes, damaged shards, reading speed."""
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,16 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from olvae.data.dataset import ImageDataset
-from olvae.data.image import Bands, Photo
+from olvae.data.image import Photo
 from olvae.data.opening import holds_shards, open_images, open_source
 from olvae.data.picture_folder import Files, FolderSource
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
-from olvae.data.shards.latent_source import LATENT, STATS
-from olvae.data.shards.pairs import PIXELS
-from olvae.data.shards.tar_reading import Shard, extensions, is_local, read_shard, stem
+from olvae.data.shards.latent_source import STATS
+from olvae.data.shards.tar_reading import Shard, is_local, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess
+from olvae.data.source import LoaderProcess, Source
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
@@ -41,13 +39,11 @@ T = TypeVar("T")
 
 
 class ImageFacts(NamedTuple):
-    """A readable image: its size, upright; its format and mode; a hash of its pixels."""
+    """The size of a readable image, upright, and its format and mode."""
 
-    name: str
     width: int
     height: int
     kind: str
-    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,6 @@ class AuditResult:
         kinds: images by format and mode.
         spreads: min, median and max of width, height, shorter side and aspect ratio, width over height.
         smaller: images with a shorter side below ``size``, which training and evaluation would enlarge.
-        duplicates: names of images that have the same pixels, by group.
         images_per_s: speed of one loader process: reading, decoding and the training transform.
         problems: to fix before training; ``notes`` are worth knowing.
     """
@@ -80,16 +75,10 @@ class AuditResult:
     kinds: dict[str, int] = field(default_factory=dict)
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)
     smaller: int = 0
-    duplicates: list[list[str]] = field(default_factory=list)
     shards: list[ShardFacts] = field(default_factory=list)
     images_per_s: float | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def copies(self) -> int:
-        """Images that are the same as another one."""
-        return sum(len(group) - 1 for group in self.duplicates)
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -114,24 +103,36 @@ def check(
         channels: see :func:`~olvae.data.image.read_picture`.
         max_unreadable: share of the images that may be unreadable.
         workers: processes.
-        on_progress: called with the number of images that are done, and of all; None for shards.
+        on_progress: called with the number of images that are done, and of all; None if that is unknown.
 
     Raises:
         FileNotFoundError, ValueError: the source has no images, or latents.
     """
-    sharded = holds_shards(src)
-    if sharded and LATENT in extensions(find_shards(src)):
+    urls = find_shards(src) if holds_shards(src) else []
+    folders = sorted({Path(url).parent for url in urls if is_local(url)})
+    if any((folder / STATS).is_file() for folder in folders):
         raise ValueError(
             f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, and `olvae decode` makes "
             "images of them"
         )
-    result = (_check_shards if sharded else _check_images)(src, size, channels, workers, on_progress)
+    source, reasons = _training_source(src, size, channels)
+    if urls:
+        checksums = any((folder / INDEX).is_file() for folder in folders)
+        count = None if source is None else source.images
+        found = _read_all(partial(_read_shard, channels, checksums), urls, workers, count, on_progress)
+        result = _summarise(src, size, found)
+        result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
+        _check_shards(result, folders)
+    else:
+        images = open_images(src, channels)
+        count = len(images)
+        tasks = [range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)]
+        found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
+        result = _summarise(src, size, found)
+        closed = images.closed if isinstance(images, Files) else ()
+        result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in closed]
+    result.problems += reasons
     lost = len(result.unreadable)
-    if sharded or not (src == "samples" or src.partition(":")[0] in ("torchvision", "hf")):
-        try:
-            (WebDatasetSource if sharded else FolderSource)(src, size, 1, channels=channels)
-        except (ValueError, FileNotFoundError) as error:
-            result.problems.append(str(error))
     if not result.images:
         result.problems.append("no images")
     elif lost > max_unreadable * result.images:
@@ -140,9 +141,21 @@ def check(
         )
     if result.smaller:
         result.notes.append(f"{result.smaller} images are smaller than {size} pixels and would be enlarged")
-    if result.images > lost:
-        result.images_per_s = _measure_speed(src, size, channels)
+    if source is not None and result.images > lost:
+        result.images_per_s = _measure_speed(source)
     return result
+
+
+def _training_source(src: str, size: int, channels: int) -> tuple[Source | None, list[str]]:
+    """The source that would train on SRC, or the reason why it can't."""
+    try:
+        if holds_shards(src):
+            return WebDatasetSource(src, size, 1, channels=channels), []
+        if src == "samples" or src.partition(":")[0] in ("torchvision", "hf"):
+            return open_source(src, size, 1, channels=channels), []
+        return FolderSource(src, size, 1, channels=channels), []
+    except (ValueError, FileNotFoundError) as error:
+        return None, [str(error)]
 
 
 @dataclass
@@ -152,24 +165,15 @@ class _Found:
     images: list[ImageFacts] = field(default_factory=list)
     unreadable: list[ReadError] = field(default_factory=list)
     shards: list[ShardFacts] = field(default_factory=list)
-    dotted: list[str] = field(default_factory=list)
 
-    def decode(self, image: Callable[[], Photo], name: str) -> None:
+    def decode(self, open_photo: Callable[[], Photo], name: str) -> None:
         try:
-            self.images.append(_facts_of(image(), name))
+            photo = open_photo()
+            in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
+            width, height = photo.read().size
+            self.images.append(ImageFacts(width, height, f"{photo.format or in_memory} {photo.mode or ''}".strip()))
         except UnreadableImageError as error:
             self.unreadable.append(ReadError(name, error.reason))
-
-
-def _facts_of(photo: Photo, name: str) -> ImageFacts:
-    in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
-    kind = f"{photo.format or in_memory} {photo.mode or ''}".strip()
-    picture = photo.read()
-    bands = picture.bands if isinstance(picture, Bands) else [picture]
-    digest = hashlib.blake2b(f"{picture.size} {len(bands)}".encode(), digest_size=16)
-    for band in bands:
-        digest.update(band.tobytes())
-    return ImageFacts(name, picture.width, picture.height, kind, digest.digest())
 
 
 def _read_images(images: ImageDataset, indices: range, progress: SharedProgress) -> _Found:
@@ -182,19 +186,16 @@ def _read_images(images: ImageDataset, indices: range, progress: SharedProgress)
 
 def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgress) -> _Found:
     found = _Found()
-    dotted: list[str] = []
     reasons: list[str] = []
-    count = 0
-    for entry in read_shard(Shard(url), dotted=dotted):
+    for entry in read_shard(Shard(url)):
         if isinstance(entry, ReadError):
             reasons.append(entry.reason)
-            continue
-        count += 1
-        found.decode(partial(Photo, entry.data, entry.name, channels), entry.key)
-        progress.advance()
-    found.dotted = [f"{stem(url)}/{name}" for name in dotted if not name.endswith(f".{PIXELS}")]
+        else:
+            found.decode(partial(Photo, entry.data, entry.name, channels), entry.key)
+            progress.advance()
     digest = file_sha256(Path(url)) if checksums and is_local(url) and Path(url).is_file() else None
-    found.shards.append(ShardFacts(url, count, digest, "; ".join(reasons) or None))
+    images = len(found.images) + len(found.unreadable)
+    found.shards.append(ShardFacts(url, images, digest, "; ".join(reasons) or None))
     return found
 
 
@@ -202,109 +203,65 @@ def _read_all(
     read: Callable[[T, SharedProgress], _Found],
     tasks: Sequence[T],
     workers: int,
-    images: int | None,
+    count: int | None,
     on_progress: OnProgress,
 ) -> _Found:
     found = _Found()
-    with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, images))) as parts:
+    with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))) as parts:
         for part in parts:
             for name, facts in vars(part).items():
                 getattr(found, name).extend(facts)
     return found
 
 
-def _check_images(src: str, size: int, channels: int, workers: int, on_progress: OnProgress) -> AuditResult:
-    images = open_images(src, channels)
-    count = len(images)
-    tasks = [range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)]
-    found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
-    result = _summarise(src, size, found)
-    if isinstance(images, Files):
-        result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in images.closed]
-    return result
-
-
-def _check_shards(src: str, size: int, channels: int, workers: int, on_progress: OnProgress) -> AuditResult:
-    urls = find_shards(src)
-    folders = sorted({Path(url).parent for url in urls if is_local(url)})
-    read = partial(_read_shard, channels, any((folder / INDEX).is_file() for folder in folders))
-    found = _read_all(read, urls, workers, None, on_progress)
-    result = _summarise(src, size, found)
-    result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
-    if found.dotted:
-        result.problems.append(_dotted_problem(found.dotted))
-    result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
-    result.notes += [f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)]
-    for folder in folders:
-        _compare_with_index(src, folder, result)
-    return result
-
-
 def _summarise(source: str, size: int, found: _Found) -> AuditResult:
     result = AuditResult(source, size, len(found.images) + len(found.unreadable), sorted(found.unreadable))
     if not found.images:
         return result
-    images = sorted(found.images)
-    width, height = (np.array([getattr(image, side) for image in images]) for side in ("width", "height"))
+    width, height = np.array([(image.width, image.height) for image in found.images]).T
     shorter = np.minimum(width, height)
-    result.kinds = dict(Counter(image.kind for image in images).most_common())
+    result.kinds = dict(Counter(image.kind for image in found.images).most_common())
     values = {"width": width, "height": height, "shorter_side": shorter, "aspect_ratio": width / height}
-    result.spreads = {
-        name: {"min": _rounded(v.min()), "median": _rounded(np.median(v)), "max": _rounded(v.max())}
-        for name, v in values.items()
-    }
+    for name, v in values.items():
+        spread = {"min": v.min(), "median": np.median(v), "max": v.max()}
+        result.spreads[name] = {key: round(float(value), 4) for key, value in spread.items()}
     result.smaller = int((shorter < size).sum())
-    groups: dict[bytes, list[str]] = {}
-    for image in images:
-        groups.setdefault(image.digest, []).append(image.name)
-    result.duplicates = [names for names in groups.values() if len(names) > 1]
     return result
 
 
-def _rounded(value: "np.floating[Any]") -> float:
-    return round(float(value), 4)
-
-
-def _dotted_problem(names: Sequence[str]) -> str:
-    example = min(names)
-    extension = example.rpartition("/")[2].partition(".")[2]
-    return (
-        f"{len(names)} files have a second dot in their names ({example}): WebDataset reads {extension} as the "
-        "extension and skips them: set data.params.image_key to it if all images have it, or rename the files, or pack "
-        "the images with `olvae data pack`"
-    )
-
-
-def _measure_speed(src: str, size: int, channels: int) -> float | None:
-    """Images per second of this process, from files that were just read; None if the source can't be opened."""
+def _measure_speed(source: Source) -> float | None:
+    """Images per second of this process, from files that were just read; None if too many are unreadable."""
     try:
-        stream = open_source(src, size, 1, channels=channels).stream(0, 0, LoaderProcess())
+        stream = source.stream(0, 0, LoaderProcess())
         next(stream)
         start, count = time.perf_counter(), 0
         while (seconds := time.perf_counter() - start) < MEASURE_S:
             next(stream)
             count += 1
-    except (ValueError, FileNotFoundError):  # among the problems already
+    except ValueError:
         return None
     return round(count / seconds, 1)
 
 
-def _compare_with_index(src: str, folder: Path, result: AuditResult) -> None:
-    """Add the differences between a folder's shards and its index to the problems."""
-    if not (folder / INDEX).is_file():
-        result.notes.append(f"{folder}: has no {INDEX}, so training counts the images of these shards when it starts")
-        return
-    try:
-        index = Index.read(folder / INDEX)
-    except ValueError as error:
-        result.notes.append(str(error))
-        return
-    here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
-    result.problems += [problem for name in here if (problem := _difference(here[name], index.shards.get(name)))]
-    if Path(src).expanduser().is_dir() and (gone := sorted(set(index.shards) - set(here))):
-        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-        missing = ", ".join(printable(name) for name in gone[:3]) + more
-        result.problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {missing}")
+def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
+    """Add broken shards, and differences between shards and the index beside them, to the problems."""
+    result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
+    result.notes += [f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)]
+    for folder in folders:
+        if not (folder / INDEX).is_file():
+            result.notes.append(f"{folder}: has no {INDEX}: training counts the images of these shards when it starts")
+            continue
+        try:
+            records = Index.read(folder / INDEX).shards
+        except ValueError as error:
+            result.notes.append(str(error))
+            continue
+        here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
+        result.problems += [problem for name in here if (problem := _difference(here[name], records.get(name)))]
+        if Path(result.source).expanduser().is_dir() and (gone := sorted(set(records) - set(here))):
+            more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+            missing = ", ".join(printable(name) for name in gone[:3]) + more
+            result.problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {missing}")
 
 
 def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
@@ -318,16 +275,19 @@ def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
 
 
 def print_audit(result: AuditResult, console: Console) -> None:
-    """Print a table of facts, then notes and problems."""
+    """Print a table of facts, then the unreadable images, notes and problems."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, fact in _facts(result):
         table.add_row(name, Text(fact))
     console.print(table, soft_wrap=False)
-    _print_names("unreadable", [f"{printable(error.name)}: {error.reason}" for error in result.unreadable], console)
-    groups = [" = ".join(printable(name) for name in group) for group in result.duplicates]
-    _print_names("same pixels", groups, console)
+    if result.unreadable:
+        console.print(Text("\nunreadable:", "bold"))
+    for error in result.unreadable[:PRINTED_NAMES]:
+        console.print(Text(f"  {printable(error.name)}: {error.reason}"), soft_wrap=True)
+    if len(result.unreadable) > PRINTED_NAMES:
+        console.print(Text(f"  and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"))
     for style, word, lines in (("yellow", "note", result.notes), ("bold red", "problem", result.problems)):
         for line in lines:
             console.print(Text(f"{word}: ", style).append(printable(line), "default"), soft_wrap=True)
@@ -341,7 +301,6 @@ def _facts(result: AuditResult) -> list[tuple[str, str]]:
     facts = [
         ("images", f"{result.images:,}, {readable}"),
         ("files", ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) or "-"),
-        ("copies", f"{result.copies:,}"),
     ]
     for name, spread in result.spreads.items():
         low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
@@ -356,13 +315,3 @@ def _facts(result: AuditResult) -> list[tuple[str, str]]:
         speed = f"{result.images_per_s:,.0f} images/s per loader process at {result.size} pixels"
         facts.append(("speed", f"{speed}: read, decoded and cropped"))
     return facts
-
-
-def _print_names(title: str, lines: list[str], console: Console) -> None:
-    if not lines:
-        return
-    console.print(Text(f"\n{title}:", "bold"))
-    for line in lines[:PRINTED_NAMES]:
-        console.print(Text(f"  {line}"), soft_wrap=True)
-    if len(lines) > PRINTED_NAMES:
-        console.print(Text(f"  and {len(lines) - PRINTED_NAMES:,} more; the JSON has all"))

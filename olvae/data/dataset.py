@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -166,8 +165,6 @@ class MappedSource(Source):
                 yield Sample(None, key, (error.read_error(),))
 
 
-_FOLDER = Path(__file__).parent / "photographs"
-
 _HELD_OUT = (
     "camera.jpg",
     "chelsea.jpg",
@@ -179,60 +176,36 @@ _HELD_OUT = (
     "safe-landing.jpg",
 )
 
+_ALL = sorted((Path(__file__).parent / "photographs").glob("*.jpg"))
 
-class Photograph(NamedTuple):
-    """A JPEG file of this package, its author and licence; ``LICENCES.txt`` beside it says more."""
+PHOTOGRAPHS = tuple(path for path in _ALL if path.name not in _HELD_OUT)
+"""For training: JPEG files of this package; LICENCES.txt beside them has authors and licences."""
 
-    file: str
-    author: str
-    licence: str
-
-    @property
-    def path(self) -> Path:
-        return _FOLDER / self.file
-
-
-def _read_licences() -> Iterator[Photograph]:
-    """One for each entry of LICENCES.txt: a file's name, then a line ``Author:``, ``Licence:`` and others."""
-    for entry in (_FOLDER / "LICENCES.txt").read_text(encoding="utf-8").split("\n\n"):
-        file, *lines = entry.strip().splitlines()
-        if file.endswith(".jpg"):
-            fields = dict(line.strip().split(": ", 1) for line in lines)
-            yield Photograph(file, fields["Author"], fields["Licence"])
-
-
-_ALL = tuple(_read_licences())
-
-PHOTOGRAPHS = tuple(photograph for photograph in _ALL if photograph.file not in _HELD_OUT)
-"""For training."""
-
-HELD_OUT = tuple(photograph for photograph in _ALL if photograph.file in _HELD_OUT)
+HELD_OUT = tuple(path for path in _ALL if path.name in _HELD_OUT)
 """For validation and test; never trained on."""
 
 
-def sample_photographs(
-    photographs: Sequence[Photograph] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3
-) -> ImageDataset:
+def sample_photographs(paths: Sequence[Path] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3) -> ImageDataset:
     """The photographs, whole; by default all sixty."""
-    return InMemory([(photograph.file, read_picture(photograph.path)) for photograph in photographs], channels)
+    return InMemory([(path.name, read_picture(path)) for path in paths], channels)
 
 
-def _tiles(photographs: Sequence[Photograph], size: int) -> ImageDataset:
+def _tiles(paths: Sequence[Path], size: int) -> ImageDataset:
     """Shrink photographs to a shorter side of two tiles, and cut whole tiles without overlap around the centre.
 
     Nothing is enlarged: a photograph with a shorter side of less than two tiles is cut as it is. If that side is less
     than one tile, it is the tile's side.
     """
     tiles: list[tuple[str, Picture]] = []
-    for photograph in photographs:
-        image = read_picture(photograph.path)
+    for path in paths:
+        image = read_picture(path)
         if min(image.size) > 2 * size:
             image = resize_shorter_side(image, 2 * size)
         side = min(size, *image.size)
         for row in range(image.height // side):
             for column in range(image.width // side):
                 left, top = image.width % side // 2 + column * side, image.height % side // 2 + row * side
-                tiles.append((f"{photograph.file}/{row}-{column}", image.crop((left, top, left + side, top + side))))
+                tiles.append((f"{path.name}/{row}-{column}", image.crop((left, top, left + side, top + side))))
     return InMemory(tiles)
 
 

@@ -49,8 +49,8 @@ def _picture(item: Any) -> Picture:
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
-    if array.shape[2:] in ((), (1,), (3,), (4,)) or (array is item and array.shape[2:] == (2,)):
-        return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+    if array.ndim == 2 or array.shape[2] in (1, 3, 4):
+        return Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
     return array_to_picture(array)
 
 

@@ -61,6 +61,9 @@ class Bands:
 
 Picture = Image.Image | Bands
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's modes by number of channels."""
+
 
 def image_to_tensor(image: Picture) -> Tensor:
     """A picture of C channels -> uint8 (C, H, W)."""
@@ -82,19 +85,14 @@ def tensor_to_picture(x: Tensor) -> Bands:
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy")
 
-WHITE_16 = 65535  # in 16-bit greyscale, some of which Pillow reads as 32-bit integers
-
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
 """Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
 
 MAX_PIXELS = 160_000_000
-"""Most pixels of a picture: the largest camera's have 151 million. Each takes up to 12 bytes while it is read."""
+"""Most pixels of a picture: the largest camera's have 151 million. Each takes up to 20 bytes while it is read."""
 
 MAX_RATIO = 100
 """Largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels."""
-
-CONVERTED_PIXELS = 2**22
-"""Pixels that are converted at a time; some conversions need 20 bytes for each."""
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -123,15 +121,8 @@ class Photo:
             self.size = self._upright_size()
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(name, _reason(error)) from error
-        if isinstance(self._image, Image.Image) and channels not in (1, 3, 4):
-            raise UnreadableImageError(
-                name, f"{channels} channels are read from .npy files of shape (H, W, {channels})"
-            )
-
-    @property
-    def turned(self) -> bool:
-        """Whether the EXIF orientation turns or mirrors the file's pixels."""
-        return self._orientation != 1
+        if isinstance(self._image, Image.Image) and channels not in MODES:
+            raise UnreadableImageError(name, f"{channels} channels are read from .npy files, (H, W, {channels})")
 
     def undecoded(self) -> bytes | Picture:
         """The file's bytes, or the picture in memory. Raises UnreadableImageError if the file can't be read."""
@@ -169,8 +160,8 @@ class Photo:
             if shrink > 1 and image.format == "JPEG":
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
-            turned = self._orientation != 1  # exif_transpose would copy upright pictures
-            return _convert(ImageOps.exif_transpose(image) if turned else image, self.channels)
+            upright = image if self._orientation == 1 else ImageOps.exif_transpose(image)
+            return _convert(upright, MODES[self.channels])
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(self.name, _reason(error)) from error
 
@@ -219,21 +210,8 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_RATIO} times the other")
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """From any mode of Pillow to 1, 3 or 4 channels of 8 bits; see :func:`read_picture` for the rules."""
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    if image.mode == mode == "RGB" and not _is_transparent(image):
-        return image
-    rows = max(1, CONVERTED_PIXELS // image.width)
-    if rows >= image.height:
-        return _convert_rows(image, mode)
-    out = Image.new(mode, image.size)
-    for top in range(0, image.height, rows):
-        out.paste(_convert_rows(image.crop((0, top, image.width, min(top + rows, image.height))), mode), (0, top))
-    return out
-
-
-def _convert_rows(image: Image.Image, mode: str) -> Image.Image:
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """From any mode of Pillow to one of :data:`MODES`; see :func:`read_picture` for the rules."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
     image = _to_8_bits(image)
@@ -252,9 +230,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         return image
     array = np.asarray(image)
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high > WHITE_16:
-        found = f"its pixels are integers from {low} to {high}, not 0 to {WHITE_16}"
-        raise ValueError(f"{found}: convert it to 8 or 16 bits")
+    if low < 0 or high > 65535:
+        raise ValueError(f"its pixels are integers from {low} to {high}, not 0 to 65535: convert it to 8 or 16 bits")
     grey = Image.fromarray((array / 257.0).round().astype(np.uint8))
     if not _is_transparent(image):
         return grey
@@ -268,12 +245,11 @@ def _is_transparent(image: Image.Image) -> bool:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; upright if EXIF is broken, because the pixels may still be whole."""
     try:
-        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         if not image.info.keys() & {"exif", "Raw profile type exif"}:  # Pillow searched behind a PNG's broken pixels
             raise
         return 1
-    return orientation
 
 
 def _array(file: io.BufferedIOBase, channels: int) -> Bands:

@@ -6,8 +6,6 @@ from dataclasses import replace
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.dataset import MappedSource
-from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source, total
 
 CYCLE = 1000
@@ -20,8 +18,7 @@ class MixSource(Source):
     In every 1000 samples of a loader process each source has its share exactly, in a random order. The images of a
     source with few images and a large share come more often.
 
-    Where several sources are lists, or several are shards, two images could have the same key, so these keys begin
-    with the source's number, as ``0/000000.jpg``.
+    Keys begin with the source's number, as ``0/photo.jpg``, because images of two sources may have the same key.
 
     Args:
         sources: their nodes. ``size`` and ``channels`` must be the same in all; their ``batch_size`` and
@@ -53,15 +50,9 @@ class MixSource(Source):
                     f"data.params.sources.{i}: images of {source.channels} channels, {source.size} pixels wide, do "
                     f"not mix with {channels} channels of {size} pixels"
                 )
-        self.prefixes = [f"{i}/" if self._is_one_of_several(source) else "" for i, source in enumerate(self.sources)]
         self.shares = self._shares(weights)
         if any(source.crops for source in self.sources):
             self.crops = "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
-
-    def _is_one_of_several(self, source: Source) -> bool:
-        """Whether another source makes keys in the same way."""
-        kind = next((kind for kind in (MappedSource, WebDatasetSource) if isinstance(source, kind)), Source)
-        return sum(isinstance(other, kind) for other in self.sources) > 1
 
     def _shares(self, weights: Sequence[float] | None) -> list[int]:
         """Samples of each source in a cycle, at least one of each that has a weight; their sum is :data:`CYCLE`."""
@@ -112,7 +103,7 @@ class MixSource(Source):
         ]
         while True:
             for i in order[place:]:
-                yield self._named(i, next(streams[i]))
+                yield _numbered(i, next(streams[i]))
             cycle, place = cycle + 1, 0
             order = self._order(seed, cycle, process)
 
@@ -126,12 +117,13 @@ class MixSource(Source):
         for source in self.sources:
             source.eval_transform = self.eval_transform  # an evaluation may have put another one here
         for i, source in enumerate(self.sources):
-            yield from (self._named(i, sample) for sample in source.once(_alone(process)))
-
-    def _named(self, source: int, sample: Sample) -> Sample:
-        return sample._replace(key=f"{self.prefixes[source]}{sample.key}")
+            yield from (_numbered(i, sample) for sample in source.once(_alone(process)))
 
 
 def _alone(process: LoaderProcess) -> LoaderProcess:
     """The same process, for a source whose samples do not make up whole batches."""
     return replace(process, batch_size=1, offset=0)
+
+
+def _numbered(source: int, sample: Sample) -> Sample:
+    return sample._replace(key=f"{source}/{sample.key}")

@@ -5,10 +5,7 @@ It is a folder of images or of .tar shards, a pattern or URL of either, a .txt l
 """
 
 import glob
-import logging
 import re
-from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from olvae.config import Config, ConfigError, instantiate, load, with_paths
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.picture_folder import Files, find_images
-from olvae.data.read_errors import ReadError
+from olvae.data.read_errors import ReadError, warn_once
 from olvae.data.shards.index import SUFFIXES
 from olvae.data.shards.tar_reading import is_local
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -119,9 +116,6 @@ def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     return name, {key: yaml.safe_load(value) for key, _, value in split}
 
 
-log = logging.getLogger("olvae.data")
-
-
 def make_absolute(config: Config) -> dict[str, str]:
     """Make the relative paths of a config's data absolute, in place; returns them as written, by their absolute ones.
 
@@ -147,40 +141,18 @@ def where_it_is(config: Config) -> Config:
 
 
 def moves(config: Config) -> dict[str, str]:
-    """The data that are no longer where they were when the run was started, and their places in this folder.
-
-    Raises FileNotFoundError: they are not in this folder either.
-    """
+    """The data that are no longer where they were when the run was started, and their places in this folder."""
     written = settings_of(config).paths
-    downloaded = _is_downloaded(config["data"])
     found: dict[str, str] = {}
 
     def look(text: str) -> str:
-        if text in written and not _is_there(text):
-            here = str(Path.cwd() / written[text])
-            if _is_there(written[text]):
-                _warn_once(text, here)
-                found[text] = here
-            elif not downloaded:  # else it is fetched again
-                raise FileNotFoundError(
-                    f"{text}: this run's data are not there any more, nor are they {here}: name others"
-                )
+        if text in written and not _is_there(text) and _is_there(written[text]):
+            found[text] = str(Path.cwd() / written[text])
+            warn_once(f"{text}: this run's data are not there any more: taken from {found[text]}")
         return text
 
     with_paths(config["data"], look)
     return found
-
-
-def _is_downloaded(part: Any) -> bool:
-    """Whether a data set in a node downloads itself, as torchvision's do with ``download``."""
-    if isinstance(part, Mapping):
-        return bool(part.get("download")) or any(map(_is_downloaded, part.values()))
-    return isinstance(part, list) and any(map(_is_downloaded, part))
-
-
-@cache
-def _warn_once(before: str, now: str) -> None:
-    log.warning("%s: this run's data are not there any more: taken from %s", before, now)
 
 
 def _is_there(text: str) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,12 +33,6 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
 """Formats, by Pillow's name, whose files go into shards unchanged, and their extension there."""
-
-STOP_AFTER = 100
-"""Number of unreadable images, if more than allowed, after which the rest is not read."""
-
-MAX_SIDE = {"jpg": 65_500, "webp": 16_383}
-"""The longest side in pixels that a format can store."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ def pack(
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the source, its
     width and height, upright, and its class where a data set gives one; KEY is its position in the order. Shards and
-    index depend on the source and the options alone. Finished shards of an earlier run are verified and kept.
+    index depend on the source and the options alone. Finished shards of an earlier run are kept.
 
     Args:
         src: a folder, pattern, list or data set; see :mod:`olvae.data.opening`.
@@ -100,29 +94,35 @@ def pack(
         on_progress: called with the number of images that are done, and of all.
 
     Raises:
-        ConfigError: the folder holds something else, or shards of other options or images; it lies inside the source
-            or around it.
+        ConfigError: the folder holds something else, or shards of other options or images, or lies inside the source.
         TooManyUnreadableError: more images than allowed are unreadable; no index is written.
         ValueError: none of the images can be read.
         OSError: a shard could not be written.
     """
-    _keep_apart(src, out)
+    folder = Path(src).expanduser().resolve()
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
     images = open_images(src, options.channels)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
-    shards = _open_folder(out)
+    shards = ResumableShards(out, STATE)
     digest = _source_digest(src, images, options)
+    if (out / INDEX).is_file():
+        index = _read_index(out, digest)
+        shards.remove_state()  # of a run that was killed while it removed it
+        return Packed(index, len(index.shards))
     plan = {"options": asdict(options), "images": digest}
     shards.check(plan)
+    tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
+    packer = _Packer(images, options, shards)
     try:
         with no_empty_folders(out), shards.locked("olvae data pack"), shards.nothing_left():
             shards.begin(plan)
-            packed = _pack_all(images, options, shards, workers, max_unreadable, on_progress)
+            with closing(run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))) as results:
+                packed = sorted(results)
+            unreadable = [Skipped(shard_name(n), e.name, e.reason) for n, shard, _ in packed for e in shard.unreadable]
+            _check_unreadable(src, unreadable, len(images), max_unreadable)
             records = {shard_name(number): shard.record for number, shard, _ in packed if shard.record.images}
-            unreadable = _skipped(packed)
-            if not records:
-                names = list_skipped((skipped.name, skipped.reason) for skipped in unreadable)
-                raise ValueError(f"{src}: none of its {len(images)} images can be read: {names}")
             index = Index(records, asdict(options), digest, unreadable)
             index.write(out / INDEX)
             shards.remove_state()
@@ -137,30 +137,26 @@ def is_begun(out: Path) -> bool:
     return (out / STATE).is_dir()
 
 
-def _keep_apart(src: str, out: Path) -> None:
-    source, target = Path(src).expanduser().resolve(), out.resolve()
-    if target.is_file():
-        raise ConfigError(f"`out` {out}: is a file")
-    if source.is_dir() and target.is_relative_to(source):
-        raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
-    if source.is_dir() and source.is_relative_to(target):
-        raise ConfigError(f"`out` {out}: holds the images' folder {src}: choose one beside it")
-
-
-def _open_folder(out: Path) -> ResumableShards:
-    """The shards in a folder, with those that the index of a complete run describes."""
-    if not (out / INDEX).is_file():
-        return ResumableShards(out, STATE, checksums=True)
+def _read_index(out: Path, digest: str) -> Index:
+    """The index of a complete run. Raises ConfigError: it is of another source or other options."""
     index = Index.read(out / INDEX)
-    if index.plan is None or index.packed is None:
-        raise ConfigError(f"`out` {out}: holds shards that `olvae data pack` has not made: choose another folder")
-    unreadable: dict[str, list[ReadError]] = {}
-    for skipped in index.unreadable:
-        unreadable.setdefault(skipped.shard, []).append(ReadError(skipped.name, skipped.reason))
-    earlier = {
-        int(Path(name).stem): FinishedShard(record, unreadable.get(name, ())) for name, record in index.shards.items()
-    }
-    return ResumableShards(out, STATE, True, earlier, {"options": index.packed, "images": index.plan})
+    if index.plan != digest:
+        raise ConfigError(
+            f"`out` {out}: holds shards of other images or options: name another folder, or remove this one to start "
+            "again"
+        )
+    return index
+
+
+def _check_unreadable(src: str, unreadable: Sequence[Skipped], images: int, max_unreadable: float) -> None:
+    """Raise ValueError, or TooManyUnreadableError, with the names of what could not be read."""
+    names = list_skipped((skipped.name, skipped.reason) for skipped in unreadable)
+    if len(unreadable) == images:
+        raise ValueError(f"{src}: none of its {images} images can be read: {names}")
+    if (lost := len(unreadable)) > max_unreadable * images:
+        raise TooManyUnreadableError(
+            f"{lost} of {images} images can't be read, more than `max_unreadable` {max_unreadable:g}: {names}"
+        )
 
 
 def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
@@ -182,44 +178,8 @@ def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
 
 class _PackedShard(NamedTuple):
     number: int
-    finished: FinishedShard
+    shard: FinishedShard
     found: bool
-
-
-def _pack_all(
-    images: ImageDataset,
-    options: PackOptions,
-    shards: ResumableShards,
-    workers: int,
-    max_unreadable: float,
-    on_progress: OnProgress,
-) -> list[_PackedShard]:
-    """Write all shards; raise for too many unreadable images at the end, or at once if they are very many."""
-    packed: list[_PackedShard] = []
-    lost = 0
-    tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
-    packer = _Packer(images, options, shards)
-    with closing(run_in_processes(packer, tasks, workers, lambda done: on_progress(done, len(images)))) as results:
-        for shard in results:
-            packed.append(shard)
-            lost += len(shard.finished.unreadable)
-            if lost >= STOP_AFTER and lost > max_unreadable * len(images):
-                break
-    if max_unreadable * len(images) < lost < len(images):
-        names = list_skipped((skipped.name, skipped.reason) for skipped in _skipped(packed))
-        raise TooManyUnreadableError(
-            f"{lost}{' or more' if len(packed) < len(tasks) else ''} of {len(images)} images can't be read, more than "
-            f"`max_unreadable` {max_unreadable:g}: {names}"
-        )
-    return sorted(packed)
-
-
-def _skipped(packed: Iterable[_PackedShard]) -> list[Skipped]:
-    return [
-        Skipped(shard_name(number), error.name, error.reason)
-        for number, shard, _ in sorted(packed)
-        for error in shard.unreadable
-    ]
 
 
 class _Packer:
@@ -238,7 +198,6 @@ class _Packer:
         if finished := self.shards.finished(number):
             progress.advance(len(positions))
             return _PackedShard(number, finished, found=True)
-        (self.shards.folder / INDEX).unlink(missing_ok=True)  # of a complete run, one of whose shards is damaged
         return _PackedShard(number, self.shards.write(number, self._samples(positions, progress)), found=False)
 
     def _samples(self, positions: range, progress: SharedProgress) -> Iterator[WebDatasetSample | ReadError]:
@@ -272,11 +231,11 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
     if smaller:
         picture = resize_shorter_side(picture, size)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
-    longer = max(picture.size)
-    if longer > MAX_SIDE.get(extension, longer):
-        reason = f"its longer side becomes {longer} pixels, more than {extension} stores: choose `format` png"
-        raise UnreadableImageError(photo.name, reason)
-    return extension, _picture_bytes(picture, extension, options.quality), picture.size
+    try:
+        return extension, _picture_bytes(picture, extension, options.quality), picture.size
+    except (OSError, ValueError) as error:  # a side that is longer than the format allows
+        why = f"{picture.width}x{picture.height} pixels can't be stored as {extension}: {reason(error)}"
+        raise UnreadableImageError(photo.name, f"{why}: choose `format` png") from error
 
 
 def _picture_bytes(picture: Picture, extension: str, quality: int) -> bytes:

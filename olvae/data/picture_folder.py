@@ -1,22 +1,17 @@
 """Read the images of a folder at any depth, of a pattern, or of a list of files."""
 
-import codecs
 import glob
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import EXTENSIONS, Photo
-from olvae.data.read_errors import ReadError
+from olvae.data.read_errors import ReadError, warn_once
 from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 from olvae.files import legible
-
-log = logging.getLogger("olvae.data")
 
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "validation", "test")
 
@@ -57,7 +52,6 @@ class FolderSource(MappedSource):
         val_fraction: without either, the share of the images that is held out, by a hash of the path below root, so
             that it does not change when images are added. By default 5 %, and at least 20 images or, of
             fewer than 100, a fifth: up to about 400 images, adding some may change which ones.
-        max_val_images: hold out at most this number of images, chosen by the hash.
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see :func:`~olvae.data.image.read_picture`.
 
@@ -74,7 +68,6 @@ class FolderSource(MappedSource):
         num_workers: int = 0,
         val_root: str | Path | None = None,
         val_fraction: float | None = None,
-        max_val_images: int | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
@@ -83,14 +76,12 @@ class FolderSource(MappedSource):
     ) -> None:
         if val_fraction is not None and not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
-        if max_val_images is not None and max_val_images < 1:
-            raise ValueError(f"max_val_images must be at least 1, got {max_val_images}")
         root, val_root = _parts(root) if val_root is None else (root, val_root)
         train = find_images(root)
         train, val = _split(root, train, val_fraction) if val_root is None else (train, find_images(val_root))
-        held_out = Files(val if max_val_images is None else _at_most(root, val, max_val_images), channels)
+        parts = Files(train, channels), Files(val, channels)
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
-        super().__init__(Files(train, channels), held_out, transform, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
 
 
 def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:
@@ -117,7 +108,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
             raise FileNotFoundError(f"{root}: this list names no file: write one path per line")
     elif glob.has_magic(str(root)):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
-        paths = _each_once(found for name in names if _is_image(found := Path(name)))
+        paths = sorted(found for name in names if _is_image(found := Path(name)))
     else:
         what = "this is a file: name a folder, a pattern or a .txt list" if path.exists() else "no such folder"
         raise FileNotFoundError(f"{root}: {what}")
@@ -129,9 +120,8 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
 
 def _lines(path: Path) -> list[str]:
     """Read the names in a list; bytes that are not UTF-8 are kept, because file names may have them."""
-    data = path.read_bytes()
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    lines = [line.strip() for line in re.split(r"[\r\n]+", data.decode(encoding, "surrogateescape"))]
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -141,8 +131,9 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
     def leave_out(error: OSError) -> None:
         if Path(error.filename) == folder:
             raise PermissionError(f"{folder}: this folder can't be opened: {error.strerror}") from error
-        closed.append(ReadError(legible(str(error.filename)), error.strerror or str(error), lost=False))
-        _warn_once(closed[-1])
+        name, reason = legible(str(error.filename)), error.strerror or str(error)
+        closed.append(ReadError(name, reason, lost=False))
+        warn_once(f"skipped the folder {name} and everything in it: {reason}")
 
     seen = set()
     for top, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
@@ -155,27 +146,8 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
         yield from (path for name in files if _is_image(path := Path(top) / name))
 
 
-def _each_once(paths: Iterable[Path]) -> list[Path]:
-    """Sort, without the second paths to a file that ``**`` finds through links to folders."""
-    real = cache(Path.resolve)
-    shortest_last = sorted(paths, key=lambda path: (len(path.parts), path), reverse=True)
-    return sorted({(real(path.parent), path.name): path for path in shortest_last}.values())
-
-
-@cache
-def _warn_once(folder: ReadError) -> None:
-    log.warning("skipped the folder %s and everything in it: %s", folder.name, folder.reason)
-
-
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
-
-
-def _may_be_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
-        return True
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
 def _parts(root: str | Path) -> tuple[str | Path, str | Path | None]:
@@ -196,12 +168,6 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
     count = sum(place < (fraction or VAL_FRACTION) for place in places.values())
     held_out = set(sorted(paths, key=places.__getitem__)[: max(count, min_held_out(len(paths), fraction))])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
-
-
-def _at_most(root: str | Path, paths: Sequence[Path], count: int) -> list[Path]:
-    """The ``count`` paths with the smallest hashes, in their order."""
-    chosen = set(sorted(paths, key=partial(_place, Path(root).expanduser()))[:count])
-    return [path for path in paths if path in chosen]
 
 
 def _place(root: Path, path: Path) -> float:

@@ -5,6 +5,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +20,11 @@ REPLACEMENTS = 20
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@cache
+def warn_once(message: str) -> None:
+    log.warning(message)
 
 
 class ReadError(NamedTuple):

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset, MappedSource
-from olvae.data.image import Photo, from_uint8, image_to_tensor
+from olvae.data.image import MODES, Photo, from_uint8, image_to_tensor
 from olvae.data.opening import holds_shards, open_images, open_source
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, META, STATS, Latent, latent_bytes
-from olvae.data.shards.pairs import CHANNELS, PIXELS, pixel_bytes
+from olvae.data.shards.pairs import PIXELS, pixel_bytes
 from olvae.data.shards.tar_reading import Shard, is_local, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
@@ -189,7 +189,7 @@ class EncodeOptions:
             raise ValueError(f"`size` {self.size}: choose a multiple of {f}, the model's downscaling factor")
         if self.images and not self.size:
             raise ValueError("`images`: images that are stored beside latents have one size: give `size`")
-        if self.images and model.in_channels not in CHANNELS.values():
+        if self.images and model.in_channels not in MODES:
             raise ValueError(f"`images`: PNG stores 1, 3 or 4 channels, but the images have {model.in_channels}")
 
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from olvae.data import image as reading
 from olvae.data.image import Photo, from_uint8, image_to_tensor, read_picture, tensor_to_picture, to_uint8
 from olvae.data.picture_folder import FolderSource
 from olvae.data.read_errors import UnreadableImageError
@@ -287,13 +286,3 @@ def test_sizes_are_looked_at_before_pixels_are_made():
             Photo(bomb(*size), "a.png")
     for size in ((14_204, 10_652), (1000, 100_000)):  # the largest camera's, a long strip
         assert Photo(b"P6 %d %d 255\n" % size + bytes(9), "a.ppm").size == size
-
-
-@pytest.mark.parametrize("name", CONVERTED)
-def test_large_pictures_are_converted_in_strips(name, tmp_path, monkeypatch):
-    path = tmp_path / name
-    path.write_bytes(CONVERTED[name][0])
-    whole = [np.asarray(read_picture(path, channels)) for channels in (1, 3, 4)]
-    monkeypatch.setattr(reading, "CONVERTED_PIXELS", 60)  # pixels: two or three rows
-    for channels, expected in zip((1, 3, 4), whole, strict=True):
-        assert np.array_equal(np.asarray(read_picture(path, channels)), expected)

@@ -57,15 +57,13 @@ def test_validation_is_that_of_all(nodes):
 
 
 @pytest.mark.parametrize("i", [0, 1])
-def test_sources_of_a_kind_give_each_image_its_own_key(nodes, i):
+def test_each_image_has_its_own_key(nodes, i):
     s = mix([nodes[i], nodes[i]])
     alone = [sample.key for sample in s.sources[0].once(LoaderProcess())]
     assert [sample.key for sample in s.once(LoaderProcess())] == [f"{n}/{key}" for n in (0, 1) for key in alone]
     drawn = {sample.key for sample in islice(s.stream(0, 0, LoaderProcess()), 1000)}
     assert len(drawn) == s.samples_per_epoch
     assert {key[0] for key in drawn} == {"0", "1"}
-    own = {sample.key for sample in mix(nodes).once(LoaderProcess())}
-    assert set(alone) < own  # a list and shards need no number
 
 
 def test_mistakes(nodes):
@@ -101,7 +99,7 @@ def test_an_evaluations_transform_reaches_the_sources(nodes):
     for source in mix(nodes).sources:
         source.eval_transform = EvalTransform(16, "squash")
         for sample in source.once(LoaderProcess()):
-            assert torch.equal(whole[sample.key], sample.image)
+            assert any(key[2:] == sample.key and torch.equal(image, sample.image) for key, image in whole.items())
     assert len(whole) == s.val_images
 
 

@@ -201,38 +201,17 @@ def test_two_at_once_in_the_same_folder(photos, tmp_path, monkeypatch):
     assert pack(str(photos), tmp_path / "out", PackOptions()).index.images == 30
 
 
-def test_a_finished_pack_is_verified_and_mended(photos, tmp_path):
+def test_a_finished_pack_is_left_as_it_is(photos, tmp_path):
     out = tmp_path / "out"
     pack(str(photos), out, PackOptions(shard_size=8))
-    before = shards_of(out)
-    times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert pack(str(photos), out, PackOptions(shard_size=8)).found == 4
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == times
-    (out / "000001.tar").write_bytes(before["000001.tar"][:-1] + b"x")
-    (out / "000002.tar").unlink()
-    assert pack(str(photos), out, PackOptions(shard_size=8)).found == 2
-    assert shards_of(out) == before
-
-
-def test_a_damaged_pack_has_no_index_until_it_is_mended(awkward, tmp_path):
-    pack(str(awkward), tmp_path / "out", PackOptions(), 1, 0.2)
-    (tmp_path / "out" / "000000.tar").write_bytes(b"damaged")
-    with pytest.raises(TooManyUnreadableError):
-        pack(str(awkward), tmp_path / "out", PackOptions(), 1, 0.0)
-    assert not (tmp_path / "out" / "index.json").exists()
-
-
-def test_another_source_or_other_options_are_no_continuation(photos, tmp_path):
-    out = tmp_path / "out"
-    pack(str(photos), out, PackOptions(shard_size=8))
-    with pytest.raises(ConfigError, match=r"begun with shard_size 8 \(now 9\)"):
+    with pytest.raises(ConfigError, match="out: holds shards of other images or options"):
         pack(str(photos), out, PackOptions(shard_size=9))
-    before = shards_of(out)
-    path = next(photos.rglob("*.png"))
-    os.utime(path, (1, 1))
-    with pytest.raises(ConfigError, match="begun with other images"):
+    os.utime(next(photos.rglob("*.png")), (1, 1))
+    with pytest.raises(ConfigError, match="out: holds shards of other images or options"):
         pack(str(photos), out, PackOptions(shard_size=8))
-    assert shards_of(out) == before
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_an_unfinished_pack_of_a_changed_source_is_no_continuation(photos, tmp_path):
@@ -243,19 +222,21 @@ def test_an_unfinished_pack_of_a_changed_source_is_no_continuation(photos, tmp_p
     (photos / "bad.png").unlink()
     with pytest.raises(ConfigError, match="begun with other images"):
         pack(str(photos), out, PackOptions(shard_size=8))
+    with pytest.raises(ConfigError, match=r"begun with shard_size 8 \(now 9\)"):
+        pack(str(photos), out, PackOptions(shard_size=9))
 
 
 def test_what_the_folder_must_not_be(photos, tmp_path):
     with pytest.raises(ConfigError, match="is inside the images' folder"):
         pack(str(photos), photos / "shards", PackOptions())
-    with pytest.raises(ConfigError, match="holds the images' folder"):
+    with pytest.raises(ConfigError, match="has other files already"):
         pack(str(photos), tmp_path, PackOptions())
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="has other files already"):
         pack(str(photos), other, PackOptions())
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(OSError, match=r"thesis\.tex: Not a directory"):
         pack(str(photos), other / "thesis.tex", PackOptions())
     assert list(shards_of(other)) == ["thesis.tex"]
     pack(str(photos), tmp_path / "shards", PackOptions(shard_size=8))
@@ -306,7 +287,8 @@ def test_strips_longer_than_a_format_can_store(photos, tmp_path, image_format, l
     options = PackOptions(resize=longer // 90 * 19 // 20, format=image_format)
     (skipped,) = pack(str(photos), tmp_path / "out", options, max_unreadable=0.1).index.unreadable
     assert skipped.name == "strip.png"
-    assert skipped.reason.endswith(f"pixels, more than {image_format} stores: choose `format` png")
+    assert f"pixels can't be stored as {image_format}: " in skipped.reason
+    assert skipped.reason.endswith(": choose `format` png")
     assert not pack(str(photos), tmp_path / "png", PackOptions(resize=19, format="png")).index.unreadable
 
 
@@ -335,20 +317,6 @@ def test_a_shard_without_any_readable_image_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="none of its 2 images"):
         pack(str(root), tmp_path / "new" / "none", PackOptions(), 1, 0.01)
     assert not list((tmp_path / "new" / "none").iterdir())  # a folder that was there before stays
-
-
-def test_very_many_unreadable_ones_end_it_at_once(tmp_path):
-    """Of 200 the first shards have none that can be read; ten are named, and how many more there are."""
-    (tmp_path / "list.txt").write_text("\n".join(f"{i:03d}.png" for i in range(200)))
-    for i in range(150, 200):
-        picture(i).save(tmp_path / f"{i:03d}.png")
-    with pytest.raises(TooManyUnreadableError) as told:
-        pack(str(tmp_path / "list.txt"), tmp_path / "out", PackOptions(shard_size=10, seed=None))
-    assert str(told.value).startswith(
-        "100 or more of 200 images can't be read, more than `max_unreadable` 0.01: 000.png ("
-    )
-    assert str(told.value).endswith("009.png (No such file or directory), and 90 more")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_list_with_missing_files(photos, tmp_path):

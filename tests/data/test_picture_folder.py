@@ -84,12 +84,11 @@ def test_only_images_are_found(image_folder):
     assert len(find_images(image_folder)) == 12
 
 
-@pytest.mark.parametrize("pattern", ["", "/**/*.png", "/*/*.png"])
-def test_each_image_is_found_once_whatever_leads_to_it(image_folder, pattern):
+def test_each_image_is_found_once_whatever_leads_to_it(image_folder):
     expected = find_images(image_folder)
     (image_folder / "class0" / "up").symlink_to(image_folder)
     (image_folder / "same").symlink_to(image_folder / "class1")
-    found = find_images(f"{image_folder}{pattern}")
+    found = find_images(image_folder)
     assert [path.name for path in found] == [path.name for path in expected]
     assert len({path.resolve() for path in found}) == 12
 
@@ -134,11 +133,10 @@ def test_keys_of_a_list_do_not_lead_out_of_its_folder(image_folder, monkeypatch,
     assert all(found[i].read().size == (48, 40) for i in range(2))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_list_as_windows_writes_it(image_folder, encoding):
-    """Notepad begins with a byte order mark; PowerShell's > writes UTF-16."""
+def test_a_list_as_windows_writes_it(image_folder):
+    """Notepad begins with a byte order mark."""
     names = [path.relative_to(image_folder).as_posix() for path in find_images(image_folder)]
-    (image_folder / "list.txt").write_bytes("\r\n".join(["# žluťoučký", *names, ""]).encode(encoding))
+    (image_folder / "list.txt").write_bytes("\r\n".join(["# žluťoučký", *names, ""]).encode("utf-8-sig"))
     assert find_images(image_folder / "list.txt") == [image_folder / name for name in names]
 
 

@@ -128,7 +128,7 @@ def test_shards(watch, shards, changes, which):
     file.write_bytes(data)
 
     def use() -> None:
-        for entry in read_shard(Shard(str(file)), dotted=[]):
+        for entry in read_shard(Shard(str(file))):
             if not isinstance(entry, ReadError):
                 try:
                     Photo(entry.data, entry.name).read()

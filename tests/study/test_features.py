@@ -11,7 +11,7 @@ GIANT_PANDA, ICE_BEAR, ESPRESSO = 388, 296, 967
 
 
 def picture(file, size=224):
-    (path,) = (photograph.path for photograph in (*PHOTOGRAPHS, *HELD_OUT) if photograph.file == file)
+    (path,) = (path for path in (*PHOTOGRAPHS, *HELD_OUT) if path.name == file)
     with Image.open(path) as image:
         left, top = (image.width - min(image.size)) // 2, (image.height - min(image.size)) // 2
         square = image.crop((left, top, left + min(image.size), top + min(image.size)))
@@ -40,7 +40,7 @@ def test_features_are_what_the_classifier_sees(lite0):
 
 
 def test_features_do_not_depend_on_the_batches(lite0):
-    images = torch.stack([picture(photograph.file, 64) for photograph in HELD_OUT[:4]])
+    images = torch.stack([picture(path.name, 64) for path in HELD_OUT[:4]])
     np.testing.assert_allclose(lite0.of(images.split(1)), lite0(images), atol=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_the_distance_is_scipys_in_float64():
 
 
 def test_equal_sets_are_at_0_and_blurred_ones_are_not(lite0):
-    images = torch.stack([picture(photograph.file, 64) for photograph in HELD_OUT])
+    images = torch.stack([picture(path.name, 64) for path in HELD_OUT])
     blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2).byte()
     a, b = lite0(images), lite0(blurred)
     assert frechet_lite0(a, a) == pytest.approx(0, abs=1e-3)

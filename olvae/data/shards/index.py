@@ -3,13 +3,10 @@
 import contextlib
 import glob
 import json
-import logging
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +14,14 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from olvae.data.image import EXTENSIONS
-from olvae.data.shards.tar_reading import (
-    SHARD_ERRORS,
-    TAR_NAME,
-    Shard,
-    file_name,
-    is_image,
-    is_local,
-    open_url,
-    stem,
-    unpacked,
-)
-from olvae.files import legible, reason, write_json
-
-log = logging.getLogger("olvae.data")
+from olvae.data.read_errors import warn_once
+from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, is_local, open_url
+from olvae.files import reason, write_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 INDEX = "index.json"
 """The file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
-
-INDEX_BYTES = 2**28
-"""Largest index that is read: of a million shards."""
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +69,7 @@ class Index:
     def write(self, path: Path) -> None:
         """Write the file atomically; the same bytes for the same index."""
         content = {
-            "version": VERSION,
+            "version": 1,
             "images": self.images,
             "bytes": self.bytes,
             "packed": self.packed,
@@ -184,9 +165,17 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
     in a warning.
 
     Raises:
-        ValueError: the index is not readable, or lacks a shard; no shard has images; two have the same name.
+        ValueError: the index is not readable, or lacks a shard; no shard has images; two have the same name, so that
+            their images would have the same keys.
     """
-    names = shard_names(urls)
+    shards: dict[str, Shard] = {}
+    for url in urls:
+        other = shards.setdefault((shard := Shard(url)).name, shard)
+        if other is not shard:
+            raise ValueError(
+                f"{other.url} and {url}: shards of the same name, whose images would have the same keys: rename one of "
+                "them, take one folder after the other, or make them two sources of an olvae.data.mix.MixSource"
+            )
     counts: dict[str, int | None]
     if index is not None:
         given = _read_counts(str(index))
@@ -196,18 +185,13 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
     else:
         counts = counts_beside(urls, image_key)
     if empty := [url for url in urls if counts[url] == 0]:
-        wanted = f"named .{image_key}" if image_key else f"with an extension of {', '.join(EXTENSIONS)}"
-        problem = f"a shard without images: no file in it is {wanted}"
+        wanted = f".{image_key}" if image_key else ", ".join(EXTENSIONS)
+        problem = f"a shard without images: no file in it ends in {wanted} from the first dot of its name on"
         if len(empty) == len(urls):
             raise ValueError(f"{empty[0]}: {problem}")
         for url in empty:
-            _warn_once(f"skipped {url}: {problem}")
-    return [Shard(url, counts[url], names[url]) for url in urls]
-
-
-@cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
+            warn_once(f"skipped {url}: {problem}")
+    return [Shard(url, counts[url]) for url in urls]
 
 
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
@@ -229,12 +213,10 @@ def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str
 
 
 def _read_counts(url: str) -> dict[str, int]:
-    text = bytearray()
     try:
         with contextlib.closing(open_url(url)) as stream:
-            while len(text) < INDEX_BYTES and (part := stream.read(2**20)):
-                text += part
-        return {name: int(shard["images"]) for name, shard in json.loads(text)["shards"].items()}
+            content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
+        return {name: int(shard["images"]) for name, shard in content["shards"].items()}
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -243,45 +225,12 @@ def _read_counts(url: str) -> dict[str, int]:
 
 def count_images(path: Path, image_key: str | None = None) -> int | None:
     """Count a local shard's images by its headers, up to where it is damaged; None if that is at its beginning."""
-    count, last, has_image, whole = 0, None, False, False
-    with contextlib.suppress(*SHARD_ERRORS), path.open("rb") as file:
-        start = file.read(6)
-        file.seek(0)
-        with tarfile.open(fileobj=unpacked(file, start), mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
-                key, extension = base_plus_ext(member.name)
-                if key is None or not member.isreg():
-                    continue
-                if key != last:
-                    last, has_image = key, False
-                if not has_image and is_image(extension.lower(), image_key):
-                    count, has_image = count + 1, True
-            whole = True
+    count, last, whole = 0, None, False
+    with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path, "r:*") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
+            key, extension = base_plus_ext(member.name)
+            if key not in (None, last) and member.isreg() and is_image(extension.lower(), image_key):
+                count, last = count + 1, key
+        whole = True
     return count if count or whole else None
-
-
-def shard_names(urls: Sequence[str]) -> dict[str, str]:
-    """The beginning of the keys of each shard's images: its stem or, if another shard has the same, its whole name.
-
-    Raises ValueError: two shards have the same name, so their images would have the same keys.
-    """
-    stems = {url: stem(url) for url in urls}
-    shared = Counter(stems.values())
-    names = {url: name if shared[name] == 1 else _whole_name(url, urls) for url, name in stems.items()}
-    first: dict[str, str] = {}
-    for url, name in names.items():
-        if name in first:
-            raise ValueError(
-                f"{first[name]} and {url}: shards of the same name, whose images would have the same keys: rename "
-                "one of them, take one folder after the other, or make them two sources of an olvae.data.mix.MixSource"
-            )
-        first[name] = url
-    return names
-
-
-def _whole_name(url: str, urls: Sequence[str]) -> str:
-    """The name of a shard's file without its extension; of a command that names none, its place among the shards."""
-    if not is_local(url) and not TAR_NAME.search(url):
-        return f"{urls.index(url)}/{stem(url)}"
-    return legible(re.sub(r"\.(tar\.gz|tgz|tar)$", "", file_name(url)))

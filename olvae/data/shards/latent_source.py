@@ -24,8 +24,6 @@ META = "latent.json"
 """The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the size of the
 ``image`` that the latent stands for, [width, height]: the image was padded if that is not a multiple of f."""
 
-META_BYTES = 2**20
-
 FLIP = "_flip"
 """End of the names of the mirrored image's tensors."""
 
@@ -64,7 +62,7 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
     """
     try:
         tensors = load(entry.data)
-        meta = json.loads(entry.files[META][:META_BYTES])
+        meta = json.loads(entry.files[META])
         flipped = _latent(tensors, FLIP) if any(name.endswith(FLIP) for name in tensors) else None
         width, height = meta["image"]
         return _latent(tensors, ""), flipped, {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]}
@@ -94,18 +92,16 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
         )
     try:
         stats = json.loads(path.read_text(encoding="utf-8"))
-        numbers = {name: float(stats[name]) for name in ("shift_factor", "scaling_factor")}
         shape = stats["latent_shape"]
-        read = {
+        return {
             **stats,
-            **numbers,
-            "count": int(stats["count"]),
-            "size": int(stats["size"]),
+            **{name: int(stats[name]) for name in ("count", "size", "downscale", "channels")},
+            **{name: float(stats[name]) for name in ("shift_factor", "scaling_factor")},
+            **{name: [float(x) for x in stats[name]] for name in ("latents_mean", "latents_std", "means_std")},
             "latent_shape": None if shape is None else [int(side) for side in shape],
         }
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
-    return read
 
 
 class LatentSource(ShardSource):
@@ -154,12 +150,10 @@ class LatentSource(ShardSource):
         self.scaling_factor: float | Tensor = self.stats["scaling_factor"]
         """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
         if per_channel:
-            self.shift_factor, std = (
-                _per_channel(folder, self.stats, name) for name in ("latents_mean", "latents_std")
-            )
+            mean, std = (torch.tensor(self.stats[name])[:, None, None] for name in ("latents_mean", "latents_std"))
             if not bool((std > 0).all()):
                 raise ValueError(f"{folder}: channel {int(std.argmin())} of its latents is the same everywhere")
-            self.scaling_factor = 1.0 / std
+            self.shift_factor, self.scaling_factor = mean, 1.0 / std
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
@@ -190,14 +184,6 @@ class LatentSource(ShardSource):
             raise UnreadableImageError(entry.name, f"a latent of shape {shape}, but {expected} by {STATS}")
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
         return Sample(z, key, label=read_label(entry))
-
-
-def _per_channel(folder: str | Path, stats: Mapping[str, Any], name: str) -> Tensor:
-    """(n_z, 1, 1)"""
-    try:
-        return torch.tensor([float(value) for value in stats[name]])[:, None, None]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/{STATS}: per_channel needs its {name}: run `olvae encode` again") from error
 
 
 def read_label(entry: Entry) -> int | None:

@@ -1,8 +1,6 @@
 """Read shards, tar files in WebDataset's format, from disk, URLs and commands, up to where they are damaged."""
 
 import asyncio
-import bz2
-import gzip
 import lzma
 import re
 import signal
@@ -11,7 +9,7 @@ import subprocess
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
@@ -20,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import fsspec
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import group_by_keys
 
 from olvae.data.image import EXTENSIONS
 from olvae.data.read_errors import ReadError
@@ -30,23 +28,8 @@ _UNPACKING = (zlib.error, lzma.LZMAError, EOFError)
 SHARD_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, IndexError, struct.error, *_UNPACKING)
 """Exceptions from reading a broken tar file."""
 
-TAR_BLOCK = 512  # bytes; two blocks of zeros end an archive
-
-COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lzma.LZMAFile,
-}
-"""Readers of compressed shards by their first bytes."""
-
-MAX_SAMPLE_BYTES = 2**30
-"""Largest sample, an image and the files of its name: an uncompressed TIFF of the largest picture that is read."""
-
-MAX_EXPANSION = 32
-"""Largest ratio of a compressed shard to its file; images hardly shrink, arrays of drawings by some ten."""
-
-FREE_EXPANSION = 2**26
-"""Bytes that a compressed shard may have beyond that ratio, because its first block may hold much."""
+MAX_FILE_BYTES = 2**30
+"""Largest file in a shard: an uncompressed TIFF of the largest picture that is read."""
 
 META = re.compile(r"__[^/]*__($|/)")
 """Names in WebDataset's shards that belong to no sample."""
@@ -55,18 +38,15 @@ TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
 
 class Shard(NamedTuple):
-    """A tar file, by path or URL, and its number of images, if known.
-
-    ``label`` begins the keys of its images; by default the stem of its name.
-    """
+    """A tar file, by path or URL, and its number of images, if known."""
 
     url: str
     images: int | None = None
-    label: str = ""
 
     @property
     def name(self) -> str:
-        return self.label or stem(self.url)
+        """The name of its file without the extension: with it begin the keys of its images."""
+        return legible(re.sub(r"\.(tar\.gz|tgz|tar)$", "", file_name(self.url)))
 
 
 class Entry(NamedTuple):
@@ -98,23 +78,13 @@ def file_name(url: str) -> str:
     return names[-1] if names else Path(url).name
 
 
-def stem(url: str) -> str:
-    """The name of a shard's file up to its first dot."""
-    return legible(file_name(url).partition(".")[0])
-
-
-def read_shard(
-    shard: Shard, image_key: str | None = None, sidecars: bool = True, dotted: list[str] | None = None
-) -> Iterator[Entry | ReadError]:
+def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | ReadError]:
     """Yield the images of a shard in order, undecoded; last a ReadError if it can't be opened or ends early.
 
     A group of files of one name is left out if it has no image.
 
     Args:
         image_key: the extension of the image in a group; by default the first that is an image's.
-        sidecars: also read the other files of a group, which is more work.
-        dotted: gets the names of files in groups without an image that would be images without a second dot in their
-            names: WebDataset splits ``a.b.jpg`` at the first, which makes ``b.jpg`` the extension. Needs the sidecars.
     """
     errors: list[ReadError] = []
 
@@ -122,27 +92,13 @@ def read_shard(
         errors.append(ReadError(shard.url, _reason(error), lost=False))
         return True
 
-    wanted = None if sidecars else lambda name: is_image((base_plus_ext(name)[1] or "").lower(), image_key)
-    groups = group_by_keys(_files(shard.url, errors, wanted), handler=skip)
-    name, url = shard.name, legible(shard.url)
-    for group in groups:
+    for group in group_by_keys(_files(shard.url, errors), handler=skip):
         extension = next((ext for ext in group if is_image(ext, image_key)), None)
-        key = legible(group["__key__"])
-        if extension is None:
-            if dotted is not None:
-                dotted += [f"{key}.{ext}" for ext in group if is_image(ext.rpartition(".")[2], None)]
-            continue
-        others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
-        yield Entry(f"{name}/{key}", f"{url}/{key}.{extension}", group[extension], others)
+        if extension is not None:
+            key = legible(group["__key__"])
+            others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
+            yield Entry(f"{shard.name}/{key}", f"{legible(shard.url)}/{key}.{extension}", group[extension], others)
     yield from errors
-
-
-def extensions(urls: Sequence[str]) -> set[str]:
-    """The extensions of the first sample in the first readable shard; empty if none can be read."""
-    groups: Iterator[dict[str, Any]] = (
-        next(group_by_keys(_files(url, [], None), handler=lambda _: True), {}) for url in urls
-    )
-    return next(({ext for ext in group if not ext.startswith("__")} for group in groups if group), set())
 
 
 def is_image(extension: str, image_key: str | None) -> bool:
@@ -150,103 +106,39 @@ def is_image(extension: str, image_key: str | None) -> bool:
     return extension == image_key if image_key else f".{extension}" in EXTENSIONS
 
 
-def _files(url: str, errors: list[ReadError], wanted: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
-    """Yield the files of a tar file; add to ``errors`` if it ends early."""
+def _files(url: str, errors: list[ReadError]) -> Iterator[dict[str, Any]]:
+    """Yield the files of a tar file, compressed or not; add to ``errors`` if it ends early."""
     try:
         with closing(open_url(url)) as stream:
-            tail = _Tail(stream)
-            for name, data in _members(tail, wanted):
-                yield {"fname": name, "data": data, "__url__": url}
-            ended = tail.ended
-            tail.read(TAR_BLOCK)  # raises if the command or connection failed at its end
-        if not ended:
-            errors.append(ReadError(url, "no end mark: cut off, or damaged on the way", lost=False))
+            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
+                    if member.isreg() and not META.match(member.name):
+                        yield {"fname": member.name, "data": _content(archive, member), "__url__": url}
+            stream.read(1)  # raises if the command or connection failed at its end
     except SHARD_ERRORS as error:
         errors.append(ReadError(url, _reason(error)))
 
 
-def _members(file: "_Tail", wanted: Callable[[str], bool] | None) -> Iterator[tuple[str, bytes]]:
-    """Yield the names and contents of a tar file.
-
-    Raises ValueError for a sample or a decompressed file that is larger than any real one.
-    """
-    last, held = None, 0
-    with tarfile.open(fileobj=unpacked(file, file.start), mode="r|") as archive:
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
-            if not member.isreg() or META.match(member.name) or not (wanted is None or wanted(member.name)):
-                continue
-            key = base_plus_ext(member.name)[0]
-            last, held = key, member.size + (held if key == last else 0)
-            if member.issparse() or held > MAX_SAMPLE_BYTES:
-                limit = f"larger than {MAX_SAMPLE_BYTES >> 30} GiB with those of its name"
-                raise ValueError(f"{legible(member.name)}: {'a sparse file' if member.issparse() else limit}")
-            content = archive.extractfile(member)
-            assert content is not None
-            yield member.name, content.read()
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.issparse() or member.size > MAX_FILE_BYTES:
+        raise ValueError(f"{legible(member.name)}: a sparse file, or larger than {MAX_FILE_BYTES >> 30} GiB")
+    content = archive.extractfile(member)
+    assert content is not None
+    return content.read()
 
 
-def unpacked(file: Any, start: bytes) -> Any:
-    """A file that begins with ``start`` or, if compressed, its content, within :data:`MAX_EXPANSION`."""
-    opened = next((read(file) for first, read in COMPRESSED.items() if start.startswith(first)), None)
-    return file if opened is None else _Within(opened, file)
+class _StrictTarInfo(tarfile.TarInfo):
+    """Raise ReadError for a damaged or missing header, which tarfile takes for the end of the archive."""
 
-
-class _Within:
-    """The content of a compressed file, as long as it is in proportion to the bytes read from the file."""
-
-    def __init__(self, opened: Any, file: Any) -> None:
-        self.opened = opened
-        self.file = file
-        self.seek = opened.seek
-        self.tell = opened.tell
-
-    def read(self, size: int) -> bytes:
-        """As far as the file is whole; the next call raises the reason."""
-        parts: list[bytes] = []
-        while size > 0 and (part := self._part(size, first=not parts)):
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def _part(self, size: int, first: bool) -> bytes:
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
         try:
-            part: bytes = self.opened.read1(size)
-        except SHARD_ERRORS:
-            if first:
-                raise
-            return b""
-        if self.opened.tell() > FREE_EXPANSION + MAX_EXPANSION * self.file.tell():
-            raise ValueError(f"it unpacks to more than {MAX_EXPANSION} times its size, a decompression bomb perhaps")
-        return part
-
-
-class _Tail:
-    """A stream that remembers its first bytes, and whether its last ones are zeros, as at the end of an archive."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.start = b""
-        while len(self.start) < 6 and (data := stream.read(6 - len(self.start))):
-            self.start += data
-        self._ahead = self.start
-        self._last = b""
-        self._place = 0
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self._ahead[:size] or self.stream.read(size)
-        self._ahead = self._ahead[size:]
-        if data:
-            self._last = (self._last + data[-TAR_BLOCK:])[-TAR_BLOCK:]
-            self._place += len(data)
-        return data
-
-    def tell(self) -> int:
-        return self._place
-
-    @property
-    def ended(self) -> bool:
-        return self.start.startswith((*COMPRESSED,)) or not any(self._last)
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError("not a tar file, or cut off or damaged") from error
 
 
 STALL_S = 60.0

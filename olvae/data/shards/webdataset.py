@@ -29,9 +29,6 @@ class ShardSource(Source):
         ValueError: a batch is larger than the training images of an epoch.
     """
 
-    sidecars = True
-    """Whether samples need the other files of a group."""
-
     def __init__(
         self,
         train: Sequence[Shard],
@@ -64,7 +61,7 @@ class ShardSource(Source):
     def entries(self, shard: Shard) -> Iterator[Entry | ReadError]:
         """Read a shard; last a ReadError if it has no images and that was unknown."""
         empty = shard.images is None
-        for entry in read_shard(shard, self.image_key, self.sidecars):
+        for entry in read_shard(shard, self.image_key):
             empty = False
             yield entry
         if empty:
@@ -152,8 +149,6 @@ class WebDatasetSource(ShardSource):
         FileNotFoundError: no shard is there for training, or for validation.
         ValueError: a shard has no images, two have the same name, or there are too few.
     """
-
-    sidecars = False
 
     def __init__(
         self,

@@ -54,16 +54,10 @@ class ResumableShards:
     Args:
         folder: of the shards; made by :meth:`begin`.
         state: the name of the folder inside it.
-        checksums: verify finished shards by their SHA-256, not by their size alone.
-        earlier: finished shards of a run that has removed its state.
-        earlier_plan: the plan of that run.
     """
 
     folder: Path
     state: str
-    checksums: bool = False
-    earlier: Mapping[int, FinishedShard] = field(default_factory=dict)
-    earlier_plan: Mapping[str, Any] | None = None
 
     def path(self, number: int) -> Path:
         return self.folder / shard_name(number)
@@ -82,16 +76,16 @@ class ResumableShards:
             ConfigError: shards of another plan are finished, or the folder holds something else.
         """
         others = self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
-        begun = self._plan()  # read after the listing: another process may be writing both
-        if begun is None:
+        path = self._state / "plan.json"
+        if not path.is_file():  # looked for after the listing: another process may be writing both
             if others:
                 raise ConfigError(
                     f"`out` {self.folder}: has other files already: name a new or empty folder, or one that this "
                     "command began"
                 )
             return
-        changes = _changes(begun, plan)
-        if changes and (self.earlier or any(self._state.glob("[0-9]*.json")) or self.any_stored()):
+        changes = _changes(json.loads(path.read_text(encoding="utf-8")), plan)
+        if changes and (any(self._state.glob("[0-9]*.json")) or self.any_stored()):
             raise ConfigError(
                 f"`out` {self.folder}: was begun with {', '.join(changes)}: give the same options and images to "
                 "continue, name another folder, or remove this one to start again"
@@ -136,22 +130,15 @@ class ResumableShards:
             raise
 
     def finished(self, number: int) -> FinishedShard | None:
-        """The description of a shard, if it is finished and its file is intact."""
-        description = self._description(number)
-        if description.is_file():
-            content = json.loads(description.read_text(encoding="utf-8"))
-            unreadable = [ReadError(*error) for error in content["unreadable"]]
-            shard = FinishedShard(ShardRecord(**content["record"]), unreadable, content["details"])
-        elif number in self.earlier:
-            shard = self.earlier[number]
-        else:
+        """The description of a shard, if it is finished and its file has the right size."""
+        description, path = self._description(number), self.path(number)
+        if not description.is_file():
             return None
-        return shard if not shard.record.images or self._is_intact(number, shard.record) else None
-
-    def _is_intact(self, number: int, record: ShardRecord) -> bool:
-        path = self.path(number)
-        right_size = path.is_file() and path.stat().st_size == record.bytes
-        return right_size and (not self.checksums or file_sha256(path) == record.sha256)
+        content = json.loads(description.read_text(encoding="utf-8"))
+        record = ShardRecord(**content["record"])
+        if record.images and not (path.is_file() and path.stat().st_size == record.bytes):
+            return None
+        return FinishedShard(record, [ReadError(*error) for error in content["unreadable"]], content["details"])
 
     def write(
         self,
@@ -197,7 +184,7 @@ class ResumableShards:
 
     def remove_state(self) -> None:
         """Remove the state, once the shards are complete."""
-        shutil.rmtree(self._state)
+        shutil.rmtree(self._state, ignore_errors=True)
 
     @property
     def _state(self) -> Path:
@@ -205,13 +192,6 @@ class ResumableShards:
 
     def _description(self, number: int) -> Path:
         return self._state / f"{number:06d}.json"
-
-    def _plan(self) -> Mapping[str, Any] | None:
-        path = self._state / "plan.json"
-        if not path.is_file():
-            return self.earlier_plan
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return plan
 
 
 def _add(archive: tarfile.TarFile, sample: WebDatasetSample) -> None:

@@ -127,16 +127,16 @@ class Teacher(Part):
     def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
         """Raise ConfigError if the data have latents of another autoencoder."""
         for pairs in pair_sources(source):
-            if pairs.encoded_by.described["weights"] != self._checksum:
+            if pairs.stats["weights"] != self._checksum:
                 raise ConfigError(
-                    f"data: its latents are of {pairs.encoded_by.described['target']}, whose weights are not those of "
+                    f"data: its latents are of {pairs.stats['target']}, whose weights are not those of "
                     f"the teacher, {self.target}"
                 )
 
     def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
         """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite."""
         if isinstance(source, PairSource):
-            std = torch.tensor(source.encoded_by.means_std)  # over all of its images
+            std = torch.tensor(source.stats["means_std"])  # over all of its images
         else:
             std = self.to(device).measure(first_images(source, seed, MEASURED_IMAGES, device))
         if not bool(std.isfinite().all()):

@@ -167,17 +167,6 @@ def test_pixels_come_back_as_they_were(channels):
     assert torch.equal(image_to_tensor(Photo(content, "x.png", channels).read()), pixels)
 
 
-def test_what_is_known_of_the_teacher(pairs):
-    stats = json.loads((pairs / "stats.json").read_text())
-    teacher = source(pairs).encoded_by
-    assert (teacher.downscale, teacher.latent_channels) == (4, 48)
-    assert teacher.latents_mean == stats["latents_mean"]
-    assert teacher.latents_std == stats["latents_std"]
-    assert (teacher.scaling_factor, teacher.shift_factor) == (stats["scaling_factor"], stats["shift_factor"])
-    assert teacher.described == {"target": "tiny", "weights": stats["weights"]}
-    assert len(teacher.latents_mean) == len(teacher.latents_std) == 48
-
-
 @pytest.mark.parametrize("damage", ["no picture", "other pixels", "no pixels", "no latent", "no mirrored latent"])
 def test_a_broken_pair_is_counted_and_another_one_stands_in(pairs, damage):
     latent = Latent(torch.ones(48, 8, 8), torch.ones(48, 8, 8))
@@ -242,7 +231,7 @@ def test_what_it_refuses(pairs, tmp_path):
         source(pairs, num_workers=12).check_processes(2)
     stats = json.loads((pairs / "stats.json").read_text())
     (pairs / "stats.json").write_text(json.dumps({**stats, "downscale": None}))
-    with pytest.raises(ValueError, match=r"stats\.json is not a description of latents"):
+    with pytest.raises(ValueError, match=r"stats\.json: not a description of latents"):
         source(pairs)
 
 

@@ -1,14 +1,12 @@
 import gzip
 import json
 import random
-import resource
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from olvae.data.read_errors import ReadError
-from olvae.data.shards import tar_reading as opening
 from olvae.data.shards.index import count_images, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from tests.data.images import encoded, write_shard, write_tar
@@ -126,54 +124,15 @@ def test_pipes_are_shards_and_may_be_left_early(tmp_path):
     items.close()
 
 
-def test_images_alone_are_the_same_images(tmp_path):
-    path = str(write_shard(tmp_path / "a.tar", range(5)))
-    alone = [entry for entry in read_shard(Shard(path), sidecars=False) if isinstance(entry, Entry)]
-    assert [(e.key, e.name, e.data) for e in alone] == [(e.key, e.name, e.data) for e in read(path)[0]]
-    assert all(entry.files == {} for entry in alone)
-
-
-def zeros(path: Path, gib: float, name: str = "0000.jpg") -> Path:
-    """A shard of an image, then a file that unpacks to so many GiB of zeros."""
-    member = tarfile.TarInfo(name)
-    member.size = round(gib * 2**30)
-    with gzip.open(path, "wb", compresslevel=1) as packed:
-        packed.write(write_tar(path.with_name("before.tar"), [("before.jpg", encoded(0))]).read_bytes().rstrip(b"\0"))
-        packed.write(bytes(-packed.tell() % 512) + member.tobuf())
-        for _ in range(round(gib * 1024)):
-            packed.write(bytes(2**20))
-    return path
-
-
-def test_a_shard_that_unpacks_to_much_more_than_its_size_ends_there(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name in ("0000.jpg", "0000.txt"):
-        path = zeros(tmp_path / "a.tar.gz", 0.1, name)
-        (entry,), (error,) = read(path)
-        assert entry.key == "a/before"
-        assert "decompression bomb" in error.reason
-        assert count_images(path) <= 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # in KiB
-
-
 def test_a_file_of_a_shard_that_says_it_is_huge_is_not_read(tmp_path):
     image = encoded(0)
     first = tarfile.TarInfo("a.jpg")
     first.size = len(image)
-    for kind, reason in ((tarfile.REGTYPE, "larger than 1 GiB"), (tarfile.GNUTYPE_SPARSE, "a sparse file")):
+    for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE):
         huge = tarfile.TarInfo("b.jpg")
         huge.size, huge.type = 2**33, kind
         path = tmp_path / "a.tar"
         path.write_bytes(first.tobuf() + image + bytes(-len(image) % 512) + huge.tobuf() + bytes(1024))
         (entry,), (error,) = read(path)
         assert entry.key == "a/a"
-        assert f"b.jpg: {reason}" in error.reason
-
-
-def test_the_files_of_a_sample_are_bounded_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "MAX_SAMPLE_BYTES", 3000)
-    files = [("a.jpg", bytes(2000)), ("a.json", bytes(900)), ("b.jpg", bytes(2000)), ("b.json", bytes(1001))]
-    entries, (error,) = read(write_tar(tmp_path / "a.tar", files))
-    assert [entry.key for entry in entries] == ["a/a", "a/b"]
-    assert list(entries[1].files) == []
-    assert "b.json: larger" in error.reason
+        assert error.reason == "b.jpg: a sparse file, or larger than 1 GiB"

@@ -14,7 +14,7 @@ PLAN = {"options": {"size": 8, "flip": False}, "images": "abc"}
 
 @pytest.fixture
 def shards(tmp_path):
-    shards = ResumableShards(tmp_path / "out", ".state", checksums=True)
+    shards = ResumableShards(tmp_path / "out", ".state")
     shards.begin(PLAN)
     return shards
 
@@ -28,23 +28,21 @@ def test_a_shard_and_what_is_known_about_it(shards):
     error = ReadError("b.jpg", "the file is empty")
     written = shards.write(2, [*samples(3), error], lambda: {"sum": 3.5})
     assert (written.record.images, written.unreadable, written.details) == (3, [error], {"sum": 3.5})
-    assert ResumableShards(shards.folder, ".state", checksums=True).finished(2) == written
+    assert ResumableShards(shards.folder, ".state").finished(2) == written
     entries = list(read_shard(Shard(str(shards.path(2)))))
     assert [(entry.data, dict(entry.files)) for entry in entries] == [(b"x" * i, {"cls": b"1"}) for i in range(3)]
     shards.forget(2)
     assert shards.finished(2) is None
 
 
-@pytest.mark.parametrize("damage", ["gone", "shorter", "changed"])
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
 def test_a_damaged_shard_is_not_finished(shards, damage):
     shards.write(0, samples(2))
     path, content = shards.path(0), shards.path(0).read_bytes()
     path.unlink()
-    if damage != "gone":
-        path.write_bytes(content[:-1] if damage == "shorter" else content[:-1] + b"x")
+    if damage == "shorter":
+        path.write_bytes(content[:-1])
     assert shards.finished(0) is None
-    by_size = ResumableShards(shards.folder, ".state")
-    assert (by_size.finished(0) is None) == (damage != "changed")
     shards.write(0, samples(2))
     assert path.read_bytes() == content
 
