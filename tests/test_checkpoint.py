@@ -1,5 +1,12 @@
+"""Files of weights: written, read back, refused; published ones found and downloaded."""
+
+import hashlib
+import http.server
 import pickle
 import resource
+import socket
+import threading
+import time
 import zipfile
 
 import numpy as np
@@ -7,18 +14,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from olvae.checkpoint import VGG16, load_weights, read_checkpoint, read_weights, read_weights_file, write_tensors
+from olvae.checkpoint import (
+    INCEPTION,
+    VGG16,
+    MissingWeights,
+    WeightsFile,
+    find_weights,
+    load_weights,
+    provenance,
+    read_checkpoint,
+    read_weights,
+    read_weights_file,
+    write_tensors,
+)
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
 
 def model() -> LiteAutoencoderKL:
     return LiteAutoencoderKL(**tiny_config()["model"]["params"])
-
-
-class Harmful:
-    def __reduce__(self):
-        return print, ("code ran",)
 
 
 @pytest.fixture
@@ -44,16 +58,26 @@ def test_another_model_is_refused_whole(weights):
     weights["encoder.extra"] = torch.zeros(1)
     weights[second] = torch.zeros(2, 2)
     del weights[first]
-    with pytest.raises(
-        ValueError, match=r"1 missing .*; 1 unexpected \(encoder\.extra\); 1 of another shape .*2x2 for"
-    ):
+    message = r"1 missing .*; 1 unexpected \(encoder\.extra\); 1 of another shape .*2x2 for"
+    with pytest.raises(ValueError, match=message):
         load_weights(m, weights, "file.ckpt")
     assert all(torch.equal(before[name], t) for name, t in m.state_dict().items())
 
 
+class Reduced:
+    """Pickles as a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_is_not_run(tmp_path, capsys, legacy):
-    torch.save({"state_dict": {}, "x": Harmful()}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not legacy)
+    content = {"state_dict": {}, "x": Reduced(print, "code ran")}
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="it is cut off, or another kind of file"):
@@ -61,10 +85,13 @@ def test_code_is_not_run(tmp_path, capsys, legacy):
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_files_of_torch_before_1_6_are_refused(tmp_path):
-    torch.save({"encoder.a": torch.zeros(3)}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+def test_files_of_torch_before_1_6_are_refused_unless_they_are_published(tmp_path):
+    """As torchvision's VGG16 and VGG19 are."""
+    path = tmp_path / VGG16.name
+    torch.save({"encoder.a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"of torch before 1\.6: load and save it with a newer one"):
-        read_checkpoint(tmp_path / "a.ckpt")
+        read_checkpoint(path)
+    assert torch.equal(read_weights_file(path, VGG16)["encoder.a"], torch.arange(3.0))
 
 
 def test_broken_files(weights, tmp_path):
@@ -80,22 +107,10 @@ def test_broken_files(weights, tmp_path):
 
 
 def test_no_autoencoder_in_it(tmp_path):
-    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="no autoencoder in it"):
-        read_weights(tmp_path / "other.ckpt")
-    torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(ValueError, match="but a list"):
-        read_weights(tmp_path / "list.ckpt")
-
-
-class Reduced:
-    """Pickles as a call."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call[0], self.call[1:]
+    for content, message in (({"fc.weight": torch.zeros(3)}, "no autoencoder in it"), ([1, 2], "but a list")):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match=message):
+            read_weights(tmp_path / "other.ckpt")
 
 
 def archive(path, content: bytes, compression=zipfile.ZIP_STORED, **records: bytes):
@@ -115,18 +130,21 @@ def saved(path, tensor: torch.Tensor, change=lambda content: content):
         return archive(path, change(file.read(name)), **{"a/data/0": storage})
 
 
-def test_tensors_larger_than_the_file_are_refused_before_they_take_memory(tmp_path):
+def refused(path, message: str) -> None:
+    """In a line, and without taking memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=f"not a readable checkpoint: .*{message}"):
+        read_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # in KiB
+
+
+def test_tensors_larger_than_the_file_are_refused(tmp_path):
     x = torch.arange(200, dtype=torch.uint8)
     assert torch.equal(read_weights(saved(tmp_path / "whole.ckpt", x))["encoder.a"], x)
     many = b"J" + (2**31 - 1).to_bytes(4, "little")
-    counted = saved(tmp_path / "counted.ckpt", x, lambda content: content.replace(b"K\xc8", many))
-    taller = saved(tmp_path / "taller.ckpt", x, lambda content: content.replace(b"K\xc8\x85", many + b"\x85"))
-    repeated = saved(tmp_path / "repeated.ckpt", x.expand(10**8, 200))
-    for file in (counted, taller, repeated):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with pytest.raises(ValueError, match="not a readable checkpoint: "):
-            read_checkpoint(file)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # in KiB
+    refused(saved(tmp_path / "counted.ckpt", x, lambda content: content.replace(b"K\xc8", many)), "")
+    refused(saved(tmp_path / "taller.ckpt", x, lambda content: content.replace(b"K\xc8\x85", many + b"\x85")), "")
+    refused(saved(tmp_path / "repeated.ckpt", x.expand(10**8, 200)), "")
 
 
 CODECS = b"\x80\x02c_codecs\nencode\n"
@@ -146,10 +164,11 @@ REPEATED = CODECS + b"q\x00" + LONG + b"q\x01" + b"h\x00h\x01\x85R" * 2**12 + b"
     ids=["bytearray", "tensor", "hexadecimal", "repeated"],
 )
 def test_a_pickle_that_allocates_is_refused(tmp_path, content, message):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=f"not a readable checkpoint: .*{message}"):
-        read_checkpoint(archive(tmp_path / "a.ckpt", content))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17
+    refused(archive(tmp_path / "a.ckpt", content), message)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    refused(archive(tmp_path / "a.ckpt", pickle.dumps({}), zipfile.ZIP_DEFLATED), "a decompression bomb perhaps")
 
 
 def test_plain_values_and_other_packages_objects_beside_the_weights(tmp_path):
@@ -159,17 +178,6 @@ def test_plain_values_and_other_packages_objects_beside_the_weights(tmp_path):
     content = read_checkpoint(tmp_path / "a.ckpt")
     assert {name: content[name] for name in values} == values
     assert content["array"] == {}
-
-
-def test_a_compressed_checkpoint_is_refused(tmp_path):
-    torch.save({"encoder.a": torch.zeros(1000)}, tmp_path / "whole.ckpt")
-    with zipfile.ZipFile(tmp_path / "whole.ckpt") as file:
-        records = {name: file.read(name) for name in file.namelist()}
-    with zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as file:
-        for name, data in records.items():
-            file.writestr(name, data)
-    with pytest.raises(ValueError, match="compressed, a decompression bomb perhaps"):
-        read_checkpoint(tmp_path / "packed.ckpt")
 
 
 def test_a_flipped_bit_is_seen(tmp_path):
@@ -187,3 +195,141 @@ def test_a_flipped_bit_is_seen(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_checkpoint(path)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("OLVAE_WEIGHTS", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A file, and a server on this machine that publishes it."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    torch.save({"a": torch.arange(3.0)}, folder / "net.pth")
+    digest = hashlib.sha256((folder / "net.pth").read_bytes()).hexdigest()
+    (folder / "net.pth").rename(folder / f"net-{digest[:8]}.pth")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield WeightsFile("a net", f"http://127.0.0.1:{server.server_port}/net-{digest[:8]}.pth")
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_order_of_places(tmp_path, cache, monkeypatch):
+    named, variable = tmp_path / "named", tmp_path / "variable"
+    for folder in (named, variable, cache):
+        folder.mkdir(parents=True)
+        (folder / VGG16.name).touch()
+    monkeypatch.setenv("OLVAE_WEIGHTS", str(variable))
+    assert find_weights(VGG16, named) == named / VGG16.name
+    assert find_weights(VGG16) == variable / VGG16.name
+    (named / VGG16.name).unlink()
+    assert find_weights(VGG16, named) == variable / VGG16.name
+    monkeypatch.delenv("OLVAE_WEIGHTS")
+    assert find_weights(VGG16, named) == cache / VGG16.name
+    with pytest.raises(NotADirectoryError, match=r"elsewhere: no such folder"):
+        find_weights(VGG16, tmp_path / "elsewhere")
+    (named / "weights-inception-2015-12-05-6726825d.pth").touch()  # torch-fidelity's name of the file
+    assert find_weights(INCEPTION, named).name.startswith("weights-inception")
+
+
+def test_downloads_into_the_cache(cache, published):
+    path = find_weights(published)
+    assert path == cache / published.name
+    assert torch.equal(read_weights_file(path, published)["a"], torch.arange(3.0))
+    assert provenance(path, published)["published"] is True
+
+
+def test_a_download_of_something_else_is_not_kept(cache, published, monkeypatch):
+    monkeypatch.setattr(WeightsFile, "sha256", "00000000")
+    with pytest.raises(MissingWeights, match="invalid hash value"):
+        find_weights(published)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf"])
+def test_a_server_that_stalls(cache, monkeypatch, sent):
+    """Before its answer, and in the middle of the file."""
+    monkeypatch.setattr("olvae.checkpoint.SILENCE_S", 0.2)
+    given_up = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(sent)
+                given_up.wait(30)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(MissingWeights, match="timed out"):
+            find_weights(WeightsFile("a net", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth"))
+        assert time.monotonic() - start < 4
+        given_up.set()
+        thread.join()
+    assert socket.getdefaulttimeout() is None
+    assert not list(cache.iterdir())
+
+
+def test_no_network_says_what_to_put_where(tmp_path, cache, monkeypatch):
+    def unresolved(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    monkeypatch.setenv("OLVAE_WEIGHTS", str(tmp_path / "variable"))
+    with pytest.raises(MissingWeights) as error:
+        find_weights(INCEPTION, tmp_path)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (INCEPTION.name, INCEPTION.url, str(cache), str(tmp_path / "variable"), "`weights_dir`", "not known"):
+        assert part in text
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, cache, published):
+    (tmp_path / "hub").write_text("a file where the folder should be")
+    with pytest.raises(MissingWeights, match="could not be downloaded"):
+        find_weights(published)
+
+
+def test_files_of_something_else(tmp_path):
+    path = tmp_path / VGG16.name
+    torch.save({"a": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"<html>404</html>", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a file of VGG16 weights: it is cut off") as error:
+            read_weights_file(path, VGG16)
+        assert "\n" not in str(error.value)
+    for other in ([torch.zeros(3)], {"a": 3}, {0: torch.zeros(3)}):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            read_weights_file(path, VGG16)
+    torch.save({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="a has non-finite values"):
+        read_weights_file(path, VGG16)
+    assert list(read_weights_file(path, VGG16, "b")) == ["b"]
+
+
+def test_provenance_notices_another_file(tmp_path):
+    path = tmp_path / "net-ba7816bf.pth"
+    path.write_bytes(b"abc")
+    file = WeightsFile("x", path.name)
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    assert provenance(path, file) == {"file": path.name, "sha256": digest, "published": True}
+    path.write_bytes(b"abcd")
+    assert provenance(path, file)["published"] is False

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -11,7 +12,16 @@ import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
-from olvae.devices import Agreement, gather, join, leave, resolve_device, resolve_devices, resolve_precision
+from olvae.devices import (
+    Agreement,
+    gather,
+    join,
+    keep_freed_memory,
+    leave,
+    resolve_device,
+    resolve_devices,
+    resolve_precision,
+)
 
 
 @pytest.fixture
@@ -54,10 +64,12 @@ def test_accelerator_and_devices(gpus, gpus_wanted, trainer, there, expected):
         (",", 2, "give a number of GPUs"),
     ],
 )
-def test_mistakes(gpus, flag, there, message):
+def test_gpus_that_are_not_there(gpus, flag, there, message):
     gpus(there)
     with pytest.raises(ConfigError, match=message):
         resolve_devices(flag, {})
+    with pytest.raises(ConfigError, match=r"lightning\.trainer\.devices: '0,1': give a number, a list"):
+        resolve_devices(None, {"accelerator": "cpu", "devices": "0,1"})
 
 
 def test_precision():
@@ -79,10 +91,7 @@ def free_port() -> int:
 
 
 def fork_two(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function in two children of this process, as torchrun would; they have what is imported already.
-
-    Fails if one of them does.
-    """
+    """Call a function in two children of this process, as torchrun would; they have what is imported already."""
     port = free_port()
 
     def work(rank: int) -> None:
@@ -94,10 +103,7 @@ def fork_two(function: Callable[..., object], *arguments: object) -> None:
 
 
 def fork_each(work: Callable[[int], None]) -> None:
-    """Call ``work`` with 0 and with 1, each in a child of this process.
-
-    Fails if one of them does.
-    """
+    """Call ``work`` with 0 and with 1, each in a child of this process; fail if one of them does."""
     context = multiprocessing.get_context("fork")
     both = [context.Process(target=work, args=(rank,)) for rank in range(2)]
     for process in both:
@@ -108,22 +114,13 @@ def fork_each(work: Callable[[int], None]) -> None:
 
 
 def run_on_two(*arguments: str) -> list[str]:
-    """Run Python twice, as torchrun would, without its own third process; what each wrote to standard error.
-
-    Fails if one of them does.
-    """
-    port = str(free_port())
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(REPO)}
+    """Run Python twice, as torchrun would, without its own third process; what each wrote to standard error."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "PYTHONPATH": str(REPO)}
     env = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    both = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    both = []
+    for rank in ("0", "1"):
+        own, command = {**env, "RANK": rank, "LOCAL_RANK": rank}, [sys.executable, *arguments]
+        both.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
     return errors
@@ -176,3 +173,33 @@ def test_each_process_takes_its_own_gpu(monkeypatch, gpus, local, expected):
     else:
         with pytest.raises(ConfigError, match=f"this machine has {gpus} GPUs"):
             resolve_device("cuda:2")
+
+
+FAULTS = """
+import resource, sys
+import torch
+from olvae.devices import keep_freed_memory
+
+assert sys.argv[1] == "not" or keep_freed_memory()
+
+def use():
+    return torch.ones(2**24).sum()  # 64 MB
+
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_a_tensor_gets_the_pages_of_the_one_before():
+    """By the system's count of pages that it had to supply."""
+    keep, give = (int(subprocess.check_output([sys.executable, "-c", FAULTS, mode])) for mode in ("keep", "not"))
+    assert keep < 16 < give  # 16384 pages, or 32 large ones
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()
