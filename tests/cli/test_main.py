@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def test_train_evaluate_and_resume(olvae, whole_training, config, tmp_path):
     code, out, err = olvae("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "--name", "a")
     assert (code, out) == (0, "")
     (run,) = (tmp_path / "runs").iterdir()
-    for text in (
+    facts = (
         "parameters",
         "GMACs",
         "16x16 -> 2x2",
@@ -59,8 +60,8 @@ def test_train_evaluate_and_resume(olvae, whole_training, config, tmp_path):
         "0.001, constant",
         "CPU",
         str(run),
-    ):
-        assert text in err, text
+    )
+    assert [text for text in facts if text not in err] == []
     code, out, err = olvae("evaluate", "--baselines", "-B", "3", run)
     assert (code, out) == (0, "")
     assert "untrained" in err
@@ -76,50 +77,34 @@ def test_train_evaluate_and_resume(olvae, whole_training, config, tmp_path):
     code, _, err = olvae("train", "--resume", run, "lightning.trainer.max_steps=5")
     assert code == 0
     assert "done after 5 steps" in err
-    code, _, _ = olvae(
-        "evaluate",
-        "--config",
-        run / "config.yaml",
-        "--out",
-        tmp_path / "out",
-        "--metrics",
-        "psnr",
-        run / "checkpoints/last.ckpt",
-    )
-    assert code == 0
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["results"][0]["metrics"].keys() == {"psnr"}
 
 
-def test_a_rate_that_only_rises_and_more_processes_than_cores_are_warnings(olvae, config, tmp_path, monkeypatch):
+def test_warnings_of_a_run(olvae, config, tmp_path, monkeypatch):
+    """Of a rate that only rises, more processes than cores, and few held-out images."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=2")
     _, _, err = olvae(*train, "model.params.warmup_steps=2", "data.params.num_workers=2")
     assert "warning: the learning rate rises for 2 steps, and training ends after 2: shorten model.params.war" in err
     assert "warning: 2 loader processes on 1 cores: data.params.num_workers\n" in err
-    _, _, err = olvae(*train, "model.params.warmup_steps=1")
-    assert "the learning rate rises" not in err
-    assert "loader processes" not in err
-
-
-def test_few_held_out_images_are_a_warning_with_the_interval(olvae, config, tmp_path):
-    """In training that there are few, in an evaluation also how much that means; not of 20 images."""
-    train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=1")
-    code, _, err = olvae(*train)
-    assert code == 0
     assert "warning: only 3 held-out images: scores are uncertain, and `olvae evaluate` prints by how much" in err
-    (run,) = (tmp_path / "runs").iterdir()
-    code, _, err = olvae("evaluate", run, "--metrics", "psnr,ssim", "--no-report")
-    low, high = json.loads((run / "metrics.json").read_text())["results"][0]["intervals"]["psnr"]
+    for i in range(20):
+        Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
+    _, _, err = olvae(*train, "model.params.warmup_steps=1", f"data.params.val_root={tmp_path}/*.png")
+    assert not [text for text in ("the learning rate rises", "loader processes", "held-out") if text in err]
+
+
+def test_few_images_are_a_warning_with_the_interval(olvae, trained, tmp_path):
+    options = ("--metrics", "psnr,ssim", "--no-report", "--out", tmp_path / "out")
+    _, _, err = olvae("evaluate", trained, *options)
+    low, high = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"][0]["intervals"]["psnr"]
     assert (
-        "warning: few images, 3: other ones give other numbers; 95 % bootstrap intervals for "
-        f"{run.name}: PSNR {low:.3f} to {high:.3f}, SSIM "
+        "warning: few images, 4: other ones give other numbers; 95 % bootstrap intervals for "
+        f"{trained.name}: PSNR {low:.3f} to {high:.3f}, SSIM "
     ) in err
     for i in range(20):
         Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
-    code, _, err = olvae(*train, f"data.params.val_root={tmp_path}/*.png")
+    code, _, err = olvae("evaluate", trained, "--data", f"{tmp_path}/*.png", *options)
     assert code == 0
-    assert "held-out" not in err
-    code, _, err = olvae("evaluate", run, "--data", f"{tmp_path}/*.png", "--metrics", "psnr", "--no-report")
     assert "few images" not in err
 
 
@@ -139,37 +124,34 @@ def test_tables(olvae, monkeypatch, network_rows):
     rows = json.loads(out)
     keys = {"group", "variant", "name", "params", "macs", "published_params", "published_macs"}
     assert all(row.keys() == keys for row in rows)
-    code, out, _ = olvae("tables")
-    assert code == 0
-    assert "53.3326" in out
+    assert "53.3326" in olvae("tables")[1]
 
 
 def test_validate(olvae, config, tmp_path):
-    code, out, err = olvae("validate", config)
-    assert (code, out) == (0, "")
-    assert "no mistakes" in err
     bad = tmp_path / "bad.yaml"
     bad.write_text("modle: {}\n")
-    code, _, err = olvae("validate", bad, config, tmp_path / "missing.yaml")
-    assert code == 1
+    code, out, err = olvae("validate", bad, config, tmp_path / "missing.yaml")
+    assert (code, out) == (1, "")
     assert f"{bad}: modle: unknown key; did you mean model?" in err
     assert f"{bad}: model: missing" in err
     assert "missing.yaml: no such config file" in err
     assert f"{config}: no mistakes" in err
 
 
-def test_validate_memory(olvae, config, tmp_path):
-    """A line for each precision, without and with checkpointing, which needs less."""
+def test_validate_memory(olvae, config, tmp_path, monkeypatch):
+    """A line for each precision, without and with checkpointing; tests/models/test_footprint.py has the numbers."""
+    asked = []
+    need = SimpleNamespace(fixed=2**30, per_image=2**29)
+    monkeypatch.setattr("olvae.models.footprint.footprint", lambda model, *case: asked.append(case) or need)
     code, out, err = olvae("validate", "--memory", config)
     assert code == 0
     assert "no mistakes" in err
     assert "at 16 pixels" in " ".join(out.split())  # the title is wrapped
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
-    assert [row[:2] for row in rows] == [[p, c] for p in ("32", "bf16") for c in ("false", "true")]
-    assert float(rows[0][3]) >= float(rows[1][3])
-    bad = tmp_path / "bad.yaml"
-    bad.write_text("model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n")
-    assert olvae("validate", "--memory", bad)[:2] == (1, "")
+    assert rows == [[p, c, "1.00", "0.500"] for p in ("32", "bf16") for c in ("false", "true")]
+    assert asked == [(16, p, c) for p in ("32", "bf16") for c in (False, True)]
+    (tmp_path / "bad.yaml").write_text("model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n")
+    assert olvae("validate", "--memory", tmp_path / "bad.yaml")[:2] == (1, "")
 
 
 DEMO = ("train", "--base", "configs/demo.yaml")
@@ -188,8 +170,6 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ([*DEMO, "data.params.size=60"], 2, "use 56 or 64"),
         ([*DEMO, "model.base_learning_rate=.inf"], 2, "a positive number, got inf"),
         ([*DEMO, "model.params.encoder_config.params.extractor_mult=[1, -1]"], 2, "must be at least"),
-        ([*DEMO, "model.params.encoder_config.params.aggregate_resblocks=-1"], 2, "must be at least"),
-        ([*DEMO, "model.params.decoder_config.params.channel_mult=[1, 1, 1, -1]"], 2, "must be at least"),
         ([*DEMO, "model.params.decoder_config.params.channels=0"], 2, "must be at least"),
         ([*DEMO, "data.params.batch_size=6000"], 1, "larger than the data"),
         ([*DEMO, "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
@@ -395,17 +375,6 @@ def test_a_terminal_shows_that_a_command_loads(olvae, tmp_path):
     assert 0 <= err.index("loading") < err.index("neither a run folder")
 
 
-def test_the_path_of_a_run_is_not_cut_off(olvae, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    logdir = tmp_path / ("long" * 20)
-    base = trained.parent.parent / "tiny.yaml"
-    code, _, err = olvae("train", "--base", base, "--gpus", 0, "--logdir", logdir, "lightning.trainer.max_steps=1")
-    (run,) = logdir.iterdir()
-    assert code == 0
-    assert f"\nrun: {run}\n" in err
-    assert "…" not in err
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -422,7 +391,6 @@ def test_a_device_that_is_not_there(olvae, trained, tmp_path, command):
     paths = {"RUN": trained, "PHOTOS": trained.parent.parent / "photos", "OUT": tmp_path / "out"}
     command = [paths.get(argument, argument) for argument in command]
     assert olvae(*command, "--device", "gpu") == (2, "", "error: --device gpu: choose cpu, cuda, or cuda:N\n")
-    assert olvae(*command, "--device", "mps")[0] == 2
     code, _, err = olvae(*command, "--device", "cuda:99")
     assert (code, err) == (2, f"error: --device cuda:99: this machine has {torch.cuda.device_count()} GPUs\n")
     assert not (tmp_path / "out").exists()
@@ -431,7 +399,7 @@ def test_a_device_that_is_not_there(olvae, trained, tmp_path, command):
 @pytest.mark.parametrize(
     "command",
     [
-        ["evaluate", "WEIGHTS", "--data", "PHOTOS", "--size", "16", "--out", "OUT", "--metrics", "psnr"],
+        ["evaluate", "WEIGHTS", "--data", "PHOTOS", "--size", "16", "--out", "OUT", "--metrics", "l1", "--no-report"],
         ["latents", "WEIGHTS", "--data", "PHOTOS", "--out", "OUT"],
         ["reconstruct", "WEIGHTS", "PHOTOS", "--out", "OUT"],
         ["encode", "WEIGHTS", "--data", "PHOTOS", "--size", "16", "--out", "OUT"],
@@ -445,11 +413,12 @@ def test_weights_that_fit_in_part_are_for_who_asks(olvae, trained, tmp_path, com
     del weights["decoder.conv_out.bias"]
     torch.save(weights, tmp_path / "weights.pt")
     (tmp_path / "weights.yaml").write_bytes((trained / "config.yaml").read_bytes())
-    paths = {"WEIGHTS": "weights.pt", "LATENTS": "latents", "OUT": "out"}
-    paths = {name: tmp_path / path for name, path in paths.items()} | {"PHOTOS": trained.parent.parent / "photos"}
-    if "LATENTS" in command:
-        olvae("encode", trained, "--data", paths["PHOTOS"], "--size", 16, "--out", paths["LATENTS"])
-    command = [paths.get(argument, argument) for argument in command]
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "photos" / "red.png")
+    names = {"WEIGHTS": "weights.pt", "LATENTS": "latents", "OUT": "out", "PHOTOS": "photos"}
+    command = [tmp_path / names[argument] if argument in names else argument for argument in command]
+    if command[0] == "decode":
+        olvae("encode", trained, "--data", tmp_path / "photos", "--size", 16, "--out", tmp_path / "latents")
     code, _, err = olvae(*command)
     assert (code, err.count("\n")) == (1, 1)
     assert "these weights are of another model: 1 missing (decoder.conv_out.bias)" in err

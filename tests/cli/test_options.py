@@ -33,7 +33,6 @@ LATENTS = ("encode", "x", "--data", "y", "--out", "z")
         (("evaluate", "x", "--protocol", "ours"), "error: --protocol ours: choose from open-litevae, latent-diffusion"),
         (("evaluate", "x", "--precision", "fp16,fp8"), "error: --precision fp16,fp8: choose from fp16, bf16, 32\n"),
         (("evaluate", "x", "--posterior", "mean"), "'mean' is not one of 'mode"),
-        (("latents", "x", "--device", "gpu"), "error: --device gpu: choose cpu, cuda, or cuda:N\n"),
         ((*LATENTS, "--dtype", "half"), "'half' is not one of 'float16"),
         ((*LATENTS, "--precision", "8"), "error: --precision 8: choose from fp16, bf16, 32\n"),
         (("decode", "x", "y", "--out", "z", "--format", "gif"), "'gif' is not one of 'p"),
