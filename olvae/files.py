@@ -48,11 +48,6 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def set_aside(path: Path) -> str:
-    """Rename a file that can't be read to ``<name>.broken``, in place of an earlier one; returns the new name."""
-    return path.replace(path.with_name(f"{path.name}.broken")).name
-
-
 def check_folder(folder: Path) -> Path:
     """Check that files can be written into a folder, which need not exist yet; call it before long work.
 

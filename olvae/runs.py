@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -61,16 +60,7 @@ class Run:
         self.images = self.path / "images"
         self.bad_steps = self.path / "bad_steps.jsonl"
         self.metrics = self.path / "metrics.json"
-        self.finished = self.path / "finished.json"
         self.lock = self.path / ".lock"
-
-    def is_finished(self, steps: int) -> bool:
-        """Return whether training has done everything after this many steps: validation, curves, the best weights."""
-        try:
-            note = json.loads(self.finished.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(note, dict) and note.get("steps") == steps
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:

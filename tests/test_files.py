@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from olvae.files import atomic_write, check_folder, file_sha256, no_empty_folders, set_aside, write_json
+from olvae.files import atomic_write, check_folder, file_sha256, no_empty_folders, write_json
 
 
 def test_a_file_is_complete_or_as_it_was(tmp_path):
@@ -51,14 +51,6 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
         partial.write_text("new")
     assert seen == [("new", "old")]
     assert (tmp_path / "a").read_text() == "new"
-
-
-def test_what_is_set_aside_keeps_its_content(tmp_path):
-    for content in ("1", "2"):
-        (tmp_path / "a.json").write_text(content)
-        assert set_aside(tmp_path / "a.json") == "a.json.broken"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json.broken"]
-    assert (tmp_path / "a.json.broken").read_text() == "2"
 
 
 def test_two_may_write_at_once(tmp_path):

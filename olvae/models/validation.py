@@ -41,9 +41,6 @@ class ValidatedModule(pl.LightningModule):
     freeze_decoder: bool
     channels_last: bool
 
-    validated_at = 0
-    """The step of the last validation."""
-
     def __init__(self, val_metrics: Sequence[str] = (), weights_dir: str | None = None) -> None:
         super().__init__()
         self.val_metrics = list(val_metrics)
@@ -155,4 +152,3 @@ class ValidatedModule(pl.LightningModule):
         self._metrics = {}
         self.log_dict(self.validation_values)
         self.log("step", float(self.global_step))
-        self.validated_at = self.global_step

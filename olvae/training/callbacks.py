@@ -277,7 +277,7 @@ def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
 class GracefulStop(Callback):
     """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM or SIGUSR1; at a second signal at once.
 
-    A validation that has begun is finished first.
+    A validation that has begun is finished first. The last step is validated whatever the interval, before it is saved.
 
     Args:
         time_limit: seconds from now on, after which training stops in the same way; None for no limit.
@@ -303,6 +303,9 @@ class GracefulStop(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
         if not pl_module.update_is_complete:
+            return
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # with a validation
             return
         if self.reason is None and time.monotonic() >= self._end:
             self._announce("the time limit")

@@ -21,7 +21,7 @@ from olvae.config import Config, ConfigError, with_paths
 from olvae.data.opening import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
-from olvae.files import first_line, no_empty_folders, remove_partials, write_json
+from olvae.files import first_line, no_empty_folders, remove_partials
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
@@ -76,11 +76,6 @@ class Prepared:
     images_seen: int  # by the resumed run
     steps_done: int
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the resumed run has done its last step."""
-        return self.plan.resumed is not None and self.steps_done == self.trainer_args["max_steps"]
-
 
 def train(options: TrainOptions | Plan) -> Run:
     """Train with the options of ``olvae train``, or with the plan that ``read_plan`` has made of them.
@@ -97,12 +92,12 @@ def train(options: TrainOptions | Plan) -> Run:
     plan = options if isinstance(options, Plan) else read_plan(options)
     with RunLock() as lock, no_empty_folders(Path(plan.options.logdir)):
         prepared = prepare(plan, lock)
-        if prepared.is_over and plan.resumed is not None and plan.resumed.is_finished(prepared.steps_done):
+        done = prepared.steps_done
+        if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
             if launch.is_first():
                 print_ending(
                     plan.resumed,
-                    f"all {prepared.steps_done} steps of this run are done, and nothing is left to do: "
-                    f"lightning.trainer.max_steps={2 * prepared.steps_done} continues it",
+                    f"all {done} steps of this run are done: lightning.trainer.max_steps={2 * done} continues it",
                 )
             return plan.resumed
         with _run_folder(prepared, lock) as run:
@@ -160,13 +155,11 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
 
 
 def fit(prepared: Prepared, run: Run) -> pl.Trainer:
-    """Train to the last step or to a stop, and validate the last step; return the trainer."""
+    """Train to the last step or to a stop; return the trainer."""
     model, source, resumed = prepared.model, prepared.source, prepared.plan.resumed
     trainer = _trainer(prepared, run)
     if trainer.is_global_zero:
         print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
-    if prepared.is_over and trainer.is_global_zero:
-        notify(f"training has finished ({prepared.steps_done} steps); running the final validation")
     device = trainer.strategy.root_device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -182,10 +175,6 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 ckpt_path=None if resumed is None else str(run.last_checkpoint),
                 weights_only=True,
             )
-            if prepared.is_over:  # fit has restored it only; validation is of state_dict, an average perhaps
-                model.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
-            if not prepared.stop.agreed and model.validated_at != trainer.global_step:  # off the interval
-                trainer.validate(model, source.val_loader(), verbose=False)
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -196,13 +185,11 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
 
 
 def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
-    """Draw the curves, print where the results are, and note that nothing is left; raise TrainingStopped if it is."""
+    """Draw the curves and print where the results are; raise TrainingStopped if training was stopped."""
     stop = prepared.stop
     if trainer.is_global_zero:
         stopped = trainer.global_step < trainer.max_steps
         print_ending(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps")
-        if not stop.agreed:
-            write_json({"steps": trainer.global_step}, run.finished)
         if stop.reason == "SIGUSR1":
             launch.requeue()
     if stop.agreed:  # the caller, Python or make, must not begin what comes after a training

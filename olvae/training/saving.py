@@ -2,8 +2,6 @@
 
 import json
 import logging
-import math
-import shutil
 import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from olvae import config as cfg
 from olvae.config import Config
 from olvae.data.read_errors import TooManyUnreadableError
-from olvae.files import atomic_write, first_line, set_aside, write_json
+from olvae.files import atomic_write, first_line, write_json
 from olvae.metrics.registry import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
@@ -41,7 +38,8 @@ class CheckpointError(OSError):
 class KeepCheckpoints(Checkpoint):
     """Save ``checkpoints/last.ckpt`` at an interval, at the last step and at a stop, and ``best.ckpt`` by validation.
 
-    Non-finite weights are never saved. An error between two steps, such as an unreadable image, saves too.
+    At a step that is validated, both are saved after it, so that after a kill the validation is repeated. Non-finite
+    weights are never saved. An error between two steps, such as an unreadable image, saves too.
 
     Args:
         every_n_steps: updates of the autoencoder between two saves of ``last.ckpt``.
@@ -66,7 +64,7 @@ class KeepCheckpoints(Checkpoint):
         self._warned = False
 
     def on_fit_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._best_value = self._best_before(current_run(trainer), trainer.is_global_zero)
+        self._best_value = self._best_before(current_run(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LiteAutoencoderKL)
@@ -92,7 +90,7 @@ class KeepCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._keep_best(trainer, pl_module)
-        if self._save_after_validation:  # saved before it, a run that is killed in between would never be validated
+        if self._save_after_validation:
             self._save_last(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -100,6 +98,7 @@ class KeepCheckpoints(Checkpoint):
         # A save takes all processes, and of all errors only TooManyUnreadableError is raised in each of them.
         in_all = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
         useful = not isinstance(exception, FloatingPointError | CheckpointError)
+        useful &= trainer.global_step < trainer.max_steps  # else the run would seem to be done, without its validation
         if in_all and useful and not self._in_step and pl_module.images_seen > self._saved_images:
             self._save(trainer, pl_module, "last.ckpt")
 
@@ -112,8 +111,7 @@ class KeepCheckpoints(Checkpoint):
     def _keep_best(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save ``best.ckpt`` if the validation that has just ended is the best one so far."""
         assert isinstance(module, LiteAutoencoderKL)
-        run, fitting = current_run(trainer), trainer.state.fn == TrainerFn.FITTING
-        if self.best is None or trainer.sanity_checking or not (fitting or run.last_checkpoint.is_file()):
+        if self.best is None or trainer.sanity_checking:
             return
         values = module.validation_values
         if not values:
@@ -122,39 +120,27 @@ class KeepCheckpoints(Checkpoint):
             self._warned = True
             return
         if self.best not in values:
-            if not fitting:  # the validation after training has no val_raw, of the weights without averaging
-                return
             raise ValueError(
                 f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
                 "model.params.val_metrics, or set best to null"
             )
         sign = 1 if BETTER[self.best.rpartition("/")[2]] == "higher" else -1
-        if self._best_value is not None and sign * values[self.best] <= sign * self._best_value:
-            return
-        self._best_value = values[self.best]
-        note = {"metric": self.best, "value": self._best_value, "step": trainer.global_step}
-        if fitting:
+        if self._best_value is None or not sign * values[self.best] <= sign * self._best_value:  # or that is nan
+            self._best_value = values[self.best]
+            note = {"metric": self.best, "value": self._best_value, "step": trainer.global_step}
             self._save(trainer, module, "best.ckpt", note)
-        elif trainer.is_global_zero:  # the model has only one of two sets of weights now, last.ckpt has both
-            best = run.checkpoints / "best.ckpt"
-            with atomic_write(best) as partial:
-                shutil.copyfile(run.last_checkpoint, partial)
-            write_json(note, best.with_suffix(".json"))
 
-    def _best_before(self, run: Run, is_first: bool) -> float | None:
-        """Read the best value of a resumed run, if it is of the same metric; set a broken note aside."""
+    def _best_before(self, run: Run) -> float | None:
+        """Read the best value of a resumed run, if it is of the same metric."""
         note = run.checkpoints / "best.json"
         if not note.is_file():
             return None
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
-            metric, value = before["metric"], float(before["value"])
-        except (ValueError, KeyError, TypeError, OSError):
-            metric, value = self.best, math.nan
-        if not math.isfinite(value) and is_first:
-            name = set_aside(note)
-            log.warning("%s: not readable: set aside as %s; the next validation replaces best.ckpt", note, name)
-        return value if metric == self.best and math.isfinite(value) else None
+            return float(before["value"]) if before["metric"] == self.best else None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("%s: not readable: %s; the next validation replaces it", note, first_line(error))
+            return None
 
     def _save(
         self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
@@ -246,7 +232,8 @@ def _on_host(value: Any) -> Any:
 def _validation_follows(trainer: pl.Trainer) -> bool:
     """Whether this batch is followed by a validation."""
     batches, every = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
-    return trainer.enable_validation and trainer.limit_val_batches != 0 and every is not None and batches % every == 0
+    due = trainer.should_stop or (every is not None and batches % every == 0)
+    return bool(trainer.enable_validation and trainer.limit_val_batches != 0 and due)
 
 
 def last_good(run: Run) -> str:

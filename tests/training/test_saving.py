@@ -186,6 +186,7 @@ def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
         default_root_dir=tmp_path,
         global_step=3,
         max_steps=3,
+        should_stop=False,
         enable_validation=False,
         val_check_batch=None,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=2)),
