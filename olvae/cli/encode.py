@@ -90,7 +90,7 @@ def command(
         import torch
 
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
-        from olvae.export.encoding import EncodeJob, EncodeOptions, encoder_of, find_inputs
+        from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
         from olvae.files import check_folder, no_empty_folders
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
@@ -112,7 +112,7 @@ def command(
         for note in job.notes(world) if rank == 0 else ():
             typer.echo(f"note: {in_flags(note)}", err=True)
         if compiled:
-            compile_networks([encoder_of(model)], where)
+            compile_networks([model.get_submodule("encoder")], where)
         share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
         with job.shards.nothing_left(), bar:
@@ -180,7 +180,7 @@ def decode_command(
     model.to(where)
 
     with no_empty_folders(out), ProgressBar("decoding", total([shard.images for shard in shards])) as bar:
-        done = decode_shards(model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance)
-    for error in done.unreadable:
+        done, unreadable = decode_shards(model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance)
+    for error in unreadable:
         typer.echo(f"skipped {error.name}: {error.reason}", err=True)
-    typer.echo(f"images: {out}, {done.images} of them", err=True)
+    typer.echo(f"images: {out}, {done} of them", err=True)

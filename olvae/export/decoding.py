@@ -1,7 +1,7 @@
 """Decode shards of latents to files of images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,7 @@ from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
 
-FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}}
-"""Extensions of the images, and the options of Pillow's writers."""
-
-
-@dataclass
-class Decoded:
-    """Count of images that were written, and latents that could not be read."""
-
-    images: int = 0
-    unreadable: list[ReadError] = field(default_factory=list)
+FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}}  # options of Pillow
 
 
 class _Latent(NamedTuple):
@@ -44,18 +35,21 @@ def decode_shards(
     batch_size: int = 8,
     memory: int = 4 * GIB,
     advance: Callable[[int], None] = lambda _: None,
-) -> Decoded:
+) -> tuple[int, list[ReadError]]:
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
-    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`. Unreadable latents are
-    skipped. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of further images.
+    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`. What takes more than
+    ``memory`` bytes is tiled. ``advance`` is called with the number of further images.
+
+    Returns:
+        The number of images, and the latents that could not be read.
 
     Raises:
         ValueError: the latents are another model's, a key leads out of the folder, or no latent can be read.
     """
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
-    done, names = Decoded(), set[str]()
-    for batch in _batches(shards, batch_size, done):
+    names, unreadable = set[str](), list[ReadError]()
+    for batch in _batches(shards, batch_size, unreadable):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
         if z.shape[1] != model.latent_channels:
             wrong = f"a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}"
@@ -66,33 +60,30 @@ def decode_shards(
             names.add(name)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_image(crop_to(image, latent.size), folder / name, **FORMATS[image_format])
-        done.images += len(batch)
         advance(len(batch))
-    if not done.images:
-        reasons = "; ".join(f"{error.name}: {error.reason}" for error in done.unreadable[:3])
+    if not names:
+        reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:3])
         raise ValueError(f"no latents to decode{': ' if reasons else ''}{reasons}")
-    return done
+    return len(names), unreadable
 
 
-def _batches(shards: Sequence[Shard], batch_size: int, done: Decoded) -> Iterator[list[_Latent]]:
+def _batches(shards: Sequence[Shard], batch_size: int, unreadable: list[ReadError]) -> Iterator[list[_Latent]]:
     """Yield batches of up to ``batch_size`` latents of one shape, in order."""
     batch: list[_Latent] = []
-    for shard in shards:
-        for entry in read_shard(shard, LATENT):
-            if isinstance(entry, ReadError):
-                done.unreadable.append(entry)
-                continue
-            try:
-                latent, _, meta = read_latent(entry)
-            except UnreadableImageError as error:
-                done.unreadable.append(error.read_error())
-                continue
-            z = latent.draw(None)
-            if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
-                yield batch
-                batch = []
-            width, height = meta["image"]
-            batch.append(_Latent(meta["key"], z, (height, width)))
+    for entry in chain.from_iterable(read_shard(shard, LATENT) for shard in shards):
+        if isinstance(entry, ReadError):
+            unreadable.append(entry)
+            continue
+        try:
+            latent, _, meta = read_latent(entry)
+        except UnreadableImageError as error:
+            unreadable.append(error.read_error())
+            continue
+        z, (width, height) = latent.draw(None), meta["image"]
+        if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
+            yield batch
+            batch = []
+        batch.append(_Latent(meta["key"], z, (height, width)))
     if batch:
         yield batch
 

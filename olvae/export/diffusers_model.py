@@ -29,8 +29,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor.
 
     Arguments up to ``force_upcast`` are those of :class:`AutoencoderSpec`, with networks of this package only, because
-    a config may come from the hub. Pipelines read the others in an AutoencoderKL's config; they follow from the first
-    ones, and are checked if given: ValueError.
+    a config may come from the hub. The others are for pipelines, and follow from these: ValueError if they do not.
     """
 
     @register_to_config  # type: ignore[misc, unused-ignore]
@@ -57,13 +56,9 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         super().__init__()
         given = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}  # the arguments
         built = LiteVAE.from_spec(AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True))
-        self.encoder = built.encoder
-        self.decoder = built.decoder
-        self.quantizer = built.quantizer
-        self.use_slicing = False
-        self.use_tiling = False
+        self.encoder, self.decoder, self.quantizer = built.encoder, built.decoder, built.quantizer
+        self.use_slicing = self.use_tiling = False
         self.tiling_memory: int | None = None
-
         follows = {name: value for name, value in built.export_config().items() if name in DERIVED}
         for name, expected in follows.items():
             value = list(given[name]) if isinstance(given[name], tuple) else given[name]
@@ -76,8 +71,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
         given = str(pretrained_model_name_or_path)
         if Path(given).is_file() or Run(Path(given)).last_checkpoint.is_file():
-            instead = "name the folder that olvae export writes of it; LiteVAE.from_pretrained takes runs and files too"
-            raise ValueError(f"{given}: diffusers loads exports: {instead}")
+            raise ValueError(f"{given}: diffusers loads exports: name the folder that olvae export writes of it")
         folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
         for file in Path(folder, kwargs.get("subfolder") or "").glob("*.safetensors"):
             check_file(file)
@@ -93,8 +87,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """Wrap an autoencoder; the two share the weights."""
         config = autoencoder.export_config()
         model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
-        model.encoder, model.decoder = autoencoder.encoder, autoencoder.decoder
-        model.quantizer = autoencoder.quantizer
+        model.encoder, model.decoder, model.quantizer = autoencoder.encoder, autoencoder.decoder, autoencoder.quantizer
         return model.train(autoencoder.training)  # type: ignore[no-any-return]
 
     @property
@@ -114,8 +107,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encode (B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, ceil(H/f), ceil(W/f)).
 
-        Images are padded to multiples of f at the bottom and at the right, see :func:`pad_to_multiple`; decoding
-        returns the padded size, f h rows and f w columns.
+        Images are padded to multiples of f by :func:`pad_to_multiple`; decoding returns the padded size.
         """
         model = self.autoencoder
         padded = pad_to_multiple(x, model.downscale)
@@ -154,11 +146,10 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
     def enable_tiling(self, memory: int | None = None) -> None:
         """Encode and decode large images within a stated memory; the result is the same to rounding.
 
-        An image that does not fit is decoded in tiles that overlap by the receptive field, and encoded layer by layer
-        in strips of rows; see :func:`decode_tiled` and :func:`moments_within`. With gradients, of the input or in
-        training mode, everything is computed whole. ``memory`` is in bytes beside images and weights; by default half
-        of a GPU's free memory, on the CPU 1 GiB. Encoding and decoding raise ValueError if it is too small, or a
-        network can't be tiled, such as Stable Diffusion's.
+        See :meth:`LiteVAE.decode_tiled` and :meth:`LiteVAE.moments_within`. With gradients, of the input or in training
+        mode, everything is computed whole. ``memory`` is in bytes beside images and weights; by default half of a GPU's
+        free memory, on the CPU 1 GiB. Encoding and decoding raise ValueError if it is too small, or a network can't be
+        tiled, such as Stable Diffusion's.
         """
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is a number of bytes, at least 1, got {memory}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
@@ -426,11 +426,3 @@ class EncodeJob:
         if not rounded.isfinite().all():
             raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
         return rounded
-
-
-def encoder_of(model: Autoencoder) -> nn.Module:
-    """Find the network that encodes, of ours or of diffusers; raise ValueError if there is none."""
-    encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"`compile`: {type(model).__name__} has no encoder that can be compiled: leave it out")
-    return encoder

@@ -53,7 +53,7 @@ class Layout(ABC):
 
     suffix: ClassVar[str] = ""  # of the one file that is written; empty if it is a folder, which gets a model card
     refused: ClassVar[Mapping[str, str]] = {}  # settings of an export that mean nothing here, and why
-    keeps_padding: ClassVar[bool] = True  # whether loaders of the format pad by reflection where the networks do
+    usage: ClassVar[str] = ""  # lines of Python for the card that load the export, named FOLDER_OR_ID, and use it
 
     def misfit(self, model: LiteVAE) -> str | None:  # noqa: ARG002
         """Say why the format can't hold a model; None if it can."""
@@ -84,26 +84,15 @@ class Layout(ABC):
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         """Load what was written, as its users do; ``model`` is for what the format does not say."""
 
-    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
-        """Give the model card lines of Python that load the export, named FOLDER_OR_ID, and use it."""
-        return ""
-
-    def notes(self, model: LiteVAE) -> Iterator[str]:
+    def notes(self, model: LiteVAE) -> Iterator[str]:  # noqa: ARG002
         """Yield what a user has to know about this model in this format."""
-        if not self.keeps_padding and (halves := " and the ".join(reflecting(model))):
-            how = 'loaders have to set padding_mode="reflect" on every convolution that pads, otherwise borders differ'
-            yield f"padding: reflect in the {halves}, which this format can't say: {how}"
+        yield from ()
 
 
 class LiteVAELayout(Layout):
     """A folder that this package loads, and diffusers as AutoencoderLiteVAE; holds every network of this package."""
 
-    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
-        theirs = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        return [Loaded.of(LiteVAE.from_pretrained(path)), Loaded.of(theirs.autoencoder, IN_DIFFUSERS)]
-
-    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
-        return """from olvae import AutoencoderLiteVAE, LiteVAE
+    usage = """from olvae import AutoencoderLiteVAE, LiteVAE
 
 vae = LiteVAE.from_pretrained("FOLDER_OR_ID")  # a plain torch module
 z = vae.encode(images).sample()  # images in [-1, 1], (B, 3, H, W)
@@ -111,12 +100,20 @@ images = vae.decode(z)
 
 vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL"""
 
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
+        theirs = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        return [Loaded.of(LiteVAE.from_pretrained(path)), Loaded.of(theirs.autoencoder, IN_DIFFUSERS)]
+
 
 class DiffusersLayout(Layout):
     """The folder of diffusers' own AutoencoderKL, for networks of Stable Diffusion's kind."""
 
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, "onnx": "ONNX files are written by `format` litevae"}
-    keeps_padding = False
+    usage = """from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("FOLDER_OR_ID")
+z = vae.encode(images).latent_dist.sample()  # images in [-1, 1], (B, 3, H, W)
+images = vae.decode(z).sample"""
 
     def misfit(self, model: LiteVAE) -> str | None:
         if not kl.is_stable_diffusion(model):
@@ -137,23 +134,15 @@ class DiffusersLayout(Layout):
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        for half in reflecting(model):
+        for half in _reflecting(model):
             set_padding(getattr(vae, half), "reflect")
         moments, decode = lambda x: vae.encode(x).latent_dist.parameters, lambda z: vae.decode(z).sample
         return [Loaded(IN_DIFFUSERS, moments, decode, vae.config)]
 
-    def usage(self, model: LiteVAE) -> str:
-        reflect = """for conv in vae.{half}.modules():
-    if isinstance(conv, torch.nn.Conv2d) and conv.padding != (0, 0):
-        conv.padding_mode = "reflect"
-"""
-        padding = "".join(reflect.format(half=half) for half in reflecting(model))
-        return f"""import torch
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained("FOLDER_OR_ID")
-{padding}z = vae.encode(images).latent_dist.sample()  # images in [-1, 1], (B, 3, H, W)
-images = vae.decode(z).sample"""
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        if halves := " and the ".join(_reflecting(model)):
+            how = 'loaders have to set padding_mode="reflect" on every convolution that pads, otherwise borders differ'
+            yield f"padding: reflect in the {halves}, which this format can't say: {how}"
 
 
 class LatentDiffusionLayout(DiffusersLayout):
@@ -175,7 +164,7 @@ class LatentDiffusionLayout(DiffusersLayout):
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         back = kl.as_litevae(kl.LatentDiffusionLoader().find(str(path), LoadOptions()).load(), str(path))
-        for half in reflecting(model):
+        for half in _reflecting(model):
             set_padding(getattr(back, half), "reflect")
         return [Loaded.of(back)._replace(for_diffusion=None)]
 
@@ -223,7 +212,7 @@ def find_layout(name: str) -> Layout:
     return resolve_class(name, Layout)()  # type: ignore[type-abstract]
 
 
-def reflecting(model: LiteVAE) -> list[str]:
+def _reflecting(model: LiteVAE) -> list[str]:
     """List the halves, encoder and decoder, that pad by reflection."""
     halves = {"encoder": model.encoder, "decoder": model.decoder}
     return [name for name, half in halves.items() if half.node["params"].get("padding") == "reflect"]

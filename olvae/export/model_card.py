@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from olvae.evaluation.cells import scores
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.results import Results
-from olvae.export.formats import Layout, reflecting
+from olvae.export.formats import Layout
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.diffusers_models import is_stable_diffusion
 from olvae.models.names import DIFFUSERS, is_hub_id
@@ -47,13 +47,14 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
     try:
-        precisions = list(HalfPrecision().lines(family))
+        precisions = list(HalfPrecision().lines(family)) if family else []
         protocol = {name: results.protocol[name] for name in ("name", "version")} if results else {}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{provenance.metrics}: not a metrics.json: {type(error).__name__} {error}") from error
     return environment.get_template("card.md.jinja").render(
         model=model,
-        layout=layout,
+        usage=layout.usage,
+        notes=list(layout.notes(model)),
         title=title,
         made_with=MADE_WITH,
         provenance=provenance,
@@ -64,7 +65,6 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         },
         weights=_weights(model, provenance),
         teacher=_teacher(provenance.config),
-        reflecting=" and the ".join(reflecting(model)),
         results=results,
         scores=results and scores(results),
         protocol=protocol,

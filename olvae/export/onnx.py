@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from olvae.models.autoencoder import LiteVAE
 
-TOLERANCE = 1e-4
-"""Largest difference between onnxruntime and torch, relative to the largest value."""
+TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, relative to the largest value
 
-TRACED, CHECKED = (2, 3, 4), ((1, 5, 3), (2, 2, 6), (3, 1, 1))
-"""Batch, and height and width in latent positions, at which a network is traced, and ONNX files are checked."""
+TRACED, CHECKED = (2, 3, 4), ((1, 5, 3), (2, 2, 6), (3, 1, 1))  # batch, and height and width in latent positions
 
 
 class Half(nn.Module):
@@ -69,20 +67,14 @@ def _write(half: Half, names: tuple[str, str], file: Path) -> None:
     dim, factor = torch.export.Dim, half.factor
     height, width = dim("latent_height", min=2), dim("latent_width", min=2)  # torch.export treats 1 as a constant
     sides = {2: height, 3: width} if factor == 1 else {2: factor * height, 3: factor * width}
-    shapes = {"x": {0: dim("batch", min=1), **sides}}
-    one, other = ([name] for name in names)
+    how: dict[str, Any] = {
+        "input_names": names[:1],
+        "output_names": names[1:],
+        "dynamic_shapes": {"x": {0: dim("batch", min=1), **sides}},
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            half,
-            (half.example(*TRACED),),
-            None,
-            input_names=one,
-            output_names=other,
-            dynamic_shapes=shapes,
-            dynamo=True,
-            verbose=False,
-        )
+        program = torch.onnx.export(half, (half.example(*TRACED),), None, dynamo=True, verbose=False, **how)
     assert program is not None
     program.save(file, external_data=False)
 

