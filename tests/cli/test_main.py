@@ -48,7 +48,7 @@ def test_help_is_whole_at_80_columns(olvae, monkeypatch, command):
     assert not [line for line in lines if line.rstrip().endswith("…")]
 
 
-def test_train_evaluate_and_resume(olvae, whole_training, config, tmp_path):
+def test_train_evaluate_and_resume(olvae, config, tmp_path):
     code, out, err = olvae("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "--name", "a")
     assert (code, out) == (0, "")
     (run,) = (tmp_path / "runs").iterdir()

@@ -9,21 +9,7 @@ from hypothesis import strategies as st
 NUMBERS = (0, 1, 7, 255, 2**15, 2**16 - 1, 9000, 10**9, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 """In binary files, in place of others."""
 
-WORDS = (
-    b"-1",
-    b"0",
-    b"9000",
-    b"1000000000",
-    b"1e999",
-    b"-1e-9",
-    b"NaN",
-    b"null",
-    b"true",
-    b"[]",
-    b"{}",
-    b'"x"',
-    b"1" * 400,
-)
+WORDS = (*b'-1 0 9000 1000000000 1e999 -1e-9 NaN null true [] {} "x"'.split(), b"1" * 400)
 """In texts, in place of numbers."""
 
 NUMBER = re.compile(rb"-?\d+(\.\d+)?")
@@ -55,30 +41,28 @@ CHANGES = st.lists(
 def mutate(data: bytes, changes: Sequence[Change], others: Sequence[bytes]) -> bytes:
     """``data`` after the changes; pieces of ``others`` may be spliced in."""
     for how, place, length, value in changes:
-        at = int(place * len(data))
+        at, old, new = int(place * len(data)), length, b""  # `old` bytes at `at` become `new`
         match how:
             case "flip":
-                data = data[:at] + bytes([(*data, 0)[at] ^ (1 << value % 8)]) + data[at + 1 :] if data else data
+                old, new = 1, bytes(byte ^ (1 << value % 8) for byte in data[at : at + 1])
             case "set":
-                data = data[:at] + bytes([value % 256]) * min(length, 16) + data[at + min(length, 16) :]
+                old = min(length, 16)
+                new = bytes([value % 256]) * old
             case "cut":
-                data = data[:at] if value % 4 == 0 else data
-            case "delete":
-                data = data[:at] + data[at + length :]
+                old = len(data) if value % 4 == 0 else 0
             case "splice":
                 other = others[value % len(others)]
                 start = int(value / 2**16 * len(other))
-                data = data[:at] + other[start : start + length] + data[at:]
+                old, new = 0, other[start : start + length]
             case "repeat":
-                data = data[:at] + data[at : at + length] * (value % 300) + data[at + length :]
+                new = data[at : at + length] * (value % 300)
             case "number":
-                size, order = (1, 2, 4, 8)[value % 4], ("little", "big")[value // 4 % 2]
-                number = NUMBERS[value // 8 % len(NUMBERS)] % 2 ** (8 * size)
-                data = data[:at] + number.to_bytes(size, order) + data[at + size :]  # type: ignore[arg-type]
+                old = (1, 2, 4, 8)[value % 4]
+                number = NUMBERS[value // 8 % len(NUMBERS)] % 2 ** (8 * old)
+                new = number.to_bytes(old, "big" if value // 4 % 2 else "little")
             case "word":
                 found = [*NUMBER.finditer(data[: 2**16])]
-                if found:
-                    one = found[int(place * len(found))]
-                    data = data[: one.start()] + WORDS[value % len(WORDS)] + data[one.end() :]
-        data = data[:AT_MOST]
+                start, end = found[int(place * len(found))].span() if found else (0, 0)
+                at, old, new = start, end - start, WORDS[value % len(WORDS)] if found else b""
+        data = (data[:at] + new + data[at + old :])[:AT_MOST]
     return data

@@ -52,14 +52,11 @@ DATABASE = DirectoryBasedExampleDatabase(Path(__file__).parent / "examples")
 def inputs(share: float) -> Callable[[Any], Any]:
     """A test of this share of the inputs, each of changes to one of the seeds."""
 
+    count, checks = max(1, round(share * INPUTS)), list(HealthCheck)
+    limit = settings(max_examples=count, deadline=None, database=DATABASE, suppress_health_check=checks)
+
     def decorate(test: Any) -> Any:
-        drawn = example(changes=[], which=0)(given(changes=CHANGES, which=st.integers(0, 999))(test))
-        limited = settings(
-            max_examples=max(1, round(share * INPUTS)),
-            deadline=None,
-            database=DATABASE,
-            suppress_health_check=list(HealthCheck),
-        )(drawn)
+        limited = limit(example(changes=[], which=0)(given(changes=CHANGES, which=st.integers(0, 999))(test)))
         limited.share = share
         return limited
 
@@ -78,6 +75,7 @@ def array() -> bytes:
     return stream.getvalue()
 
 
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
 IMAGES = [
     *((f"a.{kind.lower()}", saved(picture(0), kind)) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")),
     *((("a.avif", saved(picture(0), "AVIF")),) if features.check("avif") else ()),
@@ -85,10 +83,7 @@ IMAGES = [
     ("alpha.png", saved(picture(0).convert("RGBA"), "PNG")),
     ("palette.png", saved(picture(0).quantize(4), "PNG", transparency=0)),
     ("progressive.jpg", saved(picture(0), "JPEG", progressive=True)),
-    (
-        "turned.jpg",
-        saved(picture(0), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
-    ),
+    ("turned.jpg", saved(picture(0), "JPEG", exif=TURNED)),
     ("packed.tif", saved(picture(0), "TIFF", compression="tiff_lzw")),
     ("a.npy", array()),
 ]
@@ -188,11 +183,7 @@ def test_checkpoints(watch, checkpoints, changes, which):
             for name, content in {"data.pkl": data, **records}.items():
                 archive.writestr(f"a/{name}", content)
 
-    def use() -> None:
-        read_weights(file)
-        LiteVAE.from_pretrained(file, allow_mismatch=which % 2 == 0)
-
-    watch(use)
+    watch(lambda: (read_weights(file), LiteVAE.from_pretrained(file, allow_mismatch=which % 2 == 0)))
 
 
 @inputs(0.1)
@@ -209,10 +200,7 @@ def test_safetensors(watch, model, tmp_path_factory, changes, which):
         data = mutate(whole, changes, [whole])
     file.write_bytes(data)
 
-    def use() -> None:
-        find_target(file, allow_mismatch=which % 2 == 0).load()
-
-    watch(use)
+    watch(lambda: find_target(file, allow_mismatch=which % 2 == 0).load())
 
 
 @inputs(0.1)
@@ -228,14 +216,10 @@ def test_configs(watch, model, tmp_path_factory, changes, which):
         file = folder / "a.yaml"
         save({"model": tiny_config()["model"]}, file)
     seed = file.read_bytes()
-    file.write_bytes(
-        mutate(seed, changes, [seed, b"&a [*a, *a]", b"${a}", b"include: a.yaml\n", b"!!python/name:os.system"])
-    )
+    others = [seed, b"&a [*a, *a]", b"${a}", b"include: a.yaml\n", b"!!python/name:os.system"]
+    file.write_bytes(mutate(seed, changes, others))
 
-    def use() -> None:
-        find_target(folder, allow_mismatch=which % 3 == 0).load()
-
-    watch(use)
+    watch(lambda: find_target(folder, allow_mismatch=which % 3 == 0).load())
 
 
 @pytest.fixture(scope="module")
@@ -270,12 +254,10 @@ def test_latents(watch, latents, changes, which):
         write_tar(shard, files)
 
     def use() -> None:
-        source = LatentSource(folder, 2, max_unreadable=1.0, per_channel=which % 2 == 0)
-        list(source.val_loader())
-        list(islice(iter(source.train_loader()), 6))
-        pairs = PairSource(folder, 2, max_unreadable=1.0)
-        list(pairs.val_loader())
-        list(islice(iter(pairs.train_loader()), 6))
+        latents = LatentSource(folder, 2, max_unreadable=1.0, per_channel=which % 2 == 0)
+        for source in (latents, PairSource(folder, 2, max_unreadable=1.0)):
+            list(source.val_loader())
+            list(islice(iter(source.train_loader()), 6))
 
     watch(use)
 
