@@ -195,39 +195,31 @@ def test_mistakes_are_one_line(olvae, tmp_path, monkeypatch, arguments, code, te
 
 def test_a_file_is_named_once(olvae, tmp_path, monkeypatch):
     """By its own message, and by the system's."""
-    (tmp_path / "bad.yaml").write_text("model: [\n  a: : b")
-    code, _, err = olvae("train", "--base", tmp_path / "bad.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: [\n  a: : b")
+    code, _, err = olvae("train", "--base", bad)
     assert (code, err.count(str(tmp_path))) == (2, 1)
-    assert err.startswith(f"error: {tmp_path / 'bad.yaml'}: not readable as YAML: ")
+    assert err.startswith(f"error: {bad}: not readable as YAML: ")
     assert err.endswith(" at line 2, column 6\n")
-
-    def closed(*_: object) -> None:
-        Path(tmp_path).read_bytes()
-
-    monkeypatch.setattr("olvae.config.reading.OmegaConf.load", closed)
-    (tmp_path / "closed.yaml").touch()
-    code, _, err = olvae("validate", tmp_path / "closed.yaml")
-    assert err.endswith(f"{tmp_path / 'closed.yaml'}: not readable as YAML: Is a directory\n")
-    monkeypatch.setattr("olvae.bench.cases.network_table", closed)
+    monkeypatch.setattr("olvae.config.reading.OmegaConf.load", lambda _: tmp_path.read_bytes())
+    assert olvae("validate", bad)[2].endswith(f"{bad}: not readable as YAML: Is a directory\n")
+    monkeypatch.setattr("olvae.bench.cases.network_table", tmp_path.read_bytes)
     assert olvae("tables") == (1, "", f"error: {tmp_path}: Is a directory\n")
 
 
 def test_a_failed_evaluation_leaves_no_folder(olvae, trained, tmp_path, monkeypatch):
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device", "x")
+
     out = tmp_path / "new" / "out"
-    for command, place in (
-        ("evaluate", "olvae.evaluation.report.write_csv"),
-        ("latents", "olvae.files.write_json"),
+    for place, *command in (
+        ("olvae.evaluation.report.write_csv", "evaluate", "--metrics", "l1", "--no-report"),
+        ("olvae.files.write_json", "latents"),
     ):
         monkeypatch.setattr(place, full_disk)
-        code, _, err = olvae(
-            command, trained, "--out", out, *(("--metrics", "l1", "--no-report") * (command == "evaluate"))
-        )
+        code, _, err = olvae(*command, trained, "--out", out)
         assert (code, err.splitlines()[-1]) == (1, "error: x: No space left on device")
         assert not out.parent.exists()
-
-
-def full_disk(*_: object) -> None:
-    raise OSError(28, "No space left on device", "x")
 
 
 def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
@@ -239,11 +231,8 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("olvae.bench.cases.network_table", interrupted)
     assert olvae("tables") == (130, "", "stopped\n")
     monkeypatch.setattr("olvae.training.run.print_summary", interrupted)
-    assert olvae("train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path) == (
-        130,
-        "",
-        "stopped\n",
-    )
+    command = "train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path
+    assert olvae(*command) == (130, "", "stopped\n")
 
 
 def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, monkeypatch):

@@ -16,11 +16,15 @@ from tests.export.latents import tiny_vae
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 
 
+COUNT = 3
+KEYS = {f"caf\\xe9{i}.jpg" for i in range(COUNT)}
+
+
 @pytest.fixture
 def photos(tmp_path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i in range(6):
+    for i in range(COUNT):
         Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9%d.jpg" % i)).write_bytes(encoded(i))
     return folder
 
@@ -29,9 +33,6 @@ def photos(tmp_path) -> Path:
 def target(tmp_path) -> Path:
     tiny_vae().save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
-
-
-KEYS = {f"caf\\xe9{i}.jpg" for i in range(6)}
 
 
 def test_pack_and_check(olvae, photos, tmp_path):
@@ -66,13 +67,12 @@ def test_encode_shards(olvae, photos, target, tmp_path):
     assert code == 0, err
     assert olvae("decode", target, tmp_path / "latents", "--out", tmp_path / "images")[0] == 0
     names = {str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.png")}
-    assert names == {f"\\xe9t\\xe9/caf\\xe9{i}.png" for i in range(6)}
+    assert names == {f"\\xe9t\\xe9/caf\\xe9{i}.png" for i in range(COUNT)}
 
 
 def test_evaluate_and_reconstruct(olvae, photos, target, tmp_path):
     out = tmp_path / "evaluation"
-    arguments = ("--data", photos, "--size", 16, "--metrics", "psnr", "--out", out)
-    assert olvae("evaluate", target, *arguments)[0] == 0
+    assert olvae("evaluate", target, "--data", photos, "--size", 16, "--metrics", "psnr", "--out", out)[0] == 0
     rows = csv.DictReader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8")))
     assert {row["key"] for row in rows} == KEYS
     assert "caf\\xe90.jpg" in (out / "report.html").read_text(encoding="utf-8")

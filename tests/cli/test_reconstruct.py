@@ -1,4 +1,6 @@
-"""``olvae reconstruct`` as a user types it."""
+"""``olvae reconstruct`` and ``olvae app`` as a user types them; tests/test_app*.py have the page."""
+
+import importlib.util
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def test_every_size_and_the_unreadable(olvae, target, tmp_path):
     assert err.count("error:") == 1
     assert err.count(" dB  ") == 5
     assert f"5 of 6 reconstructed by {target[0]}: {out}" in err
-    written = {"dot": (1, 1), "a/line": (9, 1), "b/line": (1, 9), "odd": (31, 17), "wide": (200, 13)}
+    written = {name.partition(".")[0]: size for name, size in sizes.items()}
     found = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     assert found == {f"{n}{s}.png" for n in written for s in ("", "_compare")}
     for name, size in written.items():
@@ -49,18 +51,12 @@ def test_every_size_and_the_unreadable(olvae, target, tmp_path):
 
 def test_samples_and_precision(olvae, target, tmp_path):
     image = picture(tmp_path / "x.png", (8, 8))
-    results = {}
-    for name, options in {
-        "mode": [],
-        "sample": ["--sample"],
-        "seed 0": ["--sample", "--seed", 0],
-        "seed 1": ["--sample", "--seed", 1],
-        "bf16": ["--precision", "bf16"],
-    }.items():
-        assert olvae("reconstruct", *target, image, "--out", tmp_path / name, *options)[0] == 0
-        results[name] = (tmp_path / name / "x.png").read_bytes()
-    assert results["sample"] == results["seed 0"]
-    assert len({results[name] for name in ("mode", "sample", "seed 1", "bf16")}) == 4
+    results = []
+    for options in ("", "--sample", "--sample --seed 0", "--sample --seed 1", "--precision bf16"):
+        assert olvae("reconstruct", *target, image, "--out", tmp_path / "out", *options.split())[0] == 0
+        results.append((tmp_path / "out" / "x.png").read_bytes())
+    assert results[1] == results[2]
+    assert len(set(results)) == 4
 
 
 @pytest.mark.parametrize(
@@ -113,3 +109,10 @@ def test_a_model_that_ships(olvae, tmp_path, monkeypatch):
     code, _, err = olvae("reconstruct", "olvae:small-f8", photo)
     assert code == 0, err
     assert Image.open(tmp_path / "reconstructions" / "photo.png").size == (40, 24)
+
+
+def test_the_page_without_gradio(olvae, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    code, _, err = olvae("app", "olvae:photos-f8c4")
+    assert code == 2
+    assert "olvae app needs Gradio: pip install 'open-litevae[app]'" in err
