@@ -22,8 +22,8 @@ from .losses.perceptual import LPIPS as LPIPS
 from .losses.terms import gaussian_loss as gaussian_loss
 from .losses.terms import kl_loss as kl_loss
 from .losses.terms import wavelet_loss as wavelet_loss
-from .metrics.registry import METRICS as METRICS
-from .metrics.registry import build_metrics as build_metrics
+from .metrics import METRICS as METRICS
+from .metrics import build_metrics as build_metrics
 from .models.adversary import Adversary as Adversary
 from .models.autoencoder import LiteVAE as LiteVAE
 from .models.liteautoencoder import LiteAutoencoderKL as LiteAutoencoderKL

@@ -168,9 +168,9 @@ def command(
     observers = _observers(found[0], cross, split_commas(precision), baselines, report, observe or ())
     folder = results_folder(out, targets[0], found[0].run)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
-    earlier = [(path, _read_earlier(path)) for path in beside or ()]
+    earlier = {path: _read_earlier(path) for path in beside or ()}
     places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
-    if over := [path for path, _ in earlier if path.resolve() in places]:
+    if over := [path for path in earlier if path.resolve() in places]:
         raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
 
     keep_freed_memory()
@@ -201,22 +201,28 @@ def _observers(
     from olvae.evaluation.observers.observer import Observer
 
     observers: list[Observer] = [Cross()] if cross else []
-    observers += [HalfPrecision(precisions), Gallery(), Bands()]
-    observers += [FlatColours()] if report else []
+    observers += [HalfPrecision(precisions)] if precisions != ["32"] else []
+    observers += [Gallery(), Bands(), *([FlatColours()] if report else [])]
     observers += [resolve_class(path, Observer)() for path in own]
     return [*observers, *([Baselines(first)] if baselines else [])]
 
 
-def _read_earlier(path: Path) -> "Results":
-    """An earlier metrics.json whose entries can be shown, as :meth:`~olvae.evaluation.results.Results.read`."""
-    from olvae.evaluation.html import Page
+def _of_earlier_rows() -> list["Observer"]:
+    """Observers that show entries of earlier results."""
     from olvae.evaluation.observers.cross import Cross
     from olvae.evaluation.observers.half_precision import HalfPrecision
+
+    return [Cross(), HalfPrecision()]
+
+
+def _read_earlier(path: Path) -> "Results":
+    """An earlier metrics.json whose entries can be shown, as :meth:`~olvae.evaluation.results.Results.read`."""
+    from olvae.evaluation.page import Page
     from olvae.evaluation.results import Results
 
     results = Results.read(path)
     try:
-        for observer in (Cross(), HalfPrecision()):
+        for observer in _of_earlier_rows():
             list(observer.lines(results.rows))
             observer.section(Page(results))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -224,11 +230,20 @@ def _read_earlier(path: Path) -> "Results":
     return results
 
 
+def _beside(results: "Results", earlier: "Mapping[Path, Results]", mix: bool) -> "Results":
+    for path, other in earlier.items():
+        try:
+            results = results.beside(other, mix)
+        except ValueError as reason:
+            raise ValueError(f"{path}: {reason}") from reason
+    return results
+
+
 def _finish(
     evaluated: "list[Evaluated]",
     folder: Path,
     suffixes: Mapping[str, str],
-    earlier: "list[tuple[Path, Results]]",
+    earlier: "Mapping[Path, Results]",
     mix: bool,
     page: bool,
     as_json: bool,
@@ -241,24 +256,19 @@ def _finish(
     import json
     from dataclasses import replace
 
-    from olvae.evaluation.observers.cross import Cross
     from olvae.evaluation.report import print_results, write_files
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
     for i, one in enumerate(evaluated):
-        results = one.results
-        for path, other in earlier:
-            try:
-                results = results.beside(other, mix)
-            except ValueError as reason:
-                results, refused = one.results, [*refused, ValueError(f"{path}: {reason}")]
-                break
-        observers = one.observers
-        if earlier and not any(observer.name == Cross.name for observer in observers):
-            observers = [Cross(), *observers]  # for entries of earlier rows
-        evaluated[i] = replace(one, results=results, observers=observers)
+        results, names = one.results, [observer.name for observer in one.observers]
+        try:
+            results = _beside(results, earlier, mix)
+        except ValueError as reason:
+            refused.append(reason)
+        shown = [observer for observer in _of_earlier_rows() if earlier and observer.name not in names]
+        evaluated[i] = replace(one, results=results, observers=[*shown, *one.observers])
         suffix = suffixes[results.protocol["name"]]
         written += write_files(evaluated[i], folder, suffix, command if page else None).items()
         if as_json and not suffix:

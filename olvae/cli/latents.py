@@ -28,8 +28,8 @@ def command(
 ) -> None:
     """Compare the latents of one or several models, on the same images, with N(0, I).
 
-    Reports histogram, moments, KL and activity per channel, correlation, spectrum, MMD, and the shift and scaling
-    factors that a diffusion config needs. Under torchrun, processes share the images. What they mean:
+    Reports histogram, moments, KL and activity per channel, MMD, and the shift and scaling factors that a diffusion
+    config needs. Under torchrun, processes share the images. What they mean:
     https://open-litevae.github.io/open-litevae/latents/
 
     Example: olvae latents runs/*_demo_32 --data photos --images 1000 --out report
@@ -42,6 +42,7 @@ def command(
         from olvae.devices import gather, join, leave, resolve_device
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents
         from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE
+        from olvae.evaluation.roundtrip import check_images_fit
         from olvae.files import no_empty_folders, write_json
         from olvae.models.loading.targets import find_target, name_apart
 
@@ -53,6 +54,7 @@ def command(
 
     channels = next(iter(models.values())).in_channels
     source = open_test_source(found[0].config, data, channels=channels)
+    check_images_fit(models, source.size)
     if images is not None:
         source.limit(images)
     count, batches = source.val_images, source.test_loader(batch_size or (8 if data else None))

@@ -8,60 +8,42 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
 from olvae.data.image import from_uint8
 from olvae.data.source import Batch
-from olvae.evaluation.cells import texts
-from olvae.evaluation.latent_statistics import (
-    EDGES,
-    NO_DISTRIBUTION,
-    LatentAccumulator,
-    image_key,
-)
+from olvae.evaluation.latent_statistics import EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
+from olvae.evaluation.page import texts
 from olvae.evaluation.report import grid
 from olvae.files import atomic_write
 from olvae.models.autoencoder import Autoencoder
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
+
+DASHES = ("-", "--", "-.", ":")
 
 
 @torch.inference_mode()
 def encode_latents(
     models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu"
 ) -> dict[str, LatentAccumulator]:
-    """Encode the same images with every model, in one pass.
-
-    Args:
-        models: by name; their latent channels and downscale factors may differ.
-        batches: uint8 images; may be empty.
+    """Encode the same uint8 images with every model, by name, in one pass.
 
     Raises:
-        ValueError: the images do not fit a model, or latents are not finite.
+        ValueError: latents are not finite.
     """
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
         model.to(device)
     for batch in batches:
-        x = batch["image"]
-        keys = [image_key(image) for image in x]
+        keys = [image_key(image) for image in batch["image"]]
+        x = from_uint8(batch["image"].to(device))
         for name, model in models.items():
-            _check(name, model, x)
             try:
-                accumulators[name].update(model.encode(from_uint8(x.to(device))), keys)
+                accumulators[name].update(model.encode(x), keys)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     return accumulators
-
-
-def _check(name: str, model: Autoencoder, x: Tensor) -> None:
-    channels, height, width = x.shape[1:]
-    factor = model.downscale
-    if height % factor or width % factor:
-        raise ValueError(
-            f"{name}: images of {height}x{width} pixels, but a latent position stands for {factor}x{factor} pixels: "
-            f"use a size that is a multiple of {factor}"
-        )
-    if channels != model.in_channels:
-        raise ValueError(f"{name}: takes images of {model.in_channels} channels, these have {channels}")
 
 
 def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> None:
@@ -72,11 +54,10 @@ def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]
         "KL in nats per position, over all channels"
     )
     console.print(grid(title, texts({name: _moments(row) for name, row in rows.items()})))
+    mmds: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
         if row["deterministic"]:
             console.print(f"{escape(name)}: KL and active channels skipped: {NO_DISTRIBUTION}")
-    mmds: dict[str, dict[str, str]] = {}
-    for name, row in rows.items():
         if mmd := row.get("mmd"):
             kinds = {"": "mmd2", ", scaled": "mmd2_scaled", ", error": "standard_error_under_normal"}
             for suffix, kind in kinds.items():
@@ -93,22 +74,19 @@ def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]
 
 
 def _moments(row: Mapping[str, Any]) -> dict[str, str]:
-    skipped = row["deterministic"]
-    return {
+    cells = {
         "latent": "x".join(map(str, row["latent_shape"])),
         "shift": f"{row['mean']:.4f}",
         "std": f"{row['std']:.4f}",
         "scaling": f"{1.0 / row['std']:.4f}",
-        "sigma": "skipped" if skipped else f"{row['posterior_std']:.3g}",
-        "KL": "skipped" if skipped else f"{row['kl_per_position']:.1f}",
-        "active": "skipped" if skipped else f"{row['active_channels']}/{row['latent_shape'][0]}",
     }
-
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
-
-DASHES = ("-", "--", "-.", ":")
+    if row["deterministic"]:
+        return cells | dict.fromkeys(("sigma", "KL", "active"), "skipped")
+    return cells | {
+        "sigma": f"{row['posterior_std']:.3g}",
+        "KL": f"{row['kl_per_position']:.1f}",
+        "active": f"{row['active_channels']}/{row['latent_shape'][0]}",
+    }
 
 
 def draw_distribution(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -127,6 +105,8 @@ def draw_distribution(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None
     for panel in (raw, scaled):
         panel.fill_between(x, normal, color="0.85", zorder=0)
         panel.plot(x, normal, color="0.35", linewidth=1.0, zorder=1, label="N(0, 1)")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
     reach, top = 3.5, float(normal.max())
     for i, (name, row) in enumerate(rows.items()):
         density = np.array(row["histogram"]["share"]) / np.diff(edges)
@@ -136,16 +116,12 @@ def draw_distribution(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None
         scaled.plot((centres - shift) / std, density * std, **style)
         reach = max(reach, abs(shift) + 3.5 * std)
         top = max(top, float(density.max()))
+    reach = min(reach, 35.0)
     raw.set(title="as they are", xlabel="value of the latent", ylabel="density")
-    raw.set(xlim=(-min(reach, 35.0), min(reach, 35.0)), ylim=(0.0, 1.06 * top))
+    raw.set(xlim=(-reach, reach), ylim=(0.0, 1.06 * top))
     scaled.set(title="as a diffusion model sees them: (z - shift) x scaling", yscale="log")
     scaled.set(xlabel="value of the latent, shifted and scaled", ylabel="density, logarithmic")
     scaled.set(xlim=(-8.0, 8.0), ylim=(1e-5, 2.0))
-    for panel in (raw, scaled):
-        panel.title.set_fontsize(11)
-        panel.tick_params(labelsize=8)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
     handles, labels = raw.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=9, frameon=False, ncols=1)
     with atomic_write(path) as partial:

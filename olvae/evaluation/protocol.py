@@ -9,10 +9,6 @@ from typing import Any, Literal
 from olvae.config import ConfigError
 from olvae.data.transforms import EvalTransform
 
-PSNR = {
-    "per image": "mean over images of 10 log10(255^2 / MSE), MSE over all values of an image",
-    "pooled": "10 log10(255^2 / MSE), MSE over all values of all images",
-}
 SSIM = {
     "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel",
     "uniform": "mean over images; uniform window 7, sample covariance, K 0.01 and 0.03, range 255, per channel",
@@ -35,7 +31,6 @@ class Protocol:
         resize, resample: see :class:`~olvae.data.transforms.EvalTransform`.
         posterior: a latent is the posterior's mode, or one sample.
         seed: of the samples' noise, which also depends on the image's key.
-        psnr: the mean of the images' PSNRs, or the PSNR of their pooled error.
         ssim: the window.
         lpips: the network that the name LPIPS stands for.
         crops: how the source makes its test images, if not by ``resize``.
@@ -49,7 +44,6 @@ class Protocol:
     resample: str = "bicubic"
     posterior: Literal["mode", "sample"] = "mode"
     seed: int = 0
-    psnr: Literal["per image", "pooled"] = "per image"
     ssim: Literal["gaussian", "uniform"] = "gaussian"
     lpips: Literal["vgg", "alex"] = "vgg"
     crops: str | None = None
@@ -58,6 +52,11 @@ class Protocol:
     @property
     def transform(self) -> EvalTransform:
         return EvalTransform(self.size, self.resize, self.resample)
+
+    @property
+    def noise_seed(self) -> int | None:
+        """The seed of the samples' noise; None for the posterior's mode."""
+        return self.seed if self.posterior == "sample" else None
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -77,7 +76,7 @@ class Protocol:
             "posterior": "mode" if self.posterior == "mode" else sample,
             "precision": "float32",
             "pixels": "clamped to [-1, 1], rounded to uint8",
-            "psnr": PSNR[self.psnr],
+            "psnr": "mean over images of 10 log10(255^2 / MSE), MSE over all values of an image",
             "ssim": SSIM[self.ssim],
             "ms_ssim": "mean over images; torchmetrics, five scales, the SSIM of each as above, range 255",
             "l1": "mean over images of the mean absolute difference, range 1",
@@ -89,8 +88,7 @@ class Protocol:
     def hash(self) -> str:
         """A hash of the choices and the version, not of the name: equal choices are the same protocol."""
         choices = {key: value for key, value in self.as_dict().items() if key != "name"}
-        text = json.dumps(choices, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:16]
 
 
 PROTOCOLS = {

@@ -4,7 +4,7 @@ import csv
 import importlib.metadata
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from olvae import __version__
-from olvae.evaluation.cells import Cell, Table, conditions, costs, differences, joined, scores, texts
-from olvae.evaluation.html import Page
+from olvae.evaluation.page import NONE, Cell, Page, Table, conditions, costs, differences, headings, scores
 from olvae.evaluation.results import Results, used_weights
 from olvae.evaluation.runner import Evaluated
-from olvae.files import atomic_write, no_empty_folders, remove_partials
-from olvae.metrics.registry import METRICS
+from olvae.files import atomic_write, no_empty_folders, remove_partials, write_json
+from olvae.metrics import METRICS
+
+PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 
 
 def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = str) -> None:
@@ -41,27 +42,28 @@ def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = s
 
 
 def write_markdown(evaluated: Evaluated, path: Path) -> None:
-    """metrics.md: the protocol, one table of quality and costs, and what was skipped and why."""
+    """Write metrics.md: the protocol, one table of quality and costs, and what was skipped and why."""
     results = evaluated.results
     cost = costs(results.table)
-    table = joined(quality(evaluated, counts=True), cost)
+    table = {target: {**cells, **cost.get(target, {})} for target, cells in quality(evaluated, counts=True).items()}
+    columns = headings(table)
     lines = [
         f"Protocol {_title(results)}, of {_plain(str(results.images['source']))}.",
         "",
-        _line(["target", *table.headings]),
-        _line(["---", *["---:"] * len(table.headings)]),
+        _line(["target", *columns]),
+        _line(["---", *["---:"] * len(columns)]),
+        *(_line(map(_plain, [target, *_shown(cells, columns)])) for target, cells in table.items()),
+        "",
     ]
-    for target, cells in table.rows.items():
-        lines.append(_line([_plain(target), *map(_plain_cell, cells)]))
-    if cost.rows:
-        lines += ["", f"Cost of one image; speed and memory: {_plain(conditions(results.table))}."]
-    lines += ["", *(f"- {_plain(remark)}" for remark in _remarks(evaluated))]
+    if cost:
+        lines += [f"Cost of one image; speed and memory: {_plain(conditions(results.table))}.", ""]
+    lines += [f"- {_plain(remark)}" for remark in _remarks(evaluated)]
     with atomic_write(path) as partial:
         partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """per_image.csv: one line per target and image: target, key, and the metrics of single images.
+    """Write per_image.csv: one line per target and image: target, key, and the metrics of single images.
 
     Numbers have all their digits, an infinite PSNR is ``inf``, a metric that a target lacks is empty. UTF-8; the bytes
     of a file name that is not UTF-8 are kept.
@@ -76,10 +78,7 @@ def write_csv(results: Results, path: Path) -> None:
         for row in results.rows:
             columns = [row.per_image.get(name, {}) for name in names]
             for key in sorted({key for column in columns for key in column}):
-                writer.writerow([row.target, key, *(repr(column[key]) if key in column else "" for column in columns)])
-
-
-PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
+                writer.writerow([row.target, key, *(column.get(key) for column in columns)])
 
 
 def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: str | None = None) -> dict[str, Path]:
@@ -100,23 +99,17 @@ def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: s
         written = {what: path for one in evaluated.observers for what, path in one.write(folder, suffix).items()}
         if command is not None:
             written["report"] = folder / f"report{suffix}.html"
-            write_page(evaluated, written["report"], command)
+            with atomic_write(written["report"]) as partial:
+                partial.write_text(render_page(evaluated, command), encoding="utf-8", errors="backslashreplace")
         written |= {"images": folder / f"per_image{suffix}.csv", "table": folder / f"metrics{suffix}.md"}
         write_csv(evaluated.results, written["images"])
         write_markdown(evaluated, written["table"])
-        evaluated.results.write(numbers)
+        write_json(evaluated.results.as_dict(), numbers)
     return {**written, "numbers": numbers}
 
 
-def write_page(evaluated: Evaluated, path: Path, command: str = "", when: datetime | None = None) -> None:
-    """Write the page, whole or not at all; see :func:`render_page`."""
-    html = render_page(evaluated, command, when)
-    with atomic_write(path) as partial:
-        partial.write_text(html, encoding="utf-8", errors="backslashreplace")
-
-
 def render_page(evaluated: Evaluated, command: str = "", when: datetime | None = None) -> str:
-    """The page as HTML: no script, no request; its pictures are smaller the more there are.
+    """Render the page as HTML: no script, no request; its pictures are smaller the more there are.
 
     Args:
         command: the command line, to be shown.
@@ -126,15 +119,12 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
     page = Page(results)
     sections = [(observer, html) for observer in evaluated.observers if (html := observer.section(page)) is not None]
     weights = used_weights(results.rows)
+    versions = {"Python": platform.python_version(), "open-litevae": __version__}
     return page.render(
         "page.html",
         command=command,
         when=when or datetime.now().astimezone(),
-        environment={
-            "Python": platform.python_version(),
-            "open-litevae": __version__,
-            **{name: _version(name) for name in PACKAGES},
-        },
+        environment=versions | {name: _version(name) for name in PACKAGES},
         scores=quality(evaluated),
         counts={row.n for row in results.table},
         notes=list(notes(evaluated)),
@@ -150,14 +140,13 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
 def quality(evaluated: Evaluated, counts: bool = False) -> Table:
     """The metrics and the observers' columns; before them the numbers of images, if asked for or if they differ."""
     rows = evaluated.results.table
-    extra: dict[str, dict[str, str]] = {row.target: {} for row in rows}
-    for observer in evaluated.observers:
-        for row in rows:
-            if observer.name in row.observed:
-                extra[row.target].update(observer.columns(row.observed[observer.name]))
-    table = joined(scores(evaluated.results), texts(extra))
-    if counts or len({row.n for row in rows}) > 1:
-        table = joined(Table(["images"], {row.target: [Cell(str(row.n))] for row in rows}), table)
+    counts = counts or len({row.n for row in rows}) > 1
+    table = {}
+    for row, cells in zip(rows, scores(evaluated.results).values(), strict=True):
+        entries = [(observer, row.observed.get(observer.name)) for observer in evaluated.observers]
+        columns = [observer.columns(entry).items() for observer, entry in entries if entry is not None]
+        images = {"images": Cell(str(row.n))} if counts else {}
+        table[row.target] = {**images, **cells, **{name: Cell(text) for added in columns for name, text in added}}
     return table
 
 
@@ -166,12 +155,10 @@ def notes(evaluated: Evaluated) -> Iterator[str]:
     rows = evaluated.results.table
     for observer in evaluated.observers:
         yield from observer.lines(rows)
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         for name, reason in row.skipped.items():
-            label = METRICS[name].label if name in METRICS else name
-            if label not in reasons.setdefault(reason, []):
-                reasons[reason].append(label)
+            reasons.setdefault(reason, {})[METRICS[name].label if name in METRICS else name] = None
     yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in reasons.items())
 
 
@@ -184,15 +171,17 @@ def grid(title: str, table: Table) -> Grid:
     """A table for the terminal; on a narrow one its numbers stay whole, and names are folded."""
     grid = Grid(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     grid.add_column("target", overflow="fold", min_width=8)
-    for heading in table.headings:
+    columns = headings(table)
+    for heading in columns:
         grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for target, cells in table.rows.items():
-        grid.add_row(escape(target), *(escape(_plain_cell(cell)) for cell in cells))
+    for target, cells in table.items():
+        grid.add_row(*map(escape, [target, *_shown(cells, columns)]))
     return grid
 
 
-def _plain_cell(cell: Cell) -> str:
-    return f"{cell.text} {cell.spread}".strip()
+def _shown(cells: Mapping[str, Cell], columns: Sequence[str]) -> Iterator[str]:
+    for cell in (cells.get(heading, Cell(NONE)) for heading in columns):
+        yield f"{cell.text} {cell.spread}".strip()
 
 
 def _title(results: Results) -> str:
@@ -200,7 +189,7 @@ def _title(results: Results) -> str:
     return f"{results.protocol['name']} {results.protocol_hash}, {size}x{size}"
 
 
-def _line(cells: Sequence[str]) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

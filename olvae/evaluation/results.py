@@ -1,23 +1,81 @@
-"""Hold an evaluation's results: one object behind the tables, the page and metrics.json, and read back from it."""
+"""Hold an evaluation's results, with bootstrap intervals: what tables, page and metrics.json show."""
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from olvae.data.source import MIN_VAL_IMAGES
 from olvae.evaluation.roundtrip import Cost
-from olvae.evaluation.statistics import Difference
-from olvae.files import write_json
-from olvae.metrics.registry import METRICS
+from olvae.metrics import METRICS
 
 INFINITE = "infinite: an image is equal to its reconstruction to the pixel"
 """Where a metric is infinite, metrics.json has this under ``skipped``: JSON has no infinity."""
 
 FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")
 """Keys of a row of metrics.json; the others are observers' entries."""
+
+CHUNK = 1 << 22
+"""How many values the bootstrap draws at a time; it bounds memory."""
+
+
+class Difference(NamedTuple):
+    """One target's value minus another's on the same images, and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def confidence(
+    values: Mapping[str, float], level: float = 0.95, samples: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """The interval that holds the mean in ``level`` of all draws of as many images, with replacement.
+
+    Args:
+        values: one per image, by key; their order makes no difference.
+
+    Returns:
+        Its ends; None for one image, or if a value is infinite.
+    """
+    drawn = _bootstrap(np.array([[values[key] for key in sorted(values)]]), samples, seed)
+    return None if drawn is None else _interval(drawn[0], level)
+
+
+def difference(
+    a: Mapping[str, float], b: Mapping[str, float], level: float = 0.95, samples: int = 1000, seed: int = 0
+) -> Difference | None:
+    """The mean of ``a`` minus that of ``b``, both on the same images in every draw; None as :func:`confidence`.
+
+    The paired interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
+    choice of images explains.
+    """
+    pair = np.array([[values[key] for key in sorted(a)] for values in (a, b)])  # (2, n)
+    drawn = _bootstrap(pair, samples, seed)
+    if drawn is None:
+        return None
+    first, second = pair.mean(-1)
+    return Difference(float(first - second), *_interval(drawn[0] - drawn[1], level))
+
+
+def _bootstrap(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64] | None:
+    """(targets, n) -> the mean of every draw (targets, samples), or None if there is no interval."""
+    n = values.shape[-1]
+    if n == 1 or not np.isfinite(values).all():
+        return None
+    rng, rows = np.random.default_rng(seed), max(1, CHUNK // n)
+    draws = (rng.integers(n, size=(min(rows, samples - done), n)) for done in range(0, samples, rows))
+    return np.concatenate([values[:, indices].mean(-1) for indices in draws], axis=-1)
+
+
+def _interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
+    low, high = np.quantile(drawn, ((1.0 - level) / 2.0, (1.0 + level) / 2.0))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -120,10 +178,6 @@ class Results:
             "images": self.images,
             "results": [row.as_dict() for row in self.table],
         }
-
-    def write(self, path: Path) -> None:
-        """Write metrics.json, whole or not at all."""
-        write_json(self.as_dict(), path)
 
     @classmethod
     def read(cls, path: Path) -> "Results":

@@ -1,18 +1,37 @@
 """Reconstruct images with an autoencoder under a protocol's choices, and measure what that costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from olvae.config import ConfigError
 from olvae.data.image import from_uint8, to_uint8
 from olvae.devices import now, peak_memory
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.distributions import keyed_generator
 from olvae.modules.precision import full_float32
+
+
+def check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
+    """Check that all models take the same square images of ``size`` pixels.
+
+    Raises:
+        ConfigError: they take other numbers of channels, or the size is not a multiple of a model's downscale factor.
+    """
+    channels = {model.in_channels for model in models.values()}
+    if len(channels) > 1:
+        counts = " and ".join(map(str, sorted(channels)))
+        raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
+    for name, model in models.items():
+        if size % (f := model.downscale):
+            raise ConfigError(
+                f"{name}: a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}: set `size` "
+                f"to {max(f, size // f * f)}"
+            )
 
 
 class Reconstructed(NamedTuple):
@@ -107,8 +126,8 @@ class RoundTrip:
         images, encode_s, decode_s = (sum(column) for column in zip(*counted, strict=True))
         return Cost(
             parameters=count_parameters(model),
-            encode_macs=count_macs(OneWay(model, "encode"), 1, model.in_channels, size, size),
-            decode_macs=count_macs(OneWay(model, "decode"), 1, model.latent_channels, latent, latent),
+            encode_macs=count_macs(_OneWay(model, "encode"), 1, model.in_channels, size, size),
+            decode_macs=count_macs(_OneWay(model, "decode"), 1, model.latent_channels, latent, latent),
             encode_images_per_s=images / encode_s if encode_s else None,
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),
@@ -117,13 +136,10 @@ class RoundTrip:
         )
 
 
-Direction = Literal["encode", "decode"]
-
-
-class OneWay(nn.Module):
+class _OneWay(nn.Module):
     """One direction of an autoencoder as a module's forward pass."""
 
-    def __init__(self, model: Autoencoder, direction: Direction) -> None:
+    def __init__(self, model: Autoencoder, direction: Literal["encode", "decode"]) -> None:
         super().__init__()
         self.model = model
         self._encodes = direction == "encode"

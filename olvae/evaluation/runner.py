@@ -2,25 +2,22 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
-from olvae.evaluation.observers.observer import Conditions, Observation, Observer, Progress, Subject, no_progress
+from olvae.evaluation.observers.observer import Conditions, Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.results import FIXED, Results, Row
-from olvae.evaluation.roundtrip import RoundTrip
-from olvae.evaluation.statistics import confidence, difference, mean, pooled_psnr
+from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
+from olvae.evaluation.roundtrip import RoundTrip, check_images_fit
+from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
-from olvae.metrics.registry import METRICS, build_metrics
 from olvae.models.loading.loader import Target
 
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
@@ -29,6 +26,9 @@ T = TypeVar("T")
 
 Key = tuple[str, int]
 """A subject's name, and the number of the way to draw latents; baselines have only 0."""
+
+Progress = Callable[[str], Callable[[Iterable[Batch], int | None], Iterable[Batch]]]
+"""Shows progress under a description: wraps batches, with the number of images over all processes if it is known."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Evaluated:
     observers: Sequence[Observer] = ()
 
 
-def evaluate(request: Request, progress: Progress = no_progress) -> list[Evaluated] | None:
+def evaluate(request: Request, progress: Progress = lambda _: lambda batches, _: batches) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
 
     Returns:
@@ -110,7 +110,7 @@ def evaluate(request: Request, progress: Progress = no_progress) -> list[Evaluat
     for protocol in request.protocols:
         passes.setdefault((protocol.resize, protocol.resample), []).append(protocol)
     done = [_one_pass(request, protocols, subjects, observers, progress) for protocols in passes.values()]
-    return [evaluated for part in done if part is not None for evaluated in part] or None
+    return [evaluated for part in done for evaluated in part] or None
 
 
 def _one_pass(
@@ -119,41 +119,58 @@ def _one_pass(
     subjects: Mapping[str, Subject],
     observers: Sequence[Observer],
     progress: Progress,
-) -> list[Evaluated] | None:
-    """Results under protocols that prepare images alike; None in every process but the first."""
+) -> list[Evaluated]:
+    """Results under protocols that prepare images alike; none in every process but the first."""
     source = _open(request, protocols[0], next(iter(subjects.values())).model.in_channels)
     protocols = [replace(protocol, size=source.size, crops=source.crops) for protocol in protocols]
-    _check(subjects, source.size)
+    check_images_fit({name: subject.model for name, subject in subjects.items()}, source.size)
     loader = source.test_loader(request.batch)
     observers = copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
-    seeds = list(dict.fromkeys(map(_seed, protocols)))
-    trips = _round_trips(subjects, seeds, request.device)
+    seeds = list(dict.fromkeys(protocol.noise_seed for protocol in protocols))
+    trips = {
+        (name, draw): RoundTrip(subject.model, request.device, None if subject.baseline else seed, name)
+        for draw, seed in enumerate(seeds)
+        for name, subject in subjects.items()
+        if draw == 0 or not subject.baseline
+    }
     variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
     make, _ = build_metrics(variants, request.weights_dir, request.device)
     metrics = {key: make() for key in trips}
     batches = progress("evaluating")(loader, source.val_images)
     digests = observe(batches, subjects, trips, metrics, observers)
-    about = _describe_images(request, source, loader)
-    if digests is None or about is None:
-        return None
+    images = _describe_images(request, source, loader)
+    if digests is None:
+        return []
 
     # The numbers: for every way to draw a latent, then for every protocol.
-    conditions = Conditions(source.size, request.device, request.batch, progress)
     for observer in observers:
-        observer.examine(subjects, conditions)
-    about = {"source": about["source"], "n": len(digests), "sha256": fingerprint(digests), **about}
-    rows = _measured(subjects, trips, metrics, observers, len(digests), source.size)
+        observer.examine(subjects, Conditions(source.size, request.device, request.batch))
+    images = {"source": images["source"], "n": len(digests), "sha256": fingerprint(digests), **images}
+    costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
+    measured = {}
+    for name, draw in trips:
+        entries = {observer.name: observer.result(name, draw) for observer in observers}
+        measured[name, draw] = measure(
+            name,
+            metrics[name, draw],
+            len(digests),
+            cost=costs.get(name),
+            observed={entry: content for entry, content in entries.items() if content is not None},
+            baseline=subjects[name].baseline,
+        )
     evaluated = []
     for protocol in protocols:
         complete = replace(protocol, n=len(digests))
-        draw = seeds.index(_seed(protocol))
-        found = rows_under(complete, [rows.get((name, draw), rows[name, 0]) for name in subjects], request.metrics)
+        draw = seeds.index(protocol.noise_seed)
+        rows = rows_under(
+            complete, [measured.get((name, draw), measured[name, 0]) for name in subjects], request.metrics
+        )
         for observer in observers:
-            by_name = {row.target: row for row in found}
-            found = [observer.complete(row, by_name) for row in found]
-        evaluated.append(Evaluated(Results(complete.as_dict(), complete.hash(), about, found), observers))
+            by_name = {row.target: row for row in rows}
+            rows = [observer.complete(row, by_name) for row in rows]
+        evaluated.append(Evaluated(Results(complete.as_dict(), complete.hash(), images, rows), observers))
     return evaluated
 
 
@@ -168,33 +185,6 @@ def _open(request: Request, protocol: Protocol, channels: int) -> Source:
     if request.images is not None:
         source.limit(request.images)
     return source
-
-
-def _check(subjects: Mapping[str, Subject], size: int) -> None:
-    channels = {subject.model.in_channels for subject in subjects.values()}
-    if len(channels) > 1:
-        counts = " and ".join(map(str, sorted(channels)))
-        raise ConfigError(f"the targets take images of {counts} channels: evaluate them separately")
-    for name, subject in subjects.items():
-        if size % (f := subject.model.downscale):
-            raise ConfigError(
-                f"{name}: a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}: set `size` "
-                f"to {max(f, size // f * f)}"
-            )
-
-
-def _seed(protocol: Protocol) -> int | None:
-    return protocol.seed if protocol.posterior == "sample" else None
-
-
-def _round_trips(subjects: Mapping[str, Subject], seeds: Sequence[int | None], device: str) -> dict[Key, RoundTrip]:
-    """One for each subject and seed; a baseline draws nothing."""
-    return {
-        (name, draw): RoundTrip(subject.model, device, None if subject.baseline else seed, name)
-        for draw, seed in enumerate(seeds)
-        for name, subject in subjects.items()
-        if draw == 0 or not subject.baseline
-    }
 
 
 def observe(
@@ -228,7 +218,7 @@ def observe(
                     stack.enter_context(observer.watch(name, draw, subjects[name], keys))
                 latents, y = trip(keys, x)
             metrics[name, draw].update(keys, x, y)
-            seen = Observation(name, draw, keys, x, y, latents, metrics[name, draw].values(keys))
+            seen = Observation(name, draw, keys, x, y, latents, metrics[name, draw].per_image())
             for observer in observers:
                 observer.update(seen)
     states = {key: metric.state() for key, metric in metrics.items()}
@@ -251,56 +241,27 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
 
 
-def _describe_images(request: Request, source: Source, loader: Loader) -> dict[str, Any] | None:
-    """Where the images are from, and how many were unreadable or enlarged; None in all processes but the first."""
+def _describe_images(request: Request, source: Source, loader: Loader) -> dict[str, Any]:
+    """Where the images are from, and how many were unreadable or enlarged; whole in the first process."""
     if this_process()[1] > 1:
         loader.read_errors.share()
-    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged))
-    return (
-        None
-        if parts is None
-        else {
-            "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
-            "unreadable": len({place for _, places, _ in parts for place in places}),
-            "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
-            "enlarged": sum(enlarged for _, _, enlarged in parts),
-        }
-    )
-
-
-def _measured(
-    subjects: Mapping[str, Subject],
-    trips: Mapping[Key, RoundTrip],
-    metrics: Mapping[Key, MetricSet],
-    observers: Sequence[Observer],
-    n: int,
-    size: int,
-) -> dict[Key, Row]:
-    """Rows with all variants of the metrics; costs are those of the first draw."""
-    costs = {name: trips[name, 0].cost(size) for name, subject in subjects.items() if not subject.baseline}
-    rows = {}
-    for name, draw in trips:
-        entries = {observer.name: observer.result(name, draw) for observer in observers}
-        rows[name, draw] = measure(
-            name,
-            metrics[name, draw],
-            n,
-            cost=costs.get(name),
-            observed={entry: content for entry, content in entries.items() if content is not None},
-            baseline=subjects[name].baseline,
-        )
-    return rows
+    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged)) or []
+    return {
+        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
+        "unreadable": len({place for _, places, _ in parts for place in places}),
+        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
+        "enlarged": sum(enlarged for _, _, enlarged in parts),
+    }
 
 
 def measure(target: str, metrics: MetricSet, n: int, **more: Any) -> Row:
     """A row with all variants of the metrics, from ``n`` images; ``more`` of it is known already."""
     values = metrics.compute()
-    details = {name: metrics.metrics[name].details() for name in values}
-    per_image = {name: found for name in values if (found := metrics.metrics[name].per_image()) is not None}
-    return Row(target, n, values, metrics.skipped, details=details, per_image=per_image, **more)
+    details = {name: metric.details() for name, metric in metrics.metrics.items()}
+    return Row(target, n, values, metrics.skipped, details=details, per_image=metrics.per_image(), **more)
 
 
-def rows_under(protocol: Protocol, measured: Sequence[Row], names: Sequence[str]) -> list[Row]:
+def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]) -> list[Row]:
     """Rows under a protocol: of each metric its variant, intervals, and differences from the first row.
 
     Args:
@@ -310,21 +271,21 @@ def rows_under(protocol: Protocol, measured: Sequence[Row], names: Sequence[str]
     columns = {name: protocol.columns.get(name, name) for name in names}
     rows: list[Row] = []
     for row in measured:
-        metrics, per_image = _renamed(row.metrics, columns), _renamed(row.per_image, columns)
-        if protocol.psnr == "pooled" and "psnr" in metrics:
-            metrics["psnr"] = float(pooled_psnr(np.array(list(per_image["psnr"].values()))))
-        intervals, differences = {}, {}
-        for name, values in per_image.items():
-            statistic = pooled_psnr if name == "psnr" and protocol.psnr == "pooled" else mean
-            if ends := confidence(values, statistic=statistic):
-                intervals[name] = ends
-            if rows and name in rows[0].per_image:
-                found = difference(values, rows[0].per_image[name], statistic=statistic)
-                if found is not None:
-                    differences[name] = found
-        row = replace(row, skipped=_renamed(row.skipped, columns), details=_renamed(row.details, columns))
-        row = replace(row, metrics=metrics, intervals=intervals, per_image=per_image, differences=differences)
-        rows.append(row)
+        per_image = _renamed(row.per_image, columns)
+        first = rows[0].per_image if rows else {}
+        intervals = {name: confidence(values) for name, values in per_image.items()}
+        differences = {name: difference(per_image[name], first[name]) for name in per_image if name in first}
+        rows.append(
+            replace(
+                row,
+                metrics=_renamed(row.metrics, columns),
+                skipped=_renamed(row.skipped, columns),
+                details=_renamed(row.details, columns),
+                per_image=per_image,
+                intervals={name: ends for name, ends in intervals.items() if ends},
+                differences={name: found for name, found in differences.items() if found},
+            )
+        )
     return rows
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from olvae.evaluation.cells import scores
 from olvae.evaluation.observers.half_precision import HalfPrecision
+from olvae.evaluation.page import scores
 from olvae.evaluation.results import Results
 from olvae.export.formats import Layout
 from olvae.models.autoencoder import LiteVAE
@@ -66,7 +66,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         weights=_weights(model, provenance),
         teacher=_teacher(provenance.config),
         results=results,
-        scores=results and scores(results),
+        scores=scores(results) if results else {},
         protocol=protocol,
         precisions=precisions,
         data=_data(provenance.config),

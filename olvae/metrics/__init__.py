@@ -1,4 +1,93 @@
-"""The numbers of validation and evaluation, computed on uint8 images: one file per metric, their contract
-(``metric.py``), and what makes them by name (``registry.py``).
+"""Metrics of reconstructions, computed on uint8 images: all by name, and the function that makes them.
 
-Imports ``olvae.modules`` and the foundations. Validation and evaluation import it."""
+``metric`` has their contract, ``pixel`` and ``features`` what they compute. Imports ``olvae.modules`` and the
+foundations; validation and evaluation import it.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from olvae.checkpoint import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
+from olvae.metrics.features import KID, RFID, Features, Inception, LPIPSDistance, PairFeatures
+from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
+from olvae.metrics.pixel import l1, ms_ssim, psnr, ssim, ssim_uniform
+
+__all__ = ["METRICS", "MakeMetrics", "build_metrics"]
+
+METRICS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("psnr", "PSNR, dB", "higher"),
+        Kind("ssim", "SSIM", "higher"),
+        Kind("ssim_uniform", "SSIM, uniform window", "higher"),
+        Kind("ms_ssim", "MS-SSIM", "higher"),
+        Kind("l1", "L1", "lower", digits=4),
+        Kind("lpips", "LPIPS", "lower", VGG16),
+        Kind("lpips_alex", "LPIPS Alex", "lower", ALEXNET),
+        Kind("rfid", "rFID", "lower", INCEPTION),
+        Kind("kid", "KID", "lower", INCEPTION, digits=5),
+    )
+}
+
+MakeMetrics = Callable[[], MetricSet]
+"""Makes the metrics of one target. Networks, and the features of the images, are shared by all that it makes."""
+
+
+def build_metrics(
+    names: Sequence[str], weights_dir: str | Path | None = None, device: str | torch.device = "cpu"
+) -> tuple[MakeMetrics, dict[str, str]]:
+    """Prepare metrics for any number of targets on the same images.
+
+    Args:
+        weights_dir: a folder of pretrained weights, searched first: :func:`find_weights`.
+
+    Returns:
+        A function that makes the metrics of one target, in the order of the names; and for each metric whose weights
+        are missing, the reason and what to do about it. Use one function per set of images: it keeps their features.
+
+    Raises:
+        ValueError: a name is unknown, or a file of weights holds something else.
+        NotADirectoryError: ``weights_dir`` is not a folder.
+    """
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f"no metric {', '.join(unknown)}: choose from {', '.join(METRICS)}")
+    kinds = [METRICS[name] for name in dict.fromkeys(names)]
+    paths: dict[WeightsFile, Path] = {}
+    missing: dict[WeightsFile, str] = {}
+    for file in dict.fromkeys(kind.needs for kind in kinds if kind.needs):
+        try:
+            paths[file] = find_weights(file, weights_dir)
+        except MissingWeights as error:
+            missing[file] = str(error)
+    skipped = {kind.name: missing[kind.needs] for kind in kinds if kind.needs in missing}
+    kinds = [kind for kind in kinds if kind.name not in skipped]
+    details = {file: {"weights": provenance(path, file)} for file, path in paths.items()}
+    compare: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "psnr": psnr,
+        "ssim": ssim,
+        "ssim_uniform": ssim_uniform,
+        "ms_ssim": ms_ssim,
+        "l1": l1,
+    }
+    if VGG16 in paths:
+        compare["lpips"] = LPIPSDistance("vgg", paths[VGG16], device)
+    if ALEXNET in paths:
+        compare["lpips_alex"] = LPIPSDistance("alex", paths[ALEXNET], device)
+    inception = Inception(paths[INCEPTION], device) if INCEPTION in paths else None
+    reference: dict[str, Features] = {}
+
+    def make() -> MetricSet:
+        features = PairFeatures(inception, reference) if inception else None
+        metrics: dict[str, Metric] = {}
+        for kind in kinds:
+            about = details[kind.needs] if kind.needs else {}
+            if features is not None and kind.needs == INCEPTION:
+                metrics[kind.name] = (RFID if kind.name == "rfid" else KID)(kind, features, about)
+            else:
+                metrics[kind.name] = PerImage(kind, compare[kind.name], device, about)
+        return MetricSet(metrics, skipped)
+
+    return make, skipped

@@ -17,12 +17,6 @@ from olvae.modules.precision import full_float32
 LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}
 """The least height and width, in pixels, at which the last layer still has a position."""
 
-CHUNK = 4096
-"""Rows of features that are multiplied at a time."""
-
-KID_SUBSET = 1000
-"""Images of a subset, at most."""
-
 Features = NDArray[np.float32]
 Extract = Callable[[Tensor], Features]
 """uint8 (B, 3, H, W) to features (B, D)."""
@@ -37,10 +31,10 @@ class LPIPSDistance:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Two batches of uint8 images (B, 3, H, W) -> float64 (B,)."""
-        if x.shape[1] != 3:
-            raise Unavailable(f"LPIPS needs images of 3 channels, got {x.shape[1]}")
-        if min(x.shape[-2:]) < self._least:
-            raise Unavailable(f"LPIPS needs images of at least {self._least} pixels, got {tuple(x.shape[-2:])}")
+        if x.shape[1] != 3 or min(x.shape[-2:]) < self._least:
+            raise Unavailable(
+                f"LPIPS needs images of 3 channels and at least {self._least} pixels, got {tuple(x.shape[1:])}"
+            )
         distances: Tensor = self._network(x.float() / 127.5 - 1.0, y.float() / 127.5 - 1.0)  # (B, 1, 1, 1)
         return distances.flatten().double()
 
@@ -86,38 +80,18 @@ class PairFeatures:
 
     def __init__(self, extract: Extract, reference: dict[str, Features]) -> None:
         self._extract = extract
-        self._reference = reference
-        self._reconstructions: dict[str, Features] = {}
-
-    def __len__(self) -> int:
-        return len(self._reconstructions)
+        self.reference = reference
+        self.reconstructions: dict[str, Features] = {}
 
     def add(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         """Add images and reconstructions whose keys are new; see :meth:`Metric.update`."""
         check_pairs(keys, x, y)
-        self._fill(self._reference, keys, x)
-        self._fill(self._reconstructions, keys, y)
-
-    def state(self) -> tuple[dict[str, Features], dict[str, Features]]:
-        """Features of the images, and of the reconstructions. Metrics that share features pickle them once."""
-        return self._reference, self._reconstructions
-
-    def merge(self, state: tuple[Mapping[str, Features], Mapping[str, Features]]) -> None:
-        for own, other in zip(self.state(), state, strict=True):
-            if own is not other:
-                own.update((key, features) for key, features in other.items() if key not in own)
-
-    def sets(self) -> tuple[Features, Features]:
-        """Features of images and of reconstructions, (N, D) each, in the order of the keys."""
-        keys = sorted(self._reconstructions)
-        return np.stack([self._reference[key] for key in keys]), np.stack([self._reconstructions[key] for key in keys])
-
-    def _fill(self, store: dict[str, Features], keys: Sequence[str], images: Tensor) -> None:
-        new = {key: place for place, key in enumerate(keys) if key not in store}
-        if new:
-            features = self._extract(images if len(new) == len(keys) else images[list(new.values())])
-            # Copies, so that a pickled row does not bring its whole batch along.
-            store.update((key, row.copy()) for key, row in zip(new, features, strict=True))
+        for store, images in ((self.reference, x), (self.reconstructions, y)):
+            new = {key: place for place, key in enumerate(keys) if key not in store}
+            if new:
+                features = self._extract(images[list(new.values())])
+                # Copies, so that a pickled row does not bring its whole batch along.
+                store.update((key, row.copy()) for key, row in zip(new, features, strict=True))
 
 
 class SetMetric(Metric):
@@ -126,25 +100,29 @@ class SetMetric(Metric):
     def __init__(self, kind: Kind, features: PairFeatures, details: Mapping[str, object] | None = None) -> None:
         super().__init__(kind, details)
         self._features = features
-        self._computed: dict[str, object] = {}
-        """Details of the last value; compute() sets them."""
+        self._computed: dict[str, object] = {}  # details of the last value, set by compute()
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         self._features.add(keys, x, y)
 
     def state(self) -> tuple[dict[str, Features], dict[str, Features]]:
-        return self._features.state()
+        """Features of images and of reconstructions. Metrics that share them pickle them once."""
+        return self._features.reference, self._features.reconstructions
 
     def merge(self, state: Any) -> None:
-        self._features.merge(state)
+        for own, other in zip(self.state(), state, strict=True):
+            own |= {key: features for key, features in other.items() if key not in own}
 
     def details(self) -> dict[str, object]:
         return {**self._details, **self._computed}
 
     def _sets(self) -> tuple[Features, Features]:
-        if len(self._features) < 2:
-            raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(self._features)}")
-        return self._features.sets()
+        """Features of images and of reconstructions, (N, D) each, in the order of the keys."""
+        images, reconstructions = self.state()
+        if len(reconstructions) < 2:
+            raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(reconstructions)}")
+        keys = sorted(reconstructions)
+        return np.stack([images[key] for key in keys]), np.stack([reconstructions[key] for key in keys])
 
 
 class RFID(SetMetric):
@@ -165,23 +143,13 @@ class RFID(SetMetric):
 def frechet_distance(a: Features, b: Features) -> float:
     """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), by torch-fidelity's function.
 
-    Means m and covariances S are in float64. The square root of the product has rounding errors of about 1e-4, which
-    may make the distance between equal sets negative; it is then given as 0.
+    Means m and unbiased covariances S are in float64. The square root of the product has rounding errors of about
+    1e-4, which may make the distance between equal sets negative; it is then given as 0.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    distance = fid_statistics_to_metric(gaussian(a), gaussian(b), verbose=False)
-    return max(0.0, float(distance[KEY_METRIC_FID]))
-
-
-def gaussian(features: Features) -> dict[str, NDArray[np.float64]]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64."""
-    mean = features.mean(0, dtype=np.float64)
-    products = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(features), CHUNK):
-        centred = features[start : start + CHUNK] - mean
-        products += centred.T @ centred
-    return {"mu": mean, "sigma": products / (len(features) - 1)}
+    statistics = [{"mu": f.mean(0, dtype=np.float64), "sigma": np.cov(f, rowvar=False)} for f in (a, b)]
+    return max(0.0, float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]))
 
 
 class KID(SetMetric):
@@ -196,7 +164,7 @@ class KID(SetMetric):
         from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
         images, reconstructions = (torch.from_numpy(features) for features in self._sets())
-        size = min(KID_SUBSET, len(images))
+        size = min(DEFAULTS["kid_subset_size"], len(images))
         result = kid_features_to_metric(images, reconstructions, kid_subset_size=size, verbose=False)
         self._computed = {
             "subsets": DEFAULTS["kid_subsets"],

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,37 +14,25 @@ from olvae.modules.precision import full_float32
 
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)
-    """This metric can't be computed from these images; the message says why. Other metrics can."""
+    """A metric can't be computed from these images, and why; other metrics can."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Name, label and needs of a metric.
+    """Name, label and needs of a metric."""
 
-    Args:
-        name: in commands and files.
-        label: the heading of its column, with the unit.
-        better: which values are better.
-        needs: the file of pretrained weights that it needs.
-        digits: decimals shown in tables.
-    """
-
-    name: str
-    label: str
-    better: Literal["higher", "lower"]
-    needs: WeightsFile | None = None
-    digits: int = 3
+    name: str  # in commands and files
+    label: str  # the heading of its column, with the unit
+    better: Literal["higher", "lower"]  # values
+    needs: WeightsFile | None = None  # the file of pretrained weights
+    digits: int = 3  # decimals in tables
 
 
 class Metric(ABC):
     """Compares images with one target's reconstructions of them, batch by batch.
 
     Images are identified by keys, and a key counts once. So the batch size, the order, and images that two processes
-    both saw make no difference. ``other.merge(metric.state())`` joins what two processes have; merging twice does no
-    harm.
-
-    Args:
-        details: see :meth:`details`.
+    both saw make no difference. ``other.merge(metric.state())`` joins two processes; merging twice does no harm.
     """
 
     def __init__(self, kind: Kind, details: Mapping[str, object] | None = None) -> None:
@@ -80,12 +68,8 @@ class Metric(ABC):
         """What the value depends on, ready for JSON; ``warning`` is a sentence for the reader. Call compute() first."""
         return self._details
 
-    def per_image(self) -> dict[str, float] | None:
-        """The values by key, sorted by key; None if the metric compares the whole sets."""
-        return None
-
-    def values(self, keys: Sequence[str]) -> list[float] | None:  # noqa: ARG002
-        """The values of some images; None if the metric compares the whole sets."""
+    def per_image(self) -> Mapping[str, float] | None:
+        """The values by key; None if the metric compares the whole sets."""
         return None
 
 
@@ -115,15 +99,13 @@ class PerImage(Metric):
         x, y = x.to(self._device), y.to(self._device)
         with full_float32(x):
             values = self._compare(x, y).double().tolist()
-        for key, value in zip(keys, values, strict=True):
-            self._add(key, value)
+        self._add(zip(keys, values, strict=True))
 
     def state(self) -> dict[str, float]:
         return self._values
 
     def merge(self, state: Mapping[str, float]) -> None:
-        for key, value in state.items():
-            self._add(key, value)
+        self._add(state.items())
 
     def compute(self) -> float:
         if not self._values:
@@ -131,18 +113,16 @@ class PerImage(Metric):
         return math.fsum(self._values.values()) / len(self._values)  # fsum rounds once, whatever the order
 
     def per_image(self) -> dict[str, float]:
-        return dict(sorted(self._values.items()))
+        return self._values
 
-    def values(self, keys: Sequence[str]) -> list[float]:
-        return [self._values[key] for key in keys]
-
-    def _add(self, key: str, value: float) -> None:
-        known = self._values.setdefault(key, value)
-        if not math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5):  # the same pair, rounded twice
-            raise ValueError(
-                f"two different pairs of images have the key {key!r} ({self.kind.name} {known:.6g} and {value:.6g}): "
-                "give each image its own"
-            )
+    def _add(self, values: Iterable[tuple[str, float]]) -> None:
+        for key, value in values:
+            known = self._values.setdefault(key, value)
+            if not math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5):  # the same pair, rounded twice
+                raise ValueError(
+                    f"two different pairs of images have the key {key!r} ({self.kind.name} {known:.6g} and "
+                    f"{value:.6g}): give each image its own"
+                )
 
 
 class MetricSet:
@@ -164,9 +144,9 @@ class MetricSet:
             except Unavailable as reason:
                 self._drop(name, str(reason))
 
-    def values(self, keys: Sequence[str]) -> dict[str, list[float]]:
-        """By metric of single images, its values of some."""
-        found = {name: metric.values(keys) for name, metric in self.metrics.items()}
+    def per_image(self) -> dict[str, Mapping[str, float]]:
+        """By name of a metric that compares single images, its values by key."""
+        found = {name: metric.per_image() for name, metric in self.metrics.items()}
         return {name: values for name, values in found.items() if values is not None}
 
     def state(self) -> Any:
@@ -178,23 +158,22 @@ class MetricSet:
         states, skipped = state
         for name, reason in list(skipped.items()):
             self._drop(name, reason)
-        for name, part in states.items():
-            if name in self.metrics:
-                self.metrics[name].merge(part)
+        for name, metric in self.metrics.items():
+            if name in states:
+                metric.merge(states[name])
 
     def compute(self) -> dict[str, float]:
         """The values by name, maybe infinite. Metrics without a value are dropped, with the reason in ``skipped``."""
         values = {}
         for name, metric in list(self.metrics.items()):
             try:
-                value = metric.compute()
+                values[name] = metric.compute()
             except Unavailable as reason:
                 self._drop(name, str(reason))
                 continue
-            if math.isnan(value):
+            if math.isnan(values[name]):
+                del values[name]
                 self._drop(name, "not a number")
-            else:
-                values[name] = value
         return values
 
     def _drop(self, name: str, reason: str) -> None:
@@ -203,10 +182,13 @@ class MetricSet:
 
 
 def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-    """Raises ValueError unless x and y are uint8 images of one shape (B, C, H, W), with B keys."""
-    if x.dtype != torch.uint8 or y.dtype != torch.uint8:
-        raise ValueError(f"metrics compare uint8 images, got {x.dtype} and {y.dtype}")
-    if x.ndim != 4 or x.shape != y.shape:
-        raise ValueError(f"metrics compare images of one shape (B, C, H, W), got {tuple(x.shape)} and {tuple(y.shape)}")
-    if len(keys) != x.shape[0]:
-        raise ValueError(f"{len(keys)} keys for {x.shape[0]} images")
+    """Check that x and y are uint8 images of one shape (B, C, H, W), with B keys.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.ndim != 4 or x.shape != y.shape or len(keys) != len(x):
+        raise ValueError(
+            "metrics compare uint8 images of one shape (B, C, H, W), with B keys: "
+            f"got {x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)} and {len(keys)} keys"
+        )

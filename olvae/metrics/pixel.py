@@ -11,8 +11,6 @@ from olvae.metrics.metric import Unavailable
 
 SSIM_WINDOW = 11
 
-UNIFORM_WINDOW = 7
-
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """PSNR of each image in dB, infinite for equal ones: uint8 (B, C, H, W) twice -> float64 (B,).
@@ -35,8 +33,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     Gaussian window of 11 pixels, sigma 1.5, K 0.01 and 0.03, range 255, mean over channels; in float32, which is 13
     times as fast as float64 and agrees to 2e-6.
     """
-    if min(x.shape[-2:]) < SSIM_WINDOW:
-        raise Unavailable(f"SSIM needs images of at least {SSIM_WINDOW} pixels, got {tuple(x.shape[-2:])}")
+    _check_size("SSIM", x, SSIM_WINDOW)
     _, values = structural_similarity_index_measure(
         x.float(), y.float(), data_range=255.0, reduction="none", return_full_image=True
     )
@@ -47,20 +44,13 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of each image as scikit-image's default: a uniform window of 7 pixels, sample covariances."""
-    if min(x.shape[-2:]) < UNIFORM_WINDOW:
-        raise Unavailable(f"SSIM needs images of at least {UNIFORM_WINDOW} pixels, got {tuple(x.shape[-2:])}")
+    _check_size("SSIM", x, 7)
     from skimage.metrics import structural_similarity  # slow to import
 
     pairs = zip(x.cpu().numpy(), y.cpu().numpy(), strict=True)
     return torch.tensor(
         [structural_similarity(a, b, channel_axis=0, data_range=255) for a, b in pairs], dtype=torch.float64
     )
-
-
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-
-MS_SSIM_SIZE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
-"""The least height and width in pixels: after four halvings the window still fits."""
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -70,10 +60,12 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     The first four give their contrast term, averaged over channels and over the positions where the window fits, the
     last its SSIM, averaged over all positions, with the image reflected at its border. A negative mean counts as 0.
     """
-    if min(x.shape[-2:]) < MS_SSIM_SIZE:
-        raise Unavailable(
-            f"MS-SSIM with five scales needs images of at least {MS_SSIM_SIZE} pixels, got {tuple(x.shape[-2:])}"
-        )
+    _check_size("MS-SSIM with five scales", x, SSIM_WINDOW * 2**4)  # after four halvings the window still fits
     return multiscale_structural_similarity_index_measure(
-        x.float(), y.float(), data_range=255.0, reduction="none", betas=MS_SSIM_WEIGHTS, normalize="relu"
+        x.float(), y.float(), data_range=255.0, reduction="none"
     ).double()
+
+
+def _check_size(name: str, x: Tensor, least: int) -> None:
+    if min(x.shape[-2:]) < least:
+        raise Unavailable(f"{name} needs images of at least {least} pixels, got {tuple(x.shape[-2:])}")

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.source import Batch
+from olvae.metrics import MakeMetrics, build_metrics
 from olvae.metrics.metric import MetricSet
-from olvae.metrics.registry import MakeMetrics, build_metrics
 from olvae.models.autoencoder import LiteVAE, Quantizer
 from olvae.models.averaging import find_average
 from olvae.models.parts.part import Part, StandIn

@@ -18,7 +18,7 @@ from olvae import config as cfg
 from olvae.config import Config
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.files import atomic_write, first_line, write_json
-from olvae.metrics.registry import METRICS
+from olvae.metrics import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 

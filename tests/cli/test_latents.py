@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
         ([empty, *out], 1, "neither a run folder"),
         ([weights, *out], 2, "name it with --config"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "set --data"),
-        ([weights, "--config", tmp_path / "size.yaml", *out], 1, "images of 20x20 pixels"),
+        ([weights, "--config", tmp_path / "size.yaml", *out], 2, "20 is not a multiple of 8: set `size` to 16"),
         ([run, "--data", empty, *out], 1, "no images in this folder"),
         ([run, "--data", tmp_path / "nowhere", *out], 1, "no such folder"),
         ([run, "--data", broken, *out], 1, "no images"),

@@ -15,9 +15,9 @@ N, C, H, W = 11, 3, 6, 4
 
 @pytest.fixture
 def moments():
-    """Correlated channels of different mean and width; channel 2 is wide enough to leave the histogram."""
+    """Channels of different mean and width; channel 2 is wide enough to leave the histogram."""
     mean = torch.randn(N, C, H, W)
-    mean[:, 1] = 0.8 * mean[:, 0] + 0.3 * mean[:, 1] - 2.0
+    mean[:, 1] = 0.8 * mean[:, 1] - 2.0
     mean[:, 2] = 15.0 * mean[:, 2] + 1.0
     return torch.cat((mean, torch.randn(N, C, H, W) - 1.0), dim=1)
 
@@ -33,17 +33,6 @@ def sample(moments: torch.Tensor, keys: list[int]) -> torch.Tensor:
     mean, logvar = moments.double().chunk(2, dim=1)
     noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in keys]
     return (mean + (logvar / 2).exp() * torch.stack(noise)).float()
-
-
-def ring_means(power: np.ndarray) -> list[float]:
-    """Of the power of a 6x4 transform, over rings of one cycle over the shorter side."""
-    rings: dict[int, list[float]] = {0: [], 1: [], 2: []}
-    for i in range(H):
-        for j in range(W):
-            ring = round(math.hypot(min(i, H - i) / H, min(j, W - j) / W) * W)
-            if ring in rings:
-                rings[ring].append(power[i, j])
-    return [float(np.mean(values)) for values in rings.values()]
 
 
 def flat(content, path=""):
@@ -76,20 +65,16 @@ def test_the_numbers_of_numpy(moments):
     assert got["kl_per_position"] == pytest.approx(got["kl_per_image"] / count, rel=1e-12)
     assert channels["posterior_std"] == pytest.approx(np.sqrt(var.mean(1)), rel=1e-9)
     assert got["posterior_std"] == pytest.approx(np.sqrt(var.mean()), rel=1e-9)
-    covariance = np.cov(mean, bias=True) + np.diag(var.mean(1))
-    assert np.allclose(got["correlation"], covariance / np.outer(std, std), rtol=1e-12)
-    assert got["correlation"][0][1] > 0.5
     factors = got["diffusion"]
     assert (factors["latents_mean"], factors["latents_std"]) == (channels["mean"], channels["std"])
     assert got["mean"] == factors["shift_factor"] == pytest.approx(mean.mean(), rel=1e-12)
     assert 1 / got["std"] == pytest.approx(factors["scaling_factor"], rel=1e-15)
     assert factors["scaling_factor"] == pytest.approx(1 / math.sqrt(mean.var() + var.mean()), rel=1e-12)
     erfc = np.vectorize(math.erfc)
-    below = erfc((mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)).mean(2).T / 2  # (C, edges)
-    mass = np.diff(below, axis=1, prepend=0.0, append=1.0)
-    for found, expected in zip(got["histogram"]["channels"], mass, strict=True):
-        assert [found["below"], *found["share"], found["above"]] == pytest.approx(expected, abs=1e-12)
-    assert mass[2, 0] > 0.002  # some of channel 2 is below the grid
+    below = erfc((mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)).mean((1, 2)) / 2  # (edges,)
+    mass, found = np.diff(below, prepend=0.0, append=1.0), got["histogram"]
+    assert [found["below"], *found["share"], found["above"]] == pytest.approx(mass, abs=1e-12)
+    assert mass[0] > 0.0005  # some of channel 2 is below the grid
     z = sample(moments, keys)
     assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(z).tolist(), rel=1e-9)
     scaled = (z.double() - got["mean"]) * factors["scaling_factor"]
@@ -97,33 +82,18 @@ def test_the_numbers_of_numpy(moments):
     assert got["mmd"]["standard_error_under_normal"] == mmd2_null_std(N, C * H * W).tolist()
 
 
-def test_the_spectrum_of_numpy(moments):
-    got = accumulate(moments, list(range(N)), 3).compute()
-    mean, logvar = (part.double().numpy() for part in moments.chunk(2, dim=1))
-    for c in range(C):
-        centred = mean[:, c] - mean[:, c].mean()
-        power = (np.abs(np.fft.fft2(centred)) ** 2).mean(0) / (H * W) + np.exp(logvar[:, c]).mean()
-        assert got["spectrum"]["channels"][c] == pytest.approx(ring_means(power), rel=1e-10)
-    assert got["spectrum"]["cycles_per_position"] == [0.0, 0.25, 0.5]
-
-
 def test_expectations_over_samples_hold_for_samples(moments):
-    """Spectrum, moments and histogram come without noise; many drawn latents agree within their sampling error."""
+    """Moments and histogram come without noise; many drawn latents agree within their sampling error."""
     got = accumulate(moments, list(range(N)), N).compute()
     posterior = DiagonalGaussian(moments.double())
-    z = torch.stack([posterior.sample() for _ in range(4000)])  # (draws, N, C, h, w)
+    z = torch.stack([posterior.sample() for _ in range(1000)])  # (draws, N, C, h, w)
     channels = z.transpose(0, 2).flatten(1)  # (C, ...)
     assert channels.std(1).tolist() == pytest.approx(got["channels"]["std"], rel=0.01)
-    assert np.allclose(torch.corrcoef(channels), got["correlation"], atol=0.01)
-    for row, found in zip(channels, got["histogram"]["channels"], strict=True):
-        near_zero = float(torch.histc(row, bins=1, min=-0.025, max=0.025)) / len(row)
-        assert near_zero == pytest.approx(sum(found["share"][99:101]), rel=0.05)
+    near_zero = float(torch.histc(z, bins=1, min=-0.025, max=0.025)) / z.numel()
+    assert near_zero == pytest.approx(sum(got["histogram"]["share"][99:101]), rel=0.05)
     scaled = (z - got["mean"]) / got["std"]
     assert abs(float(scaled.mean())) < 0.01
     assert float(scaled.std()) == pytest.approx(1.0, abs=0.01)
-    for c in range(C):
-        power = torch.fft.fft2(z[:, :, c] - got["channels"]["mean"][c], norm="ortho").abs().square().mean((0, 1))
-        assert np.allclose(got["spectrum"]["channels"][c], ring_means(power.numpy()), rtol=0.02)
 
 
 def test_neither_batches_nor_order_nor_merging_matter(moments):
@@ -170,12 +140,11 @@ def test_a_dead_channel():
     assert got["channels"]["active"] == [True, False, False, True]
     assert got["active_channels"] == 2
     assert got["channels"]["kl_per_position"][1] == 0.0
-    assert got["correlation"][1] == [0.0, 1.0, 0.0, 0.0]
     assert got["channels"]["std"][1] == pytest.approx(1.0)
 
 
 def test_deterministic_latents_are_posteriors_of_no_width(moments):
-    """What is said of them is what is said of Gaussians that are next to points; KL and activity are not said."""
+    """Their numbers are those of Gaussians that are next to points; KL and activity are missing."""
     latent, keys = moments[:, :C].double(), list(range(N))
     latent[:, 0, 0, 0] = EDGES[120]  # an edge, a hair's breadth above it for a point
     points = LatentAccumulator(100)
@@ -184,29 +153,18 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
     narrow = torch.cat((latent, torch.full_like(latent, -30.0)), 1)
     narrow[:, 0, 0, 0] += 1e-5
     got, expected = points.compute(), accumulate(narrow, keys, N).compute()
-    assert got["deterministic"]
-    assert not expected["deterministic"]
-    names = [path for path, _ in flat({**got, "mmd": {}, "skipped": {}})]
-    others = dict(flat(expected))
-    assert {"mean", "std", "channels.mean[0]", "correlation[0][1]", "spectrum.mean[1]"} <= {name[1:] for name in names}
-    for name, value in flat({**got, "mmd": {}, "skipped": {}, "channels": {**got["channels"], "min": [], "max": []}}):
-        if name != ".deterministic":
-            assert value == pytest.approx(others[name], rel=1e-4, abs=1e-5), name
-    assert 1 / got["std"] == pytest.approx(1 / float(latent.double().std(correction=0)), rel=1e-9)
-    assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(latent.double()).tolist(), rel=1e-6)
-    content = got
-    assert set(content["skipped"]) == {"kl", "active"}
-    assert "deterministic" in content["skipped"]["kl"]
-    assert not [path for path, _ in flat({**content, "skipped": {}}) if "kl" in path or "active" in path]
-    assert content["channels"]["min"] == latent.double().transpose(0, 1).flatten(1).amin(1).tolist()
-
-
-def test_a_constant_channel_of_deterministic_latents_correlates_with_none():
-    latent = torch.randn(20, 2, 2, 2)
-    latent[:, 1] = 0.5
-    accumulator = LatentAccumulator()
-    accumulator.update(Deterministic(latent), range(20))
-    assert accumulator.compute()["correlation"] == [[1.0, 0.0], [0.0, 1.0]]
+    assert (got["deterministic"], expected["deterministic"]) == (True, False)
+    assert set(got["skipped"]) == {"kl", "active"}
+    assert "deterministic" in got["skipped"]["kl"]
+    assert 1 / got["std"] == pytest.approx(1 / float(latent.std(correction=0)), rel=1e-9)
+    assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(latent).tolist(), rel=1e-6)
+    assert got["channels"].pop("min") == latent.transpose(0, 1).flatten(1).amin(1).tolist()
+    assert got["channels"].pop("max") == latent.transpose(0, 1).flatten(1).amax(1).tolist()
+    found, others = flat({**got, "deterministic": [], "mmd": {}, "skipped": {}}), dict(flat(expected))
+    assert {".mean", ".std", ".channels.mean[0]", ".histogram.share[120]"} <= {name for name, _ in found}
+    assert not [name for name, _ in found if "kl" in name or "active" in name]
+    for name, value in found:
+        assert value == pytest.approx(others[name], rel=1e-4, abs=1e-5), name
 
 
 def test_one_image_has_no_mmd_but_the_rest(moments):
@@ -251,14 +209,6 @@ def test_several_models_see_the_same_images_in_one_pass():
     assert b["channels"]["mean"] == pytest.approx(a["channels"]["mean"], abs=1e-6)
     with pytest.raises(ValueError, match="no images"):
         encode_latents({"a": Halves(2)}, [])["a"].compute()
-
-
-def test_images_that_do_not_fit_a_model():
-    batch = [{"image": torch.zeros(1, 3, 20, 16, dtype=torch.uint8)}]
-    with pytest.raises(ValueError, match=r"b: images of 20x16 pixels.* multiple of 8"):
-        encode_latents({"a": Halves(4), "b": Halves(8)}, batch)
-    with pytest.raises(ValueError, match="c: takes images of 1 channels, these have 3"):
-        encode_latents({"c": Halves(4, in_channels=1)}, batch)
 
 
 def test_the_figure_shows_every_model_in_its_colour(tmp_path, moments):

@@ -113,7 +113,7 @@ def test_the_values_of_images_are_read_again(tmp_path):
 
 def test_a_failure_leaves_the_old_file(tmp_path):
     class Broken(dict):
-        def __getitem__(self, key):
+        def get(self, key, default=None):
             raise RuntimeError("half-way")
 
     path = tmp_path / "per_image.csv"

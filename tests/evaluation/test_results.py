@@ -1,11 +1,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.results import INFINITE, Results, Row
+from olvae.evaluation.results import INFINITE, Results, Row, confidence, difference
 from olvae.evaluation.roundtrip import Cost
+from olvae.files import write_json
 
 IMAGES = {"source": "photos", "n": 90, "sha256": "00", "unreadable": 0, "unreadable_files": {}, "enlarged": 0}
 
@@ -28,7 +30,7 @@ def row(target: str = NAME, sha256: str = "aa", published: bool = True, **more) 
 
 
 def read_back(results: Results, tmp_path) -> Results:
-    results.write(tmp_path / "metrics.json")
+    write_json(results.as_dict(), tmp_path / "metrics.json")
     return Results.read(tmp_path / "metrics.json")
 
 
@@ -39,17 +41,12 @@ def test_what_is_written_is_read_again(tmp_path):
     )
     equal = Row("equal", 90, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"})
     results = results_of(full, equal)
-    assert results.as_dict()["results"][0]["mine"] == [1, "two"]
-    assert results.as_dict()["results"][1].keys().isdisjoint({"bands", "mine", "baseline"})
+    first, second = results.as_dict()["results"]
+    assert first["mine"] == [1, "two"]
+    assert second.keys().isdisjoint({"bands", "mine", "baseline"})
+    assert second["metrics"] == {"ssim": 1.0}  # JSON has no infinity
+    assert second["skipped"] == {"psnr": INFINITE, "rfid": "no weights"}
     assert read_back(results, tmp_path) == results
-
-
-def test_an_infinite_value_is_skipped_in_json_with_the_reason(tmp_path):
-    results = results_of(Row("equal", 90, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"}))
-    results.write(tmp_path / "metrics.json")
-    (found,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert found["metrics"] == {"ssim": 1.0}
-    assert found["skipped"] == {"psnr": INFINITE, "rfid": "no weights"}
 
 
 def test_a_file_with_the_least_that_a_row_has(tmp_path):
@@ -99,9 +96,62 @@ def test_unpublished_weights_give_a_warning():
 @pytest.mark.parametrize("value", ["many", None, float("nan"), float("inf")])
 def test_an_earlier_file_with_values_that_are_not_finite_numbers(tmp_path, value):
     path = tmp_path / "metrics.json"
-    results_of(row()).write(path)
-    content = json.loads(path.read_text())
+    content = results_of(row()).as_dict()
     content["results"][0]["metrics"]["psnr"] = value
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"not a metrics\.json"):
         Results.read(path)
+
+
+def keyed(values) -> dict[str, float]:
+    return {f"{i:05}": float(value) for i, value in enumerate(values)}
+
+
+def test_two_images_by_hand():
+    """The mean of two draws from {0, 1} is 0, 1/2 and 1 in a quarter, a half and a quarter of the cases."""
+    values = keyed([0.0, 1.0])
+    assert confidence(values, level=0.95, samples=4000) == (0.0, 1.0)
+    assert confidence(values, level=0.4, samples=4000) == (0.5, 0.5)
+
+
+def test_many_images_give_the_normal_interval():
+    values = np.random.default_rng(3).gamma(4.0, size=2000)
+    low, high = confidence(keyed(values), samples=8000)
+    reach = 1.959964 * values.std() / math.sqrt(2000)
+    assert low == pytest.approx(values.mean() - reach, abs=0.05 * reach)
+    assert high == pytest.approx(values.mean() + reach, abs=0.05 * reach)
+
+
+def test_the_order_of_images_makes_no_difference_and_the_seed_does():
+    values = keyed(np.random.default_rng(0).normal(size=50))
+    backwards = dict(reversed(values.items()))
+    assert confidence(values) == confidence(backwards)
+    assert confidence(values) != confidence(values, seed=1)
+
+
+def test_memory_is_bounded_without_changing_the_draws(monkeypatch):
+    values = keyed(np.random.default_rng(0).normal(size=50))
+    whole = confidence(values, samples=100)
+    monkeypatch.setattr("olvae.evaluation.results.CHUNK", 64)  # a row at a time
+    assert confidence(values, samples=100) == pytest.approx(whole, rel=1e-12)
+
+
+def test_what_has_no_interval():
+    assert confidence({"a": 3.0}) is None
+    assert confidence(keyed([30.0, math.inf, 31.0])) is None
+    assert difference({"a": 3.0}, {"a": 2.0}) is None
+    assert difference(keyed([30.0, math.inf]), keyed([30.0, 31.0])) is None
+
+
+def test_a_difference_is_paired():
+    rng = np.random.default_rng(4)
+    hard = rng.normal(30.0, 5.0, size=200)  # what both find hard
+    a, b = hard + rng.normal(0.3, 0.5, size=200), hard + rng.normal(0.0, 0.5, size=200)
+    found = difference(keyed(a), keyed(b), samples=4000)
+    assert found.value == pytest.approx((a - b).mean(), rel=1e-9)
+    assert (found.low, found.high) == pytest.approx(confidence(keyed(a - b), samples=4000), rel=1e-9)
+    low, high = confidence(keyed(a))
+    assert found.high - found.low < (high - low) / 5
+    assert found.low > 0
+    other = difference(keyed(b), keyed(a), samples=4000)
+    assert (other.value, other.low, other.high) == pytest.approx((-found.value, -found.high, -found.low))

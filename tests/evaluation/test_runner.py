@@ -11,7 +11,7 @@ from olvae.evaluation.observers.baselines import Bicubic
 from olvae.evaluation.protocol import PROTOCOLS, Protocol, named
 from olvae.evaluation.roundtrip import Reconstructed, RoundTrip
 from olvae.evaluation.runner import fingerprint, measure, observe, rows_under
-from olvae.metrics.registry import build_metrics
+from olvae.metrics import build_metrics
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
@@ -75,15 +75,6 @@ def test_the_mean_over_images_whatever_the_batches_and_their_order(images):
     changed = images.clone()
     changed[3, 0, 0, 0] ^= 1
     assert fingerprint(run({"darker": darker}, changed)[0]) != fingerprint(seen)
-
-
-def test_pooled_psnr_is_that_of_all_pixels(images):
-    protocol = Protocol(psnr="pooled")
-    _, (row,) = run({"darker": darker}, images, protocol=protocol)
-    expected = peak_signal_noise_ratio(images.numpy(), darker([], images).numpy(), data_range=255)
-    assert row.metrics["psnr"] == pytest.approx(expected, rel=1e-9)
-    low, high = row.intervals["psnr"]
-    assert low < expected < high
 
 
 def test_a_protocols_variants_stand_under_the_metrics_names(images):
@@ -188,7 +179,6 @@ CHOICES = {
     "resize": "adm",
     "resample": "bilinear",
     "posterior": "sample",
-    "psnr": "pooled",
     "ssim": "uniform",
     "lpips": "alex",
     "crops": "tiles",

@@ -4,8 +4,8 @@ import pickle
 import pytest
 import torch
 
+from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import Kind, MetricSet, PerImage, Unavailable
-from olvae.metrics.registry import METRICS, build_metrics
 from tests.metrics.conftest import pairs
 
 NAMES = ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1"]
@@ -32,8 +32,7 @@ def test_batches_order_and_processes_make_no_difference(name):
     rounding = 1e-12 if name in ("psnr", "l1") else 1e-6
     for other in (shuffled, second):
         assert other.compute() == pytest.approx(whole.compute(), rel=rounding)
-        assert list(other.per_image()) == keys
-        assert list(other.per_image().values()) == pytest.approx(list(whole.per_image().values()), rel=rounding)
+        assert other.per_image() == pytest.approx(whole.per_image(), rel=rounding)
     assert whole.compute() == pytest.approx(sum(whole.per_image().values()) / 7, rel=1e-12)
 
 
@@ -100,10 +99,10 @@ def test_images_that_do_not_fit_together():
     keys, x, y = pairs(2, 32)
     metric = run("l1", keys, x, y)
     for bad, message in (
-        ((keys, x.float(), y), "uint8"),
+        ((keys, x.float(), y), "got torch.float32"),
         ((keys, x, y[:1]), "one shape"),
         ((keys, x[0], y[0]), "one shape"),
-        ((keys[:1], x, y), "1 keys for 2 images"),
+        ((keys[:1], x, y), "and 1 keys"),
     ):
         with pytest.raises(ValueError, match=message):
             metric.update(*bad)

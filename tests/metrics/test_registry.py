@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from olvae.checkpoint import ALEXNET, INCEPTION, VGG16
-from olvae.metrics.registry import METRICS, build_metrics
+from olvae.metrics import METRICS, build_metrics
 from tests.metrics.conftest import pairs
 
 

@@ -1,31 +1,18 @@
 """Observe where in the spectrum the error is: its energy per wavelet band."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from olvae.evaluation.cells import NONE, significant
-from olvae.evaluation.html import Page
 from olvae.evaluation.observers.observer import Observation, Observer
-from olvae.evaluation.results import Row
+from olvae.evaluation.page import Page
 from olvae.modules.wavelet import wavedec2
-
-MEASURES = ("mse", "share_of_signal")
 
 Energies = tuple[float, ...]
 """Of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on."""
-
-
-class Bar(NamedTuple):
-    """A bar's length, at most 100, the value as text, and whether the value is off the scale."""
-
-    length: float
-    text: str
-    off: bool = False
 
 
 class Bands(Observer):
@@ -48,10 +35,10 @@ class Bands(Observer):
 
     @torch.no_grad()
     def update(self, batch: Observation) -> None:
-        levels = min(self._levels, *map(_halvings, batch.x.shape[-2:]))
-        if batch.draw or not levels:
+        even = math.gcd(2**self._levels, *batch.x.shape[-2:])
+        if batch.draw or even == 1:
             return
-        signal = batch.x.double()
+        levels, signal = even.bit_length() - 1, batch.x.double()
         error = batch.y.double() - signal
         pairs = zip(_energies(error, levels), _energies(signal, levels), strict=True)
         known = self._energies.setdefault(batch.target, {})
@@ -78,41 +65,26 @@ class Bands(Observer):
         if target not in self._energies:
             return None
         errors, signals = zip(*self._energies[target].values(), strict=True)
+        levels = len(errors[0]) // 3
+        places = {f"LL{levels}": 0}
+        for level in range(levels, 0, -1):
+            places |= {f"{band}{level}": 3 * level - 2 + i for i, band in enumerate(("LH", "HL", "HH"))}
         bands: dict[str, dict[str, float | None]] = {}
-        for name, place in _places(len(errors[0]) // 3).items():
+        for name, place in places.items():
             error, signal = (math.fsum(image[place] for image in side) for side in (errors, signals))
             bands[name] = {"mse": error / len(errors), "share_of_signal": error / signal if signal else None}
         return bands
 
     def section(self, page: Page) -> Markup | None:
+        """Bars; the longest of a trained model is 100, as an untrained one would make all others invisible."""
         rows = [row for row in page.results.rows if row.observed.get(self.name)]
-        return page.render("bands.html", rows=rows, bars=_bars(rows)) if rows else None
-
-
-def _bars(rows: Sequence[Row]) -> dict[str, dict[str, list[Bar]]]:
-    """By band, coarse to fine, and target, two bars: the mean squared error, and its share of the input's energy.
-
-    The longest bar of a trained model is 100: an untrained one would make all others invisible.
-    """
-    bands = {row.target: row.observed["bands"] for row in rows}
-    every = [band for row in rows if not row.baseline for band in bands[row.target].values()]
-    longest = {measure: max((band[measure] or 0.0 for band in every), default=0.0) for measure in MEASURES}
-
-    def bar(value: float | None, measure: str) -> Bar:
-        if value is None:
-            return Bar(0.0, NONE)
-        text = f"{significant(100.0 * value)} %" if measure == "share_of_signal" else significant(value)
-        length = round(100.0 * value / longest[measure], 2) if longest[measure] else 0.0
-        return Bar(min(length, 100.0), text, length > 100.0)
-
-    return {
-        name: {
-            target: [bar(found[name][measure], measure) for measure in MEASURES]
-            for target, found in bands.items()
-            if name in found
+        bands = [band for row in rows if not row.baseline for band in row.observed[self.name].values()]
+        longest = {
+            measure: max((band[measure] or 0.0 for band in bands), default=0.0)
+            for measure in ("mse", "share_of_signal")
         }
-        for name in dict.fromkeys(name for found in bands.values() for name in found)
-    }
+        names = dict.fromkeys(name for row in rows for name in row.observed[self.name])
+        return page.render("bands.html", rows=rows, names=list(names), longest=longest) if rows else None
 
 
 def _energies(images: Tensor, levels: int) -> list[Energies]:
@@ -124,18 +96,3 @@ def _energies(images: Tensor, levels: int) -> list[Energies]:
         sums.append(bands.square().flatten(2).sum(2))  # (B, 4)
     energies = torch.cat((sums[-1][:, :1], *(details[:, 1:] for details in sums)), dim=1) / size
     return [tuple(image) for image in energies.tolist()]
-
-
-def _places(levels: int) -> dict[str, int]:
-    """The bands' names, coarse to fine, and their places in :data:`Energies`."""
-    details = {
-        f"{band}{level}": 3 * level - 2 + i
-        for level in range(levels, 0, -1)
-        for i, band in enumerate(("LH", "HL", "HH"))
-    }
-    return {f"LL{levels}": 0, **details}
-
-
-def _halvings(n: int) -> int:
-    """How often n can be halved."""
-    return (n & -n).bit_length() - 1

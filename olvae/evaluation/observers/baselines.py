@@ -1,12 +1,12 @@
 """Add baselines to an evaluation: bicubic resampling, and the first target before its training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.data.image import Bands, from_uint8, image_to_tensor, tensor_to_picture, to_uint8
+from olvae.data.image import from_uint8, image_to_tensor, tensor_to_picture, to_uint8
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.loader import Target
@@ -25,10 +25,10 @@ class Bicubic(Autoencoder):
         self.in_channels = self.latent_channels = channels
 
     def encode(self, x: Tensor) -> Deterministic:
-        return Deterministic(_resized(x, lambda side: side // self.downscale))
+        return Deterministic(_resized(x, x.shape[-1] // self.downscale, x.shape[-2] // self.downscale))
 
     def decode(self, z: Tensor) -> Tensor:
-        return _resized(z, lambda side: side * self.downscale)
+        return _resized(z, z.shape[-1] * self.downscale, z.shape[-2] * self.downscale)
 
 
 class Baselines(Observer):
@@ -39,20 +39,16 @@ class Baselines(Observer):
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
         untrained = self._target.untrained()
-        factor = untrained.downscale
-        bicubic = Bicubic(factor, untrained.in_channels)
+        bicubic = Bicubic(untrained.downscale, untrained.in_channels)
         return {
             **subjects,
-            f"bicubic, {factor}x smaller and back": Subject(bicubic, baseline=True),
+            f"bicubic, {bicubic.downscale}x smaller and back": Subject(bicubic, baseline=True),
             UNTRAINED: Subject(untrained, baseline=True),
         }
 
 
-def _resized(images: Tensor, side: Callable[[int], int]) -> Tensor:
-    """Float images in [-1, 1], through 8-bit pictures of other sides."""
-
-    def resized(picture: Bands) -> Bands:
-        return picture.resize((side(picture.width), side(picture.height)), Image.Resampling.BICUBIC)
-
-    pictures = [image_to_tensor(resized(tensor_to_picture(image))) for image in to_uint8(images).cpu()]
-    return from_uint8(torch.stack(pictures).to(images.device))
+def _resized(images: Tensor, width: int, height: int) -> Tensor:
+    """Float images in [-1, 1], through 8-bit pictures of another size."""
+    pictures = (tensor_to_picture(image) for image in to_uint8(images).cpu())
+    resized = [image_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
+    return from_uint8(torch.stack(resized).to(images.device))

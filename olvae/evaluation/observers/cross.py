@@ -1,6 +1,5 @@
 """Observe two autoencoders with one latent: every encoder with every decoder, and how far the latents differ."""
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,19 +11,15 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.evaluation.cells import NONE
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
+from olvae.evaluation.page import NONE
 from olvae.evaluation.results import Row
-from olvae.evaluation.roundtrip import Direction, OneWay
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior
 from olvae.modules.scaling_factors import Moments
 
 _Sums = tuple[tuple[int, list[list[float]]], list[float]]
 """Of one image: the state of the Moments of the teacher's means, and per channel the squared differences, summed."""
-
-LATENT = 8
-"""Side of the latent with which parameters are counted; some networks refuse smaller ones."""
 
 
 class Crossed(Autoencoder):
@@ -42,11 +37,6 @@ class Crossed(Autoencoder):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder_of.decode(z)
 
-    def used_parameters(self) -> int:
-        """Parameters of the two halves in use: those that a latent of the one, or an image of the other, depends on."""
-        encoder = _used_parameters(self.encoder_of, "encode", self.in_channels, LATENT * self.downscale)
-        return encoder + _used_parameters(self.decoder_of, "decode", self.latent_channels, LATENT)
-
 
 class Cross(Observer):
     """Evaluate each encoder of two targets, teacher then student, with the other's decoder, and compare the latents.
@@ -60,7 +50,7 @@ class Cross(Observer):
 
     def __init__(self) -> None:
         self._teacher = self._student = ""
-        self._pairs: dict[str, tuple[str, str, int]] = {}  # targets of encoder and decoder, parameters in use
+        self._crossed: dict[str, Subject] = {}
         self._waiting: Tensor | None = None  # the teacher's latents of the batch
         self._sums: dict[str, _Sums] = {}  # by key
 
@@ -81,12 +71,11 @@ class Cross(Observer):
                 f"f{second.downscale}: crossed evaluation needs the same latent"
             )
         self._teacher, self._student = a, b
-        crossed = {
-            f"{a}'s encoder, {b}'s decoder": (a, b, Crossed(first, second)),
-            f"{b}'s encoder, {a}'s decoder": (b, a, Crossed(second, first)),
+        self._crossed = {
+            f"{a}'s encoder, {b}'s decoder": Subject(Crossed(first, second)),
+            f"{b}'s encoder, {a}'s decoder": Subject(Crossed(second, first)),
         }
-        self._pairs = {name: (x, y, model.used_parameters()) for name, (x, y, model) in crossed.items()}
-        return {**subjects, **{name: Subject(model) for name, (_, _, model) in crossed.items()}}
+        return {**subjects, **self._crossed}
 
     def update(self, batch: Observation) -> None:
         if batch.draw:
@@ -122,20 +111,8 @@ class Cross(Observer):
         return {"teacher": self._teacher, "rmse": rmse, "per_channel": per_channel, "teacher_std": deviations}
 
     def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
-        """Costs of a crossed row: the parameters in use; the same half has one speed in all rows."""
-        if row.target not in self._pairs:
-            return row
-        one, other, parameters = self._pairs[row.target]
-        cost, encoder, decoder = row.cost, rows[one].cost, rows[other].cost
-        if not (cost and encoder and decoder):
-            return row
-        cost = replace(
-            cost,
-            parameters=parameters,
-            encode_images_per_s=encoder.encode_images_per_s,
-            decode_images_per_s=decoder.decode_images_per_s,
-        )
-        return replace(row, cost=cost)
+        """Crossed rows have no costs: those of their halves stand in the two models' own rows."""
+        return replace(row, cost=None) if row.target in self._crossed else row
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
         for row in rows:
@@ -147,11 +124,3 @@ class Cross(Observer):
                     f"latents of {row.target}: RMS error {overall} in standard deviations of {entry['teacher']}; per "
                     f"channel {', '.join(channels)}"
                 )
-
-
-def _used_parameters(model: Autoencoder, direction: Direction, channels: int, side: int) -> int:
-    """Parameters that have a gradient; on the meta device, so without memory."""
-    module = OneWay(copy.deepcopy(model), direction).to("meta").requires_grad_(True)
-    with torch.enable_grad():
-        module(torch.empty(1, channels, side, side, device="meta")).sum().backward()
-    return sum(p.numel() for p in module.parameters() if p.grad is not None)

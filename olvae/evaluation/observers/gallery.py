@@ -10,12 +10,12 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from olvae.evaluation.html import Page, side_limit
 from olvae.evaluation.observers.baselines import UNTRAINED
 from olvae.evaluation.observers.observer import Observation, Observer
+from olvae.evaluation.page import Page, side_limit
 from olvae.figures import ERROR_RANGE, error_map, labelled_grid
 from olvae.files import atomic_write
-from olvae.metrics.registry import METRICS
+from olvae.metrics import METRICS
 
 LPIPS_FROM = 32
 """Images of at least this many pixels a side are ranked by LPIPS, if it is known; smaller ones by PSNR."""
@@ -54,35 +54,31 @@ class Ranking:
 
     def add(self, keys: Sequence[str], values: Sequence[float], x: Tensor, y: Tensor) -> None:
         """Add images and reconstructions, uint8 (B, C, H, W), with their keys and values, which may be infinite."""
-        fresh = {key: i for i, key in enumerate(keys) if key not in self._values}
-        for key, value in zip(keys, values, strict=True):
-            self._values.setdefault(key, value)
-        wanted = self._wanted([*self._images, *fresh])
-        copies = {key: (x[i].cpu().clone(), y[i].cpu().clone()) for key, i in fresh.items() if key in wanted}
-        self._images = {key: pair for key, pair in (self._images | copies).items() if key in wanted}
+        new = {key: (x[i].cpu().clone(), y[i].cpu().clone()) for i, key in enumerate(keys) if key not in self._values}
+        self._keep(dict(zip(keys, values, strict=True)), new)
 
     def merge(self, other: "Ranking") -> None:
         """Add those of another process."""
-        self._values = other._values | self._values
-        together = other._images | self._images
-        wanted = self._wanted(together)
-        self._images = {key: pair for key, pair in together.items() if key in wanted}
+        self._keep(other._values, other._images)
 
     def examples(self) -> dict[str, list[Example]]:
         """The groups "worst", "median" and "best", each from worse to better; no image is in two of them.
 
-        The median is that of all images; the group has the images of the pool that are nearest to it. If there are
-        too few images for three groups, the groups are smaller; a single image is the median.
+        The median is that of all images; the group has the images of the pool that are nearest to it. Fewer than three
+        images are all there.
         """
-        n = len(self._values)
-        each = min(self._each, max(n // 3, 1))
+        each = min(self._each, len(self._values) // 3)
         ranked = self._ranked(self._images)
-        if n < 3:
-            groups = {"worst": ranked[: n // 2], "median": ranked[: n % 2], "best": ranked[n - n // 2 :]}
-        else:
-            worst, best = ranked[:each], ranked[-each:]
-            rest = [key for key in sorted(self._images, key=_hash)[: self._pool] if key not in {*worst, *best}]
-            groups = {"worst": worst, "median": self._ranked(self._nearest(rest)[:each]), "best": best}
+        worst, best = ranked[:each], ranked[len(ranked) - each :]
+        middle = statistics.median_low(self._values.values())
+
+        def distance(key: str) -> tuple[float, bytes]:
+            value = self._values[key]
+            return 0.0 if value == middle else abs(value - middle), _hash(key)  # the difference of infinities is NaN
+
+        pool = sorted(ranked, key=_hash)[: self._pool]
+        nearest = sorted((key for key in pool if key not in {*worst, *best}), key=distance)
+        groups = {"worst": worst, "median": self._ranked(nearest[: each or 2]), "best": best}
         return {name: [self._example(key) for key in keys] for name, keys in groups.items()}
 
     def arbitrary(self, n: int) -> list[Example]:
@@ -90,19 +86,17 @@ class Ranking:
         assert n <= self._pool
         return [self._example(key) for key in sorted(self._images, key=_hash)[:n]]
 
-    def _wanted(self, keys: Iterable[str]) -> set[str]:
-        ranked = self._ranked(keys)
-        return {*ranked[: self._each], *ranked[-self._each :], *sorted(ranked, key=_hash)[: self._pool]}
+    def _keep(self, values: Mapping[str, float], images: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for key, value in values.items():
+            self._values.setdefault(key, value)
+        together = {**images, **self._images}
+        ranked = self._ranked(together)
+        wanted = {*ranked[: self._each], *ranked[-self._each :], *sorted(ranked, key=_hash)[: self._pool]}
+        self._images = {key: pair for key, pair in together.items() if key in wanted}
 
     def _ranked(self, keys: Iterable[str]) -> list[str]:
         """From worst to best; ties by hash."""
         return sorted(keys, key=lambda key: (self._sign * self._values[key], _hash(key)))
-
-    def _nearest(self, keys: Iterable[str]) -> list[str]:
-        """By distance to the median of all values; ties by hash."""
-        middle = statistics.median_low(self._values.values())
-        distance = {key: 0.0 if self._values[key] == middle else abs(self._values[key] - middle) for key in keys}
-        return sorted(distance, key=lambda key: (distance[key], _hash(key)))
 
     def _example(self, key: str) -> Example:
         return Example(key, self._values[key], *self._images[key])
@@ -128,7 +122,7 @@ class Gallery(Observer):
         metric = self._metric
         if metric is not None and metric in batch.values and not batch.draw and batch.target != UNTRAINED:
             ranking = self.rankings.setdefault(batch.target, Ranking(METRICS[metric].better))
-            ranking.add(batch.keys, batch.values[metric], batch.x, batch.y)
+            ranking.add(batch.keys, [batch.values[metric][key] for key in batch.keys], batch.x, batch.y)
 
     def state(self) -> Any:
         return self._metric, self.rankings
@@ -143,7 +137,7 @@ class Gallery(Observer):
         if self._metric is None or not self.rankings:
             return None
         groups = {target: ranking.examples() for target, ranking in self.rankings.items()}
-        count = sum(len(examples) for target in groups.values() for examples in target.values())
+        count = sum(len(examples) for named in groups.values() for examples in named.values())
         metric, _, unit = METRICS[self._metric].label.partition(", ")
         return page.render(
             "gallery.html",

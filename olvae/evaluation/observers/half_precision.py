@@ -2,11 +2,11 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, precision_name
-from olvae.evaluation.cells import magnitude, texts
-from olvae.evaluation.html import Page
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
+from olvae.evaluation.page import Page, significant, texts
 from olvae.evaluation.results import Row
-from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import watch_outputs
 from olvae.modules.distributions import Posterior, in_float32
@@ -27,68 +25,41 @@ from olvae.modules.distributions import Posterior, in_float32
 TOLERANCE = 0.1
 """In dB: a precision whose PSNR is further from float32's is not safe."""
 
-WRAPPER = "model"
-"""The attribute under which an autoencoder of diffusers, and Stable Diffusion's networks, stand inside ours."""
-
-T = TypeVar("T")
-
 
 class InPrecision(Autoencoder):
     """An autoencoder with weights and inputs in a precision, as after ``vae.half()``: no autocast.
 
-    Images and latents are float32 outside. In fp16 and bf16 a value of a reconstruction that is not finite becomes what
-    a pipeline makes of it, so that metrics show the damage: plus infinity white, minus infinity and NaN black.
-
-    Args:
-        model: in float32; it is copied unless that is the precision.
-        precision: fp16, bf16 or 32.
-        name: of the model, for messages.
+    Images, latents and posteriors are float32 outside. In fp16 and bf16 a value of a reconstruction that is not finite
+    becomes what a pipeline makes of it, so that metrics show the damage: plus infinity white, minus infinity and NaN
+    black. The model is copied unless the precision is 32.
     """
 
-    def __init__(self, model: Autoencoder, precision: str, name: str = "the autoencoder") -> None:
+    def __init__(self, model: Autoencoder, precision: str) -> None:
         super().__init__()
-        self.name, self.precision = name, precision
-        self.dtype = PRECISIONS[precision].dtype
+        self.precision, self.dtype = precision, PRECISIONS[precision].dtype
         self.model = model if precision == FULL else copy.deepcopy(model).to(self.dtype)
-        self.reconstruction = nn.Identity()
-        """Gets reconstructions that are not finite, for hooks to see."""
+        self.reconstruction = nn.Identity()  # gets reconstructions that are not finite, for hooks to see
         self.in_channels = model.in_channels
         self.downscale, self.latent_channels = model.downscale, model.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:
-        """Float32 images to a posterior in float32.
-
-        Raises:
-            ValueError: torch can't compute the network in this precision on this device.
-        """
-        return in_float32(self._run(lambda: self.model.encode(x.to(self.dtype)), x))
+        return in_float32(self.model.encode(x.to(self.dtype)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Float32 latents to float32 images; raises as :meth:`encode`."""
-        y = self._run(lambda: self.model.decode(z.to(self.dtype)), z).float()
+        y = self.model.decode(z.to(self.dtype)).float()
         if self.precision == FULL or y.is_meta or y.isfinite().all():
             return y
         self.reconstruction(y)
         return y.nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
 
-    def _run(self, work: Callable[[], T], x: Tensor) -> T:
-        try:
-            return work()
-        except RuntimeError as error:
-            if self.precision == FULL or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                f"{self.name}: torch can't compute it on {x.device.type}: {first_line(error)}: leave "
-                f"{self.precision} out of `precision`"
-            ) from error
-
 
 def stage_of(name: str) -> str:
     """The part of the network that a module belongs to: ``encoder.down_blocks.0``, ``decoder.mid_block``, ....
 
-    It is the module's name up to its second part, with the number that follows. A network's name alone is its output.
+    It is the module's name up to its second part, with the number that follows, but for ``model``, under which
+    diffusers' and Stable Diffusion's networks stand inside ours. A network's name alone is its output.
     """
-    network, *parts = [part for part in name.split(".") if part != WRAPPER] or [name]
+    network, *parts = [part for part in name.split(".") if part != "model"] or [name]
     return ".".join([network, *parts[: 2 if len(parts) > 1 and parts[1].isdecimal() else 1]])
 
 
@@ -112,17 +83,14 @@ class Activations:
         """
         if not output.is_floating_point():
             return
-        low, high = output.aminmax()
-        largest = float(torch.maximum(-low, high))
-        if not math.isfinite(largest):
-            finite = output.isfinite()
-            largest = float(torch.where(finite, output, 0.0).abs().max())
+        finite = output.isfinite()
+        self._largest[name] = max(self._largest.get(name, 0.0), float(output.where(finite, 0.0).abs().max()))
+        if not finite.all():
             self._broken.add(name)
             by_image = output.ndim > 0 and output.shape[0] % len(keys) == 0
             lost = (~finite).reshape(len(keys) if by_image else 1, -1).sum(1).expand(len(keys))
             for key, count in zip(keys, lost.tolist(), strict=True):
                 self._lost[key] = self._lost.get(key, 0) + count
-        self._largest[name] = max(self._largest.get(name, 0.0), largest)
 
     def merge(self, other: "Activations") -> None:
         """Add another process's."""
@@ -194,9 +162,9 @@ class HalfPrecision(Observer):
         for name, subject in subjects.items():
             for precision in self.precisions:
                 row = name if precision == FULL else f"{name}, {precision}"
-                if row in derived or (row != name and row in subjects):
+                if row in derived:
                     raise ConfigError(f"{row}: a target has the name of another's row with `precision`: rename it")
-                derived[row] = Subject(InPrecision(subject.model, precision, row), subject.baseline)
+                derived[row] = Subject(InPrecision(subject.model, precision), subject.baseline)
                 self._derived[row] = name, precision
         return derived
 
@@ -236,7 +204,7 @@ class HalfPrecision(Observer):
     def section(self, page: Page) -> Markup | None:
         entries = {row.target: row.observed[self.name] for row in page.results.table if self.name in row.observed}
         stages = {
-            name: {stage: magnitude(value) for stage, value in entry["largest"].items()}
+            name: {stage: significant(value) for stage, value in entry["largest"].items()}
             for name, entry in entries.items()
         }
         caption = (
@@ -251,12 +219,12 @@ def _in_words(n: int, entry: Mapping[str, Any], full: Mapping[str, Any] | None) 
     """The verdict on a precision of ``n`` images; ``full`` is the same target in float32."""
     broken, half = entry["non_finite"], entry["dtype"] != FULL
     largest = full if full and broken["images"] else entry  # in float32 the value that overflows is known
-    first = f"largest activation {magnitude(largest['largest_value'])} at {largest['largest_name']}"
+    first = f"largest activation {significant(largest['largest_value'])} at {largest['largest_name']}"
     if largest is not entry:
         first += " in float32"
     if largest["largest_value"] > entry["limit"]:
-        first += f", beyond {magnitude(entry['limit'])}"
-    parts = [first] if half else [first, f"fp16 ends at {magnitude(torch.finfo(torch.float16).max)}"]
+        first += f", beyond {significant(entry['limit'])}"
+    parts = [first] if half else [first, f"fp16 ends at {significant(torch.finfo(torch.float16).max)}"]
     if broken["images"]:
         parts.append(f"{broken['images']} of {n} images non-finite, first at {broken['first']}")
     if half and entry["psnr_lost"] is not None:

@@ -1,33 +1,17 @@
 """The contract of an observer: something to look at in an evaluation besides its metrics."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from markupsafe import Markup
 from torch import Tensor
 
-from olvae.data.source import Batch
-from olvae.evaluation.html import Page
+from olvae.evaluation.page import Page
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
-
-Wrapper = Callable[[Iterable[Batch], int | None], Iterable[Batch]]
-"""Passes batches on; gets the number of images over all processes too, None if it is unknown."""
-
-
-class Progress(Protocol):
-    """Make what shows progress, by a description such as ``evaluating``."""
-
-    def __call__(self, description: str, shared: bool = True) -> Wrapper:
-        """Not ``shared``: only the first process has batches."""
-
-
-def no_progress(description: str, shared: bool = True) -> Wrapper:  # noqa: ARG001
-    """Show no progress."""
-    return lambda batches, _: batches
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,7 @@ class Observation:
         keys: of the B images.
         x, y: images and reconstructions, uint8 (B, C, H, W), on the CPU.
         latents: the posterior's means, (B, n_z, H/f, W/f), on the device that computes.
-        values: by name of a metric that compares single images, its B values.
+        values: by name of a metric that compares single images, its values so far by key.
     """
 
     target: str
@@ -62,17 +46,16 @@ class Observation:
     x: Tensor
     y: Tensor
     latents: Tensor
-    values: Mapping[str, Sequence[float]]
+    values: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Side of a pass's images in pixels, device, images per batch, and what shows progress."""
+    """Side of a pass's images in pixels, device, and images per batch."""
 
     size: int
     device: str = "cpu"
     batch_size: int = 8
-    progress: Progress = no_progress
 
 
 class Observer:
@@ -84,10 +67,8 @@ class Observer:
     ``package.module.Class`` of a user takes part by ``olvae evaluate``, which builds it without arguments.
     """
 
-    name: str = ""
-    """Of its entry in the rows of metrics.json, and of its section's anchor on the page."""
-    title: str = ""
-    """Of its section on the page."""
+    name: str = ""  # of its entry in the rows of metrics.json, and of its section's anchor on the page
+    title: str = ""  # of its section
 
     def conflicts(
         self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence["Observer"]

@@ -194,15 +194,6 @@ def test_recording_changes_no_pixel_and_gives_no_speed():
     assert first.observed["precision"]["safe"]
 
 
-def test_a_missing_operator_is_one_line(images):
-    class Complex(Tiny):
-        def decode(self, z):
-            return torch.linalg.inv(z)  # torch has no half of it
-
-    with pytest.raises(ValueError, match=r"^mine, fp16: torch can't compute it on cpu: .*: leave fp16 out of `precis"):
-        Trip(Complex(1.0, 1.0), "fp16")(KEYS, images)
-
-
 def test_what_a_request_must_not_have():
     def conflicts(precisions, metrics, *others):
         return list(HalfPrecision(precisions).conflicts(["a", "b"], metrics, others))
