@@ -10,16 +10,11 @@ from olvae.cli.options import ProgressBar, check_paths, in_flags, loading, stop_
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
-app = typer.Typer(
-    no_args_is_help=True, context_settings=HELP, help="Pack images into shards; check a source of images."
-)
+app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Pack images into shards; check a source.")
 
 NUMBERED = "a .txt list of files, samples, torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img."
-Src = Annotated[str, typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")]
-CheckSrc = Annotated[
-    str,
-    typer.Argument(metavar="SRC", help=f"A folder of images or of .tar shards, a pattern or URL of shards, {NUMBERED}"),
-]
+Src = typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")
+CheckSrc = typer.Argument(metavar="SRC", help=f"A folder of images or .tar shards, a pattern, a URL, {NUMBERED}")
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")]
 Channels = Annotated[int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")]
 MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest share of unreadable images.")]
@@ -27,11 +22,9 @@ MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest sh
 
 @app.command(context_settings=HELP)
 def pack(
-    src: Src,
+    src: Annotated[str, Src],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the shards to.")],
-    shard_size: Annotated[
-        int | None, typer.Option(min=1, help="Most images in a shard; by default 1000, or fewer for 20 shards.")
-    ] = None,
+    shard_size: Annotated[int, typer.Option(min=0, help="Most images in a shard; 0: 1000, or fewer for 20.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
     shuffle: Annotated[bool, typer.Option(help="Shuffle, so that each shard is a random sample.")] = True,
     resize: Annotated[
@@ -54,41 +47,37 @@ def pack(
     """
     from olvae.config import ConfigError
 
-    _check_source(src)
+    check_paths(data=src)
     with loading():
-        from olvae.data.packing import PackOptions, is_begun
-        from olvae.data.packing import pack as pack_images
-        from olvae.files import printable
+        from olvae.data import packing
+        from olvae.files import list_skipped
         from olvae.pool import cores
 
     if resize is None and (image_format is not None or quality is not None):
         raise ConfigError("--format and --quality apply to images that --resize makes smaller: add --resize")
-    if image_format == "png" and quality is not None:
-        raise ConfigError("--quality: png is lossless: leave --quality out")
-    options = PackOptions(
-        shard_size or 0, seed if shuffle else None, resize, image_format or "jpg", quality or 95, channels
-    )
+    order = seed if shuffle else None
+    options = packing.PackOptions(shard_size, order, resize, image_format or "jpg", quality or 95, channels)
     try:
         with ProgressBar("packing", at_once=False) as bar:
-            packed = pack_images(src, out, options, workers or cores(), max_unreadable, bar.set)
+            packed = packing.pack(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
-        stays = f": finished shards are in {out}; the same command continues from there" if is_begun(out) else ""
+        begun = packing.is_begun(out)
+        stays = f": finished shards are in {out}; the same command continues from there" if begun else ""
         typer.echo(f"stopped{stays}", err=True)
         sys.exit(stop_code())
     index = packed.index
-    for skipped in index.unreadable[:10]:
-        typer.echo(f"skipped {printable(skipped.name)}: {in_flags(skipped.reason)}", err=True)
     if index.unreadable:
-        typer.echo(f"{len(index.unreadable)} unreadable images left out; the index lists them", err=True)
+        skipped = in_flags(list_skipped((skipped.name, skipped.reason) for skipped in index.unreadable))
+        typer.echo(f"{len(index.unreadable)} unreadable images left out: {skipped}", err=True)
     found = f", {packed.found} of them from an earlier run" if packed.found else ""
     shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"
-    typer.echo(f"{index.images} images, {index.bytes / 1e6:.1f} MB in {shards}{found}", err=True)
-    typer.echo(f"shards:  {out}\nindex:   {out / 'index.json'}", err=True)
+    size = f"{index.images} images, {index.bytes / 1e6:.1f} MB"
+    typer.echo(f"{size} in {shards}{found}\nshards:  {out}\nindex:   {out / 'index.json'}", err=True)
 
 
 @app.command(context_settings=HELP)
 def check(
-    src: CheckSrc,
+    src: Annotated[str, CheckSrc],
     size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels.")] = 256,
     channels: Channels = 3,
     max_unreadable: MaxUnreadable = 0.01,
@@ -105,27 +94,17 @@ def check(
 
     from rich.console import Console
 
-    _check_source(src)
+    check_paths(data=src)
     with loading():
-        from olvae.data.audit import check as check_source
-        from olvae.data.audit import print_audit
+        from olvae.data import audit
         from olvae.pool import cores
 
     with ProgressBar("reading", at_once=False) as bar:
-        result = check_source(src, size, channels, max_unreadable, workers or cores(), bar.set)
+        result = audit.check(src, size, channels, max_unreadable, workers or cores(), bar.set)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
         result.problems = [in_flags(line) for line in result.problems]
-        print_audit(result, Console(stderr=True))
+        audit.print_audit(result, Console(stderr=True))
     if result.problems:
         raise typer.Exit(1)
-
-
-def _check_source(src: str) -> None:
-    """Raise ConfigError if SRC is a config or does not exist."""
-    from olvae.config import ConfigError
-
-    if Path(src).suffix in (".yaml", ".yml"):
-        raise ConfigError(f"{src}: is a config: name the images or shards that it trains with")
-    check_paths(data=src)

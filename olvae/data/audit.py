@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -31,19 +31,9 @@ from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_proce
 MEASURE_S = 3.0
 """Seconds for which the reading speed is measured."""
 
-IMAGES_PER_TASK = 64
-
-PRINTED_NAMES = 10
+IMAGES_PER_TASK, PRINTED_NAMES = 64, 10
 
 T = TypeVar("T")
-
-
-class ImageFacts(NamedTuple):
-    """The size of a readable image, upright, and its format and mode."""
-
-    width: int
-    height: int
-    kind: str
 
 
 @dataclass(frozen=True)
@@ -58,26 +48,18 @@ class ShardFacts:
 
 @dataclass
 class AuditResult:
-    """Facts about all images of a source; sizes are in pixels, of images turned upright.
-
-    Args:
-        kinds: images by format and mode.
-        spreads: min, median and max of width, height, shorter side and aspect ratio, width over height.
-        smaller: images with a shorter side below ``size``, which training and evaluation would enlarge.
-        images_per_s: speed of one loader process: reading, decoding and the training transform.
-        problems: to fix before training; ``notes`` are worth knowing.
-    """
+    """Facts about all images of a source; sizes are in pixels, of images turned upright."""
 
     source: str
-    size: int
+    size: int  # side of the training crops
     images: int
     unreadable: list[ReadError]
-    kinds: dict[str, int] = field(default_factory=dict)
-    spreads: dict[str, dict[str, float]] = field(default_factory=dict)
-    smaller: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)  # images by format and mode
+    spreads: dict[str, dict[str, float]] = field(default_factory=dict)  # min, median and max of sides and their ratios
+    smaller: int = 0  # images with a shorter side below ``size``, which training and evaluation would enlarge
     shards: list[ShardFacts] = field(default_factory=list)
-    images_per_s: float | None = None
-    problems: list[str] = field(default_factory=list)
+    images_per_s: float | None = None  # of one loader process: reading, decoding and the training transform
+    problems: list[str] = field(default_factory=list)  # to fix before training
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,11 +84,9 @@ def check(
         size: side of the training crops in pixels.
         channels: see :func:`~olvae.data.image.read_picture`.
         max_unreadable: share of the images that may be unreadable.
-        workers: processes.
         on_progress: called with the number of images that are done, and of all; None if that is unknown.
 
-    Raises:
-        FileNotFoundError, ValueError: the source has no images, or latents.
+    Raises FileNotFoundError, ValueError: the source has no images, or latents.
     """
     urls = find_shards(src) if holds_shards(src) else []
     folders = sorted({Path(url).parent for url in urls if is_local(url)})
@@ -115,16 +95,15 @@ def check(
             f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, and `olvae decode` makes "
             "images of them"
         )
-    source, reasons = _training_source(src, size, channels)
-    if urls:
-        checksums = any((folder / INDEX).is_file() for folder in folders)
+    images = None if urls else open_images(src, channels)
+    source, reasons = _training_source(src, size, channels, images)
+    if images is None:
         count = None if source is None else source.images
-        found = _read_all(partial(_read_shard, channels, checksums), urls, workers, count, on_progress)
+        found = _read_all(partial(_read_shard, channels), urls, workers, count, on_progress)
         result = _summarise(src, size, found)
         result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
         _check_shards(result, folders)
     else:
-        images = open_images(src, channels)
         count = len(images)
         tasks = [range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)]
         found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
@@ -146,23 +125,25 @@ def check(
     return result
 
 
-def _training_source(src: str, size: int, channels: int) -> tuple[Source | None, list[str]]:
-    """The source that would train on SRC, or the reason why it can't."""
+def _training_source(
+    src: str, size: int, channels: int, images: ImageDataset | None
+) -> tuple[Source | None, list[str]]:
+    """The source that would train on SRC, or the reason why it can't; without ``images`` it has shards."""
     try:
-        if holds_shards(src):
+        if images is None:
             return WebDatasetSource(src, size, 1, channels=channels), []
-        if src == "samples" or src.partition(":")[0] in ("torchvision", "hf"):
-            return open_source(src, size, 1, channels=channels), []
-        return FolderSource(src, size, 1, channels=channels), []
+        if isinstance(images, Files):
+            return FolderSource(src, size, 1, channels=channels), []
+        return open_source(src, size, 1, channels=channels), []
     except (ValueError, FileNotFoundError) as error:
         return None, [str(error)]
 
 
 @dataclass
 class _Found:
-    """Facts from one or more tasks."""
+    """Facts from one or more tasks; of readable images the width, the height and the kind of file."""
 
-    images: list[ImageFacts] = field(default_factory=list)
+    images: list[tuple[int, int, str]] = field(default_factory=list)
     unreadable: list[ReadError] = field(default_factory=list)
     shards: list[ShardFacts] = field(default_factory=list)
 
@@ -170,8 +151,7 @@ class _Found:
         try:
             photo = open_photo()
             in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
-            width, height = photo.read().size
-            self.images.append(ImageFacts(width, height, f"{photo.format or in_memory} {photo.mode or ''}".strip()))
+            self.images.append((*photo.read().size, f"{photo.format or in_memory} {photo.mode or ''}".strip()))
         except UnreadableImageError as error:
             self.unreadable.append(ReadError(name, error.reason))
 
@@ -184,7 +164,7 @@ def _read_images(images: ImageDataset, indices: range, progress: SharedProgress)
     return found
 
 
-def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgress) -> _Found:
+def _read_shard(channels: int, url: str, progress: SharedProgress) -> _Found:
     found = _Found()
     reasons: list[str] = []
     for entry in read_shard(Shard(url)):
@@ -193,7 +173,8 @@ def _read_shard(channels: int, checksums: bool, url: str, progress: SharedProgre
         else:
             found.decode(partial(Photo, entry.data, entry.name, channels), entry.key)
             progress.advance()
-    digest = file_sha256(Path(url)) if checksums and is_local(url) and Path(url).is_file() else None
+    has_index = is_local(url) and Path(url).is_file() and Path(url).with_name(INDEX).is_file()
+    digest = file_sha256(Path(url)) if has_index else None
     images = len(found.images) + len(found.unreadable)
     found.shards.append(ShardFacts(url, images, digest, "; ".join(reasons) or None))
     return found
@@ -218,14 +199,15 @@ def _summarise(source: str, size: int, found: _Found) -> AuditResult:
     result = AuditResult(source, size, len(found.images) + len(found.unreadable), sorted(found.unreadable))
     if not found.images:
         return result
-    width, height = np.array([(image.width, image.height) for image in found.images]).T
+    widths, heights, kinds = zip(*found.images, strict=True)
+    width, height = np.array(widths), np.array(heights)
     shorter = np.minimum(width, height)
-    result.kinds = dict(Counter(image.kind for image in found.images).most_common())
-    values = {"width": width, "height": height, "shorter_side": shorter, "aspect_ratio": width / height}
-    for name, v in values.items():
+    result.kinds = dict(Counter(kinds).most_common())
+    result.smaller = int((shorter < size).sum())
+    sizes = {"width": width, "height": height, "shorter_side": shorter, "aspect_ratio": width / height}
+    for name, v in sizes.items():
         spread = {"min": v.min(), "median": np.median(v), "max": v.max()}
         result.spreads[name] = {key: round(float(value), 4) for key, value in spread.items()}
-    result.smaller = int((shorter < size).sum())
     return result
 
 
@@ -259,8 +241,7 @@ def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
         here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
         result.problems += [problem for name in here if (problem := _difference(here[name], records.get(name)))]
         if Path(result.source).expanduser().is_dir() and (gone := sorted(set(records) - set(here))):
-            more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-            missing = ", ".join(printable(name) for name in gone[:3]) + more
+            missing = ", ".join(map(printable, gone[:3])) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
             result.problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {missing}")
 
 
@@ -269,7 +250,7 @@ def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
         return f"{shard.url}: is not in {INDEX}: remove that file, and training counts the images instead"
     if shard.images != record.images:
         return f"{shard.url}: has {shard.images} images, but {record.images} by {INDEX}"
-    if shard.sha256 is not None and shard.sha256 != record.sha256:
+    if shard.sha256 not in (None, record.sha256):
         return f"{shard.url}: its checksum is not that of {INDEX}: changed or damaged since"
     return None
 
@@ -282,12 +263,10 @@ def print_audit(result: AuditResult, console: Console) -> None:
     for name, fact in _facts(result):
         table.add_row(name, Text(fact))
     console.print(table, soft_wrap=False)
-    if result.unreadable:
-        console.print(Text("\nunreadable:", "bold"))
     for error in result.unreadable[:PRINTED_NAMES]:
-        console.print(Text(f"  {printable(error.name)}: {error.reason}"), soft_wrap=True)
+        console.print(Text("unreadable: ", "bold").append(f"{printable(error.name)}: {error.reason}"), soft_wrap=True)
     if len(result.unreadable) > PRINTED_NAMES:
-        console.print(Text(f"  and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"))
+        console.print(Text(f"and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"))
     for style, word, lines in (("yellow", "note", result.notes), ("bold red", "problem", result.problems)):
         for line in lines:
             console.print(Text(f"{word}: ", style).append(printable(line), "default"), soft_wrap=True)
@@ -298,10 +277,8 @@ def print_audit(result: AuditResult, console: Console) -> None:
 def _facts(result: AuditResult) -> list[tuple[str, str]]:
     lost = len(result.unreadable)
     readable = f"{lost:,} of them unreadable ({lost / result.images:.2%})" if lost else "all readable"
-    facts = [
-        ("images", f"{result.images:,}, {readable}"),
-        ("files", ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items()) or "-"),
-    ]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items())
+    facts = [("images", f"{result.images:,}, {readable}"), ("files", kinds or "-")]
     for name, spread in result.spreads.items():
         low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
         facts.append((name.replace("_", " "), f"{low} to {high}, median {middle}"))
@@ -312,6 +289,5 @@ def _facts(result: AuditResult) -> list[tuple[str, str]]:
         broken = sum(shard.broken is not None for shard in result.shards)
         facts.append(("shards", f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"))
     if result.images_per_s is not None:
-        speed = f"{result.images_per_s:,.0f} images/s per loader process at {result.size} pixels"
-        facts.append(("speed", f"{speed}: read, decoded and cropped"))
+        facts.append(("speed", f"{result.images_per_s:,.0f} images/s per loader process at {result.size} pixels"))
     return facts

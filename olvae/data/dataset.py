@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -31,12 +32,12 @@ class ImageDataset(ABC):
         """Raises UnreadableImageError if the picture can't be read."""
 
 
+@dataclass
 class Subset(ImageDataset):
     """Pictures of a data set, by their numbers in it."""
 
-    def __init__(self, images: ImageDataset, indices: Sequence[int]) -> None:
-        self.images = images
-        self.indices = indices
+    images: ImageDataset
+    indices: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -48,12 +49,12 @@ class Subset(ImageDataset):
         return self.images[self.indices[index]]
 
 
+@dataclass
 class InMemory(ImageDataset):
     """Pictures in memory, by name."""
 
-    def __init__(self, pictures: Sequence[tuple[str, Picture]], channels: int = 3) -> None:
-        self.pictures = pictures
-        self.channels = channels
+    pictures: Sequence[tuple[str, Picture]]
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -67,19 +68,18 @@ class InMemory(ImageDataset):
 
 
 def min_held_out(images: int, fraction: float | None) -> int:
-    """Smallest validation set: 1 image if ``fraction`` is given, else :data:`MIN_VAL_IMAGES`, at most a fifth."""
+    """Smallest validation set: 1 image if ``fraction`` is given, else 20 (:data:`MIN_VAL_IMAGES`), at most a fifth."""
+    if fraction is not None and not 0.0 < fraction < 1.0:
+        raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
     return 1 if fraction else max(1, min(MIN_VAL_IMAGES, images // 5))
 
 
 def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[ImageDataset, ImageDataset]:
     """Split into images to train with, and about ``fraction`` of all, evenly spread, for validation.
 
-    By default that is :data:`VAL_FRACTION`, and at least :func:`min_held_out`.
+    By default that is 5 % (:data:`VAL_FRACTION`), and at least 20 images or, of fewer than 100, a fifth.
     """
-    count = len(images)
-    if fraction is not None and not 0.0 < fraction < 1.0:
-        raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
-    if count < 2:
+    if (count := len(images)) < 2:
         raise ValueError(f"{count} images can't be split into training and validation")
     share = round(count * (fraction or VAL_FRACTION))
     held_out = {int(i) for i in np.linspace(0, count - 1, max(share, min_held_out(count, fraction)))}
@@ -119,7 +119,6 @@ class MappedSource(Source):
         self.train, self.val = train, val
         self.transform = transform
         self.samples_per_image = samples_per_image
-        self._images = len(train) + len(val)  # limit() changes val
         self.check_batch()
 
     @property
@@ -129,10 +128,6 @@ class MappedSource(Source):
     @property
     def val_images(self) -> int:
         return len(self.val)
-
-    @property
-    def images(self) -> int:
-        return self._images
 
     def describe(self) -> str:
         return f"{len(self.train)} training, {len(self.val)} validation and test images"
@@ -165,23 +160,22 @@ class MappedSource(Source):
                 yield Sample(None, key, (error.read_error(),))
 
 
-_HELD_OUT = (
-    "camera.jpg",
-    "chelsea.jpg",
-    "coffee.jpg",
-    "colosseum.jpg",
-    "flower.jpg",
-    "gateway-of-india.jpg",
-    "picos-de-europa.jpg",
-    "safe-landing.jpg",
-)
-
+_UNSEEN = [
+    "camera",
+    "chelsea",
+    "coffee",
+    "colosseum",
+    "flower",
+    "gateway-of-india",
+    "picos-de-europa",
+    "safe-landing",
+]
 _ALL = sorted((Path(__file__).parent / "photographs").glob("*.jpg"))
 
-PHOTOGRAPHS = tuple(path for path in _ALL if path.name not in _HELD_OUT)
+PHOTOGRAPHS = tuple(path for path in _ALL if path.stem not in _UNSEEN)
 """For training: JPEG files of this package; LICENCES.txt beside them has authors and licences."""
 
-HELD_OUT = tuple(path for path in _ALL if path.name in _HELD_OUT)
+HELD_OUT = tuple(path for path in _ALL if path.stem in _UNSEEN)
 """For validation and test; never trained on."""
 
 
@@ -193,8 +187,7 @@ def sample_photographs(paths: Sequence[Path] = (*PHOTOGRAPHS, *HELD_OUT), channe
 def _tiles(paths: Sequence[Path], size: int) -> ImageDataset:
     """Shrink photographs to a shorter side of two tiles, and cut whole tiles without overlap around the centre.
 
-    Nothing is enlarged: a photograph with a shorter side of less than two tiles is cut as it is. If that side is less
-    than one tile, it is the tile's side.
+    Smaller photographs are cut as they are; a shorter side of less than one tile is the tile's side.
     """
     tiles: list[tuple[str, Picture]] = []
     for path in paths:
@@ -212,10 +205,9 @@ def _tiles(paths: Sequence[Path], size: int) -> ImageDataset:
 class SamplePhotographs(MappedSource):
     """52 photographs to train on and 8 held out, files of this package with a shorter side of 300 to 317 pixels.
 
-    Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of
-    2 ``size`` and cut into tiles of ``size`` pixels without overlap. That gives 42 tiles for a ``size`` up to 150
-    pixels. Larger tiles are cut from the photographs as they are, and are fewer: from 229 pixels on 8, the centre of
-    each. Above 300 pixels a photograph is smaller than ``size``: its centre is enlarged, which evaluation reports.
+    Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of 2 ``size``
+    and cut into tiles of ``size`` pixels without overlap: 42 for a ``size`` up to 150 pixels. Larger tiles are cut from
+    the photographs as they are: from 229 pixels on 8, the centre of each. Above 300 pixels it is enlarged.
 
     Args:
         size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.

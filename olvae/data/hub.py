@@ -1,6 +1,6 @@
 """Data sets of torchvision and of the Hugging Face hub (the latter with the extra ``hf``)."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class Items(ImageDataset):
     """Pictures of a data set whose items are a picture, or begin with one."""
 
     def __init__(self, dataset: Any, channels: int = 3) -> None:
-        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"{type(dataset).__name__}: its items have no numbers")
         self.dataset = dataset
         self.channels = channels
@@ -61,8 +61,7 @@ class TorchvisionSource(MappedSource):
         dataset: the node of the training images, for example ``{target: torchvision.datasets.CIFAR10, params: {root:
             data, download: true}}``; the data set must give pictures, so leave its ``transform`` out.
         val_dataset: the node of the validation and test images; without it a part of the first is held out.
-        val_fraction: size of that part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
-            fifth.
+        val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
     """
@@ -81,8 +80,8 @@ class TorchvisionSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        train, val = (None if node is None else Items(instantiate(node), channels) for node in (dataset, val_dataset))
-        assert train is not None
+        train = Items(instantiate(dataset), channels)
+        val = None if val_dataset is None else Items(instantiate(val_dataset), channels)
         parts = hold_out(train, val_fraction) if val is None else (train, val)
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
@@ -122,8 +121,7 @@ class HuggingFaceSource(MappedSource):
         column: of the images.
         split: for training.
         val_split: for validation and test; without it a part of the training split is held out.
-        val_fraction: size of that part, evenly spread; by default 5 %, and at least 20 images or, of fewer than 100, a
-            fifth.
+        val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
@@ -134,7 +132,7 @@ class HuggingFaceSource(MappedSource):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str,
         size: int,
         batch_size: int,
         num_workers: int = 0,
@@ -143,8 +141,8 @@ class HuggingFaceSource(MappedSource):
         val_split: str | None = None,
         val_fraction: float | None = None,
         name: str | None = None,
-        data_files: str | Path | Sequence[str | Path] | None = None,
-        data_dir: str | Path | None = None,
+        data_files: str | Sequence[str] | None = None,
+        data_dir: str | None = None,
         revision: str | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ALL_FILTERS,
@@ -152,15 +150,10 @@ class HuggingFaceSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        files = str(data_files) if isinstance(data_files, str | Path) else data_files and [str(f) for f in data_files]
-        folder = None if data_dir is None else str(data_dir)
-
-        def read(part: str) -> Column:
-            arguments = {"name": name, "data_files": files, "data_dir": folder, "revision": revision}
-            return Column(load_table(str(path), part, **arguments), column, channels)
-
-        train = read(split)
-        parts = hold_out(train, val_fraction) if val_split is None else (train, read(val_split))
+        arguments = {"name": name, "data_files": data_files, "data_dir": data_dir, "revision": revision}
+        train = Column(load_table(path, split, **arguments), column, channels)
+        val = None if val_split is None else Column(load_table(path, val_split, **arguments), column, channels)
+        parts = hold_out(train, val_fraction) if val is None else (train, val)
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
 

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
+@dataclass
 class Bands:
     """A picture of any number of channels, with Pillow's operations for transforms, band by band."""
 
-    def __init__(self, bands: Sequence[Image.Image]) -> None:
-        self.bands = list(bands)
+    bands: Sequence[Image.Image]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -45,10 +46,7 @@ class Bands:
         return self.size[1]
 
     def resize(
-        self,
-        size: tuple[int, int],
-        resample: Image.Resampling,
-        box: tuple[float, float, float, float] | None = None,
+        self, size: tuple[int, int], resample: Image.Resampling, box: tuple[float, float, float, float] | None = None
     ) -> "Bands":
         return Bands([band.resize(size, resample, box=box) for band in self.bands])
 

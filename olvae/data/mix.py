@@ -26,8 +26,7 @@ class MixSource(Source):
         size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
         weights: of the sources, in any scale; by default their numbers of training images.
 
-    Raises:
-        ConfigError: a node is not a source, or the sources do not fit each other.
+    Raises ConfigError: a node is not a source, or the sources do not fit each other.
     """
 
     def __init__(
@@ -79,10 +78,6 @@ class MixSource(Source):
     @property
     def val_images(self) -> int | None:
         return total([source.val_images for source in self.sources])
-
-    @property
-    def images(self) -> int | None:
-        return total([source.images for source in self.sources])
 
     def describe(self) -> str:
         parts = zip(self.shares, self.sources, strict=True)

@@ -30,9 +30,7 @@ def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, chan
 
     Unreadable images are skipped and counted, however many they are, unless a config says otherwise.
 
-    Raises:
-        ConfigError: SRC is not one of these.
-        FileNotFoundError, ValueError: it has no images.
+    Raises ConfigError: SRC is not one of these. FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in (".yaml", ".yml"):
         config = load([src])
@@ -50,11 +48,8 @@ def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, chan
 def open_test_source(config: Config, src: str | None = None, size: int | None = None, channels: int = 3) -> Source:
     """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
-    Args:
-        size: of the images; by default the config's, else 256.
-
-    Raises:
-        ConfigError: there is neither, or the config's data are not a source.
+    ``size`` of the images is by default the config's, else 256. Raises ConfigError: there is neither, or the config's
+    data are not a source.
     """
     params = dict((config.get("data") or {}).get("params") or {})
     if src is not None:
@@ -68,12 +63,7 @@ def open_test_source(config: Config, src: str | None = None, size: int | None = 
 
 
 def open_images(src: str, channels: int = 3) -> ImageDataset:
-    """All images of SRC by number, whole: of any SRC but shards and configs.
-
-    Raises:
-        ConfigError: SRC is not one of these.
-        FileNotFoundError, ValueError: it has no images.
-    """
+    """All images of SRC by number, whole: of any SRC but shards and configs; raises as :func:`open_source`."""
     kind, _, rest = src.partition(":")
     if src == "samples":
         return sample_photographs(channels=channels)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -37,28 +36,16 @@ STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """Settings that the shards' content depends on, besides the source.
+    """Settings that the shards' content depends on, besides the source."""
 
-    Args:
-        shard_size: the most images in a shard, unreadable ones included; 0 for :func:`usual_shard_size`.
-        seed: of the shuffled order of the images; None keeps the source's order.
-        resize: pixels of the shorter side to which larger images are made smaller.
-        format: of images that are made smaller, one of :data:`FORMATS`.
-        quality: of JPEG and WebP, 1 to 100.
-        channels: that arrays have, and to which images in memory and resized images are converted; see
-            :func:`~olvae.data.image.read_picture`.
-    """
-
-    shard_size: int = 0
-    seed: int | None = 0
-    resize: int | None = None
-    format: str = "jpg"
-    quality: int = 95
-    channels: int = 3
+    shard_size: int = 0  # the most images in a shard, unreadable ones included; 0 for usual_shard_size()
+    seed: int | None = 0  # of the shuffled order of the images; None keeps the source's order
+    resize: int | None = None  # pixels of the shorter side to which larger images are made smaller
+    format: str = "jpg"  # of images that are made smaller, one of FORMATS
+    quality: int = 95  # of JPEG and WebP, 1 to 100
+    channels: int = 3  # of arrays, and of images in memory and resized images; see olvae.data.image.read_picture
 
     def __post_init__(self) -> None:
-        if self.shard_size < 0:
-            raise ConfigError(f"`shard_size` {self.shard_size}: at least 1 image")
         if self.format not in FORMATS:
             raise ConfigError(f"`format` {self.format}: choose from {', '.join(FORMATS)}")
         if self.resize is not None and self.channels == 4 and self.format == "jpg":
@@ -89,7 +76,6 @@ def pack(
 
     Args:
         src: a folder, pattern, list or data set; see :mod:`olvae.data.opening`.
-        workers: processes.
         max_unreadable: share of the images that may be unreadable; these are left out.
         on_progress: called with the number of images that are done, and of all.
 
@@ -176,29 +162,21 @@ def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
     return digest.hexdigest()
 
 
-class _PackedShard(NamedTuple):
-    number: int
-    shard: FinishedShard
-    found: bool
-
-
 class _Packer:
-    """Writes shards by number, in any process; keeps those that are finished and intact."""
+    """Writes shards by number, in any process, or finds that they are finished."""
 
     def __init__(self, images: ImageDataset, options: PackOptions, shards: ResumableShards) -> None:
-        self.images = images
-        self.options = options
-        self.shards = shards
+        self.images, self.options, self.shards = images, options, shards
         self.order = np.arange(len(images))
         if options.seed is not None:
             self.order = np.random.default_rng(options.seed).permutation(len(images))
 
-    def __call__(self, task: tuple[int, range], progress: SharedProgress) -> _PackedShard:
+    def __call__(self, task: tuple[int, range], progress: SharedProgress) -> tuple[int, FinishedShard, bool]:
         number, positions = task
         if finished := self.shards.finished(number):
             progress.advance(len(positions))
-            return _PackedShard(number, finished, found=True)
-        return _PackedShard(number, self.shards.write(number, self._samples(positions, progress)), found=False)
+            return number, finished, True
+        return number, self.shards.write(number, self._samples(positions, progress)), False
 
     def _samples(self, positions: range, progress: SharedProgress) -> Iterator[WebDatasetSample | ReadError]:
         for position in positions:

@@ -74,8 +74,6 @@ class FolderSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
     ) -> None:
-        if val_fraction is not None and not 0.0 < val_fraction < 1.0:
-            raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
         root, val_root = _parts(root) if val_root is None else (root, val_root)
         train = find_images(root)
         train, val = _split(root, train, val_fraction) if val_root is None else (train, find_images(val_root))

@@ -28,19 +28,12 @@ def warn_once(message: str) -> None:
 
 
 class ReadError(NamedTuple):
-    """A file, a shard or a part of one that could not be read.
+    """A file, a shard or a part of one that could not be read."""
 
-    Args:
-        name: of the file.
-        reason: in a few words.
-        image: which image of the file, if it holds several.
-        lost: whether an image is lost with it; a shard without its end mark may still be whole.
-    """
-
-    name: str
+    name: str  # of the file
     reason: str
-    image: str = ""
-    lost: bool = True
+    image: str = ""  # which image of the file, if it holds several
+    lost: bool = True  # whether an image is lost with it
 
 
 class UnreadableImageError(ValueError):
@@ -64,10 +57,7 @@ class TooManyUnreadableError(ValueError):
 
 
 def worker_death(error: Exception) -> str | None:
-    """Explain an error of torch about a killed loader process; None for other errors.
-
-    torch raises it at an arbitrary point in the main process, and Python where it was receiving a batch.
-    """
+    """Explain an error of torch, or of Python while it receives a batch, about a killed loader process; else None."""
     match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error))
     if match is not None:
         which = f" ({match[1]}) was killed" + (f" ({match[2]})" if match[2] else "")
@@ -86,18 +76,10 @@ def worker_death(error: Exception) -> str | None:
 def read_or_replace(
     first: T, others: Sequence[T], seed: Sequence[int], read: Callable[[T, list[ReadError]], R]
 ) -> tuple[R, tuple[ReadError, ...]]:
-    """Read ``first`` or, if that fails, one of ``others``, drawn with the sample's seed.
+    """Read ``first`` or, if that fails, one of ``others``, drawn with the sample's seed; returns the errors as well.
 
-    Batches keep their size, and the samples after it stay the same.
-
-    Args:
-        read: gets the list of errors as well, to add those that it can read past.
-
-    Returns:
-        the result of ``read``, and the errors on the way.
-
-    Raises:
-        UnreadableImageError: none of :data:`REPLACEMENTS` others can be read either.
+    Batches keep their size, and the samples after it stay the same. ``read`` gets the list of errors, to add those that
+    it can read past. Raises UnreadableImageError: none of :data:`REPLACEMENTS` others can be read either.
     """
     errors: list[ReadError] = []
     item = first
@@ -112,36 +94,22 @@ def read_or_replace(
 
 @dataclass
 class UnreadableImages:
-    """All files that the loaders of a source could not read.
+    """All files that the loaders of a source could not read."""
 
-    Args:
-        reasons: by file.
-        images: lost ones, each by file and image.
-        delivered: number of images that were read.
-    """
-
-    reasons: dict[str, str] = field(default_factory=dict)
-    images: set[tuple[str, str]] = field(default_factory=set)
-    delivered: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)  # by file
+    images: set[tuple[str, str]] = field(default_factory=set)  # lost ones, each by file and image
+    delivered: int = 0  # images that were read
 
 
 @dataclass
 class ReadErrors:
-    """Counts the read errors of one loader.
+    """Counts the read errors of one loader."""
 
-    Args:
-        epoch: images in an epoch of training, over all processes; None if unknown, or for a loader that ends.
-        images: all images of the source; None if unknown.
-        limit: share of those that may be unreadable.
-        purpose: of the loader, a word for messages.
-        unreadable: shared by the source's loaders.
-    """
-
-    epoch: int | None
-    images: int | None
-    limit: float
-    purpose: str
-    unreadable: UnreadableImages
+    epoch: int | None  # images in an epoch of training, over all processes; None if unknown, or for a loader that ends
+    images: int | None  # all images of the source; None if unknown
+    limit: float  # share of those that may be unreadable
+    purpose: str  # of the loader, a word for messages
+    unreadable: UnreadableImages  # shared by the source's loaders
     _delivered: int = field(default=0, init=False)
     _epochs: int = field(default=0, init=False)
     _skipped: int = field(default=0, init=False)
@@ -152,16 +120,11 @@ class ReadErrors:
         return len(self.unreadable.images)
 
     def take(self, errors: Iterable[ReadError], delivered: int, world: int = 1) -> None:
-        """Count a batch of this process.
+        """Count a batch of this process, with ``delivered`` images, and the errors on the way to it.
 
-        Args:
-            errors: met on the way to it.
-            delivered: number of images in it.
-            world: processes that share the images. One of several never stops alone, because the others would wait
-                for it: see :meth:`share`.
+        One of several processes never stops alone, because the others would wait for it: see :meth:`share`.
 
-        Raises:
-            TooManyUnreadableError: the share of unreadable images is above the limit.
+        Raises TooManyUnreadableError: the share of unreadable images is above the limit.
         """
         for error in errors:
             if error.name not in self.unreadable.reasons:

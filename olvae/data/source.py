@@ -106,22 +106,14 @@ class Batch(TypedDict, total=False):
 
 
 class Sample(NamedTuple):
-    """A sample, as a loader process reads it.
+    """A sample, as a loader process reads it."""
 
-    Args:
-        image: uint8 (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read.
-        errors: met on the way to it.
-        label: number of its class, where the source knows it.
-        enlarged: whether the picture was smaller than the image.
-        moments: of the image's latent, float32 (2 n_z, h, w), where the source has them.
-    """
-
-    image: Tensor | None
+    image: Tensor | None  # uint8 (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read
     key: str
-    errors: tuple[ReadError, ...] = ()
-    label: int | None = None
-    enlarged: bool = False
-    moments: Tensor | None = None
+    errors: tuple[ReadError, ...] = ()  # met on the way to it
+    label: int | None = None  # number of its class, where the source knows it
+    enlarged: bool = False  # whether the picture was smaller than the image
+    moments: Tensor | None = None  # of the image's latent, float32 (2 n_z, h, w), where the source has them
 
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
@@ -149,11 +141,8 @@ class Source(ABC):
         ValueError: a number is out of its range.
     """
 
-    tensor = "image"
-    """Key of the samples' tensors in a batch."""
-
-    shares_evenly = False
-    """Whether each rank validates on every n-th image, which makes the length of its loader known."""
+    tensor = "image"  # key of the samples' tensors in a batch
+    shares_evenly = False  # whether each rank validates on every n-th image, which makes its loader's length known
 
     def __init__(
         self, size: int, batch_size: int, num_workers: int = 0, channels: int = 3, max_unreadable: float = 0.01
@@ -171,10 +160,8 @@ class Source(ABC):
         self.channels = channels
         self.max_unreadable = max_unreadable
         self.unreadable = UnreadableImages()
-        self.crops: str | None = None
-        """A description of how the validation images were cut, if they are parts of others."""
-        self.eval_transform = EvalTransform(size)
-        """From a picture to a validation image; an evaluation may replace it."""
+        self.crops: str | None = None  # how the validation images were cut, if they are parts of others
+        self.eval_transform = EvalTransform(size)  # an evaluation may replace it
 
     @property
     @abstractmethod
@@ -211,19 +198,13 @@ class Source(ABC):
         return self.crops or self.eval_transform.describe()
 
     def limit(self, images: int) -> None:
-        """Evaluate on the first ``images`` images only.
-
-        Raises ValueError: there are fewer, or their number is unknown.
-        """
+        """Evaluate on the first ``images`` images only. Raises ValueError: there are fewer, or an unknown number."""
         raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
 
     def check_batch(self) -> None:
         """Raise ValueError if a batch is larger than the training images of an epoch."""
         if self.samples_per_epoch is not None and self.batch_size > self.samples_per_epoch:
-            raise ValueError(
-                f"batch_size {self.batch_size} is larger than the data, {self.samples_per_epoch} training images: "
-                "lower data.params.batch_size or add images"
-            )
+            raise ValueError(f"batch_size {self.batch_size} is larger than the data: {self.samples_per_epoch} images")
 
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""
@@ -271,11 +252,7 @@ class Loader(DataLoader[Any]):
     """Batches of a source, as :class:`Batch` describes them.
 
     ``read_errors`` counts what could not be read; ``enlarged`` the validation images that were made of smaller
-    pictures.
-
-    Args:
-        purpose: a word for messages, such as ``training``.
-        epoch: images in an epoch of training, over all processes, if known.
+    pictures. ``epoch`` is the number of images in an epoch of training, over all processes, if known.
     """
 
     def __init__(self, dataset: _Samples, purpose: str, epoch: int | None = None) -> None:

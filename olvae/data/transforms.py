@@ -24,6 +24,7 @@ OVERSAMPLING = 2.0
 """Least ratio of the square to the result for a JPEG that is decoded at a fraction of its size."""
 
 
+@dataclass(frozen=True)
 class RandomScaleCrop:
     """Stochastic image rescaling [R], random crop and flip.
 
@@ -43,26 +44,19 @@ class RandomScaleCrop:
         shuffle_channels: share of the results whose channels are permuted: more colours, if there are few pictures.
     """
 
-    def __init__(
-        self,
-        size: int,
-        min_fraction: float = 0.5,
-        filters: Sequence[str] = ALL_FILTERS,
-        flip: bool = True,
-        shuffle_channels: float = 0.0,
-    ) -> None:
-        if not 0.0 <= shuffle_channels <= 1.0:
-            raise ValueError(f"shuffle_channels must be between 0 and 1, got {shuffle_channels}")
-        if not 0.0 < min_fraction <= 1.0:
-            raise ValueError(f"min_fraction must be above 0 and at most 1, got {min_fraction}")
-        unknown = [name for name in filters if name not in FILTERS]
-        if unknown or not filters:
-            raise ValueError(f"filters must be some of {', '.join(FILTERS)}, got {list(filters)}")
-        self.size = size
-        self.min_fraction = min_fraction
-        self.filters = [FILTERS[name] for name in filters]
-        self.flip = flip
-        self.shuffle_channels = shuffle_channels
+    size: int
+    min_fraction: float = 0.5
+    filters: Sequence[str] = ALL_FILTERS
+    flip: bool = True
+    shuffle_channels: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.shuffle_channels <= 1.0:
+            raise ValueError(f"shuffle_channels must be between 0 and 1, got {self.shuffle_channels}")
+        if not 0.0 < self.min_fraction <= 1.0:
+            raise ValueError(f"min_fraction must be above 0 and at most 1, got {self.min_fraction}")
+        if not self.filters or not set(self.filters) <= set(FILTERS):
+            raise ValueError(f"filters must be some of {', '.join(FILTERS)}, got {list(self.filters)}")
 
     def __call__(self, photo: Picture | Photo, rng: np.random.Generator) -> Picture:
         width, height = photo.size
@@ -70,7 +64,7 @@ class RandomScaleCrop:
         side = rng.uniform(max(self.min_fraction * shorter, min(self.size, shorter)), shorter)
         left = rng.uniform(0.0, width - side)
         top = rng.uniform(0.0, height - side)
-        resample = self.filters[rng.integers(len(self.filters))]
+        resample = FILTERS[self.filters[int(rng.integers(len(self.filters)))]]
         image = photo.read(self._shrink(side)) if isinstance(photo, Photo) else photo
         shrunk = round(width / image.width)  # 1, 2, 4 or 8; the last column and row may reach beyond the picture
         box = (left / shrunk, top / shrunk, (left + side) / shrunk, (top + side) / shrunk)
@@ -87,13 +81,12 @@ class RandomScaleCrop:
         return next((n for n in (8, 4, 2) if side >= n * OVERSAMPLING * self.size), 1)
 
 
-RESIZES = {
+RESIZES = {  # descriptions for the protocol
     "shorter side": "{filter} antialiased resize of the shorter side (Pillow), centre crop",
     "adm": "halved by averaging while twice too large, {filter} resize of the shorter side (Pillow), centre crop",
     "squash": "{filter} antialiased resize of both sides (Pillow)",
     "none": "not resized, centre crop",
 }
-"""Descriptions for the protocol."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +94,12 @@ class EvalTransform:
     """Resize and crop a picture to a square of ``size`` pixels for evaluation, without randomness.
 
     Args:
-        size: in pixels.
         resize: ``shorter side``: to ``size``, as in the results table [R]; ``adm``: the same, after halving the
             picture by averaging while its shorter side is at least twice ``size`` (Dhariwal and Nichol 2021);
             ``squash``: both sides; ``none``: only pictures that are smaller. Then the centre is cropped.
         resample: one of :data:`FILTERS`, antialiased.
 
-    Raises:
-        ValueError: the resize or filter is unknown.
+    Raises ValueError: the resize or filter is unknown.
     """
 
     size: int

@@ -61,7 +61,7 @@ def test_pack_with_its_options(olvae, image_folder, tmp_path):
     options = ("--resize", 20, "--format", "webp", "--quality", 80, "--no-shuffle", "--max-unreadable", 0.1)
     code, _, err = olvae("pack", image_folder, "--out", tmp_path / "shards", *options, "--workers", 1)
     assert code == 0
-    assert "skipped bad.png: the file is empty\n1 unreadable images left out" in err
+    assert "1 unreadable images left out: bad.png (the file is empty)\n" in err
     packed = members(tmp_path / "shards")
     assert list(packed) == sorted(packed)
     for _, details in packed.values():
@@ -101,11 +101,8 @@ def test_pack_names_all_that_it_cannot_read(olvae, image_folder, tmp_path):
     ("arguments", "line"),
     [
         (("pack", "PHOTOS", "--out", "OUT", "--quality", "80"), "--resize"),
-        (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "png", "--quality", "8"), "png is lossless"),
         (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "gif"), "choose from jpg, png, webp"),
         (("pack", "PHOTOS", "--out", "PHOTOS/out"), "is inside the images' folder"),
-        (("pack", "demo.yaml", "--out", "OUT"), "demo.yaml: is a config"),
-        (("check", "demo.yaml"), "demo.yaml: is a config"),
     ],
 )
 def test_wrong_usage_is_one_line(olvae, image_folder, tmp_path, arguments, line):

@@ -222,7 +222,7 @@ def test_report_is_whole_on_a_narrow_terminal(photos, shards, tmp_path):
         "bad00.jpg: the file is empty",
     ):
         assert part in text, part
-    assert "  and 2 more; the JSON has all" in text
+    assert "and 2 more; the JSON has all" in text
     assert "problem: 12 of 36 images can't be read" in text
     assert "fine" not in text
     stream = io.StringIO()
