@@ -23,10 +23,9 @@ from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
+from tests.models.steps import PATCHGAN, UNETGAN, against
 from tests.training.events import scalars
 from tests.training.origins import checkpoint
-
-UNETGAN = {"target": "olvae.modules.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 64}}
 
 
 @pytest.fixture
@@ -65,16 +64,7 @@ def test_what_a_run_leaves(go, whole_training, monkeypatch):
     assert checkpoint(run)["images_seen"] == 16
 
     logged = scalars(run.path)
-    names = {
-        "train/loss",
-        "train/rec",
-        "train/kl",
-        "train/wavelet",
-        "train/gaussian",
-        "train/lr",
-        "val/psnr",
-        "val/ssim",
-    }
+    names = {f"train/{name}" for name in ("loss", "rec", "kl", "wavelet", "gaussian", "lr")} | {"val/psnr", "val/ssim"}
     assert names <= set(logged)
     assert list(logged["train/loss"]) == [1, 2, 3, 4]
     assert list(logged["val/psnr"]) == [2, 4]
@@ -98,16 +88,6 @@ def test_a_source_that_nobody_can_count_has_no_epochs(go, tmp_path):
         go(*overrides, "data.params.num_workers=2")
 
 
-def test_resuming_with_another_seed_reshuffles(go):
-    run = go("lightning.trainer.max_steps=2")
-    go("lightning.trainer.max_steps=4", resume=run.path, seed=9)
-    assert load([run.config])["run"]["seed"] == 9
-    assert not torch.equal(
-        checkpoint(run)["state_dict"]["decoder.conv_in.weight"],
-        checkpoint(go("lightning.trainer.max_steps=4"))["state_dict"]["decoder.conv_in.weight"],
-    )
-
-
 def test_actual_resume_takes_the_weights_alone(go):
     first = go()
     second = go("lightning.trainer.max_steps=1", "model.base_learning_rate=1e-9", actual_resume=first.last_checkpoint)
@@ -119,18 +99,11 @@ def test_actual_resume_takes_the_weights_alone(go):
     assert load([second.config])["run"]["weights"] == str(first.last_checkpoint)
 
 
-def test_the_last_step_is_validated_whatever_the_interval(go):
-    run = go("lightning.trainer.max_steps=3")
-    assert list(scalars(run.path)["val/psnr"]) == [2, 3]
-    assert (run.images / "step=00000003.png").is_file()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_read_is_named_and_the_steps_before_it_are_kept(go, tmp_path, image_folder, workers):
+def test_a_picture_that_cannot_be_read_is_named_and_the_steps_before_it_are_kept(go, tmp_path, image_folder):
     for path in sorted(image_folder.rglob("*.png"))[:3]:
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"3 of 12 images can't be read.*0\.png \(image file is truncated"):
-        go("lightning.trainer.max_steps=40", f"data.params.num_workers={workers}", "data.params.max_unreadable=0.17")
+        go("lightning.trainer.max_steps=40", "data.params.num_workers=1", "data.params.max_unreadable=0.17")
     assert all(any(path.glob("checkpoints/*.ckpt")) for path in (tmp_path / "runs").glob("*"))
 
 
@@ -200,19 +173,6 @@ def test_callbacks_of_the_config(go):
     ]
 
 
-def test_a_loss_that_is_no_number_stops_training(go, tmp_path):
-    with pytest.raises(FloatingPointError, match="base_learning_rate"):
-        go(
-            "model.base_learning_rate=1e30",
-            "model.params.warmup_steps=0",
-            "lightning.callbacks.bad.target=olvae.training.callbacks.BadSteps",
-            "lightning.callbacks.bad.params={in_a_row: 2, returns: 1}",
-            "lightning.trainer.val_check_interval=100",
-            "lightning.trainer.max_steps=100",
-        )
-    assert not (tmp_path / "runs").exists()
-
-
 def test_the_demo_learns(train_with):
     """30 steps of the demo on smaller crops: 2 dB above the 11.5 dB that untrained weights, or grey, have."""
     overrides = ["lightning.trainer.max_steps=30", "model.params.use_ema=false", "data.params.size=32"]
@@ -220,26 +180,26 @@ def test_the_demo_learns(train_with):
     assert [*scalars(run.path)["val/psnr"].values()][-1] > 13.5
 
 
-@pytest.mark.parametrize("channels", [1, 4, 6])
+@pytest.mark.parametrize("channels", [1, 6])
 def test_other_channels(go, image_folder, channels):
-    """Grey, RGBA, and arrays of six channels, with a discriminator; LPIPS's part is in test_perceptual."""
+    """Grey images, and arrays of six channels, with a discriminator; LPIPS's part is in test_perceptual."""
     if channels == 6:
         for path in sorted(image_folder.rglob("*.png")):
             rgb = np.asarray(Image.open(path))
             np.save(path.with_suffix(".npy"), np.concatenate((rgb, 255 - rgb), axis=2))
             path.unlink()
+    discriminator = {**PATCHGAN, "params": {**PATCHGAN["params"], "in_channels": channels}}
     run = go(
         f"data.params.channels={channels}",
         f"model.params.encoder_config.params.in_channels={channels}",
         f"model.params.decoder_config.params.out_channels={channels}",
-        "model.params.adversary_config.target=olvae.models.adversary.Adversary",
-        "model.params.adversary_config.params.discriminator_config.target=olvae.modules.patchgan.PatchGAN",
-        f"model.params.adversary_config.params.discriminator_config.params.in_channels={channels}",
-        "model.params.adversary_config.params.discriminator_config.params.n_layers=1",
-        "model.params.adversary_config.params.discriminator_config.params.base_channels=4",
+        f"model.params.adversary_config={json.dumps(against(discriminator))}",
     )
     assert checkpoint(run)["state_dict"]["decoder.conv_out.weight"].shape[0] == 4 * channels
     assert (run.images / "step=00000004.png").is_file()
+
+
+INFERENCE_ONLY = ("model.params.lossconfig.target=torch.nn.Identity", "model.params.lossconfig.params={}")
 
 
 @pytest.mark.parametrize(
@@ -255,21 +215,8 @@ def test_other_channels(go, image_folder, channels):
         ((), {"name": "a/b"}, "`name`"),
         ((), {"resume": "/nowhere"}, "no such run folder"),
         ((), {"actual_resume": "/nowhere.ckpt"}, "no such checkpoint"),
-        (
-            ("model.params.lossconfig.target=torch.nn.Identity", "model.params.lossconfig.params={}"),
-            {},
-            "inference only",
-        ),
-        (
-            (
-                "model.params.lossconfig.target=torch.nn.Identity",
-                "model.params.lossconfig.params={}",
-                "model.params.adversary_config.target=olvae.models.adversary.Adversary",
-                "model.params.adversary_config.params.discriminator_config.target=olvae.modules.patchgan.PatchGAN",
-            ),
-            {},
-            "inference only",
-        ),
+        (INFERENCE_ONLY, {}, "inference only"),
+        ((*INFERENCE_ONLY, f"model.params.adversary_config={json.dumps(against())}"), {}, "inference only"),
         (("model.params.parts=[1]",), {"teacher": "olvae:photos-f8c4"}, "not an int"),
         (("lightning.trainer.max_steps=0",), {}, "at least 1"),
         (("lightning.trainer.val_check_interval=0.5",), {}, "expected a number of steps"),
@@ -307,14 +254,8 @@ def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
     ],
 )
 def test_adversaries_that_do_not_fit(train_with, tmp_path, image_folder, params, message):
-    patchgan = {
-        "target": "olvae.modules.patchgan.PatchGAN",
-        "params": {"n_layers": 1, "base_channels": 4},
-    }
-    adversary = {
-        "target": "olvae.models.adversary.Adversary",
-        "params": {"discriminator_config": patchgan, "lecam_weight": 1.0, **params},
-    }
+    adversary = against(lecam_weight=1.0)
+    adversary["params"] |= params
     with pytest.raises(ConfigError, match=message):
         train_with(config=tiny_config(image_folder, adversary_config=adversary))
     assert not (tmp_path / "runs").exists()
@@ -381,19 +322,8 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
         go(keep, "lightning.callbacks.keep.params.best=psnrr")
 
 
-def test_training_goes_on_where_no_validation_image_can_be_read(go, tmp_path, caplog):
-    (tmp_path / "val").mkdir()
-    for i in range(3):
-        (tmp_path / "val" / f"{i}.png").write_bytes(b"no picture")
-    run = go(f"data.params.val_root={tmp_path / 'val'}", "data.params.max_unreadable=1.0")
-    assert checkpoint(run)["global_step"] == 4
-    assert not (run.checkpoints / "best.ckpt").exists()
-    assert [record.message for record in caplog.records if "no validation image" in record.message] == [
-        "no validation image could be read, so best.ckpt is not kept"
-    ]
-
-
-def test_a_validation_without_images_does_not_repeat_what_the_one_before_gave(go, tmp_path, capfd, monkeypatch):
+def test_training_continues_where_no_validation_image_can_be_read(go, tmp_path, capfd, caplog, monkeypatch):
+    """From the second validation on: the first one's values and best weights are not repeated."""
     held_out = tmp_path / "val"
     held_out.mkdir()
     Image.new("RGB", (16, 16)).save(held_out / "0.png")
@@ -404,10 +334,14 @@ def test_a_validation_without_images_does_not_repeat_what_the_one_before_gave(go
         (held_out / "0.png").write_bytes(b"no picture")
 
     monkeypatch.setattr(LiteAutoencoderKL, "on_validation_epoch_end", then_break)
-    go(f"data.params.val_root={held_out}", "data.params.max_unreadable=1.0", "lightning.trainer.num_sanity_val_steps=0")
-    assert [line.partition(":")[0] for line in capfd.readouterr().err.splitlines() if ": validation " in line] == [
-        "step 2"
-    ]
+    trainer = ("lightning.trainer.num_sanity_val_steps=0", "lightning.trainer.max_steps=6")
+    run = go(f"data.params.val_root={held_out}", "data.params.max_unreadable=1.0", *trainer)
+    validations = [line for line in capfd.readouterr().err.splitlines() if ": validation " in line]
+    assert [line.partition(":")[0] for line in validations] == ["step 2"]
+    assert checkpoint(run)["global_step"] == 6
+    assert json.loads((run.checkpoints / "best.json").read_text())["step"] == 2
+    warnings = [message for message in caplog.messages if "no validation image" in message]
+    assert warnings == ["no validation image could be read, so best.ckpt is not kept"]
 
 
 def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training(go, tmp_path):
