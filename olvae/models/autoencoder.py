@@ -24,7 +24,7 @@ from olvae.models.weight_files import (
     upload_errors,
     write_export,
 )
-from olvae.modules.base import Decoder, Encoder, count_parameters
+from olvae.modules.base import Decoder, Encoder, count_parameters, last_convolution
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
@@ -125,6 +125,19 @@ class Quantizer(nn.Module):
         self.quant_conv = nn.Conv2d(latent_dim, 2 * embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
 
+    def start_as_identity(self) -> None:
+        """Let both pass on what they get, so that linear paths on either side fit together."""
+        for name, conv in self.named_children():
+            assert isinstance(conv, nn.Conv2d)
+            if conv.in_channels != conv.out_channels:
+                raise ConfigError(
+                    f"linear: {name} would change {conv.in_channels} channels to {conv.out_channels}: set latent_dim "
+                    "to 2 embed_dim and z_channels to embed_dim, or leave use_quant out"
+                )
+            nn.init.dirac_(conv.weight)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
 
 class LiteVAE(
     Autoencoder,
@@ -181,6 +194,8 @@ class LiteVAE(
             encoder = instantiate(encoder_config)
             decoder = instantiate(decoder_config)
             quantizer = Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels)
+            if encoder.linear is not None or decoder.linear is not None:
+                quantizer.start_as_identity()
             return cls(encoder, decoder, quantizer)._shift_logvar(initial_logvar)
         latent_dim = (encoder_config.get("params") or {}).get("latent_dim", 2 * embed_dim)
         if latent_dim not in (embed_dim, 2 * embed_dim):
@@ -297,9 +312,9 @@ class LiteVAE(
     def _shift_logvar(self, shift: float) -> "LiteVAE":
         if shift == 0:
             return self
-        last = list((self.quantizer.quant_conv if self.quantizer else self.encoder).modules())[-1]
-        if not isinstance(last, nn.Conv2d):
-            raise ConfigError(f"initial_logvar: {type(last).__name__} learns no log-variances: leave it out")
+        last = self.quantizer.quant_conv if self.quantizer else last_convolution(self.encoder)
+        if last is None or last is self.encoder.linear:
+            raise ConfigError(f"initial_logvar: {type(self.encoder).__name__} learns no log-variances: leave it out")
         assert last.bias is not None
         last.bias[self.latent_channels :] += shift
         return self

@@ -15,6 +15,7 @@ from olvae.losses.objective import Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
+from olvae.models.linear_start import start_linearly
 from olvae.models.nonfinite import NonFiniteGuard
 from olvae.models.optimization import (
     PlayersStrategy,
@@ -245,8 +246,17 @@ class LiteAutoencoderKL(ValidatedModule):
         for part in self.each_part:
             part.check(self, source)
 
-    def prepare(self, source: Source, seed: int, device: torch.device) -> None:
-        """Let the parts measure or fit what they need before the first step of a new run, on images of this seed."""
+    def prepare(self, source: Source, seed: int, device: torch.device, fresh: bool) -> Iterator[str]:
+        """Fit and measure what needs images of this seed before a new run's first step; yield lines for its summary.
+
+        Args:
+            fresh: the weights are initial ones, so that linear paths are to be fitted.
+        """
+        if fresh:
+            self.parts.to(device)
+            teacher = None if (stand_in := self.stand_in) is None else (lambda x: stand_in.posterior(x).mean)
+            if (start := start_linearly(self.autoencoder, source, seed, device, teacher)) is not None:
+                yield str(start)
         for part in self.each_part:
             part.prepare(self, source, seed, device)
 

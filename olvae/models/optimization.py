@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from olvae.devices import this_process
 from olvae.files import first_line
+from olvae.modules.base import last_convolution
 
 log = logging.getLogger("olvae")
 
@@ -61,11 +62,6 @@ def gradient_norm(module: pl.LightningModule, optimizer: torch.optim.Optimizer) 
     return torch.nn.utils.get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
 
 
-def last_convolution(module: nn.Module) -> nn.Conv2d:
-    """The last convolution in the order of definition: in a decoder, the one that makes the image."""
-    return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
-
-
 def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, network: nn.Module | None = None) -> Tensor:
     """|gradient of one loss| / |gradient of the other| at a network's last layer, the decoder's by default; in float32.
 
@@ -74,7 +70,8 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
     """
     measured = module.decoder if network is None else network
     assert isinstance(measured, nn.Module)
-    weight = last_convolution(measured).weight
+    last = last_convolution(measured)
+    assert last is not None
     scaler = grad_scaler(module)
 
     def scaled(x: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
 
     norms: list[Tensor] = []
     for loss in (one, other):
-        (gradient,) = torch.autograd.grad(scaled(loss), weight, retain_graph=True)
+        (gradient,) = torch.autograd.grad(scaled(loss), last.weight, retain_graph=True)
         if module.trainer.world_size > 1:
             gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
         norms.append(gradient.float().norm())

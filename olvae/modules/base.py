@@ -56,6 +56,18 @@ class _Network(Steps):
         network.__dict__["node"] = {"target": f"{cls.__module__}.{cls.__qualname__}", "params": params}
         return network
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear: nn.Conv2d | None = None
+        """A linear path beside the network, which :func:`olvae.models.linear_start.fit_linear_paths` fits."""
+
+    def _set_linear_path(self, path: nn.Conv2d) -> None:
+        """Add a path, beside a network that adds nothing to it at first: its last convolution becomes zero."""
+        if (last := last_convolution(self)) is not None:
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+        self.linear = path
+
 
 class Encoder(_Network):
     """Images (B, in_channels, H, W) to (B, latent_dim, H/downscale, W/downscale)."""
@@ -65,6 +77,18 @@ class Encoder(_Network):
     downscale: int
     image_size: int  # the intended size in pixels, at which summaries count operations
 
+    def add_linear_path(self) -> None:
+        """Add a linear path from patches to the means."""
+        f = self.downscale
+        self._set_linear_path(nn.Conv2d(self.in_channels, self.latent_dim // 2, kernel_size=f, stride=f))
+
+    def with_linear_path(self, moments: Tensor, x: Tensor) -> Tensor:
+        """The network's moments, (B, latent_dim, H/f, W/f), plus the linear path from the images x in their means."""
+        if self.linear is None:
+            return moments
+        mean = self.linear(x)  # (B, latent_dim / 2, H/f, W/f)
+        return torch.cat((moments[:, : mean.shape[1]] + mean, moments[:, mean.shape[1] :]), dim=1)
+
 
 class Decoder(_Network):
     """Latents (B, z_channels, h, w) to images (B, out_channels, upscale h, upscale w)."""
@@ -73,9 +97,32 @@ class Decoder(_Network):
     out_channels: int
     upscale: int
 
+    def add_linear_path(self) -> None:
+        """Add a linear path from 3x3 latent positions to patches."""
+        values = self.out_channels * self.upscale**2
+        self._set_linear_path(nn.Conv2d(self.z_channels, values, 3, padding=1, padding_mode="replicate"))
+
+    def linear_path(self, z: Tensor) -> Tensor:
+        """The linear path's image: (B, z_channels, h, w) -> (B, out_channels, upscale h, upscale w)."""
+        assert self.linear is not None
+        return F.pixel_shuffle(self.linear(z), self.upscale)
+
     def stages(self) -> list[Stage] | None:
-        """List the steps of ``forward``, to compute it in tiles; None if a step depends on the whole image."""
+        """List the steps of the network, to compute it in tiles; None if one depends on the whole image."""
         return None
+
+    def paths(self) -> list[list[Stage]] | None:
+        """Chains of steps from the latent, whose images ``forward`` adds up; None if a step needs the whole image."""
+        if (network := self.stages()) is None:
+            return None
+        return [network] if self.linear is None else [network, [Stage(self.linear_path, 1, self.upscale)]]
+
+
+def last_convolution(network: nn.Module) -> nn.Conv2d | None:
+    """The last convolution in the order of definition, of a linear path only where there is nothing else."""
+    path = getattr(network, "linear", None)
+    found = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m is not path]
+    return found[-1] if found else path
 
 
 def check_counts(least: int, **counts: int | Sequence[int]) -> None:

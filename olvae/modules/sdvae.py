@@ -53,10 +53,6 @@ class _Half(Steps):
         self.model.gradient_checkpointing = True  # type: ignore[assignment]  # each level, and the middle
         self.model._gradient_checkpointing_func = self.step  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.model(x)
-        return out
-
 
 class SDEncoder(_Half, Encoder):
     """Stable Diffusion's convolutional encoder with attention in the middle.
@@ -68,6 +64,7 @@ class SDEncoder(_Half, Encoder):
         attention: self-attention in the middle.
         padding: at the borders of every convolution: ``zeros``, as published, or ``reflect``, as in some copies that
             were fine-tuned with EQ-VAE. Strided convolutions keep their zeros, at the bottom and the right.
+        linear: add a linear path beside the network, as LiteVAE's.
 
     Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f), f = 2^(len(channel_mult) - 1).
     """
@@ -83,6 +80,7 @@ class SDEncoder(_Half, Encoder):
         norm_groups: int = 32,
         attention: bool = True,
         padding: Padding = "zeros",
+        linear: bool = False,
     ) -> None:
         super().__init__()
         self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
@@ -90,6 +88,11 @@ class SDEncoder(_Half, Encoder):
         check_size(image_size, self.downscale)
         check_counts(1, in_channels=in_channels, latent_dim=latent_dim)
         self._build(in_channels, latent_dim, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
+        if linear:
+            self.add_linear_path()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_linear_path(self.model(x), x)
 
 
 class SDDecoder(_Half, Decoder):
@@ -111,12 +114,19 @@ class SDDecoder(_Half, Decoder):
         norm_groups: int = 32,
         attention: bool = True,
         padding: Padding = "zeros",
+        linear: bool = False,
     ) -> None:
         super().__init__()
         self.z_channels, self.out_channels = z_channels, out_channels
         self.upscale = 2 ** (len(channel_mult) - 1)
         check_counts(1, z_channels=z_channels, out_channels=out_channels)
         self._build(z_channels, out_channels, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
+        if linear:
+            self.add_linear_path()
+
+    def forward(self, z: Tensor) -> Tensor:
+        image: Tensor = self.model(z)
+        return image if self.linear is None else image + self.linear_path(z)
 
 
 def set_padding(network: nn.Module, padding: Padding) -> None:

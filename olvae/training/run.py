@@ -165,7 +165,9 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         free, _ = torch.cuda.mem_get_info(device)
         check_memory(model, source, prepared.settings.precision, free, trainer.is_global_zero)
     if resumed is None:
-        model.prepare(source, prepared.settings.seed, device)
+        for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
+            if trainer.is_global_zero:
+                _print(line)
     try:
         with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
             trainer.fit(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from olvae.models.optimization import (
     grad_scaler,
     gradient_ratio,
-    last_convolution,
     lr_factor,
     mix_seeds,
 )
+from olvae.modules.base import last_convolution
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.sdvae import SDDecoder
 

@@ -4,6 +4,7 @@ import copy
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -61,17 +62,22 @@ def receptive_field(decoder: Decoder) -> int | None:
     None for a decoder without a finite field, such as Stable Diffusion's, whose GroupNorm and attention depend on the
     whole latent.
     """
-    stages = decoder.stages()
-    if stages is None:
+    paths = decoder.paths()
+    if paths is None:
         return None
     f = decoder.upscale
     far = 2**20  # a position away from any border
-    (low, high), *_ = _needed(stages, (far * f, (far + 1) * f), 2 * far)
-    return max(far - low, high - 1 - far)
+    needed = [_needed(stages, (far * f, (far + 1) * f), 2 * far)[0] for stages in paths]
+    return max(max(far - low, high - 1 - far) for low, high in needed)
 
 
-def decode_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
-    """Decode a window of the image, rows and columns in pixels, from the latent positions that it depends on.
+def decode_window(paths: Sequence[Sequence[Stage]], z: Tensor, window: Window) -> Tensor:
+    """Decode a window of the image, rows and columns in pixels, from the latent positions that it depends on."""
+    return reduce(torch.add, [_run_window(stages, z, window) for stages in paths])
+
+
+def _run_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
+    """Compute one path's window.
 
     Between two stages, whatever the rest does not need is cut off. At the image's borders nothing is cut, and the zero
     padding is that of the whole image: so the result equals the window of the whole image.
@@ -129,8 +135,8 @@ def decode_tiled(
     """
     if (tile is None) == (memory is None):
         raise ValueError("give either `tile` or `memory`")
-    stages = decoder.stages()
-    if stages is None:
+    paths = decoder.paths()
+    if paths is None:
         _check_whole(decoder, z, memory)
         whole: Tensor = decoder(z)
         if progress is not None:
@@ -146,7 +152,7 @@ def decode_tiled(
     image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
     windows = [(rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)]
     for done, (rows, columns) in enumerate(windows, start=1):
-        image[..., slice(*rows), slice(*columns)] = decode_window(stages, z, (rows, columns))
+        image[..., slice(*rows), slice(*columns)] = decode_window(paths, z, (rows, columns))
         if progress is not None:
             progress(done / len(windows))
     return image
@@ -182,9 +188,9 @@ def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
         return f * start, f * (start + min(tile, size))
 
     def run(module: Decoder, z: Tensor) -> Tensor:
-        stages = module.stages()
-        assert stages is not None
-        return decode_window(stages, z, (one(shape[-2]), one(shape[-1])))
+        paths = module.paths()
+        assert paths is not None
+        return decode_window(paths, z, (one(shape[-2]), one(shape[-1])))
 
     return peak_bytes(decoder, run, (shape[0], decoder.z_channels, *shape[-2:]))
 

@@ -69,6 +69,7 @@ class LiteVAE_Decoder(Decoder):
         output: ``image``, or ``wavelet``: instead of the last upsampling it predicts the four level-1 Haar sub-bands
             in the image's range, and applies the inverse transform (times 2) [P App. G].
         dropout: inside the blocks.
+        linear: add a linear path from 3x3 latents to pixels; see :mod:`olvae.models.linear_start`.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with f = 2^(len(channel_mult) - 1); [-1, 1],
     not clamped.
@@ -84,6 +85,7 @@ class LiteVAE_Decoder(Decoder):
         variant: Variant = "open_litevae",
         output: Literal["image", "wavelet"] = "image",
         dropout: float = 0.0,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         if variant not in get_args(Variant):
@@ -125,6 +127,8 @@ class LiteVAE_Decoder(Decoder):
         else:
             self.conv_norm = nn.Identity() if pre_activation else SMC(width, width)
         self.conv_out = conv3(width, out_channels * (4 if output == "wavelet" else 1))
+        if linear:
+            self.add_linear_path()
 
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 4 or z.shape[1] != self.z_channels:
@@ -132,7 +136,7 @@ class LiteVAE_Decoder(Decoder):
         h = z
         for stage in self._stages():
             h = self.step(stage.run, h)
-        return h
+        return h if self.linear is None else h + self.linear_path(z)
 
     def stages(self) -> list[Stage] | None:
         """From the latent to the image, one block at a time; see :class:`Stage`. None with GroupNorm."""

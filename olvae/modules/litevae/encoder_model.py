@@ -53,6 +53,7 @@ class LiteVAE_Encoder(Encoder):
         dropout: in the blocks of the paper variant.
         shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many operations [P App. D.4].
         skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two [P Table 21].
+        linear: add a linear path from patches to the means; see :mod:`olvae.models.linear_start`.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
     """
@@ -76,6 +77,7 @@ class LiteVAE_Encoder(Encoder):
         dropout: float = 0.0,
         shared_extractor: bool = False,
         skip_levels: int = 0,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         if variant not in ("open_litevae", "paper"):
@@ -108,6 +110,8 @@ class LiteVAE_Encoder(Encoder):
             nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity() for _ in range(used)
         )
         self.aggregator = unet(bands * used, latent_dim, *widths[3:])
+        if linear:
+            self.add_linear_path()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, lambda unet, h: unet(h))
@@ -122,7 +126,8 @@ class LiteVAE_Encoder(Encoder):
         for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1 + self.skip_levels):
             f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
             features.append(pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level))))  # (B, 4C, H/f, W/f)
-        return apply(self.aggregator, torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)
+        moments = apply(self.aggregator, torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)
+        return self.with_linear_path(moments, x)
 
 
 class WaveletEncoder(Encoder):
