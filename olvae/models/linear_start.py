@@ -78,17 +78,11 @@ def training_crops(source: Source, seed: int, factor: int) -> Tensor:
     """The first training crops of a seed, read once: uint8 (N, C, H, W).
 
     N is such that they have :data:`POSITIONS` latent positions, within :data:`CROPS`.
-
-    Raises:
-        ValueError: none can be read.
     """
     least, most = CROPS
     count = min(most, max(least, POSITIONS // (source.size // factor) ** 2))
     samples = islice(source.stream(seed, 0, LoaderProcess(batch_size=source.batch_size)), count)
-    crops = [sample.image for sample in samples if sample.image is not None]
-    if not crops:
-        raise ValueError(f"none of the first {count} training images can be read")
-    return torch.stack(crops)
+    return torch.stack([sample.image for sample in samples if sample.image is not None])
 
 
 @torch.no_grad()

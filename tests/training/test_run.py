@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -348,3 +349,15 @@ def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training
     with pytest.raises(FileNotFoundError, match=r"val_metrics: rfid: pt_inception.*is not in"):
         go("model.params.val_metrics=[rfid]", f"model.params.weights_dir={tmp_path}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd):
+    """Not when a run is resumed, nor when it starts from weights."""
+    config = tiny_config(image_folder)
+    for half in ("encoder_config", "decoder_config"):
+        config["model"]["params"][half]["params"]["linear"] = True
+    run = go(config=config)
+    assert re.search(r"linear code: \d+\.\d\d dB on \d validation images, fitted on 4,096", capfd.readouterr().err)
+    go("lightning.trainer.max_steps=5", resume=str(run.path))
+    go(config=config, actual_resume=str(run.path))
+    assert "linear code" not in capfd.readouterr().err

@@ -296,7 +296,9 @@ def diffusers_config(model: LiteVAE) -> dict[str, Any]:
 
 
 def diffusers_weights(model: LiteVAE) -> dict[str, Tensor]:
-    """The weights under AutoencoderKL's names."""
+    """The weights under AutoencoderKL's names; ValueError for a linear path, which it does not have."""
+    if model.encoder.linear is not None or model.decoder.linear is not None:
+        raise ValueError("AutoencoderKL has no linear path beside its networks")
     return _renamed(model.state_dict(), {ours: theirs for theirs, ours in NAMES.items()})
 
 

@@ -34,7 +34,7 @@ def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
         {"variant": "paper", "pool": "conv"},
         {"wavelet": "db2"},
         {"quantizer": True},
-        {"shared_extractor": True, "skip_levels": 1},
+        {"shared_extractor": True, "skip_levels": 1, "linear": True},
     ],
 )
 @pytest.mark.parametrize("memory", [1, 300_000])

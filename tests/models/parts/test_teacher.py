@@ -5,16 +5,18 @@ import math
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8
+from olvae.models.linear_start import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.teacher import Teacher
 from olvae.modules.distributions import Deterministic
-from tests.conftest import parts
+from tests.conftest import parts, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import taesd
 from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot, source
@@ -22,6 +24,8 @@ from tests.models.steps import Each, against, assert_same, build, fit, metrics, 
 OBJECTIVE = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
 
 EIGHT = {"block_out_channels": (8, 8, 8, 16), "down_block_types": ("DownEncoderBlock2D",) * 4}
+
+HALVES = ("encoder_config", "decoder_config")
 
 DTYPES = {"float32": 0.0, "bfloat16": 0.05, "float16": 0.01}
 
@@ -192,6 +196,24 @@ def test_the_decoder_learns_from_the_teachers_latents(target, image_folder, upda
         gradients = dict(zip(map(id, updates[0].parameters), updates[0].gradients, strict=True))
         for p, by_hand in zip(model.decoder.parameters(), expected, strict=True):
             torch.testing.assert_close(gradients[id(p)], by_hand)
+
+
+def test_a_student_with_linear_paths_starts_from_the_teachers_latents(target, image_folder):
+    """Least squares from patches to its means, and from its means to patches, by NumPy on the same crops."""
+    config = tiny_config()["model"]["params"]
+    nodes = {half: {**config[half], "params": {**config[half]["params"], "linear": True}} for half in HALVES}
+    model, data = student(target, **nodes), source(image_folder)
+    (line,) = model.prepare(data, 0, torch.device("cpu"), fresh=True)
+    assert line.startswith("linear code: ")
+    x = from_uint8(training_crops(data, 0, 8))
+    with torch.no_grad():
+        means = teacher_of(model).posterior(x).mean
+        found = model.encode(x).mean
+    patches = nn.functional.pixel_unshuffle(x, 8).movedim(1, 3).reshape(-1, 192).double().numpy()
+    design = np.column_stack([patches, np.ones(len(patches))])
+    solution, *_ = np.linalg.lstsq(design, means.movedim(1, 3).reshape(-1, 4).double().numpy(), rcond=1e-10)
+    np.testing.assert_allclose(found.movedim(1, 3).reshape(-1, 4).numpy(), design @ solution, atol=1e-3)
+    assert float(teacher_of(model).std.min()) > 0  # the part was prepared as well
 
 
 # Moments, measuring, precision

@@ -1,0 +1,141 @@
+"""The closed-form fit of linear paths, against NumPy, and where in a training it happens."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from olvae import LiteVAE
+from olvae.config import ConfigError
+from olvae.data.image import from_uint8
+from olvae.data.picture_folder import FolderSource
+from olvae.models import linear_start
+from olvae.models.linear_start import fit_linear_paths, start_linearly, training_crops
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.modules.linear import LinearDecoder, LinearEncoder
+from tests.conftest import tiny_config
+
+F = 4
+CPU = torch.device("cpu")
+
+
+def crops(n: int = 40, size: int = 32) -> torch.Tensor:
+    """Smooth random images: uint8 (n, 3, size, size)."""
+    small = torch.randn(n, 3, size // 4 + 2, size // 4 + 2)
+    images = torch.nn.functional.interpolate(small, (size, size), mode="bicubic")
+    return (128 + 40 * images).clamp(0, 255).to(torch.uint8)
+
+
+def code(n: int = 5) -> LiteVAE:
+    return LiteVAE(LinearEncoder(2 * n, 3, F), LinearDecoder(n, 3, F))
+
+
+def patches_of(x: torch.Tensor) -> np.ndarray:
+    """(n, h, w, 3 F F) in float64: channel by channel, row by row."""
+    n, c, height, width = x.shape
+    blocks = x.double().numpy().reshape(n, c, height // F, F, width // F, F).transpose(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(n, height // F, width // F, c * F * F)
+
+
+def linear_config(root=None, **model) -> dict:
+    config = tiny_config(root, **model)
+    for half in ("encoder_config", "decoder_config"):
+        config["model"]["params"][half]["params"]["linear"] = True
+    return config
+
+
+@pytest.mark.parametrize("size", [8 * F, 2 * F])
+def test_the_fit_is_numpys(size):
+    """The decoder's on positions with all eight neighbours; on all, with copies of the border's, if there are none."""
+    model, images = code(), crops(size=size)
+    fit_linear_paths(model, images)
+    patches = patches_of(from_uint8(images))
+    flat = patches.reshape(-1, patches.shape[-1])
+    variances, axes = np.linalg.eigh(np.cov(flat, rowvar=False, bias=True))
+    codes = (patches - flat.mean(0)) @ (axes / np.sqrt(np.maximum(variances, 1e-9)))[:, ::-1][:, :5]
+    with torch.no_grad():
+        z = model.encode(from_uint8(images)).mean.double().numpy().transpose(0, 2, 3, 1)
+    signs = np.sign((z * codes).sum((0, 1, 2)))
+    np.testing.assert_allclose(z, codes * signs, atol=1e-4)
+
+    border = 1 if size > 2 * F else 0
+    inside = patches[:, border : size // F - border, border : size // F - border]
+    codes = np.pad(codes * signs, ((0, 0), (1 - border,) * 2, (1 - border,) * 2, (0, 0)), "edge")
+    around = sliding_window_view(codes, (3, 3), axis=(1, 2)).reshape(*inside.shape[:3], -1)
+    design = np.concatenate([around, np.ones((*around.shape[:3], 1))], axis=3).reshape(-1, around.shape[-1] + 1)
+    solution, *_ = np.linalg.lstsq(design, inside.reshape(len(design), -1), rcond=None)
+    expected = (design @ solution).reshape(inside.shape)
+    with torch.no_grad():
+        y = model(from_uint8(images))[0]
+    got = patches_of(y)[:, border : size // F - border, border : size // F - border]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_with_a_teacher_both_halves_fit_its_latents():
+    """The teacher's latents are linear in the patches, so that the encoder becomes the teacher's."""
+    teacher, model, images = code(3), code(3), crops()
+    fit_linear_paths(model, images, lambda x: teacher.encode(x).mean)
+    torch.testing.assert_close(model.encoder.linear.weight, teacher.encoder.linear.weight, rtol=1e-3, atol=1e-4)
+    own = code(3)
+    own.encoder.load_state_dict(teacher.encoder.state_dict())
+    own.encoder.linear, kept = None, own.encoder.linear  # a decoder alone is fitted to what the encoder gives
+    own.encoder.forward = lambda x: torch.cat((kept(x), kept(x)), dim=1)
+    fit_linear_paths(own, images)
+    torch.testing.assert_close(model.decoder.linear.weight, own.decoder.linear.weight)
+
+
+def test_a_training_begins_as_the_linear_code(image_folder):
+    """Before step 1 means and images are the code's, in the networks of a config."""
+    config = linear_config()["model"]["params"]
+    model = LiteAutoencoderKL(**config)
+    source = FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
+    (line,) = model.prepare(source, 3, CPU, fresh=True)
+    alone = LiteVAE(LinearEncoder(8, 3, 8), LinearDecoder(4, 3, 8))
+    fit_linear_paths(alone, training_crops(source, 3, 8))
+    x = torch.rand(2, 3, 64, 48) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(x).mean, alone.encode(x).mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(x)[0], alone(x)[0], rtol=0, atol=1e-5)
+    measured = start_linearly(alone, source, 3, CPU)
+    assert f"{measured.psnr:.2f} dB on {source.val_images} validation images" in line
+    assert not list(model.prepare(source, 4, CPU, fresh=False))
+
+
+def test_networks_without_paths_are_left_alone(image_folder, monkeypatch):
+    monkeypatch.setattr(linear_start, "training_crops", None)
+    model = LiteAutoencoderKL(**tiny_config()["model"]["params"])
+    assert not list(model.prepare(FolderSource(str(image_folder), 16, 4), 0, CPU, fresh=True))
+
+
+def test_the_crops_are_those_of_the_seed(image_folder, monkeypatch):
+    monkeypatch.setattr(linear_start, "CROPS", (8, 16))
+    source = FolderSource(str(image_folder), 16, 4)
+    first = training_crops(source, 0, 8)
+    assert first.shape == (16, 3, 16, 16)
+    assert first.equal(training_crops(FolderSource(str(image_folder), 16, 2), 0, 8))
+    assert not first.equal(training_crops(source, 1, 8))
+
+
+def test_quantizers_start_as_the_identity():
+    params = linear_config(use_quant=True)["model"]["params"]
+    params["encoder_config"]["params"]["latent_dim"] = 8
+    model, images = LiteAutoencoderKL(**params).autoencoder, crops(20, 64)
+    fit_linear_paths(model, images)
+    with torch.no_grad():
+        mean = model.encode(from_uint8(images)).mean
+    assert mean.std(dim=(0, 2, 3)).sub(1).abs().max() < 1e-3
+    params["encoder_config"]["params"]["latent_dim"] = 12
+    with pytest.raises(ConfigError, match="linear: quant_conv would change 12 channels to 8"):
+        LiteAutoencoderKL(**params)
+
+
+def test_exports_and_files_have_the_paths(tmp_path):
+    model = LiteAutoencoderKL(**linear_config()["model"]["params"]).autoencoder
+    fit_linear_paths(model, crops(20, 64))
+    torch.nn.init.normal_(model.decoder.conv_out.weight, std=0.01)
+    model.eval().save_pretrained(tmp_path / "export")
+    loaded = LiteVAE.from_pretrained(tmp_path / "export")
+    x = torch.rand(1, 3, 40, 24) * 2 - 1
+    with torch.no_grad():
+        assert loaded(x)[0].equal(model(x)[0])
+        torch.testing.assert_close(model.fold()(x)[0], model(x)[0], rtol=0, atol=1e-5)

@@ -1,0 +1,131 @@
+"""Linear paths beside networks, and their closed form against NumPy's."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from olvae.modules.base import last_convolution
+from olvae.modules.linear import LEAST_VARIANCE, JointMoments, LinearDecoder, LinearEncoder
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.sdvae import SDDecoder, SDEncoder
+
+SD = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 0, "norm_groups": 4}
+
+ENCODERS = {
+    "lite": lambda **more: LiteVAE_Encoder(6, "S", dct_levels=1, extractor_resblocks=1, aggregate_resblocks=1, **more),
+    "paper": lambda **more: LiteVAE_Encoder(6, "S", "paper", dct_levels=1, **more),
+    "sd": lambda **more: SDEncoder(6, **SD, **more),
+}
+DECODERS = {
+    variant: lambda variant=variant, **more: LiteVAE_Decoder(8, 3, 3, (1, 1), 0, variant, **more)
+    for variant in ("open_litevae", "paper_smc", "group_norm")
+} | {
+    "wavelet": lambda **more: LiteVAE_Decoder(8, 3, 3, (1, 1), 0, output="wavelet", **more),
+    "sd": lambda **more: SDDecoder(**SD, z_channels=3, **more),
+}
+
+
+def samples(p: int, q: int = 0, n: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated samples with means, in two parts of different sizes."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(n, p, generator=rng) @ torch.randn(p, p, generator=rng) + 3.0
+    return x, x @ torch.randn(p, q, generator=rng) + torch.randn(n, q, generator=rng) - 1.0
+
+
+def moments_of(x: torch.Tensor, y: torch.Tensor) -> JointMoments:
+    moments = JointMoments(x.shape[1], y.shape[1])
+    for a, b in zip(x.split(150), y.split(150), strict=True):
+        moments.update(a, b)
+    return moments
+
+
+def test_principal_components_are_numpys():
+    x, _ = samples(7)
+    found = moments_of(x, x[:, :0]).principal_components(3)
+    variances, axes = np.linalg.eigh(np.cov(x.double().numpy(), rowvar=False, bias=True))
+    expected = (axes / np.sqrt(variances))[:, ::-1][:, :3].T
+    expected *= np.sign(expected[np.arange(3), np.abs(expected).argmax(1)])[:, None]
+    np.testing.assert_allclose(found.weight.numpy(), expected, rtol=1e-9, atol=1e-12)
+    codes = x.double() @ found.weight.T + found.bias
+    np.testing.assert_allclose(np.cov(codes.numpy(), rowvar=False, bias=True), np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(codes.mean(0).numpy(), np.zeros(3), atol=1e-9)
+
+
+def test_least_squares_are_numpys():
+    x, y = samples(5, 4)
+    found = moments_of(x, y).least_squares()
+    with_ones = np.column_stack([x.double().numpy(), np.ones(len(x))])
+    expected, *_ = np.linalg.lstsq(with_ones, y.double().numpy(), rcond=None)
+    np.testing.assert_allclose(found.weight.numpy(), expected[:-1].T, rtol=1e-8)
+    np.testing.assert_allclose(found.bias.numpy(), expected[-1], rtol=1e-8)
+
+
+def test_dependent_inputs_get_the_smallest_solution():
+    x, y = samples(3, 2)
+    twice = torch.cat((x, x), dim=1)
+    found = moments_of(twice, y).least_squares()
+    torch.testing.assert_close(found.weight[:, :3], found.weight[:, 3:])
+    torch.testing.assert_close(found.weight[:, :3] * 2, moments_of(x, y).least_squares().weight)
+
+
+def test_components_of_rounding_noise_are_not_enlarged():
+    """A grey picture has one channel's worth of components; the others stay small, and finite."""
+    x = torch.randn(500, 1).expand(-1, 3)
+    found = moments_of(x, x[:, :0]).principal_components(3)
+    assert found.weight.isfinite().all()
+    assert found.weight.abs().max() <= LEAST_VARIANCE**-0.5
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_starts_as_its_path(kind):
+    encoder, x = ENCODERS[kind](linear=True), torch.randn(2, 3, 8, 6)
+    moments = encoder(x)
+    torch.testing.assert_close(moments[:, :3], F.conv2d(x, encoder.linear.weight, encoder.linear.bias, stride=2))
+    assert not moments[:, 3:].any()
+    nn.init.normal_(last_convolution(encoder).weight)
+    assert (encoder(x) - moments).abs().mean(dim=(0, 2, 3)).min() > 0  # the network adds to means and log-variances
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_starts_as_its_path(kind):
+    decoder, z = DECODERS[kind](linear=True), torch.randn(2, 3, 5, 4)
+    image = decoder(z)
+    patches = F.conv2d(F.pad(z, (1, 1, 1, 1), "replicate"), decoder.linear.weight, decoder.linear.bias)
+    torch.testing.assert_close(image, patches.view(2, 3, 2, 2, 5, 4).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 10, 8))
+    nn.init.normal_(last_convolution(decoder).weight)
+    assert (decoder(z) - image).abs().mean() > 0
+
+
+@pytest.mark.parametrize("make", [*ENCODERS.values(), *DECODERS.values()])
+def test_both_paths_and_networks_learn(make):
+    network = make(linear=True)
+    shape = (1, 3, 8, 8)
+    for _ in range(2):  # from the second step on, gradients pass through the network's last convolution
+        network(torch.randn(shape)).square().sum().backward()
+        with torch.no_grad():
+            for p in network.parameters():
+                p -= 0.01 * p.grad
+    assert all(p.grad.abs().sum() > 0 for p in (*network.linear.parameters(), next(network.parameters())))
+
+
+@pytest.mark.parametrize("make", [*ENCODERS.values(), *DECODERS.values()])
+def test_without_it_nothing_changes(make):
+    torch.manual_seed(0)
+    plain = make().state_dict()
+    torch.manual_seed(0)
+    linear = make(linear=True)
+    assert set(linear.state_dict()) - set(plain) == {"linear.weight", "linear.bias"}
+    changed = {name for name, tensor in plain.items() if not tensor.equal(linear.state_dict()[name])}
+    last = last_convolution(linear)
+    assert changed == {name for name, p in linear.named_parameters() if p is last.weight or p is last.bias}
+
+
+def test_the_code_alone_is_an_encoder_and_a_decoder():
+    encoder, decoder = LinearEncoder(8, 1, downscale=4), LinearDecoder(4, 1, upscale=4)
+    moments = encoder(torch.rand(2, 1, 8, 12))
+    assert moments.shape == (2, 8, 2, 3)
+    assert (moments[:, 4:] == -30).all()
+    assert decoder(moments[:, :4]).shape == (2, 1, 8, 12)
