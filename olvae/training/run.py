@@ -167,7 +167,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
             if trainer.is_global_zero:
-                Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
+                notify(line)
     try:
         with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
             trainer.fit(
