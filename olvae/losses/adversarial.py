@@ -10,8 +10,8 @@ With r the logits of real images, f those of reconstructions, softplus(t) = log(
 | wgan     | E f - E r                            | -E f          | Arjovsky et al. 2017                       |
 | bce      | E H(1, r) + E H(0, f)                | E H(1, f)     | H(y, t): cross-entropy of sigmoid(t) with y |
 
-H(1, t) = softplus(-t) and H(0, t) = softplus(t), so with these hard labels bce is the same function as logistic; it
-exists for configs that use the name. wgan needs a Lipschitz discriminator (spectral norm, or a gradient penalty).
+H(1, t) = softplus(-t) and H(0, t) = softplus(t), so bce is logistic by the name that some configs use. wgan needs a
+Lipschitz discriminator (spectral norm, or a gradient penalty).
 
 Discriminators return a list of logit tensors; a loss is the mean over each tensor, then over the list, in float32 under
 autocast too (float64 for float64).
@@ -38,42 +38,26 @@ class _Loss:
     threshold: float | None  # the undecided logit; None if only differences of logits mean anything
 
 
-def _cross_entropy(label: float) -> Callable[[Tensor], Tensor]:
-    return lambda t: F.binary_cross_entropy_with_logits(t, torch.full_like(t, label), reduction="none")
-
-
+_LOGISTIC = _Loss(lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f), threshold=0.0)
 _LOSSES = {
     "hinge": _Loss(lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f, threshold=0.0),
-    "logistic": _Loss(lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f), threshold=0.0),
-    "lsgan": _Loss(
-        lambda r: 0.5 * (r - 1).square(),
-        lambda f: 0.5 * f.square(),
-        lambda f: 0.5 * (f - 1).square(),
-        threshold=0.5,
-    ),
+    "logistic": _LOGISTIC,
+    "lsgan": _Loss(lambda r: (r - 1).square() / 2, lambda f: f.square() / 2, lambda f: (f - 1).square() / 2, 0.5),
     "wgan": _Loss(lambda r: -r, lambda f: f, lambda f: -f, threshold=None),
-    "bce": _Loss(_cross_entropy(1.0), _cross_entropy(0.0), _cross_entropy(1.0), threshold=0.0),
+    "bce": _LOGISTIC,
 }
 
 ADVERSARIAL_LOSSES = tuple(_LOSSES)
 
 
 def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
-    """The autoencoder's loss on the discriminator's logits of reconstructions, a scalar in float32.
-
-    Raises:
-        ValueError: the name is not in ``ADVERSARIAL_LOSSES`` or the list is empty; TypeError: it is a tensor.
-    """
+    """The autoencoder's loss on the discriminator's logits of reconstructions, a scalar in float32."""
     loss = find_loss(name)
     return mean_of_outputs([loss.generator(f) for f in check_logits(fake_logits)])
 
 
 def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
-    """The discriminator's loss on its logits of images and of detached reconstructions, a scalar in float32.
-
-    Raises:
-        ValueError: as :func:`generator_loss`, or the lists have different lengths.
-    """
+    """The discriminator's loss on its logits of images and of detached reconstructions, a scalar in float32."""
     loss = find_loss(name)
     real, fake = _pair(real_logits, fake_logits)
     return mean_of_outputs([loss.real(r) for r in real]) + mean_of_outputs([loss.fake(f) for f in fake])
@@ -138,9 +122,6 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
     Args:
         logits: of ``real_images``, each (B, ...). With BatchNorm in training mode the penalty is on the whole batch.
         real_images: (B, C, H, W), with ``requires_grad`` set before the discriminator was called.
-
-    Raises:
-        ValueError: real_images does not require a gradient, or a tensor of logits is not a batch of their length.
     """
     if not real_images.requires_grad:
         raise ValueError("R1 needs the gradient at real_images: call .requires_grad_() before the discriminator")
@@ -174,18 +155,16 @@ class LeCam(nn.Module):
         if not 0 <= decay < 1:
             raise ValueError(f"LeCam's decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self.register_buffer("real_anchors", torch.zeros(num_outputs))
-        self.register_buffer("fake_anchors", torch.zeros(num_outputs))
+        for name in ("real_anchors", "fake_anchors"):
+            self.register_buffer(name, torch.zeros(num_outputs))
         self.register_buffer("started", torch.tensor(False))
 
     def forward(self, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
         """The penalty, a scalar in float32; gradients flow to the logits and not to the anchors."""
         outputs = self.real_anchors.numel()
         if len(real_logits) != outputs or len(fake_logits) != outputs:
-            raise ValueError(
-                f"LeCam was built for {outputs} logit tensors, got {len(real_logits)} real and {len(fake_logits)} "
-                "fake ones: set num_outputs to the discriminator's"
-            )
+            got = f"{len(real_logits)} real and {len(fake_logits)} fake ones"
+            raise ValueError(f"LeCam was built for {outputs} logit tensors, got {got}: set num_outputs to fit")
         real, fake = [island(t) for t in real_logits], [island(t) for t in fake_logits]
         if self.training:
             self._move(real, fake)
@@ -202,7 +181,6 @@ class LeCam(nn.Module):
             dist.all_reduce(means)
             means = means / dist.get_world_size()
         decay = self.started * self.decay  # no synchronisation with the device
-        new_real, new_fake = means.chunk(2)
-        self.real_anchors.copy_(torch.lerp(new_real, self.real_anchors, decay))
-        self.fake_anchors.copy_(torch.lerp(new_fake, self.fake_anchors, decay))
+        for anchors, new in zip((self.real_anchors, self.fake_anchors), means.chunk(2), strict=True):
+            anchors.copy_(torch.lerp(new, anchors, decay))
         self.started.fill_(True)

@@ -14,10 +14,7 @@ def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None)
 
     The rectangle's share of the area is uniform in (0, 1), up to whole pixels; it has the image's aspect ratio and a
     random place. A fair coin decides whether it holds the real or the fake image, so that a pixel's place does not
-    predict its label [D].
-
-    Returns:
-        The mixed images (B, C, H, W), and the mask (B, 1, H, W) in their dtype: 1 for real pixels, 0 for fake ones.
+    predict its label [D]. Returns the mixed images (B, C, H, W), and a mask (B, 1, H, W): 1 for real pixels, else 0.
     """
     if real.shape != fake.shape or real.ndim != 4:
         raise ValueError(f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
@@ -40,12 +37,7 @@ def _inside(size: int, share: Tensor, place: Tensor) -> Tensor:
 
 
 def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
-    """E (D(mix(x, y)) - mix(D(x), D(y)))^2 over all pixels (Schönfeld et al. 2020), in float32.
-
-    Args:
-        mixed_logits, real_logits, fake_logits: per pixel, (B, 1, H, W); gradients flow to all three.
-        mask: cutmix's, (B, 1, H, W).
-    """
+    """E (D(mix(x, y)) - mix(D(x), D(y)))^2 over all pixels (Schönfeld et al. 2020), in float32; all (B, 1, H, W)."""
     target = torch.where(mask > 0.5, island(real_logits), island(fake_logits))
     return (island(mixed_logits) - target).square().mean()
 
@@ -53,12 +45,9 @@ def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: T
 def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
     """The discriminator's loss on mixed images (Schönfeld et al. 2020), a scalar in float32.
 
-    The label of a pixel's logit is its pixel's, and the mean is over all pixels. The label of an image's own logit is
-    "fake", unless the mix has no fake pixel [D]: a rectangle may fill the image. The mean is over the list.
-
-    Args:
-        mixed_logits: per pixel, (B, 1, H, W), then any number of tensors (B, ...) of whole images.
-        mask: cutmix's, (B, 1, H, W).
+    The logits are of pixels, (B, 1, H, W), like the mask, then of whole images, any number of tensors (B, ...). The
+    label of a pixel's logit is its pixel's; that of an image's own logit is "fake", unless the mix has no fake pixel
+    [D]: a rectangle may fill the image. The mean is over each tensor, then over the list.
     """
     loss, (pixels, *images) = find_loss(name), check_logits(mixed_logits)
     real = mask > 0.5

@@ -10,8 +10,7 @@ from olvae.losses.perceptual import PERCEPTUAL, Perceptual
 from olvae.losses.terms import RECONSTRUCTION, gaussian_loss, kl_loss, wavelet_loss
 from olvae.modules.distributions import Posterior
 
-IMAGE_TERMS = ("rec", *PERCEPTUAL, "wavelet", "gaussian")
-"""The terms that compare images; the other one is KL."""
+IMAGE_TERMS = ("rec", *PERCEPTUAL, "wavelet", "gaussian")  # those that compare images; the other one is KL
 
 
 class Objective(nn.Module):
@@ -43,18 +42,11 @@ class Objective(nn.Module):
             raise ValueError(f"reconstruction must be one of {', '.join(RECONSTRUCTION)}, got {reconstruction!r}")
         if perceptual not in PERCEPTUAL:
             raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL)}, got {perceptual!r}")
-        weights = {
-            "rec": rec_weight,
-            "lpips": lpips_weight,
-            "kl": kl_weight,
-            "wavelet": wavelet_weight,
-            "gaussian": gaussian_weight,
-        }
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name}_weight must not be negative, got {weight}")
-        names = {"lpips": perceptual}
-        self.weights = {names.get(name, name): weight for name, weight in weights.items() if weight > 0}
+        by_name = {"rec": rec_weight, perceptual: lpips_weight, "kl": kl_weight}
+        by_name |= {"wavelet": wavelet_weight, "gaussian": gaussian_weight}
+        if min(by_name.values()) < 0:
+            raise ValueError(f"the weights of the objective must not be negative, got {by_name}")
+        self.weights: dict[str, float] = {name: weight for name, weight in by_name.items() if weight > 0}
         if not self.weights:
             raise ValueError("every weight of the objective is 0: there is nothing to learn from")
         self.pixel_loss = RECONSTRUCTION[reconstruction]
@@ -70,12 +62,8 @@ class Objective(nn.Module):
             posterior: the encoder's, for x; None if KL is off.
             encoded: the images of the posterior, if they are not x.
         """
-        compare: dict[str, Any] = {
-            "rec": self.pixel_loss,
-            **dict.fromkeys(PERCEPTUAL, self.perceptual),
-            "wavelet": wavelet_loss,
-            "gaussian": gaussian_loss,
-        }
+        compare: dict[str, Any] = {"rec": self.pixel_loss, "wavelet": wavelet_loss, "gaussian": gaussian_loss}
+        compare |= dict.fromkeys(PERCEPTUAL, self.perceptual)
         terms: dict[str, Tensor] = {}
         for name in self.weights:
             if name == "kl":

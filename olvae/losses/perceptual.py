@@ -27,10 +27,7 @@ class PerceptualLoss(Constant, ABC):
     Args:
         title: of the loss, for messages.
         build: the network from its file of weights; from None without values, to count it.
-        weights: the file; by default :func:`olvae.checkpoint.find_weights` finds it. None is read on the meta device.
-
-    Raises:
-        FileNotFoundError: the weights are missing.
+        weights: the file, if it is not found or downloaded; FileNotFoundError if it is missing.
     """
 
     def __init__(
@@ -61,8 +58,7 @@ class PerceptualLoss(Constant, ABC):
 class LPIPS(PerceptualLoss):
     """Learned perceptual distance (Zhang et al. 2018), VGG, version 0.1, as the lpips package computes it.
 
-    Args:
-        weights: torchvision's VGG16 ImageNet weights, a file named vgg16-397923af.pth; see :class:`PerceptualLoss`.
+    ``weights`` is torchvision's file of VGG16, vgg16-397923af.pth; see :class:`PerceptualLoss`.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -77,9 +73,7 @@ class ESRGAN(PerceptualLoss):
     """ESRGAN's perceptual loss (Wang et al. 2018): mean L1 distance of VGG19's conv5_4 features before activation.
 
     The paper's weight is 1, beside 0.01 for L1 and 0.005 for the adversary. Images are normalised as for ImageNet.
-
-    Args:
-        weights: torchvision's VGG19 ImageNet weights, a file named vgg19-dcbb9e9d.pth; see :class:`PerceptualLoss`.
+    ``weights`` is torchvision's file of VGG19, vgg19-dcbb9e9d.pth; see :class:`PerceptualLoss`.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -90,7 +84,6 @@ class ESRGAN(PerceptualLoss):
 
 
 PERCEPTUAL: dict[Perceptual, type[LPIPS] | type[ESRGAN]] = {"lpips": LPIPS, "esrgan": ESRGAN}
-"""The losses by their names in configs, logs and metrics."""
 
 
 def _three_channels(x: Tensor) -> Tensor:

@@ -24,11 +24,7 @@ def charbonnier(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
     return ((island(x) - island(y)).square() + eps**2).sqrt().mean()
 
 
-RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": l1,
-    "l2": l2,
-    "charbonnier": charbonnier,
-}
+RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "l2": l2, "charbonnier": charbonnier}
 
 
 def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:

@@ -48,12 +48,9 @@ class DiagonalGaussian:
 
 
 class Deterministic:
-    """The latent of an autoencoder without a distribution: a point mass.
+    """The latent (B, n_z, h, w) of an autoencoder without a distribution: a point mass.
 
     Its variance is 0; ``logvar`` and ``kl``, which are infinite, raise ValueError.
-
-    Args:
-        latent: (B, n_z, h, w).
     """
 
     deterministic = True
@@ -83,7 +80,6 @@ class Deterministic:
 
 
 Posterior = DiagonalGaussian | Deterministic
-"""What encoding gives."""
 
 
 def in_float32(posterior: Posterior) -> Posterior:

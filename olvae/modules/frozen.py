@@ -23,13 +23,11 @@ class Constant(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.__dict__["network"] = network.requires_grad_(False).eval()
+        self._held = (network.requires_grad_(False).eval(),)  # in a tuple, nn.Module does not register it
 
     @property
     def network(self) -> nn.Module:
-        found = self.__dict__["network"]
-        assert isinstance(found, nn.Module)
-        return found
+        return self._held[0]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Constant":
         self.network._apply(fn, recurse)
@@ -71,19 +69,16 @@ def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
 
     with warnings.catch_warnings():  # the package calls torchvision's API of before 0.13
         warnings.simplefilter("ignore", UserWarning)
-        network = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
-    assert isinstance(network, nn.Module)
-    assert isinstance(network.net, nn.Module)
+        network: Any = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     network.requires_grad_(False).eval()
-    if path is None:
-        return network
-    own = {f"features.{name.split('.', 1)[1]}": tensor for name, tensor in network.net.state_dict().items()}
-    load_weights_file(path, TRUNKS[trunk], "features.", own)  # the package cuts torchvision's trunk into slices
+    if path is not None:  # the package cuts torchvision's trunk into slices
+        own = {f"features.{name.split('.', 1)[1]}": tensor for name, tensor in network.net.state_dict().items()}
+        load_weights_file(path, TRUNKS[trunk], "features.", own)
+    assert isinstance(network, nn.Module)
     return network
 
 
-VGG_LAYERS = 35
-"""Layers of torchvision's ``features`` up to and including conv5_4, the last convolution, whose ReLU comes after."""
+VGG_LAYERS = 35  # of torchvision's ``features`` up to conv5_4, the last convolution, whose ReLU comes after
 
 
 def conv5_4(path: Path | None) -> nn.Module:
@@ -95,9 +90,8 @@ def conv5_4(path: Path | None) -> nn.Module:
 
     device = torch.empty(0).device
     with torch.device("meta"):  # the classifier, most of VGG19, is not needed
-        features = (
-            torchvision.models.vgg19(weights=None, init_weights=False).features[:VGG_LAYERS].requires_grad_(False)
-        )
+        vgg = torchvision.models.vgg19(weights=None, init_weights=False)
+    features = vgg.features[:VGG_LAYERS].requires_grad_(False)
     features.to_empty(device=device)
     if path is not None:
         own = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
@@ -105,16 +99,11 @@ def conv5_4(path: Path | None) -> nn.Module:
     return nn.Sequential(Normalise(), features)
 
 
-PIXELS_PER_FEATURE = 16
-"""Of the image to a feature: VA-VAE shows DINOv2, whose patches have 14 pixels, an image of 256 at 224."""
+PIXELS_PER_FEATURE = 16  # of the image: VA-VAE shows DINOv2, whose patches have 14 pixels, an image of 256 at 224
 
 
 def published_weights(name: str) -> str:
-    """The id on the hub of a timm model's weights.
-
-    Raises:
-        ValueError: timm has no such model, or no weights for it on the hub.
-    """
+    """Find the id on the hub of a timm model's weights; raise ValueError if timm knows none."""
     import timm
 
     try:
@@ -143,8 +132,7 @@ class VisionEncoder(Constant):
         network = _network(name, weights)
         config, last = network.pretrained_cfg, network.feature_info[-1]
         super().__init__(nn.Sequential(Normalise(config["mean"], config["std"]), network))
-        self.channels = int(last["num_chs"])
-        """Of the features."""
+        self.channels = int(last["num_chs"])  # of the features
         self._stride = int(last["reduction"])  # pixels that the network sees, to a feature
 
     @torch.no_grad()

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from olvae.modules.precision import island, no_autocast
 from olvae.modules.unetgan import SpectralConv2d
@@ -35,19 +34,11 @@ class TransformerBlock(nn.Module):
 
     The projection to queries and keys has no bias, which no distance depends on; that to values has none either, since
     the output has one. The feed-forward network is W3 (GELU(W1 x) * W2 x), four times as wide as the input.
-
-    Args:
-        checkpoint_attention: recompute the attention in the backward pass instead of keeping its (heads, H W, H W)
-            weights. The layers with spectral norm around it are not recomputed, so that their power iterations run
-            once per pass and the gradients are the same.
     """
 
-    def __init__(
-        self, channels: int, heads: int = 8, head_channels: int = 64, checkpoint_attention: bool = False
-    ) -> None:
+    def __init__(self, channels: int, heads: int = 8, head_channels: int = 64) -> None:
         super().__init__()
         self.heads = heads
-        self.checkpoint_attention = checkpoint_attention
         inner = heads * head_channels
         self.attention_norm = nn.LayerNorm(channels)
         self.to_qk = SpectralConv2d(channels, inner, kernel_size=1, bias=False)
@@ -61,11 +52,7 @@ class TransformerBlock(nn.Module):
         """(B, channels, H, W) -> the same shape; every pixel attends to every other."""
         h = _channel_norm(x, self.attention_norm)
         qk, v = self._split_heads(self.to_qk(h)), self._split_heads(self.to_v(h))  # (B, heads, H W, D)
-        if self.checkpoint_attention and torch.is_grad_enabled():
-            attended = checkpoint(l2_attention, qk, v, use_reentrant=False, preserve_rng_state=False)
-        else:
-            attended = l2_attention(qk, v)
-        attended = attended.mT.flatten(1, 2).unflatten(-1, x.shape[-2:])  # (B, heads D, H, W)
+        attended = l2_attention(qk, v).mT.flatten(1, 2).unflatten(-1, x.shape[-2:])  # (B, heads D, H, W)
         x = x + self.to_out(attended.to(v.dtype))
 
         gate, value = self.gate_and_value(_channel_norm(x, self.feed_forward_norm)).chunk(2, dim=1)
@@ -73,8 +60,7 @@ class TransformerBlock(nn.Module):
         return out
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        heads: Tensor = x.flatten(2).unflatten(1, (self.heads, -1))
-        return heads.mT  # (B, heads, H W, D)
+        return x.flatten(2).unflatten(1, (self.heads, -1)).mT  # type: ignore[no-any-return]  # (B, heads, H W, D)
 
 
 def _channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -103,7 +89,6 @@ class GigaGAN(nn.Module):
         attention: the sizes in pixels of the levels with attention.
         predictors: "ends" for the first and the last level, "all" for one at every level.
         heads, head_channels: of the attention.
-        checkpoint_attention: trade time for memory; see :class:`TransformerBlock`.
     """
 
     def __init__(
@@ -117,18 +102,13 @@ class GigaGAN(nn.Module):
         predictors: Literal["ends", "all"] = "ends",
         heads: int = 8,
         head_channels: int = 64,
-        checkpoint_attention: bool = False,
     ) -> None:
         super().__init__()
         if image_size < 64 or image_size & (image_size - 1):
-            raise ValueError(
-                f"GigaGAN's image_size must be a power of two from 64, got {image_size}: use 256, for example"
-            )
+            raise ValueError(f"GigaGAN's image_size must be a power of two from 64, got {image_size}")
         if base < image_size or max_channels < 2:
-            raise ValueError(
-                f"every level of GigaGAN needs two channels: base at least image_size = {image_size} and "
-                f"max_channels at least 2, got {base} and {max_channels}"
-            )
+            least = f"base at least image_size = {image_size} and max_channels at least 2"
+            raise ValueError(f"every level of GigaGAN needs two channels: {least}, got {base} and {max_channels}")
         if predictors not in ("ends", "all"):
             raise ValueError(f'GigaGAN\'s predictors must be "ends" or "all", got {predictors!r}')
         sizes = [image_size >> i for i in range(1, image_size.bit_length() - 2)]  # image_size / 2, ..., 4
@@ -143,15 +123,13 @@ class GigaGAN(nn.Module):
         )
         self.transformers = nn.ModuleDict(
             {
-                str(i): _Transformer(widths[i], size, blocks, heads, head_channels, checkpoint_attention)
+                str(i): _Transformer(widths[i], size, blocks, heads, head_channels)
                 for i, size in enumerate(sizes)
                 if size in attention and blocks > 0
             }
         )
-        last = len(sizes) - 1
-        self.predictors = nn.ModuleDict(
-            {str(i): _Predictor(widths[i]) for i in (range(last) if predictors == "all" else [0])}
-        )
+        before_last = range(len(sizes) - 1) if predictors == "all" else [0]
+        self.predictors = nn.ModuleDict({str(i): _Predictor(widths[i]) for i in before_last})
         self.reduce = SpectralConv2d(widths[-1], widths[-1], kernel_size=2, stride=2)
         self.last_predictor = _Predictor(4 * widths[-1])
         self.num_outputs = len(self.predictors) + 1
@@ -159,10 +137,8 @@ class GigaGAN(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, image_size, image_size) -> [patches' logits (B, 1, s, s), finest first; (B, 1)]."""
         if x.ndim != 4 or x.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"this GigaGAN takes images (B, C, {self.image_size}, {self.image_size}), got {tuple(x.shape)}: "
-                "resize or crop them, or build it with their size, a power of two from 64, as image_size"
-            )
+            size = f"(B, C, {self.image_size}, {self.image_size}), its image_size"
+            raise ValueError(f"this GigaGAN takes images {size}, got {tuple(x.shape)}")
         logits: list[Tensor] = []
         image, h = x, self.stem(x)  # (B, widths[0], S, S)
         for i, level in enumerate(self.levels):
@@ -209,14 +185,10 @@ class _Level(nn.Module):
 class _Transformer(nn.Module):
     """A learned position embedding and transformer blocks."""
 
-    def __init__(
-        self, channels: int, size: int, blocks: int, heads: int, head_channels: int, checkpoint_attention: bool
-    ) -> None:
+    def __init__(self, channels: int, size: int, blocks: int, heads: int, head_channels: int) -> None:
         super().__init__()
         self.positions = nn.Parameter(0.02 * torch.randn(1, channels, size, size))
-        self.blocks = nn.Sequential(
-            *(TransformerBlock(channels, heads, head_channels, checkpoint_attention) for _ in range(blocks))
-        )
+        self.blocks = nn.Sequential(*(TransformerBlock(channels, heads, head_channels) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.blocks(x + self.positions)

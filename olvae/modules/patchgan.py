@@ -39,10 +39,8 @@ class PatchGAN(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, H, W), sides of at least 4 * 2^n -> [logits of patches (B, 1, ~H/2^n - 2, ~W/2^n - 2)]."""
         if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"PatchGAN with {len(self.layers)} layers takes images (B, C, H, W) of at least {self.min_size}x"
-                f"{self.min_size} pixels, got {tuple(x.shape)}: use larger images or a smaller n_layers"
-            )
+            least = f"(B, C, H, W) of at least {self.min_size}x{self.min_size} pixels"
+            raise ValueError(f"PatchGAN with {len(self.layers)} layers takes images {least}, got {tuple(x.shape)}")
         h = F.leaky_relu(self.first(x), 0.2)  # (B, base, H/2, W/2)
         for layer in self.layers:
             h = layer(h)

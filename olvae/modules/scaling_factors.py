@@ -33,7 +33,7 @@ class Moments:
 
     @classmethod
     def from_state(cls, positions: int, sums: Sequence[Sequence[float]]) -> "Moments":
-        """Restore what :meth:`state` gave, without rounding."""
+        """Restore what :meth:`state` gave."""
         return cls(positions, *torch.tensor(sums, dtype=torch.float64))
 
     def state(self) -> tuple[int, list[list[float]]]:
@@ -41,12 +41,8 @@ class Moments:
         return self.positions, [self.means.tolist(), self.squares.tolist(), self.variances.tolist()]
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.positions + other.positions,
-            self.means + other.means,
-            self.squares + other.squares,
-            self.variances + other.variances,
-        )
+        sums = (self.means + other.means, self.squares + other.squares, self.variances + other.variances)
+        return Moments(self.positions + other.positions, *sums)
 
     @property
     def mean(self) -> Tensor:
@@ -56,7 +52,8 @@ class Moments:
     @property
     def std(self) -> Tensor:
         """The standard deviation of z per channel, (n_z)."""
-        return self._variance().clamp(min=0.0).sqrt()
+        variance = self.squares / self.positions - self.mean.square() + self.variances / self.positions
+        return variance.clamp(min=0.0).sqrt()
 
     @property
     def std_of_means(self) -> Tensor:
@@ -72,13 +69,8 @@ class Moments:
         shift = float(self.mean.mean())
         variance = float(((self.squares + self.variances) / self.positions).mean()) - shift**2
         if not variance > 0.0:
-            raise ValueError(
-                "the latents are all equal: they have no scaling factor, and nothing can be learned from them"
-            )
+            raise ValueError("the latents are all equal: they have no scaling factor")
         return variance**-0.5, shift
-
-    def _variance(self) -> Tensor:
-        return self.squares / self.positions - self.mean.square() + self.variances / self.positions
 
 
 def _by_channel(latents: Tensor) -> Tensor:

@@ -90,13 +90,10 @@ class UNetGAN(nn.Module):
     def __init__(self, in_channels: int = 3, base_channels: int = 16, image_size: int = 256) -> None:
         super().__init__()
         if image_size < 64 or image_size % 64:
-            raise ValueError(
-                f"UNetGAN's image_size must be a multiple of 64, got {image_size}: use 128 or 256, for example"
-            )
+            raise ValueError(f"UNetGAN's image_size must be a multiple of 64, got {image_size}")
         down, up = ([base_channels * m for m in widths] for widths in _LAYOUTS[256 if image_size >= 256 else 128])
         self.down = nn.ModuleList(
-            _DownBlock(c_in, c_out, first=i == 0)
-            for i, (c_in, c_out) in enumerate(zip([in_channels, *down], down, strict=False))
+            _DownBlock(c_in, c_out) for c_in, c_out in zip([in_channels, *down], down, strict=False)
         )
         self.image_head = SpectralConv2d(down[-1], 1, kernel_size=1)
         skips = [0, *reversed(down[:-1])]
@@ -110,44 +107,26 @@ class UNetGAN(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, H, W), sides multiples of 64 -> [logits of pixels (B, 1, H, W), of the image (B, 1)]."""
         if x.ndim != 4 or x.shape[-2] % 64 or x.shape[-1] % 64:
-            raise ValueError(
-                f"UNetGAN takes images (B, C, H, W) with H and W multiples of 64, got {tuple(x.shape)}: "
-                "resize or crop them"
-            )
+            raise ValueError(f"UNetGAN takes images (B, C, H, W) with H and W multiples of 64, got {tuple(x.shape)}")
         features: list[Tensor] = []
         for block in self.down:
-            x = block(x)
+            x = block(x, is_image=not features)
             features.append(x)  # (B, width, H/2^i, W/2^i)
         pooled = F.relu(features.pop()).sum(dim=(2, 3), keepdim=True)  # (B, 16 base, 1, 1)
         image_logits = self.image_head(pooled).flatten(1)  # (B, 1)
 
-        for i, block in enumerate(self.up):
-            x = block(x) if i == 0 else block(x, features.pop())
+        x = self.up[0](x)
+        for block in self.up[1:]:
+            x = block(x, features.pop())
         return [self.pixel_head(x), image_logits]  # (B, 1, H, W), (B, 1)
 
 
-class _DownBlock(nn.Module):
-    """ReLU, 3x3 conv, ReLU, 3x3 conv, plus the 1x1-projected input; then the mean of 2x2 pixels.
+class _Block(nn.Module):
+    """Two 3x3 convolutions and a 1x1 shortcut around them.
 
-    The first block takes an image, and starts without ReLU. Here and on the way up the shortcut is computed at the
-    larger size, not the smaller one, to match the published operation counts.
+    On both ways the shortcut is computed at the larger size, not the smaller one, to match the published operation
+    counts.
     """
-
-    def __init__(self, in_channels: int, out_channels: int, first: bool) -> None:
-        super().__init__()
-        self.first = first
-        self.conv1 = SpectralConv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.conv2 = SpectralConv2d(out_channels, out_channels, kernel_size=3, padding=1)
-        self.shortcut = SpectralConv2d(in_channels, out_channels, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(x if self.first else F.relu(x))
-        h = self.conv2(F.relu(h))
-        return F.avg_pool2d(h + self.shortcut(x), kernel_size=2)  # (B, out, H/2, W/2)
-
-
-class _UpBlock(nn.Module):
-    """ReLU, nearest upsampling, 3x3 conv, ReLU, 3x3 conv, plus the upsampled, 1x1-projected input."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -155,10 +134,21 @@ class _UpBlock(nn.Module):
         self.conv2 = SpectralConv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.shortcut = SpectralConv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if skip is not None:
-            x = torch.cat((x, skip), dim=1)
-        x = F.interpolate(x, scale_factor=2, mode="nearest")  # (B, in, 2h, 2w)
+
+class _DownBlock(_Block):
+    """ReLU (not on an image), conv, ReLU, conv, plus the shortcut; then the mean of 2x2 pixels."""
+
+    def forward(self, x: Tensor, is_image: bool) -> Tensor:
+        h = self.conv1(x if is_image else F.relu(x))
+        h = self.conv2(F.relu(h))
+        return F.avg_pool2d(h + self.shortcut(x), kernel_size=2)  # (B, out, H/2, W/2)
+
+
+class _UpBlock(_Block):
+    """Nearest upsampling; ReLU, conv, ReLU, conv, plus the shortcut."""
+
+    def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
+        x = F.interpolate(torch.cat((x, *skip), dim=1), scale_factor=2, mode="nearest")  # (B, in, 2h, 2w)
         h = self.conv1(F.relu(x))
         out: Tensor = self.conv2(F.relu(h)) + self.shortcut(x)
         return out  # (B, out, 2h, 2w)

@@ -79,17 +79,11 @@ def waverec2(coefficients: list[Tensor], wavelet: str = "haar", size: tuple[int,
     """The inverse of :func:`wavedec2`; every LL but the coarsest is recomputed, not read."""
     if not coefficients:
         raise ValueError("waverec2 needs at least one level")
-    x: Tensor | None = None
+    x = coefficients[-1][:, : coefficients[-1].shape[1] // 4]  # the coarsest LL
     sizes = [size, *((level.shape[-2], level.shape[-1]) for level in coefficients[:-1])]
     for level, target in zip(reversed(coefficients), reversed(sizes), strict=True):
-        channels = level.shape[1] // 4
-        bands = level if x is None else torch.cat((x, level[:, channels:]), dim=1)
-        x = idwt2(bands, wavelet, target)
-    assert x is not None
+        x = idwt2(torch.cat((x, level[:, x.shape[1] :]), dim=1), wavelet, target)
     return x
-
-
-# Precision. The Haar path has only additions, which autocast leaves alone; convolutions need it switched off.
 
 
 def _from_island(y: Tensor, like: Tensor) -> Tensor:
@@ -107,8 +101,7 @@ def _pad_to_even(x: Tensor) -> Tensor:
 # a compiler fuses. Eagerly these are bound by fresh memory, hence the two functions below: little beside the output is
 # allocated, a part of the batch at a time that stays in the processor's cache, and the gradient of one is the other.
 
-PART = 2**18
-"""Elements of the batch that are transformed at a time on a CPU; an image at least."""
+PART = 2**18  # elements of the batch that are transformed at a time on a CPU; an image at least
 
 
 def _in_a_graph() -> bool:
@@ -123,7 +116,8 @@ def _haar_analysis(x: Tensor) -> Tensor:
     return 0.5 * torch.cat((top + bottom, top_w + bottom_w, top - bottom, top_w - bottom_w), dim=1)
 
 
-def _haar_synthesis(ll: Tensor, dw: Tensor, dh: Tensor, dd: Tensor) -> Tensor:
+def _haar_synthesis(bands: Tensor) -> Tensor:
+    ll, dw, dh, dd = bands.chunk(4, dim=1)
     top, bottom = ll + dh, ll - dh
     top_w, bottom_w = dw + dd, dw - dd
     pixels = (top + top_w, top - top_w, bottom + bottom_w, bottom - bottom_w)  # a, b, c, d
@@ -155,10 +149,6 @@ class _Analysis(Function):
     def backward(ctx: Any, bands: Tensor) -> Tensor:  # noqa: ARG004
         return _synthesis_of(bands)
 
-    @staticmethod
-    def jvp(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        return _analysis_of(x)
-
 
 class _Synthesis(Function):
     """Bands (B, 4C, h, w) -> (B, C, 2h, 2w); its gradient is :class:`_Analysis`."""
@@ -183,22 +173,14 @@ class _Synthesis(Function):
     def backward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
         return _analysis_of(x)
 
-    @staticmethod
-    def jvp(ctx: Any, bands: Tensor) -> Tensor:  # noqa: ARG004
-        return _synthesis_of(bands)
-
 
 def _analysis_of(x: Tensor) -> Tensor:
-    if _in_a_graph():
-        return _haar_analysis(x)
-    bands: Tensor = _Analysis.apply(x)
+    bands: Tensor = _haar_analysis(x) if _in_a_graph() else _Analysis.apply(x)
     return bands
 
 
 def _synthesis_of(bands: Tensor) -> Tensor:
-    if _in_a_graph():
-        return _haar_synthesis(*bands.chunk(4, dim=1))
-    x: Tensor = _Synthesis.apply(bands)
+    x: Tensor = _haar_synthesis(bands) if _in_a_graph() else _Synthesis.apply(bands)
     return x
 
 
@@ -224,9 +206,8 @@ def _filter_synthesis(bands: Tensor, wavelet: str) -> Tensor:
     return _synthesis(low_w, high_w, wavelet)  # (B, C, 2h, 2w)
 
 
-@torch.compiler.assume_constant_result
 def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Lowpass and highpass analysis filters."""
+    """Lowpass and highpass analysis filters, reversed."""
     import pywt
 
     try:
@@ -235,50 +216,36 @@ def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         raise ValueError(f"unknown wavelet {wavelet!r}: take haar, or one of db2 ..., sym2 ..., coif1 ...") from None
     if not filters.orthogonal:
         raise ValueError(f"wavelet {wavelet!r} is not orthogonal: choose one of the db, sym or coif families")
-    return tuple(filters.dec_lo), tuple(filters.dec_hi)
+    return tuple(filters.rec_lo), tuple(filters.rec_hi)
 
 
-@torch.compiler.assume_constant_result
-def _synthesis_taps(wavelet: str) -> list[list[list[float]]]:
-    """Pixel 2m + p collects f[F/2 + 2t - p] times the coefficient m + t, for each of the two phases p."""
-    filters = _filters(wavelet)
-    length = len(filters[0])
-    reach = length // 4 + 1  # |t| stays within it for both phases
-
-    def tap(f: tuple[float, ...], t: int, p: int) -> float:
-        j = length // 2 + 2 * t - p
-        return f[j] if 0 <= j < length else 0.0
-
-    return [[[tap(f, t, p) for t in range(-reach, reach + 1)] for f in filters] for p in (0, 1)]
+_filters._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result, without 2 s of imports
 
 
-def _periodic(x: Tensor, before: int, after: int) -> Tensor:
-    """Continue the last axis periodically; the padding may be longer than the signal."""
+def _periodic(x: Tensor, reach: int) -> Tensor:
+    """Continue the last axis periodically on both sides; the padding may be longer than the signal."""
     n = x.shape[-1]
-    places = torch.arange(-before, n + after, device=x.device)
+    places = torch.arange(-reach, n + reach, device=x.device)
     return x.index_select(-1, places.remainder(torch.full_like(places, n)))  # by a tensor, as ONNX has it
-
-
-def _conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    with no_autocast(x):
-        return F.conv1d(x, weight, stride=stride)
 
 
 def _analysis(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
     """(..., 2n) -> low (..., n), high (..., n): out[k] = sum_j f[j] x[2k + F/2 - j], indices modulo 2n."""
-    weight = torch.tensor(_filters(wavelet), dtype=x.dtype, device=x.device).flip(-1)  # (2, F)
-    reach = weight.shape[-1] // 2 - 1
-    rows = _periodic(x, reach, reach).reshape(-1, 1, x.shape[-1] + 2 * reach)
-    low, high = _conv(rows, weight[:, None], stride=2).unbind(1)  # each (rows, n)
+    weight = torch.tensor(_filters(wavelet), dtype=x.dtype, device=x.device)[:, None]  # (2, 1, F)
+    rows = _periodic(x.reshape(-1, 1, x.shape[-1]), weight.shape[-1] // 2 - 1)
+    with no_autocast(x):
+        low, high = F.conv1d(rows, weight, stride=2).unbind(1)  # each (rows, n)
     shape = (*x.shape[:-1], x.shape[-1] // 2)
     return low.reshape(shape), high.reshape(shape)
 
 
 def _synthesis(low: Tensor, high: Tensor, wavelet: str) -> Tensor:
     """The transpose of _analysis, (..., n) twice -> (..., 2n)."""
-    weight = torch.tensor(_synthesis_taps(wavelet), dtype=low.dtype, device=low.device)  # (phase, band, taps)
-    reach = weight.shape[-1] // 2
-    n = low.shape[-1]
-    rows = torch.stack((low.reshape(-1, n), high.reshape(-1, n)), dim=1)  # (rows, band, n)
-    phases = _conv(_periodic(rows, reach, reach), weight, stride=1)  # (rows, phase, n)
-    return phases.mT.reshape(*low.shape[:-1], 2 * n)
+    weight = torch.tensor(_filters(wavelet), dtype=low.dtype, device=low.device)[:, None]  # (2, 1, F)
+    n, half = low.shape[-1], weight.shape[-1] // 2
+    reach = half // 2 + 1  # coefficients beyond either end that a pixel depends on
+    rows = _periodic(torch.stack((low.reshape(-1, n), high.reshape(-1, n)), dim=1), reach)  # (rows, band, n + 2 reach)
+    with no_autocast(low):
+        x = F.conv_transpose1d(rows, weight, stride=2)  # (rows, 1, ...), from pixel 1 - F/2 - 2 reach on
+    start = 2 * reach + half - 1
+    return x[..., start : start + 2 * n].reshape(*low.shape[:-1], 2 * n)

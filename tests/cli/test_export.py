@@ -67,8 +67,6 @@ def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path):
     for given in (run_folder, run_folder / "checkpoints" / "last.ckpt"):
         with pytest.raises(ValueError, match=f"{given}: diffusers loads exports: name the folder that olvae export"):
             AutoencoderLiteVAE.from_pretrained(given)
-    code, _, err = any_command("evaluate", f"diffusers:{run_folder}", "--out", tmp_path / "out")
-    assert (code, err) == (1, f"error: diffusers:{run_folder}: this is a run: name it without diffusers:\n")
     with pytest.raises(OSError, match="nothing"):
         AutoencoderLiteVAE.from_pretrained(tmp_path / "nothing", local_files_only=True)
 

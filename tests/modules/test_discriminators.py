@@ -91,7 +91,7 @@ def test_two_passes_then_one_backward(name):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("patchgan", {}), ("unetgan", {}), ("gigagan", {}), ("gigagan", {"checkpoint_attention": True})],
+    [("patchgan", {}), ("unetgan", {}), ("gigagan", {})],
 )
 def test_can_be_differentiated_twice(name, settings):
     kind, arguments = SMALL[name]
@@ -125,9 +125,9 @@ def test_spectral_norm_bounds_the_largest_singular_value(name, autocast):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("patchgan", (1, 3, 31, 64), r"at least 32x32 pixels.*31.*smaller n_layers"),
-        ("unetgan", (1, 3, 64, 96), r"multiples of 64.*\(1, 3, 64, 96\).*resize or crop"),
-        ("gigagan", (1, 3, 128, 128), r"takes images \(B, C, 64, 64\).*power of two from 64, as image_size"),
+        ("patchgan", (1, 3, 31, 64), r"at least 32x32 pixels.*31"),
+        ("unetgan", (1, 3, 64, 96), r"multiples of 64.*\(1, 3, 64, 96\)"),
+        ("gigagan", (1, 3, 128, 128), r"takes images \(B, C, 64, 64\).*its image_size"),
         ("gigagan", (1, 3, 64, 128), r"takes images \(B, C, 64, 64\)"),
     ],
 )

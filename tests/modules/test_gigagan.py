@@ -120,28 +120,3 @@ def test_transformer_block_by_hand():
     gelu = 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2)))
     tokens = tokens + linear(block.feed_forward_out, gelu * value)
     torch.testing.assert_close(block(x)[0].flatten(1).T, tokens)
-
-
-def test_checkpointing_gives_the_same_logits_gradients_and_power_iterations():
-    x = torch.randn(2, 3, 64, 64)
-    results = []
-    for checkpoint in (False, True):
-        net = _small(checkpoint_attention=checkpoint)
-        torch.manual_seed(1)
-        nudge(net)
-        logits = net(x)
-        sum(t.square().mean() for t in logits).backward()
-        results.append((logits, [p.grad for p in net.parameters()], list(net.buffers())))
-    for plain, checkpointed in zip(*results, strict=True):
-        for a, b in zip(plain, checkpointed, strict=True):
-            assert torch.equal(a, b)
-
-
-def test_checkpointing_keeps_no_attention_weights():
-    """What the graph holds for the backward pass: the (N, N) weights, or not."""
-    for checkpoint in (False, True):
-        block = TransformerBlock(8, heads=2, head_channels=4, checkpoint_attention=checkpoint)
-        saved: list[tuple[int, ...]] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.append(tuple(t.shape)), t)[1], lambda t: t):
-            block(torch.randn(1, 8, 5, 5, requires_grad=True))
-        assert any(shape[-2:] == (25, 25) for shape in saved) is not checkpoint
