@@ -54,32 +54,24 @@ BatchSize = Annotated[
 
 First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
 
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where results go; by default the run folder, or FILE_results for a file."),
+]
+
 
 def command(
     targets: Targets,
     config: ConfigFile = None,
     config_base: Annotated[
-        Path | None,
-        typer.Option(
-            "--config_base", "--config-base", metavar="DIR", help="A folder in which to find a run's config by name."
-        ),
+        Path | None, typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config here.")
     ] = None,
     batch_size: BatchSize = None,
     metrics: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            callback=comma_list((ALL, *METRICS)),
-            help="psnr, ssim, ms_ssim, l1, lpips, lpips_alex, rfid, kid, ssim_uniform.",
-        ),
+        str, typer.Option(metavar="LIST", callback=comma_list((ALL, *METRICS)), help=f"{', '.join(METRICS)}.")
     ] = ALL,
     protocol: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[,NAME]",
-            callback=comma_list(PROTOCOLS),
-            help="open-litevae, latent-diffusion, dc-ae, llamagen or va-vae.",
-        ),
+        str, typer.Option(metavar="NAME[,NAME]", callback=comma_list(PROTOCOLS), help=f"{', '.join(PROTOCOLS)}.")
     ] = "open-litevae",
     data: TestImages = None,
     size: Annotated[
@@ -91,19 +83,14 @@ def command(
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     weights_dir: Annotated[
-        Path | None,
-        typer.Option("--weights-dir", metavar="DIR", help="Search here first for VGG16, AlexNet and Inception."),
+        Path | None, typer.Option(metavar="DIR", help="Search here first for VGG16, AlexNet and Inception.")
     ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add rows for the first target untrained, and for bicubic resampling.")
     ] = False,
     cross: Annotated[
         bool,
-        typer.Option(
-            "--cross",
-            help="Two targets, teacher then student: also each encoder with the other's decoder, and the error of the "
-            "student's latents.",
-        ),
+        typer.Option("--cross", help="TEACHER STUDENT: each encoder with each decoder, and the latents' error."),
     ] = False,
     precision: Annotated[
         str,
@@ -115,26 +102,15 @@ def command(
     ] = "32",
     observe: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="CLASS",
-            help="Also look at what an observer of yours does, package.module.Class. May be repeated.",
-        ),
+        typer.Option(metavar="CLASS", help="Add an observer of yours, package.module.Class. May be repeated."),
     ] = None,
     beside: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Add the rows of an earlier metrics.json. May be repeated."),
+        list[Path] | None, typer.Option(metavar="FILE", help="Add rows of an earlier metrics.json. May be repeated.")
     ] = None,
-    mix_protocols: Annotated[
-        bool, typer.Option("--mix-protocols", help="Let --beside add results of other protocols or images, marked.")
-    ] = False,
+    mix_protocols: Annotated[bool, typer.Option("--mix-protocols", help="Let --beside mix protocols, marked.")] = False,
     device: Device = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where results go; by default the run folder, or FILE_results for a file."),
-    ] = None,
-    report: Annotated[
-        bool, typer.Option(help="Write report.html, one page with everything, galleries and constant colours too.")
-    ] = True,
+    out: Out = None,
+    report: Annotated[bool, typer.Option(help="Write report.html, with galleries and constant colours.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Also print metrics.json to standard output.")] = False,
 ) -> None:
     """Evaluate how well one or several autoencoders reconstruct the same test images.
@@ -207,35 +183,19 @@ def _observers(
     return [*observers, *([Baselines(first)] if baselines else [])]
 
 
-def _of_earlier_rows() -> list["Observer"]:
-    """Observers that show entries of earlier results."""
-    from olvae.evaluation.observers.cross import Cross
-    from olvae.evaluation.observers.half_precision import HalfPrecision
-
-    return [Cross(), HalfPrecision()]
-
-
 def _read_earlier(path: Path) -> "Results":
     """An earlier metrics.json whose entries can be shown, as :meth:`~olvae.evaluation.results.Results.read`."""
     from olvae.evaluation.page import Page
+    from olvae.evaluation.report import OF_EARLIER_ROWS
     from olvae.evaluation.results import Results
 
     results = Results.read(path)
     try:
-        for observer in _of_earlier_rows():
+        for observer in OF_EARLIER_ROWS:
             list(observer.lines(results.rows))
             observer.section(Page(results))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
-    return results
-
-
-def _beside(results: "Results", earlier: "Mapping[Path, Results]", mix: bool) -> "Results":
-    for path, other in earlier.items():
-        try:
-            results = results.beside(other, mix)
-        except ValueError as reason:
-            raise ValueError(f"{path}: {reason}") from reason
     return results
 
 
@@ -256,7 +216,7 @@ def _finish(
     import json
     from dataclasses import replace
 
-    from olvae.evaluation.report import print_results, write_files
+    from olvae.evaluation.report import OF_EARLIER_ROWS, print_results, write_files
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     written: list[tuple[str, Path]] = []
@@ -264,10 +224,10 @@ def _finish(
     for i, one in enumerate(evaluated):
         results, names = one.results, [observer.name for observer in one.observers]
         try:
-            results = _beside(results, earlier, mix)
+            results = results.beside(earlier, mix)
         except ValueError as reason:
             refused.append(reason)
-        shown = [observer for observer in _of_earlier_rows() if earlier and observer.name not in names]
+        shown = [observer for observer in OF_EARLIER_ROWS if observer.name not in names]
         evaluated[i] = replace(one, results=results, observers=[*shown, *one.observers])
         suffix = suffixes[results.protocol["name"]]
         written += write_files(evaluated[i], folder, suffix, command if page else None).items()
@@ -281,26 +241,19 @@ def _finish(
 
 
 def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
-    """Where results go, checked before the work.
-
-    Args:
-        out: as the user asked; None means the run's folder, or one beside a file of weights.
-        target: as the user wrote it.
-        run: the target's, if it is a run folder.
+    """Where results go, checked before the work: ``out``, the run's folder, or one beside a file of weights.
 
     Raises:
-        ConfigError: there is no default for this target.
+        ConfigError: there is no default for this target, as the user wrote it.
         OSError: the folder can't be made or written to.
     """
     from olvae.config import ConfigError
     from olvae.files import check_folder
 
-    if out is not None:
-        folder = out
-    elif run is not None:
-        folder = Path(target)
-    elif Path(target).is_file():
-        folder = Path(target).with_name(f"{Path(target).stem}_results")
-    else:
+    if out is None and run is not None:
+        out = Path(target)
+    elif out is None and Path(target).is_file():
+        out = Path(target).with_name(f"{Path(target).stem}_results")
+    if out is None:
         raise ConfigError("--out DIR is missing: the first target is neither a run folder nor a file")
-    return check_folder(folder)
+    return check_folder(out)

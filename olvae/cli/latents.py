@@ -1,11 +1,10 @@
 """``olvae latents``."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from olvae.cli.evaluate import BatchSize, First, Targets, TestImages, results_folder
+from olvae.cli.evaluate import BatchSize, First, Out, Targets, TestImages, results_folder
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, with_progress
 
 
@@ -18,12 +17,7 @@ def command(
     batch_size: BatchSize = None,
     images: First = None,
     device: Device = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where the report goes; by default the run folder, or FILE_results for a file."
-        ),
-    ] = None,
+    out: Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Also print the report to standard output.")] = False,
 ) -> None:
     """Compare the latents of one or several models, on the same images, with N(0, I).

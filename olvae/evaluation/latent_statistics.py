@@ -97,7 +97,7 @@ class _Totals:
         }
 
     def _posterior(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What deterministic latents lack, over all channels and per channel."""
+        """Over all channels and per channel, what deterministic latents lack but for the extremes."""
         low, high = self.minimum.tolist(), self.maximum.tolist()
         if self.kl is None:
             return {}, {"min": low, "max": high}
@@ -188,13 +188,12 @@ def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -
     """Estimate MMD^2 between latents ``z`` (N, ...) and N(0, I), for RBF kernels of several widths, in float64.
 
     k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), over whole flattened latents, and the unbiased estimator [D: the paper
-    specifies neither]. The kernel's expectation under N(0, I) has a closed form, so no normal samples are drawn:
+    specifies neither], with the kernel's exact expectations under N(0, I), s = sigma^2 and d values per latent:
 
         MMD^2 = mean over i != j of k(z_i, z_j) - 2 mean over i of e(z_i) + c
         e(x) = E k(x, y) = (s / (s + 1))^(d/2) exp(-|x|^2 / (2 (s + 1))),   c = E k(y, y') = (s / (s + 2))^(d/2)
 
-    with s = sigma^2 and d the number of values of a latent. Being unbiased, it can be slightly below 0: its error is
-    :func:`mmd2_null_std`. Memory is ``z`` and two chunks of rows in float64.
+    Its error, which can make it slightly negative, is :func:`mmd2_null_std`. Memory is ``z`` and two chunks of rows.
     """
     z = z.flatten(1)  # (N, d)
     n, d = z.shape

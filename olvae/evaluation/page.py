@@ -23,17 +23,8 @@ MINUS = "\N{MINUS SIGN}"
 INFINITY = "\N{INFINITY}"
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓"}
 
-COLOURS = 7
-"""Of the style sheet, for badges and bars."""
-
 SIDES = (96, 256)
 """The longest side of a photograph, in pixels: as small as it may become, and at most."""
-
-PIXELS = 15e6
-"""Of all photographs of a page together: about 3 MB."""
-
-EXACT = 128
-"""Pictures up to this side are shown pixel by pixel."""
 
 
 class Cell(NamedTuple):
@@ -159,15 +150,12 @@ def conditions(rows: Sequence[Row]) -> str:
 
 
 class Page:
-    """Results on their way to the page: renders what observers show of them.
-
-    Templates see ``results``, the functions ``mark`` and ``table`` of this class and :func:`picture`, and the filters
-    ``significant`` and ``breakable``.
-    """
+    """Results on their way to the page: renders what observers show of them, in templates of the package."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
-        self.colours = {row.target: i % COLOURS + 1 for i, row in enumerate(results.table)}
+        # Seven colours of the style sheet, for badges and bars.
+        self.colours = {row.target: i % 7 + 1 for i, row in enumerate(results.table)}
         self._letters = {row.target: ascii_uppercase[i : i + 1] or str(i + 1) for i, row in enumerate(results.table)}
         self._environment = Environment(
             loader=PackageLoader("olvae.evaluation", "templates"),
@@ -202,20 +190,20 @@ class Page:
 
 
 def side_limit(pictures: int) -> int:
-    """The longest side at which this number of photographs keeps the page within a few MB."""
+    """The longest side at which this number of photographs has 15 million pixels, about 3 MB."""
     smallest, largest = SIDES
-    return max(smallest, min(largest, math.isqrt(int(PIXELS / max(pictures, 1)))))
+    return max(smallest, min(largest, math.isqrt(15_000_000 // max(pictures, 1))))
 
 
 def picture(image: Tensor, alt: str, limit: int = SIDES[1]) -> Markup:
     """A picture, uint8 (C, H, W), inside the page, which scales it to the space that there is.
 
-    Up to 128 pixels it is enlarged pixel by pixel to at least 256, so that scaling adds no grid of its own, and is
-    lossless; otherwise it is shrunk to a ``limit`` of its longest side, and lossy.
+    Up to 128 pixels a side it is lossless, and enlarged pixel by pixel to at least 256, so that scaling adds no grid
+    of its own; otherwise it is shrunk to the ``limit`` and lossy.
     """
     shown = rgb(image)
     longest = max(shown.size)
-    if longest <= EXACT:
+    if longest <= 128:
         factor = -(-SIDES[1] // longest)
         shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
         options = {"lossless": True, "quality": 20, "method": 0}  # the last two are effort: more saves 5 % of the bytes

@@ -14,11 +14,17 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from olvae import __version__
+from olvae.evaluation.observers.cross import Cross
+from olvae.evaluation.observers.half_precision import HalfPrecision
+from olvae.evaluation.observers.observer import Observer
 from olvae.evaluation.page import NONE, Cell, Page, Table, conditions, costs, differences, headings, scores
 from olvae.evaluation.results import Results, used_weights
 from olvae.evaluation.runner import Evaluated
 from olvae.files import atomic_write, no_empty_folders, remove_partials, write_json
 from olvae.metrics import METRICS
+
+OF_EARLIER_ROWS: Sequence[Observer] = (Cross(), HalfPrecision())
+"""Observers that show entries of earlier results; others show what they saw themselves."""
 
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,33 +81,19 @@ def _interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """All that is known about one target.
-
-    Args:
-        target: its name.
-        n: images.
-        metrics: values by name; PSNR may be infinite.
-        skipped: by metric, why it has no value.
-        intervals: by metric, the ends of the 95 % bootstrap interval over images.
-        details: by metric, what its value depends on: weights, subsets, a warning.
-        cost: parameters, operations, speed and memory.
-        observed: the observers' entries by name, as JSON has them.
-        baseline: no target, but what targets are compared with: bicubic resampling, an untrained model.
-        per_image: by metric, the values by key; not in metrics.json.
-        differences: by metric, the value minus the first row's, on the same images; not in metrics.json.
-    """
+    """All that is known about one target; the last two are not in metrics.json."""
 
     target: str
-    n: int
-    metrics: Mapping[str, float]
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    n: int  # images
+    metrics: Mapping[str, float]  # PSNR may be infinite
+    skipped: Mapping[str, str] = field(default_factory=dict)  # by metric, why it has no value
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # by metric, 95 % bootstrap over images
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by metric, weights, subsets, a warning
     cost: Cost | None = None
-    observed: Mapping[str, Any] = field(default_factory=dict)
-    baseline: bool = False
-    per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    differences: Mapping[str, Difference] = field(default_factory=dict)
+    observed: Mapping[str, Any] = field(default_factory=dict)  # the observers' entries by name
+    baseline: bool = False  # what targets are compared with: bicubic resampling, an untrained model
+    per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by metric, values by key
+    differences: Mapping[str, Difference] = field(default_factory=dict)  # by metric, from the first row's images
 
     def as_dict(self) -> dict[str, Any]:
         """The row of metrics.json."""
@@ -149,21 +136,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """All numbers of an evaluation under one protocol.
+    """All numbers of an evaluation under one protocol."""
 
-    Args:
-        protocol: :meth:`olvae.evaluation.protocol.Protocol.as_dict`.
-        protocol_hash: two results are comparable only if it is the same.
-        images: which images: source, n, sha256 of the pixels, how many were unreadable or enlarged.
-        rows: one per target.
-        earlier: rows of earlier results, added by :meth:`beside`.
-    """
-
-    protocol: Mapping[str, Any]
-    protocol_hash: str
-    images: Mapping[str, Any]
+    protocol: Mapping[str, Any]  # Protocol.as_dict()
+    protocol_hash: str  # two results are comparable only if it is the same
+    images: Mapping[str, Any]  # source, n, sha256 of the pixels, how many were unreadable or enlarged
     rows: Sequence[Row]
-    earlier: Sequence[Row] = ()
+    earlier: Sequence[Row] = ()  # rows of earlier results, added by beside()
 
     @property
     def table(self) -> list[Row]:
@@ -197,8 +176,8 @@ class Results:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
 
-    def beside(self, earlier: "Results", mix: bool = False) -> "Results":
-        """These results, with the rows of earlier ones below. A name that is taken gets a number.
+    def beside(self, files: Mapping[Path, "Results"], mix: bool = False) -> "Results":
+        """These results, with the rows of earlier ones below, by file. A name that is taken gets a number.
 
         Args:
             mix: allow results that are not comparable (another protocol, other images); their rows are marked.
@@ -206,33 +185,28 @@ class Results:
         Raises:
             ValueError: they are not comparable.
         """
-        what = self._not_comparable(earlier)
-        if what and not mix:
-            raise ValueError(
-                f"has results of {what}, which are not comparable with these; to show them in one table anyway, set "
-                "`mix_protocols`"
-            )
-        mark = f" [{what}]" if what else ""
         taken = {row.target for row in self.table}
         added = []
-        for row in earlier.table:
-            name, again = row.target + mark, 2
-            while name in taken:
-                name, again = f"{row.target}{mark} ({again})", again + 1
-            taken.add(name)
-            added.append(replace(row, target=name))
+        for path, earlier in files.items():
+            what = self._not_comparable(earlier)
+            if what and not mix:
+                raise ValueError(
+                    f"{path}: has results of {what}, which are not comparable with these; to show them in one table "
+                    "anyway, set `mix_protocols`"
+                )
+            for row in earlier.table:
+                marked = f"{row.target} [{what}]" if what else row.target
+                names = chain([marked], (f"{marked} ({again})" for again in count(2)))
+                name = next(name for name in names if name not in taken)
+                taken.add(name)
+                added.append(replace(row, target=name))
         return replace(self, earlier=[*self.earlier, *added])
 
     def warnings(self) -> list[str]:
         """Sentences for the reader."""
         found = [str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d]
         if few := next((row for row in self.rows if row.n < MIN_VAL_IMAGES), None):
-            kinds = [(METRICS[name], ends) for name, ends in few.intervals.items()]
-            ends = [
-                f"{k.label.partition(',')[0]} {low:.{k.digits}f} to {high:.{k.digits}f}" for k, (low, high) in kinds
-            ]
-            intervals = f"; 95 % bootstrap intervals for {few.target}: {', '.join(ends)}" if ends else ""
-            found.append(f"few images, {few.n}: other ones give other numbers{intervals}")
+            found.append(f"few images, {few.n}: other ones give other numbers")
         if self.images["unreadable"]:
             found.append(f"unreadable images, which are not in these numbers: {self.images['unreadable']}")
         if self.images["enlarged"]:

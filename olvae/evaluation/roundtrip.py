@@ -43,26 +43,16 @@ class Reconstructed(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image of the evaluated size costs. Speed and memory are those of this run's batches and device.
-
-    Args:
-        parameters: of the whole model.
-        encode_macs, decode_macs: multiply-accumulates per image.
-        encode_images_per_s, decode_images_per_s: None if nothing was measured.
-        peak_memory_bytes: what encoding and decoding one batch takes beyond weights and images, measured by the
-            allocator of a GPU; None on the CPU, where nothing measures it.
-        batch_size: of the largest batch; it is smaller than requested if there are few images.
-        device: the GPU's name, or the CPU with its threads.
-    """
+    """What one image of the evaluated size costs. Speed and memory are those of this run's batches and device."""
 
     parameters: int
-    encode_macs: int
+    encode_macs: int  # multiply-accumulates
     decode_macs: int
     encode_images_per_s: float | None
     decode_images_per_s: float | None
-    peak_memory_bytes: int | None
-    batch_size: int
-    device: str
+    peak_memory_bytes: int | None  # of a batch, beyond weights and images, by a GPU's allocator; None on the CPU
+    batch_size: int  # of the largest batch; it is smaller than requested if there are few images
+    device: str  # the GPU's name, or the CPU with its threads
 
     def unmeasured(self) -> "Cost":
         """Without speed and memory."""

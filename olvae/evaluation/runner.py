@@ -25,7 +25,7 @@ DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
 T = TypeVar("T")
 
 Key = tuple[str, int]
-"""A subject's name, and the number of the way to draw latents; baselines have only 0."""
+"""A subject's name, and the way to draw latents; baselines have only 0."""
 
 Progress = Callable[[str], Callable[[Iterable[Batch], int | None], Iterable[Batch]]]
 """Shows progress under a description: wraps batches, with the number of images over all processes if it is known."""
@@ -136,7 +136,7 @@ def _one_pass(
         if draw == 0 or not subject.baseline
     }
     variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
-    make, _ = build_metrics(variants, request.weights_dir, request.device)
+    make = build_metrics(variants, request.weights_dir, request.device)
     metrics = {key: make() for key in trips}
     batches = progress("evaluating")(loader, source.val_images)
     digests = observe(batches, subjects, trips, metrics, observers)
@@ -194,15 +194,11 @@ def observe(
     metrics: Mapping[Key, MetricSet],
     observers: Sequence[Observer] = (),
 ) -> dict[str, bytes] | None:
-    """Reconstruct every image with every subject, for metrics and observers. One pass, in one or many processes.
-
-    Args:
-        batches: this process's share of the test images, which have unique keys.
-        subjects: by name.
-        trips, metrics: by subject and draw; in the end the first process's metrics and observers hold all processes'.
+    """Reconstruct this process's share of the images with every subject, for metrics and observers.
 
     Returns:
-        A digest of each image's pixels by key, in the first process; None in the others.
+        A digest of each image's pixels by key, in the first process, whose metrics and observers then hold those of
+        all; None in the others.
 
     Raises:
         ValueError: there are no images.
@@ -257,17 +253,12 @@ def _describe_images(request: Request, source: Source, loader: Loader) -> dict[s
 def measure(target: str, metrics: MetricSet, n: int, **more: Any) -> Row:
     """A row with all variants of the metrics, from ``n`` images; ``more`` of it is known already."""
     values = metrics.compute()
-    details = {name: metric.details() for name, metric in metrics.metrics.items()}
+    details = {name: metric.details for name, metric in metrics.metrics.items()}
     return Row(target, n, values, metrics.skipped, details=details, per_image=metrics.per_image(), **more)
 
 
 def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]) -> list[Row]:
-    """Rows under a protocol: of each metric its variant, intervals, and differences from the first row.
-
-    Args:
-        measured: rows of all variants: :func:`measure`.
-        names: of metrics, in the order of the table.
-    """
+    """Rows under a protocol: of each named metric its variant, intervals, and differences from the first row."""
     columns = {name: protocol.columns.get(name, name) for name in names}
     rows: list[Row] = []
     for row in measured:

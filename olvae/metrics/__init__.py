@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from olvae.checkpoint import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
-from olvae.metrics.features import KID, RFID, Features, Inception, LPIPSDistance, PairFeatures
+from olvae.metrics.features import KID, RFID, Features, Inception, LPIPSDistance
 from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
 from olvae.metrics.pixel import l1, ms_ssim, psnr, ssim, ssim_uniform
 
@@ -32,25 +32,28 @@ METRICS: dict[str, Kind] = {
     )
 }
 
+PIXELS = {"psnr": psnr, "ssim": ssim, "ssim_uniform": ssim_uniform, "ms_ssim": ms_ssim, "l1": l1}
+SETS = {"rfid": RFID, "kid": KID}
+
 MakeMetrics = Callable[[], MetricSet]
 """Makes the metrics of one target. Networks, and the features of the images, are shared by all that it makes."""
 
 
 def build_metrics(
     names: Sequence[str], weights_dir: str | Path | None = None, device: str | torch.device = "cpu"
-) -> tuple[MakeMetrics, dict[str, str]]:
+) -> MakeMetrics:
     """Prepare metrics for any number of targets on the same images.
 
     Args:
         weights_dir: a folder of pretrained weights, searched first: :func:`find_weights`.
 
     Returns:
-        A function that makes the metrics of one target, in the order of the names; and for each metric whose weights
-        are missing, the reason and what to do about it. Use one function per set of images: it keeps their features.
+        A function that makes the metrics of one target, in the order of the names; metrics whose weights are missing
+        are skipped, with what to do about it. Use one function per set of images: it keeps their features.
 
     Raises:
-        ValueError: a name is unknown, or a file of weights holds something else.
-        NotADirectoryError: ``weights_dir`` is not a folder.
+        ValueError, NotADirectoryError: a name is unknown, a file of weights holds something else, or ``weights_dir``
+            is not a folder.
     """
     if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"no metric {', '.join(unknown)}: choose from {', '.join(METRICS)}")
@@ -64,14 +67,8 @@ def build_metrics(
             missing[file] = str(error)
     skipped = {kind.name: missing[kind.needs] for kind in kinds if kind.needs in missing}
     kinds = [kind for kind in kinds if kind.name not in skipped]
-    details = {file: {"weights": provenance(path, file)} for file, path in paths.items()}
-    compare: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "psnr": psnr,
-        "ssim": ssim,
-        "ssim_uniform": ssim_uniform,
-        "ms_ssim": ms_ssim,
-        "l1": l1,
-    }
+    weights = {file: provenance(path, file) for file, path in paths.items()}
+    compare: dict[str, Callable[[Tensor, Tensor], Tensor]] = {**PIXELS}
     if VGG16 in paths:
         compare["lpips"] = LPIPSDistance("vgg", paths[VGG16], device)
     if ALEXNET in paths:
@@ -80,14 +77,15 @@ def build_metrics(
     reference: dict[str, Features] = {}
 
     def make() -> MetricSet:
-        features = PairFeatures(inception, reference) if inception else None
         metrics: dict[str, Metric] = {}
+        reconstructions: dict[str, Features] = {}
         for kind in kinds:
-            about = details[kind.needs] if kind.needs else {}
-            if features is not None and kind.needs == INCEPTION:
-                metrics[kind.name] = (RFID if kind.name == "rfid" else KID)(kind, features, about)
+            if inception and kind.needs == INCEPTION:
+                metrics[kind.name] = SETS[kind.name](kind, inception, reference, reconstructions)
             else:
-                metrics[kind.name] = PerImage(kind, compare[kind.name], device, about)
+                metrics[kind.name] = PerImage(kind, compare[kind.name], device)
+            if kind.needs:
+                metrics[kind.name].details["weights"] = weights[kind.needs]
         return MetricSet(metrics, skipped)
 
-    return make, skipped
+    return make

@@ -1,6 +1,6 @@
 """Metrics of networks' features: LPIPS of each pair, rFID and KID of Inception features of the whole sets."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,61 +68,47 @@ class Inception:
         return array
 
 
-class PairFeatures:
-    """Features of images and of one target's reconstructions, each computed once per key.
+class SetMetric(Metric):
+    """A distance between the features of all images and those of one target's reconstructions.
 
-    All of them are kept, 8 KB per image and side: KID draws subsets from them, and an image that two processes saw
-    could not be taken back out of the sums of a Gaussian.
+    All features are kept, 8 KB per image and side: KID draws subsets from them, and an image that two processes saw
+    could not be taken back out of the sums of a Gaussian. Each is computed once per key, and pickled once.
 
     Args:
+        extract: computes features.
         reference: features of the images by key, shared by all targets; filled here as images come.
+        reconstructions: those of the target's reconstructions, shared by its metrics.
     """
 
-    def __init__(self, extract: Extract, reference: dict[str, Features]) -> None:
+    def __init__(
+        self, kind: Kind, extract: Extract, reference: dict[str, Features], reconstructions: dict[str, Features]
+    ) -> None:
+        super().__init__(kind)
         self._extract = extract
-        self.reference = reference
-        self.reconstructions: dict[str, Features] = {}
+        self._reference, self._reconstructions = reference, reconstructions
 
-    def add(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Add images and reconstructions whose keys are new; see :meth:`Metric.update`."""
+    def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         check_pairs(keys, x, y)
-        for store, images in ((self.reference, x), (self.reconstructions, y)):
+        for store, images in ((self._reference, x), (self._reconstructions, y)):
             new = {key: place for place, key in enumerate(keys) if key not in store}
             if new:
                 features = self._extract(images[list(new.values())])
                 # Copies, so that a pickled row does not bring its whole batch along.
                 store.update((key, row.copy()) for key, row in zip(new, features, strict=True))
 
-
-class SetMetric(Metric):
-    """A distance between the features of all images and those of all reconstructions; metrics may share features."""
-
-    def __init__(self, kind: Kind, features: PairFeatures, details: Mapping[str, object] | None = None) -> None:
-        super().__init__(kind, details)
-        self._features = features
-        self._computed: dict[str, object] = {}  # details of the last value, set by compute()
-
-    def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        self._features.add(keys, x, y)
-
     def state(self) -> tuple[dict[str, Features], dict[str, Features]]:
-        """Features of images and of reconstructions. Metrics that share them pickle them once."""
-        return self._features.reference, self._features.reconstructions
+        return self._reference, self._reconstructions
 
     def merge(self, state: Any) -> None:
         for own, other in zip(self.state(), state, strict=True):
             own |= {key: features for key, features in other.items() if key not in own}
 
-    def details(self) -> dict[str, object]:
-        return {**self._details, **self._computed}
-
     def _sets(self) -> tuple[Features, Features]:
         """Features of images and of reconstructions, (N, D) each, in the order of the keys."""
-        images, reconstructions = self.state()
-        if len(reconstructions) < 2:
-            raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(reconstructions)}")
-        keys = sorted(reconstructions)
-        return np.stack([images[key] for key in keys]), np.stack([reconstructions[key] for key in keys])
+        keys = sorted(self._reconstructions)
+        if len(keys) < 2:
+            raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(keys)}")
+        return np.stack([self._reference[key] for key in keys]), np.stack([self._reconstructions[key] for key in keys])
 
 
 class RFID(SetMetric):
@@ -131,9 +117,10 @@ class RFID(SetMetric):
     def compute(self) -> float:
         images, reconstructions = self._sets()
         n, width = images.shape
-        self._computed = {"features": width}
+        self.details["features"] = width
+        self.details.pop("warning", None)
         if n <= width:
-            self._computed["warning"] = (
+            self.details["warning"] = (
                 f"{n} images for {width} features: the covariances are singular and the distance is biased; "
                 "compare it only with values on the same images"
             )
@@ -166,7 +153,7 @@ class KID(SetMetric):
         images, reconstructions = (torch.from_numpy(features) for features in self._sets())
         size = min(DEFAULTS["kid_subset_size"], len(images))
         result = kid_features_to_metric(images, reconstructions, kid_subset_size=size, verbose=False)
-        self._computed = {
+        self.details |= {
             "subsets": DEFAULTS["kid_subsets"],
             "subset_size": size,
             "seed": DEFAULTS["rng_seed"],

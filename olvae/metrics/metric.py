@@ -35,9 +35,9 @@ class Metric(ABC):
     both saw make no difference. ``other.merge(metric.state())`` joins two processes; merging twice does no harm.
     """
 
-    def __init__(self, kind: Kind, details: Mapping[str, object] | None = None) -> None:
+    def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self._details = dict(details or {})
+        self.details: dict[str, object] = {}  # what the value depends on, for JSON; "warning" is for the reader
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
@@ -58,15 +58,11 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> float:
-        """The value over all images; may be infinite (PSNR of equal images).
+        """The value over all images, maybe infinite (PSNR of equal images); completes ``details``.
 
         Raises:
             Unavailable: there are too few images.
         """
-
-    def details(self) -> dict[str, object]:
-        """What the value depends on, ready for JSON; ``warning`` is a sentence for the reader. Call compute() first."""
-        return self._details
 
     def per_image(self) -> Mapping[str, float] | None:
         """The values by key; None if the metric compares the whole sets."""
@@ -86,9 +82,8 @@ class PerImage(Metric):
         kind: Kind,
         compare: Callable[[Tensor, Tensor], Tensor],
         device: str | torch.device = "cpu",
-        details: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__(kind, details)
+        super().__init__(kind)
         self._compare = compare
         self._device = torch.device(device)
         self._values: dict[str, float] = {}
@@ -150,7 +145,7 @@ class MetricSet:
         return {name: values for name, values in found.items() if values is not None}
 
     def state(self) -> Any:
-        """Everything accumulated so far, to be pickled and merged in another process; not a copy."""
+        """See :meth:`Metric.state`."""
         return {name: metric.state() for name, metric in self.metrics.items()}, self.skipped
 
     def merge(self, state: Any) -> None:

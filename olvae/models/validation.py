@@ -95,8 +95,8 @@ class ValidatedModule(pl.LightningModule):
     def set_up_validation(self) -> MakeMetrics:
         """Prepare the metrics on the module's device; FileNotFoundError if a pretrained network is missing."""
         if self._make_metrics is None or self._make_metrics[0] != self.device:
-            make, missing = build_metrics(("psnr", "ssim", *self.val_metrics), self.weights_dir, self.device)
-            if missing:
+            make = build_metrics(("psnr", "ssim", *self.val_metrics), self.weights_dir, self.device)
+            if missing := make().skipped:
                 raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in missing.items()))
             self._make_metrics = self.device, make
         return self._make_metrics[1]

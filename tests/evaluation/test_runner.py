@@ -51,7 +51,7 @@ def run(targets, images, size=3, names=("psnr", "ssim"), order=None, protocol=Pr
         {"image": images[order[i : i + size]], "key": [KEYS[j] for j in order[i : i + size]]}
         for i in range(0, len(order), size)
     ]
-    make, _ = build_metrics([protocol.columns.get(name, name) for name in names])
+    make = build_metrics([protocol.columns.get(name, name) for name in names])
     trips = {
         (name, 0): lambda keys, x, target=target: Reconstructed(torch.zeros(len(x), 4, 4, 4), target(keys, x))
         for name, target in targets.items()

@@ -12,7 +12,7 @@ NAMES = ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1"]
 
 
 def run(name: str, keys, x, y, size: int = 4) -> PerImage:
-    make, _ = build_metrics([name])
+    make = build_metrics([name])
     metric = make().metrics[name]
     for start in range(0, len(keys), size):
         metric.update(keys[start : start + size], x[start : start + size], y[start : start + size])
@@ -66,7 +66,7 @@ def test_no_image():
 
 
 def metric_set(keys, x, y) -> MetricSet:
-    make, _ = build_metrics(["psnr", "ms_ssim", "rfid"])
+    make = build_metrics(["psnr", "ms_ssim", "rfid"])
     metrics = make()
     if keys:
         metrics.update(keys, x, y)

@@ -11,8 +11,8 @@ from tests.metrics.conftest import pairs
 
 def test_all_of_them(weights_dir, nowhere):
     keys, x, y = pairs(2, 176)
-    make, skipped = build_metrics(list(METRICS), weights_dir)
-    assert not skipped
+    make = build_metrics(list(METRICS), weights_dir)
+    assert not make().skipped
     metrics = make().metrics
     assert list(metrics) == list(METRICS)
     for name, metric in metrics.items():
@@ -24,17 +24,17 @@ def test_all_of_them(weights_dir, nowhere):
     assert metrics["lpips"].compute() != metrics["lpips_alex"].compute()
     for name, file in (("lpips", VGG16), ("lpips_alex", ALEXNET), ("rfid", INCEPTION), ("kid", INCEPTION)):
         digest = hashlib.sha256((weights_dir / file.name).read_bytes()).hexdigest()
-        assert metrics[name].details()["weights"] == {"file": file.name, "sha256": digest, "published": False}
-    assert metrics["psnr"].details() == {}
+        assert metrics[name].details["weights"] == {"file": file.name, "sha256": digest, "published": False}
+    assert metrics["psnr"].details == {}
     assert not make().metrics["psnr"].state()  # the next target starts empty
 
 
 def test_missing_weights_are_told_and_the_rest_works(tmp_path, weights_dir, nowhere):
     (tmp_path / "some").mkdir()
     shutil.copy(weights_dir / ALEXNET.name, tmp_path / "some")
-    make, skipped = build_metrics(list(METRICS), tmp_path / "some")
-    assert make().skipped == skipped
-    assert list(make().metrics) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips_alex"]
+    metrics = build_metrics(list(METRICS), tmp_path / "some")()
+    skipped = metrics.skipped
+    assert list(metrics.metrics) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips_alex"]
     assert list(skipped) == ["lpips", "rfid", "kid"]
     for name, file in (("lpips", VGG16), ("rfid", INCEPTION), ("kid", INCEPTION)):
         for part in (file.name, file.url, str(nowhere), "`weights_dir`", "no network"):
@@ -43,7 +43,7 @@ def test_missing_weights_are_told_and_the_rest_works(tmp_path, weights_dir, nowh
 
 
 def test_names(weights_dir):
-    make, _ = build_metrics(["l1", "psnr", "l1"])
+    make = build_metrics(["l1", "psnr", "l1"])
     assert list(make().metrics) == ["l1", "psnr"]
     with pytest.raises(ValueError, match="no metric fid: choose from psnr, ssim"):
         build_metrics(["psnr", "fid"])
@@ -61,7 +61,7 @@ def test_a_gpu_gives_the_same_numbers(weights_dir, nowhere):
     keys, x, y = pairs(4, 176)
     values = []
     for device in ("cpu", "cuda"):
-        make, _ = build_metrics(list(METRICS), weights_dir, device)
+        make = build_metrics(list(METRICS), weights_dir, device)
         metrics = make().metrics
         for metric in metrics.values():
             metric.update(keys, x.to(device), y.to(device))

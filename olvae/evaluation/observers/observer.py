@@ -16,37 +16,23 @@ from olvae.models.autoencoder import Autoencoder
 
 @dataclass(frozen=True)
 class Subject:
-    """An autoencoder that is evaluated: a row of the tables.
+    """An autoencoder that is evaluated: a row of the tables. A baseline draws no latents, and has no cost."""
 
-    Args:
-        model: in evaluation mode and, unless an observer derived it, in float32.
-        baseline: no target, but something to compare targets with. No latents are drawn, no cost is counted.
-    """
-
-    model: Autoencoder
-    baseline: bool = False
+    model: Autoencoder  # in evaluation mode and, unless an observer derived it, in float32
+    baseline: bool = False  # no target, but something to compare targets with
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A batch of test images and one subject's reconstructions of them.
+    """A batch of test images and one subject's reconstructions of them."""
 
-    Args:
-        target: the subject's name.
-        draw: number of the way to draw latents: 0 is that of the first protocol; baselines have no other.
-        keys: of the B images.
-        x, y: images and reconstructions, uint8 (B, C, H, W), on the CPU.
-        latents: the posterior's means, (B, n_z, H/f, W/f), on the device that computes.
-        values: by name of a metric that compares single images, its values so far by key.
-    """
-
-    target: str
-    draw: int
-    keys: Sequence[str]
-    x: Tensor
-    y: Tensor
-    latents: Tensor
-    values: Mapping[str, Mapping[str, float]]
+    target: str  # the subject's name
+    draw: int  # number of the way to draw latents: 0 is that of the first protocol; baselines have no other
+    keys: Sequence[str]  # of the B images
+    x: Tensor  # images, uint8 (B, C, H, W), on the CPU
+    y: Tensor  # their reconstructions, likewise
+    latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device that computes
+    values: Mapping[str, Mapping[str, float]]  # by name of a metric of single images, its values so far by key
 
 
 @dataclass(frozen=True)
