@@ -40,10 +40,8 @@ def validate_command(
         except ConfigError as error:
             mistakes = list(error.mistakes)
         found += len(mistakes)
-        for mistake in mistakes:
+        for mistake in mistakes or ["no mistakes"]:
             typer.echo(mistake if mistake.startswith(str(path)) else f"{path}: {mistake}", err=True)
-        if not mistakes:
-            typer.echo(f"{path}: no mistakes", err=True)
         if memory and not mistakes:
             from rich.console import Console
 
@@ -65,19 +63,16 @@ def _memory(config: dict[str, Any], name: str) -> "Table":
         start_from(config)
     model = without_weights(config["model"])
     size = ((config.get("data") or {}).get("params") or {}).get("size") or 256
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"{name}: GiB of a training step on a GPU, at {size} pixels",
-        caption="fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth.",
-    )
+    title = f"{name}: GiB of a training step on a GPU, at {size} pixels"
+    caption = "fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth."
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, caption=caption)
     for heading in ("precision", "model.params.checkpoint", "fixed", "per image"):
         table.add_column(heading, justify="right" if heading in ("fixed", "per image") else "left", no_wrap=True)
     for precision in ("32", "bf16"):
         for checkpoint in (False, True):
             need = footprint(model, size, precision, checkpoint)
-            values = (f"{need.fixed / GIB:.2f}", f"{need.per_image / GIB:.3f}")
-            table.add_row(precision, str(checkpoint).lower(), *values)
+            cells = f"{need.fixed / GIB:.2f}", f"{need.per_image / GIB:.3f}"
+            table.add_row(precision, str(checkpoint).lower(), *cells)
     return table
 
 

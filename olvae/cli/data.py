@@ -58,7 +58,7 @@ def pack(
     order = seed if shuffle else None
     options = packing.PackOptions(shard_size, order, resize, image_format or "jpg", quality or 95, channels)
     try:
-        with ProgressBar("packing", at_once=False) as bar:
+        with ProgressBar("packing") as bar:
             packed = packing.pack(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
         begun = packing.is_begun(out)
@@ -99,7 +99,7 @@ def check(
         from olvae.data import audit
         from olvae.pool import cores
 
-    with ProgressBar("reading", at_once=False) as bar:
+    with ProgressBar("reading") as bar:
         result = audit.check(src, size, channels, max_unreadable, workers or cores(), bar.set)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))

@@ -93,11 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         sys.exit(print_error(error))
-    code = code if isinstance(code, int) else 0
     if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
         code = stop_code()
-    sys.exit(code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _keep_examples(command: Any) -> None:
@@ -129,14 +128,13 @@ def print_error(error: Exception) -> int:
 
         if (death := worker_death(error)) is not None:
             error = ChildProcessError(death)
-    expected = isinstance(error, ValueError | OSError | ArithmeticError)
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own
         text = f"{error.filename}: {error.strerror}"
     if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: keep its last line
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last
-    if not expected:
+    if not isinstance(error, ValueError | OSError | ArithmeticError):
         text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
     for line in text.splitlines():
         typer.echo(f"error: {in_flags(line)}", err=True)
@@ -147,10 +145,9 @@ def repeat_flags(arguments: list[str]) -> list[str]:
     """Turn ``--base a b`` into ``--base a --base b`` for click; overrides (key=value) end the list."""
     out: list[str] = []
     flag: str | None = None
-    for index, argument in enumerate(arguments):
+    for argument, follows in zip(arguments, [*arguments[1:], "-"], strict=True):
         if argument in MANY_VALUES:
             flag = argument
-            follows = arguments[index + 1] if index + 1 < len(arguments) else "-"
             if follows.startswith("-") or _is_override(follows):
                 raise typer.BadParameter(f"{flag} needs one or more config files")
         elif flag is not None and not argument.startswith("-") and not _is_override(argument):

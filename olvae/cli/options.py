@@ -24,8 +24,8 @@ STOPPED = 130
 """Exit code after Ctrl-C, as in shells."""
 
 PREEMPTED = 75
-"""Exit code after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h; rerun the same command, or
-``olvae train --resume``, to continue."""
+"""Exit code after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h; the same command continues, or
+``olvae train --resume``."""
 
 PRECISIONS = ("fp16", "bf16", "32", "16", "float16", "bfloat16", "float32")
 """What :func:`olvae.devices.precision_name`, which imports torch, takes: names, then aliases."""
@@ -61,18 +61,11 @@ def split_commas(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-TargetArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="A run folder, checkpoint, export, olvae:NAME, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER.",
-    ),
-]
+KINDS = "A run folder, checkpoint, export, olvae:NAME, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER."
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=KINDS)]
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(metavar="CFG", help="The config of a checkpoint, a file or recipe; a run folder has its own."),
-]
+CONFIG_HELP = "The config of a checkpoint, a file or recipe; a run folder has its own."
+ConfigFile = Annotated[Path | None, typer.Option(metavar="CFG", help=CONFIG_HELP)]
 
 Raw = Annotated[bool, typer.Option("--raw", help="Use the weights as trained, not the averaged ones (EMA).")]
 
@@ -118,8 +111,8 @@ def check_paths(*targets: str, data: str | None = None) -> None:
     """Raise FileNotFoundError for a missing target or source of data, before anything slow is imported."""
     for target in targets:
         check_target(target)
-    may_be_elsewhere = data is None or re.search(r"[:*?\[{]|\.(ya?ml|tar|tgz|gz)$|^(samples|-)$", data)
-    if data is not None and not may_be_elsewhere and not Path(data).expanduser().exists():
+    no_path = r"[:*?\[{]|\.(ya?ml|tar|tgz|gz)$|^(samples|-)$"
+    if data is not None and not re.search(no_path, data) and not Path(data).expanduser().exists():
         what = "list of images" if data.lower().endswith(".txt") else "folder"
         raise FileNotFoundError(f"{data}: no such {what}")
 
@@ -128,11 +121,10 @@ def name_flags(command: Any, arguments: Sequence[str]) -> None:
     """Remember the flags of the command that the arguments call, for :func:`in_flags`."""
     _flags.clear()
     for argument in arguments:
-        inner = getattr(command, "commands", {}).get(argument)
-        command = command if inner is None else inner
+        command = getattr(command, "commands", {}).get(argument, command)
     for parameter in command.params:
-        if parameter.name is not None and max(parameter.opts, key=len).startswith("--"):
-            flag = max(parameter.opts, key=len)
+        flag = max(parameter.opts, key=len)
+        if flag.startswith("--"):
             _flags[parameter.name] = _flags[flag.removeprefix("--").replace("-", "_")] = flag
 
 
@@ -148,20 +140,15 @@ LINE_EVERY_S = 15.0
 class ProgressBar:
     """Show progress on standard error, inside a ``with`` block; the bar disappears at its end.
 
+    The bar and its thread start with the first count, because worker processes have to be forked before.
+
     Args:
         total: of the units; None if unknown.
         enabled: False for ranks other than the first.
-        at_once: show the bar immediately. Without it, the bar and its thread start with the first count, because worker
-            processes have to be forked before.
     """
 
     def __init__(
-        self,
-        description: str,
-        total: float | None = None,
-        enabled: bool = True,
-        unit: str = "images",
-        at_once: bool = True,
+        self, description: str, total: float | None = None, enabled: bool = True, unit: str = "images"
     ) -> None:
         self.description, self.total, self.enabled, self.unit = description, total, enabled, unit
         self.done = 0.0
@@ -173,8 +160,6 @@ class ProgressBar:
             columns = (name, BarColumn(), MofNCompleteColumn(), _RateColumn(unit), TimeRemainingColumn())
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(description, total=total)
-            if at_once:
-                self._bar.start()
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -217,9 +202,7 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
 
 
-def with_progress(
-    description: str, shared: bool = True
-) -> Callable[["Iterable[Batch]", int | None], "Iterator[Batch]"]:
+def with_progress(description: str, shared: bool = True) -> "Callable[[Iterable[Batch], int | None], Iterator[Batch]]":
     """Wrap this process's batches in a progress bar over the images of all, which only the first process shows.
 
     If they are not ``shared``, the first process alone has batches.
@@ -228,7 +211,7 @@ def with_progress(
 
     def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
         rank, world = this_process()
-        with ProgressBar(description, total, enabled=rank == 0, at_once=False) as bar:
+        with ProgressBar(description, total, enabled=rank == 0) as bar:
             for batch in batches:
                 yield batch
                 bar.advance(len(batch["image"]) * (world if shared else 1))

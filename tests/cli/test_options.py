@@ -61,7 +61,7 @@ def test_settings_are_written_as_flags_of_the_running_command(arguments, text, e
 
 
 def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
-    with ProgressBar("packing", at_once=False) as bar:
+    with ProgressBar("packing") as bar:
         bar.set(3, 10)
     assert capsys.readouterr().err == ""  # it was shorter than the first interval
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
@@ -89,7 +89,7 @@ def test_a_bar_on_a_terminal(capsys):
 @pytest.mark.usefixtures("terminal")
 def test_no_thread_before_the_first_count(capsys):
     before = set(threading.enumerate())
-    with ProgressBar("packing", at_once=False) as bar:
+    with ProgressBar("packing") as bar:
         assert not set(threading.enumerate()) - before  # processes may be forked here
         bar.set(1, 2)
         assert len(set(threading.enumerate()) - before) == 1
