@@ -24,17 +24,10 @@ from olvae.models.loading.targets import find_target, name_apart
 if TYPE_CHECKING:  # an extra; imported where the page is built
     import gradio as gr
 
-MAX_PIXELS = 4_000_000
-"""Limit of an image on the page; one thread reconstructs it in about a minute."""
-
-SHOWN_SIDE = 256
-"""Pixels that the longer side of a picture has at least on the page."""
-
-DETAIL_SIDES = (16, 32, 64, 128)
-"""Pixels along a side of the enlarged detail."""
-
-DELETE_AFTER_S = 3600
-"""Seconds after which a visitor's pictures are deleted."""
+MAX_PIXELS = 4_000_000  # limit of an image on the page; one thread reconstructs it in about a minute
+SHOWN_SIDE = 256  # pixels that the longer side of a picture has at least on the page
+DETAIL_SIDES = (16, 32, 64, 128)  # pixels along a side of the enlarged detail
+DELETE_AFTER_S = 3600  # seconds after which a visitor's pictures are deleted
 
 Captioned = tuple[NDArray[np.uint8], str]
 

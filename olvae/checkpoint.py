@@ -43,8 +43,7 @@ SUM_KEY = "olvae.sha256"  # of the checksum in the header of a safetensors file
 PICKLE_BYTES = 2**23
 """The longest pickle that is read: some 50,000 tensors. An object of one byte takes up to 200 in memory."""
 
-EXPANDED_BYTES = 2**30
-"""Limit of all tensors beyond twice the file's size: tensors may share memory or repeat it."""
+EXPANDED_BYTES = 2**30  # limit of all tensors beyond twice the file's size: tensors may share memory or repeat it
 
 CALLED = re.compile(
     r"collections\.(Counter|OrderedDict)|builtins\.(complex|set)|_codecs\.encode|torch\.(?!\w*Tensor$)\w+"
@@ -96,8 +95,7 @@ def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
 def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
     """Read the autoencoder's tensors from a Lightning checkpoint, a bare state dict, or a safetensors file.
 
-    Args:
-        raw: the weights as trained, where the file also has averaged ones (EMA).
+    ``raw`` are the weights as trained, where the file also has averaged ones (EMA).
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_checkpoint`; also where there is no autoencoder in it.
@@ -373,11 +371,8 @@ def find_weights(
     """Look for a file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, and in torch hub's cache; if it is in
     none of them, download it into the cache, which fails soon where there is no internet.
 
-    Args:
-        remedy: what else the user can do, for the message.
-
     Raises:
-        MissingWeights: the file was not found and could not be downloaded.
+        MissingWeights: the file was not found and could not be downloaded; ``remedy`` is what else the user can do.
         NotADirectoryError: ``weights_dir`` is not a folder.
     """
     if weights_dir is not None and not Path(weights_dir).is_dir():
@@ -404,11 +399,7 @@ def find_weights(
 
 
 def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a file whose names begin with ``prefix``; code in the file is not executed.
-
-    Raises:
-        ValueError: it is cut off, is another kind of file, or has non-finite values.
-    """
+    """Read a published file's tensors by ``prefix``; raise ValueError if it is cut off, of another kind, non-finite."""
     wrong, again = f"{path} is not a file of {file.what} weights", f"download {file.url} again"
     try:
         content = _read_torch(path, legacy=True)  # torchvision's VGG is of that format
@@ -424,11 +415,7 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
 
 
 def load_weights_file(path: Path, file: WeightsFile, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a file's values into ``tensors``, by their names in the file, which begin with ``prefix``.
-
-    Raises:
-        ValueError: as :func:`read_weights_file`, or a tensor is missing or has another shape.
-    """
+    """Copy a published file's values into ``tensors``, by their names in it; raise ValueError if they do not fit."""
     state = read_weights_file(path, file, prefix)
     for name, own in sorted(tensors.items()):
         found = state.get(name)

@@ -21,11 +21,7 @@ if TYPE_CHECKING:  # slow to import
 
 
 def resolve_device(device: str | None = None) -> str:
-    """Choose the device to compute on: the given one, else a GPU, else the CPU; each process takes its own GPU.
-
-    Raises:
-        ConfigError: this machine does not have it.
-    """
+    """Choose a device: the given one, which has to be there (ConfigError), else a GPU of this process, else the CPU."""
     present = torch.cuda.device_count()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= present:
@@ -55,18 +51,13 @@ PRECISIONS = {
 }
 """The one table of precisions: every flag and setting takes these names."""
 
+# What weights and latents can be stored in.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What weights and latents can be stored in, by name."""
-
 _ALIASES = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
 
 
 def precision_name(text: str) -> str:
-    """Return a name of :data:`PRECISIONS`, also for 16, float16, bfloat16 and float32.
-
-    Raises:
-        ConfigError: there is no such precision.
-    """
+    """Return a name of :data:`PRECISIONS`, also for 16, float16, bfloat16 and float32; else raise ConfigError."""
     name = _ALIASES.get(text, text)
     if name not in PRECISIONS:
         raise ConfigError(f"`precision` {text}: choose from {', '.join(PRECISIONS)}")
@@ -74,11 +65,7 @@ def precision_name(text: str) -> str:
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Return Lightning's name for a precision of training.
-
-    Raises:
-        ConfigError: there is no such precision, or it is fp16 without a GPU.
-    """
+    """Return Lightning's name for a precision of training; raise ConfigError for an unknown one, or fp16 on the CPU."""
     name = precision_name(precision)
     if name == "fp16" and accelerator == "cpu":
         raise ConfigError(f"`precision` {precision}: loss scaling needs a GPU: use bf16 or 32 on the CPU")
@@ -172,11 +159,7 @@ def local_rank() -> int:
 
 
 def srun_environment() -> "SLURMEnvironment | None":
-    """Return Lightning's view of the SLURM step; None if srun did not start this process.
-
-    Raises:
-        ConfigError: srun was not given the number of tasks on each machine.
-    """
+    """Return Lightning's view of the SLURM step; None if srun did not start this process."""
     if "SLURM_STEP_ID" not in os.environ:
         return None
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment

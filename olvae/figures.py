@@ -12,18 +12,13 @@ from torch import Tensor
 
 from olvae.files import atomic_write
 
-ERROR_RANGE = 64
-"""Error in 8-bit steps that error maps show as white."""
+ERROR_RANGE = 64  # error in 8-bit steps that error maps show as white
 
 
 def save_image(image: Tensor, path: Path, **options: Any) -> None:
     """Write a uint8 (C, H, W) image atomically, in the format of the extension; ``.npy`` is an array (H, W, C).
 
-    Args:
-        options: of Pillow's writer.
-
-    Raises:
-        ValueError: the format can't store this number of channels.
+    ``options`` are those of Pillow's writer. Raises ValueError if the format can't store this number of channels.
     """
     channels = image.shape[0]
     array = image.permute(1, 2, 0).contiguous().cpu().numpy()
@@ -44,11 +39,9 @@ def error_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def labelled_grid(rows: Mapping[str, Tensor]) -> Image.Image:
-    """Draw a row of pictures per entry, below its name, which is never cut off.
+    """Draw a row of pictures per entry, uint8 (N, C, H, W) of one size, below its name, which is never cut off.
 
-    Args:
-        rows: names to uint8 (N, C, H, W), all of one size; N may differ; see :func:`rgb` for C. Below 128 pixels they
-            are enlarged by a whole factor, pixel by pixel.
+    N may differ; see :func:`rgb` for C. Below 128 pixels they are enlarged by a whole factor, pixel by pixel.
     """
     height, width = next(iter(rows.values())).shape[-2:]
     factor = max(1, -(-128 // min(height, width)))

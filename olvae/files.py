@@ -49,11 +49,7 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def check_folder(folder: Path) -> Path:
-    """Check that files can be written into a folder, which need not exist yet; call it before long work.
-
-    Raises:
-        OSError: the path leads through a file, or the folder is not writable.
-    """
+    """Check, before long work, that files can be written into a folder, new ones too; else raise OSError."""
     place = nearest_folder(folder)
     if not place.is_dir():
         raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")

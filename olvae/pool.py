@@ -19,8 +19,7 @@ R = TypeVar("R")
 OnProgress = Callable[[int, int | None], None]
 """Called with the number of images done, and with their total if it is known."""
 
-POLL_S = 0.1
-"""Seconds between looks at the progress, and at whether the main process is alive."""
+POLL_S = 0.1  # seconds between looks at the progress, and at whether the main process is alive
 
 
 class Cancelled(Exception):  # noqa: N818  (nothing went wrong)

@@ -64,12 +64,7 @@ class Run:
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
-    """Make a new run folder. The timestamp and the precision have no underscore, so that the name can be cut out.
-
-    Raises:
-        ConfigError: the name can't be part of a folder's name.
-        OSError: the folder can't be made in logdir.
-    """
+    """Make a new run folder. The timestamp and the precision have no underscore, so that the name can be cut out."""
     check_name(name)
     check_folder(Path(logdir))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H-%M-%S")
@@ -100,11 +95,7 @@ def run_of(checkpoint: Path) -> Run | None:
 
 
 def open_run(path: str | Path) -> Run:
-    """Open a run that exists and can be continued, by its folder or by its last checkpoint.
-
-    Raises:
-        FileNotFoundError: the folder, its config or its checkpoint is missing.
-    """
+    """Open a run to continue, by its folder or its last checkpoint; raise FileNotFoundError for what it lacks."""
     run = Run(Path(path))
     if run.path.is_file():
         run = Run(run.path.parent.parent)
@@ -120,11 +111,7 @@ def open_run(path: str | Path) -> Run:
 
 
 def config_of(run: Run) -> Config:
-    """Read the config of a run to continue, with its section ``run``, the command's settings.
-
-    Raises:
-        ConfigError: the file is broken; the line says what to do instead.
-    """
+    """Read the config of a run to continue; raise ConfigError, which says what to do instead, if it is broken."""
     try:
         config = cfg.load([run.config])
     except ConfigError as error:
@@ -159,12 +146,7 @@ class RunLock:
             self._file.close()
 
     def take(self, run: Run) -> None:
-        """Lock a run. On a file system without locks, only warn.
-
-        Raises:
-            ConfigError: another process trains the run.
-            OSError: the folder is not writable.
-        """
+        """Lock a run; raise ConfigError if another process trains it. On a file system without locks, only warn."""
         file = run.lock.open("a+", encoding="utf-8")
         try:
             _lock(file)

@@ -80,11 +80,8 @@ STEP_OPTIONS: Mapping[str, Mapping[str, bool]] = {
 }
 """Options of the model by which training steps are measured; the first and the last in each precision."""
 
-SECONDS = 1.0
-"""Of a loader, or of decoding alone, in each round."""
-
-FLOOR_IMAGES = 256
-"""Images that are kept undecoded in memory and decoded in turn."""
+SECONDS = 1.0  # of a loader, or of decoding alone, in each round
+FLOOR_IMAGES = 256  # images that are kept undecoded in memory and decoded in turn
 
 Undecoded = tuple[bytes | Picture, str]
 
@@ -366,17 +363,11 @@ def _loop(model: LiteVAE, paths: Sequence[Path], options: EncodeOptions, batch_s
 
 
 class Group(NamedTuple):
-    """Cases that are measured in turns.
-
-    Args:
-        cases: builds them.
-        warm_up: whether a round that does not count comes first; where the work itself warms up, none does.
-        sizes: pixels, and images at a time, by default on a CPU and on a GPU; training steps have their config's.
-    """
+    """Cases that are measured in turns."""
 
     cases: Callable[[Setting], list[Case]]
-    warm_up: bool
-    sizes: Mapping[str, tuple[int, int]]
+    warm_up: bool  # whether a round that does not count comes first; where the work itself warms up, none does
+    sizes: Mapping[str, tuple[int, int]]  # pixels, and images at a time, by default; training steps have their config's
 
 
 GROUPS: Mapping[str, Group] = {

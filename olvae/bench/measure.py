@@ -19,8 +19,7 @@ from torch import Tensor
 
 from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 
-Work = Callable[[], Sequence[float]]
-"""Does something once or several times; returns the seconds of each."""
+Work = Callable[[], Sequence[float]]  # does something once or several times; returns the seconds of each
 
 K = TypeVar("K", bound=Hashable)
 
@@ -53,50 +52,33 @@ class Times:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Something to measure.
-
-    Args:
-        run: the work; each of its seconds is of ``images`` images, 0 for a limit that has none.
-        size: pixels, and ``batch_size`` images at a time; 0 where there are no images.
-        work: what these images take, in ``unit``.
-        limits: cases that do work of the same unit with nothing in the way, by the name of the share.
-        peer: the case that the ratio of images per second is relative to.
-        computed_bytes: peak memory counted from shapes, where it can't be measured.
-    """
+    """Something to measure."""
 
     name: str
     variant: str
     precision: str
     run: Work
-    images: int
-    size: int = 0
+    images: int  # that each of the work's seconds is of; 0 for a limit that has none
+    size: int = 0  # pixels; 0 where there are no images
     batch_size: int = 0
-    work: float = 0.0
+    work: float = 0.0  # what these images take, in `unit`
     unit: Literal["macs", "bytes", "images"] = "macs"
-    limits: Mapping[str, "Case"] = field(default_factory=dict)
-    peer: "Case | None" = None
-    computed_bytes: int | None = None
+    limits: Mapping[str, "Case"] = field(default_factory=dict)  # work of this unit with nothing in the way, by share
+    peer: "Case | None" = None  # that the ratio of images per second is relative to
+    computed_bytes: int | None = None  # peak memory counted from shapes, where it can't be measured
 
 
 @dataclass
 class Setting:
-    """What a group's cases have in common.
-
-    Args:
-        size, batch_size: pixels, and images at a time; 0 for a config's own.
-        configs: of training steps: files or recipes.
-        sources: of images, each a SRC.
-        workers: numbers of loader processes.
-        compiled: whether compiled variants are measured, where a compiler works.
-    """
+    """What a group's cases have in common."""
 
     device: str
-    size: int = 0
-    batch_size: int = 0
-    configs: Sequence[str | Path] = ()
-    sources: Sequence[str] = ()
-    workers: Sequence[int] = (0, 1, 2)
-    compiled: bool = False
+    size: int = 0  # pixels; 0 for a config's own
+    batch_size: int = 0  # 0 for a config's own
+    configs: Sequence[str | Path] = ()  # of training steps: files or recipes
+    sources: Sequence[str] = ()  # of images, each a SRC
+    workers: Sequence[int] = (0, 1, 2)  # numbers of loader processes
+    compiled: bool = False  # whether compiled variants are measured, where a compiler works
 
     @property
     def kind(self) -> str:

@@ -1,12 +1,14 @@
 """Run ``olvae bench`` and ``olvae tables``: speed and memory, parameters and operations."""
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
 from olvae.cli.options import check_device, split_commas
 
+LEFT = ("group", "name", "variant", "precision")  # columns of words
 GROUPS = ("dwt", "encoder", "decoder", "train", "data", "encode")
 
 
@@ -87,24 +89,25 @@ def command(
         return
     typer.echo(", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True)
     for name in chosen:
-        _show(name, [row for row in document["rows"] if row["group"] == name])
+        rows = [{key: row[key] for key in row if key != "group"} for row in document["rows"] if row["group"] == name]
+        _show(name, rows, sys.stderr)
 
 
-def _show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a Markdown table to standard error."""
+def _show(title: str, rows: list[dict[str, Any]], file: TextIO) -> None:
+    """Print rows as a Markdown table."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.MARKDOWN)
-    keys = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row if key != "group")
+    keys = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
     for key in keys:
-        justify: Literal["left", "right"] = "left" if key in ("name", "variant", "precision") else "right"
+        justify: Literal["left", "right"] = "left" if key in LEFT else "right"
         table.add_column(key.removesuffix("_bytes").replace("_", " "), justify=justify)
     for row in rows:
         table.add_row(*(escape(_cell(key, row[key])) if key in row else "" for key in keys))
-    Console(stderr=True, width=200).print(table)
+    Console(file=file, width=200).print(table)
 
 
 def _cell(key: str, value: Any) -> str:
@@ -124,25 +127,16 @@ def tables_command(
     """
     import json
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from olvae.bench.cases import network_table
 
     rows = network_table()
     if as_json:
         typer.echo(json.dumps([row._asdict() for row in rows], indent=2))
         return
-    title = "Networks at 256x256: counted now, and as published"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title)
-    for heading in ("group", "variant", "name"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("M\nparams", "pub-\nlished", "\nGMACs", "pub-\nlished"):
-        table.add_column(heading, justify="right")
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        params, macs = f"{row.params / 1e6:.4f}", f"{row.macs / 1e9:.2f}"
-        published = "-" if row.published_macs is None else f"{row.published_macs / 1e9:.1f}"
-        ends = following is not None and following.group != row.group
-        table.add_row(*row[:3], params, f"{row.published_params / 1e6:.2f}", macs, published, end_section=ends)
-    Console().print(table)
+    shown = []
+    for row in rows:
+        published = None if row.published_macs is None else f"{row.published_macs / 1e9:.1f}"
+        counted = {"M params": f"{row.params / 1e6:.4f}", "published": f"{row.published_params / 1e6:.2f}"}
+        macs = {"GMACs": f"{row.macs / 1e9:.2f}", **({"GMACs published": published} if published else {})}
+        shown.append({"group": row.group, "variant": row.variant, "name": row.name, **counted, **macs})
+    _show("Networks at 256x256: counted now, and as published", shown, sys.stdout)

@@ -63,8 +63,7 @@ def program(
 PACKAGE = Path(__file__).parent.parent
 PYTHONS_FORMAT = warnings.formatwarning
 
-MANY_VALUES = ("--base", "-b")
-"""Options that take several values after one flag, as in latent-diffusion's commands."""
+MANY_VALUES = ("--base", "-b")  # options that take several values after one flag, as in latent-diffusion's commands
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,8 +20,7 @@ from olvae.models.names import check_target
 if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch
 
-STOPPED = 130
-"""Exit code after Ctrl-C, as in shells."""
+STOPPED = 130  # exit code after Ctrl-C, as in shells
 
 PREEMPTED = 75
 """Exit code after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h; the same command continues, or
@@ -133,8 +132,7 @@ def in_flags(text: str) -> str:
     return re.sub(r"`(\w+)`", lambda match: _flags.get(match[1], match[0]), text)
 
 
-LINE_EVERY_S = 15.0
-"""Seconds between lines of progress without a terminal."""
+LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
 
 
 class ProgressBar:

@@ -56,8 +56,7 @@ SET_BY_TRAINING = {
 }
 """Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
 
-READ_AS_SOURCE = ("olvae", "lightning")
-"""Packages whose modules are not imported to find arguments."""
+READ_AS_SOURCE = ("olvae", "lightning")  # packages whose modules are not imported to find arguments
 
 
 def validate(config: Mapping[str, Any]) -> list[str]:
@@ -76,11 +75,7 @@ def validate(config: Mapping[str, Any]) -> list[str]:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Check a config to train with.
-
-    Raises:
-        ConfigError: it has mistakes, or no data.
-    """
+    """Check a config to train with; raise ConfigError if it has mistakes, or no data."""
     mistakes = validate(config)
     if "data" not in config:
         mistakes.append("data: missing: the source of the training images")
@@ -101,11 +96,7 @@ def check_arguments(factory: Any, params: Any) -> Iterator[str]:
 
 
 def resolve_target(target: str) -> Any:
-    """Import the class or function that a dotted path names.
-
-    Raises:
-        ConfigError: it does not import; the message has the nearest right name.
-    """
+    """Import the class or function that a dotted path names; else raise ConfigError with the nearest right name."""
     module_name, name = _dotted(target)
     try:
         module = importlib.import_module(module_name)
@@ -121,11 +112,7 @@ def resolve_target(target: str) -> Any:
 
 
 def resolve_class(target: str, base: type[T]) -> type[T]:
-    """Import the class that a dotted path names.
-
-    Raises:
-        ConfigError: it does not import, or is not derived from ``base``.
-    """
+    """Import the class derived from ``base`` that a dotted path names; raise ConfigError if it is none."""
     found = resolve_target(target)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{target} is not a kind of {base.__module__}.{base.__qualname__}")
@@ -309,11 +296,7 @@ def _nearest_module(name: str) -> str:
 
 
 def _arguments_of(target: str) -> Arguments | None:
-    """Find the arguments of a target, if possible without importing it; None if it is a built-in without a signature.
-
-    Raises:
-        ConfigError: it does not import.
-    """
+    """Find the arguments of a target, if possible without importing it; None for a built-in without a signature."""
     module, name = _dotted(target)
     found = None if module in sys.modules else arguments_in_source(module, name)
     return found or _imported_arguments(resolve_target(target))

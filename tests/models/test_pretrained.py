@@ -597,7 +597,7 @@ def test_a_received_config_builds_no_more_than_its_weights_have(tmp_path):
 
 
 def test_a_received_yaml_is_read_as_it_is(tmp_path):
-    """Without what it includes, without variables of the environment, and without what its aliases repeat."""
+    """Without what it includes, without variables of the environment, and without aliases, which may repeat."""
     model = tiny()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "other.yaml").write_text("model: {}\n")
@@ -611,7 +611,6 @@ def test_a_received_yaml_is_read_as_it_is(tmp_path):
     config.write_text("include: other.yaml\n")
     with pytest.raises(ConfigError, match="include: unknown key"):
         LiteVAE.from_pretrained(tmp_path / "model.safetensors")
-    repeated = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
-    config.write_text(f"a: &a [{'x, ' * 9}]\n{repeated}")
-    with pytest.raises(ConfigError, match="more than 100000 values"):
+    config.write_text("a: &a [x, x]\nb: [*a, *a]\n")
+    with pytest.raises(ConfigError, match="YAML aliases, which may repeat without limit: refused"):
         LiteVAE.from_pretrained(tmp_path / "model.safetensors")
