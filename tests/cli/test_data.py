@@ -1,23 +1,14 @@
 """``olvae data``, as a user types it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from olvae.cli.options import ProgressBar
 from olvae.data import audit as module
-from tests.data.packing import members
+from tests.data.images import members, noise
 from tests.export.latents import encode
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -140,33 +131,23 @@ def test_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_pa
     assert "no images in this folder" in err
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, olvae):
-    root, out = tmp_path / "photos", tmp_path / "out"
-    root.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    for i in range(60):
-        Image.fromarray(noise).save(root / f"{i}.bmp")
-    command = [sys.executable, "-m", "olvae.cli.main", "data", "pack", str(root), "--out", str(out)]
-    process = subprocess.Popen(
-        [*command, "--shard-size", "4", "--workers", "2"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
-    )
-    while not list(out.glob("*.tar")):
-        time.sleep(0.01)
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes get it
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == f"stopped: finished shards are in {out}; the same command continues from there\n"
+def test_ctrl_c_says_how_to_go_on(olvae, image_folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupt(self: ProgressBar, done: int, total: int) -> None:
+        if list(out.glob("*.tar")):
+            raise KeyboardInterrupt
+
+    for i in range(20):
+        noise(i, (400, 400)).save(image_folder / f"{i}.bmp")
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "set", interrupt)
+        code, _, err = olvae("pack", image_folder, "--out", out, "--shard-size", 1, "--workers", 1)
+    assert (code, err) == (130, f"stopped: finished shards are in {out}; the same command continues from there\n")
     assert not list(out.glob(".packing/.partial-*"))
     assert not (out / "index.json").exists()
     done = len(list(out.glob("*.tar")))
-    assert 0 < done < 15
-    code, _, err = olvae("pack", root, "--out", out, "--shard-size", 4)
+    assert 0 < done < 32
+    code, _, err = olvae("pack", image_folder, "--out", out, "--shard-size", 1)
     assert code == 0
-    assert f"in 15 shards, {done} of them from an earlier run" in err
+    assert f"in 32 shards, {done} of them from an earlier run" in err

@@ -21,6 +21,11 @@ def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     return small.resize(size, Image.Resampling.BICUBIC)
 
 
+def noise(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
 def encoded(seed: int, file_format: str = "JPEG") -> bytes:
     stream = io.BytesIO()
     picture(seed).save(stream, file_format)
@@ -81,3 +86,18 @@ def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
 
 def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
     return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+def members(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    """By name in the source: the file and what is said about it; read with tarfile."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            files = {m.name: archive.extractfile(m).read() for m in archive}
+        for name, data in files.items():
+            if name.endswith(".json"):
+                details = json.loads(data)
+                (image,) = (n for n in files if n.startswith(name[:-4]) and n != name)
+                assert details["name"] not in found
+                found[details["name"]] = (files[image], {**details, "file": image})
+    return found

@@ -11,8 +11,7 @@ from PIL import Image
 from olvae.data import audit as module
 from olvae.data.audit import check, print_audit
 from olvae.data.packing import PackOptions, pack
-from tests.data.images import close_folders
-from tests.data.packing import picture
+from tests.data.images import close_folders, noise
 from tests.export.latents import encode
 
 
@@ -28,7 +27,7 @@ def photos(tmp_path):
     for i in range(24):
         path = root / f"class{i % 2}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i).save(path)
+        noise(i).save(path)
     return root
 
 
@@ -53,7 +52,7 @@ def test_sizes(tmp_path):
     root.mkdir()
     sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
     for i, size in enumerate(sizes):
-        picture(i, size).save(root / f"{i}.png")
+        noise(i, size).save(root / f"{i}.png")
     result = check(str(root), 64, workers=2)
     for name, values in (
         ("width", [w for w, _ in sizes]),
@@ -70,7 +69,7 @@ def test_sizes(tmp_path):
 def test_kinds_of_files(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
-    rgb = picture(0)
+    rgb = noise(0)
     rgb.save(root / "a.jpg")
     rgb.convert("L").save(root / "b.png")
     rgb.convert("CMYK").save(root / "c.jpg")
@@ -86,7 +85,7 @@ def test_kinds_of_files(tmp_path):
 def test_unreadable_files(photos):
     (photos / "empty.jpg").touch()
     stream = io.BytesIO()
-    picture(0, (90, 90)).save(stream, "PNG")
+    noise(0, (90, 90)).save(stream, "PNG")
     (photos / "cut.png").write_bytes(stream.getvalue()[:9000])
     (photos / "new\nline.png").write_text("no picture")
     (photos / "folder.jpg").mkdir()
@@ -110,7 +109,7 @@ def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
 
 
 def test_one_image_is_too_little(tmp_path):
-    picture(0).save(tmp_path / "one.png")
+    noise(0).save(tmp_path / "one.png")
     for source in (str(tmp_path), f"{tmp_path}/*.png"):
         (problem,) = check(source, 16).problems
         assert "one image can't be split into training and validation" in problem
