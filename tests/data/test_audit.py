@@ -115,17 +115,12 @@ def test_one_image_is_too_little(tmp_path):
         assert "one image can't be split into training and validation" in problem
 
 
-def test_a_folder_that_is_called_samples_is_not_the_sample_photographs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "samples").mkdir()
-    assert check("samples", 16).problems == []
-
-
 def test_shards_that_are_fine(shards):
-    result = check(str(shards), 16, workers=2)
-    assert (result.images, result.problems, result.unreadable) == (24, [], [])
+    counted = []
+    result = check(str(shards), 16, workers=2, on_progress=lambda done, total: counted.append((done, total)))
+    assert (result.images, result.problems, result.unreadable, result.notes) == (24, [], [], [])
     assert [shard.images for shard in result.shards] == [6, 6, 6, 6]
-    assert result.notes == []
+    assert counted[-1] == (24, 24)
 
 
 def test_a_truncated_shard(shards):

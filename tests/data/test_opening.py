@@ -123,15 +123,6 @@ def test_paths_become_absolute_and_other_values_stay(home):
     assert sources[0]["params"]["root"] == "photos/*.png"  # the node that was given is another one
 
 
-def test_a_config_opens_the_same_images_elsewhere(home, tmp_path, monkeypatch):
-    params = {"root": Path("photos/*.png"), "val_root": "more", "size": 8, "batch_size": 1}
-    config = {"data": {"target": FOLDER, "params": {**params, "root": str(params["root"])}}}
-    assert open_test_source(config).describe() == "4 training, 4 validation and test images"
-    make_absolute(config)
-    monkeypatch.chdir(tmp_path)
-    assert open_test_source(config).describe() == "4 training, 4 validation and test images"
-
-
 def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, caplog):
     config = {"data": {"target": FOLDER, "params": {"root": "photos", "size": 8, "batch_size": 1}}}
     config["run"] = {"paths": make_absolute(config)}

@@ -100,27 +100,34 @@ def test_mistakes(image_folder, tmp_path):
         source(empty)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         source(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="this is a file: name a folder"):
+        source(image_folder / "class0" / "0.png")
     with pytest.raises(ValueError, match="larger than the data"):
         source(image_folder, batch_size=100)
     with pytest.raises(ValueError, match="val_fraction"):
         source(image_folder, val_fraction=1.5)
-    with pytest.raises(ValueError, match="size must be at least 1"):
-        source(image_folder, size=0)
-    with pytest.raises(ValueError, match="num_workers"):
-        source(image_folder, num_workers=-1)
     Image.new("RGB", (9, 9)).save(empty / "one.png")
     with pytest.raises(ValueError, match="val_root"):
         source(empty)
 
 
-def test_a_list_may_have_absolute_and_relative_paths(image_folder, tmp_path, monkeypatch):
-    first, *rest = sorted(image_folder.rglob("*.png"))
-    monkeypatch.chdir(tmp_path)
-    names = [str(first), *(os.path.relpath(path, tmp_path) for path in rest)]
-    Path("list.txt").write_text("\n".join(names))
-    s = source(Path("list.txt"))
-    assert {path.resolve() for path in [*s.train.paths, *s.val.paths]} == {path.resolve() for path in [first, *rest]}
-    assert all(s.train.key(i) for i in range(len(s.train)))
+def test_lists(image_folder, tmp_path, monkeypatch):
+    """Absolute and relative paths; a byte order mark and line ends of Windows; bytes that are no UTF-8."""
+    monkeypatch.setenv("HOME", str(image_folder))
+    images = find_images(image_folder)
+    odd = [b"caf\xe9.png", "line\u2028separator.png".encode(), b"~copy.png"]
+    for name in odd:
+        shutil.copy(images[0], os.fsencode(tmp_path) + b"/" + name)
+    relative = os.path.relpath(images[1], tmp_path)
+    names = ["# žluťoučký", str(images[0]), "", relative, "~/class0/0.png"]
+    (tmp_path / "list.txt").write_bytes(b"\r\n".join(["\r\n".join(names).encode("utf-8-sig"), *odd]))
+    found = Files(find_images(tmp_path / "list.txt"))
+    expected = [images[0], images[1], image_folder / "class0" / "0.png"]
+    assert [path.resolve() for path in found.paths[:3]] == expected
+    assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 6
+    (tmp_path / "list.txt").write_text("# to be written\n\n")
+    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write one path per line"):
+        find_images(tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -131,40 +138,6 @@ def test_keys_of_a_list_do_not_lead_out_of_its_folder(image_folder, monkeypatch,
     found = Files(find_images("list.txt" if here else Path("list.txt").absolute()))
     assert [found.key(i) for i in range(2)] == ["class0/0.png", "class1/1.png"]
     assert all(found[i].read().size == (48, 40) for i in range(2))
-
-
-def test_a_list_as_windows_writes_it(image_folder):
-    """Notepad begins with a byte order mark."""
-    names = [path.relative_to(image_folder).as_posix() for path in find_images(image_folder)]
-    (image_folder / "list.txt").write_bytes("\r\n".join(["# žluťoučký", *names, ""]).encode("utf-8-sig"))
-    assert find_images(image_folder / "list.txt") == [image_folder / name for name in names]
-
-
-def test_names_in_a_list_are_the_bytes_that_they_are(image_folder):
-    images = find_images(image_folder)
-    names = [b"caf\xe9.png", "line\u2028separator.png".encode()]
-    for name in names:
-        shutil.copy(images[0], os.fsencode(image_folder) + b"/" + name)
-    (image_folder / "list.txt").write_bytes(b"\n".join(names))
-    found = Files(find_images(image_folder / "list.txt"))
-    assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 2
-
-
-def test_names_in_a_list_may_begin_with_a_tilde(image_folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(image_folder))
-    (image_folder / "list.txt").write_text("~copy.png\n~/class0/0.png\n")
-    assert find_images(image_folder / "list.txt") == [image_folder / "~copy.png", image_folder / "class0" / "0.png"]
-
-
-def test_a_list_of_nothing_says_so(image_folder):
-    (image_folder / "list.txt").write_text("# to be written\n\n")
-    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write one path per line"):
-        find_images(image_folder / "list.txt")
-
-
-def test_a_single_picture_is_not_called_missing(image_folder):
-    with pytest.raises(FileNotFoundError, match="this is a file: name a folder"):
-        find_images(find_images(image_folder)[0])
 
 
 def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):

@@ -94,14 +94,6 @@ def test_every_filter_is_used():
     assert seen == expected
 
 
-def test_a_generator_fixes_the_crop():
-    image = gradient(100, 80)
-    crop = RandomScaleCrop(16)
-    first, again, other = (np.asarray(crop(image, np.random.default_rng(seed))) for seed in (1, 1, 2))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

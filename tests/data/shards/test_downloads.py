@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,21 +222,6 @@ def test_loader_processes_after_the_main_one_has_downloaded(server, tmp_path):
         assert time.monotonic() - begun < 60
     assert {key.partition("/")[0] for key in keys} == {"000", "001", "002", "stall-always"}
     assert loader.read_errors.unreadable.reasons == {server.url("stall-always.tar"): "nothing came for 1 s"}
-
-
-def test_many_forks(server):
-    def count(results) -> None:
-        results.put(len(read(server.url("six.tar"))[0]))
-
-    context = get_context("fork")
-    results = context.Queue()
-    count(results)
-    processes = [context.Process(target=count, args=(results,)) for _ in range(8)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=60) for _ in range(9)] == [6] * 9
-    for process in processes:
-        process.join()
 
 
 def test_shards_and_their_index(server, tmp_path):

@@ -25,7 +25,7 @@ def test_ways_to_name_shards(tmp_path, monkeypatch):
     folder = str(tmp_path / "s")
     assert find_shards(folder) == paths
     assert find_shards(f"{folder}/{{000..002}}.tar") == paths
-    assert find_shards(f"{folder}/*.tar") == paths
+    assert find_shards(f"{folder}/*.tar") == find_shards(f"file://{folder}/*.tar") == paths
     assert find_shards([f"{folder}/000.tar", f"{folder}/00{{1,2}}.tar"]) == paths
     assert find_shards("http://a/{00..01}.tar") == ["http://a/00.tar", "http://a/01.tar"]
     assert find_shards("pipe:cat {1..2}.tar") == ["pipe:cat 1.tar", "pipe:cat 2.tar"]

@@ -1,4 +1,5 @@
 import json
+import shutil
 from itertools import islice
 
 import pytest
@@ -15,15 +16,21 @@ from tests.data.images import encoded, picture, rewrite, write_tar
 from tests.export.latents import encode, tiny_vae
 
 
-@pytest.fixture
-def latents(tmp_path):
-    """Of 23 images in three shards, with classes; moments, of mirrored images too."""
-    (tmp_path / "shards").mkdir()
+@pytest.fixture(scope="session")
+def encoded_once(tmp_path_factory):
+    """Latents of 23 images in three shards, with classes; moments, of mirrored images too; beside their shards."""
+    root = tmp_path_factory.mktemp("latents")
+    (root / "shards").mkdir()
     for shard, numbers in enumerate((range(9), range(9, 14), range(14, 23))):
         files = [[(f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", str(n % 5).encode())] for n in numbers]
-        write_tar(tmp_path / f"shards/{shard:03d}.tar", [file for group in files for file in group])
-    encode(tmp_path / "shards", tmp_path / "latents", flip=True, dtype="float32")
-    return tmp_path / "latents"
+        write_tar(root / f"shards/{shard:03d}.tar", [file for group in files for file in group])
+    encode(root / "shards", root / "latents", flip=True, dtype="float32")
+    return root
+
+
+@pytest.fixture
+def latents(encoded_once, tmp_path):
+    return shutil.copytree(encoded_once / "latents", tmp_path / "latents")
 
 
 def source(folder, **arguments) -> LatentSource:
@@ -37,7 +44,7 @@ def take(loader, count):
 def test_latents_have_mean_0_and_deviation_1(latents):
     """Each value, over many visits, within its sampling error."""
     s = source(latents, batch_size=23)
-    batches = take(s.train_loader(seed=0), 60)
+    batches = take(s.train_loader(seed=0), 30)
     z = torch.cat([batch["latent"] for batch in batches]).double()
     assert batches[0]["latent"].dtype == torch.float32
     assert batches[0]["latent"].shape == (23, 4, 2, 2)
@@ -47,7 +54,7 @@ def test_latents_have_mean_0_and_deviation_1(latents):
 
 def test_per_channel_each_has_mean_0_and_deviation_1(latents):
     s, plain = source(latents, batch_size=23, per_channel=True), source(latents, batch_size=23)
-    z = torch.cat([batch["latent"] for batch in take(s.train_loader(seed=0), 60)]).double()
+    z = torch.cat([batch["latent"] for batch in take(s.train_loader(seed=0), 30)]).double()
     assert z.mean((0, 2, 3)).tolist() == pytest.approx([0.0] * 4, abs=0.03)
     assert z.square().mean((0, 2, 3)).tolist() == pytest.approx([1.0] * 4, abs=0.04)
     (one,), (other,) = take(s.val_loader(), 1), take(plain.val_loader(), 1)
@@ -79,7 +86,7 @@ def test_per_channel_where_one_is_the_same_everywhere(latents):
 def test_visits_draw_other_noise_and_other_sides(latents):
     s, model = source(latents, batch_size=23), tiny_vae()
     key, visits = "001/0010", []
-    for batch in take(s.train_loader(seed=0), 100):
+    for batch in take(s.train_loader(seed=0), 40):
         visits.append(batch["latent"][batch["key"].index(key)])
     z = torch.stack(visits).double() / s.scaling_factor + s.shift_factor
     picture = EvalTransform(16)(Photo(encoded(10), "10.jpg").read())
@@ -88,8 +95,8 @@ def test_visits_draw_other_noise_and_other_sides(latents):
         plain, mirrored = model.encode(x), model.encode(x.flip(-1))
     mean = (plain.mean + mirrored.mean)[0].double() / 2
     var = (plain.var + mirrored.var)[0].double() / 2 + ((plain.mean - mirrored.mean)[0].double() / 2).square()
-    assert ((z.mean(0) - mean).abs() < 5 * (var / 100).sqrt()).all()
-    assert torch.allclose(z.var(0), var, rtol=0.6)
+    assert ((z.mean(0) - mean).abs() < 5 * (var / 40).sqrt()).all()
+    assert torch.allclose(z.var(0), var, rtol=1.0)
     fixed = source(latents, batch_size=23, sample=False, flip=False)
     for batch in take(fixed.train_loader(seed=0), 3):
         z = batch["latent"][batch["key"].index(key)] / fixed.scaling_factor + fixed.shift_factor
@@ -116,8 +123,8 @@ def test_without_classes_there_is_no_label(tmp_path, image_folder):
     assert set(batch) == {"latent", "key"}
 
 
-def test_images_beside_the_latents_change_nothing(latents, tmp_path):
-    encode(tmp_path / "shards", tmp_path / "pairs", flip=True, dtype="float32", images=True)
+def test_images_beside_the_latents_change_nothing(encoded_once, latents, tmp_path):
+    encode(encoded_once / "shards", tmp_path / "pairs", flip=True, dtype="float32", images=True)
     a, b = source(latents), source(tmp_path / "pairs")
     loaders = [(take(a.train_loader(seed=1), 12), take(b.train_loader(seed=1), 12)), (a.val_loader(), b.val_loader())]
     for one, other in loaders:

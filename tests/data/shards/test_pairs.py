@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import Latent, latent_bytes
 from olvae.data.shards.pairs import PairSource, pixel_bytes
 from olvae.data.transforms import EvalTransform
-from tests.data.images import encoded, picture, rewrite, write_tar
+from tests.data.images import encoded, rewrite, write_tar
 from tests.export.latents import Blocks, Shrunk, encode
 
 SIDE = 32  # of the encoded images, so that crops of 16 pixels have 5 x 5 places
@@ -35,10 +36,18 @@ def write_images(folder: Path, counts: tuple[int, ...] = (7, 9, 4, 3)) -> Path:
     return folder
 
 
-@pytest.fixture
-def pairs(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def encoded_once(tmp_path_factory) -> Path:
+    """A folder of shards, and pairs of them."""
+    root = tmp_path_factory.mktemp("pairs")
     options = {"size": SIDE, "flip": True, "dtype": "float32", "images": True}
-    encode(write_images(tmp_path / "shards"), tmp_path / "pairs", Blocks(), **options)
+    encode(write_images(root / "shards"), root / "pairs", Blocks(), **options)
+    return root
+
+
+@pytest.fixture
+def pairs(encoded_once, tmp_path) -> Path:
+    shutil.copytree(encoded_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "pairs"
 
 
@@ -233,15 +242,3 @@ def test_what_it_refuses(pairs, tmp_path):
     (pairs / "stats.json").write_text(json.dumps({**stats, "downscale": None}))
     with pytest.raises(ValueError, match=r"stats\.json: not a description of latents"):
         source(pairs)
-
-
-def test_pixels_of_a_png_are_kept_too(tmp_path):
-    """A source of another format, numbered files instead of shards."""
-    for number in range(4):
-        picture(number).save(tmp_path / f"{number}.png")
-    encode(tmp_path, tmp_path / "pairs", Blocks(), shard_size=2, size=SIDE, images=True)
-    (batch,) = list(source(tmp_path / "pairs", size=SIDE, batch_size=2).val_loader())
-    for image, key in zip(batch["image"], batch["key"], strict=True):
-        expected = EvalTransform(SIDE)(Image.open(tmp_path / key))
-        assert torch.equal(image, image_to_tensor(expected))
-    assert "label" not in batch

@@ -1,8 +1,5 @@
 import io
 import json
-import multiprocessing
-import os
-import socket
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -10,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
 from olvae.data.read_errors import TooManyUnreadableError
@@ -201,41 +197,3 @@ def test_shards_none_of_which_can_be_read_end_training():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
     with pytest.raises(ValueError, match=r"none of the 2 shards could be read: .*pipe:false"):
         keys(s, 1)
-
-
-def _rank(rank: int, port: int, root: Path, results: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    s = source(root, num_workers=2, batch_size=2)
-    epoch = [batch["key"] for batch in islice(s.train_loader(), 12)]
-    val = [key for batch in s.val_loader() for key in batch["key"]]
-    results.put((rank, epoch, val))
-    dist.destroy_process_group()
-
-
-def test_two_ranks_of_two_workers_over_seven_shards(shards):
-    """Real processes: 50 images among four are 12 each, 12 batches of 2 a rank; no image twice; validation once."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [context.Process(target=_rank, args=(rank, port, shards, results)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    found = sorted(results.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join()
-    training = [key for _, epoch, _ in found for batch in epoch for key in batch]
-    assert [len(epoch) for _, epoch, _ in found] == [12, 12]
-    assert len(training) == len(set(training)) == 48
-    validation = [key for _, _, val in found for key in val]
-    assert len(validation) == len(set(validation)) == 7
-
-
-def test_shards_by_file_urls_are_local(tmp_path):
-    write_shards(tmp_path / "shards", (4, 4, 4))
-    urls = [f"file://{path}" for path in sorted((tmp_path / "shards").glob("*.tar"))]
-    plain, by_url = (WebDatasetSource(shards, 16, 4) for shards in (str(tmp_path / "shards"), urls))
-    assert (by_url.samples_per_epoch, by_url.val_images) == (plain.samples_per_epoch, plain.val_images) == (8, 4)
-    assert keys(by_url, 8) == keys(plain, 8)
