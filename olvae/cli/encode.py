@@ -1,8 +1,9 @@
 """Run ``olvae encode`` and ``olvae decode``: images to latents for a diffusion model, and back."""
 
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +21,8 @@ from olvae.cli.options import (
     stop_code,
 )
 
+BatchSize = Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")]
+
 
 def command(
     target: TargetArgument,
@@ -28,42 +31,29 @@ def command(
     config: ConfigFile = None,
     size: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Pixels: resize the shorter side, then crop the centre; the training size by default.",
-        ),
+        typer.Option(min=1, help="Pixels after resizing and cropping; by default the training's."),
     ] = None,
-    native: Annotated[
-        bool, typer.Option("--native", help="Keep every image's size, padded to a multiple of f.")
-    ] = False,
+    native: Annotated[bool, typer.Option("--native", help="Keep images' sizes, padded to multiples of f.")] = False,
     moments: Annotated[
-        bool,
-        typer.Option(
-            "--moments/--sample", help="Store the posterior's mean and standard deviation, or one sample of it."
-        ),
+        bool, typer.Option("--moments/--sample", help="Store the posterior's mean and deviation, or one sample of it.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")] = 0,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32"], typer.Option(help="What latents are stored in.")
     ] = "float16",
     flip: Annotated[bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")] = False,
-    images: Annotated[
-        bool, typer.Option("--images", help="Store the encoded pixels as well, as PNG; needs one size.")
-    ] = False,
+    images: Annotated[bool, typer.Option("--images", help="Store the encoded pixels too, as PNG of one size.")] = False,
     classes: Annotated[
         bool, typer.Option("--classes", help="Folders are classes: store the number of an image's folder as .cls.")
     ] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard; ignored for input shards.")] = 1000,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")] = 16,
+    batch_size: BatchSize = 16,
     threads: Annotated[int, typer.Option(min=0, help="Threads that read images, in each process.")] = 4,
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="Memory for encoding with --native.")] = 4.0,
     precision: Annotated[
-        str,
-        typer.Option(callback=check_precision, help="32, bf16 or fp16: what the encoder computes in."),
+        str, typer.Option(callback=check_precision, help="32, bf16 or fp16: what the encoder computes in.")
     ] = "32",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the encoder first; every new size takes time.")
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the encoder; new sizes take time.")] = False,
     device: Device = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
@@ -128,15 +118,17 @@ def command(
     if stats is not None:
         if as_json:
             typer.echo(json.dumps(stats, indent=2))
-        lost = stats["unreadable"]["count"]
-        typer.echo(
-            f"latents: {out}, {stats['count']} images{f' of {size} px' if size else ''} in {len(inputs)} "
-            f"shard{'s' * (len(inputs) > 1)}{f'; {lost} could not be read, stats.json lists them' if lost else ''}\n"
-            f"numbers: {out / 'stats.json'}, scaling_factor {stats['scaling_factor']:.4f}, "
-            f"shift_factor {stats['shift_factor']:.4f}",
-            err=True,
-        )
+        for line in _report(stats, out, len(inputs)):
+            typer.echo(line, err=True)
     leave()
+
+
+def _report(stats: Mapping[str, Any], out: Path, shards: int) -> Iterator[str]:
+    of = f" of {stats['size']} px" if stats["size"] else ""
+    lost = f"; {n} could not be read, stats.json lists them" if (n := stats["unreadable"]["count"]) else ""
+    yield f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}"
+    factors = (f"{name} {stats[name]:.4f}" for name in ("scaling_factor", "shift_factor"))
+    yield f"numbers: {out / 'stats.json'}, {', '.join(factors)}"
 
 
 def decode_command(
@@ -145,11 +137,8 @@ def decode_command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the images to.")],
     config: ConfigFile = None,
     image_format: Annotated[Literal["png", "jpg"], typer.Option("--format", help="Of the pictures.")] = "png",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Latents at a time.")] = 16,
-    memory: Annotated[
-        float,
-        typer.Option(metavar="GiB", min=0.01, help="Memory for decoding; what needs more is tiled."),
-    ] = 4.0,
+    batch_size: BatchSize = 16,
+    memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="What needs more is decoded in tiles.")] = 4.0,
     device: Device = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,

@@ -13,7 +13,7 @@ def command(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A run folder, a checkpoint, an export, olvae:NAME, an id of the hub, diffusers:ID_OR_FOLDER of an "
+            help="A run, a checkpoint, an export, olvae:NAME, an id of the hub, diffusers:ID_OR_FOLDER of an "
             "AutoencoderKL, or a file of latent-diffusion's.",
         ),
     ],
@@ -35,10 +35,7 @@ def command(
         Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint, if it is not beside it.")
     ] = None,
     config_base: Annotated[
-        Path | None,
-        typer.Option(
-            "--config_base", metavar="DIR", help="A folder to search for the run's config, by the run's name."
-        ),
+        Path | None, typer.Option("--config_base", metavar="DIR", help="A folder to search for the run's config.")
     ] = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
@@ -46,10 +43,7 @@ def command(
         Literal["float32", "float16", "bfloat16"], typer.Option(help="Round the weights to this dtype.")
     ] = "float32",
     fold: Annotated[
-        bool,
-        typer.Option(
-            "--fold", help="Turn self-modulated convolutions into ordinary ones; such weights are for inference only."
-        ),
+        bool, typer.Option("--fold", help="Turn self-modulated convolutions into ordinary ones, for inference only.")
     ] = False,
     scaling_factor: Annotated[
         float | None, typer.Option(help="For a diffusion model: 1 / standard deviation of the latents.")
@@ -62,8 +56,7 @@ def command(
         bool, typer.Option("--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx].")
     ] = False,
     license_id: Annotated[
-        str | None,
-        typer.Option("--license", metavar="ID", help="The weights' licence, by the hub's name for it: mit, ..."),
+        str | None, typer.Option("--license", metavar="ID", help="The weights' licence by the hub's name: mit, ...")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the export in --out.")] = False,
 ) -> None:
