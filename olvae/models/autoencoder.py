@@ -19,7 +19,6 @@ from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import (
     CARD,
     Located,
-    config_kept,
     locate,
     upload_errors,
     write_export,
@@ -101,11 +100,7 @@ class Autoencoder(nn.Module, ABC):
         memory: int | None = None,  # noqa: ARG002
         progress: Progress | None = None,  # noqa: ARG002
     ) -> Tensor:
-        """``decode(z)`` without gradients in tiles of this side, or within ``memory`` bytes; by default whole.
-
-        Raises:
-            ValueError: a tile is given to a model that decodes whole.
-        """
+        """``decode(z)`` without gradients in tiles of this side, or within ``memory`` bytes; by default whole."""
         if tile is not None:
             raise ValueError(f"{type(self).__name__} decodes the whole latent at once: leave `tile` out")
         with torch.no_grad():
@@ -155,18 +150,18 @@ class LiteVAE(
 
     def __init__(self, encoder: Encoder, decoder: Decoder, quantizer: Quantizer | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.quantizer = quantizer
+        self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
         self.in_channels, self.downscale, self.image_size = encoder.in_channels, encoder.downscale, encoder.image_size
         self.latent_channels = quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
         self.folded = False
         """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
-        if quantizer is None:
-            moments = 2 * decoder.z_channels
-            _check("encoder's latent_dim", encoder.latent_dim, "twice the decoder's z_channels", moments)
-        _check("encoder's downscale", encoder.downscale, "the decoder's upscale", decoder.upscale)
-        _check("encoder's in_channels", encoder.in_channels, "the decoder's out_channels", decoder.out_channels)
+        for name, value, other_name, other in (
+            ("latent_dim", encoder.latent_dim, "twice the decoder's z_channels", 2 * decoder.z_channels),
+            ("downscale", encoder.downscale, "the decoder's upscale", decoder.upscale),
+            ("in_channels", encoder.in_channels, "the decoder's out_channels", decoder.out_channels),
+        ):
+            if value != other and not (name == "latent_dim" and quantizer is not None):
+                raise ValueError(f"the encoder's {name}, {value}, is not {other_name}, {other}")
 
     @classmethod
     def from_config(
@@ -190,43 +185,34 @@ class LiteVAE(
         Raises:
             ConfigError: a node has mistakes, or ``latent_dim`` does not fit.
         """
-        if use_quant:
-            encoder = instantiate(encoder_config)
-            decoder = instantiate(decoder_config)
-            quantizer = Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels)
-            if encoder.linear is not None or decoder.linear is not None:
-                quantizer.start_as_identity()
-            return cls(encoder, decoder, quantizer)._shift_logvar(initial_logvar)
         latent_dim = (encoder_config.get("params") or {}).get("latent_dim", 2 * embed_dim)
-        if latent_dim not in (embed_dim, 2 * embed_dim):
+        if not use_quant and latent_dim not in (embed_dim, 2 * embed_dim):
             raise ConfigError(
                 f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder computes the "
                 f"moments of embed_dim = {embed_dim} channels: leave latent_dim out, or set use_quant"
             )
-        encoder = instantiate(encoder_config, latent_dim=2 * embed_dim)
-        return cls(encoder, instantiate(decoder_config))._shift_logvar(initial_logvar)
+        encoder = instantiate(encoder_config, **({} if use_quant else {"latent_dim": 2 * embed_dim}))
+        decoder = instantiate(decoder_config)
+        quantizer = Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels) if use_quant else None
+        if quantizer is not None and (encoder.linear is not None or decoder.linear is not None):
+            quantizer.start_as_identity()
+        return cls(encoder, decoder, quantizer)._shift_logvar(initial_logvar)
 
     @classmethod
     def from_spec(cls, spec: AutoencoderSpec, max_parameters: int = MAX_PARAMETERS) -> "LiteVAE":
-        """Build with fresh weights, after counting the parameters of networks of this package.
+        """Build with fresh weights; ConfigError as :meth:`from_config`, or for more than ``max_parameters``."""
 
-        Raises:
-            ConfigError: as :meth:`from_config`, or there are more than ``max_parameters``.
-        """
+        def build() -> "LiteVAE":
+            networks = (spec.encoder_config, spec.decoder_config, spec.embed_dim, spec.use_quant, spec.initial_logvar)
+            model = cls.from_config(*networks)
+            return model.fold() if spec.folded else model
+
         if spec.ours:
             with torch.device("meta"):
-                parameters = count_parameters(cls._built(spec))
+                parameters = count_parameters(build())
             if parameters > max_parameters:
                 raise ConfigError(f"weights of another model, or too large: {parameters:,} parameters")
-        return cls._built(spec)
-
-    @classmethod
-    def _built(cls, spec: AutoencoderSpec) -> "LiteVAE":
-        model = cls.from_config(
-            spec.encoder_config, spec.decoder_config, spec.embed_dim, spec.use_quant, spec.initial_logvar
-        )
-        model = model.fold() if spec.folded else model
-        return model.set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
+        return build().set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
 
     def set_for_diffusion(self, values: Mapping[str, Any]) -> "LiteVAE":
         """Set some or all of :attr:`Autoencoder.for_diffusion`."""
@@ -275,12 +261,10 @@ class LiteVAE(
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write an export, which diffusers reads too, and a short README.md if there is none.
 
-        Raises:
-            ValueError: a network is not of this package, or weights are non-finite; nothing is written.
+        ValueError if a network is not of this package, or weights are non-finite; then nothing is written.
         """
         self._check_saveable()
-        with config_kept(Path(save_directory)):
-            return super().save_pretrained(save_directory, **kwargs)
+        return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_export(self.state_dict(), self.export_config(), save_directory)
@@ -293,13 +277,11 @@ class LiteVAE(
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the Hugging Face hub, which is created if missing; returns the commit's address.
 
+        OSError if the hub refuses, or can't be reached; ValueError as :meth:`save_pretrained`: no repository is made.
+
         Args:
             repo_id: OWNER/NAME, or NAME for one's own.
             kwargs: for huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
-
-        Raises:
-            OSError: the hub refuses, or can't be reached.
-            ValueError: as :meth:`save_pretrained`; no repository is made.
         """
         self._check_saveable()
         # Without OWNER the card can't name the repository: the hub fills in the token's owner.
@@ -330,11 +312,7 @@ class LiteVAE(
         }
 
     def export_config(self) -> Config:
-        """The config.json of an export.
-
-        Raises:
-            ValueError: a network is not of this package, or has an argument that JSON can't represent.
-        """
+        """The config.json of an export; ValueError as :meth:`AutoencoderSpec.to_export`."""
         spec = AutoencoderSpec(**self.config, folded=self.folded, **self.for_diffusion)
         decoder = self.decoder.node["params"]
         return spec.to_export(
@@ -401,16 +379,11 @@ class LiteVAE(
 
 
 def load_located(
-    found: Located,
-    weights: Mapping[str, Tensor],
-    allow_mismatch: bool = False,
-    dtype: torch.dtype = torch.float32,
+    found: Located, weights: Mapping[str, Tensor], allow_mismatch: bool = False, dtype: torch.dtype = torch.float32
 ) -> LiteVAE:
     """Build an autoencoder that was located, and load the weights that were read; in evaluation mode.
 
-    Raises:
-        ConfigError: the networks can't be built.
-        ValueError: as :func:`load_weights`.
+    ConfigError if the networks can't be built, ValueError as :func:`load_weights`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
@@ -421,8 +394,3 @@ def load_located(
             raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {first_line(error)}") from error
     load_weights(model, weights, found.weights, allow_mismatch)
     return model.eval()
-
-
-def _check(name: str, value: Any, other_name: str, other: Any) -> None:
-    if value != other:
-        raise ValueError(f"the {name}, {value}, is not {other_name}, {other}")

@@ -36,11 +36,7 @@ def shipped_names() -> list[str]:
 
 
 def shipped_folder(text: str) -> Path:
-    """The export that ``olvae:NAME`` is.
-
-    Raises:
-        FileNotFoundError: there is none of that name; the message lists those that there are.
-    """
+    """The export that ``olvae:NAME`` is; FileNotFoundError with the names that there are if it is none of them."""
     name, names = text.removeprefix(SHIPPED), shipped_names()
     if name not in names:
         known = ", ".join(f"{SHIPPED}{name}" for name in names)
@@ -49,11 +45,7 @@ def shipped_folder(text: str) -> Path:
 
 
 def check_target(text: str) -> None:
-    """Check that something of this name exists, or may exist on the hub.
-
-    Raises:
-        FileNotFoundError: there is nothing of this name.
-    """
+    """Raise FileNotFoundError unless something of this name exists, or may exist on the hub."""
     if text.startswith(DIFFUSERS):
         name = text.removeprefix(DIFFUSERS).partition("::")[0]
         if not (Path(name).is_dir() or is_hub_id(name)):

@@ -7,7 +7,7 @@ parameters under their published names, so that this package, the hub and diffus
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ OURS = "olvae."
 """Prefix of every target that a received config may name."""
 
 CLASS_NAME = "AutoencoderLiteVAE"
-
 CONFIG_NAME = "config.json"
-
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
@@ -32,31 +30,17 @@ FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std"
 """Arguments of :class:`AutoencoderSpec` for the pipeline of a diffusion model; they change nothing here."""
 
 IN_TRAINING = (*NETWORKS, "initial_logvar", *FOR_DIFFUSION)
-"""Arguments of :class:`AutoencoderSpec` in a training config."""
-
 IN_EXPORT = (*NETWORKS, "folded", *FOR_DIFFUSION)
-"""Arguments of :class:`AutoencoderSpec` in an export."""
 
 DERIVED = (
-    "block_out_channels",
-    "in_channels",
-    "latent_channels",
-    "out_channels",
-    "sample_size",
-    "use_post_quant_conv",
-    "use_quant_conv",
+    *("block_out_channels", "in_channels", "latent_channels", "out_channels", "sample_size"),
+    *("use_post_quant_conv", "use_quant_conv"),
 )
 """Other keys of an export's config.json, for diffusers; they follow from the arguments."""
 
-
-MAX_BLOCKS = 24
-"""Per level, of a received config; of the recipes the deepest has 5."""
-
-MAX_ENTRIES = 10
-"""Of a list in a received config, which has one for each level."""
-
-MAX_NUMBER = 2**16
-"""In a received config: channels, sizes in pixels."""
+MAX_BLOCKS = 24  # per level, of a received config; of the recipes the deepest has 5
+MAX_ENTRIES = 10  # of a list in a received config, which has one for each level
+MAX_NUMBER = 2**16  # in a received config: channels, sizes in pixels
 
 
 @dataclass(frozen=True)
@@ -92,29 +76,21 @@ class AutoencoderSpec:
             ConfigError: the config has mistakes, or describes something else.
         """
         if "model" in content:
-            node, prefix = content["model"], "model.params."
-            params = node.get("params") if isinstance(node, Mapping) else None
-            params = {key: params[key] for key in IN_TRAINING if key in params} if isinstance(params, Mapping) else {}
+            node, origin = content["model"], f"{origin}: model.params."
+            given = node.get("params") if isinstance(node, Mapping) else None
+            params = {key: given[key] for key in IN_TRAINING if key in given} if isinstance(given, Mapping) else {}
             params = {key: value for key, value in params.items() if value is not None or key not in FOR_DIFFUSION}
         else:
             _check_export(content, origin)
-            params, prefix = {key: content[key] for key in IN_EXPORT if key in content}, ""
-        targets = {key: _text(params.get(key), "target") for key in ("encoder_config", "decoder_config")}
-        foreign = [
-            f"{key}.target: {target}" for key, target in targets.items() if target and not target.startswith(OURS)
-        ]
-        if only_ours and foreign:  # before anything of it is imported
-            raise ConfigError(*(f"{origin}: {prefix}{it} is not a network of this package: refused" for it in foreign))
-        if only_ours and (large := list(oversized(params))):
-            raise ConfigError(*(f"{origin}: {prefix}{it}" for it in large))
-        mistakes = list(cfg.check_arguments(cls, params)) or list(check_factors(params, params["embed_dim"]))
-        for (key, target), kind in zip(targets.items(), (Encoder, Decoder), strict=True):
-            try:
-                cfg.resolve_class(target or f"{kind.__module__}.{kind.__name__}", kind)
-            except ConfigError as error:
-                mistakes = [f"{key}.target: {error}"]
-        if mistakes:
-            raise ConfigError(*(f"{origin}: {prefix}{mistake}" for mistake in mistakes))
+            params, origin = {key: content[key] for key in IN_EXPORT if key in content}, f"{origin}: "
+        for mistakes in (  # each only where there is none before it
+            _wrong_networks(params, only_ours),
+            oversized(params) if only_ours else (),
+            cfg.check_arguments(cls, params),
+            check_factors(params, params.get("embed_dim", 0)),
+        ):
+            if lines := [f"{origin}{mistake}" for mistake in mistakes]:
+                raise ConfigError(*lines)
         return cls(**params)
 
     @property
@@ -125,16 +101,12 @@ class AutoencoderSpec:
     def to_export(self, **derived: Any) -> Config:
         """The content of an export's config.json, with the ``derived`` keys.
 
-        Raises:
-            ValueError: a network is not of this package, or has an argument that JSON can't represent.
+        ValueError if a network is not of this package, or has an argument that JSON can't represent.
         """
         for target in (self.encoder_config["target"], self.decoder_config["target"]):
             if not target.startswith(OURS):
-                raise ValueError(
-                    f"{target} is a network of your own: an export holds networks of this package only; keep the run "
-                    "folder, or save the state dict"
-                )
-        arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name in IN_EXPORT}
+                raise ValueError(f"{target} is a network of your own: an export holds networks of this package only")
+        arguments = {name: getattr(self, name) for name in IN_EXPORT}
         try:
             content: Config = json.loads(json.dumps({"_class_name": CLASS_NAME, **arguments, **derived}))
         except TypeError as error:
@@ -143,13 +115,10 @@ class AutoencoderSpec:
 
 
 def read_config(path: str | Path, received: bool = False) -> Config:
-    """Read a training config (YAML) or the config.json of an export.
+    """Read a training config (YAML) or the config.json of an export; ConfigError if it is missing, or not readable.
 
     Args:
         received: it may be somebody else's: a YAML file may not name others.
-
-    Raises:
-        ConfigError: the file is missing, or not readable.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -167,15 +136,24 @@ def read_config(path: str | Path, received: bool = False) -> Config:
 def class_in(folder: Path) -> str | None:
     """The class, diffusers' or ours, that a folder's config.json names; None if there is no readable one."""
     try:
-        content = read_config(folder / CONFIG_NAME)
+        name = read_config(folder / CONFIG_NAME).get("_class_name")
     except ConfigError:
         return None
-    return _text(content, "_class_name")
+    return name if isinstance(name, str) else None
 
 
-def _text(node: Any, key: str) -> str | None:
-    text = node.get(key) if isinstance(node, Mapping) else None
-    return text if isinstance(text, str) else None
+def _wrong_networks(params: Mapping[str, Any], only_ours: bool) -> Iterator[str]:
+    """Yield an error for each network that is none, or that a received config may not name; that is not imported."""
+    for key, kind in (("encoder_config", Encoder), ("decoder_config", Decoder)):
+        node = params.get(key)
+        target = node.get("target") if isinstance(node, Mapping) else None
+        if only_ours and isinstance(target, str) and not target.startswith(OURS):
+            yield f"{key}.target: {target} is not a network of this package: refused"
+        elif isinstance(target, str):
+            try:
+                cfg.resolve_class(target, kind)
+            except ConfigError as error:
+                yield f"{key}.target: {error}"
 
 
 def _check_export(content: Mapping[str, Any], origin: str) -> None:

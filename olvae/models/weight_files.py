@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from olvae.checkpoint import write_tensors
-from olvae.config import CONFIG_BYTES, Config, ConfigError
+from olvae.config import CONFIG_BYTES, Config, ConfigError, recipes
 from olvae.files import atomic_write, first_line, write_json
 from olvae.models.names import SHIPPED, WEIGHT_SUFFIXES, is_hub_id, shipped_folder
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, class_in, read_config
@@ -57,23 +56,24 @@ vae = AutoencoderLiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", tru
 def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any) -> Path:
     """Download the files of these patterns, or find them in the cache; returns their folder.
 
+    FileNotFoundError if repository or revision do not exist, or the hub can't be reached; OSError if it breaks off.
+
     Args:
         access: further arguments of huggingface_hub's snapshot_download, such as revision and token.
-
-    Raises:
-        FileNotFoundError: the repository or revision does not exist, or the hub can't be reached.
-        OSError: the download broke off.
     """
     where = f"{repo_id}@{access['revision']}" if access.get("revision") else repo_id
     try:
-        folder = snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **access)
+        return Path(snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **access))
     except Exception as error:
         for kind, message in _NOT_FOUND.items():
             if isinstance(error, kind):
-                reason = message.format(error=first_line(error), cause=first_line(error.__cause__ or error))
-                raise FileNotFoundError(f"{where}: {reason}") from error
+                raise FileNotFoundError(f"{where}: {message}") from error
+        if isinstance(error, LocalEntryNotFoundError):
+            message = f"not in the hub's cache, and the hub can't be reached: {first_line(error.__cause__ or error)}"
+            raise FileNotFoundError(f"{where}: no such file or folder here, {message}") from error
+        if isinstance(error, HfHubHTTPError):
+            raise FileNotFoundError(f"{where}: the hub answers: {first_line(error)}") from error
         raise OSError(f"{where}: not downloaded: {first_line(error)}") from error  # the connection broke off
-    return Path(folder)
 
 
 _NOT_FOUND: dict[type[Exception], str] = {
@@ -81,9 +81,6 @@ _NOT_FOUND: dict[type[Exception], str] = {
     GatedRepoError: "access is restricted: ask for it on the hub, then set HF_TOKEN",
     RepositoryNotFoundError: "no such file or folder here, no such repository on the hub (private: set HF_TOKEN)",
     RevisionNotFoundError: "the repository has no such revision",
-    LocalEntryNotFoundError: "no such file or folder here, not in the hub's cache, and the hub can't be reached: "
-    "{cause}",
-    HfHubHTTPError: "the hub answers: {error}",
 }
 """Messages for huggingface_hub's errors; the first that fits, since some are kinds of others."""
 
@@ -93,55 +90,36 @@ def upload_errors(repo_id: str) -> Iterator[None]:
     """Turn the errors of an upload into an OSError of one line."""
     try:
         yield
-    except OfflineModeIsEnabled as error:
-        raise OSError(f"{repo_id}: not uploaded: HF_HUB_OFFLINE is set") from error
-    except HFValidationError as error:
-        raise OSError(f"{repo_id}: not uploaded: not an id of the hub (OWNER/NAME)") from error
-    except (TypeError, ValueError):  # the caller's
+    except (TypeError, ValueError):  # the caller's, such as an id of another form
         raise
     except Exception as error:  # of HTTP, or of the connection: which class that is depends on the version
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise OSError(
-                f"{repo_id}: not uploaded: the hub wants a token that may write there: set HF_TOKEN, or run "
-                f"hf auth login ({error.response.status_code})"
-            ) from error
-        raise OSError(f"{repo_id}: not uploaded: {first_line(error)}") from error
+        message = first_line(error)
+        if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (401, 403):
+            message = f"the hub wants a token that may write there: set HF_TOKEN, or run hf auth login ({status})"
+        raise OSError(f"{repo_id}: not uploaded: {message}") from error
 
 
-PUBLISHED = {
-    "RGenDiff/olitevaeB_im_f8c12": AutoencoderSpec(
-        encoder_config={"target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder", "params": {"scale": "B"}},
-        decoder_config={
-            "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
-            "params": {"z_channels": 12},
-        },
-        embed_dim=12,
-    )
-}
-"""Models of the hub that load without a config of their own, as in configs/olitevaeB_im_f8c12.yaml."""
-
-VARIANTS = WEIGHTS_NAME.replace(".", ".*.")
-"""diffusers' names for copies of the weights in another precision, such as .fp16., beside them."""
+PUBLISHED = {"RGenDiff/olitevaeB_im_f8c12": "olitevaeB_im_f8c12"}
+"""Models of the hub without a config of their own, and the recipe that they have been trained by."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A file of weights, and the autoencoder that it belongs to."""
+    """A file of weights, and the autoencoder that it belongs to.
+
+    Args:
+        origin: where the spec is from, for messages.
+        config: the training config that it is from, if that is the user's own, so that its data may be built.
+    """
 
     weights: Path
     spec: AutoencoderSpec
     origin: str
-    """Where the spec is from, for messages."""
     config: Config
-    """The training config that it is from, if that is the user's own, so that its data may be built; else empty."""
     run: Run | None
 
 
-def locate(
-    path_or_id: str | Path,
-    config: str | Path | Mapping[str, Any] | None = None,
-    **access: Any,
-) -> Located:
+def locate(path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None = None, **access: Any) -> Located:
     """Find the weights, and the config that belongs to them.
 
     Args:
@@ -158,11 +136,9 @@ def locate(
     weights = locate_weights(path_or_id, **access)
     run = Run(path) if weights == Run(path).last_checkpoint else None
     inside = config_inside(weights) if config is None else None
-    found: str | Path | Mapping[str, Any] | None = config
-    if found is None:
-        found = inside or _config_beside(weights)
+    found = config or inside or _config_beside(weights)
     if found is None and given in PUBLISHED:
-        return Located(weights, PUBLISHED[given], given, {}, None)
+        found = recipes()[PUBLISHED[given]]
     if found is None:
         raise ConfigError(
             f"{given}: no config beside the weights (config.json, config.yaml or {weights.stem}.yaml): put one "
@@ -201,8 +177,6 @@ def _weights_in(folder: Path, name: str) -> Path:
         return Run(folder).last_checkpoint
     for suffix in WEIGHT_SUFFIXES:
         files = _visible(folder, f"*{suffix}")
-        if folder / WEIGHTS_NAME in files:
-            files = [file for file in files if file.name == WEIGHTS_NAME or not file.match(VARIANTS)]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise FileNotFoundError(f"{name}: several files of weights ({names}): name one of them")
@@ -253,15 +227,3 @@ def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> N
     with atomic_write(folder / WEIGHTS_NAME) as partial:
         write_tensors(partial, state)
     write_json(config, folder / CONFIG_NAME)
-
-
-@contextmanager
-def config_kept(folder: Path) -> Iterator[None]:
-    """Put ``config.json`` back if saving fails: huggingface_hub's mixin removes it first."""
-    config = folder / CONFIG_NAME
-    before = config.read_bytes() if config.is_file() else None
-    try:
-        yield
-    finally:
-        if before is not None and not config.exists():
-            config.write_bytes(before)
