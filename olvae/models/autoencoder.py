@@ -14,10 +14,8 @@ from olvae.config import Config, ConfigError, instantiate
 from olvae.files import first_line
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
-from olvae.models.names import is_hub_id
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import (
-    CARD,
     Located,
     locate,
     upload_errors,
@@ -140,7 +138,8 @@ class LiteVAE(
     library_name="diffusers",
     pipeline_tag="image-to-image",
     tags=["autoencoder", "vae", "litevae"],
-    model_card_template=CARD,
+    repo_url="https://github.com/open-litevae/open-litevae",
+    paper_url="https://arxiv.org/abs/2405.14477",
 ):
     """An autoencoder for latent diffusion; a quantizer is a 1x1 convolution on either side of the latent.
 
@@ -284,9 +283,6 @@ class LiteVAE(
             kwargs: for huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
         """
         self._check_saveable()
-        # Without OWNER the card can't name the repository: the hub fills in the token's owner.
-        place = {"repo_id": repo_id} if is_hub_id(repo_id) else {}
-        kwargs["model_card_kwargs"] = {**place, **(kwargs.get("model_card_kwargs") or {})}
         with upload_errors(repo_id):
             return super().push_to_hub(repo_id, **kwargs)
 

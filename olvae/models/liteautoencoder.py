@@ -8,8 +8,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from olvae.config import ConfigError, Node, instantiate
+from olvae.config import ConfigError, Node, instantiate, resolve_class
 from olvae.data.source import Batch, Source
 from olvae.losses.objective import Objective
 from olvae.models.adversary import Adversary
@@ -77,14 +79,10 @@ class LiteAutoencoderKL(ValidatedModule):
         ConfigError: settings are out of range or contradict each other, one line each.
     """
 
-    seed = 0
-    """Seed of the noise in training; set by the trainer."""
-    images_seen = 0
-    """Training images consumed, over all ranks: where a resumed run continues the data."""
-    reports = False
-    """Whether the last training step logged its values: every log_every_n_steps-th does."""
-    rate_factor = 1.0
-    """Of both learning rates: below one after a return to an earlier checkpoint."""
+    seed = 0  # of the noise in training; set by the trainer
+    images_seen = 0  # in training, over all ranks: where a resumed run continues the data
+    reports = False  # whether the last training step logged its values: every log_every_n_steps-th does
+    rate_factor = 1.0  # of both learning rates: below one after a return to an earlier checkpoint
     _micro_batch = 0  # within the update
     _iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
 
@@ -136,7 +134,10 @@ class LiteAutoencoderKL(ValidatedModule):
         vae = LiteVAE.from_config(encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
         self.encoder, self.decoder, self.quantizer = vae.encoder, vae.decoder, vae.quantizer
         self.loss: nn.Module = instantiate(lossconfig)
-        self.adversary: Adversary | None = None if adversary_config is None else _adversary(adversary_config)
+        self.adversary: Adversary | None = None
+        if adversary_config is not None:
+            resolve_class(adversary_config["target"], Adversary)
+            self.adversary = instantiate(adversary_config)
         given = (scaling_factor, shift_factor, latents_mean, latents_std, force_upcast)
         self.given_factors = {n: v for n, v in zip(FOR_DIFFUSION, given, strict=True) if v is not None}
         self.for_diffusion = vae.set_for_diffusion(self.given_factors).for_diffusion
@@ -146,7 +147,6 @@ class LiteAutoencoderKL(ValidatedModule):
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         changing = (self.encoder, self.decoder, self.quantizer, self.adversary, self.parts)
         self.guard = NonFiniteGuard([module for module in changing if module is not None])
-        """Keeps steps of non-finite numbers from changing anything."""
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
 
     def _prepare_networks(self) -> None:
@@ -168,10 +168,6 @@ class LiteAutoencoderKL(ValidatedModule):
             yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
         if self.gradient_clip_val is not None and self.gradient_clip_val < 0:
             yield f"gradient_clip_val must not be negative, got {self.gradient_clip_val}"
-        if self.scheduler not in ("constant", "cosine"):
-            yield f"scheduler must be constant or cosine, got {self.scheduler!r}"
-        if self.checkpoint not in (True, False, "encoder", "decoder"):
-            yield f"checkpoint must be true, false, encoder or decoder, got {self.checkpoint!r}"
 
     def _conflicts(self) -> Iterator[str]:
         """One line for each setting that contradicts another one."""
@@ -217,14 +213,11 @@ class LiteAutoencoderKL(ValidatedModule):
     def objective(self) -> Objective:
         """The loss; ConfigError if it is no :class:`Objective`, as in a config for inference."""
         if not isinstance(self.loss, Objective):
-            kind = f"{type(self.loss).__module__}.{type(self.loss).__qualname__}"
             raise ConfigError(
-                f"model.params.lossconfig is a {kind}, which is for inference only: "
-                "to train, give it the target olvae.losses.objective.Objective"
+                f"model.params.lossconfig is a {type(self.loss).__name__}, which is for inference only: to train, give "
+                "it the target olvae.losses.objective.Objective"
             )
         return self.loss
-
-    # Before training
 
     def check(self, source: Source) -> None:
         """Raise ConfigError if a source's images do not fit in size or channels, or a part can't use them."""
@@ -363,8 +356,6 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.reports:
             self.log_dict({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
 
-    # An update
-
     @property
     def update_is_complete(self) -> bool:
         """Whether no gradient of a further update has been accumulated yet."""
@@ -407,9 +398,7 @@ class LiteAutoencoderKL(ValidatedModule):
             self._pairs.clear()
         self.guard.end_step(self.global_step, updates, scaler)
 
-    def _step_discriminator(
-        self, adversary: Adversary, optimizer: torch.optim.Optimizer, norm: Tensor, bad: Tensor
-    ) -> None:
+    def _step_discriminator(self, adversary: Adversary, optimizer: Optimizer, norm: Tensor, bad: Tensor) -> None:
         self._clip(optimizer, norm, "train/grad_norm_discriminator")
         scaler = grad_scaler(self)
         self.guard.skip_if(bad, optimizer, scaler)
@@ -420,7 +409,7 @@ class LiteAutoencoderKL(ValidatedModule):
         optimizer.zero_grad()
         adversary.updated()
 
-    def _clip(self, optimizer: torch.optim.Optimizer, norm: Tensor, name: str) -> None:
+    def _clip(self, optimizer: Optimizer, norm: Tensor, name: str) -> None:
         if self.gradient_clip_val:
             self.report({name: norm})
             torch.nn.utils.clip_grads_with_norm_(parameters_of(optimizer), self.gradient_clip_val, norm)
@@ -438,9 +427,8 @@ class LiteAutoencoderKL(ValidatedModule):
             factor = lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
             return factor * self.rate_factor
 
-        schedule = torch.optim.lr_scheduler.LambdaLR
         optimizers = [adam(self.autoencoder_parameters(), self.learning_rate, self.betas)]
-        schedules = [schedule(optimizers[0], factor)]
+        schedules = [LambdaLR(optimizers[0], factor)]
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
             parameters = list(self.adversary.discriminator.parameters())
@@ -449,7 +437,7 @@ class LiteAutoencoderKL(ValidatedModule):
                 return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
 
             optimizers.append(adam(parameters, rate, self.adversary.betas))
-            schedules.append(schedule(optimizers[1], own_warmup))
+            schedules.append(LambdaLR(optimizers[1], own_warmup))
         return optimizers, schedules
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -461,8 +449,7 @@ class LiteAutoencoderKL(ValidatedModule):
         checkpoint["rate_factor"] = self.rate_factor
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.images_seen = checkpoint["images_seen"]
-        self._iteration = checkpoint["iteration"]
+        self.images_seen, self._iteration = checkpoint["images_seen"], checkpoint["iteration"]
         self.rate_factor = checkpoint["rate_factor"]
 
     def on_fit_start(self) -> None:
@@ -482,16 +469,8 @@ class LiteAutoencoderKL(ValidatedModule):
         self.guard.find_buffers()
         for part in self.each_part:
             part.start(self, resumed=self._iteration > 0)
-        for network in (self.encoder, self.decoder):
-            if network not in self.trained_networks:
-                network.eval()
-
-
-def _adversary(node: Node) -> Adversary:
-    adversary = instantiate(node)
-    if not isinstance(adversary, Adversary):
-        raise ConfigError(f"adversary_config: {node['target']} is not an Adversary")
-    return adversary
+        for network in {self.encoder, self.decoder}.difference(self.trained_networks):
+            network.eval()
 
 
 def _as_list(value: Any) -> list[Any]:

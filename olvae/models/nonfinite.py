@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-MAX_PENDING = 10_000
-"""Steps that are remembered if nobody collects them."""
+MAX_PENDING = 10_000  # steps that are remembered if nobody collects them
 
 GRADIENT = "gradient of the "
 """Prefix of gradients among the terms. Alone under fp16, an infinite one means that the loss scale was too large."""
@@ -68,8 +67,7 @@ class NonFiniteGuard:
         self._before: list[Tensor] = []  # their values before the step
         self._record = _Record()
         self._records: deque[_Record] = deque(maxlen=MAX_PENDING)
-        self.good: Tensor | float = 1.0
-        """0.0 if the last update changed nothing, else 1.0: on the device."""
+        self.good: Tensor | float = 1.0  # 0.0 if the last update changed nothing: on the device
 
     def find_buffers(self) -> None:
         """Find the modules' buffers once, when they are on their device."""
@@ -80,7 +78,6 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Begin a step."""
         self._record = _Record()
         self._before = [torch.cat([b.flatten() for b in same]) for same in self._buffers]
 

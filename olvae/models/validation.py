@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.source import Batch
@@ -21,13 +21,6 @@ from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 
 
-def allow_uneven_batches(trainer: pl.Trainer) -> None:
-    """Let processes validate different numbers of batches: DDP's first forward pass would wait for all of them."""
-    model = trainer.strategy.model
-    if isinstance(model, DistributedDataParallel):
-        model.require_forward_param_sync = False
-
-
 class ValidatedModule(pl.LightningModule):
     """An autoencoder with parts whose reconstructions Lightning validates; see :class:`LiteAutoencoderKL`."""
 
@@ -36,7 +29,6 @@ class ValidatedModule(pl.LightningModule):
     quantizer: Quantizer | None
     parts: nn.ModuleDict
     for_diffusion: dict[str, Any]
-    """Factors for a diffusion model; see :attr:`Autoencoder.for_diffusion`."""
     freeze_encoder: bool
     freeze_decoder: bool
     channels_last: bool
@@ -45,11 +37,10 @@ class ValidatedModule(pl.LightningModule):
         super().__init__()
         self.val_metrics = list(val_metrics)
         self.weights_dir = weights_dir
-        self.validation_values: dict[str, float] = {}
-        """The values of the last validation, as ``val/psnr``; empty if no image could be read."""
+        self.validation_values: dict[str, float] = {}  # of the last one, as val/psnr; empty if no image could be read
         self._make_metrics: tuple[torch.device, MakeMetrics] | None = None
         self._metrics: dict[str, MetricSet] = {}  # by the weights, val (averaged) or val_raw (as trained)
-        self._sums: dict[tuple[str, str], tuple[float, int]] = {}  # by part and name: sum over images, their number
+        self._sums: dict[tuple[str, str], Any] = {}  # by part and name: sum over images and their number
 
     @property
     def autoencoder(self) -> LiteVAE:
@@ -102,7 +93,6 @@ class ValidatedModule(pl.LightningModule):
         return self._make_metrics[1]
 
     def on_validation_epoch_start(self) -> None:
-        allow_uneven_batches(self.trainer)
         make = self.set_up_validation()
         self._metrics, self._sums = {"val": make()}, {}
         if find_average(self.trainer) is not None:
@@ -115,15 +105,12 @@ class ValidatedModule(pl.LightningModule):
         self._metrics["val"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
         for part in self.each_part:
             for name, mean in part.validate(cast("Any", self), images, moments).items():
-                self._add((part.name, name), float(mean) * len(x), len(x))
+                summed = np.array([float(mean) * len(x), len(x)])
+                self._sums[part.name, name] = self._sums.get((part.name, name), 0.0) + summed
         average = find_average(self.trainer)
         if average is not None:
             with average.weights_as_trained():
                 self._metrics["val_raw"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
-
-    def _add(self, key: tuple[str, str], total: float, images: int) -> None:
-        before, count = self._sums.get(key, (0.0, 0))
-        self._sums[key] = (before + total, count + images)
 
     def _gather(self) -> None:
         """Take in what the other processes validated."""
@@ -133,8 +120,8 @@ class ValidatedModule(pl.LightningModule):
         for metrics, sums in states:
             for weights, state in metrics.items():
                 self._metrics[weights].merge(state)
-            for key, (total, images) in sums.items():
-                self._add(key, total, images)
+            for key, summed in sums.items():
+                self._sums[key] = self._sums.get(key, 0.0) + summed
 
     def on_validation_epoch_end(self) -> None:
         """Log the values over all processes, without those that are infinite or not available."""
@@ -147,7 +134,7 @@ class ValidatedModule(pl.LightningModule):
             if math.isfinite(value)
         }
         for part in self.each_part:
-            means = {name: total / count for (of, name), (total, count) in self._sums.items() if of == part.name}
+            means = {name: float(total / n) for (of, name), (total, n) in self._sums.items() if of == part.name}
             self.validation_values |= {f"val/{name}": value for name, value in part.summarise(means).items()}
         self._metrics = {}
         self.log_dict(self.validation_values)

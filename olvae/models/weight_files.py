@@ -35,23 +35,6 @@ CONFIG_KEY = "config"
 
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
-CARD = """---
-{{ card_data }}
----
-
-# {{ repo_id | default("LiteVAE", true) }}
-
-An autoencoder for latent diffusion, a [LiteVAE](https://arxiv.org/abs/2405.14477), made with open-LiteVAE.
-
-```python
-from olvae import AutoencoderLiteVAE, LiteVAE
-
-vae = LiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", true) }}")  # a plain module
-vae = AutoencoderLiteVAE.from_pretrained("{{ repo_id | default("OWNER/NAME", true) }}")  # in diffusers' pipelines
-```
-"""
-"""The README.md that is written beside saved weights; ``olvae export`` writes a longer one."""
-
 
 def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any) -> Path:
     """Download the files of these patterns, or find them in the cache; returns their folder.

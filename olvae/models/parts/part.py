@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olvae.config import Node, instantiate, resolve_target
+from olvae.config import Node, instantiate, resolve_class, resolve_target
 from olvae.data.image import from_uint8
 from olvae.data.source import LoaderProcess, Source
 from olvae.modules.distributions import DiagonalGaussian, Posterior
@@ -143,12 +143,10 @@ def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -
             yield f"parts.{name}: expected a name of letters, digits and underscores, and none of torch's, such as keys"
             continue
         try:
+            resolve_class(node["target"], Part)
             part = instantiate(node)
         except ValueError as error:
             yield from (f"parts.{name}: {mistake}" for mistake in getattr(error, "mistakes", [error]))
-            continue
-        if not isinstance(part, Part):
-            yield f"parts.{name}: {node['target']} is not a Part"
             continue
         part.name = name
         model.parts[name] = part
