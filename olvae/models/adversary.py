@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.source import Source
 from olvae.losses.adversarial import (
-    ADVERSARIAL_LOSSES,
     LeCam,
     discriminator_accuracy,
     discriminator_loss,
@@ -72,8 +71,6 @@ class Adversary(nn.Module):
         cutmix_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        if loss not in ADVERSARIAL_LOSSES:
-            raise ValueError(f"adversarial loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {loss!r}")
         check_not_negative(weight=weight, start_step=start_step, ramp_steps=ramp_steps, warmup_updates=warmup_updates)
         check_not_negative(r1_weight=r1_weight, lecam_weight=lecam_weight, cutmix_weight=cutmix_weight)
         check_counts(1, updates_per_step=updates_per_step, r1_every=r1_every)
@@ -81,10 +78,7 @@ class Adversary(nn.Module):
             raise ValueError(f"learning_rate_ratio must be above 0, got {learning_rate_ratio}")
         self.discriminator: nn.Module = instantiate(discriminator_config)
         if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
-            raise ConfigError(
-                f"discriminator_config: {discriminator_config['target']} is not a discriminator: num_outputs, the "
-                "number of its logit tensors, is missing"
-            )
+            raise ConfigError(f"discriminator_config: {discriminator_config['target']} has no num_outputs (of logits)")
         self.loss, self.weight, self.start_step, self.ramp_steps = loss, weight, start_step, ramp_steps
         self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
         self.adaptive_weight, self.adaptive_max = adaptive_weight, adaptive_max
@@ -92,8 +86,7 @@ class Adversary(nn.Module):
         self.r1_weight, self.r1_every = r1_weight, r1_every
         self.lecam_weight, self.cutmix_weight = lecam_weight, cutmix_weight
         self.lecam = LeCam(self.discriminator.num_outputs, lecam_decay) if lecam_weight else None
-        self.updates = 0
-        """Updates of the discriminator so far."""
+        self.updates = 0  # of the discriminator so far
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterator[str]:
         """One line for each setting of the model that contradicts an adversary."""
@@ -103,10 +96,7 @@ class Adversary(nn.Module):
     def check(self, model: "LiteAutoencoderKL", source: Source, max_steps: int) -> None:
         """Raise ConfigError unless it plays before the last step, beside an image loss, and takes the images."""
         if self.start_step >= max_steps:
-            raise ConfigError(
-                f"adversary_config.params.start_step: {self.start_step} is not before the last of "
-                f"{max_steps} steps, so the adversary would never play"
-            )
+            raise ConfigError(f"adversary_config.params.start_step: {self.start_step} is not below {max_steps} steps")
         if not set(IMAGE_TERMS) & set(model.loss_weights):
             raise ConfigError("lossconfig.params: an adversary needs one of the losses that compare images beside it")
         self.check_image(model.encoder.in_channels, source.size)
@@ -122,8 +112,6 @@ class Adversary(nn.Module):
             self.discriminator.train()
         if self.cutmix_weight and logits[0].shape[-2:] != (size, size):
             raise ConfigError("cutmix_weight needs a discriminator with one logit per pixel first, such as UNetGAN")
-
-    # Schedule
 
     def plays(self, step: int) -> bool:
         """Whether both sides play at this step of the autoencoder."""
@@ -146,12 +134,11 @@ class Adversary(nn.Module):
             pixels = model.objective.weighted(losses, *IMAGE_TERMS)
             ratio = gradient_ratio(model, pixels, losses["adversarial"])  # |pixels| / |adversarial|
             if self.adaptive_weight:
-                weight = weight * ratio.clamp(0.0, self.adaptive_max)
-                model.report({"health/adaptive_weight": ratio.clamp(0.0, self.adaptive_max)})
+                factor = ratio.clamp(0.0, self.adaptive_max)
+                weight = weight * factor
+                model.report({"health/adaptive_weight": factor})
             model.report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
         return weight
-
-    # Losses
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """The autoencoder's loss: its gradient reaches ``fake``, and no parameter of the discriminator."""
@@ -159,11 +146,7 @@ class Adversary(nn.Module):
             return generator_loss(self.loss, self.discriminator(fake))
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss, and values to log: the loss, its penalties, mean logits, accuracy.
-
-        Args:
-            real, fake: (B, C, H, W); no gradient reaches either.
-        """
+        """The loss on images (B, C, H, W), which no gradient reaches; and to log: it, penalties, logits, accuracy."""
         real, fake = real.detach(), fake.detach()
         with fixed_spectral_norm(self.discriminator):
             real_logits: list[Tensor] = self.discriminator(real)
@@ -204,14 +187,12 @@ class Adversary(nn.Module):
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
-        for p in parameters:
-            p.requires_grad_(False)
+        learning = nn.ParameterList(p for p in self.discriminator.parameters() if p.requires_grad)
+        learning.requires_grad_(False)
         try:
             yield
         finally:
-            for p in parameters:
-                p.requires_grad_(True)
+            learning.requires_grad_(True)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.updates)

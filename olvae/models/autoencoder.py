@@ -26,25 +26,19 @@ from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.precision import autocast_enabled, island
 
-Progress = Callable[[float], None]
-"""Called from time to time with the fraction that is done."""
+Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 
-MAX_PARAMETERS = 10**9
-"""Limit for networks that are built from a file's config; the largest recipe has a tenth."""
+MAX_PARAMETERS = 10**9  # of networks that are built from a file's config; the largest recipe has a tenth
 
 
 class Autoencoder(nn.Module, ABC):
     """Interface of every autoencoder that the commands take; images are in [-1, 1]."""
 
     in_channels: int
-    downscale: int
-    """f: pixels of the image per latent position, along each side."""
-    latent_channels: int
-    """n_z."""
-    deterministic: bool = False
-    """Whether its latents have no distribution."""
-    image_size: int = 256
-    """The intended side of images, in pixels."""
+    downscale: int  # f: pixels of the image per latent position, along each side
+    latent_channels: int  # n_z
+    deterministic: bool = False  # whether its latents have no distribution
+    image_size: int = 256  # the intended side of images, in pixels
 
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
@@ -52,14 +46,12 @@ class Autoencoder(nn.Module, ABC):
     latents_mean: Sequence[float] | None = None
     latents_std: Sequence[float] | None = None
     """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std."""
-    force_upcast: bool = False
-    """Whether pipelines in fp16 should decode in float32."""
-    factors_known: bool = True
-    """False if the file has none of these factors, so that they are a guess."""
+    force_upcast: bool = False  # whether pipelines in fp16 should decode in float32
+    factors_known: bool = True  # False if the file has none of these factors, so that they are a guess
 
     @property
     def for_diffusion(self) -> dict[str, Any]:
-        """The settings for a diffusion model by name, see :data:`FOR_DIFFUSION`."""
+        """The settings of :data:`FOR_DIFFUSION` by name."""
         return {name: getattr(self, name) for name in FOR_DIFFUSION}
 
     def from_diffusion(self, z: Tensor) -> Tensor:
@@ -152,8 +144,7 @@ class LiteVAE(
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
         self.in_channels, self.downscale, self.image_size = encoder.in_channels, encoder.downscale, encoder.image_size
         self.latent_channels = quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
-        self.folded = False
-        """Whether the self-modulated convolutions are ordinary ones, see :meth:`fold`."""
+        self.folded = False  # whether the self-modulated convolutions are ordinary ones, see fold
         for name, value, other_name, other in (
             ("latent_dim", encoder.latent_dim, "twice the decoder's z_channels", 2 * decoder.z_channels),
             ("downscale", encoder.downscale, "the decoder's upscale", decoder.upscale),
@@ -322,14 +313,11 @@ class LiteVAE(
             use_quant_conv=self.quantizer is not None,
         )
 
-    def moments(self, x: Tensor) -> Tensor:
+    def moments(self, x: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast."""
-        return self._moments(x, self.encoder)
-
-    def _moments(self, x: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         if not x.is_floating_point():
             raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1")
-        moments = encode(x)  # (B, latent_dim, H/f, W/f)
+        moments = (encode or self.encoder)(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
         return island(moments) if autocast_enabled(moments) else moments
@@ -337,7 +325,7 @@ class LiteVAE(
     @torch.no_grad()
     def moments_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Tensor:
         """:meth:`moments`, equal to rounding, within ``memory`` bytes; see :mod:`olvae.models.large.streaming`."""
-        return self._moments(x, lambda images: encode_within(self.encoder, images, memory, progress))
+        return self.moments(x, lambda images: encode_within(self.encoder, images, memory, progress))
 
     def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> DiagonalGaussian:
         """``encode(x)``, equal to rounding, within ``memory`` bytes; large images in strips."""

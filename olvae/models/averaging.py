@@ -19,8 +19,7 @@ class WeightAverage(pl.Callback):
     The average starts as the weights after the first step, and moves by ``1 - decay`` towards them at every further
     one that is finite. Validation and the end of training use it in the model's place. A checkpoint has it in
     ``state_dict``, the same names as trained in ``current_model_state``, and the number of steps in
-    ``averaging_state``. Lightning's callback would average the discriminator and every buffer too, and torch's
-    AveragedModel reads its counter from the device at every step.
+    ``averaging_state``.
 
     Args:
         guard: knows which steps were finite.
@@ -49,7 +48,7 @@ class WeightAverage(pl.Callback):
         pl_module.load_state_dict({**checkpoint["state_dict"], **checkpoint["current_model_state"]})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the copy, where the weights are."""
+        """Make the copy where the weights are."""
         self._parameters = {
             name: p for name, p in pl_module.named_parameters() if name.startswith(AUTOENCODER) and p.requires_grad
         }

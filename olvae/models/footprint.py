@@ -3,16 +3,15 @@
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from olvae.config import ConfigError, instantiate
+from olvae.config import instantiate, resolve_class
 from olvae.devices import PRECISIONS, precision_name
 from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -27,17 +26,13 @@ COUNTED = (4, 8)
 """Images of the two micro-batches between which the memory is taken as linear."""
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a training step on one device.
-
-    Args:
-        fixed: whatever the batch: weights, gradients, the optimizers' states, the averaged copy, constant networks.
-        per_image: of a micro-batch: activations for the backward pass, and gradients of activations.
-    """
+class Footprint(NamedTuple):
+    """Bytes of a training step on one device."""
 
     fixed: int
+    """Weights, gradients, the optimizers' states, the averaged copy, constant networks."""
     per_image: int
+    """Of a micro-batch: activations for the backward pass, and gradients of activations."""
 
     def total(self, images: int) -> int:
         """Bytes with this many images in a micro-batch."""
@@ -49,10 +44,9 @@ def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
 
     Only a teacher is loaded. ConfigError if it is not a LiteAutoencoderKL, or is for inference only.
     """
+    resolve_class(node["target"], LiteAutoencoderKL)
     with torch.device("meta"):
-        model = instantiate(node)
-    if not isinstance(model, LiteAutoencoderKL):
-        raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
+        model: LiteAutoencoderKL = instantiate(node)
     _ = model.objective  # raises if the config is for inference only
     return model
 
@@ -90,20 +84,13 @@ def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, check
     room = free / MARGIN
     if plain.total(batch_size) <= room:
         return None
-
-    def smaller(what: Footprint) -> str | None:
-        fitting = [n for n in range(1, batch_size) if batch_size % n == 0 and what.total(n) <= room]
-        if not fitting:
-            return None
-        times = accumulated * batch_size // max(fitting)
-        return f"data.params.batch_size={max(fitting)} lightning.trainer.accumulate_grad_batches={times}"
-
-    remedies = [change for change in (smaller(plain),) if change is not None]
-    if checkpointed != plain:
-        if checkpointed.total(batch_size) <= room:
-            remedies.append("model.params.checkpoint=true")
-        elif not remedies and (both := smaller(checkpointed)) is not None:
-            remedies.append(f"model.params.checkpoint=true {both}")
+    remedies = []
+    for settings, needs in (("", plain), ("model.params.checkpoint=true ", checkpointed)):
+        fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and needs.total(n) <= room]
+        if fitting and (needs != plain or not settings):
+            times = accumulated * batch_size // max(fitting)
+            smaller = f"data.params.batch_size={max(fitting)} lightning.trainer.accumulate_grad_batches={times}"
+            remedies.append(settings + smaller if max(fitting) < batch_size else settings.rstrip())
     remedy = " or ".join(remedies) or "data.params.size for smaller images, or take narrower networks"
     return (
         f"a step with {batch_size} image{'' if batch_size == 1 else 's'} needs about "
@@ -131,12 +118,11 @@ def _train(model: LiteAutoencoderKL, batch: Tensor) -> None:
     step = Step(model.images({"image": batch}), None, np.random.default_rng(0), warming_up=True, adversary_plays=True)
     model.forward_pass(step)
     total = model.autoencoder_loss(step)
-    if model.adversary is not None and step.reconstruction is not None:
-        total = total + model.adversary.generator_loss(step.reconstruction)
-    total.backward()
-    if model.adversary is not None and step.reconstruction is not None:
-        loss, _ = model.adversary.discriminator_loss(step.target, step.reconstruction)
-        loss.backward()
+    if model.adversary is None or step.reconstruction is None:
+        total.backward()
+    else:
+        (total + model.adversary.generator_loss(step.reconstruction)).backward()
+        model.adversary.discriminator_loss(step.target, step.reconstruction)[0].backward()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -43,36 +43,29 @@ class LiteAutoencoderKL(ValidatedModule):
     ``global_step``, logs, schedules and checkpoint names count updates of the autoencoder.
 
     Args:
-        encoder_config, decoder_config: nodes of an Encoder and a Decoder.
+        encoder_config, decoder_config, embed_dim, use_quant, initial_logvar: see :meth:`LiteVAE.from_config`.
         lossconfig: the :class:`Objective`. With another loss (torch.nn.Identity in the published YAML) the config is
             for inference only.
-        embed_dim: n_z, channels of the latent.
-        use_quant: a 1x1 convolution on either side of the latent.
-        initial_logvar: see :meth:`LiteVAE.from_config`.
-        use_ema: average the weights that are trained; validation and checkpoints use the average.
-        ema_decay: decay of that average.
+        use_ema, ema_decay: average the weights that are trained; validation and checkpoints use the average.
         learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
         betas: Adam's [P App. F].
-        scheduler: ``constant`` or ``cosine``, after a linear warm-up.
-        warmup_steps, decay_steps, min_lr_factor: see :func:`lr_factor`; decay_steps is the run's last step by
-            default.
+        scheduler, warmup_steps, decay_steps, min_lr_factor: see :func:`lr_factor`; decay_steps is the run's last step
+            by default.
         accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer.
         channels_last: memory layout of the weights and images; often faster.
-        compile: compile the encoder, the decoder, the objective and the discriminator for training steps; validation
-            stays uncompiled, because its images may have any size.
+        compile: compile the networks and the objective for training steps; validation stays uncompiled, because its
+            images may have any size.
         adversary_config: the :class:`Adversary` of phase B; None in phase A.
         sample_posterior: decode a sample of the posterior in training, not its mode.
-        freeze_encoder: train the decoder alone, so that latents do not change.
-        freeze_decoder: train the encoder alone.
+        freeze_encoder, freeze_decoder: train the other half alone.
         checkpoint: keep only the inputs of each block of the decoder, the encoder, or both (true) for the backward
             pass, and compute the rest again there: less memory, more time, the same gradients.
         parts: nodes of further ways to train, each a :class:`~olvae.models.parts.part.Part`, by a name of your choice;
             null removes one.
-        scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model,
-            for exports; see :class:`~olvae.models.spec.AutoencoderSpec`. By default they are those of a part that
-            brings latents, such as a teacher.
-        val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…``, with the
-            averaged weights if there are any, and then also as ``val_raw/…``, with the raw ones.
+        scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model, for
+            exports; by default those of a part that brings latents, such as a teacher.
+        val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…``, and of the
+            weights without averaging as ``val_raw/…``.
         weights_dir: a folder in which the metrics' pretrained networks are looked for first.
 
     Raises:
@@ -122,13 +115,12 @@ class LiteAutoencoderKL(ValidatedModule):
     ) -> None:
         super().__init__(val_metrics, weights_dir)
         self.automatic_optimization = False
-        self.use_ema, self.ema_decay = use_ema, ema_decay
+        self.use_ema, self.ema_decay, self.sample_posterior = use_ema, ema_decay, sample_posterior
         self.learning_rate, self.betas = learning_rate, (betas[0], betas[1])
         self.scheduler, self.warmup_steps = scheduler, warmup_steps
         self.decay_steps, self.min_lr_factor = decay_steps, min_lr_factor
         self.accumulate_grad_batches, self.gradient_clip_val = accumulate_grad_batches, gradient_clip_val
         self.channels_last, self.compiled, self.checkpoint = channels_last, compile, checkpoint
-        self.sample_posterior = sample_posterior
         self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
 
         vae = LiteVAE.from_config(encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
@@ -151,12 +143,14 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
-        ends = (None, None) if self.quantizer is None else (self.quantizer.quant_conv, self.quantizer.post_quant_conv)
-        for half, network, end in zip(("encoder", "decoder"), (self.encoder, self.decoder), ends, strict=True):
+        for half, network, convolution in (
+            ("encoder", self.encoder, "quant_conv"),
+            ("decoder", self.decoder, "post_quant_conv"),
+        ):
             if getattr(self, f"freeze_{half}"):
-                for module in (network, end):
-                    if module is not None:
-                        module.requires_grad_(False)
+                network.requires_grad_(False)
+                if self.quantizer is not None:
+                    getattr(self.quantizer, convolution).requires_grad_(False)
             if self.checkpoint in (True, half):
                 network.checkpoint_steps()
         if self.channels_last:
@@ -233,9 +227,7 @@ class LiteAutoencoderKL(ValidatedModule):
                 "in_channels of encoder_config.params and out_channels of decoder_config.params"
             )
         if self.stand_in is None and pair_sources(source):
-            raise ConfigError(
-                "data: it has the latents of a teacher, but there is none: set `teacher`, or take the images alone"
-            )
+            raise ConfigError("data: it has the latents of a teacher, but there is none: set `teacher`")
         for part in self.each_part:
             part.check(self, source)
 

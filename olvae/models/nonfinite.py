@@ -36,15 +36,13 @@ class _Record:
 
     step: int = 0
     keys: list[list[str]] = field(default_factory=list)  # by micro-batch
-    terms: list[tuple[str, int]] = field(default_factory=list)  # name and micro-batch
-    values: list[Tensor] = field(default_factory=list)
-    finite: Tensor | None = None  # (terms)
-    bad: Tensor | None = None  # 1.0 or 0.0
+    terms: list[tuple[str, int, Tensor]] = field(default_factory=list)  # name, micro-batch and value
+    finite: Tensor = field(init=False)  # by term
+    bad: Tensor = field(init=False)  # 1.0 or 0.0
     scale: Tensor | None = None  # of fp16's losses
 
     def read(self) -> BadStep:
-        assert self.finite is not None
-        term, batch = self.terms[self.finite.tolist().index(False)]
+        term, batch, _ = self.terms[self.finite.tolist().index(False)]
         scaled = self.scale is not None and float(self.scale) >= 1  # a lower one is no matter of half precision
         is_gradient = term.startswith(GRADIENT)
         keys = [key for keys in self.keys for key in keys] if is_gradient else self.keys[batch]
@@ -87,8 +85,8 @@ class NonFiniteGuard:
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Note scalars, in the order of their computation."""
-        self._record.terms += [(name, len(self._record.keys) - 1) for name in terms]
-        self._record.values += [value.detach().float() for value in terms.values()]
+        batch = len(self._record.keys) - 1
+        self._record.terms += [(name, batch, value.detach().float()) for name, value in terms.items()]
 
     @staticmethod
     def propagate(loss: Tensor) -> Tensor:
@@ -123,12 +121,11 @@ class NonFiniteGuard:
             now = torch.cat([b.flatten() for b in buffers])
             kept = torch.where(bad > 0, before, now).split([b.numel() for b in buffers])
             torch._foreach_copy_(buffers, [value.view_as(b) for value, b in zip(kept, buffers, strict=True)])
-        record = self._record
-        record.step, record.bad = step, bad
-        record.finite, record.values = torch.stack(record.values).isfinite(), []
         scale = None if scaler is None else scaler._get_scale_async()
-        record.scale = None if scale is None else scale.clone()
-        self._records.append(record)
+        self._record.step, self._record.bad = step, bad
+        self._record.finite = torch.stack([value for *_, value in self._record.terms]).isfinite()
+        self._record.scale = None if scale is None else scale.clone()
+        self._records.append(self._record)
 
     @property
     def pending(self) -> int:
@@ -137,9 +134,6 @@ class NonFiniteGuard:
 
     def collect(self) -> list[BadStep | None]:
         """Return the steps since the last call, None for a good one; this waits for the device."""
-        records = list(self._records)
-        self._records.clear()
-        if not records:
-            return []
-        flags = torch.stack([record.bad for record in records if record.bad is not None]).tolist()
+        records, self._records = self._records, deque(maxlen=MAX_PENDING)
+        flags = torch.stack([record.bad for record in records]).tolist() if records else []
         return [record.read() if flag else None for flag, record in zip(flags, records, strict=True)]

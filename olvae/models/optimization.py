@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from olvae.devices import this_process
 from olvae.files import first_line
@@ -27,8 +26,7 @@ def mix_seeds(*numbers: int) -> int:
 def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
     """The factor of the base rate at a step, counted from 0.
 
-    Linear from 1/warmup_steps to 1 over the warm-up; then 1 (``constant``), or half a cosine from 1 down to
-    ``min_factor`` at ``decay_steps`` and ``min_factor`` from there on (``cosine``).
+    Linear from 1/warmup_steps to 1; then 1 (``constant``), or half a cosine down to ``min_factor`` at ``decay_steps``.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -89,31 +87,24 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
 class PlayersStrategy(DDPStrategy):
     """Lightning's DDP, with one reducer for the autoencoder and one for the discriminator.
 
-    A backward pass reaches the parameters of one player only. One reducer over both would send both players' gradients
-    in each of them, and search the graph for those that have none. The model itself is not wrapped: it names its
-    ``players``, and calls :meth:`reduce_next` for the one whose gradients the next backward pass completes.
+    A backward pass reaches one player only; one reducer over both would send both players' gradients in each. The model
+    is not wrapped: it names its ``players``, and calls :meth:`reduce_next` before a backward pass that completes one's.
     """
 
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
         players: dict[str, nn.Module] = self.lightning_module.players  # type: ignore[assignment]
-        self.reducers: dict[str, DistributedDataParallel] = {
-            name: self._setup_model(player) for name, player in players.items()
-        }
+        self.reducers = {name: self._setup_model(player) for name, player in players.items()}
 
     def reduce_next(self, player: str) -> None:
-        """Average this player's gradients over the processes in the next backward pass.
-
-        Without it a backward pass sends nothing: gradients of micro-batches add up in each process.
-        """
+        """Average this player's gradients over the processes in the next backward pass; without it nothing is sent."""
         prepare_for_backward(self.reducers[player], None)
 
 
 def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> bool:
     """Compile networks in place, at their first use; names in their state dicts and copies of them stay plain.
 
-    Inductor writes C++ for a CPU and Triton for a GPU, both of which need a compiler on the machine. Without one the
-    networks stay as they are, one line is logged, and the answer is False.
+    Without a C++ compiler on the machine they stay as they are, one line is logged, and the answer is False.
     """
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))

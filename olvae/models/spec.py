@@ -66,14 +66,11 @@ class AutoencoderSpec:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], origin: str, only_ours: bool) -> "AutoencoderSpec":
-        """Read and check the content of a training config, or of an export's config.json.
+        """Read the content of a training config, or of an export's config.json; ConfigError if it has mistakes.
 
         Args:
             origin: where the content is from, for messages.
             only_ours: refuse networks from outside of this package, because the config was received.
-
-        Raises:
-            ConfigError: the config has mistakes, or describes something else.
         """
         if "model" in content:
             node, origin = content["model"], f"{origin}: model.params."

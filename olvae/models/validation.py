@@ -107,8 +107,7 @@ class ValidatedModule(pl.LightningModule):
             for name, mean in part.validate(cast("Any", self), images, moments).items():
                 summed = np.array([float(mean) * len(x), len(x)])
                 self._sums[part.name, name] = self._sums.get((part.name, name), 0.0) + summed
-        average = find_average(self.trainer)
-        if average is not None:
+        if (average := find_average(self.trainer)) is not None:
             with average.weights_as_trained():
                 self._metrics["val_raw"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
 

@@ -103,17 +103,9 @@ class Located:
 
 
 def locate(path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None = None, **access: Any) -> Located:
-    """Find the weights, and the config that belongs to them.
+    """Find the weights, and the config that belongs to them; see ``LiteVAE.from_pretrained``.
 
-    Args:
-        path_or_id: see ``LiteVAE.from_pretrained``.
-        config: the config, instead of the one beside the weights: a YAML file, a config.json, or its content.
-        access: see :func:`snapshot`.
-
-    Raises:
-        FileNotFoundError: nothing of that name was found.
-        ValueError: it is a file, but not one of weights.
-        ConfigError: the config is missing, or has mistakes.
+    FileNotFoundError if there are none, ValueError for another file, ConfigError if the config is missing or wrong.
     """
     path, given = Path(path_or_id), os.fspath(path_or_id)
     weights = locate_weights(path_or_id, **access)
@@ -137,36 +129,31 @@ def locate(path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None
 
 def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     """Find the file of weights of a path, a model of this package, or an id of the hub; see :func:`locate`."""
-    path, given = Path(path_or_id), os.fspath(path_or_id)
+    folder, given = Path(path_or_id), os.fspath(path_or_id)
+    if folder.is_file():
+        if folder.suffix not in WEIGHT_SUFFIXES:
+            raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
+        return folder
     if given.startswith(SHIPPED):
-        return _weights_in(shipped_folder(given), given)
-    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return _weights_in(path, given)
-    if is_hub_id(given):
+        folder = shipped_folder(given)
+    elif not folder.is_dir() and is_hub_id(given):
         for suffix in WEIGHT_SUFFIXES:  # files at the top of the repository, and safetensors rather than pickles
             folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
             if any(folder.glob(f"*{suffix}")):
                 break
-        return _weights_in(folder, given)
-    raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
-
-
-def _weights_in(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
     if Run(folder).last_checkpoint.is_file():
         return Run(folder).last_checkpoint
     for suffix in WEIGHT_SUFFIXES:
-        files = _visible(folder, f"*{suffix}")
+        files = sorted(folder.glob(f"[!.]*{suffix}"))  # without what a killed process was writing
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise FileNotFoundError(f"{name}: several files of weights ({names}): name one of them")
+            raise FileNotFoundError(f"{given}: several files of weights ({names}): name one of them")
         if files:
             return files[0]
     raise FileNotFoundError(
-        f"{name}: neither a run folder (checkpoints/last.ckpt is missing) nor a folder with weights "
+        f"{given}: neither a run folder (checkpoints/last.ckpt is missing) nor a folder with weights "
         f"({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
     )
 
@@ -196,13 +183,8 @@ def _config_beside(weights: Path) -> Path | None:
     for name in (CONFIG_NAME, "config.yaml", f"{weights.stem}.yaml"):
         if (folder / name).is_file():
             return folder / name
-    yaml = [*_visible(folder, "*.yaml"), *_visible(folder, "*.yml")]
+    yaml = [*folder.glob("[!.]*.yaml"), *folder.glob("[!.]*.yml")]
     return yaml[0] if len(yaml) == 1 else None
-
-
-def _visible(folder: Path, pattern: str) -> list[Path]:
-    """Files without those that a killed process was writing, whose names begin with a dot."""
-    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
