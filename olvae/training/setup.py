@@ -214,7 +214,7 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
     """
     from olvae.models.loading.diffusers_models import as_litevae
     from olvae.models.loading.targets import find_target
-    from olvae.models.parts.part import latents_of
+    from olvae.models.parts.part import Part
     from olvae.models.parts.teacher import NO_FACTORS
 
     node = config["model"]
@@ -230,7 +230,8 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
             value = {**value, **given, "params": {**value["params"], **(given.get("params") or {})}}
         params[key] = value
     params.pop("initial_logvar", None)
-    latents = {latents_of(node["target"]) for node in (params.get("parts") or {}).values() if node is not None}
+    nodes = [node for node in (params.get("parts") or {}).values() if node is not None]
+    latents = {cfg.resolve_class(node["target"], Part).latents for node in nodes}
     if "given" not in latents:
         if not source.factors_known and params.get("scaling_factor") is None:
             raise ConfigError(f"{name}: {NO_FACTORS}")

@@ -21,10 +21,7 @@ from olvae.modules.litevae.unet import PostActivationBlock, PreActivationBlock, 
 
 Function = Callable[[Tensor], Tensor]
 
-STREAMED = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes that can be streamed: layers' outputs are kept in float32."""
-
-_image_bytes: "weakref.WeakKeyDictionary[Encoder, dict[tuple[object, ...], int]]" = weakref.WeakKeyDictionary()
+STREAMED = (torch.float32, torch.float16, torch.bfloat16)  # layers' outputs are kept in float32
 
 
 @torch.no_grad()
@@ -35,18 +32,11 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
     strips on x's device, the rest for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take what is
     left. The wavelet transform and the features, no larger than the image, are not counted.
 
-    Args:
-        encoder: in evaluation mode.
-        progress: called from time to time with the fraction that is done.
-
-    Raises:
-        ValueError: the image does not fit, and the encoder is not LiteVAE's.
-        OSError: the disk is too small for the temporary files.
+    ValueError if the image does not fit, and the encoder is not LiteVAE's; OSError if the disk is too small.
     """
     needs = _bytes_of_one(encoder, tuple(x.shape[1:]))
     if together := memory // needs:
-        parts: list[Tensor] = [encoder(part) for part in x.split(together)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat([encoder(part) for part in x.split(together)])
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
             f"{type(encoder).__name__} sees the whole image at every position and can't be streamed; encoding "
@@ -54,9 +44,7 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
             "allow more memory, or a smaller image"
         )
     if encoder.training or x.dtype not in STREAMED:
-        raise ValueError(
-            "streaming takes float32 or half precision and a model in evaluation mode: call model.eval() first"
-        )
+        raise ValueError("streaming takes float32 or half precision, and evaluation mode: call model.eval() first")
     sizes = [4.0**-level for level in range(1 + encoder.skip_levels, encoder.levels + 1)]
     weights = iter([*sizes, sizes[-1]])
     done, whole = 0.0, x.shape[0] * (sum(sizes) + sizes[-1])
@@ -74,7 +62,7 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
 
 def _bytes_of_one(encoder: Encoder, shape: tuple[int, ...]) -> int:
     """Peak bytes of encoding one image; remembered, because counting takes half a second."""
-    known = _image_bytes.setdefault(encoder, {})
+    known: dict[tuple[object, ...], int] = encoder.__dict__.setdefault("_image_bytes", {})
     key = (*shape, next(encoder.parameters()).dtype)
     if key not in known:
         known[key] = peak_bytes(encoder, lambda e, images: e(images), (1, *shape))
@@ -87,15 +75,14 @@ class Plane:
     def __init__(self, channels: int, height: int, width: int, in_memory: bool) -> None:
         self.shape = channels, height, width
         self.sums = torch.zeros(2, channels, dtype=torch.float64)  # of the values, of their squares
-        self.rows = torch.empty(height, channels, width) if in_memory else None
+        self.rows = torch.empty(height if in_memory else 0, channels, width)
         self.file = None if in_memory else tempfile.TemporaryFile(prefix="olvae-")  # noqa: SIM115
 
     def read(self, start: int, stop: int) -> Tensor:
         channels, _, width = self.shape
-        if self.rows is not None:
+        if self.file is None:
             rows = self.rows[start:stop]
         else:
-            assert self.file is not None
             rows = torch.empty(stop - start, channels, width)
             self.file.seek(4 * start * channels * width)
             self.file.readinto(rows.numpy().data.cast("B"))
@@ -106,10 +93,9 @@ class Plane:
         wide = values[0].flatten(1).double()
         self.sums += torch.stack((wide.sum(1), wide.square().sum(1))).cpu()
         rows = values[0].transpose(0, 1)  # (rows, C, W)
-        if self.rows is not None:
+        if self.file is None:
             self.rows[start : start + rows.shape[0]] = rows
         else:
-            assert self.file is not None
             self.file.seek(4 * start * channels * width)
             self.file.write(np.ascontiguousarray(rows.float().cpu().numpy()).data.cast("B"))
 
@@ -124,11 +110,10 @@ class Stream:
 
     def plane(self, channels: int, height: int, width: int) -> Plane:
         size = 4 * channels * height * width
-        if size > self.left:
-            return Plane(channels, height, width, in_memory=False)
-        plane = Plane(channels, height, width, in_memory=True)
-        self.left -= size
-        weakref.finalize(plane, self._free, size)
+        plane = Plane(channels, height, width, in_memory=size <= self.left)
+        if plane.file is None:
+            self.left -= size
+            weakref.finalize(plane, self._free, size)
         return plane
 
     def _free(self, size: int) -> None:
@@ -147,51 +132,36 @@ class Stream:
             out.write(start, values[:, :, start - low : stop - low])
         return out
 
-    def conv(self, conv: nn.Module, inputs: Sequence[Plane], before: Function | None = None) -> Plane:
+    def conv(self, conv: nn.Module, inputs: Sequence[Plane], before: Function = lambda x: x) -> Plane:
         """A convolution over concatenated inputs, after a function of single positions."""
         assert isinstance(conv, nn.Conv2d)
-
-        def run(*strips: Tensor) -> Tensor:
-            x = torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
-            out: Tensor = conv(before(x) if before else x)
-            return out
-
-        return self.sweep(inputs, conv.out_channels, conv.kernel_size[0] // 2, run)
+        reach = conv.kernel_size[0] // 2
+        return self.sweep(inputs, conv.out_channels, reach, lambda *strips: conv(before(torch.cat(strips, dim=1))))
 
     def norm_silu(self, norm: nn.GroupNorm, inputs: Sequence[Plane]) -> Function:
         """GroupNorm, then SiLU, with the statistics of the whole image."""
         _, height, width = inputs[0].shape
         sums = torch.cat([plane.sums for plane in inputs], dim=1)  # (2, C)
         grouped = sums.unflatten(1, (norm.num_groups, -1))  # (2, groups, C / groups)
-        mean, square = grouped.sum(2) / (grouped.shape[2] * height * width)
-        rstd = (square - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
         repeat = grouped.shape[2]
-        shift, scale = (
-            values.repeat_interleave(repeat).float().to(self.device).view(-1, 1, 1) for values in (mean, rstd)
-        )
+        mean, square = grouped.sum(2) / (repeat * height * width)
+        rstd = (square - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
+        each = torch.stack((mean, rstd)).repeat_interleave(repeat, dim=1)  # (2, C)
+        shift, scale = each.float().to(self.device)[:, :, None, None]
         weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
         return lambda x: F.silu((x.float() - shift) * scale * weight + bias).to(x.dtype)
 
     def post_activation(self, block: PostActivationBlock, inputs: Sequence[Plane]) -> Plane:
         h = self.conv(block.conv1, inputs)
         h = self.conv(block.conv2, [h], self.norm_silu(block.norm1, [h]))
-        activate = self.norm_silu(block.norm2, [h])
-
-        def add(last: Tensor, *x: Tensor) -> Tensor:
-            out: Tensor = activate(last) + block.residual_conv(torch.cat(x, dim=1))
-            return out
-
-        return self.sweep([h, *inputs], h.shape[0], 0, add)
+        activate, skip = self.norm_silu(block.norm2, [h]), block.residual_conv
+        return self.sweep([h, *inputs], h.shape[0], 0, lambda last, *x: activate(last) + skip(torch.cat(x, dim=1)))
 
     def pre_activation(self, block: PreActivationBlock, inputs: Sequence[Plane]) -> Plane:
         h = self.conv(block.conv1, inputs, self.norm_silu(block.norm1, inputs))
-        activate = self.norm_silu(block.norm2, [h])
-
-        def add(last: Tensor, *x: Tensor) -> Tensor:
-            out: Tensor = block.conv2(activate(last)) + block.shortcut(torch.cat(x, dim=1))
-            return out
-
-        return self.sweep([h, *inputs], block.conv2.out_channels, 1, add)
+        activate, conv, skip = self.norm_silu(block.norm2, [h]), block.conv2, block.shortcut
+        inputs, channels = [h, *inputs], conv.out_channels
+        return self.sweep(inputs, channels, 1, lambda last, *x: conv(activate(last)) + skip(torch.cat(x, dim=1)))
 
     def step(self, step: nn.Module, inputs: Sequence[Plane]) -> Plane:
         if isinstance(step, PostActivationBlock):

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,9 @@ from torch.utils._pytree import tree_leaves
 from olvae.modules.base import Decoder, Stage
 
 GIB = 2**30
-
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)  # the latter in inference mode
 
-M = TypeVar("M", bound=nn.Module)
-
-Range = tuple[int, int]
-"""Rows or columns: start and stop, without the stop."""
-
-Window = tuple[Range, Range]
-"""Rows and columns."""
+Range = tuple[int, int]  # rows or columns: start and stop, without the stop
 
 
 def pad_to_multiple(x: Tensor, f: int) -> Tensor:
@@ -35,10 +28,6 @@ def pad_to_multiple(x: Tensor, f: int) -> Tensor:
     (f i, f j) for any size. They are the image's reflection, or copies of its last row or column along an axis with no
     more pixels than are added [D].
     """
-    if f < 1:
-        raise ValueError(f"can't pad to a multiple of {f}")
-    if x.ndim < 2 or 0 in x.shape[-2:]:
-        raise ValueError(f"expected images of at least one pixel, got shape {tuple(x.shape)}")
     for axis in (-2, -1):
         last = x.shape[axis] - 1
         if pad := -x.shape[axis] % f:
@@ -50,33 +39,28 @@ def pad_to_multiple(x: Tensor, f: int) -> Tensor:
 
 def crop_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Crop (..., H', W') to the image before padding, (..., H, W); ``size`` is (H, W)."""
-    height, width = size
-    if not (1 <= height <= x.shape[-2] and 1 <= width <= x.shape[-1]):
-        raise ValueError(f"can't crop {x.shape[-1]}x{x.shape[-2]} to {width}x{height} pixels")
-    return x[..., :height, :width]
+    return x[..., : size[0], : size[1]]
 
 
 def receptive_field(decoder: Decoder) -> int | None:
     """The most latent positions beyond its own, on each side, that an output pixel depends on; tight [D].
 
-    None for a decoder without a finite field, such as Stable Diffusion's, whose GroupNorm and attention depend on the
-    whole latent.
+    None for a decoder such as Stable Diffusion's, whose GroupNorm and attention depend on the whole latent.
     """
     paths = decoder.paths()
     if paths is None:
         return None
-    f = decoder.upscale
-    far = 2**20  # a position away from any border
+    f, far = decoder.upscale, 2**20  # a position away from any border
     needed = [_needed(stages, (far * f, (far + 1) * f), 2 * far)[0] for stages in paths]
     return max(max(far - low, high - 1 - far) for low, high in needed)
 
 
-def decode_window(paths: Sequence[Sequence[Stage]], z: Tensor, window: Window) -> Tensor:
+def decode_window(paths: Sequence[Sequence[Stage]], z: Tensor, window: tuple[Range, Range]) -> Tensor:
     """Decode a window of the image, rows and columns in pixels, from the latent positions that it depends on."""
     return reduce(torch.add, [_run_window(stages, z, window) for stages in paths])
 
 
-def _run_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
+def _run_window(stages: Sequence[Stage], z: Tensor, window: tuple[Range, Range]) -> Tensor:
     """Compute one path's window.
 
     Between two stages, whatever the rest does not need is cut off. At the image's borders nothing is cut, and the zero
@@ -84,11 +68,10 @@ def _run_window(stages: Sequence[Stage], z: Tensor, window: Window) -> Tensor:
     """
     rows = _needed(stages, window[0], z.shape[-2])
     columns = _needed(stages, window[1], z.shape[-1])
-    h = _cut(z, rows[0], columns[0])
+    h = z[..., slice(*rows[0]), slice(*columns[0])]
     for stage, (row, next_row), (column, next_column) in zip(stages, pairwise(rows), pairwise(columns), strict=True):
         top, left = row[0] * stage.scale, column[0] * stage.scale  # where the stage's output starts
-        h = stage.run(h)
-        h = _cut(h, (next_row[0] - top, next_row[1] - top), (next_column[0] - left, next_column[1] - left))
+        h = stage.run(h)[..., next_row[0] - top : next_row[1] - top, next_column[0] - left : next_column[1] - left]
     return h
 
 
@@ -102,10 +85,6 @@ def _needed(stages: Sequence[Stage], wanted: Range, size: int) -> list[Range]:
         low, high = out[-1][0] - stage.reach, out[-1][1] + stage.reach
         out.append((max(0, low // stage.scale), min(size, -(-high // stage.scale))))
     return out[::-1]
-
-
-def _cut(x: Tensor, rows: Range, columns: Range) -> Tensor:
-    return x[..., rows[0] : rows[1], columns[0] : columns[1]]
 
 
 @torch.no_grad()
@@ -123,21 +102,29 @@ def decode_tiled(
     Args:
         decoder: in evaluation mode; faster if folded.
         tile: side of a tile, in latent positions.
-        memory: the bytes of a tile beside z, the image and the parameters, for the largest tile that fits. Give tile or
-            memory.
+        memory: instead of tile, the bytes of a tile beside z, the image and the parameters: the largest that fits.
         progress: called after every tile with the fraction that is done.
 
     Returns:
         (B, C, f h, f w) on z's device, without gradients.
 
     Raises:
-        ValueError: the decoder can't be tiled, no tile is small enough, or neither or both of tile and memory.
+        ValueError: the decoder can't be tiled, or no tile is small enough.
     """
     if (tile is None) == (memory is None):
         raise ValueError("give either `tile` or `memory`")
     paths = decoder.paths()
     if paths is None:
-        _check_whole(decoder, z, memory)
+        name = type(decoder).__name__
+        if memory is None:
+            raise ValueError(f"{name} sees the whole latent at every position: leave `tile` out")
+        needs = peak_bytes(decoder, lambda d, x: d(x), (z.shape[0], decoder.z_channels, *z.shape[-2:]))
+        if needs > memory:
+            size = f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale}"
+            raise ValueError(
+                f"{name} sees the whole latent at every position and can't be tiled; decoding {size} pixels whole "
+                f"takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
+            )
         whole: Tensor = decoder(z)
         if progress is not None:
             progress(1.0)
@@ -158,49 +145,23 @@ def decode_tiled(
     return image
 
 
-def _check_whole(decoder: Decoder, z: Tensor, memory: int | None) -> None:
-    """Raise unless a decoder that can't be tiled may decode the whole latent."""
-    name = type(decoder).__name__
-    if memory is None:
-        raise ValueError(f"{name} sees the whole latent at every position: leave `tile` out")
-    needs = peak_bytes(decoder, lambda d, x: d(x), (z.shape[0], decoder.z_channels, *z.shape[-2:]))
-    if needs > memory:
-        raise ValueError(
-            f"{name} sees the whole latent at every position and can't be tiled; decoding "
-            f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale} pixels whole takes "
-            f"{needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
-        )
-
-
 def split(size: int, tile: int, f: int) -> list[Range]:
     """The fewest pieces of at most ``tile`` positions, of about equal size; in pixels."""
     pieces = -(-size // tile)
-    edges = [f * (size * i // pieces) for i in range(pieces + 1)]
-    return list(pairwise(edges))
+    return list(pairwise(f * (size * i // pieces) for i in range(pieces + 1)))
 
 
 def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
     """The bytes of the largest tile of a latent of shape (B, z_channels, h, w); see :func:`peak_bytes`."""
     f = decoder.upscale
-
-    def one(size: int) -> tuple[int, int]:
-        start = (size - min(tile, size)) // 2  # in the middle, with surroundings on both sides
-        return f * start, f * (start + min(tile, size))
-
-    def run(module: Decoder, z: Tensor) -> Tensor:
-        paths = module.paths()
-        assert paths is not None
-        return decode_window(paths, z, (one(shape[-2]), one(shape[-1])))
-
-    return peak_bytes(decoder, run, (shape[0], decoder.z_channels, *shape[-2:]))
+    sides = [(min(tile, size), (size - min(tile, size)) // 2) for size in shape[-2:]]  # in the middle of the latent
+    rows, columns = ((f * start, f * (start + side)) for side, start in sides)
+    shape = (shape[0], decoder.z_channels, *shape[-2:])
+    return peak_bytes(decoder, lambda d, z: decode_window(d.paths(), z, (rows, columns)), shape)
 
 
 def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
-    """The largest tile within ``memory`` bytes for a latent of that shape, at most all of it.
-
-    Raises:
-        ValueError: even a tile of one position takes more.
-    """
+    """The largest tile within ``memory`` bytes for a latent of that shape; ValueError if one position takes more."""
     tile = bisect_right(range(1, max(shape[-2:]) + 1), memory, key=lambda tile: tile_bytes(decoder, tile, shape))
     if not tile:
         least = tile_bytes(decoder, 1, shape) / GIB
@@ -213,7 +174,7 @@ def default_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else GIB
 
 
-def peak_bytes(module: M, run: Callable[[M, Tensor], object], shape: tuple[int, ...]) -> int:
+def peak_bytes(module: nn.Module, run: Callable[[Any, Tensor], object], shape: tuple[int, ...]) -> int:
     """The peak of bytes in tensors while ``run(module, x)`` runs without gradients, beside x and parameters.
 
     Computed on the meta device, from shapes alone, in the parameters' dtype, in milliseconds for any size. A
@@ -226,13 +187,11 @@ def peak_bytes(module: M, run: Callable[[M, Tensor], object], shape: tuple[int, 
     return int(live.peak)
 
 
-def _meta_copy(module: M) -> M:
+def _meta_copy(module: nn.Module) -> nn.Module:
     """A copy of the module on the meta device, without copying its tensors, and without its hooks."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     meta = copy.deepcopy(module, memo)
     for part in meta.modules():
         part._forward_hooks.clear()
@@ -245,8 +204,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
-        self.peak = 0
+        self.now = self.peak = 0
         self.alive: dict[int, Any] = {}
 
     def __torch_dispatch__(

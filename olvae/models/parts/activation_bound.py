@@ -33,8 +33,7 @@ class ActivationBound(Part):
         if bound <= 0:
             raise ValueError(f"bound must be above 0, got {bound}")
         check_not_negative(weight=weight)
-        self.bound = bound
-        self.weight = weight
+        self.bound, self.weight = bound, weight
         self._excess: list[Tensor] = []
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
@@ -50,9 +49,8 @@ class ActivationBound(Part):
             self._excess.append(F.relu(island(output).abs() / self.bound - 1.0).square().mean())
 
         self._excess = []
-        networks = enumerate(model.trained_networks)
-        modules = {f"{i}.{name}": module for i, network in networks for name, module in network.named_modules()}
-        return watch_outputs(modules, collect)
+        modules = [module for network in model.trained_networks for module in network.modules()]
+        return watch_outputs({str(i): module for i, module in enumerate(modules)}, collect)
 
     def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
         excess, self._excess = self._excess, []  # no copy of the part may hold the graph behind it

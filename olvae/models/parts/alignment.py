@@ -11,7 +11,7 @@ from olvae.config import ConfigError
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.optimization import gradient_ratio
-from olvae.models.parts.part import Loss, Part, Step
+from olvae.models.parts.part import Loss, Part, Step, check_not_negative
 from olvae.models.weight_files import locate_weights
 from olvae.modules.frozen import VisionEncoder, published_weights
 from olvae.modules.precision import island, no_autocast
@@ -19,8 +19,7 @@ from olvae.modules.precision import island, no_autocast
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
 
-ADAPTIVE_MAX = 1e4
-"""Limit of the adaptive factor, where the margins leave almost nothing of the alignment's gradient [D]."""
+ADAPTIVE_MAX = 1e4  # of the factor, where the margins leave almost nothing of the alignment's gradient [D]
 
 
 class Alignment(Part):
@@ -50,18 +49,9 @@ class Alignment(Part):
         distance_margin: float = 0.25,
     ) -> None:
         super().__init__()
-        for name, value, limit in (
-            ("weight", weight, float("inf")),
-            ("cosine_margin", cosine_margin, 2.0),
-            ("distance_margin", distance_margin, 2.0),
-        ):
-            if not 0 <= value < limit:
-                raise ValueError(f"{name} must be in [0, {limit:g}), got {value}")
-        self.encoder = encoder
-        self.weight = weight
-        self.adaptive_weight = adaptive_weight
-        self.cosine_margin = cosine_margin
-        self.distance_margin = distance_margin
+        check_not_negative(weight=weight, cosine_margin=cosine_margin, distance_margin=distance_margin)
+        self.encoder, self.weight, self.adaptive_weight = encoder, weight, adaptive_weight
+        self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
         self.features = _vision_encoder(encoder, weights)
 
     def attach(self, model: "LiteAutoencoderKL") -> None:
@@ -71,18 +61,14 @@ class Alignment(Part):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
-        """A vision encoder takes colour images, and the latent must be free to follow it."""
         if (channels := model.encoder.in_channels) != 3:
             yield f"parts.{self.name}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
-        fixed = [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
-        fixed = ["freeze_encoder", *fixed] if model.freeze_encoder else fixed
+        fixed = ["freeze_encoder"] if model.freeze_encoder else []
+        fixed += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
         if fixed:
             yield f"parts.{self.name}: the latents can't change ({', '.join(fixed)}): leave it out"
         if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):
-            yield (
-                f"parts.{self.name}.params.adaptive_weight: it needs one of the losses that compare images: set it to "
-                "false"
-            )
+            yield f"parts.{self.name}.params.adaptive_weight: no loss compares images: set it to false"
 
     def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
         assert step.encoded is not None
@@ -117,10 +103,7 @@ def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
             return VisionEncoder(name, None)
         file = locate_weights(published_weights(name) if weights is None else weights)
         tensors = state_dict_of(read_checkpoint(file), file)
-        try:
-            return VisionEncoder(name, {n: t for n, t in tensors.items() if isinstance(t, Tensor)})
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        return VisionEncoder(name, {n: t for n, t in tensors.items() if isinstance(t, Tensor)})
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise

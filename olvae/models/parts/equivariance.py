@@ -53,18 +53,10 @@ class Equivariance(Part):
 
 
 def transform_alike(z: Tensor, x: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Scale and rotate a latent, and the image that it should decode to, in the same way.
+    """Scale and rotate latents (B, n_z, h, w), and the images (B, C, f h, f w) that they should decode to, alike.
 
     The scale is one of those :data:`SCALES` that keep latent positions whole, the rotation a multiple of 90 degrees;
     both are the same for the whole batch. Scaling is bilinear and antialiased, in float32.
-
-    Args:
-        z: (B, n_z, h, w).
-        x: (B, C, f h, f w).
-        generator: of the scale and the rotation.
-
-    Returns:
-        z and x at (s h, s w) and (s f h, s f w), rotated; x has no gradient.
     """
     h, w = z.shape[-2:]
     scales = [s for s in SCALES if (s * h).is_integer() and (s * w).is_integer()]

@@ -24,10 +24,7 @@ class LatentNoise(Part):
     def __init__(self, std: float, relative_to: Literal["posterior", "data"] = "posterior") -> None:
         super().__init__()
         check_not_negative(std=std)
-        if relative_to not in ("posterior", "data"):
-            raise ValueError(f"relative_to must be posterior or data, got {relative_to!r}")
-        self.std = std
-        self.relative_to = relative_to
+        self.std, self.relative_to = std, relative_to
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
         if model.freeze_decoder:

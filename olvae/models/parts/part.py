@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olvae.config import Node, instantiate, resolve_class, resolve_target
+from olvae.config import Node, instantiate, resolve_class
 from olvae.data.image import from_uint8
 from olvae.data.source import LoaderProcess, Source
 from olvae.modules.distributions import DiagonalGaussian, Posterior
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 class Step:
     """A micro-batch on its way through a training step; parts read it, and change it in :meth:`Part.on_latent`."""
 
-    images: Tensor
-    """What is encoded: (B, C, H, W) in [-1, 1]."""
-    moments: Tensor | None
-    """Moments of a posterior that the data provide for the images, (B, 2 n_z, H/f, W/f)."""
+    images: Tensor  # what is encoded: (B, C, H, W) in [-1, 1]
+    moments: Tensor | None  # of a posterior that the data provide for the images, (B, 2 n_z, H/f, W/f)
     shared: np.random.Generator
     """Draws the same numbers in every process and every micro-batch of an update."""
     warming_up: bool
@@ -39,8 +37,7 @@ class Step:
     """The encoder's posterior; None where a part stands in for a frozen encoder."""
     posterior: Posterior = field(init=False)
     """The posterior that the latent is drawn from: a stand-in's if there is one, else ``encoded``."""
-    latent: Tensor = field(init=False)
-    """What the decoder gets: (B, n_z, h, w)."""
+    latent: Tensor = field(init=False)  # what the decoder gets: (B, n_z, h, w)
     reconstruction: Tensor | None = field(init=False)
     """(B, C, f h, f w); None where a part stands in for a frozen decoder."""
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -51,21 +48,16 @@ class StandIn(Protocol):
     """Another autoencoder of the same latents: the decoder learns from it, and it replaces frozen halves."""
 
     @property
-    def deterministic(self) -> bool:
-        """Whether its latents have no distribution."""
-        ...
+    def deterministic(self) -> bool: ...
 
     def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
         """The posterior of images (B, C, H, W), or of these moments if the data provide them; without gradients."""
         ...
 
-    def decode(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, C, f h, f w)."""
-        ...
+    def decode(self, z: Tensor) -> Tensor: ...
 
 
-Loss = tuple[Tensor, Tensor | float]
-"""An unweighted loss, a scalar, and its weight."""
+Loss = tuple[Tensor, Tensor | float]  # an unweighted loss, a scalar, and its weight
 
 
 class Part(nn.Module):
@@ -79,11 +71,9 @@ class Part(nn.Module):
     latents: ClassVar[Literal["free", "kept", "given"]] = "free"
     """Where training may take the latents: anywhere, no further than where it started, or to another autoencoder's."""
 
-    needs_activations: ClassVar[bool] = False
-    """Whether it looks at activations that checkpointing drops."""
+    needs_activations: ClassVar[bool] = False  # whether it looks at activations that checkpointing drops
 
-    name: str = ""
-    """Its key under ``model.params.parts``."""
+    name: str = ""  # its key under model.params.parts
 
     @property
     def stand_in(self) -> StandIn | None:
@@ -151,12 +141,6 @@ def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -
         part.name = name
         model.parts[name] = part
         part.attach(model)
-
-
-def latents_of(target: str) -> Literal["free", "kept", "given"]:
-    """:attr:`Part.latents` of a class by its path."""
-    latents: Literal["free", "kept", "given"] = getattr(resolve_target(target), "latents", "free")
-    return latents
 
 
 def check_not_negative(**numbers: float) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -31,17 +31,15 @@ NO_FACTORS = (
     "SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609, FLUX.1 0.3611 with 0.1159)"
 )
 
-MEASURED_IMAGES = 64
-"""Training images on which the standard deviation of the teacher's latents is measured."""
+MEASURED_IMAGES = 64  # of training, on which the standard deviation of the teacher's latents is measured
 
 
 class Teacher(Part):
-    """Learn the latents of a frozen autoencoder, and images from its latents.
+    """Let the encoder learn the posterior of a frozen autoencoder, and the decoder images from its latents.
 
-    The encoder learns its posterior; the decoder learns images from its latents. Where a half of the student is frozen,
-    validation uses the teacher's. Its tensors are in no state dict, optimizer, average or checkpoint, and copies of the
-    student share them; only the standard deviations of its latents are saved. Its factors for a diffusion model become
-    the student's, except for force_upcast, which is about the weights of a decoder.
+    Where a half of the student is frozen, validation uses the teacher's. Its tensors are in no state dict, optimizer,
+    average or checkpoint, and copies of the student share them; only the standard deviations of its latents are saved.
+    Its factors for a diffusion model become the student's, except for force_upcast, which is about a decoder's weights.
 
     Args:
         autoencoder: a TARGET: ``diffusers:ID_OR_FOLDER``, a file, a run, ...
@@ -68,12 +66,9 @@ class Teacher(Part):
     ) -> None:
         super().__init__()
         check_not_negative(latent_weight=latent_weight, logvar_weight=logvar_weight, decoder_weight=decoder_weight)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if dtype == "float16" and decoder_weight:
             raise ValueError("decoder_weight: the gradients of a mean over pixels are 0 in float16: use bfloat16")
-        self.target = autoencoder
-        self.dtype = DTYPES[dtype]
+        self.target, self.dtype = autoencoder, DTYPES[dtype]
         self.weights = {"latent": latent_weight, "logvar": logvar_weight, "teacher_decoder": decoder_weight}
         with torch.device("cpu"):
             model = find_target(autoencoder).load()
@@ -82,10 +77,7 @@ class Teacher(Part):
 
     @property
     def model(self) -> Autoencoder:
-        """The autoencoder."""
-        model = self.frozen.network
-        assert isinstance(model, Autoencoder)
-        return model
+        return cast("Autoencoder", self.frozen.network)
 
     @property
     def stand_in(self) -> "Teacher":
@@ -103,20 +95,14 @@ class Teacher(Part):
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
         here, ours, theirs = f"parts.{self.name}", _shape(model.autoencoder), _shape(self.model)
         if ours != theirs:
-            yield (
-                f"{here}: {self.target} has {theirs}, but the student {ours}: set the student's networks and embed_dim "
-                "to the teacher's"
-            )
+            yield f"{here}: {self.target} has {theirs}, but the student {ours}: set its networks and embed_dim alike"
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
             yield f"scaling_factor: {NO_FACTORS}"
         if "kl" in model.loss_weights:
             yield "lossconfig.params.kl_weight: the latents have to be the teacher's, KL pulls them away: set it to 0"
         for part in model.each_part:
             if part.latents == "kept":
-                yield (
-                    f"parts.{part.name}: the latents have to be the teacher's, not those of the initial weights: "
-                    "leave it out"
-                )
+                yield f"parts.{part.name}: the latents have to be the teacher's, not the initial ones: leave it out"
         if model.freeze_encoder and self.weights["teacher_decoder"]:
             yield f"{here}.params.decoder_weight: the encoder is frozen (freeze_encoder): leave it out"
         if not model.freeze_encoder and not any(self.weights.values()):
@@ -128,10 +114,8 @@ class Teacher(Part):
         """Raise ConfigError if the data have latents of another autoencoder."""
         for pairs in pair_sources(source):
             if pairs.stats["weights"] != self._checksum:
-                raise ConfigError(
-                    f"data: its latents are of {pairs.stats['target']}, whose weights are not those of "
-                    f"the teacher, {self.target}"
-                )
+                other = pairs.stats["target"]
+                raise ConfigError(f"data: its latents are of {other}, whose weights are not those of {self.target}")
 
     def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
         """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite."""
@@ -188,8 +172,8 @@ class Teacher(Part):
         return self._checksum
 
     def describe(self) -> str:
-        weights = ", ".join(f"{weight:g} {name}" for name, weight in self.weights.items() if weight)
-        return f"{self.target}, {str(self.dtype).removeprefix('torch.')}{f'; {weights}' if weights else ''}"
+        weights = [f"{weight:g} {name}" for name, weight in self.weights.items() if weight]
+        return ", ".join([f"{self.target}, {str(self.dtype).removeprefix('torch.')}", *weights])
 
 
 def pair_sources(source: Source) -> list[PairSource]:
