@@ -31,19 +31,16 @@ def source(root: Path, batch_size: int = 4, size: int = 16) -> FolderSource:
     return FolderSource(str(root), size, batch_size, val_fraction=0.2)
 
 
+def trainer(steps: int, **settings) -> pl.Trainer:
+    """A trainer that writes and shows nothing."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(**{"max_steps": steps, "accelerator": "cpu", "log_every_n_steps": 1, **quiet, **settings})
+
+
 def fit(
-    model: LiteAutoencoderKL, root: Path, steps: int, batch_size: int = 4, size: int = 16, **trainer
+    model: LiteAutoencoderKL, root: Path, steps: int, batch_size: int = 4, size: int = 16, **settings
 ) -> LiteAutoencoderKL:
-    settings = {"logger": False, "log_every_n_steps": 1, **trainer}
-    pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **settings,
-    ).fit(model, source(root, batch_size, size).train_loader())
+    trainer(steps, limit_val_batches=0, **settings).fit(model, source(root, batch_size, size).train_loader())
     return model
 
 

@@ -46,34 +46,13 @@ def mean(tensors: list[Tensor]) -> float:
     return sum(t.mean().item() for t in tensors) / len(tensors)
 
 
-# Which part of training it is
-
-
-def test_the_weight_is_constant_from_the_start_step_on():
+def test_the_weight_from_the_start_step_on():
     adversary = build("patchgan", weight=0.3, start_step=10)
     assert [adversary.weight_at(step) for step in (0, 9, 10, 11, 1000)] == [0.0, 0.0, 0.3, 0.3, 0.3]
     assert [adversary.plays(step) for step in (0, 9, 10, 11)] == [False, False, True, True]
-
-
-def test_the_ramp():
-    adversary = build("patchgan", weight=0.4, start_step=10, ramp_steps=4)
-    weights = [adversary.weight_at(step) for step in range(8, 16)]
+    ramp = build("patchgan", weight=0.4, start_step=10, ramp_steps=4)
+    weights = [ramp.weight_at(step) for step in range(8, 16)]
     assert weights == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    assert build("patchgan", weight=0.4, ramp_steps=1).weight_at(0) == pytest.approx(0.4)
-
-
-def test_the_warm_up_is_counted_in_updates_from_the_start_step_on():
-    adversary = build("patchgan", start_step=5, warmup_updates=2)
-    assert not adversary.warms_up(4)
-    assert adversary.warms_up(5)
-    adversary.updated()
-    assert adversary.warms_up(5)
-    adversary.updated()
-    assert not adversary.warms_up(5)
-    assert not build("patchgan").warms_up(0)
-
-
-# The autoencoder's side
 
 
 @every
@@ -102,21 +81,10 @@ def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_rest_alone():
 
 
 @every
-def test_a_step_of_the_image_on_its_loss_raises_the_logits(kind):
-    adversary, (_, fake) = build(kind), images(kind)
-    fake.requires_grad_()
-    (gradient,) = torch.autograd.grad(adversary.generator_loss(fake), fake)
-    moved = (fake - 0.05 * gradient / gradient.norm()).detach()
-    assert mean(logits(adversary, moved)) > mean(logits(adversary, fake)) + 1e-5
-
-
-# The discriminator's side
-
-
-@every
 def test_the_discriminators_loss_reaches_every_parameter_and_no_image(kind):
     settings = {"r1_weight": 1.0, "lecam_weight": 1.0, "cutmix_weight": 1.0 if kind == "unetgan" else 0.0}
     adversary, (real, fake) = build(kind, **settings), images(kind)
+    buffers = {name: t.clone() for name, t in adversary.discriminator.named_buffers()}
     real.requires_grad_()
     bottleneck = torch.ones((), requires_grad=True)
     reconstruction = (fake * bottleneck).tanh()
@@ -132,6 +100,8 @@ def test_the_discriminators_loss_reaches_every_parameter_and_no_image(kind):
     adversary.generator_loss(reconstruction).backward()  # the reconstruction's graph is whole
     assert bottleneck.grad.abs() > 0
     assert not any(value.requires_grad for value in logs.values())
+    if kind != "patchgan":  # which has BatchNorm; no loss runs a power iteration
+        assert all(torch.equal(t, buffers[name]) for name, t in adversary.discriminator.named_buffers())
 
 
 @every
@@ -161,9 +131,6 @@ def test_both_sides_are_the_losses_of_the_logits(loss):
     assert logs["accuracy"].item() == pytest.approx(losses.discriminator_accuracy(r, f, loss).item())
     assert logs["logits_real"].item() == pytest.approx(mean(r), rel=1e-4)
     assert logs["logits_fake"].item() == pytest.approx(mean(f), rel=1e-4)
-
-
-# R1
 
 
 def test_r1_is_lazy_and_multiplied_by_how_lazy():
@@ -200,9 +167,6 @@ def test_r1_under_bf16_is_that_of_float32(kind):
     assert all(p.grad is None or p.grad.isfinite().all() for p in adversary.parameters())
 
 
-# LeCam and CutMix
-
-
 def test_lecam_is_logged_and_weighted_when_it_is_on():
     adversary, (real, fake) = build(lecam_weight=0.3), images()
     base, without = build().discriminator_loss(real, fake)
@@ -233,9 +197,6 @@ def test_cutmix_is_logged_and_weighted_when_it_is_on():
     assert total.item() == pytest.approx(base.item() + 0.3 * expected.item(), rel=1e-4)
 
 
-# Its state
-
-
 def test_an_update_is_counted_and_runs_one_power_iteration():
     adversary = build()
     with torch.no_grad():
@@ -247,14 +208,6 @@ def test_an_update_is_counted_and_runs_one_power_iteration():
     other(images()[0])
     for (name, mine), theirs in zip(adversary.discriminator.named_buffers(), other.buffers(), strict=True):
         assert torch.equal(mine, theirs), name
-
-
-def test_losses_run_none():
-    adversary, (real, fake) = build(r1_weight=1.0, cutmix_weight=1.0), images()
-    before = {name: t.clone() for name, t in adversary.named_buffers()}
-    adversary.generator_loss(fake)
-    adversary.discriminator_loss(real, fake)
-    assert all(torch.equal(t, before[name]) for name, t in adversary.named_buffers())
 
 
 def test_the_state_survives_a_file(tmp_path):
@@ -277,18 +230,6 @@ def test_the_state_survives_a_file(tmp_path):
     assert torch.equal(logs["lecam"], theirs["lecam"])  # the anchors came along
 
 
-# Mistakes
-
-
-@every
-def test_check_image_leaves_the_discriminator_as_it_was(kind):
-    adversary = build(kind)
-    before = copy.deepcopy(adversary.state_dict())
-    adversary.check_image(3, DISCRIMINATORS[kind][2])
-    assert all(m.training for m in adversary.modules())
-    assert all(torch.equal(t, before[name]) for name, t in adversary.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("kind", "channels", "size", "message"),
     [
@@ -300,10 +241,13 @@ def test_check_image_leaves_the_discriminator_as_it_was(kind):
 )
 def test_images_that_do_not_fit(kind, channels, size, message):
     adversary = build(kind)
+    before = copy.deepcopy(adversary.state_dict())
     with pytest.raises(ConfigError, match=message) as error:
         adversary.check_image(channels, size)
     assert "\n" not in str(error.value)
+    adversary.check_image(3, DISCRIMINATORS[kind][2])
     assert all(m.training for m in adversary.modules())
+    assert all(torch.equal(t, before[name]) for name, t in adversary.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["patchgan", "gigagan"])
@@ -317,16 +261,10 @@ def test_cutmix_needs_a_logit_per_pixel(kind):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"loss": "vanilla"}, "must be one of hinge, logistic, lsgan, wgan, bce, got 'vanilla'"),
         ({"weight": -0.1}, "weight must not be negative, got -0.1"),
         ({"start_step": -1}, "start_step must not be negative, got -1"),
-        ({"ramp_steps": -1}, "ramp_steps must not be negative"),
-        ({"warmup_updates": -1}, "warmup_updates must not be negative"),
         ({"updates_per_step": 0}, "updates_per_step must be at least 1, got 0"),
-        ({"r1_weight": -1.0}, "r1_weight must not be negative"),
-        ({"r1_every": 0}, "r1_every must be at least 1"),
         ({"lecam_weight": -1.0}, "lecam_weight must not be negative"),
-        ({"cutmix_weight": -1.0}, "cutmix_weight must not be negative"),
         ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be above 0, got 0.0"),
         ({"lecam_weight": 1.0, "lecam_decay": 1.0}, "decay must be in"),
     ],

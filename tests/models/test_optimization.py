@@ -1,6 +1,5 @@
 """Seeds, learning rates, gradients at the decoder's last layer."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,27 +12,15 @@ from olvae.models.optimization import (
     lr_factor,
     mix_seeds,
 )
-from olvae.modules.base import last_convolution
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
-from olvae.modules.sdvae import SDDecoder
-
-CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").rglob("*.yaml"))
-
-# Seeds and rates
 
 
 def test_seeds_differ_with_every_number_and_with_their_order():
     grid = [(seed, step, micro, rank) for seed in (0, 1, 7) for step in range(9) for micro in (0, 1) for rank in (0, 1)]
-    assert len({mix_seeds(*numbers) for numbers in grid}) == len(grid)
+    seeds = [mix_seeds(*numbers) for numbers in grid]
+    assert len(set(seeds)) == len(grid)
+    assert seeds == [mix_seeds(*numbers) for numbers in grid]
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch takes
     assert mix_seeds(1, 2) != mix_seeds(2, 1)
-
-
-def test_seeds_are_what_torch_takes_and_the_same_again():
-    for step in range(100):
-        seed = mix_seeds(3, step)
-        assert 0 <= seed < 2**63
-        assert seed == mix_seeds(3, step)
-        torch.manual_seed(seed)
 
 
 def test_warm_up_then_constant():
@@ -43,26 +30,6 @@ def test_warm_up_then_constant():
 def test_cosine():
     values = [lr_factor(s, "cosine", 10, 110, 0.1) for s in (10, 60, 110, 500)]
     assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
-
-
-# The decoder's last layer, and gradients there
-
-
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        LiteVAE_Decoder(8, 4, channel_mult=(1, 2), num_res_blocks=0),
-        SDDecoder(8, 4, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4),
-    ],
-    ids=["litevae", "sd"],
-)
-def test_the_last_convolution_makes_the_image(decoder):
-    """Its output is the decoder's."""
-    outputs: list[Tensor] = []
-    last_convolution(decoder).register_forward_hook(lambda _, __, y: outputs.append(y))
-    image = decoder(torch.randn(1, 4, 4, 4))
-    assert len(outputs) == 1
-    assert torch.equal(outputs[0], image)
 
 
 def module(decoder: nn.Module, scaler=None, world_size: int = 1, reduce=None) -> SimpleNamespace:
@@ -98,22 +65,12 @@ def test_gradient_ratio_by_hand(decoder):
     ratio = gradient_ratio(module(decoder), one, other)
     assert ratio.item() == pytest.approx(by_hand, rel=1e-5)
     assert ratio.item() == pytest.approx(4 * 2**0.5, rel=1e-5)
-    assert ratio.dtype == torch.float32
+    assert (ratio.dtype, ratio.requires_grad) == (torch.float32, False)
     assert gradient_ratio(module(decoder), other, one).item() == pytest.approx(1 / by_hand, rel=1e-5)
-
-
-def test_gradient_ratio_leaves_the_graph_and_no_gradient(decoder):
-    one, other, _ = two_losses(decoder)
-    ratio = gradient_ratio(module(decoder), one, other)
-    assert not ratio.requires_grad
+    assert 1e9 < gradient_ratio(module(decoder), one, 0.0 * other).item() < float("inf")
     assert decoder[0].weight.grad is None
     (one + other).backward()  # what follows in a step
     assert decoder[0].weight.grad.abs().max() > 0
-
-
-def test_no_adversarial_gradient_is_a_large_number_and_not_infinite(decoder):
-    one, other, _ = two_losses(decoder)
-    assert 1e9 < gradient_ratio(module(decoder), one, 0.0 * other).item() < float("inf")
 
 
 def test_the_loss_scale_does_not_show(decoder):
@@ -150,6 +107,3 @@ def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder):
     ratio = gradient_ratio(module(decoder, world_size=2, reduce=reduce), one, other)
     assert len(calls) == 2
     assert ratio.item() == pytest.approx(2**0.5 / 0.1, rel=1e-5)
-
-
-# Optimizers

@@ -1,10 +1,8 @@
 import http.server
 import json
-import math
 import os
 import pickle
 import threading
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -26,9 +24,6 @@ from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from tests.conftest import tiny_config
 from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
-
-ROOT = Path(__file__).parent.parent.parent
-PUBLISHED_YAML = ROOT / "configs" / "olitevaeB_im_f8c12.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +95,12 @@ def test_parity_through_every_format(reference, form, tmp_path):
         assert all(torch.equal(t, noise[name]) for name, t in raw.state_dict().items())
 
 
-def test_the_published_yaml_and_names(tmp_path):
+def test_the_published_model_is_known_by_its_id_of_the_hub(tmp_path, monkeypatch):
     state = {name: torch.full(shape, 0.01 * (k % 7)) for k, (name, shape) in enumerate(published_names().items())}
-    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, tmp_path / "olitevae.ckpt")
-    model = LiteVAE.from_pretrained(tmp_path / "olitevae.ckpt", config=PUBLISHED_YAML)
+    folder = hub_folder(tmp_path, monkeypatch, "RGenDiff/olitevaeB_im_f8c12")
+    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, folder / "olitevae.ckpt")
+    model = LiteVAE.from_pretrained("RGenDiff/olitevaeB_im_f8c12")
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
-    assert model.decode(model.encode(torch.zeros(1, 3, 16, 16)).mode()).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(("dtype", "folded"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
@@ -233,26 +228,19 @@ class OwnEncoder(Encoder):
         ({"decoder_config.params.chanels": 3}, "decoder_config.params.chanels: unknown key; did you mean channels"),
         ({"embed_dims": 4}, "embed_dims: unknown key; did you mean embed_dim"),
         ({"embed_dim": "four"}, "embed_dim: expected int, got 'four'"),
-        ({"embed_dim": None}, "embed_dim: expected int, got None"),
         ({"scaling_factor": 0}, "scaling_factor: expected a number above 0, got 0"),
         ({"shift_factor": float("nan")}, "shift_factor: expected a number, got nan"),
-        ({"scaling_factor": None}, "scaling_factor: expected float . int, got None"),
         (
             {**PER_CHANNEL, "latents_mean": [0, 1, 2]},
             r"latents_mean: expected 4 numbers, one per channel, got \[0, 1, 2\]",
         ),
         ({**PER_CHANNEL, "latents_std": [1, 2, 3, 0]}, "latents_std: expected 4 numbers above 0, one per channel"),
-        ({**PER_CHANNEL, "latents_std": [1, 2, 3, math.inf]}, "latents_std: expected 4 numbers above 0, one per"),
         ({**PER_CHANNEL, "latents_mean": ["a", 1, 2, 3]}, "latents_mean: expected Sequence.*, got "),
         ({**PER_CHANNEL, "latents_std": None}, "latents_mean, latents_std: give both, or neither"),
-        ({**PER_CHANNEL, "latents_mean": None}, "latents_mean, latents_std: give both, or neither"),
-        ({"force_upcast": "yes"}, "force_upcast: expected bool, got 'yes'"),
         ({"decoder_config.params.channels": -4}, "no autoencoder can be built of this: channels must be at least 1"),
         ({"decoder_config.params.channels": 10**20}, "decoder_config.params.channels: more than 65536"),
         ({"decoder_config.params.num_res_blocks": 10**9}, "decoder_config.params.num_res_blocks: more than 24"),
-        ({"encoder_config.params.dct_levels": 10**9}, "encoder_config.params.dct_levels: more than 24"),
         ({"decoder_config.params.channel_mult": [1] * 1000}, "channel_mult: more than 10 entries"),
-        ({"encoder_config.params.extractor_mult": []}, "no autoencoder can be built of this: "),
         ({"encoder_config.params.image_size": 30}, "no autoencoder can be built of this: image_size 30 is not a mul"),
         ({"_class_name": "AutoencoderKL"}, "the config of diffusers' AutoencoderKL.* diffusers:FOLDER"),
     ],
@@ -272,7 +260,7 @@ def test_configs_with_mistakes(change, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "\x00", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{", "\x00", "[" * 100_000])
 def test_a_config_that_is_no_json(tmp_path, content):
     tiny().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(content)
@@ -300,9 +288,7 @@ def test_folders_that_hold_none_or_several(tmp_path):
         LiteVAE.from_pretrained(tmp_path)
     model = tiny()
     model.save_pretrained(tmp_path)
-    in_diffusers = AutoencoderLiteVAE.from_pretrained(tmp_path)
-    in_diffusers.half().save_pretrained(tmp_path, variant="fp16")  # as diffusers' repositories keep it
-    assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    (tmp_path / f".partial-0123abcd-{WEIGHTS_NAME}").write_bytes(b"half of a file")  # of a save that was killed
     assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
     (tmp_path / "second.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"several files of weights \(diffusion_pytorch_model.safetensors, sec"):
@@ -311,44 +297,35 @@ def test_folders_that_hold_none_or_several(tmp_path):
         LiteVAE.from_pretrained(tmp_path / "missing")
 
 
-# The hub
-
-
-def test_what_a_killed_save_left_is_not_taken_for_weights(tmp_path):
-    vae = tiny()
-    vae.save_pretrained(tmp_path)
-    (tmp_path / f".partial-0123abcd-{WEIGHTS_NAME}").write_bytes(b"half of a file")
-    assert same_weights(LiteVAE.from_pretrained(tmp_path), vae)
-
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch) -> Path:
-    """A folder of the hub's cache, which stands for the repository RGenDiff/tiny; nothing is asked of a server."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def hub_folder(root: Path, monkeypatch: pytest.MonkeyPatch, repository: str) -> Path:
+    """A folder of the hub's cache, which stands for a repository; nothing is asked of a server."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    commit, repo = "0" * 40, tmp_path / "models--RGenDiff--tiny"
+    commit, repo = "0" * 40, root / f"models--{repository.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     (repo / "snapshots" / commit).mkdir(parents=True)
     return repo / "snapshots" / commit
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "epoch=3.ckpt"])
-def test_a_repository_in_the_cache(cached, file):
-    model = tiny()
-    save(training_config(model), cached / "some_name.yaml")
-    if file.endswith("ckpt"):
-        torch.save({"state_dict": model.state_dict()}, cached / file)
-    else:
-        save_file(model.state_dict(), cached / file)
+@pytest.fixture
+def cached(tmp_path, monkeypatch) -> Path:
+    return hub_folder(tmp_path, monkeypatch, "RGenDiff/tiny")
+
+
+def test_a_repository_in_the_cache(cached, tmp_path):
+    """With its config; not with one that names other code."""
+    model, config = tiny(), training_config(tiny())
+    save(config, cached / "some_name.yaml")
+    torch.save({"state_dict": model.state_dict()}, cached / "epoch=3.ckpt")
     assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny"), model)
-
-
-def test_a_config_from_the_hub_builds_our_networks_only(cached):
-    config = training_config(tiny())
+    save_file(model.state_dict(), cached / "weights.safetensors")  # goes before a pickle
+    (cached / "epoch=3.ckpt").unlink()
+    assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True), model)
+    with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
+        LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True, cache_dir=tmp_path / "elsewhere")
     config["model"]["params"]["encoder_config"]["target"] = "subprocess.run"
-    save(config, cached / "config.yaml")
-    torch.save({"encoder.x": torch.zeros(1)}, cached / "model.ckpt")
+    save(config, cached / "some_name.yaml")
     with pytest.raises(ConfigError, match=r"subprocess.run is not a network of this package: refused"):
         LiteVAE.from_pretrained("RGenDiff/tiny")
 
@@ -356,15 +333,15 @@ def test_a_config_from_the_hub_builds_our_networks_only(cached):
 def test_the_hub_says_no(tmp_path, monkeypatch):
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RevisionNotFound" if "revision/v9" in self.path else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(404, "RevisionNotFound" if "revision/v9" in self.path else "RepoNotFound")
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(401)
-            self.send_header("X-Error-Code", "RepoNotFound")
+            self.answer(401, "RepoNotFound")
+
+        def answer(self, status, code):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -378,7 +355,6 @@ def test_the_hub_says_no(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    begin = time.monotonic()
     with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*no such repository on the hub"):
         LiteVAE.from_pretrained("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"^a/b@v9: the repository has no such revision"):
@@ -392,7 +368,6 @@ def test_the_hub_says_no(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     with pytest.raises(OSError, match=r"^nobody/nothing: not uploaded"):
         tiny().push_to_hub("nobody/nothing", token="none")
-    assert time.monotonic() - begin < 20
 
 
 def test_pushing(monkeypatch):
@@ -411,10 +386,10 @@ def test_pushing(monkeypatch):
             assert same_weights(LiteVAE.from_pretrained(folder_path), model)
             card = huggingface_hub.ModelCard.load(folder_path / "README.md")
             assert {"litevae", "model_hub_mixin"} <= set(card.data.tags)
-            assert f'LiteVAE.from_pretrained("{address}")' in card.text
+            assert "arxiv.org/abs/2405.14477" in card.text
             return "https://huggingface.co/me/mine/commit/1"
 
-    calls, model, address = [], tiny(), "me/mine"
+    calls, model = [], tiny()
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     where = model.push_to_hub("me/mine", private=True, commit_message="First", token="t", branch="b")
     assert where.endswith("commit/1")
@@ -423,13 +398,8 @@ def test_pushing(monkeypatch):
         ("create", "me/mine", True, True),
         ("upload", "me/mine", ["README.md", "config.json", WEIGHTS_NAME], "First", "b"),
     ]
-    with pytest.raises(OSError, match=r"^a/b/c: not uploaded: not an id of the hub"):
+    with pytest.raises(ValueError, match=r"Repo id must be in the form"):
         model.push_to_hub("a/b/c")
-    address = "OWNER/NAME"
-    model.push_to_hub("mine")
-    assert calls[-1][:2] == ("upload", "me/mine")
-    with pytest.raises(TypeError, match="nonsense"):
-        model.push_to_hub("me/mine", nonsense=1)
     del calls[:]
     next(model.parameters()).data.fill_(torch.nan)
     with pytest.raises(ValueError, match="non-finite"):
@@ -451,30 +421,6 @@ def test_saving_twice_keeps_the_card_and_a_refusal_keeps_all(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("failing", ["olvae.checkpoint.save_file", "olvae.models.weight_files.write_json"])
-def test_saving_that_fails_half_way_keeps_the_config(tmp_path, monkeypatch, failing):
-    """The mixin removes it before it saves."""
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(failing, full)
-    with pytest.raises(OSError, match="No space left"):
-        model.save_pretrained(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_the_hub_is_asked_as_the_caller_says(cached, tmp_path, monkeypatch):
-    model = tiny()
-    model.save_pretrained(cached)
-    assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True), model)
-    with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
-        LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True, cache_dir=tmp_path / "elsewhere")
-
-
 @pytest.mark.network
 def test_the_published_model_reconstructs_photographs():
     model = LiteVAE.from_pretrained("RGenDiff/olitevaeB_im_f8c12")
@@ -482,14 +428,6 @@ def test_the_published_model_reconstructs_photographs():
     with torch.no_grad():
         reconstruction, _ = model(from_uint8(batch["image"]))
     assert psnr(batch["image"], to_uint8(reconstruction)).mean() > 24
-
-
-def test_a_training_module_loads_what_is_saved(tmp_path):
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    trained = LiteAutoencoderKL(**tiny_config()["model"]["params"])
-    trained.load_state_dict(load_file(tmp_path / WEIGHTS_NAME), strict=True)
-    assert same_weights(trained.autoencoder, model)
 
 
 FACTORS = {"scaling_factor": 0.5, "shift_factor": 0.25, "force_upcast": True, **PER_CHANNEL}
@@ -519,25 +457,19 @@ def test_what_a_diffusion_model_has_to_know_through_every_format(tmp_path):
 
 
 def test_by_default_there_is_nothing_to_know(tmp_path):
-    nothing = {
-        "scaling_factor": 1.0,
-        "shift_factor": 0.0,
-        "latents_mean": None,
-        "latents_std": None,
-        "force_upcast": False,
-    }
+    defaults = dict.fromkeys(FACTORS) | {"scaling_factor": 1.0, "shift_factor": 0.0, "force_upcast": False}
     model = tiny()
-    assert model.for_diffusion == nothing
+    assert model.for_diffusion == defaults
     z = torch.randn(2, 4, 2, 2)
     assert torch.equal(model.from_diffusion(z), z)
     config = training_config(model)
-    config["model"]["params"] |= dict.fromkeys(nothing)  # as a training config may say
+    config["model"]["params"] |= dict.fromkeys(FACTORS)  # as a training config may say
     save(config, tmp_path / "tiny.yaml")
     torch.save(model.state_dict(), tmp_path / "tiny.ckpt")
-    assert LiteVAE.from_pretrained(tmp_path / "tiny.ckpt").for_diffusion == nothing
-    changed = LiteVAE.from_pretrained(tmp_path / "tiny.ckpt").set_for_diffusion(PER_CHANNEL)
-    assert tiny().for_diffusion == nothing  # one's own, not the class's
-    assert changed.for_diffusion == {**nothing, **PER_CHANNEL}
+    found = LiteVAE.from_pretrained(tmp_path / "tiny.ckpt")
+    assert found.for_diffusion == defaults
+    assert found.set_for_diffusion(PER_CHANNEL).for_diffusion == {**defaults, **PER_CHANNEL}
+    assert tiny().for_diffusion == defaults  # one's own, not the class's
 
 
 @pytest.mark.parametrize(

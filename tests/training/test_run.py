@@ -247,7 +247,7 @@ def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"start_step": 4}, "start_step: 4 is not before the last of 4 steps"),
+        ({"start_step": 4}, "start_step: 4 is not below 4 steps"),
         ({"discriminator_config": UNETGAN}, "does not take images of 3x16x16: UNetGAN takes .* multiples of 64"),
         ({"cutmix_weight": 1.0}, "one logit per pixel"),
         ({"loss": "hinged"}, r"loss: expected Literal\['hinge'"),

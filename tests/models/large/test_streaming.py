@@ -5,7 +5,6 @@ import torch
 
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
-from olvae.models.large import streaming
 from olvae.models.large.tiling import peak_bytes
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
@@ -30,31 +29,22 @@ def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
     "arguments",
     [
         {},
-        {"variant": "paper"},
         {"variant": "paper", "pool": "conv"},
         {"wavelet": "db2"},
         {"quantizer": True},
         {"shared_extractor": True, "skip_levels": 1, "linear": True},
     ],
 )
-@pytest.mark.parametrize("memory", [1, 300_000])
+@pytest.mark.parametrize("memory", [1, 100_000])
 def test_strips_give_the_posterior_of_the_whole(arguments, memory):
     vae = autoencoder(**arguments)
-    x = torch.randn(2, 3, 88, 40) * torch.linspace(0.1, 2.0, 88)[:, None]  # statistics differ from strip to strip
+    x = torch.randn(2, 3, 56, 24) * torch.linspace(0.1, 2.0, 56)[:, None]  # statistics differ from strip to strip
     assert peak_bytes(vae.encoder, lambda e, images: e(images), x.shape) > memory
     with torch.no_grad():
         whole = vae.encode(x)
     streamed = vae.encode_within(x, memory)
     torch.testing.assert_close(streamed.mean, whole.mean, rtol=0, atol=1e-4)
     torch.testing.assert_close(streamed.logvar, whole.logvar, rtol=0, atol=1e-4)
-
-
-def test_small_images_are_not_streamed(monkeypatch):
-    monkeypatch.setattr(streaming, "Stream", None)
-    vae = autoencoder()
-    x = torch.randn(1, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(vae.encode_within(x, 2**30).mean, vae.encode(x).mean, rtol=0, atol=0)
 
 
 def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):

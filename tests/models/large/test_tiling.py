@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +11,6 @@ from olvae.models.large.tiling import (
     decode_window,
     pad_to_multiple,
     receptive_field,
-    split,
     tile_bytes,
     tile_for,
 )
@@ -27,8 +22,7 @@ from olvae.modules.sdvae import SDDecoder, SDEncoder
 
 CONFIGURATIONS = [
     {"variant": variant, "output": output, **shape}
-    for variant in ("open_litevae", "paper_smc")
-    for output in ("image", "wavelet")
+    for variant, output in (("open_litevae", "image"), ("paper_smc", "wavelet"))
     for shape in (
         {"channel_mult": (1, 2, 4, 4), "num_res_blocks": 2},
         {"channel_mult": (1, 1, 2, 2), "num_res_blocks": 0},
@@ -99,9 +93,6 @@ def test_the_stages_are_the_whole_decoder():
         torch.testing.assert_close(got, module(z)[..., 40:42, 30:32], rtol=1e-5, atol=1e-5)
 
 
-ROOT = Path(__file__).parents[3]
-
-
 def autoencoder(quantizer: bool = False, **arguments) -> LiteVAE:
     levels = len(arguments["channel_mult"]) - 1
     half = LiteVAE_Decoder(channels=8, z_channels=4, **arguments)
@@ -145,15 +136,6 @@ def test_a_seam_would_be_seen(arguments, monkeypatch):
         assert (vae.decode_tiled(z, 5) - whole).abs().max() > 1e-3
 
 
-def test_half_precision_under_autocast():
-    vae = autoencoder(channel_mult=(1, 1), num_res_blocks=0)
-    z = torch.randn(1, 4, 9, 9)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        tiled, whole = vae.decode_tiled(z, 4), vae.decode(z)
-    assert tiled.dtype == torch.float32
-    torch.testing.assert_close(tiled, whole.float(), rtol=0, atol=0.05)
-
-
 def test_the_tile_is_the_largest_within_the_memory():
     half = LiteVAE_Decoder(channels=16, z_channels=4)
     shape = (1, 4, 100, 80)
@@ -162,43 +144,6 @@ def test_the_tile_is_the_largest_within_the_memory():
     assert tile_for(half, 64 * GIB, shape) == 100
     with pytest.raises(ValueError, match=r"the smallest tile takes 0\.\d*[1-9]\d* GiB, more than 9\.31e-07: allow"):
         tile_for(half, 1000, shape)
-
-
-MEASURE = """
-import sys
-import torch
-from olvae.models.large.tiling import decode_window
-from olvae.models.large.tiling import tile_bytes
-from olvae.modules.distributions import Deterministic
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
-
-torch.set_num_threads(1)
-def status(key):
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-
-decoder = LiteVAE_Decoder(channels=48, channel_mult=(1, 2, 2, 2), num_res_blocks=0, variant=sys.argv[1]).eval()
-z = torch.randn(1, 12, 90, 90)
-stages = decoder.stages()
-with torch.no_grad():
-    decode_window(stages, z, ((0, 16), (0, 16)))
-    computed = tile_bytes(decoder, 40, z.shape)
-    before = status("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-    decode_window(stages, z, ((200, 520), (200, 520)))
-print(computed, status("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("variant", ["open_litevae", pytest.param("paper_smc", marks=pytest.mark.slow)])
-def test_the_computed_memory_is_honest(variant):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, variant], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    computed, measured = (int(word) / 2**20 for word in done.stdout.split())
-    assert computed > 100
-    assert 0.6 * computed < measured < 1.1 * computed + 16
 
 
 def sd() -> LiteVAE:
@@ -228,15 +173,6 @@ def test_mistakes():
         vae.decode_tiled(z, tile=0)
 
 
-def test_pieces_are_even():
-    assert split(10, 4, 8) == [(0, 24), (24, 48), (48, 80)]
-    assert split(3, 9, 8) == [(0, 24)]
-    for size, tile in ((250, 59), (7, 3), (13, 1)):
-        pieces = split(size, tile, 1)
-        assert [place for piece in pieces for place in range(*piece)] == list(range(size))
-        assert max(b - a for a, b in pieces) <= tile
-
-
 @pytest.mark.gpu
 def test_tiles_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -246,10 +182,7 @@ def test_tiles_on_a_gpu(monkeypatch):
         assert (vae.decode_tiled(z, 13) - vae.decode(z)).abs().max() < 1e-4
 
 
-SIZES = [(1, 1), (1, 9), (7, 3), (8, 8), (13, 200), (31, 17), (5, 4), (9, 16)]
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (8, 8), (13, 200), (5, 4)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_padding_is_numpys_and_crops_back(size, dtype):
     x = torch.randint(0, 256, (2, 3, *size)).to(dtype)
@@ -263,19 +196,6 @@ def test_padding_is_numpys_and_crops_back(size, dtype):
     assert padded.dtype == dtype
     assert torch.equal(crop_to(padded, size), x)
     assert pad_to_multiple(x, 1) is x
-
-
-def test_padding_by_hand():
-    row = torch.tensor([[1, 2, 3, 4, 5]])
-    assert pad_to_multiple(row, 8)[0].tolist() == [1, 2, 3, 4, 5, 4, 3, 2]  # reflected without repeating the 5
-    assert pad_to_multiple(row[:, :4], 8)[0].tolist() == [1, 2, 3, 4, 4, 4, 4, 4]  # 4 are too few to reflect 4
-    with pytest.raises(ValueError, match="at least one pixel"):
-        pad_to_multiple(torch.zeros(1, 3, 0, 4), 8)
-    with pytest.raises(ValueError, match="multiple of 0"):
-        pad_to_multiple(torch.zeros(1, 3, 4, 4), 0)
-    for size in ((9, 8), (8, 0)):
-        with pytest.raises(ValueError, match="can't crop 8x8"):
-            crop_to(torch.zeros(1, 3, 8, 8), size)
 
 
 def test_an_autoencoder_without_tiles_works_whole():

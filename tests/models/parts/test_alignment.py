@@ -18,7 +18,7 @@ from olvae.models.parts.alignment import Alignment
 from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node
-from tests.models.steps import assert_same, build, fit, metrics, moved, snapshot, source
+from tests.models.steps import build, fit, metrics, moved, snapshot, source
 from tests.models.test_synchronisation import traced
 
 timm = pytest.importorskip("timm")
@@ -60,14 +60,6 @@ def test_dinov2_sees_224_pixels_of_256():
         assert encoder(torch.empty(1, 3, 256, 128), (16, 8)).shape == (1, 384, 16, 8)
     assert encoder._stride * 16 == 224
     assert published_weights("vit_large_patch14_dinov2.lvd142m") == "timm/vit_large_patch14_dinov2.lvd142m"
-
-
-def test_convolutional_networks_too():
-    torch.manual_seed(0)
-    weights = timm.create_model("test_resnet").state_dict()
-    encoder = VisionEncoder("test_resnet", weights)
-    assert encoder(torch.rand(1, 3, 32, 32), (4, 4)).shape == (1, encoder.channels, 4, 4)
-    assert all("state_dict" not in part.pretrained_cfg for part in encoder.network if hasattr(part, "pretrained_cfg"))
 
 
 def test_the_encoder_is_no_part_of_the_model(vit):
@@ -120,46 +112,23 @@ def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dic
 def test_a_step_by_hand(vit, image_folder, adaptive):
     settings = {"weight": 0.3, "adaptive_weight": adaptive}
     total, loss, terms, factor = by_hand(aligned(vit, alignment=settings), image_folder)
-    model = fit(aligned(vit, alignment=settings), image_folder, 1)
-    values = metrics(model)
+    values = metrics(fit(aligned(vit, alignment=settings), image_folder, 1))
     for name, term in terms.items():
         assert values[f"train/{name}"] == pytest.approx(term.item(), rel=1e-5), name
-    assert ("health/alignment_weight" in values) == adaptive
-    if adaptive:
-        assert values["health/alignment_weight"] == pytest.approx(factor.item(), rel=1e-4)
-    else:
-        factor = 1.0
-    assert values["train/loss"] == pytest.approx((total + 0.3 * factor * loss).item(), rel=1e-5)
+    assert values.get("health/alignment_weight") == (pytest.approx(factor.item(), rel=1e-4) if adaptive else None)
+    weighted = 0.3 * (factor if adaptive else 1.0) * loss
+    assert values["train/loss"] == pytest.approx((total + weighted).item(), rel=1e-5)
 
 
-def test_the_projection_learns_and_is_not_averaged(vit, image_folder):
-    model = aligned(vit, use_ema=True)
+@pytest.mark.parametrize("settings", [{"use_quant": True, "use_ema": True}, {"checkpoint": True}], ids=str)
+def test_the_projection_learns_and_the_encoder_does_not(vit, image_folder, settings):
+    model = aligned(vit, parts=parts(equivariance={"probability": 1.0}), **settings)
     before = snapshot(model)
-    fit(model, image_folder, 3, precision="bf16-mixed")
+    fit(model, image_folder, 2, size=32, precision="bf16-mixed")
+    assert metrics(model)["health/alignment_weight"] > 0
     assert "parts.alignment.projection.weight" in moved(before, snapshot(model))
     assert not any(p.requires_grad for p in model.parts["alignment"].features.network.parameters())
     assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_quant": True},
-        {"parts": parts(equivariance={"probability": 1.0})},
-        {"checkpoint": True},
-        {"freeze_decoder": True},
-    ],
-)
-def test_beside_other_settings(vit, image_folder, settings):
-    values = metrics(fit(aligned(vit, **settings), image_folder, 2, size=32))
-    assert values["health/alignment_weight"] > 0
-
-
-def test_without_alignment_nothing_changes(vit, image_folder):
-    """Of weight 0 it trains what the model trains without it."""
-    plain = fit(build(), image_folder, 2)
-    beside = fit(build(parts={"alignment": node(vit, weight=0.0)}), image_folder, 2)
-    assert_same(snapshot(plain.autoencoder), snapshot(beside.autoencoder))
 
 
 def test_no_step_waits(vit, tmp_path):
@@ -184,8 +153,7 @@ def test_memory_is_counted_without_its_file(vit):
     [
         ({"freeze_encoder": True, "lossconfig": "no kl"}, "the latents can't change"),
         ({"parts": parts(anchor={})}, r"the latents can't change \(parts.anchor\)"),
-        ({"lossconfig": "kl alone"}, "adaptive_weight: it needs one of the losses that compare images"),
-        ({"parts": {"alignment": {"target": "torch.nn.Identity"}}}, "parts.alignment: torch.nn.Identity is not a Part"),
+        ({"lossconfig": "kl alone"}, "adaptive_weight: no loss compares images: set it to false"),
     ],
 )
 def test_contradictions(vit, settings, message):
@@ -210,8 +178,7 @@ def test_images_that_are_not_of_colours(vit):
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ({"weight": -1}, ValueError, r"weight must be in \[0, inf\), got -1"),
-        ({"cosine_margin": 2}, ValueError, r"cosine_margin must be in \[0, 2\)"),
+        ({"weight": -1}, ValueError, "weight must not be negative, got -1"),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
         ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set params.weights of the alignment to a file of"),
         ({"encoder": "test_vit3"}, ValueError, "these are not the weights of test_vit3"),
@@ -221,11 +188,6 @@ def test_mistakes(vit, params, error, message):
     with pytest.raises(error, match=message) as caught:
         Alignment(**{"encoder": "test_vit", "weights": vit, **params})
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_weights_are_told_with_those_that_are_known():
-    with pytest.raises(ValueError, match=r"no published weights of vit_small_patch14_dinov2\.x: did you mean"):
-        published_weights("vit_small_patch14_dinov2.x")
 
 
 def test_timm_is_missing(monkeypatch, vit):
