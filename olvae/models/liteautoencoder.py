@@ -137,8 +137,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.parts = nn.ModuleDict()
         if mistakes := [*self._out_of_range(), *attach_parts(self, parts or {}), *self._conflicts()]:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
-        changing = (self.encoder, self.decoder, self.quantizer, self.adversary, self.parts)
-        self.guard = NonFiniteGuard([module for module in changing if module is not None])
+        self.guard = NonFiniteGuard([self.encoder, self.decoder, self.quantizer, self.adversary, self.parts])
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
 
     def _prepare_networks(self) -> None:

@@ -59,8 +59,8 @@ class NonFiniteGuard:
         modules: whose buffers training changes.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = list(modules)
+    def __init__(self, modules: Iterable[nn.Module | None]) -> None:
+        self._modules = [module for module in modules if module is not None]
         self._buffers: list[list[Tensor]] = []  # by dtype
         self._before: list[Tensor] = []  # their values before the step
         self._record = _Record()
