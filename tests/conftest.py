@@ -107,28 +107,20 @@ def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
 
 def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
     """A config that trains in a second: a narrow encoder and decoder on 16-pixel crops."""
+    encoder = "olvae.modules.litevae.encoder_model.LiteVAE_Encoder"
     decoder = {"channels": 8, "z_channels": 4, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 0, "output": "wavelet"}
-    if root is None:
-        data = {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 4}}
-    else:
-        data = {
-            "target": "olvae.data.picture_folder.FolderSource",
-            "params": {"root": str(root), "size": 16, "batch_size": 4, "val_fraction": 0.2},
-        }
+    data: dict[str, Any] = {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 4}}
+    if root is not None:
+        data["target"] = "olvae.data.picture_folder.FolderSource"
+        data["params"] |= {"root": str(root), "val_fraction": 0.2}
     return {
         "model": {
             "base_learning_rate": 1e-3,
             "target": "olvae.models.liteautoencoder.LiteAutoencoderKL",
             "params": {
                 "embed_dim": 4,
-                "encoder_config": {
-                    "target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder",
-                    "params": copy.deepcopy(TINY_ENCODER),
-                },
-                "decoder_config": {
-                    "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
-                    "params": decoder,
-                },
+                "encoder_config": {"target": encoder, "params": copy.deepcopy(TINY_ENCODER)},
+                "decoder_config": {"target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder", "params": decoder},
                 "lossconfig": {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}},
                 **model,
             },

@@ -27,12 +27,8 @@ def served(tmp_path, *arguments):
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            for line in process.stderr:
-                if found := re.search(r"serving at (http://127\.0\.0\.1:\d+/)", line):
-                    yield found[1]
-                    break
-            else:
-                raise AssertionError("it ended without serving")
+            found = (re.search(r"serving at (http://127\.0\.0\.1:\d+/)", line) for line in process.stderr)
+            yield next(filter(None, found))[1]
         finally:
             process.send_signal(signal.SIGINT)
             assert process.wait(30) in (0, 130)

@@ -246,18 +246,20 @@ def test_the_order_of_places(tmp_path, cache, monkeypatch):
     assert find_weights(INCEPTION, named).name.startswith("weights-inception")
 
 
-def test_downloads_into_the_cache(cache, published):
+def test_downloads_into_the_cache(cache, published, monkeypatch):
     path = find_weights(published)
     assert path == cache / published.name
     assert torch.equal(read_weights_file(path, published)["a"], torch.arange(3.0))
     assert provenance(path, published)["published"] is True
-
-
-def test_a_download_of_something_else_is_not_kept(cache, published, monkeypatch):
+    path.unlink()
     monkeypatch.setattr(WeightsFile, "sha256", "00000000")
     with pytest.raises(MissingWeights, match="invalid hash value"):
         find_weights(published)
-    assert not list(cache.iterdir())
+    assert not list(cache.iterdir())  # a download of something else is not kept
+    cache.rmdir()
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(MissingWeights, match="could not be downloaded"):
+        find_weights(published)
 
 
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf"])
@@ -298,12 +300,6 @@ def test_no_network_says_what_to_put_where(tmp_path, cache, monkeypatch):
     assert "\n" not in text
     for part in (INCEPTION.name, INCEPTION.url, str(cache), str(tmp_path / "variable"), "`weights_dir`", "not known"):
         assert part in text
-
-
-def test_a_cache_that_cannot_be_written(tmp_path, cache, published):
-    (tmp_path / "hub").write_text("a file where the folder should be")
-    with pytest.raises(MissingWeights, match="could not be downloaded"):
-        find_weights(published)
 
 
 def test_files_of_something_else(tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -15,26 +14,20 @@ import lightning.pytorch as pl
 import numpy as np
 import pywt
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 
 from olvae import config as cfg
 from olvae.bench.measure import Case, Setting, Work, clocked, machine, per_image, rows_of
 from olvae.config import ConfigError
-from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS, MappedSource
+from olvae.data.dataset import MappedSource
 from olvae.data.image import Photo, Picture, image_to_tensor
 from olvae.data.opening import open_source
-from olvae.data.picture_folder import Files
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Batch, Source
-from olvae.devices import FULL, PRECISIONS, autocast, now
-from olvae.export.encoding import DatasetInputs, EncodeJob, EncodeOptions
-from olvae.models.autoencoder import LiteVAE
+from olvae.devices import FULL, PRECISIONS, now
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import compile_networks
@@ -315,53 +308,6 @@ def _undecoded(source: MappedSource | WebDatasetSource) -> Iterator[Undecoded]:
             yield photo.undecoded(), photo.name
 
 
-def _encoding(setting: Setting) -> list[Case]:
-    """`olvae encode`, from files to files, beside a plain loop with the same network, and the network alone."""
-    on_cpu = setting.device == "cpu"
-    scale: Literal["S", "B"] = "S" if on_cpu else "B"
-    paths = [*PHOTOGRAPHS, *HELD_OUT][: 24 if on_cpu else None]
-    model = LiteVAE(LiteVAE_Encoder(8, scale), LiteVAE_Decoder(32, 4)).eval().to(setting.device)
-    x, n, sizes = setting.images(), len(paths), (setting.size, setting.batch_size)
-    cases = []
-    for precision in setting.precisions:
-        options = EncodeOptions(setting.size, precision=precision)
-        alone = setting.inference(partial(model.encoder, x), precision)
-        limit = Case(f"encoder {scale}", "limit", precision, alone, sizes[1], *sizes, sizes[1], "images")
-        peer = None
-        for name, encode in (("plain loop", _loop), ("olvae encode", _encode)):
-            run = setting.inference(partial(_in_new_folder, encode, model, paths, options, setting.batch_size))
-            peer = Case(name, "files to files", precision, run, n, *sizes, n, "images", {"of_encoder": limit}, peer)
-            cases.append(peer)
-        cases.append(limit)
-    return cases
-
-
-def _in_new_folder(encode: Callable[..., None], *arguments: object) -> None:
-    with tempfile.TemporaryDirectory(prefix="olvae-") as folder:
-        encode(*arguments, Path(folder))
-
-
-def _encode(model: LiteVAE, paths: Sequence[Path], options: EncodeOptions, batch_size: int, folder: Path) -> None:
-    job = EncodeJob(model, DatasetInputs(Files(paths), 1000), options, folder, {})
-    job.run(batch_size=batch_size)
-    job.finish()
-
-
-def _loop(model: LiteVAE, paths: Sequence[Path], options: EncodeOptions, batch_size: int, folder: Path) -> None:
-    """Encode as one would without a library: Pillow, torchvision, a file of mean and deviation per image."""
-    device = next(model.parameters()).device
-    resize = transforms.Resize(options.size, transforms.InterpolationMode.BICUBIC)
-    normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
-    transform = transforms.Compose([resize, transforms.CenterCrop(options.size), transforms.ToTensor(), normalise])
-    for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        x = torch.stack([transform(Image.open(path).convert("RGB")) for path in batch]).to(device)
-        with autocast(device.type, options.precision):
-            posterior = model.encode(x)
-        for path, mean, std in zip(batch, posterior.mean.half().cpu(), posterior.std.half().cpu(), strict=True):
-            save_file({"mean": mean.contiguous(), "std": std.contiguous()}, folder / f"{path.stem}.safetensors")
-
-
 class Group(NamedTuple):
     """Cases that are measured in turns."""
 
@@ -376,7 +322,6 @@ GROUPS: Mapping[str, Group] = {
     "decoder": Group(_decoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
     "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
     "data": Group(_loaders, False, {"cpu": (64, 16), "cuda": (256, 32)}),
-    "encode": Group(_encoding, True, {"cpu": (64, 16), "cuda": (256, 32)}),
 }
 
 

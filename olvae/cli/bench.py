@@ -9,7 +9,7 @@ import typer
 from olvae.cli.options import check_device, split_commas
 
 LEFT = ("group", "name", "variant", "precision")  # columns of words
-GROUPS = ("dwt", "encoder", "decoder", "train", "data", "encode")
+GROUPS = ("dwt", "encoder", "decoder", "train", "data")
 
 
 def command(
@@ -42,9 +42,9 @@ def command(
     """Measure speed and memory beside named peers, and beside what the machine reaches at most.
 
     dwt is the wavelet transform beside PyWavelets, encoder and decoder are the networks beside Stable Diffusion's,
-    train is a step beside one that runs the autoencoder twice, data is loaders beside decoding alone, encode is files
-    to files beside a plain loop. The cases of a group take turns. Each has a median, the spread of the middle half of
-    its times, and its share of a limit that is measured in the same turns.
+    train is a step beside one that runs the autoencoder twice, data is loaders beside decoding alone. The cases of a
+    group take turns. Each has a median, the spread of the middle half of its times, and its share of a limit that is
+    measured in the same turns.
 
     Example: olvae bench encoder --device cuda --json > now.json
 

@@ -1,9 +1,8 @@
 import pytest
-import torch
 import yaml
 
 from olvae.bench import cases
-from olvae.bench.cases import EVERY, STEP_OPTIONS, TwoForwards, time_steps
+from olvae.bench.cases import TwoForwards, time_steps
 from olvae.bench.measure import Setting, rows_of
 from olvae.config import ConfigError
 from olvae.data.transforms import RandomScaleCrop
@@ -39,31 +38,6 @@ def test_the_peer_of_a_step_runs_forward_twice(monkeypatch):
         calls.clear()
         assert len(time_steps(kind(**params()), 16, 2, 2, "cpu")) == 2
         assert len(calls) == 3 * passes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 0.02)])
-def test_a_step_with_every_option_has_the_same_losses(monkeypatch, precision, tolerance):
-    losses = []
-    backward = LiteAutoencoderKL.manual_backward
-
-    def keep(self, loss, *args, **kwargs):
-        losses.append(loss.item())
-        backward(self, loss, *args, **kwargs)
-
-    monkeypatch.setattr(LiteAutoencoderKL, "manual_backward", keep)
-    monkeypatch.setattr("olvae.models.liteautoencoder.compile_networks", compile_eagerly)
-    for options in (STEP_OPTIONS["plain"], STEP_OPTIONS[EVERY]):
-        torch.manual_seed(0)
-        time_steps(LiteAutoencoderKL(**params(), **options), 16, 2, 0, "cpu", precision)
-    plain, every = losses[: len(losses) // 2], losses[len(losses) // 2 :]
-    assert len(plain) == 2  # the autoencoder's and the discriminator's
-    assert every == pytest.approx(plain, rel=tolerance)
-
-
-def compile_eagerly(networks, device):
-    for network in networks:
-        network.compile(backend="eager")
 
 
 @pytest.fixture

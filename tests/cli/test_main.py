@@ -93,21 +93,6 @@ def test_warnings_of_a_run(olvae, config, tmp_path, monkeypatch):
     assert not [text for text in ("the learning rate rises", "loader processes", "held-out") if text in err]
 
 
-def test_few_images_are_a_warning_with_the_interval(olvae, trained, tmp_path):
-    options = ("--metrics", "psnr,ssim", "--no-report", "--out", tmp_path / "out")
-    _, _, err = olvae("evaluate", trained, *options)
-    low, high = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"][0]["intervals"]["psnr"]
-    assert (
-        "warning: few images, 4: other ones give other numbers; 95 % bootstrap intervals for "
-        f"{trained.name}: PSNR {low:.3f} to {high:.3f}, SSIM "
-    ) in err
-    for i in range(20):
-        Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
-    code, _, err = olvae("evaluate", trained, "--data", f"{tmp_path}/*.png", *options)
-    assert code == 0
-    assert "few images" not in err
-
-
 def test_the_untrained_row_is_the_run_before_its_first_step(olvae, config, tmp_path):
     """A run whose learning rate is next to 0 has the metrics of its untrained row."""
     olvae("train", "--base", config, "--logdir", tmp_path, "--seed", 7, "--gpus", 0, "model.base_learning_rate=1e-12")
@@ -162,7 +147,6 @@ DEMO = ("train", "--base", "configs/demo.yaml")
     [
         (["train"], 2, "--base names the config"),
         (["train", "--base"], 2, "--base"),
-        (["train", "--base", "missing.yaml"], 2, "no such config file"),
         ([*DEMO, "--precision", "64"], 2, "error: --precision 64: choose from fp16, bf16, 32"),
         ([*DEMO, "--gpus", "99"], 2, "0 is the CPU"),
         ([*DEMO, "--seed", "x"], 2, "--seed"),
@@ -173,9 +157,7 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ([*DEMO, "model.params.decoder_config.params.channels=0"], 2, "must be at least"),
         ([*DEMO, "data.params.batch_size=6000"], 1, "larger than the data"),
         ([*DEMO, "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
-        (["evaluate", "missing"], 1, "a target is a run folder"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
-        (["evaluate", "--metrics", "fid", "configs"], 2, "choose from all, psnr, ssim"),
         (["evaluate", "configs"], 1, "neither a run folder"),
         (["trian"], 2, "No such command"),
     ],
@@ -282,9 +264,8 @@ def test_debug_shows_the_traceback():
 
 
 def test_one_flag_with_several_values():
-    assert repeat_flags(["train", "--base", "a", "b", "--name", "n", "x=1"]) == [
-        "train", "--base", "a", "--base", "b", "--name", "n", "x=1",
-    ]  # fmt: skip
+    one = ["train", "--base", "a", "--base", "b", "--name", "n", "x=1"]
+    assert repeat_flags(["train", "--base", "a", "b", "--name", "n", "x=1"]) == one
     assert repeat_flags(["--base", "a", "model.x=1", "b"]) == ["--base", "a", "model.x=1", "b"]
     with pytest.raises(typer.BadParameter, match="needs one or more"):
         repeat_flags(["--base", "--name", "n"])
@@ -324,9 +305,7 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
     (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
     (("evaluate", "tests", "--data", "missing"), 1, "missing: no such folder"),
     (("evaluate", "tests", "--metrics", "fid"), 2, "--metrics fid: choose from all, psnr"),
-    (("evaluate", "tests", "--posterior", "mean"), 2, "Invalid value for '--posterior'"),
     (("latents", "tests", "--device", "gpu"), 2, "--device gpu: choose cpu, cuda, or cuda:N"),
-    (("latents", "missing"), 1, "missing: not found"),
     (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),
     (("decode", "tests", "missing", "--out", "x"), 1, "missing: no such folder"),
     (("export", "missing", "--out", "x"), 1, "missing: not found"),

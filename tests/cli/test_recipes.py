@@ -89,7 +89,6 @@ def test_a_name_or_a_file(tmp_path, monkeypatch):
         ("SDXL", "did you mean finetune/sdxl?"),
         ("phase-a.yaml", "did you mean phase_a"),
         ("configs/demo.yaml", "did you mean demo"),
-        ("configs/phase_.yaml", "did you mean phase_"),
         ("quite/another", "`olvae recipes` lists those of this package"),
         ("distil/teacher/config", "did you mean distil/teacher"),
     ],
@@ -110,7 +109,6 @@ def test_commands_take_names(olvae, trained, tmp_path, monkeypatch):
     )
     code, _, err = olvae("train", "--base", "phase_a", "distil/both", "--gpus", 0, "--logdir", "runs", "data.size=8")
     assert (code, err) == (2, "error: data.size: unknown key; known: target, params\n")
-    assert "demo_x: no such config file; did you mean demo" in olvae("bench", "train", "--config", "demo_x")[2]
     (tmp_path / "photos").symlink_to(trained.parent.parent / "photos")
     weights = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "a.ckpt")
     code, _, err = olvae("evaluate", weights, "--config", "demo", "--data", "photos", "--metrics", "psnr")

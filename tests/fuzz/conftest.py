@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -27,8 +28,7 @@ sys.addaudithook(lambda event, arguments: started.append(f"{event} {arguments}")
 
 
 def _memory(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key))
+    return 1024 * int(re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1])  # type: ignore[index]
 
 
 class Watch:
