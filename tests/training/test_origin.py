@@ -239,8 +239,8 @@ def test_sources_that_are_none(train_with, tmp_path, image_folder, monkeypatch):
         ("diffusers:/no/where", "diffusers:/no/where: no such folder, and not an id of the hub"),
         ("diffusers:some/vae", "some/vae: no such file or folder here, not in the hub's cache, and the hub can't be"),
         ("some/vae", "some/vae: no such file or folder here"),
-        (str(weights / "unet.safetensors"), "no autoencoder in it"),
-        (str(weights / "discriminator.ckpt"), "no autoencoder in it"),
+        (str(weights / "unet.safetensors"), "no config beside the weights"),
+        (str(weights / "discriminator.ckpt"), "no config beside the weights"),
         (str(weights / "missing.ckpt"), "not found"),
         (str(tmp_path / "folded"), "its convolutions are folded, for inference only"),
     ):
