@@ -98,34 +98,6 @@ def test_examples_in_help_exist(command, monkeypatch):
         check(words)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "olvae nothing",
-        "olvae export runs/x",
-        "olvae export runs/x --out a --nothing",
-        "olvae encode runs/x --data photos --out a --size many",
-        "olvae train --base configs/demo.yaml model.params.nothing=1",
-        "olvae train --base configs/nothing.yaml",
-        "olvae recipes nothing",
-        "python nothing.py",
-        "python scripts/compute_metrics.py --nothing x",
-        "python examples/train_diffusion.py x --nothing",
-        "python -m pytest tests/nothing.py",
-        "torchrun --nothing 4 scripts/compute_metrics.py x",
-        "srun python nothing.py",
-        "make nothing",
-        "pip install 'open-litevae[nothing]'",
-        "curl x",
-    ],
-)
-def test_wrong_commands_are_found(line, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    ((words),) = split_commands(line)
-    with pytest.raises((Exception, SystemExit)):
-        check(words)
-
-
 def is_module(name: str) -> bool:
     """Look without importing the module: what it needs may be an extra that is not installed."""
     try:

@@ -1,12 +1,11 @@
 """The study's tables from its rows' files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from study.draw import TABLES, fill, main, read_rows
+from study.draw import TABLES, fill, read_rows
 from study.rows import diffusions, rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -71,18 +70,3 @@ def test_the_documents_tables_are_those_of_the_rows_in_the_repository():
     rows_there = read_rows(ROOT / "study" / "results")
     assert fill(results, rows_there) == results
     assert rows_there.keys() == {row.name for row in (*rows(), *diffusions())}
-
-
-def test_the_command(tmp_path, capsys):
-    folder, document = tmp_path / "rows", tmp_path / "results.md"
-    document.write_text("<!-- table: rates -->\n<!-- end -->\n")
-    with pytest.raises(SystemExit):
-        main(["--rows", str(folder), "--document", str(document)])
-    assert "no rows there" in capsys.readouterr().err
-    folder.mkdir()
-    for name, found in ROWS.items():
-        (folder / f"{name}.json").write_text(json.dumps(found))
-    assert read_rows(folder).keys() == ROWS.keys()
-    main(["--rows", str(folder), "--document", str(document)])
-    assert "| sd |" in document.read_text()
-    assert {path.name for path in Path(tmp_path / "images").iterdir()} == {"study_scales.png", "study_encoders.png"}

@@ -4,48 +4,32 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.picture_folder import FolderSource
 from olvae.models.footprint import MARGIN, footprint
-from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import check_memory
-from tests.conftest import parts, tiny_config
-
-PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
-
-
-def model(**params) -> LiteAutoencoderKL:
-    return LiteAutoencoderKL(**tiny_config(**params)["model"]["params"])
-
-
-def against(**params) -> LiteAutoencoderKL:
-    node = {"discriminator_config": PATCHGAN, **params}
-    return model(adversary_config={"target": "olvae.models.adversary.Adversary", "params": node})
-
-
-def source(root, size: int = 16, **params) -> FolderSource:
-    return FolderSource(str(root), size, 4, **params)
+from tests.conftest import parts
+from tests.models.steps import against, build, source
 
 
 def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_folder):
-    equivariant = model(parts=parts(equivariance={}))
-    equivariant.check(source(image_folder, 32))
+    equivariant = build(parts=parts(equivariance={}))
+    equivariant.check(source(image_folder, size=32))
     equivariant.loss.perceptual = torch.nn.Identity()
     with pytest.raises(
         ConfigError, match="size: 32: equivariance shrinks images to a quarter, and the perceptual loss needs 16"
     ):
-        equivariant.check(source(image_folder, 32))
-    equivariant.check(source(image_folder, 64))
+        equivariant.check(source(image_folder, size=32))
+    equivariant.check(source(image_folder, size=64))
 
 
 def test_an_adversary_is_checked_for_a_term_beside_it(image_folder):
-    playing = against()
+    playing = build(against())
     playing.objective.weights = {"kl": 1e-6}
     with pytest.raises(ConfigError, match="one of the losses that compare images"):
         playing.adversary.check(playing, source(image_folder), 4)
 
 
 def test_memory_is_checked_before_the_first_step(image_folder, capfd, monkeypatch):
-    images, plain = source(image_folder), model()
+    images, plain = source(image_folder), build()
     counted = footprint(plain, 16, "32")
     monkeypatch.setattr("olvae.training.run.footprint", lambda *_, **__: counted)
     enough = int(MARGIN * counted.total(4)) + 1
@@ -56,7 +40,7 @@ def test_memory_is_checked_before_the_first_step(image_folder, capfd, monkeypatc
     err = capfd.readouterr().err
     assert "warning: memory: a step with 4 images needs about 0.0 GiB" in err
     assert "set data.params.batch_size=2 lightning.trainer.accumulate_grad_batches=2" in err
-    check_memory(model(parts=parts(activation_bound={"bound": 1.0})), images, "32", 2**20)
+    check_memory(build(parts=parts(activation_bound={"bound": 1.0})), images, "32", 2**20)
     assert "checkpoint" not in capfd.readouterr().err  # which a bound excludes
     with pytest.raises(ConfigError, match="not even one image fits: a step with 4 images"):
         check_memory(plain, images, "32", counted.total(1) - 1)

@@ -13,11 +13,10 @@ from olvae.config import load
 from olvae.runs import Run
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
-from tests.models.autoencoder_kl import tiny_kl
 from tests.models.parts.vision import node
 from tests.models.steps import against
 from tests.training.events import scalars
-from tests.training.origins import checkpoint
+from tests.training.origins import OBJECTIVE, checkpoint, save_teacher
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
@@ -42,7 +41,7 @@ def assert_close(one: Run, two: Run) -> None:
 
 
 def test_two_processes_are_one(train_with, train_two):
-    config = load(["configs/demo_b.yaml"], [*SMALL, "data.params.size=64", "lightning.trainer.max_steps=3"])
+    config = load(["configs/demo_b.yaml"], [*SMALL, "data.params.size=64", "lightning.trainer.max_steps=2"])
     one, two = train_with(WHOLE, config=config), train_two(HALF, config=config)
     assert_close(one, two)
     assert any(name.startswith("adversary.discriminator.") for name in checkpoint(one)["state_dict"])
@@ -54,25 +53,12 @@ def test_two_processes_of_the_command_are_one(tmp_path, launcher):
     """Lightning starts the second one, or torchrun starts both."""
 
     def command(*overrides: str, launcher: tuple[str, ...] = ()) -> Run:
-        arguments = (
-            "--base",
-            "configs/demo.yaml",
-            "--logdir",
-            str(tmp_path),
-            "--gpus",
-            "0",
-            "--name",
-            overrides[0][-1],
-        )
-        settings = (*SMALL, "data.params.size=64", *overrides)
+        name = overrides[0][-1]
+        arguments = f"--base configs/demo.yaml --logdir {tmp_path} --gpus 0 --name {name} data.params.size=64".split()
         environment = {k: v for k, v in os.environ.items() if k not in ("OLVAE_RUN", "LOCAL_RANK")}
-        subprocess.run(
-            [sys.executable, *launcher, "train.py", *arguments, *settings],
-            cwd=ROOT,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
-        (run,) = tmp_path.glob(f"*_{overrides[0][-1]}_32")  # one folder, whatever the number of processes
+        command = [sys.executable, *launcher, "train.py", *arguments, *SMALL, *overrides]
+        subprocess.run(command, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, check=True)
+        (run,) = tmp_path.glob(f"*_{name}_32")  # one folder, whatever the number of processes
         return Run(run)
 
     two = ("lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
@@ -92,19 +78,9 @@ def test_two_processes_align_a_latent_as_one(train_with, train_two, vit):
 @pytest.mark.slow
 def test_two_processes_learn_from_a_teacher_as_one(train_with, train_two, tmp_path):
     """Both halves, through the teacher's decoder too."""
-    tiny_kl(
-        block_out_channels=(8, 8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ).save_pretrained(tmp_path / "teacher")
-    teacher = {"autoencoder": f"diffusers:{tmp_path / 'teacher'}", "decoder_weight": 0.5}
-    config = tiny_config(
-        parts=parts(teacher=teacher, activation_bound={"bound": 0.5}),
-        lossconfig={"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}},
-        use_quant=True,
-        use_ema=True,
-        ema_decay=0.5,
-    )
+    teacher = {"autoencoder": save_teacher(tmp_path / "teacher"), "decoder_weight": 0.5}
+    both = parts(teacher=teacher, activation_bound={"bound": 0.5})
+    config = tiny_config(parts=both, lossconfig=OBJECTIVE, use_quant=True, use_ema=True, ema_decay=0.5)
     # A bias before a GroupNorm of one channel a group has a gradient of rounding alone, which Adam would enlarge.
     config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
     one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)
@@ -124,10 +100,8 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(tra
         data["params"]["val_root"] = str(tmp_path / "val")
     else:
         write_shards(tmp_path / "shards", (8, 8, 1))
-        data = {
-            "target": "olvae.data.shards.webdataset.WebDatasetSource",
-            "params": {"shards": str(tmp_path / "shards")},
-        }
+        params = {"shards": str(tmp_path / "shards")}
+        data = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
     config = tiny_config(adversary_config=against())  # a discriminator, whose buffers all processes share
     config["data"] = {**data, "params": {**data["params"], "size": 16, "batch_size": 4}}
     run = train_two(*SMALL, config=config)
