@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.status import Status
 from rich.text import Text
 
-from olvae.models.names import check_target
+from olvae.models.spec import check_target
 
 if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch

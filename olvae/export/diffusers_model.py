@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from olvae.checkpoint import add_sums, check_file
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
-from olvae.models.names import SHIPPED, shipped_folder
-from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, AutoencoderSpec
+from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, shipped_folder
 from olvae.runs import Run
 
 

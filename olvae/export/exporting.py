@@ -23,8 +23,7 @@ from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.diffusers_models import as_litevae, is_stable_diffusion
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
-from olvae.models.names import DIFFUSERS
-from olvae.models.spec import CLASS_NAME, class_in
+from olvae.models.spec import CLASS_NAME, DIFFUSERS, class_in
 from olvae.runs import settings_of
 
 TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise

@@ -13,7 +13,7 @@ from olvae.evaluation.results import Results
 from olvae.export.formats import Layout
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.diffusers_models import is_stable_diffusion
-from olvae.models.names import DIFFUSERS, is_hub_id
+from olvae.models.spec import DIFFUSERS, is_hub_id
 from olvae.modules.base import count_parameters
 from olvae.runs import settings_of
 

@@ -1,11 +1,13 @@
-"""Read and check the part of a training config, or of an export's ``config.json``, that builds an autoencoder.
+"""Names of TARGETs, and the part of a training config or of an export's ``config.json`` that builds an autoencoder.
 
-An export is a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``: diffusers' layout, with the
-parameters under their published names, so that this package, the hub and diffusers read the same two files.
+Both are checked here without slow imports. An export is a folder with ``config.json`` and
+``diffusion_pytorch_model.safetensors``: diffusers' layout, with the parameters under their published names, so that
+this package, the hub and diffusers read the same two files.
 """
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,21 @@ from typing import Any
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.files import reason
-from olvae.modules.base import Decoder, Encoder
+
+KINDS = (
+    "a run folder, a .ckpt or .safetensors file, an exported folder, olvae:NAME (a model of this package), an id of "
+    "the Hugging Face hub (OWNER/NAME), diffusers:ID_OR_FOLDER, or package.module.Class:ARGUMENT (a Loader of yours)"
+)
+
+DIFFUSERS = "diffusers:"
+
+SHIPPED = "olvae:"
+"""Prefix of a model that ships with this package: the export in ``olvae/pretrained/NAME``."""
+
+SHIPPED_FOLDER = Path(__file__).parent.parent / "pretrained"
+
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Of files of weights, the preferred one first."""
 
 OURS = "olvae."
 """Prefix of every target that a received config may name."""
@@ -141,6 +157,8 @@ def class_in(folder: Path) -> str | None:
 
 def _wrong_networks(params: Mapping[str, Any], only_ours: bool) -> Iterator[str]:
     """Yield an error for each network that is none, or that a received config may not name; that is not imported."""
+    from olvae.modules.base import Decoder, Encoder
+
     for key, kind in (("encoder_config", Encoder), ("decoder_config", Decoder)):
         node = params.get(key)
         target = node.get("target") if isinstance(node, Mapping) else None
@@ -192,3 +210,40 @@ def check_factors(values: Mapping[str, Any], n_z: int) -> Iterator[str]:
 
 def _is_number(value: Any, positive: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not positive)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether this could be OWNER/NAME on the hub."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(WEIGHT_SUFFIXES)
+
+
+def split_class(text: str) -> tuple[str, str] | None:
+    """Split ``package.module.Class:ARGUMENT`` at the colon; None if this is something else."""
+    match = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)+):(.*)", text)
+    return None if match is None else (match[1], match[2])
+
+
+def shipped_names() -> list[str]:
+    """The names of the models in this package, sorted."""
+    return sorted(config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json"))
+
+
+def shipped_folder(text: str) -> Path:
+    """The export that ``olvae:NAME`` is; FileNotFoundError with the names that there are if it is none of them."""
+    name, names = text.removeprefix(SHIPPED), shipped_names()
+    if name not in names:
+        known = ", ".join(f"{SHIPPED}{name}" for name in names)
+        raise FileNotFoundError(f"{text}: no model of this name in the package, which has {known or 'none'}")
+    return SHIPPED_FOLDER / name
+
+
+def check_target(text: str) -> None:
+    """Raise FileNotFoundError unless something of this name exists, or may exist on the hub."""
+    if text.startswith(DIFFUSERS):
+        name = text.removeprefix(DIFFUSERS).partition("::")[0]
+        if not (Path(name).is_dir() or is_hub_id(name)):
+            raise FileNotFoundError(f"{text}: no such folder, and not an id of the hub (OWNER/NAME)")
+    elif text.startswith(SHIPPED):
+        shipped_folder(text)
+    elif not (Path(text).exists() or is_hub_id(text) or split_class(text)):
+        raise FileNotFoundError(f"{text}: not found; a target is {KINDS}")

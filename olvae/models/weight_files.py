@@ -26,8 +26,18 @@ from torch import Tensor
 from olvae.checkpoint import write_tensors
 from olvae.config import CONFIG_BYTES, Config, ConfigError, recipes
 from olvae.files import atomic_write, first_line, write_json
-from olvae.models.names import SHIPPED, WEIGHT_SUFFIXES, is_hub_id, shipped_folder
-from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, AutoencoderSpec, class_in, read_config
+from olvae.models.spec import (
+    CLASS_NAME,
+    CONFIG_NAME,
+    SHIPPED,
+    WEIGHT_SUFFIXES,
+    WEIGHTS_NAME,
+    AutoencoderSpec,
+    class_in,
+    is_hub_id,
+    read_config,
+    shipped_folder,
+)
 from olvae.runs import Run, run_of
 
 CONFIG_KEY = "config"

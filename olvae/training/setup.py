@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError
-from olvae.models.names import check_target
+from olvae.models.spec import check_target
 from olvae.runs import Run, Settings
 
 if TYPE_CHECKING:  # slow to import

@@ -9,7 +9,7 @@ from PIL import Image
 
 from olvae import LiteVAE
 from olvae.config import save
-from olvae.models import names
+from olvae.models import spec as names
 from tests.conftest import tiny_config
 from tests.models.test_autoencoder import tiny
 

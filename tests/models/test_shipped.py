@@ -11,7 +11,8 @@ from olvae.data.image import from_uint8, to_uint8
 from olvae.evaluation.observers.baselines import Bicubic
 from olvae.evaluation.roundtrip import RoundTrip
 from olvae.metrics.pixel import psnr
-from olvae.models import names, weight_files
+from olvae.models import spec as names
+from olvae.models import weight_files
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import tiny_litevae
 

@@ -21,8 +21,15 @@ from olvae.config import ConfigError
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.loader import Loader, LoadOptions, Target
-from olvae.models.names import DIFFUSERS, WEIGHT_SUFFIXES
-from olvae.models.spec import CLASS_NAME, FOR_DIFFUSION, AutoencoderSpec, class_in, oversized
+from olvae.models.spec import (
+    CLASS_NAME,
+    DIFFUSERS,
+    FOR_DIFFUSION,
+    WEIGHT_SUFFIXES,
+    AutoencoderSpec,
+    class_in,
+    oversized,
+)
 from olvae.models.weight_files import is_export, locate_weights, snapshot
 from olvae.modules.base import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior

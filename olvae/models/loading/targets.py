@@ -13,7 +13,7 @@ from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE, load_located
 from olvae.models.loading.diffusers_models import DiffusersLoader, LatentDiffusionLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
-from olvae.models.names import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
+from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
 from olvae.runs import run_of, settings_of
 
@@ -91,7 +91,7 @@ def find_target(
     raw: bool = False,
     allow_mismatch: bool = False,
 ) -> Target:
-    """Find what a TARGET names; see :data:`~olvae.models.names.KINDS`.
+    """Find what a TARGET names; see :data:`~olvae.models.spec.KINDS`.
 
     Args:
         config, config_base, raw, allow_mismatch: see :class:`~olvae.models.loading.loader.LoadOptions`.
