@@ -1,14 +1,14 @@
 """Run ``olvae bench`` and ``olvae tables``: speed and memory, parameters and operations."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any
 
 import typer
 
-from olvae.cli.options import check_device, split_commas
+from olvae.cli.options import check_device, print_table, split_commas
 
-LEFT = ("group", "name", "variant", "precision")  # columns of words
 GROUPS = ("dwt", "encoder", "decoder", "train", "data")
 
 
@@ -89,25 +89,12 @@ def command(
         return
     typer.echo(", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True)
     for name in chosen:
-        rows = [{key: row[key] for key in row if key != "group"} for row in document["rows"] if row["group"] == name]
-        _show(name, rows, sys.stderr)
+        print_table(name, [_cells(row) for row in document["rows"] if row["group"] == name], sys.stderr)
 
 
-def _show(title: str, rows: list[dict[str, Any]], file: TextIO) -> None:
-    """Print rows as a Markdown table."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.MARKDOWN)
-    keys = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
-    for key in keys:
-        justify: Literal["left", "right"] = "left" if key in LEFT else "right"
-        table.add_column(key.removesuffix("_bytes").replace("_", " "), justify=justify)
-    for row in rows:
-        table.add_row(*(escape(_cell(key, row[key])) if key in row else "" for key in keys))
-    Console(file=file, width=200).print(table)
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    names = {key: key.removesuffix("_bytes").replace("_", " ") for key in row if key != "group"}
+    return {name: _cell(key, row[key]) for key, name in names.items()}
 
 
 def _cell(key: str, value: Any) -> str:
@@ -135,8 +122,10 @@ def tables_command(
         return
     shown = []
     for row in rows:
-        published = None if row.published_macs is None else f"{row.published_macs / 1e9:.1f}"
-        counted = {"M params": f"{row.params / 1e6:.4f}", "published": f"{row.published_params / 1e6:.2f}"}
-        macs = {"GMACs": f"{row.macs / 1e9:.2f}", **({"GMACs published": published} if published else {})}
-        shown.append({"group": row.group, "variant": row.variant, "name": row.name, **counted, **macs})
-    _show("Networks at 256x256: counted now, and as published", shown, sys.stdout)
+        cells = {"group": row.group, "variant": row.variant, "name": row.name}
+        cells |= {"M params": f"{row.params / 1e6:.4f}", "published": f"{row.published_params / 1e6:.2f}"}
+        cells["GMACs"] = f"{row.macs / 1e9:.2f}"
+        if row.published_macs is not None:
+            cells["GMACs published"] = f"{row.published_macs / 1e9:.1f}"
+        shown.append(cells)
+    print_table("Networks at 256x256: counted now, and as published", shown, sys.stdout)

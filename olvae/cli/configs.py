@@ -5,12 +5,11 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from olvae.cli.options import print_table
 
 HELP = {"help_option_names": ["-h", "--help"]}
 NARROWEST = 24  # columns of text beside a name
@@ -43,37 +42,28 @@ def validate_command(
         for mistake in mistakes or ["no mistakes"]:
             typer.echo(mistake if mistake.startswith(str(path)) else f"{path}: {mistake}", err=True)
         if memory and not mistakes:
-            from rich.console import Console
-
-            Console().print(_memory(load([path]), str(path)))
+            _print_memory(load([path]), str(path))
     if found:
         raise typer.Exit(1)
 
 
-def _memory(config: dict[str, Any], name: str) -> "Table":
+def _print_memory(config: dict[str, Any], name: str) -> None:
     """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
-    from rich import box
-    from rich.table import Table
-
     from olvae.models.footprint import footprint, without_weights
     from olvae.models.large.tiling import GIB
     from olvae.training.setup import start_from
 
     if config["model"].get("from") is not None:
         start_from(config)
-    model = without_weights(config["model"])
+    model, rows = without_weights(config["model"]), []
     size = ((config.get("data") or {}).get("params") or {}).get("size") or 256
-    title = f"{name}: GiB of a training step on a GPU, at {size} pixels"
-    caption = "fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth."
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, caption=caption)
-    for heading in ("precision", "model.params.checkpoint", "fixed", "per image"):
-        table.add_column(heading, justify="right" if heading in ("fixed", "per image") else "left", no_wrap=True)
     for precision in ("32", "bf16"):
         for checkpoint in (False, True):
             need = footprint(model, size, precision, checkpoint)
-            cells = f"{need.fixed / GIB:.2f}", f"{need.per_image / GIB:.3f}"
-            table.add_row(precision, str(checkpoint).lower(), *cells)
-    return table
+            cells = {"precision": precision, "model.params.checkpoint": str(checkpoint).lower()}
+            rows.append({**cells, "fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"})
+    print_table(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, sys.stdout)
+    typer.echo("fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth.")
 
 
 recipes_app = typer.Typer(context_settings=HELP)

@@ -4,15 +4,18 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.status import Status
+from rich.table import Table
 from rich.text import Text
 
 from olvae.models.spec import check_target
@@ -133,6 +136,18 @@ def in_flags(text: str) -> str:
 
 
 LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, str]], file: TextIO) -> None:
+    """Print cells by heading as a Markdown table; columns of numbers are aligned on the right."""
+    table = Table(title=title, title_justify="left", box=box.MARKDOWN)
+    headings = dict.fromkeys(heading for row in sorted(rows, key=len, reverse=True) for heading in row)
+    for heading in headings:
+        is_numeric = all(row.get(heading, "0")[:1].isdigit() for row in rows)
+        table.add_column(heading, justify="right" if is_numeric else "left")
+    for row in rows:
+        table.add_row(*(escape(row.get(heading, "")) for heading in headings))
+    Console(file=file, width=200).print(table)
 
 
 class ProgressBar:

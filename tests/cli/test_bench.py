@@ -48,7 +48,7 @@ def test_everything(olvae, tiny, tmp_path):
 
     code, out, err = olvae("bench", "dwt", *options)
     assert (code, out) == (0, "")
-    assert "| with gradient | 32 " in err
+    assert "| with gradient | " in err
 
 
 @pytest.mark.parametrize(

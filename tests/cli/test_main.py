@@ -131,8 +131,9 @@ def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     code, out, err = olvae("validate", "--memory", config)
     assert code == 0
     assert "no mistakes" in err
-    assert "at 16 pixels" in " ".join(out.split())  # the title is wrapped
-    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
+    assert "at 16 pixels" in out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith(("| 32", "| bf16"))]
+    rows = [[cell.strip() for cell in row] for row in rows]
     assert rows == [[p, c, "1.00", "0.500"] for p in ("32", "bf16") for c in ("false", "true")]
     assert asked == [(16, p, c) for p in ("32", "bf16") for c in (False, True)]
     (tmp_path / "bad.yaml").write_text("model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n")
