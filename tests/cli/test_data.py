@@ -8,7 +8,6 @@ import pytest
 from olvae.cli.options import ProgressBar
 from olvae.data import audit as module
 from tests.data.images import members, noise
-from tests.export.latents import encode
 
 
 @pytest.fixture
@@ -16,13 +15,6 @@ def olvae(olvae, monkeypatch):
     """``olvae data``, which measures speeds for a moment only."""
     monkeypatch.setattr(module, "MEASURE_S", 0.05)
     return partial(olvae, "data")
-
-
-@pytest.mark.parametrize("command", ["pack", "check"])
-def test_help(olvae, command):
-    code, out, _ = olvae(command, "-h")
-    assert code == 0
-    assert f"Example: olvae data {command}" in out
 
 
 def test_pack_and_check(olvae, image_folder, tmp_path):
@@ -103,20 +95,6 @@ def test_wrong_usage_is_one_line(olvae, image_folder, tmp_path, arguments, line)
     assert line in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_latents_stay_as_they_are(olvae, image_folder, tmp_path):
-    latents = tmp_path / "latents"
-    encode(image_folder, latents)
-    (latents / "index.json").unlink()
-    before = {path: path.read_bytes() for path in latents.rglob("*") if path.is_file()}
-    code, out, err = olvae("check", latents)
-    assert (code, out) == (1, "")
-    assert err == (
-        f"error: {latents}: these are latents of `olvae encode`, not images: stats.json describes them, and "
-        "`olvae decode` makes images of them\n"
-    )
-    assert {path: path.read_bytes() for path in latents.rglob("*") if path.is_file()} == before
 
 
 def test_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_path):

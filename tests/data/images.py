@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 
@@ -80,12 +81,37 @@ def write_shards(folder: Path, counts: Sequence[int]) -> list[Path]:
     return paths
 
 
-def take(loader: Any, count: int) -> list[tuple[list[str], torch.Tensor]]:
-    return [(batch["key"], batch["image"]) for batch in islice(loader, count)]
+def write_classes(folder: Path, counts: Sequence[int]) -> Path:
+    """Shards of JPEGs ``NNNN.jpg``, each with a ``NNNN.cls``."""
+    folder.mkdir()
+    first = 0
+    for shard, count in enumerate(counts):
+        numbers = range(first, first + count)
+        groups = [((f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", f"{n % 5}".encode())) for n in numbers]
+        write_tar(folder / f"{shard:03d}.tar", [file for group in groups for file in group])
+        first += count
+    return folder
 
 
-def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+def take(loader: Any, count: int) -> list[dict[str, Any]]:
+    return list(islice(loader, count))
+
+
+def keys_of(batches: Iterable[dict[str, Any]]) -> list[str]:
+    return [key for batch in batches for key in batch["key"]]
+
+
+def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    return len(a) == len(b) and all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) if k != "key" else x[k] == y[k] for k in x)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def be_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int = 2) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
 
 
 def members(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:

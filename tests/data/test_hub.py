@@ -22,9 +22,6 @@ def test_a_data_set_of_torchvision():
     keys = [key for batch in s.val_loader() for key in batch["key"]]
     assert keys == ["00000000", "00000014", "00000029"]
     assert not set(keys) & {key for batch in islice(s.train_loader(), 6) for key in batch["key"]}
-
-
-def test_a_validation_set():
     s = TorchvisionSource(FAKE, 16, 4, val_dataset={**FAKE, "params": {**FAKE["params"], "size": 5}})
     assert (s.samples_per_epoch, s.val_images) == (30, 5)
 
@@ -89,11 +86,6 @@ def test_parts():
             keys(*arguments)
 
 
-def test_an_unknown_name():
-    with pytest.raises(ConfigError, match="did you mean CIFAR10"):
-        TorchvisionSource({"target": "torchvision.datasets.CIFAR_10"}, 16, 4)
-
-
 datasets = pytest.importorskip("datasets")
 
 
@@ -121,12 +113,6 @@ def test_a_column_of_images(table, kind, tmp_path):
     loader = s.train_loader()
     assert all(batch["image"].shape == (4, 3, 16, 16) for batch in islice(loader, 10))
     assert s.unreadable.reasons == {"row 7 of picture": "no known picture format"}
-
-
-def test_an_image_folder(image_folder):
-    s = HuggingFaceSource("imagefolder", 16, 4, data_dir=str(image_folder))
-    assert s.images == 12
-    assert len(list(s.val_loader())) == 1
 
 
 def test_mistakes(table, tmp_path):

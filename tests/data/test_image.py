@@ -9,7 +9,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from olvae.data.image import Photo, from_uint8, image_to_tensor, read_picture, tensor_to_picture, to_uint8
-from olvae.data.picture_folder import FolderSource
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture
@@ -75,18 +74,14 @@ def avif_without_an_image() -> bytes:
 
 SKIPPED = {
     "zero.jpg": b"",
-    "zero.png": b"",
     "text.jpg": b"this is no picture",
-    "html.png": b"<!DOCTYPE html><html>404</html>",
     "cut.jpg": encoded(1)[:200],
     "cut.png": encoded(1, "PNG")[:60],
     "cut.webp": encoded(1, "WEBP")[:30],
     "cut.gif": encoded(1, "GIF")[:40],
     "cut.bmp": encoded(1, "BMP")[:100],
     "cut.tif": encoded(1, "TIFF")[:200],
-    "header-only.jpg": encoded(1)[:4],
     "bad-checksum.png": flipped(encoded(1, "PNG"), 0.5),
-    "zeros.jpg": bytes(5000),
     "noise.jpg": np.random.default_rng(0).bytes(5000),
     "bomb.png": bomb(),
     "line.png": bomb(178_000_000, 1),
@@ -106,7 +101,6 @@ CONVERTED = {
     "rgb.jpg": (saved(plain(), "JPEG", quality=100), RED),
     "wrong-name.jpg": (saved(plain(), "PNG"), RED),
     "grey.png": (saved(plain("L", 90), "PNG"), (90, 90, 90)),
-    "one-bit.png": (saved(plain("1", 1), "PNG"), (255, 255, 255)),
     "palette.png": (saved(plain().quantize(4), "PNG"), RED),
     "palette-transparent.png": (saved(plain("P", 0), "PNG", transparency=0), (255, 255, 255)),
     "alpha.png": (saved(plain("RGBA", (0, 0, 0, 128)), "PNG"), (127, 127, 127)),
@@ -117,7 +111,6 @@ CONVERTED = {
     "sixteen-transparent-elsewhere.png": (sixteen_bit(transparency=257 * 100 + 1), (100, 100, 100)),
     "sixteen.ppm": (b"P5 24 20 65535\n" + np.full((20, 24), 257 * 100, dtype=">u2").tobytes(), (100, 100, 100)),
     "broken-exif.png": (saved(plain(), "PNG", exif=b"Exif\0\0no such thing"), RED),
-    "broken-exif.webp": (saved(plain(), "WEBP", exif=b"Exif\0\0no such thing", quality=100), RED),
     "broken-exif.jpg": (saved(plain(), "JPEG", exif=b"Exif\0\0no such thing", quality=100), RED),
     "small-integers.tif": (saved(Image.fromarray(np.full((20, 24), 25_700, dtype=np.int32)), "TIFF"), (100, 100, 100)),
     "turned.jpg": (turned(), RED),
@@ -125,7 +118,6 @@ CONVERTED = {
     "ycbcr.tif": (saved(plain("YCbCr", (128, 128, 128)), "TIFF"), (128, 128, 128)),
     "lab.tif": (saved(plain("LAB", (255, 128, 128)), "TIFF"), (255, 255, 255)),
     "extra-bytes.jpg": (saved(plain(), "JPEG", quality=100) + b"garbage at the end", RED),
-    "trailing.png": (saved(plain(), "PNG") + bytes(50), RED),
 }
 
 
@@ -152,24 +144,6 @@ def test_what_is_converted(name, tmp_path):
         np.testing.assert_allclose(np.asarray(image)[10, 10], expected, atol=3)
 
 
-def test_a_directory_of_all_of_them(tmp_path, caplog):
-    """Through a source: every bad one skipped, named once and counted, every good one delivered."""
-    for name, content in {**SKIPPED, **{n: c for n, (c, _) in CONVERTED.items()}}.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")  # not a file: not found in the first place
-    (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "spaces and ünïcode.v2.jpg").write_bytes(encoded(5))
-    source = FolderSource(str(tmp_path), 16, 4, val_root=str(tmp_path), max_unreadable=1.0)
-    loader = source.val_loader()
-    with caplog.at_level("WARNING"):
-        keys = [key for batch in loader for key in batch["key"]]
-    assert set(keys) == {*CONVERTED, "spaces and ünïcode.v2.jpg"}
-    assert loader.read_errors.lost == len(SKIPPED)
-    for name in SKIPPED:
-        assert sum(f"skipped {tmp_path / name}: " in message for message in caplog.messages) == 1
-    assert caplog.messages[-1] == f"validation: {len(SKIPPED)} images skipped"
-
-
 @pytest.mark.parametrize("shrink", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(512, 384), (333, 251)])
 def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
@@ -187,12 +161,6 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
 def test_sixteen_bit_grey_in_four_channels(transparent, alpha):
     image = Photo(sixteen_bit(transparency=transparent), "a.png", 4).read()
     assert image.getcolors() == [(480, (100, 100, 100, alpha))]
-
-
-def test_integers_of_unknown_range_say_what_to_do():
-    array = np.tile(np.arange(-5, 19, dtype=np.int32) * 10_000, (20, 1))
-    with pytest.raises(UnreadableImageError, match="integers from -50000 to 180000, not 0 to 65535: convert it to 8"):
-        Photo(saved(Image.fromarray(array), "TIFF"), "depth.tif").read()
 
 
 def test_a_turned_jpeg_knows_its_upright_size_before_it_is_decoded():

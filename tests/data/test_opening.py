@@ -7,7 +7,7 @@ import pytest
 
 from olvae import config as cfg
 from olvae.config import ConfigError
-from olvae.data.opening import holds_shards, make_absolute, open_images, open_source, open_test_source, where_it_is
+from olvae.data.opening import holds_shards, make_absolute, open_source, open_test_source, where_it_is
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
 
@@ -44,16 +44,6 @@ def test_unreadable_images_are_skipped_however_many(image_folder):
     source = open_source(str(image_folder), 16, 4)
     assert sum(len(b["key"]) for b in source.test_loader(4)) == 7
     assert len(source.unreadable.reasons) == 5
-
-
-def test_lists(image_folder, tmp_path):
-    assert len(open_images("samples")) == 60
-    images = open_images(str(image_folder))
-    assert images.key(0) == "class0/0.png"
-    assert images[0].size == (48, 40)
-    write_shards(tmp_path / "shards", (2,))
-    with pytest.raises(ConfigError, match="shards already"):
-        open_images(str(tmp_path / "shards"))
 
 
 def test_shards_are_told_from_images(tmp_path, image_folder):

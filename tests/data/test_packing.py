@@ -356,7 +356,7 @@ def test_formats_that_cannot_be_written():
         PackOptions(resize=8, channels=4)
 
 
-@pytest.mark.parametrize(("images", "size"), [(1, 1), (20, 1), (21, 2), (250, 13), (20_000, 1000), (10**6, 1000)])
-def test_few_images_make_twenty_shards_all_the_same(images, size):
-    assert usual_shard_size(images) == size
-    assert len(shard_positions(images, size)) <= max(20, -(-images // 1000))
+def test_few_images_make_twenty_shards_all_the_same():
+    for images, size in ((1, 1), (20, 1), (21, 2), (250, 13), (20_000, 1000), (10**6, 1000)):
+        assert usual_shard_size(images) == size
+        assert len(shard_positions(images, size)) <= max(20, -(-images // 1000))

@@ -73,17 +73,6 @@ def test_one_of_several_processes_does_not_stop_alone_but_with_the_others(monkey
         mine.share()
 
 
-def test_what_training_lost_is_no_share_of_what_validation_reads():
-    unreadable = UnreadableImages()
-    training = ReadErrors(None, None, 0.01, "training", unreadable)
-    training.take([ReadError(f"f{i}", "bad") for i in range(1)], 1000)
-    training.take([ReadError(f"g{i}", "bad") for i in range(4)], 1000)
-    validation = ReadErrors(None, None, 0.01, "validation", unreadable)
-    validation.take([], 8)
-    with pytest.raises(TooManyUnreadableError, match=r"21 of 2037 images"):
-        validation.take([ReadError(f"h{i}", "bad") for i in range(16)], 8)
-
-
 def read_but(broken: Sequence[int]):
     def read(item: int, errors: list[ReadError]) -> int:
         if item in broken:

@@ -78,10 +78,3 @@ def test_whatever_the_workers_and_ranks_batches_hold_the_next_positions(workers,
         first = start + number * 4 * world
         assert sorted(position for part in parts for position in part) == list(range(first, first + 4 * world))
         assert parts[0] == list(range(first, first + 4 * world, world))
-
-
-@pytest.mark.parametrize(("worker", "rank"), [(w, r) for w in range(3) for r in range(2)])
-def test_one_by_one_each_process_takes_every_nth_position(worker, rank):
-    process = LoaderProcess(worker, 3, rank, 2)
-    assert list(islice(process.positions(4), 5)) == [4 * 6 + process.index + 6 * i for i in range(5)]
-    assert process.count == 6

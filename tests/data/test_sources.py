@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from olvae.data.mix import MixSource
 from olvae.data.picture_folder import FolderSource
@@ -15,7 +14,7 @@ from olvae.data.shards.latent_source import LatentSource
 from olvae.data.shards.pairs import PairSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source
-from tests.data.images import encoded, write_shards, write_tar
+from tests.data.images import be_rank, encoded, keys_of, same, take, write_classes, write_shards
 from tests.export.latents import Blocks, encode
 
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
@@ -30,11 +29,8 @@ def material(tmp_path_factory) -> Path:
     (root / "photos").mkdir()
     for n in range(24):
         (root / "photos" / f"{n:02d}.jpg").write_bytes(encoded(n)[: 100 if n == 3 else None])  # one is broken
-    (root / "classes").mkdir()
-    for shard, numbers in enumerate((range(7), range(7, 16), range(16, 20), range(20, 23))):
-        files = [((f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", str(n % 5).encode())) for n in numbers]
-        write_tar(root / "classes" / f"{shard}.tar", [file for group in files for file in group])
-    encode(root / "classes", root / "latents", Blocks(), size=32, flip=True, dtype="float32", images=True)
+    images = write_classes(root / "classes", (7, 9, 4, 3))
+    encode(images, root / "latents", Blocks(), size=32, flip=True, dtype="float32", images=True)
     return root
 
 
@@ -74,17 +70,6 @@ def make(request, material) -> "partial[Source]":
     return partial(request.param, material, batch_size=4)
 
 
-def take(loader: Any, count: int) -> list[dict[str, Any]]:
-    return list(islice(loader, count))
-
-
-def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
-    return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) if k != "key" else x[k] == y[k] for k in x)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
 def same_samples(a: list[Sample], b: list[Sample]) -> bool:
     return all(
         (x.key, x.label, x.errors) == (y.key, y.label, y.errors)
@@ -92,12 +77,6 @@ def same_samples(a: list[Sample], b: list[Sample]) -> bool:
         and (x.moments is None or torch.equal(x.moments, y.moments))
         for x, y in zip(a, b, strict=True)
     )
-
-
-def be_rank(monkeypatch, rank: int, world: int = 2) -> None:
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
 
 
 @pytest.mark.parametrize("place", [(0, 1), (1, 2), (2, 3)])
@@ -127,17 +106,17 @@ def test_loader_processes_continue_for_each_of_two_ranks(make, monkeypatch):
         s = make(batch_size=2, num_workers=2)
         whole = take(s.train_loader(3), 8)
         assert same(take(s.train_loader(3, 3 * 2 * 2), 5), whole[3:])
-        seen.append({key for batch in whole[:4] for key in batch["key"]})
-        validated += [key for batch in s.val_loader() for key in batch["key"]]
+        seen.append({*keys_of(whole[:4])})
+        validated += keys_of(s.val_loader())
     if make.func is not mix:  # of the first epoch; in the folder, one replaces the broken one
         assert len(seen[0] & seen[1]) <= (make.func is folder)
     monkeypatch.undo()
-    assert sorted(validated) == sorted(key for batch in make().val_loader() for key in batch["key"])
+    assert sorted(validated) == sorted(keys_of(make().val_loader()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_validation_is_each_image_once_in_order(make, batch_size):
     s = make()
-    keys = [key for batch in s.test_loader(batch_size) for key in batch["key"]]
+    keys = keys_of(s.test_loader(batch_size))
     assert keys == [sample.key for sample in s.once(LoaderProcess()) if sample.image is not None]
     assert len(keys) == len(set(keys)) == s.val_images - len(s.unreadable.images)

@@ -1,6 +1,5 @@
 import json
 import shutil
-from itertools import islice
 
 import pytest
 import torch
@@ -12,33 +11,25 @@ from olvae.data.shards.latent_source import LATENT, LatentSource, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.transforms import EvalTransform
 from olvae.files import write_json
-from tests.data.images import encoded, picture, rewrite, write_tar
+from tests.data.images import encoded, picture, rewrite, take, write_classes
 from tests.export.latents import encode, tiny_vae
 
 
 @pytest.fixture(scope="session")
 def encoded_once(tmp_path_factory):
-    """Latents of 23 images in three shards, with classes; moments, of mirrored images too; beside their shards."""
+    """Latents of 23 images in three shards, with classes; moments, of mirrored images too."""
     root = tmp_path_factory.mktemp("latents")
-    (root / "shards").mkdir()
-    for shard, numbers in enumerate((range(9), range(9, 14), range(14, 23))):
-        files = [[(f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", str(n % 5).encode())] for n in numbers]
-        write_tar(root / f"shards/{shard:03d}.tar", [file for group in files for file in group])
-    encode(root / "shards", root / "latents", flip=True, dtype="float32")
-    return root
+    encode(write_classes(root / "shards", (9, 5, 9)), root / "latents", flip=True, dtype="float32")
+    return root / "latents"
 
 
 @pytest.fixture
 def latents(encoded_once, tmp_path):
-    return shutil.copytree(encoded_once / "latents", tmp_path / "latents")
+    return shutil.copytree(encoded_once, tmp_path / "latents")
 
 
 def source(folder, **arguments) -> LatentSource:
     return LatentSource(str(folder), **{"batch_size": 4, "shuffle": 5, **arguments})
-
-
-def take(loader, count):
-    return list(islice(loader, count))
 
 
 def test_latents_have_mean_0_and_deviation_1(latents):
@@ -121,18 +112,6 @@ def test_without_classes_there_is_no_label(tmp_path, image_folder):
     encode(image_folder, tmp_path / "latents")
     (batch,) = take(source(tmp_path / "latents").train_loader(), 1)
     assert set(batch) == {"latent", "key"}
-
-
-def test_images_beside_the_latents_change_nothing(encoded_once, latents, tmp_path):
-    encode(encoded_once / "shards", tmp_path / "pairs", flip=True, dtype="float32", images=True)
-    a, b = source(latents), source(tmp_path / "pairs")
-    loaders = [(take(a.train_loader(seed=1), 12), take(b.train_loader(seed=1), 12)), (a.val_loader(), b.val_loader())]
-    for one, other in loaders:
-        for x, y in zip(one, other, strict=True):
-            assert x.keys() == y.keys() == {"latent", "key", "label"}
-            assert x["key"] == y["key"]
-            assert torch.equal(x["latent"], y["latent"])
-            assert torch.equal(x["label"], y["label"])
 
 
 def test_validation_gives_each_mode_once_in_order(latents):

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,22 +17,11 @@ from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import Latent, latent_bytes
 from olvae.data.shards.pairs import PairSource, pixel_bytes
 from olvae.data.transforms import EvalTransform
-from tests.data.images import encoded, rewrite, write_tar
+from tests.data.images import encoded, rewrite, take, write_classes
 from tests.export.latents import Blocks, Shrunk, encode
 
+COUNTS = (7, 9, 4, 3)  # images of the shards; the last one is held out
 SIDE = 32  # of the encoded images, so that crops of 16 pixels have 5 x 5 places
-
-
-def write_images(folder: Path, counts: tuple[int, ...] = (7, 9, 4, 3)) -> Path:
-    """JPEGs ``NNNN.jpg`` with classes: the first three shards are for training, 20 images, the last has 3."""
-    folder.mkdir()
-    first = 0
-    for shard, count in enumerate(counts):
-        numbers = range(first, first + count)
-        files = [((f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", str(n % 5).encode())) for n in numbers]
-        write_tar(folder / f"{shard:03d}.tar", [file for group in files for file in group])
-        first += count
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +29,7 @@ def encoded_once(tmp_path_factory) -> Path:
     """A folder of shards, and pairs of them."""
     root = tmp_path_factory.mktemp("pairs")
     options = {"size": SIDE, "flip": True, "dtype": "float32", "images": True}
-    encode(write_images(root / "shards"), root / "pairs", Blocks(), **options)
+    encode(write_classes(root / "shards", COUNTS), root / "pairs", Blocks(), **options)
     return root
 
 
@@ -53,17 +41,6 @@ def pairs(encoded_once, tmp_path) -> Path:
 
 def source(folder: Path, **arguments) -> PairSource:
     return PairSource(str(folder), **{"batch_size": 4, "size": 16, "shuffle": 5, **arguments})
-
-
-def take(loader, count):
-    return list(islice(loader, count))
-
-
-def same(a, b) -> bool:
-    return len(a) == len(b) and all(
-        x["key"] == y["key"] and all(torch.equal(x[name], y[name]) for name in ("image", "moments", "label"))
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 def original(key: str) -> Tensor:
@@ -114,7 +91,7 @@ def test_every_window_and_both_sides_come(pairs):
 
 @pytest.mark.parametrize(("encoded_too", "flip"), [(False, True), (True, False)])
 def test_nothing_is_mirrored_without_mirrored_latents_or_if_not_wanted(tmp_path, encoded_too, flip):
-    images = write_images(tmp_path / "shards")
+    images = write_classes(tmp_path / "shards", COUNTS)
     encode(images, tmp_path / "pairs", Blocks(), size=SIDE, flip=encoded_too, images=True)
     s = source(tmp_path / "pairs", flip=flip)
     for batch in take(s.train_loader(seed=0), 20):
@@ -146,7 +123,7 @@ def test_validation_is_the_centre_of_each_held_out_image_once_in_order(pairs):
 
 
 def test_by_default_images_are_whole_and_another_folder_may_validate(pairs, tmp_path):
-    encode(write_images(tmp_path / "more", (5,)), tmp_path / "val", Blocks(), size=40, images=True)
+    encode(write_classes(tmp_path / "more", (5,)), tmp_path / "val", Blocks(), size=40, images=True)
     s = PairSource(str(pairs), batch_size=4, val_folder=str(tmp_path / "val"))
     assert (s.size, s.channels, s.samples_per_epoch, s.val_images) == (SIDE, 3, 23, 5)
     (batch,) = take(s.train_loader(), 1)
@@ -228,7 +205,7 @@ def test_what_it_refuses(pairs, tmp_path):
     encode(images, tmp_path / "others", Blocks(0.5), size=SIDE, images=True)
     with pytest.raises(ValueError, match=r"others has latents of other weights than .*pairs: encode both"):
         source(pairs, val_folder=str(tmp_path / "others"))
-    write_images(tmp_path / "one", (5,))
+    write_classes(tmp_path / "one", (5,))
     encode(tmp_path / "one", tmp_path / "single", Blocks(), size=SIDE, images=True)
     with pytest.raises(ValueError, match=r"one shard can't be split.*set data\.params\.val_folder"):
         source(tmp_path / "single")

@@ -90,14 +90,8 @@ def test_what_is_no_shard(content, tmp_path):
         with_counts([str(path)])
 
 
-def test_a_missing_shard_and_a_failing_command():
+def test_an_error_says_what_happened_to_a_file_or_a_command(tmp_path):
     assert read("/nowhere/a.tar")[1] == [ReadError("/nowhere/a.tar", "no such file")]
-    entries, (error,) = read("pipe:false")
-    assert not entries
-    assert error.lost
-
-
-def test_an_error_says_what_happened_to_a_command(tmp_path):
     path = write_shard(tmp_path / "a.tar", range(6))
     for command, reason in {
         "false": "the command failed with exit status 1",

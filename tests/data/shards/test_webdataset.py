@@ -13,7 +13,7 @@ from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
 from olvae.data.transforms import EvalTransform
-from tests.data.images import encoded, same, take, write_shard, write_shards
+from tests.data.images import encoded, keys_of, same, take, write_shard, write_shards
 
 ALONE = LoaderProcess()
 
@@ -77,13 +77,11 @@ def test_images_are_the_pictures_and_validation_is_each_of_them_once(shards):
     s = source(shards)
     for workers in (0, 2):
         found = take(source(shards, num_workers=workers).val_loader(), 99)
-        assert sorted(key for batch, _ in found for key in batch) == sorted(
-            f"{shard}/{n:04d}" for shard, numbers in (("000", range(4)), ("001", range(4, 7))) for n in numbers
-        )
-    ((first, *_), images), *_ = take(s.val_loader(), 1)
-    assert first == "000/0000"
+        assert sorted(keys_of(found)) == [f"{n // 4:03d}/{n:04d}" for n in range(7)]
+    (batch,) = take(s.val_loader(), 1)
+    assert batch["key"][0] == "000/0000"
     expected = EvalTransform(16)(Image.open(io.BytesIO(encoded(0))))
-    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
 def test_the_last_shards_are_held_out(shards):
@@ -98,8 +96,8 @@ def test_broken_images_are_replaced_by_others_of_their_block_and_counted(shards,
     s = source(shards, max_unreadable=0.05)
     loader = s.train_loader()
     seen = take(loader, 12)
-    assert all(len(batch) == 4 for batch, _ in seen)
-    assert {"003/0017", "003/0020"}.isdisjoint(key for batch, _ in seen for key in batch)
+    assert all(len(batch["key"]) == 4 for batch in seen)
+    assert {"003/0017", "003/0020"}.isdisjoint(keys_of(seen))
     assert loader.read_errors.lost == 2
     assert sum("skipped" in message for message in caplog.messages) == 2
     assert same(take(source(shards, max_unreadable=0.05).train_loader(start=20), 7), seen[5:])
@@ -145,9 +143,9 @@ def test_an_empty_shard_among_many_is_said_once_and_loses_nothing(shards, counts
     val = [url.replace("shards/", "val/") for url in urls[:3]]
     s = source(shards, shards=urls, val_shards=val, num_workers=2, batch_size=2, max_unreadable=0)
     loader, held_out = s.train_loader(), s.val_loader()
-    seen = [key for batch, _ in take(loader, 30) for key in batch]
+    seen = keys_of(take(loader, 30))
     assert {key.partition("/")[0] for key in seen} == {f"{i:03d}" for i in range(7) if i != 3}
-    assert sum(len(batch) for batch, _ in take(held_out, 99)) == 7
+    assert len(keys_of(held_out)) == 7
     assert loader.read_errors.lost == held_out.read_errors.lost == 0
     for url in (urls[3], val[2]):
         assert sum(f"skipped {url}: " in line for line in caplog.messages) == 1
@@ -163,7 +161,7 @@ def test_a_broken_shard_in_validation(shards):
     )
     s = source(shards, max_unreadable=0.5)
     loader = s.val_loader()
-    found = [key for batch, _ in take(loader, 99) for key in batch]
+    found = keys_of(loader)
     assert found[-3:] == ["001/0004", "001/0005", "001/0006"]
     assert loader.read_errors.lost == 7 - len(found)
 

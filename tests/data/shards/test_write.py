@@ -80,10 +80,3 @@ def test_another_plan_is_refused_once_something_is_finished(shards):
         shards.begin({**PLAN, "images": "abd"})
     assert json.loads((shards.folder / ".state" / "plan.json").read_text()) == PLAN
     shards.begin(PLAN)
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="has other files already"):
-        ResumableShards(tmp_path, ".state").begin(PLAN)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
