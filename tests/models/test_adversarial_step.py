@@ -26,8 +26,6 @@ from tests.models.steps import (
     source,
 )
 
-# One step
-
 
 @pytest.mark.parametrize(("discriminator", "size"), [(PATCHGAN, 16), (UNETGAN, 64)], ids=["patchgan", "unetgan"])
 def test_a_step_by_hand(image_folder, discriminator, size):
@@ -78,10 +76,12 @@ def test_the_autoencoder_runs_forward_once_a_step(image_folder):
 
 
 def test_the_discriminator_sees_images_and_their_reconstructions_of_this_step(image_folder):
-    model, images, seen = build(against()), [], []
+    """And what it says of them is logged."""
+    model, images, seen, logits = build(against()), [], [], []
     model.decoder.register_forward_hook(lambda _, __, y: images.append(y.detach().clone()))
     model.adversary.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    fit(model, image_folder, 1)
+    model.adversary.discriminator.register_forward_hook(lambda _, __, y: logits.append(y[0].detach().clone()))
+    values = metrics(fit(model, image_folder, 1))
     x = model.images(next(iter(source(image_folder).train_loader())))
     for_generator, real, fake = seen
     assert torch.equal(for_generator, images[0])
@@ -89,9 +89,11 @@ def test_the_discriminator_sees_images_and_their_reconstructions_of_this_step(im
     assert torch.equal(real, x)
     assert torch.equal(fake, images[0])
     assert not fake.requires_grad
-
-
-# The discriminator alone
+    _, real, fake = logits
+    assert values["health/logits_real"] == pytest.approx(real.mean().item(), rel=1e-5)
+    assert values["health/logits_fake"] == pytest.approx(fake.mean().item(), rel=1e-5)
+    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    assert values["health/accuracy"] == pytest.approx(right.item())
 
 
 def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(image_folder):
@@ -121,15 +123,6 @@ def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(i
     assert model.images_seen == 5 * 2 * 4
 
 
-def test_the_warm_up_waits_for_the_start_step(image_folder):
-    model, history = build(against(start_step=2, warmup_updates=2)), []
-    fit(model, image_folder, 4, callbacks=[Each(lambda m: history.append((m.global_step, m.adversary.updates)))])
-    assert history == [(1, 0), (2, 0), (2, 1), (2, 2), (3, 3), (4, 4)]
-
-
-# What it leaves alone
-
-
 @pytest.mark.parametrize("settings", [{"weight": 0.0}, {"start_step": 9}, {"weight": 0.0, "cutmix_weight": 1.0}])
 def test_without_its_weight_the_autoencoder_goes_as_in_phase_a(image_folder, settings):
     discriminator, size = (UNETGAN, 64) if "cutmix_weight" in settings else (PATCHGAN, 16)
@@ -154,9 +147,6 @@ def test_the_ramp_is_in_the_loss(image_folder):
 
     fit(model, image_folder, 4, callbacks=[Each(look)])
     assert seen == [None, pytest.approx(0.2, rel=1e-2), pytest.approx(0.4, rel=1e-2), pytest.approx(0.4, rel=1e-2)]
-
-
-# The adaptive weight, and health
 
 
 def ratio_by_hand(model: LiteAutoencoderKL, root: Path) -> tuple[float, Tensor, Tensor, Tensor]:
@@ -205,22 +195,6 @@ def test_reporting_changes_nothing(image_folder):
     assert "health/gradient_ratio" in metrics(often)
     assert "health/gradient_ratio" not in metrics(never)
     assert_same(snapshot(often), snapshot(never))
-
-
-def test_health_of_the_last_step_by_hand(image_folder):
-    model, seen = build(against(loss="hinge")), {}
-
-    def look(m: LiteAutoencoderKL) -> None:
-        seen.update(metrics(m))
-
-    model.adversary.discriminator.register_forward_hook(lambda _, __, y: outputs.append(y[0].detach().clone()))
-    outputs: list[Tensor] = []
-    fit(model, image_folder, 2, callbacks=[Each(look)])
-    *_, real, fake = outputs
-    assert seen["health/logits_real"] == pytest.approx(real.mean().item(), rel=1e-5)
-    assert seen["health/logits_fake"] == pytest.approx(fake.mean().item(), rel=1e-5)
-    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-    assert seen["health/accuracy"] == pytest.approx(right.item())
 
 
 @pytest.mark.parametrize(("accumulate", "warmup"), [(1, 0), (2, 0), (1, 1)])

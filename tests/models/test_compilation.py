@@ -103,17 +103,6 @@ def test_a_gradient_ratio_goes_through_a_graph_that_was_compiled_without_one(ima
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_inductor_trains_alike(image_folder):
-    """The first step's values are the plain step's; later ones differ by what Adam makes of rounding."""
-    settings = {"adversary": against(**SETTINGS), "checkpoint": True}
-    plain, compiled = (fit(build(**settings, compile=on), image_folder, 1) for on in (False, True))
-    assert compiled.encoder._compiled_call_impl is not None
-    for name, value in metrics(plain).items():
-        assert metrics(compiled)[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-
-
-@pytest.mark.slow
 def test_validation_is_not_compiled(graphs):
     model, x = build(compile=True), torch.randn(1, 3, 16, 16)
     model.on_fit_start()

@@ -69,23 +69,19 @@ def spoil_gradient(model: LiteAutoencoderKL, side: str, factor: float) -> None:
 
 CASES = {
     "a loss is nan": (lambda m: spoil_losses(m, "kl", math.nan), "kl"),
-    "a loss is infinite": (lambda m: spoil_losses(m, "rec", math.inf), "rec"),
     "the discriminator's": (lambda m: spoil_discriminator(m, "discriminator", math.nan), "discriminator"),
     "LeCam": (lambda m: spoil_discriminator(m, "lecam", math.inf), "lecam"),
     "a gradient": (lambda m: spoil_gradient(m, "autoencoder", math.inf), "gradient of the autoencoder"),
     "the other gradient": (lambda m: spoil_gradient(m, "adversary", math.nan), "gradient of the discriminator"),
-    "a gradient whose square is infinite": (
-        lambda m: spoil_gradient(m, "autoencoder", 1e30),
-        "gradient of the autoencoder",
-    ),
+    "an infinite square": (lambda m: spoil_gradient(m, "autoencoder", 1e30), "gradient of the autoencoder"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_bad_step_changes_nothing(image_folder, case, clip):
+def test_a_bad_step_changes_nothing(image_folder, case):
     """BatchNorm's and LeCam's buffers are moved by the forward passes before anything is known."""
     spoil, term = CASES[case]
+    clip = 1.0 if "gradient" in case else None
     model = build(against(**EVERYTHING), use_ema=True, ema_decay=0.5, gradient_clip_val=clip)
     spoil(model)
     before = Before()

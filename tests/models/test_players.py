@@ -3,14 +3,13 @@
 import os
 from itertools import repeat
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from olvae.models.optimization import PlayersStrategy
 from olvae.modules.base import count_parameters
-from tests.models.steps import against, assert_same, build, snapshot
+from tests.models.steps import against, assert_same, build, snapshot, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -43,17 +42,7 @@ class Counting(PlayersStrategy):
 def train(strategy, adversary=None, batches: int = 4, **model):
     module = build(adversary, **model)
     batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
-    pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        strategy=strategy,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, repeat(batch, batches))
+    trainer(-1, max_epochs=1, devices=1, strategy=strategy, limit_val_batches=0).fit(module, repeat(batch, batches))
     return module
 
 

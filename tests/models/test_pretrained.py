@@ -17,7 +17,6 @@ from olvae.config import ConfigError, save
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.image import from_uint8, to_uint8
 from olvae.metrics.pixel import psnr
-from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
@@ -54,7 +53,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
 
-@pytest.mark.parametrize("form", ["lightning", "bare", "safetensors", "averaged", "model_ema", "run", "export"])
+@pytest.mark.parametrize("form", ["lightning", "safetensors", "averaged", "model_ema", "run", "export"])
 def test_parity_through_every_format(reference, form, tmp_path):
     state = reference.state_dict()
     noise = {name: torch.randn_like(t) for name, t in state.items()}
@@ -66,8 +65,6 @@ def test_parity_through_every_format(reference, form, tmp_path):
         case "lightning":  # with what Lightning keeps of OmegaConf's and of its own objects
             hparams = OmegaConf.create({"ddconfig": {"ch_mult": [1, 2]}, "lr": "${x}", "x": 1e-4})
             torch.save({"state_dict": state | beside, "epoch": 3, "hyper_parameters": hparams}, path)
-        case "bare":
-            torch.save(state, path)
         case "safetensors":
             path = tmp_path / "model.safetensors"
             save_file(state, path)
@@ -129,8 +126,10 @@ def test_where_the_config_is_found(tmp_path):
         with pytest.raises(ConfigError, match=r"no config beside the weights"):
             LiteVAE.from_pretrained(tmp_path / weights)
         save(training_config(model), tmp_path / config)
-        assert same_weights(LiteVAE.from_pretrained(tmp_path / weights), model)
         assert same_weights(LiteVAE.from_pretrained((tmp_path / weights).parent), model)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"config.json: not readable as JSON: .*"):
+        LiteVAE.from_pretrained(tmp_path / "checkpoints" / "step=2.ckpt")
 
 
 # Weights that do not fit
@@ -256,15 +255,6 @@ def test_configs_with_mistakes(change, message, tmp_path):
         node[last] = value
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"config.json: .*{message}") as caught:
-        LiteVAE.from_pretrained(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ["{", "\x00", "[" * 100_000])
-def test_a_config_that_is_no_json(tmp_path, content):
-    tiny().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"config.json: not readable as JSON: ") as caught:
         LiteVAE.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -470,19 +460,6 @@ def test_by_default_there_is_nothing_to_know(tmp_path):
     assert found.for_diffusion == defaults
     assert found.set_for_diffusion(PER_CHANNEL).for_diffusion == {**defaults, **PER_CHANNEL}
     assert tiny().for_diffusion == defaults  # one's own, not the class's
-
-
-@pytest.mark.parametrize(
-    ("factors", "message"),
-    [
-        ({"scaling_factor": 0.0}, "model.params.scaling_factor: expected a number above 0, got 0.0"),
-        ({**PER_CHANNEL, "latents_std": [1.0]}, r"model.params.latents_std: expected 4 numbers above 0, .*got \[1.0\]"),
-        ({"latents_mean": [0.0] * 4}, "model.params.latents_mean, latents_std: give both, or neither"),
-    ],
-)
-def test_a_training_module_refuses_factors_that_could_not_be_loaded(factors, message):
-    with pytest.raises(ConfigError, match=message):
-        LiteAutoencoderKL(**tiny_config(**factors)["model"]["params"])
 
 
 def flip(file: Path, place: int) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from olvae.data.image import from_uint8
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from tests.conftest import parts
 from tests.models.steps import UNETGAN, Each, against, assert_same, build, fit, metrics, moved, norm, snapshot
 
 
@@ -79,13 +78,6 @@ def test_further_updates_have_gradients_of_their_own(image_folder, updates):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_max_steps_counts_updates_of_the_autoencoder(image_folder, updates):
-    model = fit(build(against(updates_per_step=3, warmup_updates=3)), image_folder, 4)
-    assert model.trainer.global_step == 4
-    assert len(updates.of(model.autoencoder)) == 4
-    assert len(updates.of(model.adversary)) == 3 + 3 * 4
-
-
 def test_clipping_applies_to_both_sides_each_by_its_own_norm(image_folder, updates):
     free = fit(build(against(weight=1.0)), image_folder, 1)
     clipped = fit(build(against(weight=1.0), gradient_clip_val=1e-3), image_folder, 1)
@@ -107,13 +99,6 @@ def test_rates_and_betas_of_the_two(image_folder, updates):
     assert [4 * u.lr for u in updates.of(model.adversary)] == rates
     assert {u.betas for u in updates.of(model.autoencoder)} == {(0.6, 0.95)}
     assert {u.betas for u in updates.of(model.adversary)} == {(0.1, 0.7)}
-
-
-def test_each_optimizer_has_its_own_parameters(image_folder, updates):
-    model = fit(build(against(lecam_weight=1.0), use_quant=True, parts=parts(anchor={})), image_folder, 1)
-    (autoencoder,), (adversary,) = updates.of(model.autoencoder), updates.of(model.adversary)
-    assert {id(p) for p in autoencoder.parameters} == {id(p) for p in model.autoencoder.parameters()}
-    assert {id(p) for p in adversary.parameters} == {id(p) for p in model.adversary.parameters()}
 
 
 @pytest.mark.parametrize("start_step", [0, 3])

@@ -13,12 +13,9 @@ from tests.models import steps
 from tests.models.steps import Each, against, assert_same, fit, metrics, moved, snapshot
 
 
-def build(seed: int = 0, use_quant: bool = False, **encoder) -> LiteVAE:
-    torch.manual_seed(seed)
+def build(use_quant: bool = False) -> LiteVAE:
     params = tiny_config()["model"]["params"]
-    node = params["encoder_config"]
-    node = {**node, "params": {**node["params"], **encoder}}
-    return LiteVAE.from_config(node, params["decoder_config"], embed_dim=4, use_quant=use_quant)
+    return LiteVAE.from_config(params["encoder_config"], params["decoder_config"], embed_dim=4, use_quant=use_quant)
 
 
 def anchor_of(vae: LiteVAE) -> Anchor:
@@ -34,7 +31,7 @@ def distance(anchor: Anchor, x: Tensor, posterior: DiagonalGaussian) -> Tensor:
     return loss
 
 
-def drift(vae: LiteVAE) -> None:
+def drift(vae: torch.nn.Module) -> None:
     with torch.no_grad():
         for p in vae.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -65,20 +62,6 @@ def test_gradients_reach_the_encoder_and_not_the_copy():
     assert all(p.grad is None for p in vae.decoder.parameters())
 
 
-@pytest.mark.parametrize("use_quant", [False, True])
-def test_a_new_run_renews_the_copy(use_quant):
-    vae, other = build(0, use_quant=use_quant), build(1, use_quant=use_quant)
-    anchor, x = anchor_of(vae), torch.rand(2, 3, 16, 16)
-    far = distance(anchor, x, other.encode(x))
-    assert far > 1e-4
-    drift(vae)
-    torch.testing.assert_close(distance(anchor, x, other.encode(x)), far)
-    anchor.start(other, resumed=False)
-    assert distance(anchor, x, other.encode(x)).item() == 0.0
-    drift(other)
-    assert distance(anchor, x, other.encode(x)).item() > 1e-4
-
-
 def test_bf16_means_are_compared_in_float32():
     vae = build()
     anchor, x = anchor_of(vae), torch.rand(1, 3, 16, 16)
@@ -91,42 +74,26 @@ def test_bf16_means_are_compared_in_float32():
 
 def test_the_anchor_is_where_training_started(image_folder):
     """From whatever weights were loaded after the model was built."""
-    model, anchors = (
-        steps.build(against(), parts=parts(anchor={"weight": 1e-6}), use_quant=True, learning_rate=1e-3),
-        [],
-    )
-    with torch.no_grad():
-        for p in model.encoder.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+    model = steps.build(against(), parts=parts(anchor={"weight": 1e-6}), use_quant=True, learning_rate=1e-3)
+    anchors = []
+    drift(model.encoder)
     start = snapshot(model.encoder)
-    fit(
-        model,
-        image_folder,
-        8,
-        callbacks=[
-            Each(lambda m: anchors.append((metrics(m)["train/anchor"], snapshot(m.parts["anchor"].moments[0]))))
-        ],
-    )
-    distances = [distance for distance, _ in anchors]
-    assert distances[0] == 0.0
-    assert min(distances[1:]) > 0
-    assert sum(distances[-4:]) / 4 > 1.5 * distances[1]  # it grows, as much as batches differ
-    for _, weights in anchors:
-        assert_same(weights, start)
+
+    def look(m) -> None:
+        assert_same(snapshot(m.parts["anchor"].moments[0]), start)
+        anchors.append(metrics(m)["train/anchor"])
+
+    fit(model, image_folder, 8, callbacks=[Each(look)])
+    assert anchors[0] == 0.0
+    assert min(anchors[1:]) > 0
+    assert sum(anchors[-4:]) / 4 > 1.5 * anchors[1]  # it grows, as much as batches differ
     assert len(moved(start, snapshot(model.encoder))) > 0.9 * len(start)
     assert not model.parts["anchor"].training
 
 
-def test_the_anchor_is_in_the_loss_and_keeps_latents(image_folder):
+def test_the_anchor_is_in_the_loss(image_folder):
     values = metrics(fit(steps.build(parts=parts(anchor={"weight": 7.0}), learning_rate=1e-3), image_folder, 3))
     weights = steps.build().objective.weights
     expected = sum(weight * values[f"train/{name}"] for name, weight in weights.items()) + 7 * values["train/anchor"]
     assert values["train/anchor"] > 0
     assert values["train/loss"] == pytest.approx(expected, rel=1e-5)
-    x = torch.rand(4, 3, 16, 16) * 2 - 1
-    old = steps.build().encode(x).mean
-    free, held = (
-        fit(steps.build(parts=parts(anchor={"weight": w}), learning_rate=1e-3), image_folder, 12) for w in (1e-6, 1e2)
-    )
-    distances = [(m.encode(x).mean - old).square().mean().item() for m in (free, held)]
-    assert distances[1] < distances[0]  # by how much is a matter of rounding

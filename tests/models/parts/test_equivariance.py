@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -42,45 +41,20 @@ def test_latent_and_image_are_scaled_as_pillow_does_and_turned_alike():
     assert seen == {(scale, turn) for scale in SCALES for turn in range(4)}
 
 
-def test_scales_and_turns_are_uniform():
-    z = torch.randn(1, 1, 8, 8)
-    sizes = [transform_alike(z, z, generator(seed))[0].shape[-1] for seed in range(1000)]
-    for size in (2, 4, 6, 8):
-        assert 200 < sizes.count(size) < 300  # 250, and four standard deviations of 14
-
-
 @pytest.mark.parametrize(
-    ("side", "sizes"), [(1, {1}), (2, {1, 2}), (3, {3}), (4, {1, 2, 3, 4}), (6, {3, 6}), (12, {3, 6, 9, 12})]
+    ("side", "sizes"), [((1, 1), {1}), ((3, 3), {3}), ((6, 6), {3, 6}), ((12, 12), {3, 6, 9, 12}), ((4, 2), {1, 2, 4})]
 )
 def test_only_whole_latent_positions(side, sizes):
-    z, x = torch.randn(1, 2, side, side), torch.randn(1, 3, 8 * side, 8 * side)
-    seen = set()
+    """In float32 from any precision; the global generator is left alone."""
+    z, x = torch.randn(1, 2, *side).bfloat16(), torch.randn(1, 3, 8 * side[0], 8 * side[1])
+    seen, before = set(), torch.get_rng_state()
     for seed in range(40):
         z_out, x_out = transform_alike(z, x, generator(seed))
         assert x_out.shape[-2:] == tuple(8 * s for s in z_out.shape[-2:])
+        assert z_out.dtype == (torch.bfloat16 if z_out.numel() == z.numel() else torch.float32)
         seen.add(z_out.shape[-1])
     assert seen == sizes
-
-
-def test_oblong_images_turn_too():
-    z, x = torch.randn(1, 1, 4, 2), torch.randn(1, 1, 16, 8)
-    shapes = set()
-    for seed in range(40):
-        z_out, x_out = transform_alike(z, x, generator(seed))
-        assert x_out.shape[-2:] == (4 * z_out.shape[-2], 4 * z_out.shape[-1])
-        shapes.add(tuple(z_out.shape[-2:]))
-    assert shapes == {(4, 2), (2, 4), (2, 1), (1, 2)}
-
-
-def test_the_generator_decides_and_the_global_one_is_left_alone():
-    z, x = torch.randn(1, 1, 8, 8), torch.randn(1, 1, 64, 64)
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = transform_alike(z, x, generator(5))
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    again = transform_alike(z, x, generator(5))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_gradients_reach_the_latent_only():
@@ -93,56 +67,35 @@ def test_gradients_reach_the_latent_only():
         assert gradient.sum().item() == pytest.approx(z_out.numel(), rel=1e-5)
 
 
-def test_half_precision_is_scaled_in_float32():
-    z = torch.randn(1, 2, 8, 8).bfloat16()
-    seed = next(s for s in range(99) if transform_alike(z, z, generator(s))[0].shape[-1] == 4)
-    z_out, _ = transform_alike(z, z, generator(seed))
-    assert z_out.dtype == torch.float32
-    expected = F.interpolate(z.double(), size=(4, 4), mode="bilinear", antialias=True)
-    turned = [expected.rot90(k, (2, 3)).float() for k in range(4)]
-    assert any(torch.allclose(z_out, t, atol=1e-6) for t in turned)
-
-
 def test_an_equivariance_step_pauses_the_adversary(image_folder):
     model = build(against(weight=0.5), parts=parts(equivariance={"probability": 1.0}))
     start, start_d = snapshot(model.autoencoder), snapshot(model.adversary)
-    latents, images = [], []
-    model.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0].shape))
-    model.decoder.register_forward_hook(lambda _, __, y: images.append(y.shape))
+    sizes = []
+    model.decoder.register_forward_hook(lambda _, inputs, y: sizes.append((inputs[0].shape[-1], y.shape[-1])))
     fit(model, image_folder, 12, size=32)
     assert model.trainer.global_step == 12
     assert model.adversary.updates == 0
     assert_same(snapshot(model.adversary), start_d)
     assert len(moved(start, snapshot(model.autoencoder))) > 0.9 * len(start)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert torch.isfinite(model.trainer.callback_metrics["train/loss"])
     assert not [name for name in metrics(model) if "health" in name or "adversarial" in name]
-    assert len(latents) == 12
-    assert {shape[-1] for shape in latents} == {1, 2, 3, 4}
-    assert [shape[-1] for shape in images] == [8 * shape[-1] for shape in latents]
+    assert len(sizes) == 12
+    assert set(sizes) == {(size, 8 * size) for size in (1, 2, 3, 4)}
 
 
 def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_folder, monkeypatch):
-    transform, model, calls = (
-        equivariance.transform_alike,
-        build(against(), parts=parts(equivariance={"probability": 0.5})),
-        [],
-    )
-    model.accumulate_grad_batches = 2
+    transform, calls = equivariance.transform_alike, []
+    model = build(against(), parts=parts(equivariance={"probability": 0.5}), accumulate_grad_batches=2)
 
     def record(z, x, generator):
-        state = generator.bit_generator.state
-        calls.append((model.global_step, state))
+        calls.append((model.global_step, generator.bit_generator.state))
         return transform(z, x, generator)
 
     monkeypatch.setattr(equivariance, "transform_alike", record)
-    fit(model, image_folder, 30, batch_size=1)
-    share = len(calls) / 2 / 30
-    assert 0.1 < share < 0.9  # 0.5, and four standard deviations of 0.09
-    assert model.adversary.updates == 30 - len(calls) // 2
-    for (step, state), (again, other) in zip(calls[::2], calls[1::2], strict=True):
-        assert step == again
-        assert state == other
+    fit(model, image_folder, 16, batch_size=1)
+    assert 2 * 2 <= len(calls) <= 2 * 14  # 8, and three standard deviations of 2
+    assert model.adversary.updates == 16 - len(calls) // 2
+    assert calls[::2] == calls[1::2]
 
 
 def test_equivariance_compares_with_the_transformed_image(image_folder, monkeypatch):
@@ -163,14 +116,8 @@ def test_equivariance_compares_with_the_transformed_image(image_folder, monkeypa
 
 def test_equivariance_leaves_the_kl_term_alone(image_folder):
     """It is per value of the image that was encoded."""
-    plain = fit(build(), image_folder, 1, size=32)
-    expected = metrics(plain)["train/kl"]
-    kls = []
-    for seed in range(3):
-        model = build(parts=parts(equivariance={"probability": 1.0}))
-        model.seed = seed  # another transformation
-        x = model.images(next(iter(source(image_folder, size=32).train_loader())))
-        assert kl_loss(model.encode(x), x).item() == pytest.approx(expected, rel=1e-5)
-        fit(model, image_folder, 1, size=32)
-        kls.append(metrics(model)["train/kl"])
-    assert kls == pytest.approx([expected] * 3, rel=1e-5)
+    model = build(parts=parts(equivariance={"probability": 1.0}))
+    x = model.images(next(iter(source(image_folder, size=32).train_loader())))
+    expected = kl_loss(model.encode(x), x).item()
+    assert metrics(fit(model, image_folder, 1, size=32))["train/kl"] == pytest.approx(expected, rel=1e-5)
+    assert metrics(fit(build(), image_folder, 1, size=32))["train/kl"] == pytest.approx(expected, rel=1e-5)
