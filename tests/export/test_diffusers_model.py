@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError
-from olvae.models.large.tiling import GIB, crop_to, default_memory, pad_to_multiple, peak_bytes, tile_bytes
+from olvae.models.large.tiling import crop_to, pad_to_multiple, peak_bytes, tile_bytes
 from tests.conftest import tiny_config
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.large.test_tiling import sd
@@ -79,22 +79,6 @@ def test_the_interface_is_that_of_autoencoder_kl(vae, image):
     assert torch.equal(model(image, return_dict=False)[0], vae(image)[0])
 
 
-def test_upcasting_as_the_pipelines_of_sdxl_do(vae, image):
-    """In fp16 they turn the VAE to float32, and the latents to the dtype of what comes first in it."""
-    vae.set_for_diffusion({"force_upcast": True})
-    model = AutoencoderLiteVAE.from_autoencoder(vae)
-    names = {*model.state_dict()}
-    z = vae.encode(image).mode().half()
-    expected = vae.decode(z.float())
-    model.to(torch.float16)
-    assert model.config.force_upcast
-    assert next(iter(model.post_quant_conv.parameters())).dtype == torch.float16
-    model.to(torch.float32)
-    latents = z.to(next(iter(model.post_quant_conv.parameters())).dtype)
-    torch.testing.assert_close(model.decode(latents).sample, expected, rtol=0.05, atol=0.01)  # weights were in fp16
-    assert {*model.state_dict()} == names == {*vae.state_dict()}
-
-
 def test_slicing_changes_nothing_but_the_batch(vae, image, monkeypatch):
     model = AutoencoderLiteVAE.from_autoencoder(vae)
     whole = model(image).sample
@@ -150,21 +134,6 @@ def test_tiling_gives_the_whole_result_within_the_memory(vae, large, tmp_path, s
         model.disable_tiling()
         model.decode(z)
         assert seen == [f"decoder {batch}"] * (2 // batch)
-
-
-def test_tiling_without_a_memory_takes_what_fits(vae, image, large, monkeypatch):
-    model = AutoencoderLiteVAE.from_autoencoder(vae)
-    assert default_memory(model.device) == GIB
-    model.enable_tiling()
-    seen = watch(model)
-    with torch.no_grad():
-        model.encode(image)
-        assert seen == ["encoder 3"]
-        monkeypatch.setattr("olvae.export.diffusers_model.default_memory", lambda device: 1)
-        model.encode(large)
-        with pytest.raises(ValueError, match="the smallest tile takes"):
-            model.decode(torch.randn(1, 4, 6, 6))
-    assert seen == ["encoder 3"]
 
 
 def test_gradients_are_not_lost_to_tiling(vae):

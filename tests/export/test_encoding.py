@@ -333,19 +333,6 @@ def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, i
     assert everything(out / ".encode") == everything(tmp_path / "whole" / ".encode")
 
 
-def test_a_finished_shard_is_not_encoded_again_but_a_lost_one_is(tmp_path, image_folder):
-    out = tmp_path / "out"
-    encode(image_folder, out, shard_size=2)
-    before = everything(out)
-    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    (out / "000003.tar").unlink()
-    encode(image_folder, out, shard_size=2)
-    assert everything(out) == before
-    assert [path.name for path in sorted(out.glob("*.tar")) if path.stat().st_mtime_ns != times[path.name]] == [
-        "000003.tar"
-    ]
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -400,17 +387,3 @@ def test_what_it_refuses(tmp_path, image_folder):
     )
     with pytest.raises(ConfigError, match="one by one"):
         find_inputs(str(tmp_path / "mix.yaml"), 3, 5)
-
-
-def test_a_config_gives_the_images_that_it_tests_with(tmp_path, image_folder):
-    write_shards(tmp_path / "shards", (2, 3))
-    source = "data: {{target: olvae.data.{}, params: {{{}, size: 16, batch_size: 1}}}}"
-    (tmp_path / "folder.yaml").write_text(
-        source.format("picture_folder.FolderSource", f"root: {image_folder}, val_root: {image_folder}/class1")
-    )
-    (tmp_path / "shards.yaml").write_text(
-        source.format("shards.webdataset.WebDatasetSource", f"shards: {tmp_path}/shards, shuffle: 2")
-    )
-    assert encode(tmp_path / "folder.yaml", tmp_path / "a")["count"] == 4
-    assert encode(tmp_path / "shards.yaml", tmp_path / "b")["count"] == 3
-    assert list(tensors(tmp_path / "b")) == ["001/0002", "001/0003", "001/0004"]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.export import exporting as module
 from olvae.export.exporting import ExportSettings, export, read_factors
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
 from olvae.models.loading.diffusers_models import as_litevae
@@ -235,13 +234,6 @@ def test_stock_folders_that_were_downloaded_are_not_replaced(tmp_path):
     (tmp_path / "downloaded" / "README.md").write_text("# A VAE\n")
     with pytest.raises(FileExistsError, match="not empty, and not an export"):
         export(ours(autoencoder_kl((32, 32))), tmp_path / "downloaded", LAYOUTS["diffusers"](), FORCE)
-
-
-def test_folding_that_changes_the_result_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FOLDING", -1.0)
-    with pytest.raises(ValueError, match="folded, the result differs by"):
-        export(tiny_litevae(), tmp_path / "vae", settings=ExportSettings(fold=True))
-    assert not any(tmp_path.iterdir())
 
 
 def test_formats_that_do_not_exist():

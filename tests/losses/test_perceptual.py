@@ -70,18 +70,11 @@ def test_gradients_reach_the_reconstruction_and_not_the_network(name, request):
     loss = request.getfixturevalue(name)
     y = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
     loss(torch.zeros(1, 3, 32, 32), y).backward()
+    assert not loss.state_dict()  # it is no part of a model
+    assert copy.deepcopy(loss) is loss
     assert torch.isfinite(y.grad).all()
     assert (y.grad != 0).any()
     assert all(p.grad is None for p in loss.network.parameters())
-
-
-def test_is_no_part_of_the_model(vgg):
-    loss = LPIPS(str(vgg))
-    assert not list(loss.parameters())
-    assert not loss.state_dict()
-    assert copy.deepcopy(loss) is loss
-    loss.double()
-    assert loss.network.lin0.model[1].weight.dtype == torch.float64  # yet it moves with it
 
 
 @pytest.mark.parametrize("name", ["loss", "esrgan"])
@@ -100,13 +93,6 @@ def test_float32_under_autocast(name, request):
     outside = loss(x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(x, y), outside)
-
-
-def test_finds_the_cached_file(vgg, loss, hub):
-    hub.mkdir(parents=True)
-    (hub / VGG16.name).symlink_to(vgg)
-    x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
-    assert LPIPS()(x, y).item() == loss(x, y).item()
 
 
 @pytest.mark.parametrize(("loss", "file"), [(LPIPS, VGG16), (ESRGAN, VGG19)])
@@ -130,11 +116,6 @@ def test_a_file_of_something_else(tmp_path, vgg):
     with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.\d+\.\w+ is"):
         conv5_4(vgg)
     path = tmp_path / "other.pth"
-    torch.save({"weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"features\.0\.bias is missing"):
-        LPIPS(str(path))
-    with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.0\.bias is missing"):
-        ESRGAN(str(path))
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match="not a file of VGG16 weights"):
         LPIPS(str(path))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from olvae.losses.adversarial import LeCam, r1_penalty
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
-from olvae.modules.unetgan import UNetGAN
 
 
 # R1
@@ -29,24 +28,6 @@ def test_r1_takes_the_sum_of_a_samples_logits():
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     penalty = r1_penalty([3 * x, 5 * x[:, 0, 0, :1]], x)
     assert penalty.item() == pytest.approx(0.5 * ((3 + 5) ** 2 + 15 * 3**2), rel=1e-12)
-
-
-def test_r1_against_finite_differences():
-    torch.manual_seed(0)
-    d = UNetGAN(base_channels=4).double().eval()
-    weight = d.up[-1].conv2.parametrizations.weight.original
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(r1_penalty(d(x), x), weight)
-    direction, step = torch.randn_like(weight), 1e-4
-    sides = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight.add_(sign * step * direction)
-        sides.append(r1_penalty(d(x), x).item())
-        with torch.no_grad():
-            weight.sub_(sign * step * direction)
-    numeric = (sides[0] - sides[1]) / (2 * step)
-    assert (gradient * direction).sum().item() == pytest.approx(numeric, rel=1e-3)
 
 
 # LeCam
@@ -74,16 +55,6 @@ def test_lecam_stands_still_in_evaluation_and_is_saved():
     loaded.load_state_dict(lecam.state_dict())
     loaded([torch.tensor([2.0])], [torch.tensor([-1.0])])
     torch.testing.assert_close(loaded.real_anchors, torch.tensor([0.99 * 1 + 0.01 * 2]))
-
-
-def test_lecam_in_half_precision():
-    lecam = LeCam()
-    torch.manual_seed(0)
-    r, f = torch.randn(512).bfloat16(), torch.randn(512).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        penalty = lecam([r], [f])
-    assert penalty.dtype == lecam.real_anchors.dtype == torch.float32
-    assert penalty.item() == pytest.approx(LeCam()([r.double()], [f.double()]).item(), rel=1e-5)
 
 
 def _lecam_on_two_processes(rank: int, folder: str) -> None:
@@ -156,14 +127,6 @@ def test_cutmix_repeats_with_its_generator_and_differs_between_samples():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_cutmix_passes_gradients_where_it_takes_pixels():
-    real, fake = torch.randn(3, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 8, 8, requires_grad=True)
-    mixed, mask = cutmix(real, fake, _generator())
-    mixed.sum().backward()
-    torch.testing.assert_close(real.grad, mask.expand_as(real))
-    torch.testing.assert_close(fake.grad, 1 - mask.expand_as(fake))
-
-
 def test_consistency_by_hand():
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
     real = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
@@ -192,17 +155,6 @@ def test_only_a_mix_without_a_fake_pixel_is_told_real():
     assert loss.item() == pytest.approx(((1 - 0.3) + 2 * (1 + 0.3)) / 3 / 2, rel=1e-12)
     (gradient,) = torch.autograd.grad(loss, image)
     torch.testing.assert_close(gradient, torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64) / 6)
-
-
-def test_cutmix_terms_in_half_precision():
-    pixels = [torch.randn(2, 1, 8, 8).bfloat16().requires_grad_() for _ in range(3)]
-    _, mask = cutmix(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), _generator(3))
-    with torch.autocast("cpu", torch.bfloat16):
-        consistency = cutmix_consistency(*pixels, mask)
-        loss = cutmix_loss("logistic", [pixels[0], pixels[0][:, 0, 0, :1]], mask)
-    assert consistency.dtype == loss.dtype == torch.float32
-    consistency.backward()
-    assert all(t.grad.abs().max() > 0 for t in pixels)
 
 
 def test_errors():

@@ -80,22 +80,9 @@ def test_bf16_is_close_to_float32(name):
         assert (half.float() - full).abs().max() < 0.05 * largest
 
 
-@pytest.mark.parametrize("name", ["unetgan", "gigagan"])
-def test_two_passes_then_one_backward(name):
-    """Real and fake go through one after the other; the power iteration in between must not break the graph."""
+@pytest.mark.parametrize("name", ["patchgan", "unetgan", "gigagan"])
+def test_can_be_differentiated_twice(name):
     net = small(name)
-    real, fake = net(torch.randn(1, 3, 64, 64)), net(torch.randn(1, 3, 64, 64))
-    (fake[0].mean() - real[0].mean()).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [("patchgan", {}), ("unetgan", {}), ("gigagan", {})],
-)
-def test_can_be_differentiated_twice(name, settings):
-    kind, arguments = SMALL[name]
-    net = kind(**arguments, **settings)
     x = torch.randn(2, 3, 64, 64, requires_grad=True)
     penalty = r1_penalty(net(x), x)
     penalty.backward()

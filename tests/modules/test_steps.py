@@ -96,21 +96,3 @@ def test_compiled_in_one_graph(name):
     compiled = torch.compile(again, fullgraph=True, backend="eager")
     for one, other in zip(gradients(plain, plain, shape), gradients(again, compiled, shape), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
-def test_the_same_gradients_under_autocast(build, shape):
-    plain = build()
-    again = copy.deepcopy(plain)
-    again.checkpoint_steps()
-
-    def under_autocast(network):
-        def forward(x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return network(x).float()
-
-        return forward
-
-    results = (gradients(network, under_autocast(network), shape) for network in (plain, again))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)

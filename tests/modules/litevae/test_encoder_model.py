@@ -41,14 +41,6 @@ def test_parity(case):
     assert_parity(output, case["output"])
 
 
-@pytest.mark.parametrize("scale", ["S", "B"])
-def test_a_preset_is_its_widths(scale):
-    case = parity_case(f"encoder_{scale}")
-    preset = LiteVAE_Encoder(latent_dim=24, scale=scale)
-    widths = LiteVAE_Encoder(**case["config"])
-    assert {n: t.shape for n, t in preset.state_dict().items()} == {n: t.shape for n, t in widths.state_dict().items()}
-
-
 def test_names_are_the_published_ones():
     with torch.device("meta"):
         encoder = LiteVAE_Encoder(latent_dim=24, scale="B")
@@ -71,23 +63,6 @@ def test_any_size_and_depth(variant, size, levels):
     assert len(encoder.extractors) == levels
 
 
-@pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels(channels):
-    encoder = LiteVAE_Encoder(6, "S", in_channels=channels)
-    assert encoder(torch.randn(1, channels, 16, 16)).shape == (1, 6, 2, 2)
-
-
-def test_extractors_see_their_level_and_pool_to_the_coarsest():
-    """The composition of section 1, spelt out: level l through extractor l, pooled by 4, 2, 1, concatenated."""
-    encoder = LiteVAE_Encoder(6, "S").double()
-    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
-    features = [
-        F.avg_pool2d(extractor(bands), pool)
-        for extractor, bands, pool in zip(encoder.extractors, wavedec2(x), (4, 2, 1), strict=True)
-    ]
-    torch.testing.assert_close(encoder(x), encoder.aggregator(torch.cat(features, dim=1)))
-
-
 def test_the_paper_scales_its_bands():
     """Level l is divided by 2^l, so that LL stays in the image's range: a constant image gives that constant."""
     encoder = LiteVAE_Encoder(6, "S", "paper")
@@ -105,14 +80,6 @@ def test_the_learned_pool():
     learned = LiteVAE_Encoder(6, "S", "paper", pool="conv")
     assert count_parameters(learned) - count_parameters(average) == 3 * (12 * 12 * 9 + 12)
     assert learned(torch.randn(1, 3, 16, 16)).shape == (1, 6, 2, 2)
-
-
-def test_dropout_is_off_in_evaluation():
-    encoder = LiteVAE_Encoder(6, "S", "paper", dropout=0.5)
-    x = torch.randn(1, 3, 16, 16)
-    assert not torch.equal(encoder(x), encoder(x))
-    encoder.eval()
-    assert torch.equal(encoder(x), encoder(x))
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])

@@ -31,19 +31,6 @@ def test_equation_3_in_float64():
     torch.testing.assert_close(smc(x), F.conv2d(x, weight, smc.conv.bias, padding=1), rtol=1e-12, atol=1e-12)
 
 
-def test_starts_at_one():
-    smc = SMC(3, 4)
-    assert smc.scales.tolist() == [1, 1, 1]
-    assert smc.gain.tolist() == [1]
-
-
-def test_filters_have_the_length_of_the_gain():
-    smc = SMC(5, 6)
-    randomise(smc)
-    lengths = smc.modulated_weight().flatten(1).norm(dim=1)
-    torch.testing.assert_close(lengths, smc.gain.abs().expand(6), rtol=1e-5, atol=1e-5)
-
-
 def test_gradients():
     smc = SMC(2, 3).double()
     randomise(smc)
