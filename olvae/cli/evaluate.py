@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.observers.observer import Observer
     from olvae.evaluation.results import Results
     from olvae.evaluation.runner import Evaluated
-    from olvae.models.loading.loader import Target
     from olvae.runs import Run
 
 METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
@@ -86,8 +85,17 @@ def command(
         Path | None, typer.Option(metavar="DIR", help="Search here first for VGG16, AlexNet and Inception.")
     ] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Add rows for the first target untrained, and for bicubic resampling.")
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Add rows for the linear code of equal size, for bicubic resampling, and for the first target "
+            "untrained.",
+        ),
     ] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Images to fit the linear code on; by default the first target's training."),
+    ] = None,
     cross: Annotated[
         bool,
         typer.Option("--cross", help="TEACHER STUDENT: each encoder with each decoder, and the latents' error."),
@@ -130,9 +138,12 @@ def command(
     from olvae.config import ConfigError
 
     check_paths(*targets, data=data)
+    check_paths(data=fit)
+    if fit is not None and not baselines:
+        raise ConfigError("`fit` is for the linear code among `baselines`: set both")
     with loading():
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
-        from olvae.evaluation.observers.baselines import UNTRAINED
+        from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
         from olvae.evaluation.protocol import named
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.models.loading.targets import find_target, name_apart
@@ -141,7 +152,8 @@ def command(
     names = list(DEFAULT_METRICS) if ALL in names else names
     protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in split_commas(protocol)]
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
-    observers = _observers(found[0], cross, split_commas(precision), baselines, report, observe or ())
+    observers = _observers(cross, split_commas(precision), report, observe or ())
+    observers += [Baselines(found[0], fit)] if baselines else []
     folder = results_folder(out, targets[0], found[0].run)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
     earlier = {path: _read_earlier(path) for path in beside or ()}
@@ -163,13 +175,10 @@ def command(
         _finish(evaluated, folder, suffixes, earlier, mix_protocols, report, as_json)
 
 
-def _observers(
-    first: "Target", cross: bool, precisions: list[str], baselines: bool, report: bool, own: Iterable[str]
-) -> list["Observer"]:
+def _observers(cross: bool, precisions: list[str], report: bool, own: Iterable[str]) -> list["Observer"]:
     """What the flags ask to look at, in the order of the page."""
     from olvae.config import resolve_class
     from olvae.evaluation.observers.bands import Bands
-    from olvae.evaluation.observers.baselines import Baselines
     from olvae.evaluation.observers.cross import Cross
     from olvae.evaluation.observers.flat_colours import FlatColours
     from olvae.evaluation.observers.gallery import Gallery
@@ -180,7 +189,7 @@ def _observers(
     observers += [HalfPrecision(precisions)] if precisions != ["32"] else []
     observers += [Gallery(), Bands(), *([FlatColours()] if report else [])]
     observers += [resolve_class(path, Observer)() for path in own]
-    return [*observers, *([Baselines(first)] if baselines else [])]
+    return observers
 
 
 def _read_earlier(path: Path) -> "Results":

@@ -49,6 +49,7 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
     assert result["protocol"]["n"] == result["images"]["n"] == 12
     assert [row["target"] for row in result["results"]] == [
         trained.name,
+        "linear, 4 numbers for 8x8 pixels",
         "bicubic, 8x smaller and back",
         "untrained",
     ]
@@ -56,7 +57,7 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
         assert row["metrics"].keys() == {"psnr", "ssim", "l1"}
         assert row["skipped"].keys() == {"ms_ssim", "lpips", "lpips_alex", "rfid", "kid"}
         assert all(low < row["metrics"][name] < high for name, (low, high) in row["intervals"].items())
-    assert [row.get("baseline") for row in result["results"]] == [None, True, True]
+    assert [row.get("baseline") for row in result["results"]] == [None, True, True, True]
     assert result["results"][0]["cost"]["parameters"] > 0
     assert "vgg16-397923af.pth" in err
     assert err.count("vgg16-397923af.pth is not") == 1
@@ -64,13 +65,13 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
     psnr = result["results"][0]["metrics"]["psnr"]
     assert any(line.startswith(f"| {trained.name} | 12 | {psnr:.3f} ±") for line in table), table
     rows = list(csv.DictReader((tmp_path / "per_image.csv").open()))
-    assert len(rows) == 36
+    assert len(rows) == 48
     mean = sum(float(row["psnr"]) for row in rows if row["target"] == trained.name) / 12
     assert mean == pytest.approx(result["results"][0]["metrics"]["psnr"], rel=1e-9)
     assert Image.open(tmp_path / "reconstructions.png").width > 100
     assert not list(tmp_path.glob(".*"))
     shown = re.findall(r"<h3>.*</h3>", (tmp_path / "report.html").read_text().partition('id="gallery"')[2])
-    assert len(shown) == 2  # the run and bicubic: of what an untrained model makes there is nothing to see
+    assert len(shown) == 3  # the run, linear and bicubic: of what an untrained model makes there is nothing to see
 
 
 def test_from_python_it_is_the_same(olvae, trained, photos, tmp_path):
@@ -186,8 +187,8 @@ def test_a_run_with_a_baselines_name_keeps_its_own_numbers(olvae, trained, photo
     code, _, err = olvae("evaluate", run, "--data", photos, "--baselines", "--out", tmp_path / "out", *PIXELS)
     assert code == 0, err
     rows = content(tmp_path / "out")["results"]
-    assert [row["target"] for row in rows] == [str(run), "bicubic, 8x smaller and back", "untrained"]
-    assert rows[0]["metrics"]["psnr"] != rows[2]["metrics"]["psnr"]
+    assert [row["target"] for row in rows][::3] == [str(run), "untrained"]
+    assert rows[0]["metrics"]["psnr"] != rows[3]["metrics"]["psnr"]
 
 
 def test_results_do_not_overwrite_the_file_of_beside(olvae, trained, photos, tmp_path):

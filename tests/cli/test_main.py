@@ -68,9 +68,9 @@ def test_train_evaluate_and_resume(olvae, config, tmp_path):
     content = json.loads((run / "metrics.json").read_text())
     assert content["protocol"]["size"] == 16
     assert len(content["protocol_hash"]) == 16
-    trained, bicubic, untrained = content["results"]
+    trained, linear, bicubic, untrained = content["results"]
     assert trained["target"] == run.name
-    assert trained["n"] == bicubic["n"] == untrained["n"] > 0
+    assert trained["n"] == linear["n"] == bicubic["n"] == untrained["n"] > 0
     assert trained["metrics"].keys() == {"psnr", "ssim", "l1"}
     assert trained["metrics"]["psnr"] != untrained["metrics"]["psnr"]
     assert (run / "reconstructions.png").is_file()
@@ -98,7 +98,7 @@ def test_the_untrained_row_is_the_run_before_its_first_step(olvae, config, tmp_p
     olvae("train", "--base", config, "--logdir", tmp_path, "--seed", 7, "--gpus", 0, "model.base_learning_rate=1e-12")
     (run,) = tmp_path.glob("*_tiny_32")
     olvae("evaluate", "--baselines", run)
-    trained, _, untrained = json.loads((run / "metrics.json").read_text())["results"]
+    trained, _, _, untrained = json.loads((run / "metrics.json").read_text())["results"]
     assert trained["metrics"] == pytest.approx(untrained["metrics"], rel=1e-4)
 
 

@@ -1,16 +1,24 @@
-"""Add baselines to an evaluation: bicubic resampling, and the first target before its training."""
+"""Add baselines to an evaluation: the linear code, bicubic resampling, and the first target before its training."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from olvae.config import ConfigError
 from olvae.data.image import from_uint8, image_to_tensor, tensor_to_picture, to_uint8
+from olvae.data.opening import open_test_source
 from olvae.evaluation.observers.observer import Observer, Subject
-from olvae.models.autoencoder import Autoencoder
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.linear_start import fit_linear_paths, training_crops
 from olvae.models.loading.loader import Target
 from olvae.modules.distributions import Deterministic
+from olvae.modules.linear import LinearDecoder, LinearEncoder
+from olvae.runs import settings_of
+
+log = logging.getLogger("olvae")
 
 UNTRAINED = "untrained"
 """A baseline's name, which no target may have."""
@@ -32,19 +40,45 @@ class Bicubic(Autoencoder):
 
 
 class Baselines(Observer):
-    """Rows for bicubic resampling by the target's factor, and for the target's networks untrained."""
+    """Rows for the linear code of the target's shape, for bicubic resampling, and for the target's networks untrained.
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    Networks with linear paths have no row of their own: before training they are the linear code.
+
+    Args:
+        target: the evaluation's first.
+        fit: the SRC to fit the linear code on; by default the training images of the target's config.
+    """
+
+    def __init__(self, target: Target, fit: str | None = None) -> None:
+        self._target, self._fit = target, fit
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
         untrained = self._target.untrained()
-        bicubic = Bicubic(untrained.downscale, untrained.in_channels)
-        return {
-            **subjects,
-            f"bicubic, {bicubic.downscale}x smaller and back": Subject(bicubic, baseline=True),
-            UNTRAINED: Subject(untrained, baseline=True),
-        }
+        f = untrained.downscale
+        rows: dict[str, Autoencoder] = {}
+        if (code := self._linear_code(untrained)) is not None:
+            rows[f"linear, {untrained.latent_channels} numbers for {f}x{f} pixels"] = code
+        rows[f"bicubic, {f}x smaller and back"] = Bicubic(f, untrained.in_channels)
+        if not (isinstance(untrained, LiteVAE) and untrained.encoder.linear and untrained.decoder.linear):
+            rows[UNTRAINED] = untrained
+        return {**subjects, **{name: Subject(model, baseline=True) for name, model in rows.items()}}
+
+    def _linear_code(self, like: Autoencoder) -> LiteVAE | None:
+        """The best linear code with as many numbers, fitted on training crops; None where these are not here."""
+        channels, n, f = like.in_channels, like.latent_channels, like.downscale
+        config = self._target.config
+        try:
+            source = open_test_source(config, self._fit, channels=channels)
+        except (ConfigError, FileNotFoundError) as error:
+            if self._fit is not None:
+                raise
+            log.warning(
+                "the linear code has no row, because its training images are not here: %s (`fit` names others)", error
+            )
+            return None
+        code = LiteVAE(LinearEncoder(2 * n, channels, f), LinearDecoder(n, channels, f))
+        fit_linear_paths(code, training_crops(source, settings_of(config).seed, f))
+        return code.eval()
 
 
 def _resized(images: Tensor, width: int, height: int) -> Tensor:

@@ -1,0 +1,81 @@
+"""The rows beside an evaluation's targets that say what its numbers are worth."""
+
+import numpy as np
+import pytest
+import torch
+
+from olvae.config import save
+from olvae.data.dataset import SamplePhotographs
+from olvae.data.image import to_uint8
+from olvae.data.picture_folder import FolderSource
+from olvae.data.source import LoaderProcess
+from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
+from olvae.evaluation.observers.observer import Subject
+from olvae.metrics.pixel import psnr
+from olvae.models.linear_start import training_crops
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.loading.loader import Target
+from tests.conftest import tiny_config
+
+LINEAR, BICUBIC = "linear, 4 numbers for 8x8 pixels", "bicubic, 8x smaller and back"
+
+
+def target_of(config: dict) -> Target:
+    model = LiteAutoencoderKL(**config["model"]["params"]).autoencoder
+    return Target(lambda: model, lambda: model, config, name="run")
+
+
+def rows(config: dict, fit: str | None = None) -> dict[str, Subject]:
+    target = target_of(config)
+    return Baselines(target, fit).derive({"run": Subject(target.load())})
+
+
+def test_the_linear_code_beats_bicubic_with_as_many_numbers_as_the_target():
+    """On photographs: four numbers a position, of which bicubic has three."""
+    config = tiny_config()
+    config["data"]["params"]["size"] = 64
+    found = rows(config)
+    assert list(found) == ["run", LINEAR, BICUBIC, UNTRAINED]
+    assert [subject.baseline for subject in found.values()] == [False, True, True, True]
+    code = found[LINEAR].model
+    assert (code.downscale, code.latent_channels, code.training) == (8, 4, False)
+    images = torch.stack([s.image for s in SamplePhotographs(64, 4).once(LoaderProcess()) if s.image is not None])
+    quality = {}
+    for name in (LINEAR, BICUBIC):
+        with torch.no_grad():
+            quality[name] = psnr(images, to_uint8(found[name].model(images / 127.5 - 1)[0])).mean()
+    assert quality[LINEAR] > quality[BICUBIC]
+
+
+def test_it_is_fitted_on_the_training_images_or_on_others(image_folder, tmp_path):
+    """On the run's crops of its seed: not on its validation images."""
+    config = tiny_config(image_folder)
+    code = rows(config)[LINEAR].model
+    crops = training_crops(FolderSource(str(image_folder), 16, 4, val_fraction=0.2), 0, 8)
+    x = crops.double().numpy() / 127.5 - 1
+    patches = x.reshape(-1, 3, 2, 8, 2, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 192)
+    largest = np.linalg.eigh(np.cov(patches, rowvar=False))[1][:, -1]
+    first = code.encoder.linear.weight[0].flatten().detach().numpy()
+    assert abs(first @ largest) == pytest.approx(np.linalg.norm(first), rel=1e-3)
+    other = rows(config, fit="samples")[LINEAR].model
+    assert not other.encoder.linear.weight.equal(code.encoder.linear.weight)
+    save({"data": config["data"]}, tmp_path / "data.yaml")
+    named = rows(tiny_config(), fit=str(tmp_path / "data.yaml"))[LINEAR].model
+    torch.testing.assert_close(named.encoder.linear.weight, code.encoder.linear.weight)
+
+
+def test_without_training_images_there_is_no_row_and_a_reason(image_folder, caplog):
+    config = tiny_config("/gone")
+    assert list(rows(config)) == ["run", BICUBIC, UNTRAINED]
+    assert "the linear code has no row" in caplog.text
+    assert "/gone: no such folder" in caplog.text
+    with pytest.raises(FileNotFoundError, match="/missing"):
+        rows(config, fit="/missing")
+
+
+def test_a_linear_start_has_no_row_of_its_own(image_folder):
+    """Before training these networks are the linear code."""
+    config = tiny_config(image_folder)
+    for half in ("encoder_config", "decoder_config"):
+        config["model"]["params"][half]["params"]["linear"] = True
+    assert list(rows(config)) == ["run", LINEAR, BICUBIC]
