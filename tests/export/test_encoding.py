@@ -15,8 +15,8 @@ from olvae.data.image import from_uint8, image_to_tensor
 from olvae.data.picture_folder import find_images
 from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latent_statistics import LatentAccumulator
-from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
-from olvae.models.large.tiling import pad_to_multiple, peak_bytes
+from olvae.export.encoding import find_inputs
+from olvae.models.large.tiling import pad_to_multiple
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Blocks, Shrunk, encode, everything, pictures, tiny_vae
 from tests.soak.killed import killed_before
@@ -228,16 +228,6 @@ def test_batches_of_padded_images_are_as_one_by_one(tmp_path, many_sizes, flip):
                 assert float((z - batched[key][name]).square().mean().sqrt()) < 1e-5
         if kind == "blocks":  # no sum that another batch could round in another way
             assert (a, one) == (b, four)
-
-
-def test_a_batch_that_memory_does_not_hold_is_divided(tmp_path, many_sizes):
-    model = tiny_vae()
-    needs = peak_bytes(model.encoder, lambda encoder, images: encoder(images), (1, 3, 24, 16))
-    encoded = []
-    model.encoder.register_forward_pre_hook(lambda _, images: encoded.append(images[0].shape))
-    job = EncodeJob(model, find_inputs(str(many_sizes), 3, 10), EncodeOptions(0, dtype="float32"), tmp_path / "out", {})
-    job.run(batch_size=4, memory=3 * needs)
-    assert sorted(shape[0] for shape in encoded if shape[2:] == (24, 16)) == [1, 3]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

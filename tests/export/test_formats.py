@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from olvae import AutoencoderLiteVAE, LiteVAE
+from olvae import LiteVAE
 from olvae.config import save
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
@@ -37,23 +37,6 @@ def assert_equal(tensors: dict, expected: dict) -> None:
 
 
 # litevae
-@pytest.mark.parametrize(("dtype", "fold"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False)])
-def test_diffusers_loads_an_export_and_saves_it_again(dtype, fold, tmp_path):
-    model = tiny_litevae()
-    how = ExportSettings(dtype=str(dtype)[6:], fold=fold)
-    export(model, tmp_path / "vae", settings=how)
-    x = torch.rand(2, 3, 16, 16, dtype=dtype) * 2 - 1
-    expected = LiteVAE.from_pretrained(tmp_path / "vae", dtype=dtype)(x)[0]
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
-    torch.testing.assert_close(expected.float(), model(x.float())[0], rtol=tolerance, atol=tolerance)
-    in_diffusers = AutoencoderLiteVAE.from_pretrained(tmp_path / "vae", torch_dtype=dtype)
-    assert torch.equal(in_diffusers(x).sample, expected)
-    in_diffusers.save_pretrained(tmp_path / "diffusers")
-    export(LiteVAE.from_pretrained(tmp_path / "diffusers"), tmp_path / "twice", settings=how)
-    for file in (WEIGHTS_NAME, "config.json"):
-        assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / "vae" / file).read_bytes()
-
-
 # diffusers
 @pytest.mark.parametrize("shape", [SHAPES["sdxl"], SHAPES["flux"], PER_CHANNEL], ids=["sdxl", "flux", "per channel"])
 def test_autoencoder_kl_there_and_back(shape, tmp_path):
@@ -72,18 +55,6 @@ def test_autoencoder_kl_there_and_back(shape, tmp_path):
     assert again.for_diffusion == ours(before).for_diffusion
     assert {"README.md", "config.json", WEIGHTS_NAME} <= {path.name for path in (tmp_path / "vae").iterdir()}
     assert json.loads((tmp_path / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", ["sd1", "sdxl", "flux"])
-def test_at_full_width(shape, tmp_path):
-    before = autoencoder_kl(WIDTHS, **SHAPES[shape])
-    assert not list(LDM.notes(ours(before)))
-    export(ours(before), tmp_path / "vae", DIFFUSERS)
-    assert_equal(AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict(), before.state_dict())
-    export(ours(before), tmp_path / "vae.safetensors", LDM)
-    written = load_file(tmp_path / "vae.safetensors")
-    assert_equal(written, latent_diffusion_names(before))
 
 
 @pytest.mark.parametrize("halves", [("encoder",), ("encoder", "decoder")])

@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,38 +110,3 @@ def test_values_that_are_not_finite(tmp_path):
     with pytest.raises(ValueError, match=r"grey\.png: the reconstruction has non-finite values"):
         reconstruct_file(vae, tmp_path / "grey.png", tmp_path / "out", CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["grey.png"]
-
-
-FULL_SIZE = """
-import sys
-from pathlib import Path
-
-import torch
-
-from olvae import config as cfg
-from olvae.export.reconstruction import ReconstructOptions, reconstruct_file
-from olvae.models.autoencoder import LiteVAE
-from olvae.models.spec import AutoencoderSpec
-
-
-def status(key):
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-
-
-spec = AutoencoderSpec.from_content(cfg.load(["configs/olitevaeB_im_f8c12.yaml"]), "", only_ours=True)
-model = LiteVAE.from_spec(spec).eval().fold()
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-reconstruct_file(model, Path(sys.argv[1]), Path(sys.argv[2]), ReconstructOptions(torch.device("cpu"), 2**30))
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-def test_a_large_photograph_in_two_gib(tmp_path):
-    """The published networks on 3000x2000 pixels."""
-    data = pytest.importorskip("skimage.data")
-    Image.fromarray(data.astronaut()).resize((3000, 2000), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
-    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "photo.png"), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2 * 2**30

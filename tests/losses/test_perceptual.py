@@ -119,11 +119,3 @@ def test_a_file_of_something_else(tmp_path, vgg):
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match="not a file of VGG16 weights"):
         LPIPS(str(path))
-
-
-@pytest.mark.network
-def test_the_weights_download(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    x, y = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
-    assert LPIPS()(x, y).item() > 0
-    assert (tmp_path / "hub" / "checkpoints" / VGG16.name).is_file()

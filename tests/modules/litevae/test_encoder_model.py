@@ -111,16 +111,6 @@ def test_sharing_saves_parameters_and_no_operations():
     }
 
 
-def test_skipped_levels_are_not_seen():
-    """Details of level 1 do not reach the latent: every 2x2 block may be replaced by its mean."""
-    encoder = LiteVAE_Encoder(6, "S", skip_levels=1).double()
-    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
-    blocks = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
-    torch.testing.assert_close(encoder(x), encoder(blocks))
-    whole = LiteVAE_Encoder(6, "S").double()
-    assert not torch.allclose(whole(x), whole(blocks))
-
-
 @pytest.mark.parametrize("arguments", [{}, {"variant": "paper"}, {"shared_extractor": True, "skip_levels": 1}])
 def test_every_parameter_learns(arguments):
     encoder = LiteVAE_Encoder(6, "S", **arguments)

@@ -31,17 +31,6 @@ def test_equation_3_in_float64():
     torch.testing.assert_close(smc(x), F.conv2d(x, weight, smc.conv.bias, padding=1), rtol=1e-12, atol=1e-12)
 
 
-def test_gradients():
-    smc = SMC(2, 3).double()
-    randomise(smc)
-    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    names, parameters = zip(*smc.named_parameters(), strict=True)
-    assert set(names) == {"scales", "gain", "conv.weight", "conv.bias"}
-    assert torch.autograd.gradcheck(
-        lambda x, *p: torch.func.functional_call(smc, dict(zip(names, p, strict=True)), (x,)), (x, *parameters)
-    )
-
-
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_folds_into_an_ordinary_convolution(kernel_size):
     smc = SMC(5, 7, kernel_size)
