@@ -11,7 +11,6 @@ import typer
 
 from olvae.cli.options import print_table
 
-HELP = {"help_option_names": ["-h", "--help"]}
 NARROWEST = 24  # columns of text beside a name
 
 
@@ -66,7 +65,7 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
     typer.echo("fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth.")
 
 
-recipes_app = typer.Typer(context_settings=HELP)
+recipes_app = typer.Typer()
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -90,7 +89,7 @@ def show(context: typer.Context) -> None:
         typer.echo(f"{name:<{indent}}" + ("\n" + " " * indent).join(wrapped))
 
 
-@recipes_app.command(context_settings=HELP)
+@recipes_app.command()
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `olvae recipes` lists.")],
     file: Annotated[

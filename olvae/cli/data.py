@@ -8,9 +8,7 @@ import typer
 
 from olvae.cli.options import ProgressBar, check_paths, in_flags, loading, stop_code
 
-HELP = {"help_option_names": ["-h", "--help"]}
-
-app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Pack images into shards; check a source.")
+app = typer.Typer(no_args_is_help=True, help="Pack images into shards; check a source.")
 
 NUMBERED = "a .txt list of files, samples, torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img."
 Src = typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")
@@ -20,7 +18,7 @@ Channels = Annotated[int, typer.Option(min=1, help="Channels: 1, 3 or 4; any num
 MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest share of unreadable images.")]
 
 
-@app.command(context_settings=HELP)
+@app.command()
 def pack(
     src: Annotated[str, Src],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the shards to.")],
@@ -75,7 +73,7 @@ def pack(
     typer.echo(f"{size} in {shards}{found}\nshards:  {out}\nindex:   {out / 'index.json'}", err=True)
 
 
-@app.command(context_settings=HELP)
+@app.command()
 def check(
     src: Annotated[str, CheckSrc],
     size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels.")] = 256,

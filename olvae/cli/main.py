@@ -39,7 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tables": bench.tables_command,
 }
 for name, command in COMMANDS.items():
-    app.command(name, context_settings={"help_option_names": ["-h", "--help"]})(command)
+    app.command(name)(command)
 
 app.add_typer(data.app, name="data")
 app.add_typer(configs.recipes_app, name="recipes")
@@ -83,15 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name_flags(command, arguments)
         code = command(args=arguments, prog_name="olvae", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("stopped", err=True)
-        sys.exit(stop_code())
+        code = STOPPED
     except Exception as error:
         if stop_code() == PREEMPTED:  # a library's import turned KeyboardInterrupt into another error
-            typer.echo("stopped", err=True)
-            sys.exit(PREEMPTED)
-        if debug:
+            code = STOPPED
+        elif debug:
             raise
-        sys.exit(print_error(error))
+        else:
+            code = print_error(error)
     if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
         code = stop_code()
