@@ -33,9 +33,7 @@ def network_rows() -> list[Any]:
     """What ``network_table`` counts, once."""
     from olvae.bench.cases import network_table
 
-    with pytest.MonkeyPatch.context() as patch:
-        skip_power_iterations(patch)
-        return network_table()
+    return network_table()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@ from itertools import count
 
 import pytest
 
-from olvae.bench.measure import Case, Times, clocked, measure, rows_of
+from olvae.bench.measure import Case, Times, measure, rows_of
 
 
 def test_statistics():
@@ -27,13 +27,6 @@ def test_each_has_a_turn_in_each_round(warm_up):
     assert times["b"].seconds == [first + 1, first + 3]
     assert times["a"].peak_bytes is None
     assert measure({"a": lambda: [1.0, 2.0]}, "cpu", rounds=2, warm_up=False)["a"].seconds == [1.0, 2.0, 1.0, 2.0]
-
-
-def test_a_call_is_clocked():
-    calls = []
-    (seconds,) = clocked(lambda: calls.append(0), "cpu")()
-    assert calls == [0]
-    assert seconds >= 0
 
 
 def test_rates_shares_and_ratios():

@@ -9,7 +9,6 @@ from PIL import Image
 
 from olvae import LiteVAE
 from olvae.config import save
-from olvae.models import spec as names
 from tests.conftest import tiny_config
 from tests.models.test_autoencoder import tiny
 
@@ -98,16 +97,6 @@ def test_tiles_of_a_decoder_without_a_finite_field(olvae, tmp_path):
     assert "SDDecoder sees the whole latent" in err
     assert olvae(*arguments, "--out", tmp_path / "out")[0] == 0
     assert Image.open(tmp_path / "out" / "x.png").size == (20, 9)
-
-
-def test_a_model_that_ships(olvae, tmp_path, monkeypatch):
-    monkeypatch.setattr(names, "SHIPPED_FOLDER", tmp_path / "pretrained")
-    tiny().save_pretrained(tmp_path / "pretrained" / "small-f8")
-    photo = picture(tmp_path / "photo.png", (40, 24))
-    monkeypatch.chdir(tmp_path)
-    code, _, err = olvae("reconstruct", "olvae:small-f8", photo)
-    assert code == 0, err
-    assert Image.open(tmp_path / "reconstructions" / "photo.png").size == (40, 24)
 
 
 def test_the_page_without_gradio(olvae, monkeypatch):
