@@ -63,13 +63,6 @@ def test_a_signal_stops_between_updates(image_folder):
     assert model.update_is_complete
 
 
-def test_the_last_step_is_validated_after_a_warm_up(go):
-    run = go(
-        2, "model.params.adversary_config.params.start_step=0", "model.params.adversary_config.params.ramp_steps=0"
-    )
-    assert max(scalars(run.path)["val/psnr"]) == 2
-
-
 def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
     step = LiteAutoencoderKL.training_step
 
@@ -86,22 +79,17 @@ def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
     assert checkpoint(Run(path))["iteration"] >= 1
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("3h50m", 13800), ("45m", 2700), ("90s", 90), ("1d12h", 129600), ("1h0m5s", 3605)]
-)
-def test_times(text, seconds):
-    assert parse_time(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "3", "1.5h", "50m3h", "3 h", "-1h"])
-def test_what_is_no_time(text):
-    with pytest.raises(ConfigError, match=r"`time_limit` .*: give days, hours, minutes or seconds, as in 3h50m"):
-        parse_time(text)
+def test_times():
+    texts = {"3h50m": 13800, "45m": 2700, "90s": 90, "1d12h": 129600, "1h0m5s": 3605}
+    assert {text: parse_time(text) for text in texts} == texts
+    for text in ("", "3", "1.5h", "50m3h", "3 h", "-1h"):
+        with pytest.raises(ConfigError, match=r"`time_limit` .*: give days, hours, minutes or seconds, as in 3h50m"):
+            parse_time(text)
 
 
 def test_the_limit_on_time_stops_as_a_signal_does(train_with, tmp_path, image_folder, capfd):
     with pytest.raises(TrainingStopped) as caught:
-        train_with("lightning.trainer.max_steps=100000", config=tiny_config(image_folder), time_limit="3s")
+        train_with("lightning.trainer.max_steps=100000", config=tiny_config(image_folder), time_limit="1s")
     assert caught.value.preempted
     (path,) = (tmp_path / "runs").iterdir()
     assert 0 < checkpoint(Run(path))["global_step"] < 100000
