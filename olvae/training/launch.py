@@ -1,7 +1,6 @@
 """Distributed launch: process counts, torchrun and srun, joining the process group, dead processes, requeueing."""
 
 import logging
-import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -56,28 +55,16 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
 
     Otherwise Lightning would let each process train a model of its own, or wait for processes that never come.
     """
-    wanted = _devices(trainer_args)
-    if TorchElasticEnvironment.detect():
-        name, option, total = "torchrun", "nproc_per_node", int(os.environ["WORLD_SIZE"])
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", total))
-    elif srun_environment() is not None:
-        name, option, total = "srun", "ntasks-per-node", int(os.environ["SLURM_NTASKS"])
-        per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", total))
-    elif wanted[1] > 1:
+    per_node, nodes = _devices(trainer_args)
+    if (launcher := find_launcher()) is not None:
+        try:
+            launcher.validate_settings(per_node, nodes)
+        except ValueError as error:
+            raise ConfigError(f"`gpus`, or lightning.trainer.devices and num_nodes: {error}") from error
+    elif nodes > 1:
         raise ConfigError(
-            f"lightning.trainer.num_nodes: {wanted[1]}: start the command on each node with torchrun or srun: "
+            f"lightning.trainer.num_nodes: {nodes}: start the command on each node with torchrun or srun: "
             "https://open-litevae.github.io/open-litevae/training/ shows how"
-        )
-    else:
-        return
-    nodes = max(1, total // per_node)
-    if (per_node, nodes) != wanted or per_node * nodes != total:
-        raise ConfigError(
-            f"{name} started {total} processes, {per_node} on each node, but `gpus` and lightning.trainer name "
-            f"{wanted[0]} devices on each of {wanted[1]} nodes: set `gpus` to {per_node}, or on the CPU "
-            f"lightning.trainer.accelerator=cpu lightning.trainer.devices={per_node}"
-            + (f", and lightning.trainer.num_nodes={nodes}" if nodes != wanted[1] else "")
-            + f"; or set {name}'s {option} to {wanted[0]}"
         )
 
 
@@ -89,6 +76,14 @@ def meet() -> tuple[int, int]:
     if find_launcher() is None:
         return 0, 1
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
+
+
+def from_first(text: str) -> str:
+    """Return the first process' text in all processes that have met."""
+    texts = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(texts)
+    return texts[0]
 
 
 def process_death(error: Exception) -> str | None:

@@ -29,15 +29,11 @@ from olvae.config import Config, ConfigError
 from olvae.data.source import MIN_VAL_IMAGES, Source
 from olvae.figures import plot_curves
 from olvae.files import reason
-from olvae.models.adversary import Adversary
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs, count_parameters
 from olvae.runs import Run, Settings
 
 log = logging.getLogger("olvae.training")
-
-LONG_WAIT_S = 2.0
-"""A wait for a batch is shown once it lasts this long."""
 
 LARGE_WAIT_SHARE = 0.1
 """The share of training time spent waiting for data is shown above this."""
@@ -61,12 +57,10 @@ class Status:
         self._is_warm = False
         self._training_s = self._waiting_s = 0.0
         self._since = time.monotonic()
-        self._is_waiting = True
 
     def batch_arrived(self) -> None:
         if self._is_warm:
             self._waiting_s += time.monotonic() - self._since
-        self._is_waiting = False
 
     def step_ended(self, step: int, images: int) -> None:
         """Count a step; both numbers are totals."""
@@ -76,13 +70,10 @@ class Status:
             self._training_s += now - self._since
         else:
             self._first, self._is_warm = self._last, True
-        self._since, self._is_waiting = now, True
-
-    def validation_began(self) -> None:
-        self._is_waiting = False
+        self._since = now
 
     def validation_ended(self) -> None:
-        self._since, self._is_waiting = time.monotonic(), True
+        self._since = time.monotonic()
 
     def images_per_s(self) -> float:
         return (self._last[1] - self._first[1]) / self._training_s if self._training_s else 0.0
@@ -92,10 +83,7 @@ class Status:
         return (last_step - self._last[0]) * self._training_s / done if done else 0.0
 
     def __str__(self) -> str:
-        """Loss, speed and the share of waiting, or how long it has waited by now: the bar asks whenever it is drawn."""
-        seconds = time.monotonic() - self._since
-        if self._is_waiting and seconds > LONG_WAIT_S:
-            return f"waiting for data for {seconds:.0f} s"
+        """Loss, speed and the share of waiting."""
         texts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
         texts.append(f"{self.images_per_s():.1f} images/s")
         if self._training_s and (share := self._waiting_s / self._training_s) > LARGE_WAIT_SHARE:
@@ -157,9 +145,6 @@ class StepProgress(ProgressBar):
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
 
-    def on_validation_start(self, *_: Any) -> None:
-        self._status.validation_began()
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._status.validation_ended()
         assert isinstance(pl_module, LiteAutoencoderKL)
@@ -188,51 +173,67 @@ def print_summary(
     settings: Settings, run: Run, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: int
 ) -> None:
     """Print networks, data and settings of a training, and warnings; ``done`` are the steps of a resumed run."""
-    size, vae = source.size, model.autoencoder
-    nominal, f = vae.encoder.image_size, vae.downscale  # the crops of training may be smaller
-    latent = (1, vae.decoder.z_channels, nominal // f, nominal // f)
-    crop, position = f"{size}x{size}", f"{size // f}x{size // f}"
-    rows = {
-        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, nominal, nominal), nominal),
-        "decoder": _network(model.decoder, latent, nominal),
-        "latent": f"f{vae.downscale}, {vae.latent_channels} channels: {crop} -> {position}",
-        "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
-        "data": f"{source.describe()}, {crop}",
-        "batch": _batch(trainer, model, source),
-        "learning rate": _rate(trainer, model),
-        "steps": f"{trainer.max_steps}" + (f", continued after {done} steps" if done else ""),
-        "device": _device(trainer, settings.precision),
-        "seed": str(settings.seed),
-    }
-    if model.adversary is not None:
-        rows["adversary"] = _adversary(model.adversary)
-    rows |= {part.name.replace("_", " "): text for part in model.each_part if (text := part.describe())}
-    if model.freeze_encoder or model.freeze_decoder:
-        rows["trained"] = f"the {'decoder' if model.freeze_encoder else 'encoder'} alone"
-    if settings.weights:
-        rows["weights from"] = settings.weights
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")
-    for name, value in rows.items():
+    for name, value in _rows(settings, trainer, model, source).items():
         table.add_row(f"[bold]{name}", escape(value))
+    if done:
+        table.add_row("[bold]continued", f"after {done} steps")
     Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings.name)}", expand=False))
     notify(f"run: {run.path}")
     for sentence in _warnings(trainer, model, source):
         notify(f"warning: {sentence}", "yellow")
 
 
+def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> dict[str, str]:
+    vae, size, f, processes = model.autoencoder, source.size, model.autoencoder.downscale, trainer.world_size
+    nominal = vae.encoder.image_size  # the crops of training may be smaller
+    z = (1, vae.decoder.z_channels, nominal // f, nominal // f)
+    images, batches = source.batch_size, model.accumulate_grad_batches
+    end = f" to {model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or trainer.max_steps}"
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU process of {torch.get_num_threads()} threads"
+    rows = {
+        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, nominal, nominal), nominal),
+        "decoder": _network(model.decoder, z, nominal),
+        "latent": f"f{f}, {vae.latent_channels} channels: {size}x{size} -> {size // f}x{size // f}",
+        "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
+        "data": f"{source.describe()}, {size}x{size}",
+        "batch": f"{images * batches * processes} = {images} x {batches} accumulated x {processes} processes",
+        "learning rate": f"{model.learning_rate:g}, {model.scheduler}{end if model.scheduler == 'cosine' else ''}"
+        + (f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""),
+        "steps": str(trainer.max_steps),
+        "device": f"{processes} x {name}, precision {settings.precision}",
+        "seed": str(settings.seed),
+    }
+    if (adversary := model.adversary) is not None:
+        rows["adversary"] = (
+            f"{type(adversary.discriminator).__name__}, {count_parameters(adversary.discriminator) / 1e6:.2f} M "
+            f"parameters, {adversary.loss}, {'adaptive ' if adversary.adaptive_weight else ''}weight "
+            f"{adversary.weight:g} from step {adversary.start_step}"
+        )
+    rows |= {part.name.replace("_", " "): text for part in model.each_part if (text := part.describe())}
+    if model.freeze_encoder or model.freeze_decoder:
+        rows["trained"] = f"the {'decoder' if model.freeze_encoder else 'encoder'} alone"
+    if settings.weights:
+        rows["weights from"] = settings.weights
+    return rows
+
+
+def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:
+    macs = count_macs(module, *shape)
+    return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per {size}x{size} image"
+
+
 def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> Iterator[str]:
     """Warn of settings that make a training or its scores worse."""
     images, workers, cores = source.val_images, source.num_workers * trainer.world_size, os.cpu_count() or 1
     if images is not None and images < MIN_VAL_IMAGES:
-        several = "s" * (images != 1)
-        yield f"only {images} held-out image{several}: scores are uncertain, and `olvae evaluate` prints by how much"
+        yield f"only {images} held-out images: scores are uncertain, and `olvae evaluate` prints by how much"
     if model.warmup_steps >= trainer.max_steps:
-        yield (
-            f"the learning rate rises for {model.warmup_steps} steps, and training ends after {trainer.max_steps}: "
-            "shorten model.params.warmup_steps for a short trial"
-        )
+        yield f"the learning rate rises until step {model.warmup_steps}: shorten model.params.warmup_steps for a trial"
     if workers > cores and trainer.num_nodes == 1:
         yield f"{workers} loader processes on {cores} cores: data.params.num_workers"
 
@@ -337,37 +338,3 @@ def _attempt(logger: Logger, action: Callable[..., Any], *args: Any, **settings:
         _failed.add(logger)
         log.warning("%s: nothing more is logged there: %s", type(logger).__name__, reason(error))
         return None
-
-
-def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:
-    macs = count_macs(module, *shape)
-    return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per {size}x{size} image"
-
-
-def _adversary(adversary: Adversary) -> str:
-    name = type(adversary.discriminator).__name__
-    begins = f" from step {adversary.start_step}" if adversary.start_step else ""
-    weight = f"{'adaptive ' if adversary.adaptive_weight else ''}weight {adversary.weight:g}"
-    parameters = f"{count_parameters(adversary.discriminator) / 1e6:.2f} M parameters"
-    return f"{name}, {parameters}, {adversary.loss}, {weight}{begins}"
-
-
-def _batch(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> str:
-    images, batches, devices = source.batch_size, model.accumulate_grad_batches, trainer.world_size
-    total = images * batches * devices
-    return f"{total} = {images} x {batches} accumulated x {devices} device{'s' * (devices != 1)}"
-
-
-def _rate(trainer: pl.Trainer, model: LiteAutoencoderKL) -> str:
-    end = f"{model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or trainer.max_steps}"
-    warmup = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
-    return f"{model.learning_rate:g}, {model.scheduler}{f' to {end}' if model.scheduler == 'cosine' else ''}{warmup}"
-
-
-def _device(trainer: pl.Trainer, precision: str) -> str:
-    if trainer.strategy.root_device.type == "cuda":
-        names = f"{trainer.world_size} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
-    else:
-        threads, processes = torch.get_num_threads(), trainer.world_size
-        names = f"CPU, {threads} thread{'s' * (threads != 1)}, {processes} process{'es' * (processes != 1)}"
-    return f"{names}, precision {precision}"

@@ -71,7 +71,6 @@ class Prepared:
     source: Source
     model: LiteAutoencoderKL
     trainer_args: Config
-    precision: str
     stop: GracefulStop
     images_seen: int  # by the resumed run
     steps_done: int
@@ -92,12 +91,10 @@ def train(options: TrainOptions | Plan) -> Run:
     plan = options if isinstance(options, Plan) else read_plan(options)
     with RunLock() as lock, no_empty_folders(Path(plan.options.logdir)):
         prepared = prepare(plan, lock)
-        done = prepared.steps_done
-        if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
+        if plan.resumed is not None and prepared.steps_done == prepared.trainer_args["max_steps"]:
             if launch.is_first():
                 print_ending(
-                    plan.resumed,
-                    f"all {done} steps of this run are done: lightning.trainer.max_steps={2 * done} continues it",
+                    plan.resumed, f"all {prepared.steps_done} steps of this run are done: set more to continue"
                 )
             return plan.resumed
         with _run_folder(prepared, lock) as run:
@@ -117,7 +114,7 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     trainer_args |= resolve_devices(settings.gpus, trainer_args)
     processes = launch.process_count(trainer_args)
     launch.check_launcher(trainer_args)
-    precision = resolve_precision(settings.precision, trainer_args["accelerator"])
+    trainer_args["precision"] = resolve_precision(settings.precision, trainer_args["accelerator"])
 
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
@@ -137,7 +134,7 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
 
-    trainer_args = _in_steps(trainer_args, source, model)
+    trainer_args = _in_batches(trainer_args, model)
     if steps_done > trainer_args["max_steps"]:
         raise ConfigError(
             f"`resume`: this run is at step {steps_done}, after the last of max_steps {trainer_args['max_steps']}: to "
@@ -151,22 +148,22 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
     config["run"] = settings.as_dict()
-    return Prepared(plan, settings, config, source, model, trainer_args, precision, stop, images_seen, steps_done)
+    return Prepared(plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done)
 
 
 def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     """Train to the last step or to a stop; return the trainer."""
     model, source, resumed = prepared.model, prepared.source, prepared.plan.resumed
     trainer = _trainer(prepared, run)
-    if trainer.is_global_zero:
+    first, device = trainer.is_global_zero, trainer.strategy.root_device
+    if first:
         print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
-    device = trainer.strategy.root_device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        check_memory(model, source, prepared.settings.precision, free, trainer.is_global_zero)
+        check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
-            if trainer.is_global_zero:
+            if first:
                 notify(line)
     try:
         with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
@@ -239,16 +236,12 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
 def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     """Build the model; it takes what Lightning leaves to manual optimisation out of the trainer's arguments."""
     node = config["model"]
-    extra: Config = {}
     if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
         raise ConfigError("lightning.trainer.gradient_clip_algorithm: only norm is supported")
-    for key in ("accumulate_grad_batches", "gradient_clip_val"):
-        if (value := trainer_args.pop(key, None)) is not None:
-            extra[key] = value
-    if "base_learning_rate" in node:
-        extra["learning_rate"] = node["base_learning_rate"]
+    given = {key: trainer_args.pop(key, None) for key in ("accumulate_grad_batches", "gradient_clip_val")}
+    given["learning_rate"] = node.get("base_learning_rate")
     try:
-        model = cfg.instantiate(node, **extra)
+        model = cfg.instantiate(node, **{key: value for key, value in given.items() if value is not None})
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not isinstance(model, LiteAutoencoderKL):
@@ -285,25 +278,18 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[in
     return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
 
 
-def _in_steps(trainer_args: Config, source: Source, model: LiteAutoencoderKL) -> Config:
-    """Convert epochs to steps, since the stream has no end, and intervals of steps to Lightning's, of batches."""
+def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
+    """Convert intervals of steps to Lightning's, of batches, and check them; the stream of images has no epochs."""
     args = dict(trainer_args)
-    per_step = source.batch_size * model.accumulate_grad_batches * launch.process_count(args)
-    limits = {key: limit for key in ("max_steps", "max_epochs") if (limit := args.pop(key, -1)) not in (None, -1)}
-    if not limits:
-        raise ConfigError("lightning.trainer.max_steps: missing: the number of steps to train")
-    if "max_epochs" in limits:
-        if source.samples_per_epoch is None:
-            raise ConfigError("lightning.trainer.max_epochs: the length of an epoch is not known: use max_steps")
-        limits["max_epochs"] *= max(1, source.samples_per_epoch // per_step)
-    args["max_steps"] = min(limits.values())
-    if args["max_steps"] < 1:
-        raise ConfigError(f"lightning.trainer.max_steps: must be at least 1, got {args['max_steps']}")
-    every = args.pop("val_check_interval", None) or 1000
+    if args.pop("max_epochs", None) not in (None, -1):
+        raise ConfigError("lightning.trainer.max_epochs: a stream of images has no epochs: set max_steps")
+    steps, every = args.get("max_steps"), args.pop("val_check_interval", None) or 1000
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"lightning.trainer.max_steps: {steps}: the number of steps to train must be at least 1")
     if not isinstance(every, int):
         raise ConfigError(f"lightning.trainer.val_check_interval: expected a number of steps, got {every!r}")
     # Lightning counts batches in both, and refuses an interval longer than the run.
-    args["val_check_interval"] = min(every, args["max_steps"]) * model.accumulate_grad_batches
+    args["val_check_interval"] = min(every, steps) * model.accumulate_grad_batches
     args["log_every_n_steps"] = (args.get("log_every_n_steps") or 20) * model.accumulate_grad_batches
     return args
 
@@ -325,7 +311,6 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
         "max_epochs": -1,
         "plugins": [BackgroundCheckpointIO(resumed_config), *launch.cluster()],
         **prepared.trainer_args,
-        "precision": prepared.precision,
         "callbacks": callbacks,
         "logger": make_loggers(lightning.get("logger") or {}, run),
         "default_root_dir": run.path,
@@ -336,20 +321,19 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
 
 def _lock_resumed(run: Run, lock: RunLock) -> None:
     """Lock a run in the first process of all; the others raise the same error."""
-    refusal: list[str | None] = [None]
+    refusal = ""
     if launch.is_first():
         try:
             lock.take(run)
             for folder in (run.path, run.checkpoints, run.images):  # what a killed process left half-written
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
-            refusal = [str(error)]
-    if launch.meet()[1] > 1:
-        dist.broadcast_object_list(refusal)
-    if refusal[0] is not None:
+            refusal = str(error)
+    launch.meet()
+    if refusal := launch.from_first(refusal):
         if dist.is_initialized():
             dist.destroy_process_group()
-        raise ConfigError(refusal[0])
+        raise ConfigError(refusal)
 
 
 @contextmanager
@@ -361,27 +345,20 @@ def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
     """
     if prepared.plan.resumed is not None:
         yield prepared.plan.resumed
-        return
-    if RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and launch.find_launcher() is None:
+    elif RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and launch.find_launcher() is None:
         yield Run(Path(os.environ[RUN_ENV]))
-        return
-    rank, processes = launch.meet()
-    path = [""]
-    if rank == 0:
+    elif launch.meet()[0] > 0:
+        yield Run(Path(launch.from_first("")))
+    else:
         run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)
         lock.take(run)
-        path = [str(run.path)]
-    if processes > 1:
-        dist.broadcast_object_list(path)
-    os.environ[RUN_ENV] = path[0]
-    run = Run(Path(path[0]))
-    try:
-        if rank == 0:
+        os.environ[RUN_ENV] = launch.from_first(str(run.path))
+        try:
             cfg.save(prepared.config, run.config)
-        yield run
-    finally:
-        if rank == 0 and not any(run.checkpoints.glob("*.ckpt")):
-            shutil.rmtree(run.path, ignore_errors=True)
+            yield run
+        finally:
+            if not any(run.checkpoints.glob("*.ckpt")):
+                shutil.rmtree(run.path, ignore_errors=True)
 
 
 def quieten() -> None:

@@ -56,7 +56,7 @@ def test_train_evaluate_and_resume(olvae, config, tmp_path):
         "parameters",
         "GMACs",
         "16x16 -> 2x2",
-        "4 = 4 x 1 accumulated x 1 device ",
+        "4 = 4 x 1 accumulated x 1 processes",
         "0.001, constant",
         "CPU",
         str(run),
@@ -84,7 +84,7 @@ def test_warnings_of_a_run(olvae, config, tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=2")
     _, _, err = olvae(*train, "model.params.warmup_steps=2", "data.params.num_workers=2")
-    assert "warning: the learning rate rises for 2 steps, and training ends after 2: shorten model.params.war" in err
+    assert "warning: the learning rate rises until step 2: shorten model.params.warmup_steps" in err
     assert "warning: 2 loader processes on 1 cores: data.params.num_workers\n" in err
     assert "warning: only 3 held-out images: scores are uncertain, and `olvae evaluate` prints by how much" in err
     for i in range(20):

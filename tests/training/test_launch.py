@@ -68,19 +68,11 @@ def test_other_commands_meet_under_srun_too(tmp_path, under):
 
 @pytest.mark.parametrize("launcher", [torchrun, srun])
 def test_as_many_processes_as_the_flags_name(under, launcher):
-    name = launcher.__name__
     under(launcher(nodes=2, per_node=2))
     check_launcher({"devices": [0, 1], "num_nodes": 2})
-    for trainer, text in (
-        ({"devices": 1}, r"1 devices on each of 1 nodes: set `gpus` to 2, or .*devices=2, and .*num_nodes=2"),
-        ({"devices": 4}, rf"4 devices on each of 1 nodes: set `gpus` to 2, or .*; or set {name}'s n\S+ to 4"),
-        ({"devices": 2, "num_nodes": 3}, r"2 devices on each of 3 nodes: set .*lightning\.trainer\.num_nodes=2"),
-    ):
-        with pytest.raises(ConfigError, match=rf"{name} started 4 processes, 2 on each node, but .* {text}"):
+    for trainer in ({"devices": 1}, {"devices": 2}, {"devices": 2, "num_nodes": 3}):
+        with pytest.raises(ConfigError, match=r"^`gpus`, or .*does not match"):
             check_launcher(trainer)
-    under({"SLURM_NTASKS": "6", "WORLD_SIZE": "6", "SLURM_NTASKS_PER_NODE": "4", "LOCAL_WORLD_SIZE": "4"})
-    with pytest.raises(ConfigError, match="started 6 processes"):
-        check_launcher({"devices": 4})
     under(launcher())
     check_launcher({"devices": 1})
 

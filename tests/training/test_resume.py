@@ -145,7 +145,7 @@ def test_a_kill_in_a_validation_does_not_leave_it_out(olvae_train, tmp_path, ima
     before = killed.last_checkpoint.read_bytes()
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert err.startswith("all 4 steps of this run are done: lightning.trainer.max_steps=8 continues it\n")
+    assert err.startswith("all 4 steps of this run are done: set more to continue\n")
     assert (killed.images / "curves.png").is_file()
     code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
     assert code == 2
