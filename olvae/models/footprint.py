@@ -144,7 +144,7 @@ def _fake(model: LiteAutoencoderKL, checkpoint: bool | None) -> LiteAutoencoderK
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if learned else empty
     for holder in [part for part in model.modules() if isinstance(part, Constant)]:
         twin = copy.copy(holder)
-        twin.__dict__["network"] = copy.deepcopy(holder.network, memo)
+        twin._held = (copy.deepcopy(holder.network, memo),)
         memo[id(holder)] = twin
     fake = copy.deepcopy(model, memo).train()
     fake.__dict__["_trainer"] = SimpleNamespace(precision_plugin=None, world_size=1)  # adaptive weights ask it

@@ -216,15 +216,13 @@ def test_the_state_survives_a_file(tmp_path):
         adversary.discriminator_loss(real, fake)
         adversary.updated()
     torch.save(adversary.state_dict(), tmp_path / "state.pt")
-    torch.manual_seed(9)
-    target, settings, _ = DISCRIMINATORS["unetgan"]
-    other = Adversary({"target": target, "params": settings}, lecam_weight=1.0, warmup_updates=4)
+    other = build(lecam_weight=1.0, warmup_updates=4)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert other.updates == 3
     assert other.warms_up(0)
-    other.updated()
+    for each in (adversary, other):
+        each.updated()
     assert not other.warms_up(0)
-    adversary.updated()
     (one, logs), (two, theirs) = (a.discriminator_loss(real, fake) for a in (adversary, other))
     assert torch.equal(one, two)
     assert torch.equal(logs["lecam"], theirs["lecam"])  # the anchors came along

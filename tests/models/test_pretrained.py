@@ -22,6 +22,7 @@ from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from tests.conftest import tiny_config
+from tests.models.loading.names import hub_folder
 from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
 
 
@@ -285,17 +286,6 @@ def test_folders_that_hold_none_or_several(tmp_path):
         LiteVAE.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no such file or folder, and not an id of the hub"):
         LiteVAE.from_pretrained(tmp_path / "missing")
-
-
-def hub_folder(root: Path, monkeypatch: pytest.MonkeyPatch, repository: str) -> Path:
-    """A folder of the hub's cache, which stands for a repository; nothing is asked of a server."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    commit, repo = "0" * 40, root / f"models--{repository.replace('/', '--')}"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    return repo / "snapshots" / commit
 
 
 @pytest.fixture

@@ -112,18 +112,6 @@ def test_tiles_give_the_untiled_image(arguments):
             assert (model.decode_tiled(z, tile) - whole).abs().max() < 1e-4 * whole.std().clamp(max=1.0)
 
 
-def test_batches_quantizer_and_latents_larger_than_the_field():
-    vae = autoencoder(True, channel_mult=(1, 1), num_res_blocks=0)
-    z = torch.randn(2, 4, 50, 37)
-    with torch.no_grad():
-        whole = vae.decode(z)
-    fractions = []
-    tiled = vae.decode_tiled(z, 13, progress=fractions.append)
-    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
-    assert fractions == [i / 12 for i in range(1, 13)]
-    torch.testing.assert_close(vae.decode_tiled(z, memory=2**21), whole, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("arguments", [c for c in CONFIGURATIONS if c["num_res_blocks"] < 2])
 def test_a_seam_would_be_seen(arguments, monkeypatch):
     """With every stage reaching one position less, the tiles differ by more than the tolerance."""
@@ -134,16 +122,6 @@ def test_a_seam_would_be_seen(arguments, monkeypatch):
         whole = vae.decode(z)
         monkeypatch.setattr(vae.decoder, "stages", lambda: short)
         assert (vae.decode_tiled(z, 5) - whole).abs().max() > 1e-3
-
-
-def test_the_tile_is_the_largest_within_the_memory():
-    half = LiteVAE_Decoder(channels=16, z_channels=4)
-    shape = (1, 4, 100, 80)
-    tile = tile_for(half, 2**24, shape)
-    assert tile_bytes(half, tile, shape) <= 2**24 < tile_bytes(half, tile + 1, shape)
-    assert tile_for(half, 64 * GIB, shape) == 100
-    with pytest.raises(ValueError, match=r"the smallest tile takes 0\.\d*[1-9]\d* GiB, more than 9\.31e-07: allow"):
-        tile_for(half, 1000, shape)
 
 
 def sd() -> LiteVAE:
@@ -218,3 +196,19 @@ def test_an_autoencoder_without_tiles_works_whole():
     assert torch.equal(model.decode_tiled(z, memory=1), model.decode(z))
     with pytest.raises(ValueError, match="Mean decodes the whole latent at once: leave `tile` out"):
         model.decode_tiled(z, tile=1)
+
+
+def test_batches_quantizer_and_the_largest_tile_within_the_memory():
+    vae = autoencoder(True, channel_mult=(1, 1), num_res_blocks=0)
+    z = torch.randn(2, 4, 50, 37)
+    with torch.no_grad():
+        whole = vae.decode(z)
+    fractions = []
+    torch.testing.assert_close(vae.decode_tiled(z, 13, progress=fractions.append), whole, rtol=0, atol=1e-5)
+    assert fractions == [i / 12 for i in range(1, 13)]
+    torch.testing.assert_close(vae.decode_tiled(z, memory=2**21), whole, rtol=0, atol=1e-5)
+    tile = tile_for(vae.decoder, 2**21, z.shape)
+    assert tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
+    assert tile_for(vae.decoder, 64 * GIB, z.shape) == 50
+    with pytest.raises(ValueError, match=r"the smallest tile takes .* GiB, more than 9\.31e-08: allow"):
+        tile_for(vae.decoder, 100, z.shape)

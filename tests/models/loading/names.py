@@ -1,6 +1,10 @@
-"""latent-diffusion's names of an AutoencoderKL's weights, for tests."""
+"""latent-diffusion's names of an AutoencoderKL's weights, and a folder of the hub's cache, for tests."""
+
+from pathlib import Path
 
 import diffusers
+import huggingface_hub.constants
+import pytest
 import torch
 
 
@@ -31,3 +35,14 @@ def latent_diffusion_names(model: diffusers.AutoencoderKL) -> dict[str, torch.Te
         new = ["nin_shortcut" if part == "conv_shortcut" else part for part in new]
         out[".".join(new)] = tensor.contiguous()
     return out
+
+
+def hub_folder(root: Path, monkeypatch: pytest.MonkeyPatch, repository: str) -> Path:
+    """A folder of the hub's cache, which stands for a repository; nothing is asked of a server."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit, repo = "0" * 40, root / f"models--{repository.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    return repo / "snapshots" / commit

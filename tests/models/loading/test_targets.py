@@ -3,7 +3,6 @@ import zipfile
 from pathlib import Path
 
 import diffusers
-import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +12,7 @@ from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target, name_apart
 from tests.conftest import tiny_config
-from tests.models.loading.names import latent_diffusion_names
+from tests.models.loading.names import hub_folder, latent_diffusion_names
 
 
 def kl(**changes) -> diffusers.AutoencoderKL:
@@ -61,19 +60,23 @@ def make_run(tmp_path):
 
 def test_a_run_its_checkpoint_and_its_export_are_the_same_model(make_run, image):
     run = make_run()
-    target = find_target(run)
+    target, export = find_target(run), run.parent / "export"
     assert target.name == run.name
     assert target.config["data"]["params"]["size"] == 16
     assert target.run.metrics == run / "metrics.json"
-    model = target.load()
-    model.save_pretrained(run.parent / "export")
-    expected = model(image)[0]
-    for other in (run / "checkpoints" / "last.ckpt", run.parent / "export"):
+    target.load().save_pretrained(export)
+    expected = target.load()(image)[0]
+    for other in (run / "checkpoints" / "last.ckpt", export):
         found = find_target(other)
         assert found.run is None
         assert torch.equal(found.load()(image)[0], expected)
-    assert find_target(run.parent / "export").name == "export"
-    assert find_target(run.parent / "export").config == {}
+    assert (find_target(export).name, find_target(export).config) == ("export", {})
+    untrained = target.untrained()
+    assert not untrained.training
+    torch.manual_seed(3)  # the run's
+    params = {k: v for k, v in tiny_config()["model"]["params"].items() if k != "lossconfig"}
+    expected = LiteVAE.from_config(**params).state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in untrained.state_dict().items())
 
 
 def test_raw_weights(make_run):
@@ -88,16 +91,6 @@ def test_raw_weights(make_run):
         with pytest.warns(UserWarning, match=r"one kind of weights: `raw` is ignored"):
             found = find_target(place, raw=True)
         assert (found.name, found.given, found.raw) == (name or place, str(place), False)
-
-
-def test_an_untrained_target_is_the_seeds(make_run):
-    target = find_target(make_run())
-    torch.manual_seed(3)
-    params = {k: v for k, v in tiny_config()["model"]["params"].items() if k != "lossconfig"}
-    expected = LiteVAE.from_config(**params).state_dict()
-    untrained = target.untrained()
-    assert not untrained.training
-    assert all(torch.equal(t, expected[name]) for name, t in untrained.state_dict().items())
 
 
 def test_the_config_by_the_runs_name(make_run, tmp_path):
@@ -196,21 +189,17 @@ def test_deterministic_ones(make, f, channels, tmp_path, image):
             ask()
 
 
-def test_pipelines_and_subfolders(tmp_path, image):
+def test_pipelines_and_subfolders(make_run, tmp_path, image):
     model = kl()
     model.save_pretrained(tmp_path / "vae")
     taesd().save_pretrained(tmp_path / "taesd")
-    assert torch.equal(find_target(f"diffusers:{tmp_path}").load()(image)[0], model(image).sample)
     assert find_target(f"diffusers:{tmp_path}::taesd").load().encode(image).deterministic
-    for folder in (tmp_path, tmp_path / "vae"):  # without diffusers: before it
-        assert torch.equal(find_target(folder).load()(image)[0], model(image).sample)
+    for place in (f"diffusers:{tmp_path}", tmp_path, tmp_path / "vae"):  # without diffusers: before it, too
+        assert torch.equal(find_target(place).load()(image)[0], model(image).sample)
     with pytest.raises(FileNotFoundError, match=r"config.json not found in it: name the subfolder"):
         find_target(f"diffusers:{tmp_path}::missing")
     with pytest.raises(ValueError, match=r"weights of a diffusers autoencoder"):
         find_target(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-
-
-def test_an_export_of_ours_in_a_pipeline(make_run, tmp_path, image):
     ours = find_target(make_run()).load()
     ours.save_pretrained(tmp_path / "pipeline" / "vae")
     found = find_target(f"diffusers:{tmp_path / 'pipeline'}")
@@ -219,13 +208,8 @@ def test_an_export_of_ours_in_a_pipeline(make_run, tmp_path, image):
 
 
 def test_diffusers_of_the_hub(tmp_path, monkeypatch, image):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    commit, repo = "1" * 40, tmp_path / "models--some--pipeline"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
     model = kl()
-    model.save_pretrained(repo / "snapshots" / commit / "vae")
+    model.save_pretrained(hub_folder(tmp_path, monkeypatch, "some/pipeline") / "vae")
     assert torch.equal(find_target("diffusers:some/pipeline").load()(image)[0], model(image).sample)
     with pytest.raises(FileNotFoundError, match=r"pipeline::unet: config.json not found in it: name the subfolder"):
         find_target("diffusers:some/pipeline::unet")

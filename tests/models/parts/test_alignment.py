@@ -76,7 +76,7 @@ def test_the_encoder_is_no_part_of_the_model(vit):
 # The loss
 
 
-def test_the_terms_and_their_gradients(vit):
+def test_the_terms(vit):
     alignment = alone(vit, 5).double()
     x, z = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1, torch.randn(2, 5, 4, 4, dtype=torch.float64)
     features = alignment.features(x, (4, 4))
@@ -84,14 +84,6 @@ def test_the_terms_and_their_gradients(vit):
     projected = torch.einsum("dc,bchw->bdhw", alignment.projection.weight[:, :, 0, 0], z)
     torch.testing.assert_close(terms["align_cosine"], marginal_cosine_loss(projected, features, 0.5))
     torch.testing.assert_close(terms["align_distance"], marginal_distance_loss(z, features, 0.25))
-    direction, weight = torch.randn_like(z), alignment.projection.weight
-
-    def loss(t: Tensor, w: Tensor) -> Tensor:
-        parts = torch.func.functional_call(alignment, {"projection.weight": w}, (x, z + t * direction))
-        return parts["align_cosine"] + parts["align_distance"]
-
-    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(loss, (step, weight.detach()[:, :].requires_grad_()), eps=1e-7)
 
 
 def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
@@ -136,13 +128,9 @@ def test_no_step_waits(vit, tmp_path):
 
 
 def test_memory_is_counted_without_its_file(vit):
-    config = tiny_config()["model"]
-    plain = footprint(without_weights(config), 32, "bf16")
-    config["params"]["parts"] = {"alignment": node("/nowhere.pt")}
-    found = footprint(without_weights(config), 32, "bf16")
-    network = sum(p.numel() for p in timm.create_model("test_vit").parameters())
-    assert 4 * network < found.fixed - plain.fixed
-    assert found.per_image > plain.per_image
+    config = tiny_config(parts={"alignment": node("/nowhere.pt")})["model"]
+    found = footprint(without_weights(config), 16, "32")
+    assert found.fixed > 4 * sum(p.numel() for p in timm.create_model("test_vit").parameters())
 
 
 # Mistakes
