@@ -19,62 +19,45 @@ from tests.test_devices import fork_two
 
 
 @pytest.fixture
-def run(trained):
-    return trained
-
-
-@pytest.fixture
-def image_folder(trained):
+def photos(trained):
     return trained.parent.parent / "photos"
 
 
-def test_a_run_on_its_own_test_images(olvae, run):
-    code, out, err = olvae("latents", run)
+def test_a_run_on_its_own_test_images(olvae, trained):
+    code, out, err = olvae("latents", trained)
     assert (code, out) == (0, "")
-    for text in (run.name, "4x2x2", "1000 MMD^2", str(run / "latents.json"), str(run / "latents.png")):
+    for text in (trained.name, "4x2x2", "1000 MMD^2", str(trained / "latents.json"), str(trained / "latents.png")):
         assert text in err, text
-    content = json.loads((run / "latents.json").read_text())
+    content = json.loads((trained / "latents.json").read_text())
     (result,) = content["results"]
     assert content["data"]["source"] == "olvae.data.picture_folder.FolderSource"
     assert content["data"]["n"] == result["n"] > 0
-    assert result["target"] == run.name
-    assert min(Image.open(run / "latents.png").size) > 300
+    assert result["target"] == trained.name
+    assert min(Image.open(trained / "latents.png").size) > 300
 
 
-def test_two_models_on_a_folder(olvae, run, tmp_path, image_folder):
+def test_two_models_on_a_folder(olvae, trained, tmp_path, photos):
     """The factors turn this model's latents of these pictures into mean 0 and variance 1; both see the same images."""
-    config = load([run / "config.yaml"])
-    weights = run / "checkpoints/last.ckpt"
+    config = load([trained / "config.yaml"])
+    weights = trained / "checkpoints/last.ckpt"
     out = tmp_path / "report"
-    code, text, _ = olvae(
-        "latents",
-        run,
-        weights,
-        "--config",
-        run / "config.yaml",
-        "--data",
-        image_folder,
-        "-B",
-        5,
-        "--out",
-        out,
-        "--json",
-    )
+    given = ("--config", trained / "config.yaml", "--data", photos, "-B", 5, "--out", out, "--json")
+    code, text, _ = olvae("latents", trained, weights, *given)
     assert code == 0
     content = json.loads((out / "latents.json").read_text())
     assert json.loads(text) == content
     first, second = content["results"]
-    assert [first.pop("target"), second.pop("target")] == [run.name, str(weights)]
+    assert [first.pop("target"), second.pop("target")] == [trained.name, str(weights)]
     assert first == second
     assert content["data"] == {
-        "source": str(image_folder),
+        "source": str(photos),
         "images": "bicubic antialiased resize of the shorter side (Pillow), centre crop",
         "size": config["data"]["params"]["size"],
         "n": 12,
     }
-    pictures = [image_to_tensor(EvalTransform(16)(read_picture(path))) for path in find_images(image_folder)]
+    pictures = [image_to_tensor(EvalTransform(16)(read_picture(path))) for path in find_images(photos)]
     with torch.inference_mode():
-        posterior = find_target(run).load().encode(from_uint8(torch.stack(pictures)))
+        posterior = find_target(trained).load().encode(from_uint8(torch.stack(pictures)))
     mean, var = posterior.mean.double().numpy(), posterior.var.double().numpy()
     factors = first["diffusion"]
     assert factors["shift_factor"] == pytest.approx(mean.mean(), abs=1e-6)
@@ -82,7 +65,7 @@ def test_two_models_on_a_folder(olvae, run, tmp_path, image_folder):
     assert np.mean(scaled**2 + var * factors["scaling_factor"] ** 2) == pytest.approx(1.0, rel=1e-5)
     assert factors["latents_mean"] == pytest.approx(mean.mean((0, 2, 3)), abs=1e-6)
     assert factors["latents_std"] == pytest.approx(np.sqrt(mean.var((0, 2, 3)) + var.mean((0, 2, 3))), rel=1e-5)
-    code, _, err = olvae("latents", run, "--data", image_folder, "--images", 1, "--out", tmp_path / "one")
+    code, _, err = olvae("latents", trained, "--data", photos, "--images", 1, "--out", tmp_path / "one")
     assert code == 0
     assert "MMD: skipped" in err
     assert json.loads((tmp_path / "one/latents.json").read_text())["results"][0]["n"] == 1
@@ -97,25 +80,22 @@ def numbers(content, path=""):
     return [] if isinstance(content, str) else [(path, float(content))]
 
 
-@pytest.mark.parametrize("limit", [("--images", 7), ("--images", 1)])
-def test_two_processes_give_the_numbers_of_one(olvae, capfd, run, tmp_path, image_folder, limit):
+def test_two_processes_give_the_numbers_of_one(olvae, capfd, trained, tmp_path, photos):
     """One image at a time, so that each is encoded in the same batch; the MMD's noise is the images' own."""
-    command = ["latents", run, "--data", image_folder, "-B", 1, "--device", "cpu", *limit]
+    command = ["latents", trained, "--data", photos, "-B", 1, "--device", "cpu", "--images", 3]
     assert olvae(*command, "--out", tmp_path / "one")[0] == 0
     fork_two(main, [str(a) for a in (*command, "--out", tmp_path / "two")])
     assert capfd.readouterr().err.count("numbers: ") == 1
     one, two = (json.loads((tmp_path / name / "latents.json").read_text()) for name in ("one", "two"))
-    assert one["data"]["n"] == two["data"]["n"] == limit[1]
+    assert one["data"]["n"] == two["data"]["n"] == 3
     for (path, value), (name, other) in zip(numbers(one), numbers(two), strict=True):
         assert (name, other) == (path, pytest.approx(value, rel=1e-6, abs=1e-9))
 
 
-def test_a_deterministic_autoencoder_has_no_kl(olvae, tmp_path, image_folder):
+def test_a_deterministic_autoencoder_has_no_kl(olvae, tmp_path, photos):
     taesd().save_pretrained(tmp_path / "tiny")
     out_folder = tmp_path / "out"
-    code, out, err = olvae(
-        "latents", f"diffusers:{tmp_path / 'tiny'}", "--data", image_folder, "--out", out_folder, "--json"
-    )
+    code, out, err = olvae("latents", f"diffusers:{tmp_path / 'tiny'}", "--data", photos, "--out", out_folder, "--json")
     assert code == 0
     (result,) = json.loads(out)["results"]
     assert result["deterministic"] is True
@@ -126,9 +106,9 @@ def test_a_deterministic_autoencoder_has_no_kl(olvae, tmp_path, image_folder):
     assert err.count("skipped") >= 4  # three times in the table
 
 
-def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
-    config = run / "config.yaml"
-    weights = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "loose.ckpt")
+def test_mistakes_are_one_line(olvae, trained, tmp_path, photos):
+    config = trained / "config.yaml"
+    weights = shutil.copy(trained / "checkpoints/last.ckpt", tmp_path / "loose.ckpt")
     empty = tmp_path / "empty"
     empty.mkdir()
     changed = load([config])
@@ -146,9 +126,9 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
         ([weights, *out], 2, "name it with --config"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "set --data"),
         ([weights, "--config", tmp_path / "size.yaml", *out], 2, "20 is not a multiple of 8: set `size` to 16"),
-        ([run, "--data", empty, *out], 1, "no images in this folder"),
-        ([run, "--data", tmp_path / "nowhere", *out], 1, "no such folder"),
-        ([run, "--data", broken, *out], 1, "no images"),
+        ([trained, "--data", empty, *out], 1, "no images in this folder"),
+        ([trained, "--data", tmp_path / "nowhere", *out], 1, "no such folder"),
+        ([trained, "--data", broken, *out], 1, "no images"),
     ]
     for arguments, code, text in cases:
         got, stdout, err = olvae("latents", *arguments)
@@ -156,6 +136,6 @@ def test_mistakes_are_one_line(olvae, run, tmp_path, image_folder):
         assert text in err
         assert err.count("\n") == 1, err
         assert not (tmp_path / "out").exists()
-    code, _, err = olvae("latents", run, "--images", 0)
+    code, _, err = olvae("latents", trained, "--images", 0)
     assert code == 2
     assert "--images" in err

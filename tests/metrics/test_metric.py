@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from olvae.metrics import METRICS, build_metrics
+from olvae.metrics import build_metrics
 from olvae.metrics.metric import Kind, MetricSet, PerImage, Unavailable
 from tests.metrics.conftest import pairs
 
@@ -125,14 +125,3 @@ def test_computes_in_full_precision():
         PerImage(Kind("mine", "mine", "lower"), compare).update(keys, x, y)
     assert seen == {"tf32": False, "dtype": torch.float32, "graph": False}
     assert torch.backends.cudnn.allow_tf32 == before
-
-
-def test_kinds_are_named_by_their_keys():
-    assert list(METRICS) == ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid"]
-    assert all(kind.name == name for name, kind in METRICS.items())
-    assert [name for name, kind in METRICS.items() if kind.better == "higher"] == [
-        "psnr",
-        "ssim",
-        "ssim_uniform",
-        "ms_ssim",
-    ]

@@ -1,7 +1,6 @@
 import copy
 import math
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +8,10 @@ from torch import nn
 
 from olvae.config import ConfigError
 from olvae.evaluation.observers.cross import Cross
-from olvae.evaluation.observers.half_precision import (
-    HalfPrecision,
-    stage_of,
-)
+from olvae.evaluation.observers.half_precision import HalfPrecision, stage_of
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
-from olvae.evaluation.roundtrip import RoundTrip
+from olvae.evaluation.roundtrip import Cost, RoundTrip
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.evaluation.peers import kl, litevae
@@ -110,7 +106,7 @@ def test_an_overflow_is_counted_and_named(images):
 
 
 def test_what_is_not_finite_is_as_in_a_pipeline(images):
-    """There infinities are clamped, to white and black, and a NaN becomes a 0."""
+    """There infinities are clamped, to white and black, and a NaN becomes a 0; in float32 they stay an error."""
     values = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
 
     class Broken(Tiny):
@@ -119,8 +115,9 @@ def test_what_is_not_finite_is_as_in_a_pipeline(images):
 
     reconstruct = Trip(Broken(1.0, 1.0), "fp16")
     assert reconstruct(KEYS, images)[:, 0, 0].tolist() == [[255, 0, 0, 255]] * 2
-    found = reconstruct.found()["non_finite"]
-    assert found == {"images": 2, "values": 2 * 4 * 3, "first": "reconstruction"}
+    assert reconstruct.found()["non_finite"] == {"images": 2, "values": 2 * 4 * 3, "first": "reconstruction"}
+    with pytest.raises(ArithmeticError, match="mine: its reconstruction of white is not finite"):
+        Trip(Broken(1.0, 1.0), "32")(KEYS, images)
 
 
 def test_an_overflow_inside_counts_though_the_output_is_finite(images):
@@ -132,15 +129,8 @@ def test_an_overflow_inside_counts_though_the_output_is_finite(images):
 
     reconstruct = Trip(Inverse(3e4, 100.0), "fp16")
     reconstruct(KEYS, images)
-    found = reconstruct.found()
-    assert "reconstruction" not in found["largest"]
-    assert found["non_finite"]["first"] == "decoder.0"
+    assert reconstruct.found()["non_finite"]["first"] == "decoder.0"
     assert not reconstruct.judged(20.0, 20.0)["safe"]
-
-
-def test_in_float32_it_stays_an_error(images):
-    with pytest.raises(ArithmeticError, match="mine: its reconstruction of white is not finite"):
-        Trip(Tiny(1e38, 1e38), "32")(KEYS, images)
 
 
 def test_two_processes_are_one(images):
@@ -160,7 +150,6 @@ def test_two_processes_are_one(images):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_networks_run_as_they_do_in_a_pipeline(make, precision):
     model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     reconstruct = Trip(model, precision)
     y = reconstruct(KEYS, x)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -173,7 +162,6 @@ def test_networks_run_as_they_do_in_a_pipeline(make, precision):
     assert torch.equal(y, expected.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
     assert lowered.mean.dtype == lowered.std.dtype == torch.float32
     assert torch.equal(lowered.mean, posterior.mean.float())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in reconstruct.subject.model.modules())
     found = reconstruct.found()
     assert found["non_finite"]["images"] == 0
@@ -184,13 +172,11 @@ def test_recording_changes_no_pixel_and_gives_no_speed():
     model, x = litevae(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     recorded, plain = Trip(model, "32"), RoundTrip(model)
     assert torch.equal(recorded(KEYS, x), plain(KEYS, x).images)
-    measured = plain.cost(16)
-    assert recorded.reconstruct.cost(16).encode_macs == measured.encode_macs
-    entry = {"precision": recorded.observer.result("mine", 0)}
-    rows = [Row("mine", 2, {"psnr": 20.0}, cost=measured, observed=entry), Row("baseline", 2, {}, cost=measured)]
+    cost = Cost(1, 2, 3, 4.0, 5.0, 6, 7, "CPU")
+    rows = [Row("mine", 2, {"psnr": 20.0}, cost=cost, observed={"precision": recorded.found()})]
+    rows += [Row("baseline", 2, {}, cost=cost)]
     first, second = (recorded.observer.complete(row, {row.target: row for row in rows}) for row in rows)
-    unmeasured = replace(measured, encode_images_per_s=None, decode_images_per_s=None, peak_memory_bytes=None)
-    assert (first.cost, second.cost) == (unmeasured, measured)
+    assert (first.cost, second.cost) == (Cost(1, 2, 3, None, None, None, 7, "CPU"), cost)
     assert first.observed["precision"]["safe"]
 
 
