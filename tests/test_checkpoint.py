@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -213,15 +214,8 @@ def published(tmp_path):
     torch.save({"a": torch.arange(3.0)}, folder / "net.pth")
     digest = hashlib.sha256((folder / "net.pth").read_bytes()).hexdigest()
     (folder / "net.pth").rename(folder / f"net-{digest[:8]}.pth")
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(folder))
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield WeightsFile("a net", f"http://127.0.0.1:{server.server_port}/net-{digest[:8]}.pth")
     server.shutdown()

@@ -19,15 +19,12 @@ def test_error_map_goes_from_black_to_white_at_64():
     assert torch.equal(error_map(x, x + 200), error_map(x, x + 64))
 
 
-def test_the_grid_holds_each_picture():
+def test_the_grid_holds_each_picture_and_is_as_wide_as_its_longest_name():
     red = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 255
     grid = np.asarray(labelled_grid({"red": red, "black": torch.zeros_like(red)[:1]}))
     assert (grid == (255, 0, 0)).all(-1).sum() == 2 * 128 * 128
     assert grid.shape[1] == 4 + 2 * 132
-
-
-def test_the_grid_is_as_wide_as_its_longest_name():
     name = "decoded from N(0, I): noise is expected"
     one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     narrow, wide = (np.asarray(labelled_grid({name: one.expand(n, -1, -1, -1)})) for n in (1, 9))

@@ -106,9 +106,8 @@ def test_tables(olvae, monkeypatch, network_rows):
     monkeypatch.setattr("olvae.bench.cases.network_table", lambda: network_rows)
     code, out, err = olvae("tables", "--json")
     assert (code, err) == (0, "")
-    rows = json.loads(out)
     keys = {"group", "variant", "name", "params", "macs", "published_params", "published_macs"}
-    assert all(row.keys() == keys for row in rows)
+    assert all(row.keys() == keys for row in json.loads(out))
     assert "53.3326" in olvae("tables")[1]
 
 
@@ -155,7 +154,6 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ([*DEMO, "data.params.size=60"], 2, "use 56 or 64"),
         ([*DEMO, "model.base_learning_rate=.inf"], 2, "a positive number, got inf"),
         ([*DEMO, "model.params.encoder_config.params.extractor_mult=[1, -1]"], 2, "must be at least"),
-        ([*DEMO, "model.params.decoder_config.params.channels=0"], 2, "must be at least"),
         ([*DEMO, "data.params.batch_size=6000"], 1, "larger than the data"),
         ([*DEMO, "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
@@ -226,11 +224,9 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
 
     monkeypatch.setattr("olvae.training.run.print_summary", killed)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        command = ["train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path / "runs"]
-        assert olvae(*command) == (75, "", "stopped\n")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    command = ["train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path / "runs"]
+    assert olvae(*command) == (75, "", "stopped\n")
+    signal.signal(signal.SIGTERM, before)
     assert not (tmp_path / "runs").exists()
 
 

@@ -15,7 +15,7 @@ from olvae.config import ConfigError, load, recipes
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_every_recipe_is_listed_with_a_sentence(olvae):
+def test_every_recipe_is_listed_with_a_sentence_and_no_name_is_cut_off(olvae, monkeypatch):
     code, out, err = olvae("recipes")
     assert (code, err) == (0, "")
     listed = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -25,9 +25,6 @@ def test_every_recipe_is_listed_with_a_sentence(olvae):
     for name, sentence in listed.items():
         assert re.fullmatch(r"[^\[\]]{20,120}\.", sentence), name
         assert sentence.count("`") % 2 == sentence.count("(") - sentence.count(")") == 0, name
-
-
-def test_a_name_is_never_cut_off(olvae, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(sys.stdout.__class__, "isatty", lambda self: True, raising=False)
     _, out, _ = olvae("recipes")
