@@ -25,7 +25,7 @@ import PIL
 from PIL import Image
 
 from olvae.cli.main import print_error
-from olvae.data.transforms import resize_shorter_side
+from olvae.data.image import resize_shorter_side
 from olvae.files import atomic_write, check_folder, file_sha256, write_json
 from study.debian import Contents, Licence, fetch
 from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package

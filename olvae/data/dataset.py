@@ -8,10 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from olvae.data.image import Photo, Picture, image_to_tensor, read_picture
+from olvae.data.image import (
+    ALL_FILTERS,
+    Photo,
+    Picture,
+    RandomScaleCrop,
+    image_to_tensor,
+    read_picture,
+    resize_shorter_side,
+)
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
-from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop, resize_shorter_side
 
 VAL_FRACTION = 0.05
 """Default share of the images that is held out for validation."""
@@ -212,7 +219,7 @@ class SamplePhotographs(MappedSource):
     Args:
         size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
         crops_per_photograph: crops of each photograph in an epoch.
-        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.transforms.RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
     def __init__(

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
-from olvae.data.image import Bands, Photo, Picture, array_to_picture
+from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture
 from olvae.data.read_errors import UnreadableImageError
-from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 
 
 class Items(ImageDataset):
@@ -63,7 +62,7 @@ class TorchvisionSource(MappedSource):
         val_dataset: the node of the validation and test images; without it a part of the first is held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
+        min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class HuggingFaceSource(MappedSource):
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
+        min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises:
         ConfigError: the library is not installed, or the column holds no images.

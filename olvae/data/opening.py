@@ -15,13 +15,13 @@ from webdataset.shardlists import expand_urls
 from olvae.config import Config, ConfigError, instantiate, load, with_paths
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
+from olvae.data.image import RandomScaleCrop
 from olvae.data.picture_folder import Files, find_images
 from olvae.data.read_errors import ReadError, warn_once
 from olvae.data.shards.index import SUFFIXES
 from olvae.data.shards.tar_reading import is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
-from olvae.data.transforms import RandomScaleCrop
 from olvae.runs import settings_of
 
 

@@ -14,13 +14,12 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset
 from olvae.data.hub import Items
-from olvae.data.image import Bands, Photo, Picture
+from olvae.data.image import Bands, Photo, Picture, resize_shorter_side
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
-from olvae.data.transforms import resize_shorter_side
 from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
-from olvae.data.image import EXTENSIONS, Photo
+from olvae.data.image import ALL_FILTERS, EXTENSIONS, Photo, RandomScaleCrop
 from olvae.data.read_errors import ReadError, warn_once
-from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 from olvae.files import legible
 
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "validation", "test")

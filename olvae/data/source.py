@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from olvae.data.image import Photo, image_to_tensor
+from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
-from olvae.data.transforms import EvalTransform
 from olvae.devices import this_process
 
 MIN_VAL_IMAGES = 20

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from olvae.config import ConfigError
-from olvae.data.transforms import EvalTransform
+from olvae.data.image import EvalTransform
 
 SSIM = {
     "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel",
@@ -28,7 +28,7 @@ class Protocol:
         name: of the preset; a changed preset has another hash.
         version: incremented when the same name comes to mean something else.
         size: of the images, in pixels per side.
-        resize, resample: see :class:`~olvae.data.transforms.EvalTransform`.
+        resize, resample: see :class:`~olvae.data.image.EvalTransform`.
         posterior: a latent is the posterior's mode, or one sample.
         seed: of the samples' noise, which also depends on the image's key.
         ssim: the window.

@@ -16,7 +16,7 @@ from torch import Tensor
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset, MappedSource
-from olvae.data.image import MODES, Photo, from_uint8, image_to_tensor
+from olvae.data.image import MODES, EvalTransform, Photo, from_uint8, image_to_tensor
 from olvae.data.opening import holds_shards, open_images, open_source
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
@@ -26,7 +26,6 @@ from olvae.data.shards.tar_reading import Shard, is_local, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
-from olvae.data.transforms import EvalTransform
 from olvae.devices import DTYPES, FULL, autocast
 from olvae.files import write_json
 from olvae.models.autoencoder import Autoencoder

@@ -5,7 +5,7 @@ from olvae.bench import cases
 from olvae.bench.cases import TwoForwards, time_steps
 from olvae.bench.measure import Setting, rows_of
 from olvae.config import ConfigError
-from olvae.data.transforms import RandomScaleCrop
+from olvae.data.image import RandomScaleCrop
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 from tests.data.images import picture, write_shards

@@ -17,8 +17,7 @@ from olvae.data.dataset import (
     SamplePhotographs,
     sample_photographs,
 )
-from olvae.data.image import Photo, Picture
-from olvae.data.transforms import RandomScaleCrop
+from olvae.data.image import Photo, Picture, RandomScaleCrop
 from tests.data.images import be_rank, encoded, keys_of, picture, same, take
 
 

@@ -8,9 +8,16 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from olvae.data.image import Photo, from_uint8, image_to_tensor, read_picture, tensor_to_picture, to_uint8
+from olvae.data.image import (
+    Photo,
+    RandomScaleCrop,
+    from_uint8,
+    image_to_tensor,
+    read_picture,
+    tensor_to_picture,
+    to_uint8,
+)
 from olvae.data.read_errors import UnreadableImageError
-from olvae.data.transforms import RandomScaleCrop
 from tests.data.images import encoded, picture
 
 RED = (200, 30, 40)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from olvae.config import ConfigError, validate
+from olvae.data.image import EvalTransform
 from olvae.data.mix import MixSource
 from olvae.data.source import LoaderProcess
-from olvae.data.transforms import EvalTransform
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 

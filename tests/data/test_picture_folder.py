@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from olvae.data.image import EvalTransform
 from olvae.data.picture_folder import Files, FolderSource, find_images
-from olvae.data.transforms import EvalTransform
 from tests.data.images import close_folders
 
 

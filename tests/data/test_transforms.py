@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.image import Bands, image_to_tensor
-from olvae.data.transforms import FILTERS, EvalTransform, RandomScaleCrop, resize_shorter_side
+from olvae.data.image import FILTERS, Bands, EvalTransform, RandomScaleCrop, image_to_tensor, resize_shorter_side
 
 
 def gradient(width: int, height: int) -> Image.Image:

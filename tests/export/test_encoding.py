@@ -11,9 +11,8 @@ from PIL import Image
 from safetensors.torch import load
 
 from olvae.config import ConfigError
-from olvae.data.image import from_uint8, image_to_tensor
+from olvae.data.image import EvalTransform, from_uint8, image_to_tensor
 from olvae.data.picture_folder import find_images
-from olvae.data.transforms import EvalTransform
 from olvae.evaluation.latent_statistics import LatentAccumulator
 from olvae.export.encoding import find_inputs
 from olvae.models.large.tiling import pad_to_multiple

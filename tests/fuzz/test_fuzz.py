@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from olvae import LiteVAE
 from olvae.checkpoint import read_weights
 from olvae.config import save
-from olvae.data.image import Photo
+from olvae.data.image import EvalTransform, Photo, RandomScaleCrop
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, counts_beside
 from olvae.data.shards.latent_source import LatentSource
@@ -34,7 +34,6 @@ from olvae.data.shards.pairs import PairSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, eval_sample
-from olvae.data.transforms import EvalTransform, RandomScaleCrop
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config
 from tests.data.images import picture, write_shard, write_tar

@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.data.image import MODES, Photo, image_to_tensor, tensor_to_picture
+from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor, tensor_to_picture
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import find_shards, split_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, read_label, read_latent, read_stats
 from olvae.data.shards.tar_reading import Entry
 from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
-from olvae.data.transforms import EvalTransform
 from olvae.modules.distributions import LOGVAR_RANGE
 
 PIXELS = "latent.png"

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from olvae.data.image import Photo, image_to_tensor
+from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.source import LoaderProcess, Sample, Source, epoch_order, eval_sample, total
-from olvae.data.transforms import ALL_FILTERS, RandomScaleCrop
 
 
 class ShardSource(Source):
@@ -143,7 +142,7 @@ class WebDatasetSource(ShardSource):
         shuffle: images in a shuffled block; two blocks are in memory, undecoded, per loader process.
         image_key: the extension of the image in a sample that has several, for example ``input.png``; by default
             the first that is an image's.
-        min_fraction, filters, flip: see :class:`~olvae.data.transforms.RandomScaleCrop`.
+        min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.

@@ -5,11 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from olvae.data.image import Photo, from_uint8, image_to_tensor
+from olvae.data.image import EvalTransform, Photo, from_uint8, image_to_tensor
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import LATENT, LatentSource, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.transforms import EvalTransform
 from olvae.files import write_json
 from tests.data.images import encoded, picture, rewrite, take, write_classes
 from tests.export.latents import encode, tiny_vae

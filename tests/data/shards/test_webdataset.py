@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from olvae.data.image import EvalTransform
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
-from olvae.data.transforms import EvalTransform
 from tests.data.images import encoded, keys_of, same, take, write_shard, write_shards
 
 ALONE = LoaderProcess()
