@@ -24,7 +24,7 @@ from olvae.runs import Run
 
 log = logging.getLogger("olvae.training")
 
-BETTER = {name: metric.better for name, metric in METRICS.items()} | {"latent_rmse": "lower"}
+BETTER = {name: metric.better for name, metric in METRICS.items()}
 """Whether higher or lower values are better, by the name of a validation value."""
 
 MAX_PENDING = 2
@@ -49,8 +49,6 @@ class KeepCheckpoints(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
-        if best is not None and best.rpartition("/")[2] not in BETTER:
-            raise ValueError(f"best: {best!r} is not a metric of validation: choose one of val/{', val/'.join(BETTER)}")
         if every_n_steps < 1 or keep_every_n_steps < 0:
             raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
         self.every_n_steps = every_n_steps
@@ -63,7 +61,15 @@ class KeepCheckpoints(Checkpoint):
         self._save_after_validation = False
         self._warned = False
 
-    def on_fit_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LiteAutoencoderKL)
+        better = BETTER | {name: which for part in pl_module.each_part for name, which in part.better.items()}
+        name = (self.best or "val/psnr").rpartition("/")[2]
+        if name not in better:
+            raise ValueError(
+                f"best: {self.best!r} is not a metric of validation: choose one of val/{', val/'.join(better)}"
+            )
+        self._sign = 1 if better[name] == "higher" else -1
         self._best_value = self._best_before(current_run(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,10 +130,10 @@ class KeepCheckpoints(Checkpoint):
                 f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
                 "model.params.val_metrics, or set best to null"
             )
-        sign = 1 if BETTER[self.best.rpartition("/")[2]] == "higher" else -1
-        if self._best_value is None or not sign * values[self.best] <= sign * self._best_value:  # or that is nan
-            self._best_value = values[self.best]
-            note = {"metric": self.best, "value": self._best_value, "step": trainer.global_step}
+        value, before = values[self.best], self._best_value
+        if before is None or not self._sign * value <= self._sign * before:  # or that is nan
+            self._best_value = value
+            note = {"metric": self.best, "value": value, "step": trainer.global_step}
             self._save(trainer, module, "best.ckpt", note)
 
     def _best_before(self, run: Run) -> float | None:

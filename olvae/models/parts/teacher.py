@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Teacher(Part):
     """
 
     latents = "given"
+    better: ClassVar[Mapping[str, str]] = {"latent_rmse": "lower"}
 
     std: Tensor
     """Standard deviation of its means per channel, (n_z), measured before the first step."""
