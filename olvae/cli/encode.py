@@ -48,7 +48,7 @@ def command(
     ] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard; ignored for input shards.")] = 1000,
     batch_size: BatchSize = 16,
-    threads: Annotated[int, typer.Option(min=0, help="Threads that read images, in each process.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read images, in each process.")] = 4,
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="Memory for encoding with --native.")] = 4.0,
     precision: Annotated[
         str, typer.Option(callback=check_precision, help="32, bf16 or fp16: what the encoder computes in.")

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,6 @@ STATE = ".encode"  # folder beside the shards, with the plan and a description o
 WINDOW_BATCHES, WINDOW_BYTES = 8, 2**28
 """Limits of the images of their own sizes that are looked at together, for those of one size, and of their pixels."""
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 
 class Item(NamedTuple):
     """An image to encode: the name of its files in the shard, its key, how to open it, and files to keep with it."""
@@ -55,7 +52,7 @@ class Item(NamedTuple):
 class DatasetInputs:
     """Images by number: output shard i holds those from i * shard_size on, and files are named by the number.
 
-    If ``classes`` names folders, a file ``.cls`` holds the number of the folder that the image lies in.
+    If ``classes`` names folders, a file ``.cls`` holds the number of the image's.
     """
 
     images: ImageDataset
@@ -75,7 +72,7 @@ class DatasetInputs:
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._range(shard):
             key = self.images.key(i)
-            files = {"cls": numbers[_folder(key)]} if numbers else {}
+            files = {"cls": numbers[key.split("/")[0]]} if numbers else {}
             yield Item(f"{i:08d}", key, partial(self.images.__getitem__, i), files)
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +122,6 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
     Args:
         shard_size: images in an output shard, unless SRC is made of shards.
         classes: whether the folders of SRC are classes; shards keep their own .cls files.
-
-    Raises:
-        ConfigError: SRC is not a source, or has no folders for classes.
-        FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in (".yaml", ".yml"):
         source = open_source(src, 1, 1)
@@ -150,11 +143,7 @@ def _classes(images: ImageDataset) -> list[str]:
     keys = [images.key(i) for i in range(len(images))]
     if loose := [key for key in keys if "/" not in key]:
         raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
-    return sorted({_folder(key) for key in keys})
-
-
-def _folder(key: str) -> str:
-    return key.partition("/")[0]
+    return sorted({key.split("/")[0] for key in keys})
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -213,15 +202,14 @@ def _read(size: int, keep_pixels: bool, item: Item | ReadError) -> ReadImage | R
         return ReadError(item.key, error.reason)
 
 
-def _ahead(items: Iterable[T], read: Callable[[T], R], threads: int, depth: int) -> Iterator[R]:
-    """Yield ``read(item)`` in order, up to ``depth`` of them computed ahead in threads, if there are any."""
-    if not threads:
-        yield from map(read, items)
-        return
-    waiting: deque[Future[R]] = deque()
+def _read_ahead(
+    items: Iterable[Item | ReadError], options: EncodeOptions, threads: int, depth: int
+) -> Iterator[ReadImage | ReadError]:
+    """Yield images in order, up to ``depth`` of them read ahead in threads."""
+    waiting: deque[Future[ReadImage | ReadError]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
-            waiting.append(pool.submit(read, item))
+            waiting.append(pool.submit(_read, options.size, options.images, item))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -284,8 +272,6 @@ class EncodeJob:
 
     def notes(self, world: int) -> Iterator[str]:
         """Yield what makes this job slower than it could be in so many processes."""
-        if next(self.model.parameters()).device.type == "cpu" and self.options.precision == "fp16":
-            yield "fp16 is slow on a CPU: set `precision` to bf16, or `device` to cuda"
         if (n := len(self.inputs)) < world:
             remedy = "a smaller `shard_size` gives them work, unless the images come in shards"
             yield f"{n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do; {remedy}"
@@ -314,8 +300,7 @@ class EncodeJob:
                 advance(finished.record.images + len(finished.unreadable))
                 continue
             statistics = _Statistics()
-            read = partial(_read, self.options.size, self.options.images)
-            images = _ahead(self.inputs.read(shard), read, threads, 2 * batch_size)
+            images = _read_ahead(self.inputs.read(shard), self.options, threads, 2 * batch_size)
             samples = self._samples(images, batch_size, memory, statistics, advance)
             self.shards.write(shard, samples, statistics.details)
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.diffusers_models import as_litevae, is_stable_diffusion
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
-from olvae.models.spec import CLASS_NAME, DIFFUSERS, class_in
+from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in
 from olvae.runs import settings_of
 
 TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise
@@ -57,13 +56,11 @@ class ExportSettings:
     force: bool = False
 
     def __post_init__(self) -> None:
-        scaling, shift = self.scaling_factor, self.shift_factor
-        if self.latents is not None and (scaling is not None or shift is not None):
+        given = {name: value for name in FACTORS[1:] if (value := getattr(self, name)) is not None}
+        if self.latents is not None and given:
             raise ConfigError("`latents` has both factors: leave out `scaling_factor` and `shift_factor`")
-        if scaling is not None and not 0 < scaling < math.inf:
-            raise ConfigError(f"`scaling_factor` {scaling}: give a number above 0")
-        if shift is not None and not math.isfinite(shift):
-            raise ConfigError(f"`shift_factor` {shift}: give a finite number")
+        for mistake in check_factors(given, 0):
+            raise ConfigError(mistake)
         if self.onnx and self.dtype != "float32":
             raise ConfigError(f"`onnx` writes float32: leave out `dtype` {self.dtype}, or `onnx`")
 
@@ -271,8 +268,7 @@ def _set_factors(
         return "given to olvae export"
     if not loaded.factors_known:
         defaults = f"{model.scaling_factor:g} and {model.shift_factor:g} are diffusers' defaults, Stable Diffusion 1's"
-        other = "other models need `scaling_factor` and `shift_factor`"
-        notes.append(f"{target.given} holds no factors: {defaults}; {other}")
+        notes.append(f"{target.given} holds no factors: {defaults}; others need `scaling_factor` and `shift_factor`")
         return "diffusers' default, the file holds none"
     if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
         return f"from {target.name}"
@@ -282,11 +278,10 @@ def _set_factors(
 
 
 def _factors_file(given: Path) -> Path:
-    names = ("latents.json", "stats.json")
-    if file := next((file for file in (given, *(given / name for name in names)) if file.is_file()), None):
-        return file
-    what = f"neither {' nor '.join(names)} is in this folder" if given.is_dir() else "no such file or folder"
-    raise FileNotFoundError(f"`latents` {given}: {what}: name what olvae latents or olvae encode wrote")
+    for file in (given, given / "latents.json", given / "stats.json"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"`latents` {given}: not what olvae latents or olvae encode wrote, nor its folder")
 
 
 def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[float, float]:

@@ -30,11 +30,9 @@ class Provenance:
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Path | None = None
-    raw: bool = False
-    """Whether they are the raw weights, not averaged."""
+    raw: bool = False  # not averaged
     licence: str | None = None
-    factors_from: str | None = None
-    """Where the scaling and shift factors are from; None if they were not measured."""
+    factors_from: str | None = None  # where the scaling and shift factors are from; None if they were not measured
 
 
 def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenance, onnx: bool) -> str:
@@ -101,15 +99,14 @@ def _teacher(config: Mapping[str, Any]) -> str | None:
 def _data(config: Mapping[str, Any]) -> str:
     if not (target := _entry(config, "data.target")):
         return "Unknown."
-    root, size, steps = (
-        _entry(config, path) for path in ("data.params.root", "data.params.size", "lightning.trainer.max_steps")
-    )
     text = [f"`{target}`"]
-    text += [Path(str(root)).name] if root else []
-    text += [f"crops of {size}x{size}"] if size else []
-    text += [f"{steps} steps"] if steps else []
+    if root := _entry(config, "data.params.root"):
+        text.append(Path(str(root)).name)
+    if size := _entry(config, "data.params.size"):
+        text.append(f"crops of {size}x{size}")
+    if steps := _entry(config, "lightning.trainer.max_steps"):
+        text.append(f"{steps} steps")
     if before := settings_of(config).weights:
         file = Path(before)
-        name = file.parents[1].name if file.parent.name == "checkpoints" else file.name
-        text.append(f"from the weights of {name}")
+        text.append(f"from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}")
     return f"{', '.join(text)}."

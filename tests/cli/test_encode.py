@@ -77,10 +77,8 @@ def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, 
     )
     out = tmp_path / "latents"
     encode = ["encode", target, "--data", image_folder, "--size", 16, "--compile", "--out", out, "--device", "cpu"]
-    code, _, err = olvae(*encode, "--precision", "fp16")
-    assert code == 0
+    assert olvae(*encode)[0] == 0
     assert [type(module).__name__ for module in compiled] == ["LiteVAE_Encoder"]
-    assert "note: fp16 is slow on a CPU" in err
 
 
 def test_mistakes_are_one_line(olvae, target, tmp_path, image_folder):

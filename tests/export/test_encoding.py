@@ -310,7 +310,7 @@ def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
 
 def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, image_folder):
     def encode_to(folder: Path) -> None:
-        encode(image_folder, folder, shard_size=2, batch_size=4, threads=0, flip=True, images=True)
+        encode(image_folder, folder, shard_size=2, batch_size=4, threads=1, flip=True, images=True)
 
     out = tmp_path / "out"
     encode_to(tmp_path / "whole")
