@@ -1,17 +1,13 @@
 """Run ``olvae validate``, ``olvae recipes`` and ``olvae recipes copy``: configs, and their mistakes."""
 
 import re
-import shutil
 import sys
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from olvae.cli.options import print_table
-
-NARROWEST = 24  # columns of text beside a name
 
 
 def validate_command(
@@ -83,10 +79,8 @@ def show(context: typer.Context) -> None:
 
     lines = {name: _first_line(path) for name, path in recipes().items()}
     indent = 2 + max(map(len, lines))
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # a pipe gets a line each
     for name, line in lines.items():
-        wrapped = textwrap.wrap(line, max(NARROWEST, columns - indent))
-        typer.echo(f"{name:<{indent}}" + ("\n" + " " * indent).join(wrapped))
+        typer.echo(f"{name:<{indent}}{line}")
 
 
 @recipes_app.command()
@@ -106,7 +100,6 @@ def copy(
     from omegaconf import OmegaConf
 
     from olvae.config import ConfigError, load, nearest_recipes, recipes
-    from olvae.files import atomic_write
 
     settings = list(overrides or ())
     if file is not None and "=" in file.name:
@@ -115,15 +108,11 @@ def copy(
     if name not in known:
         raise ConfigError(f"{name}: no such recipe{nearest_recipes(name)}")
     file = file or Path(f"{Path(name).name}.yaml")
-    if file.exists():
-        raise ConfigError(f"{file}: exists: name another file, as in olvae recipes copy {name} my_{file.name}")
-    if not file.parent.is_dir():
-        raise ConfigError(f"{file.parent}: no such folder")
     text = f"# {_first_line(known[name])}\n# Settings below the include override the recipe's.\ninclude: {name}\n"
     if settings:
         text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))
-    with atomic_write(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with file.open("x", encoding="utf-8") as new:  # an error if it exists
+        new.write(text)
     typer.echo(f"train with: olvae train --base {file}", err=True)
 
 
