@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,8 +32,6 @@ MEASURE_S = 3.0
 """Seconds for which the reading speed is measured."""
 
 IMAGES_PER_TASK, PRINTED_NAMES = 64, 10
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -181,8 +179,8 @@ def _read_shard(channels: int, url: str, progress: SharedProgress) -> _Found:
 
 
 def _read_all(
-    read: Callable[[T, SharedProgress], _Found],
-    tasks: Sequence[T],
+    read: Callable[[Any, SharedProgress], _Found],
+    tasks: Sequence[Any],
     workers: int,
     count: int | None,
     on_progress: OnProgress,

@@ -31,20 +31,14 @@ class LoaderProcess:
 
     A DataLoader takes whole batches from its workers in turn, so own sample s of worker w is in batch
     (s // batch_size) * workers + w of its rank; ranks take every ``world``-th sample.
-
-    Args:
-        worker: below ``workers``, the number of loader processes of each rank.
-        rank: below ``world``, the number of ranks.
-        batch_size: samples that are taken from a worker at a time.
-        offset: of the first sample in the stream, where training begins between two batches.
     """
 
     worker: int = 0
-    workers: int = 1
+    workers: int = 1  # of each rank
     rank: int = 0
-    world: int = 1
-    batch_size: int = 1
-    offset: int = 0
+    world: int = 1  # ranks
+    batch_size: int = 1  # samples that are taken from a worker at a time
+    offset: int = 0  # of the first sample in the stream, where training begins between two batches
 
     @property
     def index(self) -> int:

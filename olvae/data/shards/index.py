@@ -44,19 +44,12 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Index:
-    """The content of ``index.json``.
+    """The content of ``index.json``."""
 
-    Args:
-        shards: by file name.
-        packed: the options of ``olvae data pack``; None for shards from elsewhere.
-        plan: a hash of those options and of the source.
-        unreadable: images of the source that are in no shard.
-    """
-
-    shards: Mapping[str, ShardRecord]
-    packed: Mapping[str, Any] | None = None
-    plan: str | None = None
-    unreadable: Sequence[Skipped] = ()
+    shards: Mapping[str, ShardRecord]  # by file name
+    packed: Mapping[str, Any] | None = None  # the options of ``olvae data pack``; None for shards from elsewhere
+    plan: str | None = None  # a hash of those options and of the source
+    unreadable: Sequence[Skipped] = ()  # images of the source that are in no shard
 
     @property
     def images(self) -> int:

@@ -91,12 +91,9 @@ class ShardSource(Source):
             has = "an unknown number of" if known is None else known
             raise ValueError(f"the set has {has} images, {images} were asked for")
         for shard in self.val:
-            assert shard.images is not None
-            shards.append(shard._replace(images=min(left, shard.images)))
+            shards.append(shard._replace(images=min(left, shard.images or 0)))
             left -= shards[-1].images or 0
-            if not left:
-                break
-        self.val, self._limited = shards, True
+        self.val, self._limited = [shard for shard in shards if shard.images], True
 
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
         return _Reader(self, seed, process).samples(position)
