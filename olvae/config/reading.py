@@ -91,9 +91,7 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
     path = _find(name, folder, includers)
     if path.resolve() in includers:
         raise ConfigError(f"{path}: includes itself")
-    if path.is_dir():
-        raise ConfigError(f"{path}: this is a folder: name a config file in it")
-    if not path.is_file():
+    if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*.yaml"))
         raise ConfigError(f"{path}: no such config file" + (nearest(path.name, beside) or nearest_recipes(name)))
     part = _yaml(path)
