@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -134,6 +134,7 @@ def command(
     Example: olvae evaluate runs/*_demo_32 diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
     """
     import logging
+    from dataclasses import replace
 
     from olvae.config import ConfigError
 
@@ -144,13 +145,15 @@ def command(
     with loading():
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
         from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
-        from olvae.evaluation.protocol import named
+        from olvae.evaluation.protocol import PROTOCOLS as PRESETS
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.models.loading.targets import find_target, name_apart
 
     names = split_commas(metrics)
     names = list(DEFAULT_METRICS) if ALL in names else names
-    protocols = [named(name, posterior=posterior, seed=seed, size=size) for name in split_commas(protocol)]
+    choices = {"posterior": posterior, "seed": seed, "size": size}
+    changes: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    protocols = [replace(PRESETS[name], **changes) for name in split_commas(protocol)]
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
     observers = _observers(cross, split_commas(precision), report, observe or ())
     observers += [Baselines(found[0], fit)] if baselines else []
@@ -194,7 +197,6 @@ def _observers(cross: bool, precisions: list[str], report: bool, own: Iterable[s
 
 def _read_earlier(path: Path) -> "Results":
     """An earlier metrics.json whose entries can be shown, as :meth:`~olvae.evaluation.results.Results.read`."""
-    from olvae.evaluation.page import Page
     from olvae.evaluation.report import OF_EARLIER_ROWS
     from olvae.evaluation.results import Results
 
@@ -202,7 +204,6 @@ def _read_earlier(path: Path) -> "Results":
     try:
         for observer in OF_EARLIER_ROWS:
             list(observer.lines(results.rows))
-            observer.section(Page(results))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
     return results

@@ -3,10 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from olvae.config import ConfigError
 from olvae.data.image import EvalTransform
 
 SSIM = {
@@ -102,14 +101,3 @@ PROTOCOLS = {
     )
 }
 """By name; docs/evaluation.md says whose choices they are, with sources."""
-
-
-def named(name: str, **choices: Any) -> Protocol:
-    """A preset with some choices changed; those that are None stay.
-
-    Raises:
-        ConfigError: there is no preset of this name.
-    """
-    if name not in PROTOCOLS:
-        raise ConfigError(f"`protocol` {name}: choose from {', '.join(PROTOCOLS)}")
-    return replace(PROTOCOLS[name], **{key: value for key, value in choices.items() if value is not None})

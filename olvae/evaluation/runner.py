@@ -12,7 +12,7 @@ from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
-from olvae.evaluation.observers.observer import Conditions, Observation, Observer, Subject
+from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
 from olvae.evaluation.roundtrip import RoundTrip, check_images_fit
@@ -146,7 +146,7 @@ def _one_pass(
 
     # The numbers: for every way to draw a latent, then for every protocol.
     for observer in observers:
-        observer.examine(subjects, Conditions(source.size, request.device, request.batch))
+        observer.examine(subjects, source.size, request.device)
     images = {"source": images["source"], "n": len(digests), "sha256": fingerprint(digests), **images}
     costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
     measured = {}

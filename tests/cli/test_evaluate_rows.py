@@ -119,7 +119,6 @@ def test_rows_of_precisions(olvae, trained, overflowing, photos, tmp_path):
     line = f"5 of 5 images non-finite, first at {layer}; PSNR {-half['psnr_lost']:+.3f} dB: not safe"
     assert f"{scaled}, fp16: largest activation {found[scaled]['precision']['largest_value']:,.0f} at {layer} in" in err
     page = (tmp_path / "one" / "report.html").read_text()
-    assert '<section id="precision">' in page
     for text in (err, (tmp_path / "one" / "metrics.md").read_text(), page):
         assert line in text
     assert len(set((tmp_path / "one" / "per_image.csv").read_text().split("\n")[0].split(","))) == 4

@@ -8,7 +8,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from olvae.evaluation.observers.baselines import Bicubic
-from olvae.evaluation.protocol import PROTOCOLS, Protocol, named
+from olvae.evaluation.protocol import PROTOCOLS, Protocol
 from olvae.evaluation.roundtrip import Reconstructed, RoundTrip
 from olvae.evaluation.runner import fingerprint, measure, observe, rows_under
 from olvae.metrics import build_metrics
@@ -193,13 +193,10 @@ def test_the_hash_is_of_every_choice_and_of_nothing_else():
     assert CHOICES.keys() | {"name", "seed"} == {field.name for field in dataclasses.fields(Protocol)}
     assert Protocol(seed=1).hash() == Protocol().hash()  # the mode draws nothing
     assert Protocol("mine").hash() == Protocol().hash()
-    assert named("open-litevae", posterior="sample").hash() == named("latent-diffusion").hash()
+    assert Protocol(posterior="sample").hash() == PROTOCOLS["latent-diffusion"].hash()
 
 
 def test_presets_differ_in_what_they_say():
     assert len({protocol.hash() for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
-    assert named("dc-ae", size=512).as_dict()["size"] == 512
-    assert named("open-litevae", posterior=None) == Protocol()
-    assert "halved by averaging" in named("dc-ae").as_dict()["images"]
-    with pytest.raises(ValueError, match="choose from open-litevae"):
-        named("mine")
+    assert PROTOCOLS["open-litevae"] == Protocol()
+    assert "halved by averaging" in PROTOCOLS["dc-ae"].as_dict()["images"]

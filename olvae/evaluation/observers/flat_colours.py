@@ -10,7 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from olvae.data.image import from_uint8
-from olvae.evaluation.observers.observer import Conditions, Observer, Subject
+from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.page import Page, number, texts
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.precision import full_float32
@@ -43,15 +43,15 @@ class FlatColours(Observer):
     def __init__(self) -> None:
         self._entries: dict[str, dict[str, Any]] = {}  # by target
 
-    def examine(self, subjects: Mapping[str, Subject], conditions: Conditions) -> None:
+    def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
         models = {
             name: subject.model
             for name, subject in subjects.items()
             if not subject.baseline and all(p.dtype == torch.float32 for p in subject.model.parameters())
         }
-        size = colour_size([model.downscale for model in models.values()], conditions.size)
+        size = colour_size([model.downscale for model in models.values()], size)
         for name, model in models.items():
-            colours = reconstruct_colours(model, size, conditions.device, conditions.batch_size)
+            colours = reconstruct_colours(model, size, device)
             period = model.downscale
             self._entries[name] = {"size": size, "period": period, "frame": _frame(size, period), "colours": colours}
 

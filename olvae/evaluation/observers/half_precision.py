@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from markupsafe import Markup
 from torch import Tensor, nn
 
 from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, precision_name
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
-from olvae.evaluation.page import Page, significant, texts
+from olvae.evaluation.page import significant
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import watch_outputs
@@ -137,7 +136,6 @@ class HalfPrecision(Observer):
     """
 
     name = "precision"
-    title = "Precision"
 
     def __init__(self, precisions: Sequence[str] = (FULL,)) -> None:
         self.precisions = tuple(dict.fromkeys([FULL, *map(precision_name, precisions)]))
@@ -200,19 +198,6 @@ class HalfPrecision(Observer):
             if entry := row.observed.get(self.name):
                 full = entry if entry["dtype"] == FULL else full
                 yield f"{row.target}: {_in_words(row.n, entry, full)}"
-
-    def section(self, page: Page) -> Markup | None:
-        entries = {row.target: row.observed[self.name] for row in page.results.table if self.name in row.observed}
-        stages = {
-            name: {stage: significant(value) for stage, value in entry["largest"].items()}
-            for name, entry in entries.items()
-        }
-        caption = (
-            "The largest finite activation of each part of the network, with weights and inputs in the precision, "
-            f"without autocast; a network's name alone is its output. Safe means that PSNR is within {TOLERANCE} dB of "
-            "float32's, and that no activation is infinite or not a number."
-        )
-        return page.table(texts(stages), "activations", caption) or None
 
 
 def _in_words(n: int, entry: Mapping[str, Any], full: Mapping[str, Any] | None) -> str:

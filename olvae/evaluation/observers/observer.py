@@ -35,15 +35,6 @@ class Observation:
     values: Mapping[str, Mapping[str, float]]  # by name of a metric of single images, its values so far by key
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Side of a pass's images in pixels, device, and images per batch."""
-
-    size: int
-    device: str = "cpu"
-    batch_size: int = 8
-
-
 class Observer:
     """Look at something in an evaluation: subclass it, and override what you need.
 
@@ -80,8 +71,8 @@ class Observer:
     def merge(self, state: Any) -> None:
         """Add the :meth:`state` of another process."""
 
-    def examine(self, subjects: Mapping[str, Subject], conditions: Conditions) -> None:
-        """Run something of its own with the subjects, in the first process, after the pass."""
+    def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
+        """Run something of its own with the subjects, in the first process, after a pass of images of this size."""
 
     def result(self, target: str, draw: int) -> Any:
         """Return a row's entry in metrics.json, ready for JSON; None if there is none."""

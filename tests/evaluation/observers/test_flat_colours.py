@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from olvae.evaluation.observers.flat_colours import FlatColours, colour_size, reconstruct_colours
-from olvae.evaluation.observers.observer import Conditions, Subject
+from olvae.evaluation.observers.observer import Subject
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import DiagonalGaussian
 
@@ -94,11 +94,11 @@ def test_every_target_in_float32_is_examined():
         "half": Subject(half),
         "baseline": Subject(Faulty(), baseline=True),
     }
-    observer.examine(subjects, Conditions(64))
+    observer.examine(subjects, 64, "cpu")
     assert [name for name in subjects if observer.result(name, 0)] == ["a", "b"]
     content = observer.result("b", 0)
     expected = reconstruct_colours(Faulty(grid=4.0), 64)
     assert content == {"size": 64, "period": 4, "frame": 16, "colours": expected}
     assert json.loads(json.dumps(content, allow_nan=False)) == content
-    observer.examine({"broken": Subject(Faulty(grid=math.nan))}, Conditions(64))
+    observer.examine({"broken": Subject(Faulty(grid=math.nan))}, 64, "cpu")
     assert all(colour["grid"] is None for colour in observer.result("broken", 0)["colours"].values())
