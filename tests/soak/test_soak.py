@@ -27,6 +27,7 @@ from tests.conftest import tiny_config
 from tests.data.images import picture, write_shards
 from tests.models.steps import PATCHGAN, against
 from tests.soak.killed import PERCENTS, Write
+from tests.training.origins import same
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
@@ -127,17 +128,7 @@ def soak(command: Command, tmp_path: Path, count: int, part: slice = slice(None)
 def _compare(result: Mapping[str, Any], expected: Mapping[str, Any], history: list[Kill]) -> None:
     assert result.keys() == expected.keys(), history
     for name, value in expected.items():
-        assert _same(result[name], value), (name, history)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+        assert same(result[name], value), (name, history)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """Share configs and comparisons of checkpoints between the tests of training."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,9 @@ def without_networks(root: Path, **model: Any) -> dict[str, Any]:
 
 def phase_b(root: Path) -> dict[str, Any]:
     """A config of phase B with everything on that has a state."""
-    adversary = against(
-        weight=0.3,
-        start_step=1,
-        ramp_steps=3,
-        warmup_updates=2,
-        updates_per_step=2,
-        r1_weight=1.0,
-        r1_every=3,
-        lecam_weight=0.1,
-        lecam_decay=0.5,
-        learning_rate_ratio=2.0,
-    )
+    r1_and_lecam = {"r1_weight": 1.0, "r1_every": 3, "lecam_weight": 0.1, "lecam_decay": 0.5}
+    times = {"start_step": 1, "ramp_steps": 3, "warmup_updates": 2, "updates_per_step": 2}
+    adversary = against(weight=0.3, learning_rate_ratio=2.0, **r1_and_lecam, **times)
     model = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 7}
     model["parts"] = parts(anchor={"weight": 0.1}, equivariance={"probability": 0.3})
     config = tiny_config(root, adversary_config=adversary, **model)
@@ -79,29 +71,22 @@ def checkpoint(run: Run, file: str = "last.ckpt") -> dict:
     return torch.load(run.checkpoints / file, weights_only=True)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Compare every tensor and number, bit for bit, however they are nested."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
 def assert_same_checkpoint(one: Run, other: Run, file: str = "last.ckpt") -> None:
-    """Every tensor and number, bit for bit, whatever part it is in."""
-
-    def compare(a: Any, b: Any, where: str) -> None:
-        assert type(a) is type(b), where
-        if isinstance(a, Tensor):
-            assert torch.equal(a, b), where
-        elif isinstance(a, dict):
-            assert a.keys() == b.keys(), where
-            for key in a:
-                compare(a[key], b[key], f"{where}.{key}")
-        elif isinstance(a, list | tuple):
-            assert len(a) == len(b), where
-            for i, (x, y) in enumerate(zip(a, b, strict=True)):
-                compare(x, y, f"{where}.{i}")
-        else:
-            assert a == b, where
-
     a, b = checkpoint(one, file), checkpoint(other, file)
-    for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
-        compare(a.get(part), b.get(part), part)
-    for part in ("images_seen", "iteration", "global_step"):
-        assert a[part] == b[part], part
+    averages = ("state_dict", "current_model_state")
+    for part in (*averages, "optimizer_states", "lr_schedulers", "images_seen", "iteration", "global_step"):
+        assert same(a.get(part), b.get(part)), part
 
 
 def one_line(caught: pytest.ExceptionInfo) -> str:

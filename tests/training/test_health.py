@@ -18,21 +18,9 @@ DOMINATES = {"health/gradient_ratio": 3.14}
 WELL = {"health/accuracy": 0.7, "health/gradient_ratio": 0.5}
 
 SENTENCES = {
-    "won": (
-        WON,
-        "the discriminator has won: it is right about 97% of its logits. "
-        f"Lower {SETTINGS}.learning_rate_ratio, or set lecam_weight",
-    ),
-    "blind": (
-        BLIND,
-        "the discriminator is blind: it is right about 51% of its logits, as a coin would be. "
-        f"Raise {SETTINGS}.learning_rate_ratio or updates_per_step",
-    ),
-    "dominates": (
-        DOMINATES,
-        "the adversarial gradient dominates: at the decoder's last layer it is 3.1 times that of the pixel terms. "
-        f"Lower {SETTINGS}.weight",
-    ),
+    "won": (WON, f"has won: it is right about 97% of its logits. Lower {SETTINGS}.learning_rate_ratio, or set lecam_w"),
+    "blind": (BLIND, "is blind: it is right about 51% of its logits, as a coin would be. Raise " + SETTINGS),
+    "dominates": (DOMINATES, "it is 3.1 times that of the pixel terms. Lower " + SETTINGS + ".weight"),
 }
 
 
@@ -89,7 +77,8 @@ def test_a_symptom_that_lasts_is_warned_of_again_and_again(watch, values, senten
     warnings = watch(Health(patience=10), range(1, 40), lambda _: values)
     assert steps_of(warnings) == [11, 21, 31]  # first seen at 1
     for step, line in warnings:
-        assert line.startswith(f"step {step}, for 10 steps: {sentence}")
+        assert line.startswith(f"step {step}, for 10 steps: ")
+        assert sentence in line
 
 
 @pytest.mark.parametrize("between", [WELL, {}], ids=["well", "not logged"])

