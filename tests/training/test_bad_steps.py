@@ -107,9 +107,10 @@ def test_after_so_many_returns_training_stops_and_says_why(train_with, tmp_path,
 
 def test_before_the_first_save_the_weights_stay(train_with, tmp_path, config, spoil, capfd):
     spoil(lambda iteration: True)
+    steps = ("lightning.trainer.max_steps=20", "lightning.trainer.val_check_interval=20")
     message = "for 2 steps in a row until step 4, in spite of a return.*lower model.base_learning_rate"
     with pytest.raises(FloatingPointError, match=message):
-        train_with(*settings(in_a_row=2, returns=1), "lightning.trainer.max_steps=20", config=config)
+        train_with(*settings(in_a_row=2, returns=1), *steps, config=config)
     assert "there is no checkpoint yet: the weights stay" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
 
