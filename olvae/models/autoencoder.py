@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
@@ -18,7 +19,6 @@ from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import (
     Located,
     locate,
-    upload_errors,
     write_export,
 )
 from olvae.modules.base import Decoder, Encoder, count_parameters, last_convolution
@@ -274,8 +274,15 @@ class LiteVAE(
             kwargs: for huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
         """
         self._check_saveable()
-        with upload_errors(repo_id):
+        try:
             return super().push_to_hub(repo_id, **kwargs)
+        except (TypeError, ValueError):  # the caller's, such as an id of another form
+            raise
+        except Exception as error:  # of HTTP, or of the connection: which class that is depends on the version
+            message = first_line(error)
+            if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (401, 403):
+                message = f"the hub wants a token that may write there: set HF_TOKEN, or run hf auth login ({status})"
+            raise OSError(f"{repo_id}: not uploaded: {message}") from error
 
     @torch.no_grad()
     def _shift_logvar(self, shift: float) -> "LiteVAE":

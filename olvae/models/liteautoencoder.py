@@ -142,10 +142,8 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
-        for half, network, convolution in (
-            ("encoder", self.encoder, "quant_conv"),
-            ("decoder", self.decoder, "post_quant_conv"),
-        ):
+        halves = (("encoder", self.encoder, "quant_conv"), ("decoder", self.decoder, "post_quant_conv"))
+        for half, network, convolution in halves:
             if getattr(self, f"freeze_{half}"):
                 network.requires_grad_(False)
                 if self.quantizer is not None:
@@ -206,10 +204,8 @@ class LiteAutoencoderKL(ValidatedModule):
     def objective(self) -> Objective:
         """The loss; ConfigError if it is no :class:`Objective`, as in a config for inference."""
         if not isinstance(self.loss, Objective):
-            raise ConfigError(
-                f"model.params.lossconfig is a {type(self.loss).__name__}, which is for inference only: to train, give "
-                "it the target olvae.losses.objective.Objective"
-            )
+            kind = type(self.loss).__name__
+            raise ConfigError(f"model.params.lossconfig is a {kind}, for inference only: to train, take an Objective")
         return self.loss
 
     def check(self, source: Source) -> None:
@@ -457,7 +453,6 @@ class LiteAutoencoderKL(ValidatedModule):
             torch.compiler.set_stance("default")
 
     def on_train_start(self) -> None:
-        self.guard.find_buffers()
         for part in self.each_part:
             part.start(self, resumed=self._iteration > 0)
         for network in {self.encoder, self.decoder}.difference(self.trained_networks):

@@ -15,19 +15,16 @@ GRADIENT = "gradient of the "
 
 
 class BadStep(NamedTuple):
-    """A step that changed nothing.
-
-    Args:
-        step: of the autoencoder; several updates of the discriminator's warm-up have the same.
-        term: the first non-finite one in the order of computation: a loss, or a player's gradient.
-        keys: of the images of the micro-batch with that term, in this process; of all if it is a gradient.
-        overflow: fp16's gradients were too large for their scale, which is lowered for that: expected now and then.
-    """
+    """A step that changed nothing."""
 
     step: int
+    """Of the autoencoder; several updates of the discriminator's warm-up have the same."""
     term: str
+    """The first non-finite one in the order of computation: a loss, or a player's gradient."""
     keys: list[str]
+    """Of the images of the micro-batch with that term, in this process; of all if it is a gradient."""
     overflow: bool
+    """fp16's gradients were too large for their scale, which is lowered for that: expected now and then."""
 
 
 @dataclass
@@ -67,16 +64,13 @@ class NonFiniteGuard:
         self._records: deque[_Record] = deque(maxlen=MAX_PENDING)
         self.good: Tensor | float = 1.0  # 0.0 if the last update changed nothing: on the device
 
-    def find_buffers(self) -> None:
-        """Find the modules' buffers once, when they are on their device."""
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        self._record = _Record()
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in (b for module in self._modules for b in module.buffers()):
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
         self._buffers = list(by_dtype.values())
-
-    @torch.no_grad()
-    def begin_step(self) -> None:
-        self._record = _Record()
         self._before = [torch.cat([b.flatten() for b in same]) for same in self._buffers]
 
     def begin_micro_batch(self, keys: Sequence[str]) -> None:

@@ -23,17 +23,10 @@ KINDS = (
 )
 
 DIFFUSERS = "diffusers:"
-
-SHIPPED = "olvae:"
-"""Prefix of a model that ships with this package: the export in ``olvae/pretrained/NAME``."""
-
+SHIPPED = "olvae:"  # a model that ships with this package: the export in olvae/pretrained/NAME
 SHIPPED_FOLDER = Path(__file__).parent.parent / "pretrained"
-
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-"""Of files of weights, the preferred one first."""
-
-OURS = "olvae."
-"""Prefix of every target that a received config may name."""
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the preferred one first
+OURS = "olvae."  # begins every target that a received config may name
 
 CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"

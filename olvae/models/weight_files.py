@@ -5,8 +5,7 @@ The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,20 +75,6 @@ _NOT_FOUND: dict[type[Exception], str] = {
     RevisionNotFoundError: "the repository has no such revision",
 }
 """Messages for huggingface_hub's errors; the first that fits, since some are kinds of others."""
-
-
-@contextmanager
-def upload_errors(repo_id: str) -> Iterator[None]:
-    """Turn the errors of an upload into an OSError of one line."""
-    try:
-        yield
-    except (TypeError, ValueError):  # the caller's, such as an id of another form
-        raise
-    except Exception as error:  # of HTTP, or of the connection: which class that is depends on the version
-        message = first_line(error)
-        if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (401, 403):
-            message = f"the hub wants a token that may write there: set HF_TOKEN, or run hf auth login ({status})"
-        raise OSError(f"{repo_id}: not uploaded: {message}") from error
 
 
 PUBLISHED = {"RGenDiff/olitevaeB_im_f8c12": "olitevaeB_im_f8c12"}

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from olvae.checkpoint import AUTOENCODER, read_weights
-from olvae.models.averaging import WeightAverage, find_average
+from olvae.models.averaging import WeightAverage
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.nonfinite import NonFiniteGuard
-from tests.conftest import parts
 from tests.models.steps import Each, against, assert_same, build, fit, source, trainer
 
 DECAY = 0.8
@@ -43,25 +42,6 @@ def test_the_average_is_its_recurrence(image_folder):
             assert not torch.equal(tensor, seen[5][name])
         else:
             assert torch.equal(tensor, seen[5][name]), name
-
-
-@pytest.mark.parametrize("frozen", [{}, {"freeze_encoder": True}], ids=str)
-def test_it_holds_one_copy_of_what_is_trained(image_folder, frozen):
-    """No discriminator, anchor, buffer or frozen half: the element count of the copy is that of the optimizer."""
-    loss = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
-    anchor = {} if frozen else {"parts": parts(anchor={})}
-    model = build(against(), use_ema=True, use_quant=True, lossconfig=loss, **frozen, **anchor)
-    held = []
-
-    def count(m: LiteAutoencoderKL) -> None:
-        average = find_average(m.trainer)
-        tensors = [t for part in vars(average).values() if isinstance(part, dict) for t in part.values()]
-        own = {p.data_ptr() for p in m.parameters()}
-        held.append(sum(t.numel() for t in tensors if t.data_ptr() not in own))
-
-    fit(model, image_folder, 2, callbacks=[Each(count)])
-    assert held == [sum(p.numel() for p in model.autoencoder_parameters())] * 2
-    assert held[0] < sum(t.numel() for t in model.state_dict().values())
 
 
 def test_validation_and_checkpoints_have_both(image_folder, tmp_path):

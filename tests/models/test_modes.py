@@ -63,17 +63,6 @@ def test_a_fixed_encoder_says_what_it_needs():
     assert {name for name, _ in mixed.named_parameters() if not name.startswith(("decoder.", "quantizer."))} == set()
 
 
-def test_a_frozen_encoder_trains_the_decoder_as_the_whole_does(image_folder, updates):
-    """The gradients of the decoder are those of full training; there are no others."""
-    frozen, whole = build(freeze_encoder=True, lossconfig=WITHOUT_KL), build()
-    for model in (frozen, whole):
-        fit(model, image_folder, 1)
-    (update,), (full,) = updates.of(frozen.decoder), updates.of(whole.decoder)
-    decoder = dict(zip(map(id, full.parameters), full.gradients, strict=True))
-    for gradient, p in zip(update.gradients, whole.decoder.parameters(), strict=True):
-        torch.testing.assert_close(gradient, decoder[id(p)])
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -23,11 +23,8 @@ def test_seeds_differ_with_every_number_and_with_their_order():
     assert mix_seeds(1, 2) != mix_seeds(2, 1)
 
 
-def test_warm_up_then_constant():
+def test_rates():
     assert [lr_factor(s, "constant", 4, 100, 0.0) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
-
-
-def test_cosine():
     values = [lr_factor(s, "cosine", 10, 110, 0.1) for s in (10, 60, 110, 500)]
     assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
 

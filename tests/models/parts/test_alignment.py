@@ -19,7 +19,6 @@ from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node
 from tests.models.steps import build, fit, metrics, moved, snapshot, source
-from tests.models.test_synchronisation import traced
 
 timm = pytest.importorskip("timm")
 
@@ -121,10 +120,6 @@ def test_the_projection_learns_and_the_encoder_does_not(vit, image_folder, setti
     assert "parts.alignment.projection.weight" in moved(before, snapshot(model))
     assert not any(p.requires_grad for p in model.parts["alignment"].features.network.parameters())
     assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-def test_no_step_waits(vit, tmp_path):
-    assert traced(tmp_path, 32, parts={"alignment": node(vit)}).found == []
 
 
 def test_memory_is_counted_without_its_file(vit):
