@@ -116,9 +116,6 @@ class DiffusersAutoencoder(Autoencoder):
         return x
 
 
-# A folder of diffusers
-
-
 class DiffusersLoader(Loader):
     """``diffusers:ID_OR_FOLDER``, or a folder of diffusers by its own name: an autoencoder's or a pipeline's."""
 
@@ -212,9 +209,6 @@ def _check_parameters(outline: nn.Module, stored: int) -> None:
     parameters = count_parameters(outline)
     if stored and parameters > stored:
         raise ValueError(f"weights of another model: its config has {parameters:,} parameters, they {stored:,} bytes")
-
-
-# AutoencoderKL as a LiteVAE, and back
 
 
 def is_stable_diffusion(model: Autoencoder) -> bool:
@@ -326,9 +320,6 @@ def latent_diffusion_weights(model: LiteVAE) -> dict[str, Tensor]:
             name = name.replace(ours, theirs)
         named[name] = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
     return named
-
-
-# A file of the latent-diffusion code
 
 
 class LatentDiffusionLoader(Loader):

@@ -38,10 +38,8 @@ class Equivariance(Part):
 
     def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
         if model.objective.perceptual is not None and source.size < 64:
-            raise ConfigError(
-                f"data.params.size: {source.size}: equivariance shrinks images to a quarter, and the perceptual loss "
-                "needs 16 pixels: use 64 or more, or set lpips_weight to 0"
-            )
+            needs = "equivariance shrinks images to a quarter, and the perceptual loss needs 16 pixels"
+            raise ConfigError(f"data.params.size: {source.size}: {needs}: use 64 or more, or set lpips_weight to 0")
 
     def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
         if not step.warming_up and step.shared.random() < self.probability:

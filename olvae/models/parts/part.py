@@ -73,8 +73,7 @@ class Part(nn.Module):
 
     needs_activations: ClassVar[bool] = False  # whether it looks at activations that checkpointing drops
 
-    better: ClassVar[Mapping[str, str]] = {}
-    """Whether ``higher`` or ``lower`` is better, of the values of :meth:`summarise` that ``best.ckpt`` may follow."""
+    better: ClassVar[Mapping[str, str]] = {}  # ``higher`` or ``lower``, of summarise's values that best.ckpt may follow
 
     name: str = ""  # its key under model.params.parts
 
