@@ -237,7 +237,7 @@ def _finish(
             results = results.beside(earlier, mix)
         except ValueError as reason:
             refused.append(reason)
-        shown = [observer for observer in OF_EARLIER_ROWS if observer.name not in names]
+        shown = [observer for observer in OF_EARLIER_ROWS if earlier and observer.name not in names]
         evaluated[i] = replace(one, results=results, observers=[*shown, *one.observers])
         suffix = suffixes[results.protocol["name"]]
         written += write_files(evaluated[i], folder, suffix, command if page else None).items()

@@ -42,10 +42,7 @@ MakeMetrics = Callable[[], MetricSet]
 def build_metrics(
     names: Sequence[str], weights_dir: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> MakeMetrics:
-    """Prepare metrics for any number of targets on the same images.
-
-    Args:
-        weights_dir: a folder of pretrained weights, searched first: :func:`find_weights`.
+    """Prepare metrics for any number of targets on the same images; ``weights_dir`` is searched first.
 
     Returns:
         A function that makes the metrics of one target, in the order of the names; metrics whose weights are missing

@@ -177,11 +177,7 @@ class MetricSet:
 
 
 def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-    """Check that x and y are uint8 images of one shape (B, C, H, W), with B keys.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless x and y are uint8 images of one shape (B, C, H, W), with B keys."""
     if x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.ndim != 4 or x.shape != y.shape or len(keys) != len(x):
         raise ValueError(
             "metrics compare uint8 images of one shape (B, C, H, W), with B keys: "

@@ -105,20 +105,6 @@ def test_equal_images_have_an_infinite_psnr(images):
     assert same.metrics["ssim"] == pytest.approx(1.0)
 
 
-def test_a_metric_stands_under_metrics_or_under_skipped(images):
-    names = ("psnr", "ms_ssim", "rfid")
-    _, (row,) = run({"darker": darker}, images, names=names)
-    assert row.metrics.keys() == {"psnr"}
-    assert list(row.skipped) == ["ms_ssim", "rfid"]
-    assert "176 pixels" in row.skipped["ms_ssim"]
-    assert "`weights_dir`" in row.skipped["rfid"]
-
-
-def test_an_empty_set(images):
-    with pytest.raises(ValueError, match="no images"):
-        run({"x": darker}, images[:0])
-
-
 def test_bicubic_is_pillows(images):
     reconstruction = RoundTrip(Bicubic(8))(KEYS, images).images
     for x, y in zip(images, reconstruction, strict=True):
