@@ -7,7 +7,7 @@ from time import monotonic
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.source import LoaderProcess, Source
@@ -104,11 +104,17 @@ def fit_linear_paths(model: LiteVAE, crops: Tensor, teacher: Means | None = None
         return (from_uint8(part.to(device)) for part in crops.split(BATCH))
 
     if (path := model.encoder.linear) is not None:
-        moments = JointMoments(values, 0 if teacher is None else n)
-        for x in batches():
-            patches = _vectors(F.pixel_unshuffle(x, f))
-            moments.update(patches, patches[:, :0] if teacher is None else _vectors(teacher(x)))
-        (moments.principal_components(n) if teacher is None else moments.least_squares()).copy_to(path)
+        if teacher is None:
+            moments = JointMoments(values, 0)
+            for x in batches():
+                patches = _vectors(F.pixel_unshuffle(x, f))
+                moments.update(patches, patches[:, :0])
+            moments.principal_components(n).copy_to(path)
+        else:
+            moments = JointMoments(path.weight[0].numel(), n)
+            for x in batches():
+                moments.update(_windows(x, path), _vectors(teacher(x)))
+            moments.least_squares().copy_to(path)
     latents: Means = teacher or path or (lambda x: model.encode(x).mean)
     if model.decoder.linear is not None:
         moments = JointMoments(9 * n, values)
@@ -125,6 +131,13 @@ def _neighbourhoods(z: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
     else:
         z = F.pad(z, (1, 1, 1, 1), mode="replicate")
     return F.unfold(z, 3).movedim(1, 2).flatten(0, 1), _vectors(patches)
+
+
+def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What a convolution sees at each of its positions: (B, C, H, W) -> (B h w, C k k)."""
+    more = (conv.kernel_size[0] - conv.stride[0]) // 2
+    windows = F.unfold(F.pad(x, (more,) * 4, mode="replicate"), conv.kernel_size, stride=conv.stride)
+    return windows.movedim(1, 2).flatten(0, 1)
 
 
 def _vectors(x: Tensor) -> Tensor:

@@ -78,9 +78,15 @@ class Encoder(_Network):
     image_size: int  # the intended size in pixels, at which summaries count operations
 
     def add_linear_path(self) -> None:
-        """Add a linear path from patches to the means."""
+        """Add a linear path from patches to the means.
+
+        Patches are twice as wide as positions are apart: the fit uses their centres, and training learns to overlap
+        them. For odd factors, and above 16, where covariances of larger patches would need gigabytes, they just touch.
+        """
         f = self.downscale
-        self._set_linear_path(nn.Conv2d(self.in_channels, self.latent_dim // 2, kernel_size=f, stride=f))
+        more = f // 2 if f % 2 == 0 and f <= 16 else 0
+        size, n = f + 2 * more, self.latent_dim // 2
+        self._set_linear_path(nn.Conv2d(self.in_channels, n, size, f, padding=more, padding_mode="replicate"))
 
     def with_linear_path(self, moments: Tensor, x: Tensor) -> Tensor:
         """The network's moments, (B, latent_dim, H/f, W/f), plus the linear path from the images x in their means."""

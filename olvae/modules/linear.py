@@ -1,8 +1,10 @@
 """The linear code: principal components of patches, decoded by least squares from 3x3 positions, in closed form."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Encoder, Stage, check_counts
@@ -13,7 +15,7 @@ LEAST_VARIANCE = (2 / 255) ** 2 / 12
 
 
 class LinearEncoder(Encoder):
-    """An encoder that is a linear path alone: a convolution of patches, with the smallest log-variances there are.
+    """An encoder that is a linear path alone, with the smallest log-variances there are.
 
     Args:
         latent_dim: twice the channels of the latent.
@@ -70,9 +72,12 @@ class LinearMap:
 
     @torch.no_grad()
     def copy_to(self, conv: nn.Conv2d) -> None:
-        """Set a convolution to this function of its inputs in the order (channel, row, column)."""
+        """Set a convolution to this function of its inputs, in the order (channel, row, column), or of the middle ones."""
         assert conv.bias is not None
-        conv.weight.copy_(self.weight.view_as(conv.weight))
+        weight = self.weight.unflatten(1, (conv.in_channels, -1))
+        side = math.isqrt(weight.shape[2])
+        more = (conv.kernel_size[0] - side) // 2
+        conv.weight.copy_(F.pad(weight.unflatten(2, (side, side)), (more,) * 4))
         conv.bias.copy_(self.bias)
 
 

@@ -83,7 +83,8 @@ def test_components_of_rounding_noise_are_not_enlarged():
 def test_an_encoder_starts_as_its_path(kind):
     encoder, x = ENCODERS[kind](linear=True), torch.randn(2, 3, 8, 6)
     moments = encoder(x)
-    torch.testing.assert_close(moments[:, :3], F.conv2d(x, encoder.linear.weight, encoder.linear.bias, stride=2))
+    around = F.pad(x, (1, 1, 1, 1), "replicate")  # patches of 4x4 pixels, 2 apart
+    torch.testing.assert_close(moments[:, :3], F.conv2d(around, encoder.linear.weight, encoder.linear.bias, stride=2))
     assert not moments[:, 3:].any()
     nn.init.normal_(last_convolution(encoder).weight)
     assert (encoder(x) - moments).abs().mean(dim=(0, 2, 3)).min() > 0  # the network adds to means and log-variances
@@ -121,6 +122,14 @@ def test_without_it_nothing_changes(make):
     changed = {name for name, tensor in plain.items() if not tensor.equal(linear.state_dict()[name])}
     last = last_convolution(linear)
     assert changed == {name for name, p in linear.named_parameters() if p is last.weight or p is last.bias}
+
+
+@pytest.mark.parametrize(("factor", "size"), [(2, 4), (3, 3), (8, 16), (16, 32), (32, 32)])
+def test_the_patches_of_the_path(factor, size):
+    """Twice the factor, but where that has no middle or is very large; the latent is of the right size in any case."""
+    encoder = LinearEncoder(4, 3, factor)
+    assert encoder.linear.kernel_size == (size, size)
+    assert encoder(torch.rand(1, 3, 2 * factor, factor)).shape == (1, 4, 2, 1)
 
 
 def test_the_code_alone_is_an_encoder_and_a_decoder():
