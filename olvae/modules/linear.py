@@ -72,7 +72,7 @@ class LinearMap:
 
     @torch.no_grad()
     def copy_to(self, conv: nn.Conv2d) -> None:
-        """Set a convolution to this function of its inputs, in the order (channel, row, column), or of the middle ones."""
+        """Set a convolution to this function of its inputs, in the order (channel, row, column), or of the middle."""
         assert conv.bias is not None
         weight = self.weight.unflatten(1, (conv.in_channels, -1))
         side = math.isqrt(weight.shape[2])
