@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from olvae.data.image import from_uint8
 from olvae.metrics.features import Features, frechet_distance
-from olvae.modules.precision import full_float32
+from olvae.modules.base import full_float32
 
 __all__ = ["Lite0", "frechet_lite0", "lite0_network"]
 

@@ -11,9 +11,8 @@ from olvae.config import ConfigError
 from olvae.data.image import from_uint8, to_uint8
 from olvae.devices import now, peak_memory
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.base import count_macs, count_parameters
+from olvae.modules.base import count_macs, count_parameters, full_float32
 from olvae.modules.distributions import keyed_generator
-from olvae.modules.precision import full_float32
 
 
 def check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:

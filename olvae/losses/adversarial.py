@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.precision import island
+from olvae.modules.base import island
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from olvae.losses.adversarial import check_logits, find_loss, mean_of_outputs
-from olvae.modules.precision import island
+from olvae.modules.base import island
 
 
 def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

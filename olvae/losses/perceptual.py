@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import VGG16, VGG19, WeightsFile, find_weights
 from olvae.losses.terms import l1
+from olvae.modules.base import island, no_autocast
 from olvae.modules.frozen import Constant, conv5_4, perceptual_network
-from olvae.modules.precision import island, no_autocast
 
 Perceptual = Literal["lpips", "esrgan"]
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from olvae.modules.base import island, no_autocast
 from olvae.modules.distributions import Posterior
-from olvae.modules.precision import island, no_autocast
 from olvae.modules.wavelet import dwt2
 
 

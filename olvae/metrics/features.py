@@ -11,8 +11,8 @@ from torch import Tensor
 
 from olvae.checkpoint import INCEPTION, read_weights_file
 from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
+from olvae.modules.base import full_float32
 from olvae.modules.frozen import Trunk, perceptual_network
-from olvae.modules.precision import full_float32
 
 LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}
 """The least height and width, in pixels, at which the last layer still has a position."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from olvae.checkpoint import WeightsFile
-from olvae.modules.precision import full_float32
+from olvae.modules.base import full_float32
 
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)

@@ -21,10 +21,9 @@ from olvae.models.weight_files import (
     locate,
     write_export,
 )
-from olvae.modules.base import Decoder, Encoder, count_parameters, last_convolution
+from olvae.modules.base import Decoder, Encoder, autocast_enabled, count_parameters, island, last_convolution
 from olvae.modules.distributions import DiagonalGaussian, Posterior
-from olvae.modules.litevae.smc import fold_smc
-from olvae.modules.precision import autocast_enabled, island
+from olvae.modules.litevae.blocks import fold_smc
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 

@@ -141,6 +141,8 @@ def read_config(path: str | Path, received: bool = False) -> Config:
 
 def class_in(folder: Path) -> str | None:
     """The class, diffusers' or ours, that a folder's config.json names; None if there is no readable one."""
+    if not (folder / CONFIG_NAME).is_file():
+        return None
     try:
         name = read_config(folder / CONFIG_NAME).get("_class_name")
     except ConfigError:

@@ -1,9 +1,9 @@
-"""Base classes of encoders and decoders, counts of parameters and operations."""
+"""Base classes of encoders and decoders, counts of parameters and operations, float32 under autocast."""
 
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -188,3 +188,31 @@ def watch_outputs(modules: Mapping[str, nn.Module], record: Callable[[str, Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x`` (devices such as meta have none)."""
+    kind = x.device.type
+    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Turn autocast off for the device of ``x``."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+
+
+def island(x: Tensor) -> Tensor:
+    """``x`` in float32; float64 stays float64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@contextmanager
+def full_float32(x: Tensor) -> Iterator[None]:
+    """Turn off autocast, and TF32 in convolutions, cuDNN's default: for numbers that are compared with others'."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with no_autocast(x):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.checkpoint import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file
-from olvae.modules.precision import island
+from olvae.modules.base import island
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.precision import island, no_autocast
+from olvae.modules.base import island, no_autocast
 from olvae.modules.unetgan import SpectralConv2d
 
 

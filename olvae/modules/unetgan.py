@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from olvae.modules.precision import no_autocast
+from olvae.modules.base import no_autocast
 
 _LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up blocks, in units of base_channels
     128: ((1, 2, 4, 8, 16), (8, 4, 2, 1, 1)),

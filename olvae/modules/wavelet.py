@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from olvae.modules.precision import autocast_enabled, island, no_autocast
+from olvae.modules.base import autocast_enabled, island, no_autocast
 
 
 def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:

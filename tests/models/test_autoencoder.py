@@ -6,9 +6,9 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Quantizer
+from olvae.modules.litevae.blocks import SMC
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
-from olvae.modules.litevae.smc import SMC
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent

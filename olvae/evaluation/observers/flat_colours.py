@@ -13,7 +13,7 @@ from olvae.data.image import from_uint8
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.page import Page, number, texts
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.precision import full_float32
+from olvae.modules.base import full_float32
 
 GREYS = {"black": 0, "grey 64": 64, "grey 128": 128, "grey 192": 192, "white": 255}
 HUES = {

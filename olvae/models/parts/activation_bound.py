@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.models.parts.part import Loss, Part, Step, check_not_negative
-from olvae.modules.base import watch_outputs
-from olvae.modules.precision import island
+from olvae.modules.base import island, watch_outputs
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -13,8 +13,8 @@ from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import Loss, Part, Step, check_not_negative
 from olvae.models.weight_files import locate_weights
+from olvae.modules.base import island, no_autocast
 from olvae.modules.frozen import VisionEncoder, published_weights
-from olvae.modules.precision import island, no_autocast
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from olvae.models.parts.part import Loss, Part, Step, check_not_negative
+from olvae.modules.base import island
 from olvae.modules.distributions import DiagonalGaussian
-from olvae.modules.precision import island
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL

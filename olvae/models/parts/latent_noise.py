@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from olvae.models.parts.part import Part, Step, check_not_negative
-from olvae.modules.precision import island
+from olvae.modules.base import island
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -18,9 +18,9 @@ from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Loss, Part, Step, check_not_negative, first_images
+from olvae.modules.base import no_autocast
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
 from olvae.modules.frozen import Constant
-from olvae.modules.precision import no_autocast
 from olvae.modules.scaling_factors import Moments
 
 if TYPE_CHECKING:

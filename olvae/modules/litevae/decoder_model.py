@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Stage, check_counts
-from olvae.modules.litevae.smc import SMC
-from olvae.modules.litevae.unet import GroupNorm, PreActivationBlock, conv3, shortcut
+from olvae.modules.litevae.blocks import SMC, GroupNorm, PreActivationBlock, conv3, shortcut
 from olvae.modules.wavelet import idwt2
 
 Variant = Literal["open_litevae", "paper_smc", "group_norm"]

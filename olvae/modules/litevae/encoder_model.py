@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from olvae.modules.base import Encoder, check_counts, check_size
 from olvae.modules.distributions import LOGVAR_RANGE
-from olvae.modules.litevae.unet import OpenUNet, PaperUNet
+from olvae.modules.litevae.blocks import OpenUNet, PaperUNet
 from olvae.modules.wavelet import wavedec2
 
 
