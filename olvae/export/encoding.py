@@ -388,8 +388,9 @@ class EncodeJob:
     def _latents(self, images: Sequence[Tensor], keys: Sequence[str], memory: int) -> list[Latent]:
         """Encode uint8 images that have one size once they are padded, and round to the stored dtype, on the CPU."""
         device = next(self.model.parameters()).device
-        padded = torch.stack([pad_to_multiple(image, self.model.downscale) for image in images])
-        x = from_uint8(padded.to(device))  # (B, C, H, W)
+        if not self.options.size:
+            images = [pad_to_multiple(image, self.model.downscale) for image in images]
+        x = from_uint8(torch.stack(list(images)).to(device))  # (B, C, H, W)
         with autocast(device.type, self.options.precision):
             posterior = self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
         posterior = in_float32(posterior)
