@@ -58,7 +58,7 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
             cells = {"precision": precision, "model.params.checkpoint": str(checkpoint).lower()}
             rows.append({**cells, "fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"})
     print_table(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, sys.stdout)
-    typer.echo("fixed: weights, gradients, optimizers, averages. Then for each image of a micro-batch. Add a tenth.")
+    typer.echo("fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. Allow a tenth more.")
 
 
 recipes_app = typer.Typer()

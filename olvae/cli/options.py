@@ -140,14 +140,16 @@ LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]], file: TextIO) -> None:
     """Print cells by heading as a Markdown table; columns of numbers are aligned on the right."""
-    table = Table(title=title, title_justify="left", box=box.MARKDOWN)
+    table = Table(box=box.MARKDOWN)
     headings = dict.fromkeys(heading for row in sorted(rows, key=len, reverse=True) for heading in row)
     for heading in headings:
         is_numeric = all(row.get(heading, "0")[:1].isdigit() for row in rows)
         table.add_column(heading, justify="right" if is_numeric else "left")
     for row in rows:
         table.add_row(*(escape(row.get(heading, "")) for heading in headings))
-    Console(file=file, width=200).print(table)
+    console = Console(file=file, width=200)
+    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 class ProgressBar:

@@ -84,8 +84,9 @@ def test_with_a_teacher_both_halves_fit_its_latents():
     torch.testing.assert_close(model.decoder.linear.weight, own.decoder.linear.weight)
 
 
-def test_a_training_begins_as_the_linear_code(image_folder):
+def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
     """Before step 1 means and images are the code's, in the networks of a config."""
+    monkeypatch.setattr(linear_start, "CROPS", (256, 256))
     config = linear_config()["model"]["params"]
     model = LiteAutoencoderKL(**config)
     source = FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
