@@ -20,8 +20,7 @@ from olvae.data.image import (
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
 
-VAL_FRACTION = 0.05
-"""Default share of the images that is held out for validation."""
+VAL_FRACTION = 0.05  # default share of the images that is held out for validation
 
 
 class ImageDataset(ABC):
@@ -167,23 +166,13 @@ class MappedSource(Source):
                 yield Sample(None, key, (error.read_error(),))
 
 
-_UNSEEN = [
-    "camera",
-    "chelsea",
-    "coffee",
-    "colosseum",
-    "flower",
-    "gateway-of-india",
-    "picos-de-europa",
-    "safe-landing",
-]
+_UNSEEN = ["camera", "chelsea", "coffee", "colosseum", "flower", "gateway-of-india", "picos-de-europa", "safe-landing"]
 _ALL = sorted((Path(__file__).parent / "photographs").glob("*.jpg"))
 
 PHOTOGRAPHS = tuple(path for path in _ALL if path.stem not in _UNSEEN)
 """For training: JPEG files of this package; LICENCES.txt beside them has authors and licences."""
 
-HELD_OUT = tuple(path for path in _ALL if path.stem in _UNSEEN)
-"""For validation and test; never trained on."""
+HELD_OUT = tuple(path for path in _ALL if path.stem in _UNSEEN)  # for validation and test; never trained on
 
 
 def sample_photographs(paths: Sequence[Path] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3) -> ImageDataset:

@@ -59,8 +59,7 @@ class Bands:
 
 Picture = Image.Image | Bands
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's modes by number of channels."""
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
 
 
 def image_to_tensor(image: Picture) -> Tensor:
@@ -89,8 +88,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if fe
 MAX_PIXELS = 160_000_000
 """Most pixels of a picture: the largest camera's have 151 million. Each takes up to 20 bytes while it is read."""
 
-MAX_RATIO = 100
-"""Largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels."""
+MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -273,11 +271,8 @@ FILTERS = {
 }
 """Pillow's filters; all are antialiased when they shrink."""
 
-ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")
-"""Filters that training draws from by default."""
-
-OVERSAMPLING = 2.0
-"""Least ratio of the square to the result for a JPEG that is decoded at a fraction of its size."""
+ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")  # filters that training draws from by default
+OVERSAMPLING = 2.0  # least ratio of the square to the result for a JPEG that is decoded at a fraction of its size
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import numpy as np
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.source import LoaderProcess, Sample, Source, total
 
-CYCLE = 1000
-"""Samples in which each source has its exact share; weights are as fine as that."""
+CYCLE = 1000  # samples in which each source has its exact share; weights are as fine as that
 
 
 class MixSource(Source):

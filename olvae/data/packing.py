@@ -23,8 +23,7 @@ from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSa
 from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
-STATE = ".packing"
-"""The folder beside the shards, until they are complete, with the state to continue from."""
+STATE = ".packing"  # the folder beside the shards, until they are complete, with the state to continue from
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Formats of images that are made smaller: extension, and Pillow's name."""

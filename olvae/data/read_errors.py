@@ -15,8 +15,7 @@ from olvae.files import list_skipped
 
 log = logging.getLogger("olvae.data")
 
-REPLACEMENTS = 20
-"""Number of other images that are tried in place of an unreadable one."""
+REPLACEMENTS = 20  # number of other images that are tried in place of an unreadable one
 
 T = TypeVar("T")
 R = TypeVar("R")

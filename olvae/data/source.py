@@ -21,8 +21,7 @@ from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.devices import this_process
 
-MIN_VAL_IMAGES = 20
-"""Below this number of images, validation means are too noisy to compare models."""
+MIN_VAL_IMAGES = 20  # below this number of images, validation means are too noisy to compare models
 
 
 @dataclass(frozen=True)

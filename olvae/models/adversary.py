@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.source import Source
-from olvae.losses.adversarial import (
-    LeCam,
-    discriminator_accuracy,
-    discriminator_loss,
-    generator_loss,
-    r1_penalty,
-)
+from olvae.losses.adversarial import LeCam, discriminator_accuracy, discriminator_loss, generator_loss, r1_penalty
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import gradient_ratio

@@ -16,11 +16,7 @@ from olvae.files import first_line
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
-from olvae.models.weight_files import (
-    Located,
-    locate,
-    write_export,
-)
+from olvae.models.weight_files import Located, locate, write_export
 from olvae.modules.base import Decoder, Encoder, autocast_enabled, count_parameters, island, last_convolution
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.blocks import fold_smc

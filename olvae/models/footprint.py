@@ -22,17 +22,14 @@ from olvae.modules.frozen import Constant
 MARGIN = 1.15
 """What a device should have, relative to the estimate: workspaces of convolutions and fragmentation come on top."""
 
-COUNTED = (4, 8)
-"""Images of the two micro-batches between which the memory is taken as linear."""
+COUNTED = (4, 8)  # images of the two micro-batches between which the memory is taken as linear
 
 
 class Footprint(NamedTuple):
     """Bytes of a training step on one device."""
 
-    fixed: int
-    """Weights, gradients, the optimizers' states, the averaged copy, constant networks."""
-    per_image: int
-    """Of a micro-batch: activations for the backward pass, and gradients of activations."""
+    fixed: int  # weights, gradients, the optimizers' states, the averaged copy, constant networks
+    per_image: int  # of a micro-batch: activations for the backward pass, and gradients of activations
 
     def total(self, images: int) -> int:
         """Bytes with this many images in a micro-batch."""

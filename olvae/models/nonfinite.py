@@ -17,14 +17,10 @@ GRADIENT = "gradient of the "
 class BadStep(NamedTuple):
     """A step that changed nothing."""
 
-    step: int
-    """Of the autoencoder; several updates of the discriminator's warm-up have the same."""
-    term: str
-    """The first non-finite one in the order of computation: a loss, or a player's gradient."""
-    keys: list[str]
-    """Of the images of the micro-batch with that term, in this process; of all if it is a gradient."""
-    overflow: bool
-    """fp16's gradients were too large for their scale, which is lowered for that: expected now and then."""
+    step: int  # of the autoencoder; several updates of the discriminator's warm-up have the same
+    term: str  # the first non-finite one in the order of computation: a loss, or a player's gradient
+    keys: list[str]  # of the images of the micro-batch with that term, in this process; of all if it is a gradient
+    overflow: bool  # fp16's gradients were too large for their scale, which is lowered for that: expected now and then
 
 
 @dataclass

@@ -39,8 +39,7 @@ from olvae.models.spec import (
 )
 from olvae.runs import Run, run_of
 
-CONFIG_KEY = "config"
-"""In the header of a safetensors file: an export's config.json."""
+CONFIG_KEY = "config"  # in the header of a safetensors file: an export's config.json
 
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 

@@ -35,8 +35,7 @@ from olvae.runs import Run, Settings
 
 log = logging.getLogger("olvae.training")
 
-LARGE_WAIT_SHARE = 0.1
-"""The share of training time spent waiting for data is shown above this."""
+LARGE_WAIT_SHARE = 0.1  # the share of training time spent waiting for data is shown above this
 
 
 def notify(line: str, style: str | None = None) -> None:

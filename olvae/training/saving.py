@@ -27,8 +27,7 @@ log = logging.getLogger("olvae.training")
 BETTER = {name: metric.better for name, metric in METRICS.items()}
 """Whether higher or lower values are better, by the name of a validation value."""
 
-MAX_PENDING = 2
-"""Checkpoints that may wait in host memory to be written: the last and the best of one step."""
+MAX_PENDING = 2  # checkpoints that may wait in host memory to be written: the last and the best of one step
 
 
 class CheckpointError(OSError):

@@ -20,8 +20,7 @@ from olvae.files import reason, write_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-INDEX = "index.json"
-"""The file beside the shards with the number of images in each; ``olvae data pack`` writes it."""
+INDEX = "index.json"  # the file beside the shards with the number of images in each; ``olvae data pack`` writes it
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,8 @@ META = "latent.json"
 """The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the size of the
 ``image`` that the latent stands for, [width, height]: the image was padded if that is not a multiple of f."""
 
-FLIP = "_flip"
-"""End of the names of the mirrored image's tensors."""
-
-STATS = "stats.json"
-"""The description beside the shards; it is written last, so a folder without one is not complete."""
+FLIP = "_flip"  # end of the names of the mirrored image's tensors
+STATS = "stats.json"  # the description beside the shards; it is written last, so a folder without one is not complete
 
 
 class Latent(NamedTuple):

@@ -28,11 +28,8 @@ _UNPACKING = (zlib.error, lzma.LZMAError, EOFError)
 SHARD_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, IndexError, struct.error, *_UNPACKING)
 """Exceptions from reading a broken tar file."""
 
-MAX_FILE_BYTES = 2**30
-"""Largest file in a shard: an uncompressed TIFF of the largest picture that is read."""
-
-META = re.compile(r"__[^/]*__($|/)")
-"""Names in WebDataset's shards that belong to no sample."""
+MAX_FILE_BYTES = 2**30  # largest file in a shard: an uncompressed TIFF of the largest picture that is read
+META = re.compile(r"__[^/]*__($|/)")  # names in WebDataset's shards that belong to no sample
 
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
@@ -141,28 +138,16 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError("not a tar file, or cut off or damaged") from error
 
 
-STALL_S = 60.0
-"""Seconds without a byte after which a download is taken up anew."""
+STALL_S = 60.0  # seconds without a byte after which a download is taken up anew
 
 CONNECT_S = 30.0
 
-RETRY_S = 60.0
-"""Seconds after a failure during which a download is tried again before it is given up."""
-
-PAUSE_S = 1.0
-"""Seconds before the first of these tries; each pause is twice as long as the one before."""
-
-MAX_RESUMES = 20
-"""Number of times that one download is taken up anew."""
-
-CHUNK = 2**20
-"""Bytes that are asked of a download at a time; fsspec passes each on from another thread."""
-
-BLOCK = 2**23
-"""Bytes of a request to an object store."""
-
-TEMPORARY = (408, 425, 429)
-"""HTTP statuses below 500 after which a request is repeated."""
+RETRY_S = 60.0  # seconds after a failure during which a download is tried again before it is given up
+PAUSE_S = 1.0  # seconds before the first of these tries; each pause is twice as long as the one before
+MAX_RESUMES = 20  # number of times that one download is taken up anew
+CHUNK = 2**20  # bytes that are asked of a download at a time; fsspec passes each on from another thread
+BLOCK = 2**23  # bytes of a request to an object store
+TEMPORARY = (408, 425, 429)  # HTTP statuses below 500 after which a request is repeated
 
 
 def open_url(url: str) -> Any:

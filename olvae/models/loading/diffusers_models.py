@@ -38,8 +38,7 @@ from olvae.runs import run_of
 
 SUBFOLDER = "vae"  # where pipelines keep their autoencoder
 
-PROBE = 128
-"""Side in pixels of the image that measures an autoencoder's factor; the largest published factor is 128."""
+PROBE = 128  # side in pixels of the image that measures an autoencoder's factor; the largest published factor is 128
 
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 

@@ -17,8 +17,7 @@ from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
 from olvae.runs import run_of, settings_of
 
-RAW = ", raw weights"
-"""Ends the name of a target whose raw weights were asked for."""
+RAW = ", raw weights"  # ends the name of a target whose raw weights were asked for
 
 
 class PackageAndHubLoader(Loader):

@@ -25,14 +25,10 @@ class Step:
 
     images: Tensor  # what is encoded: (B, C, H, W) in [-1, 1]
     moments: Tensor | None  # of a posterior that the data provide for the images, (B, 2 n_z, H/f, W/f)
-    shared: np.random.Generator
-    """Draws the same numbers in every process and every micro-batch of an update."""
-    warming_up: bool
-    """The discriminator trains alone: without gradients or losses of the autoencoder."""
-    adversary_plays: bool
-    """Whether the adversary sees this reconstruction; a part may let it sit out."""
-    target: Tensor = field(init=False)
-    """What the reconstruction is compared with; the images, unless a part changes it."""
+    shared: np.random.Generator  # draws the same numbers in every process and every micro-batch of an update
+    warming_up: bool  # the discriminator trains alone: without gradients or losses of the autoencoder
+    adversary_plays: bool  # whether the adversary sees this reconstruction; a part may let it sit out
+    target: Tensor = field(init=False)  # what the reconstruction is compared with; the images, unless a part changes it
     encoded: DiagonalGaussian | None = field(init=False)
     """The encoder's posterior; None where a part stands in for a frozen encoder."""
     posterior: Posterior = field(init=False)

@@ -54,8 +54,7 @@ class Teacher(Part):
     latents = "given"
     better: ClassVar[Mapping[str, str]] = {"latent_rmse": "lower"}
 
-    std: Tensor
-    """Standard deviation of its means per channel, (n_z), measured before the first step."""
+    std: Tensor  # standard deviation of its means per channel, (n_z), measured before the first step
 
     def __init__(
         self,
