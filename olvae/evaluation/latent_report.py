@@ -17,9 +17,7 @@ from olvae.evaluation.report import grid
 from olvae.files import atomic_write
 from olvae.models.autoencoder import Autoencoder
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
-
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for the colour-blind
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -27,11 +25,7 @@ DASHES = ("-", "--", "-.", ":")
 def encode_latents(
     models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu"
 ) -> dict[str, LatentAccumulator]:
-    """Encode the same uint8 images with every model, by name, in one pass.
-
-    Raises:
-        ValueError: latents are not finite.
-    """
+    """Encode the same uint8 images with every model, by name, in one pass; ValueError for latents not finite."""
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
         model.to(device)

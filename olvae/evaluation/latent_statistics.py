@@ -14,13 +14,11 @@ ACTIVE_VARIANCE = 0.01
 """A channel is active if its posterior mean varies by more than this over the data (Burda et al. 2016, section 5.1)."""
 
 NO_DISTRIBUTION = "a deterministic autoencoder: its latents have no distribution of their own"
-"""Why KL and active channels are skipped."""
 
 EDGES = 0.5 * torch.linspace(-5.0, 5.0, 201, dtype=torch.float64).sinh()
 """Edges of the histogram's bins: from -37 to 37, 0.025 wide at 0, 0.05 at 1 and 0.5 at 10 [D]."""
 
-SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)
-"""The bandwidths of the paper's comparison [P Table 6]."""
+SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # the bandwidths of the paper's comparison [P Table 6]
 
 
 def image_key(image: Tensor) -> int:
@@ -58,10 +56,8 @@ class _Totals:
 
     def __add__(self, other: "_Totals") -> "_Totals":
         if self.shape != other.shape:
-            raise ValueError(
-                f"latents of different shapes, {tuple(self.shape)} and {tuple(other.shape)}: the images must have one "
-                "size"
-            )
+            shapes = f"{tuple(self.shape)} and {tuple(other.shape)}"
+            raise ValueError(f"latents of different shapes, {shapes}: the images must have one size")
         return _Totals(
             self.n + other.n,
             self.shape,
@@ -138,8 +134,7 @@ class LatentAccumulator:
     def update(self, posterior: Posterior, keys: Sequence[int]) -> None:
         """Add a posterior over (B, n_z, h, w), on any device, with its images' keys: :func:`image_key`.
 
-        Raises:
-            ValueError: it is not finite, or its shape differs from the ones before.
+        Raise ValueError if it is not finite, or its shape differs from the ones before.
         """
         device = "cpu" if posterior.mean.device.type == "mps" else posterior.mean.device  # mps has no float64
         mean = posterior.mean.to(device).double()  # (B, C, h, w)
@@ -161,8 +156,7 @@ class LatentAccumulator:
     def compute(self) -> dict[str, Any]:
         """Compute a row of latents.json: numbers and lists, and reasons under ``skipped`` for those missing.
 
-        Raises:
-            ValueError: there were no images, or all latents are equal.
+        Raise ValueError if there were no images, or all latents are equal.
         """
         if self._totals is None:
             raise ValueError("no images: there are no latents to describe")

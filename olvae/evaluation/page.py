@@ -23,8 +23,7 @@ MINUS = "\N{MINUS SIGN}"
 INFINITY = "\N{INFINITY}"
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓"}
 
-SIDES = (96, 256)
-"""The longest side of a photograph, in pixels: as small as it may become, and at most."""
+SIDES = (96, 256)  # the longest side of a photograph, in pixels: as small as it may become, and at most
 
 
 class Cell(NamedTuple):

@@ -30,11 +30,7 @@ PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pi
 
 
 def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = str) -> None:
-    """Print to standard error: a table per protocol, one of the costs, and what was skipped and why.
-
-    Args:
-        worded: rewrites a line, such as settings as flags.
-    """
+    """Print to standard error: a table per protocol, one of the costs, and what was skipped, in lines as ``worded``."""
     console = Console(stderr=True)
     for evaluated in several:
         counts = {row.n for row in evaluated.results.table}
@@ -88,14 +84,9 @@ def write_csv(results: Results, path: Path) -> None:
 
 
 def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: str | None = None) -> dict[str, Path]:
-    """Write all files of one protocol; where metrics.json is, the others are its own.
+    """Write all files of one protocol; where metrics.json is, the others are its own. Return what is where.
 
-    Args:
-        suffix: to the files' names.
-        command: the command line, for the page; without one, no page is written.
-
-    Returns:
-        What is written and where.
+    ``suffix`` is added to the files' names. The page shows the ``command`` line; without one, no page is written.
     """
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,9 +108,7 @@ def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: s
 def render_page(evaluated: Evaluated, command: str = "", when: datetime | None = None) -> str:
     """Render the page as HTML: no script, no request; its pictures are smaller the more there are.
 
-    Args:
-        command: the command line, to be shown.
-        when: the evaluation was made, with the time zone; by default now.
+    It shows the ``command`` line, and ``when`` the evaluation was made, with the time zone; by default now.
     """
     results = evaluated.results
     page = Page(results)

@@ -15,14 +15,12 @@ from olvae.data.source import MIN_VAL_IMAGES
 from olvae.evaluation.roundtrip import Cost
 from olvae.metrics import METRICS
 
-INFINITE = "infinite: an image is equal to its reconstruction to the pixel"
-"""Where a metric is infinite, metrics.json has this under ``skipped``: JSON has no infinity."""
+INFINITE = "infinite: an image is equal to its reconstruction to the pixel"  # under ``skipped``: JSON has no infinity
 
 FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")
 """Keys of a row of metrics.json; the others are observers' entries."""
 
-CHUNK = 1 << 22
-"""How many values the bootstrap draws at a time; it bounds memory."""
+CHUNK = 1 << 22  # values that the bootstrap draws at a time; it bounds memory
 
 
 class Difference(NamedTuple):
@@ -38,11 +36,7 @@ def confidence(
 ) -> tuple[float, float] | None:
     """The interval that holds the mean in ``level`` of all draws of as many images, with replacement.
 
-    Args:
-        values: one per image, by key; their order makes no difference.
-
-    Returns:
-        Its ends; None for one image, or if a value is infinite.
+    ``values`` are by the images' keys, in any order. None for one image, or if a value is infinite.
     """
     drawn = _bootstrap(np.array([[values[key] for key in sorted(values)]]), samples, seed)
     return None if drawn is None else _interval(drawn[0], level)
@@ -112,11 +106,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "Row":
-        """The inverse of :meth:`as_dict`.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError: this is not a row of metrics.json.
-        """
+        """The inverse of :meth:`as_dict`; ValueError, KeyError, TypeError or AttributeError if it is something else."""
         metrics = {str(name): float(value) for name, value in row["metrics"].items()}
         if not all(math.isfinite(value) for value in metrics.values()):
             raise ValueError("it has metrics that are not finite")
@@ -160,12 +150,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Read a metrics.json.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is something else.
-        """
+        """Read a metrics.json; FileNotFoundError if there is none, ValueError if the file is something else."""
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such metrics.json")
         try:
@@ -179,21 +164,15 @@ class Results:
     def beside(self, files: Mapping[Path, "Results"], mix: bool = False) -> "Results":
         """These results, with the rows of earlier ones below, by file. A name that is taken gets a number.
 
-        Args:
-            mix: allow results that are not comparable (another protocol, other images); their rows are marked.
-
-        Raises:
-            ValueError: they are not comparable.
+        Those that are not comparable, of another protocol or other images, are marked with ``mix``, else ValueError.
         """
         taken = {row.target for row in self.table}
         added = []
         for path, earlier in files.items():
             what = self._not_comparable(earlier)
             if what and not mix:
-                raise ValueError(
-                    f"{path}: has results of {what}, which are not comparable with these; to show them in one table "
-                    "anyway, set `mix_protocols`"
-                )
+                anyway = "to show them in one table anyway, set `mix_protocols`"
+                raise ValueError(f"{path}: has results of {what}, which are not comparable with these; {anyway}")
             for row in earlier.table:
                 marked = f"{row.target} [{what}]" if what else row.target
                 names = chain([marked], (f"{marked} ({again})" for again in count(2)))
@@ -213,10 +192,8 @@ class Results:
             found.append(f"images smaller than the crop, which were enlarged: {self.images['enlarged']}")
         for name, file in used_weights(self.rows).items():
             if not file["published"]:
-                found.append(
-                    f"{METRICS[name].label} rests on a {file['file']} that is not the published file: its values "
-                    "are not comparable with published ones"
-                )
+                other = f"rests on a {file['file']} that is not the published file"
+                found.append(f"{METRICS[name].label} {other}: its values are not comparable with published ones")
         return list(dict.fromkeys(found))
 
     def _not_comparable(self, earlier: "Results") -> str:

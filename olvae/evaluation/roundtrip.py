@@ -16,21 +16,15 @@ from olvae.modules.distributions import keyed_generator
 
 
 def check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
-    """Check that all models take the same square images of ``size`` pixels.
-
-    Raises:
-        ConfigError: they take other numbers of channels, or the size is not a multiple of a model's downscale factor.
-    """
+    """Check that all models take the same square images of ``size`` pixels; ConfigError if one does not."""
     channels = {model.in_channels for model in models.values()}
     if len(channels) > 1:
         counts = " and ".join(map(str, sorted(channels)))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
     for name, model in models.items():
         if size % (f := model.downscale):
-            raise ConfigError(
-                f"{name}: a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}: set `size` "
-                f"to {max(f, size // f * f)}"
-            )
+            why = f"a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}"
+            raise ConfigError(f"{name}: {why}: set `size` to {max(f, size // f * f)}")
 
 
 class Reconstructed(NamedTuple):
@@ -80,11 +74,7 @@ class RoundTrip:
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str], x: Tensor) -> Reconstructed:
-        """Reconstruct images, uint8 (B, C, H, W).
-
-        Raises:
-            ArithmeticError: a reconstruction is not finite, which uint8 would hide.
-        """
+        """Reconstruct images, uint8 (B, C, H, W); ArithmeticError if a result is not finite, which uint8 would hide."""
         images = from_uint8(x.to(self.device))
         with full_float32(images), peak_memory(self.device, self._peaks):
             start = now(self.device)

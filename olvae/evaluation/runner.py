@@ -24,8 +24,7 @@ DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
 
 T = TypeVar("T")
 
-Key = tuple[str, int]
-"""A subject's name, and the way to draw latents; baselines have only 0."""
+Key = tuple[str, int]  # a subject's name, and the way to draw latents; baselines have only 0
 
 Progress = Callable[[str], Callable[[Iterable[Batch], int | None], Iterable[Batch]]]
 """Shows progress under a description: wraps batches, with the number of images over all processes if it is known."""
@@ -33,7 +32,7 @@ Progress = Callable[[str], Callable[[Iterable[Batch], int | None], Iterable[Batc
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate, on which images, and how.
+    """What to evaluate, on which images, and how; ConfigError if the parts do not fit together.
 
     Args:
         targets: with distinct names.
@@ -46,9 +45,6 @@ class Request:
         weights_dir: a folder of pretrained networks, searched first.
         device: in torch's notation.
         observers: in the order of the page.
-
-    Raises:
-        ConfigError: the parts do not fit together.
     """
 
     targets: Sequence[Target]
@@ -99,8 +95,7 @@ def evaluate(request: Request, progress: Progress = lambda _: lambda batches, _:
         One result per protocol, in the first process; None in the others.
 
     Raises:
-        ConfigError: the request's parts do not fit together.
-        FileNotFoundError, ValueError: images or weights are missing or unreadable.
+        FileNotFoundError, ValueError: images or weights are missing, unreadable, or do not fit the targets.
     """
     observers = copy.deepcopy(list(request.observers))
     subjects = {target.name: Subject(target.load()) for target in request.targets}
@@ -196,12 +191,8 @@ def observe(
 ) -> dict[str, bytes] | None:
     """Reconstruct this process's share of the images with every subject, for metrics and observers.
 
-    Returns:
-        A digest of each image's pixels by key, in the first process, whose metrics and observers then hold those of
-        all; None in the others.
-
-    Raises:
-        ValueError: there are no images.
+    Returns a digest of each image's pixels by key, in the first process, whose metrics and observers then hold those of
+    all; None in the others. Raises ValueError if there are no images.
     """
     digests: dict[str, bytes] = {}
     for batch in batches:

@@ -35,8 +35,7 @@ METRICS: dict[str, Kind] = {
 PIXELS = {"psnr": psnr, "ssim": ssim, "ssim_uniform": ssim_uniform, "ms_ssim": ms_ssim, "l1": l1}
 SETS = {"rfid": RFID, "kid": KID}
 
-MakeMetrics = Callable[[], MetricSet]
-"""Makes the metrics of one target. Networks, and the features of the images, are shared by all that it makes."""
+MakeMetrics = Callable[[], MetricSet]  # makes one target's; all that it makes share networks, and the images' features
 
 
 def build_metrics(

@@ -14,12 +14,10 @@ from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
 from olvae.modules.base import full_float32
 from olvae.modules.frozen import Trunk, perceptual_network
 
-LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}
-"""The least height and width, in pixels, at which the last layer still has a position."""
+LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}  # least sides in pixels: the last layer still has a position
 
 Features = NDArray[np.float32]
-Extract = Callable[[Tensor], Features]
-"""uint8 (B, 3, H, W) to features (B, D)."""
+Extract = Callable[[Tensor], Features]  # uint8 (B, 3, H, W) to features (B, D)
 
 
 class LPIPSDistance:
@@ -32,9 +30,8 @@ class LPIPSDistance:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Two batches of uint8 images (B, 3, H, W) -> float64 (B,)."""
         if x.shape[1] != 3 or min(x.shape[-2:]) < self._least:
-            raise Unavailable(
-                f"LPIPS needs images of 3 channels and at least {self._least} pixels, got {tuple(x.shape[1:])}"
-            )
+            least = f"3 channels and at least {self._least} pixels"
+            raise Unavailable(f"LPIPS needs images of {least}, got {tuple(x.shape[1:])}")
         distances: Tensor = self._network(x.float() / 127.5 - 1.0, y.float() / 127.5 - 1.0)  # (B, 1, 1, 1)
         return distances.flatten().double()
 
@@ -120,10 +117,9 @@ class RFID(SetMetric):
         self.details["features"] = width
         self.details.pop("warning", None)
         if n <= width:
-            self.details["warning"] = (
-                f"{n} images for {width} features: the covariances are singular and the distance is biased; "
-                "compare it only with values on the same images"
-            )
+            biased = "the covariances are singular and the distance is biased"
+            only = "compare it only with values on the same images"
+            self.details["warning"] = f"{n} images for {width} features: {biased}; {only}"
         return frechet_distance(images, reconstructions)
 
 

@@ -43,9 +43,7 @@ class Metric(ABC):
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         """Add images and their reconstructions, B keys and twice uint8 (B, C, H, W), on any device.
 
-        Raises:
-            Unavailable: the metric is not defined for this size or number of channels.
-            ValueError: x and y do not fit together.
+        Raise Unavailable for a size or number of channels that the metric is not defined for.
         """
 
     @abstractmethod
@@ -60,8 +58,7 @@ class Metric(ABC):
     def compute(self) -> float:
         """The value over all images, maybe infinite (PSNR of equal images); completes ``details``.
 
-        Raises:
-            Unavailable: there are too few images.
+        Raise Unavailable if there are too few images.
         """
 
     def per_image(self) -> Mapping[str, float] | None:
@@ -72,16 +69,11 @@ class Metric(ABC):
 class PerImage(Metric):
     """The mean over images of a function of each pair, exactly rounded.
 
-    Args:
-        compare: maps x, y, uint8 (B, C, H, W), to one value per pair (B,).
-        device: where it is computed.
+    ``compare`` maps x, y, uint8 (B, C, H, W) on the device, to one value per pair (B,).
     """
 
     def __init__(
-        self,
-        kind: Kind,
-        compare: Callable[[Tensor, Tensor], Tensor],
-        device: str | torch.device = "cpu",
+        self, kind: Kind, compare: Callable[[Tensor, Tensor], Tensor], device: str | torch.device = "cpu"
     ) -> None:
         super().__init__(kind)
         self._compare = compare
@@ -114,10 +106,8 @@ class PerImage(Metric):
         for key, value in values:
             known = self._values.setdefault(key, value)
             if not math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5):  # the same pair, rounded twice
-                raise ValueError(
-                    f"two different pairs of images have the key {key!r} ({self.kind.name} {known:.6g} and "
-                    f"{value:.6g}): give each image its own"
-                )
+                differ = f"{self.kind.name} {known:.6g} and {value:.6g}"
+                raise ValueError(f"two different pairs of images have the key {key!r} ({differ}): give each its own")
 
 
 class MetricSet:
@@ -179,7 +169,5 @@ class MetricSet:
 def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:
     """Raise ValueError unless x and y are uint8 images of one shape (B, C, H, W), with B keys."""
     if x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.ndim != 4 or x.shape != y.shape or len(keys) != len(x):
-        raise ValueError(
-            "metrics compare uint8 images of one shape (B, C, H, W), with B keys: "
-            f"got {x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)} and {len(keys)} keys"
-        )
+        got = f"{x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)} and {len(keys)} keys"
+        raise ValueError(f"metrics compare uint8 images of one shape (B, C, H, W), with B keys: got {got}")

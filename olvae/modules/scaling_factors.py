@@ -63,8 +63,7 @@ class Moments:
     def factors(self) -> tuple[float, float]:
         """The scaling and the shift factor of all channels together: (z - shift) * scaling has mean 0 and variance 1.
 
-        Raises:
-            ValueError: the latents are all equal.
+        Raise ValueError if the latents are all equal.
         """
         shift = float(self.mean.mean())
         variance = float(((self.squares + self.variances) / self.positions).mean()) - shift**2

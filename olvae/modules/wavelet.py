@@ -23,14 +23,10 @@ from olvae.modules.base import autocast_enabled, island, no_autocast
 
 
 def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
-    """One level of the transform.
+    """One level of the transform, by an orthogonal wavelet of PyWavelets ("haar", "db2", "sym4", ...).
 
-    Args:
-        x: (B, C, H, W), any real dtype, any H and W from 1 up.
-        wavelet: the name of an orthogonal PyWavelets wavelet ("haar", "db2", "sym4", ...).
-
-    Returns:
-        (B, 4C, ceil(H/2), ceil(W/2)): LL, width, height and diagonal details, C channels each.
+    (B, C, H, W), any real dtype, any H and W from 1 up -> (B, 4C, ceil(H/2), ceil(W/2)): LL, width, height and diagonal
+    details, C channels each.
     """
     if x.ndim != 4:
         raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
@@ -42,9 +38,7 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
 def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
     """The inverse of :func:`dwt2`: (B, 4C, h, w) in its order -> (B, C, *size).
 
-    Args:
-        size: the height and width of the image; (2h, 2w) if it is not given, which for an odd-sized
-            image holds one repeated row or column too many.
+    The default size is (2h, 2w), which for an odd-sized image holds one repeated row or column too many.
     """
     if y.ndim != 4 or y.shape[1] % 4:
         raise ValueError(f"idwt2 takes bands of shape (B, 4C, h, w), got {tuple(y.shape)}")
@@ -61,8 +55,7 @@ def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None)
 def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
     """Several levels: level l+1 transforms the LL band of level l.
 
-    Returns:
-        ``levels`` tensors, finest first; the l-th (from 1) is (B, 4C, ~H/2^l, ~W/2^l) in dwt2's order.
+    Return a list, finest first; its l-th tensor (from 1) is (B, 4C, ~H/2^l, ~W/2^l) in dwt2's order.
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")

@@ -20,8 +20,7 @@ from olvae.runs import settings_of
 
 log = logging.getLogger("olvae")
 
-UNTRAINED = "untrained"
-"""A baseline's name, which no target may have."""
+UNTRAINED = "untrained"  # a baseline's name, which no target may have
 
 
 class Bicubic(Autoencoder):

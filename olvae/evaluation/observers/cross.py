@@ -59,17 +59,12 @@ class Cross(Observer):
             yield f"`cross` takes two targets, TEACHER STUDENT, and got {len(targets)}"
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
-        """The two autoencoders, and after them the encoder of each with the decoder of the other.
-
-        Raises:
-            ConfigError: their latents have different shapes.
-        """
+        """The two autoencoders, then each encoder with the other's decoder; ConfigError if latents' shapes differ."""
         (a, first), (b, second) = ((name, subject.model) for name, subject in subjects.items())
         if (first.latent_channels, first.downscale) != (second.latent_channels, second.downscale):
-            raise ConfigError(
-                f"{a} has {first.latent_channels} channels at f{first.downscale}, {b} {second.latent_channels} at "
-                f"f{second.downscale}: crossed evaluation needs the same latent"
-            )
+            found = f"{a} has {first.latent_channels} channels at f{first.downscale}"
+            other = f"{b} {second.latent_channels} at f{second.downscale}"
+            raise ConfigError(f"{found}, {other}: crossed evaluation needs the same latent")
         self._teacher, self._student = a, b
         self._crossed = {
             f"{a}'s encoder, {b}'s decoder": Subject(Crossed(first, second)),
@@ -120,7 +115,5 @@ class Cross(Observer):
                 overall, *channels = (
                     NONE if value is None else f"{value:.3f}" for value in (entry["rmse"], *entry["per_channel"])
                 )
-                yield (
-                    f"latents of {row.target}: RMS error {overall} in standard deviations of {entry['teacher']}; per "
-                    f"channel {', '.join(channels)}"
-                )
+                error = f"RMS error {overall} in standard deviations of {entry['teacher']}"
+                yield f"latents of {row.target}: {error}; per channel {', '.join(channels)}"

@@ -20,8 +20,7 @@ from olvae.metrics import METRICS
 LPIPS_FROM = 32
 """Images of at least this many pixels a side are ranked by LPIPS, if it is known; smaller ones by PSNR."""
 
-SHOWN = 8
-"""Images of the figure, chosen by the hash of their keys alone."""
+SHOWN = 8  # images of the figure, chosen by the hash of their keys alone
 
 
 class Example(NamedTuple):

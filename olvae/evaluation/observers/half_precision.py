@@ -21,8 +21,7 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import watch_outputs
 from olvae.modules.distributions import Posterior, in_float32
 
-TOLERANCE = 0.1
-"""In dB: a precision whose PSNR is further from float32's is not safe."""
+TOLERANCE = 0.1  # in dB: a precision whose PSNR is further from float32's is not safe
 
 
 class InPrecision(Autoencoder):
@@ -129,10 +128,7 @@ class HalfPrecision(Observer):
 
     Args:
         precisions: fp16, bf16, 32, by any of their names; 32 is always among them, and first, because others are
-            compared with it. With 32 alone, nothing is done and nothing recorded.
-
-    Raises:
-        ConfigError: a name is unknown.
+            compared with it. With 32 alone, nothing is done and nothing recorded. ConfigError for an unknown name.
     """
 
     name = "precision"
@@ -149,11 +145,7 @@ class HalfPrecision(Observer):
             yield "`cross` and `precision` are two evaluations: leave one of them out"
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
-        """Every autoencoder in every precision; in 32 it keeps its name, otherwise the precision ends it.
-
-        Raises:
-            ConfigError: another autoencoder has such a name.
-        """
+        """Every autoencoder in every precision; in 32 it keeps its name, otherwise the precision ends it."""
         if len(self.precisions) == 1:
             return dict(subjects)
         derived: dict[str, Subject] = {}
