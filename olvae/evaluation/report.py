@@ -84,7 +84,7 @@ def write_csv(results: Results, path: Path) -> None:
 
 
 def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: str | None = None) -> dict[str, Path]:
-    """Write all files of one protocol; where metrics.json is, the others are its own. Return what is where.
+    """Write all files of one protocol; where metrics.json is, the others are its own. Return their paths.
 
     ``suffix`` is added to the files' names. The page shows the ``command`` line; without one, no page is written.
     """
