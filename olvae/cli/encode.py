@@ -16,7 +16,6 @@ from olvae.cli.options import (
     TargetArgument,
     check_paths,
     check_precision,
-    in_flags,
     loading,
     stop_code,
 )
@@ -99,8 +98,9 @@ def command(
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
-        for note in job.notes(world) if rank == 0 else ():
-            typer.echo(f"note: {in_flags(note)}", err=True)
+        if rank == 0 and (n := len(inputs)) < world:
+            idle = f"note: {n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do"
+            typer.echo(f"{idle}; a smaller --shard-size gives them work, unless the images come in shards", err=True)
         if compiled:
             compile_networks([model.get_submodule("encoder")], where)
         share = "" if world == 1 else f", 1 of {world} shares"

@@ -11,6 +11,7 @@ import typer
 from olvae.cli.options import (
     PRECISIONS,
     AllowMismatch,
+    ConfigBase,
     ConfigFile,
     Device,
     Raw,
@@ -62,9 +63,7 @@ Out = Annotated[
 def command(
     targets: Targets,
     config: ConfigFile = None,
-    config_base: Annotated[
-        Path | None, typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config here.")
-    ] = None,
+    config_base: ConfigBase = None,
     batch_size: BatchSize = None,
     metrics: Annotated[
         str, typer.Option(metavar="LIST", callback=comma_list((ALL, *METRICS)), help=f"{', '.join(METRICS)}.")
@@ -218,11 +217,7 @@ def _finish(
     page: bool,
     as_json: bool,
 ) -> None:
-    """Write and print results beside earlier ones.
-
-    Raises:
-        ValueError: earlier ones are not comparable; the new results are kept.
-    """
+    """Write and print results beside earlier ones; ValueError, after that, if these are not comparable."""
     import json
     from dataclasses import replace
 
@@ -251,12 +246,7 @@ def _finish(
 
 
 def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
-    """Where results go, checked before the work: ``out``, the run's folder, or one beside a file of weights.
-
-    Raises:
-        ConfigError: there is no default for this target, as the user wrote it.
-        OSError: the folder can't be made or written to.
-    """
+    """Where results go, checked before the work: ``out``, the run's folder, or one beside a file of weights."""
     from olvae.config import ConfigError
     from olvae.files import check_folder
 

@@ -5,18 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from olvae.cli.options import AllowMismatch, Raw, check_paths, in_flags, loading
+from olvae.cli.options import AllowMismatch, ConfigBase, ConfigFile, Raw, TargetArgument, check_paths, in_flags, loading
 
 
 def command(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="A run, a checkpoint, an export, olvae:NAME, an id of the hub, diffusers:ID_OR_FOLDER of an "
-            "AutoencoderKL, or a file of latent-diffusion's.",
-        ),
-    ],
+    target: TargetArgument,
     out: Annotated[
         Path, typer.Option(metavar="PATH", help="The folder to create; for ldm and comfyui the .safetensors file.")
     ],
@@ -31,12 +24,8 @@ def command(
             "AutoencoderKL's networks, else litevae.",
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="CFG", help="The config of a checkpoint, if it is not beside it.")
-    ] = None,
-    config_base: Annotated[
-        Path | None, typer.Option("--config_base", metavar="DIR", help="A folder to search for the run's config.")
-    ] = None,
+    config: ConfigFile = None,
+    config_base: ConfigBase = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     dtype: Annotated[

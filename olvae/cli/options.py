@@ -25,9 +25,7 @@ if TYPE_CHECKING:  # slow to import
 
 STOPPED = 130  # exit code after Ctrl-C, as in shells
 
-PREEMPTED = 75
-"""Exit code after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h; the same command continues, or
-``olvae train --resume``."""
+PREEMPTED = 75  # after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h: what was begun can be continued
 
 PRECISIONS = ("fp16", "bf16", "32", "16", "float16", "bfloat16", "float32")
 """What :func:`olvae.devices.precision_name`, which imports torch, takes: names, then aliases."""
@@ -69,6 +67,10 @@ TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=KINDS)]
 CONFIG_HELP = "The config of a checkpoint, a file or recipe; a run folder has its own."
 ConfigFile = Annotated[Path | None, typer.Option(metavar="CFG", help=CONFIG_HELP)]
 
+ConfigBase = Annotated[
+    Path | None, typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config here.")
+]
+
 Raw = Annotated[bool, typer.Option("--raw", help="Use the weights as trained, not the averaged ones (EMA).")]
 
 AllowMismatch = Annotated[
@@ -79,11 +81,8 @@ Device = Annotated[
     str | None, typer.Option(callback=check_device, help="cpu or cuda; by default a GPU if there is one.")
 ]
 
-
-_received: list[int] = []
-
-_flags: dict[str, str] = {}
-"""The running command's flags by the names of their settings."""
+_received: list[int] = []  # signals
+_flags: dict[str, str] = {}  # of the running command, by the names of their settings
 
 
 def end_on(*numbers: int) -> None:
@@ -155,11 +154,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]], file: TextIO) -> 
 class ProgressBar:
     """Show progress on standard error, inside a ``with`` block; the bar disappears at its end.
 
-    The bar and its thread start with the first count, because worker processes have to be forked before.
-
-    Args:
-        total: of the units; None if unknown.
-        enabled: False for ranks other than the first.
+    The bar and its thread start with the first count, because worker processes have to be forked before. The total may
+    be unknown; ``enabled`` is False for ranks other than the first.
     """
 
     def __init__(

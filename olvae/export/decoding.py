@@ -39,13 +39,8 @@ def decode_shards(
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
     Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`. What takes more than
-    ``memory`` bytes is tiled. ``advance`` is called with the number of further images.
-
-    Returns:
-        The number of images, and the latents that could not be read.
-
-    Raises:
-        ValueError: the latents are another model's, a key leads out of the folder, or no latent can be read.
+    ``memory`` bytes is tiled. ``advance`` is called with the number of further images. Return the number of images, and
+    the latents that could not be read; raise ValueError if none can, or they are another model's.
     """
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
     names, unreadable = set[str](), list[ReadError]()

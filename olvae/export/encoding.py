@@ -35,8 +35,7 @@ from olvae.modules.scaling_factors import Moments
 
 STATE = ".encode"  # folder beside the shards, with the plan and a description of each finished shard
 
-WINDOW_BATCHES, WINDOW_BYTES = 8, 2**28
-"""Limits of the images of their own sizes that are looked at together, for those of one size, and of their pixels."""
+WINDOW_BATCHES, WINDOW_BYTES = 8, 2**28  # images of their own sizes among which those of one size are looked for
 
 
 class Item(NamedTuple):
@@ -50,14 +49,11 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetInputs:
-    """Images by number: output shard i holds those from i * shard_size on, and files are named by the number.
-
-    If ``classes`` names folders, a file ``.cls`` holds the number of the image's.
-    """
+    """Images by number: output shard i holds those from i * shard_size on, and files are named by the number."""
 
     images: ImageDataset
     shard_size: int
-    classes: Sequence[str] = ()
+    classes: Sequence[str] = ()  # names of folders: a file ``.cls`` has the number of the image's
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.shard_size)
@@ -119,9 +115,8 @@ Inputs = DatasetInputs | ShardInputs
 def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
     """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
 
-    Args:
-        shard_size: images in an output shard, unless SRC is made of shards.
-        classes: whether the folders of SRC are classes; shards keep their own .cls files.
+    ``shard_size`` is the number of images in an output shard, unless SRC is made of shards; with ``classes`` the
+    folders of SRC are classes.
     """
     if Path(src).suffix in (".yaml", ".yml"):
         source = open_source(src, 1, 1)
@@ -251,30 +246,19 @@ class EncodeJob:
 
     Shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a byte; see
     :class:`~olvae.data.shards.write.ResumableShards`. The model is on its device, in evaluation mode; ``describe`` has
-    further entries of stats.json, such as the target's name.
-
-    Raises:
-        ConfigError: the folder holds latents of other options, images or weights, or something else.
-        ValueError: the options do not suit the model, see :meth:`EncodeOptions.check`.
+    further entries of stats.json, such as the target's name. Raise ConfigError if the folder holds latents of other
+    options, images or weights, or something else.
     """
 
     def __init__(
         self, model: Autoencoder, inputs: Inputs, options: EncodeOptions, folder: Path, describe: Mapping[str, Any]
     ) -> None:
         options.check(model)
-        self.model = model
-        self.inputs = inputs
-        self.options = options
+        self.model, self.inputs, self.options = model, inputs, options
         self.shards = ResumableShards(folder, STATE)
         weights = tensors_sum(model.state_dict())
         self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
         self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
-
-    def notes(self, world: int) -> Iterator[str]:
-        """Yield what makes this job slower than it could be in so many processes."""
-        if (n := len(self.inputs)) < world:
-            remedy = "a smaller `shard_size` gives them work, unless the images come in shards"
-            yield f"{n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do; {remedy}"
 
     def run(
         self,
@@ -287,13 +271,9 @@ class EncodeJob:
     ) -> None:
         """Encode this process's shards, except those that are finished.
 
-        Args:
-            memory: bytes that encoding images of their own sizes may take; see :meth:`Autoencoder.encode_within`.
-            advance: called with the number of further images that are done, including those of finished shards.
-
-        Raises:
-            ValueError: latents have non-finite values, or are too large for the dtype.
-            OSError: a remote shard can't be read now.
+        Encoding images of their own sizes may take ``memory`` bytes; see :meth:`Autoencoder.encode_within`. ``advance``
+        is called with the number of further images that are done, including those of finished shards. Raise ValueError
+        for latents that are not finite, or too large for the dtype, OSError if a remote shard can't be read now.
         """
         for shard in range(rank, len(self.inputs), world):
             if finished := self.shards.finished(shard):

@@ -113,13 +113,9 @@ def export(
     get a model card, and the metrics.json that it cites. The model is in float32, with its factors; of the settings
     only ``dtype``, ``fold``, ``onnx`` and ``force`` are used; the default layout is litevae.
 
-    Returns:
-        The differences, relative to the largest value, by what was compared.
-
-    Raises:
-        FileExistsError: as :func:`check_place`.
-        ValueError: the format can't hold the model, weights are not finite, also after rounding, or a comparison fails.
-        ModuleNotFoundError: ``onnx`` without the extra.
+    Return the differences, relative to the largest value, by what was compared. Raise FileExistsError as
+    :func:`check_place`, and ValueError if the format can't hold the model, weights are not finite, also after rounding,
+    or a comparison fails.
     """
     layout, settings = layout or LAYOUTS["litevae"](), settings or ExportSettings()
     title = Path(place).absolute().name

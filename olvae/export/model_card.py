@@ -18,9 +18,7 @@ from olvae.modules.base import count_parameters
 from olvae.runs import settings_of
 
 CARD_NAME = "README.md"
-
-MADE_WITH = "made with open-LiteVAE"
-"""In every model card: distinguishes folders that an export may replace from ones that were downloaded."""
+MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
 
 
 @dataclass(frozen=True)

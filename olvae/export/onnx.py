@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from olvae.models.autoencoder import LiteVAE
 
 TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, relative to the largest value
-
 TRACED, CHECKED = (2, 3, 4), ((1, 5, 3), (2, 2, 6), (3, 1, 1))  # batch, and height and width in latent positions
 
 

@@ -39,11 +39,8 @@ class ReconstructOptions:
 def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
     """Choose each image's place below ``out``, without extension: its name, in its folder below a given folder.
 
-    Images in given folders are found, but for those in ``out``.
-
-    Raises:
-        FileNotFoundError: something given does not exist, or there is no image.
-        ConfigError: two images would have one result, or a result would overwrite an image.
+    Images in given folders are found, but for those in ``out``. Raise FileNotFoundError if something does not exist or
+    there is no image, ConfigError if two images would have one result, or a result would overwrite an image.
     """
     found: dict[Path, tuple[Path, Path]] = {}
     for path in given:
@@ -60,9 +57,8 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
         for path in (place, comparison_path(place).with_suffix("")):
             other = taken.setdefault(str(path).lower(), image)
             if other != image:
-                raise ConfigError(
-                    f"{other} and {image} would both become {path}: give a folder that holds both folders"
-                )
+                both = f"{other} and {image} would both become {path}"
+                raise ConfigError(f"{both}: give a folder that holds both folders")
             for suffix in (".png", ".npy"):
                 if path.with_name(path.name + suffix).resolve() in found:
                     raise ConfigError(f"`out` {out}: {path.name}{suffix} is one of the images: choose another folder")
@@ -75,18 +71,12 @@ def comparison_path(place: Path) -> Path:
 
 @torch.no_grad()
 def reconstruct(
-    model: Autoencoder,
-    image: Tensor,
-    options: ReconstructOptions,
-    progress: Callable[[float], None] | None = None,
+    model: Autoencoder, image: Tensor, options: ReconstructOptions, progress: Callable[[float], None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Encode and decode an image, uint8 (C, H, W) of any size; ``progress`` is called with the fraction that is done.
 
-    Returns:
-        The reconstruction, uint8 of the same shape, on the CPU; and what was decoded, (1, n_z, h, w).
-
-    Raises:
-        ValueError: the reconstruction has non-finite values.
+    Return the reconstruction, uint8 of the same shape, on the CPU; and what was decoded, (1, n_z, h, w). Raise
+    ValueError if the reconstruction has non-finite values.
     """
     size = image.shape[-2], image.shape[-1]
     x = from_uint8(pad_to_multiple(image[None].to(options.device), model.downscale))
