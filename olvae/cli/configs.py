@@ -99,7 +99,8 @@ def copy(
     """
     from omegaconf import OmegaConf
 
-    from olvae.config import ConfigError, load, nearest_recipes, recipes
+    from olvae.config import ConfigError, load, recipes
+    from olvae.config.reading import nearest_recipes
 
     settings = list(overrides or ())
     if file is not None and "=" in file.name:

@@ -4,48 +4,21 @@ A node names a ``target`` and its ``params``. A config's top level has ``model``
 ``callbacks`` and ``logger``), and in a run folder ``run``, the command's own settings.
 """
 
-from olvae.config.nodes import (
-    Node,
-    check,
-    check_arguments,
-    instantiate,
-    resolve_class,
-    resolve_target,
-    unknown_keys,
-    validate,
-    with_paths,
-)
-from olvae.config.reading import (
-    ABSENT,
-    CONFIG_BYTES,
-    Config,
-    ConfigError,
-    differences,
-    load,
-    nearest_recipes,
-    read_received,
-    recipes,
-    save,
-)
+from olvae.config.nodes import Node, check, instantiate, resolve_class, resolve_target, validate, with_paths
+from olvae.config.reading import Config, ConfigError, load, read_received, recipes, save
 
 __all__ = [
-    "ABSENT",
-    "CONFIG_BYTES",
     "Config",
     "ConfigError",
     "Node",
     "check",
-    "check_arguments",
-    "differences",
     "instantiate",
     "load",
-    "nearest_recipes",
     "read_received",
     "recipes",
     "resolve_class",
     "resolve_target",
     "save",
-    "unknown_keys",
     "validate",
     "with_paths",
 ]

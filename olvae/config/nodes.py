@@ -32,7 +32,6 @@ Node = Annotated[Mapping[str, Any], NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""
 
 NODE_KEYS = ("target", "params")
-MODEL_KEYS = ("base_learning_rate", "from", *NODE_KEYS)
 LIGHTNING = ("trainer", "callbacks", "logger")
 
 FROM_START = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
@@ -55,8 +54,6 @@ SET_BY_TRAINING = {
     "fast_dev_run": "lightning.trainer.max_steps",
 }
 """Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
-
-READ_AS_SOURCE = ("olvae", "lightning")  # packages whose modules are not imported to find arguments
 
 
 def validate(config: Mapping[str, Any]) -> list[str]:
@@ -201,7 +198,7 @@ def _check_model(node: Any) -> Iterator[str]:
     if not isinstance(node, Mapping):
         yield f"model: expected {NODE}, got {node!r}"
         return
-    yield from unknown_keys(node, MODEL_KEYS, "model.")
+    yield from unknown_keys(node, ("base_learning_rate", "from", *NODE_KEYS), "model.")
     rate = node.get("base_learning_rate", 1e-4)
     if not isinstance(rate, float | int) or isinstance(rate, bool) or not 0 < rate < math.inf:
         yield f"model.base_learning_rate: expected a positive number, got {rate!r}"
@@ -334,7 +331,8 @@ def arguments_in_source(module: str, name: str) -> Arguments | None:
 
 
 def _is_read(module: str) -> bool:
-    return module.partition(".")[0] in READ_AS_SOURCE
+    """Whether a module's source is read, so that finding arguments does not import it."""
+    return module.partition(".")[0] in ("olvae", "lightning")
 
 
 class _AnyAttribute(type):
@@ -391,9 +389,7 @@ class _Names(dict[str, Any]):
         return (alias.name if alias.asname else name), ""
 
 
-@cache
-def _names(module: str) -> _Names:
-    return _Names(module)
+_names = cache(_Names)
 
 
 def _file(module: str) -> Path:

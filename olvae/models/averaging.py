@@ -79,11 +79,7 @@ class WeightAverage(pl.Callback):
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._swap()
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap()
+    on_validation_epoch_end = on_train_end = on_validation_epoch_start
 
     def restore(self, average: Mapping[str, Tensor]) -> None:
         """While the model has the weights as trained, take an earlier average, of the names that are in it."""

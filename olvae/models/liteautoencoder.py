@@ -135,7 +135,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.for_diffusion = vae.set_for_diffusion(self.given_factors).for_diffusion
         self._prepare_networks()
         self.parts = nn.ModuleDict()
-        if mistakes := [*self._out_of_range(), *attach_parts(self, parts or {}), *self._conflicts()]:
+        if mistakes := [*attach_parts(self, parts or {}), *self._conflicts()]:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         self.guard = NonFiniteGuard([self.encoder, self.decoder, self.quantizer, self.adversary, self.parts])
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
@@ -153,15 +153,12 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
 
-    def _out_of_range(self) -> Iterator[str]:
-        """One line for each argument that is out of range."""
+    def _conflicts(self) -> Iterator[str]:
+        """One line for each setting that is out of range, or contradicts another one."""
         if self.accumulate_grad_batches < 1:
             yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
         if self.gradient_clip_val is not None and self.gradient_clip_val < 0:
             yield f"gradient_clip_val must not be negative, got {self.gradient_clip_val}"
-
-    def _conflicts(self) -> Iterator[str]:
-        """One line for each setting that contradicts another one."""
         if self.quantizer is None and not self.freeze_encoder and next(self.encoder.parameters(), None) is None:
             yield f"freeze_encoder: {type(self.encoder).__name__} has nothing to train: set it to true"
         if self.checkpoint in ("encoder", "decoder") and getattr(self, f"freeze_{self.checkpoint}"):

@@ -15,6 +15,8 @@ from typing import Any
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
+from olvae.config.nodes import check_arguments, unknown_keys
+from olvae.config.reading import CONFIG_BYTES
 from olvae.files import reason
 
 KINDS = (
@@ -92,7 +94,7 @@ class AutoencoderSpec:
         for mistakes in (  # each only where there is none before it
             _wrong_networks(params, only_ours),
             oversized(params) if only_ours else (),
-            cfg.check_arguments(cls, params),
+            check_arguments(cls, params),
             check_factors(params, params.get("embed_dim", 0)),
         ):
             if lines := [f"{origin}{mistake}" for mistake in mistakes]:
@@ -131,7 +133,7 @@ def read_config(path: str | Path, received: bool = False) -> Config:
         return cfg.read_received(path) if received else cfg.load([path])
     try:
         with path.open(encoding="utf-8") as file:
-            content = json.loads(file.read(cfg.CONFIG_BYTES))
+            content = json.loads(file.read(CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {reason(error)}") from error
     if not isinstance(content, dict):
@@ -171,7 +173,7 @@ def _check_export(content: Mapping[str, Any], origin: str) -> None:
     if name != CLASS_NAME:
         raise ConfigError(f"{origin}: the config of diffusers' {name}: as a target, diffusers:FOLDER")
     given = {key: value for key, value in content.items() if not key.startswith("_")}
-    if mistakes := list(cfg.unknown_keys(given, (*IN_EXPORT, *DERIVED))):
+    if mistakes := list(unknown_keys(given, (*IN_EXPORT, *DERIVED))):
         raise ConfigError(*(f"{origin}: {mistake}" for mistake in mistakes))
 
 

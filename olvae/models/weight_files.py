@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from olvae.checkpoint import write_tensors
-from olvae.config import CONFIG_BYTES, Config, ConfigError, recipes
+from olvae.config import Config, ConfigError, recipes
+from olvae.config.reading import CONFIG_BYTES
 from olvae.files import atomic_write, first_line, write_json
 from olvae.models.spec import (
     CLASS_NAME,

@@ -50,11 +50,10 @@ class ImageGrids(Callback):
 
     @torch.no_grad()
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: Any, batch: Batch, batch_idx: int, *__: Any
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, _: Any, batch: Batch, batch_idx: int, *__: Any
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, LiteAutoencoderKL)
         moments = batch["moments"][: self.count] if "moments" in batch else None
         images = batch["image"][: self.count]
         decoded, posterior = pl_module(pl_module.images({"image": images}), moments=moments)
@@ -119,8 +118,7 @@ class Health(Callback):
         self.patience = patience
         self._since: dict[str, int] = {}  # the first step of each symptom that lasts, by its sentence
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
         step = trainer.global_step
         if pl_module.adversary is None or not trainer.is_global_zero or not pl_module.reports:
             return
@@ -185,15 +183,13 @@ class BadSteps(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.bad, self.returned, self._row = state_dict["bad"], state_dict["returned"], state_dict["row"]
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
         if pl_module.reports or pl_module.guard.pending >= MAX_UNREAD_STEPS:
             self._read(trainer, pl_module)
         if pl_module.reports:
             pl_module.log("health/bad_steps", float(self.bad))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._read(trainer, pl_module)
 
     def _read(self, trainer: pl.Trainer, model: LiteAutoencoderKL) -> None:
@@ -300,8 +296,7 @@ class GracefulStop(Callback):
             # After Lightning's fit has set handlers of its own, which end training without a checkpoint.
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
         if not pl_module.update_is_complete:
             return
         if trainer.global_step == trainer.max_steps:

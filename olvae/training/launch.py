@@ -45,17 +45,12 @@ def cluster() -> list[ClusterEnvironment]:
 
 
 def process_count(trainer_args: Mapping[str, Any]) -> int:
-    """The number of processes of a run, over all nodes."""
-    per_node, nodes = _devices(trainer_args)
-    return per_node * nodes
+    """The number of processes of a run, over all nodes; ConfigError if torchrun or srun started another number.
 
-
-def check_launcher(trainer_args: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless torchrun or srun, if used, started as many processes as the run has devices.
-
-    Otherwise Lightning would let each process train a model of its own, or wait for processes that never come.
+    Then Lightning would let each process train a model of its own, or wait for processes that never come.
     """
-    per_node, nodes = _devices(trainer_args)
+    devices, nodes = trainer_args["devices"], int(trainer_args.get("num_nodes", 1))
+    per_node = devices if isinstance(devices, int) else len(devices)
     if (launcher := find_launcher()) is not None:
         try:
             launcher.validate_settings(per_node, nodes)
@@ -66,6 +61,7 @@ def check_launcher(trainer_args: Mapping[str, Any]) -> None:
             f"lightning.trainer.num_nodes: {nodes}: start the command on each node with torchrun or srun: "
             "https://open-litevae.github.io/open-litevae/training/ shows how"
         )
+    return per_node * nodes
 
 
 def meet() -> tuple[int, int]:
@@ -92,12 +88,6 @@ def process_death(error: Exception) -> str | None:
     if dist.is_initialized() and re.search(broken, str(error)):
         return "another process of this training died: see its own output, or the system's log of killed processes"
     return worker_death(error)
-
-
-def _devices(trainer_args: Mapping[str, Any]) -> tuple[int, int]:
-    """Devices of each node, and nodes."""
-    devices = trainer_args["devices"]
-    return devices if isinstance(devices, int) else len(devices), int(trainer_args.get("num_nodes", 1))
 
 
 def requeue() -> None:

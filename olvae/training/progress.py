@@ -119,10 +119,9 @@ class StepProgress(ProgressBar):
     def on_train_batch_start(self, *_: Any) -> None:
         self._status.batch_arrived()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
         if not self._enabled:
             return
-        assert isinstance(pl_module, LiteAutoencoderKL)
         if pl_module.reports:  # at other steps, nothing waits for the device
             self._status.loss = float(trainer.callback_metrics.get("train/loss", math.nan))
         step, now = trainer.global_step, time.monotonic()
@@ -144,9 +143,8 @@ class StepProgress(ProgressBar):
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._status.validation_ended()
-        assert isinstance(pl_module, LiteAutoencoderKL)
         values = {name: v for name, v in pl_module.validation_values.items() if name.startswith("val/")}
         if values and self._enabled and not trainer.sanity_checking:
             text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())

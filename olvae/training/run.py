@@ -30,15 +30,7 @@ from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
 from olvae.training.progress import StepProgress, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
-from olvae.training.setup import (
-    Plan,
-    TrainOptions,
-    changed_settings,
-    check_changes,
-    read_plan,
-    start_from,
-    untrained_half,
-)
+from olvae.training.setup import Plan, TrainOptions, check_changes, find_changes, read_plan, start_from, untrained_half
 
 RUN_ENV = "OLVAE_RUN"
 """Environment variable with the run folder, for the processes that Lightning starts for the other devices."""
@@ -113,7 +105,6 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args |= resolve_devices(settings.gpus, trainer_args)
     processes = launch.process_count(trainer_args)
-    launch.check_launcher(trainer_args)
     trainer_args["precision"] = resolve_precision(settings.precision, trainer_args["accelerator"])
 
     source = cfg.instantiate(config["data"])
@@ -224,7 +215,7 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
             paths |= make_absolute(one)
     settings = replace(settings, paths=paths)
     if previous is not None:
-        changes = changed_settings(previous, config, settings)
+        changes = find_changes(previous, config, settings)
         if changes and launch.is_first():
             lines = (f"  {key}: {change}" for key, change in changes.items())
             notify("\n".join(["settings that differ from the run's own:", *lines]))

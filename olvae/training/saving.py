@@ -60,8 +60,7 @@ class KeepCheckpoints(Checkpoint):
         self._save_after_validation = False
         self._warned = False
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         better = BETTER | {name: which for part in pl_module.each_part for name, which in part.better.items()}
         name = (self.best or "val/psnr").rpartition("/")[2]
         if name not in better:
@@ -71,16 +70,14 @@ class KeepCheckpoints(Checkpoint):
         self._sign = 1 if better[name] == "higher" else -1
         self._best_value = self._best_before(current_run(trainer))
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._saved_step = self._kept_step = trainer.global_step
         self._saved_images = pl_module.images_seen
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._in_step = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
         step = trainer.global_step
         if self.keep_every_n_steps and step != self._kept_step and step % self.keep_every_n_steps == 0:
             self._save(trainer, pl_module, f"step={step:08d}.ckpt")
@@ -93,13 +90,12 @@ class KeepCheckpoints(Checkpoint):
                 self._save_last(trainer, pl_module)
         self._in_step = False
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._keep_best(trainer, pl_module)
         if self._save_after_validation:
             self._save_last(trainer, pl_module)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        assert isinstance(pl_module, LiteAutoencoderKL)
+    def on_exception(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, exception: BaseException) -> None:
         # A save takes all processes, and of all errors only TooManyUnreadableError is raised in each of them.
         in_all = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
         useful = not isinstance(exception, FloatingPointError | CheckpointError)
@@ -107,15 +103,13 @@ class KeepCheckpoints(Checkpoint):
         if in_all and useful and not self._in_step and pl_module.images_seen > self._saved_images:
             self._save(trainer, pl_module, "last.ckpt")
 
-    def _save_last(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, LiteAutoencoderKL)
+    def _save_last(self, trainer: pl.Trainer, module: LiteAutoencoderKL) -> None:
         self._save(trainer, module, "last.ckpt")
         self._saved_step, self._saved_images = trainer.global_step, module.images_seen
         self._save_after_validation = False
 
-    def _keep_best(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _keep_best(self, trainer: pl.Trainer, module: LiteAutoencoderKL) -> None:
         """Save ``best.ckpt`` if the validation that has just ended is the best one so far."""
-        assert isinstance(module, LiteAutoencoderKL)
         if self.best is None or trainer.sanity_checking:
             return
         values = module.validation_values
@@ -148,7 +142,7 @@ class KeepCheckpoints(Checkpoint):
             return None
 
     def _save(
-        self, trainer: pl.Trainer, module: pl.LightningModule, name: str, note: dict[str, Any] | None = None
+        self, trainer: pl.Trainer, module: LiteAutoencoderKL, name: str, note: dict[str, Any] | None = None
     ) -> None:
         values = {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
         finite = torch.stack([t.isfinite().all() for t in values.values()])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError
+from olvae.config.reading import ABSENT, differences
 from olvae.models.spec import check_target
 from olvae.runs import Run, Settings
 
@@ -150,19 +151,18 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
     )
 
 
-def changed_settings(previous: Config, config: Config, settings: Settings) -> dict[str, str]:
+def find_changes(previous: Config, config: Config, settings: Settings) -> dict[str, str]:
     """Compare a resumed run's config and settings with its saved ones: ``OLD -> NEW`` by dotted key."""
 
     def compared(whole: Config, own: Settings) -> Config:
         return {**whole, "run": {"precision": own.precision, "gpus": own.gpus, "seed": own.seed}}
 
     def text(value: Any) -> str:
-        if value is cfg.ABSENT:
-            return "not set"
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        return "not set" if value is ABSENT else written
 
-    differences = cfg.differences(compared(previous, runs.settings_of(previous)), compared(config, settings))
-    return {key: f"{text(old)} -> {text(new)}" for key, (old, new) in differences.items()}
+    changes = differences(compared(previous, runs.settings_of(previous)), compared(config, settings))
+    return {key: f"{text(old)} -> {text(new)}" for key, (old, new) in changes.items()}
 
 
 def check_changes(changed: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olvae.config import ABSENT, ConfigError, differences, load, read_received, save
+from olvae.config.reading import ABSENT, ConfigError, differences, load, read_received, save
 from tests.conftest import tiny_config
 
 
