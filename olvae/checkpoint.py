@@ -32,16 +32,13 @@ from torch import Tensor, nn
 
 from olvae.files import atomic_write, file_sha256
 
-AUTOENCODER = ("encoder.", "decoder.", "quantizer.")
-"""Prefixes of an autoencoder's parameters; a checkpoint may also hold a loss, a discriminator, EMA copies."""
+AUTOENCODER = ("encoder.", "decoder.", "quantizer.")  # a checkpoint may also hold a loss, a discriminator, ...
 
-PRIVATE_PREFIX = "olvae."
-"""Extra prefix of these names in files that other projects' loaders should not take for their own."""
+PRIVATE_PREFIX = "olvae."  # of these names in files that other projects' loaders should not take for their own
 
 SUM_KEY = "olvae.sha256"  # of the checksum in the header of a safetensors file
 
-PICKLE_BYTES = 2**23
-"""The longest pickle that is read: some 50,000 tensors. An object of one byte takes up to 200 in memory."""
+PICKLE_BYTES = 2**23  # longest pickle that is read, of some 50,000 tensors; a byte may take up to 200 in memory
 
 EXPANDED_BYTES = 2**30  # limit of all tensors beyond twice the file's size: tensors may share memory or repeat it
 
@@ -57,8 +54,7 @@ SHELLS = re.compile(
 )
 """Objects that trainers leave beside the weights: read as empty dictionaries."""
 
-EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")
-"""Encodings from bytes to bytes, which may double the length at each turn."""
+EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")  # from bytes to bytes, of up to twice the length
 
 FOLDER_VARIABLE = "OLVAE_WEIGHTS"  # of the environment: names a folder of pretrained weights
 SILENCE_S = 10.0  # how long a server may be silent, before it answers or during a download
@@ -71,8 +67,7 @@ class _RefusedError(ValueError):
 def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
     """Read a safetensors or torch file; only tensors and plain values, never code.
 
-    Args:
-        check: compare checksums, which reads the whole file; otherwise its tensors are mapped, for names and shapes.
+    ``check``: compare checksums, which reads the whole file; otherwise its tensors are mapped, for names and shapes.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -97,8 +92,7 @@ def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
 
     ``raw`` are the weights as trained, where the file also has averaged ones (EMA).
 
-    Raises:
-        FileNotFoundError, ValueError: as :func:`read_checkpoint`; also where there is no autoencoder in it.
+    Raises FileNotFoundError, ValueError: as :func:`read_checkpoint`; also where there is no autoencoder in it.
     """
     return pick_weights(state_dict_of(read_checkpoint(path), path, raw), path)
 

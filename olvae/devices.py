@@ -31,8 +31,7 @@ def resolve_device(device: str | None = None) -> str:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)
-"""Timeout of collectives: long, since shares differ, and torchrun ends all processes if one fails."""
+PATIENCE = timedelta(days=7)  # of collectives: shares differ, and torchrun ends all processes if one fails
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
             lightning.trainer.devices says if its accelerator is cpu; None leaves it to lightning.trainer.
         trainer: lightning.trainer; by default every GPU, or the CPU if there is none.
 
-    Raises:
-        ConfigError: this machine does not have that GPU.
+    Raises ConfigError: this machine does not have that GPU.
     """
     present = torch.cuda.device_count()
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")

@@ -16,8 +16,7 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-OnProgress = Callable[[int, int | None], None]
-"""Called with the number of images done, and with their total if it is known."""
+OnProgress = Callable[[int, int | None], None]  # called with the images done, and all, if known
 
 POLL_S = 0.1  # seconds between looks at the progress, and at whether the main process is alive
 
@@ -54,9 +53,7 @@ def run_in_processes(
         on_progress: called several times a second with the number of images done; not before the processes are
             forked, so it may start threads.
 
-    Raises:
-        ChildProcessError: a worker process was killed.
-        Exception: whatever a task raised.
+    Raises ChildProcessError: a worker process was killed. Exception: whatever a task raised.
     """
     context = mp.get_context("fork" if sys.platform == "linux" else None)
     progress = SharedProgress(context)

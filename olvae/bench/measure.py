@@ -23,11 +23,9 @@ Work = Callable[[], Sequence[float]]  # does something once or several times; re
 
 K = TypeVar("K", bound=Hashable)
 
-MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
-"""Side of the matrices that are multiplied: large enough that a product takes milliseconds."""
+MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}  # so large that a product of matrices takes milliseconds
 
-RATES = {"macs": ("gflop_per_s", 2e-9), "bytes": ("gbyte_per_s", 1e-9)}
-"""By unit of work: the row's entry, and the factor to its unit."""
+RATES = {"macs": ("gflop_per_s", 2e-9), "bytes": ("gbyte_per_s", 1e-9)}  # entry of the row, and factor
 
 
 @dataclass

@@ -119,8 +119,7 @@ def resolve_class(target: str, base: type[T]) -> type[T]:
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
     """Build what a node describes; ``filled_in`` are further arguments.
 
-    Raises:
-        ConfigError: it is not a node, its target does not import, or its params do not fit.
+    Raises ConfigError: it is not a node, its target does not import, or its params do not fit.
     """
     if not isinstance(node, Mapping) or "target" not in node:
         raise ConfigError(f"expected {NODE}, got {node!r}")

@@ -51,11 +51,9 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
     or a list of paths relative to itself; it is merged over them. Where there is no such file, a path is the name of
     a recipe of this package.
 
-    Args:
-        resolve: leave interpolations as they are, if False.
+    ``resolve``: leave interpolations as they are, if False.
 
-    Raises:
-        ConfigError: a file is missing, no mapping or includes itself, or an override is not ``key=value``.
+    Raises ConfigError: a file is missing, no mapping or includes itself, or an override is not ``key=value``.
     """
     merged = OmegaConf.create({})
     for path in paths:

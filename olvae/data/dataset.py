@@ -102,8 +102,7 @@ class MappedSource(Source):
         batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         samples_per_image: number of times that a training picture counts in an epoch.
 
-    Raises:
-        ValueError: a batch is larger than the training images of an epoch.
+    Raises ValueError: a batch is larger than the training images of an epoch.
     """
 
     shares_evenly = True

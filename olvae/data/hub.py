@@ -125,8 +125,7 @@ class HuggingFaceSource(MappedSource):
         size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
 
-    Raises:
-        ConfigError: the library is not installed, or the column holds no images.
+    Raises ConfigError: the library is not installed, or the column holds no images.
     """
 
     def __init__(

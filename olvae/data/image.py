@@ -85,8 +85,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm",
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
 """Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
 
-MAX_PIXELS = 160_000_000
-"""Most pixels of a picture: the largest camera's have 151 million. Each takes up to 20 bytes while it is read."""
+MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each takes up to 20 bytes while it is read
 
 MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
 
@@ -101,8 +100,7 @@ class Photo:
         name: for errors.
         channels: 3, 1, 4 or, for arrays, any other number; see :func:`read_picture`.
 
-    Raises:
-        UnreadableImageError: the header is not that of a picture.
+    Raises UnreadableImageError: the header is not that of a picture.
     """
 
     def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
@@ -146,8 +144,7 @@ class Photo:
             shrink: 1, 2, 4 or 8. A JPEG is decoded at 1/shrink of its size, rounded up, which is faster; other formats
                 are decoded in full.
 
-        Raises:
-            UnreadableImageError: the file is broken.
+        Raises UnreadableImageError: the file is broken.
         """
         image = self._image
         if isinstance(image, Bands):

@@ -25,8 +25,7 @@ from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_proce
 
 STATE = ".packing"  # the folder beside the shards, until they are complete, with the state to continue from
 
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-"""Formats of images that are made smaller: extension, and Pillow's name."""
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}  # of images that are made smaller, with Pillow's names
 
 STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
 """Formats, by Pillow's name, whose files go into shards unchanged, and their extension there."""

@@ -54,9 +54,7 @@ class FolderSource(MappedSource):
         min_fraction, filters, flip: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see :func:`~olvae.data.image.read_picture`.
 
-    Raises:
-        FileNotFoundError: a folder is missing, or has no images.
-        ValueError: a batch is larger than the data.
+    Raises FileNotFoundError: a folder is missing, or has no images. ValueError: a batch is larger than the data.
     """
 
     def __init__(
@@ -87,12 +85,9 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     Folders and patterns give files with an image's extension, sorted, through symbolic links as well, without hidden
     ones. A list gives its paths in its order, whether the files exist or not.
 
-    Args:
-        closed: gets the folders below root that can't be opened; the log names each once.
+    ``closed``: gets the folders below root that can't be opened; the log names each once.
 
-    Raises:
-        FileNotFoundError: the folder or list is missing or empty.
-        PermissionError: root can't be opened.
+    Raises FileNotFoundError: the folder or list is missing or empty. PermissionError: root can't be opened.
     """
     path = Path(root).expanduser()
     if path.is_dir():

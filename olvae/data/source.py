@@ -129,8 +129,7 @@ class Source(ABC):
         channels: of the images.
         max_unreadable: share of the images that may be unreadable before training stops.
 
-    Raises:
-        ValueError: a number is out of its range.
+    Raises ValueError: a number is out of its range.
     """
 
     tensor = "image"  # key of the samples' tensors in a batch

@@ -130,8 +130,7 @@ class LiteVAE(
 ):
     """An autoencoder for latent diffusion; a quantizer is a 1x1 convolution on either side of the latent.
 
-    Raises:
-        ValueError: encoder and decoder do not fit each other.
+    Raises ValueError: encoder and decoder do not fit each other.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, quantizer: Quantizer | None = None) -> None:
@@ -167,8 +166,7 @@ class LiteVAE(
                 in the published YAML.
             initial_logvar: added to the bias of the log-variances: at 0 the latent of fresh weights is mostly noise.
 
-        Raises:
-            ConfigError: a node has mistakes, or ``latent_dim`` does not fit.
+        Raises ConfigError: a node has mistakes, or ``latent_dim`` does not fit.
         """
         latent_dim = (encoder_config.get("params") or {}).get("latent_dim", 2 * embed_dim)
         if not use_quant and latent_dim not in (embed_dim, 2 * embed_dim):

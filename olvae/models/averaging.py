@@ -60,9 +60,7 @@ class WeightAverage(pl.Callback):
         self._step = trainer.global_step
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step

@@ -68,8 +68,7 @@ class LiteAutoencoderKL(ValidatedModule):
             weights without averaging as ``val_raw/…``.
         weights_dir: a folder in which the metrics' pretrained networks are looked for first.
 
-    Raises:
-        ConfigError: settings are out of range or contradict each other, one line each.
+    Raises ConfigError: settings are out of range or contradict each other, one line each.
     """
 
     seed = 0  # of the noise in training; set by the trainer
@@ -226,8 +225,7 @@ class LiteAutoencoderKL(ValidatedModule):
     def prepare(self, source: Source, seed: int, device: torch.device, fresh: bool) -> Iterator[str]:
         """Fit and measure what needs images of this seed before a new run's first step; yield lines for its summary.
 
-        Args:
-            fresh: the weights are initial ones, so that linear paths are to be fitted.
+        ``fresh``: the weights are initial ones, so that linear paths are to be fitted.
         """
         if fresh:
             self.parts.to(device)
@@ -428,8 +426,7 @@ class LiteAutoencoderKL(ValidatedModule):
         return [WeightAverage(self.guard, self.ema_decay)] if self.use_ema else []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["images_seen"] = self.images_seen
-        checkpoint["iteration"] = self._iteration
+        checkpoint["images_seen"], checkpoint["iteration"] = self.images_seen, self._iteration
         checkpoint["rate_factor"] = self.rate_factor
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

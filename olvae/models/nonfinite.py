@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 MAX_PENDING = 10_000  # steps that are remembered if nobody collects them
 
-GRADIENT = "gradient of the "
-"""Prefix of gradients among the terms. Alone under fp16, an infinite one means that the loss scale was too large."""
+GRADIENT = "gradient of the "  # begins terms; alone infinite under fp16, it means that the loss scale was too large
 
 
 class BadStep(NamedTuple):
@@ -48,8 +47,7 @@ class NonFiniteGuard:
     The optimizers of a bad step get ``found_inf``, by which torch's fused kernels skip an update. Buffers that the
     forward passes changed, such as BatchNorm's and LeCam's, are put back. Only :meth:`collect` waits for the device.
 
-    Args:
-        modules: whose buffers training changes.
+    ``modules``: whose buffers training changes.
     """
 
     def __init__(self, modules: Iterable[nn.Module | None]) -> None:

@@ -34,8 +34,7 @@ CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
-NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
-"""Arguments of :class:`AutoencoderSpec` that build the networks."""
+NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")  # what builds the networks
 
 FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 """Arguments of :class:`AutoencoderSpec` for the pipeline of a diffusion model; they change nothing here."""
@@ -125,8 +124,7 @@ class AutoencoderSpec:
 def read_config(path: str | Path, received: bool = False) -> Config:
     """Read a training config (YAML) or the config.json of an export; ConfigError if it is missing, or not readable.
 
-    Args:
-        received: it may be somebody else's: a YAML file may not name others.
+    ``received``: it may be somebody else's: a YAML file may not name others.
     """
     path = Path(path)
     if path.suffix != ".json":

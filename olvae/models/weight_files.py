@@ -50,8 +50,7 @@ def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (),
 
     FileNotFoundError if repository or revision do not exist, or the hub can't be reached; OSError if it breaks off.
 
-    Args:
-        access: further arguments of huggingface_hub's snapshot_download, such as revision and token.
+    ``access``: further arguments of huggingface_hub's snapshot_download, such as revision and token.
     """
     where = f"{repo_id}@{access['revision']}" if access.get("revision") else repo_id
     try:

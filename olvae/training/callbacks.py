@@ -39,8 +39,7 @@ class ImageGrids(Callback):
     It goes to ``images/step=N.png`` in the run folder, TensorBoard and W&B. The weights are those of validation: the
     averaged ones if there are any.
 
-    Args:
-        count: images in a row, from the first validation batch.
+    ``count``: images in a row, from the first validation batch.
     """
 
     def __init__(self, count: int = 8) -> None:
@@ -108,8 +107,7 @@ SYMPTOMS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 class Health(Callback):
     """Warn when autoencoder and discriminator are out of balance, by the values that are logged.
 
-    Args:
-        patience: steps that a symptom must last, without a break, before a warning, and before each repetition.
+    ``patience``: steps that a symptom must last, without a break, before a warning, and before each repetition.
     """
 
     def __init__(self, patience: int = 1000) -> None:
@@ -147,8 +145,7 @@ class UnreadableLimit(Callback):
             self._shared = loader.read_errors.lost
 
 
-MAX_UNREAD_STEPS = 1000
-"""Steps after which the flags of non-finite steps are read from the device, if nothing is logged before."""
+MAX_UNREAD_STEPS = 1000  # after which flags of non-finite steps are read from the device, if nothing is logged before
 
 
 class BadSteps(Callback):
@@ -217,14 +214,13 @@ class BadSteps(Callback):
         except OSError as error:  # no reason to stop a training
             log.warning("%s: the images of bad steps are not noted: %s", path, reason(error))
         if trainer.is_global_zero:
-            first, several = bad[0], len(bad) > 1
-            notify(
-                f"step {first.step}: {first.term} is not finite"
-                + (f", and {len(bad) - 1} of the steps after it are bad too" if several else "")
-                + f": {'these steps' if several else 'this step'} changed nothing ({self.bad} in this run so far); "
-                f"{path.name} names the images",
-                WARNING,
+            more = (
+                f", and {len(bad) - 1} of the steps after it are bad too: these steps"
+                if len(bad) > 1
+                else ": this step"
             )
+            counted = f"changed nothing ({self.bad} in this run so far); {path.name} names the images"
+            notify(f"step {bad[0].step}: {bad[0].term} is not finite{more} {counted}", WARNING)
 
     def _return(self, trainer: pl.Trainer, model: LiteAutoencoderKL, last: BadStep) -> None:
         """Load the last checkpoint and lower the learning rates; after too many returns, raise FloatingPointError."""
@@ -275,8 +271,7 @@ class GracefulStop(Callback):
 
     A validation that has begun is finished first. The last step is validated whatever the interval, before it is saved.
 
-    Args:
-        time_limit: seconds from now on, after which training stops in the same way; None for no limit.
+    ``time_limit``: seconds from now on, after which training stops in the same way; None for no limit.
     """
 
     def __init__(self, time_limit: float | None = None) -> None:

@@ -46,8 +46,7 @@ def notify(line: str, style: str | None = None) -> None:
 class Status:
     """Measure speed and waits, without validation and without the first step, which warms up; print them and the loss.
 
-    Args:
-        step: steps before this training.
+    ``step``: steps before this training.
     """
 
     def __init__(self, step: int = 0) -> None:
@@ -93,8 +92,7 @@ class Status:
 class StepProgress(ProgressBar):
     """Show a progress bar over the autoencoder's updates on a terminal; elsewhere print a line every few seconds.
 
-    Args:
-        line_every_s: seconds between lines without a terminal.
+    ``line_every_s``: seconds between lines without a terminal.
     """
 
     def __init__(self, line_every_s: float = 15.0) -> None:
@@ -276,8 +274,7 @@ def make_loggers(nodes: Mapping[str, Config], run: Run) -> list[Logger]:
     Unless the node says otherwise, CSVLogger writes into ``csv`` in the run's folder, a file for each start of the run,
     and WandbLogger continues the W&B run of the folder's name.
 
-    Raises:
-        ConfigError: a logger can't be made, for example because its package is missing.
+    Raises ConfigError: a logger can't be made, for example because its package is missing.
     """
     loggers: list[Logger] = [TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard")]
     unique = run.path.resolve().name

@@ -32,8 +32,7 @@ from olvae.training.progress import StepProgress, make_loggers, notify, print_en
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.setup import Plan, TrainOptions, check_changes, find_changes, read_plan, start_from, untrained_half
 
-RUN_ENV = "OLVAE_RUN"
-"""Environment variable with the run folder, for the processes that Lightning starts for the other devices."""
+RUN_ENV = "OLVAE_RUN"  # the run folder, for the processes that Lightning starts for the other devices
 
 
 class TrainingStopped(KeyboardInterrupt):

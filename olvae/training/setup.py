@@ -103,11 +103,7 @@ def read_plan(options: TrainOptions) -> Plan:
 
 
 def parse_time(text: str) -> float:
-    """Convert a time such as 3h50m, 45m, 1d12h or 90s to seconds.
-
-    Raises:
-        ConfigError: it is not one.
-    """
+    """Convert a time such as 3h50m, 45m, 1d12h or 90s to seconds; ConfigError if it is not one."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not match or not text:
         raise ConfigError(f"`time_limit` {text}: give days, hours, minutes or seconds, as in 3h50m, 45m or 1d12h")
@@ -205,8 +201,7 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
     says otherwise, or a part keeps or brings its latents. The resolved config is complete without ``model.from``, so
     the key is removed.
 
-    Returns:
-        The autoencoder's weights, and its training config, empty if it has none.
+    Returns the autoencoder's weights, and its training config, empty if it has none.
 
     Raises:
         ConfigError: the autoencoder's networks can't be trained here.
@@ -253,8 +248,7 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
 def untrained_half(model: "LiteAutoencoderKL", before: Config | None) -> str | None:
     """Find the half that keeps its initial weights: frozen, and not trained with the weights that training starts from.
 
-    Args:
-        before: the config of those weights; None if they are fresh.
+    ``before``: the config of those weights; None if they are fresh.
     """
     frozen = [half for half in ("encoder", "decoder") if getattr(model, f"freeze_{half}")]
     fresh = frozen if before is None else [runs.settings_of(before).untrained]

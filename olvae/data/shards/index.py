@@ -133,8 +133,7 @@ def split_shards(
         fraction: of the shards that is held out if ``val`` is None, at least one of them.
         argument: of the source that names ``val``.
 
-    Raises:
-        ValueError: the fraction is not between 0 and 1, or a single shard is to be split.
+    Raises ValueError: the fraction is not between 0 and 1, or a single shard is to be split.
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")

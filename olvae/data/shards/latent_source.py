@@ -17,8 +17,7 @@ from olvae.data.shards.tar_reading import Entry
 from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
 
-LATENT = "latent.safetensors"
-"""The extension of the tensors: ``mean`` and ``std`` of the posterior, or one ``latent``, each (n_z, h, w)."""
+LATENT = "latent.safetensors"  # the posterior's ``mean`` and ``std``, or one ``latent``, each (n_z, h, w)
 
 META = "latent.json"
 """The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the size of the

@@ -19,11 +19,9 @@ from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
 from olvae.modules.distributions import LOGVAR_RANGE
 
-PIXELS = "latent.png"
-"""The extension of the pixels that were encoded. With its dot, sources of images don't take it for an image."""
+PIXELS = "latent.png"  # extension of the pixels; for its dot, sources of images don't take it for an image
 
-COMPRESSION = 3
-"""zlib's level: a third of the time of Pillow's default, 6, and .3 % more bytes for photographs of 256 pixels."""
+COMPRESSION = 3  # zlib's level: a third of the time of Pillow's 6, and .3 % more bytes for photographs of 256 pixels
 
 
 def pixel_bytes(pixels: Tensor) -> bytes:

@@ -80,8 +80,7 @@ def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | R
 
     A group of files of one name is left out if it has no image.
 
-    Args:
-        image_key: the extension of the image in a group; by default the first that is an image's.
+    ``image_key``: the extension of the image in a group; by default the first that is an image's.
     """
     errors: list[ReadError] = []
 
@@ -156,8 +155,7 @@ def open_url(url: str) -> Any:
     ``read(size)`` may give fewer bytes, and raises OSError when a command or download fails, after all bytes that
     came before.
 
-    Raises:
-        OSError: a local file can't be opened.
+    Raises OSError: a local file can't be opened.
     """
     if url.startswith("pipe:"):
         return _Command(url.removeprefix("pipe:"))

@@ -24,8 +24,7 @@ class ShardSource(Source):
         image_key: the extension of the file that is read in a group; by default the first that is an image's.
         size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
 
-    Raises:
-        ValueError: a batch is larger than the training images of an epoch.
+    Raises ValueError: a batch is larger than the training images of an epoch.
     """
 
     def __init__(

@@ -72,8 +72,7 @@ class ResumableShards:
         ``plan["options"]`` is a mapping, whose values the message shows; it names other entries, such as ``images``,
         without their values. A plan under which nothing has been finished yet may be replaced.
 
-        Raises:
-            ConfigError: shards of another plan are finished, or the folder holds something else.
+        Raises ConfigError: shards of another plan are finished, or the folder holds something else.
         """
         others = self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
         path = self._state / "plan.json"
@@ -152,8 +151,7 @@ class ResumableShards:
             samples: made while the shard is written; errors are listed.
             details: called after the last sample.
 
-        Raises:
-            OSError: the shard can't be written.
+        Raises OSError: the shard can't be written.
         """
         images, unreadable = 0, list[ReadError]()
         path = self.path(number)

@@ -105,11 +105,9 @@ def decode_tiled(
         memory: instead of tile, the bytes of a tile beside z, the image and the parameters: the largest that fits.
         progress: called after every tile with the fraction that is done.
 
-    Returns:
-        (B, C, f h, f w) on z's device, without gradients.
+    Returns (B, C, f h, f w) on z's device, without gradients.
 
-    Raises:
-        ValueError: the decoder can't be tiled, or no tile is small enough.
+    Raises ValueError: the decoder can't be tiled, or no tile is small enough.
     """
     if (tile is None) == (memory is None):
         raise ValueError("give either `tile` or `memory`")

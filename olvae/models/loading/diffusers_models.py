@@ -73,8 +73,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     Its latents are the model's own: neither scaled nor shifted by the factors in its config.
 
-    Raises:
-        ValueError: it does not take images to smaller latents and back.
+    Raises ValueError: it does not take images to smaller latents and back.
     """
 
     def __init__(self, model: Any) -> None:
@@ -135,8 +134,7 @@ class DiffusersLoader(Loader):
 def find_folder(text: str) -> Path:
     """Find the folder of an autoencoder, or download it; FileNotFoundError if there is none, or the hub is away.
 
-    Args:
-        text: a folder or id of the hub, of an autoencoder or of a pipeline with one in ``vae``, or after ``::``.
+    ``text``: a folder or id of the hub, of an autoencoder or of a pipeline with one in ``vae``, or after ``::``.
     """
     name, _, subfolder = text.partition("::")
     root, prefixes = Path(name), [f"{subfolder}/"] if subfolder else ["", f"{SUBFOLDER}/"]

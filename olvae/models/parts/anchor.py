@@ -21,8 +21,7 @@ class Anchor(Part):
     Encoder and decoder can be fine-tuned, and old latents stay usable. The copy is part of the training state, so that
     a resumed run keeps the latents it started from.
 
-    Args:
-        weight: of the loss ``anchor``, not negative.
+    ``weight``: of the loss ``anchor``, not negative.
     """
 
     latents = "kept"

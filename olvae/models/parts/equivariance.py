@@ -22,8 +22,7 @@ class Equivariance(Part):
 
     The choice is the same in all processes and for the whole update. The adversary sits these steps out.
 
-    Args:
-        probability: of such a step.
+    ``probability``: of such a step.
     """
 
     def __init__(self, probability: float = 0.5) -> None:
