@@ -49,6 +49,7 @@ class MixSource(Source):
                     f"not mix with {channels} channels of {size} pixels"
                 )
         self.shares = self._shares(weights)
+        self.latent_stats = [stats for source in self.sources for stats in source.latent_stats]
         if any(source.crops for source in self.sources):
             self.crops = "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
 

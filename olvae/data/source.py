@@ -5,7 +5,7 @@ import os
 import signal
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -133,6 +133,7 @@ class Source(ABC):
     """
 
     tensor = "image"  # key of the samples' tensors in a batch
+    latent_stats: Sequence[Mapping[str, Any]] = ()  # stats.json of each folder of latents that come with the images
     shares_evenly = False  # whether each rank validates on every n-th image, which makes its loader's length known
 
     def __init__(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
@@ -20,7 +21,7 @@ from olvae.data.image import MODES, EvalTransform, Photo, from_uint8, image_to_t
 from olvae.data.opening import holds_shards, open_images, open_source
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
-from olvae.data.shards.latent_source import LATENT, META, STATS, Latent, latent_bytes
+from olvae.data.shards.latent_source import FLIP, LATENT, META, STATS, Latent
 from olvae.data.shards.pairs import PIXELS, pixel_bytes
 from olvae.data.shards.tar_reading import Shard, is_local, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -391,3 +392,13 @@ class EncodeJob:
         if not rounded.isfinite().all():
             raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
         return rounded
+
+
+def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
+    """Serialise an image's tensors, with those of the mirrored image if given."""
+    tensors: dict[str, Tensor] = {}
+    for ending, one in {"": latent, FLIP: flipped}.items():
+        if one is not None:
+            parts = {"latent": one.mean} if one.std is None else {"mean": one.mean, "std": one.std}
+            tensors |= {f"{name}{ending}": part.contiguous() for name, part in parts.items()}
+    return save(tensors)

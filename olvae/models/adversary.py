@@ -13,8 +13,7 @@ from olvae.losses.adversarial import LeCam, discriminator_accuracy, discriminato
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import gradient_ratio
-from olvae.models.parts.part import check_not_negative
-from olvae.modules.base import check_counts, no_autocast
+from olvae.modules.base import check_counts, check_not_negative, no_autocast
 from olvae.modules.unetgan import fixed_spectral_norm, power_iteration
 
 if TYPE_CHECKING:

@@ -52,13 +52,11 @@ class LinearStart:
 
 def start_linearly(
     model: LiteVAE, source: Source, seed: int, device: torch.device, teacher: Means | None = None
-) -> LinearStart | None:
+) -> LinearStart:
     """Fit the linear paths on a source's first training crops, the same in every process, and measure the code.
 
-    None if there is no such path. See :func:`fit_linear_paths`.
+    See :func:`fit_linear_paths`.
     """
-    if model.encoder.linear is None and model.decoder.linear is None:
-        return None
     began = monotonic()
     crops = training_crops(source, seed, model.downscale)
     model.to(device)

@@ -30,7 +30,6 @@ from olvae.models.optimization import (
     parameters_of,
 )
 from olvae.models.parts.part import Step, attach_parts
-from olvae.models.parts.teacher import pair_sources
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.validation import ValidatedModule
 from olvae.modules.distributions import Posterior
@@ -134,7 +133,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.for_diffusion = vae.set_for_diffusion(self.given_factors).for_diffusion
         self._prepare_networks()
         self.parts = nn.ModuleDict()
-        if mistakes := [*attach_parts(self, parts or {}), *self._conflicts()]:
+        if mistakes := [*(attach_parts(self, parts) if parts else ()), *self._conflicts()]:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         self.guard = NonFiniteGuard([self.encoder, self.decoder, self.quantizer, self.adversary, self.parts])
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
@@ -166,7 +165,8 @@ class LiteAutoencoderKL(ValidatedModule):
             yield "freeze_encoder, freeze_decoder: nothing is left to train"
         if self.freeze_encoder and "kl" in self.loss_weights:
             yield "lossconfig.params.kl_weight: the encoder is frozen (freeze_encoder), KL is a loss of it: set it to 0"
-        yield from check_factors(self.for_diffusion, self.autoencoder.latent_channels)
+        if self.given_factors or self.parts:
+            yield from check_factors(self.for_diffusion, self.autoencoder.latent_channels)
         if self.adversary is not None:
             yield from self.adversary.conflicts(self)
         for part in self.each_part:
@@ -217,7 +217,7 @@ class LiteAutoencoderKL(ValidatedModule):
                 f"the images have {source.channels} channels, the model takes {channels}: set data.params.channels, or "
                 "in_channels of encoder_config.params and out_channels of decoder_config.params"
             )
-        if self.stand_in is None and pair_sources(source):
+        if self.stand_in is None and source.latent_stats:
             raise ConfigError("data: it has the latents of a teacher, but there is none: set `teacher`")
         for part in self.each_part:
             part.check(self, source)
@@ -227,11 +227,10 @@ class LiteAutoencoderKL(ValidatedModule):
 
         ``fresh``: the weights are initial ones, so that linear paths are to be fitted.
         """
-        if fresh:
+        if fresh and (self.encoder.linear is not None or self.decoder.linear is not None):
             self.parts.to(device)
             teacher = None if (stand_in := self.stand_in) is None else (lambda x: stand_in.posterior(x).mean)
-            if (start := start_linearly(self.autoencoder, source, seed, device, teacher)) is not None:
-                yield str(start)
+            yield str(start_linearly(self.autoencoder, source, seed, device, teacher))
         for part in self.each_part:
             part.prepare(self, source, seed, device)
 

@@ -15,7 +15,7 @@ from olvae.data.source import Batch
 from olvae.metrics import MakeMetrics, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.autoencoder import LiteVAE, Quantizer
-from olvae.models.averaging import find_average
+from olvae.models.averaging import WeightAverage, find_average
 from olvae.models.parts.part import Part, StandIn
 from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import DiagonalGaussian, Posterior
@@ -29,6 +29,7 @@ class ValidatedModule(pl.LightningModule):
     quantizer: Quantizer | None
     parts: nn.ModuleDict
     for_diffusion: dict[str, Any]
+    use_ema: bool
     freeze_encoder: bool
     freeze_decoder: bool
     channels_last: bool
@@ -46,6 +47,10 @@ class ValidatedModule(pl.LightningModule):
     def autoencoder(self) -> LiteVAE:
         """The plain module over the same weights (a view: cheap to make, nothing is copied)."""
         return LiteVAE(self.encoder, self.decoder, self.quantizer).set_for_diffusion(self.for_diffusion)
+
+    @property
+    def _average(self) -> WeightAverage | None:
+        return find_average(self.trainer) if self.use_ema else None
 
     @property
     def each_part(self) -> list[Part]:
@@ -95,7 +100,7 @@ class ValidatedModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         make = self.set_up_validation()
         self._metrics, self._sums = {"val": make()}, {}
-        if find_average(self.trainer) is not None:
+        if self._average is not None:
             self._metrics["val_raw"] = make()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -107,7 +112,7 @@ class ValidatedModule(pl.LightningModule):
             for name, mean in part.validate(cast("Any", self), images, moments).items():
                 summed = np.array([float(mean) * len(x), len(x)])
                 self._sums[part.name, name] = self._sums.get((part.name, name), 0.0) + summed
-        if (average := find_average(self.trainer)) is not None:
+        if (average := self._average) is not None:
             with average.weights_as_trained():
                 self._metrics["val_raw"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
 

@@ -139,6 +139,13 @@ def check_counts(least: int, **counts: int | Sequence[int]) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value if isinstance(value, int) else given}")
 
 
+def check_not_negative(**numbers: float) -> None:
+    """Raise ValueError for a number below 0."""
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+
+
 def check_size(image_size: int, downscale: int) -> None:
     if image_size % downscale:
         raise ValueError(f"image_size {image_size} is not a multiple of {downscale}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from olvae.data.read_errors import UnreadableImageError
@@ -41,20 +41,10 @@ class Latent(NamedTuple):
         return mean + self.std.float() * torch.randn(mean.shape, generator=generator)
 
 
-def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
-    """Serialise an image's tensors, with those of the mirrored image if given."""
-    tensors: dict[str, Tensor] = {}
-    for ending, one in {"": latent, FLIP: flipped}.items():
-        if one is not None:
-            parts = {"latent": one.mean} if one.std is None else {"mean": one.mean, "std": one.std}
-            tensors |= {f"{name}{ending}": part.contiguous() for name, part in parts.items()}
-    return save(tensors)
-
-
 def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
     """Read an image's latent, the mirrored image's if stored, and ``latent.json``.
 
-    Raises UnreadableImageError: the files are broken, or :func:`latent_bytes` did not make them.
+    Raises UnreadableImageError: the files are broken, or ``olvae encode`` did not make them.
     """
     try:
         tensors = load(entry.data)

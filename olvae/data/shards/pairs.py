@@ -71,6 +71,7 @@ class PairSource(ShardSource):
         max_unreadable: float = 0.01,
     ) -> None:
         self.stats = _read_stats(folder, size)
+        self.latent_stats = (self.stats,)
         size = self.stats["size"] if size is None else size
         held_out = self.stats if val_folder is None else _read_stats(val_folder, size)
         if held_out["weights"] != self.stats["weights"]:

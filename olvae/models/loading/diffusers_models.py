@@ -30,11 +30,10 @@ from olvae.models.spec import (
     class_in,
     oversized,
 )
-from olvae.models.weight_files import is_export, locate_weights, snapshot
+from olvae.models.weight_files import locate_weights, snapshot
 from olvae.modules.base import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.sdvae import SDDecoder, SDEncoder
-from olvae.runs import run_of
 
 SUBFOLDER = "vae"  # where pipelines keep their autoencoder
 
@@ -326,8 +325,6 @@ class LatentDiffusionLoader(Loader):
         try:
             weights = locate_weights(text)
         except (FileNotFoundError, ValueError):
-            return False
-        if run_of(weights) or is_export(weights):
             return False
         return bool(_latent_diffusion_tensors(weights, check=False))
 

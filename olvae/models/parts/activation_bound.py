@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.models.parts.part import Loss, Part, Step, check_not_negative
-from olvae.modules.base import island, watch_outputs
+from olvae.models.parts.part import Loss, Part, Step
+from olvae.modules.base import check_not_negative, island, watch_outputs
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL

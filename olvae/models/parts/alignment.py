@@ -11,9 +11,9 @@ from olvae.config import ConfigError
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.optimization import gradient_ratio
-from olvae.models.parts.part import Loss, Part, Step, check_not_negative
+from olvae.models.parts.part import Loss, Part, Step
 from olvae.models.weight_files import locate_weights
-from olvae.modules.base import island, no_autocast
+from olvae.modules.base import check_not_negative, island, no_autocast
 from olvae.modules.frozen import VisionEncoder, published_weights
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from olvae.models.parts.part import Loss, Part, Step, check_not_negative
-from olvae.modules.base import island
+from olvae.models.parts.part import Loss, Part, Step
+from olvae.modules.base import check_not_negative, island
 from olvae.modules.distributions import DiagonalGaussian
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from olvae.models.parts.part import Part, Step, check_not_negative
-from olvae.modules.base import island
+from olvae.models.parts.part import Part, Step
+from olvae.modules.base import check_not_negative, island
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL

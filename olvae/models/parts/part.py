@@ -141,13 +141,6 @@ def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -
         part.attach(model)
 
 
-def check_not_negative(**numbers: float) -> None:
-    """Raise ValueError for a number below 0."""
-    for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
-
-
 def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:
     """The first training images of a run, one by one, (1, C, H, W) in [-1, 1]: the same in every process."""
     process = LoaderProcess(0, 1, 0, 1, source.batch_size)

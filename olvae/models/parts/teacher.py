@@ -10,15 +10,14 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.data.mix import MixSource
 from olvae.data.shards.pairs import PairSource
 from olvae.data.source import Source
 from olvae.devices import DTYPES
 from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
-from olvae.models.parts.part import Loss, Part, Step, check_not_negative, first_images
-from olvae.modules.base import no_autocast
+from olvae.models.parts.part import Loss, Part, Step, first_images
+from olvae.modules.base import check_not_negative, no_autocast
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
 from olvae.modules.frozen import Constant
 from olvae.modules.scaling_factors import Moments
@@ -112,10 +111,11 @@ class Teacher(Part):
 
     def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
         """Raise ConfigError if the data have latents of another autoencoder."""
-        for pairs in pair_sources(source):
-            if pairs.stats["weights"] != self._checksum:
-                other = pairs.stats["target"]
-                raise ConfigError(f"data: its latents are of {other}, whose weights are not those of {self.target}")
+        for stats in source.latent_stats:
+            if stats["weights"] != self._checksum:
+                raise ConfigError(
+                    f"data: its latents are of {stats['target']}, whose weights are not those of {self.target}"
+                )
 
     def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
         """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite."""
@@ -174,13 +174,6 @@ class Teacher(Part):
     def describe(self) -> str:
         weights = [f"{weight:g} {name}" for name, weight in self.weights.items() if weight]
         return ", ".join([f"{self.target}, {str(self.dtype).removeprefix('torch.')}", *weights])
-
-
-def pair_sources(source: Source) -> list[PairSource]:
-    """The sources of images with a teacher's latents among those of a source."""
-    if isinstance(source, MixSource):
-        return [pairs for part in source.sources for pairs in pair_sources(part)]
-    return [source] if isinstance(source, PairSource) else []
 
 
 def _shape(model: Autoencoder) -> str:

@@ -14,8 +14,9 @@ from olvae.config import instantiate
 from olvae.data.image import EvalTransform, Photo, from_uint8, image_to_tensor
 from olvae.data.mix import MixSource
 from olvae.data.read_errors import TooManyUnreadableError
-from olvae.data.shards.latent_source import Latent, latent_bytes
+from olvae.data.shards.latent_source import Latent
 from olvae.data.shards.pairs import PairSource, pixel_bytes
+from olvae.export.encoding import latent_bytes
 from tests.data.images import encoded, rewrite, take, write_classes
 from tests.export.latents import Blocks, Shrunk, encode
 
