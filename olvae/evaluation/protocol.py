@@ -21,32 +21,19 @@ INCEPTION = "torch-fidelity's Inception (TensorFlow's of 2015-12-05), 2048 featu
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images are made, reconstructed and compared.
+    """How images are made, reconstructed and compared."""
 
-    Args:
-        name: of the preset; a changed preset has another hash.
-        version: incremented when the same name comes to mean something else.
-        size: of the images, in pixels per side.
-        resize, resample: see :class:`~olvae.data.image.EvalTransform`.
-        posterior: a latent is the posterior's mode, or one sample.
-        seed: of the samples' noise, which also depends on the image's key.
-        ssim: the window.
-        lpips: the network that the name LPIPS stands for.
-        crops: how the source makes its test images, if not by ``resize``.
-        n: number of images.
-    """
-
-    name: str = "open-litevae"
-    version: int = 2
-    size: int = 256
-    resize: str = "shorter side"
+    name: str = "open-litevae"  # of the preset; a changed preset has another hash
+    version: int = 2  # incremented when the same name comes to mean something else
+    size: int = 256  # of the images, in pixels per side
+    resize: str = "shorter side"  # this and the next: see olvae.data.image.EvalTransform
     resample: str = "bicubic"
-    posterior: Literal["mode", "sample"] = "mode"
-    seed: int = 0
-    ssim: Literal["gaussian", "uniform"] = "gaussian"
-    lpips: Literal["vgg", "alex"] = "vgg"
-    crops: str | None = None
-    n: int | None = None
+    posterior: Literal["mode", "sample"] = "mode"  # what a latent is
+    seed: int = 0  # of the samples' noise, which also depends on the image's key
+    ssim: Literal["gaussian", "uniform"] = "gaussian"  # window
+    lpips: Literal["vgg", "alex"] = "vgg"  # network that the name LPIPS stands for
+    crops: str | None = None  # how the source makes its test images, if not by ``resize``
+    n: int | None = None  # images
 
     @property
     def transform(self) -> EvalTransform:

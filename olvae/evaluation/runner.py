@@ -32,31 +32,18 @@ Progress = Callable[[str], Callable[[Iterable[Batch], int | None], Iterable[Batc
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate, on which images, and how; ConfigError if the parts do not fit together.
+    """What to evaluate, on which images, and how; ConfigError if the parts do not fit together."""
 
-    Args:
-        targets: with distinct names.
-        protocols: each gives results of its own; those that prepare images alike share a pass.
-        metrics: names.
-        data: a SRC; by default the test images of the first target's config.
-        size: of the images; by default the config's, otherwise the protocol's.
-        images: use only the first N.
-        batch_size: by default the config's, otherwise 8.
-        weights_dir: a folder of pretrained networks, searched first.
-        device: in torch's notation.
-        observers: in the order of the page.
-    """
-
-    targets: Sequence[Target]
-    protocols: Sequence[Protocol] = (Protocol(),)
-    metrics: Sequence[str] = DEFAULT_METRICS
-    data: str | None = None
-    size: int | None = None
-    images: int | None = None
-    batch_size: int | None = None
-    weights_dir: Path | None = None
-    device: str = "cpu"
-    observers: Sequence[Observer] = ()
+    targets: Sequence[Target]  # with distinct names
+    protocols: Sequence[Protocol] = (Protocol(),)  # each gives results; those that prepare images alike share a pass
+    metrics: Sequence[str] = DEFAULT_METRICS  # names
+    data: str | None = None  # a SRC; by default the test images of the first target's config
+    size: int | None = None  # of the images; by default the config's, otherwise the protocol's
+    images: int | None = None  # use only the first N
+    batch_size: int | None = None  # by default the config's, otherwise 8
+    weights_dir: Path | None = None  # a folder of pretrained networks, searched first
+    device: str = "cpu"  # in torch's notation
+    observers: Sequence[Observer] = ()  # in the order of the page
 
     def __post_init__(self) -> None:
         targets = [target.name for target in self.targets]

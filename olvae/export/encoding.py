@@ -148,24 +148,15 @@ def _digest(lines: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """Settings of encoding.
+    """Settings of encoding."""
 
-    Args:
-        size: side in pixels after resizing and cropping the centre; 0 keeps every image's size, padded to a multiple
-            of f at the bottom and the right.
-        moments: store the posterior's mean and standard deviation, else one sample of it, with noise by ``seed``.
-        dtype: of the latents, a name of :data:`~olvae.devices.DTYPES`.
-        flip, images: store the mirrored image's latent, and the pixels that are encoded as PNG, as well.
-        precision: that the encoder computes in, a name of :data:`~olvae.devices.PRECISIONS`.
-    """
-
-    size: int
-    moments: bool = True
+    size: int  # in pixels after resizing and cropping the centre; 0 keeps images' sizes, padded to multiples of f
+    moments: bool = True  # store the posterior's mean and standard deviation, else one sample, with noise by the seed
     seed: int = 0
-    dtype: str = "float16"
-    flip: bool = False
-    images: bool = False
-    precision: str = FULL
+    dtype: str = "float16"  # of the latents, a name of olvae.devices.DTYPES
+    flip: bool = False  # store the mirrored image's latent as well
+    images: bool = False  # store the pixels that are encoded as well, as PNG
+    precision: str = FULL  # that the encoder computes in, a name of olvae.devices.PRECISIONS
 
     def check(self, model: Autoencoder) -> None:
         """Raise ValueError unless images of a model can be stored like this."""

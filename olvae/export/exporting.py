@@ -32,28 +32,17 @@ ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "on
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of an export.
+    """Settings of an export; by default the format is diffusers for AutoencoderKL's networks, else litevae."""
 
-    Args:
-        format: a name of :data:`~olvae.export.formats.LAYOUTS` or the path of a Layout of your own; by default
-            diffusers for AutoencoderKL's networks, else litevae.
-        dtype: to round the weights to, a name of :data:`~olvae.devices.DTYPES`.
-        fold: write the self-modulated convolutions as ordinary ones.
-        onnx: also write encoder.onnx and decoder.onnx.
-        latents: what ``olvae latents`` or ``olvae encode`` wrote, with both factors: a file or its folder.
-        license: of the weights, by the hub's name for it.
-        force: replace the export that is there.
-    """
-
-    format: str | None = None
-    dtype: str = "float32"
-    fold: bool = False
-    onnx: bool = False
+    format: str | None = None  # a name of olvae.export.formats.LAYOUTS, or the path of a Layout of your own
+    dtype: str = "float32"  # to round the weights to, a name of olvae.devices.DTYPES
+    fold: bool = False  # write the self-modulated convolutions as ordinary ones
+    onnx: bool = False  # also write encoder.onnx and decoder.onnx
     scaling_factor: float | None = None
     shift_factor: float | None = None
-    latents: Path | None = None
-    license: str | None = None
-    force: bool = False
+    latents: Path | None = None  # both factors: what olvae latents or olvae encode wrote, a file or its folder
+    license: str | None = None  # of the weights, by the hub's name for it
+    force: bool = False  # replace the export that is there
 
     def __post_init__(self) -> None:
         given = {name: value for name in FACTORS[1:] if (value := getattr(self, name)) is not None}

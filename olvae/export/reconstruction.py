@@ -20,20 +20,13 @@ from olvae.models.large.tiling import crop_to, pad_to_multiple
 
 @dataclass(frozen=True)
 class ReconstructOptions:
-    """Settings of reconstruction.
-
-    Args:
-        memory: bytes for encoding, and for decoding unless ``tile`` is given.
-        tile: side of the decoder's tiles in latent positions.
-        seed: decode a sample of the posterior, with the same seed for every image; None decodes the mode.
-        precision: a name of :data:`~olvae.devices.PRECISIONS`.
-    """
+    """Settings of reconstruction."""
 
     device: torch.device
-    memory: int
-    tile: int | None = None
-    seed: int | None = None
-    precision: str = FULL
+    memory: int  # bytes for encoding, and for decoding unless ``tile`` is given
+    tile: int | None = None  # side of the decoder's tiles in latent positions
+    seed: int | None = None  # of samples of the posterior, the same for every image; None decodes the mode
+    precision: str = FULL  # a name of olvae.devices.PRECISIONS
 
 
 def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
