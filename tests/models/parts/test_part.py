@@ -137,10 +137,10 @@ def test_its_mistakes_are_told_with_all_others(image_folder):
     with pytest.raises(ConfigError) as caught:
         build(parts=nodes, freeze_decoder=True, accumulate_grad_batches=0)
     assert str(caught.value).splitlines() == [
-        "model.params.accumulate_grad_batches must be at least 1, got 0",
         "model.params.parts.other: torch.nn.Identity is not a kind of olvae.models.parts.part.Part",
         f"model.params.parts.a.b: {NAME}",
         f"model.params.parts.keys: {NAME}",
         "model.params.parts.latent_noise: std must not be negative, got -1.0",
+        "model.params.accumulate_grad_batches must be at least 1, got 0",
         "model.params.parts.mine: the decoder is frozen: leave it out",
     ]
