@@ -15,7 +15,7 @@ from olvae.data.dataset import HELD_OUT
 from olvae.data.image import Photo, image_to_tensor
 from olvae.export.reconstruction import ReconstructOptions, reconstruct
 from olvae.figures import error_map, rgb
-from olvae.metrics.pixel import SSIM_WINDOW, psnr, ssim
+from olvae.metrics.metric import SSIM_WINDOW, psnr, ssim
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import default_memory
 from olvae.models.loading.loader import Target

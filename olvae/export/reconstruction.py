@@ -13,7 +13,7 @@ from olvae.data.picture_folder import find_images
 from olvae.devices import FULL, autocast
 from olvae.figures import comparison, error_map, save_image
 from olvae.files import atomic_write
-from olvae.metrics.pixel import psnr
+from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import crop_to, pad_to_multiple
 

@@ -1,6 +1,6 @@
 """Metrics of reconstructions, computed on uint8 images: all by name, and the function that makes them.
 
-``metric`` has their contract, ``pixel`` and ``features`` what they compute. Imports ``olvae.modules`` and the
+``metric`` has the contract and the metrics of pixels, ``features`` those of networks. Imports ``olvae.modules`` and the
 foundations; validation and evaluation import it.
 """
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from olvae.checkpoint import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 from olvae.metrics.features import KID, RFID, Features, Inception, LPIPSDistance
-from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage
-from olvae.metrics.pixel import l1, ms_ssim, psnr, ssim, ssim_uniform
+from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage, l1, ms_ssim, psnr, ssim, ssim_uniform
 
 __all__ = ["METRICS", "MakeMetrics", "build_metrics"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from olvae.data.image import from_uint8, to_uint8
 from olvae.data.source import LoaderProcess, Source
-from olvae.metrics.pixel import psnr
+from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.linear import JointMoments
 

@@ -22,7 +22,7 @@ from olvae.evaluation.report import render_page, write_files
 from olvae.evaluation.results import Difference, Results, Row
 from olvae.evaluation.roundtrip import Cost, RoundTrip
 from olvae.evaluation.runner import Evaluated
-from olvae.metrics.pixel import psnr
+from olvae.metrics.metric import psnr
 from tests.browser import Visit
 from tests.evaluation.observers.test_flat_colours import Faulty
 from tests.evaluation.peers import seen

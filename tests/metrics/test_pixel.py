@@ -4,8 +4,7 @@ import torch
 from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from olvae.metrics.metric import Unavailable
-from olvae.metrics.pixel import l1, ms_ssim, psnr, ssim
+from olvae.metrics.metric import Unavailable, l1, ms_ssim, psnr, ssim
 from tests.metrics.conftest import pairs
 
 

@@ -16,7 +16,7 @@ from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, save
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.image import from_uint8, to_uint8
-from olvae.metrics.pixel import psnr
+from olvae.metrics.metric import psnr
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder

@@ -10,7 +10,7 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.image import from_uint8, to_uint8
 from olvae.evaluation.observers.baselines import Bicubic
 from olvae.evaluation.roundtrip import RoundTrip
-from olvae.metrics.pixel import psnr
+from olvae.metrics.metric import psnr
 from olvae.models import spec as names
 from olvae.models import weight_files
 from olvae.models.loading.targets import find_target

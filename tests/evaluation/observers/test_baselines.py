@@ -11,7 +11,7 @@ from olvae.data.picture_folder import FolderSource
 from olvae.data.source import LoaderProcess
 from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
 from olvae.evaluation.observers.observer import Subject
-from olvae.metrics.pixel import psnr
+from olvae.metrics.metric import psnr
 from olvae.models.linear_start import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.loader import Target
