@@ -93,7 +93,7 @@ def check(
             "images of them"
         )
     images = None if urls else open_images(src, channels)
-    source, reasons = _training_source(src, size, channels, images)
+    source, reasons = _train_source(src, size, channels, images)
     if images is None:
         count = None if source is None else source.images
         found = _read_all(partial(_read_shard, channels), urls, workers, count, on_progress)
@@ -122,9 +122,7 @@ def check(
     return result
 
 
-def _training_source(
-    src: str, size: int, channels: int, images: ImageDataset | None
-) -> tuple[Source | None, list[str]]:
+def _train_source(src: str, size: int, channels: int, images: ImageDataset | None) -> tuple[Source | None, list[str]]:
     """The source that would train on SRC, or the reason why it can't; without ``images`` it has shards."""
     try:
         if images is None:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from olvae.checkpoint import AUTOENCODER
 from olvae.models.nonfinite import NonFiniteGuard
 
 
-class WeightAverage(pl.Callback):
+class WeightAverage(Callback):
     """Average the autoencoder's parameters that are trained, and nothing else of the model.
 
     The average starts as the weights after the first step, and moves by ``1 - decay`` towards them at every further
@@ -38,16 +38,14 @@ class WeightAverage(pl.Callback):
         self._step = 0  # of the trainer, at the last of them
         self._loaded: dict[str, Tensor] = {}
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING or "averaging_state" not in checkpoint:
             return
         self._loaded = checkpoint["state_dict"]
         self._steps = int(checkpoint["averaging_state"]["n_averaged"])
         pl_module.load_state_dict({**checkpoint["state_dict"], **checkpoint["current_model_state"]})
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the copy where the weights are."""
         self._parameters = {
             name: p for name, p in pl_module.named_parameters() if name.startswith(AUTOENCODER) and p.requires_grad
@@ -56,11 +54,11 @@ class WeightAverage(pl.Callback):
         self.restore(self._loaded)
         self._loaded = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -74,7 +72,7 @@ class WeightAverage(pl.Callback):
             torch._foreach_add_(average, difference)
         self._steps += 1
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap()
 
     on_validation_epoch_end = on_train_end = on_validation_epoch_start
@@ -94,9 +92,7 @@ class WeightAverage(pl.Callback):
         finally:
             self._swap()
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         average, trained = self._other, {name: state[name] for name in self._other}
         if self._model_has_average:
@@ -113,9 +109,9 @@ class WeightAverage(pl.Callback):
         self._model_has_average = not self._model_has_average
 
 
-def find_average(trainer: pl.Trainer) -> WeightAverage | None:
+def find_average(trainer: Trainer) -> WeightAverage | None:
     """The average that ``trainer.fit`` keeps; None if there is none, or outside of fit."""
     if trainer.state.fn != TrainerFn.FITTING:
         return None
-    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009  (mypy does not see it)
+    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009  (mypy does not see it)
     return next((callback for callback in callbacks if isinstance(callback, WeightAverage)), None)

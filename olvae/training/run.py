@@ -82,11 +82,10 @@ def train(options: TrainOptions | Plan) -> Run:
     plan = options if isinstance(options, Plan) else read_plan(options)
     with RunLock() as lock, no_empty_folders(Path(plan.options.logdir)):
         prepared = prepare(plan, lock)
-        if plan.resumed is not None and prepared.steps_done == prepared.trainer_args["max_steps"]:
+        done = prepared.steps_done
+        if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
             if launch.is_first():
-                print_ending(
-                    plan.resumed, f"all {prepared.steps_done} steps of this run are done: set more to continue"
-                )
+                print_ending(plan.resumed, f"all {done} steps of this run are done: set more to continue")
             return plan.resumed
         with _run_folder(prepared, lock) as run:
             trainer = fit(prepared, run)
@@ -258,9 +257,7 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[in
     if not checkpoint.get("optimizer_states") or "images_seen" not in checkpoint:
         raise ValueError(f"{file}: has weights only, without what training needs to continue: {other}")
     if ("averaging_state" in checkpoint) != model.use_ema:
-        raise ConfigError(
-            f"model.params.use_ema: {model.use_ema}, but the run was trained with {not model.use_ema}: {other}"
-        )
+        raise ConfigError(f"model.params.use_ema: {model.use_ema}, but the run has {not model.use_ema}: {other}")
     before, now = settings.checksums, model.checksums
     if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         why = f"a resumed run keeps it, with the same weights: {other}"

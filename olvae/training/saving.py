@@ -140,9 +140,7 @@ class KeepCheckpoints(Checkpoint):
             log.warning("%s: not readable: %s; the next validation replaces it", note, first_line(error))
             return None
 
-    def _save(
-        self, trainer: pl.Trainer, module: LiteAutoencoderKL, name: str, note: dict[str, Any] | None = None
-    ) -> None:
+    def _save(self, trainer: pl.Trainer, module: LiteAutoencoderKL, name: str, note: Config | None = None) -> None:
         values = {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
         finite = torch.stack([t.isfinite().all() for t in values.values()])
         if not finite.all():  # one wait for the device

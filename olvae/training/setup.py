@@ -198,8 +198,7 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
     Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
     added. The autoencoder's factors for a diffusion model replace the config's, unless its file has none, as
     latent-diffusion's, or the config has a part that brings latents. The decoder alone is trained unless the config
-    says otherwise, or a part keeps or brings its latents. The resolved config is complete without ``model.from``, so
-    the key is removed.
+    says otherwise, or a part keeps or brings its latents. ``model.from`` is removed from the config, now complete.
 
     Returns the autoencoder's weights, and its training config, empty if it has none.
 

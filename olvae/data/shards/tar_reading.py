@@ -178,10 +178,8 @@ class _Command:
         assert self._process.stdout is not None
         data = self._process.stdout.read(size)
         if not data and (status := self._process.wait()):
-            reason = (
-                f"failed with exit status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
-            )
-            raise OSError(f"the command {reason}")
+            why = f"failed with exit status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
+            raise OSError(f"the command {why}")
         return data
 
 
