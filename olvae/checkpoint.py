@@ -33,13 +33,9 @@ from torch import Tensor, nn
 from olvae.files import atomic_write, file_sha256
 
 AUTOENCODER = ("encoder.", "decoder.", "quantizer.")  # a checkpoint may also hold a loss, a discriminator, ...
-
 PRIVATE_PREFIX = "olvae."  # of these names in files that other projects' loaders should not take for their own
-
 SUM_KEY = "olvae.sha256"  # of the checksum in the header of a safetensors file
-
 PICKLE_BYTES = 2**23  # longest pickle that is read, of some 50,000 tensors; a byte may take up to 200 in memory
-
 EXPANDED_BYTES = 2**30  # limit of all tensors beyond twice the file's size: tensors may share memory or repeat it
 
 CALLED = re.compile(
@@ -55,7 +51,6 @@ SHELLS = re.compile(
 """Objects that trainers leave beside the weights: read as empty dictionaries."""
 
 EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")  # from bytes to bytes, of up to twice the length
-
 FOLDER_VARIABLE = "OLVAE_WEIGHTS"  # of the environment: names a folder of pretrained weights
 SILENCE_S = 10.0  # how long a server may be silent, before it answers or during a download
 

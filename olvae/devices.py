@@ -30,7 +30,6 @@ def resolve_device(device: str | None = None) -> str:
 
 
 T = TypeVar("T")
-
 PATIENCE = timedelta(days=7)  # of collectives: shares differ, and torchrun ends all processes if one fails
 
 

@@ -41,9 +41,7 @@ from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN
 from olvae.modules.wavelet import wavedec2
 
-N_Z, F8 = 12, 8
-"""Latent channels, and pixels per latent position along a side, of the networks that are timed."""
-
+N_Z, F8 = 12, 8  # latent channels, and pixels per latent position along a side, of the networks that are timed
 SCALES: tuple[Literal["S", "B", "M", "L"], ...] = ("S", "B", "M", "L")
 
 Networks = Mapping[str, Callable[[], nn.Module]]

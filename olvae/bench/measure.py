@@ -22,9 +22,7 @@ from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 Work = Callable[[], Sequence[float]]  # does something once or several times; returns the seconds of each
 
 K = TypeVar("K", bound=Hashable)
-
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}  # so large that a product of matrices takes milliseconds
-
 RATES = {"macs": ("gflop_per_s", 2e-9), "bytes": ("gbyte_per_s", 1e-9)}  # entry of the row, and factor
 
 

@@ -26,7 +26,6 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from olvae.config.reading import TOP_LEVEL, Config, ConfigError, nearest
 
 T = TypeVar("T")
-
 NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""

@@ -16,11 +16,8 @@ from olvae.files import atomic_write, reason
 Config = dict[str, Any]
 
 ABSENT = object()  # in place of a value that a config does not have
-
 RECIPES = Path(__file__).parent.parent / "recipes"
-
 TOP_LEVEL = ("model", "data", "lightning", "run")
-
 CONFIG_BYTES = 2**21  # the largest config that is read; the longest recipe has 5 kB
 
 

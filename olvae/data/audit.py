@@ -29,7 +29,6 @@ from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
 MEASURE_S = 3.0  # seconds for which the reading speed is measured
-
 IMAGES_PER_TASK, PRINTED_NAMES = 64, 10
 
 

@@ -86,9 +86,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if fe
 """Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
 
 MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each takes up to 20 bytes while it is read
-
 MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
-
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -259,15 +257,8 @@ def _reason(error: BaseException) -> str:
     return "no known picture format" if "cannot identify image file" in text else text
 
 
-FILTERS = {
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-"""Pillow's filters; all are antialiased when they shrink."""
-
+# Pillow's filters; all are antialiased when they shrink.
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("box", "bilinear", "hamming", "bicubic", "lanczos")}
 ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")  # filters that training draws from by default
 OVERSAMPLING = 2.0  # least ratio of the square to the result for a JPEG that is decoded at a fraction of its size
 

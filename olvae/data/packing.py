@@ -24,7 +24,6 @@ from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
 STATE = ".packing"  # the folder beside the shards, until they are complete, with the state to continue from
-
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}  # of images that are made smaller, with Pillow's names
 
 STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}

@@ -16,7 +16,6 @@ from olvae.files import list_skipped
 log = logging.getLogger("olvae.data")
 
 REPLACEMENTS = 20  # number of other images that are tried in place of an unreadable one
-
 T = TypeVar("T")
 R = TypeVar("R")
 

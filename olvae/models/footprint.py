@@ -20,7 +20,6 @@ from olvae.modules.base import Steps
 from olvae.modules.frozen import Constant
 
 MARGIN = 1.15  # memory needed over the estimate: workspaces of convolutions and fragmentation come on top
-
 COUNTED = (4, 8)  # images of the two micro-batches between which the memory is taken as linear
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 MAX_PENDING = 10_000  # steps that are remembered if nobody collects them
-
 GRADIENT = "gradient of the "  # begins terms; alone infinite under fp16, it means that the loss scale was too large
 
 

@@ -29,11 +29,9 @@ SHIPPED = "olvae:"  # a model that ships with this package: the export in olvae/
 SHIPPED_FOLDER = Path(__file__).parent.parent / "pretrained"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the preferred one first
 OURS = "olvae."  # begins every target that a received config may name
-
 CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-
 NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")  # what builds the networks
 
 FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")

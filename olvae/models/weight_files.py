@@ -41,7 +41,6 @@ from olvae.models.spec import (
 from olvae.runs import Run, run_of
 
 CONFIG_KEY = "config"  # in the header of a safetensors file: an export's config.json
-
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
 

@@ -25,7 +25,6 @@ from olvae.runs import Run
 log = logging.getLogger("olvae.training")
 
 BETTER = {name: metric.better for name, metric in METRICS.items()}  # higher or lower, by the name of a validation value
-
 MAX_PENDING = 2  # checkpoints that may wait in host memory to be written: the last and the best of one step
 
 

@@ -19,7 +19,6 @@ from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_ima
 from olvae.files import reason, write_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
 INDEX = "index.json"  # the file beside the shards with the number of images in each; ``olvae data pack`` writes it
 
 

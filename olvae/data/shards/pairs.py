@@ -20,7 +20,6 @@ from olvae.data.source import Sample
 from olvae.modules.distributions import LOGVAR_RANGE
 
 PIXELS = "latent.png"  # extension of the pixels; for its dot, sources of images don't take it for an image
-
 COMPRESSION = 3  # zlib's level: a third of the time of Pillow's 6, and .3 % more bytes for photographs of 256 pixels
 
 

@@ -30,7 +30,6 @@ SHARD_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, IndexError
 
 MAX_FILE_BYTES = 2**30  # largest file in a shard: an uncompressed TIFF of the largest picture that is read
 META = re.compile(r"__[^/]*__($|/)")  # names in WebDataset's shards that belong to no sample
-
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
 
@@ -138,9 +137,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 STALL_S = 60.0  # seconds without a byte after which a download is taken up anew
-
 CONNECT_S = 30.0
-
 RETRY_S = 60.0  # seconds after a failure during which a download is tried again before it is given up
 PAUSE_S = 1.0  # seconds before the first of these tries; each pause is twice as long as the one before
 MAX_RESUMES = 20  # number of times that one download is taken up anew

@@ -36,9 +36,7 @@ from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posteri
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
 SUBFOLDER = "vae"  # where pipelines keep their autoencoder
-
 PROBE = 128  # side in pixels of the image that measures an autoencoder's factor; the largest published factor is 128
-
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 NAMES = {
