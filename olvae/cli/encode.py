@@ -29,8 +29,7 @@ def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files: empty, or to be continued.")],
     config: ConfigFile = None,
     size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pixels after resizing and cropping; by default the training's."),
+        int | None, typer.Option(min=1, help="Pixels after resizing and cropping; by default the training's.")
     ] = None,
     native: Annotated[bool, typer.Option("--native", help="Keep images' sizes, padded to multiples of f.")] = False,
     moments: Annotated[

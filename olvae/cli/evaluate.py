@@ -30,9 +30,7 @@ if TYPE_CHECKING:  # slow to import
     from olvae.runs import Run
 
 METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
-PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")
-"""Names of the registries, which import torch."""
-
+PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")  # names; the registries import torch
 ALL = "all"
 
 Targets = Annotated[
@@ -96,8 +94,7 @@ def command(
         typer.Option(metavar="SRC", help="Images to fit the linear code on; by default the first target's training."),
     ] = None,
     cross: Annotated[
-        bool,
-        typer.Option("--cross", help="TEACHER STUDENT: each encoder with each decoder, and the latents' error."),
+        bool, typer.Option("--cross", help="TEACHER STUDENT: each encoder with each decoder, and the latents' error.")
     ] = False,
     precision: Annotated[
         str,

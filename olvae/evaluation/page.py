@@ -35,8 +35,7 @@ class Cell(NamedTuple):
     mark: str = ""
 
 
-Table = Mapping[str, Mapping[str, Cell]]
-"""By target, cells by heading; where one lacks a cell of another, a dash is shown."""
+Table = Mapping[str, Mapping[str, Cell]]  # by target, cells by heading; where one lacks another's, a dash is shown
 
 
 def headings(table: Table) -> list[str]:

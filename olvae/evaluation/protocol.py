@@ -77,7 +77,7 @@ class Protocol:
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:16]
 
 
-PROTOCOLS = {
+PROTOCOLS = {  # by name; docs/evaluation.md says whose choices they are, with sources
     protocol.name: protocol
     for protocol in (
         Protocol(),
@@ -87,4 +87,3 @@ PROTOCOLS = {
         Protocol("va-vae", resample="bilinear", posterior="sample"),
     )
 }
-"""By name; docs/evaluation.md says whose choices they are, with sources."""

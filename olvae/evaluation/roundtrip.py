@@ -28,10 +28,8 @@ def check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
 
 
 class Reconstructed(NamedTuple):
-    """The posterior's means, (B, n_z, H/f, W/f) on the device, and images, uint8 (B, C, H, W) on the CPU."""
-
-    latents: Tensor
-    images: Tensor
+    latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device
+    images: Tensor  # uint8 (B, C, H, W), on the CPU
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,15 @@ class Cost:
 class RoundTrip:
     """Encode and decode in float32, clamp and round to uint8, and measure what that costs.
 
-    Args:
-        model: in evaluation mode.
-        device: where it runs; images come and go on the CPU.
-        seed: None takes the posterior's mode; a number one sample, whose noise depends on it and on the image's key.
-        name: of the model, for messages.
+    The model, in evaluation mode, runs on the device; images come and go on the CPU. Without a seed the latent is the
+    posterior's mode, with one a sample, whose noise depends on it and on the image's key.
     """
 
     def __init__(
         self, model: Autoencoder, device: str = "cpu", seed: int | None = None, name: str = "the autoencoder"
     ) -> None:
-        self.model = model.to(device)
-        self.device = device
-        self.seed = seed
-        self.name = name
+        self.model, self.device, self.seed = model.to(device), device, seed
+        self.name = name  # for messages
         self._times: list[tuple[int, float, float]] = []  # images of a batch, seconds to encode and to decode them
         self._peaks: list[int] = []
 

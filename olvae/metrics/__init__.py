@@ -42,13 +42,9 @@ def build_metrics(
 ) -> MakeMetrics:
     """Prepare metrics for any number of targets on the same images; ``weights_dir`` is searched first.
 
-    Returns:
-        A function that makes the metrics of one target, in the order of the names; metrics whose weights are missing
-        are skipped, with what to do about it. Use one function per set of images: it keeps their features.
-
-    Raises:
-        ValueError, NotADirectoryError: a name is unknown, a file of weights holds something else, or ``weights_dir``
-            is not a folder.
+    Return a function that makes the metrics of one target, in the order of the names; metrics whose weights are missing
+    are skipped, with what to do about it. Use one function per set of images: it keeps their features. Raise ValueError
+    if a name is unknown, or a file of weights holds something else.
     """
     if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"no metric {', '.join(unknown)}: choose from {', '.join(METRICS)}")

@@ -123,9 +123,7 @@ class VisionEncoder(Constant):
         name: of a timm model, which takes images of any size; a tag after a dot names its published weights.
         weights: its tensors, under timm's names or its publisher's; None for fresh ones, to count the network.
 
-    Raises:
-        ModuleNotFoundError: timm is not installed.
-        ValueError: there is no such model, it gives no feature maps, or these are not its weights.
+    Raise ValueError if there is no such model, it gives no feature maps, or these are not its weights.
     """
 
     def __init__(self, name: str, weights: Mapping[str, Tensor] | None) -> None:

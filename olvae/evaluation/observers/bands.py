@@ -11,8 +11,7 @@ from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.page import Page
 from olvae.modules.wavelet import wavedec2
 
-Energies = tuple[float, ...]
-"""Of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on."""
+Energies = tuple[float, ...]  # of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on
 
 
 class Bands(Observer):
@@ -58,9 +57,8 @@ class Bands(Observer):
         The first letter is the filter along the height, the second that along the width: LH has the detail along the
         width, which is what vertical edges have.
 
-        Returns:
-            For each band ``mse``, and ``share_of_signal``: the energy of all errors over that of all inputs in the
-            band, None if the inputs have none. The signal of LL includes the brightness, counted from black.
+        Each has its ``mse``, and ``share_of_signal``: the energy of all errors over that of all inputs in the band,
+        None if the inputs have none. The signal of LL includes the brightness, counted from black.
         """
         if target not in self._energies:
             return None
@@ -79,10 +77,8 @@ class Bands(Observer):
         """Bars; the longest of a trained model is 100, as an untrained one would make all others invisible."""
         rows = [row for row in page.results.rows if row.observed.get(self.name)]
         bands = [band for row in rows if not row.baseline for band in row.observed[self.name].values()]
-        longest = {
-            measure: max((band[measure] or 0.0 for band in bands), default=0.0)
-            for measure in ("mse", "share_of_signal")
-        }
+        measures = ("mse", "share_of_signal")
+        longest = {measure: max((band[measure] or 0.0 for band in bands), default=0.0) for measure in measures}
         names = dict.fromkeys(name for row in rows for name in row.observed[self.name])
         return page.render("bands.html", rows=rows, names=list(names), longest=longest) if rows else None
 

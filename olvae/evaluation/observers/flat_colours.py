@@ -72,8 +72,7 @@ class FlatColours(Observer):
 def colour_size(downscales: Sequence[int], largest: int) -> int:
     """The side in pixels of images of one colour, for all autoencoders that downscale by these factors.
 
-    Args:
-        largest: the side of the images that are evaluated, a multiple of every factor; colours are no larger.
+    ``largest`` is the side of the images that are evaluated, a multiple of every factor; colours are no larger.
     """
     step = math.lcm(*downscales)
     return min(-(-max(SMALLEST, TILES * max(downscales, default=1)) // step) * step, largest)
@@ -85,11 +84,8 @@ def reconstruct_colours(
 ) -> dict[str, dict[str, Any]]:
     """Reconstruct constant colours from the posterior's mode, in full float32, and measure the deviations.
 
-    If there are not three channels, the colours are greys and each channel alone.
-
-    Args:
-        model: in evaluation mode; it is moved to the device.
-        size: side of the square images, in pixels; a multiple of the model's downscale factor f.
+    If there are not three channels, the colours are greys and each channel alone. The square images' side is a multiple
+    of the model's factor f. The model is in evaluation mode; it is moved to the device.
 
     Returns:
         For each colour, in steps of 8-bit values, clamped but not rounded, None where one is not finite: ``shift``, the

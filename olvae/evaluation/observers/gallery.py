@@ -17,9 +17,7 @@ from olvae.figures import ERROR_RANGE, error_map, labelled_grid
 from olvae.files import atomic_write
 from olvae.metrics import METRICS
 
-LPIPS_FROM = 32
-"""Images of at least this many pixels a side are ranked by LPIPS, if it is known; smaller ones by PSNR."""
-
+LPIPS_FROM = 32  # images of at least this many pixels a side are ranked by LPIPS, if it is known; smaller ones by PSNR
 SHOWN = 8  # images of the figure, chosen by the hash of their keys alone
 
 
@@ -36,12 +34,8 @@ class Ranking:
     """A few images of one target on the CPU, out of all that were added.
 
     It keeps the values of all images, and the pixels of the worst, the best, and a pool of those whose keys have the
-    smallest hashes. So batches, their order and the number of processes make no difference, and a key counts once.
-
-    Args:
-        better: which values of the metric are better.
-        each: images per group.
-        pool: images from which the median group is chosen, at least three groups, so that none stays empty.
+    smallest hashes. So batches, their order and the number of processes make no difference, and a key counts once. A
+    group has ``each`` images; the median one is chosen from the pool, at least three groups, so that none stays empty.
     """
 
     def __init__(self, better: Literal["higher", "lower"], each: int = 4, pool: int = 64) -> None:

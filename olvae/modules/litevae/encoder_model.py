@@ -158,10 +158,9 @@ class WaveletEncoder(Encoder):
         check_size(image_size, self.downscale)
         bands = 4 * in_channels
         if latent_dim not in (bands, 2 * bands):
-            raise ValueError(
-                f"a wavelet level of {in_channels} channels has {bands} bands, which latent_dim {latent_dim} does not "
-                f"fit: set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
-            )
+            misfit = f"has {bands} bands, which latent_dim {latent_dim} does not fit"
+            remedy = f"set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
+            raise ValueError(f"a wavelet level of {in_channels} channels {misfit}: {remedy}")
         self.in_channels, self.latent_dim, self.image_size = in_channels, latent_dim, image_size
         self.levels, self.wavelet = dct_levels, wavelet
 
