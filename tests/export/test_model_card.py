@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from olvae import LiteVAE
-from olvae.export.exporting import export
+from olvae.export.exporting import Provenance, export, model_card
 from olvae.export.formats import LAYOUTS
-from olvae.export.model_card import Provenance, model_card
 from tests.conftest import tiny_config
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, autoencoder_kl
