@@ -17,8 +17,7 @@ from olvae.metrics import METRICS
 
 INFINITE = "infinite: an image is equal to its reconstruction to the pixel"  # under ``skipped``: JSON has no infinity
 
-FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")
-"""Keys of a row of metrics.json; the others are observers' entries."""
+FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")  # others are of observers
 
 CHUNK = 1 << 22  # values that the bootstrap draws at a time; it bounds memory
 

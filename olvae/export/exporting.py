@@ -276,8 +276,7 @@ def _set_factors(
         return "diffusers' default, the file holds none"
     if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
         return f"from {target.name}"
-    measure = "olvae latents does, then export with `latents`"
-    notes.append(f"scaling factor 1 and shift factor 0 are not measured: {measure}")
+    notes.append("scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with `latents`")
     return None
 
 
@@ -296,8 +295,7 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[f
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         results = content.get("results", [{"target": content.get("target"), "diffusion": content}])
-        keys = ("scaling_factor", "shift_factor")
-        found = {result["target"]: [float(result["diffusion"][key]) for key in keys] for result in results}
+        found = {result["target"]: [float(result["diffusion"][key]) for key in FACTORS[1:]] for result in results}
         other_weights = weights is not None and content.get("weights", weights) != weights
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not written by olvae latents or olvae encode: {error!r}") from error

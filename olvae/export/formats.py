@@ -27,8 +27,8 @@ NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there
 NO_MODULATION = "AutoencoderKL has no self-modulated convolutions"
 IN_DIFFUSERS = "in diffusers"
 
+# What ComfyUI builds, whatever the file says; A1111's config has the longer list.
 STOCK = {"block_out_channels": ([128, 256, 512], [128, 256, 512, 512]), "layers_per_block": (2,)}
-"""What ComfyUI builds, whatever the file says; A1111's config has the longer list."""
 
 
 class Loaded(NamedTuple):

@@ -117,11 +117,10 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
     1/2 E |grad_x D(x)|^2, with D(x) the sum of all of a sample's logits, as usual: of its pixels or patches, of every
     tensor. So it grows with their number. The square is summed over a sample's values, the mean is over the batch. The
     result, a scalar in float32, can be differentiated again. Compute the logits without autocast. For the lazy form,
-    call it every k-th step and multiply by k.
+    call it every k-th step and multiply by k. With BatchNorm in training mode the penalty is on the whole batch.
 
-    Args:
-        logits: of ``real_images``, each (B, ...). With BatchNorm in training mode the penalty is on the whole batch.
-        real_images: (B, C, H, W), with ``requires_grad`` set before the discriminator was called.
+    The logits are those of the images, each (B, ...); the images are (B, C, H, W), with ``requires_grad`` set before
+    the discriminator was called.
     """
     if not real_images.requires_grad:
         raise ValueError("R1 needs the gradient at real_images: call .requires_grad_() before the discriminator")

@@ -24,10 +24,8 @@ REMEDY = (
 class PerceptualLoss(Constant, ABC):
     """A distance of images in the features of a frozen network, a constant: see :class:`Constant`.
 
-    Args:
-        title: of the loss, for messages.
-        build: the network from its file of weights; from None without values, to count it.
-        weights: the file, if it is not found or downloaded; FileNotFoundError if it is missing.
+    ``build`` makes the network from its file of weights; from None without values, to count it. ``weights`` is the file
+    if it is not to be found or downloaded; FileNotFoundError if it is missing.
     """
 
     def __init__(

@@ -69,12 +69,8 @@ class SetMetric(Metric):
     """A distance between the features of all images and those of one target's reconstructions.
 
     All features are kept, 8 KB per image and side: KID draws subsets from them, and an image that two processes saw
-    could not be taken back out of the sums of a Gaussian. Each is computed once per key, and pickled once.
-
-    Args:
-        extract: computes features.
-        reference: features of the images by key, shared by all targets; filled here as images come.
-        reconstructions: those of the target's reconstructions, shared by its metrics.
+    could not be taken back out of the sums of a Gaussian. Each is computed once per key, and pickled once: features of
+    the images, by key, are shared by all targets, those of a target's reconstructions by its metrics.
     """
 
     def __init__(

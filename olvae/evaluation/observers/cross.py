@@ -18,8 +18,7 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior
 from olvae.modules.scaling_factors import Moments
 
-_Sums = tuple[tuple[int, list[list[float]]], list[float]]
-"""Of one image: the state of the Moments of the teacher's means, and per channel the squared differences, summed."""
+_Sums = tuple[tuple[int, list[list[float]]], list[float]]  # of an image: the teacher's Moments; squared differences
 
 
 class Crossed(Autoencoder):
