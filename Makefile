@@ -28,9 +28,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
-	$(BIN)/python train.py --base configs/demo_start.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_start
-	$(BIN)/python train.py --base configs/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo \
-		--actual_resume "$$(ls -d $(RUNS)/*_demo_start_32 | tail -n 1)/checkpoints/last.ckpt"
+	$(BIN)/python train.py --base configs/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo
 	$(BIN)/python train.py --base configs/demo_b.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_b \
 		--actual_resume "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)/checkpoints/last.ckpt"
 	$(BIN)/python scripts/compute_metrics.py --baselines --size 256 --metrics psnr,ssim \
