@@ -9,6 +9,7 @@ import torch
 
 from olvae.config import ConfigError, instantiate, load
 from olvae.models.optimization import mix_seeds
+from olvae.modules.base import last_convolution
 from tests.models.steps import build, fit, source
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,6 +70,9 @@ def test_every_parameter_of_every_config_learns(name):
     (downloads), nothing is frozen, and a config for inference gets the default objective."""
     node = NARROW_MODELS[name]
     model = instantiate(node)
+    for network in (model.encoder, model.decoder):
+        if network.linear is not None:  # the network beside it starts with zeros, which no gradient passes
+            torch.nn.init.normal_(last_convolution(network).weight, std=0.1)
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     total, _ = model.objective(x, *model(x, sample_posterior=True))
     total.backward()

@@ -12,10 +12,17 @@ from olvae.data.source import LoaderProcess
 from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
 from olvae.evaluation.observers.observer import Subject
 from olvae.metrics.metric import psnr
+from olvae.models import linear_start
 from olvae.models.linear_start import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.loader import Target
 from tests.conftest import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def _few_crops(monkeypatch) -> None:
+    monkeypatch.setattr(linear_start, "CROPS", (256, 512))
+
 
 LINEAR, BICUBIC = "linear, 4 numbers for 8x8 pixels", "bicubic, 8x smaller and back"
 
