@@ -15,16 +15,11 @@ from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.linear import JointMoments
 
-POSITIONS = 2**16
-"""Latent positions to fit on, hundreds for each unknown of an f8 code."""
-
-CROPS = (256, 4096)
-"""The fewest and the most training crops to take for them."""
-
-MEASURED_IMAGES = 64
-"""Validation images on which a fitted code is measured."""
-
-BATCH = 32
+POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
+CROPS = (256, 4096)  # the fewest and the most training crops to take for them
+CROP_BYTES = 2**28  # in memory at most, if that is fewer crops
+PART = 2**13  # positions that are summed at a time
+MEASURED_IMAGES = 64  # of validation, on which a fitted code is measured
 
 Means = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [-1, 1] to latents (B, n_z, H/f, W/f)."""
@@ -75,10 +70,11 @@ def start_linearly(
 def training_crops(source: Source, seed: int, factor: int) -> Tensor:
     """The first training crops of a seed, read once: uint8 (N, C, H, W).
 
-    N is such that they have :data:`POSITIONS` latent positions, within :data:`CROPS`.
+    N is such that they have :data:`POSITIONS` latent positions, within :data:`CROPS` and :data:`CROP_BYTES`.
     """
     least, most = CROPS
     count = min(most, max(least, POSITIONS // (source.size // factor) ** 2))
+    count = min(count, max(1, CROP_BYTES // (source.channels * source.size**2)))
     samples = islice(source.stream(seed, 0, LoaderProcess(batch_size=source.batch_size)), count)
     return torch.stack([sample.image for sample in samples if sample.image is not None])
 
@@ -99,7 +95,8 @@ def fit_linear_paths(model: LiteVAE, crops: Tensor, teacher: Means | None = None
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
 
     def batches() -> Iterator[Tensor]:
-        return (from_uint8(part.to(device)) for part in crops.split(BATCH))
+        together = max(1, PART * f**2 // crops[0, 0].numel())
+        return (from_uint8(part.to(device)) for part in crops.split(together))
 
     if (path := model.encoder.linear) is not None:
         if teacher is None:
