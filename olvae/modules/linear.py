@@ -119,10 +119,11 @@ class JointMoments:
     def principal_components(self, count: int) -> LinearMap:
         """The map from x to its ``count`` first principal components, whitened: mean 0 and variance 1 each.
 
-        The largest weight of each is positive, so that its sign is defined.
+        The largest weight of each is positive, so that its sign is defined. Beyond p they are 0.
         """
         variances, axes = torch.linalg.eigh(self.covariance[: self.p, : self.p])  # ascending; axes in columns
         axes = axes.flip(1)[:, :count].T  # (count, p)
         axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
         weight = axes / variances.flip(0)[:count, None].clamp(min=LEAST_VARIANCE).sqrt()
+        weight = F.pad(weight, (0, 0, 0, count - len(weight)))
         return LinearMap(weight, -weight @ self.mean[: self.p])

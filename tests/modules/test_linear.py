@@ -79,6 +79,14 @@ def test_components_of_rounding_noise_are_not_enlarged():
     assert found.weight.abs().max() <= LEAST_VARIANCE**-0.5
 
 
+def test_more_components_than_values_are_zero():
+    x, _ = samples(3)
+    found = moments_of(x, x[:, :0]).principal_components(5)
+    assert found.weight.shape == (5, 3)
+    assert not found.weight[3:].any()
+    assert not found.bias[3:].any()
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_starts_as_its_path(kind):
     encoder, x = ENCODERS[kind](linear=True), torch.randn(2, 3, 8, 6)

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.config import ConfigError
 from olvae.data.image import from_uint8, image_to_tensor, tensor_to_picture, to_uint8
 from olvae.data.opening import open_test_source
 from olvae.evaluation.observers.observer import Observer, Subject
+from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.linear_start import fit_linear_paths, training_crops
 from olvae.models.loading.loader import Target
@@ -19,6 +19,8 @@ from olvae.modules.linear import LinearDecoder, LinearEncoder
 from olvae.runs import settings_of
 
 log = logging.getLogger("olvae")
+
+LARGEST_PATCH = 2**12  # values whose covariances are computed: up to f32 in colour
 
 UNTRAINED = "untrained"  # a baseline's name, which no target may have
 
@@ -58,25 +60,26 @@ class Baselines(Observer):
         if (code := self._linear_code(untrained)) is not None:
             rows[f"linear, {untrained.latent_channels} numbers for {f}x{f} pixels"] = code
         rows[f"bicubic, {f}x smaller and back"] = Bicubic(f, untrained.in_channels)
-        if not (isinstance(untrained, LiteVAE) and untrained.encoder.linear and untrained.decoder.linear):
+        if not (isinstance(untrained, LiteVAE) and (untrained.encoder.linear or untrained.decoder.linear)):
             rows[UNTRAINED] = untrained
         return {**subjects, **{name: Subject(model, baseline=True) for name, model in rows.items()}}
 
     def _linear_code(self, like: Autoencoder) -> LiteVAE | None:
-        """The best linear code with as many numbers, fitted on training crops; None where these are not here."""
+        """The best linear code with as many numbers, fitted on training crops; None if that can't be, with a warning."""
         channels, n, f = like.in_channels, like.latent_channels, like.downscale
-        config = self._target.config
+        if channels * f**2 > LARGEST_PATCH:
+            log.warning("the linear code has no row: covariances of patches of %dx%d pixels are too large", f, f)
+            return None
         try:
-            source = open_test_source(config, self._fit, channels=channels)
-        except (ConfigError, FileNotFoundError) as error:
+            source = open_test_source(self._target.config, self._fit, channels=channels)
+            crops = training_crops(source, settings_of(self._target.config).seed, f)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:  # of any kind of source
             if self._fit is not None:
                 raise
-            log.warning(
-                "the linear code has no row, because its training images are not here: %s (`fit` names others)", error
-            )
+            log.warning("the linear code has no row, without the images of the training: %s", first_line(error))
             return None
         code = LiteVAE(LinearEncoder(2 * n, channels, f), LinearDecoder(n, channels, f))
-        fit_linear_paths(code, training_crops(source, settings_of(config).seed, f))
+        fit_linear_paths(code, crops)
         return code.eval()
 
 

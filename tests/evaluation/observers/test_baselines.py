@@ -9,6 +9,7 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.image import to_uint8
 from olvae.data.picture_folder import FolderSource
 from olvae.data.source import LoaderProcess
+from olvae.evaluation.observers import baselines
 from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
 from olvae.evaluation.observers.observer import Subject
 from olvae.metrics.metric import psnr
@@ -86,3 +87,9 @@ def test_a_linear_start_has_no_row_of_its_own(image_folder):
     for half in ("encoder_config", "decoder_config"):
         config["model"]["params"][half]["params"]["linear"] = True
     assert list(rows(config)) == ["run", LINEAR, BICUBIC]
+
+
+def test_patches_of_thousands_of_values_have_no_row(image_folder, caplog, monkeypatch):
+    monkeypatch.setattr(baselines, "LARGEST_PATCH", 191)
+    assert list(rows(tiny_config(image_folder))) == ["run", BICUBIC, UNTRAINED]
+    assert "8x8 pixels are too large" in caplog.text
