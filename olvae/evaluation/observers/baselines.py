@@ -65,7 +65,7 @@ class Baselines(Observer):
         return {**subjects, **{name: Subject(model, baseline=True) for name, model in rows.items()}}
 
     def _linear_code(self, like: Autoencoder) -> LiteVAE | None:
-        """The best linear code with as many numbers, fitted on training crops; None if that can't be, with a warning."""
+        """The best linear code with as many numbers, fitted on training crops; None, with a warning, if it can't be."""
         channels, n, f = like.in_channels, like.latent_channels, like.downscale
         if channels * f**2 > LARGEST_PATCH:
             log.warning("the linear code has no row: covariances of patches of %dx%d pixels are too large", f, f)
