@@ -16,7 +16,7 @@ from olvae.files import first_line
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
-from olvae.models.weight_files import Located, locate, write_export
+from olvae.models.weight_files import Located, config_kept, locate, write_export
 from olvae.modules.base import Decoder, Encoder, autocast_enabled, count_parameters, island, last_convolution
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.blocks import fold_smc
@@ -247,7 +247,8 @@ class LiteVAE(
         ValueError if a network is not of this package, or weights are non-finite; then nothing is written.
         """
         self._check_saveable()
-        return super().save_pretrained(save_directory, **kwargs)
+        with config_kept(Path(save_directory)):
+            return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_export(self.state_dict(), self.export_config(), save_directory)

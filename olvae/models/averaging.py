@@ -34,6 +34,7 @@ class WeightAverage(Callback):
         self._parameters: dict[str, nn.Parameter] = {}
         self._other: dict[str, Tensor] = {}  # the average; while the model has it, the weights as trained
         self._model_has_average = False
+        self._swapping = False  # stays True where an interrupt comes in between
         self._steps = 0  # averaged
         self._step = 0  # of the trainer, at the last of them
         self._loaded: dict[str, Tensor] = {}
@@ -93,6 +94,8 @@ class WeightAverage(Callback):
             self._swap()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._swapping:
+            raise RuntimeError("interrupted while average and weights as trained changed places: nothing is saved")
         state = checkpoint["state_dict"]
         average, trained = self._other, {name: state[name] for name in self._other}
         if self._model_has_average:
@@ -104,9 +107,11 @@ class WeightAverage(Callback):
     @torch.inference_mode(False)  # validation's mode would make the weights tensors that no step may change
     def _swap(self) -> None:
         """Exchange the model's weights and the other ones: each keeps its memory, and nothing is copied."""
+        self._swapping = True
         for name, p in self._parameters.items():
             p.data, self._other[name] = self._other[name], p.data
         self._model_has_average = not self._model_has_average
+        self._swapping = False
 
 
 def find_average(trainer: Trainer) -> WeightAverage | None:

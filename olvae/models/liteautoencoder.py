@@ -157,6 +157,8 @@ class LiteAutoencoderKL(ValidatedModule):
             yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
         if self.gradient_clip_val is not None and self.gradient_clip_val < 0:
             yield f"gradient_clip_val must not be negative, got {self.gradient_clip_val}"
+        if self.scheduler not in ("constant", "cosine"):
+            yield f"scheduler must be constant or cosine, got {self.scheduler!r}"
         if self.quantizer is None and not self.freeze_encoder and next(self.encoder.parameters(), None) is None:
             yield f"freeze_encoder: {type(self.encoder).__name__} has nothing to train: set it to true"
         if self.checkpoint in ("encoder", "decoder") and getattr(self, f"freeze_{self.checkpoint}"):

@@ -5,7 +5,8 @@ The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,8 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         return Run(folder).last_checkpoint
     for suffix in WEIGHT_SUFFIXES:
         files = sorted(folder.glob(f"[!.]*{suffix}"))  # without what a killed process was writing
+        copies = WEIGHTS_NAME.replace(".", ".*.")  # diffusers' in another precision, such as .fp16.
+        files = [file for file in files if folder / WEIGHTS_NAME not in files or not file.match(copies)]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise FileNotFoundError(f"{given}: several files of weights ({names}): name one of them")
@@ -185,3 +188,15 @@ def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> N
     with atomic_write(folder / WEIGHTS_NAME) as partial:
         write_tensors(partial, state)
     write_json(config, folder / CONFIG_NAME)
+
+
+@contextmanager
+def config_kept(folder: Path) -> Iterator[None]:
+    """Put ``config.json`` back if saving fails: huggingface_hub's mixin removes it first."""
+    config = folder / CONFIG_NAME
+    before = config.read_bytes() if config.is_file() else None
+    try:
+        yield
+    finally:
+        if before is not None and not config.exists():
+            config.write_bytes(before)

@@ -54,6 +54,8 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     if (launcher := find_launcher()) is not None:
         try:
             launcher.validate_settings(per_node, nodes)
+            if (started := launcher.world_size()) != per_node * nodes:  # srun without ntasks-per-node
+                raise ValueError(f"srun started {started} process(es), but these name {per_node * nodes} devices")
         except ValueError as error:
             raise ConfigError(f"`gpus`, or lightning.trainer.devices and num_nodes: {error}") from error
     elif nodes > 1:

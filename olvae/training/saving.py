@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -122,7 +123,8 @@ class KeepCheckpoints(Checkpoint):
                 "model.params.val_metrics, or set best to null"
             )
         value, before = values[self.best], self._best_value
-        if before is None or not self._sign * value <= self._sign * before:  # or that is nan
+        improved = before is None or not self._sign * value <= self._sign * before  # or that is nan
+        if improved and math.isfinite(value):
             self._best_value = value
             note = {"metric": self.best, "value": value, "step": trainer.global_step}
             self._save(trainer, module, "best.ckpt", note)

@@ -83,3 +83,18 @@ def test_there_is_none_unless_asked_for():
     assert callback.decay == 0.25
     with pytest.raises(ValueError, match="decay"):
         WeightAverage(NonFiniteGuard([]), 1.5)
+
+
+def test_nothing_is_saved_after_an_interrupt_between_the_two():
+    average = WeightAverage(NonFiniteGuard([]))
+
+    class Interrupted:
+        @property
+        def data(self) -> None:
+            raise KeyboardInterrupt
+
+    average._parameters, average._other = {"p": Interrupted()}, {"p": torch.ones(1)}
+    with pytest.raises(KeyboardInterrupt):
+        average.on_validation_epoch_start(None, None)
+    with pytest.raises(RuntimeError, match="nothing is saved"):
+        average.on_save_checkpoint(None, None, {"state_dict": {"p": torch.ones(1)}})

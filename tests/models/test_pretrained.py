@@ -280,6 +280,7 @@ def test_folders_that_hold_none_or_several(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
     (tmp_path / f".partial-0123abcd-{WEIGHTS_NAME}").write_bytes(b"half of a file")  # of a save that was killed
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").touch()  # as diffusers' repositories keep it
     assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
     (tmp_path / "second.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"several files of weights \(diffusion_pytorch_model.safetensors, sec"):
@@ -385,6 +386,20 @@ def test_pushing(monkeypatch):
     with pytest.raises(ValueError, match="non-finite"):
         model.push_to_hub("me/broken")
     assert not calls
+
+
+def test_saving_that_fails_half_way_keeps_the_config(tmp_path, monkeypatch):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("olvae.models.weight_files.write_tensors", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_saving_twice_keeps_the_card_and_a_refusal_keeps_all(tmp_path):

@@ -72,6 +72,14 @@ def test_as_many_processes_as_the_flags_name(under, launcher):
     process_count({"devices": 1})
 
 
+def test_srun_with_one_task_for_several_devices(under, monkeypatch):
+    under(srun())
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    assert process_count({"devices": 1}) == 1
+    with pytest.raises(ConfigError, match=r"srun started 1 process\(es\), but these name 4 devices"):
+        process_count({"devices": 4})
+
+
 def test_srun_with_its_other_option(under, monkeypatch):
     under(srun(per_node=2))
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")

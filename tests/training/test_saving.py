@@ -172,3 +172,12 @@ def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
         with torch.no_grad():
             tensor.view(-1)[0] = 1.0
     assert saved == ["last.ckpt"]
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best():
+    trainer, keep = SimpleNamespace(sanity_checking=False, global_step=3), KeepCheckpoints()
+    keep._sign, saved = 1, []
+    keep._save = lambda *arguments: saved.append(arguments[-1]["value"])
+    for value in (float("nan"), 20.0, float("nan"), 19.0, 21.0):
+        keep._keep_best(trainer, SimpleNamespace(validation_values={"val/psnr": value}))
+    assert saved == [20.0, 21.0]
