@@ -101,7 +101,7 @@ def command(
             idle = f"note: {n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do"
             typer.echo(f"{idle}; a smaller --shard-size gives them work, unless the images come in shards", err=True)
         if compiled:
-            compile_networks([model.get_submodule("encoder")], where)
+            compile_networks([_encoder(model, target)], where)
         share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
         with job.shards.nothing_left(), bar:
@@ -120,6 +120,14 @@ def command(
         for line in _report(stats, out, len(inputs)):
             typer.echo(line, err=True)
     leave()
+
+
+def _encoder(model: Any, target: str) -> Any:
+    from olvae.config import ConfigError
+
+    if not hasattr(model, "encoder"):
+        raise ConfigError(f"--compile: {target} has no module `encoder` to compile: leave it out")
+    return model.encoder
 
 
 def _report(stats: Mapping[str, Any], out: Path, shards: int) -> Iterator[str]:

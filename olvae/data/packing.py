@@ -120,13 +120,17 @@ def is_begun(out: Path) -> bool:
 
 
 def _read_index(out: Path, digest: str) -> Index:
-    """The index of a complete run. Raises ConfigError: it is of another source or other options."""
+    """The index of a complete run. Raises ConfigError: it is of another source or other options, or lacks a shard."""
     index = Index.read(out / INDEX)
     if index.plan != digest:
         raise ConfigError(
             f"`out` {out}: holds shards of other images or options: name another folder, or remove this one to start "
             "again"
         )
+    for name, record in index.shards.items():
+        shard = out / name
+        if not (shard.is_file() and shard.stat().st_size == record.bytes):
+            raise ConfigError(f"`out` {out}: {name} is missing or not of its size: remove the folder to start again")
     return index
 
 

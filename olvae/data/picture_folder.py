@@ -139,7 +139,14 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
+
+
+def _may_be_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
+        return True
 
 
 def _parts(root: str | Path) -> tuple[str | Path, str | Path | None]:

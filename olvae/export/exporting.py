@@ -167,6 +167,8 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
         raise FileExistsError(f"{place}: {place if parent.is_dir() else parent} is a file")
     if place.is_dir() and place.samefile(Path.cwd()):
         raise FileExistsError(f"{place}: the current folder: name a new folder in it")
+    if place.resolve().is_mount():
+        raise FileExistsError(f"{place}: a mount point, which can't be replaced: name a new folder in it")
     if holds_something and not _is_export(place):
         raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only")
     if (holds_something or place.is_file()) and not force:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
     """Choose each image's place below ``out``, without extension: its name, in its folder below a given folder.
 
     Images in given folders are found, but for those in ``out``. Raise FileNotFoundError if something does not exist or
-    there is no image, ConfigError if two images would have one result, or a result would overwrite an image.
+    there is no image, ConfigError if a result would overwrite an image. Of images with one name, the later ones keep
+    their extension, or get a number.
     """
     found: dict[Path, tuple[Path, Path]] = {}
     for path in given:
@@ -45,17 +47,27 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
                 found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
     if not found:
         raise FileNotFoundError(f"no images except those of {out}, the folder of the results: name others")
-    taken: dict[str, Path] = {}
+    places, taken = dict[Path, Path](), set[str]()
     for image, place in found.values():
-        for path in (place, comparison_path(place).with_suffix("")):
-            other = taken.setdefault(str(path).lower(), image)
-            if other != image:
-                both = f"{other} and {image} would both become {path}"
-                raise ConfigError(f"{both}: give a folder that holds both folders")
+        whole = place.with_name(image.name)
+        numbered = (whole.with_name(f"{whole.name}-{number}") for number in count(2))
+        paths = next(both for p in chain((place, whole), numbered) if taken.isdisjoint(map(_folded, both := _both(p))))
+        taken.update(map(_folded, paths))
+        places[image] = paths[0]
+        for path in paths:
             for suffix in (".png", ".npy"):
                 if path.with_name(path.name + suffix).resolve() in found:
                     raise ConfigError(f"`out` {out}: {path.name}{suffix} is one of the images: choose another folder")
-    return dict(found.values())
+    return places
+
+
+def _both(place: Path) -> tuple[Path, Path]:
+    """The places of a reconstruction and of its comparison, without extensions."""
+    return place, place.with_name(f"{place.name}_compare")
+
+
+def _folded(path: Path) -> str:
+    return str(path).lower()  # some file systems take the two for one
 
 
 def comparison_path(place: Path) -> Path:

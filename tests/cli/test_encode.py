@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from olvae.cli.encode import _encoder
 from olvae.cli.main import main
+from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor, read_picture, to_uint8
 from olvae.data.shards.write import ResumableShards
 from tests.export.latents import everything, pictures, tiny_vae
@@ -158,3 +160,8 @@ def test_a_failure_leaves_no_folder(olvae, target, tmp_path, image_folder):
     assert (code, err.count("\n")) == (1, 1)
     assert "no latents to decode" in err
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_compiling_without_an_encoder_is_one_line():
+    with pytest.raises(ConfigError, match="--compile: mine has no module `encoder`"):
+        _encoder(torch.nn.Identity(), "mine")

@@ -144,6 +144,15 @@ def test_a_finished_pack_is_left_as_it_is(photos, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+def test_a_finished_pack_that_lost_or_changed_a_shard_is_no_success(photos, tmp_path):
+    out = tmp_path / "out"
+    pack(str(photos), out, PackOptions(shard_size=8))
+    for damage in (lambda shard: shard.write_bytes(shard.read_bytes()[:-512]), Path.unlink):
+        damage(out / "000002.tar")
+        with pytest.raises(ConfigError, match=r"out: 000002\.tar is missing or not of its size: remove the folder"):
+            pack(str(photos), out, PackOptions(shard_size=8))
+
+
 def test_an_unfinished_pack_of_a_changed_source_is_no_continuation(photos, tmp_path):
     out = tmp_path / "out"
     (photos / "bad.png").touch()

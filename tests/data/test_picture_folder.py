@@ -160,3 +160,11 @@ def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, 
     close_folders(monkeypatch, image_folder)
     with pytest.raises(PermissionError, match="photos: this folder can't be opened: Permission denied"):
         source(image_folder)
+
+
+def test_a_folder_that_can_be_listed_but_not_entered(image_folder, monkeypatch):
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    assert len(find_images(image_folder)) == 12

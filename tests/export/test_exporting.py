@@ -14,7 +14,7 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.export.exporting import ExportSettings, export, read_factors
+from olvae.export.exporting import ExportSettings, check_place, export, read_factors
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
 from olvae.models.loading.diffusers_models import as_litevae
 from olvae.models.loading.targets import find_target
@@ -226,6 +226,12 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
         with pytest.raises(kind, match=message):
             export(model, name if name == "." else tmp_path / name, layout, FORCE)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(FileExistsError, match="a mount point"):
+        check_place(tmp_path)
 
 
 def test_stock_folders_that_were_downloaded_are_not_replaced(tmp_path):

@@ -55,12 +55,15 @@ def test_every_image_has_a_place_of_its_own(tmp_path):
     ):
         with pytest.raises(FileNotFoundError, match=text):
             plan_outputs(given, out)
-    touch(tmp_path / "in/B.bmp", tmp_path / "deep/a_compare.png")
+    upper, compare, again = (tmp_path / name for name in ("in/B.bmp", "deep/a_compare.png", "deep/b.png"))
+    touch(upper, compare, again)
+    places = plan_outputs([a, b, upper, compare, again], out)
+    assert [place.name for place in places.values()] == ["a", "b", "B.bmp", "a_compare.png", "b.png"]
+    touch(tmp_path / "other/b.png")
+    assert plan_outputs([b, again, tmp_path / "other/b.png"], out)[tmp_path / "other/b.png"] == out / "b.png-2"
     for given, place, text in (
-        ([tmp_path / "in"], out, "would both become .*/b"),
-        ([a, tmp_path / "deep/a_compare.png"], out, "would both become .*/a_compare"),
         ([a], tmp_path, r"a\.png is one of the images"),
-        ([tmp_path / "in/deep/b.jpg", tmp_path / "in/b.png"], tmp_path / "in", "would both|is one of the images"),
+        ([tmp_path / "in/deep/b.jpg", tmp_path / "in/b.png"], tmp_path / "in", "is one of the images"),
     ):
         with pytest.raises(ConfigError, match=text):
             plan_outputs(given, place)

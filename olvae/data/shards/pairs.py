@@ -13,7 +13,7 @@ from torch import Tensor
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor, tensor_to_picture
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import find_shards, split_shards, with_counts
-from olvae.data.shards.latent_source import LATENT, read_label, read_latent, read_stats
+from olvae.data.shards.latent_source import LATENT, STATS, read_label, read_latent, read_stats
 from olvae.data.shards.tar_reading import Entry
 from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
@@ -136,6 +136,8 @@ def _read_stats(folder: str | Path, size: int | None) -> dict[str, Any]:
     stats = read_stats(folder)
     if not stats.get("images"):
         raise ValueError(f"{folder}: latents without their images: let `olvae encode` store both, in another folder")
+    if missing := [name for name in ("weights", "flip", "target") if name not in stats]:
+        raise ValueError(f"{Path(folder) / STATS}: not a description of latents: without {', '.join(missing)}")
     if stats["latents_std"] == stats["means_std"]:
         raise ValueError(
             f"{folder}: one latent for each image instead of a mean and a standard deviation: encode "

@@ -1,6 +1,8 @@
 """Read shards, tar files in WebDataset's format, from disk, URLs and commands, up to where they are damaged."""
 
 import asyncio
+import bz2
+import gzip
 import lzma
 import re
 import signal
@@ -9,10 +11,11 @@ import subprocess
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -29,6 +32,13 @@ SHARD_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, IndexError
 """Exceptions from reading a broken tar file."""
 
 MAX_FILE_BYTES = 2**30  # largest file in a shard: an uncompressed TIFF of the largest picture that is read
+MAX_EXPANSION = 32  # largest ratio of a compressed shard to its file; arrays of drawings shrink by some ten
+FREE_EXPANSION = 2**26  # bytes that it may have beyond that ratio, because its first block may hold much
+COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {  # readers of compressed shards by their first bytes
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
 META = re.compile(r"__[^/]*__($|/)")  # names in WebDataset's shards that belong to no sample
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
@@ -105,7 +115,8 @@ def _files(url: str, errors: list[ReadError]) -> Iterator[dict[str, Any]]:
     """Yield the files of a tar file, compressed or not; add to ``errors`` if it ends early."""
     try:
         with closing(open_url(url)) as stream:
-            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+            unpacked: Any = _Unpacked(stream)
+            with tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_StrictTarInfo) as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
                     if member.isreg() and not META.match(member.name):
@@ -121,6 +132,32 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     content = archive.extractfile(member)
     assert content is not None
     return content.read()
+
+
+class _Unpacked:
+    """A stream or, if it is compressed, its content, as long as that is in proportion to the bytes read from it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._ahead, self._place = stream, b"", 0
+        while len(self._ahead) < 6 and (data := stream.read(6 - len(self._ahead))):
+            self._ahead += data
+        readers = (reader for first, reader in COMPRESSED.items() if self._ahead.startswith(first))
+        packed: Any = SimpleNamespace(read=self._packed)
+        self._opened = next((reader(packed) for reader in readers), None)
+
+    def _packed(self, size: int) -> bytes:
+        data: bytes = self._ahead[:size] or self._stream.read(size)
+        self._ahead = self._ahead[size:]
+        self._place += len(data)
+        return data
+
+    def read(self, size: int) -> bytes:
+        if self._opened is None:
+            return self._packed(size)
+        part: bytes = self._opened.read1(size)  # what is whole; the next call raises the reason
+        if self._opened.tell() > FREE_EXPANSION + MAX_EXPANSION * self._place:
+            raise ValueError(f"it unpacks to more than {MAX_EXPANSION} times its size, a decompression bomb perhaps")
+        return part
 
 
 class _StrictTarInfo(tarfile.TarInfo):

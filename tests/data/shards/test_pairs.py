@@ -216,6 +216,10 @@ def test_what_it_refuses(pairs, tmp_path):
     with pytest.raises(ValueError, match="20 training images for 24 processes"):
         source(pairs, num_workers=12).check_processes(2)
     stats = json.loads((pairs / "stats.json").read_text())
+    for name in ("weights", "flip", "target"):
+        (pairs / "stats.json").write_text(json.dumps({key: stats[key] for key in stats if key != name}))
+        with pytest.raises(ValueError, match=rf"stats\.json: not a description of latents: without {name}"):
+            source(pairs)
     (pairs / "stats.json").write_text(json.dumps({**stats, "downscale": None}))
     with pytest.raises(ValueError, match=r"stats\.json: not a description of latents"):
         source(pairs)

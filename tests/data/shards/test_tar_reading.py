@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 import random
 import tarfile
 from pathlib import Path
@@ -49,6 +51,26 @@ def test_compressed_shards(tmp_path):
     entries, errors = read(zipped)
     assert len(entries) in (2, 3)
     assert len(errors) == 1
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards_of_several_parts(tmp_path, compress):
+    whole = write_shard(tmp_path / "a.tar", range(6)).read_bytes()
+    (tmp_path / "b.tar.gz").write_bytes(b"".join(compress(whole[i : i + 3000]) for i in range(0, len(whole), 3000)))
+    entries, errors = read(tmp_path / "b.tar.gz")
+    assert [entry.data for entry in entries] == [encoded(n) for n in range(6)]
+    assert not errors
+
+
+def test_a_shard_that_unpacks_to_much_more_than_its_size_ends_there(tmp_path):
+    image, member = encoded(0), tarfile.TarInfo("b.jpg")
+    before = write_tar(tmp_path / "a.tar", [("a.jpg", image)]).read_bytes().rstrip(b"\0")
+    member.size = 2**27
+    header = before + bytes(-len(before) % 512) + member.tobuf()
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(header + bytes(2**27), 1))
+    (entry,), (error,) = read(tmp_path / "a.tar.gz")
+    assert entry.data == image
+    assert "decompression bomb" in error.reason
 
 
 def test_a_shard_cut_anywhere_gives_what_is_whole_before_the_cut(tmp_path):
