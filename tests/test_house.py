@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("olvae/**/*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 132, 21_000, 23_850
+FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 128, 20_550, 23_700
 """The size of today, which a change may lower and not raise; 135, 20,500 and 23,000 are the aim."""
 
 PACKAGE_AT_MOST = 12
