@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -200,6 +200,11 @@ class Source(ABC):
 
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""
+
+    def first_images(self, seed: int, images: int) -> Iterator[Tensor]:
+        """The first training images of a seed, uint8 (C, H, W), the same in every process."""
+        samples = self.stream(seed, 0, LoaderProcess(batch_size=self.batch_size))
+        return islice((sample.image for sample in samples if sample.image is not None), images)
 
     def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
         """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""

@@ -75,8 +75,7 @@ def training_crops(source: Source, seed: int, factor: int) -> Tensor:
     least, most = CROPS
     count = min(most, max(least, POSITIONS // (source.size // factor) ** 2))
     count = min(count, max(1, CROP_BYTES // (source.channels * source.size**2)))
-    samples = islice(source.stream(seed, 0, LoaderProcess(batch_size=source.batch_size)), count)
-    return torch.stack([sample.image for sample in samples if sample.image is not None])
+    return torch.stack(list(source.first_images(seed, count)))
 
 
 @torch.no_grad()
@@ -108,31 +107,26 @@ def fit_linear_paths(model: LiteVAE, crops: Tensor, teacher: Means | None = None
         else:
             moments = JointMoments(path.weight[0].numel(), n)
             for x in batches():
-                moments.update(_windows(x, path), _vectors(teacher(x)))
+                moments.update(_vectors(_windows(x, path)), _vectors(teacher(x)))
             moments.least_squares().copy_to(path)
     latents: Means = teacher or path or (lambda x: model.encode(x).mean)
     if model.decoder.linear is not None:
         moments = JointMoments(9 * n, values)
         for x in batches():
-            moments.update(*_neighbourhoods(latents(x), F.pixel_unshuffle(x, f)))
+            around, patches = _windows(latents(x), model.decoder.linear), F.pixel_unshuffle(x, f)
+            if min(around.shape[-2:]) > 2:  # else there is nothing but a border
+                around, patches = around[..., 1:-1, 1:-1], patches[..., 1:-1, 1:-1]
+            moments.update(_vectors(around), _vectors(patches))
         moments.least_squares().copy_to(model.decoder.linear)
     return latents
 
 
-def _neighbourhoods(z: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """3x3 latents and the patch in their middle, (N, 9 n_z) and (N, C f^2); without the border, if there is more."""
-    if min(z.shape[-2:]) > 2:
-        patches = patches[..., 1:-1, 1:-1]
-    else:
-        z = F.pad(z, (1, 1, 1, 1), mode="replicate")
-    return F.unfold(z, 3).movedim(1, 2).flatten(0, 1), _vectors(patches)
-
-
 def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """What a convolution sees at each of its positions: (B, C, H, W) -> (B h w, C k k)."""
+    """What a linear path sees at each of its positions: (B, C, H, W) -> (B, C k k, h, w)."""
     more = (conv.kernel_size[0] - conv.stride[0]) // 2
     windows = F.unfold(F.pad(x, (more,) * 4, mode="replicate"), conv.kernel_size, stride=conv.stride)
-    return windows.movedim(1, 2).flatten(0, 1)
+    height, width = (side // conv.stride[0] for side in x.shape[-2:])
+    return windows.view(*windows.shape[:2], height, width)
 
 
 def _vectors(x: Tensor) -> Tensor:

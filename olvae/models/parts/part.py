@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from olvae.config import Node, instantiate, resolve_class
 from olvae.data.image import from_uint8
-from olvae.data.source import LoaderProcess, Source
+from olvae.data.source import Source
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 
 if TYPE_CHECKING:
@@ -143,6 +142,4 @@ def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -
 
 def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:
     """The first training images of a run, one by one, (1, C, H, W) in [-1, 1]: the same in every process."""
-    process = LoaderProcess(0, 1, 0, 1, source.batch_size)
-    images = (sample.image for sample in source.stream(seed, 0, process) if sample.image is not None)
-    return (from_uint8(image[None].to(device)) for image in islice(images, count))
+    return (from_uint8(image[None].to(device)) for image in source.first_images(seed, count))

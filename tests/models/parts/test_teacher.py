@@ -207,8 +207,8 @@ def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
 
 def test_a_channel_without_deviation(target):
     teacher = teacher_of(student(target))
-    images = [SimpleNamespace(image=image) for image in torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)]
-    data = SimpleNamespace(batch_size=3, stream=lambda seed, start, process: iter(images))
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    data = SimpleNamespace(first_images=lambda seed, count: iter(images))
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[2] = 0
     with pytest.raises(ValueError, match=r"channel 2 of its latents is the same everywhere"):
