@@ -28,9 +28,13 @@ RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "l2":
 
 
 def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
-    """Charbonnier between the three level-1 Haar detail bands, divided by 2, of two images (B, C, H, W) [D]."""
+    """Charbonnier between the three level-1 detail bands of the orthonormal Haar transform [P 4.3], as they are.
+
+    Images (B, C, H, W). The paper's encoder divides its bands by 2 [P App. G], the loss here does not: so do users'
+    adaptations of the loss that open-LiteVAE's author posted (issue 1 of its repository), second hand [R].
+    """
     channels = x.shape[1]
-    return charbonnier(dwt2(x)[:, channels:] / 2, dwt2(y)[:, channels:] / 2, eps)  # (B, 3C, H/2, W/2)
+    return charbonnier(dwt2(x)[:, channels:], dwt2(y)[:, channels:], eps)  # (B, 3C, H/2, W/2)
 
 
 def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
