@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import PREEMPTED, STOPPED, end_on, loading
+from olvae.cli.options import PREEMPTED, STOPPED, check_paths, end_on, loading
 
 
 def command(
@@ -19,6 +19,10 @@ def command(
         typer.Option(
             "--base", "-b", metavar="CFG [CFG ...]", help="Config files or recipes; later ones override earlier ones."
         ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Images to train on: a folder, shards, a list, a data set. data.params.root."),
     ] = None,
     logdir: Annotated[Path, typer.Option(help="The folder to create the run folder in.")] = Path("runs"),
     precision: Annotated[
@@ -57,12 +61,13 @@ def command(
 ) -> None:
     """Train an autoencoder.
 
-    Example: olvae train --base demo --gpus 0 lightning.trainer.max_steps=100
+    Example: olvae train --base folder --data photos
 
-    Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae data.params.root=photos
+    Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae --data photos
     """
     given = {name: value for name, value in locals().items() if value is not None}
     end_on(signal.SIGUSR1)
+    check_paths(data=data)
     from olvae.training.setup import TrainOptions, read_plan
 
     plan = read_plan(TrainOptions(**given))  # before anything slow is imported
@@ -85,4 +90,5 @@ def command(
             raise
         raise ChildProcessError(f"{died}; continue with: olvae train --resume {died.run.path}") from died
     if is_first():
-        typer.echo(f"evaluate with: olvae evaluate {run.path}", err=True)
+        typer.echo(f"next: olvae evaluate --baselines {run.path}  (numbers and a report)", err=True)
+        typer.echo(f"  or: olvae reconstruct {run.path} PHOTO  (pictures)", err=True)

@@ -5,7 +5,8 @@ A node names a ``target`` and its ``params``. A config's top level has ``model``
 """
 
 from olvae.config.nodes import Node, check, instantiate, resolve_class, resolve_target, validate, with_paths
-from olvae.config.reading import Config, ConfigError, load, read_received, recipes, save
+from olvae.config.reading import Config, ConfigError, read_received, recipes, save
+from olvae.config.sources import load
 
 __all__ = [
     "Config",

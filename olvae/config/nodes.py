@@ -136,7 +136,7 @@ def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
     """Copy a node, and those in it, with other paths: strings and lists in arguments whose type allows a Path."""
     if not isinstance(node, dict) or not isinstance(node.get("target"), str):
         return typing.cast(Config, node)  # instantiate says what is wrong
-    arguments = _arguments_of(node["target"])
+    arguments = arguments_of(node["target"])
     params = dict(node.get("params") or {})
     for name, value in params.items():
         hint = arguments.hints.get(name) if arguments is not None else None
@@ -180,7 +180,7 @@ def _check_lightning(section: Any) -> Iterator[str]:
     yield from unknown_keys(section, LIGHTNING, "lightning.")
     trainer = section.get("trainer")
     if trainer is not None:
-        yield from _check_arguments(_arguments_of("lightning.pytorch.Trainer"), trainer, "lightning.trainer")
+        yield from _check_arguments(arguments_of("lightning.pytorch.Trainer"), trainer, "lightning.trainer")
         for key in SET_BY_TRAINING.keys() & trainer if isinstance(trainer, Mapping) else ():
             yield f"lightning.trainer.{key}: is set by {SET_BY_TRAINING[key]}; leave it out"
     for key, filled_in in (("callbacks", ()), ("logger", ("save_dir",))):  # a logger gets the run's folder
@@ -224,7 +224,7 @@ def _check_node(node: Any, where: str, filled_in: Container[str] = ()) -> Iterat
         yield f"{where}.target: " + ("expected a dotted path" if "target" in node else "missing")
         return
     try:
-        arguments = _arguments_of(node["target"])
+        arguments = arguments_of(node["target"])
     except ConfigError as error:
         yield f"{where}.target: {error}"
         return
@@ -290,7 +290,7 @@ def _nearest_module(name: str) -> str:
     return nearest(missing, inside)
 
 
-def _arguments_of(target: str) -> Arguments | None:
+def arguments_of(target: str) -> Arguments | None:
     """Find the arguments of a target, if possible without importing it; None for a built-in without a signature."""
     module, name = _dotted(target)
     found = None if module in sys.modules else arguments_in_source(module, name)

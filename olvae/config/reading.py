@@ -41,7 +41,7 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
 
 
-def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
+def merge_files(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
     """Merge YAML files, later over earlier, then ``key=value`` overrides; interpolations are resolved.
 
     When a node's target changes, the params of the old target are dropped. A file may ``include`` others, by a path
@@ -136,7 +136,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
-    """Write a config as YAML; :func:`load` reads it back unchanged."""
+    """Write a config as YAML; :func:`~olvae.config.load` reads it back unchanged."""
     with atomic_write(Path(path)) as partial:
         OmegaConf.save(OmegaConf.create(dict(config)), partial)
 

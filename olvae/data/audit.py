@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olvae.config.sources import holds_shards, is_local
 from olvae.data.dataset import ImageDataset
 from olvae.data.image import Photo
-from olvae.data.opening import holds_shards, open_images, open_source
+from olvae.data.opening import open_images, open_source
 from olvae.data.picture_folder import Files, FolderSource
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS
-from olvae.data.shards.tar_reading import Shard, is_local, read_shard
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Source
 from olvae.files import file_sha256, printable

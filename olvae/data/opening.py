@@ -5,21 +5,17 @@ It is a folder of images or of .tar shards, a pattern or URL of either, a .txt l
 """
 
 import glob
-import re
 from pathlib import Path
-from typing import Any
 
-import yaml
 from webdataset.shardlists import expand_urls
 
 from olvae.config import Config, ConfigError, instantiate, load, with_paths
+from olvae.config.sources import holds_shards, is_local, split_arguments
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop
 from olvae.data.picture_folder import Files, find_images
 from olvae.data.read_errors import ReadError, warn_once
-from olvae.data.shards.index import SUFFIXES
-from olvae.data.shards.tar_reading import is_local
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.runs import settings_of
@@ -68,10 +64,10 @@ def open_images(src: str, channels: int = 3) -> ImageDataset:
     if src == "samples":
         return sample_photographs(channels=channels)
     if kind == "torchvision":
-        name, arguments = _arguments(rest)
+        name, arguments = split_arguments(rest)
         return Items(instantiate({"target": f"torchvision.datasets.{name}", "params": arguments}), channels)
     if kind == "hf":
-        path, arguments = _arguments(rest)
+        path, arguments = split_arguments(rest)
         column = str(arguments.pop("column", "image"))
         return Column(load_table(path, **{"split": "train", **arguments}), column, channels)
     if holds_shards(src):
@@ -80,30 +76,11 @@ def open_images(src: str, channels: int = 3) -> ImageDataset:
     return Files(find_images(src, closed), channels, closed)
 
 
-def holds_shards(src: str) -> bool:
-    """Whether SRC names tar files: a folder of them, a pattern, a URL, a pipe."""
-    if src.partition(":")[0] in ("torchvision", "hf") and "://" not in src:
-        return False
-    path = Path(src).expanduser()
-    if path.is_dir():
-        return any(file.name.endswith(SUFFIXES) for file in path.glob("*"))  # none if the folder can't be opened
-    return not is_local(src) or src.endswith(SUFFIXES)
-
-
 def _build(node: Config, where: str) -> Source:
     source = instantiate(node)
     if not isinstance(source, Source):
         raise ConfigError(f"{where}: {node['target']} is not a source of images")
     return source
-
-
-def _arguments(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments in ``NAME,key=value,...``; values are YAML."""
-    name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside a list do not separate
-    if bad := [pair for pair in pairs if "=" not in pair]:
-        raise ConfigError(f"{text}: {bad[0]} is not key=value")
-    split = [pair.partition("=") for pair in pairs]
-    return name, {key: yaml.safe_load(value) for key, _, value in split}
 
 
 def make_absolute(config: Config) -> dict[str, str]:

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
+from olvae.config.sources import holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, from_uint8, image_to_tensor
-from olvae.data.opening import holds_shards, open_images, open_source
+from olvae.data.opening import open_images, open_source
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.latent_source import FLIP, LATENT, META, STATS, Latent
 from olvae.data.shards.pairs import PIXELS, pixel_bytes
-from olvae.data.shards.tar_reading import Shard, is_local, read_shard
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total

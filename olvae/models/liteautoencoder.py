@@ -73,6 +73,7 @@ class LiteAutoencoderKL(ValidatedModule):
     seed = 0  # of the noise in training; set by the trainer
     images_seen = 0  # in training, over all ranks: where a resumed run continues the data
     reports = False  # whether the last training step logged its values: every log_every_n_steps-th does
+    linear_psnr: float | None = None  # of the linear code that training started as, on validation images
     rate_factor = 1.0  # of both learning rates: below one after a return to an earlier checkpoint
     _micro_batch = 0  # within the update
     _iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
@@ -232,7 +233,9 @@ class LiteAutoencoderKL(ValidatedModule):
         if fresh and (self.encoder.linear is not None or self.decoder.linear is not None):
             self.parts.to(device)
             teacher = None if (stand_in := self.stand_in) is None else (lambda x: stand_in.posterior(x).mean)
-            yield str(start_linearly(self.autoencoder, source, seed, device, teacher))
+            started = start_linearly(self.autoencoder, source, seed, device, teacher)
+            self.linear_psnr = started.psnr
+            yield str(started)
         for part in self.each_part:
             part.prepare(self, source, seed, device)
 
@@ -428,11 +431,11 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"], checkpoint["iteration"] = self.images_seen, self._iteration
-        checkpoint["rate_factor"] = self.rate_factor
+        checkpoint["rate_factor"], checkpoint["linear_psnr"] = self.rate_factor, self.linear_psnr
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen, self._iteration = checkpoint["images_seen"], checkpoint["iteration"]
-        self.rate_factor = checkpoint["rate_factor"]
+        self.rate_factor, self.linear_psnr = checkpoint["rate_factor"], checkpoint.get("linear_psnr")
 
     def on_fit_start(self) -> None:
         if self.compiled:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from olvae.runs import Run, Settings
 
 log = logging.getLogger("olvae.training")
 
+FIRST_LINE_S = 3.0  # after which the time left is known well enough to be shown
 LARGE_WAIT_SHARE = 0.1  # the share of training time spent waiting for data is shown above this
 
 
@@ -85,7 +87,7 @@ class Status:
         texts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
         texts.append(f"{self.images_per_s():.1f} images/s")
         if self._training_s and (share := self._waiting_s / self._training_s) > LARGE_WAIT_SHARE:
-            texts.append(f"waiting for data {share:.0%}")
+            texts.append(f"waiting for data {share:.0%} (num_workers)")
         return "  ".join(texts)
 
 
@@ -109,7 +111,8 @@ class StepProgress(ProgressBar):
         self._enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._status, self._shown_at = Status(trainer.global_step), time.monotonic()
+        self._status = Status(trainer.global_step)
+        self._shown_at = time.monotonic() - max(0.0, self.line_every_s - FIRST_LINE_S)
         if self._enabled and self.console.is_terminal:
             self._bar = step_bar(self.console, self._status, trainer.global_step, trainer.max_steps)
             self._bar.start()
@@ -124,6 +127,8 @@ class StepProgress(ProgressBar):
             self._status.loss = float(trainer.callback_metrics.get("train/loss", math.nan))
         step, now = trainer.global_step, time.monotonic()
         self._status.step_ended(step, pl_module.images_seen)
+        if pl_module.reports:
+            pl_module.log_dict({"speed/images_per_s": self._status.images_per_s(), "speed/memory_gib": _memory_gib()})
         if step != trainer.max_steps and now - self._shown_at < (self.line_every_s if self._bar is None else 0.5):
             return
         self._shown_at = now
@@ -147,6 +152,17 @@ class StepProgress(ProgressBar):
         if values and self._enabled and not trainer.sanity_checking:
             text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
             self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False)
+
+
+def _memory_gib() -> float:
+    """The most memory that this process has taken: of its GPU, or without one of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
 
 
 def step_bar(console: Console, status: Status, done: int, total: int) -> Progress:
@@ -183,23 +199,21 @@ def print_summary(
 
 def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> dict[str, str]:
     vae, size, f, processes = model.autoencoder, source.size, model.autoencoder.downscale, trainer.world_size
-    nominal = vae.encoder.image_size  # the crops of training may be smaller
-    z = (1, vae.decoder.z_channels, nominal // f, nominal // f)
     images, batches = source.batch_size, model.accumulate_grad_batches
     end = f" to {model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or trainer.max_steps}"
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU process of {torch.get_num_threads()} threads"
     rows = {
-        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, nominal, nominal), nominal),
-        "decoder": _network(model.decoder, z, nominal),
+        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, size, size), size),
+        "decoder": _network(model.decoder, (1, vae.decoder.z_channels, size // f, size // f), size),
         "latent": f"f{f}, {vae.latent_channels} channels: {size}x{size} -> {size // f}x{size // f}",
         "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
         "data": f"{source.describe()}, {size}x{size}",
         "batch": f"{images * batches * processes} = {images} x {batches} accumulated x {processes} processes",
         "learning rate": f"{model.learning_rate:g}, {model.scheduler}{end if model.scheduler == 'cosine' else ''}"
         + (f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""),
-        "steps": str(trainer.max_steps),
+        "steps": _images_of(trainer.max_steps, images * batches * processes, source.samples_per_epoch),
         "device": f"{processes} x {name}, precision {settings.precision}",
         "seed": str(settings.seed),
     }
@@ -217,6 +231,11 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
     return rows
 
 
+def _images_of(steps: int, batch: int, epoch: int | None) -> str:
+    each = "" if not epoch else f", {steps * batch / epoch:,.1f} times {epoch:,}"
+    return f"{steps}: {steps * batch:,} images{each}; the time left is shown after {FIRST_LINE_S:.0f} seconds"
+
+
 def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:
     macs = count_macs(module, *shape)
     return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per {size}x{size} image"
@@ -231,6 +250,17 @@ def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> 
         yield f"the learning rate rises until step {model.warmup_steps}: shorten model.params.warmup_steps for a trial"
     if workers > cores and trainer.num_nodes == 1:
         yield f"{workers} loader processes on {cores} cores: data.params.num_workers"
+
+
+def describe_gain(model: LiteAutoencoderKL) -> str:
+    """The last validation's PSNR beside that of the linear code, where training began; empty without one."""
+    psnr, start = model.validation_values.get("val/psnr", math.nan), model.linear_psnr
+    if math.isnan(psnr):
+        return ""
+    beside = (
+        "" if start is None else f", {abs(psnr - start):.2f} {'below' if psnr < start else 'above'} the linear code"
+    )
+    return f": {psnr:.2f} dB in validation{beside}"
 
 
 def print_ending(run: Run, title: str) -> None:

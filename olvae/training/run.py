@@ -28,7 +28,7 @@ from olvae.models.optimization import PlayersStrategy
 from olvae.runs import Run, RunLock, Settings
 from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
-from olvae.training.progress import StepProgress, make_loggers, notify, print_ending, print_summary
+from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.setup import Plan, TrainOptions, check_changes, find_changes, read_plan, start_from, untrained_half
 
@@ -154,6 +154,8 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
             if first:
                 notify(line)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(prepared.config)
     try:
         with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
             trainer.fit(
@@ -177,7 +179,9 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
     stop = prepared.stop
     if trainer.is_global_zero:
         stopped = trainer.global_step < trainer.max_steps
-        print_ending(run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps")
+        print_ending(
+            run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps{describe_gain(prepared.model)}"
+        )
         if stop.reason == "SIGUSR1":
             launch.requeue()
     if stop.agreed:  # the caller, Python or make, must not begin what comes after a training

@@ -52,6 +52,7 @@ class TrainOptions:
     actual_resume: str | Path | None = None
     start_from: str | None = None
     teacher: str | None = None
+    data: str | None = None
     allow_changes: bool = False
     time_limit: str | None = None
 
@@ -86,7 +87,8 @@ def read_plan(options: TrainOptions) -> Plan:
     if resumed is None and options.allow_changes:
         raise ConfigError("`allow_changes` is for `resume`: leave it out")
     targets = {"from": options.start_from, "params.parts.teacher.params.autoencoder": options.teacher}
-    overrides = [*options.overrides]
+    overrides = [] if options.data is None else [f"data.params.root={json.dumps(options.data)}"]
+    overrides += options.overrides
     for key, target in targets.items():
         if target is not None:
             check_target(target)

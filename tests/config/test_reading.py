@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from olvae.config.reading import ABSENT, ConfigError, differences, load, read_received, save
+from olvae.config.reading import ABSENT, ConfigError, differences, read_received, save
+from olvae.config.sources import load
 from tests.conftest import tiny_config
 
 

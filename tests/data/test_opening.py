@@ -7,7 +7,8 @@ import pytest
 
 from olvae import config as cfg
 from olvae.config import ConfigError
-from olvae.data.opening import holds_shards, make_absolute, open_source, open_test_source, where_it_is
+from olvae.config.sources import holds_shards
+from olvae.data.opening import make_absolute, open_source, open_test_source, where_it_is
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from olvae.config import ConfigError
+from olvae.config import ConfigError, load
 from olvae.runs import Run
 from olvae.training.progress import make_loggers
 from tests.conftest import tiny_config
@@ -46,7 +46,11 @@ def test_the_same_scalars_also_after_a_resume(train_with, image_folder):
     names = {name for name, _ in found}
     assert "val/psnr" in names
     assert found == pytest.approx({key: value for key, value in expected.items() if key[0] in names}, rel=1e-6)
-    assert {name for name, _ in expected} - names <= {"epoch", "step"}
+    assert {name for name, _ in expected} - names <= {"epoch", "step", "hp_metric"}
+    assert found["speed/memory_gib", 2] > 0 < found["speed/images_per_s", 2]
+    for folder in ("tensorboard", "csv/version_0", "csv/version_1"):
+        held, whole = load([run.path / folder / "hparams.yaml"]), load([run.config])
+        assert [held[name] for name in ("model", "data")] == [whole[name] for name in ("model", "data")]
 
 
 @pytest.fixture
@@ -64,9 +68,11 @@ def wandb(monkeypatch) -> Iterator[ModuleType]:
 def test_wandb_offline(train_with, image_folder, wandb):
     logger = ("lightning.logger.wandb.target=lightning.pytorch.loggers.WandbLogger",)
     run = train_with("lightning.trainer.max_steps=2", *logger, *STEPS, config=tiny_config(image_folder))
+    hyperparameters = wandb.run.config.as_dict()
     wandb.finish()
     train_with("lightning.trainer.max_steps=4", resume=run.path)
     wandb.finish()  # as the end of the process does: all is written
+    assert "olvae.models.liteautoencoder.LiteAutoencoderKL" in str(hyperparameters)
     pieces = sorted((run.path / "wandb").glob("offline-run-*"))
     assert len(pieces) == 2
     assert {next(piece.glob("run-*.wandb")).stem.removeprefix("run-") for piece in pieces} == {run.path.name}

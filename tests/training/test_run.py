@@ -314,7 +314,14 @@ def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd
     for half in ("encoder_config", "decoder_config"):
         config["model"]["params"][half]["params"]["linear"] = True
     run = go(config=config)
-    assert re.search(r"linear code: \d+\.\d\d dB on \d validation images, fitted on 4,096", capfd.readouterr().err)
+    printed = capfd.readouterr().err
+    start = re.search(r"linear code: (\d+\.\d\d) dB on \d validation images, fitted on 4,096", printed)
+    end = re.search(r"done after 4 steps: (\d+\.\d\d) dB in validation, (.*) (above|below) the linear code", printed)
+    gain = float(end[1]) - float(start[1])
+    assert float(end[2]) * (1 if end[3] == "above" else -1) == pytest.approx(gain, abs=0.011)
     go("lightning.trainer.max_steps=5", resume=str(run.path))
+    printed = capfd.readouterr().err
+    assert "fitted on" not in printed
+    assert re.search(r"done after 5 steps: .* the linear code", printed), "the checkpoint has its value"
     go(config=config, actual_resume=str(run.path))
     assert "linear code" not in capfd.readouterr().err

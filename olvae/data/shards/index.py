@@ -13,12 +13,12 @@ from typing import Any
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
+from olvae.config.sources import SUFFIXES, is_local
 from olvae.data.image import EXTENSIONS
 from olvae.data.read_errors import warn_once
-from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, is_local, open_url
+from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
 from olvae.files import reason, write_json
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
 INDEX = "index.json"  # the file beside the shards with the number of images in each; ``olvae data pack`` writes it
 
 

@@ -23,6 +23,7 @@ from urllib.request import getproxies, proxy_bypass
 import fsspec
 from webdataset.tariterators import group_by_keys
 
+from olvae.config.sources import is_local
 from olvae.data.image import EXTENSIONS
 from olvae.data.read_errors import ReadError
 from olvae.files import first_line, legible, reason
@@ -71,11 +72,6 @@ class Entry(NamedTuple):
     data: bytes
     files: Mapping[str, bytes]
     errors: tuple[ReadError, ...] = ()
-
-
-def is_local(url: str) -> bool:
-    """Whether a shard is a local file, rather than a URL or a pipe."""
-    return not (url.startswith("pipe:") or "://" in url)
 
 
 def file_name(url: str) -> str:

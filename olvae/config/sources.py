@@ -1,0 +1,99 @@
+"""Load a config whose data are named by a path alone: a folder, a list, shards or a data set."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from olvae.config.nodes import arguments_of
+from olvae.config.reading import Config, ConfigError, merge_files
+
+OF_THIS_PACKAGE = "olvae.data."
+FOLDER, SHARDS = f"{OF_THIS_PACKAGE}picture_folder.FolderSource", f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource"
+SUFFIXES = (".tar", ".tar.gz", ".tgz")  # of shards
+
+
+def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
+    """Merge config files and overrides, as :func:`~olvae.config.reading.merge_files`, and find the data's source.
+
+    Where ``data.params`` has a ``root`` or ``shards`` that the source of ``data.target`` does not take, or a ``root``
+    of another kind, the target becomes the source that reads it; settings that both sources take are kept.
+    """
+    config = merge_files(paths, overrides, resolve)
+    data = config.get("data")
+    if isinstance(data, dict) and resolve:
+        config["data"] = _of_its_place(data)
+    return config
+
+
+def _of_its_place(node: Config) -> Config:
+    """The node of the source that reads what a node's params name; the node itself if that is its own."""
+    target, params = node.get("target"), node.get("params")
+    if not (isinstance(target, str) and target.startswith(OF_THIS_PACKAGE) and isinstance(params, dict)):
+        return node
+    try:
+        old = arguments_of(target)
+    except ConfigError:  # a mistake in the target, for the check
+        return node
+    takes = old.parameters if old is not None else {}
+    key = next((key for key in ("root", "shards") if key in params and key not in takes), "root")
+    place = params.get(key)
+    if key == "shards":
+        new, named = SHARDS, {key: place}
+    elif isinstance(place, str):
+        new, named = find_source(place)
+    else:
+        return node
+    if new == target and key in takes:
+        return node
+    found = arguments_of(new)
+    accepted = {} if found is None else found.parameters
+    dropped = {key, "shards", "val_shards", "index"} if key == "root" else {key}  # another place's parts
+    kept = {n: v for n, v in params.items() if n not in dropped and (n in accepted or n not in takes)}
+    return {**node, "target": new, "params": {**kept, **named}}
+
+
+def find_source(src: str) -> tuple[str, Config]:
+    """The target of the source that trains on SRC (see :mod:`olvae.data.opening`), and the params that name SRC.
+
+    Raises ConfigError: SRC is a config, or its arguments are no ``key=value``.
+    """
+    kind, _, rest = src.partition(":")
+    if Path(src).suffix in (".yaml", ".yml"):
+        raise ConfigError(f"data.params.root: {src} is a config: name the folder, shards or data set to train on")
+    if src == "samples":
+        return f"{OF_THIS_PACKAGE}dataset.SamplePhotographs", {}
+    if kind == "torchvision":
+        name, arguments = split_arguments(rest)
+        node = {"target": f"torchvision.datasets.{name}", "params": arguments}
+        return f"{OF_THIS_PACKAGE}hub.TorchvisionSource", {"dataset": node}
+    if kind == "hf" and "://" not in src:
+        path, arguments = split_arguments(rest)
+        return f"{OF_THIS_PACKAGE}hub.HuggingFaceSource", {"path": path, **arguments}
+    return (SHARDS, {"shards": src}) if holds_shards(src) else (FOLDER, {"root": src})
+
+
+def holds_shards(src: str) -> bool:
+    """Whether SRC names tar files: a folder of them, a pattern, a URL, a pipe."""
+    if src.partition(":")[0] in ("torchvision", "hf") and "://" not in src:
+        return False
+    path = Path(src).expanduser()
+    if path.is_dir():
+        return any(file.name.endswith(SUFFIXES) for file in path.glob("*"))  # none if the folder can't be opened
+    return not is_local(src) or src.endswith(SUFFIXES)
+
+
+def is_local(url: str) -> bool:
+    """Whether a shard is a local file, rather than a URL or a pipe."""
+    return not (url.startswith("pipe:") or "://" in url)
+
+
+def split_arguments(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments in ``NAME,key=value,...``; values are YAML."""
+    name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside a list do not separate
+    if bad := [pair for pair in pairs if "=" not in pair]:
+        raise ConfigError(f"{text}: {bad[0]} is not key=value")
+    split = [pair.partition("=") for pair in pairs]
+    return name, {key: yaml.safe_load(value) for key, _, value in split}
