@@ -156,7 +156,7 @@ def test_what_users_write_is_text():
             "lpips": {"warning": HOSTILE, "weights": dict.fromkeys(("file", "sha256"), HOSTILE) | {"published": 0}}
         },
         cost=Cost(1, 2, 3, None, None, None, 1, HOSTILE),
-        observed={"bands": {HOSTILE: {"mse": 1.0, "share_of_signal": None}}},
+        observed={"bands": {HOSTILE: {"mse": 1.0, "share_of_signal": None, "energy_ratio": None}}},
     )
     results = Results(
         {HOSTILE: HOSTILE, "name": HOSTILE, "size": 8},

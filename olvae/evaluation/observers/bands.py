@@ -1,6 +1,7 @@
-"""Observe where in the spectrum the error is: its energy per wavelet band."""
+"""Observe where in the spectrum the error is, and what is soft: energies of error and image per wavelet band."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,18 +9,19 @@ from markupsafe import Markup
 from torch import Tensor
 
 from olvae.evaluation.observers.observer import Observation, Observer
-from olvae.evaluation.page import Page
+from olvae.evaluation.page import Page, significant
 from olvae.modules.wavelet import wavedec2
 
 Energies = tuple[float, ...]  # of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on
 
 
 class Bands(Observer):
-    """The mean squared error of reconstructions, split among the bands of the orthonormal Haar transform.
+    """The mean squared error and the energy of reconstructions, by the bands of the orthonormal Haar transform.
 
     Pixels are 0..255, as in PSNR. A band's ``mse`` is the error's energy in it per pixel value, averaged over images;
     by Parseval the bands add up to the mean squared error. Sums are exact in float64. A key counts once. Latents are
-    drawn as in the first protocol. Images of odd sides have no bands.
+    drawn as in the first protocol. Images of odd sides have no bands. The tables' column, ``fine detail``, is the
+    energy of the finest level's three detail bands, out over in: below 100 % the reconstructions are soft.
 
     Args:
         levels: how often LL is split again; fewer if the images' sides can't be halved as often.
@@ -30,19 +32,20 @@ class Bands(Observer):
 
     def __init__(self, levels: int = 3) -> None:
         self._levels = levels
-        self._energies: dict[str, dict[str, tuple[Energies, Energies]]] = {}  # by target and key; of error and input
+        # By target and key, of error, input and reconstruction.
+        self._energies: dict[str, dict[str, tuple[Energies, Energies, Energies]]] = {}
 
     @torch.no_grad()
     def update(self, batch: Observation) -> None:
         even = math.gcd(2**self._levels, *batch.x.shape[-2:])
         if batch.draw or even == 1:
             return
-        levels, signal = even.bit_length() - 1, batch.x.double()
-        error = batch.y.double() - signal
-        pairs = zip(_energies(error, levels), _energies(signal, levels), strict=True)
+        signal, out = (wavedec2(images.double(), levels=even.bit_length() - 1) for images in (batch.x, batch.y))
+        error = [b - a for a, b in zip(signal, out, strict=True)]
+        energies = zip(*(_energies(bands, batch.x[0].numel()) for bands in (error, signal, out)), strict=True)
         known = self._energies.setdefault(batch.target, {})
-        for key, pair in zip(batch.keys, pairs, strict=True):
-            known.setdefault(key, pair)
+        for key, three in zip(batch.keys, energies, strict=True):
+            known.setdefault(key, three)
 
     def state(self) -> Any:
         return self._energies
@@ -57,21 +60,35 @@ class Bands(Observer):
         The first letter is the filter along the height, the second that along the width: LH has the detail along the
         width, which is what vertical edges have.
 
-        Each has its ``mse``, and ``share_of_signal``: the energy of all errors over that of all inputs in the band,
-        None if the inputs have none. The signal of LL includes the brightness, counted from black.
+        Each has its ``mse``; ``signal``, the same of the inputs; ``share_of_signal``, the energy of all errors over
+        that of all inputs in the band; and ``energy_ratio``, that of all reconstructions over it; both None if the
+        inputs have none. The signal of LL includes the brightness, counted from black.
         """
         if target not in self._energies:
             return None
-        errors, signals = zip(*self._energies[target].values(), strict=True)
-        levels = len(errors[0]) // 3
+        sides = tuple(zip(*self._energies[target].values(), strict=True))
+        n, levels = len(sides[0]), len(sides[0][0]) // 3
         places = {f"LL{levels}": 0}
         for level in range(levels, 0, -1):
             places |= {f"{band}{level}": 3 * level - 2 + i for i, band in enumerate(("LH", "HL", "HH"))}
         bands: dict[str, dict[str, float | None]] = {}
         for name, place in places.items():
-            error, signal = (math.fsum(image[place] for image in side) for side in (errors, signals))
-            bands[name] = {"mse": error / len(errors), "share_of_signal": error / signal if signal else None}
+            error, signal, out = (math.fsum(image[place] for image in side) for side in sides)
+            shares = {"share_of_signal": error / signal, "energy_ratio": out / signal} if signal else {}
+            bands[name] = {
+                "mse": error / n,
+                "signal": signal / n,
+                "share_of_signal": None,
+                "energy_ratio": None,
+                **shares,
+            }
         return bands
+
+    def columns(self, entry: Mapping[str, Mapping[str, float | None]]) -> Mapping[str, str]:
+        finest = [entry.get(name, {}) for name in ("LH1", "HL1", "HH1")]
+        signal = math.fsum(band.get("signal") or 0.0 for band in finest)
+        out = math.fsum((band.get("signal") or 0.0) * (band.get("energy_ratio") or 0.0) for band in finest)
+        return {"fine detail": f"{significant(100 * out / signal)} %"} if signal else {}
 
     def section(self, page: Page) -> Markup | None:
         """Bars; the longest of a trained model is 100, as an untrained one would make all others invisible."""
@@ -83,12 +100,8 @@ class Bands(Observer):
         return page.render("bands.html", rows=rows, names=list(names), longest=longest) if rows else None
 
 
-def _energies(images: Tensor, levels: int) -> list[Energies]:
-    """Of each image, per pixel value."""
-    channels, size = images.shape[1], images[0].numel()
-    sums = []
-    for level in wavedec2(images, levels=levels):
-        bands = level.unflatten(1, (4, channels))  # (B, 4, C, h, w)
-        sums.append(bands.square().flatten(2).sum(2))  # (B, 4)
+def _energies(levels: Sequence[Tensor], size: int) -> list[Energies]:
+    """Of each image of a transform, whose levels are (B, 4 C, h, w), per each of its ``size`` pixel values."""
+    sums = [level.unflatten(1, (4, -1)).square().flatten(2).sum(2) for level in levels]  # (B, 4)
     energies = torch.cat((sums[-1][:, :1], *(details[:, 1:] for details in sums)), dim=1) / size
     return [tuple(image) for image in energies.tolist()]

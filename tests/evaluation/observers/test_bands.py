@@ -41,11 +41,25 @@ def test_pywavelets_finds_the_same_energy(levels):
     found = bands(keys, x, y, levels)
     signal, error = x.double().numpy(), y.double().numpy() - x.double().numpy()
     expected_error, expected_signal = pywavelets(error, levels), pywavelets(signal, levels)
+    expected_out = pywavelets(y.double().numpy(), levels)
     assert list(found) == list(expected_error)
     assert sum(band["mse"] for band in found.values()) == pytest.approx(np.square(error).mean(), rel=1e-12)
     for name, values in found.items():
         assert values["mse"] == pytest.approx(expected_error[name] / x[0].numel(), rel=1e-10)
         assert values["share_of_signal"] == pytest.approx(expected_error[name] / expected_signal[name], rel=1e-10)
+        assert values["signal"] == pytest.approx(expected_signal[name] / x[0].numel(), rel=1e-10)
+        assert values["energy_ratio"] == pytest.approx(expected_out[name] / expected_signal[name], rel=1e-10)
+    finest = [sum(of[f"{band}1"] for band in ("LH", "HL", "HH")) for of in (expected_out, expected_signal)]
+    assert Bands().columns(found) == {"fine detail": f"{100 * finest[0] / finest[1]:.0f} %"}
+
+
+def test_what_is_soft_has_less_fine_detail():
+    keys, x, _ = pairs(2)
+    soft = x.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)).round().to(torch.uint8)
+    found = bands(keys, x, soft.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert Bands().columns(found) == {"fine detail": "0 %"}
+    assert found["LL3"]["energy_ratio"] == pytest.approx(1.0, abs=0.01)
+    assert Bands().columns({name: {"mse": 1.0} for name in found}) == {}  # of results that have no energies
 
 
 def test_vertical_stripes_are_detail_along_the_width():
