@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # slow to import
 
 METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
 PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")  # names; the registries import torch
+OBSERVERS = {"colour": "olvae.evaluation.observers.colour.Colour"}
+"""Observers of the package that are asked for by name."""
 ALL = "all"
 
 Targets = Annotated[
@@ -106,7 +108,9 @@ def command(
     ] = "32",
     observe: Annotated[
         list[str] | None,
-        typer.Option(metavar="CLASS", help="Add an observer of yours, package.module.Class. May be repeated."),
+        typer.Option(
+            metavar="NAME", help=f"Look at more: {', '.join(OBSERVERS)}, or your package.module.Class. May be repeated."
+        ),
     ] = None,
     beside: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Add rows of an earlier metrics.json. May be repeated.")
@@ -187,7 +191,7 @@ def _observers(cross: bool, precisions: list[str], report: bool, own: Iterable[s
     observers: list[Observer] = [Cross()] if cross else []
     observers += [HalfPrecision(precisions)] if precisions != ["32"] else []
     observers += [Gallery(), Bands(), *([FlatColours()] if report else [])]
-    observers += [resolve_class(path, Observer)() for path in own]
+    observers += [resolve_class(OBSERVERS.get(name, name), Observer)() for name in own]
     return observers
 
 
