@@ -22,7 +22,7 @@ from olvae.evaluation.results import Results
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.files import nearest_folder, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.diffusers_models import as_litevae, is_stable_diffusion
+from olvae.models.loading.autoencoder_kl import as_litevae, is_stable_diffusion
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id

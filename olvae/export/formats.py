@@ -16,7 +16,8 @@ from olvae.checkpoint import PRIVATE_PREFIX, write_tensors
 from olvae.config import Config, ConfigError, resolve_class
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading import diffusers_models as kl
+from olvae.models.loading import autoencoder_kl as kl
+from olvae.models.loading import latent_diffusion as ldm
 from olvae.models.loading.loader import LoadOptions
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
@@ -157,13 +158,13 @@ class LatentDiffusionLayout(DiffusersLayout):
             raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has 32")
         if not config["mid_block_add_attention"]:
             raise ValueError("no attention in the middle: latent-diffusion always has it")
-        return kl.latent_diffusion_weights(model)
+        return ldm.latent_diffusion_weights(model)
 
     def config(self, model: LiteVAE) -> Config | None:  # noqa: ARG002
         return None
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        back = kl.as_litevae(kl.LatentDiffusionLoader().find(str(path), LoadOptions()).load(), str(path))
+        back = kl.as_litevae(ldm.LatentDiffusionLoader().find(str(path), LoadOptions()).load(), str(path))
         for half in _reflecting(model):
             set_padding(getattr(back, half), "reflect")
         return [Loaded.of(back)._replace(for_diffusion=None)]

@@ -40,7 +40,9 @@ class Autoencoder(nn.Module, ABC):
     """For a diffusion model, whose input is (z - shift_factor) * scaling_factor; encode and decode use neither."""
     latents_mean: Sequence[float] | None = None
     latents_std: Sequence[float] | None = None
-    """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std."""
+    """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std.
+
+    As in FLUX.2 there may be four of them for each channel: of the positions of a 2x2 patch, row by row."""
     force_upcast: bool = False  # whether pipelines in fp16 should decode in float32
     factors_known: bool = True  # False if the file has none of these factors, so that they are a guess
 
@@ -53,7 +55,10 @@ class Autoencoder(nn.Module, ABC):
         """Undo the scaling for a diffusion model: (B, n_z, h, w) of standard deviation 1 -> a latent to decode."""
         if self.latents_mean is None or self.latents_std is None:
             return z / self.scaling_factor + self.shift_factor
-        mean, std = (z.new_tensor(values)[:, None, None] for values in (self.latents_mean, self.latents_std))
+        side = 1 if len(self.latents_mean) == z.shape[1] else 2
+        patches = (z.new_tensor(n).view(-1, side, side) for n in (self.latents_mean, self.latents_std))
+        rows, columns = (torch.arange(size, device=z.device) % side for size in z.shape[-2:])
+        mean, std = (patch[:, rows[:, None], columns] for patch in patches)  # (n_z, h, w)
         return z * std / self.scaling_factor + mean
 
     @abstractmethod

@@ -57,7 +57,7 @@ class AutoencoderSpec:
 
     Args:
         folded: the self-modulated convolutions are ordinary ones.
-        latents_mean, latents_std: n_z numbers each; None for most autoencoders.
+        latents_mean, latents_std: n_z numbers each, or 4 n_z of 2x2 patches; None for most autoencoders.
     """
 
     encoder_config: Node
@@ -195,7 +195,8 @@ def check_factors(values: Mapping[str, Any], n_z: int) -> Iterator[str]:
             yield f"{key}: expected a number{' above 0' if positive else ''}, got {value!r}"
     for key, positive in (("latents_mean", False), ("latents_std", True)):
         several = values.get(key)
-        if several is not None and (len(several) != n_z or not all(_is_number(value, positive) for value in several)):
+        counts = (n_z, 4 * n_z)  # the latter of the positions of 2x2 patches, as FLUX.2's
+        if several is not None and (len(several) not in counts or not all(_is_number(n, positive) for n in several)):
             yield f"{key}: expected {n_z} numbers{' above 0' if positive else ''}, one per channel, got {several!r}"
     if (values.get("latents_mean") is None) != (values.get("latents_std") is None):
         yield "latents_mean, latents_std: give both, or neither"

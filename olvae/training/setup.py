@@ -208,7 +208,7 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
         ConfigError: the autoencoder's networks can't be trained here.
         FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
     """
-    from olvae.models.loading.diffusers_models import as_litevae
+    from olvae.models.loading.autoencoder_kl import as_litevae
     from olvae.models.loading.targets import find_target
     from olvae.models.parts.part import Part
     from olvae.models.parts.teacher import NO_FACTORS

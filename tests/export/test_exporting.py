@@ -16,7 +16,7 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, check_place, export, read_factors
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
-from olvae.models.loading.diffusers_models import as_litevae
+from olvae.models.loading.autoencoder_kl import as_litevae
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import autoencoder_kl

@@ -13,7 +13,7 @@ from olvae import LiteVAE
 from olvae.config import save
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
-from olvae.models.loading.diffusers_models import as_litevae
+from olvae.models.loading.autoencoder_kl import as_litevae
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import config_inside, locate

@@ -4,7 +4,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from olvae import LiteVAE
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder, as_litevae
+from olvae.models.loading.autoencoder_kl import as_litevae
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.conftest import tiny_config
 
 

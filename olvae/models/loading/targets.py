@@ -11,7 +11,8 @@ from olvae import config as cfg
 from olvae.checkpoint import read_checkpoint, read_weights, state_dict_of
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE, load_located
-from olvae.models.loading.diffusers_models import DiffusersLoader, LatentDiffusionLoader
+from olvae.models.loading.diffusers_models import DiffusersLoader
+from olvae.models.loading.latent_diffusion import LatentDiffusionLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights

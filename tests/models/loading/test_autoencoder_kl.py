@@ -6,13 +6,8 @@ import torch
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.models.loading.diffusers_models import (
-    DiffusersAutoencoder,
-    as_litevae,
-    diffusers_config,
-    diffusers_weights,
-    is_stable_diffusion,
-)
+from olvae.models.loading.autoencoder_kl import as_litevae, diffusers_config, diffusers_weights, is_stable_diffusion
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
 from tests.models.loading.test_targets import taesd
