@@ -13,6 +13,10 @@ With r the logits of real images, f those of reconstructions, softplus(t) = log(
 H(1, t) = softplus(-t) and H(0, t) = softplus(t), so bce is logistic by the name that some configs use. wgan needs a
 Lipschitz discriminator (spectral norm, or a gradient penalty).
 
+latent-diffusion, taming-transformers and VA-VAE take half of hinge's discriminator loss, (real + fake) / 2. Adam
+divides a gradient by its size, so half a loss alone trains the same. Beside another term, or a bound, it does not: an
+R1 weight of w on top is 2 w here, and clipping of the gradient to a norm of c is 2 c here.
+
 Discriminators return a list of logit tensors; a loss is the mean over each tensor, then over the list, in float32 under
 autocast too (float64 for float64).
 """
@@ -135,7 +139,8 @@ class LeCam(nn.Module):
     """A penalty on the distance of real logits from an average of fake ones, and the reverse (Tseng et al. 2021).
 
     E (r - a_f)^2 + E (f - a_r)^2, with the anchors a_r and a_f: moving averages of the mean logits of real and fake
-    images, for each logit tensor. The mean is over each tensor, then over the list.
+    images, for each logit tensor. The mean is over each tensor, then over the list. The published code has
+    E max(0, r - a_f)^2 + E max(0, a_r - f)^2, which lets logits on the wrong side go, and a decay of 0.999.
 
     In training mode a call first moves the anchors, a <- decay a + (1 - decay) E, starting from the first batch's
     means; in evaluation mode they are fixed. Under torch.distributed the means are over all processes.
@@ -143,17 +148,18 @@ class LeCam(nn.Module):
     Args:
         num_outputs: how many tensors the discriminator returns: its ``num_outputs``.
         decay: of the moving averages, in [0, 1).
+        relu: take the published code's form.
     """
 
     real_anchors: Tensor  # (num_outputs,)
     fake_anchors: Tensor  # (num_outputs,)
     started: Tensor
 
-    def __init__(self, num_outputs: int = 1, decay: float = 0.99) -> None:
+    def __init__(self, num_outputs: int = 1, decay: float = 0.99, relu: bool = False) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"LeCam's decay must be in [0, 1), got {decay}")
-        self.decay = decay
+        self.decay, self.relu = decay, relu
         for name in ("real_anchors", "fake_anchors"):
             self.register_buffer(name, torch.zeros(num_outputs))
         self.register_buffer("started", torch.tensor(False))
@@ -167,11 +173,11 @@ class LeCam(nn.Module):
         real, fake = [island(t) for t in real_logits], [island(t) for t in fake_logits]
         if self.training:
             self._move(real, fake)
-        terms = [
-            (r - a_f).square().mean() + (f - a_r).square().mean()
-            for r, f, a_r, a_f in zip(real, fake, self.real_anchors, self.fake_anchors, strict=True)
-        ]
-        return torch.stack(terms).mean()
+        terms: list[Tensor] = []
+        for r, f, a_r, a_f in zip(real, fake, self.real_anchors, self.fake_anchors, strict=True):
+            gaps = [r - a_f, a_r - f]
+            terms += [(F.relu(gap) if self.relu else gap).square().mean() for gap in gaps]
+        return 2 * torch.stack(terms).mean()
 
     @torch.no_grad()
     def _move(self, real: Sequence[Tensor], fake: Sequence[Tensor]) -> None:

@@ -1,9 +1,10 @@
 """The adversary of phase B: a discriminator, the losses of both sides, and their schedule."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +13,16 @@ from olvae.data.source import Source
 from olvae.losses.adversarial import LeCam, discriminator_accuracy, discriminator_loss, generator_loss, r1_penalty
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
-from olvae.models.optimization import gradient_ratio
+from olvae.models.optimization import gradient_ratio, mix_seeds
 from olvae.modules.base import check_counts, check_not_negative, no_autocast
 from olvae.modules.unetgan import fixed_spectral_norm, power_iteration
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
+    from olvae.models.parts.part import Step
+
+
+LECAM = {"paper": (0.99, False), "code": (0.999, True)}  # decay, and whether there is a ReLU
 
 
 class Adversary(nn.Module):
@@ -29,18 +34,23 @@ class Adversary(nn.Module):
         loss: hinge [D], logistic, lsgan, wgan or bce; hinge and logistic do equally well [P Table 16].
         weight: of the adversarial loss in the autoencoder's; constant [P Table 8], 0.1 [D].
         start_step: the autoencoder's step at which the adversary starts to play.
-        ramp_steps: steps over which the weight then grows linearly from 0.
+        ramp_steps: steps over which the weight then grows linearly from 0; and updates of the discriminator over which
+            cutmix_probability does.
         warmup_updates: updates of the discriminator alone, at the start step, before the autoencoder continues.
         updates_per_step: updates of the discriminator for each one of the autoencoder.
         adaptive_weight: multiply the weight by the ratio of the gradients of the pixel terms and of the adversarial
-            term at the decoder's last layer, as the latent-diffusion code does; clamped to [0, adaptive_max].
+            term at the decoder's last layer, as the latent-diffusion code does.
+        adaptive_max: the ratio's ceiling in the unit of that code, whose pixel terms are sums over an image. Here they
+            are means, so the ratio is clamped to adaptive_max / (C H W): for 1e4, 0.051 at 256 pixels.
         learning_rate_ratio: the discriminator's learning rate over the autoencoder's.
         betas: of the discriminator's Adam.
         r1_weight: gamma of the R1 penalty, gamma / 2 E |grad_x sum of logits|^2; 0 turns it off. Computed at every
             r1_every-th update, times r1_every. The sum grows with the number of logits: choose gamma by ``train/r1``.
-        lecam_weight, lecam_decay: of the LeCam penalty; weight 0 turns it off.
-        cutmix_weight: of CutMix: the loss on mixed images plus the consistency term (MSE, weight 1 within it); 0 turns
-            it off. Needs per-pixel logits, as UNetGAN's.
+        lecam_weight: of the LeCam penalty; 0 turns it off.
+        lecam_variant: ``paper``, or ``code`` with the ReLU and the decay of the published code; see :class:`LeCam`.
+        cutmix_probability: share of the discriminator's updates with CutMix: the loss on mixed images plus the
+            consistency term (MSE, weight 1) in place of the normal loss. The published code has 0.5 after a ramp. Needs
+            per-pixel logits, as UNetGAN's.
     """
 
     def __init__(
@@ -59,15 +69,19 @@ class Adversary(nn.Module):
         r1_weight: float = 0.0,
         r1_every: int = 16,
         lecam_weight: float = 0.0,
-        lecam_decay: float = 0.99,
-        cutmix_weight: float = 0.0,
+        lecam_variant: Literal["paper", "code"] = "paper",
+        cutmix_probability: float = 0.0,
     ) -> None:
         super().__init__()
         check_not_negative(weight=weight, start_step=start_step, ramp_steps=ramp_steps, warmup_updates=warmup_updates)
-        check_not_negative(r1_weight=r1_weight, lecam_weight=lecam_weight, cutmix_weight=cutmix_weight)
+        check_not_negative(r1_weight=r1_weight, lecam_weight=lecam_weight, adaptive_max=adaptive_max)
         check_counts(1, updates_per_step=updates_per_step, r1_every=r1_every)
         if learning_rate_ratio <= 0:
             raise ValueError(f"learning_rate_ratio must be above 0, got {learning_rate_ratio}")
+        if not 0 <= cutmix_probability <= 1:
+            raise ValueError(f"cutmix_probability must be between 0 and 1, got {cutmix_probability}")
+        if lecam_variant not in LECAM:
+            raise ValueError(f"lecam_variant must be one of {', '.join(LECAM)}, got {lecam_variant!r}")
         self.discriminator: nn.Module = instantiate(discriminator_config)
         if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
             raise ConfigError(f"discriminator_config: {discriminator_config['target']} has no num_outputs (of logits)")
@@ -76,8 +90,9 @@ class Adversary(nn.Module):
         self.adaptive_weight, self.adaptive_max = adaptive_weight, adaptive_max
         self.learning_rate_ratio, self.betas = learning_rate_ratio, (betas[0], betas[1])
         self.r1_weight, self.r1_every = r1_weight, r1_every
-        self.lecam_weight, self.cutmix_weight = lecam_weight, cutmix_weight
-        self.lecam = LeCam(self.discriminator.num_outputs, lecam_decay) if lecam_weight else None
+        self.lecam_weight, self.cutmix_probability = lecam_weight, cutmix_probability
+        decay, relu = LECAM[lecam_variant]
+        self.lecam = LeCam(self.discriminator.num_outputs, decay, relu) if lecam_weight else None
         self.updates = 0  # of the discriminator so far
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterator[str]:
@@ -102,8 +117,10 @@ class Adversary(nn.Module):
             raise ConfigError(f"the discriminator does not take images of {channels}x{size}x{size}: {error}") from error
         finally:
             self.discriminator.train()
-        if self.cutmix_weight and logits[0].shape[-2:] != (size, size):
-            raise ConfigError("cutmix_weight needs a discriminator with one logit per pixel first, such as UNetGAN")
+        if self.cutmix_probability and logits[0].shape[-2:] != (size, size):
+            raise ConfigError(
+                "cutmix_probability needs a discriminator with one logit per pixel first, such as UNetGAN"
+            )
 
     def plays(self, step: int) -> bool:
         """Whether both sides play at this step of the autoencoder."""
@@ -119,14 +136,14 @@ class Adversary(nn.Module):
             return 0.0
         return self.weight * min(1.0, (step - self.start_step + 1) / max(1, self.ramp_steps))
 
-    def weight_in(self, model: "LiteAutoencoderKL", losses: Mapping[str, Tensor]) -> Tensor | float:
+    def weight_in(self, model: "LiteAutoencoderKL", step: "Step") -> Tensor | float:
         """The weight of the loss ``adversarial`` in this step, times the adaptive weight if that is on; logs health."""
         weight: Tensor | float = self.weight_at(model.global_step)
         if self.adaptive_weight or model.reports:
-            pixels = model.objective.weighted(losses, *IMAGE_TERMS)
-            ratio = gradient_ratio(model, pixels, losses["adversarial"])  # |pixels| / |adversarial|
+            pixels = model.objective.weighted(step.losses, *IMAGE_TERMS)
+            ratio = gradient_ratio(model, pixels, step.losses["adversarial"])  # |pixels| / |adversarial|
             if self.adaptive_weight:
-                factor = ratio.clamp(0.0, self.adaptive_max)
+                factor = ratio.clamp(0.0, self.adaptive_max / step.target[0].numel())
                 weight = weight * factor
                 model.report({"health/adaptive_weight": factor})
             model.report({"health/gradient_ratio": weight / ratio.clamp_min(1e-12)})
@@ -138,7 +155,10 @@ class Adversary(nn.Module):
             return generator_loss(self.loss, self.discriminator(fake))
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss on images (B, C, H, W), which no gradient reaches; and to log: it, penalties, logits, accuracy."""
+        """The loss on images (B, C, H, W), which no gradient reaches; and to log: terms, logits, accuracy.
+
+        ``discriminator`` is the normal loss, in an update with CutMix too.
+        """
         real, fake = real.detach(), fake.detach()
         with fixed_spectral_norm(self.discriminator):
             real_logits: list[Tensor] = self.discriminator(real)
@@ -150,12 +170,11 @@ class Adversary(nn.Module):
                 "logits_fake": _mean(fake_logits),
                 "accuracy": discriminator_accuracy(real_logits, fake_logits, self.loss),
             }
+            if self._mixes():
+                logs["cutmix"] = total = self._cutmix(real, fake, real_logits[0], fake_logits[0])
             if self.lecam is not None:
                 logs["lecam"] = term = self.lecam(real_logits, fake_logits)
                 total = total + self.lecam_weight * term
-            if self.cutmix_weight:
-                logs["cutmix"] = term = self._cutmix(real, fake, real_logits[0], fake_logits[0])
-                total = total + self.cutmix_weight * term
             if self.r1_weight and self.updates % self.r1_every == 0:
                 logs["r1"] = term = self._r1(real)
                 total = total + self.r1_weight * self.r1_every * term
@@ -165,6 +184,12 @@ class Adversary(nn.Module):
         """Call it after every update of the discriminator."""
         self.updates += 1
         power_iteration(self.discriminator)
+
+    def _mixes(self) -> bool:
+        """Whether this update has CutMix: the same in all processes and micro-batches."""
+        ramp = min(1.0, self.updates / self.ramp_steps) if self.ramp_steps else 1.0
+        draw = np.random.default_rng(mix_seeds(self.updates)).random()
+        return bool(draw < self.cutmix_probability * ramp)
 
     def _cutmix(self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor) -> Tensor:
         mixed, mask = cutmix(real, fake)

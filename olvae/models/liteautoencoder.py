@@ -268,7 +268,7 @@ class LiteAutoencoderKL(ValidatedModule):
             if adversary is not None:
                 assert step.reconstruction is not None
                 step.losses["adversarial"] = adversary.generator_loss(step.reconstruction)
-                total = total + adversary.weight_in(self, step.losses) * step.losses["adversarial"]
+                total = total + adversary.weight_in(self, step) * step.losses["adversarial"]
             self.guard.observe({**step.losses, "loss": total})
             self._backward("autoencoder", total, last)
             self.report({f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()})

@@ -78,6 +78,16 @@ def test_lecam_anchors_are_the_same_on_all_processes(tmp_path: Path):
     torch.testing.assert_close((results[0][2] + results[1][2]) / 2, penalty)
 
 
+def test_lecam_as_published_by_hand():
+    """Fakes beyond the real anchor, and reals below the fake one, cost nothing; in the paper's formula they do."""
+    real, fake = torch.tensor([2.0, -3.0]).double(), torch.tensor([-1.0, 4.0]).double()
+    for relu, expected in ((True, 1 / 2 + 16 / 2), (False, (1 + 16) / 2 + (16 + 1) / 2)):
+        lecam = LeCam(relu=relu).double().eval()
+        lecam.real_anchors.fill_(3.0)
+        lecam.fake_anchors.fill_(1.0)
+        assert lecam([real], [fake]).item() == pytest.approx(expected, rel=1e-12)
+
+
 # CutMix
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

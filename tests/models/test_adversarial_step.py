@@ -123,9 +123,9 @@ def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(i
     assert model.images_seen == 5 * 2 * 4
 
 
-@pytest.mark.parametrize("settings", [{"weight": 0.0}, {"start_step": 9}, {"weight": 0.0, "cutmix_weight": 1.0}])
+@pytest.mark.parametrize("settings", [{"weight": 0.0}, {"start_step": 9}, {"weight": 0.0, "cutmix_probability": 1.0}])
 def test_without_its_weight_the_autoencoder_goes_as_in_phase_a(image_folder, settings):
-    discriminator, size = (UNETGAN, 64) if "cutmix_weight" in settings else (PATCHGAN, 16)
+    discriminator, size = (UNETGAN, 64) if "cutmix_probability" in settings else (PATCHGAN, 16)
     phase_a, phase_b = build(), build(against(discriminator, **settings))
     start = snapshot(phase_b.adversary)
     fit(phase_a, image_folder, 4, size=size)
@@ -180,7 +180,9 @@ def test_the_adaptive_weight_by_hand(image_folder, updates):
 
 
 def test_the_adaptive_weight_is_clamped_and_off_by_default(image_folder):
-    clamped = fit(build(against(weight=0.3, adaptive_weight=True, adaptive_max=0.5)), image_folder, 1)
+    """In the unit of latent-diffusion's code: sums over an image of 3 x 16 x 16."""
+    adversary = against(weight=0.3, adaptive_weight=True, adaptive_max=0.5 * 768)
+    clamped = fit(build(adversary), image_folder, 1)
     by_hand, *_ = ratio_by_hand(build(against()), image_folder)
     values = metrics(clamped)
     assert values["health/adaptive_weight"] == 0.5

@@ -82,7 +82,7 @@ def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_rest_alone():
 
 @every
 def test_the_discriminators_loss_reaches_every_parameter_and_no_image(kind):
-    settings = {"r1_weight": 1.0, "lecam_weight": 1.0, "cutmix_weight": 1.0 if kind == "unetgan" else 0.0}
+    settings = {"r1_weight": 1.0, "lecam_weight": 1.0, "cutmix_probability": 1.0 if kind == "unetgan" else 0.0}
     adversary, (real, fake) = build(kind, **settings), images(kind)
     buffers = {name: t.clone() for name, t in adversary.discriminator.named_buffers()}
     real.requires_grad_()
@@ -166,9 +166,9 @@ def test_lecam_is_logged_and_weighted_when_it_is_on():
     assert total.item() == pytest.approx(base.item() + 0.3 * by_hand, rel=1e-5)
 
 
-def test_cutmix_is_logged_and_weighted_when_it_is_on():
-    """Consistency, and half as much for either kind of logits."""
-    adversary, (real, fake) = build(cutmix_weight=0.3), images()
+def test_cutmix_takes_the_place_of_the_normal_loss():
+    """Consistency, and half as much for either kind of logits; the normal loss is logged, without a gradient."""
+    adversary, (real, fake) = build(cutmix_probability=1.0), images()
     base, without = build().discriminator_loss(real, fake)
     torch.manual_seed(3)
     total, logs = adversary.discriminator_loss(real, fake)
@@ -180,7 +180,21 @@ def test_cutmix_is_logged_and_weighted_when_it_is_on():
         of_mixed[0], logits(adversary, real)[0], logits(adversary, fake)[0], mask
     )
     assert logs["cutmix"].item() == pytest.approx(expected.item(), rel=1e-4)
-    assert total.item() == pytest.approx(base.item() + 0.3 * expected.item(), rel=1e-4)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert logs["discriminator"].item() == base.item()
+
+
+def test_cutmix_in_its_share_of_the_updates_after_a_ramp():
+    """None at first; in all ranks and micro-batches alike, whatever their noise."""
+    adversary, mixed = build("patchgan", cutmix_probability=0.5, ramp_steps=200), []
+    for update in range(600):
+        adversary.updates = update
+        mixed.append(adversary._mixes())
+    assert adversary._mixes() == mixed[-1]
+    assert sum(mixed[:20]) <= 4  # half of one is expected
+    assert abs(sum(mixed[:200]) - 50) < 3 * 6  # binomial, of 1/4 on average
+    assert abs(sum(mixed[200:]) - 200) < 3 * 10
+    assert not build()._mixes()
 
 
 def test_an_update_is_counted_and_runs_one_power_iteration():
@@ -237,9 +251,9 @@ def test_images_that_do_not_fit(kind, channels, size, message):
 @pytest.mark.parametrize("kind", ["patchgan", "gigagan"])
 def test_cutmix_needs_a_logit_per_pixel(kind):
     size = DISCRIMINATORS[kind][2]
-    with pytest.raises(ConfigError, match=r"cutmix_weight needs .* one logit per pixel"):
-        build(kind, cutmix_weight=1.0).check_image(3, size)
-    build("unetgan", cutmix_weight=1.0).check_image(3, 128)
+    with pytest.raises(ConfigError, match=r"cutmix_probability needs .* one logit per pixel"):
+        build(kind, cutmix_probability=1.0).check_image(3, size)
+    build("unetgan", cutmix_probability=1.0).check_image(3, 128)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +264,8 @@ def test_cutmix_needs_a_logit_per_pixel(kind):
         ({"updates_per_step": 0}, "updates_per_step must be at least 1, got 0"),
         ({"lecam_weight": -1.0}, "lecam_weight must not be negative"),
         ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be above 0, got 0.0"),
-        ({"lecam_weight": 1.0, "lecam_decay": 1.0}, "decay must be in"),
+        ({"lecam_variant": "published"}, "lecam_variant must be one of paper, code, got 'published'"),
+        ({"cutmix_probability": 1.5}, "cutmix_probability must be between 0 and 1, got 1.5"),
     ],
 )
 def test_settings_that_make_no_sense(params, message):

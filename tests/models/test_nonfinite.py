@@ -11,7 +11,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.nonfinite import NonFiniteGuard
 from tests.models.steps import Each, against, assert_same, build, fit
 
-EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1, "lecam_decay": 0.5}
+EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1}
 BAD = 2  # the iteration that is spoilt
 
 

@@ -77,7 +77,7 @@ def traced(tmp_path, size: int, **model) -> Waits:
     return mode
 
 
-EVERYTHING = {"cutmix_weight": 1.0, "r1_weight": 1.0, "r1_every": 1, "lecam_weight": 0.1, "adaptive_weight": True}
+EVERYTHING = {"cutmix_probability": 1.0, "r1_weight": 1.0, "r1_every": 1, "lecam_weight": 0.1, "adaptive_weight": True}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def without_networks(root: Path, **model: Any) -> dict[str, Any]:
 
 def phase_b(root: Path) -> dict[str, Any]:
     """A config of phase B with everything on that has a state."""
-    r1_and_lecam = {"r1_weight": 1.0, "r1_every": 3, "lecam_weight": 0.1, "lecam_decay": 0.5}
+    r1_and_lecam = {"r1_weight": 1.0, "r1_every": 3, "lecam_weight": 0.1}
     times = {"start_step": 1, "ramp_steps": 3, "warmup_updates": 2, "updates_per_step": 2}
     adversary = against(weight=0.3, learning_rate_ratio=2.0, **r1_and_lecam, **times)
     model = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 7}

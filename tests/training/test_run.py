@@ -235,7 +235,7 @@ def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
     [
         ({"start_step": 4}, "start_step: 4 is not below 4 steps"),
         ({"discriminator_config": UNETGAN}, "does not take images of 3x16x16: UNetGAN takes .* multiples of 64"),
-        ({"cutmix_weight": 1.0}, "one logit per pixel"),
+        ({"cutmix_probability": 1.0}, "one logit per pixel"),
         ({"loss": "hinged"}, r"loss: expected Literal\['hinge'"),
         ({"discriminator_config": {"target": "torch.nn.Identity"}}, "num_outputs|does not take"),
     ],

@@ -1,7 +1,7 @@
 """Alignment of the latent with a frozen vision encoder, as in VA-VAE (Yao et al. 2025)."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ ADAPTIVE_MAX = 1e4  # of the factor, where the margins leave almost nothing of t
 class Alignment(Part):
     """Align the latent with the features of a vision encoder, which is frozen, by a linear projection, which learns.
 
-    The loss is weight * factor * (marginal cosine loss + marginal distance loss). The cosine term takes the projected
-    means of the posterior, the distance term the means themselves.
+    The loss is weight * factor * (marginal cosine loss + marginal distance loss). The encoder sees images normalised as
+    it was trained with; VA-VAE's published code leaves that out.
 
     Args:
         encoder: a timm model; the paper's is DINOv2, ViT-L.
@@ -37,6 +37,9 @@ class Alignment(Part):
             encoder's last convolution (quant_conv where there is one), in each step; else it is 1. It costs another
             backward pass through the decoder.
         cosine_margin, distance_margin: m1 and m2 of the paper.
+        of: the ``mean`` of the posterior [D], or a ``sample`` of it, as in the published code.
+        project_distance: let the distance term see the projected latent, as the published code does; by default it sees
+            the latent itself, as in the paper's formula.
     """
 
     def __init__(
@@ -47,11 +50,16 @@ class Alignment(Part):
         adaptive_weight: bool = True,
         cosine_margin: float = 0.5,
         distance_margin: float = 0.25,
+        of: Literal["mean", "sample"] = "mean",
+        project_distance: bool = False,
     ) -> None:
         super().__init__()
         check_not_negative(weight=weight, cosine_margin=cosine_margin, distance_margin=distance_margin)
         self.encoder, self.weight, self.adaptive_weight = encoder, weight, adaptive_weight
         self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
+        if of not in ("mean", "sample"):
+            raise ValueError(f"of must be mean or sample, got {of!r}")
+        self.of, self.project_distance = of, project_distance
         self.features = _vision_encoder(encoder, weights)
 
     def attach(self, model: "LiteAutoencoderKL") -> None:
@@ -72,7 +80,7 @@ class Alignment(Part):
 
     def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
         assert step.encoded is not None
-        terms = self(step.images, step.encoded.mean)
+        terms = self(step.images, step.encoded.mean if self.of == "mean" else step.encoded.sample())
         weight: Tensor | float = self.weight
         if self.adaptive_weight:
             pixels = model.objective.weighted(step.losses, *IMAGE_TERMS)
@@ -84,13 +92,15 @@ class Alignment(Part):
         return {name: (term, weight) for name, term in terms.items()}
 
     def forward(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """The two unweighted terms by name, of images (B, 3, H, W) and the means of their posteriors (B, n_z, h, w)."""
+        """The two unweighted terms by name, of images (B, 3, H, W) and their latents (B, n_z, h, w)."""
         features, z = self.features(x, z.shape[-2:]), island(z)  # (B, d, h, w)
         with no_autocast(z):
             projected = self.projection(z)  # (B, d, h, w)
         return {
             "align_cosine": marginal_cosine_loss(projected, features, self.cosine_margin),
-            "align_distance": marginal_distance_loss(z, features, self.distance_margin),
+            "align_distance": marginal_distance_loss(
+                projected if self.project_distance else z, features, self.distance_margin
+            ),
         }
 
     def describe(self) -> str:

@@ -15,6 +15,8 @@ from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
 from olvae.models.parts.alignment import Alignment
+from olvae.models.parts.part import Step
+from olvae.modules.distributions import DiagonalGaussian
 from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node
@@ -83,6 +85,29 @@ def test_the_terms(vit):
     projected = torch.einsum("dc,bchw->bdhw", alignment.projection.weight[:, :, 0, 0], z)
     torch.testing.assert_close(terms["align_cosine"], marginal_cosine_loss(projected, features, 0.5))
     torch.testing.assert_close(terms["align_distance"], marginal_distance_loss(z, features, 0.25))
+    alignment.project_distance = True
+    published = alignment(x, z)["align_distance"]
+    torch.testing.assert_close(published, marginal_distance_loss(projected, features, 0.25))
+    assert not torch.isclose(published, terms["align_distance"])
+
+
+def test_of_a_sample(vit):
+    """Whose noise the terms then see, and whose deviation they reach."""
+    moments = torch.cat((torch.randn(2, 5, 4, 4), torch.full((2, 5, 4, 4), 1.0)), dim=1).requires_grad_()
+    x, losses = torch.rand(2, 3, 32, 32), {}
+    for of in ("mean", "sample"):
+        alignment = alone(vit, 5, of=of, adaptive_weight=False)
+        alignment.projection.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        step = Step(x, None, None, warming_up=False, adversary_plays=False)
+        step.encoded = DiagonalGaussian(moments)
+        torch.manual_seed(1)
+        losses[of] = alignment.losses(None, step)["align_cosine"][0]
+        (gradient,) = torch.autograd.grad(losses[of], moments)
+        assert bool(gradient[:, 5:].any()) == (of == "sample")
+    torch.manual_seed(1)
+    by_hand = alignment(x, DiagonalGaussian(moments).sample())["align_cosine"]
+    torch.testing.assert_close(losses["sample"], by_hand)
+    assert losses["sample"].item() != losses["mean"].item()
 
 
 def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
@@ -161,6 +186,7 @@ def test_images_that_are_not_of_colours(vit):
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
+        ({"of": "mode"}, ValueError, "of must be mean or sample, got 'mode'"),
         ({"weight": -1}, ValueError, "weight must not be negative, got -1"),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
         ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set params.weights of the alignment to a file of"),

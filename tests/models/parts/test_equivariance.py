@@ -6,11 +6,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from olvae.config import ConfigError
 from olvae.losses.terms import kl_loss
 from olvae.models.parts import equivariance
-from olvae.models.parts.equivariance import SCALES, transform_alike
+from olvae.models.parts.equivariance import sizes_of, transform_alike
 from tests.conftest import parts
-from tests.models.steps import against, assert_same, build, fit, metrics, moved, snapshot, source
+from tests.models.steps import (
+    PATCHGAN,
+    UNETGAN,
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    moved,
+    snapshot,
+    source,
+)
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -30,7 +42,7 @@ def test_latent_and_image_are_scaled_as_pillow_does_and_turned_alike():
     z, x = torch.randn(2, 3, 8, 8), torch.randn(2, 1, 32, 32)
     seen = set()
     for seed in range(80):
-        z_out, x_out = transform_alike(z, x, generator(seed))
+        z_out, x_out = transform_alike(z, x, generator(seed), antialias=True)
         h, w = z_out.shape[-2:]
         assert x_out.shape == (2, 1, 4 * h, 4 * w)
         z_small, x_small = by_pil(z, h, w), by_pil(x, 4 * h, 4 * w)
@@ -38,11 +50,30 @@ def test_latent_and_image_are_scaled_as_pillow_does_and_turned_alike():
         assert len(turns) == 1
         torch.testing.assert_close(x_out, x_small.rot90(turns[0], (2, 3)), atol=1e-5, rtol=0)
         seen.add((h / 8, turns[0]))
-    assert seen == {(scale, turn) for scale in SCALES for turn in range(4)}
+    assert seen == {(size / 8, turn) for size in range(2, 8) for turn in (1, 2, 3)}
+
+
+def test_the_published_scales_without_antialiasing():
+    """8/32 to 31/32; half the size is then the mean of each 2x2 block, a quarter that of its middle."""
+    assert [n / 32 for n in sizes_of(32)] == [n / 32 for n in range(8, 32)]
+    z, x = torch.randn(1, 2, 4, 4, dtype=torch.float64), torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    seen = set()
+    for seed in range(40):
+        outs, plain = transform_alike(z, x, generator(seed)), [z, x]
+        n = outs[0].shape[-1]
+        seen.add(n)
+        if n == 3:
+            continue
+        for out, t in zip(outs, plain, strict=True):
+            blocks = t.unflatten(3, (-1, 4 // n)).unflatten(2, (-1, 4 // n))  # (1, C, n k, s, n k, s)
+            middle = slice(0, 2) if n == 2 else slice(1, 3)
+            means = blocks[:, :, :, middle, :, middle].mean((3, 5)).float()
+            assert any(torch.allclose(out, means.rot90(k, (2, 3)), atol=1e-6) for k in (1, 2, 3))
+    assert seen == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
-    ("side", "sizes"), [((1, 1), {1}), ((3, 3), {3}), ((6, 6), {3, 6}), ((12, 12), {3, 6, 9, 12}), ((4, 2), {1, 2, 4})]
+    ("side", "sizes"), [((1, 1), {1}), ((3, 3), {1, 2}), ((6, 6), {2, 3, 4, 5}), ((5, 3), {3, 5}), ((4, 2), {1, 2})]
 )
 def test_only_whole_latent_positions(side, sizes):
     """In float32 from any precision; the global generator is left alone."""
@@ -58,7 +89,7 @@ def test_only_whole_latent_positions(side, sizes):
 
 
 def test_gradients_reach_the_latent_only():
-    """Bilinear weights sum to 1: a sum over a quarter of the pixels has gradients that sum to a quarter."""
+    """Bilinear weights sum to 1: a sum over a share of the pixels has gradients that sum to that share."""
     for seed in range(20):
         z = torch.randn(1, 2, 8, 8, requires_grad=True)
         z_out, x_out = transform_alike(z, torch.randn(1, 3, 64, 64), generator(seed))
@@ -67,8 +98,8 @@ def test_gradients_reach_the_latent_only():
         assert gradient.sum().item() == pytest.approx(z_out.numel(), rel=1e-5)
 
 
-def test_an_equivariance_step_pauses_the_adversary(image_folder):
-    model = build(against(weight=0.5), parts=parts(equivariance={"probability": 1.0}))
+def test_an_equivariance_step_may_pause_the_adversary(image_folder):
+    model = build(against(weight=0.5), parts=parts(equivariance={"probability": 1.0, "adversary": False}))
     start, start_d = snapshot(model.autoencoder), snapshot(model.adversary)
     sizes = []
     model.decoder.register_forward_hook(lambda _, inputs, y: sizes.append((inputs[0].shape[-1], y.shape[-1])))
@@ -80,16 +111,41 @@ def test_an_equivariance_step_pauses_the_adversary(image_folder):
     assert all(p.isfinite().all() for p in model.parameters())
     assert not [name for name in metrics(model) if "health" in name or "adversarial" in name]
     assert len(sizes) == 12
-    assert set(sizes) == {(size, 8 * size) for size in (1, 2, 3, 4)}
+    assert set(sizes) == {(size, 8 * size) for size in (1, 2, 3)}
+
+
+def test_the_adversary_plays_on_these_steps_too(image_folder):
+    """On the transformed images, as published."""
+    model, seen = build(against(weight=0.5), parts=parts(equivariance={"probability": 1.0})), []
+    model.adversary.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    fit(model, image_folder, 6, size=32)
+    assert model.adversary.updates == 6
+    assert set(seen) <= {8, 16, 24}
+    assert len(set(seen)) > 1
+
+
+@pytest.mark.parametrize(("discriminator", "size", "fits"), [(PATCHGAN, 64, True), (UNETGAN, 64, False)])
+def test_a_discriminator_of_fixed_sizes_is_refused(image_folder, discriminator, size, fits):
+    model = build(against(discriminator), parts=parts(equivariance={}))
+    if fits:
+        model.check(source(image_folder, size=size))
+        return
+    with pytest.raises(
+        ConfigError, match=r"equivariance\.params\.adversary: set it to false, or take PatchGAN: "
+    ) as error:
+        model.check(source(image_folder, size=size))
+    assert "\n" not in str(error.value)
+    build(against(discriminator), parts=parts(equivariance={"adversary": False})).check(source(image_folder, size=size))
 
 
 def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_folder, monkeypatch):
     transform, calls = equivariance.transform_alike, []
-    model = build(against(), parts=parts(equivariance={"probability": 0.5}), accumulate_grad_batches=2)
+    settings = {"probability": 0.5, "adversary": False}
+    model = build(against(), parts=parts(equivariance=settings), accumulate_grad_batches=2)
 
-    def record(z, x, generator):
+    def record(z, x, generator, antialias):
         calls.append((model.global_step, generator.bit_generator.state))
-        return transform(z, x, generator)
+        return transform(z, x, generator, antialias)
 
     monkeypatch.setattr(equivariance, "transform_alike", record)
     fit(model, image_folder, 16, batch_size=1)
@@ -102,7 +158,7 @@ def test_equivariance_compares_with_the_transformed_image(image_folder, monkeypa
     """A decoder that knows the transformed image by heart has no pixel loss."""
     seen = {}
 
-    def transform(z, x, generator):
+    def transform(z, x, generator, antialias):
         seen["x"] = x.rot90(1, (2, 3))[..., :8, :8]
         return z.rot90(1, (2, 3))[..., :1, :1], seen["x"]
 
