@@ -30,18 +30,18 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
 	$(BIN)/python train.py --base configs/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo
 	$(BIN)/python train.py --base configs/demo_b.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_b \
-		--actual_resume "$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)/checkpoints/last.ckpt"
+		--actual_resume $(RUNS)/demo
 	$(BIN)/python scripts/compute_metrics.py --baselines --size 256 --metrics psnr,ssim \
 		--out "$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" \
-		"$$(ls -d $(RUNS)/*_demo_32 | tail -n 1)" "$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)"
+		$(RUNS)/demo $(RUNS)/demo_b
 
 distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE with the same latents, and cross their halves (CPU, minutes)
 	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil_32px
 	$(BIN)/python train.py --base configs/distil/demo_decoder.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil \
-		--actual_resume "$$(ls -d $(RUNS)/*_distil_32px_32 | tail -n 1)/checkpoints/last.ckpt"
+		--actual_resume $(RUNS)/distil_32px
 	$(BIN)/python scripts/compute_metrics.py --cross --data samples --size 256 --metrics psnr,ssim \
 		--out "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)" \
-		diffusers:configs/distil/teacher "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)"
+		diffusers:configs/distil/teacher $(RUNS)/distil
 
 STUDY = study/$(if $(QUICK),quick,out)
 
@@ -61,9 +61,9 @@ photos-f8c%: RUN = "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)"
 photos-f8c12 photos-f8c4: photos-f8c%: $(VENV)/.installed-dev
 	$(TRAIN) --base study/photos_start.yaml --name $@_start
 	$(TRAIN) --base study/photos_middle.yaml --name $@_middle \
-		--actual_resume "$$(ls -d $(RUNS)/*_$@_start_32 | tail -n 1)/checkpoints/last.ckpt"
+		--actual_resume $(RUNS)/$@_start
 	$(TRAIN) --base study/photos.yaml --name $@ \
-		--actual_resume "$$(ls -d $(RUNS)/*_$@_middle_32 | tail -n 1)/checkpoints/last.ckpt"
+		--actual_resume $(RUNS)/$@_middle
 	$(BIN)/olvae evaluate $(RUN) --baselines --data study/corpus-out/held_out --size 256 \
 		--metrics psnr,ssim
 	$(BIN)/olvae latents $(RUN) --data study/corpus-out/train_tiles --images 1000

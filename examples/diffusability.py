@@ -2,8 +2,8 @@
 
 Encode images, then train one small diffusion transformer for each seed, and compare its samples with images:
 
-    olvae encode runs/*_demo_32 --data crops --size 64 --flip --out latents
-    python examples/diffusability.py latents --decoder runs/*_demo_32 --reference more-crops --out diffusability
+    olvae encode demo --data crops --size 64 --flip --out latents
+    python examples/diffusability.py latents --decoder demo --reference more-crops --out diffusability
 
 Needs `pip install -e '.[study]'`, for the network in whose features images are compared. A seed that is finished is not
 trained again; the same latents, seed and settings give the same samples on the same machine and number of threads.

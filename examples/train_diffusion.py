@@ -2,7 +2,7 @@
 
 It trains on the sample photographs, in about a minute and a half on one core:
 
-    olvae export runs/*_demo_32 --out demo-vae
+    olvae export demo --out demo-vae
     python examples/train_diffusion.py demo-vae --out diffusion
 """
 

@@ -94,12 +94,31 @@ def run_of(checkpoint: Path) -> Run | None:
     return run if checkpoint.parent.name == run.checkpoints.name and run.config.is_file() else None
 
 
-def open_run(path: str | Path) -> Run:
-    """Open a run to continue, by its folder or its last checkpoint; raise FileNotFoundError for what it lacks."""
-    run = Run(Path(path))
+def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
+    """Find the run that a word names: the newest of that name in ``logdir``, or ``last``, the newest of all.
+
+    ``elsewhere/NAME`` is of another folder. A path that exists comes first, and what names no run is returned as it is.
+    """
+    path = Path(text)
+    if path.exists() or not path.name or ":" in str(text):
+        return text
+    begun = []
+    for folder in (path.parent if path.parent.name else Path(logdir)).glob("*_*_*"):
+        match = re.fullmatch(r"(\d{4}-\d\d-\d\dT[\d-]{8})(?:-(\d+))?_(.+)_[^_]+", folder.name)
+        if match and path.name in ("last", match[3]) and Run(folder).last_checkpoint.is_file():
+            begun.append((match[1], int(match[2] or 0), folder))
+    return max(begun)[2] if begun else text
+
+
+def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
+    """Open a run to continue, by its folder, its last checkpoint or :func:`its name <find_run>`.
+
+    Raises FileNotFoundError for what it lacks.
+    """
+    run = Run(path := Path(find_run(path, logdir)))
     if run.path.is_file():
         run = Run(run.path.parent.parent)
-        if Path(path) != run.last_checkpoint:
+        if path != run.last_checkpoint:
             other = "start a new run from its weights with `actual_resume`"
             raise FileNotFoundError(f"{path}: this is a file: name its run folder, or {other}")
     if not run.path.is_dir():

@@ -1,6 +1,6 @@
 """Trace a command through the package: the files with functions that it runs, in the order of their first calls.
 
-python scripts/walk.py olvae export runs/*_demo_32 --out vae
+python scripts/walk.py olvae export demo --out vae
 """
 
 import inspect

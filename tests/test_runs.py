@@ -6,12 +6,13 @@ import os
 import re
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
 from olvae import runs
 from olvae.config import ConfigError
-from olvae.runs import Run, RunLock, Settings, create, open_run, run_of, settings_of
+from olvae.runs import Run, RunLock, Settings, create, find_run, open_run, run_of, settings_of
 
 
 def test_names(tmp_path):
@@ -47,6 +48,24 @@ def test_open(tmp_path):
     assert run_of(run.images / "x.ckpt") is None
     run.config.unlink()
     assert run_of(run.last_checkpoint) is None
+
+
+def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("01T00-00-00_demo_32", "01T00-00-00-2_demo_32", "01T00-00-00-10_demo_32", "02T00-00-00_a_b_bf16")
+    for name in (*names, "03T00-00-00_stopped_32"):
+        (tmp_path / "runs" / f"2026-01-{name}" / "checkpoints").mkdir(parents=True)
+        if "stopped" not in name:
+            Run(tmp_path / "runs" / f"2026-01-{name}").last_checkpoint.touch()
+    newest = {"last": names[3], "a_b": names[3], "demo": names[2], "runs/demo": names[2], "runs/last": names[3]}
+    assert {word: Path(find_run(word)).name.removeprefix("2026-01-") for word in newest} == newest
+    assert find_run("last", "elsewhere") == "last"
+    for word in ("stopped", "dem", "elsewhere/last", "olvae:demo", "owner/demo", "a.B:x//y", "", ".", tmp_path):
+        assert find_run(word) == word
+    (tmp_path / "demo").mkdir()
+    assert find_run("demo") == "demo"
+    Run(Path(find_run("last"))).config.touch()
+    assert open_run("last") == open_run("runs/a_b") == Run(Path(find_run("last")))
 
 
 def test_settings_are_what_was_written_and_defaults_for_the_rest():

@@ -63,7 +63,7 @@ def command(
     processes: torchrun --nproc_per_node 4 --module olvae encode ... The shards, and how to train a diffusion model on
     them: https://open-litevae.github.io/open-litevae/encode/
 
-    Example: olvae encode runs/*_demo_32 --data photos --size 128 --out latents
+    Example: olvae encode demo --data photos --size 128 --out latents
 
     Example: olvae encode my-vae --data shards --native --flip --out latents
     """
@@ -152,7 +152,7 @@ def decode_command(
 ) -> None:
     """Turn the latents of `olvae encode` into images, named by their keys; posteriors are decoded at their mode.
 
-    Example: olvae decode runs/*_demo_32 latents --out images
+    Example: olvae decode demo latents --out images
     """
     check_paths(target, data=source)
     with loading():

@@ -39,7 +39,7 @@ Targets = Annotated[
     list[str],
     typer.Argument(
         metavar="TARGET...",
-        help="Run folders, checkpoints, exported folders, olvae:NAME, hub ids, or diffusers:ID_OR_FOLDER.",
+        help="Runs (folder, name, or last), checkpoints, exports, olvae:NAME, hub ids, or diffusers:ID_OR_FOLDER.",
     ),
 ]
 
@@ -127,11 +127,11 @@ def command(
     table of its own. Under torchrun, the processes share the images. Whose choices the protocols are:
     https://open-litevae.github.io/open-litevae/evaluation/
 
-    Example: olvae evaluate -B 16 runs/*_demo_32
+    Example: olvae evaluate -B 16 demo
 
     Example: olvae evaluate my-vae --data photos --precision fp16,bf16,32 --out precisions
 
-    Example: olvae evaluate runs/*_demo_32 diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
+    Example: olvae evaluate demo diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
     """
     import logging
     from dataclasses import replace
@@ -250,9 +250,10 @@ def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
     """Where results go, checked before the work: ``out``, the run's folder, or one beside a file of weights."""
     from olvae.config import ConfigError
     from olvae.files import check_folder
+    from olvae.runs import find_run
 
     if out is None and run is not None:
-        out = Path(target)
+        out = Path(find_run(target))
     elif out is None and Path(target).is_file():
         out = Path(target).with_name(f"{Path(target).stem}_results")
     if out is None:

@@ -53,7 +53,7 @@ def command(
 
     The export is loaded back and compared with the model before it appears in --out.
 
-    Example: olvae export runs/*_demo_32 --out demo-vae --latents latents
+    Example: olvae export demo --out demo-vae --latents latents
     """
     from rich.console import Console
 

@@ -26,7 +26,7 @@ def command(
     config needs. Under torchrun, processes share the images. What they mean:
     https://open-litevae.github.io/open-litevae/latents/
 
-    Example: olvae latents runs/*_demo_32 --data photos --images 1000 --out report
+    Example: olvae latents demo --data photos --images 1000 --out report
     """
     import json
 

@@ -61,7 +61,7 @@ def split_commas(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-KINDS = "A run folder, checkpoint, export, olvae:NAME, id of the Hugging Face hub, or diffusers:ID_OR_FOLDER."
+KINDS = "A run (folder, name, or last), checkpoint, export, olvae:NAME, id of the hub, or diffusers:ID_OR_FOLDER."
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=KINDS)]
 
 CONFIG_HELP = "The config of a checkpoint, a file or recipe; a run folder has its own."

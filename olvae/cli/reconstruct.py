@@ -51,7 +51,7 @@ def command(
 
     Example: olvae reconstruct olvae:photos-f8c12 photo.jpg
 
-    Example: olvae reconstruct runs/*_demo_32 photo.jpg holiday/ --out reconstructions
+    Example: olvae reconstruct demo photo.jpg holiday/ --out reconstructions
     """
     from olvae.config import ConfigError
 
@@ -99,7 +99,7 @@ def app_command(
 
     Example: olvae app olvae:photos-f8c12
 
-    Example: olvae app runs/*_demo_32 diffusers:stabilityai/sd-vae-ft-mse --port 0
+    Example: olvae app demo diffusers:stabilityai/sd-vae-ft-mse --port 0
     """
     from importlib.util import find_spec
 

@@ -18,10 +18,12 @@ from olvae.config import Config, ConfigError, Node
 from olvae.config.nodes import check_arguments, unknown_keys
 from olvae.config.reading import CONFIG_BYTES
 from olvae.files import reason
+from olvae.runs import find_run
 
 KINDS = (
-    "a run folder, a .ckpt or .safetensors file, an exported folder, olvae:NAME (a model of this package), an id of "
-    "the Hugging Face hub (OWNER/NAME), diffusers:ID_OR_FOLDER, or package.module.Class:ARGUMENT (a Loader of yours)"
+    "a run folder, a run's name (the newest in runs/; last: of all), a .ckpt or .safetensors file, an exported folder, "
+    "olvae:NAME (a model of this package), an id of the Hugging Face hub (OWNER/NAME), diffusers:ID_OR_FOLDER, or "
+    "package.module.Class:ARGUMENT (a Loader of yours)"
 )
 
 DIFFUSERS = "diffusers:"
@@ -239,5 +241,5 @@ def check_target(text: str) -> None:
             raise FileNotFoundError(f"{text}: no such folder, and not an id of the hub (OWNER/NAME)")
     elif text.startswith(SHIPPED):
         shipped_folder(text)
-    elif not (Path(text).exists() or is_hub_id(text) or split_class(text)):
+    elif not (Path(find_run(text)).exists() or is_hub_id(text) or split_class(text)):
         raise FileNotFoundError(f"{text}: not found; a target is {KINDS}")

@@ -39,7 +39,7 @@ from olvae.models.spec import (
     read_config,
     shipped_folder,
 )
-from olvae.runs import Run, run_of
+from olvae.runs import Run, find_run, run_of
 
 CONFIG_KEY = "config"  # in the header of a safetensors file: an export's config.json
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
@@ -101,7 +101,7 @@ def locate(path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None
 
     FileNotFoundError if there are none, ValueError for another file, ConfigError if the config is missing or wrong.
     """
-    path, given = Path(path_or_id), os.fspath(path_or_id)
+    path, given = Path(find_run(path_or_id)), os.fspath(path_or_id)
     weights = locate_weights(path_or_id, **access)
     run = Run(path) if weights == Run(path).last_checkpoint else None
     inside = config_inside(weights) if config is None else None
@@ -123,7 +123,7 @@ def locate(path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None
 
 def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     """Find the file of weights of a path, a model of this package, or an id of the hub; see :func:`locate`."""
-    folder, given = Path(path_or_id), os.fspath(path_or_id)
+    folder, given = Path(find_run(path_or_id)), os.fspath(path_or_id)
     if folder.is_file():
         if folder.suffix not in WEIGHT_SUFFIXES:
             raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")

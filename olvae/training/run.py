@@ -25,6 +25,7 @@ from olvae.files import first_line, no_empty_folders, remove_partials
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
+from olvae.models.weight_files import locate_weights
 from olvae.runs import Run, RunLock, Settings
 from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
@@ -117,7 +118,7 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     if weights is not None:
         load_weights(model, weights, str(settings.weights))
     if plan.options.actual_resume is not None:
-        before = _load_other_run(model, Path(plan.options.actual_resume))
+        before = _load_other_run(model, runs.find_run(plan.options.actual_resume, plan.options.logdir))
     images_seen, steps_done = (0, 0) if plan.resumed is None else _restore(model, plan.resumed, settings)
     settings = replace(settings, untrained=untrained_half(model, before), checksums=model.checksums)
     if model.stand_in is not None:
@@ -244,9 +245,9 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     return model
 
 
-def _load_other_run(model: LiteAutoencoderKL, path: Path) -> Config | None:
-    """Load the weights of another run, its folder or a checkpoint; return its config, empty for a file without one."""
-    file = Run(path).last_checkpoint if path.is_dir() else path
+def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config | None:
+    """Load the weights of another run, a checkpoint or an export; return its config, empty for what has none."""
+    file = locate_weights(path)
     load_weights(model, read_weights(file), file)
     run = runs.run_of(file.resolve())
     return {} if run is None else cfg.load([run.config])

@@ -80,7 +80,7 @@ def read_plan(options: TrainOptions) -> Plan:
     """
     if options.resume is None and options.base and (begun := requeued_run(Path(options.logdir), _name(options))):
         options = TrainOptions(resume=begun.path, time_limit=options.time_limit, gpus=options.gpus)
-    resumed = None if options.resume is None else runs.open_run(options.resume)
+    resumed = None if options.resume is None else runs.open_run(options.resume, options.logdir)
     previous = None if resumed is None else runs.config_of(resumed)
     if resumed is None and not options.base:
         raise ConfigError("`base` names the config to train, such as demo")
@@ -92,7 +92,7 @@ def read_plan(options: TrainOptions) -> Plan:
     for key, target in targets.items():
         if target is not None:
             check_target(target)
-            overrides.append(f"model.{key}={json.dumps(target)}")
+            overrides.append(f"model.{key}={json.dumps(str(runs.find_run(target)))}")
     config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], overrides)
     if options.teacher is not None:
         config["model"]["params"]["parts"]["teacher"].setdefault("target", "olvae.models.parts.teacher.Teacher")
@@ -138,7 +138,8 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
         settings = Settings(_name(options), str(precision), initial_seed=options.seed or 0, paths=settings.paths)
     elif options.name not in (None, settings.name):
         raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
-    weights = config["model"].get("from") or options.actual_resume
+    named = None if options.actual_resume is None else runs.find_run(options.actual_resume, options.logdir)
+    weights = config["model"].get("from") or named
     return replace(
         settings,
         precision=options.precision or settings.precision,

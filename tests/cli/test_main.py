@@ -155,7 +155,7 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ([*DEMO, "model.base_learning_rate=.inf"], 2, "a positive number, got inf"),
         ([*DEMO, "model.params.encoder_config.params.extractor_mult=[1, -1]"], 2, "must be at least"),
         ([*DEMO, "data.params.batch_size=6000"], 1, "larger than the data"),
-        ([*DEMO, "--actual_resume", "x.ckpt"], 1, "no such checkpoint"),
+        ([*DEMO, "--actual_resume", "x.ckpt"], 1, "x.ckpt: no such file or folder"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
         (["evaluate", "configs"], 1, "neither a run folder"),
         (["trian"], 2, "No such command"),

@@ -200,7 +200,7 @@ INFERENCE_ONLY = ("model.params.lossconfig.target=torch.nn.Identity", "model.par
         ((), {"gpus": "3"}, "`gpus` 3: .*; 0 is the CPU"),
         ((), {"name": "a/b"}, "`name`"),
         ((), {"resume": "/nowhere"}, "no such run folder"),
-        ((), {"actual_resume": "/nowhere.ckpt"}, "no such checkpoint"),
+        ((), {"actual_resume": "/nowhere.ckpt"}, "no such file or folder"),
         (INFERENCE_ONLY, {}, "inference only"),
         ((*INFERENCE_ONLY, f"model.params.adversary_config={json.dumps(against())}"), {}, "inference only"),
         (("model.params.parts=[1]",), {"teacher": "olvae:photos-f8c4"}, "not an int"),

@@ -16,7 +16,7 @@ from olvae.models.loading.latent_diffusion import LatentDiffusionLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
-from olvae.runs import run_of, settings_of
+from olvae.runs import find_run, run_of, settings_of
 
 RAW = ", raw weights"  # ends the name of a target whose raw weights were asked for
 
@@ -115,8 +115,8 @@ def find_target(
         ConfigError: the config has mistakes, or is missing.
         ValueError: the file is not readable, or of another kind.
     """
-    given = place = str(text)
-    check_target(given)
+    check_target(str(text))
+    given = place = str(find_run(text))
     loaders, fetched = LOADERS, False
     if not Path(given).exists() and (named := split_class(given)):
         loaders, place = (cfg.resolve_class(named[0], Loader)(),), named[1]  # type: ignore[type-abstract]
