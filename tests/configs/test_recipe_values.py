@@ -100,6 +100,7 @@ ROWS: dict[str, Row] = {
     "VAE_b": {**without(B0, *LITEVAES), **BASELINE, **against("patchgan.PatchGAN")},
     "large_batch": {**without(B0, BATCH, STEPS, "model.base"), **unetgan(64)},  # D: the others
     "paper_f8c12": PAPER,
+    "paper_vae_f8c12": {**without(PAPER, *LITEVAES, ENCODER, DECODER), **BASELINE},  # P Table 1
     "paper_f8c4": {**PAPER, MODEL + "embed_dim": 4, DECODER + "params.z_channels": 4},  # P Table 1: n_z
     "paper_f8c12_128": {**PAPER, SIZE: 128, STEPS: 200_000},  # P Table 2a, App. F: ImageNet 128
     "paper_f8c12_a": {**without(PAPER, ADVERSARY), SIZE: 128, STEPS: 100_000},  # P Table 5: 128-tuned; R: phase A
@@ -161,6 +162,27 @@ def test_decisions_are_marked_where_they_stand():
         if re.search(r"\b(lpips_weight|loss|weight): ", text):
             comments = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
             assert re.search(r"(No source gives|gives neither).*\[D\]", comments), path.name
+
+
+ADVERSARIES = [
+    path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "adversary_config" in load([path])["model"]["params"]
+]
+
+WEIGHTS = {"PatchGAN": 0.05, "GigaGAN": 0.05, "UNetGAN": 0.02}
+"""D: at 0.1 the gradient of a fresh one is 0.9 to 1.3, 1.1 to 1.3, and 2.0 to 5.2 times the pixel terms'."""
+
+
+@pytest.mark.parametrize("path", ADVERSARIES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_adversaries_begin_slowly_with_comparable_weights(path):
+    """And where they play, the best weights are not those of the best PSNR, except in the demo."""
+    found = load([path])
+    params = found["model"]["params"]["adversary_config"]["params"]
+    assert params["weight"] == WEIGHTS[params["discriminator_config"]["target"].rpartition(".")[2]]
+    assert params["ramp_steps"] >= max(40, found["lightning"]["trainer"]["max_steps"] // 40)
+    if path.stem not in ("demo_b", "decoder"):
+        best = None if path.stem == "phase_b" else "lpips"  # which is a download
+        assert found["lightning"]["callbacks"]["keep"]["params"] == {"best": best and f"val/{best}"}
+        assert found["model"]["params"]["val_metrics"] == ([best] if best else [])
 
 
 TRAINED = [
