@@ -18,10 +18,10 @@ from .losses.adversarial import r1_penalty as r1_penalty
 from .losses.cutmix import cutmix as cutmix
 from .losses.cutmix import cutmix_consistency as cutmix_consistency
 from .losses.objective import Objective as Objective
+from .losses.objective import gaussian_loss as gaussian_loss
+from .losses.objective import kl_loss as kl_loss
+from .losses.objective import wavelet_loss as wavelet_loss
 from .losses.perceptual import LPIPS as LPIPS
-from .losses.terms import gaussian_loss as gaussian_loss
-from .losses.terms import kl_loss as kl_loss
-from .losses.terms import wavelet_loss as wavelet_loss
 from .metrics import METRICS as METRICS
 from .metrics import build_metrics as build_metrics
 from .models.adversary import Adversary as Adversary

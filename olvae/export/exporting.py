@@ -22,7 +22,6 @@ from olvae.evaluation.results import Results
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.files import nearest_folder, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.autoencoder_kl import as_litevae, is_stable_diffusion
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id
@@ -97,8 +96,8 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     if half := settings_of(target.config).untrained:
         raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
     loaded = target.load()
-    model = as_litevae(loaded, target.given)
-    layout = settings.layout(settings.format or ("diffusers" if is_stable_diffusion(model) else "litevae"))
+    model = loaded.as_litevae(target.given)
+    layout = settings.layout(settings.format or ("diffusers" if model.is_stable_diffusion else "litevae"))
     if reason := layout.misfit(model):
         raise ConfigError(f"{target.given}: {reason}")
     notes = list(layout.notes(model))
@@ -333,7 +332,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         title=title,
         made_with=MADE_WITH,
         provenance=provenance,
-        is_stable_diffusion=is_stable_diffusion(model),
+        is_stable_diffusion=model.is_stable_diffusion,
         halves={
             name: (type(half).__name__, f"{count_parameters(half) / 1e6:.2f}")
             for name, half in {"encoder": model.encoder, "decoder": model.decoder}.items()

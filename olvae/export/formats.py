@@ -117,7 +117,7 @@ z = vae.encode(images).latent_dist.sample()  # images in [-1, 1], (B, 3, H, W)
 images = vae.decode(z).sample"""
 
     def misfit(self, model: LiteVAE) -> str | None:
-        if not kl.is_stable_diffusion(model):
+        if not model.is_stable_diffusion:
             instead = "`format` litevae is for diffusers' AutoencoderLiteVAE, `format` comfyui for ComfyUI"
             return f"a LiteVAE has other networks than AutoencoderKL: {instead}"
         try:
@@ -164,7 +164,7 @@ class LatentDiffusionLayout(DiffusersLayout):
         return None
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        back = kl.as_litevae(ldm.LatentDiffusionLoader().find(str(path), LoadOptions()).load(), str(path))
+        back = ldm.LatentDiffusionLoader().find(str(path), LoadOptions()).load().as_litevae(str(path))
         for half in _reflecting(model):
             set_padding(getattr(back, half), "reflect")
         return [Loaded.of(back)._replace(for_diffusion=None)]
@@ -187,7 +187,7 @@ class ComfyUILayout(Layout):
     refused = NO_FACTORS
 
     def misfit(self, model: LiteVAE) -> str | None:
-        return "an AutoencoderKL: `format` ldm is what ComfyUI loads" if kl.is_stable_diffusion(model) else None
+        return "an AutoencoderKL: `format` ldm is what ComfyUI loads" if model.is_stable_diffusion else None
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         return {PRIVATE_PREFIX + name: tensor for name, tensor in model.state_dict().items()}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from olvae.checkpoint import VGG16, VGG19, WeightsFile, find_weights
-from olvae.losses.terms import l1
 from olvae.modules.base import island, no_autocast
 from olvae.modules.frozen import Constant, conv5_4, perceptual_network
 
@@ -78,7 +77,8 @@ class ESRGAN(PerceptualLoss):
         super().__init__("the ESRGAN loss", VGG19, conv5_4, weights)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        return l1(self.network(x), self.network(y))
+        distance: Tensor = (self.network(x) - self.network(y)).abs().mean()
+        return distance
 
 
 PERCEPTUAL: dict[Perceptual, type[LPIPS] | type[ESRGAN]] = {"lpips": LPIPS, "esrgan": ESRGAN}

@@ -20,6 +20,7 @@ from olvae.models.weight_files import Located, config_kept, locate, write_export
 from olvae.modules.base import Decoder, Encoder, autocast_enabled, count_parameters, island, last_convolution
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.blocks import fold_smc
+from olvae.modules.sdvae import SDDecoder, SDEncoder
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 
@@ -73,6 +74,10 @@ class Autoencoder(nn.Module, ABC):
     def receptive_field(self) -> int | None:
         """Latent positions on each side that a pixel depends on; None if it depends on all: no tiles."""
         return None
+
+    def as_litevae(self, name: str) -> "LiteVAE":
+        """The same autoencoder with networks that can be trained and exported; ConfigError if it can't be that."""
+        raise ConfigError(f"{name}: only LiteVAE and AutoencoderKL can be trained and exported here")
 
     def fold(self) -> "Autoencoder":
         """Return a faster copy for inference, if there is one; by default the model itself."""
@@ -151,6 +156,14 @@ class LiteVAE(
         ):
             if value != other and not (name == "latent_dim" and quantizer is not None):
                 raise ValueError(f"the encoder's {name}, {value}, is not {other_name}, {other}")
+
+    @property
+    def is_stable_diffusion(self) -> bool:
+        """Whether its networks are AutoencoderKL's."""
+        return isinstance(self.encoder, SDEncoder) and isinstance(self.decoder, SDDecoder)
+
+    def as_litevae(self, name: str) -> "LiteVAE":  # noqa: ARG002  (of a message that is not needed)
+        return self
 
     @classmethod
     def from_config(

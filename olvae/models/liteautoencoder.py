@@ -17,7 +17,7 @@ from olvae.losses.objective import Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
-from olvae.models.linear_start import start_linearly
+from olvae.models.linear_code import start_linearly
 from olvae.models.nonfinite import NonFiniteGuard
 from olvae.models.optimization import (
     PlayersStrategy,

@@ -59,7 +59,7 @@ class _Network(Steps):
     def __init__(self) -> None:
         super().__init__()
         self.linear: nn.Conv2d | None = None
-        """A linear path beside the network, which :func:`olvae.models.linear_start.fit_linear_paths` fits."""
+        """A linear path beside the network, which :func:`olvae.models.linear_code.fit_linear_paths` fits."""
 
     def _set_linear_path(self, path: nn.Conv2d) -> None:
         """Add a path, beside a network that adds nothing to it at first: its last convolution becomes zero."""

@@ -209,7 +209,6 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
         ConfigError: the autoencoder's networks can't be trained here.
         FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
     """
-    from olvae.models.loading.autoencoder_kl import as_litevae
     from olvae.models.loading.targets import find_target
     from olvae.models.parts.part import Part
     from olvae.models.parts.teacher import NO_FACTORS
@@ -218,7 +217,7 @@ def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
     name, params = node.pop("from"), dict(node.get("params") or {})
     target = find_target(name)
     source = target.load()
-    found = as_litevae(source, name)
+    found = source.as_litevae(name)
     if found.folded:
         raise ConfigError(f"{name}: its convolutions are folded, for inference only: start from an export without it")
     for key, value in found.config.items():

@@ -16,7 +16,6 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, check_place, export, read_factors
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
-from olvae.models.loading.autoencoder_kl import as_litevae
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import autoencoder_kl
@@ -83,7 +82,7 @@ def test_the_weights_are_the_models_rounded(layout, model, tmp_path, dtype):
     assert [path.name for path in place.parent.iterdir()] == [place.name]
     if isinstance(layout, NumpyLayout):
         return
-    back = as_litevae(find_target(place).load(), "vae")  # an export is a target
+    back = find_target(place).load().as_litevae("vae")  # an export is a target
     assert all(
         torch.equal(t, model.state_dict()[n].to(getattr(torch, dtype)).float()) for n, t in back.state_dict().items()
     )

@@ -13,7 +13,6 @@ from olvae import LiteVAE
 from olvae.config import save
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
-from olvae.models.loading.autoencoder_kl import as_litevae
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import config_inside, locate
@@ -51,7 +50,7 @@ def test_autoencoder_kl_there_and_back(shape, tmp_path):
         z = before.encode(x).latent_dist
         assert torch.equal(after.encode(x).latent_dist.parameters, z.parameters)
         assert torch.equal(after.decode(z.mode()).sample, before.decode(z.mode()).sample)
-    again = as_litevae(find_target(f"diffusers:{tmp_path / 'vae'}").load(), "vae")
+    again = find_target(f"diffusers:{tmp_path / 'vae'}").load().as_litevae("vae")
     assert again.for_diffusion == ours(before).for_diffusion
     assert {"README.md", "config.json", WEIGHTS_NAME} <= {path.name for path in (tmp_path / "vae").iterdir()}
     assert json.loads((tmp_path / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
@@ -97,7 +96,7 @@ def test_names_bits_and_outputs(kind, tmp_path):
         "decoder.norm_out.bias": (32,),
     }.items():
         assert written[name].shape == shape
-    after = as_litevae(find_target(file).load(), "vae")
+    after = find_target(file).load().as_litevae("vae")
     assert_equal(after.state_dict(), ours(before).state_dict())
     x = torch.rand(1, 3, 32, 48) * 2 - 1
     with torch.no_grad():

@@ -4,7 +4,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from olvae import LiteVAE
-from olvae.models.loading.autoencoder_kl import as_litevae
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.conftest import tiny_config
 
@@ -21,7 +20,7 @@ def tiny_litevae() -> LiteVAE:
 
 def ours(model: AutoencoderKL) -> LiteVAE:
     """diffusers' AutoencoderKL as a LiteVAE object."""
-    return as_litevae(DiffusersAutoencoder(model), "sd")
+    return DiffusersAutoencoder(model).as_litevae("sd")
 
 
 def reflecting(model: AutoencoderKL, *halves: str) -> LiteVAE:

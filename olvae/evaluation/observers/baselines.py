@@ -12,10 +12,9 @@ from olvae.data.opening import open_test_source
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.linear_start import fit_linear_paths, training_crops
+from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths, training_crops
 from olvae.models.loading.loader import Target
 from olvae.modules.distributions import Deterministic
-from olvae.modules.linear import LinearDecoder, LinearEncoder
 from olvae.runs import settings_of
 
 log = logging.getLogger("olvae")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from olvae.checkpoint import load_weights
 from olvae.config import ConfigError
-from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
@@ -29,26 +28,12 @@ NAMES = {
 """How AutoencoderKL's names begin in diffusers, and here."""
 
 
-def is_stable_diffusion(model: Autoencoder) -> bool:
-    """Whether a model's networks are AutoencoderKL's."""
-    halves = (getattr(model, "encoder", None), getattr(model, "decoder", None))
-    return isinstance(halves[0], SDEncoder) and isinstance(halves[1], SDDecoder)
-
-
-def as_litevae(model: Autoencoder, name: str) -> LiteVAE:
-    """The same autoencoder as a LiteVAE object, whose networks can be trained and exported.
-
-    ConfigError if it is neither a LiteVAE nor an AutoencoderKL, or has a part that SDEncoder and SDDecoder lack.
-    """
-    if isinstance(model, LiteVAE):
-        return model
-    kind = type(model.model).__name__ if isinstance(model, DiffusersAutoencoder) else type(model).__name__
-    if not isinstance(model, DiffusersAutoencoder) or kind != "AutoencoderKL":
-        raise ConfigError(f"{name}: diffusers' {kind}: only LiteVAE and AutoencoderKL can be trained and exported here")
-    spec = _spec(dict(model.model.config), name)
+def to_litevae(model: Any, name: str) -> LiteVAE:
+    """Copy an AutoencoderKL of diffusers; ConfigError for a part that SDEncoder and SDDecoder lack."""
+    spec = _spec(dict(model.config), name)
     with torch.random.fork_rng(devices=[]):
         ours = LiteVAE.from_spec(spec)
-    load_weights(ours, _renamed(model.model.state_dict(), NAMES), name)
+    load_weights(ours, _renamed(model.state_dict(), NAMES), name)
     return ours.train(model.training)
 
 
@@ -82,7 +67,7 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
 
 
 def diffusers_config(model: LiteVAE) -> dict[str, Any]:
-    """The arguments of diffusers' AutoencoderKL with the networks of :func:`is_stable_diffusion`.
+    """The arguments of diffusers' AutoencoderKL with the networks of :attr:`LiteVAE.is_stable_diffusion`.
 
     ValueError if encoder and decoder differ in a setting that AutoencoderKL has once.
     """

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from olvae.checkpoint import check_file, mismatches
 from olvae.config import ConfigError
 from olvae.files import first_line
-from olvae.models.autoencoder import Autoencoder
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.loading.autoencoder_kl import to_litevae
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, FOR_DIFFUSION, WEIGHT_SUFFIXES, class_in, oversized
 from olvae.models.weight_files import snapshot
@@ -128,6 +129,11 @@ class DiffusersAutoencoder(Autoencoder):
     def decode(self, z: Tensor) -> Tensor:
         x = decode_image(self.model, z, self.frames)
         return 2 * x - 1 if self.zero_to_one else x
+
+    def as_litevae(self, name: str) -> LiteVAE:
+        if self.kind != "AutoencoderKL":
+            return super().as_litevae(f"{name}: diffusers' {self.kind}")
+        return to_litevae(self.model, name)
 
 
 class DiffusersLoader(Loader):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import ConfigError
-from olvae.losses.objective import IMAGE_TERMS
-from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
+from olvae.losses.objective import IMAGE_TERMS, marginal_cosine_loss, marginal_distance_loss
 from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import Loss, Part, Step
 from olvae.models.weight_files import locate_weights

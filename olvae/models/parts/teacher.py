@@ -13,7 +13,7 @@ from olvae.config import ConfigError
 from olvae.data.shards.pairs import PairSource
 from olvae.data.source import Source
 from olvae.devices import DTYPES
-from olvae.losses.terms import latent_loss, logvar_loss
+from olvae.losses.objective import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Loss, Part, Step, first_images

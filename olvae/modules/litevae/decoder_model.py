@@ -68,7 +68,7 @@ class LiteVAE_Decoder(Decoder):
         output: ``image``, or ``wavelet``: instead of the last upsampling it predicts the four level-1 Haar sub-bands
             in the image's range, and applies the inverse transform (times 2) [P App. G].
         dropout: inside the blocks.
-        linear: add a linear path from 3x3 latents to pixels; see :mod:`olvae.models.linear_start`.
+        linear: add a linear path from 3x3 latents to pixels; see :mod:`olvae.models.linear_code`.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with f = 2^(len(channel_mult) - 1); [-1, 1],
     not clamped.

@@ -53,7 +53,7 @@ class LiteVAE_Encoder(Encoder):
         dropout: in the blocks of the paper variant.
         shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many operations [P App. D.4].
         skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two [P Table 21].
-        linear: add a linear path from patches to the means; see :mod:`olvae.models.linear_start`.
+        linear: add a linear path from patches to the means; see :mod:`olvae.models.linear_code`.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
     """

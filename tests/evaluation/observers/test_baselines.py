@@ -13,8 +13,8 @@ from olvae.evaluation.observers import baselines
 from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
 from olvae.evaluation.observers.observer import Subject
 from olvae.metrics.metric import psnr
-from olvae.models import linear_start
-from olvae.models.linear_start import training_crops
+from olvae.models import linear_code
+from olvae.models.linear_code import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.loader import Target
 from tests.conftest import tiny_config
@@ -22,7 +22,7 @@ from tests.conftest import tiny_config
 
 @pytest.fixture(autouse=True)
 def _few_crops(monkeypatch) -> None:
-    monkeypatch.setattr(linear_start, "CROPS", (256, 512))
+    monkeypatch.setattr(linear_code, "CROPS", (256, 512))
 
 
 LINEAR, BICUBIC = "linear, 4 numbers for 8x8 pixels", "bicubic, 8x smaller and back"

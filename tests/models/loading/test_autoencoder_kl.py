@@ -6,7 +6,7 @@ import torch
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.models.loading.autoencoder_kl import as_litevae, diffusers_config, diffusers_weights, is_stable_diffusion
+from olvae.models.loading.autoencoder_kl import diffusers_config, diffusers_weights
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
@@ -31,7 +31,7 @@ def make(name: str) -> diffusers.AutoencoderKL:
 
 
 def ours_of(theirs: diffusers.AutoencoderKL) -> LiteVAE:
-    return as_litevae(DiffusersAutoencoder(theirs).eval(), "it")
+    return DiffusersAutoencoder(theirs).eval().as_litevae("it")
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *OTHERS])
@@ -45,7 +45,7 @@ def test_encode_and_decode_are_diffusers_own_and_names_go_back(name):
     assert torch.equal(posterior.logvar, expected.logvar)
     assert expected.mean.std() > 0
     assert torch.equal(ours.decode(expected.mean), theirs.decode(expected.mean).sample)
-    assert is_stable_diffusion(ours)
+    assert ours.is_stable_diffusion
     assert not ours.training
     assert (ours.downscale, ours.latent_channels) == (x.shape[-1] // expected.mean.shape[-1], expected.mean.shape[1])
     assert (ours.quantizer is not None) == theirs.config.use_quant_conv
@@ -73,10 +73,8 @@ def test_weights_are_copies_and_the_generator_is_left_alone():
 
 def test_a_litevae_is_itself():
     ours = tiny_vae()
-    assert as_litevae(ours, "x") is ours
-    assert not is_stable_diffusion(ours)
-    assert not is_stable_diffusion(Shrunk())
-    assert not is_stable_diffusion(DiffusersAutoencoder(tiny_kl()))
+    assert ours.as_litevae("x") is ours
+    assert not ours.is_stable_diffusion
 
 
 @pytest.mark.parametrize("sample_size", [64, (64, 32), 30])
@@ -104,10 +102,10 @@ def test_a_size_that_our_encoder_does_not_take(sample_size):
 )
 def test_what_our_networks_are_not(make, message):
     with pytest.raises(ConfigError, match=f"^diffusers:it: {message}") as caught:
-        as_litevae(DiffusersAutoencoder(make()), "diffusers:it")
+        DiffusersAutoencoder(make()).as_litevae("diffusers:it")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"^it: .*Shrunk"):
-        as_litevae(Shrunk(), "it")
+    with pytest.raises(ConfigError, match=r"^it: only LiteVAE and AutoencoderKL"):
+        Shrunk().as_litevae("it")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8
-from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
+from olvae.losses.objective import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds

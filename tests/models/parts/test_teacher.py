@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8
-from olvae.models import linear_start
-from olvae.models.linear_start import training_crops
+from olvae.models import linear_code
+from olvae.models.linear_code import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.teacher import Teacher
 from olvae.modules.distributions import Deterministic
@@ -174,7 +174,7 @@ def test_the_decoder_learns_from_the_teachers_latents(target, image_folder, upda
 
 def test_a_student_with_linear_paths_starts_from_the_teachers_latents(target, image_folder, monkeypatch):
     """Least squares from patches to its means, and from its means to patches, by NumPy on the same crops."""
-    monkeypatch.setattr(linear_start, "CROPS", (512, 512))
+    monkeypatch.setattr(linear_code, "CROPS", (512, 512))
     config = tiny_config()["model"]["params"]
     nodes = {half: {**config[half], "params": {**config[half]["params"], "linear": True}} for half in HALVES}
     model, data = student(target, **nodes), source(image_folder)

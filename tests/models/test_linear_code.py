@@ -9,10 +9,9 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.data.image import from_uint8
 from olvae.data.picture_folder import FolderSource
-from olvae.models import linear_start
-from olvae.models.linear_start import fit_linear_paths, start_linearly, training_crops
+from olvae.models import linear_code
+from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths, start_linearly, training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.modules.linear import LinearDecoder, LinearEncoder
 from tests.conftest import tiny_config
 
 F = 4
@@ -86,7 +85,7 @@ def test_with_a_teacher_both_halves_fit_its_latents():
 
 def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
     """Before step 1 means and images are the code's, in the networks of a config."""
-    monkeypatch.setattr(linear_start, "CROPS", (256, 256))
+    monkeypatch.setattr(linear_code, "CROPS", (256, 256))
     config = linear_config()["model"]["params"]
     model = LiteAutoencoderKL(**config)
     source = FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
@@ -103,13 +102,13 @@ def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
 
 
 def test_networks_without_paths_are_left_alone(image_folder, monkeypatch):
-    monkeypatch.setattr(linear_start, "training_crops", None)
+    monkeypatch.setattr(linear_code, "training_crops", None)
     model = LiteAutoencoderKL(**tiny_config()["model"]["params"])
     assert not list(model.prepare(FolderSource(str(image_folder), 16, 4), 0, CPU, fresh=True))
 
 
 def test_the_crops_are_those_of_the_seed(image_folder, monkeypatch):
-    monkeypatch.setattr(linear_start, "CROPS", (8, 16))
+    monkeypatch.setattr(linear_code, "CROPS", (8, 16))
     source = FolderSource(str(image_folder), 16, 4)
     first = training_crops(source, 0, 8)
     assert first.shape == (16, 3, 16, 16)

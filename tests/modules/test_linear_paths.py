@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from olvae.models.linear_code import LEAST_VARIANCE, JointMoments, LinearDecoder, LinearEncoder
 from olvae.modules.base import last_convolution
-from olvae.modules.linear import LEAST_VARIANCE, JointMoments, LinearDecoder, LinearEncoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
