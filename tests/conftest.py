@@ -65,16 +65,20 @@ def whole_training(quick_training: None, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(progress, "count_macs", count_macs)
 
 
+def smooth_pictures() -> list[Image.Image]:
+    """Twelve random ones of 48x40."""
+    colours = np.random.default_rng(0).integers(0, 256, (12, 5, 6, 3), dtype=np.uint8)
+    return [Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC) for small in colours]
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Twelve smooth random pictures of 48x40 in nested folders."""
-    rng = np.random.default_rng(0)
     root = tmp_path / "photos"
-    for i in range(12):
+    for i, picture in enumerate(smooth_pictures()):
         folder = root / f"class{i % 3}"
         folder.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        small.resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        picture.save(folder / f"{i}.png")
     return root
 
 
@@ -126,3 +130,24 @@ def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
         "data": data,
         "lightning": {"trainer": {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1}},
     }
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, quick_training) -> Iterator[Path]:
+    """A run folder after two steps, on a folder of twelve pictures beside it; not to be changed."""
+    from olvae.cli.main import main
+    from olvae.config import save
+    from olvae.training import run as training
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "photos").mkdir()
+    for i, picture in enumerate(smooth_pictures()):
+        picture.save(folder / "photos" / f"{i}.png")
+    save(tiny_config(folder / "photos"), folder / "tiny.yaml")
+    arguments = ["--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(training.RUN_ENV, "")  # so that what training sets is taken back
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", *map(str, arguments), "lightning.trainer.max_steps=2"])
+        assert leaving.value.code == 0
+        yield next((folder / "runs").iterdir())

@@ -16,8 +16,6 @@ from PIL import Image
 
 from olvae.cli.main import main, print_error, repeat_flags
 from olvae.config import save
-from olvae.runs import Run
-from olvae.training.run import TrainingStopped
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -228,23 +226,6 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
     assert olvae(*command) == (75, "", "stopped\n")
     signal.signal(signal.SIGTERM, before)
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("preempted", [False, True])
-@pytest.mark.parametrize(("rank", "code"), [(None, 130), ("0", 130), ("1", 0)])
-def test_the_first_process_reports_that_training_was_stopped(olvae, monkeypatch, rank, code, preempted):
-    """Lightning and torchrun kill all processes when one fails, and the first one still draws its curves."""
-    code = 75 if code and preempted else code
-
-    def stopped(_: object) -> None:
-        raise TrainingStopped(Run(Path("runs/a")), preempted)
-
-    monkeypatch.setattr("olvae.training.run.train", stopped)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    hint = "" if rank == "1" else "continue with: olvae train --resume runs/a\n"
-    assert olvae("train", "--base", "demo") == (code, "", hint)
 
 
 def test_a_warning_is_one_line(olvae, config, monkeypatch):

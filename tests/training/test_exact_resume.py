@@ -29,11 +29,6 @@ Case = tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]
 """A config, options, and overrides."""
 
 
-def accumulated_with_a_loader_process(tmp_path: Path, images: Path) -> Case:
-    overrides = ("lightning.trainer.accumulate_grad_batches=2", "data.params.num_workers=1")
-    return tiny_config(images, **AVERAGED), {}, overrides
-
-
 def shards(tmp_path: Path, images: Path) -> Case:
     write_shards(tmp_path / "shards", (5, 9, 6))
     config = tiny_config(images, **AVERAGED)
@@ -44,7 +39,8 @@ def shards(tmp_path: Path, images: Path) -> Case:
 
 
 def everything_of_phase_b(tmp_path: Path, images: Path) -> Case:
-    return phase_b(images), {}, ()
+    """Two batches an update, made in a process of the loader."""
+    return phase_b(images), {}, ("data.params.num_workers=1",)
 
 
 def started_from_another(tmp_path: Path, images: Path) -> Case:
@@ -63,14 +59,7 @@ def taught_decoder(tmp_path: Path, images: Path) -> Case:
     return taught_both(tmp_path, images, freeze_encoder=True, use_ema=True, adversary_config=against(weight=0.1))
 
 
-CASES = (
-    accumulated_with_a_loader_process,
-    shards,
-    everything_of_phase_b,
-    started_from_another,
-    taught_both,
-    taught_decoder,
-)
+CASES = (shards, everything_of_phase_b, started_from_another, taught_both, taught_decoder)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
@@ -99,9 +88,8 @@ def test_a_projection_of_alignment_is_resumed_and_not_exported(train_with, vit, 
     train_with("lightning.trainer.max_steps=1", config=tiny_config(image_folder), actual_resume=whole.path)
 
 
-def test_one_seed_gives_the_same_weights(train_with, image_folder):
-    config = tiny_config(image_folder, **AVERAGED)
-    first, again, other = (train_with("lightning.trainer.max_steps=2", config=config, seed=seed) for seed in (3, 3, 4))
-    assert_same_checkpoint(first, again)
+def test_a_seed_of_its_own_gives_other_weights(train_with, image_folder):
+    one = ("lightning.trainer.max_steps=1", "lightning.trainer.limit_val_batches=0")
+    first, other = (train_with(*one, config=tiny_config(image_folder), seed=seed) for seed in (3, 4))
     name = "encoder.extractors.0.init_conv.weight"
     assert not torch.equal(checkpoint(first)["state_dict"][name], checkpoint(other)["state_dict"][name])

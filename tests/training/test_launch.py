@@ -9,11 +9,12 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from olvae.cli.main import main
 from olvae.config import ConfigError, save
 from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
 from olvae.training.launch import cluster, find_launcher, process_count
-from olvae.training.run import train
+from olvae.training.run import TrainingStopped, train
 from olvae.training.setup import TrainOptions
 from tests.conftest import tiny_config
 from tests.test_devices import fork_each, free_port
@@ -87,15 +88,14 @@ def test_srun_with_its_other_option(under, monkeypatch):
         process_count({"devices": 2})
 
 
-@pytest.mark.parametrize("launcher", [torchrun, srun])
-def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under, launcher):
-    """The first process of all makes it; the others write nothing, and remove nothing."""
+def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
+    """The first process of all makes it; the others write nothing, and remove nothing. test_ddp.py has torchrun's."""
     save(tiny_config(image_folder, use_ema=True), tmp_path / "tiny.yaml")
     port = str(free_port())
     overrides = ("lightning.trainer.num_nodes=2", "lightning.trainer.max_steps=2", "lightning.trainer.accelerator=cpu")
 
     def work(rank: int) -> None:
-        under({**launcher(rank, nodes=2), "MASTER_PORT": port})
+        under({**srun(rank, nodes=2), "MASTER_PORT": port})
         run = train(TrainOptions([tmp_path / "tiny.yaml"], overrides, tmp_path / "runs", gpus="0"))
         (tmp_path / f"path{rank}").write_text(str(run.path))
 
@@ -111,7 +111,7 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under, launcher):
     holder = os.getpid()
 
     def again(rank: int) -> None:
-        under({**launcher(rank, nodes=2), "MASTER_PORT": port})
+        under({**srun(rank, nodes=2), "MASTER_PORT": port})
         with pytest.raises(ConfigError, match=f"is being trained by process {holder} on "):
             train(TrainOptions(resume=run, overrides=("lightning.trainer.max_steps=3",)))
 
@@ -119,17 +119,30 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under, launcher):
         fork_each(again)  # the first looks, and all of them stop
 
 
-def test_only_the_first_process_of_a_node_reports_a_stop(tmp_path, monkeypatch, under, capsys):
-    from olvae.cli import train as cli
-    from olvae.training.run import TrainingStopped
+TWO = {"nodes": 2, "per_node": 2}
 
-    def stopped(_: object) -> None:
-        raise TrainingStopped(Run(tmp_path))
 
-    monkeypatch.setattr("olvae.training.run.train", stopped)
-    monkeypatch.setattr(cli, "end_on", lambda *_: None)
-    for rank, code, hint in ((0, 130, f"continue with: olvae train --resume {tmp_path}\n"), (2, 130, ""), (3, 0, "")):
-        under(srun(rank, nodes=2, per_node=2))
+@pytest.mark.parametrize(
+    ("variables", "code", "hint"),
+    [
+        ({}, 130, True),
+        (torchrun(0, per_node=2), 130, True),
+        (torchrun(1, per_node=2), 0, False),
+        (srun(0, **TWO), 130, True),
+        (srun(2, **TWO), 130, False),
+        (srun(3, **TWO), 0, False),
+    ],
+)
+def test_the_first_process_of_a_node_reports_a_stop(monkeypatch, under, capsys, variables, code, hint):
+    """Launchers kill all processes when one fails, and the first one still draws its curves."""
+    under(variables)
+    for preempted in (False, True):
+
+        def stopped(_: object, preempted: bool = preempted) -> None:
+            raise TrainingStopped(Run(Path("runs/a")), preempted)
+
+        monkeypatch.setattr("olvae.training.run.train", stopped)
         with pytest.raises(SystemExit) as caught:
-            cli.command(base=[Path("demo")])
-        assert (caught.value.code, capsys.readouterr().err) == (code, hint)
+            main(["train", "--base", "demo"])
+        assert caught.value.code == (75 if code and preempted else code)
+        assert capsys.readouterr().err == ("continue with: olvae train --resume runs/a\n" if hint else "")

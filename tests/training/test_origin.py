@@ -20,6 +20,7 @@ from olvae.losses.objective import Objective
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
+from olvae.training.setup import start_from
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
@@ -79,10 +80,9 @@ def make_source(kind: str, folder: Path, theirs: diffusers.AutoencoderKL) -> str
     return str(folder / "source.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "vae."])
-def test_from_every_kind_of_file_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts, kind):
+def test_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts):
     theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)  # latent-diffusion has 32 groups
-    target = make_source(kind, tmp_path, theirs)
+    target = make_source("vae.", tmp_path, theirs)
     run = train_with("lightning.trainer.max_steps=8", "model.params.scaling_factor=0.18215", start_from=target)
     (start,) = starts
     assert_like(start, theirs)
@@ -97,9 +97,11 @@ def test_from_every_kind_of_file_the_decoder_alone_is_trained(train_with, tmp_pa
 
 
 def test_the_config_of_the_run_is_complete(train_with, tmp_path):
+    """Params without a target are added to what was found."""
     theirs = tiny_kl(scaling_factor=0.5, shift_factor=0.25, force_upcast=False, use_quant_conv=True)
     target = make_source("diffusers", tmp_path, theirs)
-    run = train_with(start_from=target)
+    padding = "model.params.decoder_config.params.padding=reflect"
+    run = train_with("lightning.trainer.max_steps=1", padding, start_from=target)
     config = load([run.config])
     assert validate(config) == []
     assert "from" not in config["model"]
@@ -114,12 +116,16 @@ def test_the_config_of_the_run_is_complete(train_with, tmp_path):
     factors["force_upcast"] = False
     assert {name: params[name] for name in factors} == factors
     assert LiteVAE.from_pretrained(run.path).for_diffusion == factors
-    assert find_target(run.path).load().downscale == 4
+    found = find_target(run.path).load()
+    assert found.downscale == 4
+    for half, mode in ((found.encoder, "zeros"), (found.decoder, "reflect")):
+        assert {m.padding_mode for m in half.modules() if isinstance(m, nn.Conv2d) and any(m.padding)} == {mode}
 
 
 def test_from_one_of_our_own_runs_and_its_export(train_with, tmp_path, image_folder, starts):
     """With its width and its factors; the objective is the new config's."""
-    first = train_with(config=tiny_config(image_folder, lossconfig=OBJECTIVE, scaling_factor=0.7, initial_logvar=-4.0))
+    config = tiny_config(image_folder, lossconfig=OBJECTIVE, scaling_factor=0.7, initial_logvar=-4.0)
+    first = train_with("lightning.trainer.max_steps=1", config=config)
     LiteVAE.from_pretrained(first.path).save_pretrained(tmp_path / "export")
     expected = LiteVAE.from_pretrained(first.path)
     for source in (first.path, first.last_checkpoint, tmp_path / "export"):
@@ -145,58 +151,50 @@ def test_in_the_config_as_well_as_by_flag(train_with, tmp_path, image_folder, st
         assert "from" not in load([run.config])["model"]
 
 
-def test_params_without_a_target_are_added_to_what_was_found(train_with, tmp_path):
-    target = make_source("diffusers", tmp_path, tiny_kl())
-    run = train_with("model.params.decoder_config.params.padding=reflect", start_from=target)
-    found = find_target(run.path).load()
-    for half, mode in ((found.encoder, "zeros"), (found.decoder, "reflect")):
-        assert {m.padding_mode for m in half.modules() if isinstance(m, nn.Conv2d) and any(m.padding)} == {mode}
-
-
-def test_factors_are_the_sources_and_the_recipes_where_a_file_has_none(train_with, tmp_path):
+def test_factors_are_the_sources_and_the_recipes_where_a_file_has_none(tmp_path, image_folder):
     """A scaling_factor of null is none, wherever the value comes from."""
+    config = without_networks(image_folder)
     theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32, scaling_factor=0.5)
     folder, file = (make_source(kind, tmp_path, theirs) for kind in ("diffusers", "vae."))
-    for target, given, expected in ((folder, "0.25", 0.5), (folder, "null", 0.5), (file, "0.25", 0.25)):
-        run = train_with("lightning.trainer.max_steps=1", f"model.params.scaling_factor={given}", start_from=target)
-        assert LiteVAE.from_pretrained(run.path).scaling_factor == expected, (target, given)
-    with pytest.raises(ConfigError, match=r"vae.safetensors|source.safetensors: its file holds no factors") as caught:
-        train_with("model.params.scaling_factor=null", start_from=file)
+    for target, given, expected in ((folder, 0.25, 0.5), (folder, None, 0.5), (file, 0.25, 0.25)):
+        begun = copy.deepcopy(config)
+        begun["model"]["from"] = target
+        begun["model"]["params"]["scaling_factor"] = given
+        start_from(begun)
+        assert begun["model"]["params"]["scaling_factor"] == expected, (target, given)
+    config["model"]["from"] = file
+    config["model"]["params"]["scaling_factor"] = None
+    with pytest.raises(ConfigError, match=r"source.safetensors: its file holds no factors") as caught:
+        start_from(config)
     one_line(caught)
 
 
 def test_what_is_trained_is_a_choice(train_with, tmp_path):
-    target = make_source("diffusers", tmp_path, tiny_kl())
+    """And an anchor is the source, also in a resumed run."""
+    theirs = tiny_kl()
+    target, runs = make_source("diffusers", tmp_path, theirs), []
 
     def moved(*overrides: str) -> set[str]:
-        run = train_with("lightning.trainer.max_steps=1", *overrides, start_from=target)
-        before, after = tiny_kl().state_dict(), find_target(run.path).load().state_dict()
+        runs.append(train_with("lightning.trainer.max_steps=1", *overrides, start_from=target))
+        before, after = theirs.state_dict(), find_target(runs[-1].path).load().state_dict()
         renamed = {name.replace("quantizer.", "").replace("coder.model.", "coder."): t for name, t in after.items()}
         assert renamed.keys() == before.keys()
         return {name.partition(".")[0] for name in before if not torch.equal(before[name], renamed[name])}
 
     old, new = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
-    assert moved() == new
-    assert moved(ANCHOR) == old | new
     assert moved("model.params.freeze_decoder=true") == old
     assert moved(EQUIVARIANCE, "model.params.freeze_encoder=false") == old | new
-
-
-def test_the_anchor_is_the_source(train_with, tmp_path):
-    theirs = tiny_kl()
-    target = make_source("diffusers", tmp_path, theirs)
-    run = train_with(ANCHOR, start_from=target)
-    state = checkpoint(run)["state_dict"]
+    assert moved(ANCHOR) == old | new
+    state = checkpoint(train_with("lightning.trainer.max_steps=2", resume=runs[-1].path))["state_dict"]
     for name, tensor in theirs.encoder.state_dict().items():
         assert torch.equal(state[f"parts.anchor.moments.0.model.{name}"], tensor), name
-    resumed = train_with("lightning.trainer.max_steps=6", resume=run.path)
-    state = checkpoint(resumed)["state_dict"]
     assert torch.equal(state["parts.anchor.moments.1.weight"], theirs.quant_conv.weight)
 
 
 def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_folder):
-    fresh = train_with(config=tiny_config(image_folder, lossconfig=OBJECTIVE, freeze_decoder=True))
-    again = train_with("model.params.freeze_decoder=true", start_from=str(fresh.path))
+    one = "lightning.trainer.max_steps=1"
+    fresh = train_with(one, config=tiny_config(image_folder, lossconfig=OBJECTIVE, freeze_decoder=True))
+    again = train_with(one, "model.params.freeze_decoder=true", start_from=str(fresh.path))
     assert load([again.config])["run"]["untrained"] == "decoder"
 
 
