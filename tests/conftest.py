@@ -99,10 +99,7 @@ def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
     return {
         name: None
         if arguments is None
-        else {
-            "target": f"olvae.models.parts.{name}.{name.title().replace('_', '')}",
-            "params": arguments,
-        }
+        else {"target": f"olvae.models.parts.{name}.{name.title().replace('_', '')}", "params": arguments}
         for name, arguments in params.items()
     }
 

@@ -113,19 +113,6 @@ def fork_each(work: Callable[[int], None]) -> None:
     assert [process.exitcode for process in both] == [0, 0]
 
 
-def run_on_two(*arguments: str) -> list[str]:
-    """Run Python twice, as torchrun would, without its own third process; what each wrote to standard error."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "PYTHONPATH": str(REPO)}
-    env = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    both = []
-    for rank in ("0", "1"):
-        own, command = {**env, "RANK": rank, "LOCAL_RANK": rank}, [sys.executable, *arguments]
-        both.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
-    return errors
-
-
 def meet(out: Path) -> None:
     rank, world = join()
     assert join() == (rank, world)

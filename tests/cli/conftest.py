@@ -1,6 +1,7 @@
 """Commands in this process."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,10 @@ def terminal(monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture(scope="session")
+def photos(trained) -> Path:
+    """The pictures of the session's run."""
+    folder: Path = trained.parent.parent / "photos"
+    return folder

@@ -58,28 +58,6 @@ def test_pack_with_its_options(olvae, image_folder, tmp_path):
     assert "1 of 13 images can't be read, more than --max-unreadable 0.01: bad.png (the file is empty)" in err
 
 
-def test_pack_names_all_that_it_cannot_read(olvae, image_folder, tmp_path):
-    """They are in different shards; what is finished stays. Where nothing is, not even the folder does."""
-    for name in ("a.png", "class1/b.png", "z.png"):
-        (image_folder / name).touch()
-    shards = tmp_path / "new" / "shards"
-    code, _, err = olvae("pack", image_folder, "--out", shards, "--shard-size", 2, "--no-shuffle")
-    assert code == 1
-    assert err == (
-        "error: 3 of 15 images can't be read, more than --max-unreadable 0.01: a.png (the file is empty), "
-        "class1/b.png (the file is empty), z.png (the file is empty)\n"
-    )
-    again = ("pack", image_folder, "--out", shards, "--shard-size", 2, "--no-shuffle", "--max-unreadable", 0.3)
-    assert "7 shards, 7 of them from an earlier run" in olvae(*again)[2]
-    for path in image_folder.rglob("*.png"):
-        path.write_bytes(b"")
-    code, _, err = olvae("pack", image_folder, "--out", tmp_path / "other" / "shards")
-    assert code == 1
-    assert err.startswith(f"error: {image_folder}: none of its 15 images can be read: ")
-    assert err.endswith(", and 5 more\n")
-    assert not (tmp_path / "other").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

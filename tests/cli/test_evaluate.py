@@ -33,11 +33,6 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [row["metrics"] for row in content(folder)["results"]]
 
 
-@pytest.fixture
-def photos(trained):
-    return trained.parent.parent / "photos"
-
-
 def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
     code, out, err = olvae("evaluate", trained, "--data", photos, "--out", tmp_path, "--baselines", "--json")
     assert code == 0

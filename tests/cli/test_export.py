@@ -144,11 +144,7 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json: KeyError 'results'"),
-        (
-            [run_folder, "--latents", tmp_path / "none.json"],
-            1,
-            "none.json: not what olvae latents or olvae encode",
-        ),
+        ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not what olvae latents or olvae encode"),
         ([run_folder, "--latents", tmp_path], 1, "not what olvae latents or olvae encode wrote, nor its folder"),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
         ([run_folder, "--scaling-factor", "0"], 2, "scaling_factor: expected a number above 0, got 0.0"),

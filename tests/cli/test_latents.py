@@ -17,11 +17,6 @@ from tests.models.loading.test_targets import taesd
 from tests.test_devices import fork_two
 
 
-@pytest.fixture
-def photos(trained):
-    return trained.parent.parent / "photos"
-
-
 def test_a_run_on_its_own_test_images(olvae, trained):
     code, out, err = olvae("latents", trained)
     assert (code, out) == (0, "")

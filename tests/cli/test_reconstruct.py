@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae import LiteVAE
 from olvae.config import save
 from tests.conftest import tiny_config
 from tests.models.test_autoencoder import tiny
@@ -79,24 +78,6 @@ def test_mistakes(olvae, target, tmp_path, options, code, text):
     assert text in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
-
-
-def test_tiles_of_a_decoder_without_a_finite_field(olvae, tmp_path):
-    config = tiny_config()
-    decoder = config["model"]["params"]["decoder_config"]
-    decoder["target"] = "olvae.modules.sdvae.SDDecoder"
-    decoder["params"] = {"channels": 8, "z_channels": 4, "channel_mult": [1, 1, 1, 1], "norm_groups": 4}
-    save(config, tmp_path / "sd.yaml")
-    params = config["model"]["params"]
-    model = LiteVAE.from_config(params["encoder_config"], params["decoder_config"], params["embed_dim"])
-    torch.save(model.state_dict(), tmp_path / "sd.ckpt")
-    image = picture(tmp_path / "x.png", (20, 9))
-    arguments = ["reconstruct", tmp_path / "sd.ckpt", "--config", tmp_path / "sd.yaml", image]
-    code, _, err = olvae(*arguments, "--out", tmp_path / "out", "--tile", 2)
-    assert code == 2
-    assert "SDDecoder sees the whole latent" in err
-    assert olvae(*arguments, "--out", tmp_path / "out")[0] == 0
-    assert Image.open(tmp_path / "out" / "x.png").size == (20, 9)
 
 
 def test_the_page_without_gradio(olvae, monkeypatch):

@@ -65,10 +65,7 @@ def write_shard(path: Path, numbers: Sequence[int], broken: Mapping[int, bytes] 
     """JPEGs ``NNNN.jpg``, each with a ``NNNN.json``; ``broken`` has other bytes for some."""
     files = []
     for n in numbers:
-        files += [
-            (f"{n:04d}.jpg", (broken or {}).get(n, encoded(n))),
-            (f"{n:04d}.json", json.dumps({"n": n}).encode()),
-        ]
+        files += [(f"{n:04d}.jpg", (broken or {}).get(n, encoded(n))), (f"{n:04d}.json", json.dumps({"n": n}).encode())]
     return write_tar(path, files)
 
 

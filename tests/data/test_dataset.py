@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from olvae.data.dataset import (
-    HELD_OUT,
-    PHOTOGRAPHS,
-    ImageDataset,
-    MappedSource,
-    SamplePhotographs,
-    sample_photographs,
-)
+from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS, ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.image import Photo, Picture, RandomScaleCrop
 from tests.data.images import be_rank, encoded, keys_of, picture, same, take
 

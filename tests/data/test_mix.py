@@ -75,10 +75,7 @@ def test_mistakes(nodes):
 
 def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
     config = tiny_config()
-    config["data"] = {
-        "target": "olvae.data.mix.MixSource",
-        "params": {"sources": nodes, "size": 16, "batch_size": 4},
-    }
+    config["data"] = {"target": "olvae.data.mix.MixSource", "params": {"sources": nodes, "size": 16, "batch_size": 4}}
     assert validate(config) == []
     nodes[1]["params"]["shufle"] = 3
     (mistake,) = validate(config)

@@ -241,13 +241,6 @@ def test_a_shifted_gaussian_has_a_closed_form():
         assert float(mmd2_normal(z, sigmas)[i]) == pytest.approx(expected, rel=0.1)
 
 
-def test_normal_latents_are_zero_within_sampling_error():
-    z = torch.randn(3000, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    value, bound = mmd2_normal(z), mmd2_null_std(3000, 256)
-    assert (value.abs() < 4 * bound).all()
-    assert (mmd2_normal(z[:1000] + 0.1) > 20 * mmd2_null_std(1000, 256)).all()  # and a shift of a tenth is not
-
-
 def test_the_sampling_error_is_the_one_of_many_draws():
     """1000 sets of 30 latents: mean 0 within its error, and the standard deviation of the formula within 10 %."""
     generator = torch.Generator().manual_seed(4)

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from olvae import LiteVAE
 from olvae.cli.main import main as olvae
-from tests.conftest import tiny_config
 from tests.examples.loading import load_example
+from tests.export.latents import tiny_vae
 
 
 def coarse(images):
@@ -28,9 +27,7 @@ def example(monkeypatch):
 @pytest.fixture
 def arguments(tmp_path, image_folder):
     """A tiny autoencoder, latents of 12 images, and what to do with them."""
-    params = tiny_config()["model"]["params"]
-    vae = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"})
-    vae.save_pretrained(tmp_path / "vae")
+    tiny_vae().save_pretrained(tmp_path / "vae")
     given = [str(tmp_path / "vae"), "--data", str(image_folder), "--size", "32", "--flip"]
     with pytest.raises(SystemExit) as leaving:
         olvae(["encode", *given, "--out", str(tmp_path / "latents")])

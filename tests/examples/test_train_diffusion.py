@@ -2,9 +2,8 @@ import pytest
 from diffusers import UNet2DModel
 from PIL import Image
 
-from olvae import LiteVAE
-from tests.conftest import tiny_config
 from tests.examples.loading import load_example
+from tests.export.latents import tiny_vae
 
 
 @pytest.fixture
@@ -13,9 +12,7 @@ def example():
 
 
 def test_the_loss_falls_and_images_are_made(example, tmp_path, capsys):
-    params = tiny_config()["model"]["params"]
-    vae = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"})
-    vae.save_pretrained(tmp_path / "vae")
+    tiny_vae().save_pretrained(tmp_path / "vae")
     arguments = [str(tmp_path / "vae"), "--out", str(tmp_path / "out"), "--size=32", "--crops=32", "--steps=25"]
     losses = example.main(arguments)
     assert len(losses) == 25

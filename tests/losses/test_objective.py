@@ -180,22 +180,9 @@ def test_the_weighted_sum_of_named_terms(pair):
 
 
 @pytest.mark.parametrize("name", ["rec", "kl", "wavelet", "gaussian"])
-def test_a_term_of_weight_0_is_not_computed(name, pair, monkeypatch):
-    """Each of the functions is made to fail, then its weight is set to 0."""
-
-    def fail(*args):
-        raise AssertionError(f"{name} was computed")
-
-    module = "olvae.losses.objective"
-    if name == "rec":
-        monkeypatch.setitem(__import__(module, fromlist=["RECONSTRUCTION"]).RECONSTRUCTION, "l1", fail)
-    else:
-        monkeypatch.setattr(f"{module}.{name}_loss", fail)
-    with pytest.raises(AssertionError):
-        Objective(lpips_weight=0)(*pair)
+def test_a_term_of_weight_0_is_left_out(name, pair):
     _, terms = Objective(lpips_weight=0, **{f"{name}_weight": 0})(*pair)
-    assert name not in terms
-    assert len(terms) == 3
+    assert terms.keys() == {"rec", "kl", "wavelet", "gaussian"} - {name}
 
 
 def test_lpips_of_weight_0_needs_no_file(monkeypatch):

@@ -128,11 +128,11 @@ def test_without_its_weight_the_autoencoder_goes_as_in_phase_a(image_folder, set
     discriminator, size = (UNETGAN, 64) if "cutmix_probability" in settings else (PATCHGAN, 16)
     phase_a, phase_b = build(), build(against(discriminator, **settings))
     start = snapshot(phase_b.adversary)
-    fit(phase_a, image_folder, 4, size=size)
-    fit(phase_b, image_folder, 4, size=size)
+    fit(phase_a, image_folder, 2, size=size)
+    fit(phase_b, image_folder, 2, size=size)
     assert_same(snapshot(phase_a.autoencoder), snapshot(phase_b.autoencoder))
     assert bool(moved(start, snapshot(phase_b.adversary))) == ("start_step" not in settings)
-    with_weight = fit(build(against(discriminator, weight=0.5)), image_folder, 4, size=size)
+    with_weight = fit(build(against(discriminator, weight=0.5)), image_folder, 2, size=size)
     assert moved(snapshot(phase_a.autoencoder), snapshot(with_weight.autoencoder))
 
 

@@ -6,7 +6,6 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Quantizer
-from olvae.modules.litevae.blocks import SMC
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from tests.conftest import tiny_config
@@ -90,16 +89,6 @@ def test_the_initial_log_variance():
         )
         torch.testing.assert_close(mean, shifted_mean)
         torch.testing.assert_close(logvar - 4.0, shifted)
-
-
-def test_folding():
-    vae = tiny().eval()
-    for p in vae.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    folded = vae.fold()
-    assert not any(isinstance(m, SMC) for m in folded.modules())
-    x = torch.rand(1, 3, 16, 16)
-    torch.testing.assert_close(folded(x)[0], vae(x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_posterior_is_float32_under_autocast():

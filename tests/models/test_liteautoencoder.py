@@ -35,8 +35,7 @@ def test_a_step_is_the_objective_and_adam_by_hand(image_folder):
 
 
 def narrow_models() -> dict[str, dict[str, Any]]:
-    """The models of the configs, by the first of those that differ in nothing else, with a narrow decoder and
-    discriminator."""
+    """The models of the configs, by the first of those that differ in nothing but their scale, and narrow."""
     models: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in CONFIGS:
         node = load([path])["model"]
@@ -48,6 +47,8 @@ def narrow_models() -> dict[str, dict[str, Any]]:
         parts = [params["decoder_config"]]
         if "SDEncoder" in params["encoder_config"]["target"]:
             parts.append(params["encoder_config"])
+        elif "scale" in params["encoder_config"]["params"]:
+            params["encoder_config"]["params"]["scale"] = "S"
         for part in parts:
             part["params"]["channels"] = 32
         if "adversary_config" in params:

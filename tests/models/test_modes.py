@@ -29,10 +29,7 @@ def test_a_frozen_encoder(image_folder, updates, adversary):
 
 FIXED = {
     "embed_dim": 12,
-    "encoder_config": {
-        "target": "olvae.modules.litevae.encoder_model.WaveletEncoder",
-        "params": {"image_size": 16},
-    },
+    "encoder_config": {"target": "olvae.modules.litevae.encoder_model.WaveletEncoder", "params": {"image_size": 16}},
     "decoder_config": {
         "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
         "params": {"channels": 8, "z_channels": 12, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 0},
@@ -78,10 +75,7 @@ def test_a_fixed_encoder_says_what_it_needs():
         ({"freeze_encoder": True, "freeze_decoder": True}, "nothing is left to train"),
         ({"freeze_decoder": True, "parts": parts(latent_noise={"std": 0.1})}, "the decoder is frozen"),
         ({"freeze_decoder": True, "adversary_config": against()}, "an adversary has nothing to train"),
-        (
-            {"checkpoint": True, "parts": parts(activation_bound={"bound": 1.0})},
-            "checkpoint, parts.activation_bound: ",
-        ),
+        ({"checkpoint": True, "parts": parts(activation_bound={"bound": 1.0})}, "checkpoint, parts.activation_bound: "),
         (
             {"checkpoint": "encoder", "freeze_encoder": True, "lossconfig": WITHOUT_KL},
             "checkpoint: the encoder is frozen",

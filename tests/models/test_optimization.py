@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olvae.models.optimization import (
-    grad_scaler,
-    gradient_ratio,
-    lr_factor,
-    mix_seeds,
-)
+from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
 
 
 def test_seeds_differ_with_every_number_and_with_their_order():

@@ -162,18 +162,7 @@ def test_a_loss_scale_changes_nothing(image_folder, name):
     assert plugin.scaler.scales == [2.0 ** (11 + i) for i in range(expected)]
 
 
-def test_both_optimizers_see_unscaled_gradients(image_folder, updates):
-    settings = {"gradient_clip_val": 1e6}  # without it the fused Adam takes the scale off itself
-    plain = fit(build(against(), **settings), image_folder, 1)
-    scaled = fit(build(against(), **settings), image_folder, 1, plugins=[Scaled(init_scale=2.0**16)])
-    for part in ("autoencoder", "adversary"):
-        (one,), (other,) = updates.of(getattr(plain, part)), updates.of(getattr(scaled, part))
-        assert norm(one.gradients) > 0.01
-        assert all(torch.equal(a, b) for a, b in zip(one.gradients, other.gradients, strict=True))
-
-
-@pytest.mark.parametrize("side", ["autoencoder", "adversary"])
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("side", "clip"), [("autoencoder", 1.0), ("adversary", None)])
 def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folder, side, clip):
     plugin = Scaled(init_scale=2.0**10)
     model = build(against(weight=0.5), gradient_clip_val=clip)

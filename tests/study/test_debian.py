@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from study.debian import Contents, fetch, resources
+from study.debian import Contents, fetch
 from study.packages import Package
 
 COPYRIGHT = """\
@@ -74,17 +74,6 @@ def rcc(names, contents, compressed=False):
     return header + tree + texts + blocks
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_files_in_a_resource_file_of_qt(compressed):
-    content = rcc(["a.webp", "b.webp"], [b"first", b"second"], compressed)
-    assert dict(resources(content)) == {"folder/a.webp": b"first", "folder/b.webp": b"second"}
-
-
-def test_what_is_no_resource_file():
-    with pytest.raises(ValueError, match="not a resource file of Qt"):
-        list(resources(b"RIFF"))
-
-
 def test_photographs_and_their_licences(tmp_path):
     path = deb(
         tmp_path / "pictures_1-1_all.deb",
@@ -97,7 +86,8 @@ def test_photographs_and_their_licences(tmp_path):
             "usr/share/wallpapers/Lake/contents/images/100x80.jpg": b"lake",
             "usr/share/puzzles/bees.jpg": b"bees",
             "usr/share/puzzles/bees.desktop": PALAPELI.encode(),
-            "usr/share/game.rcc": rcc(["cat.jpg"], [b"cat"]),
+            "usr/share/game.rcc": rcc(["cat.jpg", "dog.jpg"], [b"cat", b"dog"]),
+            "usr/share/other.rcc": rcc(["cow.jpg"], [b"cow"], compressed=True),
         },
     )
     contents = Contents(path, package(path, ("*.jpg",), (("usr/share/backgrounds/", "pictures/"),)))
@@ -108,12 +98,14 @@ def test_photographs_and_their_licences(tmp_path):
         "100x80.jpg": b"lake",
         "bees.jpg": b"bees",
         "cat.jpg": b"cat",
+        "dog.jpg": b"dog",
+        "cow.jpg": b"cow",
     }
     licences = {name.rpartition("/")[2]: contents.licence(name)[:2] for name in contents.photographs}
     assert licences == {
         "sea.jpg": ("2021 Ada Lovelace", "CC-BY-4.0"),
         "land.jpg": ("2020 Somebody", "GPL-2+"),
-        "cat.jpg": ("2020 Somebody", "GPL-2+"),
+        **dict.fromkeys(("cat.jpg", "dog.jpg", "cow.jpg"), ("2020 Somebody", "GPL-2+")),
         "100x80.jpg": ("Ann, Bob", "CC-BY-SA-4.0"),
         "bees.jpg": ("Cy", "Public Domain"),
     }

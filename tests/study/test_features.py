@@ -55,14 +55,6 @@ def test_the_distance_is_scipys_in_float64():
     assert frechet_lite0(a, b) == pytest.approx(frechet_lite0(b, a), rel=1e-9)
 
 
-def test_equal_sets_are_at_0_and_blurred_ones_are_not(lite0):
-    images = torch.stack([picture(path.name, 64) for path in HELD_OUT])
-    blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2).byte()
-    a, b = lite0(images), lite0(blurred)
-    assert frechet_lite0(a, a) == pytest.approx(0, abs=1e-3)
-    assert frechet_lite0(a, b) > 1
-
-
 def test_one_image_has_no_covariance(lite0):
     with pytest.raises(ValueError, match="at least 2 images"):
         frechet_lite0(np.zeros((1, 4), np.float32), np.zeros((5, 4), np.float32))

@@ -40,7 +40,8 @@ def assert_close(one: Run, two: Run) -> None:
             torch.testing.assert_close(tensor, b[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
 
 
-def test_two_processes_are_one(train_with, train_two):
+def test_two_processes_are_one(train_with, train_two, monkeypatch):
+    monkeypatch.setattr("olvae.models.linear_start.CROPS", (256, 256))
     config = load(["configs/demo_b.yaml"], [*SMALL, "data.params.size=64", "lightning.trainer.max_steps=2"])
     one, two = train_with(WHOLE, config=config), train_two(HALF, config=config)
     assert_close(one, two)

@@ -20,12 +20,12 @@ from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.training.setup import TrainOptions, read_plan, untrained_half
-from tests.conftest import parts, tiny_config
+from tests.conftest import parts
 from tests.export.latents import encode
 from tests.export.test_diffusers_model import dit
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import taesd
-from tests.training.origins import EIGHT, FACTORS, OBJECTIVE, checkpoint, one_line, save_teacher, student
+from tests.training.origins import EIGHT, FACTORS, checkpoint, one_line, save_teacher, student
 from tests.training.test_origin import small
 
 
@@ -139,21 +139,6 @@ def test_weights_without_a_run_are_taken_for_trained(train_with, tmp_path, image
     config["data"]["params"]["root"] = str(image_folder)
     run = train_with("lightning.trainer.max_steps=1", config=config, teacher=target, actual_resume="last.ckpt")
     assert untrained(run) == "decoder"
-
-
-def test_a_student_that_starts_from_another_run_keeps_learning(train_with, image_folder, target):
-    """With --from and --teacher the encoder is trained, and the factors are the teacher's."""
-    first = train_with(
-        "lightning.trainer.max_steps=1",
-        config=tiny_config(image_folder, lossconfig=OBJECTIVE, scaling_factor=0.7),
-    )
-    run = train_with(
-        "lightning.trainer.max_steps=1", config=student(image_folder), start_from=str(first.path), teacher=target
-    )
-    params = load([run.config])["model"]["params"]
-    assert not params.get("freeze_encoder")
-    assert LiteVAE.from_pretrained(run.path).for_diffusion == FACTORS
-    assert untrained(run) is None
 
 
 def test_teachers_that_do_not_fit(train_with, tmp_path, image_folder):

@@ -14,14 +14,7 @@ from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.parts.vision import node
 from tests.models.steps import against, moved
-from tests.training.origins import (
-    assert_same_checkpoint,
-    checkpoint,
-    phase_b,
-    save_teacher,
-    student,
-    without_networks,
-)
+from tests.training.origins import assert_same_checkpoint, checkpoint, phase_b, save_teacher, student, without_networks
 
 AVERAGED = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 4}
 

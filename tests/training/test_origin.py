@@ -289,21 +289,24 @@ def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
 
 
 def test_the_flags(tmp_path, image_folder, capsys, monkeypatch):
-    """--from and --teacher reach the run, and a mistake is one line."""
+    """--from and --teacher reach the run, whose encoder learns; factors are the teacher's; a mistake is one line."""
     monkeypatch.delenv(training.RUN_ENV, raising=False)
-    config = without_networks(image_folder, freeze_encoder=True)
+    config = without_networks(image_folder)
     config["lightning"]["trainer"]["max_steps"] = 1
     save(config, tmp_path / "cfg.yaml")
-    target = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.5))
+    target, teacher = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.7)), f"diffusers:{tmp_path}/teacher"
+    tiny_kl(scaling_factor=0.5).save_pretrained(tmp_path / "teacher")
     flags = ["train", "--base", str(tmp_path / "cfg.yaml"), "--logdir", str(tmp_path / "runs"), "--gpus", "0"]
     with pytest.raises(SystemExit) as done:
-        main([*flags, "--from", target, "--teacher", target])
+        main([*flags, "--from", target, "--teacher", teacher])
     assert done.value.code == 0
     (run,) = (tmp_path / "runs").iterdir()
     found = load([run / "config.yaml"])
     assert found["run"]["weights"] == target
-    assert found["model"]["params"]["parts"]["teacher"]["params"] == {"autoencoder": target}
+    assert found["model"]["params"]["parts"]["teacher"]["params"] == {"autoencoder": teacher}
     assert found["model"]["params"]["scaling_factor"] == 0.5
+    assert not found["model"]["params"].get("freeze_encoder")
+    assert found["run"]["untrained"] is None
     capsys.readouterr()
     with pytest.raises(SystemExit) as done:
         main([*flags, "--from", target, "--actual_resume", str(run)])

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from olvae.config import ConfigError
-from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision, stage_of
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
@@ -178,19 +177,6 @@ def test_recording_changes_no_pixel_and_gives_no_speed():
     first, second = (recorded.observer.complete(row, {row.target: row for row in rows}) for row in rows)
     assert (first.cost, second.cost) == (Cost(1, 2, 3, None, None, None, 7, "CPU"), cost)
     assert first.observed["precision"]["safe"]
-
-
-def test_what_a_request_must_not_have():
-    def conflicts(precisions, metrics, *others):
-        return list(HalfPrecision(precisions).conflicts(["a", "b"], metrics, others))
-
-    assert conflicts(["32"], [], Cross()) == conflicts(["fp16"], ["psnr"]) == []
-    assert conflicts(["fp16"], ["ssim"]) == ["`precision` is judged by PSNR: add psnr to `metrics`"]
-    assert conflicts(["fp16"], ["psnr"], Cross()) == [
-        "`cross` and `precision` are two evaluations: leave one of them out"
-    ]
-    assert list(Cross().conflicts(["a", "b"], [], [])) == []
-    assert list(Cross().conflicts(["a"], [], [])) == ["`cross` takes two targets, TEACHER STUDENT, and got 1"]
 
 
 @pytest.mark.parametrize(

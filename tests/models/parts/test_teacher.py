@@ -343,16 +343,3 @@ def test_settings_that_contradict_each_other(target, settings, message):
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
         student(target, **settings)
     assert "\n" not in str(caught.value)
-
-
-def test_an_encoder_alone_without_a_teacher(image_folder):
-    """Through its own decoder, which stays as it is."""
-    model = build(freeze_decoder=True, use_quant=True, learning_rate=1e-3)
-    start = snapshot(model.autoencoder)
-    fit(model, image_folder, 3)
-    frozen = {name for name in start if name.startswith(("decoder.", "quantizer.post_quant_conv."))}
-    changed = moved(start, snapshot(model.autoencoder))
-    assert not changed & frozen
-    assert len(changed) > 0.9 * len(start.keys() - frozen)
-    assert not model.decoder.training
-    assert not any(p.requires_grad for name, p in model.autoencoder.named_parameters() if name in frozen)
