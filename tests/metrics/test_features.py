@@ -115,14 +115,6 @@ def test_features_are_computed_once_and_pickled_once(batch):
     assert everything < 2.2 * pair
 
 
-def test_equal_sets(batch):
-    keys, x, _ = batch
-    rfid, kid = both()
-    rfid.update(keys, x, x)
-    assert 0 <= rfid.compute() < 1e-3
-    assert kid.compute() < 0  # unbiased: x is nearer to itself than to other images
-
-
 def test_one_image_and_few_images(batch):
     keys, x, y = batch
     metrics = both()
@@ -139,7 +131,7 @@ def test_one_image_and_few_images(batch):
 
 
 def test_subsets_of_many_images_do_not_depend_on_the_order(monkeypatch):
-    monkeypatch.setitem(DEFAULTS, "kid_subsets", 3)
+    monkeypatch.setitem(DEFAULTS, "kid_subsets", 2)
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1200, 3, 2, 2), dtype=np.uint8))
     results = []
     for order in (torch.arange(1200), torch.randperm(1200)):

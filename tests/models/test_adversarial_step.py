@@ -75,27 +75,6 @@ def test_the_autoencoder_runs_forward_once_a_step(image_folder):
     assert calls == ["encoder", "decoder"] * (1 + 3)  # one batch warms up, with two updates
 
 
-def test_the_discriminator_sees_images_and_their_reconstructions_of_this_step(image_folder):
-    """And what it says of them is logged."""
-    model, images, seen, logits = build(against()), [], [], []
-    model.decoder.register_forward_hook(lambda _, __, y: images.append(y.detach().clone()))
-    model.adversary.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model.adversary.discriminator.register_forward_hook(lambda _, __, y: logits.append(y[0].detach().clone()))
-    values = metrics(fit(model, image_folder, 1))
-    x = model.images(next(iter(source(image_folder).train_loader())))
-    for_generator, real, fake = seen
-    assert torch.equal(for_generator, images[0])
-    assert for_generator.requires_grad
-    assert torch.equal(real, x)
-    assert torch.equal(fake, images[0])
-    assert not fake.requires_grad
-    _, real, fake = logits
-    assert values["health/logits_real"] == pytest.approx(real.mean().item(), rel=1e-5)
-    assert values["health/logits_fake"] == pytest.approx(fake.mean().item(), rel=1e-5)
-    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-    assert values["health/accuracy"] == pytest.approx(right.item())
-
-
 def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(image_folder):
     model = build(against(warmup_updates=3), use_quant=True, accumulate_grad_batches=2)
     start, start_d = snapshot(model.autoencoder), snapshot(model.adversary)

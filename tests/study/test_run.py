@@ -30,19 +30,6 @@ def finish(study: Study, name: str, **found: Any) -> None:
     path.write_text(json.dumps(found))
 
 
-def test_rate_and_steps_come_from_the_grid(tmp_path):
-    study = Study(tmp_path, tmp_path, rows())
-    row = next(row for row in study.rows if row.name == "litevae_time_1")
-    assert not study.is_ready(row)
-    for rate, psnr in (("2.5e-4", 19.0), ("5e-4", 20.0), ("1e-3", 22.0), ("2e-3", 21.0), ("4e-3", 18.0)):
-        finish(study, f"rate_litevae_{rate}", sizes={"256": {"psnr": psnr}})
-    (tmp_path / "speed.json").write_text('{"litevae": 0.2, "sd": 0.5}')
-    assert study.is_ready(row)
-    assert study._rate(row) == "1e-3"
-    assert study._steps(row) == 3750  # 1500 of two and a half times the length
-    assert study._rate(row._replace(rate_of=None)) is None
-
-
 def test_rows_run_after_those_they_need_and_finished_ones_are_kept(tmp_path, monkeypatch, capsys):
     study = Study(tmp_path, tmp_path, [Row("b", "latent", after="a", rate_of=None), *(_plain(name) for name in "ac")])
     finish(study, "c", kept=True)
