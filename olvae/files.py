@@ -1,9 +1,13 @@
 """Write files atomically, check folders for results, print file names and errors on one line."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import shutil
+import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +44,31 @@ def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
         with contextlib.suppress(FileNotFoundError):  # it is in its place by now
             if partial.is_file() and partial.stat().st_mtime <= until:
                 partial.unlink()
+
+
+@contextmanager
+def folder_beside(place: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``place``, removed at the end, and remove those of killed processes before.
+
+    A killed process is one of this machine, by the name of the folder, that runs no more.
+    """
+    parent, own = nearest_folder(place.parent), f".{place.name[-100:]}.{socket.gethostname()}-"
+    for left in parent.glob(f"{glob.escape(own)}*"):
+        process = left.name.removeprefix(own).partition("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{own}{os.getpid()}-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

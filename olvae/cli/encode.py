@@ -1,9 +1,10 @@
 """Run ``olvae encode`` and ``olvae decode``: images to latents for a diffusion model, and back."""
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +20,10 @@ from olvae.cli.options import (
     loading,
     stop_code,
 )
+
+if TYPE_CHECKING:  # slow to import
+    from olvae.models.autoencoder import Autoencoder
+    from olvae.models.loading.loader import Target
 
 BatchSize = Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")]
 
@@ -117,9 +122,27 @@ def command(
     if stats is not None:
         if as_json:
             typer.echo(json.dumps(stats, indent=2))
-        for line in _report(stats, out, len(inputs)):
+        for line in (*_report(stats, out, len(inputs)), *_other_factors(stats, out, found, model)):
             typer.echo(line, err=True)
     leave()
+
+
+def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder") -> Iterator[str]:
+    """Warn of factors of the same model that differ from those of these latents, which their reader takes."""
+    from olvae.export.exporting import Factors, read_factors
+
+    here = Factors(stats["scaling_factor"], stats["shift_factor"], stats["count"])
+    others = {target.name: Factors(model.scaling_factor, model.shift_factor)} if model.factors_known else {}
+    if target.run is not None and (file := target.run.path / "latents.json").is_file():
+        with contextlib.suppress(ValueError):
+            others[str(file)] = read_factors(file, target.name)
+    for name, other in others.items():
+        if other[:2] != (1.0, 0.0) and here.differs(*other[:2]):
+            images = "" if other.images is None else f" (of {other.images} images)"
+            yield (
+                f"warning: {name} has scaling_factor {other.scaling:.4f}, shift_factor {other.shift:.4f}{images}, "
+                f"these latents' are of {here.images} images: use one pair; olvae export --latents {out} takes this one"
+            )
 
 
 def _encoder(model: Any, target: str) -> Any:

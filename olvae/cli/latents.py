@@ -39,6 +39,7 @@ def command(
         from olvae.evaluation.roundtrip import check_images_fit
         from olvae.files import no_empty_folders, write_json
         from olvae.models.loading.targets import find_target, name_apart
+        from olvae.modules.scaling_factors import FEW_IMAGES
 
     join()
     found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]
@@ -79,6 +80,9 @@ def command(
         write_json(content, folder / "latents.json")
         draw_distribution(rows, folder / "latents.png")
     print_latents(rows, about)
+    if about["n"] < FEW_IMAGES:
+        few = f"warning: factors of few images, {about['n']}: measure them on {FEW_IMAGES} or more, with --data"
+        typer.echo(few, err=True)
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     typer.echo(f"numbers: {folder / 'latents.json'}\nfigure:  {folder / 'latents.png'}", err=True)

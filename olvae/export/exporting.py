@@ -3,11 +3,10 @@
 import copy
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,12 +19,13 @@ from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.page import scores
 from olvae.evaluation.results import Results
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
-from olvae.files import nearest_folder, no_empty_folders
+from olvae.files import folder_beside, nearest_folder, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id
 from olvae.modules.base import count_parameters
+from olvae.modules.scaling_factors import FEW_IMAGES
 from olvae.runs import settings_of
 
 TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise
@@ -131,11 +131,8 @@ def export(
     if reason := layout.misfit(model):
         raise ValueError(reason)
     out, differences = _as_exported(model, DTYPES[settings.dtype], settings.fold)
-    with (
-        no_empty_folders(place.parent),
-        tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=nearest_folder(place.parent)) as beside,
-    ):
-        partial = Path(beside) / place.name
+    with no_empty_folders(place.parent), folder_beside(place) as beside:
+        partial = beside / place.name
         layout.write(out, partial)
         if settings.onnx:
             from olvae.export.onnx import export_onnx  # needs an extra
@@ -266,7 +263,10 @@ def _set_factors(
         raise ConfigError(f"{target.given}: has latents_mean and latents_std per channel: leave out {names}")
     if settings.latents is not None:
         file = _factors_file(settings.latents)
-        model.scaling_factor, model.shift_factor = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
+        measured = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
+        model.scaling_factor, model.shift_factor = measured[:2]
+        if measured.few:
+            notes.append(f"the factors are measured on {measured.images} images: {FEW_IMAGES} and more are certain")
         return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}"
     if given:
         model.set_for_diffusion(given)
@@ -288,7 +288,24 @@ def _factors_file(given: Path) -> Path:
     raise FileNotFoundError(f"`latents` {given}: not what olvae latents or olvae encode wrote, nor its folder")
 
 
-def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[float, float]:
+class Factors(NamedTuple):
+    """Factors as ``olvae latents`` or ``olvae encode`` measured them, on so many images, if that is known."""
+
+    scaling: float
+    shift: float
+    images: int | None = None
+
+    @property
+    def few(self) -> bool:
+        """Whether other images would give other factors."""
+        return self.images is not None and self.images < FEW_IMAGES
+
+    def differs(self, scaling: float, shift: float) -> bool:
+        """Whether other factors scale the same latents by more than a thousandth otherwise."""
+        return abs(self.scaling / scaling - 1) > 1e-3 or abs(self.shift - shift) * scaling > 1e-3
+
+
+def read_factors(path: Path, target: str, weights: str | None = None) -> Factors:
     """Read a target's scaling and shift factor from latents.json of olvae latents or stats.json of olvae encode.
 
     Raise ValueError if the file has no factors of this target, or those of other weights by their checksum.
@@ -297,6 +314,7 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[f
         content = json.loads(path.read_text(encoding="utf-8"))
         results = content.get("results", [{"target": content.get("target"), "diffusion": content}])
         found = {result["target"]: [float(result["diffusion"][key]) for key in FACTORS[1:]] for result in results}
+        images = content.get("count", (content.get("data") or {}).get("n"))
         other_weights = weights is not None and content.get("weights", weights) != weights
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not written by olvae latents or olvae encode: {error!r}") from error
@@ -305,7 +323,7 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> tuple[f
     if target not in found and len(found) != 1:
         raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(found) or 'nothing'}")
     scaling, shift = found.get(target) or next(iter(found.values()))
-    return scaling, shift
+    return Factors(scaling, shift, images)
 
 
 # The model card

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEW_IMAGES = 100  # below which other images give noticeably other factors
+
 
 @dataclass(frozen=True)
 class Moments:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -61,6 +62,14 @@ def test_factors_from_the_folder_of_encode_or_latents(any_command, run_folder, i
         vae = LiteVAE.from_pretrained(out)
         assert (vae.scaling_factor, vae.shift_factor) == (expected["scaling_factor"], expected["shift_factor"])
         assert f"measured by olvae {command}" in (out / "README.md").read_text()
+        assert re.search(r"the factors are measured on \d+ images: 100 and more are certain", err)
+    vae.set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.0}).save_pretrained(out)
+    for target, warns in ((tmp_path / "encode-vae", False), (out, True)):
+        size = ("--size", content["data"]["size"], "--out", tmp_path / f"of-{target.name}")
+        code, _, err = any_command("encode", target, "--data", image_folder, *size)
+        assert code == 0, err
+        warned = re.search(r"warning: .*vae has scaling_factor 0\.5000, .*: use one pair; olvae export --latents", err)
+        assert bool(warned) == warns == ("use one pair" in err), err
 
 
 def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path):
