@@ -319,17 +319,19 @@ def _shell(name: str) -> type:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published file of pretrained weights, whose name ends with the first eight digits of its SHA-256.
+    """A published file of pretrained weights.
 
     Args:
         what: the network, for messages.
         url: where it is published.
         alias: another name under which the same file is published.
+        digits: the first digits of its SHA-256, if they do not end its name.
     """
 
     what: str
     url: str
     alias: str | None = None
+    digits: str | None = None
 
     @property
     def name(self) -> str:
@@ -337,7 +339,7 @@ class WeightsFile:
 
     @property
     def sha256(self) -> str:
-        return self.name.removesuffix(".pth")[-8:]
+        return self.digits or self.name.removesuffix(".pth")[-8:]
 
 
 VGG16 = WeightsFile("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth")
@@ -347,6 +349,12 @@ INCEPTION = WeightsFile(
     "Inception",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     alias="weights-inception-2015-12-05-6726825d.pth",  # torch-fidelity's
+)
+
+DINOV2 = WeightsFile(
+    "DINOv2",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    digits="d5383ea8f4877b2472eb973e0fd72d55",
 )
 
 

@@ -29,9 +29,12 @@ if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.runner import Evaluated
     from olvae.runs import Run
 
-METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
+METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid", "fdd")
 PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")  # names; the registries import torch
-OBSERVERS = {"colour": "olvae.evaluation.observers.colour.Colour"}
+OBSERVERS = {
+    "colour": "olvae.evaluation.observers.colour.Colour",
+    "ifid": "olvae.evaluation.observers.ifid.InterpolatedFID",
+}
 """Observers of the package that are asked for by name."""
 ALL = "all"
 
@@ -81,7 +84,7 @@ def command(
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     weights_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Search here first for VGG16, AlexNet and Inception.")
+        Path | None, typer.Option(metavar="DIR", help="Search here first for VGG16, AlexNet, Inception and DINOv2.")
     ] = None,
     baselines: Annotated[
         bool,
@@ -155,7 +158,7 @@ def command(
     changes: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
     protocols = [replace(PRESETS[name], **changes) for name in split_commas(protocol)]
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
-    observers = _observers(cross, split_commas(precision), report, observe or ())
+    observers = _observers(cross, split_commas(precision), report, observe or (), weights_dir)
     observers += [Baselines(found[0], fit)] if baselines else []
     folder = results_folder(out, targets[0], found[0].run)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
@@ -178,7 +181,9 @@ def command(
         _finish(evaluated, folder, suffixes, earlier, mix_protocols, report, as_json)
 
 
-def _observers(cross: bool, precisions: list[str], report: bool, own: Iterable[str]) -> list["Observer"]:
+def _observers(
+    cross: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
+) -> list["Observer"]:
     """What the flags ask to look at, in the order of the page."""
     from olvae.config import resolve_class
     from olvae.evaluation.observers.bands import Bands
@@ -191,7 +196,8 @@ def _observers(cross: bool, precisions: list[str], report: bool, own: Iterable[s
     observers: list[Observer] = [Cross()] if cross else []
     observers += [HalfPrecision(precisions)] if precisions != ["32"] else []
     observers += [Gallery(), Bands(), *([FlatColours()] if report else [])]
-    observers += [resolve_class(OBSERVERS.get(name, name), Observer)() for name in own]
+    arguments = {"ifid": {"weights_dir": weights_dir}}
+    observers += [resolve_class(OBSERVERS.get(name, name), Observer)(**arguments.get(name, {})) for name in own]
     return observers
 
 

@@ -20,7 +20,7 @@ from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.loading.loader import Target
 
-DEFAULT_METRICS = tuple(name for name in METRICS if name != "ssim_uniform")
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("ssim_uniform", "fdd"))
 
 T = TypeVar("T")
 

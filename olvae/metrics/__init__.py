@@ -5,13 +5,23 @@ foundations; validation and evaluation import it.
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from olvae.checkpoint import ALEXNET, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
-from olvae.metrics.features import KID, RFID, Features, Inception, LPIPSDistance
+from olvae.checkpoint import (
+    ALEXNET,
+    DINOV2,
+    INCEPTION,
+    VGG16,
+    MissingWeights,
+    WeightsFile,
+    find_weights,
+    provenance,
+)
+from olvae.metrics.features import KID, RFID, DINOv2, Extract, Features, Inception, LPIPSDistance
 from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage, l1, ms_ssim, psnr, ssim, ssim_uniform
 
 __all__ = ["METRICS", "MakeMetrics", "build_metrics"]
@@ -28,11 +38,13 @@ METRICS: dict[str, Kind] = {
         Kind("lpips_alex", "LPIPS Alex", "lower", ALEXNET),
         Kind("rfid", "rFID", "lower", INCEPTION),
         Kind("kid", "KID", "lower", INCEPTION, digits=5),
+        Kind("fdd", "FDD", "lower", DINOV2),
     )
 }
 
 PIXELS = {"psnr": psnr, "ssim": ssim, "ssim_uniform": ssim_uniform, "ms_ssim": ms_ssim, "l1": l1}
-SETS = {"rfid": RFID, "kid": KID}
+SETS: dict[str, type[RFID | KID]] = {"rfid": RFID, "kid": KID, "fdd": RFID}
+EXTRACTORS: dict[WeightsFile, type[Inception | DINOv2]] = {INCEPTION: Inception, DINOV2: DINOv2}
 
 MakeMetrics = Callable[[], MetricSet]  # makes one target's; all that it makes share networks, and the images' features
 
@@ -52,6 +64,9 @@ def build_metrics(
     paths: dict[WeightsFile, Path] = {}
     missing: dict[WeightsFile, str] = {}
     for file in dict.fromkeys(kind.needs for kind in kinds if kind.needs):
+        if file is DINOV2 and not find_spec("timm"):
+            missing[file] = "DINOv2 needs timm: pip install 'open-litevae[align]'"
+            continue
         try:
             paths[file] = find_weights(file, weights_dir)
         except MissingWeights as error:
@@ -64,15 +79,17 @@ def build_metrics(
         compare["lpips"] = LPIPSDistance("vgg", paths[VGG16], device)
     if ALEXNET in paths:
         compare["lpips_alex"] = LPIPSDistance("alex", paths[ALEXNET], device)
-    inception = Inception(paths[INCEPTION], device) if INCEPTION in paths else None
-    reference: dict[str, Features] = {}
+    extract: dict[WeightsFile | None, Extract] = {
+        file: network(paths[file], device) for file, network in EXTRACTORS.items() if file in paths
+    }
+    reference: dict[WeightsFile | None, dict[str, Features]] = {file: {} for file in extract}
 
     def make() -> MetricSet:
         metrics: dict[str, Metric] = {}
-        reconstructions: dict[str, Features] = {}
+        reconstructions: dict[WeightsFile | None, dict[str, Features]] = {file: {} for file in extract}
         for kind in kinds:
-            if inception and kind.needs == INCEPTION:
-                metrics[kind.name] = SETS[kind.name](kind, inception, reference, reconstructions)
+            if (file := kind.needs) in extract:
+                metrics[kind.name] = SETS[kind.name](kind, extract[file], reference[file], reconstructions[file])
             else:
                 metrics[kind.name] = PerImage(kind, compare[kind.name], device)
             if kind.needs:

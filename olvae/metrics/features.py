@@ -1,4 +1,4 @@
-"""Metrics of networks' features: LPIPS of each pair, rFID and KID of Inception features of the whole sets."""
+"""Metrics of networks' features: LPIPS of each pair; of the whole sets rFID and KID (Inception) and FDD (DINOv2)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olvae.checkpoint import INCEPTION, read_weights_file
+from olvae.checkpoint import DINOV2, INCEPTION, read_weights_file
 from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
 from olvae.modules.base import full_float32
-from olvae.modules.frozen import Trunk, perceptual_network
+from olvae.modules.frozen import Trunk, VisionEncoder, perceptual_network
 
 LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}  # least sides in pixels: the last layer still has a position
 
@@ -65,12 +65,39 @@ class Inception:
         return array
 
 
+DINOV2_MODEL, DINOV2_SIZE = "vit_large_patch14_dinov2.lvd142m", 224  # timm's name; pixels a side that it sees
+
+
+class DINOv2:
+    """The class token of DINOv2, ViT-L/14, after its last norm: 1024 features, by timm, in float32.
+
+    Images are resized to 224x224, antialiased bicubic, as in Stein et al. 2023 but for the resampling of position
+    embeddings, which is timm's.
+    """
+
+    def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
+        try:
+            network = VisionEncoder(DINOV2_MODEL, read_weights_file(path, DINOV2))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a file of DINOv2 weights: {error}") from error
+        self._network, self._device = network.to(device), torch.device(device)
+
+    def __call__(self, images: Tensor) -> Features:
+        """uint8 (B, 3, H, W) -> float32 (B, 1024)."""
+        if images.shape[1] != 3:
+            raise Unavailable(f"DINOv2 needs images of 3 channels, got {images.shape[1]}")
+        images = images.to(self._device)
+        with full_float32(images):
+            array: Features = self._network.class_token(images.float() / 127.5 - 1.0, DINOV2_SIZE).cpu().numpy()
+        return array
+
+
 class SetMetric(Metric):
     """A distance between the features of all images and those of one target's reconstructions.
 
-    All features are kept, 8 KB per image and side: KID draws subsets from them, and an image that two processes saw
-    could not be taken back out of the sums of a Gaussian. Each is computed once per key, and pickled once: features of
-    the images, by key, are shared by all targets, those of a target's reconstructions by its metrics.
+    All features are kept, 8 KB of Inception per image and side: KID draws subsets from them, and an image that two
+    processes saw could not be taken back out of the sums of a Gaussian. Each is computed once per key, and pickled
+    once: features of the images, by key, are shared by all targets, those of a target's reconstructions by its metrics.
     """
 
     def __init__(
@@ -105,18 +132,21 @@ class SetMetric(Metric):
 
 
 class RFID(SetMetric):
-    """The Fréchet distance of the two sets' features: :func:`frechet_distance`."""
+    """The Fréchet distance of the two sets' features, :func:`frechet_distance`; of DINOv2's it is called FDD."""
 
     def compute(self) -> float:
         images, reconstructions = self._sets()
-        n, width = images.shape
-        self.details["features"] = width
+        self.details["features"] = images.shape[1]
         self.details.pop("warning", None)
-        if n <= width:
-            biased = "the covariances are singular and the distance is biased"
-            only = "compare it only with values on the same images"
-            self.details["warning"] = f"{n} images for {width} features: {biased}; {only}"
+        if warning := few_images(*images.shape):
+            self.details["warning"] = warning
         return frechet_distance(images, reconstructions)
+
+
+def few_images(n: int, width: int) -> str | None:
+    """Warn of a Fréchet distance of ``n`` images with ``width`` features each; None if there are enough."""
+    biased = "the covariances are singular and the distance is biased; compare it only with values on the same images"
+    return f"{n} images for {width} features: {biased}" if n <= width else None
 
 
 def frechet_distance(a: Features, b: Features) -> float:

@@ -178,6 +178,14 @@ class VisionEncoder(Constant):
         (features,) = intermediates(seen, indices=1, norm=True, intermediates_only=True)  # (B, d, h', w')
         return _resized(features, grid, "bilinear")
 
+    @torch.no_grad()
+    def class_token(self, x: Tensor, size: int) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], seen at ``size`` pixels a side -> a ViT's class token after its norm, (B, d)."""
+        normalise, network = self.network.children()
+        forward: Any = network.forward_features
+        tokens: Tensor = forward(normalise(_resized(x, (size, size), "bicubic")))  # (B, 1 + positions, d)
+        return tokens[:, 0]
+
 
 def _network(name: str, weights: Mapping[str, Tensor] | None) -> Any:
     import timm

@@ -1,11 +1,13 @@
 """LPIPS against its package; rFID and KID against float64 by hand, and on Inception against torch-fidelity."""
 
 import pickle
+import shutil
 import warnings
 
 import lpips as reference
 import numpy as np
 import pytest
+import timm
 import torch
 import torch_fidelity
 import torchvision
@@ -14,9 +16,9 @@ from scipy.linalg import sqrtm
 from torch import nn
 from torch_fidelity.defaults import DEFAULTS
 
-from olvae.checkpoint import INCEPTION
+from olvae.checkpoint import DINOV2, INCEPTION
 from olvae.metrics import METRICS, build_metrics
-from olvae.metrics.features import KID, LPIPS_SIZE, RFID, Inception, LPIPSDistance
+from olvae.metrics.features import KID, LPIPS_SIZE, RFID, DINOv2, Inception, LPIPSDistance
 from olvae.metrics.metric import Unavailable
 from olvae.modules.frozen import TRUNKS
 from tests.metrics.conftest import pairs
@@ -196,6 +198,48 @@ def test_features(weights_dir):
     assert abs(together[0] - together[1]).max() > 0.1 * largest
     with pytest.raises(Unavailable, match="3 channels, got 1"):
         inception(x[:, :1])
+
+
+@pytest.fixture
+def dinov2(tmp_path, vit, monkeypatch):
+    """A folder with a small ViT's random weights, under the file name and in the format of DINOv2's."""
+    monkeypatch.setattr("olvae.metrics.features.DINOV2_MODEL", "test_vit")
+    monkeypatch.setattr("olvae.metrics.provenance", lambda path, file: {})
+    shutil.copy(vit, tmp_path / DINOV2.name)
+    return tmp_path
+
+
+def test_fdd_is_the_distance_of_class_tokens(dinov2, vit):
+    """Features by timm alone, from images that Pillow resized."""
+    keys, x, y = pairs(5, 64)
+    fdd = build_metrics(["fdd"], dinov2)().metrics["fdd"]
+    fdd.update(keys, x, y)
+    network = timm.create_model("test_vit", checkpoint_path=vit, dynamic_img_size=True).eval()
+    config, sides = network.pretrained_cfg, []
+    for images in (x, y):
+        pictures = [
+            Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.BICUBIC) for image in images
+        ]
+        seen = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+        mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+        with torch.no_grad():
+            sides.append(network.forward_features((seen - mean) / std)[:, 0].double().numpy())
+    a, b = sides
+    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    assert fdd.compute() == pytest.approx(expected, rel=0.02)  # Pillow rounds to 8 bits
+    assert "5 images for 64 features" in fdd.details["warning"]
+
+
+def test_fdd_without_its_network(dinov2, monkeypatch):
+    _, x, _ = pairs(2, 64)
+    with pytest.raises(Unavailable, match="DINOv2 needs images of 3 channels, got 1"):
+        DINOv2(dinov2 / DINOV2.name)(x[:, :1])
+    torch.save({"cls_token": torch.zeros(1, 1, 7)}, dinov2 / DINOV2.name)
+    with pytest.raises(ValueError, match=r"dinov2_vitl14_pretrain\.pth is not a file of DINOv2 weights: these are not"):
+        build_metrics(["fdd"], dinov2)
+    monkeypatch.setattr("olvae.metrics.find_spec", lambda name: None)
+    assert "open-litevae[align]" in build_metrics(["fdd"], dinov2)().skipped["fdd"]
 
 
 def test_files_of_something_else(tmp_path, weights_dir):

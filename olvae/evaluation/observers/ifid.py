@@ -1,0 +1,143 @@
+"""Observe iFID: decode half way between each latent and its nearest neighbour, and compare with the images' set."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olvae.checkpoint import INCEPTION, find_weights, provenance
+from olvae.data.image import to_uint8
+from olvae.evaluation.observers.observer import Observation, Observer, Subject
+from olvae.evaluation.page import number
+from olvae.evaluation.results import Row
+from olvae.metrics.features import Features, Inception, few_images, frechet_distance
+from olvae.models.autoencoder import Autoencoder
+from olvae.modules.base import full_float32
+
+CANDIDATES = 4  # neighbours by float32 whose distances are computed again in float64
+
+
+class InterpolatedFID(Observer):
+    """The interpolated FID (iFID, arXiv 2603.05630), which follows a diffusion model's FID where rFID does not.
+
+    For each image, its latent and the nearest other one of the set, by Euclidean distance, are averaged and decoded.
+    ``value`` is the Fréchet distance between the set and these pictures, in the features of rFID. ``neighbours`` says
+    how near they are: their mean distance over the root mean square distance of any two latents; near 1 there are no
+    neighbours to speak of, and pictures are double exposures. Latents are posterior means, in float32; all are kept,
+    so 50,000 of 12x32x32 take 2.5 GB for each target, and all are searched.
+
+    Args:
+        weights_dir: a folder with Inception's weights, searched first. Raise MissingWeights before any work without.
+    """
+
+    name = "ifid"
+
+    def __init__(self, weights_dir: str | Path | None = None) -> None:
+        self._weights_dir, self._batch = weights_dir, 1
+        self._extract: Inception | None = None
+        self._references: dict[str, Features] = {}  # of the images, by key
+        self._latents: dict[str, dict[str, Tensor]] = {}  # by target and key
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
+        self._path = find_weights(INCEPTION, self._weights_dir)
+        return dict(subjects)
+
+    def update(self, batch: Observation) -> None:
+        if batch.draw:
+            return
+        if self._extract is None:
+            self._extract = Inception(self._path, batch.latents.device)
+        self._batch = max(self._batch, len(batch.keys))
+        if new := {key: i for i, key in enumerate(batch.keys) if key not in self._references}:
+            features = self._extract(batch.x[list(new.values())])
+            self._references.update((key, row.copy()) for key, row in zip(new, features, strict=True))
+        known = self._latents.setdefault(batch.target, {})
+        for key, latent in zip(batch.keys, batch.latents.cpu(), strict=True):
+            known.setdefault(key, latent.clone())
+
+    def state(self) -> Any:
+        return self._references, self._latents
+
+    def merge(self, state: Any) -> None:
+        references, latents = state
+        self._references = references | self._references
+        for target, found in latents.items():
+            self._latents[target] = found | self._latents.get(target, {})
+
+    def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
+        self._extract = self._extract or Inception(self._path, device)
+        images = np.stack([self._references[key] for key in sorted(self._references)])
+        if len(images) < 2:
+            return
+        weights = provenance(self._path, INCEPTION)
+        for target, found in self._latents.items():
+            z = torch.empty(len(found), *next(iter(found.values())).shape)
+            for row, key in enumerate(sorted(found)):
+                z[row] = found.pop(key)  # one copy in memory
+            nearest, distances = nearest_neighbours(z.flatten(1), device)
+            features = self._decoded(subjects[target].model, z, nearest, device)
+            spread = sum(float(channel.double().var(0).sum()) for channel in z.unbind(1))  # half the mean square
+            self._entries[target] = {
+                "value": frechet_distance(images, features),
+                "neighbours": float(distances.mean()) / (2.0 * spread) ** 0.5 if spread else 0.0,
+                "weights": weights,
+                "warning": few_images(*features.shape),
+            }
+
+    def _decoded(self, model: Autoencoder, z: Tensor, nearest: Tensor, device: str) -> Features:
+        """Features of the pictures half way between each latent and its neighbour."""
+        assert self._extract is not None
+        features = []
+        for some, others in zip(z.split(self._batch), nearest.split(self._batch), strict=True):
+            middle = ((some + z[others]) / 2.0).to(device)
+            with torch.inference_mode(), full_float32(middle):
+                y = model.decode(middle)
+            if not y.isfinite().all():
+                raise ArithmeticError("iFID: a picture between two latents is not finite")
+            features.append(self._extract(to_uint8(y)))
+        return np.concatenate(features)
+
+    def result(self, target: str, draw: int) -> dict[str, Any] | None:
+        return self._entries.get(target)
+
+    def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
+        return {"iFID": number(entry["value"], 3)}
+
+    def lines(self, rows: Sequence[Row]) -> Iterator[str]:
+        found = {row.target: row.observed[self.name] for row in rows if self.name in row.observed}
+        if near := ", ".join(f"{entry['neighbours']:.2f} ({target})" for target, entry in found.items()):
+            yield f"iFID: nearest neighbours are at {near} of the distance of any two latents"
+        warnings = [entry["warning"] for entry in found.values() if entry["warning"]]
+        unknown = [entry["weights"]["file"] for entry in found.values() if not entry["weights"]["published"]]
+        warnings += [f"it rests on a {file} that is not the published file" for file in unknown]
+        yield from (f"warning: iFID: {warning}" for warning in dict.fromkeys(warnings))
+
+
+def nearest_neighbours(z: Tensor, device: str | torch.device = "cpu", block: int = 1024) -> tuple[Tensor, Tensor]:
+    """Find the nearest other row of each row of ``z``, (N, D) in float32 on the CPU, by Euclidean distance.
+
+    Returns the rows' numbers, (N,), and their distances in float64, (N,). A block of rows at a time is compared with
+    the others by products in float32, on the device, which give :data:`CANDIDATES`; their distances are in float64. So
+    memory is two blocks of rows, and distances of one block, block x N.
+    """
+    n, mean = len(z), z.mean(0)  # differences of large numbers would lose digits
+    squares = torch.cat([(part - mean).square().sum(1) for part in z.split(block)]).to(device)  # (N,)
+    nearest, distances = [], []
+    for start in range(0, n, block):
+        part = z[start : start + block]  # (b, D)
+        rows, scores = (part - mean).to(device), torch.empty(len(part), n, device=device)
+        with full_float32(rows):
+            for other in range(0, n, block):
+                products = rows @ (z[other : other + block] - mean).to(device).T
+                scores[:, other : other + block] = squares[other : other + block] - 2.0 * products
+        scores[:, start : start + block].fill_diagonal_(torch.inf)  # a row is no neighbour of its own
+        candidates = scores.topk(min(CANDIDATES, n - 1), largest=False).indices.cpu()  # (b, k)
+        exact = torch.stack([(part.double() - z[some].double()).square().sum(1) for some in candidates.T], dim=1)
+        least, place = exact.min(1)
+        nearest.append(candidates.gather(1, place[:, None])[:, 0])
+        distances.append(least.sqrt())
+    return torch.cat(nearest), torch.cat(distances)
