@@ -17,7 +17,15 @@ from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import Located, config_kept, locate, write_export
-from olvae.modules.base import Decoder, Encoder, autocast_enabled, count_parameters, island, last_convolution
+from olvae.modules.base import (
+    Decoder,
+    Encoder,
+    autocast_enabled,
+    count_parameters,
+    island,
+    keep_in_float32,
+    last_convolution,
+)
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 from olvae.modules.litevae.blocks import fold_smc
 from olvae.modules.sdvae import SDDecoder, SDEncoder
@@ -197,6 +205,11 @@ class LiteVAE(
         quantizer = Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels) if use_quant else None
         if quantizer is not None and (encoder.linear is not None or decoder.linear is not None):
             quantizer.start_as_identity()
+        # In bf16 the means would be spaced 2^-7 at 1 to 2, wider than the deviations that a small KL weight leaves.
+        quant_conv = None if quantizer is None else quantizer.quant_conv
+        for conv in (last_convolution(encoder), encoder.linear, quant_conv):
+            if conv is not None:
+                keep_in_float32(conv)
         return cls(encoder, decoder, quantizer)._shift_logvar(initial_logvar)
 
     @classmethod
@@ -333,7 +346,10 @@ class LiteVAE(
         )
 
     def moments(self, x: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast."""
+        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast.
+
+        The encoder's last convolution, its linear path and ``quant_conv`` are computed in float32 there.
+        """
         if not x.is_floating_point():
             raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1")
         moments = (encode or self.encoder)(x)  # (B, latent_dim, H/f, W/f)

@@ -138,6 +138,7 @@ class LiteAutoencoderKL(ValidatedModule):
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         self.guard = NonFiniteGuard([self.encoder, self.decoder, self.quantizer, self.adversary, self.parts])
         self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
+        self._reported: dict[str, Tensor | float] = {}  # values of this step
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
@@ -287,7 +288,7 @@ class LiteAutoencoderKL(ValidatedModule):
             self._update(adversary, autoencoder=not warming_up)
             self._iteration += 1
             self.images_seen += len(images) * self.accumulate_grad_batches * self.trainer.world_size
-            self.report({"step": float(self.global_step)})  # else Lightning counts micro-batches on the logger's axis
+            self._log_reported()
 
     def forward_pass(self, step: Step) -> None:
         """Encode and decode a micro-batch: fill in a step up to its reconstruction."""
@@ -338,9 +339,24 @@ class LiteAutoencoderKL(ValidatedModule):
         self.manual_backward(self.guard.propagate(loss / self.accumulate_grad_batches))
 
     def report(self, values: Mapping[str, Tensor | float]) -> None:
-        """Log the values of a step that the loggers take; at the others nothing waits for the device."""
+        """Log the values of a step that the loggers take, as means over the processes; the same names in each of them.
+
+        At the other steps nothing waits for the device.
+        """
         if self.reports:
-            self.log_dict({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
+            self._reported |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+    def _log_reported(self) -> None:
+        values, self._reported = self._reported, {}
+        if not self.reports:
+            return
+        if self.trainer.world_size > 1:  # one message for all of them
+            flat = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
+            means = self.trainer.strategy.reduce(flat, reduce_op="mean")
+            assert isinstance(means, Tensor)
+            values = dict(zip(values, means.unbind(), strict=True))
+        # The step, or Lightning counts micro-batches on the logger's axis.
+        self.log_dict({**values, "step": float(self.global_step)})
 
     @property
     def update_is_complete(self) -> bool:

@@ -131,6 +131,22 @@ def last_convolution(network: nn.Module) -> nn.Conv2d | None:
     return found[-1] if found else path
 
 
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that computes in float32 under autocast; otherwise it is torch's, bit for bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not autocast_enabled(x):
+            return super().forward(x)
+        with no_autocast(x):
+            return super().forward(island(x))
+
+
+def keep_in_float32(conv: nn.Conv2d) -> None:
+    """Make a convolution a :class:`Float32Conv2d`, in place."""
+    if type(conv) is nn.Conv2d:
+        conv.__class__ = Float32Conv2d
+
+
 def check_counts(least: int, **counts: int | Sequence[int]) -> None:
     """Check numbers of channels, blocks or multiples, one or several each; ValueError if one is below ``least``."""
     for name, value in counts.items():

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.models.autoencoder import Quantizer
+from olvae.modules.base import last_convolution
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
-from tests.conftest import tiny_config
+from tests.conftest import TINY_ENCODER, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 KEYS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
@@ -107,3 +109,42 @@ def test_sizes_that_do_not_fit():
         tiny().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny().encode(torch.rand(1, 3, 20, 16))
+
+
+@pytest.mark.parametrize("use_quant", [False, True])
+@pytest.mark.parametrize("kind", ["litevae", "paper", "sd"])
+def test_the_means_are_float32s_under_autocast(kind, use_quant):
+    """Not on bf16's grid, and the last convolution's own of what it gets; without autocast the same bits as torch's."""
+    target = "olvae.modules.sdvae.SDEncoder" if kind == "sd" else "olvae.modules.litevae.encoder_model.LiteVAE_Encoder"
+    params = {"channels": 8, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 1, "norm_groups": 4}
+    if kind != "sd":
+        params = {**TINY_ENCODER, "variant": "paper" if kind == "paper" else "open_litevae"}
+    params |= {"latent_dim": 8, "linear": True, "image_size": 16}
+    torch.manual_seed(0)
+    decoder = tiny_config()["model"]["params"]["decoder_config"]
+    vae = LiteVAE.from_config({"target": target, "params": params}, decoder, 4, use_quant=use_quant)
+    last, path = last_convolution(vae.encoder), vae.encoder.linear
+    torch.nn.init.normal_(last.weight, std=0.3)
+    x, inputs = torch.rand(2, 3, 32, 32) * 2 - 1, []
+    last.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    plain = copy.deepcopy(vae)
+    for conv in plain.modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            conv.__class__ = torch.nn.Conv2d
+    with torch.no_grad():
+        assert torch.equal(vae.encode(x).mean, plain.encode(x).mean)
+        inputs.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.moments(x)
+        (given,) = inputs
+        conv = torch.nn.functional.conv2d
+        network = conv(given.double(), last.weight.double(), last.bias.double(), padding=last.padding)
+        around = torch.nn.functional.pad(x, (4, 4, 4, 4), "replicate")
+        network[:, :4] += conv(around.double(), path.weight.double(), path.bias.double(), stride=8)
+        if use_quant:
+            quant = vae.quantizer.quant_conv
+            network = conv(network, quant.weight.double(), quant.bias.double())
+    assert given.dtype == torch.bfloat16
+    assert moments.dtype == torch.float32
+    torch.testing.assert_close(moments.double(), network, atol=1e-5, rtol=1e-5)
+    assert (moments == moments.bfloat16()).float().mean() < 0.1

@@ -42,9 +42,15 @@ def assert_close(one: Run, two: Run) -> None:
 
 def test_two_processes_are_one(train_with, train_two, monkeypatch):
     monkeypatch.setattr("olvae.models.linear_start.CROPS", (256, 256))
-    config = load(["configs/demo_b.yaml"], [*SMALL, "data.params.size=64", "lightning.trainer.max_steps=2"])
+    two_steps = ("data.params.size=64", "lightning.trainer.max_steps=2", "lightning.trainer.log_every_n_steps=1")
+    config = load(["configs/demo_b.yaml"], [*SMALL, *two_steps])
     one, two = train_with(WHOLE, config=config), train_two(HALF, config=config)
     assert_close(one, two)
+    values, same = scalars(one.path), scalars(two.path)  # what is logged is of both halves of the batch
+    assert {"train/loss", "train/rec", "train/discriminator", "health/logits_fake", "train/grad_norm"} <= values.keys()
+    for name in values:
+        if name.startswith(("train/", "health/")):
+            assert same[name] == pytest.approx(values[name], rel=1e-3, abs=1e-5), name
     assert any(name.startswith("adversary.discriminator.") for name in checkpoint(one)["state_dict"])
 
 
