@@ -107,10 +107,9 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     present = torch.cuda.device_count()
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if gpus is not None:
-        if not re.fullmatch(r"\d+|(\d+,)+\d*", gpus.replace(" ", "")):
+        if (given := _count_or_list(gpus)) is None:
             raise ConfigError(f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
-        wanted = [int(part) for part in gpus.split(",") if part.strip()]
-        wanted = wanted if "," in gpus else list(range(wanted[0]))
+        wanted = list(range(given)) if isinstance(given, int) else given
         if not wanted:
             return {"accelerator": "cpu", "devices": trainer.get("devices", 1) if accelerator == "cpu" else 1}
         if max(wanted) >= present:
@@ -124,11 +123,22 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     on_gpu = accelerator in ("cuda", "gpu")
     if on_gpu and not present:
         raise ConfigError(f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU")
-    if devices in ("auto", -1):
+    if devices in ("auto", -1, "-1"):
         devices = present if on_gpu else 1
     elif isinstance(devices, str):
-        raise ConfigError(f"lightning.trainer.devices: {devices!r}: give a number, a list of numbers, or auto")
+        given = _count_or_list(devices)
+        if given is None or (isinstance(given, list) and not on_gpu):
+            form = "a number, a list of GPUs as in 0,2" if on_gpu else "a number of processes"
+            raise ConfigError(f"lightning.trainer.devices: {devices!r}: give {form}, or auto")
+        devices = given
     return {"accelerator": accelerator, "devices": devices}
+
+
+def _count_or_list(text: str) -> int | list[int] | None:
+    """Read a number, or a list as in ``0,2`` or ``0,``, as Lightning does; None for another text."""
+    if not re.fullmatch(r"\d+|(\d+,)+\d*", text := text.replace(" ", "")):
+        return None
+    return [int(part) for part in text.split(",") if part] if "," in text else int(text)
 
 
 def keep_freed_memory() -> bool:

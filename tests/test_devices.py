@@ -46,6 +46,11 @@ def gpus(monkeypatch):
         (None, {"accelerator": "gpu", "devices": "auto"}, 3, ("gpu", 3)),
         (None, {"devices": 2}, 4, ("cuda", 2)),
         (None, {"accelerator": "auto", "devices": -1}, 2, ("cuda", 2)),
+        (None, {"devices": "-1"}, 2, ("cuda", 2)),
+        (None, {"devices": "0, 2"}, 4, ("cuda", [0, 2])),
+        (None, {"devices": "1,"}, 4, ("cuda", [1])),
+        (None, {"devices": "2"}, 4, ("cuda", 2)),
+        (None, {"accelerator": "cpu", "devices": "2"}, 4, ("cpu", 2)),
     ],
 )
 def test_accelerator_and_devices(gpus, gpus_wanted, trainer, there, expected):
@@ -68,8 +73,11 @@ def test_gpus_that_are_not_there(gpus, flag, there, message):
     gpus(there)
     with pytest.raises(ConfigError, match=message):
         resolve_devices(flag, {})
-    with pytest.raises(ConfigError, match=r"lightning\.trainer\.devices: '0,1': give a number, a list"):
+    with pytest.raises(ConfigError, match=r"lightning\.trainer\.devices: '0,1': give a number of processes"):
         resolve_devices(None, {"accelerator": "cpu", "devices": "0,1"})
+    gpus(2)
+    with pytest.raises(ConfigError, match=r"lightning\.trainer\.devices: 'two': give a number, a list of GPUs"):
+        resolve_devices(None, {"devices": "two"})
 
 
 def test_precision():

@@ -34,7 +34,7 @@ class WeightAverage(Callback):
         self._parameters: dict[str, nn.Parameter] = {}
         self._other: dict[str, Tensor] = {}  # the average; while the model has it, the weights as trained
         self._model_has_average = False
-        self._swapping = False  # stays True where an interrupt comes in between
+        self._before: dict[str, Tensor] = {}  # the model's weights while they change places; stays after an exception
         self._steps = 0  # averaged
         self._step = 0  # of the trainer, at the last of them
         self._loaded: dict[str, Tensor] = {}
@@ -79,7 +79,15 @@ class WeightAverage(Callback):
     on_validation_epoch_end = on_train_end = on_validation_epoch_start
 
     def restore(self, average: Mapping[str, Tensor]) -> None:
-        """While the model has the weights as trained, take an earlier average, of the names that are in it."""
+        """Give the model the weights as trained, also after an interrupted change, and take an earlier average.
+
+        Names that are not in ``average`` keep theirs.
+        """
+        for name, tensor in self._before.items():
+            self._parameters[name].data = tensor
+        self._before = {}
+        if self._model_has_average:
+            self._swap()
         for name, tensor in self._other.items():
             if name in average:
                 tensor.copy_(average[name])
@@ -94,7 +102,7 @@ class WeightAverage(Callback):
             self._swap()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._swapping:
+        if self._before:
             raise RuntimeError("interrupted while average and weights as trained changed places: nothing is saved")
         state = checkpoint["state_dict"]
         average, trained = self._other, {name: state[name] for name in self._other}
@@ -107,11 +115,10 @@ class WeightAverage(Callback):
     @torch.inference_mode(False)  # validation's mode would make the weights tensors that no step may change
     def _swap(self) -> None:
         """Exchange the model's weights and the other ones: each keeps its memory, and nothing is copied."""
-        self._swapping = True
+        self._before = {name: p.data for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
-            p.data, self._other[name] = self._other[name], p.data
-        self._model_has_average = not self._model_has_average
-        self._swapping = False
+            p.data = self._other[name]
+        self._other, self._before, self._model_has_average = self._before, {}, not self._model_has_average
 
 
 def find_average(trainer: Trainer) -> WeightAverage | None:

@@ -258,9 +258,9 @@ class BadSteps(Callback):
 def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
     """Load weights, average and optimizers of the last checkpoint, and nothing else; return its step."""
     checkpoint = read_checkpoint(run.last_checkpoint)
-    model.load_state_dict(state_dict_of(checkpoint, run.last_checkpoint, raw=True))
-    if (average := find_average(trainer)) is not None:
+    if (average := find_average(trainer)) is not None:  # first: then the model has the weights as trained
         average.restore(checkpoint["state_dict"])
+    model.load_state_dict(state_dict_of(checkpoint, run.last_checkpoint, raw=True))
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         optimizer.load_state_dict(state)
     return int(checkpoint["global_step"])

@@ -85,16 +85,39 @@ def test_there_is_none_unless_asked_for():
         WeightAverage(NonFiniteGuard([]), 1.5)
 
 
-def test_nothing_is_saved_after_an_interrupt_between_the_two():
-    average = WeightAverage(NonFiniteGuard([]))
+@pytest.mark.parametrize("has_average", [False, True])
+def test_an_interrupt_between_the_two(has_average):
+    """Nothing is saved, and restoring gives each its own again, whichever the model had."""
+    trained, average = torch.zeros(2), torch.ones(2)
 
-    class Interrupted:
-        @property
-        def data(self) -> None:
-            raise KeyboardInterrupt
+    class Interrupted(torch.nn.Parameter):
+        """Takes no other values."""
 
-    average._parameters, average._other = {"p": Interrupted()}, {"p": torch.ones(1)}
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "data" and stops:
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    stops: list[bool] = []
+    first, second = torch.nn.Parameter(trained.clone()), Interrupted(trained.clone())
+    averaging = WeightAverage(NonFiniteGuard([]))
+    averaging._parameters = {"a": first, "b": second}
+    averaging._other = {"a": average.clone(), "b": average.clone()}
+    if has_average:
+        averaging.on_validation_epoch_start(None, None)
+    stops.append(True)
     with pytest.raises(KeyboardInterrupt):
-        average.on_validation_epoch_start(None, None)
+        averaging.on_validation_epoch_start(None, None)
+    assert not first.equal(second)
+    state = {"a": first, "b": second}
     with pytest.raises(RuntimeError, match="nothing is saved"):
-        average.on_save_checkpoint(None, None, {"state_dict": {"p": torch.ones(1)}})
+        averaging.on_save_checkpoint(None, None, {"state_dict": state})
+    stops.clear()
+    averaging.restore({"b": torch.full((2,), 5.0)})
+    assert first.equal(trained)
+    assert second.equal(trained)
+    checkpoint = {"state_dict": state}
+    averaging.on_save_checkpoint(None, None, checkpoint)
+    assert checkpoint["state_dict"]["a"].equal(average)
+    assert checkpoint["state_dict"]["b"].tolist() == [5.0, 5.0]
+    assert checkpoint["current_model_state"]["a"].equal(trained)

@@ -3,6 +3,7 @@
 import asyncio
 import bz2
 import gzip
+import hashlib
 import lzma
 import re
 import signal
@@ -75,9 +76,11 @@ class Entry(NamedTuple):
 
 
 def file_name(url: str) -> str:
-    """The name of a shard's file, even inside a command or before a URL's signature."""
-    names = [] if is_local(url) else TAR_NAME.findall(url)
-    return names[-1] if names else Path(url).name
+    """The name of a shard's file, even inside a command or before a URL's signature; else its end, with a hash."""
+    names, end = [] if is_local(url) else TAR_NAME.findall(url), Path(url).name
+    if names or is_local(url) or end == url:
+        return names[-1] if names else end
+    return f"{end}-{hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | ReadError]:

@@ -1,4 +1,4 @@
-"""Observe where in the spectrum the error is, and what is soft: energies of error and image per wavelet band."""
+"""Observe where in the spectrum the error is, and what goes soft: energies of error and image per wavelet band."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from olvae.config.sources import is_local
 from olvae.data.image import from_uint8, image_to_tensor, tensor_to_picture, to_uint8
 from olvae.data.opening import open_test_source
+from olvae.data.shards.webdataset import ShardSource
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
@@ -71,6 +73,11 @@ class Baselines(Observer):
             return None
         try:
             source = open_test_source(self._target.config, self._fit, channels=channels)
+            shards = source.train if isinstance(source, ShardSource) else ()
+            if remote := [shard.url for shard in shards if not is_local(shard.url)]:
+                log.warning(
+                    "the linear code is fitted on remote training shards (`fit` names others): %s, ...", remote[0]
+                )
             crops = training_crops(source, settings_of(self._target.config).seed, f)
         except (ImportError, OSError, RuntimeError, ValueError) as error:  # of any kind of source
             if self._fit is not None:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.page import significant
 from olvae.evaluation.results import Row
+from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import watch_outputs
 from olvae.modules.distributions import Posterior, in_float32
@@ -41,14 +42,27 @@ class InPrecision(Autoencoder):
         self.downscale, self.latent_channels = model.downscale, model.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:
-        return in_float32(self.model.encode(x.to(self.dtype)))
+        with self._advice():
+            return in_float32(self.model.encode(x.to(self.dtype)))
 
     def decode(self, z: Tensor) -> Tensor:
-        y = self.model.decode(z.to(self.dtype)).float()
+        with self._advice():
+            y = self.model.decode(z.to(self.dtype)).float()
         if self.precision == FULL or y.is_meta or y.isfinite().all():
             return y
         self.reconstruction(y)
         return y.nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """Say what to do where torch lacks an operator in this precision on this device."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "not implemented for" not in str(error):
+                raise
+            wanted = f"choose another `device`, or leave {self.precision} out"
+            raise ConfigError(f"`precision` {self.precision}: torch: {first_line(error)}: {wanted}") from error
 
 
 def stage_of(name: str) -> str:

@@ -80,10 +80,12 @@ class RunLoader(CheckpointLoader):
 def find_config(base: str | Path, run_name: str) -> Path:
     """Find the YAML file of a run in a folder and those below: ``<run's name>.yaml``, or ``<config>.yaml``.
 
-    A run's name is ``<timestamp>_<config>_<precision>`` [R]. ConfigError unless there is exactly one file.
+    A run's name is ``<timestamp>_<config>_<precision>`` [R]; a file of the whole name is taken before one of the
+    config's. ConfigError unless there is exactly one.
     """
     names = (run_name, "_".join(run_name.split("_")[1:-1]))
-    files = sorted(file for file in Path(base).rglob("*.y*ml") if file.stem in names)
+    by_name = (sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name) for name in names)
+    files = next(filter(None, by_name), [])
     if len(files) != 1:
         found = ", ".join(map(str, files)) or "none"
         wanted = " or ".join(f"{name}.yaml" for name in names if name)

@@ -93,3 +93,21 @@ def test_shards_of_one_name_are_refused(urls):
     message = rf"{re.escape(urls[0])} and {re.escape(urls[-1])}: shards of the same name.*: rename one of them, .*Mix"
     with pytest.raises(ValueError, match=message):
         with_counts(urls)
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ["pipe:fetch /a/0 | gunzip -c -", "pipe:fetch /b/0 | gunzip -c -"],
+        ["pipe:get 1 > /dev/stdout", "pipe:get 2 > /dev/stdout"],
+        ["https://h/1/download", "https://h/2/download"],
+    ],
+)
+def test_commands_and_urls_that_end_alike_are_different_shards(urls):
+    shards = with_counts(urls)
+    assert [shard.url for shard in shards] == urls
+    names = [shard.name for shard in shards]
+    assert len(set(names)) == 2
+    assert names == [shard.name for shard in with_counts(urls)]
+    with pytest.raises(ValueError, match="shards of the same name"):
+        with_counts([urls[0], urls[0]])

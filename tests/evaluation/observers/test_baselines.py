@@ -18,6 +18,7 @@ from olvae.models.linear_code import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.loader import Target
 from tests.conftest import tiny_config
+from tests.data.images import write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +94,18 @@ def test_patches_of_thousands_of_values_have_no_row(image_folder, caplog, monkey
     monkeypatch.setattr(baselines, "LARGEST_PATCH", 191)
     assert list(rows(tiny_config(image_folder))) == ["run", BICUBIC, UNTRAINED]
     assert "8x8 pixels are too large" in caplog.text
+
+
+def test_remote_training_shards_are_read_with_a_line(image_folder, tmp_path, caplog):
+    """Once, before the first is read; local ones without."""
+    shards, config = write_shards(tmp_path / "s", [8, 8]), tiny_config(image_folder)
+    config["data"] = {
+        "target": "olvae.data.shards.webdataset.WebDatasetSource",
+        "params": {"shards": [f"pipe:cat {file}" for file in shards], "size": 16, "batch_size": 4},
+    }
+    assert LINEAR in rows(config)
+    assert caplog.text.count("is fitted on remote training shards (`fit` names others): pipe:cat") == 1
+    caplog.clear()
+    config["data"]["params"]["shards"] = [str(file) for file in shards]
+    assert LINEAR in rows(config)
+    assert "remote" not in caplog.text

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from olvae.config import ConfigError
-from olvae.evaluation.observers.half_precision import HalfPrecision, stage_of
+from olvae.evaluation.observers.half_precision import HalfPrecision, InPrecision, stage_of
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Cost, RoundTrip
@@ -221,3 +221,20 @@ def test_names_of_precisions_and_rows():
     assert list(derived) == ["a", "a, fp16", "b", "b, fp16"]
     with pytest.raises(ConfigError, match=r"^a, fp16: a target has the name of another's row"):
         HalfPrecision(["fp16"]).derive({"a": subject, "a, fp16": subject})
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_an_operator_that_torch_lacks_has_advice(direction, monkeypatch):
+    """As torch says it; other errors stay as they are."""
+    message = "\"linalg_inv_cpu\" not implemented for 'Half'"
+    model = InPrecision(Tiny(1.0, 1.0), "fp16")
+
+    def fail(_) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(model.model, direction, fail)
+    with pytest.raises(ConfigError, match=r"^`precision` fp16: torch: .linalg_inv.*: choose another `device`"):
+        getattr(model, direction)(torch.zeros(1, 1, 2, 2))
+    message = "sizes differ"
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        getattr(model, direction)(torch.zeros(1, 1, 2, 2))

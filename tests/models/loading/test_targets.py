@@ -103,8 +103,11 @@ def test_the_config_by_the_runs_name(make_run, tmp_path):
     save(tiny_config(), base / "imagenet" / "tiny_test.yaml")
     assert find_target(run, config_base=base).config == tiny_config()
     assert find_target(run / "checkpoints" / "last.ckpt", config_base=base).config == tiny_config()
-    save(tiny_config(), base / f"{run.name}.yaml")
-    with pytest.raises(ConfigError, match=f"{run.name}.yaml, .*tiny_test.yaml: name it"):
+    own = tiny_config(use_ema=True)
+    save(own, base / f"{run.name}.yaml")
+    assert find_target(run, config_base=base).config == own
+    save(own, base / "imagenet" / f"{run.name}.yaml")
+    with pytest.raises(ConfigError, match=f"{run.name}.yaml, .*{run.name}.yaml: name it"):
         find_target(run, config_base=base)
 
 
