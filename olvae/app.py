@@ -55,6 +55,9 @@ def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
     models = {target.name: target.load().fold().to(device).eval() for target in targets}
     if len(channels := {model.in_channels for model in models.values()}) > 1:
         raise ValueError(f"the targets take images of {' and '.join(map(str, sorted(channels)))} channels")
+    for name, model in models.items():
+        if not model.pixel_range.eight_bits:
+            raise ValueError(f"{name}: takes values of {model.pixel_range}: olvae reconstruct does")
     return models
 
 

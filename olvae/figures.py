@@ -7,32 +7,54 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from olvae.files import atomic_write
 
+ARRAYS = (".npy", ".tif", ".exr")  # extensions of files that hold real values of any number of channels
 ERROR_RANGE = 64  # error in 8-bit steps that error maps show as white
 
 
 def save_image(image: Tensor, path: Path, **options: Any) -> None:
-    """Write a uint8 (C, H, W) image atomically, in the format of the extension; ``.npy`` is an array (H, W, C).
+    """Write an image (C, H, W) atomically, in the format of the extension: uint8, or float32 for an array's file.
 
     ``options`` are those of Pillow's writer. Raises ValueError if the format can't store this number of channels.
     """
     channels = image.shape[0]
     array = image.permute(1, 2, 0).contiguous().cpu().numpy()
-    if path.suffix != ".npy" and (channels not in (1, 3, 4) or (channels == 4 and path.suffix == ".jpg")):
+    if path.suffix not in ARRAYS and (channels not in (1, 3, 4) or (channels == 4 and path.suffix == ".jpg")):
         raise ValueError(f"an image of {channels} channels can't be written as {path.suffix}")
     with atomic_write(path) as partial:
         if path.suffix == ".npy":
             np.save(partial, array)
+        elif path.suffix == ".tif":
+            import tifffile
+
+            kind = "rgb" if channels in (3, 4) else "minisblack"
+            bands = array[..., 0] if channels == 1 else array
+            tifffile.imwrite(partial, bands, photometric=kind, planarconfig="contig" if channels > 1 else None)
+        elif path.suffix == ".exr":
+            _save_exr(array, partial)
         else:
             Image.fromarray(array[..., 0] if channels == 1 else array).save(partial, **options)
 
 
+def _save_exr(array: NDArray[np.float32], path: Path) -> None:
+    """Write (H, W, C) as Y, R G B, R G B A or numbered channels."""
+    try:
+        import OpenEXR
+    except ImportError as error:
+        raise ValueError("writing .exr needs OpenEXR: pip install 'open-litevae[pixels]'") from error
+    channels = array.shape[2]
+    names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels) or [f"B{number:03d}" for number in range(channels)]
+    planes = {name: np.ascontiguousarray(array[..., i], dtype=np.float32) for i, name in enumerate(names)}
+    OpenEXR.File({"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, planes).write(str(path))
+
+
 def error_map(x: Tensor, y: Tensor) -> Tensor:
-    """Colour the absolute error, averaged over channels, white at 64 of 255: uint8 (B, C, H, W) -> (B, 3, H, W)."""
+    """Colour the absolute error, averaged over channels, white at 64 of 255: (B, C, H, W) -> uint8 (B, 3, H, W)."""
     error = (x.float() - y.float()).abs().mean(1) / ERROR_RANGE  # (B, H, W)
     colours = mpl.colormaps["magma"](error.clamp(0, 1).cpu().numpy(), bytes=True)[..., :3]  # (B, H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(colours)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""``olvae data pack`` and ``olvae data check``."""
+"""``olvae data pack``, ``olvae data check`` and ``olvae data range``."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from olvae.cli.options import ProgressBar, check_paths, in_flags, loading, stop_code
 
-app = typer.Typer(no_args_is_help=True, help="Pack images into shards; check a source.")
+app = typer.Typer(no_args_is_help=True, help="Pack images into shards; check a source; measure its values.")
 
 NUMBERED = "a .txt list of files, samples, torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img."
 Src = typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")
@@ -38,8 +38,8 @@ def pack(
 ) -> None:
     """Pack images into WebDataset shards, with an index of counts and checksums.
 
-    JPEG, PNG, WebP and .npy files are stored unchanged, others as PNG. After an interruption, the same command
-    continues where it stopped, and the shards are the same byte for byte.
+    JPEG, PNG, WebP, arrays and files of more than 8 bits are stored unchanged, others as PNG. After an interruption,
+    the same command continues where it stopped, and the shards are the same byte for byte.
 
     Example: olvae data pack photos --out shards --resize 512
     """
@@ -78,6 +78,9 @@ def check(
     src: Annotated[str, CheckSrc],
     size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels.")] = 256,
     channels: Channels = 3,
+    values: Annotated[
+        str | None, typer.Option("--range", metavar="YAML", help="Range of values, as data.params.range.")
+    ] = None,
     max_unreadable: MaxUnreadable = 0.01,
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
@@ -90,15 +93,19 @@ def check(
     """
     import json
 
+    import yaml
     from rich.console import Console
 
     check_paths(data=src)
     with loading():
         from olvae.data import audit
+        from olvae.data.pixels.ranges import PixelRange
         from olvae.pool import cores
 
+    pixels = PixelRange.from_node(None if values is None else yaml.safe_load(values), "`range`")
+    pixels.check_channels(channels, "`range`")
     with ProgressBar("reading") as bar:
-        result = audit.check(src, size, channels, max_unreadable, workers or cores(), bar.set)
+        result = audit.check(src, size, channels, max_unreadable, workers or cores(), bar.set, pixels)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
@@ -106,3 +113,33 @@ def check(
         audit.print_audit(result, Console(stderr=True))
     if result.problems:
         raise typer.Exit(1)
+
+
+@app.command("range")
+def range_command(
+    src: Annotated[str, CheckSrc],
+    images: Annotated[int, typer.Option(min=1, metavar="N", help="Most images to read.")] = 200,
+) -> None:
+    """Measure the values of images of more than 8 bits: percentiles per channel, and the line for a config.
+
+    The line goes to standard output. It runs from the 0.1th to the 99.9th percentile; state the range that you know
+    where there is one.
+
+    Example: olvae data range scans
+    """
+    from rich.console import Console
+
+    check_paths(data=src)
+    with loading():
+        from olvae.data.pixels.percentiles import measure
+        from olvae.files import list_skipped
+
+    found = measure(src, images)
+    if found.unreadable:
+        skipped = in_flags(list_skipped((error.name, error.reason) for error in found.unreadable))
+        typer.echo(f"{len(found.unreadable)} unreadable images left out: {skipped}", err=True)
+    kinds = " and ".join(f"{count} of {kind}" for kind, count in found.kinds.items())
+    missing = f"; {found.missing:.2%} of the values are not finite" if found.missing else ""
+    typer.echo(f"{found.images} images, {kinds}, {len(found.percentiles)} channels{missing}", err=True)
+    Console(stderr=True).print(found.table())
+    typer.echo(found.line())

@@ -96,7 +96,7 @@ def command(
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
-    inputs = find_inputs(data, model.in_channels, shard_size, classes)
+    inputs = find_inputs(data, model.in_channels, shard_size, classes, model.pixel_range)
     size = 0 if native else size or found.usual_size(model)
     options = EncodeOptions(size, moments, seed, dtype, flip, images, precision_name(precision))
     stats = None
@@ -166,7 +166,10 @@ def decode_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Shards of latents: a folder, a file, a pattern.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the images to.")],
     config: ConfigFile = None,
-    image_format: Annotated[Literal["png", "jpg"], typer.Option("--format", help="Of the pictures.")] = "png",
+    image_format: Annotated[
+        Literal["png", "jpg", "npy", "tif", "exr"] | None,
+        typer.Option("--format", help="png, or for a target with a stated range of values npy; jpg, tif, exr."),
+    ] = None,
     batch_size: BatchSize = 16,
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="What needs more is decoded in tiles.")] = 4.0,
     device: Device = None,

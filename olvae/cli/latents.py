@@ -36,7 +36,7 @@ def command(
         from olvae.devices import gather, join, leave, resolve_device
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents
         from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE
-        from olvae.evaluation.roundtrip import check_images_fit
+        from olvae.evaluation.roundtrip import check_images_fit, range_of
         from olvae.files import no_empty_folders, write_json
         from olvae.models.loading.targets import find_target, name_apart
         from olvae.modules.scaling_factors import FEW_IMAGES
@@ -48,12 +48,13 @@ def command(
     models = {target.name: target.load() for target in name_apart(found)}
 
     channels = next(iter(models.values())).in_channels
-    source = open_test_source(found[0].config, data, channels=channels)
+    pixels = range_of(models.values())
+    source = open_test_source(found[0].config, data, channels=channels, pixel_range=pixels)
     check_images_fit(models, source.size)
     if images is not None:
         source.limit(images)
     count, batches = source.val_images, source.test_loader(batch_size or (8 if data else None))
-    accumulators = encode_latents(models, with_progress("encoding")(batches, count), device)
+    accumulators = encode_latents(models, with_progress("encoding")(batches, count), device, source.pixel_range)
     parts = gather(accumulators)
     leave()
     if parts is None:

@@ -17,9 +17,10 @@ from rich.text import Text
 
 from olvae.config.sources import holds_shards, is_local
 from olvae.data.dataset import ImageDataset
-from olvae.data.image import Photo
+from olvae.data.image import Bands, Photo
 from olvae.data.opening import open_images, open_source
 from olvae.data.picture_folder import Files, FolderSource
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS
@@ -73,6 +74,7 @@ def check(
     max_unreadable: float = 0.01,
     workers: int = 1,
     on_progress: OnProgress = ignore_progress,
+    pixel_range: PixelRange = EIGHT_BITS,
 ) -> AuditResult:
     """Read and decode every image of a source.
 
@@ -82,6 +84,7 @@ def check(
         channels: see :func:`~olvae.data.image.read_picture`.
         max_unreadable: share of the images that may be unreadable.
         on_progress: called with the number of images that are done, and of all; None if that is unknown.
+        pixel_range: of the values that training will state.
 
     Raises FileNotFoundError, ValueError: the source has no images, or latents.
     """
@@ -92,11 +95,11 @@ def check(
             f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, and `olvae decode` makes "
             "images of them"
         )
-    images = None if urls else open_images(src, channels)
-    source, reasons = _train_source(src, size, channels, images)
+    images = None if urls else open_images(src, channels, pixel_range)
+    source, reasons = _train_source(src, size, channels, images, pixel_range)
     if images is None:
         count = None if source is None else source.images
-        found = _read_all(partial(_read_shard, channels), urls, workers, count, on_progress)
+        found = _read_all(partial(_read_shard, channels, pixel_range), urls, workers, count, on_progress)
         result = _summarise(src, size, found)
         result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
         _check_shards(result, folders)
@@ -115,6 +118,9 @@ def check(
         result.problems.append(
             f"{lost} of {result.images} images can't be read, more than `max_unreadable` {max_unreadable:g}"
         )
+    if not pixel_range.eight_bits and len(result.kinds) > 1:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
+        result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
     if result.smaller:
         result.notes.append(f"{result.smaller} images are smaller than {size} pixels and would be enlarged")
     if source is not None and result.images > lost:
@@ -122,14 +128,17 @@ def check(
     return result
 
 
-def _train_source(src: str, size: int, channels: int, images: ImageDataset | None) -> tuple[Source | None, list[str]]:
+def _train_source(
+    src: str, size: int, channels: int, images: ImageDataset | None, pixel_range: PixelRange
+) -> tuple[Source | None, list[str]]:
     """The source that would train on SRC, or the reason why it can't; without ``images`` it has shards."""
+    values = pixel_range.as_node()
     try:
         if images is None:
-            return WebDatasetSource(src, size, 1, channels=channels), []
+            return WebDatasetSource(src, size, 1, channels=channels, range=values), []
         if isinstance(images, Files):
-            return FolderSource(src, size, 1, channels=channels), []
-        return open_source(src, size, 1, channels=channels), []
+            return FolderSource(src, size, 1, channels=channels, range=values), []
+        return open_source(src, size, 1, channels=channels, pixel_range=pixel_range), []
     except (ValueError, FileNotFoundError) as error:
         return None, [str(error)]
 
@@ -146,7 +155,10 @@ class _Found:
         try:
             photo = open_photo()
             in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
-            self.images.append((*photo.read().size, f"{photo.format or in_memory} {photo.mode or ''}".strip()))
+            picture = photo.read()
+            values = picture.dtype if isinstance(picture, Bands) and picture.dtype != "uint8" else ""
+            kind = f"{photo.format or in_memory} {photo.mode or values}".strip()
+            self.images.append((*picture.size, kind))
         except UnreadableImageError as error:
             self.unreadable.append(ReadError(name, error.reason))
 
@@ -159,14 +171,14 @@ def _read_images(images: ImageDataset, indices: range, progress: SharedProgress)
     return found
 
 
-def _read_shard(channels: int, url: str, progress: SharedProgress) -> _Found:
+def _read_shard(channels: int, pixel_range: PixelRange, url: str, progress: SharedProgress) -> _Found:
     found = _Found()
     reasons: list[str] = []
     for entry in read_shard(Shard(url)):
         if isinstance(entry, ReadError):
             reasons.append(entry.reason)
         else:
-            found.decode(partial(Photo, entry.data, entry.name, channels), entry.key)
+            found.decode(partial(Photo, entry.data, entry.name, channels, pixel_range), entry.key)
             progress.advance()
     has_index = is_local(url) and Path(url).is_file() and Path(url).with_name(INDEX).is_file()
     digest = file_sha256(Path(url)) if has_index else None

@@ -17,6 +17,7 @@ from olvae.data.image import (
     read_picture,
     resize_shorter_side,
 )
+from olvae.data.pixels.ranges import RangeNode
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
 
@@ -99,7 +100,7 @@ class MappedSource(Source):
     Args:
         train, val: the pictures.
         transform: from a training picture to a square; its size is that of all images.
-        batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
+        batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
         samples_per_image: number of times that a training picture counts in an epoch.
 
     Raises ValueError: a batch is larger than the training images of an epoch.
@@ -117,8 +118,9 @@ class MappedSource(Source):
         channels: int = 3,
         max_unreadable: float = 0.01,
         samples_per_image: int = 1,
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
-        super().__init__(transform.size, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(transform.size, batch_size, num_workers, channels, max_unreadable, range)
         if samples_per_image < 1:
             raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
         self.train, self.val = train, val

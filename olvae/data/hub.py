@@ -11,17 +11,18 @@ from torch import Tensor
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
 from olvae.data.read_errors import UnreadableImageError
 
 
 class Items(ImageDataset):
     """Pictures of a data set whose items are a picture, or begin with one."""
 
-    def __init__(self, dataset: Any, channels: int = 3) -> None:
+    def __init__(self, dataset: Any, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"{type(dataset).__name__}: its items have no numbers")
         self.dataset = dataset
-        self.channels = channels
+        self.channels, self.pixel_range = channels, pixel_range
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -35,17 +36,20 @@ class Items(ImageDataset):
         name = f"{type(self.dataset).__name__}[{index}]"
         try:
             item = self.dataset[index]
-            return Photo(_picture(item[0] if isinstance(item, tuple | list) else item), name, self.channels)
+            picture = _picture(item[0] if isinstance(item, tuple | list) else item, self.pixel_range)
+            return Photo(picture, name, self.channels, self.pixel_range)
         except ImportError:  # a decoder that is not installed reads no image
             raise
         except Exception as error:  # the data set's own decoder raises all kinds
             raise UnreadableImageError(name, str(error)) from error
 
 
-def _picture(item: Any) -> Picture:
+def _picture(item: Any, pixel_range: PixelRange) -> Picture:
     if isinstance(item, Image.Image | Bands):
         return item
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
+    if isinstance(array, np.ndarray) and not pixel_range.eight_bits:
+        return array_to_picture(pixel_range.checked(np.atleast_3d(array)), "float32")
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
     if array.ndim == 2 or array.shape[2] in (1, 3, 4):
@@ -61,7 +65,7 @@ class TorchvisionSource(MappedSource):
             data, download: true}}``; the data set must give pictures, so leave its ``transform`` out.
         val_dataset: the node of the validation and test images; without it a part of the first is held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
-        size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
+        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
@@ -78,18 +82,20 @@ class TorchvisionSource(MappedSource):
         flip: bool = True,
         channels: int = 3,
         max_unreadable: float = 0.01,
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
-        train = Items(instantiate(dataset), channels)
-        val = None if val_dataset is None else Items(instantiate(val_dataset), channels)
+        values = PixelRange.from_node(range)
+        train = Items(instantiate(dataset), channels, values)
+        val = None if val_dataset is None else Items(instantiate(val_dataset), channels, values)
         parts = hold_out(train, val_fraction) if val is None else (train, val)
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
-        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
 
 class Column(ImageDataset):
     """Pictures of a column of a Hugging Face data set, undecoded."""
 
-    def __init__(self, table: Any, column: str, channels: int = 3) -> None:
+    def __init__(self, table: Any, column: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> None:
         from datasets import Image
 
         if column not in table.column_names:
@@ -98,7 +104,7 @@ class Column(ImageDataset):
             raise ConfigError(f"data.params.column: {column} holds {table.features[column]}, not images")
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
         self.column = column
-        self.channels = channels
+        self.channels, self.pixel_range = channels, pixel_range
 
     def __len__(self) -> int:
         return len(self.table)
@@ -108,7 +114,7 @@ class Column(ImageDataset):
         name = f"row {index} of {self.column}"
         if not (content := cell["bytes"] or cell["path"]):
             raise UnreadableImageError(name, "the cell is empty")
-        return Photo(Path(content) if isinstance(content, str) else content, name, self.channels)
+        return Photo(Path(content) if isinstance(content, str) else content, name, self.channels, self.pixel_range)
 
 
 class HuggingFaceSource(MappedSource):
@@ -122,7 +128,7 @@ class HuggingFaceSource(MappedSource):
         val_split: for validation and test; without it a part of the training split is held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
-        size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
+        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
         min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises ConfigError: the library is not installed, or the column holds no images.
@@ -147,13 +153,15 @@ class HuggingFaceSource(MappedSource):
         flip: bool = True,
         channels: int = 3,
         max_unreadable: float = 0.01,
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
+        values = PixelRange.from_node(range)
         arguments = {"name": name, "data_files": data_files, "data_dir": data_dir, "revision": revision}
-        train = Column(load_table(path, split, **arguments), column, channels)
-        val = None if val_split is None else Column(load_table(path, val_split, **arguments), column, channels)
+        train = Column(load_table(path, split, **arguments), column, channels, values)
+        val = None if val_split is None else Column(load_table(path, val_split, **arguments), column, channels, values)
         parts = hold_out(train, val_fraction) if val is None else (train, val)
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
-        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
 
 def load_table(path: str, split: str, **arguments: Any) -> Any:

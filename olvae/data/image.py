@@ -1,9 +1,10 @@
-"""Read image files as 8-bit pictures, crop and resize them to squares: random for training, fixed for evaluation."""
+"""Read image files as pictures, crop and resize them to squares: random for training, fixed for evaluation."""
 
 import io
+import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,27 @@ from PIL import ExifTags, Image, ImageOps, features
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
+from olvae.config import ConfigError
+from olvae.data.pixels.arrays import MAX_PIXELS, array_suffix, check_size, read_array
+from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
 
+log = logging.getLogger("olvae.data")
 
-def from_uint8(x: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]: x / 127.5 - 1."""
-    return x.float() / 127.5 - 1.0
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Floats, nominally in [-1, 1] -> uint8 in 0..255, clamped and rounded; the inverse of from_uint8."""
-    return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+_warned: list[str] = []  # the file that this process has warned of
 
 
 @dataclass
 class Bands:
-    """A picture of any number of channels, with Pillow's operations for transforms, band by band."""
+    """A picture of any number of channels, with Pillow's operations for transforms, band by band.
+
+    ``dtype``: of its tensor, uint8, uint16 or float32; the bands of the latter two hold float32, so that resizing
+    rounds nothing.
+    """
 
     bands: Sequence[Image.Image]
+    dtype: str = "uint8"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -48,13 +51,13 @@ class Bands:
     def resize(
         self, size: tuple[int, int], resample: Image.Resampling, box: tuple[float, float, float, float] | None = None
     ) -> "Bands":
-        return Bands([band.resize(size, resample, box=box) for band in self.bands])
+        return replace(self, bands=[band.resize(size, resample, box=box) for band in self.bands])
 
     def crop(self, box: tuple[int, int, int, int]) -> "Bands":
-        return Bands([band.crop(box) for band in self.bands])
+        return replace(self, bands=[band.crop(box) for band in self.bands])
 
     def transpose(self, method: Image.Transpose) -> "Bands":
-        return Bands([band.transpose(method) for band in self.bands])
+        return replace(self, bands=[band.transpose(method) for band in self.bands])
 
 
 Picture = Image.Image | Bands
@@ -63,30 +66,36 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
 
 
 def image_to_tensor(image: Picture) -> Tensor:
-    """A picture of C channels -> uint8 (C, H, W)."""
+    """A picture of C channels -> (C, H, W), uint8 but for bands of another dtype."""
+    if isinstance(image, Bands) and image.dtype != "uint8":
+        values = np.stack([np.asarray(band, dtype=np.float32) for band in image.bands])
+        if image.dtype == "uint16":  # filters overshoot at edges
+            values = values.round().clip(0, 65535)
+        return torch.from_numpy(values.astype(image.dtype))
     if isinstance(image, Bands):
         return torch.cat([image_to_tensor(band) for band in image.bands])
     array: NDArray[np.uint8] = np.array(image, dtype=np.uint8)  # (H, W) or (H, W, C), a writable copy
     return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1).contiguous()
 
 
-def array_to_picture(array: NDArray[np.uint8]) -> Bands:
-    """uint8 (H, W, C) -> a picture."""
-    return Bands([Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(array, -1, 0)])
+def array_to_picture(array: NDArray[np.generic], dtype: str | None = None) -> Bands:
+    """(H, W, C) -> a picture, of the array's ``dtype`` by default: uint8, uint16, or float32 for others."""
+    dtype = dtype or (array.dtype.name if array.dtype.name in ("uint8", "uint16") else "float32")
+    bands = np.ascontiguousarray(np.moveaxis(array, -1, 0), dtype=np.uint8 if dtype == "uint8" else np.float32)
+    return Bands([Image.fromarray(band) for band in bands], dtype)
 
 
 def tensor_to_picture(x: Tensor) -> Bands:
-    """uint8 (C, H, W) -> a picture, the inverse of :func:`image_to_tensor`."""
+    """(C, H, W) -> a picture, the inverse of :func:`image_to_tensor`."""
     return array_to_picture(x.permute(1, 2, 0).cpu().numpy())
 
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy", ".npz", ".exr")
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
 """Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
 
-MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each takes up to 20 bytes while it is read
-MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
+NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -96,25 +105,35 @@ class Photo:
     Args:
         content: a file's path or its bytes, or a picture in memory.
         name: for errors.
-        channels: 3, 1, 4 or, for arrays, any other number; see :func:`read_picture`.
+        channels: 3, 1, 4 or, for arrays, any other number, or 0 for theirs; see :func:`read_picture`.
+        pixel_range: the range that its data state; see :meth:`PixelRange.checked`.
 
-    Raises UnreadableImageError: the header is not that of a picture.
+    Raises UnreadableImageError: the header is not that of a picture; of an array also for its values.
     """
 
-    def __init__(self, content: Path | bytes | Picture, name: str, channels: int = 3) -> None:
+    def __init__(
+        self, content: Path | bytes | Picture, name: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+    ) -> None:
         self.name = name
         self.channels = channels
         self.content = content
+        self.pixel_range = pixel_range
+        self.suffix = "npy"  # of an array's file, without the dot
         self._image: Picture
         try:
             self._image = self._open(content)
-            _check_size(*self._image.size)  # before EXIF is read, which decodes a PNG
+            check_size(*self._image.size)  # before EXIF is read, which decodes a PNG
             self._orientation = _orientation(self._image) if isinstance(self._image, Image.Image) else 1
             self.size = self._upright_size()
+        except ConfigError:
+            raise
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(name, _reason(error)) from error
         if isinstance(self._image, Image.Image) and channels not in MODES:
-            raise UnreadableImageError(name, f"{channels} channels are read from .npy files, (H, W, {channels})")
+            raise UnreadableImageError(
+                name,
+                EIGHT_BIT_FILE if not channels else f"{channels} channels are read from .npy, .npz, TIFF and EXR files",
+            )
 
     def undecoded(self) -> bytes | Picture:
         """The file's bytes, or the picture in memory. Raises UnreadableImageError if the file can't be read."""
@@ -147,6 +166,8 @@ class Photo:
         image = self._image
         if isinstance(image, Bands):
             return image
+        if self.pixel_range.eight_bits:
+            self.warn_of_deep_pixels()
         try:
             if shrink > 1 and image.format == "JPEG":
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
@@ -156,19 +177,51 @@ class Photo:
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(self.name, _reason(error)) from error
 
+    def warn_of_deep_pixels(self) -> None:
+        """Warn, once in a process, that 16 bits become 8."""
+        image = self._image
+        if isinstance(image, Image.Image) and not _warned and _is_deep(image):
+            _warned.append(self.name)
+            log.warning("%s and others like it: 16 bits are cut to 8: data.params.range would keep them", self.name)
+
     def _open(self, content: Path | bytes | Picture) -> Picture:
-        if isinstance(content, Bands) and len(content.bands) != self.channels:
+        if isinstance(content, Bands) and len(content.bands) != (self.channels or len(content.bands)):
             raise ValueError(f"it has {len(content.bands)} channels, not {self.channels}")
         if not isinstance(content, Path | bytes):
             return content
         if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
-        if Path(self.name).suffix.lower() == ".npy":
-            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
-                return _array(file, self.channels)
+        if (suffix := self._array_suffix(content)) is not None:
+            self.suffix = suffix.removeprefix(".")
+            as_stored = self.pixel_range == AS_STORED and self.channels in MODES
+            array, nodata = read_array(content, 0 if as_stored and suffix == ".tif" else self.channels)
+            if array.dtype == np.uint8 and self.pixel_range in (EIGHT_BITS, AS_STORED):
+                return array_to_picture(array)
+            if self.pixel_range.eight_bits:
+                raise ValueError(f"{array.dtype.name} of shape {array.shape}: expected uint8, or a stated `range`")
+            dtype = "uint16" if array.dtype == np.uint16 else "float32"
+            return array_to_picture(self.pixel_range.checked(array, nodata), dtype)
+        if not self.pixel_range.eight_bits and self.pixel_range != AS_STORED:
+            raise ValueError(EIGHT_BIT_FILE)
         with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+        if isinstance(image, TiffImageFile) and _pages(image) > 1:
+            raise ValueError(f"it holds {_pages(image)} pages, not one: save each in a file of its own, or as bands")
+        return image
+
+    def _array_suffix(self, content: Path | bytes) -> str | None:
+        """The kind of file if it is read as an array; a picture that Pillow reads whole is none."""
+        named = Path(self.name).suffix.lower()
+        if named in (".npy", ".npz", ".exr"):
+            return array_suffix(content) or named
+        if self.pixel_range.eight_bits and self.channels in MODES and isinstance(content, Path):
+            return None
+        suffix = array_suffix(content)
+        converts = self.channels in MODES and self.pixel_range in (EIGHT_BITS, AS_STORED)
+        if not converts or suffix not in (".tif", ".png"):
+            return suffix
+        return suffix if suffix == ".tif" and self.pixel_range == AS_STORED and _is_deep_tiff(content) else None
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
@@ -177,34 +230,28 @@ class Photo:
         return (height, width) if self._orientation in SIDEWAYS else (width, height)
 
 
-def read_picture(path: str | Path, channels: int = 3) -> Picture:
-    """Read a picture with 8 bits per channel, turned upright by its EXIF orientation.
+def read_picture(path: str | Path, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> Picture:
+    """Read a picture, turned upright by its EXIF orientation.
 
-    Three channels are RGB: transparent pictures are laid over white; 16-bit greyscale is scaled to 8 bits (Pillow
-    keeps the upper 8 bits of 16-bit colour); greyscale, palette and CMYK are converted by Pillow; only the first of
-    several frames is read. One channel is the luma of that; four are RGB and alpha. Any other number of channels is
-    read from a NumPy file, an array of uint8 of shape (H, W, channels).
+    Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures are laid over white;
+    16 bits are cut to 8, with a warning; greyscale, palette and CMYK are converted by Pillow; only the first of several
+    frames of a GIF is read. One channel is the luma of that; four are RGB and alpha. Any other number of channels is
+    read from a TIFF or a NumPy file, an array of uint8 of shape (H, W, channels).
+
+    With a range it is an array of :data:`~olvae.data.pixels.arrays.DTYPES`, (H, W, channels), as it is in the file.
 
     Raises:
         UnreadableImageError: the file is not a picture, is broken, has floating-point pixels or integers beyond 16
-            bits, whose range is unknown, has another number of channels, more than :data:`MAX_PIXELS` pixels, or a
-            side that is more than :data:`MAX_RATIO` times the other.
+            bits, whose range is unknown, values that its range refuses, another number of channels, several pages,
+            more than :data:`MAX_PIXELS` pixels, or a side that is more than :data:`MAX_RATIO` times the other.
     """
-    return Photo(Path(path), legible(str(path)), channels).read()
-
-
-def _check_size(width: int, height: int) -> None:
-    """Raise ValueError for a picture that would take too much memory."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"its header claims {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_RATIO} times the other")
+    return Photo(Path(path), legible(str(path)), channels, pixel_range).read()
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """From any mode of Pillow to one of :data:`MODES`; see :func:`read_picture` for the rules."""
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits")
+        raise ValueError("its pixels are floating-point numbers of unknown range: state it as data.params.range")
     image = _to_8_bits(image)
     if _is_transparent(image):
         image = image.convert("RGBA")
@@ -229,6 +276,30 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (array != image.info["transparency"]))))
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether Pillow would cut an opened file's pixels from 16 bits to 8, or we do."""
+    return image.mode.startswith("I") or any(";16" in str(part[3]) for part in getattr(image, "tile", ()))
+
+
+def _is_deep_tiff(content: Path | bytes) -> bool:
+    """Whether Pillow would cut a TIFF's pixels to 8 bits, or does not know such pixels."""
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=["TIFF"]) as image:
+            return image.mode == "F" or (image.mode != "I" and _is_deep(image))
+    except OSError:
+        return True
+
+
+def _pages(image: TiffImageFile) -> int:
+    """The pages of a TIFF, without those that show another one smaller, or its mask."""
+    count = 0
+    for page in range(image.n_frames):
+        image.seek(page)
+        count += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
+    image.seek(0)
+    return count
+
+
 def _is_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
@@ -241,13 +312,6 @@ def _orientation(image: Image.Image) -> int:
         if not image.info.keys() & {"exif", "Raw profile type exif"}:  # Pillow searched behind a PNG's broken pixels
             raise
         return 1
-
-
-def _array(file: io.BufferedIOBase, channels: int) -> Bands:
-    array = np.lib.format.read_array(file, allow_pickle=False)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
-        raise ValueError(f"expected uint8 of shape (H, W, {channels}), got {array.dtype} of shape {array.shape}")
-    return array_to_picture(array)
 
 
 def _reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
+from olvae.data.pixels.ranges import RangeNode
 from olvae.data.source import LoaderProcess, Sample, Source, total
 
 CYCLE = 1000  # samples in which each source has its exact share; weights are as fine as that
@@ -20,9 +21,9 @@ class MixSource(Source):
     Keys begin with the source's number, as ``0/photo.jpg``, because images of two sources may have the same key.
 
     Args:
-        sources: their nodes. ``size`` and ``channels`` must be the same in all; their ``batch_size`` and
+        sources: their nodes. ``size``, ``channels`` and ``range`` must be the same in all; their ``batch_size`` and
             ``num_workers`` are not used.
-        size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
+        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`Source`.
         weights: of the sources, in any scale; by default their numbers of training images.
 
     Raises ConfigError: a node is not a source, or the sources do not fit each other.
@@ -37,12 +38,18 @@ class MixSource(Source):
         weights: Sequence[float] | None = None,
         channels: int = 3,
         max_unreadable: float = 0.01,
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
-        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(size, batch_size, num_workers, channels, max_unreadable, range)
         self.sources = [instantiate(node) for node in sources]
         for i, source in enumerate(self.sources):
             if not isinstance(source, Source):
                 raise ConfigError(f"data.params.sources.{i}: {sources[i]['target']} is not a source of images")
+            if source.pixel_range != self.pixel_range:
+                raise ConfigError(
+                    f"data.params.sources.{i}: values of {source.pixel_range} do not mix with "
+                    f"{self.pixel_range}: state one `range` in all"
+                )
             if (source.size, source.channels) != (size, channels):
                 raise ConfigError(
                     f"data.params.sources.{i}: images of {source.channels} channels, {source.size} pixels wide, do "

@@ -15,13 +15,21 @@ from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sa
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop
 from olvae.data.picture_folder import Files, find_images
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.read_errors import ReadError, warn_once
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.runs import settings_of
 
 
-def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, channels: int = 3) -> Source:
+def open_source(
+    src: str,
+    size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    channels: int = 3,
+    pixel_range: PixelRange = EIGHT_BITS,
+) -> Source:
     """A source that validates on all images of SRC; of a config, the source that it trains with.
 
     Unreadable images are skipped and counted, however many they are, unless a config says otherwise.
@@ -35,21 +43,31 @@ def open_source(src: str, size: int, batch_size: int, num_workers: int = 0, chan
         return _build(where_it_is(config), f"{src}: data.target")
     if src == "samples":
         return SamplePhotographs(size, min(batch_size, 64), num_workers)
+    common: dict[str, Any] = {"channels": channels, "max_unreadable": 1.0, "range": pixel_range.as_node()}
     if holds_shards(src):
-        return WebDatasetSource(src, size, 1, num_workers, val_shards=src, channels=channels, max_unreadable=1.0)
-    images = open_images(src, channels)
-    return MappedSource(images, images, RandomScaleCrop(size), 1, num_workers, channels, max_unreadable=1.0)
+        return WebDatasetSource(src, size, 1, num_workers, val_shards=src, **common)
+    images = open_images(src, channels, pixel_range)
+    return MappedSource(images, images, RandomScaleCrop(size), 1, num_workers, **common)
 
 
-def open_test_source(config: Config, src: str | None = None, size: int | None = None, channels: int = 3) -> Source:
+def open_test_source(
+    config: Config,
+    src: str | None = None,
+    size: int | None = None,
+    channels: int = 3,
+    pixel_range: PixelRange = EIGHT_BITS,
+) -> Source:
     """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
-    ``size`` of the images is by default the config's, else 256. Raises ConfigError: there is neither, or the config's
-    data are not a source.
+    ``size`` of the images is by default the config's, else 256; ``pixel_range`` is for a SRC
+    that is no config.
+
+    Raises ConfigError: there is neither, or the config's data are not a source.
     """
     params = dict((config.get("data") or {}).get("params") or {})
     if src is not None:
-        return open_source(src, size or params.get("size") or 256, 1, params.get("num_workers", 0), channels)
+        size = size or params.get("size") or 256
+        return open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
     if not config.get("data"):
         raise ConfigError("the first target has no data to take images from: set `data`")
     node = where_it_is(config)
@@ -58,22 +76,23 @@ def open_test_source(config: Config, src: str | None = None, size: int | None = 
     return _build(node, "data.target")
 
 
-def open_images(src: str, channels: int = 3) -> ImageDataset:
+def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:
     """All images of SRC by number, whole: of any SRC but shards and configs; raises as :func:`open_source`."""
     kind, _, rest = src.partition(":")
     if src == "samples":
         return sample_photographs(channels=channels)
     if kind == "torchvision":
         name, arguments = split_arguments(rest)
-        return Items(instantiate({"target": f"torchvision.datasets.{name}", "params": arguments}), channels)
+        dataset = instantiate({"target": f"torchvision.datasets.{name}", "params": arguments})
+        return Items(dataset, channels, pixel_range)
     if kind == "hf":
         path, arguments = split_arguments(rest)
         column = str(arguments.pop("column", "image"))
-        return Column(load_table(path, **{"split": "train", **arguments}), column, channels)
+        return Column(load_table(path, **{"split": "train", **arguments}), column, channels, pixel_range)
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []
-    return Files(find_images(src, closed), channels, closed)
+    return Files(find_images(src, closed), channels, closed, pixel_range)
 
 
 def _build(node: Config, where: str) -> Source:

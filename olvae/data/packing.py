@@ -14,9 +14,10 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset
 from olvae.data.hub import Items
-from olvae.data.image import Bands, Photo, Picture, resize_shorter_side
+from olvae.data.image import Bands, Photo, Picture, image_to_tensor, resize_shorter_side
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
+from olvae.data.pixels.ranges import AS_STORED
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, Skipped
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
@@ -84,7 +85,7 @@ def pack(
     folder = Path(src).expanduser().resolve()
     if folder.is_dir() and out.resolve().is_relative_to(folder):
         raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
-    images = open_images(src, options.channels)
+    images = open_images(src, options.channels, AS_STORED)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
     shards = ResumableShards(out, STATE)
@@ -190,7 +191,7 @@ class _Packer:
     def _files(self, index: int) -> dict[str, bytes]:
         """The image and its description, by extension, sorted."""
         photo = self.images[index]
-        photo = Photo(photo.undecoded(), photo.name, photo.channels)  # check the bytes that are stored
+        photo = Photo(photo.undecoded(), photo.name, photo.channels, photo.pixel_range)  # the bytes that are stored
         extension, data, (width, height) = _encode(photo, self.options)
         details = {"name": self.images.key(index), "width": width, "height": height}
         label = self.images.label(index) if isinstance(self.images, Items) else None
@@ -205,8 +206,10 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
     size = options.resize or min(picture.size)
     smaller = min(picture.size) > size
     if isinstance(photo.content, bytes) and not smaller and photo.format in STORED_AS_IS:
-        return STORED_AS_IS[photo.format], photo.content, picture.size
+        extension = STORED_AS_IS[photo.format] if photo.format else photo.suffix
+        return extension, photo.content, picture.size
     if smaller:
+        photo.warn_of_deep_pixels()
         picture = resize_shorter_side(picture, size)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
     try:
@@ -219,7 +222,7 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
 def _picture_bytes(picture: Picture, extension: str, quality: int) -> bytes:
     stream = io.BytesIO()
     if isinstance(picture, Bands):
-        np.save(stream, np.stack([np.asarray(band) for band in picture.bands], axis=-1))
+        np.save(stream, image_to_tensor(picture).permute(1, 2, 0).numpy())
         return stream.getvalue()
     bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # without the original file's metadata
     bare.save(stream, FORMATS[extension], quality=quality, subsampling="4:4:4")  # formats ignore what others take

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import ALL_FILTERS, EXTENSIONS, Photo, RandomScaleCrop
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
 from olvae.data.read_errors import ReadError, warn_once
 from olvae.files import legible
 
@@ -21,9 +22,15 @@ class Files(ImageDataset):
     ``closed`` are folders that could not be opened.
     """
 
-    def __init__(self, paths: Sequence[Path], channels: int = 3, closed: Sequence[ReadError] = ()) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        channels: int = 3,
+        closed: Sequence[ReadError] = (),
+        pixel_range: PixelRange = EIGHT_BITS,
+    ) -> None:
         self.paths = list(paths)
-        self.channels = channels
+        self.channels, self.pixel_range = channels, pixel_range
         self.closed = closed
         self.root = os.path.commonpath([os.path.abspath(folder) for folder in {path.parent for path in paths}])  # noqa: PTH100
 
@@ -35,7 +42,7 @@ class Files(ImageDataset):
 
     def __getitem__(self, index: int) -> Photo:
         path = self.paths[index]
-        return Photo(path, legible(str(path)), self.channels)
+        return Photo(path, legible(str(path)), self.channels, self.pixel_range)
 
 
 class FolderSource(MappedSource):
@@ -45,7 +52,7 @@ class FolderSource(MappedSource):
         root: a folder, searched at any depth for files with an image's extension; a pattern, for example
             ``photos/**/*.jpg``; or a .txt file with one path per line, relative to the file's folder, in which lines
             that begin with # are comments.
-        size, batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
+        size, batch_size, num_workers, max_unreadable, range: see :class:`~olvae.data.source.Source`.
         val_root: the validation and test images, in the same three ways. Without it, if root has the folders
             ``train`` and ``val`` (or ``validation``, or ``test``), those are the two parts.
         val_fraction: without either, the share of the images that is held out, by a hash of the path below root, so
@@ -70,13 +77,15 @@ class FolderSource(MappedSource):
         flip: bool = True,
         channels: int = 3,
         max_unreadable: float = 0.01,
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
         root, val_root = _parts(root) if val_root is None else (root, val_root)
         train = find_images(root)
         train, val = _split(root, train, val_fraction) if val_root is None else (train, find_images(val_root))
-        parts = Files(train, channels), Files(val, channels)
+        values = PixelRange.from_node(range)
+        parts = Files(train, channels, (), values), Files(val, channels, (), values)
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
-        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
 
 def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:

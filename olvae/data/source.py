@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
+from olvae.data.pixels.ranges import PixelRange, RangeNode
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.devices import this_process
 
@@ -85,7 +86,9 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 
 class Batch(TypedDict, total=False):
-    """``image``: uint8 (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
+    """``image``: (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
+
+    It is uint8 or, where the source has another :class:`PixelRange`, uint16 or float32.
 
     Where the source knows classes, ``label``: int64 (B,). Where it has a teacher's latents, ``moments``: float32
     (B, 2 n_z, size / f, size / f), the means, then the log-variances.
@@ -100,7 +103,7 @@ class Batch(TypedDict, total=False):
 class Sample(NamedTuple):
     """A sample, as a loader process reads it."""
 
-    image: Tensor | None  # uint8 (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read
+    image: Tensor | None  # (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read
     key: str
     errors: tuple[ReadError, ...] = ()  # met on the way to it
     label: int | None = None  # number of its class, where the source knows it
@@ -128,8 +131,9 @@ class Source(ABC):
         num_workers: loader processes; 0 loads in the training process.
         channels: of the images.
         max_unreadable: share of the images that may be unreadable before training stops.
+        range: of their values, unless they have 8 bits; see :class:`~olvae.data.pixels.ranges.PixelRange`.
 
-    Raises ValueError: a number is out of its range.
+    Raises ValueError: a number is out of its range, or the range has mistakes.
     """
 
     tensor = "image"  # key of the samples' tensors in a batch
@@ -137,7 +141,13 @@ class Source(ABC):
     shares_evenly = False  # whether each rank validates on every n-th image, which makes its loader's length known
 
     def __init__(
-        self, size: int, batch_size: int, num_workers: int = 0, channels: int = 3, max_unreadable: float = 0.01
+        self,
+        size: int,
+        batch_size: int,
+        num_workers: int = 0,
+        channels: int = 3,
+        max_unreadable: float = 0.01,
+        range: RangeNode | None = None,  # noqa: A002  (the config's name, here and in the classes below)
     ) -> None:
         for name, number in (("size", size), ("batch_size", batch_size), ("channels", channels)):
             if number < 1:
@@ -151,6 +161,8 @@ class Source(ABC):
         self.num_workers = num_workers
         self.channels = channels
         self.max_unreadable = max_unreadable
+        self.pixel_range = PixelRange.from_node(range)
+        self.pixel_range.check_channels(channels)
         self.unreadable = UnreadableImages()
         self.crops: str | None = None  # how the validation images were cut, if they are parts of others
         self.eval_transform = EvalTransform(size)  # an evaluation may replace it
@@ -202,7 +214,7 @@ class Source(ABC):
         """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""
 
     def first_images(self, seed: int, images: int) -> Iterator[Tensor]:
-        """The first training images of a seed, uint8 (C, H, W), the same in every process."""
+        """The first training images of a seed, (C, H, W), the same in every process."""
         samples = self.stream(seed, 0, LoaderProcess(batch_size=self.batch_size))
         return islice((sample.image for sample in samples if sample.image is not None), images)
 
@@ -298,6 +310,10 @@ def _end_workers() -> None:
 def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
     """A :class:`Batch` of the readable samples, with ``errors`` and the number ``enlarged`` for the loader."""
     good = [sample for sample in samples if sample.image is not None]
+    kinds = {sample.image.dtype: sample.key for sample in good if sample.image is not None}
+    if len(kinds) > 1:
+        (one, key), (other, another), *_ = ((str(kind).removeprefix("torch."), key) for kind, key in kinds.items())
+        raise ValueError(f"two kinds of pixels in one batch: {key} is {one}, {another} {other}: convert one of them")
     labels = [sample.label for sample in good if sample.label is not None]
     moments = [sample.moments for sample in good if sample.moments is not None]
     batch: dict[str, Any] = {

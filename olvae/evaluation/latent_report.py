@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from olvae.data.image import from_uint8
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch
 from olvae.evaluation.latent_statistics import EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
 from olvae.evaluation.page import texts
@@ -23,15 +23,18 @@ DASHES = ("-", "--", "-.", ":")
 
 @torch.inference_mode()
 def encode_latents(
-    models: Mapping[str, Autoencoder], batches: Iterable[Batch], device: str = "cpu"
+    models: Mapping[str, Autoencoder],
+    batches: Iterable[Batch],
+    device: str = "cpu",
+    pixel_range: PixelRange = EIGHT_BITS,
 ) -> dict[str, LatentAccumulator]:
-    """Encode the same uint8 images with every model, by name, in one pass; ValueError for latents not finite."""
+    """Encode the same images with every model, by name, in one pass; ValueError for latents not finite."""
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
         model.to(device)
     for batch in batches:
         keys = [image_key(image) for image in batch["image"]]
-        x = from_uint8(batch["image"].to(device))
+        x = pixel_range.normalise(batch["image"].to(device))
         for name, model in models.items():
             try:
                 accumulators[name].update(model.encode(x), keys)

@@ -34,6 +34,7 @@ class Protocol:
     lpips: Literal["vgg", "alex"] = "vgg"  # network that the name LPIPS stands for
     crops: str | None = None  # how the source makes its test images, if not by ``resize``
     n: int | None = None  # images
+    range: str | None = None  # of their values, unless they have 8 bits
 
     @property
     def transform(self) -> EvalTransform:
@@ -61,7 +62,9 @@ class Protocol:
             "n": self.n,
             "posterior": "mode" if self.posterior == "mode" else sample,
             "precision": "float32",
-            "pixels": "clamped to [-1, 1], rounded to uint8",
+            "pixels": "clamped to [-1, 1], rounded to uint8"
+            if self.range is None
+            else f"clamped to {self.range}; 255 below stands for the range",
             "psnr": "mean over images of 10 log10(255^2 / MSE), MSE over all values of an image",
             "ssim": SSIM[self.ssim],
             "ms_ssim": "mean over images; torchmetrics, five scales, the SSIM of each as above, range 255",

@@ -1,6 +1,6 @@
 """Reconstruct images with an autoencoder under a protocol's choices, and measure what that costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError
-from olvae.data.image import from_uint8, to_uint8
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.devices import now, peak_memory
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs, count_parameters, full_float32
@@ -17,6 +17,7 @@ from olvae.modules.distributions import keyed_generator
 
 def check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
     """Check that all models take the same square images of ``size`` pixels; ConfigError if one does not."""
+    range_of(models.values())
     channels = {model.in_channels for model in models.values()}
     if len(channels) > 1:
         counts = " and ".join(map(str, sorted(channels)))
@@ -27,9 +28,17 @@ def check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
             raise ConfigError(f"{name}: {why}: set `size` to {max(f, size // f * f)}")
 
 
+def range_of(models: Iterable[Autoencoder]) -> PixelRange:
+    """The range of the models' images, which those without one take over; ConfigError if there are two."""
+    stated = list(dict.fromkeys(model.pixel_range for model in models if not model.pixel_range.eight_bits))
+    if len(stated) > 1:
+        raise ConfigError(f"the targets take values of {stated[0]} and of {stated[1]}: use a command for each")
+    return stated[0] if stated else EIGHT_BITS
+
+
 class Reconstructed(NamedTuple):
     latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device
-    images: Tensor  # uint8 (B, C, H, W), on the CPU
+    images: Tensor  # levels of the range, (B, C, H, W), on the CPU: uint8, or float32 for other than 8 bits
 
 
 @dataclass(frozen=True)
@@ -51,24 +60,30 @@ class Cost:
 
 
 class RoundTrip:
-    """Encode and decode in float32, clamp and round to uint8, and measure what that costs.
+    """Encode and decode in float32, clamp and, for 8 bits, round to uint8, and measure what that costs.
 
     The model, in evaluation mode, runs on the device; images come and go on the CPU. Without a seed the latent is the
     posterior's mode, with one a sample, whose noise depends on it and on the image's key.
     """
 
     def __init__(
-        self, model: Autoencoder, device: str = "cpu", seed: int | None = None, name: str = "the autoencoder"
+        self,
+        model: Autoencoder,
+        device: str = "cpu",
+        seed: int | None = None,
+        name: str = "the autoencoder",
+        pixel_range: PixelRange = EIGHT_BITS,
     ) -> None:
         self.model, self.device, self.seed = model.to(device), device, seed
+        self.pixel_range = pixel_range
         self.name = name  # for messages
         self._times: list[tuple[int, float, float]] = []  # images of a batch, seconds to encode and to decode them
         self._peaks: list[int] = []
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str], x: Tensor) -> Reconstructed:
-        """Reconstruct images, uint8 (B, C, H, W); ArithmeticError if a result is not finite, which uint8 would hide."""
-        images = from_uint8(x.to(self.device))
+        """Reconstruct a batch's images, (B, C, H, W); ArithmeticError for a non-finite result, which levels hide."""
+        images = self.pixel_range.normalise(x.to(self.device))
         with full_float32(images), peak_memory(self.device, self._peaks):
             start = now(self.device)
             posterior = self.model.encode(images)
@@ -84,7 +99,7 @@ class RoundTrip:
         finite = y.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")
-        return Reconstructed(posterior.mean, to_uint8(y).cpu())
+        return Reconstructed(posterior.mean, self.pixel_range.to_levels(y).cpu())
 
     def cost(self, size: int) -> Cost:
         """What images of ``size`` pixels cost: as counted, and as measured so far.

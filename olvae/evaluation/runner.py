@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
-from olvae.evaluation.roundtrip import RoundTrip, check_images_fit
+from olvae.evaluation.roundtrip import RoundTrip, check_images_fit, range_of
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.loading.loader import Target
@@ -103,16 +104,18 @@ def _one_pass(
     progress: Progress,
 ) -> list[Evaluated]:
     """Results under protocols that prepare images alike; none in every process but the first."""
-    source = _open(request, protocols[0], next(iter(subjects.values())).model.in_channels)
-    protocols = [replace(protocol, size=source.size, crops=source.crops) for protocol in protocols]
-    check_images_fit({name: subject.model for name, subject in subjects.items()}, source.size)
+    models = {name: subject.model for name, subject in subjects.items()}
+    source = _open(request, protocols[0], next(iter(models.values())).in_channels, range_of(models.values()))
+    pixels, made = source.pixel_range, {"size": source.size, "crops": source.crops}
+    protocols = [replace(protocol, **made, range=pixels.stated) for protocol in protocols]
+    check_images_fit(models, source.size)
     loader = source.test_loader(request.batch)
     observers = copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
     seeds = list(dict.fromkeys(protocol.noise_seed for protocol in protocols))
     trips = {
-        (name, draw): RoundTrip(subject.model, request.device, None if subject.baseline else seed, name)
+        (name, draw): RoundTrip(subject.model, request.device, None if subject.baseline else seed, name, pixels)
         for draw, seed in enumerate(seeds)
         for name, subject in subjects.items()
         if draw == 0 or not subject.baseline
@@ -121,7 +124,7 @@ def _one_pass(
     make = build_metrics(variants, request.weights_dir, request.device)
     metrics = {key: make() for key in trips}
     batches = progress("evaluating")(loader, source.val_images)
-    digests = observe(batches, subjects, trips, metrics, observers)
+    digests = observe(batches, subjects, trips, metrics, observers, pixels)
     images = _describe_images(request, source, loader)
     if digests is None:
         return []
@@ -156,13 +159,15 @@ def _one_pass(
     return evaluated
 
 
-def _open(request: Request, protocol: Protocol, channels: int) -> Source:
+def _open(request: Request, protocol: Protocol, channels: int, pixel_range: PixelRange) -> Source:
     try:
-        source = open_test_source(request.config, request.data, request.size, channels)
+        source = open_test_source(request.config, request.data, request.size, channels, pixel_range)
     except FileNotFoundError as error:
         if request.data is not None:
             raise
         raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
+    if not pixel_range.eight_bits and source.pixel_range != pixel_range:
+        raise ConfigError(f"`data`: its values are {source.pixel_range}, the targets take {pixel_range}")
     source.eval_transform = replace(protocol, size=source.size).transform
     if request.images is not None:
         source.limit(request.images)
@@ -175,6 +180,7 @@ def observe(
     trips: Mapping[Key, RoundTrip],
     metrics: Mapping[Key, MetricSet],
     observers: Sequence[Observer] = (),
+    pixel_range: PixelRange = EIGHT_BITS,
 ) -> dict[str, bytes] | None:
     """Reconstruct this process's share of the images with every subject, for metrics and observers.
 
@@ -186,13 +192,14 @@ def observe(
         keys, x = batch["key"], batch["image"]
         for key, image in zip(keys, x, strict=True):
             digests[key] = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest()
+        levels = pixel_range.levels(x)
         for (name, draw), trip in trips.items():
             with ExitStack() as stack:
                 for observer in observers:
                     stack.enter_context(observer.watch(name, draw, subjects[name], keys))
                 latents, y = trip(keys, x)
-            metrics[name, draw].update(keys, x, y)
-            seen = Observation(name, draw, keys, x, y, latents, metrics[name, draw].per_image())
+            metrics[name, draw].update(keys, levels, y)
+            seen = Observation(name, draw, keys, levels, y, latents, metrics[name, draw].per_image(), pixel_range)
             for observer in observers:
                 observer.update(seen)
     states = {key: metric.state() for key, metric in metrics.items()}

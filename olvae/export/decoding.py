@@ -8,16 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from olvae.data.image import EXTENSIONS, to_uint8
+from olvae.config import ConfigError
+from olvae.data.image import EXTENSIONS
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.figures import save_image
+from olvae.figures import ARRAYS, save_image
 from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
 
-FORMATS: dict[str, dict[str, Any]] = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}}  # options of Pillow
+FORMATS: dict[str, dict[str, Any]] = {  # options of Pillow
+    "png": {},
+    "jpg": {"quality": 95, "subsampling": 0},
+    **{suffix.removeprefix("."): {} for suffix in ARRAYS},
+}
 
 
 class _Latent(NamedTuple):
@@ -31,17 +36,22 @@ def decode_shards(
     model: Autoencoder,
     shards: Sequence[Shard],
     folder: Path,
-    image_format: str = "png",
+    image_format: str | None = None,
     batch_size: int = 8,
     memory: int = 4 * GIB,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, list[ReadError]]:
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
-    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`. What takes more than
-    ``memory`` bytes is tiled. ``advance`` is called with the number of further images. Return the number of images, and
-    the latents that could not be read; raise ValueError if none can, or they are another model's.
+    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`, by default png or, for
+    real values, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of further
+    images. Return the number of images, and the latents that could not be read; raise ValueError if none can, or they
+    are another model's, ConfigError for a format of 8 bits for a model with a range of values.
     """
+    pixels = model.pixel_range
+    image_format = image_format or ("png" if pixels.eight_bits else "npy")
+    if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
+        raise ConfigError(f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr")
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
     names, unreadable = set[str](), list[ReadError]()
     for batch in _batches(shards, batch_size, unreadable):
@@ -50,7 +60,7 @@ def decode_shards(
             wrong = f"a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}"
             raise ValueError(f"{batch[0].key}: {wrong}: name the target that encoded it")
         y = model.decode_tiled(z.to(next(model.parameters()).device), memory=memory)
-        for latent, image in zip(batch, to_uint8(y).cpu(), strict=True):
+        for latent, image in zip(batch, pixels.restore(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from olvae.checkpoint import add_sums, check_file
+from olvae.data.pixels.ranges import PixelRange
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, shipped_folder
@@ -51,6 +52,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         sample_size: int | None = None,
         use_post_quant_conv: bool | None = None,
         use_quant_conv: bool | None = None,
+        pixel_range: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         given = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}  # the arguments
@@ -94,6 +96,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         """Return the plain module over the same weights."""
         plain = LiteVAE(self.encoder, self.decoder, self.quantizer)
         plain.folded = self.config["folded"]
+        plain.pixel_range = PixelRange.from_node(self.config.get("pixel_range"), "pixel_range")
         plain.set_for_diffusion({name: self.config[name] for name in FOR_DIFFUSION})
         return plain.train(self.training)
 

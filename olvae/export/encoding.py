@@ -18,8 +18,9 @@ from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.config.sources import holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
-from olvae.data.image import MODES, EvalTransform, Photo, from_uint8, image_to_tensor
+from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import open_images, open_source
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.latent_source import FLIP, LATENT, META, STATS, Latent
@@ -86,6 +87,7 @@ class ShardInputs:
     shards: Sequence[Shard]
     channels: int
     image_key: str | None = None
+    pixel_range: PixelRange = EIGHT_BITS
     classes: ClassVar[Sequence[str]] = ()  # the .cls files of the shards are kept
 
     def __len__(self) -> int:
@@ -100,7 +102,8 @@ class ShardInputs:
         for entry in read_shard(source, self.image_key):
             if not isinstance(entry, ReadError):
                 name = entry.key.removeprefix(f"{source.name}/")
-                yield Item(name, entry.key, partial(Photo, entry.data, entry.name, self.channels), entry.files)
+                photo = partial(Photo, entry.data, entry.name, self.channels, self.pixel_range)
+                yield Item(name, entry.key, photo, entry.files)
             elif is_local(source.url):
                 yield entry
             else:  # the network may have failed, so this need not be the end of the shard
@@ -114,7 +117,9 @@ class ShardInputs:
 Inputs = DatasetInputs | ShardInputs
 
 
-def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False) -> Inputs:
+def find_inputs(
+    src: str, channels: int, shard_size: int, classes: bool = False, pixel_range: PixelRange = EIGHT_BITS
+) -> Inputs:
     """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
 
     ``shard_size`` is the number of images in an output shard, unless SRC is made of shards; with ``classes`` the
@@ -123,16 +128,16 @@ def find_inputs(src: str, channels: int, shard_size: int, classes: bool = False)
     if Path(src).suffix in (".yaml", ".yml"):
         source = open_source(src, 1, 1)
         if isinstance(source, WebDatasetSource):
-            return ShardInputs(source.val, source.channels, source.image_key)
+            return ShardInputs(source.val, source.channels, source.image_key, source.pixel_range)
         if not isinstance(source, MappedSource):
             raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
         images = source.val
     elif holds_shards(src):
         if classes:
             raise ConfigError("`classes` is for folders: the .cls files of shards are kept anyway")
-        return ShardInputs(with_counts(find_shards(src)), channels)
+        return ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
-        images = open_images(src, channels)
+        images = open_images(src, channels, pixel_range)
     return DatasetInputs(images, shard_size, _classes(images) if classes else ())
 
 
@@ -167,10 +172,12 @@ class EncodeOptions:
             raise ValueError("`images`: images that are stored beside latents have one size: give `size`")
         if self.images and model.in_channels not in MODES:
             raise ValueError(f"`images`: PNG stores 1, 3 or 4 channels, but the images have {model.in_channels}")
+        if self.images and not model.pixel_range.eight_bits:
+            raise ValueError(f"`images`: they are stored with 8 bits, but have values of {model.pixel_range}")
 
 
 class ReadImage(NamedTuple):
-    """An image ready to be encoded, uint8 (C, H, W), and its original width and height."""
+    """An image ready to be encoded, (C, H, W), and its original width and height."""
 
     item: Item
     pixels: Tensor
@@ -351,7 +358,7 @@ class EncodeJob:
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]
                 for ending in ("", "\nflip") if self.options.flip else ("",):
-                    pixels = [images[i].pixels.flip(-1) if ending else images[i].pixels for i in batch]
+                    pixels = [_mirrored(images[i].pixels) if ending else images[i].pixels for i in batch]
                     keys = [images[i].item.key + ending for i in batch]
                     for i, latent in zip(batch, self._latents(pixels, keys, memory), strict=True):
                         latents[i].append(latent)
@@ -359,11 +366,11 @@ class EncodeJob:
 
     @torch.inference_mode()
     def _latents(self, images: Sequence[Tensor], keys: Sequence[str], memory: int) -> list[Latent]:
-        """Encode uint8 images that have one size once they are padded, and round to the stored dtype, on the CPU."""
+        """Encode images that have one size once they are padded, and round to the stored dtype, on the CPU."""
         device = next(self.model.parameters()).device
         if not self.options.size:
             images = [pad_to_multiple(image, self.model.downscale) for image in images]
-        x = from_uint8(torch.stack(list(images)).to(device))  # (B, C, H, W)
+        x = self.model.pixel_range.normalise(torch.stack(list(images)).to(device))  # (B, C, H, W)
         with autocast(device.type, self.options.precision):
             posterior = self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
         posterior = in_float32(posterior)
@@ -384,6 +391,11 @@ class EncodeJob:
         if not rounded.isfinite().all():
             raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
         return rounded
+
+
+def _mirrored(image: Tensor) -> Tensor:
+    """(C, H, W) -> (C, H, W), of any dtype, also uint16, which torch's flip does not take."""
+    return image[..., torch.arange(image.shape[-1] - 1, -1, -1)]
 
 
 def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.image import from_uint8, image_to_tensor, read_picture, to_uint8
+from olvae.data.image import image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.devices import FULL, autocast
-from olvae.figures import comparison, error_map, save_image
+from olvae.figures import ARRAYS, comparison, error_map, save_image
 from olvae.files import atomic_write
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import Autoencoder
@@ -55,7 +55,7 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
         taken.update(map(_folded, paths))
         places[image] = paths[0]
         for path in paths:
-            for suffix in (".png", ".npy"):
+            for suffix in (".png", *ARRAYS):
                 if path.with_name(path.name + suffix).resolve() in found:
                     raise ConfigError(f"`out` {out}: {path.name}{suffix} is one of the images: choose another folder")
     return places
@@ -78,13 +78,13 @@ def comparison_path(place: Path) -> Path:
 def reconstruct(
     model: Autoencoder, image: Tensor, options: ReconstructOptions, progress: Callable[[float], None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Encode and decode an image, uint8 (C, H, W) of any size; ``progress`` is called with the fraction that is done.
+    """Encode and decode an image, (C, H, W) of any size; ``progress`` is called with the fraction that is done.
 
-    Return the reconstruction, uint8 of the same shape, on the CPU; and what was decoded, (1, n_z, h, w). Raise
-    ValueError if the reconstruction has non-finite values.
+    Return the reconstruction, levels of the model's range, of the same shape, on the CPU: uint8, or float32 for other
+    than 8 bits; and what was decoded, (1, n_z, h, w). Raise ValueError if the reconstruction has non-finite values.
     """
     size = image.shape[-2], image.shape[-1]
-    x = from_uint8(pad_to_multiple(image[None].to(options.device), model.downscale))
+    x = model.pixel_range.normalise(pad_to_multiple(image[None].to(options.device), model.downscale))
     with autocast(options.device.type, options.precision):
         posterior = model.encode_within(x, options.memory, progress and (lambda done: progress(0.3 * done)))
         del x
@@ -94,7 +94,7 @@ def reconstruct(
         y = model.decode_tiled(z, options.tile, memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
     if not torch.isfinite(y).all():
         raise ValueError("the reconstruction has non-finite values: set `precision` to 32, or check the weights")
-    return _by_rows(lambda rows: to_uint8(rows).cpu(), crop_to(y, size)[0]), z
+    return _by_rows(lambda rows: model.pixel_range.to_levels(rows).cpu(), crop_to(y, size)[0]), z
 
 
 def _by_rows(function: Callable[..., Tensor], *images: Tensor) -> Tensor:
@@ -111,25 +111,32 @@ def reconstruct_file(
 ) -> tuple[float, Path]:
     """Read an image, write its reconstruction and the comparison; return the PSNR in dB and the reconstruction's path.
 
-    It is ``place``.png, or .npy where PNG lacks such channels. Raise ValueError that names the image if it can't be
+    It is ``place``.png, or .npy where PNG lacks such channels; real values are written as the image's kind of file, or
+    .npy. Raise ValueError that names the image if it can't be
     read or reconstructed; then nothing is written.
     """
-    x = image_to_tensor(read_picture(source, model.in_channels))
+    pixels = model.pixel_range
+    image = image_to_tensor(read_picture(source, model.in_channels, pixels))
     try:
-        y, _ = reconstruct(model, x, options, progress)
+        y, _ = reconstruct(model, image, options, progress)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    x = pixels.levels(image)
     value = psnr(x[None], y[None]).item()
     figure = comparison(
         {
-            f"input {x.shape[-1]}x{x.shape[-2]}": x,
-            f"output {value:.2f} dB": y,
+            f"input {x.shape[-1]}x{x.shape[-2]}": pixels.picture(x),
+            f"output {value:.2f} dB": pixels.picture(y),
             "error, white: 64/255": _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
         }
     )
-    result = place.with_name(place.name + (".png" if len(y) in (1, 3, 4) else ".npy"))
+    suffix = ".png" if len(y) in (1, 3, 4) else ".npy"
+    if not pixels.eight_bits:
+        like = source.suffix.lower().replace(".tiff", ".tif")
+        suffix = like if like in ARRAYS else ".npy"
+    result = place.with_name(place.name + suffix)
     result.parent.mkdir(parents=True, exist_ok=True)
-    save_image(y, result)
+    save_image(y if pixels.eight_bits else pixels.real(y), result)
     with atomic_write(comparison_path(place)) as partial:
         figure.save(partial)
     return value, result

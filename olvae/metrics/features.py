@@ -28,7 +28,7 @@ class LPIPSDistance:
         self._network = perceptual_network(trunk, path).to(device)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Two batches of uint8 images (B, 3, H, W) -> float64 (B,)."""
+        """Two batches of images, levels (B, 3, H, W) -> float64 (B,)."""
         if x.shape[1] != 3 or min(x.shape[-2:]) < self._least:
             least = f"3 channels and at least {self._least} pixels"
             raise Unavailable(f"LPIPS needs images of {least}, got {tuple(x.shape[1:])}")
@@ -55,10 +55,11 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """uint8 (B, 3, H, W) -> float32 (B, 2048)."""
+        """Levels (B, 3, H, W) -> float32 (B, 2048)."""
         if images.shape[1] != 3:
             raise Unavailable(f"Inception needs images of 3 channels, got {images.shape[1]}")
         images = images.to(self._device)
+        images = images if images.dtype == torch.uint8 else images.round().to(torch.uint8)
         with full_float32(images):
             (features,) = self._network(images)
         array: Features = features.cpu().numpy()

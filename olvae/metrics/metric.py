@@ -47,7 +47,9 @@ class Metric(ABC):
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Add images and their reconstructions, B keys and twice uint8 (B, C, H, W), on any device.
+        """Add images and their reconstructions, B keys and twice levels (B, C, H, W), on any device.
+
+        Levels are uint8 or, of images that have more than 8 bits, float32 in 0..255.
 
         Raise Unavailable for a size or number of channels that the metric is not defined for.
         """
@@ -75,7 +77,7 @@ class Metric(ABC):
 class PerImage(Metric):
     """The mean over images of a function of each pair, exactly rounded.
 
-    ``compare`` maps x, y, uint8 (B, C, H, W) on the device, to one value per pair (B,).
+    ``compare`` maps x, y, levels (B, C, H, W) on the device, to one value per pair (B,).
     """
 
     def __init__(
@@ -173,32 +175,34 @@ class MetricSet:
 
 
 def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless x and y are uint8 images of one shape (B, C, H, W), with B keys."""
-    if x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.ndim != 4 or x.shape != y.shape or len(keys) != len(x):
+    """Raise ValueError unless x and y are levels, uint8 or float32, of one shape (B, C, H, W), with B keys."""
+    kinds = (torch.uint8, torch.float32)
+    if x.dtype != y.dtype or x.dtype not in kinds or x.ndim != 4 or x.shape != y.shape or len(keys) != len(x):
         got = f"{x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)} and {len(keys)} keys"
-        raise ValueError(f"metrics compare uint8 images of one shape (B, C, H, W), with B keys: got {got}")
+        raise ValueError(f"metrics compare uint8 or float32 images of one shape (B, C, H, W), with B keys: got {got}")
 
 
-# Comparisons of pairs of uint8 images
+# Comparisons of pairs of images, levels in 0..255: uint8, or float32 for images that have more than 8 bits
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """PSNR of each image in dB, infinite for equal ones: uint8 (B, C, H, W) twice -> float64 (B,).
+    """PSNR of each image in dB, infinite for equal ones: levels (B, C, H, W) twice -> float64 (B,).
 
     10 log10(255^2 / mean squared error over the image).
     """
     rows = zip(x.split(64, 2), y.split(64, 2), strict=True)  # large images need little memory, and integers are exact
-    error = torch.stack([(a.int() - b.int()).square().flatten(1).sum(1) for a, b in rows]).sum(0)
+    kind = torch.int if x.dtype == torch.uint8 else torch.double
+    error = torch.stack([(a.to(kind) - b.to(kind)).square().flatten(1).sum(1) for a, b in rows]).sum(0)
     return 10.0 * (255.0**2 / (error.double() / x[0].numel())).log10()
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of |x - y| / 255 over each image: uint8 (B, C, H, W) twice -> float64 (B,)."""
+    """Mean of |x - y| / 255 over each image: levels (B, C, H, W) twice -> float64 (B,)."""
     return (x.double() - y.double()).abs().flatten(1).mean(1) / 255.0
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image: uint8 (B, C, H, W) twice, of at least 11 pixels -> float64 (B,).
+    """SSIM of each image: levels (B, C, H, W) twice, of at least 11 pixels -> float64 (B,).
 
     Gaussian window of 11 pixels, sigma 1.5, K 0.01 and 0.03, range 255, mean over channels; in float32, which is 13
     times as fast as float64 and agrees to 2e-6.
@@ -224,7 +228,7 @@ def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """MS-SSIM of each image as torchmetrics computes it: uint8 (B, C, H, W) twice, of at least 176 pixels -> (B,).
+    """MS-SSIM of each image as torchmetrics computes it: levels (B, C, H, W) twice, of at least 176 pixels -> (B,).
 
     Range 255, the paper's five weights, the window of :func:`ssim`. Each scale averages 2x2 pixels of the one before.
     The first four give their contrast term, averaged over channels and over the positions where the window fits, the

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.files import first_line
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
@@ -53,6 +54,7 @@ class Autoencoder(nn.Module, ABC):
 
     As in FLUX.2 there may be four of them for each channel: of the positions of a 2x2 patch, row by row."""
     force_upcast: bool = False  # whether pipelines in fp16 should decode in float32
+    pixel_range: PixelRange = EIGHT_BITS  # of its images: to [-1, 1] and back to real values
     factors_known: bool = True  # False if the file has none of these factors, so that they are a guess
 
     @property
@@ -226,7 +228,9 @@ class LiteVAE(
                 parameters = count_parameters(build())
             if parameters > max_parameters:
                 raise ConfigError(f"weights of another model, or too large: {parameters:,} parameters")
-        return build().set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
+        model = build().set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
+        model.pixel_range = PixelRange.from_node(spec.pixel_range, "pixel_range")
+        return model
 
     def set_for_diffusion(self, values: Mapping[str, Any]) -> "LiteVAE":
         """Set some or all of :attr:`Autoencoder.for_diffusion`."""
@@ -332,7 +336,8 @@ class LiteVAE(
 
     def export_config(self) -> Config:
         """The config.json of an export; ValueError as :meth:`AutoencoderSpec.to_export`."""
-        spec = AutoencoderSpec(**self.config, folded=self.folded, **self.for_diffusion)
+        given = {"folded": self.folded, "pixel_range": self.pixel_range.as_node(), **self.for_diffusion}
+        spec = AutoencoderSpec(**self.config, **given)
         decoder = self.decoder.node["params"]
         return spec.to_export(
             # Pipelines count the entries of block_out_channels to know by how much the latent is smaller.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.data.image import from_uint8, to_uint8
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import LoaderProcess, Source
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
@@ -112,20 +112,21 @@ def start_linearly(
     began = monotonic()
     crops = training_crops(source, seed, model.downscale)
     model.to(device)
-    latents = fit_linear_paths(model, crops, teacher)
+    pixels = source.pixel_range
+    latents = fit_linear_paths(model, crops, teacher, pixels)
     values = []
     if model.decoder.linear is not None:
         samples = source.once(LoaderProcess())
         for image in islice((s.image for s in samples if s.image is not None), MEASURED_IMAGES):
             with torch.no_grad():
-                y = model.decoder.linear_path(latents(from_uint8(image[None].to(device))))
-            values.append(float(psnr(image[None], to_uint8(y).cpu())))
+                y = model.decoder.linear_path(latents(pixels.normalise(image[None].to(device))))
+            values.append(float(psnr(pixels.levels(image[None]), pixels.to_levels(y).cpu())))
     mean = sum(values) / len(values) if values else None
     return LinearStart(len(crops), mean, len(values), monotonic() - began)
 
 
 def training_crops(source: Source, seed: int, factor: int) -> Tensor:
-    """The first training crops of a seed, read once: uint8 (N, C, H, W).
+    """The first training crops of a seed, read once: (N, C, H, W).
 
     N is such that they have :data:`POSITIONS` latent positions, within :data:`CROPS` and :data:`CROP_BYTES`.
     """
@@ -136,13 +137,16 @@ def training_crops(source: Source, seed: int, factor: int) -> Tensor:
 
 
 @torch.no_grad()
-def fit_linear_paths(model: LiteVAE, crops: Tensor, teacher: Means | None = None) -> Means:
+def fit_linear_paths(
+    model: LiteVAE, crops: Tensor, teacher: Means | None = None, pixel_range: PixelRange = EIGHT_BITS
+) -> Means:
     """Set the encoder's path to whitened principal components, the decoder's to least squares from 3x3 latents.
 
     Args:
         model: of fresh weights, so that an encoder with a linear path is nothing else.
-        crops: uint8 (N, C, H, W).
+        crops: (N, C, H, W), as they are read.
         teacher: its posterior's means; the encoder's path becomes least squares to them, the decoder's from them.
+        pixel_range: of the crops.
 
     Returns:
         The latents that the decoder's path was fitted to.
@@ -152,7 +156,7 @@ def fit_linear_paths(model: LiteVAE, crops: Tensor, teacher: Means | None = None
 
     def batches() -> Iterator[Tensor]:
         together = max(1, PART * f**2 // crops[0, 0].numel())
-        return (from_uint8(part.to(device)) for part in crops.split(together))
+        return (pixel_range.normalise(part.to(device)) for part in crops.split(together))
 
     if (path := model.encoder.linear) is not None:
         if teacher is None:

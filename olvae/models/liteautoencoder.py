@@ -211,6 +211,7 @@ class LiteAutoencoderKL(ValidatedModule):
     def check(self, source: Source) -> None:
         """Raise ConfigError if a source's images do not fit in size or channels, or a part can't use them."""
         f, channels = self.autoencoder.downscale, self.encoder.in_channels
+        self.pixel_range = source.pixel_range
         if source.size % f:
             raise ConfigError(
                 f"data.params.size: {source.size} is not a multiple of {f}, the model's downscaling factor: "

@@ -40,7 +40,7 @@ FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std"
 """Arguments of :class:`AutoencoderSpec` for the pipeline of a diffusion model; they change nothing here."""
 
 IN_TRAINING = (*NETWORKS, "initial_logvar", *FOR_DIFFUSION)
-IN_EXPORT = (*NETWORKS, "folded", *FOR_DIFFUSION)
+IN_EXPORT = (*NETWORKS, "folded", *FOR_DIFFUSION, "pixel_range")
 
 DERIVED = (
     *("block_out_channels", "in_channels", "latent_channels", "out_channels", "sample_size"),
@@ -60,6 +60,7 @@ class AutoencoderSpec:
     Args:
         folded: the self-modulated convolutions are ordinary ones.
         latents_mean, latents_std: n_z numbers each, or 4 n_z of 2x2 patches; None for most autoencoders.
+        pixel_range: of the images, ``data.params.range`` of the training; None for 8 bits.
     """
 
     encoder_config: Node
@@ -73,6 +74,7 @@ class AutoencoderSpec:
     latents_mean: Sequence[float | int] | None = None
     latents_std: Sequence[float | int] | None = None
     force_upcast: bool = False
+    pixel_range: Mapping[str, Any] | Sequence[Any] | None = None
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], origin: str, only_ours: bool) -> "AutoencoderSpec":
@@ -87,6 +89,7 @@ class AutoencoderSpec:
             given = node.get("params") if isinstance(node, Mapping) else None
             params = {key: given[key] for key in IN_TRAINING if key in given} if isinstance(given, Mapping) else {}
             params = {key: value for key, value in params.items() if value is not None or key not in FOR_DIFFUSION}
+            params["pixel_range"] = _range_in(content)
         else:
             _check_export(content, origin)
             params, origin = {key: content[key] for key in IN_EXPORT if key in content}, f"{origin}: "
@@ -114,11 +117,20 @@ class AutoencoderSpec:
             if not target.startswith(OURS):
                 raise ValueError(f"{target} is a network of your own: an export holds networks of this package only")
         arguments = {name: getattr(self, name) for name in IN_EXPORT}
+        if self.pixel_range is None:
+            del arguments["pixel_range"]  # other tools know nothing of it
         try:
             content: Config = json.loads(json.dumps({"_class_name": CLASS_NAME, **arguments, **derived}))
         except TypeError as error:
             raise ValueError(f"a network has an argument that JSON can't represent: {error}") from error
         return content
+
+
+def _range_in(config: Mapping[str, Any]) -> Any:
+    """The range of the images that a training config states."""
+    data = config.get("data")
+    params = data.get("params") if isinstance(data, Mapping) else None
+    return params.get("range") if isinstance(params, Mapping) else None
 
 
 def read_config(path: str | Path, received: bool = False) -> Config:
@@ -178,6 +190,8 @@ def _check_export(content: Mapping[str, Any], origin: str) -> None:
 def oversized(params: Mapping[str, Any]) -> Iterator[str]:
     """Yield an error for each size too large to build even on the meta device."""
     for key, value in params.items():
+        if key == "pixel_range":
+            continue
         if isinstance(value, Mapping):
             yield from (f"{key}.{line}" for line in oversized(value))
             continue

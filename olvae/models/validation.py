@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olvae.data.image import from_uint8, to_uint8
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch
 from olvae.metrics import MakeMetrics, build_metrics
 from olvae.metrics.metric import MetricSet
@@ -33,6 +33,7 @@ class ValidatedModule(pl.LightningModule):
     freeze_encoder: bool
     freeze_decoder: bool
     channels_last: bool
+    pixel_range: PixelRange = EIGHT_BITS  # of the source's images
 
     def __init__(self, val_metrics: Sequence[str] = (), weights_dir: str | None = None) -> None:
         super().__init__()
@@ -46,7 +47,9 @@ class ValidatedModule(pl.LightningModule):
     @property
     def autoencoder(self) -> LiteVAE:
         """The plain module over the same weights (a view: cheap to make, nothing is copied)."""
-        return LiteVAE(self.encoder, self.decoder, self.quantizer).set_for_diffusion(self.for_diffusion)
+        vae = LiteVAE(self.encoder, self.decoder, self.quantizer).set_for_diffusion(self.for_diffusion)
+        vae.pixel_range = self.pixel_range
+        return vae
 
     @property
     def _average(self) -> WeightAverage | None:
@@ -63,8 +66,8 @@ class ValidatedModule(pl.LightningModule):
         return next((part.stand_in for part in self.each_part if part.stand_in is not None), None)
 
     def images(self, batch: Batch) -> Tensor:
-        """The batch's uint8 images in [-1, 1], (B, C, H, W)."""
-        x = from_uint8(batch["image"])
+        """The batch's images in [-1, 1], (B, C, H, W)."""
+        x = self.pixel_range.normalise(batch["image"])
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
@@ -104,17 +107,17 @@ class ValidatedModule(pl.LightningModule):
             self._metrics["val_raw"] = make()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, x = self.images(batch), batch["image"]
+        images, x = self.images(batch), self.pixel_range.levels(batch["image"])
         keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
         moments = batch.get("moments")
-        self._metrics["val"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
+        self._metrics["val"].update(keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0]))
         for part in self.each_part:
             for name, mean in part.validate(cast("Any", self), images, moments).items():
                 summed = np.array([float(mean) * len(x), len(x)])
                 self._sums[part.name, name] = self._sums.get((part.name, name), 0.0) + summed
         if (average := self._average) is not None:
             with average.weights_as_trained():
-                self._metrics["val_raw"].update(keys, x, to_uint8(self(images, moments=moments)[0]))
+                self._metrics["val_raw"].update(keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0]))
 
     def _gather(self) -> None:
         """Take in what the other processes validated."""

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
-from olvae.data.image import to_uint8
 from olvae.data.source import Batch, Loader
 from olvae.devices import Agreement
 from olvae.figures import error_map, labelled_grid
@@ -54,18 +53,18 @@ class ImageGrids(Callback):
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
         moments = batch["moments"][: self.count] if "moments" in batch else None
-        images = batch["image"][: self.count]
-        decoded, posterior = pl_module(pl_module.images({"image": images}), moments=moments)
-        reconstruction = to_uint8(decoded)
+        pixels = pl_module.pixel_range
+        decoded, posterior = pl_module(pl_module.images({"image": batch["image"][: self.count]}), moments=moments)
+        images, reconstruction = pixels.levels(batch["image"][: self.count]), pixels.to_levels(decoded)
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(posterior.mean)
-        samples = to_uint8(pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise)))
+        samples = pixels.to_levels(pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise)))
         step = trainer.global_step
         grid = labelled_grid(
             {
-                f"input, held out, step {step}": images.cpu(),
-                "reconstruction": reconstruction.cpu(),
+                f"input, held out, step {step}": pixels.picture(images).cpu(),
+                "reconstruction": pixels.picture(reconstruction).cpu(),
                 "error, black 0 to white 64 of 255": error_map(images, reconstruction),
-                "decoded from N(0, I): noise is expected": samples.cpu(),
+                "decoded from N(0, I): noise is expected": pixels.picture(samples).cpu(),
             }
         )
         path = current_run(trainer).images / f"step={step:08d}.png"

@@ -9,7 +9,8 @@ import torch
 from olvae.cli.encode import _encoder
 from olvae.cli.main import main
 from olvae.config import ConfigError
-from olvae.data.image import image_to_tensor, read_picture, to_uint8
+from olvae.data.image import image_to_tensor, read_picture
+from olvae.data.pixels.ranges import to_uint8
 from olvae.data.shards.write import ResumableShards
 from tests.export.latents import everything, pictures, tiny_vae
 from tests.test_devices import fork_two

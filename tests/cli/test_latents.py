@@ -10,8 +10,9 @@ from PIL import Image
 
 from olvae.cli.main import main
 from olvae.config import load, save
-from olvae.data.image import EvalTransform, from_uint8, image_to_tensor, read_picture
+from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
+from olvae.data.pixels.ranges import from_uint8
 from olvae.models.loading.targets import find_target
 from tests.models.loading.test_targets import taesd
 from tests.test_devices import fork_two

@@ -8,15 +8,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from olvae.data.image import (
-    Photo,
-    RandomScaleCrop,
-    from_uint8,
-    image_to_tensor,
-    read_picture,
-    tensor_to_picture,
-    to_uint8,
-)
+from olvae.data.image import Photo, RandomScaleCrop, image_to_tensor, read_picture, tensor_to_picture
+from olvae.data.pixels.ranges import from_uint8, to_uint8
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded, picture
 
@@ -242,7 +235,7 @@ def test_arrays_of_any_number_of_channels(tmp_path):
     with pytest.raises(ValueError, match="cut"):
         read_picture(tmp_path / "cut.npy", 7)
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"read from \.npy files"):
+    with pytest.raises(ValueError, match=r"read from \.npy"):
         read_picture(tmp_path / "a.png", 7)
 
 

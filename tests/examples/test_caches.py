@@ -10,7 +10,8 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from olvae.data.image import from_uint8, image_to_tensor
+from olvae.data.image import image_to_tensor
+from olvae.data.pixels.ranges import from_uint8
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, keyed_generator
 from tests.data.images import encoded, picture, write_tar

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load
 
 from olvae.config import ConfigError
-from olvae.data.image import EvalTransform, from_uint8, image_to_tensor
+from olvae.data.image import EvalTransform, image_to_tensor
 from olvae.data.picture_folder import find_images
+from olvae.data.pixels.ranges import from_uint8
 from olvae.evaluation.latent_statistics import LatentAccumulator
 from olvae.export.encoding import find_inputs
 from olvae.models.large.tiling import pad_to_multiple

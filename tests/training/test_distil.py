@@ -12,8 +12,8 @@ import torch
 
 from olvae import LiteVAE
 from olvae.config import ConfigError, load, save, validate
-from olvae.data.image import from_uint8
 from olvae.data.picture_folder import FolderSource
+from olvae.data.pixels.ranges import from_uint8
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE

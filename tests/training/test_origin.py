@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from olvae import LiteVAE
 from olvae.cli.main import main
 from olvae.config import ConfigError, load, save, validate
-from olvae.data.image import from_uint8
 from olvae.data.picture_folder import FolderSource
+from olvae.data.pixels.ranges import from_uint8
 from olvae.losses.objective import Objective
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target

@@ -97,7 +97,8 @@ def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | R
         return True
 
     for group in group_by_keys(_files(shard.url, errors), handler=skip):
-        extension = next((ext for ext in group if is_image(ext, image_key)), None)
+        images = [ext for ext in group if is_image(ext, image_key)]  # a .npz beside a picture is something else
+        extension = min(images, key=lambda ext: ext.endswith("npz"), default=None)
         if extension is not None:
             key = legible(group["__key__"])
             others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}

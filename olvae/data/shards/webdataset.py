@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
+from olvae.data.pixels.ranges import RangeNode
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
@@ -22,7 +23,7 @@ class ShardSource(Source):
         train, val: the shards, with their counts where they are known.
         shuffle: entries in a block that is shuffled.
         image_key: the extension of the file that is read in a group; by default the first that is an image's.
-        size, batch_size, num_workers, channels, max_unreadable: see :class:`Source`.
+        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`Source`.
 
     Raises ValueError: a batch is larger than the training images of an epoch.
     """
@@ -38,8 +39,9 @@ class ShardSource(Source):
         num_workers: int,
         channels: int = 3,
         max_unreadable: float = 0.01,
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
-        super().__init__(size, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(size, batch_size, num_workers, channels, max_unreadable, range)
         if shuffle < 1:
             raise ValueError(f"shuffle must be at least 1, got {shuffle}")
         self.train, self.val = train, val
@@ -131,7 +133,7 @@ class WebDatasetSource(ShardSource):
     Args:
         shards: a folder of .tar files; a pattern such as ``data/{000..127}.tar``; URLs (http, s3, gs, hf and others
             of fsspec), ``pipe:`` commands; or a list of these.
-        size, batch_size, num_workers, channels, max_unreadable: see :class:`~olvae.data.source.Source`.
+        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
         val_shards: the validation and test images; without it the last shards are held out.
         val_fraction: without val_shards, the share of the shards that is held out, at least one.
         index: path or URL of the shards' ``index.json``; that of local shards is found beside them.
@@ -161,6 +163,7 @@ class WebDatasetSource(ShardSource):
         flip: bool = True,
         channels: int = 3,
         max_unreadable: float = 0.01,
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
         self.transform = RandomScaleCrop(size, min_fraction, filters, flip)
         found = find_shards(shards)
@@ -174,7 +177,7 @@ class WebDatasetSource(ShardSource):
                         f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
                     )
         parts = with_counts(train, index, image_key), with_counts(val, None if given else index, image_key)
-        super().__init__(*parts, shuffle, image_key, size, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(*parts, shuffle, image_key, size, batch_size, num_workers, channels, max_unreadable, range)
 
     def describe(self) -> str:
         counts = (self.samples_per_epoch, self.val_images)
@@ -182,11 +185,14 @@ class WebDatasetSource(ShardSource):
         return f"{train} training images in {len(self.train)} shards, {val} validation and test images"
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
-        image = self.transform(Photo(entry.data, entry.name, self.channels), rng)
+        image = self.transform(self._photo(entry), rng)
         return Sample(image_to_tensor(image), entry.key)
 
     def val_sample(self, entry: Entry) -> Sample:
-        return eval_sample(Photo(entry.data, entry.name, self.channels), entry.key, self.eval_transform)
+        return eval_sample(self._photo(entry), entry.key, self.eval_transform)
+
+    def _photo(self, entry: Entry) -> Photo:
+        return Photo(entry.data, entry.name, self.channels, self.pixel_range)
 
 
 class _Block(NamedTuple):

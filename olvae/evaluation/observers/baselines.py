@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.config.sources import is_local
-from olvae.data.image import from_uint8, image_to_tensor, tensor_to_picture, to_uint8
+from olvae.data.image import image_to_tensor, tensor_to_picture
 from olvae.data.opening import open_test_source
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, from_uint8, to_uint8
 from olvae.data.shards.webdataset import ShardSource
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.files import first_line
@@ -29,16 +30,25 @@ UNTRAINED = "untrained"  # a baseline's name, which no target may have
 class Bicubic(Autoencoder):
     """Shrink images by a factor and enlarge them again, both with Pillow's antialiased bicubic."""
 
-    def __init__(self, factor: int, channels: int = 3) -> None:
+    def __init__(self, factor: int, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> None:
         super().__init__()
+        self.pixel_range = pixel_range
         self.downscale = factor
         self.in_channels = self.latent_channels = channels
 
     def encode(self, x: Tensor) -> Deterministic:
-        return Deterministic(_resized(x, x.shape[-1] // self.downscale, x.shape[-2] // self.downscale))
+        return Deterministic(self._resized(x, x.shape[-1] // self.downscale, x.shape[-2] // self.downscale))
 
     def decode(self, z: Tensor) -> Tensor:
-        return _resized(z, z.shape[-1] * self.downscale, z.shape[-2] * self.downscale)
+        return self._resized(z, z.shape[-1] * self.downscale, z.shape[-2] * self.downscale)
+
+    def _resized(self, images: Tensor, width: int, height: int) -> Tensor:
+        """Float images in [-1, 1], through pictures of another size."""
+        rounds = self.pixel_range.eight_bits
+        pictures = (tensor_to_picture(image) for image in (to_uint8(images) if rounds else images).cpu())
+        resized = [image_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
+        batch = torch.stack(resized).to(images.device)
+        return from_uint8(batch) if rounds else batch
 
 
 class Baselines(Observer):
@@ -60,7 +70,7 @@ class Baselines(Observer):
         rows: dict[str, Autoencoder] = {}
         if (code := self._linear_code(untrained)) is not None:
             rows[f"linear, {untrained.latent_channels} numbers for {f}x{f} pixels"] = code
-        rows[f"bicubic, {f}x smaller and back"] = Bicubic(f, untrained.in_channels)
+        rows[f"bicubic, {f}x smaller and back"] = Bicubic(f, untrained.in_channels, untrained.pixel_range)
         if not (isinstance(untrained, LiteVAE) and (untrained.encoder.linear or untrained.decoder.linear)):
             rows[UNTRAINED] = untrained
         return {**subjects, **{name: Subject(model, baseline=True) for name, model in rows.items()}}
@@ -72,7 +82,8 @@ class Baselines(Observer):
             log.warning("the linear code has no row: covariances of patches of %dx%d pixels are too large", f, f)
             return None
         try:
-            source = open_test_source(self._target.config, self._fit, channels=channels)
+            pixels = like.pixel_range
+            source = open_test_source(self._target.config, self._fit, channels=channels, pixel_range=pixels)
             shards = source.train if isinstance(source, ShardSource) else ()
             if remote := [shard.url for shard in shards if not is_local(shard.url)]:
                 log.warning(
@@ -85,12 +96,5 @@ class Baselines(Observer):
             log.warning("the linear code has no row, without the images of the training: %s", first_line(error))
             return None
         code = LiteVAE(LinearEncoder(2 * n, channels, f), LinearDecoder(n, channels, f))
-        fit_linear_paths(code, crops)
+        fit_linear_paths(code, crops, pixel_range=source.pixel_range)
         return code.eval()
-
-
-def _resized(images: Tensor, width: int, height: int) -> Tensor:
-    """Float images in [-1, 1], through 8-bit pictures of another size."""
-    pictures = (tensor_to_picture(image) for image in to_uint8(images).cpu())
-    resized = [image_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
-    return from_uint8(torch.stack(resized).to(images.device))

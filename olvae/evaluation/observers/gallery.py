@@ -115,7 +115,8 @@ class Gallery(Observer):
         metric = self._metric
         if metric is not None and metric in batch.values and not batch.draw and batch.target != UNTRAINED:
             ranking = self.rankings.setdefault(batch.target, Ranking(METRICS[metric].better))
-            ranking.add(batch.keys, [batch.values[metric][key] for key in batch.keys], batch.x, batch.y)
+            x, y = batch.pixel_range.picture(batch.x), batch.pixel_range.picture(batch.y)
+            ranking.add(batch.keys, [batch.values[metric][key] for key in batch.keys], x, y)
 
     def state(self) -> Any:
         return self._metric, self.rankings

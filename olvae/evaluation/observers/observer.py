@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 from torch import Tensor
 
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.evaluation.page import Page
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
@@ -29,10 +30,11 @@ class Observation:
     target: str  # the subject's name
     draw: int  # number of the way to draw latents: 0 is that of the first protocol; baselines have no other
     keys: Sequence[str]  # of the B images
-    x: Tensor  # images, uint8 (B, C, H, W), on the CPU
+    x: Tensor  # images, levels of their range, (B, C, H, W), on the CPU: uint8, or float32 for other than 8 bits
     y: Tensor  # their reconstructions, likewise
     latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device that computes
     values: Mapping[str, Mapping[str, float]]  # by name of a metric of single images, its values so far by key
+    pixel_range: PixelRange = EIGHT_BITS
 
 
 class Observer:

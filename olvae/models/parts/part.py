@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import Node, instantiate, resolve_class
-from olvae.data.image import from_uint8
 from olvae.data.source import Source
 from olvae.modules.distributions import DiagonalGaussian, Posterior
 
@@ -142,4 +141,4 @@ def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -
 
 def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:
     """The first training images of a run, one by one, (1, C, H, W) in [-1, 1]: the same in every process."""
-    return (from_uint8(image[None].to(device)) for image in source.first_images(seed, count))
+    return (source.pixel_range.normalise(image[None].to(device)) for image in source.first_images(seed, count))

@@ -6,8 +6,8 @@ import torch
 
 from olvae.config import save
 from olvae.data.dataset import SamplePhotographs
-from olvae.data.image import to_uint8
 from olvae.data.picture_folder import FolderSource
+from olvae.data.pixels.ranges import to_uint8
 from olvae.data.source import LoaderProcess
 from olvae.evaluation.observers import baselines
 from olvae.evaluation.observers.baselines import UNTRAINED, Baselines

@@ -1,0 +1,200 @@
+"""Read files of pixels that Pillow would cut to 8 bits or refuse: 16-bit PNG, TIFF, EXR, .npy and .npz."""
+
+import io
+import math
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from olvae.config import ConfigError
+
+Array = NDArray[np.generic]
+
+DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
+MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each takes up to 20 bytes while it is read
+MAX_VALUES = 2**28  # of an array, all channels: 1 GiB in float32
+MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
+
+PNG, MAGIC = (
+    b"\x89PNG\r\n\x1a\n",
+    {
+        b"\x93NUMPY": ".npy",
+        b"PK\x03\x04": ".npz",
+        b"II*\0": ".tif",
+        b"MM\0*": ".tif",
+        b"II+\0": ".tif",
+        b"MM\0+": ".tif",
+        b"v/1\x01": ".exr",
+    },
+)
+
+
+class Pixels(NamedTuple):
+    """An array (H, W, C) of the file's dtype, and the value that the file itself calls missing, if it does."""
+
+    array: Array
+    nodata: float | None = None
+
+
+def array_suffix(content: Path | bytes) -> str | None:
+    """The usual extension of a file of an array, by its first bytes; None for one that Pillow reads whole.
+
+    A PNG of 8 bits is one for Pillow; for a TIFF the caller has to know. Raises OSError.
+    """
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            start = file.read(26)
+    else:
+        start = content[:26]
+    if start.startswith(PNG):
+        return ".png" if start[24:25] == b"\x10" else None
+    return next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), None)
+
+
+def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
+    """Read a file of an array, known by its first bytes, after a look at its size and type.
+
+    Args:
+        channels: that it must have; 0 for any number.
+
+    Raises:
+        ValueError, OSError, and a library's own errors: it is broken, or not such a file.
+        ConfigError: a library is missing.
+    """
+    suffix = array_suffix(content)
+    if suffix is None:
+        raise ValueError("8 bits per channel, or no known format of arrays")
+
+    def check(shape: Sequence[int], dtype: Any) -> None:
+        _check(shape, np.dtype(dtype), channels)
+
+    with ExitStack() as stack:
+        stream: Any = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+        file: BinaryIO = stack.enter_context(stream)
+        array, nodata = READERS[suffix](file, check)
+    if array.ndim == 2:
+        array = array[..., None]
+    check(array.shape, array.dtype)
+    return Pixels(array, nodata)
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError for a picture that would take too much memory."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"its header claims {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_RATIO} times the other")
+
+
+def _check(shape: Sequence[int], dtype: np.dtype[Any], channels: int) -> None:
+    """Raise ValueError unless an array is (H, W) or (H, W, C), of a known type and no larger than memory allows."""
+    wanted = f"(H, W, {channels or 'channels'})" + ("" if channels > 1 else " or (H, W)")
+    if dtype.name not in DTYPES:
+        raise ValueError(f"expected {', '.join(DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}")
+    if len(shape) not in (2, 3) or 0 in shape or (channels and (shape[2] if len(shape) == 3 else 1) != channels):
+        raise ValueError(f"expected shape {wanted}, got {dtype} of shape {tuple(shape)}")
+    check_size(shape[1], shape[0])
+    if (values := math.prod(shape)) > MAX_VALUES:
+        raise ValueError(f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: cut it into tiles")
+
+
+Check = Callable[[Sequence[int], Any], None]
+
+
+def _npy(file: BinaryIO, check: Check) -> Pixels:
+    reading: Any = np.lib.format
+    version = reading.read_magic(file)
+    header = reading.read_array_header_1_0 if version == (1, 0) else reading.read_array_header_2_0
+    shape, _, dtype = header(file)
+    check(shape, dtype)
+    file.seek(0)
+    return Pixels(reading.read_array(file, allow_pickle=False))
+
+
+def _npz(file: BinaryIO, check: Check) -> Pixels:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if len(names) != 1:
+            raise ValueError(f"expected one array in it, got {len(names)}: {', '.join(names[:3])}")
+        with archive.open(names[0]) as stored:
+            return _npy(stored, check)  # type: ignore[arg-type]
+
+
+def _png(file: BinaryIO, check: Check) -> Pixels:
+    from_bytes = _library("imagecodecs").png_decode
+    header = file.read(26)
+    samples = {0: 1, 2: 3, 4: 2, 6: 4}.get(header[25], 0)
+    check((int.from_bytes(header[20:24], "big"), int.from_bytes(header[16:20], "big"), samples), np.uint16)
+    file.seek(0)
+    return Pixels(from_bytes(file.read()))
+
+
+def _tiff(file: BinaryIO, check: Check) -> Pixels:
+    """One image with bands, interleaved or in planes; or pages of one size, which are bands."""
+    import tifffile
+
+    end = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        whole = [one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)]
+        if len(whole) != 1:
+            raise ValueError(f"it holds {len(whole)} images, not one: save each in a file of its own")
+        axes, shape = whole[0].axes, whole[0].shape
+        if axes[-3:] == "YXS" and len(axes) == 3:
+            bands_last = True
+        elif axes[-2:] == "YX" and len(axes) in (2, 3):
+            bands_last = len(axes) == 2
+        else:
+            raise ValueError(f"its axes are {axes}: expected one image with bands, or a page for each band")
+        check(shape if bands_last else (*shape[1:], shape[0]), whole[0].dtype)
+        for page in whole[0].pages:
+            parts = zip(page.dataoffsets, page.databytecounts, strict=True) if page is not None else ()
+            if any(start + count > end for start, count in parts):
+                raise ValueError("the file ends before its pixels")
+        array = whole[0].asarray(maxworkers=1)
+        tag = whole[0].keyframe.tags.get(42113)  # GDAL's, a text
+    nodata = None if tag is None else float(tag.value)
+    return Pixels(array if bands_last else np.moveaxis(array, 0, -1), nodata)
+
+
+def _exr(file: BinaryIO, check: Check) -> Pixels:
+    """One part, its channels in the order R, G, B, A or else of their names."""
+    exr = _library("OpenEXR")
+    with exr.File(file, separate_channels=True, header_only=True) as header:
+        if len(header.parts) != 1:
+            raise ValueError(f"it has {len(header.parts)} parts, not one")
+        low, high = (np.asarray(corner, dtype=int) for corner in header.header()["dataWindow"])
+        width, height = (high - low + 1).tolist()
+        check((height, width, len(header.header()["channels"])), np.float32)
+    file.seek(0)
+    with exr.File(file, separate_channels=True, num_threads=0) as whole:
+        if not whole.parts:
+            raise ValueError("the file ends before its pixels")
+        channels = whole.channels()
+        colour = list("RGBA")[: len(channels)]
+        names = colour if set(colour) == set(channels) else sorted(channels)
+        planes = [np.asarray(channels[name].pixels) for name in names]
+    if any(plane.shape != (height, width) for plane in planes):
+        raise ValueError("its channels have several sizes")
+    return Pixels(np.stack(planes, axis=-1))
+
+
+def _library(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ConfigError(f"reading this kind of file needs {name}: pip install 'open-litevae[pixels]'") from error
+
+
+READERS: dict[str, Callable[[BinaryIO, Check], Pixels]] = {
+    ".npy": _npy,
+    ".npz": _npz,
+    ".png": _png,
+    ".tif": _tiff,
+    ".exr": _exr,
+}

@@ -1,0 +1,123 @@
+"""Measure the values of a source's images: percentiles per channel, and a range to state by them."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from olvae.config.sources import holds_shards
+from olvae.data.image import Photo, image_to_tensor
+from olvae.data.opening import open_images
+from olvae.data.pixels.ranges import AS_STORED
+from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.shards.index import find_shards
+from olvae.data.shards.tar_reading import Shard, read_shard
+
+PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
+LOW, HIGH = 1, 5  # of these, the ends of the range that is proposed
+VALUES_PER_IMAGE = 2**14  # of a channel
+
+
+@dataclass
+class Measured:
+    """Values of a source.
+
+    Args:
+        images: that were read.
+        kinds: images by dtype.
+        percentiles: (channels, 7), those of :data:`PERCENTILES` over finite values.
+        missing: share of the values that are not finite.
+        unreadable: names and reasons.
+    """
+
+    images: int
+    kinds: Mapping[str, int]
+    percentiles: NDArray[np.float64]
+    missing: float
+    unreadable: list[ReadError] = field(default_factory=list)
+
+    def line(self) -> str:
+        """``range: ...`` for a config: from the percentile .1 to 99.9, for all channels or each."""
+        pairs = [[float(low), float(high)] for low, high in self._ends()]
+        return f"range: {{pairs: {json.dumps(pairs if len(pairs) > 1 else pairs[0])}, outside: clip}}"
+
+    def _ends(self) -> Iterator[tuple[float, float]]:
+        for row in self.percentiles:
+            low = max(_rounded(row[LOW], math.floor), row[0])
+            high = min(_rounded(row[HIGH], math.ceil), row[-1])
+            yield low, high if high > low else low + 1.0
+
+    def table(self) -> Table:
+        table = Table("channel", *(f"{p:g} %" for p in PERCENTILES), box=None)
+        for number, row in enumerate(self.percentiles):
+            table.add_row(str(number), *(f"{value:.5g}" for value in row))
+        return table
+
+
+def measure(src: str, images: int = 200) -> Measured:
+    """Read up to ``images`` images, evenly spread or the first of shards, and some values of each.
+
+    Raises ValueError: none can be read, or they differ in their number of channels.
+    """
+    kinds: Counter[str] = Counter()
+    parts: list[NDArray[np.float64]] = []
+    unreadable: list[ReadError] = []
+    for photo in _photos(src, images, unreadable):
+        values = image_to_tensor(photo.read()).flatten(1)  # (C, H W)
+        kinds[str(values.dtype).removeprefix("torch.")] += 1
+        part = values[:, :: max(1, values.shape[1] // VALUES_PER_IMAGE)].double().numpy()
+        if parts and len(part) != len(parts[0]):
+            raise ValueError(f"{photo.name}: {len(part)} channels, but those before it have {len(parts[0])}")
+        parts.append(part)
+    if not parts:
+        reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:1])
+        raise ValueError(f"{src}: no images can be read{': ' if reasons else ''}{reasons}")
+    together = np.concatenate(parts, axis=1)
+    finite = np.isfinite(together)
+    if not finite.any(1).all():
+        raise ValueError(f"{src}: channel {int(np.argmin(finite.any(1)))} has no finite values")
+    rows = np.stack([np.percentile(row[good], PERCENTILES) for row, good in zip(together, finite, strict=True)])
+    return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable)
+
+
+def _photos(src: str, count: int, unreadable: list[ReadError]) -> Iterator[Photo]:
+    opened = _from_shards(src) if holds_shards(src) else _from_images(src, count)
+    read = 0
+    while read < count:
+        try:
+            photo = next(opened, None)
+            if photo is None:
+                return
+            photo = photo()
+        except UnreadableImageError as error:
+            unreadable.append(error.read_error())
+            continue
+        read += 1
+        yield photo
+
+
+def _from_images(src: str, count: int) -> Iterator[Any]:
+    found = open_images(src, 0, AS_STORED)
+    for index in sorted({int(i) for i in np.linspace(0, len(found) - 1, min(count, len(found)))}):
+        yield lambda index=index: found[index]
+
+
+def _from_shards(src: str) -> Iterator[Any]:
+    for url in find_shards(src):
+        for entry in read_shard(Shard(url)):
+            if not isinstance(entry, ReadError):
+                yield lambda entry=entry: Photo(entry.data, entry.name, 0, AS_STORED)
+
+
+def _rounded(value: float, to: Any) -> float:
+    """To four digits, outwards."""
+    if value == 0.0:
+        return 0.0
+    step = 10.0 ** (math.floor(math.log10(abs(value))) - 3)
+    return float(f"{to(value / step) * step:.6g}")

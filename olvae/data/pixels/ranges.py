@@ -1,0 +1,212 @@
+"""The stated range of pixel values: real values to [-1, 1] and back, to the scale of the metrics, to pictures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from olvae.config import ConfigError
+
+Values = Literal["linear", "log", "log1p"]
+Outside = Literal["clip", "error"]
+Number = float | int
+
+RangeSettings = TypedDict(  # noqa: UP013  (an assignment, which `validate` can evaluate without an import)
+    "RangeSettings",
+    {
+        "pairs": Sequence[Number] | Sequence[Sequence[Number]],
+        "values": Values,
+        "outside": Outside,
+        "nodata": Number,
+        "shown": Sequence[int],
+        "stretch": Sequence[Number],
+    },
+    total=False,
+)
+
+RangeNode = RangeSettings | Sequence[Number] | Sequence[Sequence[Number]]
+"""``data.params.range``: a pair, a pair for each channel, or a mapping with these as ``pairs``."""
+
+Array = NDArray[np.generic]
+
+
+def from_uint8(x: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1]: x / 127.5 - 1."""
+    return x.float() / 127.5 - 1.0
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Floats, nominally in [-1, 1] -> uint8 in 0..255, clamped and rounded; the inverse of from_uint8."""
+    return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class PixelRange:
+    """The values that become -1 and 1, for all channels or each channel, and what becomes of others.
+
+    Metrics and pictures see levels: 0 to 255 over the range, uint8 for 8-bit images and float32 for others.
+
+    Args:
+        low, high: one number for all channels, or one for each.
+        values: what is linear between them: the value, its logarithm, or the logarithm of 1 + value.
+        outside: values outside become the nearest end, or make an image unreadable.
+        nodata: a value that stands for a missing one; images with it, with NaN or infinity are unreadable.
+        shown: channels of pictures, counted from 0, one or three; by default the first three.
+        stretch: fractions of the range that pictures show as black and white.
+        eight_bits: images are uint8, in 0 to 255.
+    """
+
+    low: tuple[float, ...] = (0.0,)
+    high: tuple[float, ...] = (255.0,)
+    values: Values = "linear"
+    outside: Outside = "error"
+    nodata: float | None = None
+    shown: tuple[int, ...] | None = None
+    stretch: tuple[float, float] = (0.0, 1.0)
+    eight_bits: bool = False
+
+    @classmethod
+    def from_node(cls, node: Any, where: str = "data.params.range") -> "PixelRange":
+        """Read what a config or an export states, a :data:`RangeNode` or None for 8 bits; ConfigError for mistakes."""
+        if node is None:
+            return EIGHT_BITS
+        settings = dict(node) if isinstance(node, Mapping) else {"pairs": node}
+        try:
+            pairs = np.array(settings.pop("pairs"), dtype=float)
+            pairs = pairs[None] if pairs.ndim == 1 else pairs
+            low, high = (tuple(map(float, column)) for column in pairs.T)
+            for name in ("shown", "stretch"):
+                if name in settings:
+                    settings[name] = tuple(settings[name])
+            found = cls(low, high, **settings)
+        except (KeyError, TypeError, ValueError) as error:
+            wanted = "a pair of numbers, a pair for each channel, or a mapping with these as pairs"
+            raise ConfigError(f"{where}: expected {wanted}, got {node!r}") from error
+        if mistake := found._mistake():
+            raise ConfigError(f"{where}: {mistake}")
+        return found
+
+    def _mistake(self) -> str | None:
+        least = {"linear": -math.inf, "log": 0.0, "log1p": -1.0}
+        if self.values not in least or self.outside not in get_args(Outside) or self.eight_bits:
+            return f"values is linear, log or log1p, outside clip or error, got {self.values!r} and {self.outside!r}"
+        if not all(least[self.values] < low < high < math.inf for low, high in zip(self.low, self.high, strict=True)):
+            above = "" if self.values == "linear" else f", above {least[self.values]:g} for {self.values}"
+            return f"expected finite numbers, the first below the second{above}, got {self.as_node()['pairs']}"
+        if self.shown is not None and not (len(self.shown) in (1, 3) and all(n >= 0 for n in self.shown)):
+            return f"shown: expected one or three channels, counted from 0, got {list(self.shown)}"
+        if len(self.stretch) != 2 or not 0.0 <= self.stretch[0] < self.stretch[1] <= 1.0:
+            return f"stretch: expected two fractions of the range, as in [0, 0.3], got {list(self.stretch)}"
+        return None
+
+    def as_node(self) -> Any:
+        """What a config states, ready for JSON; None for 8 bits."""
+        if self.eight_bits:
+            return None
+        pairs = [list(pair) for pair in zip(self.low, self.high, strict=True)]
+        node: dict[str, Any] = {"pairs": pairs, "values": self.values, "outside": self.outside, "nodata": self.nodata}
+        node |= {"shown": self.shown and list(self.shown), "stretch": list(self.stretch)}
+        return {name: value for name, value in node.items() if value is not None}
+
+    def __str__(self) -> str:
+        if self.eight_bits:
+            return "8 bits, 0 to 255"
+        pairs = [f"{low:g} to {high:g}" for low, high in zip(self.low, self.high, strict=True)]
+        return f"{', '.join(dict.fromkeys(pairs))}, {self.values}"
+
+    @property
+    def stated(self) -> str | None:
+        """The range in words; None for 8 bits."""
+        return None if self.eight_bits else str(self)
+
+    def check_channels(self, channels: int, where: str = "data.params.range") -> None:
+        """Raise ConfigError for another number of pairs, or a channel to be shown that images lack."""
+        if len(self.low) not in (1, channels):
+            raise ConfigError(f"{where}: {len(self.low)} pairs for images of {channels} channels")
+        if self.shown is not None and max(self.shown) >= channels:
+            raise ConfigError(
+                f"{where}.shown: {list(self.shown)}, but the last of {channels} channels is {channels - 1}"
+            )
+
+    def checked(self, array: Array, nodata: float | None = None) -> NDArray[np.float32]:
+        """Values of a file, (H, W, C), in float32 and inside the range; ValueError that names the first that is not.
+
+        ``nodata`` is the file's own, which :attr:`nodata` replaces.
+        """
+        values = array.astype(np.float32)
+        if self == AS_STORED:
+            return values
+        if array.dtype == np.uint8:
+            raise ValueError(EIGHT_BIT_FILE)
+        low, high = (np.array(end, dtype=np.float32) for end in (self.low, self.high))
+        _refuse(~np.isfinite(values), values, "not a number in the range")
+        if (missing := nodata if self.nodata is None else self.nodata) is not None:
+            _refuse(values == np.float32(missing), values, "no data there")
+        if self.outside == "error":
+            _refuse((values < low) | (values > high), values, f"outside the range, {self}")
+        return np.clip(values, low, high, out=values)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Images of a batch, (..., C, H, W) as they are read -> float32 in [-1, 1]."""
+        if x.dtype == torch.uint8:
+            return from_uint8(x)
+        low, high = self._ends(x)
+        x = torch.minimum(torch.maximum(x.float(), low), high)
+        low, span = self._curve(low), self._curve(high) - self._curve(low)
+        return ((self._curve(x) - low) * (2.0 / span) - 1.0).clamp(-1.0, 1.0)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """[-1, 1], (..., C, H, W), clamped -> real values in float32, or uint8 for 8 bits: inverse of normalise."""
+        if self.eight_bits:
+            return to_uint8(y)
+        low, high = self._ends(y)
+        start, span = self._curve(low), self._curve(high) - self._curve(low)
+        y = start + (y.float().clamp(-1.0, 1.0) + 1.0) * (span / 2.0)
+        back = {"linear": y, "log": y.exp(), "log1p": y.expm1()} if self.values != "linear" else {"linear": y}
+        return torch.minimum(torch.maximum(back[self.values], low), high)
+
+    def levels(self, x: Tensor) -> Tensor:
+        """Images of a batch as they are read -> their levels."""
+        return x if x.dtype == torch.uint8 else self.to_levels(self.normalise(x))
+
+    def to_levels(self, y: Tensor) -> Tensor:
+        """[-1, 1], clamped -> levels; rounded for 8 bits only."""
+        return to_uint8(y) if self.eight_bits else (y.float().clamp(-1.0, 1.0) + 1.0) * 127.5
+
+    def real(self, levels: Tensor) -> Tensor:
+        """Levels, (..., C, H, W) -> real values in float32."""
+        return levels.float() if self.eight_bits else self.restore(levels / 127.5 - 1.0)
+
+    def picture(self, levels: Tensor) -> Tensor:
+        """Levels, (..., C, H, W) -> uint8 of the channels that are shown, stretched."""
+        if self.shown is not None:
+            levels = levels[..., list(self.shown), :, :]
+        if levels.dtype == torch.uint8:
+            return levels
+        low, high = (255.0 * end for end in self.stretch)
+        return ((levels - low) * (255.0 / (high - low))).clamp(0.0, 255.0).round().to(torch.uint8)
+
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (torch.tensor(end, dtype=torch.float32, device=x.device) for end in (self.low, self.high))
+        return low[:, None, None], high[:, None, None]  # (C, 1, 1) or (1, 1, 1)
+
+    def _curve(self, x: Tensor) -> Tensor:
+        return x if self.values == "linear" else x.log() if self.values == "log" else x.log1p()
+
+
+EIGHT_BIT_FILE = "8 bits per channel, whose range is 0 to 255: leave `range` out, or convert all files"
+EIGHT_BITS = PixelRange(eight_bits=True)
+AS_STORED = PixelRange((-math.inf,), (math.inf,), outside="clip")  # any values, of any kind of file, unchanged
+
+
+def _refuse(bad: NDArray[np.bool_], values: NDArray[np.float32], why: str) -> None:
+    """Raise ValueError with the first place of ``bad``, (H, W, C), if there is one."""
+    if bad.any():
+        row, column, channel = (int(place) for place in np.argwhere(bad)[0])
+        where = f"row {row}, column {column}, channel {channel}"
+        raise ValueError(f"{values[row, column, channel]:g} at {where}, counted from 0, and {bad.sum()} in all: {why}")

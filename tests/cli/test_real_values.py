@@ -1,0 +1,132 @@
+"""Commands on images with a stated range of values: real values go in and come out."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from olvae import LiteVAE
+from olvae.config import instantiate, load, save
+from olvae.data.pixels.arrays import read_array
+from olvae.data.source import LoaderProcess
+from tests.conftest import tiny_config
+from tests.data.pixels.files import npy, png, tiff, values
+
+BANDS = {"range": {"pairs": [[0, 3000], [0, 40]], "outside": "clip"}, "channels": 2}
+
+
+@pytest.fixture(scope="session")
+def deep_run(tmp_path_factory, quick_training):
+    """A run on arrays of two bands of 16 bits; its images are beside it."""
+    folder = tmp_path_factory.mktemp("deep")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        smooth = np.kron(rng.random((5, 6, 2)), np.ones((5, 5, 1)))
+        np.save(folder / "images" / f"{number}.npy", (smooth * [3000, 40]).astype(np.uint16))
+    config = tiny_config(folder / "images")
+    config["data"]["params"] |= BANDS
+    params = config["model"]["params"]
+    for half, name in (("encoder", "in_channels"), ("decoder", "out_channels")):
+        params[f"{half}_config"]["params"] |= {name: 2, "linear": True}
+    save(config, folder / "tiny.yaml")
+    return folder
+
+
+def run_of(folder, olvae):
+    found = sorted((folder / "runs").glob("*")) if (folder / "runs").exists() else []
+    if not found:
+        code, _, err = olvae("train", "--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0)
+        assert code == 0, err
+        found = [*(folder / "runs").iterdir()]
+    return found[0]
+
+
+def test_real_values_come_back(olvae, deep_run, tmp_path):
+    run, images = run_of(deep_run, olvae), deep_run / "images"
+    assert (run / "images" / "step=00000004.png").is_file()
+    code, _, err = olvae("export", run, "--out", tmp_path / "vae")
+    assert code == 0, err
+    assert "| values of images | 0 to 3000, 0 to 40, linear" in (tmp_path / "vae" / "README.md").read_text()
+    model = LiteVAE.from_pretrained(tmp_path / "vae")
+    assert model.pixel_range == LiteVAE.from_pretrained(run).pixel_range
+    x = np.load(images / "0.npy")
+    unit = model.pixel_range.normalise(torch.from_numpy(x.astype(np.float32)).movedim(-1, 0)[None])
+    with torch.inference_mode():
+        padded = torch.nn.functional.pad(unit, (0, 2, 0, 7), mode="reflect")
+        expected = model.pixel_range.restore(model.decode(model.encode(padded).mode()))[0, :, :25, :30].movedim(0, -1)
+    (tmp_path / "a.tiff").write_bytes(tiff(x, planarconfig="contig"))
+    code, _, err = olvae("reconstruct", tmp_path / "vae", tmp_path / "a.tiff", "--out", tmp_path / "out")
+    assert code == 0, err
+    np.testing.assert_allclose(read_array(tmp_path / "out" / "a.tif", 2).array, expected, atol=0.05)
+    encode = ["encode", tmp_path / "vae", "--data", images, "--native", "--dtype", "float32", "--flip"]
+    assert olvae(*encode, "--out", tmp_path / "latents")[0] == 0
+    for suffix in ("npy", "exr"):
+        decode = ["decode", tmp_path / "vae", tmp_path / "latents", "--format", suffix]
+        code, _, err = olvae(*decode, "--out", tmp_path / suffix)
+        assert code == 0, err
+        np.testing.assert_allclose(read_array(tmp_path / suffix / f"0.{suffix}", 2).array, expected, atol=0.05)
+    code, _, err = olvae(*decode[:3], "--format", "png", "--out", tmp_path / "png")
+    assert (code, err) == (
+        2,
+        "error: --format png: 8 bits can't hold values of 0 to 3000, 0 to 40, linear: choose npy, tif or exr\n",
+    )
+
+
+def test_evaluation_in_the_stated_range(olvae, deep_run, tmp_path):
+    run = run_of(deep_run, olvae)
+    metrics = ["--metrics", "psnr", "--baselines", "--out", tmp_path / "results"]
+    code, _, err = olvae("evaluate", run, *metrics)
+    assert code == 0, err
+    content = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert content["protocol"]["pixels"].startswith("clamped to 0 to 3000, 0 to 40, linear")
+    row = content["results"][0]
+    low, high = np.array(BANDS["range"]["pairs"], dtype=float).T[:, :, None, None]
+    model, psnrs = LiteVAE.from_pretrained(run), []
+    for sample in instantiate(load([run / "config.yaml"])["data"]).once(LoaderProcess()):
+        unit = (2 * (sample.image.double().numpy() - low) / (high - low) - 1).clip(-1, 1)  # bicubic overshoots
+        with torch.inference_mode():
+            y = model(torch.from_numpy(unit).float()[None])[0][0].clamp(-1, 1).double().numpy()
+        psnrs.append(10 * np.log10(4 / np.square(unit - y).mean()))
+    assert row["n"] == len(psnrs) == 2
+    assert row["metrics"]["psnr"] == pytest.approx(np.mean(psnrs), abs=1e-3)
+
+
+def test_values_that_are_missing(tmp_path, olvae):
+    array = values("float32", 1)
+    array[:4] = np.nan
+    (tmp_path / "a.tif").write_bytes(tiff(array[..., 0]))
+    code, out, err = olvae("data", "range", tmp_path)
+    assert code == 0
+    assert "20.00% of the values are not finite" in err
+    pair = yaml.safe_load(out)["range"]["pairs"]
+    assert pair == pytest.approx([np.nanmin(array), np.nanmax(array)], rel=1e-2, abs=2)
+
+
+def test_what_can_not_be_measured(tmp_path, olvae):
+    (tmp_path / "a.png").write_bytes(png(values("uint8")))
+    assert "8 bits per channel" in olvae("data", "range", tmp_path)[2]
+    (tmp_path / "b.npy").write_bytes(npy(values("uint16", 2)))
+    (tmp_path / "c.npy").write_bytes(npy(values("uint16", 5)))
+    code, out, err = olvae("data", "range", tmp_path)
+    assert (code, out) == (1, "")
+    assert err.strip().endswith("c.npy: 5 channels, but those before it have 2")
+    stream = io.BytesIO()
+    np.save(stream, np.full((20, 24, 2), np.inf, dtype=np.float32))
+    (tmp_path / "b.npy").write_bytes(stream.getvalue())
+    (tmp_path / "c.npy").unlink()
+    assert "channel 0 has no finite values" in olvae("data", "range", tmp_path)[2]
+
+
+def test_check_takes_a_range_and_finds_mixed_kinds(tmp_path, olvae):
+    for name, kind in (("a", "uint16"), ("b", "float32"), ("c", "uint16")):
+        (tmp_path / f"{name}.npy").write_bytes(npy(values(kind, 2)))
+    code, _, err = olvae("data", "check", tmp_path, "--size", 16, "--channels", 2, "--range", "[0, 65535]")
+    assert code == 1
+    assert "several kinds of pixels, which can't share a batch: 2 array uint16, 1 array float32" in " ".join(
+        err.split()
+    )
+    assert olvae("data", "check", tmp_path, "--channels", 2, "--range", "[5, 1]")[0] == 2

@@ -1,0 +1,168 @@
+"""Files of arrays come back bit for bit, and what is broken or too large is refused in one line."""
+
+import io
+import struct
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from olvae.config import ConfigError
+from olvae.data.image import Photo, image_to_tensor
+from olvae.data.packing import PackOptions, pack
+from olvae.data.picture_folder import FolderSource
+from olvae.data.pixels.arrays import read_array
+from olvae.data.pixels.ranges import PixelRange
+from olvae.data.read_errors import UnreadableImageError
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess
+from tests.data.pixels.files import exr, npy, npz, png, tiff, values
+
+U16, F32 = values("uint16"), values("float32")
+BANDS = values("uint16", 13)
+PLANES = np.moveaxis(BANDS, -1, 0)
+
+EXACT: dict[str, tuple[bytes, np.ndarray]] = {
+    **{f"{kind}.npy": (npy(values(kind)), values(kind)) for kind in ("uint16", "int16", "float16", "float32")},
+    **{f"{kind}.npz": (npz(values(kind)), values(kind)) for kind in ("uint16", "int16", "float16", "float32")},
+    "flat.npy": (npy(U16[..., 0]), U16[..., :1]),
+    "grey.png": (png(U16[..., :1]), U16[..., :1]),
+    "colour.png": (png(U16), U16),
+    "alpha.png": (png(values("uint16", 4)), values("uint16", 4)),
+    "colour.tif": (tiff(U16, "rgb"), U16),
+    "lzw.tif": (tiff(U16, "rgb", compression="lzw", tile=(16, 16)), U16),
+    "float.tif": (tiff(F32, "rgb", compression="deflate", predictor=3), F32),
+    "half.tif": (tiff(values("float16"), "rgb"), values("float16")),
+    "big.tiff": (tiff(U16[..., 0], bigtiff=True), U16[..., :1]),
+    "big-endian.tif": (tiff(U16, "rgb", byteorder=">"), U16),
+    "pixels13.tif": (tiff(BANDS, planarconfig="contig"), BANDS),
+    "planes13.tif": (tiff(PLANES, planarconfig="separate"), BANDS),
+    "pages13.tif": (tiff(PLANES), BANDS),
+    "imagej13.tif": (tiff(PLANES, imagej=True), BANDS),
+}
+
+
+WIDE = PixelRange.from_node([-40_000, 70_000])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_files_come_back_bit_for_bit(name, tmp_path):
+    content, expected = EXACT[name]
+    (tmp_path / name).write_bytes(content)
+    for source in (content, tmp_path / name):
+        array = read_array(source, expected.shape[2]).array
+        assert array.dtype.newbyteorder("=") == expected.dtype
+        np.testing.assert_array_equal(array, expected)
+    tensor = image_to_tensor(Photo(tmp_path / name, name, expected.shape[2], WIDE).read())
+    assert str(tensor.dtype) == f"torch.{'uint16' if expected.dtype == np.uint16 else 'float32'}"
+    np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), expected)  # float32 holds all of these exactly
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+@pytest.mark.parametrize("names", ["RGB", "RGBA", "Z", ("B01", "B02")])
+def test_exr(kind, names, tmp_path):
+    planes = {name: values(kind, 1, seed=i)[..., 0] for i, name in enumerate(names)}
+    array = read_array(exr(dict(planes), tmp_path / "a.exr"), len(names)).array
+    assert array.dtype == kind
+    np.testing.assert_array_equal(array, np.stack([*planes.values()], axis=-1))
+
+
+def claims(entries: dict[int, int]) -> bytes:
+    """A grey 16-bit TIFF of one strip whose header says what these tags say."""
+    tags = {256: 100, 257: 100, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 100, 279: 20_000} | entries
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
+def two_sizes() -> bytes:
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as writer:
+        writer.write(U16[..., 0])
+        writer.write(U16[:10, :, 0])
+    return stream.getvalue()
+
+
+REFUSED = {
+    "a terabyte.tif": (claims({256: 10**6, 257: 10**6, 277: 3, 278: 10**6}), "1000000x1000000 pixels"),
+    "many bands.tif": (claims({256: 12_000, 257: 12_000, 277: 13, 278: 12_000}), "values, more than 256 Mi"),
+    "truncated.tif": (tiff(U16, "rgb")[:2000], "ends before its pixels"),
+    "truncated lzw.tif": (tiff(U16, "rgb", compression="lzw")[:1500], "ends before its pixels"),
+    "two sizes.tif": (two_sizes(), "holds 2 images"),
+    "pages of colour.tif": (tiff(np.stack((U16, U16)), "rgb"), r"its axes are \w+YXS"),
+    "doubles.npy": (npy(F32.astype(float)), "got float64"),
+    "claims.npy": (npy(U16).replace(b"(20, 24, 3)", b"(9999,9999,3)"), "values, more than 256 Mi"),
+    "cut.npy": (npy(U16)[:500], "expected 2880 bytes"),
+    "two arrays.npz": (npz(U16, more=U16), "expected one array in it, got 2"),
+    "cut.npz": (npz(U16)[:500], "not a zip file"),
+    "cut.png": (png(U16)[:500], "."),
+    "eight bits.png": (png(U16.astype(np.uint8)), "8 bits per channel"),
+    "pickle.npy": (npy(np.array([[{}]], dtype=object)), "got object"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_before_memory_is_taken(name):
+    content, message = REFUSED[name]
+    with pytest.raises(UnreadableImageError, match=message) as error:
+        Photo(content, name, 3 if "bands" not in name else 13, PixelRange.from_node([0, 65535]))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_channels_and_missing_ranges():
+    with pytest.raises(UnreadableImageError, match=r"shape \(H, W, 12\), got uint16 of shape \(20, 24, 13\)"):
+        Photo(EXACT["pixels13.tif"][0], "a.tif", 12, PixelRange.from_node([0, 65535]))
+    for name in ("pixels13.tif", "uint16.npy"):
+        content, array = EXACT[name]
+        with pytest.raises(UnreadableImageError, match="expected uint8, or a stated `range`"):
+            Photo(content, name, array.shape[2])
+
+
+def test_pages_of_eight_bits_are_no_picture():
+    """Only the first would be read."""
+    pages = tiff(np.stack([values("uint8")] * 3), "rgb")
+    with pytest.raises(UnreadableImageError, match="3 pages"):
+        Photo(pages, "a.tif")
+
+
+def test_sixteen_bits_are_cut_to_eight_with_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr("olvae.data.image._warned", [])
+    for content in (EXACT["colour.png"][0], EXACT["grey.png"][0]):
+        Photo(content, "a.png").read()
+    assert [record.message for record in caplog.records] == [
+        "a.png and others like it: 16 bits are cut to 8: data.params.range would keep them"
+    ]
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with pytest.raises(ConfigError, match="needs imagecodecs: pip install"):
+        read_array(EXACT["colour.png"][0])
+
+
+@pytest.mark.parametrize("name", ["colour.png", "float.tif", "int16.npz", "float16.npy", "half.exr"])
+def test_a_pack_keeps_the_bytes(name, tmp_path):
+    """And shards are trained on with the values of the file."""
+    content = exr({"RGB": values("float16")}, tmp_path / "half.exr") if name == "half.exr" else EXACT[name][0]
+    (tmp_path / "root").mkdir()
+    for number in range(2):
+        (tmp_path / "root" / f"{number}{name}").write_bytes(content)
+    pack(str(tmp_path / "root"), tmp_path / "shards", PackOptions(shard_size=1))
+    source = WebDatasetSource(str(tmp_path / "shards"), 20, 1, range=[-40_000, 70_000])
+    (sample,) = source.once(LoaderProcess())
+    expected = read_array(content).array[:, 2:22].astype(np.float32)  # the centre
+    np.testing.assert_array_equal(sample.image.float().permute(1, 2, 0).numpy(), expected)
+    assert next(source.stream(0, 0, LoaderProcess())).image.dtype == sample.image.dtype
+
+
+def test_batches_of_a_loader_process_keep_their_kind_and_do_not_mix(tmp_path):
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", U16)
+    common = {"batch_size": 2, "channels": 3, "range": [-40_000, 70_000]}
+    batch = next(iter(FolderSource(tmp_path, 20, num_workers=1, val_root=tmp_path, **common).val_loader()))
+    assert batch["image"].dtype == torch.uint16
+    np.testing.assert_array_equal(batch["image"][1].permute(1, 2, 0), U16[:, 2:22])
+    np.save(tmp_path / "1.npy", F32)
+    with pytest.raises(ValueError, match=r"0.npy is uint16, 1.npy float32: convert one"):
+        next(iter(FolderSource(tmp_path, 20, val_root=tmp_path, **common).val_loader()))

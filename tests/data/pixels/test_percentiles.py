@@ -1,0 +1,24 @@
+import numpy as np
+import yaml
+
+from olvae.data.packing import PackOptions, pack
+from olvae.data.pixels.percentiles import measure
+from olvae.data.pixels.ranges import PixelRange
+from tests.data.pixels.files import npy, values
+
+
+def test_percentiles_per_channel_as_numpy_has_them(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    arrays = [(values("uint16", 2, seed=n) // np.array([1, 8])).astype(np.uint16) for n in range(5)]
+    for number, array in enumerate(arrays):
+        (root / f"{number}.npy").write_bytes(npy(array))
+    found = measure(str(root))
+    together = np.stack(arrays).reshape(-1, 2)
+    np.testing.assert_allclose(found.percentiles[:, 1:4], np.percentile(together, [0.1, 1, 50], axis=0).T)
+    assert (found.images, found.kinds, found.missing) == (5, {"uint16": 5}, 0.0)
+    stated = PixelRange.from_node(yaml.safe_load(found.line())["range"])
+    assert stated.outside == "clip"
+    np.testing.assert_allclose(stated.high, np.percentile(together, 99.9, axis=0), rtol=1e-3)
+    pack(str(root), tmp_path / "shards", PackOptions(channels=2))
+    np.testing.assert_array_equal(measure(str(tmp_path / "shards")).percentiles, found.percentiles)

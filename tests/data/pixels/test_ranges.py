@@ -1,0 +1,115 @@
+"""The range against formulas in float64, and what it refuses, with the place."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from olvae.config import ConfigError
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+
+CURVES = {"linear": lambda v: v, "log": np.log, "log1p": np.log1p}
+RANGES = [
+    {"pairs": [0, 65535]},
+    {"pairs": [[0, 11517], [-5, 5.5]]},
+    {"pairs": [0.1, 80], "values": "log"},
+    {"pairs": [[0, 9000], [-0.5, 12]], "values": "log1p"},
+]
+
+
+@pytest.mark.parametrize("node", RANGES, ids=json.dumps)
+def test_to_unit_and_back_as_in_float64(node):
+    stated = PixelRange.from_node(node)
+    pairs = np.broadcast_to(np.array(node["pairs"], dtype=float), (2, 2))
+    curve = CURVES[node.get("values", "linear")]
+    fractions = np.random.default_rng(0).random((2, 30, 20))
+    low, high = (end[:, None, None] for end in pairs.T)
+    x = (low + fractions * (high - low)).astype(np.float32)
+    unit = stated.normalise(torch.from_numpy(x)[None])[0]
+    expected = 2 * (curve(x.astype(float)) - curve(low)) / (curve(high) - curve(low)) - 1
+    np.testing.assert_allclose(unit, expected, atol=2e-6)
+    np.testing.assert_allclose(stated.restore(unit[None])[0], x, rtol=4e-6, atol=2e-6 * np.ptp(pairs))
+    np.testing.assert_allclose(stated.real(stated.levels(torch.from_numpy(x)[None]))[0], x, rtol=9e-6, atol=2e-2)
+    ends = torch.tensor([-7.0, 7.0]).expand(1, 2, 1, 2)
+    np.testing.assert_allclose(stated.restore(ends)[0, :, 0], pairs, rtol=2e-7)
+    assert PixelRange.from_node(json.loads(json.dumps(stated.as_node()))) == stated
+
+
+def test_a_ramp_of_sixteen_bits_loses_less_than_half_a_step():
+    ramp = torch.arange(65536).reshape(1, 1, 256, 256).to(torch.uint16)
+    stated = PixelRange.from_node([0, 65535])
+    for back in (stated.restore(stated.normalise(ramp)), stated.real(stated.levels(ramp))):
+        assert (back.double() - ramp.double()).abs().max() < 0.02
+
+
+def test_eight_bits_are_as_ever():
+    x = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(EIGHT_BITS.normalise(x), x.float() / 127.5 - 1)
+    for same in (EIGHT_BITS.restore(EIGHT_BITS.normalise(x)), EIGHT_BITS.levels(x), EIGHT_BITS.picture(x)):
+        assert same.dtype == torch.uint8
+        assert torch.equal(same, x)
+    assert PixelRange.from_node(None) is EIGHT_BITS
+    assert EIGHT_BITS.as_node() is None
+
+
+def test_pictures_by_channels_and_stretch():
+    stated = PixelRange.from_node({"pairs": [0, 100], "shown": [2, 1, 0], "stretch": [0.2, 0.6]})
+    x = torch.tensor([10.0, 40.0, 70.0, 99.0])[None, :, None, None]
+    assert stated.picture(stated.levels(x)).flatten().tolist() == [255, 127, 0]
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"pairs": [0, 10]}, "12 at row 1, column 2, channel 0, .* and 2 in all: outside the range, 0 to 10"),
+        ({"pairs": [0, 100], "nodata": 12}, "12 at row 1, column 2, channel 0.*: no data"),
+        ({"pairs": [0, 100]}, "nan at row 2, column 0, channel 1.*: not a number"),
+    ],
+)
+def test_the_place_of_what_has_no_value(node, message):
+    array = np.ones((3, 4, 2), dtype=np.float32)
+    array[1, 2, 0] = 12
+    array[2, 0, 1] = math.nan if "nan" in message else 50
+    with pytest.raises(ValueError, match=message):
+        PixelRange.from_node(node).checked(array)
+
+
+def test_a_files_own_missing_value_and_clipping():
+    array = np.array([[[-9999], [3], [700]]], dtype=np.int16)
+    stated = PixelRange.from_node({"pairs": [0, 500], "outside": "clip"})
+    assert stated.checked(array).flatten().tolist() == [0, 3, 500]
+    with pytest.raises(ValueError, match="-9999 at row 0, column 0"):
+        stated.checked(array, nodata=-9999.0)
+    assert stated.checked(array.astype(np.uint16), nodata=-9999.0)[0, 1] == 3  # no value of uint16
+    with pytest.raises(ValueError, match="8 bits per channel"):
+        stated.checked(array.astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ([1, 0], "the first below the second"),
+        ([0, math.inf], "finite"),
+        ("0 to 5", "expected a pair"),
+        ({"values": "log"}, "expected a pair"),
+        ({"pairs": [0, 5], "curve": "log"}, "expected a pair"),
+        ({"pairs": [0, 5], "values": "log"}, "above 0 for log"),
+        ({"pairs": [0, 5], "values": "lgo"}, "values is linear, log or log1p"),
+        ({"pairs": [0, 5], "shown": [0, 1]}, "one or three channels"),
+        ({"pairs": [0, 5], "stretch": [0.5, 0.2]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": 3}, "expected a pair"),
+    ],
+)
+def test_mistakes_in_a_range_are_one_line(node, message):
+    with pytest.raises(ConfigError, match=f"data.params.range: .*{message}") as error:
+        PixelRange.from_node(node)
+    assert len(error.value.mistakes) == 1
+
+
+def test_ranges_fit_the_channels():
+    with pytest.raises(ConfigError, match="2 pairs for images of 3 channels"):
+        PixelRange.from_node([[0, 1], [0, 2]]).check_channels(3)
+    with pytest.raises(ConfigError, match=r"shown: \[3, 2, 1\], but the last of 3 channels is 2"):
+        PixelRange.from_node({"pairs": [0, 1], "shown": [3, 2, 1]}).check_channels(3)
