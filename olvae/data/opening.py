@@ -6,6 +6,7 @@ It is a folder of images or of .tar shards, a pattern or URL of either, a .txt l
 
 import glob
 from pathlib import Path
+from typing import Any
 
 from webdataset.shardlists import expand_urls
 
@@ -59,8 +60,7 @@ def open_test_source(
 ) -> Source:
     """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
-    ``size`` of the images is by default the config's, else 256; ``pixel_range`` is for a SRC
-    that is no config.
+    ``size`` of the images is by default the config's, else 256; ``pixel_range`` is for a SRC that is no config.
 
     Raises ConfigError: there is neither, or the config's data are not a source.
     """

@@ -106,8 +106,8 @@ def _one_pass(
     """Results under protocols that prepare images alike; none in every process but the first."""
     models = {name: subject.model for name, subject in subjects.items()}
     source = _open(request, protocols[0], next(iter(models.values())).in_channels, range_of(models.values()))
-    pixels, made = source.pixel_range, {"size": source.size, "crops": source.crops}
-    protocols = [replace(protocol, **made, range=pixels.stated) for protocol in protocols]
+    pixels = source.pixel_range
+    protocols = [replace(p, size=source.size, crops=source.crops, range=pixels.stated) for p in protocols]
     check_images_fit(models, source.size)
     loader = source.test_loader(request.batch)
     observers = copy.deepcopy(observers)

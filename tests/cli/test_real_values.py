@@ -85,14 +85,25 @@ def test_evaluation_in_the_stated_range(olvae, deep_run, tmp_path):
     assert content["protocol"]["pixels"].startswith("clamped to 0 to 3000, 0 to 40, linear")
     row = content["results"][0]
     low, high = np.array(BANDS["range"]["pairs"], dtype=float).T[:, :, None, None]
-    model, psnrs = LiteVAE.from_pretrained(run), []
+    model, psnrs, squares, absolute, relative = LiteVAE.from_pretrained(run), [], [], [], []
     for sample in instantiate(load([run / "config.yaml"])["data"]).once(LoaderProcess()):
         unit = (2 * (sample.image.double().numpy() - low) / (high - low) - 1).clip(-1, 1)  # bicubic overshoots
         with torch.inference_mode():
             y = model(torch.from_numpy(unit).float()[None])[0][0].clamp(-1, 1).double().numpy()
         psnrs.append(10 * np.log10(4 / np.square(unit - y).mean()))
+        x = low + (unit + 1) / 2 * (high - low)
+        error = low + (y + 1) / 2 * (high - low) - x
+        squares.append(np.square(error).mean((1, 2)))
+        absolute.append(np.abs(error).mean((1, 2)))
+        relative += (np.abs(error)[x > 0] / x[x > 0]).tolist()
     assert row["n"] == len(psnrs) == 2
     assert row["metrics"]["psnr"] == pytest.approx(np.mean(psnrs), abs=1e-3)
+    entry = row["real_values"]
+    np.testing.assert_allclose(entry["rmse"], np.sqrt(np.mean(squares, axis=0)), rtol=1e-4)
+    np.testing.assert_allclose(entry["mae"], np.mean(absolute, axis=0), rtol=1e-4)
+    assert entry["relative"] == pytest.approx(np.mean(relative), rel=1e-3)
+    assert "RMSE per channel" in err
+    assert "real_values" not in content["results"][0]["metrics"]
 
 
 def test_values_that_are_missing(tmp_path, olvae):

@@ -1,0 +1,93 @@
+"""Observe errors in real values, for images with a stated range: RMSE and MAE per channel, angle, relative error."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olvae.evaluation.observers.observer import Observation, Observer
+from olvae.evaluation.page import significant
+from olvae.evaluation.results import Row
+
+SPECTRAL = 4  # channels from which a pixel has a spectrum
+
+
+class RealValues(Observer):
+    """Errors of images with a stated range, in their values' units; nothing for images of 8 bits.
+
+    An entry has, over all values of all images: ``rmse`` and ``mae``, one per channel; ``relative``, the mean of
+    |y - x| / x over values above 0, where a range begins above or at 0; ``spectral_angle``, the mean angle in degrees
+    between a pixel's values and its reconstruction's, from four channels on, where both are not 0. Reconstructions are
+    clamped to the range.
+    """
+
+    name = "real_values"
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, tuple[list[float], ...]]] = {}  # by target and key
+
+    @torch.no_grad()
+    def update(self, batch: Observation) -> None:
+        pixels = batch.pixel_range
+        if batch.draw or pixels.eight_bits:
+            return
+        x, y = (pixels.real(levels).double() for levels in (batch.x, batch.y))
+        error = y - x
+        squares, sizes = error.square().mean((2, 3)), error.abs().mean((2, 3))  # (B, C)
+        relative = _mean(error.abs() / x.clamp_min(1e-300), x > 0) if min(pixels.low) >= 0 else _nothing(x)
+        angles = _angles(x, y) if x.shape[1] >= SPECTRAL else _nothing(x)
+        known = self._sums.setdefault(batch.target, {})
+        for key, *rows in zip(batch.keys, *(t.tolist() for t in (squares, sizes, relative, angles)), strict=True):
+            known.setdefault(key, tuple(rows))
+
+    def state(self) -> Any:
+        return self._sums
+
+    def merge(self, state: Any) -> None:
+        for target, sums in state.items():
+            self._sums[target] = sums | self._sums.get(target, {})
+
+    def result(self, target: str, draw: int) -> dict[str, Any] | None:
+        if target not in self._sums:
+            return None
+        squares, sizes, *means = zip(*self._sums[target].values(), strict=True)
+        entry: dict[str, Any] = {
+            "rmse": [math.sqrt(math.fsum(channel) / len(channel)) for channel in zip(*squares, strict=True)],
+            "mae": [math.fsum(channel) / len(channel) for channel in zip(*sizes, strict=True)],
+        }
+        for name, rows in zip(("relative", "spectral_angle"), means, strict=True):
+            if count := math.fsum(n for _, n in rows):
+                entry[name] = math.fsum(total for total, _ in rows) / count
+        return entry
+
+    def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
+        rmse = math.sqrt(math.fsum(value**2 for value in entry["rmse"]) / len(entry["rmse"]))
+        cells = {"RMSE": significant(rmse), "MAE": significant(math.fsum(entry["mae"]) / len(entry["mae"]))}
+        if "relative" in entry:
+            cells["relative"] = f"{significant(100 * entry['relative'])} %"
+        if "spectral_angle" in entry:
+            cells["angle"] = f"{significant(entry['spectral_angle'])}°"
+        return cells
+
+    def lines(self, rows: Sequence[Row]) -> Iterator[str]:
+        for row in rows:
+            if (entry := row.observed.get(self.name)) and len(entry["rmse"]) > 1:
+                yield f"{row.target}: RMSE per channel {', '.join(map(significant, entry['rmse']))}"
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x), 2)
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Sum of each image's values and their number, (B, 2)."""
+    return torch.stack((values.where(where, 0.0).flatten(1).sum(1), where.flatten(1).sum(1).double()), dim=1)
+
+
+def _angles(x: Tensor, y: Tensor) -> Tensor:
+    """Spectral angle (Kruse et al. 1993) of pixels, in degrees: sum of each image, and number of pixels, (B, 2)."""
+    norms = x.norm(dim=1) * y.norm(dim=1)  # (B, H, W)
+    cosines = ((x * y).sum(1) / norms.clamp_min(1e-300)).clamp(-1.0, 1.0)
+    return _mean(cosines.acos().rad2deg(), norms > 0)

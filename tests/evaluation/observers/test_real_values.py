@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+
+from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.evaluation.observers.observer import Observation
+from olvae.evaluation.observers.real_values import RealValues
+
+STATED = PixelRange.from_node({"pairs": [0, 10_000], "values": "log1p"})
+
+
+def seen(x: np.ndarray, y: np.ndarray, keys: list[str], stated: PixelRange = STATED) -> Observation:
+    levels = [stated.levels(torch.from_numpy(values).float()) for values in (x, y)]
+    return Observation("vae", 0, keys, *levels, torch.zeros(1), {}, stated)
+
+
+def test_the_angle_between_spectra_as_in_float64_whatever_the_batches():
+    x, y = (np.random.default_rng(seed).uniform(0, 9000, (3, 6, 5, 4)) for seed in (0, 1))
+    x[0, :, 2, 3] = 0  # a pixel without a spectrum
+    whole, parts = RealValues(), [RealValues(), RealValues()]
+    whole.update(seen(x, y, ["a", "b", "c"]))
+    parts[0].update(seen(x[:2], y[:2], ["a", "b"]))
+    parts[1].update(seen(x[1:], y[1:], ["b", "c"]))
+    parts[0].merge(parts[1].state())
+    entry = whole.result("vae", 0)
+    for name, value in parts[0].result("vae", 0).items():
+        assert value == pytest.approx(entry[name])
+    a, b = (np.moveaxis(values, 1, -1).reshape(-1, 6) for values in (x, y))
+    good = a.any(1)
+    cosine = (a * b).sum(1)[good] / np.linalg.norm(a[good], axis=1) / np.linalg.norm(b[good], axis=1)
+    assert entry["spectral_angle"] == pytest.approx(np.degrees(np.arccos(cosine)).mean(), rel=1e-4)
+    np.testing.assert_allclose(entry["rmse"], np.sqrt(np.square(x - y).mean((0, 2, 3))), rtol=1e-4)
+    assert set(whole.columns(entry)) == {"RMSE", "MAE", "relative", "angle"}
+
+
+def test_nothing_for_eight_bits_and_for_what_has_no_spectrum():
+    observer = RealValues()
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    observer.update(Observation("vae", 0, ["a"], images, images, torch.zeros(1), {}, EIGHT_BITS))
+    assert observer.result("vae", 0) is None
+    signed = PixelRange.from_node([-5, 5])
+    observer.update(seen(np.zeros((1, 3, 4, 4)), np.ones((1, 3, 4, 4)), ["a"], signed))
+    assert observer.result("vae", 0) == {
+        "rmse": pytest.approx([1] * 3, rel=1e-5),
+        "mae": pytest.approx([1] * 3, rel=1e-5),
+    }
