@@ -19,6 +19,7 @@ from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
 from olvae.evaluation.roundtrip import RoundTrip, check_images_fit, range_of
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
+from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.loader import Target
 
 DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("ssim_uniform", "fdd"))
@@ -105,12 +106,11 @@ def _one_pass(
 ) -> list[Evaluated]:
     """Results under protocols that prepare images alike; none in every process but the first."""
     models = {name: subject.model for name, subject in subjects.items()}
-    source = _open(request, protocols[0], next(iter(models.values())).in_channels, range_of(models.values()))
+    source = _open(request, protocols[0], list(models.values()))
     pixels = source.pixel_range
     protocols = [replace(p, size=source.size, crops=source.crops, range=pixels.stated) for p in protocols]
     check_images_fit(models, source.size)
-    loader = source.test_loader(request.batch)
-    observers = copy.deepcopy(observers)
+    loader, observers = source.test_loader(request.batch), copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
     seeds = list(dict.fromkeys(protocol.noise_seed for protocol in protocols))
@@ -159,9 +159,10 @@ def _one_pass(
     return evaluated
 
 
-def _open(request: Request, protocol: Protocol, channels: int, pixel_range: PixelRange) -> Source:
+def _open(request: Request, protocol: Protocol, models: Sequence[Autoencoder]) -> Source:
+    pixel_range = range_of(models)
     try:
-        source = open_test_source(request.config, request.data, request.size, channels, pixel_range)
+        source = open_test_source(request.config, request.data, request.size, models[0].in_channels, pixel_range)
     except FileNotFoundError as error:
         if request.data is not None:
             raise

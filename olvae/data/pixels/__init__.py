@@ -1,1 +1,1 @@
-"""Pixels of any kind: arrays read from files, their stated range, percentiles to state it by."""
+"""Pixels of any kind: arrays read from files, and the stated range of their values."""

@@ -2,7 +2,7 @@ import numpy as np
 import yaml
 
 from olvae.data.packing import PackOptions, pack
-from olvae.data.pixels.percentiles import measure
+from olvae.data.percentiles import measure
 from olvae.data.pixels.ranges import PixelRange
 from tests.data.pixels.files import npy, values
 
