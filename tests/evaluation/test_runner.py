@@ -160,6 +160,7 @@ def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):
 
 
 CHOICES = {
+    "range": "0 to 65535, linear",
     "version": 3,
     "size": 64,
     "resize": "adm",
