@@ -17,6 +17,7 @@ SD = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 0, "norm_groups":
 ENCODERS = {
     "lite": lambda **more: LiteVAE_Encoder(6, "S", dct_levels=1, extractor_resblocks=1, aggregate_resblocks=1, **more),
     "paper": lambda **more: LiteVAE_Encoder(6, "S", "paper", dct_levels=1, **more),
+    "packets": lambda **more: LiteVAE_Encoder(6, "S", dct_levels=1, packets=True, **more),
     "sd": lambda **more: SDEncoder(6, **SD, **more),
 }
 DECODERS = {
@@ -24,6 +25,7 @@ DECODERS = {
     for variant in ("open_litevae", "paper_smc", "group_norm")
 } | {
     "wavelet": lambda **more: LiteVAE_Decoder(8, 3, 3, (1, 1), 0, output="wavelet", **more),
+    "packets": lambda **more: LiteVAE_Decoder(8, 3, 3, (1, 1), 0, output="packets", **more),
     "sd": lambda **more: SDDecoder(**SD, z_channels=3, **more),
 }
 

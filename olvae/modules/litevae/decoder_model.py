@@ -66,7 +66,8 @@ class LiteVAE_Decoder(Decoder):
             ``group_norm`` is it with GroupNorm and plain convolutions for SMC, which the paper compares with
             [P Fig. 8], and which an image can't pass in tiles.
         output: ``image``, or ``wavelet``: instead of the last upsampling it predicts the four level-1 Haar sub-bands
-            in the image's range, and applies the inverse transform (times 2) [P App. G].
+            in the image's range, and applies the inverse transform (times 2) [P App. G]; or ``packets``: it replaces
+            every upsampling so, and all blocks work at the latent's resolution, for small machines [D].
         dropout: inside the blocks.
         linear: add a linear path from 3x3 latents to pixels; see :mod:`olvae.models.linear_code`.
 
@@ -82,23 +83,25 @@ class LiteVAE_Decoder(Decoder):
         channel_mult: Sequence[int] = (1, 2, 4, 4),
         num_res_blocks: int = 2,
         variant: Variant = "open_litevae",
-        output: Literal["image", "wavelet"] = "image",
+        output: Literal["image", "wavelet", "packets"] = "image",
         dropout: float = 0.0,
         linear: bool = False,
     ) -> None:
         super().__init__()
         if variant not in get_args(Variant):
             raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
-        if output not in ("image", "wavelet"):
-            raise ValueError(f"output must be image or wavelet, got {output!r}")
-        if output == "wavelet" and len(channel_mult) < 2:
-            raise ValueError("wavelet output replaces an upsampling: channel_mult needs two entries or more")
+        if output not in ("image", "wavelet", "packets"):
+            raise ValueError(f"output must be image, wavelet or packets, got {output!r}")
+        if output != "image" and len(channel_mult) < 2:
+            raise ValueError(f"{output} output replaces an upsampling: channel_mult needs two entries or more")
         check_counts(1, channels=channels, z_channels=z_channels, out_channels=out_channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)
         pre_activation = variant != "open_litevae"
         self.variant, self.output = variant, output
         self.z_channels, self.out_channels = z_channels, out_channels
-        self.upscale = 2 ** (len(channel_mult) - 1)
+        upsamplings = len(channel_mult) - 1
+        self.upscale = 2**upsamplings
+        self.wavelet_levels = {"image": 0, "wavelet": 1, "packets": upsamplings}[output]
 
         def block(in_channels: int, out_channels: int) -> nn.Module:
             if variant == "group_norm":
@@ -116,7 +119,7 @@ class LiteVAE_Decoder(Decoder):
             for _ in range(num_res_blocks + 1):
                 blocks.append(block(width, channels * mult))
                 width = channels * mult
-            upsamples = index > (1 if output == "wavelet" else 0)
+            upsamples = index > self.wavelet_levels
             levels.append(nn.ModuleDict({"block": blocks} | ({"upsample": Upsample(width)} if upsamples else {})))
         self.up = nn.ModuleList(reversed(levels))
 
@@ -125,7 +128,7 @@ class LiteVAE_Decoder(Decoder):
             self.conv_norm = GroupNorm(gcd(32, width), width)
         else:
             self.conv_norm = nn.Identity() if pre_activation else SMC(width, width)
-        self.conv_out = conv3(width, out_channels * (4 if output == "wavelet" else 1))
+        self.conv_out = conv3(width, out_channels * 4**self.wavelet_levels)
         if linear:
             self.add_linear_path()
 
@@ -148,9 +151,7 @@ class LiteVAE_Decoder(Decoder):
             modules += [*blocks.children(), *upsample]
         out = [Stage(module, _reach(module), scale=2 if isinstance(module, Upsample) else 1) for module in modules]
         out.append(Stage(self._head, _reach(self.conv_norm, self.conv_out)))
-        if self.output == "wavelet":
-            out.append(Stage(_inverse_wavelet, 0, scale=2))
-        return out
+        return out + [Stage(_inverse_wavelet, 0, scale=2)] * self.wavelet_levels
 
     def _head(self, h: Tensor) -> Tensor:
         out: Tensor = self.conv_out(F.silu(self.conv_norm(h)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from olvae.modules.base import Encoder, check_counts, check_size
 from olvae.modules.distributions import LOGVAR_RANGE
 from olvae.modules.litevae.blocks import OpenUNet, PaperUNet
-from olvae.modules.wavelet import wavedec2
+from olvae.modules.wavelet import dwt2, wavedec2
 
 
 class Scale(NamedTuple):
@@ -53,6 +53,8 @@ class LiteVAE_Encoder(Encoder):
         dropout: in the blocks of the paper variant.
         shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many operations [P App. D.4].
         skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two [P Table 21].
+        packets: transform the details further, too, until every value of a patch is a channel at H/f (wavelet packets),
+            and give those to the aggregator alone: no work at finer resolutions, for small machines [D].
         linear: add a linear path from patches to the means; see :mod:`olvae.models.linear_code`.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
@@ -77,6 +79,7 @@ class LiteVAE_Encoder(Encoder):
         dropout: float = 0.0,
         shared_extractor: bool = False,
         skip_levels: int = 0,
+        packets: bool = False,
         linear: bool = False,
     ) -> None:
         super().__init__()
@@ -89,6 +92,8 @@ class LiteVAE_Encoder(Encoder):
         check_size(image_size, self.downscale)
         if not 0 <= skip_levels < dct_levels:
             raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
+        if packets and (skip_levels or shared_extractor or pool != "average"):
+            raise ValueError("packets has no extractors: leave out skip_levels, shared_extractor and pool")
         extractor = extractor_channels, extractor_mult, extractor_resblocks
         aggregator = aggregate_channels, aggregate_mult, aggregate_resblocks
         widths = _widths(scale, variant, (*extractor, *aggregator))
@@ -104,12 +109,14 @@ class LiteVAE_Encoder(Encoder):
                 return PaperUNet(inputs, outputs, channels, mult, blocks, dropout)
             return OpenUNet(inputs, outputs, channels, mult, blocks)
 
-        used = dct_levels - skip_levels
-        self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(1 if shared_extractor else used))
+        used = 0 if packets else dct_levels - skip_levels
+        self.packets = packets
+        extractors = 1 if shared_extractor else used
+        self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(extractors))
         self.pool_convs = nn.ModuleList(
             nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity() for _ in range(used)
         )
-        self.aggregator = unet(bands * used, latent_dim, *widths[3:])
+        self.aggregator = unet(in_channels * 4**dct_levels if packets else bands * used, latent_dim, *widths[3:])
         if linear:
             self.add_linear_path()
 
@@ -119,6 +126,16 @@ class LiteVAE_Encoder(Encoder):
     def run(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         """``forward``, where ``apply`` runs each UNet on its input."""
         _check_images(x, self)
+        features = self._packets(x) if self.packets else self._features(x, apply)
+        moments = apply(self.aggregator, features)  # (B, latent_dim, H/f, W/f)
+        return self.with_linear_path(moments, x)
+
+    def _packets(self, x: Tensor) -> Tensor:
+        for _ in range(self.levels):
+            x = dwt2(x, self.wavelet)
+        return x * self.band_scales[-1]  # (B, C f f, H/f, W/f)
+
+    def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         features: list[Tensor] = []
         levels = wavedec2(x, self.wavelet, self.levels)[self.skip_levels :]  # level l: (B, 4C, H/2^l, W/2^l)
         extractors = [*self.extractors] * (len(levels) // len(self.extractors))  # one, or one per level
@@ -126,8 +143,7 @@ class LiteVAE_Encoder(Encoder):
         for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1 + self.skip_levels):
             f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
             features.append(pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level))))  # (B, 4C, H/f, W/f)
-        moments = apply(self.aggregator, torch.cat(features, dim=1))  # (B, latent_dim, H/f, W/f)
-        return self.with_linear_path(moments, x)
+        return torch.cat(features, dim=1)
 
 
 class WaveletEncoder(Encoder):

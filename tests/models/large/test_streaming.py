@@ -33,6 +33,7 @@ def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
         ({"wavelet": "db2"}, 1),
         ({"quantizer": True}, 1),
         ({"shared_extractor": True, "skip_levels": 1, "linear": True}, 1),
+        ({"packets": True}, 1),
     ],
 )
 def test_strips_give_the_posterior_of_the_whole(arguments, memory):

@@ -29,7 +29,7 @@ CONFIGURATIONS = [
         {"channel_mult": (1, 2), "num_res_blocks": 1},
         {"channel_mult": (1, 1), "num_res_blocks": 0, "linear": True},
     )
-]
+] + [{"variant": "paper_smc", "output": "packets", "channel_mult": (1, 1, 1), "num_res_blocks": 0, "linear": True}]
 
 
 def decoder(**arguments) -> LiteVAE_Decoder:

@@ -34,7 +34,7 @@ def test_names_are_the_published_ones():
 
 
 @pytest.mark.parametrize("variant", ["open_litevae", "paper_smc"])
-@pytest.mark.parametrize("output", ["image", "wavelet"])
+@pytest.mark.parametrize("output", ["image", "wavelet", "packets"])
 def test_shapes_gradients_and_folding(variant, output):
     decoder = LiteVAE_Decoder(8, 4, 3, (1, 2, 2), 1, variant, output)
     z = torch.randn(2, 4, 5, 6)
@@ -83,11 +83,20 @@ def test_wavelet_output_predicts_bands_in_the_image_range():
     torch.testing.assert_close(dwt2(x) / 2, bands[0], rtol=1e-5, atol=1e-6)
 
 
+def test_packet_output_predicts_all_bands_at_the_latents_resolution():
+    decoder = LiteVAE_Decoder(8, 4, 3, (1, 1, 1), 0, output="packets")
+    bands = []
+    decoder.conv_out.register_forward_hook(lambda *args: bands.append(args[-1]))
+    x = decoder(torch.randn(1, 4, 4, 5))
+    assert bands[0].shape == (1, 48, 4, 5)
+    torch.testing.assert_close(dwt2(dwt2(x)) / 4, bands[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: LiteVAE_Decoder(variant="smc"), "one of open_litevae, paper_smc, group_norm"),
-        (lambda: LiteVAE_Decoder(output="bands"), "image or wavelet"),
+        (lambda: LiteVAE_Decoder(output="bands"), "image, wavelet or packets"),
         (lambda: LiteVAE_Decoder(8, channel_mult=(1,), output="wavelet"), "two entries"),
         (lambda: LiteVAE_Decoder(8, 4)(torch.zeros(1, 3, 4, 4)), r"\(B, 4, h, w\)"),
     ],

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import pywt
 import torch
@@ -99,6 +100,21 @@ def test_shared_extractor_and_skipped_levels(shared, skip):
     torch.testing.assert_close(encoder(x), encoder.aggregator(torch.cat(features, dim=1)))
 
 
+@pytest.mark.parametrize("variant", ["open_litevae", "paper"])
+def test_packets_are_pywavelets_and_go_to_the_aggregator_alone(variant):
+    encoder = LiteVAE_Encoder(6, "S", variant, in_channels=1, dct_levels=2, packets=True)
+    assert len(encoder.extractors) == 0
+    given = []
+    encoder.aggregator.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    x = torch.rand(1, 1, 12, 20)
+    assert encoder(x).shape == (1, 6, 3, 5)
+    nodes = pywt.WaveletPacket2D(x[0, 0].double().numpy(), "haar", "periodization", maxlevel=2).get_level(2)
+    expected = sorted((np.abs(node.data) for node in nodes), key=lambda band: band.flat[0])
+    ours = sorted(given[0][0].abs().numpy(), key=lambda band: band.flat[0])  # signs of details are conventions
+    scale = 4 if variant == "paper" else 1  # so that the low band is in the image's range
+    np.testing.assert_allclose(ours, np.stack(expected) / scale, atol=1e-5)
+
+
 def test_sharing_saves_parameters_and_no_operations():
     """[P App. D.4]"""
     with torch.device("meta"):
@@ -111,7 +127,9 @@ def test_sharing_saves_parameters_and_no_operations():
     }
 
 
-@pytest.mark.parametrize("arguments", [{}, {"variant": "paper"}, {"shared_extractor": True, "skip_levels": 1}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"variant": "paper"}, {"shared_extractor": True, "skip_levels": 1}, {"packets": True}]
+)
 def test_every_parameter_learns(arguments):
     encoder = LiteVAE_Encoder(6, "S", **arguments)
     encoder(torch.randn(2, 3, 32, 32)).square().mean().backward()
@@ -130,6 +148,7 @@ def test_every_parameter_learns(arguments):
         (lambda: LiteVAE_Encoder(scale="S", image_size=100), "multiple of 8"),
         (lambda: LiteVAE_Encoder(scale="S", pool="conv"), "paper variant"),
         (lambda: LiteVAE_Encoder(scale="S", skip_levels=3), "skip_levels must be from 0 to 2, .* got 3"),
+        (lambda: LiteVAE_Encoder(scale="S", packets=True, skip_levels=1), "packets has no extractors"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 3, 60, 64)), "64x64"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 1, 64, 64)), r"\(B, 3, H, W\)"),
     ],
