@@ -34,6 +34,7 @@ PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae") 
 OBSERVERS = {
     "colour": "olvae.evaluation.observers.colour.Colour",
     "ifid": "olvae.evaluation.observers.ifid.InterpolatedFID",
+    "text": "olvae.evaluation.observers.text.Text",
 }
 """Observers of the package that are asked for by name."""
 ALL = "all"

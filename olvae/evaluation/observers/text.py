@@ -1,0 +1,193 @@
+"""Observe what becomes of text: what OCR reads in reconstructions against what it reads in the originals."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from markupsafe import Markup
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from olvae.data.image import image_to_tensor
+from olvae.evaluation.observers.observer import Observation, Observer, Subject
+from olvae.evaluation.page import NONE, Page, texts
+from olvae.evaluation.roundtrip import RoundTrip
+
+SIZES = (8, 10, 12, 16, 20, 24, 32)  # of the fonts, in pixels
+STYLES = (  # font, ink, paper
+    ("DejaVuSans", "black", "white"),
+    ("DejaVuSerif", "#3b1f0b", "#f4e8c8"),
+    ("DejaVuSansMono", "#ffd75e", "#16365c"),
+)
+COPIES = 3  # lines of each size and style
+WORDS = (
+    "quick brown fox jumps lazy dog Pack my box five Sphinx Vow 1984 3607 52.90 GATE 12B Exit Kg 2026-03-14 Zebra Jelly"
+)
+CONFIDENCE = 0.5  # a line of an image counts if OCR is as sure of it in the original
+IMAGES, DRAWN = "images", "as drawn"
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+Line = tuple[str, Box, str]  # a kind, which is IMAGES or the font's size; where it is; its text without spaces
+
+
+class Text(Observer):
+    """The character error rate of text in reconstructions, by OCR (rapidocr, with the models of its wheel).
+
+    The rate is the number of edits (Levenshtein) from the original's reading to the reconstruction's, both in the boxes
+    that were found in the original, over the characters of the former, without spaces. An entry has it, ``error`` of so
+    many ``characters``, for the evaluated ``images``, None without text in them, and for pages that are ``drawn`` in
+    their size, by the font's size in pixels. ``unread`` is the same of the pages themselves, against what was drawn:
+    OCR's own error. Images have three channels.
+    """
+
+    name = "text"
+    title = "Text"
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[Line]] = {}  # of images, by key
+        self._counts: dict[
+            str, dict[str, list[tuple[str, int, int]]]
+        ] = {}  # by target and key: kind, edits, characters
+        self._pictures: dict[str, Tensor] = {}  # the first page, as drawn and by every target
+
+    def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
+        if not find_spec("rapidocr"):
+            yield "`observe` text needs rapidocr: pip install 'open-litevae[text]'"
+
+    def update(self, batch: Observation) -> None:
+        if batch.draw or batch.x.shape[1] != 3:
+            return
+        for key, x, y in zip(batch.keys, batch.x, batch.y, strict=True):
+            if key not in self._lines:
+                read = ((IMAGES, box, _read(x, box, CONFIDENCE)) for box in _find(x))
+                self._lines[key] = [line for line in read if line[-1]]
+            self._count(batch.target, key, self._lines[key], y)
+
+    def _count(self, target: str, key: str, lines: Iterable[Line], image: Tensor) -> None:
+        counts = [(kind, edit_distance(text, _read(image, box)), len(text)) for kind, box, text in lines]
+        self._counts.setdefault(target, {})[key] = counts
+
+    def state(self) -> Any:
+        return self._counts
+
+    def merge(self, state: Any) -> None:
+        for target, counts in state.items():
+            self._counts[target] = counts | self._counts.get(target, {})
+
+    def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
+        if any(subject.model.in_channels != 3 for subject in subjects.values()):
+            return
+        trips = {target: RoundTrip(subject.model, device, name=target) for target, subject in subjects.items()}
+        for number, (image, lines) in enumerate(draw_pages(size)):
+            key = f"page {number}"
+            self._count(DRAWN, key, lines, image)
+            self._pictures.setdefault(DRAWN, image)
+            read = [(kind, box, _read(image, box)) for kind, box, _ in lines]
+            for target, trip in trips.items():
+                (y,) = trip([key], image[None]).images
+                self._count(target, key, read, y)
+                self._pictures.setdefault(target, y)
+
+    def result(self, target: str, draw: int) -> dict[str, Any]:
+        found = self._rates(target)
+        return {IMAGES: found.pop(IMAGES, None), "drawn": found, "unread": self._rates(DRAWN)}
+
+    def _rates(self, target: str) -> dict[str, dict[str, float]]:
+        """By kind."""
+        sums: dict[str, list[int]] = {}
+        for kind, *counts in chain.from_iterable(self._counts.get(target, {}).values()):
+            sums[kind] = [a + b for a, b in zip(sums.get(kind, (0, 0)), counts, strict=True)]
+        return {kind: {"error": edits / n, "characters": n} for kind, (edits, n) in sums.items() if n}
+
+    def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
+        drawn = [rate["error"] for rate in entry["drawn"].values()]
+        rates = {"text errors": entry[IMAGES], "drawn text": {"error": fmean(drawn)} if drawn else None}
+        return {heading: _percent(rate) for heading, rate in rates.items() if rate}
+
+    def section(self, page: Page) -> Markup | None:
+        if not self._pictures:
+            return None
+        unread = self._rates(DRAWN)
+        rates = {target: self._rates(target) for target in self._pictures if target != DRAWN}
+        table = {target: {f"{kind} px": _percent(rate.get(kind)) for kind in unread} for target, rate in rates.items()}
+        own = ", ".join(f"{kind} px {_percent(rate)}" for kind, rate in unread.items())
+        return page.render("text.html", rates=texts(table), own=own, pictures=self._pictures)
+
+
+def draw_pages(size: int) -> Iterator[tuple[Tensor, list[Line]]]:
+    """Draw pages of text, uint8 (3, size, size), the same every time, with the fonts that come with matplotlib.
+
+    Each of :data:`STYLES` has :data:`COPIES` lines of each of :data:`SIZES` that fits, one style to a page.
+    """
+    from matplotlib import get_data_path
+
+    rng, words, margin = random.Random(0), WORDS.split(), 4
+    for name, ink, paper in STYLES:
+        picture, lines, top = Image.new("RGB", (size, size), paper), list[Line](), margin
+        for pixels in SIZES * COPIES:
+            font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), pixels)
+            height, room = sum(font.getmetrics()), size - 2 * margin
+            if max(height, 4 * pixels) > room:
+                continue
+            if top + height > size - margin:
+                yield image_to_tensor(picture), lines
+                picture, lines, top = Image.new("RGB", (size, size), paper), [], margin
+            text = " ".join(rng.choices(words, k=size // pixels + 1))
+            text = max((text[:n].strip() for n in range(len(text)) if font.getlength(text[:n]) <= room), key=len)
+            ImageDraw.Draw(picture).text((margin, top), text, ink, font)
+            lines.append((str(pixels), (0, top - 2, size, top + height + 2), text.replace(" ", "")))
+            top += height + margin
+        if lines:
+            yield image_to_tensor(picture), lines
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's: the least number of characters to insert, delete or replace to make ``b`` of ``a``."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
+
+
+def _percent(rate: Mapping[str, float] | None) -> str:
+    return f"{100 * rate['error']:.1f} %" if rate else NONE
+
+
+@lru_cache(maxsize=1)
+def _engine() -> Any:
+    """rapidocr's, with its default models, which are in its wheel."""
+    from rapidocr import RapidOCR
+
+    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}  # its own would spin on all
+    return RapidOCR(params={"Global.log_level": "critical", **threads})
+
+
+def _ocr(image: Tensor, find: bool) -> Any:
+    """Find the lines of an image, uint8 (3, H, W), or read it as one line."""
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy()[:, :, ::-1])  # blue first
+    return _engine()(pixels, use_det=find, use_cls=False, use_rec=not find)
+
+
+def _find(image: Tensor) -> list[Box]:
+    """The upright boxes around the lines of an image, uint8 (3, H, W)."""
+    quads = _ocr(image, find=True).boxes
+    corners = np.empty((0, 4, 2)) if quads is None else np.asarray(quads)
+    ends = np.concatenate((np.floor(corners.min(1)), np.ceil(corners.max(1))), axis=1).clip(min=0).astype(int)
+    return [(left, top, right, bottom) for left, top, right, bottom in ends.tolist()]
+
+
+def _read(image: Tensor, box: Box, sure: float = 0.0) -> str:
+    """The text of one line without spaces; nothing if OCR is less ``sure`` of it."""
+    left, top, right, bottom = box
+    found = _ocr(image[:, top:bottom, left:right], find=False)
+    readings = zip(found.txts or (), found.scores or (), strict=True)
+    return "".join("".join(text.split()) for text, score in readings if score >= sure)
