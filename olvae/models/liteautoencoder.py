@@ -115,9 +115,8 @@ class LiteAutoencoderKL(ValidatedModule):
         super().__init__(val_metrics, weights_dir)
         self.automatic_optimization = False
         self.use_ema, self.ema_decay, self.sample_posterior = use_ema, ema_decay, sample_posterior
-        self.learning_rate, self.betas = learning_rate, (betas[0], betas[1])
-        self.scheduler, self.warmup_steps = scheduler, warmup_steps
-        self.decay_steps, self.min_lr_factor = decay_steps, min_lr_factor
+        self.learning_rate, self.min_lr_factor, self.betas = learning_rate, min_lr_factor, (betas[0], betas[1])
+        self.scheduler, self.warmup_steps, self.decay_steps = scheduler, warmup_steps, decay_steps
         self.accumulate_grad_batches, self.gradient_clip_val = accumulate_grad_batches, gradient_clip_val
         self.channels_last, self.compiled, self.checkpoint = channels_last, compile, checkpoint
         self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder

@@ -41,7 +41,7 @@ def assert_close(one: Run, two: Run) -> None:
 
 
 def test_two_processes_are_one(train_with, train_two, monkeypatch):
-    monkeypatch.setattr("olvae.models.linear_start.CROPS", (256, 256))
+    monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
     two_steps = ("data.params.size=64", "lightning.trainer.max_steps=2", "lightning.trainer.log_every_n_steps=1")
     config = load(["configs/demo_b.yaml"], [*SMALL, *two_steps])
     one, two = train_with(WHOLE, config=config), train_two(HALF, config=config)

@@ -313,7 +313,7 @@ def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training
 
 def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd, monkeypatch):
     """Not when a run is resumed, nor when it starts from weights."""
-    monkeypatch.setattr("olvae.models.linear_start.CROPS", (256, 256))
+    monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
     config = tiny_config(image_folder)
     for half in ("encoder_config", "decoder_config"):
         config["model"]["params"][half]["params"]["linear"] = True
