@@ -5,9 +5,10 @@ ARG BASE=debian:13-slim
 FROM ${BASE}
 ARG TORCH=cpu
 
+# g++ and Python's headers are for torch.compile.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3-venv \
+    && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/olvae \
     && useradd --uid 1001 --create-home --home-dir /work olvae

@@ -24,9 +24,14 @@ def resolve_device(device: str | None = None) -> str:
     """Choose a device: the given one, which has to be there (ConfigError), else a GPU of this process, else the CPU."""
     present = torch.cuda.device_count()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= present:
+    if not device.startswith("cuda"):
+        return device
+    if int(device.partition(":")[2] or 0) >= present:
         raise ConfigError(f"`device` {device}: this machine has {present} GPUs")
-    return f"cuda:{local_rank() % present}" if device == "cuda" and present > 1 else device
+    device = f"cuda:{local_rank() % present}" if device == "cuda" and present > 1 else device
+    if ":" in device:
+        torch.cuda.set_device(device)  # else what names no GPU takes memory of the first one, in every process
+    return device
 
 
 T = TypeVar("T")
@@ -227,18 +232,21 @@ class Agreement:
         self._flag = torch.zeros((), dtype=torch.uint8)
         self._sent: dist.Work | None = None
 
-    def any_asked(self, asked: bool, wait: bool = False) -> bool:
-        """Return True if any rank set ``asked`` in the previous call, or in this one with ``wait``. Collective."""
+    def any_asked(self, asked: int, wait: bool = False) -> int:
+        """Return the largest ``asked`` of all ranks in the previous call, with ``wait`` in this one too. Collective.
+
+        0 asks for nothing; other numbers, up to 255, are for the caller to tell requests apart.
+        """
         if this_process()[1] == 1:
             return asked
         self._group = self._group or dist.new_group(backend="gloo")
         answer = self._received()
         self._flag.fill_(asked)
         self._sent = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
-        return self._received() or answer if wait else answer
+        return max(self._received(), answer) if wait else answer
 
-    def _received(self) -> bool:
+    def _received(self) -> int:
         if self._sent is not None:
             self._sent.wait()
         self._sent = None
-        return bool(self._flag.numpy())
+        return int(self._flag.numpy())

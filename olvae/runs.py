@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -32,11 +33,11 @@ class Settings:
     untrained: str | None = None  # encoder or decoder, if that half still has its initial weights
     checksums: Mapping[str, str] = field(default_factory=dict)  # of weights that parts only name, a teacher's, by part
     paths: Mapping[str, str] = field(default_factory=dict)  # the data's relative paths as written, by absolute ones
-    slurm_job: str | None = None  # the SLURM job that trains the run
+    job: str | None = None  # the job of SLURM, or torchrun's rdzv_id, that trains the run
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the section ``run``; outside of SLURM it has no ``slurm_job``."""
-        return {key: value for key, value in asdict(self).items() if key != "slurm_job" or value is not None}
+        """Return the section ``run``; outside of a launcher's job it has no ``job``."""
+        return {key: value for key, value in asdict(self).items() if key != "job" or value is not None}
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -164,11 +165,14 @@ class RunLock:
                 self._file.truncate(0)
             self._file.close()
 
-    def take(self, run: Run) -> None:
-        """Lock a run; raise ConfigError if another process trains it. On a file system without locks, only warn."""
+    def take(self, run: Run, patience: float = 0.0) -> None:
+        """Lock a run; raise ConfigError if another process trains it. On a file system without locks, only warn.
+
+        ``patience``: seconds to wait for its end: a network file system frees the locks of a machine that died late.
+        """
         file = run.lock.open("a+", encoding="utf-8")
         try:
-            _lock(file)
+            _lock(file, time.monotonic() + patience)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -186,10 +190,18 @@ class RunLock:
         self._file = file
 
 
-def _lock(file: TextIO) -> None:
-    """Lock an open file for this process, or raise OSError."""
+def _lock(file: TextIO, until: float = 0.0) -> None:
+    """Lock an open file for this process, or raise OSError; BlockingIOError if another one has it until a time."""
     try:
         import fcntl
     except ImportError as error:
         raise OSError("the system has no flock") from error
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.2)
+        else:
+            return

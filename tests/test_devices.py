@@ -129,7 +129,7 @@ def meet(out: Path) -> None:
     assert (first is None) == (rank > 0) == (second is None)
     agreement = Agreement()  # the second process asks at its second call, the first one at the end
     answers = [agreement.any_asked(asked) for asked in (False, rank == 1, False, False)]
-    answers.append(agreement.any_asked(rank == 0, wait=True))
+    answers.append(agreement.any_asked(2 if rank == 0 else 1, wait=True))
     both = gather(answers)
     if first:
         out.write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second} {both}")
@@ -139,7 +139,7 @@ def meet(out: Path) -> None:
 
 def test_two_processes_meet_and_the_first_gets_what_each_has(tmp_path):
     fork_two(meet, tmp_path / "out")
-    answers = [False, False, True, False, True]
+    answers = [0, 0, 1, 0, 2]
     expected = f"2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None] {[answers, answers]}"
     assert (tmp_path / "out").read_text() == expected
 
@@ -161,10 +161,13 @@ def test_each_process_takes_its_own_gpu(monkeypatch, gpus, local, expected):
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert resolve_device() == expected
     assert resolve_device("cpu") == "cpu"
+    assert current == [expected] * (gpus > 1)
     if gpus > 2:
-        assert resolve_device("cuda:2") == "cuda:2"
+        assert resolve_device("cuda:2") == current[-1] == "cuda:2"
     else:
         with pytest.raises(ConfigError, match=f"this machine has {gpus} GPUs"):
             resolve_device("cuda:2")

@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,7 @@ def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
 def test_settings_are_what_was_written_and_defaults_for_the_rest():
     settings = Settings(name="a", seed=3, initial_seed=2, weights="x.ckpt", paths={"/data/photos": "photos"})
     assert settings_of({"run": settings.as_dict()}) == settings
-    assert "slurm_job" not in settings.as_dict()
+    assert "job" not in settings.as_dict()
     assert settings_of({"run": {"seed": 5, "gpus": None, "an_older_key": 1}}) == Settings(seed=5, initial_seed=5)
     for config in ({}, {"run": None}, {"run": "cut off"}):
         assert settings_of(config) == Settings()
@@ -130,8 +132,20 @@ def test_a_killed_process_leaves_no_lock_though_its_child_lives(run):
     end.set()
 
 
+def test_a_lock_that_ends_soon_is_waited_for(run):
+    """As of a machine that died, on a network file system."""
+    with ThreadPoolExecutor(1) as thread, RunLock() as lock:
+        with RunLock() as holder:
+            holder.take(run)
+            waiting = thread.submit(lock.take, run, patience=60)
+            time.sleep(0.3)
+            assert not waiting.done()
+        waiting.result()
+        assert f"process {os.getpid()} on" in refused(run)
+
+
 def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, caplog):
-    def unsupported(_: object) -> None:
+    def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(runs, "_lock", unsupported)

@@ -64,6 +64,8 @@ def command(
     if not all(number.isdigit() for number in split_commas(workers)):
         raise ConfigError(f"`workers` {workers}: give numbers of processes, such as 0,1,2")
 
+    import torch
+
     from olvae.bench.cases import bench
     from olvae.bench.measure import Setting
     from olvae.data.dataset import PHOTOGRAPHS
@@ -72,6 +74,7 @@ def command(
 
     keep_freed_memory()
     device = resolve_device(device)
+    torch.backends.cudnn.benchmark = True  # as training has it
     setting = Setting(
         device,
         size or 0,

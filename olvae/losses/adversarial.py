@@ -25,11 +25,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import island
+from olvae.modules.base import island, mean_over_processes
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,7 @@ class LeCam(nn.Module):
     @torch.no_grad()
     def _move(self, real: Sequence[Tensor], fake: Sequence[Tensor]) -> None:
         means = torch.stack([t.mean() for t in (*real, *fake)]).to(self.real_anchors.dtype)
-        if dist.is_initialized():
-            dist.all_reduce(means)
-            means = means / dist.get_world_size()
+        means = mean_over_processes(means)
         decay = self.started * self.decay  # no synchronisation with the device
         for anchors, new in zip((self.real_anchors, self.fake_anchors), means.chunk(2), strict=True):
             anchors.copy_(torch.lerp(new, anchors, decay))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MAX_PENDING = 10_000  # steps that are remembered if nobody collects them
@@ -120,7 +121,16 @@ class NonFiniteGuard:
         return len(self._records)
 
     def collect(self) -> list[BadStep | None]:
-        """Return the steps since the last call, None for a good one; this waits for the device."""
+        """Return the steps since the last call, None for a good one; this waits for the device.
+
+        Collective under fp16: a step in which any process had a non-finite loss is an overflow in none.
+        """
         records, self._records = self._records, deque(maxlen=MAX_PENDING)
         flags = torch.stack([record.bad for record in records]).tolist() if records else []
-        return [record.read() if flag else None for flag, record in zip(flags, records, strict=True)]
+        steps = [record.read() if flag else None for flag, record in zip(flags, records, strict=True)]
+        if not dist.is_initialized() or not records or records[0].scale is None:
+            return steps
+        spoilt = [step is not None and not step.overflow for step in steps]
+        agreed = torch.tensor(spoilt, dtype=torch.uint8, device=records[0].bad.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return [s and s._replace(overflow=not flag) for s, flag in zip(steps, agreed.tolist(), strict=True)]

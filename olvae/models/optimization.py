@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from olvae.devices import this_process
 from olvae.files import first_line
-from olvae.modules.base import last_convolution
+from olvae.modules.base import last_convolution, mean_over_processes
 
 log = logging.getLogger("olvae")
 
@@ -38,7 +38,18 @@ def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_fac
 
 def adam(parameters: Sequence[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
     """Adam with fused kernels, which can skip an update without a host-device sync."""
-    return torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+    optimizer.register_load_state_dict_post_hook(_lay_out_moments)
+    return optimizer
+
+
+@torch.no_grad()
+def _lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded moments their parameters' strides, which fused kernels assume: ``channels_last`` may have changed."""
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and state[name].stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -78,9 +89,7 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
     norms: list[Tensor] = []
     for loss in (one, other):
         (gradient,) = torch.autograd.grad(scaled(loss), last.weight, retain_graph=True)
-        if module.trainer.world_size > 1:
-            gradient = module.trainer.strategy.reduce(gradient, reduce_op="mean")
-        norms.append(gradient.float().norm())
+        norms.append(mean_over_processes(gradient).float().norm())
     return norms[0] / torch.maximum(norms[1], 1e-12 * scaled(norms[1].new_ones(())))
 
 
@@ -95,6 +104,9 @@ class PlayersStrategy(DDPStrategy):
         assert self.lightning_module is not None
         players: dict[str, nn.Module] = self.lightning_module.players  # type: ignore[assignment]
         self.reducers = {name: self._setup_model(player) for name, player in players.items()}
+        if self._ddp_comm_hook is not None:
+            for reducer in self.reducers.values():
+                reducer.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
 
     def reduce_next(self, player: str) -> None:
         """Average this player's gradients over the processes in the next backward pass; without it nothing is sent."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch
+from olvae.devices import gather
 from olvae.metrics import MakeMetrics, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.autoencoder import LiteVAE, Quantizer
@@ -119,22 +120,25 @@ class ValidatedModule(pl.LightningModule):
             with average.weights_as_trained():
                 self._metrics["val_raw"].update(keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0]))
 
-    def _gather(self) -> None:
-        """Take in what the other processes validated."""
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, ({key: part.state() for key, part in self._metrics.items()}, self._sums))
-        self._sums = {}
-        for metrics, sums in states:
+    def on_validation_epoch_end(self) -> None:
+        """Log the values over all processes, without those that are infinite or not available."""
+        states = gather(({key: part.state() for key, part in self._metrics.items()}, self._sums))
+        values = [{} if states is None else self._summarise(states[1:])]  # rFID's features go to one process alone
+        if dist.is_initialized():
+            dist.broadcast_object_list(values)
+        self.validation_values = values[0]
+        self._metrics = {}
+        self.log_dict(self.validation_values)
+        self.log("step", float(self.global_step))
+
+    def _summarise(self, others: Sequence[Any]) -> dict[str, float]:
+        """The values of this process' validation and of the others'."""
+        for metrics, sums in others:
             for weights, state in metrics.items():
                 self._metrics[weights].merge(state)
             for key, summed in sums.items():
                 self._sums[key] = self._sums.get(key, 0.0) + summed
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the values over all processes, without those that are infinite or not available."""
-        if dist.is_initialized():
-            self._gather()
-        self.validation_values = {
+        values = {
             f"{weights}/{name}": value
             for weights, metrics in self._metrics.items()
             for name, value in metrics.compute().items()
@@ -142,7 +146,5 @@ class ValidatedModule(pl.LightningModule):
         }
         for part in self.each_part:
             means = {name: float(total / n) for (of, name), (total, n) in self._sums.items() if of == part.name}
-            self.validation_values |= {f"val/{name}": value for name, value in part.summarise(means).items()}
-        self._metrics = {}
-        self.log_dict(self.validation_values)
-        self.log("step", float(self.global_step))
+            values |= {f"val/{name}": value for name, value in part.summarise(means).items()}
+        return values

@@ -1,7 +1,12 @@
 """PatchGAN: a plain convolutional discriminator of overlapping patches (Isola et al. 2017)."""
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from olvae.modules.base import island, mean_over_processes
 
 
 class PatchGAN(nn.Module):
@@ -11,8 +16,8 @@ class PatchGAN(nn.Module):
     every layer, up to eight times. The first and the last convolution have no BatchNorm; those with one have no
     bias. Weights start from N(0, 0.02), BatchNorm's from N(1, 0.02). At the defaults a logit sees 70x70 pixels.
 
-    BatchNorm makes a sample's logits depend on its batch: in training, use separate batches for real and fake images,
-    and convert to SyncBatchNorm when several devices share a batch.
+    BatchNorm makes a sample's logits depend on its batch: in training, use separate batches for real and fake images.
+    Under torch.distributed its statistics are those of all processes, which have as many images each.
     """
 
     num_outputs = 1
@@ -33,7 +38,7 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, _SharedBatchNorm):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -47,11 +52,36 @@ class PatchGAN(nn.Module):
         return [self.last(h)]  # (B, 1, H/2^n - 2, W/2^n - 2)
 
 
+class _SharedBatchNorm(_NormBase):
+    """BatchNorm2d whose statistics in training are those of all processes.
+
+    torch's SyncBatchNorm has no second derivative, which R1 takes, and waits for the device twice in each call.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        running = self.running_mean, self.running_var
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return F.batch_norm(x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps)
+        h = island(x)
+        var, mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
+        mean, square = mean_over_processes(torch.stack((mean, var + mean.square()))).unbind()
+        var = square - mean.square()
+        with torch.no_grad():
+            count = x.numel() / x.shape[1] * dist.get_world_size()
+            for buffer, value in zip(running, (mean, var * (count / max(1.0, count - 1))), strict=True):
+                assert buffer is not None
+                buffer.lerp_(value.to(buffer.dtype), self.momentum or 0.0)
+        mean, scale = mean[:, None, None], ((var + self.eps).rsqrt() * self.weight)[:, None, None]
+        return ((h - mean) * scale + self.bias[:, None, None]).to(x.dtype)
+
+
 class _Layer(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=stride, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = _SharedBatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(x)), 0.2)

@@ -240,7 +240,7 @@ class BadSteps(Callback):
         where = "there is no checkpoint yet: the weights stay"
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
-        if run.last_checkpoint.is_file():
+        if trainer.strategy.broadcast(run.last_checkpoint.is_file()):  # as the first process sees it
             where = f"weights and optimizers are those of step {_restore(trainer, model, run)} again"
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         model.rate_factor *= self.rate_factor
@@ -276,6 +276,7 @@ class GracefulStop(Callback):
     def __init__(self, time_limit: float | None = None) -> None:
         self.reason: str | None = None  # of this process: the name of a signal, or the time limit
         self.agreed = False  # whether all processes stop; the same in each
+        self.requeues = False  # whether SIGUSR1 reached any of them
         self._end = math.inf if time_limit is None else time.monotonic() + time_limit
         self._agreement = Agreement()
         self._before: dict[int, Any] = {}
@@ -298,12 +299,20 @@ class GracefulStop(Callback):
             return
         if self.reason is None and time.monotonic() >= self._end:
             self._announce("the time limit")
-        if self._agreement.any_asked(self.reason is not None):
-            self.agreed = trainer.should_stop = True
+        if self._all_stop():
+            trainer.should_stop = True
             trainer.limit_val_batches = 0  # no validation on the way out
 
     def on_train_end(self, *_: Any) -> None:
-        self.agreed |= self._agreement.any_asked(self.reason is not None, wait=True)
+        self._all_stop(wait=True)
+
+    def _all_stop(self, wait: bool = False) -> bool:
+        """Whether any process was to stop, and whether one of them by SIGUSR1. Collective."""
+        asked = 0 if self.reason is None else 2 if self.reason == "SIGUSR1" else 1
+        answer = self._agreement.any_asked(asked, wait)
+        self.agreed |= answer > 0
+        self.requeues |= answer == 2
+        return self.agreed
 
     def teardown(self, *_: Any, **__: Any) -> None:
         while self._before:

@@ -1,9 +1,14 @@
 """Distributed launch: process counts, torchrun and srun, joining the process group, dead processes, requeueing."""
 
 import logging
+import os
 import re
+import signal
 import subprocess
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +17,13 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies.launchers import subprocess_script
 from torch.distributed.constants import default_pg_timeout
 
 from olvae.config import ConfigError
 from olvae.data.read_errors import worker_death
 from olvae.devices import join, local_rank, srun_environment
+from olvae.runs import Run
 from olvae.training.progress import notify
 from olvae.training.setup import slurm_job
 
@@ -84,12 +91,68 @@ def from_first(text: str) -> str:
     return texts[0]
 
 
+def check_same(run: str) -> None:
+    """Raise ConfigError unless all processes that have met continue the run that the first one does: "" for none."""
+    if run != (first := from_first(run)):
+        raise ConfigError(
+            f"this process would continue {run or 'no run'}, the first one {first or 'none'}: a shared "
+            "file system shows them different folders: try again, or name the run with `resume`"
+        )
+
+
+def least(number: int) -> int:
+    """The smallest of the processes' numbers, where they have met."""
+    numbers = [number]
+    if dist.is_initialized():
+        numbers = [number] * dist.get_world_size()
+        dist.all_gather_object(numbers, number)
+    return min(numbers)
+
+
+SEE = "see its own output, or the system's log of killed processes"
+BROKEN = (
+    r"closed by (remote )?peer|reset by peer|Broken pipe|remote process exit|"  # gloo, NCCL
+    r"NET/IB : Got completion from peer|Connection was likely closed|Did the remote server shutdown"  # NCCL, c10d
+)
+LATE = r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for"  # NCCL, gloo
+
+
 def process_death(error: Exception) -> str | None:
     """Explain an error that comes from the death of a loader process or another process of this run; else None."""
-    broken = r"closed by peer|reset by peer|remote process exited|Broken pipe"
-    if dist.is_initialized() and re.search(broken, str(error)):
-        return "another process of this training died: see its own output, or the system's log of killed processes"
+    text = str(error)
+    if dist.is_initialized() and re.search(BROKEN, text):
+        return f"another process of this training died: {SEE}"
+    if dist.is_initialized() and re.search(LATE, text):
+        return f"another process of this training hangs or died: {SEE}"
     return worker_death(error)
+
+
+def watch_processes(run: Run) -> None:
+    """Let the process in which Lightning starts the others end with a line when one of them ends in an error.
+
+    Lightning's own observer kills it without a word.
+    """
+    setattr(subprocess_script, "_launch_process_observer", partial(_watch, run))  # noqa: B010  (mypy does not see it)
+
+
+def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5.0) -> None:
+    """End this process after another one: on GPUs its collectives do not return; elsewhere they raise, in ``grace``."""
+
+    def watch() -> None:
+        while not (failed := [(rank, code) for rank, child in enumerate(children, 1) if (code := child.poll())]):
+            if all(child.returncode == 0 for child in children):
+                return
+            time.sleep(0.5)
+        time.sleep(grace)
+        rank, code = failed[0]
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        saved = f"; {run.path} can be continued" if run.last_checkpoint.is_file() else ""
+        notify(f"error: process {rank} of this training {how}: {SEE}{saved}")
+        for child in children:
+            child.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch processes", daemon=True).start()
 
 
 def requeue() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from olvae import config as cfg
 from olvae import runs
@@ -31,9 +32,19 @@ from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
 from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
-from olvae.training.setup import Plan, TrainOptions, check_changes, find_changes, read_plan, start_from, untrained_half
+from olvae.training.setup import (
+    Plan,
+    TrainOptions,
+    check_changes,
+    find_changes,
+    read_plan,
+    restarted,
+    start_from,
+    untrained_half,
+)
 
 RUN_ENV = "OLVAE_RUN"  # the run folder, for the processes that Lightning starts for the other devices
+RELEASE_S = 120.0  # within which a network file system frees the locks of a machine that died: NFS after 90 s
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -97,6 +108,8 @@ def train(options: TrainOptions | Plan) -> Run:
 def prepare(plan: Plan, lock: RunLock) -> Prepared:
     """Lock a resumed run, build data and model, load weights, and check that everything fits."""
     stop = GracefulStop(plan.time_limit)
+    launch.meet()
+    launch.check_same("" if plan.resumed is None else str(plan.resumed.path))
     if plan.resumed is not None:
         _lock_resumed(plan.resumed, lock)
     config, settings = _locate_data(plan)
@@ -135,8 +148,11 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
         model.adversary.check(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
-    if processes > 1 and trainer_args.get("strategy", "auto") in ("auto", "ddp"):
-        trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True)
+    if processes > 1 and (strategy := trainer_args.get("strategy", "auto")) in ("auto", "ddp", "ddp_bf16"):
+        hook = bf16_compress_hook if strategy == "ddp_bf16" else None  # half of the bytes on the wire
+        trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook)
+    elif trainer_args.get("strategy") == "ddp_bf16":
+        trainer_args["strategy"] = "auto"
     config["run"] = settings.as_dict()
     return Prepared(plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done)
 
@@ -149,7 +165,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     if first:
         print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free = launch.least(torch.cuda.mem_get_info(device)[0])  # so that all processes decide alike
         check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
@@ -157,6 +173,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 notify(line)
     for logger in trainer.loggers:
         logger.log_hyperparams(prepared.config)
+    launch.watch_processes(run)
     try:
         with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
             trainer.fit(
@@ -183,7 +200,7 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
         print_ending(
             run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps{describe_gain(prepared.model)}"
         )
-        if stop.reason == "SIGUSR1":
+        if stop.requeues:
             launch.requeue()
     if stop.agreed:  # the caller, Python or make, must not begin what comes after a training
         raise TrainingStopped(run, stop.preempted)
@@ -316,12 +333,11 @@ def _lock_resumed(run: Run, lock: RunLock) -> None:
     refusal = ""
     if launch.is_first():
         try:
-            lock.take(run)
+            lock.take(run, patience=RELEASE_S if restarted() else 0.0)
             for folder in (run.path, run.checkpoints, run.images):  # what a killed process left half-written
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
             refusal = str(error)
-    launch.meet()
     if refusal := launch.from_first(refusal):
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -365,5 +381,6 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",
+        ".*It is recommended to use `self.log\\(.*sync_dist=True\\)`.*",  # values of validation are of all processes
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -67,7 +67,8 @@ class KeepCheckpoints(Checkpoint):
                 f"best: {self.best!r} is not a metric of validation: choose one of val/{', val/'.join(better)}"
             )
         self._sign = 1 if better[name] == "higher" else -1
-        self._best_value = self._best_before(current_run(trainer))
+        before = self._best_before(current_run(trainer)) if trainer.is_global_zero else None
+        self._best_value = trainer.strategy.broadcast(before)  # a save takes all processes, so one decides
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._saved_step = self._kept_step = trainer.global_step

@@ -72,7 +72,7 @@ class Plan:
 def read_plan(options: TrainOptions) -> Plan:
     """Read and check the config that some options name: a resumed run's, the files over it, then the overrides.
 
-    A SLURM job that was queued again continues its run.
+    A SLURM job that was queued again, or processes that torchrun started again, continue their run.
 
     Raises:
         ConfigError: a mistake in the config or the options.
@@ -146,7 +146,7 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
         gpus=settings.gpus if options.gpus is None else options.gpus,
         seed=settings.seed if options.seed is None else options.seed,
         weights=settings.weights if weights is None else str(weights),
-        slurm_job=slurm_job(),
+        job=current_job(),
     )
 
 
@@ -180,17 +180,28 @@ def slurm_job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
+def current_job() -> str | None:
+    """The launcher's job that this process belongs to, which it may start again: SLURM's, else torchrun's rdzv_id."""
+    group = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return slurm_job() or (None if group == "none" else f"torchrun {group}")
+
+
+def restarted() -> bool:
+    """Whether SLURM queued this job again, or torchrun started its processes again."""
+    return any(int(os.environ.get(f"{of}_RESTART_COUNT") or 0) > 0 for of in ("SLURM", "TORCHELASTIC"))
+
+
 def requeued_run(logdir: Path, name: str) -> Run | None:
-    """Find the run of this name that this SLURM job made before it was queued again; None if it did not."""
-    job = slurm_job()
-    if job is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+    """Find the run of this name that this job made before its launcher started it again; None if it did not."""
+    job = current_job()
+    if job is None or not restarted():
         return None
     found = [Run(path) for path in logdir.glob(f"*_{name}_*")]
     begun = [run for run in found if run.last_checkpoint.is_file() and run.config.is_file()]
     for run in sorted(begun, key=lambda run: run.config.stat().st_mtime_ns, reverse=True):
         with contextlib.suppress(ConfigError):  # of another run, perhaps
             settings = runs.settings_of(cfg.load([run.config]))
-            if (settings.slurm_job, settings.name) == (job, name):
+            if (settings.job, settings.name) == (job, name):
                 return run
     return None
 

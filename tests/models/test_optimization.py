@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, mix_seeds
+from olvae.models.optimization import adam, grad_scaler, gradient_ratio, lr_factor, mix_seeds
 
 
 def test_seeds_differ_with_every_number_and_with_their_order():
@@ -24,12 +24,9 @@ def test_rates():
     assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
 
 
-def module(decoder: nn.Module, scaler=None, world_size: int = 1, reduce=None) -> SimpleNamespace:
+def module(decoder: nn.Module, scaler=None) -> SimpleNamespace:
     """What gradient_ratio asks of a LightningModule in training."""
-    plugin = SimpleNamespace(scaler=scaler)
-    strategy = SimpleNamespace(reduce=reduce)
-    trainer = SimpleNamespace(world_size=world_size, precision_plugin=plugin, strategy=strategy)
-    return SimpleNamespace(decoder=decoder, trainer=trainer)
+    return SimpleNamespace(decoder=decoder, trainer=SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler)))
 
 
 def two_losses(decoder: nn.Module) -> tuple[Tensor, Tensor, float]:
@@ -84,18 +81,42 @@ def test_the_loss_scale_saves_gradients_that_half_precision_would_lose(decoder):
     assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(3.0, rel=1e-2)
 
 
-def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder):
+def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder, monkeypatch):
     """Two ranks with opposite gradients of the second loss but for a tenth: its norm is that of the mean."""
     weight = decoder[0].weight
     one, other = weight.sum(), weight[0].sum()
     calls = []
 
-    def reduce(gradient, reduce_op):
-        assert reduce_op == "mean"
+    def mean(gradient):
         calls.append(gradient.clone())
         theirs = gradient if len(calls) == 1 else -0.8 * gradient
         return (gradient + theirs) / 2
 
-    ratio = gradient_ratio(module(decoder, world_size=2, reduce=reduce), one, other)
+    monkeypatch.setattr("olvae.models.optimization.mean_over_processes", mean)
+    ratio = gradient_ratio(module(decoder), one, other)
     assert len(calls) == 2
     assert ratio.item() == pytest.approx(2**0.5 / 0.1, rel=1e-5)
+
+
+def test_loaded_moments_have_the_strides_of_their_parameters():
+    """A run may change its memory layout when it is resumed; fused kernels read moments as their parameters lie."""
+    torch.manual_seed(0)
+    weights, gradients = torch.randn(8, 6, 3, 3), torch.randn(3, 8, 6, 3, 3)
+
+    def trained(steps: range, layout: torch.memory_format, state: dict | None = None, start=weights):
+        parameter = nn.Parameter(start.clone(memory_format=layout))
+        optimizer = adam([parameter], 0.1, (0.5, 0.9))
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in steps:
+            parameter.grad = gradients[step].clone(memory_format=layout)
+            optimizer.step()
+        return parameter.detach(), optimizer
+
+    plain, lasting = torch.contiguous_format, torch.channels_last
+    whole, _ = trained(range(3), plain)
+    begun, optimizer = trained(range(2), plain)
+    continued, other = trained(range(2, 3), lasting, optimizer.state_dict(), begun)
+    assert torch.equal(whole, continued)
+    (state,) = other.state.values()
+    assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == continued.stride() != whole.stride()

@@ -5,7 +5,7 @@ from itertools import repeat
 
 import pytest
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 from olvae.models.optimization import PlayersStrategy
 from olvae.modules.base import count_parameters
@@ -77,6 +77,22 @@ def test_a_frozen_half_is_not_sent():
 
 
 NO_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+
+
+def test_a_hook_halves_the_bytes_of_both_players():
+    """As `ddp_bf16`, whose sums are of bfloat16."""
+    sent = []
+
+    def hook(state, bucket):
+        assert state is None
+        sent.append(bucket.buffer().numel())
+        return bf16_compress_hook(None, bucket)
+
+    module = train(PlayersStrategy(ddp_comm_hook=hook), against(), batches=1)
+    assert sum(sent) == count_parameters(module.autoencoder) + count_parameters(module.adversary.discriminator)
+    plain = snapshot(train("auto", against(), batches=1))
+    for name, p in snapshot(module).items():
+        torch.testing.assert_close(p, plain[name], rtol=0, atol=2.5e-4)  # Adam's first step is of the rate, 1e-4
 
 
 def test_weights_are_those_of_training_without_it():

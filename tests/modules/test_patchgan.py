@@ -1,8 +1,17 @@
+"""PatchGAN by hand; two processes give the numbers of one with the whole batch, R1's too."""
+
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from olvae.devices import join, leave
+from olvae.losses.adversarial import r1_penalty
+from olvae.modules.base import mean_over_processes
 from olvae.modules.patchgan import PatchGAN
+from tests.test_devices import fork_two
 
 
 @pytest.fixture
@@ -36,3 +45,62 @@ def test_a_logit_sees_70_by_70_pixels():
     rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
     assert rows.max() - rows.min() + 1 == 70
     assert columns.max() - columns.min() + 1 == 70
+
+
+def network() -> PatchGAN:
+    torch.manual_seed(0)
+    return PatchGAN(base_channels=4, n_layers=2).double()
+
+
+def images() -> Tensor:
+    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def measured(x: Tensor) -> dict[str, Tensor]:
+    """Losses, their gradients by parameters and images, and buffers, after two passes in training and one after it."""
+    net, x = network(), x.requires_grad_()
+    logits = net(x)
+    loss = logits[0].square().mean() + r1_penalty(logits, x)
+    net(2 * x.detach() + 1)
+    loss.backward()
+    assert x.grad is not None
+    found = {name: mean_over_processes(p.grad) for name, p in net.named_parameters() if p.grad is not None}
+    found |= dict(net.named_buffers(), loss=mean_over_processes(loss.detach()))
+    return found | {"image": x.grad, "evaluated": net.eval()(x.detach())[0].detach()}
+
+
+def half(out: Path) -> None:
+    rank, _ = join()
+    torch.save(measured(images().chunk(2)[rank].clone()), out / f"{rank}.pt")
+    leave()
+
+
+def test_two_processes_are_one(tmp_path):
+    fork_two(half, tmp_path)
+    whole, halves = measured(images()), [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in ("image", "evaluated"):
+        both = torch.cat([part.pop(name) for part in halves])
+        scale = 2 if name == "image" else 1  # a process' loss is the mean over its own images
+        torch.testing.assert_close(both, scale * whole.pop(name), rtol=1e-9, atol=1e-12)
+    assert len(whole) == len(dict(network().named_parameters())) + 6 + 1
+    for part in halves:
+        torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_in_one_process_it_is_torchs_batch_norm_bit_for_bit():
+    net, other = network(), network()
+    for layer in other.layers:
+        torchs = nn.BatchNorm2d(layer.norm.num_features).double()
+        torchs.load_state_dict(layer.norm.state_dict())
+        layer.norm = torchs
+    for _ in range(2):
+        assert torch.equal(net(images())[0], other(images())[0])
+    for one, two in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(net.eval()(images())[0], other.eval()(images())[0])
+
+
+def test_lightnings_conversion_leaves_it_alone():
+    assert not any(
+        isinstance(m, nn.SyncBatchNorm) for m in nn.SyncBatchNorm.convert_sync_batchnorm(network()).modules()
+    )

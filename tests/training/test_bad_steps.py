@@ -2,14 +2,19 @@
 
 import json
 import math
+from itertools import repeat
 
 import pytest
 import torch
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.optimization import PlayersStrategy
 from olvae.training.callbacks import BadSteps
 from tests.conftest import tiny_config
-from tests.models.steps import against
+from tests.models.steps import against, build, trainer
+from tests.models.test_updates import Scaled
+from tests.test_devices import fork_each, free_port
+from tests.training.conftest import torchrun
 from tests.training.events import scalars
 from tests.training.origins import checkpoint, one_line
 
@@ -113,6 +118,26 @@ def test_before_the_first_save_the_weights_stay(train_with, tmp_path, config, sp
         train_with(*settings(in_a_row=2, returns=1), *steps, config=config)
     assert "there is no checkpoint yet: the weights stay" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_under_fp16_all_processes_count_a_step_that_was_bad_in_one(tmp_path, under, spoil):
+    """The others see gradients of nan alone, as they do after an overflow, which does not count."""
+    port = str(free_port())
+
+    def work(rank: int) -> None:
+        under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+        spoil(lambda iteration: rank == 1 and iteration in (1, 2))
+        bad = BadSteps(in_a_row=2)
+        scaled = {"strategy": PlayersStrategy(), "devices": 2, "plugins": [Scaled(init_scale=2.0**10)]}
+        batch = {"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "key": [f"image {rank}"]}
+        trained = trainer(4, limit_val_batches=0, callbacks=[bad], default_root_dir=tmp_path, **scaled)
+        trained.fit(build(), repeat(batch, 5))
+        assert (bad.bad, bad.returned, trained.global_step) == (2, 1, 4)
+
+    fork_each(work)
+    notes = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    terms = {(note["rank"], note["term"], *note["keys"]) for note in notes}
+    assert terms == {(0, "gradient of the autoencoder", "image 0"), (1, "kl", "image 1")}
 
 
 @pytest.mark.parametrize("wrong", [{"in_a_row": 0}, {"returns": -1}, {"rate_factor": 0}, {"rate_factor": 1.5}], ids=str)

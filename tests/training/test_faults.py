@@ -4,12 +4,16 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from olvae.cli.main import main
 from olvae.config import save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.runs import Run
 from olvae.training import launch
 from olvae.training.launch import process_death
 from tests.conftest import tiny_config
@@ -93,3 +97,41 @@ def test_another_process_that_died(monkeypatch):
     monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
     assert process_death(gloo).startswith("another process of this training died")
     assert process_death(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "verb"),
+    [
+        (
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+            "died",
+        ),
+        ("Last error:\nsocketProgress: Connection closed by remote peer node03<41234>", "died"),
+        ("Last error:\nNET/IB : Got completion from peer 10.0.0.2<50452> with error 12", "died"),
+        ("[c10d] recvValue failed on SocketImpl(fd=3): Connection was likely closed. Did the remote server", "died"),
+        (
+            "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1234, OpType=ALLREDUCE",
+            "hangs or died",
+        ),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation", "hangs or died"),
+    ],
+)
+def test_words_of_nccl_c10d_and_gloo(monkeypatch, words, verb):
+    """As public issues quote them."""
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    assert process_death(RuntimeError(words)).startswith(f"another process of this training {verb}: see its own output")
+
+
+def test_the_process_that_started_another_says_how_that_one_ended(tmp_path, capfd):
+    """It hangs in a collective, as on GPUs."""
+
+    def start() -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+        launch._watch(Run(tmp_path), [child], grace=0.1)
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    assert capfd.readouterr().err.startswith("error: process 1 of this training was killed by SIGKILL: see its own")

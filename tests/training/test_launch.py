@@ -1,6 +1,7 @@
 """Processes that torchrun or srun started: as many as the flags name, and one run folder for all."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from olvae.cli.main import main
-from olvae.config import ConfigError, save
+from olvae.config import ConfigError, load, save
 from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
-from olvae.training.launch import cluster, find_launcher, process_count
+from olvae.training.launch import check_same, cluster, find_launcher, process_count
 from olvae.training.run import TrainingStopped, train
 from olvae.training.setup import TrainOptions
 from tests.conftest import tiny_config
@@ -117,6 +118,25 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
 
     with lock:
         fork_each(again)  # the first looks, and all of them stop
+
+
+def test_processes_that_torchrun_starts_again_continue_their_run(train_with, image_folder, under, monkeypatch):
+    """With --max-restarts, and a rdzv_id of their own, as torchrun makes one on a single machine."""
+    under({**torchrun(), "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": str(free_port())})
+    train = partial(train_with, config=tiny_config(image_folder))
+    begun, other = (train().path for _ in range(2))
+    assert load([other / "config.yaml"])["run"]["job"] == "torchrun a"
+    under({"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert train().path == other != begun
+    under({"TORCHELASTIC_RUN_ID": "none"})
+    assert train().path not in (begun, other)
+
+
+def test_processes_that_see_different_folders_stop(monkeypatch):
+    monkeypatch.setattr("olvae.training.launch.from_first", lambda _: "runs/b")
+    check_same("runs/b")
+    with pytest.raises(ConfigError, match="this process would continue no run, the first one runs/b: a shared file"):
+        check_same("")
 
 
 TWO = {"nodes": 2, "per_node": 2}

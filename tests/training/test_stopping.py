@@ -15,6 +15,8 @@ from olvae.training.run import TrainingStopped
 from olvae.training.setup import parse_time
 from tests.conftest import tiny_config
 from tests.models.steps import Each, against, build, fit
+from tests.test_devices import fork_each, free_port
+from tests.training.conftest import torchrun
 from tests.training.events import scalars
 from tests.training.origins import assert_same_checkpoint, checkpoint, phase_b
 
@@ -140,6 +142,21 @@ def test_a_requeued_job_continues_its_run(train_with, image_folder, tmp_path, jo
     assert command().path == begun  # a job of several trainings repeats none
     monkeypatch.setenv("SLURM_JOB_ID", "18")
     assert command().path not in (begun, whole.path)
+
+
+@pytest.mark.slow
+def test_sigusr1_to_any_process_queues_the_job_again(train_with, image_folder, under, job, monkeypatch):
+    port, devices = str(free_port()), ("lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
+
+    def work(rank: int) -> None:
+        under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+        if rank == 1:
+            stop_at(monkeypatch, 1, signal.SIGUSR1)
+        with pytest.raises(TrainingStopped):
+            train_with("lightning.trainer.max_steps=99", *devices, config=tiny_config(image_folder), name="two")
+
+    fork_each(work)
+    assert job.read_text() == "requeue 17\n"
 
 
 def test_sigterm_queues_nothing_and_an_array_has_its_own_names(train_with, image_folder, job, monkeypatch):
