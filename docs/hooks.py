@@ -1,5 +1,6 @@
 """What MkDocs needs besides docs/: pages made from files elsewhere, from docs/api.md and from the commands; links."""
 
+import json
 import posixpath
 import re
 import subprocess
@@ -18,6 +19,8 @@ ELSEWHERE = {
     "security.md": "SECURITY.md",
     "comfyui.md": "integrations/comfyui/README.md",
 }
+NOTEBOOKS = {f"{path.stem}.md": str(path.relative_to(ROOT)) for path in (ROOT / "examples/notebooks").glob("*.ipynb")}
+ELSEWHERE |= NOTEBOOKS
 """Pages of the site, and the files of the repository that they are."""
 
 ROW = re.compile(r"^\| `(\w+)` \|", re.M)
@@ -29,10 +32,20 @@ LINK = re.compile(
 
 def on_files(files: Files, config: Any) -> Files:
     pages = {page: (ROOT / file).read_text(encoding="utf-8") for page, file in ELSEWHERE.items()}
+    pages |= {page: as_markdown(json.loads(pages[page])) for page in NOTEBOOKS}
     pages["index.md"] = f"---\nhide: [navigation]\n---\n{pages['index.md']}"
     for page, text in {**pages, "cli.md": commands(), "reference.md": reference()}.items():
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def as_markdown(notebook: dict[str, Any]) -> str:
+    """The cells of a notebook, without outputs; lines that begin with ! are commands."""
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(parts)
 
 
 def commands() -> str:

@@ -1,6 +1,7 @@
 """Write files atomically, check folders for results, print file names and errors on one line."""
 
 import contextlib
+import difflib
 import glob
 import hashlib
 import json
@@ -122,6 +123,17 @@ def safe_path(key: str) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")
     return path
+
+
+def nearest_path(path: str | Path) -> str:
+    """End a message on a missing path with the name beside it that is most alike, if one is."""
+    path = Path(path)
+    try:
+        names = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"; did you mean {printable(str(path.with_name(close[0])))}?" if close and path.name else ""
 
 
 def reason(error: BaseException) -> str:

@@ -165,6 +165,8 @@ def command(
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
     earlier = {path: _read_earlier(path) for path in beside or ()}
     places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
+    if replaced := [str(place) for place in places if place.is_file()]:
+        typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
     if over := [path for path in earlier if path.resolve() in places]:
         raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
 

@@ -18,6 +18,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from olvae.files import nearest_path
 from olvae.models.spec import check_target
 
 if TYPE_CHECKING:  # slow to import
@@ -115,7 +116,7 @@ def check_paths(*targets: str, data: str | None = None) -> None:
     no_path = r"[:*?\[{]|\.(ya?ml|tar|tgz|gz)$|^(samples|-)$"
     if data is not None and not re.search(no_path, data) and not Path(data).expanduser().exists():
         what = "list of images" if data.lower().endswith(".txt") else "folder"
-        raise FileNotFoundError(f"{data}: no such {what}")
+        raise FileNotFoundError(f"{data}: no such {what}{nearest_path(data)}")
 
 
 def name_flags(command: Any, arguments: Sequence[str]) -> None:

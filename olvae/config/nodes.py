@@ -8,11 +8,13 @@ its annotations are looked up from module to module. Anything unusual, such as a
 import ast
 import builtins
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import inspect
 import math
 import pkgutil
+import re
 import sys
 import types
 import typing
@@ -67,7 +69,39 @@ def validate(config: Mapping[str, Any]) -> list[str]:
         mistakes += _check_node(config["data"], "data")
     if config.get("lightning") is not None:
         mistakes += _check_lightning(config["lightning"])
-    return mistakes
+    return _with_places(mistakes, config)
+
+
+def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
+    """Name another node's argument for an unknown key: one of its name, or a near one where its own node has none."""
+    if not any(": unknown key; " in mistake for mistake in mistakes):
+        return mistakes
+    trainer = arguments_of("lightning.pytorch.Trainer")
+    places = {name: f"lightning.trainer.{name}" for name in (trainer.parameters if trainer is not None else ())}
+    places |= {place.rpartition(".")[2]: place for place in reversed(list(_argument_places(config, "")))}
+
+    def completed(mistake: str) -> str:
+        match = re.fullmatch(r"((?:[^:]*\.)?([^.:]+): unknown key); (known:|did) .*", mistake)
+        if match is None:
+            return mistake
+        found = [match[2]] if match[2] in places else []
+        if not found and match[3] == "known:":
+            found = difflib.get_close_matches(match[2], places, n=1, cutoff=0.75)
+        return f"{match[1]}; did you mean {places[found[0]]}?" if found else mistake
+
+    return [completed(mistake) for mistake in mistakes]
+
+
+def _argument_places(value: Any, where: str) -> Iterator[str]:
+    """Yield the dotted place of every argument of the nodes at any depth, outer ones first."""
+    if not isinstance(value, Mapping):
+        return
+    if isinstance(value.get("target"), str):
+        with contextlib.suppress(ConfigError):
+            arguments = arguments_of(value["target"])
+            yield from (f"{where}params.{name}" for name in (arguments.parameters if arguments is not None else ()))
+    for key, inner in value.items():
+        yield from _argument_places(inner, f"{where}{key}.")
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_hel
 from olvae.data.image import ALL_FILTERS, EXTENSIONS, Photo, RandomScaleCrop
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
 from olvae.data.read_errors import ReadError, warn_once
-from olvae.files import legible
+from olvae.files import legible, nearest_path
 
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "validation", "test")
 
@@ -112,7 +112,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
         paths = sorted(found for name in names if _is_image(found := Path(name)))
     else:
         what = "this is a file: name a folder, a pattern or a .txt list" if path.exists() else "no such folder"
-        raise FileNotFoundError(f"{root}: {what}")
+        raise FileNotFoundError(f"{root}: {what}{'' if path.exists() else nearest_path(path)}")
     if not paths:
         where = "in this folder" if path.is_dir() else "of this name"
         raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")

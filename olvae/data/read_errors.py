@@ -50,6 +50,9 @@ class UnreadableImageError(ValueError):
         return ReadError(self.name, self.reason, self.image)
 
 
+FEW_FILES = 3  # that may be unreadable among 150 images whatever the share is, 1 among 50
+
+
 class TooManyUnreadableError(ValueError):
     """More images are unreadable than ``max_unreadable`` allows."""
 
@@ -161,8 +164,9 @@ class ReadErrors:
 
     def _check(self) -> None:
         read = self.images or max(self.unreadable.delivered + self.lost, round(1 / self.limit) if self.limit else 1)
-        if self.lost > self.limit * read:
+        few = min(FEW_FILES, (self.images or 0) // 50) if self.limit else 0
+        if self.lost > max(self.limit * read, few):
             raise TooManyUnreadableError(
-                f"{self.lost} of {read} images can't be read, more than max_unreadable = {self.limit:g}: "
+                f"{self.lost} of {read} images can't be read, more than data.params.max_unreadable = {self.limit:g}: "
                 f"{list_skipped(self.unreadable.reasons.items())}"
             )

@@ -26,6 +26,8 @@ from olvae.metrics import METRICS
 OF_EARLIER_ROWS: Sequence[Observer] = (Cross(), HalfPrecision())
 """Observers that show entries of earlier results; others show what they saw themselves."""
 
+MISSING = "a network is not here: metrics.md says which file to put where"
+
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 
 
@@ -39,7 +41,7 @@ def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = s
     rows = several[0].results.rows
     if any(row.cost for row in rows):
         console.print(grid(f"cost: {conditions(rows)}", costs(rows)))
-    for line in dict.fromkeys(line for evaluated in several for line in _remarks(evaluated)):
+    for line in dict.fromkeys(line for evaluated in several for line in _remarks(evaluated, brief=True)):
         console.print(worded(line), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -145,20 +147,23 @@ def quality(evaluated: Evaluated, counts: bool = False) -> Table:
     return table
 
 
-def notes(evaluated: Evaluated) -> Iterator[str]:
-    """Lines below a table: the observers', and why metrics were skipped."""
+def notes(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
+    """Lines below a table: the observers', and why metrics were skipped; ``brief``, all missing networks in one."""
     rows = evaluated.results.table
     for observer in evaluated.observers:
         yield from observer.lines(rows)
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         for name, reason in row.skipped.items():
-            reasons.setdefault(reason, {})[METRICS[name].label if name in METRICS else name] = None
+            kind = METRICS.get(name)
+            if brief and kind is not None and kind.needs is not None:
+                reason = MISSING
+            reasons.setdefault(reason, {})[name if kind is None else kind.label] = None
     yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in reasons.items())
 
 
-def _remarks(evaluated: Evaluated) -> Iterator[str]:
-    yield from notes(evaluated)
+def _remarks(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
+    yield from notes(evaluated, brief)
     yield from (f"warning: {warning}" for warning in evaluated.results.warnings())
 
 

@@ -17,7 +17,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.config.nodes import check_arguments, unknown_keys
 from olvae.config.reading import CONFIG_BYTES
-from olvae.files import reason
+from olvae.files import nearest_path, reason
 from olvae.runs import find_run
 
 KINDS = (
@@ -252,8 +252,9 @@ def check_target(text: str) -> None:
     if text.startswith(DIFFUSERS):
         name = text.removeprefix(DIFFUSERS).partition("::")[0]
         if not (Path(name).is_dir() or is_hub_id(name)):
-            raise FileNotFoundError(f"{text}: no such folder, and not an id of the hub (OWNER/NAME)")
+            near = nearest_path(name)
+            raise FileNotFoundError(f"{text}: no such folder, and not an id of the hub (OWNER/NAME){near}")
     elif text.startswith(SHIPPED):
         shipped_folder(text)
     elif not (Path(find_run(text)).exists() or is_hub_id(text) or split_class(text)):
-        raise FileNotFoundError(f"{text}: not found; a target is {KINDS}")
+        raise FileNotFoundError(f"{text}: not found{nearest_path(text) or f'; a target is {KINDS}'}")

@@ -38,24 +38,32 @@ class ImageGrids(Callback):
     It goes to ``images/step=N.png`` in the run folder, TensorBoard and W&B. The weights are those of validation: the
     averaged ones if there are any.
 
-    ``count``: images in a row, from the first validation batch.
+    ``count``: images in a row, the first of validation.
     """
 
     def __init__(self, count: int = 8) -> None:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         self.count = count
+        self._batches: list[Batch] = []  # of this validation, until there are enough images
+
+    def on_validation_epoch_start(self, *_: Any) -> None:
+        self._batches = []
+
+    def on_validation_batch_end(self, _: pl.Trainer, __: Any, ___: Any, batch: Batch, *____: Any) -> None:
+        if sum(len(one["image"]) for one in self._batches) < self.count:
+            self._batches.append(batch)
 
     @torch.no_grad()
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, _: Any, batch: Batch, batch_idx: int, *__: Any
-    ) -> None:
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
+        if not self._batches or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        moments = batch["moments"][: self.count] if "moments" in batch else None
+        given = [one["moments"] for one in self._batches if "moments" in one]
+        moments = torch.cat(given)[: self.count] if given else None
+        read = torch.cat([one["image"] for one in self._batches])[: self.count]
         pixels = pl_module.pixel_range
-        decoded, posterior = pl_module(pl_module.images({"image": batch["image"][: self.count]}), moments=moments)
-        images, reconstruction = pixels.levels(batch["image"][: self.count]), pixels.to_levels(decoded)
+        decoded, posterior = pl_module(pl_module.images({"image": read}), moments=moments)
+        images, reconstruction = pixels.levels(read), pixels.to_levels(decoded)
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(posterior.mean)
         samples = pixels.to_levels(pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise)))
         step = trainer.global_step

@@ -265,6 +265,8 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
     (("train", "--base", "demo", "--resume", "missing"), 1, "missing: no such run folder"),
     (("train", "--base", "finetune/sdxl", "--from", "missing"), 1, "missing: not found; a target is"),
     (("train", "--base", "distil/both", "--teacher", "diffusers:missing"), 1, "diffusers:missing: no such folder"),
+    (("evaluate", "test"), 1, "test: not found; did you mean tests?"),
+    (("evaluate", "tests", "--data", "exmaples"), 1, "exmaples: no such folder; did you mean examples?"),
     (("evaluate", "missing"), 1, "missing: not found; a target is"),
     (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
     (("evaluate", "tests", "--data", "missing"), 1, "missing: no such folder"),

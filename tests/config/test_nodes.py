@@ -274,6 +274,19 @@ def test_what_an_autoencoder_to_start_from_has_the_values_of(image_folder):
     assert validate(config) == ["data.from: unknown key; known: target, params"]
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("model.params.kl_weigth", "model.params.lossconfig.params.kl_weight"),
+        ("model.params.start_step", "model.params.adversary_config.params.start_step"),
+        ("data.params.max_steps", "lightning.trainer.max_steps"),
+        ("model.params.lossconfig.params.kl_weigth", "kl_weight"),
+    ],
+)
+def test_a_key_of_another_node(key, meant):
+    assert validate(load(["demo_b"], [f"{key}=1"])) == [f"{key}: unknown key; did you mean {meant}?"]
+
+
 def test_mistakes_in_parts(image_folder):
     """At any name of the mapping, all at once; null removes a part."""
     teacher = {"autoencoder": "x", "dtype": "float8", "latent_wieght": 1}

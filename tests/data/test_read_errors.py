@@ -42,10 +42,11 @@ def test_several_images_of_one_shard_are_several_lost_and_a_warning_none(caplog)
 
 
 @pytest.mark.parametrize(
-    ("images", "limit", "broken"), [(1000, 0.01, 10), (12, 0.01, 0), (None, 0.01, 1), (None, 0.0, 0), (20, 0.7, 14)]
+    ("images", "limit", "broken"),
+    [(1000, 0.01, 10), (12, 0.01, 0), (51, 0.01, 1), (200, 0.01, 3), (200, 0.0, 0), (None, 0.01, 1), (20, 0.7, 14)],
 )
 def test_the_limit_is_a_share_of_all_images(images, limit, broken):
-    """Where nobody knows how many there are, one of a hundred; ten are named."""
+    """A few of a small folder may be broken. Where nobody knows how many there are, one of a hundred; ten are named."""
     errors = account(images=images, limit=limit)
     errors.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
     more = rf".*, and {broken - 9} more" if broken > 9 else ""

@@ -49,6 +49,17 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
     )
 
 
+def test_missing_networks_take_one_line_on_the_terminal_and_their_own_in_the_files(tmp_path, capsys):
+    missing = {"lpips": "needs vgg16.pth in x", "rfid": "needs inception.pth in y", "ms_ssim": "too small"}
+    evaluated = Evaluated(results_of(Row("a", 2, {"psnr": 25.0}, missing)))
+    print_results([evaluated])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+    assert len(lines) == 2
+    assert "skipped LPIPS, rFID: a network is not here: metrics.md says which file to put where" in lines
+    write_markdown(evaluated, tmp_path / "m.md")
+    assert (tmp_path / "m.md").read_text().count("- skipped ") == 3
+
+
 def test_observers_add_lines_below_the_table(tmp_path):
     def found(dtype: str, value: float, limit: float, lost: float | None = 0.0, broken: int = 0) -> dict:
         largest = {"largest": {}, "largest_name": "decoder.conv_out", "largest_value": value, "limit": limit}

@@ -305,6 +305,18 @@ def test_training_continues_where_no_validation_image_can_be_read(go, tmp_path, 
     assert warnings == ["no validation image could be read, so best.ckpt is not kept"]
 
 
+def test_a_picture_shows_eight_images_however_small_the_batch(go, image_folder):
+    """The same picture, whatever the batch: its images are the first of validation."""
+    sizes = {}
+    for batch in (1, 4):
+        run = go(
+            "lightning.trainer.max_steps=1", f"data.params.batch_size={batch}", f"data.params.val_root={image_folder}"
+        )
+        sizes[batch] = Image.open(run.images / "step=00000001.png").size
+    assert sizes[1] == sizes[4]
+    assert sizes[1][0] > 8 * 16
+
+
 def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training(go, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val_metrics: rfid: pt_inception.*is not in"):
         go("model.params.val_metrics=[rfid]", f"model.params.weights_dir={tmp_path}")

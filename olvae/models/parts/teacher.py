@@ -94,7 +94,12 @@ class Teacher(Part):
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
         here, ours, theirs = f"parts.{self.name}", _shape(model.autoencoder), _shape(self.model)
         if ours != theirs:
-            yield f"{here}: {self.target} has {theirs}, but the student {ours}: set its networks and embed_dim alike"
+            n, f = self.model.latent_channels, self.model.downscale
+            yield (
+                f"{here}: {self.target} has {theirs}, but the student {ours}: set model.params.embed_dim={n} "
+                f"model.params.decoder_config.params.z_channels={n}, and networks of f{f}: dct_levels of the encoder, "
+                "channel_mult of the decoder"
+            )
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
             yield f"scaling_factor: {NO_FACTORS}"
         if "kl" in model.loss_weights:

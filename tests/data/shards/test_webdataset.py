@@ -124,7 +124,8 @@ def test_a_lost_shard_does_not_change_what_the_others_give(shards, damage, caplo
     assert len(lost) == (14 if damage != "cut" else 14 - sum(k.startswith("003") for k in set(keys(s, 50))))
     assert keys(s, 20, 60) == [sample.key for sample in samples[60:80]]
     with pytest.raises(
-        TooManyUnreadableError, match=r"of 57 images can't be read, more than max_unreadable = 0\.01.*003\.tar"
+        TooManyUnreadableError,
+        match=r"of 57 images can't be read, more than data.params.max_unreadable = 0\.01.*003\.tar",
     ):
         take(source(shards, shards=str(shards / "shards" / "{000..006}.tar")).train_loader(), 13)
 
