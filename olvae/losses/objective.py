@@ -161,16 +161,18 @@ class Objective(nn.Module):
             posterior: the encoder's, for x; None if KL is off.
             encoded: the images of the posterior, if they are not x.
         """
+        found = self.compare(x, reconstruction)
+        if "kl" in self.weights:
+            assert posterior is not None
+            found["kl"] = kl_loss(posterior, x if encoded is None else encoded)
+        terms = {name: found[name] for name in self.weights}
+        return self.weighted(terms, *terms), terms
+
+    def compare(self, x: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Each unweighted term of two images by its name: all but KL."""
         compare: dict[str, Any] = {"rec": self.pixel_loss, "wavelet": wavelet_loss, "gaussian": gaussian_loss}
         compare |= dict.fromkeys(PERCEPTUAL, self.perceptual)
-        terms: dict[str, Tensor] = {}
-        for name in self.weights:
-            if name == "kl":
-                assert posterior is not None
-                terms[name] = kl_loss(posterior, x if encoded is None else encoded)
-            else:
-                terms[name] = compare[name](x, reconstruction)
-        return self.weighted(terms, *terms), terms
+        return {name: compare[name](x, reconstruction) for name in self.weights if name != "kl"}
 
     def weighted(self, terms: Mapping[str, Tensor], *names: str) -> Tensor:
         """The weighted sum of those of the named terms that are on."""

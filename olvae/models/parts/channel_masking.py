@@ -1,0 +1,64 @@
+"""Channel masking: one model whose first channels are a latent of their own, as in DC-AE 1.5."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from olvae.models.parts.part import Part, Step
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+
+class ChannelMasking(Part):
+    """Keep a random number of the latent's first channels, and set the others to zero, before the decoder gets it.
+
+    DC-AE 1.5 (Chen et al. 2025, arXiv 2508.00413): the first channels learn the structure, the others details. A
+    decoder then takes any of these widths. Validation logs the PSNR of each as ``val/psnr_WIDTH``.
+
+    ``widths``: how many channels may be kept, drawn uniformly for each sample.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
+            raise ValueError(f"widths must be different numbers of channels, at least 1, got {list(widths)}")
+        self.widths = sorted(widths)
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        here, channels = f"parts.{self.name}", model.autoencoder.latent_channels
+        if self.widths[-1] > channels:
+            yield f"{here}.params.widths: the latent has {channels} channels, not {self.widths[-1]}"
+        if model.freeze_decoder:
+            yield f"{here}: the decoder is frozen (freeze_decoder): leave it out"
+        if model.freeze_encoder or any(part.latents != "free" for part in model.each_part):
+            yield f"{here}: the latents can't change, so their first channels can't learn to suffice: leave it out"
+
+    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+        z = step.latent
+        chosen = torch.randint(len(self.widths), (len(z), 1, 1, 1), device=z.device)
+        kept = torch.zeros(len(z), z.shape[1], 1, 1, dtype=torch.bool, device=z.device)
+        for i, width in enumerate(self.widths):
+            kept |= (chosen == i) & _first(width, z)
+        step.latent = z * kept
+
+    def validate(self, model: "LiteAutoencoderKL", x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
+        z, levels = model.encode(x).mode(), model.pixel_range.to_levels
+        decoded = {width: levels(model.decode(z * _first(width, z))) for width in self.widths}
+        return {f"psnr_{width}": _psnr(y, levels(x)) for width, y in decoded.items()}
+
+    def describe(self) -> str:
+        return f"{', '.join(map(str, self.widths))} channels"
+
+
+def _first(width: int, z: Tensor) -> Tensor:
+    """Whether a channel is one of the first: (1, n_z, 1, 1)."""
+    return torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1) < width
+
+
+def _psnr(y: Tensor, x: Tensor) -> Tensor:
+    """Of each image in 0 to 255, on average; 100 dB at most."""
+    error = (y.float() - x.float()).div(255).square().flatten(1).mean(1)  # (B)
+    return -10 * error.clamp(min=1e-10).log10().mean()

@@ -1,0 +1,65 @@
+"""Random noise on the latent: a strength drawn anew for each sample, added or interpolated."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from olvae.models.parts.part import Part, Step
+from olvae.modules.base import check_not_negative, island
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+
+class RandomNoise(Part):
+    """Let the decoder learn from latents under noise whose strength is drawn for each sample.
+
+    With e from N(0, I), and the latent z in units in which each channel of the batch has mean 0 and variance 1, as a
+    diffusion model sees it:
+
+    | ``how``       | the decoder gets            | strength                        |                              |
+    |---------------|-----------------------------|---------------------------------|------------------------------|
+    | `add`         | z + s e                     | s of a half-normal, sigma ``strength`` | RAE (arXiv 2510.11690)|
+    | `interpolate` | (1 - t) z + t ``scale`` e   | t uniform in (0, ``strength``)  | l-DeTok (arXiv 2507.15856)   |
+
+    The units are constants: no gradient tells the encoder to change them.
+
+    Args:
+        how: add or interpolate.
+        strength: not negative, for ``interpolate`` at most 1.
+        scale: of the noise that is interpolated with; not negative.
+    """
+
+    def __init__(
+        self, how: Literal["add", "interpolate"] = "interpolate", strength: float = 1.0, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_not_negative(strength=strength, scale=scale)
+        if how not in ("add", "interpolate"):
+            raise ValueError(f"how must be add or interpolate, got {how!r}")
+        if how == "interpolate" and strength > 1:
+            raise ValueError(f"strength must be at most 1 to interpolate, got {strength}")
+        if how == "add" and scale != 1:
+            raise ValueError("scale is of the noise to interpolate with: to add, set strength alone")
+        self.how, self.strength, self.scale = how, strength, scale
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        if model.freeze_decoder:
+            yield f"parts.{self.name}: the decoder is frozen (freeze_decoder): leave it out"
+
+    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+        z = step.latent
+        means = island(step.posterior.mean.detach())
+        mean, unit = means.mean((0, 2, 3), keepdim=True), means.std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
+        drawn: Tensor = (torch.randn if self.how == "add" else torch.rand)(len(z), 1, 1, 1, device=z.device)
+        strength, noise = self.strength * drawn.abs(), torch.randn_like(z)
+        if self.how == "add":
+            step.latent = z + strength * unit * noise
+        else:
+            step.latent = torch.lerp(island(z), mean + self.scale * unit * noise, strength)
+
+    def describe(self) -> str:
+        scale = f", scale {self.scale:g}" if self.how == "interpolate" else ""
+        return f"{self.how}, strength {self.strength:g}{scale}"

@@ -1,0 +1,71 @@
+"""Scale equivariance as a further loss: a shrunk latent decodes to the shrunk image."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from olvae.config import ConfigError
+from olvae.data.source import Source
+from olvae.models.parts.equivariance import Equivariance
+from olvae.models.parts.part import Loss, Part, Step
+from olvae.modules.base import check_counts, check_not_negative, island
+
+if TYPE_CHECKING:
+    from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+
+class ScaleEquivariance(Part):
+    """Add weight * L(down x, D(down z)), with L the objective's weighted image terms and D the decoder.
+
+    Skorokhodov et al. 2025 (arXiv 2502.14831): it takes high frequencies out of the latent that the image does not
+    have. The factor is the same in all processes and for the whole update. Every step trains on the whole latent too,
+    unlike with :class:`~olvae.models.parts.equivariance.Equivariance`, and the adversary sees whole images. It costs a
+    decoding of a quarter or a sixteenth of the positions.
+
+    Args:
+        weight: of the further term, beside the objective's [D].
+        factors: by which to shrink, drawn for each update; 2 and 4 are the paper's.
+    """
+
+    def __init__(self, weight: float = 0.25, factors: Sequence[int] = (2, 4)) -> None:
+        super().__init__()
+        check_not_negative(weight=weight)
+        check_counts(2, factors=factors)
+        self.weight, self.factors = weight, list(factors)
+
+    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+        if model.freeze_decoder and model.stand_in is not None:
+            yield f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is decoded: leave it out"
+        for part in model.each_part:
+            if isinstance(part, Equivariance):
+                yield f"parts.{self.name}: parts.{part.name} shrinks latents as well: leave one of them out"
+
+    def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
+        here, positions = f"model.params.parts.{self.name}.params.factors", source.size // model.autoencoder.downscale
+        if odd := [k for k in self.factors if positions % k]:
+            raise ConfigError(f"{here}: {odd[0]} does not divide {positions} latent positions: change data.params.size")
+        if model.objective.perceptual is not None and source.size < 16 * (most := max(self.factors)):
+            raise ConfigError(f"{here}: {source.size} pixels divided by {most} are too few for the perceptual loss")
+
+    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+        self._factor = self.factors[step.shared.integers(len(self.factors))]
+
+    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+        if step.reconstruction is None:
+            return {}
+        image, latent = (shrink(t, self._factor) for t in (step.target, step.latent))
+        terms = model.objective.compare(image, model.decode(latent))
+        return {"scale_equivariance": (model.objective.weighted(terms, *terms), self.weight)}
+
+    def describe(self) -> str:
+        return f"weight {self.weight:g}, by {' or '.join(map(str, self.factors))}"
+
+
+def shrink(x: Tensor, factor: int) -> Tensor:
+    """Means over blocks of factor x factor, in float32: (B, C, factor h, factor w) -> (B, C, h, w).
+
+    For a factor of 2 that is bilinear scaling; for larger ones it is antialiased.
+    """
+    return F.avg_pool2d(island(x), factor)

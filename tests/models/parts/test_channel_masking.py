@@ -1,0 +1,90 @@
+"""ChannelMasking: the first channels kept, their PSNR, and that they learn to suffice."""
+
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+
+from olvae.config import ConfigError
+from olvae.data.pixels.ranges import to_uint8
+from olvae.models.parts.channel_masking import ChannelMasking
+from olvae.models.parts.part import Step
+from tests.conftest import parts
+from tests.models.steps import build, source
+
+WIDTHS = {"widths": [4, 1, 2]}
+
+
+def test_the_first_channels_are_kept_and_the_others_zero():
+    """Each width equally often, for each sample its own; no gradient for what is zero."""
+    z = torch.randn(3000, 4, 2, 2, requires_grad=True)
+    step = Step(torch.zeros(1), None, None, warming_up=False, adversary_plays=False)
+    step.latent = z
+    ChannelMasking(**WIDTHS).on_latent(None, step)
+    kept = (step.latent != 0).flatten(2).all(2)  # (B, n_z)
+    counts = {width: int((kept.sum(1) == width).sum()) for width in (1, 2, 3, 4)}
+    assert counts.pop(3) == 0
+    assert all(abs(count - 1000) < 4 * 26 for count in counts.values())  # binomial
+    assert torch.equal(kept, kept.sum(1, keepdim=True) > torch.arange(4))
+    assert torch.equal(step.latent[kept], z[kept])
+    assert (step.latent[~kept] == 0).all()
+    (gradient,) = torch.autograd.grad(step.latent.sum(), z)
+    assert torch.equal(gradient[:, :, 0, 0], kept.float())
+
+
+def test_validation_has_the_psnr_of_each_width(image_folder):
+    model = build(parts=parts(channel_masking=WIDTHS))
+    x = model.images(next(iter(source(image_folder).train_loader())))
+    with torch.no_grad():
+        found = model.parts["channel_masking"].validate(model, x, None)
+        z = model.encode(x).mean
+        for width in (1, 2, 4):
+            masked = torch.cat((z[:, :width], torch.zeros_like(z[:, width:])), dim=1)
+            decoded = to_uint8(model.decode(masked))
+            pairs = zip(to_uint8(x).numpy(), decoded.numpy(), strict=True)
+            by_hand = sum(peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs) / len(x)
+            assert float(found[f"psnr_{width}"]) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_first_channels_learn_what_matters_most():
+    """A linear autoencoder of four numbers finds their principal components in order, which it does not without."""
+    masking, scale = ChannelMasking([1, 2, 3, 4]), torch.tensor([3.0, 2.0, 1.5, 1.0])
+    turn = torch.linalg.qr(torch.randn(4, 4))[0]
+    x = torch.randn(256, 4) * scale @ turn
+    variances = torch.linalg.eigvalsh(x.T @ x / len(x)).flip(0)
+    kept = {}
+    for masks in (False, True):
+        torch.manual_seed(1)
+        encoder, decoder = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+        optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=0.03)
+        step = Step(torch.zeros(1), None, None, warming_up=False, adversary_plays=False)
+        for _ in range(300):
+            step.latent = encoder(x)[:, :, None, None]
+            if masks:
+                masking.on_latent(None, step)
+            loss = (decoder(step.latent[:, :, 0, 0]) - x).square().sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        z = (encoder(x) * torch.tensor([1.0, 0, 0, 0])).detach()
+        kept[masks] = float(variances.sum() - (decoder(z).detach() - x).square().sum(1).mean())
+    assert kept[True] == pytest.approx(variances[0].item(), rel=0.02)
+    assert kept[False] < 0.8 * kept[True]
+
+
+@pytest.mark.parametrize("widths", [[], [0, 4], [2, 2]])
+def test_widths_that_make_no_sense(widths):
+    with pytest.raises(ValueError, match="widths must be different numbers of channels, at least 1"):
+        ChannelMasking(widths)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parts": parts(channel_masking={"widths": [2, 8]})}, "widths: the latent has 4 channels, not 8"),
+        ({"freeze_decoder": True}, "the decoder is frozen"),
+        ({"parts": parts(channel_masking=WIDTHS, anchor={})}, "the latents can't change, so their first channels"),
+    ],
+)
+def test_contradictions(settings, message):
+    with pytest.raises(ConfigError, match=f"parts.channel_masking.*{message}"):
+        build(**{"parts": parts(channel_masking=WIDTHS), **settings})
