@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 docs test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,24 +51,26 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	cp docs/results.md $(STUDY)/results.md
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --runs $(STUDY)/runs --document $(STUDY)/results.md
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, hours)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, an hour and a half)
 	$(BIN)/python -m study.corpus --out study/corpus-out
-	$(MAKE) photos-f8c12 photos-f8c4
+	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
 
-photos-f8c%: CHANNELS = model.params.embed_dim=$* model.params.decoder_config.params.z_channels=$*
-photos-f8c%: TRAIN = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 $(CHANNELS)
-photos-f8c%: RUN = "$$(ls -d $(RUNS)/*_$@_32 | tail -n 1)"
+TRAIN_PHOTOS = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name $@
+CHANNELS = model.params.embed_dim=$* model.params.decoder_config.params.z_channels=$*
+define SHIP
+	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
+	$(BIN)/olvae latents $(RUNS)/$@ --data study/corpus-out/train_tiles --images 1000
+	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --license apache-2.0 --latents $(RUNS)/$@
+endef
+
 photos-f8c12 photos-f8c4: photos-f8c%: $(VENV)/.installed-dev
-	$(TRAIN) --base study/photos_start.yaml --name $@_start
-	$(TRAIN) --base study/photos_middle.yaml --name $@_middle \
-		--actual_resume $(RUNS)/$@_start
-	$(TRAIN) --base study/photos.yaml --name $@ \
-		--actual_resume $(RUNS)/$@_middle
-	$(BIN)/olvae evaluate $(RUN) --baselines --data study/corpus-out/held_out --size 256 \
-		--metrics psnr,ssim
-	$(BIN)/olvae latents $(RUN) --data study/corpus-out/train_tiles --images 1000
-	$(BIN)/olvae export $(RUN) --out $@ --force --license apache-2.0 \
-		--latents $(RUN)
+	$(TRAIN_PHOTOS)_start --base study/photos_start.yaml $(CHANNELS)
+	$(TRAIN_PHOTOS) --base study/photos.yaml $(CHANNELS) --actual_resume $(RUNS)/$@_start
+	$(SHIP)
+
+photos-f8c12-sharp: $(VENV)/.installed-dev
+	$(TRAIN_PHOTOS) --base study/photos_sharp.yaml --actual_resume $(RUNS)/photos-f8c12
+	$(SHIP)
 
 docs: $(VENV)/.installed-docs ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -26,7 +26,7 @@ from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id
 from olvae.modules.base import count_parameters
 from olvae.modules.scaling_factors import FEW_IMAGES
-from olvae.runs import settings_of
+from olvae.runs import find_run, settings_of
 
 TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise
 
@@ -282,6 +282,7 @@ def _set_factors(
 
 
 def _factors_file(given: Path) -> Path:
+    given = Path(find_run(given))
     for file in (given, given / "latents.json", given / "stats.json"):
         if file.is_file():
             return file

@@ -272,6 +272,16 @@ def test_formats_that_do_not_exist():
             find_layout(name)
 
 
+def test_latents_of_a_run_by_its_word(tmp_path):
+    run = tmp_path / "2026-01-02T03-04-05_photos_32"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match="not what olvae latents"):
+        ExportSettings(latents=tmp_path / "photos")
+    (run / "latents.json").touch()
+    ExportSettings(latents=tmp_path / "photos")
+
+
 def test_factors_of_latents_json(tmp_path):
     def result(name: str, scale: float) -> dict:
         return {"target": name, "n": 3, "diffusion": {"scaling_factor": scale, "shift_factor": 0.25}}
