@@ -276,10 +276,11 @@ def test_latents_of_a_run_by_its_word(tmp_path):
     run = tmp_path / "2026-01-02T03-04-05_photos_32"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").touch()
+    settings = ExportSettings(latents=tmp_path / "photos")
     with pytest.raises(FileNotFoundError, match="not what olvae latents"):
-        ExportSettings(latents=tmp_path / "photos")
+        settings.check(tmp_path / "out")
     (run / "latents.json").touch()
-    ExportSettings(latents=tmp_path / "photos")
+    settings.check(tmp_path / "out")
 
 
 def test_factors_of_latents_json(tmp_path):
