@@ -106,8 +106,9 @@ def command(
         str,
         typer.Option(
             metavar="LIST",
-            callback=comma_list(PRECISIONS[:3], aliases=PRECISIONS),
-            help="fp16, bf16: adds a row in that precision, with its largest activations; float32 is always included.",
+            callback=comma_list((*PRECISIONS[:3], "fp16-autocast", "bf16-autocast"), aliases=PRECISIONS),
+            help="fp16, bf16: adds a row in that precision, with its largest activations; with -autocast, under "
+            "autocast. float32 is always included.",
         ),
     ] = "32",
     observe: Annotated[
@@ -176,7 +177,7 @@ def command(
         logging.getLogger("olvae").setLevel(logging.ERROR)
     device = resolve_device(device)
     request = Request(found, protocols, names, data, size, images, batch_size, weights_dir, device, observers)
-    if device.startswith("cpu") and "fp16" in split_commas(precision) and images is None and not rank:
+    if device.startswith("cpu") and "fp16" in precision and images is None and not rank:
         typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
     evaluated = evaluate(request, with_progress)
     leave()

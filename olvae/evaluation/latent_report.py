@@ -37,7 +37,7 @@ def encode_latents(
         x = pixel_range.normalise(batch["image"].to(device))
         for name, model in models.items():
             try:
-                accumulators[name].update(model.encode(x), keys)
+                accumulators[name].update(model.encode(x), keys, x)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     return accumulators
@@ -55,6 +55,9 @@ def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]
     for name, row in rows.items():
         if row["deterministic"]:
             console.print(f"{escape(name)}: KL and active channels skipped: {NO_DISTRIBUTION}")
+        if "high_frequencies_of_images" in row:
+            shares = (f"{100 * row[f'high_frequencies{of}']:.0f} %" for of in ("", "_of_images"))
+            console.print("{}: high frequencies have {} of the energy, the images' {}".format(escape(name), *shares))
         if mmd := row.get("mmd"):
             kinds = {"": "mmd2", ", scaled": "mmd2_scaled", ", error": "standard_error_under_normal"}
             for suffix, kind in kinds.items():

@@ -1,10 +1,11 @@
-"""Accumulate the distribution of a model's latents over images: moments, KL, histogram, MMD to N(0, I)."""
+"""Accumulate the distribution of a model's latents over images: moments, KL, histogram, spectrum, MMD to N(0, I)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.modules.distributions import Posterior, keyed_seed
@@ -37,11 +38,18 @@ class _Totals:
     kl: Tensor | None  # nats (C,); None for deterministic latents
     minimum: Tensor  # of the posterior means (C,)
     maximum: Tensor
+    high: Tensor  # of the posterior means, and of the images, averaged to as many positions: see high_and_all (2, 2)
     mass: Tensor  # expected count of z in each bin of EDGES, and at the ends below and above them (bins + 2,)
 
     @classmethod
-    def of(cls, mean: Tensor, logvar: Tensor | None) -> "_Totals":
+    def of(cls, mean: Tensor, logvar: Tensor | None, images: Tensor | None) -> "_Totals":
         """The sums of one batch, (B, C, h, w) in float64; deterministic latents have no log-variance."""
+        small = (
+            mean.new_zeros(1, 1, 1, 1)
+            if images is None
+            else F.adaptive_avg_pool2d(images, (mean.shape[-2], mean.shape[-1]))
+        )
+        spectra = torch.stack((high_and_all(mean), high_and_all(small))).cpu()
         if logvar is None:
             var = kl = None
             bins = torch.bucketize(mean.flatten(), EDGES.to(mean.device), right=True)
@@ -52,7 +60,7 @@ class _Totals:
             below = torch.stack([torch.special.ndtr((edge - mean) / std).sum() for edge in EDGES.tolist()])
             mass = below.diff(prepend=below.new_zeros(1), append=below.new_full((1,), mean.numel()))
         low, high = mean.amin((0, 2, 3)).cpu(), mean.amax((0, 2, 3)).cpu()
-        return cls(len(mean), mean.shape[1:], Moments.of(mean, var), kl, low, high, mass.cpu())
+        return cls(len(mean), mean.shape[1:], Moments.of(mean, var), kl, low, high, spectra, mass.cpu())
 
     def __add__(self, other: "_Totals") -> "_Totals":
         if self.shape != other.shape:
@@ -65,6 +73,7 @@ class _Totals:
             None if self.kl is None or other.kl is None else self.kl + other.kl,
             torch.minimum(self.minimum, other.minimum),
             torch.maximum(self.maximum, other.maximum),
+            self.high + other.high,
             self.mass + other.mass,
         )
 
@@ -74,6 +83,7 @@ class _Totals:
         mean, std = self.moments.mean.tolist(), self.moments.std.tolist()
         overall, channels = self._posterior()
         share = (self.mass / self.mass.sum()).tolist()
+        spectra = zip(("high_frequencies", "high_frequencies_of_images"), self.high.tolist(), strict=True)
         return {
             "n": self.n,
             "latent_shape": list(self.shape),
@@ -81,6 +91,7 @@ class _Totals:
             "mean": shift,
             "std": 1.0 / scale,
             **overall,
+            **{name: high / total for name, (high, total) in spectra if total},
             "diffusion": {"shift_factor": shift, "scaling_factor": scale, "latents_mean": mean, "latents_std": std},
             "channels": {"mean": mean, "std": std, **channels},
             "histogram": {
@@ -131,8 +142,10 @@ class LatentAccumulator:
         self._totals: _Totals | None = None
         self._samples: dict[int, Tensor] = {}  # by key, sorted
 
-    def update(self, posterior: Posterior, keys: Sequence[int]) -> None:
+    def update(self, posterior: Posterior, keys: Sequence[int], images: Tensor | None = None) -> None:
         """Add a posterior over (B, n_z, h, w), on any device, with its images' keys: :func:`image_key`.
+
+        With the ``images``, (B, C, H, W) on its device, their spectrum is summed as well.
 
         Raise ValueError if it is not finite, or its shape differs from the ones before.
         """
@@ -146,7 +159,7 @@ class LatentAccumulator:
         for key, center, spread in zip(keys, mean.cpu(), std.cpu(), strict=True):
             noise = torch.randn(center.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
             samples[key] = (center + spread * noise).float()
-        self._add(_Totals.of(mean, logvar), samples)
+        self._add(_Totals.of(mean, logvar, None if images is None else images.to(device).double()), samples)
 
     def merge(self, other: "LatentAccumulator") -> None:
         """Add all batches of another accumulator, for example of another process."""
@@ -176,6 +189,22 @@ class LatentAccumulator:
         self._totals = totals if self._totals is None else self._totals + totals
         together = {**samples, **self._samples}
         self._samples = {key: together[key] for key in sorted(together)[: self.mmd_latents]}
+
+
+def high_and_all(x: Tensor) -> Tensor:
+    """Sum the energies of the cosine transform (DCT-II) of images without their channels' means, (B, C, h, w) -> (2,).
+
+    First of the high frequencies, in the upper half along either axis, then of all. White noise has 3/4 high.
+    """
+    bases = []
+    for n in x.shape[-2:]:
+        k, i = (torch.arange(n, dtype=x.dtype, device=x.device) for _ in range(2))
+        bases.append((torch.pi / n * k[:, None] * (i + 0.5)).cos() * (2.0 / n) ** 0.5)
+        bases[-1][0] *= 0.5**0.5
+    energies = (bases[0] @ x @ bases[1].T).square().sum((0, 1))  # (h, w)
+    energies[0, 0] = 0.0
+    h, w = x.shape[-2:]
+    return torch.stack((energies.sum() - energies[: -(-h // 2), : -(-w // 2)].sum(), energies.sum()))
 
 
 def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -> Tensor:

@@ -7,7 +7,14 @@ from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 from olvae.evaluation.latent_report import COLOURS, draw_distribution, encode_latents
-from olvae.evaluation.latent_statistics import EDGES, LatentAccumulator, image_key, mmd2_normal, mmd2_null_std
+from olvae.evaluation.latent_statistics import (
+    EDGES,
+    LatentAccumulator,
+    high_and_all,
+    image_key,
+    mmd2_normal,
+    mmd2_null_std,
+)
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
 
 N, C, H, W = 11, 3, 6, 4
@@ -112,6 +119,33 @@ def test_the_mmd_keeps_the_smallest_keys_and_equal_images_once(moments):
     assert got["mmd"]["latents"] == 5
     expected = mmd2_normal(sample(moments[chosen], [keys[i] for i in chosen]))
     assert got["mmd"]["mmd2"] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_high_frequencies_by_numpys_fft():
+    """The cosine transform is the Fourier transform of the mirrored image, whose other half is the first again."""
+    rng = np.random.default_rng(0)
+    latents, images = rng.normal(size=(5, 3, 6, 9)).cumsum(-1).cumsum(-2), rng.normal(size=(5, 2, 24, 36)).cumsum(-1)
+    small = images.reshape(5, 2, 6, 4, 9, 4).mean((3, 5))
+    shares = []
+    for x in (latents, small):
+        mirrored = np.concatenate((x, x[:, :, ::-1]), 2)
+        mirrored = np.concatenate((mirrored, mirrored[..., ::-1]), 3)
+        energies = np.abs(np.fft.fft2(mirrored))[:, :, :6, :9] ** 2
+        energies[:, :, 0] /= 2.0  # of all frequencies but 0 there are two, k and -k
+        energies[..., 0] /= 2.0
+        energies[:, :, 0, 0] = 0.0
+        totals = energies.sum((0, 2, 3))
+        high = totals - energies[:, :, :3, :5].sum((0, 2, 3))
+        shares.append(high.sum() / totals.sum())
+    accumulator = LatentAccumulator(0)
+    for part in (slice(0, 2), slice(2, 5)):
+        posterior = Deterministic(torch.from_numpy(latents[part]))
+        accumulator.update(posterior, range(5)[part], torch.from_numpy(images[part]))
+    row = accumulator.compute()
+    assert row["high_frequencies"] == pytest.approx(shares[0], rel=1e-9)
+    assert row["high_frequencies_of_images"] == pytest.approx(shares[1], rel=1e-9)
+    high, total = high_and_all(torch.randn(64, 1, 32, 32, dtype=torch.float64))
+    assert float(high / total) == pytest.approx(0.75, abs=0.01)  # white noise
 
 
 def test_a_dead_channel():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError
-from olvae.devices import FULL, PRECISIONS, precision_name
+from olvae.devices import FULL, PRECISIONS, autocast, precision_name
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.page import significant
@@ -22,31 +22,33 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import watch_outputs
 from olvae.modules.distributions import Posterior, in_float32
 
+AUTOCAST = "-autocast"  # ends the name of a precision
 TOLERANCE = 0.1  # in dB: a precision whose PSNR is further from float32's is not safe
 
 
 class InPrecision(Autoencoder):
-    """An autoencoder with weights and inputs in a precision, as after ``vae.half()``: no autocast.
+    """An autoencoder with weights and inputs in a precision, as after ``vae.half()``; or as it is, under autocast.
 
     Images, latents and posteriors are float32 outside. In fp16 and bf16 a value of a reconstruction that is not finite
     becomes what a pipeline makes of it, so that metrics show the damage: plus infinity white, minus infinity and NaN
-    black. The model is copied unless the precision is 32.
+    black. The model is copied unless the precision is 32, or ends in :data:`AUTOCAST`.
     """
 
     def __init__(self, model: Autoencoder, precision: str) -> None:
         super().__init__()
-        self.precision, self.dtype = precision, PRECISIONS[precision].dtype
-        self.model = model if precision == FULL else copy.deepcopy(model).to(self.dtype)
+        self.precision, self._autocast = precision.removesuffix(AUTOCAST), precision.endswith(AUTOCAST)
+        self.dtype = torch.float32 if self._autocast else PRECISIONS[precision].dtype
+        self.model = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
         self.reconstruction = nn.Identity()  # gets reconstructions that are not finite, for hooks to see
         self.in_channels = model.in_channels
         self.downscale, self.latent_channels = model.downscale, model.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:
-        with self._advice():
+        with self._computing(x):
             return in_float32(self.model.encode(x.to(self.dtype)))
 
     def decode(self, z: Tensor) -> Tensor:
-        with self._advice():
+        with self._computing(z):
             y = self.model.decode(z.to(self.dtype)).float()
         if self.precision == FULL or y.is_meta or y.isfinite().all():
             return y
@@ -54,10 +56,12 @@ class InPrecision(Autoencoder):
         return y.nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
 
     @contextmanager
-    def _advice(self) -> Iterator[None]:
-        """Say what to do where torch lacks an operator in this precision on this device."""
+    def _computing(self, x: Tensor) -> Iterator[None]:
+        """Under autocast if that is asked for, say what to do where torch lacks an operator in this precision."""
+        cast = self._autocast and not x.is_meta
         try:
-            yield
+            with autocast(x.device.type, self.precision) if cast else nullcontext():
+                yield
         except RuntimeError as error:
             if "not implemented for" not in str(error):
                 raise
@@ -119,11 +123,12 @@ class Activations:
         lost = [count for count in self._lost.values() if count]
         largest = max(self._largest, key=self._largest.__getitem__)
         return {
-            "dtype": precision,
+            "dtype": (dtype := precision.removesuffix(AUTOCAST)),
+            "autocast": dtype != precision,
             "largest": stages,
             "largest_name": largest,
             "largest_value": self._largest[largest],
-            "limit": torch.finfo(PRECISIONS[precision].dtype).max,
+            "limit": torch.finfo(PRECISIONS[dtype].dtype).max,
             "non_finite": {
                 "images": len(lost),
                 "values": sum(lost),
@@ -135,20 +140,23 @@ class Activations:
 class HalfPrecision(Observer):
     """Evaluate every target in further precisions, record activations, and judge whether each precision is safe.
 
-    An entry has ``dtype``; ``largest``, the largest finite magnitude by :func:`stage_of`; ``largest_name`` and
-    ``largest_value`` of all modules; ``limit`` of the dtype; ``non_finite``: ``images`` with such a value in any
-    module's output, ``values`` over all modules, and the ``first`` module with one; ``psnr_lost``, float32's PSNR minus
-    this one's, None if it is infinite; and ``safe``: nothing was non-finite, and PSNR is within :data:`TOLERANCE`.
+    An entry has ``dtype``; ``autocast``, if it is; ``largest``, the largest finite magnitude by :func:`stage_of`;
+    ``largest_name`` and ``largest_value`` of all modules; ``limit`` of the dtype; ``non_finite``: ``images`` with such
+    a value in any module's output, ``values`` over all modules, and the ``first`` module with one; ``psnr_lost``,
+    float32's PSNR minus this one's, None if it is infinite; and ``safe``: nothing was non-finite, and PSNR is within
+    :data:`TOLERANCE`.
 
     Args:
-        precisions: fp16, bf16, 32, by any of their names; 32 is always among them, and first, because others are
-            compared with it. With 32 alone, nothing is done and nothing recorded. ConfigError for an unknown name.
+        precisions: fp16, bf16, 32, by any of their names, or fp16-autocast, bf16-autocast: weights in float32, under
+            autocast, as in training and many pipelines. 32 is always among them, and first, because others are compared
+            with it. With 32 alone, nothing is done and nothing recorded. ConfigError for an unknown name.
     """
 
     name = "precision"
 
     def __init__(self, precisions: Sequence[str] = (FULL,)) -> None:
-        self.precisions = tuple(dict.fromkeys([FULL, *map(precision_name, precisions)]))
+        names = [precision_name(p.removesuffix(AUTOCAST)) + AUTOCAST * p.endswith(AUTOCAST) for p in precisions]
+        self.precisions = tuple(dict.fromkeys([FULL, *(name for name in names if name != FULL + AUTOCAST)]))
         self._derived: dict[str, tuple[str, str]] = {}  # by row, its target and precision
         self._activations: dict[tuple[str, int], Activations] = {}
 

@@ -54,7 +54,7 @@ class Trip:
     """Reconstructs in one precision, watched by the observer."""
 
     def __init__(self, model: Autoencoder, precision: str) -> None:
-        self.observer = HalfPrecision(["fp16", "bf16"])
+        self.observer = HalfPrecision(["fp16", "bf16", "bf16-autocast"])
         self.name = "mine" if precision == "32" else f"mine, {precision}"
         self.subject = self.observer.derive({"mine": Subject(model)})[self.name]
         self.reconstruct = RoundTrip(self.subject.model, name=self.name)
@@ -146,6 +146,21 @@ def test_two_processes_are_one(images):
 
 
 @pytest.mark.parametrize("make", [litevae, kl])
+def test_autocast_leaves_weights_as_they_are(make):
+    model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    reconstruct = Trip(model, "bf16-autocast")
+    y = reconstruct(KEYS, x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model.decode(model.encode(x.float() / 127.5 - 1.0).mode().float()).float()
+    assert torch.equal(y, expected.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
+    assert reconstruct.subject.model.model is model
+    assert not torch.equal(y, Trip(model, "32")(KEYS, x))
+    found = reconstruct.found()
+    assert (found["dtype"], found["autocast"], found["limit"]) == ("bf16", True, (2 - 2**-7) * 2.0**127)
+    assert reconstruct.judged(20.0, 20.0)["safe"]
+
+
+@pytest.mark.parametrize("make", [litevae, kl])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_networks_run_as_they_do_in_a_pipeline(make, precision):
     model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
@@ -213,6 +228,7 @@ def test_stages():
 def test_names_of_precisions_and_rows():
     assert HalfPrecision().precisions == HalfPrecision(["float32"]).precisions == ("32",)
     assert HalfPrecision(["fp16", "bfloat16", "16"]).precisions == ("32", "fp16", "bf16")
+    assert HalfPrecision(["32-autocast", "16-autocast"]).precisions == ("32", "fp16-autocast")
     with pytest.raises(ConfigError, match="`precision` fp8: choose from fp16, bf16, 32"):
         HalfPrecision(["fp16", "fp8"])
     subject = Subject(Tiny(1.0, 1.0))
