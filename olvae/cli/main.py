@@ -14,6 +14,7 @@ import typer
 from olvae import __version__
 from olvae.cli import bench, configs, data, encode, evaluate, export, latents, reconstruct, train
 from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
+from olvae.files import printable
 
 app = typer.Typer(
     name="olvae",
@@ -109,7 +110,7 @@ def _format_warning(
 ) -> str:
     """Format this package's warnings in one line, and others as Python does, with their place."""
     if Path(filename).is_relative_to(PACKAGE):
-        return f"warning: {in_flags(str(message))}\n"
+        return f"warning: {printable(in_flags(str(message)))}\n"
     return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
@@ -135,7 +136,7 @@ def print_error(error: Exception) -> int:
     if not isinstance(error, ValueError | OSError | ArithmeticError):
         text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
     for line in text.splitlines():
-        typer.echo(f"error: {in_flags(line)}", err=True)
+        typer.echo(f"error: {printable(in_flags(line))}", err=True)  # file names may hold a terminal's commands
     return 2 if isinstance(error, ConfigError) else 1
 
 

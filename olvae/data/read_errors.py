@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from olvae.files import list_skipped
+from olvae.files import list_skipped, printable
 
 log = logging.getLogger("olvae.data")
 
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @cache
 def warn_once(message: str) -> None:
-    log.warning(message)
+    log.warning(printable(message))
 
 
 class ReadError(NamedTuple):
@@ -129,7 +129,7 @@ class ReadErrors:
         """
         for error in errors:
             if error.name not in self.unreadable.reasons:
-                log.warning("skipped %s: %s", error.name, error.reason)
+                log.warning("skipped %s: %s", printable(error.name), printable(error.reason))
                 self.unreadable.reasons[error.name] = error.reason
             if error.lost:
                 self._skipped += 1

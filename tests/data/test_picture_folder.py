@@ -89,6 +89,18 @@ def test_each_image_is_found_once_whatever_leads_to_it(image_folder):
     assert len({path.resolve() for path in found}) == 12
 
 
+def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder, monkeypatch):
+    """A command, a URL or a pattern in a list that was received is the name of a file, which is not there."""
+    monkeypatch.chdir(tmp_path)
+    received = ["pipe:touch executed", "| touch executed", "$(touch executed)", "file:///etc/passwd", "${oc.env:HOME}"]
+    good = [str(path) for path in find_images(image_folder)]
+    (tmp_path / "list.txt").write_text("\n".join([*received, *good]))
+    assert [str(path) for path in find_images("list.txt")] == [*(str(Path(line)) for line in received), *good]
+    s = source("list.txt", val_root=image_folder, max_unreadable=1.0, batch_size=1)
+    assert len(batches(s.train_loader(), 2)) == 2
+    assert not (tmp_path / "executed").exists()
+
+
 def test_mistakes(image_folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

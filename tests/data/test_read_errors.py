@@ -33,6 +33,14 @@ def test_a_file_is_named_once_and_counted_once_but_every_skip_is_in_the_epochs_t
     ]
 
 
+def test_a_name_that_commands_a_terminal_is_printed_as_text(caplog, capsys):
+    name = "a\x1b]0;owned\x07\nerror: b.jpg"
+    account(images=1000).take([ReadError(name, "bad\x1b[2J")], 1)
+    assert caplog.messages == ["skipped a\\x1b]0;owned\\x07\\nerror: b.jpg: bad\\x1b[2J"]
+    assert print_error(FileNotFoundError(f"{name}: no such folder")) == 1
+    assert capsys.readouterr().err == "error: a\\x1b]0;owned\\x07\nerror: error: b.jpg: no such folder\n"
+
+
 def test_several_images_of_one_shard_are_several_lost_and_a_warning_none(caplog):
     errors = account(images=1000)
     errors.take([ReadError("a.tar", "cut off", str(i)) for i in range(7)], 4)
