@@ -10,6 +10,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from olvae import LiteVAE
 from olvae.checkpoint import read_weights
 from olvae.config import save
 from olvae.data.image import EvalTransform, Photo, RandomScaleCrop
+from olvae.data.pixels.ranges import PixelRange
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, counts_beside
 from olvae.data.shards.latent_source import LatentSource
@@ -37,6 +39,7 @@ from olvae.data.source import LoaderProcess, eval_sample
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config
 from tests.data.images import picture, write_shard, write_tar
+from tests.data.pixels.files import exr, npy, npz, png, tiff, values
 from tests.export.latents import encode
 from tests.export.tiny import tiny_litevae
 from tests.fuzz.mutations import CHANGES, mutate
@@ -88,7 +91,32 @@ IMAGES = [
 ]
 
 
-@inputs(0.3)
+U16, F32 = values("uint16"), values("float32")
+ARRAYS = [
+    ("a.npy", npy(U16)),
+    ("a.npz", npz(F32)),
+    ("a.png", png(U16)),
+    ("a.tif", tiff(U16, "rgb")),
+    ("packed.tif", tiff(U16, "rgb", compression="lzw", tile=(16, 16))),
+    ("float.tif", tiff(F32, "rgb", compression="deflate", predictor=3)),
+    ("pages.tif", tiff(np.moveaxis(U16, -1, 0))),
+]
+
+
+@inputs(0.15)
+def test_arrays(watch, tmp_path_factory, changes, which):
+    name, seed = (*ARRAYS, ("a.exr", half(tmp_path_factory.getbasetemp())))[which % (len(ARRAYS) + 1)]
+    data = mutate(seed, changes, [content for _, content in ARRAYS])
+    stated = PixelRange.from_node({"pairs": [0, 65535], "outside": "clip"})
+    watch(lambda: RandomScaleCrop(16)(Photo(data, name, 3, stated), np.random.default_rng(0)))
+
+
+@cache
+def half(folder: Path) -> bytes:
+    return exr({"RGB": values("float16")}, folder / "half.exr")
+
+
+@inputs(0.15)
 def test_images(watch, changes, which):
     name, seed = IMAGES[which % len(IMAGES)]
     data = mutate(seed, changes, [content for _, content in IMAGES])
