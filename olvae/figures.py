@@ -107,7 +107,13 @@ def _arrange(strips: Mapping[str, Sequence[Image.Image]], columns: int, text: in
 
 
 def rgb(image: Tensor) -> Image.Image:
-    """Turn uint8 (C, H, W) into a picture: one channel is grey, two are red and green, of more the first three."""
+    """Turn uint8 (C, H, W) into a picture: one channel is grey, two are red and green, of more the first three.
+
+    Four are RGB and alpha, laid over white.
+    """
+    if image.shape[0] == 4:
+        whole = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+        return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
     if image.shape[0] == 1:
         image = image.expand(3, -1, -1)
     elif image.shape[0] == 2:

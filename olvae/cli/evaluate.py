@@ -197,10 +197,11 @@ def _observers(
     from olvae.evaluation.observers.half_precision import HalfPrecision
     from olvae.evaluation.observers.observer import Observer
     from olvae.evaluation.observers.real_values import RealValues
+    from olvae.evaluation.observers.transparency import Transparency
 
     observers: list[Observer] = [Cross()] if cross else []
     observers += [HalfPrecision(precisions)] if precisions != ["32"] else []
-    observers += [RealValues(), Gallery(), Bands(), *([FlatColours()] if report else [])]
+    observers += [RealValues(), Transparency(), Gallery(), Bands(), *([FlatColours()] if report else [])]
     arguments = {"ifid": {"weights_dir": weights_dir}}
     observers += [resolve_class(OBSERVERS.get(name, name), Observer)(**arguments.get(name, {})) for name in own]
     return observers

@@ -69,7 +69,7 @@ def validate(config: Mapping[str, Any]) -> list[str]:
         mistakes += _check_node(config["data"], "data")
     if config.get("lightning") is not None:
         mistakes += _check_lightning(config["lightning"])
-    return _with_places(mistakes, config)
+    return _with_places(mistakes, config) or list(_check_colours(config))
 
 
 def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
@@ -102,6 +102,23 @@ def _argument_places(value: Any, where: str) -> Iterator[str]:
             yield from (f"{where}params.{name}" for name in (arguments.parameters if arguments is not None else ()))
     for key, inner in value.items():
         yield from _argument_places(inner, f"{where}{key}.")
+
+
+def _check_colours(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for a perceptual loss, whose network sees three channels, on images of another number."""
+    channels = ((config.get("data") or {}).get("params") or {}).get("channels", 3)
+    loss = (config["model"].get("params") or {}).get("lossconfig") or {}
+    params = {"lpips_weight": 1.0, "lpips_channels": None, **(loss.get("params") or {})}
+    if loss.get("target") != "olvae.losses.objective.Objective" or not params["lpips_weight"]:
+        return
+    shown, where = params["lpips_channels"], "model.params.lossconfig.params"
+    if shown is None and channels != 3:
+        yield (
+            f"{where}.lpips_weight: its network sees three channels of colour, the images have {channels}: set it to "
+            f"0, or name three of them, as in {where}.lpips_channels=[2,1,0]"
+        )
+    elif shown is not None and (len(shown) != 3 or not all(0 <= channel < channels for channel in shown)):
+        yield f"{where}.lpips_channels: expected three of {channels} channels, counted from 0, got {list(shown)}"
 
 
 def check(config: Mapping[str, Any]) -> None:

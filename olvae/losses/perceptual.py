@@ -29,6 +29,8 @@ class PerceptualLoss(Constant, ABC):
     file; None finds it, by ``find``. FileNotFoundError if it is missing, with its ``origin``.
     """
 
+    channels: list[int] | None = None  # of the images that the network sees; by default all
+
     def __init__(
         self,
         title: str,
@@ -47,9 +49,11 @@ class PerceptualLoss(Constant, ABC):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean distance between two batches of images (B, C, H, W) in [-1, 1], in float32.
 
-        The network takes three channels: images with another number are compared channel by channel, each as a grey
-        image [D]. Images have 16 pixels or more.
+        The network takes three channels, :attr:`channels` of the images' where that is set; otherwise images with
+        another number are compared channel by channel, each as a grey image [D]. Images have 16 pixels or more.
         """
+        if self.channels is not None:
+            x, y = x[:, self.channels], y[:, self.channels]
         x, y = (_three_channels(island(image)) for image in (x, y))
         with no_autocast(x):
             return self.distance(x, y)

@@ -302,3 +302,30 @@ def test_mistakes_in_parts(image_folder):
     assert mistake == f"{where}.teacher.params.autoencoder: missing"
     (mistake,) = validate(tiny_config(image_folder, parts=[]))
     assert mistake.startswith(f"{where}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("channels", "loss", "message"),
+    [
+        (13, {}, "lpips_weight: its network sees three channels of colour, the images have 13: set it to 0, or name"),
+        (13, {"lpips_channels": [3, 2, 13]}, r"lpips_channels: expected three of 13 channels, .* got \[3, 2, 13\]"),
+        (13, {"lpips_channels": [3, 2, 1]}, None),
+        (1, {"lpips_weight": 0}, None),
+        (3, {}, None),
+    ],
+)
+def test_a_perceptual_loss_has_three_channels(image_folder, channels, loss, message):
+    config = tiny_config(image_folder)
+    config["data"]["params"] |= {"channels": channels, "range": [0, 10_000]}
+    config["model"]["params"]["lossconfig"]["params"] = loss
+    mistakes = validate(config)
+    assert len(mistakes) == (message is not None)
+    assert message is None or re.search(message, mistakes[0])
+
+
+def test_a_range_is_checked_without_torch(image_folder):
+    config = tiny_config(image_folder)
+    for node in ({"pairs": [0, 1], "values": "lgo"}, {"pair": [0, 1]}, "0 to 1"):
+        config["data"]["params"]["range"] = node
+        (mistake,) = validate(config)
+        assert mistake.startswith("data.params.range: expected ")

@@ -34,6 +34,13 @@ def test_another_target_has_params_of_its_own(tmp_path):
     assert inner == {"target": "b.D", "params": {"v": 3}}
 
 
+def test_a_list_takes_the_place_of_a_mapping(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {params: {range: {pairs: [0, 9]}, more: [1]}}")
+    (tmp_path / "b.yaml").write_text("data: {params: {range: [0, 5], more: {of: 1}}}")
+    merged = load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
+    assert merged["data"]["params"] == {"range": [0, 5], "more": {"of": 1}}
+
+
 def test_includes(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "base.yaml", "x: 1\ny: 1\nz: 1")

@@ -113,6 +113,13 @@ def test_gradients_reach_the_reconstruction_and_not_the_network(name, request):
     assert all(p.grad is None for p in loss.network.parameters())
 
 
+def test_three_channels_of_many(lite0, monkeypatch):
+    x, y = (torch.rand(2, 5, 32, 32) * 2 - 1 for _ in range(2))
+    expected = lite0(x[:, [3, 2, 1]], y[:, [3, 2, 1]])
+    monkeypatch.setattr(lite0, "channels", [3, 2, 1])
+    assert torch.equal(lite0(x, y), expected)
+
+
 @pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_are_compared_one_by_one(name, channels, request):

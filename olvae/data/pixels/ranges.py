@@ -184,8 +184,9 @@ class PixelRange:
 
     def picture(self, levels: Tensor) -> Tensor:
         """Levels, (..., C, H, W) -> uint8 of the channels that are shown, stretched."""
-        if self.shown is not None:
-            levels = levels[..., list(self.shown), :, :]
+        shown = self.shown or (None if self.eight_bits or levels.shape[-3] < 4 else (0, 1, 2))
+        if shown is not None:
+            levels = levels[..., list(shown), :, :]
         if levels.dtype == torch.uint8:
             return levels
         low, high = (255.0 * end for end in self.stretch)
