@@ -15,7 +15,7 @@ from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import gradient_ratio, mix_seeds
 from olvae.modules.base import check_counts, check_not_negative, no_autocast
-from olvae.modules.unetgan import fixed_spectral_norm, power_iteration
+from olvae.modules.unetgan import fixed_spectral_norm, power_iteration, shared_weights
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -160,7 +160,7 @@ class Adversary(nn.Module):
         ``discriminator`` is the normal loss, in an update with CutMix too.
         """
         real, fake = real.detach(), fake.detach()
-        with fixed_spectral_norm(self.discriminator):
+        with fixed_spectral_norm(self.discriminator), shared_weights(self.discriminator):
             real_logits: list[Tensor] = self.discriminator(real)
             fake_logits: list[Tensor] = self.discriminator(fake)
             total = discriminator_loss(self.loss, real_logits, fake_logits)

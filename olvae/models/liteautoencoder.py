@@ -32,6 +32,7 @@ from olvae.models.optimization import (
 from olvae.models.parts.part import Step, attach_parts
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.validation import ValidatedModule
+from olvae.modules.base import mean_over_processes
 from olvae.modules.distributions import Posterior
 
 
@@ -352,9 +353,7 @@ class LiteAutoencoderKL(ValidatedModule):
             return
         if self.trainer.world_size > 1:  # one message for all of them
             flat = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
-            means = self.trainer.strategy.reduce(flat, reduce_op="mean")
-            assert isinstance(means, Tensor)
-            values = dict(zip(values, means.unbind(), strict=True))
+            values = dict(zip(values, mean_over_processes(flat).unbind(), strict=True))
         # The step, or Lightning counts micro-batches on the logger's axis.
         self.log_dict({**values, "step": float(self.global_step)})
 

@@ -4,12 +4,13 @@ Its convolutions have spectral norm, whose power iteration is controlled here to
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from olvae.modules.base import no_autocast
@@ -56,6 +57,16 @@ def fixed_spectral_norm(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.train()
+
+
+def shared_weights(module: nn.Module) -> AbstractContextManager[object]:
+    """Normalise each weight once inside, for all forward passes, where a GPU waits for launches rather than for sums.
+
+    Gradients of the passes are then added before the normalisation, not after it, which rounds differently: on a CPU
+    each pass has its own. A compiled module is left alone.
+    """
+    on_gpu = all(p.is_cuda for p in module.parameters())
+    return parametrize.cached() if on_gpu and module._compiled_call_impl is None else nullcontext()
 
 
 @torch.no_grad()

@@ -78,6 +78,10 @@ class Status:
     def images_per_s(self) -> float:
         return (self._last[1] - self._first[1]) / self._training_s if self._training_s else 0.0
 
+    def waiting_share(self) -> float:
+        """The share of training time in which no batch was there."""
+        return self._waiting_s / self._training_s if self._training_s else 0.0
+
     def seconds_left(self, last_step: int) -> float:
         done = self._last[0] - self._first[0]
         return (last_step - self._last[0]) * self._training_s / done if done else 0.0
@@ -86,7 +90,7 @@ class Status:
         """Loss, speed and the share of waiting."""
         texts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
         texts.append(f"{self.images_per_s():.1f} images/s")
-        if self._training_s and (share := self._waiting_s / self._training_s) > LARGE_WAIT_SHARE:
+        if (share := self.waiting_share()) > LARGE_WAIT_SHARE:
             texts.append(f"waiting for data {share:.0%} (num_workers)")
         return "  ".join(texts)
 
@@ -128,7 +132,11 @@ class StepProgress(ProgressBar):
         step, now = trainer.global_step, time.monotonic()
         self._status.step_ended(step, pl_module.images_seen)
         if pl_module.reports:
-            pl_module.log_dict({"speed/images_per_s": self._status.images_per_s(), "speed/memory_gib": _memory_gib()})
+            speed = {"images_per_s": self._status.images_per_s(), "waiting_for_data": self._status.waiting_share()}
+            speed |= {"memory_gib": _memory_gib()}
+            if torch.cuda.is_available():
+                speed["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            pl_module.log_dict({f"speed/{name}": value for name, value in speed.items()})
         if step != trainer.max_steps and now - self._shown_at < (self.line_every_s if self._bar is None else 0.5):
             return
         self._shown_at = now

@@ -30,6 +30,7 @@ from olvae.models.weight_files import locate_weights
 from olvae.runs import Run, RunLock, Settings
 from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
+from olvae.training.profiling import StepTrace
 from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.setup import (
@@ -310,6 +311,8 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
+    if prepared.plan.options.profile:
+        callbacks.append(StepTrace(prepared.plan.options.profile))
     on_cpu = prepared.trainer_args["accelerator"] == "cpu"
     resumed_config = None if prepared.plan.resumed is None else (prepared.config, run.config)
     settings: Config = {

@@ -55,6 +55,7 @@ class TrainOptions:
     data: str | None = None
     allow_changes: bool = False
     time_limit: str | None = None
+    profile: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def read_plan(options: TrainOptions) -> Plan:
         FileNotFoundError: a config, a run or an autoencoder was not found.
     """
     if options.resume is None and options.base and (begun := requeued_run(Path(options.logdir), _name(options))):
-        options = TrainOptions(resume=begun.path, time_limit=options.time_limit, gpus=options.gpus)
+        options = TrainOptions(
+            resume=begun.path, time_limit=options.time_limit, gpus=options.gpus, profile=options.profile
+        )
     resumed = None if options.resume is None else runs.open_run(options.resume, options.logdir)
     previous = None if resumed is None else runs.config_of(resumed)
     if resumed is None and not options.base:

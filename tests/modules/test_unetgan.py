@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from olvae.modules.unetgan import SpectralConv2d, UNetGAN, fixed_spectral_norm, power_iteration
+from olvae.modules.unetgan import SpectralConv2d, UNetGAN, fixed_spectral_norm, power_iteration, shared_weights
 
 
 @pytest.fixture
@@ -114,3 +115,17 @@ def test_power_iteration_is_what_a_training_pass_runs(small: UNetGAN):
         power_iteration(other)
     assert all(torch.equal(a, b) for a, b in zip(other.buffers(), small.buffers(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True))
+
+
+def test_weights_shared_by_passes_give_the_same_gradients():
+    """As on a GPU: the sum of the passes' gradients goes through the normalisation once."""
+    torch.manual_seed(0)
+    net = UNetGAN(base_channels=2, image_size=64).double()
+    x, gradients = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
+    for sharing in (shared_weights(net), parametrize.cached()):
+        net.zero_grad()
+        with fixed_spectral_norm(net), sharing:
+            loss = sum(t.square().mean() for image in (x, x.flip(0) + 1) for t in net(image))
+        loss.backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)

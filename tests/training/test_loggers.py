@@ -48,6 +48,7 @@ def test_the_same_scalars_also_after_a_resume(train_with, image_folder):
     assert found == pytest.approx({key: value for key, value in expected.items() if key[0] in names}, rel=1e-6)
     assert {name for name, _ in expected} - names <= {"epoch", "step", "hp_metric"}
     assert found["speed/memory_gib", 2] > 0 < found["speed/images_per_s", 2]
+    assert 0 <= found["speed/waiting_for_data", 2] < 1
     for folder in ("tensorboard", "csv/version_0", "csv/version_1"):
         held, whole = load([run.path / folder / "hparams.yaml"]), load([run.config])
         assert [held[name] for name in ("model", "data")] == [whole[name] for name in ("model", "data")]

@@ -1,0 +1,136 @@
+"""Training steps on a fake GPU: tensors without memory say cuda, so that no mismatch, copy or wait needs a GPU to show.
+
+Forward passes, losses and updates run as they are; backward passes are torch's own and need an accelerator, so
+gradients are filled in.
+"""
+
+import contextlib
+import ctypes
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from olvae.config import load
+from olvae.models import footprint
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.models.test_synchronisation import WAITS
+
+GPU = torch.device("cuda:0")
+A = "model.params.adversary_config.params"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _guard() -> None:
+    """On a build without CUDA, autograd asks for a device guard where a parameter is used: the CPU's does nothing."""
+    if not torch.cuda._is_compiled():
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        registry = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+        registry[1] = registry[1] or registry[0]
+
+
+@contextlib.contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    """What torch.autocast("cuda") sets, which turns itself off without a GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled()
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.set_autocast_cache_enabled(False)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.set_autocast_cache_enabled(before[2])
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations but views, convolutions by dtype; notes copies between devices, and what reaches Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.convolved, self.found = 0, Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if str(func).startswith(WAITS):
+            self.found.append(str(func))
+        if func is torch.ops.aten._to_copy.default and args[0].device != out.device:
+            self.found.append(f"a copy of {tuple(out.shape)} from {args[0].device} to {out.device}")
+        if func is torch.ops.aten.convolution.default:
+            self.convolved[args[0].dtype] += 1
+        self.count += not func.is_view
+        return out
+
+
+class Optimizer:
+    """Lightning's wrapper, as far as a step sees it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, trainer: SimpleNamespace, counts: bool) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.zero_grad, self.trainer, self.counts = optimizer.zero_grad, trainer, counts
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.trainer.global_step += self.counts
+
+
+def on_gpu(model: LiteAutoencoderKL, monkeypatch) -> LiteAutoencoderKL:
+    """A model on the fake GPU, in the hands of a trainer; under a FakeTensorMode."""
+    with GPU:
+        model = footprint._fake(model, None)
+    trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, log_every_n_steps=2, max_steps=100)
+    trainer.precision_plugin, trainer.strategy, trainer.callbacks = SimpleNamespace(scaler=None), None, []
+    model.__dict__["_trainer"] = trainer
+
+    def fill(loss: torch.Tensor) -> None:
+        assert (loss.device, loss.dtype, loss.requires_grad) == (GPU, torch.float32, True)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.empty_like(p)
+
+    optimizers, schedules = model.configure_optimizers()
+    wrapped = [Optimizer(o, trainer, i == 0) for i, o in enumerate(optimizers)]
+    logged = {}
+    model.__dict__.update(optimizers=lambda: wrapped, lr_schedulers=lambda: schedules, manual_backward=fill)
+    model.__dict__.update(log_dict=logged.update, logged=logged, log=logged.__setitem__)
+    monkeypatch.setattr("olvae.models.adversary.gradient_ratio", lambda *_: torch.empty((), device=GPU))
+    model.on_train_start()
+    return model
+
+
+LAUNCHES = 9_800
+"""Ceiling of a step's operations without its backward passes: on a GPU each is a launch at least."""
+
+
+def test_steps_in_half_precision(monkeypatch):
+    """Of both players, with LeCam and CutMix; every second one is logged."""
+    penalties = [f"{A}.start_step=0", f"{A}.lecam_weight=0.1", f"{A}.cutmix_probability=1.0"]
+    config = load(["configs/demo_b.yaml"], penalties)
+    size, steps = config["data"]["params"]["size"], []
+    config["model"]["params"] |= {"gradient_clip_val": 1.0, "learning_rate": 1e-4}
+    without = footprint.without_weights(config["model"])
+    with FakeTensorMode():
+        model = on_gpu(without, monkeypatch)
+        for number in range(3):
+            images = torch.empty(2, 3, size, size, dtype=torch.uint8, device=GPU)
+            with Operations() as operations, autocast(torch.bfloat16):
+                model.training_step({"image": images, "key": ["a", "b"]}, number)
+            steps.append(operations)
+            if not model.reports:
+                assert operations.found == []
+        for optimizer in model.optimizers():
+            for p, state in optimizer.optimizer.state.items():
+                assert (state["exp_avg"].stride(), state["step"].device) == (p.stride(), GPU)
+        assert {v.device for v in model.logged.values() if isinstance(v, torch.Tensor)} == {GPU}
+    assert model.trainer.global_step == 3
+    assert max(step.count for step in steps) <= LAUNCHES
+    convolved = steps[0].convolved
+    assert convolved[torch.bfloat16] > 10 * convolved[torch.float32]

@@ -1,0 +1,22 @@
+"""`--profile`: a trace that other programs read."""
+
+import json
+
+import pytest
+
+from olvae.training.profiling import FIRST, StepTrace
+from tests.conftest import tiny_config
+
+
+def test_steps_are_traced(train_with, image_folder, capfd):
+    run = train_with(f"lightning.trainer.max_steps={FIRST + 3}", config=tiny_config(image_folder), profile=2)
+    events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert names.count("Optimizer.step#Adam.step") == 2
+    assert "aten::convolution" in (run.path / "trace.txt").read_text()
+    assert f"2 steps are traced in {run.path / 'trace.json'}" in capfd.readouterr().err
+
+
+def test_no_steps():
+    with pytest.raises(ValueError, match="at least 1"):
+        StepTrace(0)
