@@ -51,21 +51,26 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	cp docs/results.md $(STUDY)/results.md
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --runs $(STUDY)/runs --document $(STUDY)/results.md
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, an hour and a half)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, two hours)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
 
 TRAIN_PHOTOS = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name $@
-CHANNELS = model.params.embed_dim=$* model.params.decoder_config.params.z_channels=$*
 define SHIP
 	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
 	$(BIN)/olvae latents $(RUNS)/$@ --data study/corpus-out/train_tiles --images 1000
 	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --license apache-2.0 --latents $(RUNS)/$@
 endef
 
-photos-f8c12 photos-f8c4: photos-f8c%: $(VENV)/.installed-dev
-	$(TRAIN_PHOTOS)_start --base study/photos_start.yaml $(CHANNELS)
-	$(TRAIN_PHOTOS) --base study/photos.yaml $(CHANNELS) --actual_resume $(RUNS)/$@_start
+photos-f8c12: $(VENV)/.installed-dev
+	$(TRAIN_PHOTOS)_start --base study/photos_start.yaml
+	$(TRAIN_PHOTOS) --base study/photos.yaml --actual_resume $(RUNS)/$@_start
+	$(SHIP)
+
+photos-f8c4: $(VENV)/.installed-dev
+	$(TRAIN_PHOTOS)_start --base study/photos_f8c4_start.yaml
+	$(TRAIN_PHOTOS)_middle --base study/photos_f8c4_middle.yaml --actual_resume $(RUNS)/$@_start
+	$(TRAIN_PHOTOS) --base study/photos_f8c4.yaml --actual_resume $(RUNS)/$@_middle
 	$(SHIP)
 
 photos-f8c12-sharp: $(VENV)/.installed-dev

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
 from olvae.evaluation.roundtrip import RoundTrip, check_images_fit, range_of
+from olvae.files import first_line
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.autoencoder import Autoencoder
@@ -30,6 +32,8 @@ Key = tuple[str, int]  # a subject's name, and the way to draw latents; baseline
 
 Progress = Callable[[str], Callable[[Iterable[Batch], int | None], Iterable[Batch]]]
 """Shows progress under a description: wraps batches, with the number of images over all processes if it is known."""
+
+log = logging.getLogger("olvae")
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,12 @@ def _one_pass(
         return []
 
     # The numbers: for every way to draw a latent, then for every protocol.
-    for observer in observers:
-        observer.examine(subjects, source.size, request.device)
+    examined = [observer for observer in observers if _is_examined(observer, subjects, source.size, request.device)]
     images = {"source": images["source"], "n": len(digests), "sha256": fingerprint(digests), **images}
     costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
     measured = {}
     for name, draw in trips:
-        entries = {observer.name: observer.result(name, draw) for observer in observers}
+        entries = {observer.name: observer.result(name, draw) for observer in examined}
         measured[name, draw] = measure(
             name,
             metrics[name, draw],
@@ -221,6 +224,16 @@ def observe(
 def fingerprint(digests: Mapping[str, bytes]) -> str:
     """One digest of a set of images, whatever their order."""
     return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
+
+
+def _is_examined(observer: Observer, subjects: Mapping[str, Subject], size: int, device: str) -> bool:
+    """Let an observer look at the models alone; warn and return False if they give it numbers that are not finite."""
+    try:
+        observer.examine(subjects, size, device)
+    except ArithmeticError as error:
+        log.warning("%s: %s", observer.name, first_line(error))
+        return False
+    return True
 
 
 def _describe_images(request: Request, source: Source, loader: Loader) -> dict[str, Any]:

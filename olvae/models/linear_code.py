@@ -132,7 +132,8 @@ def training_crops(source: Source, seed: int, factor: int) -> Tensor:
     """
     least, most = CROPS
     count = min(most, max(least, POSITIONS // (source.size // factor) ** 2))
-    count = min(count, max(1, CROP_BYTES // (source.channels * source.size**2)))
+    value_bytes = 1 if source.pixel_range.eight_bits else 4
+    count = min(count, max(1, CROP_BYTES // (value_bytes * source.channels * source.size**2)))
     return torch.stack(list(source.first_images(seed, count)))
 
 

@@ -65,9 +65,9 @@ class _SharedBatchNorm(_NormBase):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return F.batch_norm(x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps)
         h = island(x)
-        var, mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
-        mean, square = mean_over_processes(torch.stack((mean, var + mean.square()))).unbind()
-        var = square - mean.square()
+        var, own = torch.var_mean(h, dim=(0, 2, 3), correction=0)
+        mean = mean_over_processes(own)
+        var = mean_over_processes(var + (own - mean).square())  # of squares less a square, float32 keeps no digits
         with torch.no_grad():
             count = x.numel() / x.shape[1] * dist.get_world_size()
             for buffer, value in zip(running, (mean, var * (count / max(1.0, count - 1))), strict=True):

@@ -51,8 +51,8 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
         assert all(low < row["metrics"][name] < high for name, (low, high) in row["intervals"].items())
     assert [row.get("baseline") for row in result["results"]] == [None, True, True, True]
     assert result["results"][0]["cost"]["parameters"] > 0
-    assert "vgg16-397923af.pth" in err
-    assert err.count("vgg16-397923af.pth is not") == 1
+    assert err.count("a network is not here: metrics.md says which file to put where") == 1
+    assert "vgg16-397923af.pth" in (tmp_path / "metrics.md").read_text()
     table = (tmp_path / "metrics.md").read_text().splitlines()
     psnr = result["results"][0]["metrics"]["psnr"]
     assert any(line.startswith(f"| {trained.name} | 12 | {psnr:.3f} ±") for line in table), table

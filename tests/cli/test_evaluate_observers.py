@@ -42,6 +42,13 @@ TOY = """
             return Markup("<p>{}</p>").format(f"<{len(self.changes)} targets>")
 
 
+    class Overflowing(Brightness):
+        name = "overflowing"
+
+        def examine(self, subjects, size, device):
+            raise ArithmeticError("a picture of its own is not finite")
+
+
     Nothing = dict
 """
 
@@ -87,3 +94,12 @@ def test_mistakes_are_one_line(evaluate, tmp_path, classes, text):
     assert code == 2
     assert text in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_observer_whose_own_pictures_overflow_costs_no_metric(evaluate, tmp_path, caplog):
+    code, _, _ = evaluate("--observe", "toys.Overflowing")
+    assert code == 0
+    assert "overflowing: a picture of its own is not finite" in caplog.text
+    (result,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    assert "overflowing" not in result
+    assert result["metrics"]["psnr"] > 0

@@ -97,7 +97,7 @@ def test_commands_take_names(olvae, trained, tmp_path, monkeypatch):
         "imagenet/A2: no mistakes\nfinetune/sdxl: no mistakes\n",
     )
     code, _, err = olvae("train", "--base", "phase_a", "distil/both", "--gpus", 0, "--logdir", "runs", "data.size=8")
-    assert (code, err) == (2, "error: data.size: unknown key; known: target, params\n")
+    assert (code, err) == (2, "error: data.size: unknown key; did you mean data.params.size?\n")
     (tmp_path / "photos").symlink_to(trained.parent.parent / "photos")
     weights = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "a.ckpt")
     code, _, err = olvae("evaluate", weights, "--config", "demo", "--data", "photos", "--metrics", "psnr")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def check(words: list[str]) -> None:
         prefix = ["-m"] if launch.module else []
         _check_python([*prefix, launch.training_script, *launch.training_script_args])
     elif program == "srun":
-        check(rest)
+        check(list(dropwhile(lambda word: word.startswith("--"), rest)))
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = {word for word in rest if "=" not in word}

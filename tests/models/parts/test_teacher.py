@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.ranges import EIGHT_BITS, from_uint8
 from olvae.models import linear_code
 from olvae.models.linear_code import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -208,7 +208,7 @@ def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
 def test_a_channel_without_deviation(target):
     teacher = teacher_of(student(target))
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    data = SimpleNamespace(first_images=lambda seed, count: iter(images))
+    data = SimpleNamespace(first_images=lambda seed, count: iter(images), pixel_range=EIGHT_BITS)
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[2] = 0
     with pytest.raises(ValueError, match=r"channel 2 of its latents is the same everywhere"):
