@@ -46,7 +46,7 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
     """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
     from olvae.models.footprint import footprint, without_weights
     from olvae.models.large.tiling import GIB
-    from olvae.training.setup import start_from
+    from olvae.training.origin import start_from
 
     if config["model"].get("from") is not None:
         start_from(config)

@@ -21,6 +21,7 @@ from olvae.evaluation.results import Results
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.files import folder_beside, nearest_folder, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.loading.families import family_of
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id
@@ -38,7 +39,7 @@ ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "on
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of an export; by default the format is diffusers for AutoencoderKL's networks, else litevae."""
+    """Settings of an export; by default the format is diffusers for networks of its classes, else litevae."""
 
     format: str | None = None  # a name of olvae.export.formats.LAYOUTS, or the path of a Layout of your own
     dtype: str = "float32"  # to round the weights to, a name of olvae.devices.DTYPES
@@ -97,7 +98,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
         raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
     loaded = target.load()
     model = loaded.as_litevae(target.given)
-    layout = settings.layout(settings.format or ("diffusers" if model.is_stable_diffusion else "litevae"))
+    layout = settings.layout(settings.format or ("litevae" if family_of(model) is None else "diffusers"))
     if reason := layout.misfit(model):
         raise ConfigError(f"{target.given}: {reason}")
     notes = list(layout.notes(model))
@@ -346,12 +347,12 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         raise ValueError(f"{provenance.metrics}: not a metrics.json: {type(error).__name__} {error}") from error
     return environment.get_template("card.md.jinja").render(
         model=model,
-        usage=layout.usage,
+        usage=layout.usage_of(model),
         notes=list(layout.notes(model)),
         title=title,
         made_with=MADE_WITH,
         provenance=provenance,
-        is_stable_diffusion=model.is_stable_diffusion,
+        kind=None if (classes := family_of(model)) is None else classes.kind(model),
         halves={
             name: (type(half).__name__, f"{count_parameters(half) / 1e6:.2f}")
             for name, half in {"encoder": model.encoder, "decoder": model.decoder}.items()

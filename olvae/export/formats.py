@@ -3,12 +3,12 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,11 +16,14 @@ from olvae.checkpoint import PRIVATE_PREFIX, write_tensors
 from olvae.config import Config, ConfigError, resolve_class
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading import autoencoder_kl as kl
-from olvae.models.loading import latent_diffusion as ldm
-from olvae.models.loading.loader import LoadOptions
+from olvae.models.loading.autoencoder_kl import StableDiffusion, diffusers_config
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.families import Tiny, family_of
+from olvae.models.loading.latent_diffusion import LatentDiffusionLoader, latent_diffusion_weights
+from olvae.models.loading.loader import Family, LoadOptions
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
+from olvae.modules.others.wrapped import HALVES, encode_image, moments_of
 from olvae.modules.sdvae import set_padding
 
 FACTORS = ("latents", "scaling_factor", "shift_factor")  # settings that say which ones a diffusion model needs
@@ -85,6 +88,10 @@ class Layout(ABC):
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         """Load what was written, as its users do; ``model`` is for what the format does not say."""
 
+    def usage_of(self, model: LiteVAE) -> str:  # noqa: ARG002
+        """The :attr:`usage` of a model."""
+        return self.usage
+
     def notes(self, model: LiteVAE) -> Iterator[str]:  # noqa: ARG002
         """Yield what a user has to know about this model in this format."""
         yield from ()
@@ -107,19 +114,19 @@ vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in pla
 
 
 class DiffusersLayout(Layout):
-    """The folder of diffusers' own AutoencoderKL, for networks of Stable Diffusion's kind."""
+    """The folder of a class of diffusers, for networks that it has: AutoencoderKL, AutoencoderKLFlux2, ..."""
 
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, "onnx": "ONNX files are written by `format` litevae"}
-    usage = """from diffusers import AutoencoderKL
+    usage = """from diffusers import KIND
 
-vae = AutoencoderKL.from_pretrained("FOLDER_OR_ID")
-z = vae.encode(images).latent_dist.sample()  # images in [-1, 1], (B, 3, H, W)
+vae = KIND.from_pretrained("FOLDER_OR_ID")
+z = vae.encode(images)LATENT  # images in [-1, 1], SHAPE
 images = vae.decode(z).sample"""
 
     def misfit(self, model: LiteVAE) -> str | None:
-        if not model.is_stable_diffusion:
+        if family_of(model) is None:
             instead = "`format` litevae is for diffusers' AutoencoderLiteVAE, `format` comfyui for ComfyUI"
-            return f"a LiteVAE has other networks than AutoencoderKL: {instead}"
+            return f"no class of diffusers has these networks: {instead}"
         try:
             self.tensors(model), self.config(model)
             return None
@@ -127,51 +134,73 @@ images = vae.decode(z).sample"""
             return f"{error}: `format` litevae can hold it"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        return kl.diffusers_weights(model)
+        return _family(model).theirs(model)
 
     def config(self, model: LiteVAE) -> Config | None:
-        kind = {"_class_name": AutoencoderKL.__name__, "_diffusers_version": diffusers.__version__}
-        return {**kind, **kl.diffusers_config(model)}
+        family = _family(model)
+        kind = {"_class_name": family.kind(model), "_diffusers_version": diffusers.__version__}
+        return {**kind, **family.config(model)}
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        kind = getattr(diffusers, _family(model).kind(model))
+        vae: Any = kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
         for half in _reflecting(model):
             set_padding(getattr(vae, half), "reflect")
-        moments, decode = lambda x: vae.encode(x).latent_dist.parameters, lambda z: vae.decode(z).sample
-        return [Loaded(IN_DIFFUSERS, moments, decode, vae.config)]
+        back, units = DiffusersAutoencoder(vae), _family(model).units(model)
+        if units is not None:
+            return [_in_units(back, *units)]
+        moments = lambda x: moments_of(*encode_image(vae, x, back.frames))  # noqa: E731
+        return [Loaded(IN_DIFFUSERS, moments, back.decode, back.for_diffusion)]
+
+    def usage_of(self, model: LiteVAE) -> str:
+        frames = model.encoder.node["params"].get("frames", False)
+        latent = ".latent" if model.deterministic else ".latent_dist.sample()"
+        latent += "s" if _family(model).units(model) else ""
+        words = {"KIND": _family(model).kind(model), "LATENT": latent}
+        words["SHAPE"] = f"(B, {model.in_channels}, {'1, ' if frames else ''}H, W)"
+        return reduce(lambda text, word: text.replace(word, words[word]), words, self.usage)
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         if halves := " and the ".join(_reflecting(model)):
             how = 'loaders have to set padding_mode="reflect" on every convolution that pads, otherwise borders differ'
             yield f"padding: reflect in the {halves}, which this format can't say: {how}"
+        if (units := _family(model).units(model)) and bool((units[0] != 0).any() | (units[1] != 1).any()):
+            yield "latents: in a diffusion model's units, as TAESD's, (z - mean) / deviation; without other factors"
 
 
 class LatentDiffusionLayout(DiffusersLayout):
     """One file with latent-diffusion's names, as in the published files, for ComfyUI and A1111."""
 
     suffix = ".safetensors"
+    usage = ""
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
 
+    def misfit(self, model: LiteVAE) -> str | None:
+        family = family_of(model)
+        if family is None or isinstance(family, StableDiffusion):
+            return super().misfit(model)
+        return f"{family.kind(model)} is not of latent-diffusion: `format` diffusers is for its own class"
+
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        config = kl.diffusers_config(model)
+        config = diffusers_config(model)
         if (groups := config["norm_num_groups"]) != 32:
             raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has 32")
         if not config["mid_block_add_attention"]:
             raise ValueError("no attention in the middle: latent-diffusion always has it")
-        return ldm.latent_diffusion_weights(model)
+        return latent_diffusion_weights(model)
 
     def config(self, model: LiteVAE) -> Config | None:  # noqa: ARG002
         return None
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        back = ldm.LatentDiffusionLoader().find(str(path), LoadOptions()).load().as_litevae(str(path))
+        back = LatentDiffusionLoader().find(str(path), LoadOptions()).load().as_litevae(str(path))
         for half in _reflecting(model):
             set_padding(getattr(back, half), "reflect")
         return [Loaded.of(back)._replace(for_diffusion=None)]
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
-        config = kl.diffusers_config(model)
+        config = diffusers_config(model)
         if odd := [f"{key} {config[key]}" for key, known in STOCK.items() if config[key] not in known]:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
 
@@ -187,7 +216,10 @@ class ComfyUILayout(Layout):
     refused = NO_FACTORS
 
     def misfit(self, model: LiteVAE) -> str | None:
-        return "an AutoencoderKL: `format` ldm is what ComfyUI loads" if model.is_stable_diffusion else None
+        if (family := family_of(model)) is None:
+            return None
+        instead = "`format` ldm is what ComfyUI loads" if isinstance(family, StableDiffusion) else "`format` diffusers"
+        return f"an {family.kind(model)}: {instead}"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         return {PRIVATE_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
@@ -196,11 +228,59 @@ class ComfyUILayout(Layout):
         return [Loaded.of(LiteVAE.from_pretrained(path))]
 
 
+class TinyFilesLayout(DiffusersLayout):
+    """TAESD's two files, taesd_encoder and taesd_decoder, for ComfyUI's models/vae_approx and other programs."""
+
+    usage = "Copy taesd_encoder.safetensors and taesd_decoder.safetensors to ComfyUI/models/vae_approx."
+
+    def misfit(self, model: LiteVAE) -> str | None:
+        tiny = isinstance(family_of(model), Tiny)
+        return super().misfit(model) if tiny else "only TinyEncoder and TinyDecoder are TAESD's networks"
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        return {_taesd_name(name): tensor for name, tensor in super().tensors(model).items()}
+
+    def config(self, model: LiteVAE) -> Config | None:  # noqa: ARG002
+        return None
+
+    def write(self, model: LiteVAE, path: Path) -> None:
+        path.mkdir()
+        for half in HALVES:
+            named = {n.removeprefix(f"{half}."): t for n, t in self.tensors(model).items() if n.startswith(half)}
+            write_tensors(path / f"taesd_{half}.safetensors", named)
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        files = {half: load_file(path / f"taesd_{half}.safetensors") for half in HALVES}
+        return {f"{half}.{name}": tensor for half, state in files.items() for name, tensor in state.items()}
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
+        family, written = _family(model), self.read(path)
+        vae: Any = diffusers.AutoencoderTiny(**family.config(model))
+        vae.load_state_dict({name: written[_taesd_name(name)].float() for name in vae.state_dict()})
+        units = family.units(model)
+        assert units is not None
+        return [_in_units(DiffusersAutoencoder(vae.eval()), *units)]
+
+    def usage_of(self, model: LiteVAE) -> str:  # noqa: ARG002
+        return ""
+
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield self.usage
+        yield from super().notes(model)
+
+
+def _taesd_name(name: str) -> str:
+    """Name a weight as TAESD's files do: layers by number, where the decoder's bound is the first one."""
+    half, _, number, *rest = name.split(".")
+    return ".".join((half, str(int(number) + (half == "decoder")), *rest))
+
+
 LAYOUTS: dict[str, type[Layout]] = {
     "litevae": LiteVAELayout,
     "diffusers": DiffusersLayout,
     "ldm": LatentDiffusionLayout,
     "comfyui": ComfyUILayout,
+    "taesd": TinyFilesLayout,
 }
 
 
@@ -211,6 +291,21 @@ def find_layout(name: str) -> Layout:
     if "." not in name:
         raise ConfigError(f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, package.module.Class")
     return resolve_class(name, Layout)()  # type: ignore[type-abstract]
+
+
+def _in_units(back: DiffusersAutoencoder, mean: Tensor, std: Tensor) -> Loaded:
+    """A deterministic autoencoder whose latents are in a diffusion model's units, which need no factors."""
+
+    def moments(x: Tensor) -> Tensor:
+        return moments_of(back.encode(x).mean * std + mean, distributed=False)
+
+    return Loaded(IN_DIFFUSERS, moments, lambda z: back.decode((z - mean) / std))
+
+
+def _family(model: LiteVAE) -> Family:
+    family = family_of(model)
+    assert family is not None
+    return family
 
 
 def _reflecting(model: LiteVAE) -> list[str]:

@@ -27,7 +27,7 @@ from olvae.modules.base import (
     keep_in_float32,
     last_convolution,
 )
-from olvae.modules.distributions import DiagonalGaussian, Posterior
+from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.litevae.blocks import fold_smc
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
@@ -71,6 +71,13 @@ class Autoencoder(nn.Module, ABC):
         rows, columns = (torch.arange(size, device=z.device) % side for size in z.shape[-2:])
         mean, std = (patch[:, rows[:, None], columns] for patch in patches)  # (n_z, h, w)
         return z * std / self.scaling_factor + mean
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents per channel, (n_z) each, as the factors know them."""
+        n_z = self.latent_channels
+        mean = torch.tensor(self.latents_mean or [self.shift_factor] * n_z, dtype=torch.float64)
+        std = torch.tensor(self.latents_std or [1.0] * n_z, dtype=torch.float64) / self.scaling_factor
+        return mean.view(n_z, -1).mean(1), std.view(n_z, -1).mean(1)  # over the positions of a patch, if they differ
 
     @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
@@ -158,6 +165,7 @@ class LiteVAE(
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
         self.in_channels, self.downscale, self.image_size = encoder.in_channels, encoder.downscale, encoder.image_size
         self.latent_channels = quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
+        self.deterministic = encoder.deterministic
         self.folded = False  # whether the self-modulated convolutions are ordinary ones, see fold
         for name, value, other_name, other in (
             ("latent_dim", encoder.latent_dim, "twice the decoder's z_channels", 2 * decoder.z_channels),
@@ -338,10 +346,8 @@ class LiteVAE(
         """The config.json of an export; ValueError as :meth:`AutoencoderSpec.to_export`."""
         given = {"folded": self.folded, "pixel_range": self.pixel_range.as_node(), **self.for_diffusion}
         spec = AutoencoderSpec(**self.config, **given)
-        decoder = self.decoder.node["params"]
         return spec.to_export(
-            # Pipelines count the entries of block_out_channels to know by how much the latent is smaller.
-            block_out_channels=[decoder["channels"] * m for m in decoder["channel_mult"]],
+            block_out_channels=self.decoder.widths,
             in_channels=self.in_channels,
             latent_channels=self.latent_channels,
             out_channels=self.decoder.out_channels,
@@ -367,9 +373,13 @@ class LiteVAE(
         """:meth:`moments`, equal to rounding, within ``memory`` bytes; see :mod:`olvae.models.large.streaming`."""
         return self.moments(x, lambda images: encode_within(self.encoder, images, memory, progress))
 
-    def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> DiagonalGaussian:
+    def posterior(self, moments: Tensor) -> Posterior:
+        """The posterior of these moments, (B, 2 n_z, h, w)."""
+        return Deterministic(moments.chunk(2, dim=1)[0]) if self.deterministic else DiagonalGaussian(moments)
+
+    def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Posterior:
         """``encode(x)``, equal to rounding, within ``memory`` bytes; large images in strips."""
-        return DiagonalGaussian(self.moments_within(x, memory, progress))
+        return self.posterior(self.moments_within(x, memory, progress))
 
     @property
     def receptive_field(self) -> int | None:
@@ -384,9 +394,9 @@ class LiteVAE(
             z = self.quantizer.post_quant_conv(z)  # 1x1, no neighbours
         return decode_tiled(self.decoder, z, tile, memory, progress)
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
+    def encode(self, x: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); see :meth:`moments`."""
-        return DiagonalGaussian(self.moments(x))
+        return self.posterior(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
         if self.quantizer is not None:

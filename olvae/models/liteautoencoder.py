@@ -167,7 +167,9 @@ class LiteAutoencoderKL(ValidatedModule):
             yield f"checkpoint: the {self.checkpoint} is frozen, so it needs nothing for a backward pass: leave it out"
         if self.freeze_encoder and self.freeze_decoder:
             yield "freeze_encoder, freeze_decoder: nothing is left to train"
-        if self.freeze_encoder and "kl" in self.loss_weights:
+        if self.encoder.deterministic and "kl" in self.loss_weights:
+            yield "lossconfig.params.kl_weight: the encoder's latents have no distribution: set it to 0"
+        elif self.freeze_encoder and "kl" in self.loss_weights:
             yield "lossconfig.params.kl_weight: the encoder is frozen (freeze_encoder), KL is a loss of it: set it to 0"
         if self.given_factors or self.parts:
             yield from check_factors(self.for_diffusion, self.autoencoder.latent_channels)

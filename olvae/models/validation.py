@@ -19,7 +19,7 @@ from olvae.models.autoencoder import LiteVAE, Quantizer
 from olvae.models.averaging import WeightAverage, find_average
 from olvae.models.parts.part import Part, StandIn
 from olvae.modules.base import Decoder, Encoder
-from olvae.modules.distributions import DiagonalGaussian, Posterior
+from olvae.modules.distributions import Posterior
 
 
 class ValidatedModule(pl.LightningModule):
@@ -71,7 +71,7 @@ class ValidatedModule(pl.LightningModule):
         x = self.pixel_range.normalise(batch["image"])
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
+    def encode(self, x: Tensor) -> Posterior:
         """See :meth:`LiteVAE.encode`."""
         return self.autoencoder.encode(x)
 

@@ -48,6 +48,9 @@ class Steps(nn.Module):
 
 
 class _Network(Steps):
+    def use_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Hear the mean and the deviation of the latents per channel, (n_z) each, from a part that brings them."""
+
     node: dict[str, Any]  # ``target`` and ``params`` that build this network again, for the config of a saved model
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +81,7 @@ class Encoder(_Network):
     latent_dim: int
     downscale: int
     image_size: int  # the intended size in pixels, at which summaries count operations
+    deterministic: bool = False  # whether its latents have no distribution, and the log-variances no meaning
 
     def add_linear_path(self) -> None:
         """Add a linear path from patches to the means.
@@ -104,6 +108,12 @@ class Decoder(_Network):
     z_channels: int
     out_channels: int
     upscale: int
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, for diffusers, whose pipelines count them to know the factor."""
+        params = self.node["params"]
+        return [params["channels"] * mult for mult in params["channel_mult"]]
 
     def add_linear_path(self) -> None:
         """Add a linear path from 3x3 latent positions to patches."""

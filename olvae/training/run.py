@@ -30,6 +30,7 @@ from olvae.models.weight_files import locate_weights
 from olvae.runs import Run, RunLock, Settings
 from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
+from olvae.training.origin import start_from
 from olvae.training.profiling import StepTrace
 from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
@@ -40,7 +41,6 @@ from olvae.training.setup import (
     find_changes,
     read_plan,
     restarted,
-    start_from,
     untrained_half,
 )
 
@@ -130,7 +130,8 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     model.seed = settings.seed
     model.check(source)
     if weights is not None:
-        load_weights(model, weights, str(settings.weights))
+        halves = tuple({f"{name.partition('.')[0]}." for name in weights})  # without a decoder that starts fresh
+        load_weights(model, weights, str(settings.weights), prefixes=halves)
     if plan.options.actual_resume is not None:
         before = _load_other_run(model, runs.find_run(plan.options.actual_resume, plan.options.logdir))
     images_seen, steps_done = (0, 0) if plan.resumed is None else _restore(model, plan.resumed, settings)

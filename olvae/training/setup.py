@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,6 @@ from olvae.models.spec import check_target
 from olvae.runs import Run, Settings
 
 if TYPE_CHECKING:  # slow to import
-    from torch import Tensor
-
     from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 FREE_SETTINGS = (
@@ -207,57 +205,6 @@ def requeued_run(logdir: Path, name: str) -> Run | None:
             if (settings.job, settings.name) == (job, name):
                 return run
     return None
-
-
-def start_from(config: Config) -> "tuple[Mapping[str, Tensor], Config]":
-    """Load the autoencoder that ``model.from`` names, and put its networks into the config.
-
-    Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
-    added. The autoencoder's factors for a diffusion model replace the config's, unless its file has none, as
-    latent-diffusion's, or the config has a part that brings latents. The decoder alone is trained unless the config
-    says otherwise, or a part keeps or brings its latents. ``model.from`` is removed from the config, now complete.
-
-    Returns the autoencoder's weights, and its training config, empty if it has none.
-
-    Raises:
-        ConfigError: the autoencoder's networks can't be trained here.
-        FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
-    """
-    from olvae.models.loading.targets import find_target
-    from olvae.models.parts.part import Part
-    from olvae.models.parts.teacher import NO_FACTORS
-
-    node = config["model"]
-    name, params = node.pop("from"), dict(node.get("params") or {})
-    target = find_target(name)
-    source = target.load()
-    found = source.as_litevae(name)
-    if found.folded:
-        raise ConfigError(f"{name}: its convolutions are folded, for inference only: start from an export without it")
-    for key, value in found.config.items():
-        given = params.get(key)
-        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
-            value = {**value, **given, "params": {**value["params"], **(given.get("params") or {})}}
-        params[key] = value
-    params.pop("initial_logvar", None)
-    nodes = [node for node in (params.get("parts") or {}).values() if node is not None]
-    latents = {cfg.resolve_class(node["target"], Part).latents for node in nodes}
-    if "given" not in latents:
-        if not source.factors_known and params.get("scaling_factor") is None:
-            raise ConfigError(f"{name}: {NO_FACTORS}")
-        for key, value in found.for_diffusion.items():
-            if source.factors_known or params.get(key) is None:
-                params[key] = value
-        params.setdefault("freeze_encoder", not ("kept" in latents or params.get("freeze_decoder")))
-    old, new = (half["encoder_config"]["params"].get("padding") for half in (found.config, params))
-    if params.get("freeze_encoder") and old != new:
-        raise ConfigError(
-            f"model.params.encoder_config.params.padding: {new}, but {name} has {old}: with a frozen "
-            "encoder the latents would change at the borders: leave it out, or set freeze_encoder to false"
-        )
-    node["params"] = params
-    cfg.check(config)
-    return found.state_dict(), target.config
 
 
 def untrained_half(model: "LiteAutoencoderKL", before: Config | None) -> str | None:

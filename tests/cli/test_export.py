@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, VQModel
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import save
 from olvae.export.formats import Layout
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
-from olvae.training.setup import start_from
+from olvae.training.origin import start_from
 from tests.conftest import tiny_config
 from tests.export.tiny import tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
@@ -146,10 +146,9 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, run_folder, tmp_path):
     odd = tmp_path / "odd"
     shutil.copytree(run_folder, odd)
     (odd / "metrics.json").write_text("{}")
-    taesd = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
-    taesd.save_pretrained(tmp_path / "taesd")
+    VQModel(norm_num_groups=8, block_out_channels=(8,)).save_pretrained(tmp_path / "vq")
     for arguments, code, text in (
-        ([f"diffusers:{tmp_path / 'taesd'}"], 2, "AutoencoderTiny: only LiteVAE and AutoencoderKL"),
+        ([f"diffusers:{tmp_path / 'vq'}"], 2, "VQModel can be a teacher; those that can be trained"),
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json: KeyError 'results'"),
@@ -248,7 +247,7 @@ def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half):
 def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(olvae, run_folder, stock_folder, tmp_path):
     stock, other = (
         f"diffusers:{stock_folder}",
-        "a LiteVAE has other networks than AutoencoderKL: --format litevae is for",
+        "no class of diffusers has these networks: --format litevae is for",
     )
     autoencoder_kl(norm_num_groups=16, widths=(32, 32)).save_pretrained(tmp_path / "groups")
     autoencoder_kl((32, 32), **PER_CHANNEL).save_pretrained(tmp_path / "channels")

@@ -20,11 +20,12 @@ from olvae.losses.objective import Objective
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
-from olvae.training.setup import start_from
+from olvae.training.origin import start_from
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
-from tests.models.loading.test_targets import latent_diffusion_names, taesd
+from tests.models.loading.classes import make
+from tests.models.loading.test_targets import latent_diffusion_names
 from tests.training.origins import OBJECTIVE, checkpoint, one_line, without_networks
 
 ANCHOR = "model.params.parts.anchor.target=olvae.models.parts.anchor.Anchor"
@@ -224,7 +225,7 @@ def test_sources_that_are_none(train_with, tmp_path, image_folder, monkeypatch):
     """One line each, and no run folder."""
     weights = tmp_path / "weights"  # without a config beside them
     weights.mkdir()
-    taesd().save_pretrained(tmp_path / "tiny")
+    make("VQModel").save_pretrained(tmp_path / "vq")
     state = latent_diffusion_names(tiny_kl())
     save_file({f"model.diffusion_model.{name}": t for name, t in state.items()}, weights / "unet.safetensors")
     torch.save({"state_dict": {"main.0.weight": torch.zeros(4, 3, 4, 4)}}, weights / "discriminator.ckpt")
@@ -233,7 +234,7 @@ def test_sources_that_are_none(train_with, tmp_path, image_folder, monkeypatch):
     folded = tiny_vae().fold()
     folded.save_pretrained(tmp_path / "folded")
     for target, message in (
-        (f"diffusers:{tmp_path / 'tiny'}", "AutoencoderTiny: only LiteVAE and AutoencoderKL"),
+        (f"diffusers:{tmp_path / 'vq'}", "VQModel can be a teacher; those that can"),
         ("diffusers:/no/where", "diffusers:/no/where: no such folder, and not an id of the hub"),
         ("diffusers:some/vae", "some/vae: no such file or folder here, not in the hub's cache, and the hub can't be"),
         ("some/vae", "some/vae: no such file or folder here"),

@@ -8,12 +8,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from olvae.checkpoint import load_weights
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE
+from olvae.models.loading.loader import Family
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
@@ -28,13 +27,28 @@ NAMES = {
 """How AutoencoderKL's names begin in diffusers, and here."""
 
 
-def to_litevae(model: Any, name: str) -> LiteVAE:
-    """Copy an AutoencoderKL of diffusers; ConfigError for a part that SDEncoder and SDDecoder lack."""
-    spec = _spec(dict(model.config), name)
-    with torch.random.fork_rng(devices=[]):
-        ours = LiteVAE.from_spec(spec)
-    load_weights(ours, _renamed(model.state_dict(), NAMES), name)
-    return ours.train(model.training)
+class StableDiffusion(Family):
+    """AutoencoderKL as SDEncoder, SDDecoder and a quantizer."""
+
+    def holds(self, model: LiteVAE) -> bool:
+        return model.is_stable_diffusion
+
+    kinds = ("AutoencoderKL",)
+
+    def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
+        return _spec(dict(theirs.model.config), name)
+
+    def ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _renamed(state, NAMES)
+
+    def kind(self, model: LiteVAE) -> str:  # noqa: ARG002
+        return "AutoencoderKL"
+
+    def config(self, model: LiteVAE) -> dict[str, Any]:
+        return diffusers_config(model)
+
+    def theirs(self, model: LiteVAE) -> dict[str, Tensor]:
+        return diffusers_weights(model)
 
 
 def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
@@ -67,7 +81,7 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
 
 
 def diffusers_config(model: LiteVAE) -> dict[str, Any]:
-    """The arguments of diffusers' AutoencoderKL with the networks of :attr:`LiteVAE.is_stable_diffusion`.
+    """The arguments of diffusers' AutoencoderKL with the networks of :class:`StableDiffusion`.
 
     ValueError if encoder and decoder differ in a setting that AutoencoderKL has once.
     """

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olvae.checkpoint import check_file, mismatches
+from olvae.checkpoint import check_file, load_weights, mismatches
 from olvae.config import ConfigError
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.autoencoder_kl import to_litevae
+from olvae.models.loading.families import FAMILIES
 from olvae.models.loading.loader import Loader, LoadOptions, Target
-from olvae.models.spec import CLASS_NAME, DIFFUSERS, FOR_DIFFUSION, WEIGHT_SUFFIXES, class_in, oversized
+from olvae.models.spec import (
+    CLASS_NAME,
+    DIFFUSERS,
+    FOR_DIFFUSION,
+    WEIGHT_SUFFIXES,
+    class_in,
+    oversized,
+)
 from olvae.models.weight_files import snapshot
 from olvae.modules.base import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
-from olvae.modules.wrapped import decode_image, encode_image, has_frames
+from olvae.modules.others.wrapped import decode_image, encode_image, has_frames
 
 SUBFOLDER = "vae"  # where pipelines keep their autoencoder
 PROBE = 128  # side in pixels of the image that measures an autoencoder's factor; the largest published factor is 128
@@ -131,9 +138,16 @@ class DiffusersAutoencoder(Autoencoder):
         return 2 * x - 1 if self.zero_to_one else x
 
     def as_litevae(self, name: str) -> LiteVAE:
-        if self.kind != "AutoencoderKL":
-            return super().as_litevae(f"{name}: diffusers' {self.kind}")
-        return to_litevae(self.model, name)
+        family = next((family for family in FAMILIES if family.takes(self.kind)), None)
+        if family is None:
+            known = ", ".join(["LiteVAE", *(kind for family in FAMILIES for kind in family.kinds)])
+            why = "can be a teacher; those that can be trained or exported"
+            raise ConfigError(f"{name}: diffusers' {self.kind} {why}: {known}")
+        spec = family.spec(self, name)
+        with torch.random.fork_rng(devices=[]):
+            ours = LiteVAE.from_spec(spec)
+        load_weights(ours, family.ours(self.model.state_dict()), name)
+        return ours.train(self.training)
 
 
 class DiffusersLoader(Loader):

@@ -1,14 +1,17 @@
-"""Contract of a kind of TARGET: a loader finds what a text names, and gives it as a target to be loaded."""
+"""Contracts of a kind of TARGET: a loader finds what a text names; a family is trained here, and handed back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from olvae.config import Config, ConfigError
-from olvae.models.autoencoder import Autoencoder
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.spec import AutoencoderSpec
 from olvae.runs import Run, settings_of
 
 
@@ -78,3 +81,41 @@ class Loader(ABC):
 
         FileNotFoundError if it can't be found, ConfigError for its config, ValueError if it is something else.
         """
+
+
+class Family(ABC):
+    """Classes of diffusers whose networks are networks of ours: one becomes a LiteVAE, to be trained, and goes back."""
+
+    kinds: ClassVar[Sequence[str]]  # names of the classes
+
+    def takes(self, kind: str) -> bool:
+        """Whether a class of diffusers is of this family."""
+        return kind in self.kinds
+
+    @abstractmethod
+    def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
+        """What builds the networks of a DiffusersAutoencoder here; ConfigError if they lack a part."""
+
+    @abstractmethod
+    def ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename diffusers' weights to ours."""
+
+    @abstractmethod
+    def holds(self, model: LiteVAE) -> bool:
+        """Whether a model's networks are of this family."""
+
+    @abstractmethod
+    def kind(self, model: LiteVAE) -> str:
+        """The class of diffusers that a model is."""
+
+    @abstractmethod
+    def config(self, model: LiteVAE) -> dict[str, Any]:
+        """The arguments of that class; ValueError if it has none for a setting of the model."""
+
+    @abstractmethod
+    def theirs(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        """Rename a model's weights to diffusers'; ValueError if one has no place there."""
+
+    def units(self, model: LiteVAE) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Mean and deviation, (n_z, 1, 1) each, if the class has its latents in a diffusion model's units."""
+        return None

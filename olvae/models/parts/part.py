@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from olvae.config import Node, instantiate, resolve_class
 from olvae.data.source import Source
-from olvae.modules.distributions import DiagonalGaussian, Posterior
+from olvae.modules.distributions import Posterior
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -27,7 +27,7 @@ class Step:
     warming_up: bool  # the discriminator trains alone: without gradients or losses of the autoencoder
     adversary_plays: bool  # whether the adversary sees this reconstruction; a part may let it sit out
     target: Tensor = field(init=False)  # what the reconstruction is compared with; the images, unless a part changes it
-    encoded: DiagonalGaussian | None = field(init=False)
+    encoded: Posterior | None = field(init=False)
     """The encoder's posterior; None where a part stands in for a frozen encoder."""
     posterior: Posterior = field(init=False)
     """The posterior that the latent is drawn from: a stand-in's if there is one, else ``encoded``."""

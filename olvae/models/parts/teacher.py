@@ -89,6 +89,8 @@ class Teacher(Part):
     def attach(self, model: "LiteAutoencoderKL") -> None:
         factors = {name: value for name, value in self.model.for_diffusion.items() if name != "force_upcast"}
         model.for_diffusion |= factors | model.given_factors
+        for half in (model.encoder, model.decoder):
+            half.use_latents(*model.autoencoder.statistics())
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
@@ -111,8 +113,10 @@ class Teacher(Part):
             yield f"{here}.params.decoder_weight: the encoder is frozen (freeze_encoder): leave it out"
         if not model.freeze_encoder and not any(self.weights.values()):
             yield f"{here}.params: every weight is 0: nothing teaches the encoder"
-        if self.deterministic and not model.freeze_encoder and self.weights["logvar"]:
-            yield f"{here}.params.logvar_weight: the teacher's latents have no distribution: set it to 0"
+        for whose, none in (("teacher", self.deterministic), ("encoder", model.encoder.deterministic)):
+            if none and not model.freeze_encoder and self.weights["logvar"]:
+                yield f"{here}.params.logvar_weight: the {whose}'s latents have no distribution: set it to 0"
+                break
 
     def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
         """Raise ConfigError if the data have latents of another autoencoder."""

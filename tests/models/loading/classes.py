@@ -57,6 +57,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     },
     "AutoencoderKLFlux2": {**KL, "decoder_block_out_channels": (4, 8)},
     "AutoencoderKLHunyuanImage": {
+        "scaling_factor": 0.5,
         "in_channels": 3,
         "out_channels": 3,
         "sample_size": 32,

@@ -10,7 +10,7 @@ from olvae.models.loading.autoencoder_kl import diffusers_config, diffusers_weig
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
-from tests.models.loading.test_targets import taesd
+from tests.models.loading.classes import make
 
 OTHERS = {
     "per channel": PER_CHANNEL,
@@ -26,7 +26,7 @@ OTHERS = {
 NARROW = {"widths": (32, 64), "layers_per_block": 1}
 
 
-def make(name: str) -> diffusers.AutoencoderKL:
+def make_kl(name: str) -> diffusers.AutoencoderKL:
     return autoencoder_kl(**(SHAPES[name] if name in SHAPES else {**NARROW, **OTHERS[name]}))
 
 
@@ -37,7 +37,7 @@ def ours_of(theirs: diffusers.AutoencoderKL) -> LiteVAE:
 @pytest.mark.parametrize("name", [*SHAPES, *OTHERS])
 @torch.no_grad()
 def test_encode_and_decode_are_diffusers_own_and_names_go_back(name):
-    theirs = make(name)
+    theirs = make_kl(name)
     ours = ours_of(theirs)
     x = torch.rand(2, theirs.config.in_channels, 32, 48) * 2 - 1
     expected, posterior = theirs.encode(x).latent_dist, ours.encode(x)
@@ -87,7 +87,7 @@ def test_a_size_that_our_encoder_does_not_take(sample_size):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (taesd, "diffusers' AutoencoderTiny: only LiteVAE and AutoencoderKL can be trained"),
+        (lambda: make("VQModel"), "diffusers' VQModel can be a teacher; those that can be trained"),
         (
             lambda: tiny_kl(down_block_types=("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)),
             "down_block_types: AttnDownEncoderBlock2D: only DownEncoderBlock2D",

@@ -1,0 +1,129 @@
+"""Tiny autoencoder, TAESD's architecture: 3x3 convolutions and ReLU, without norms or attention; a student.
+
+It works on latents in a diffusion model's units, and on images in [0, 1]; here both are converted from and to ours.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts, check_size
+from olvae.modules.others.wrapped import moments_of
+
+LIMIT = 3.0  # a soft bound on what the decoder takes, in standard deviations
+
+
+class Residual(nn.Module):
+    """Three 3x3 convolutions beside the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
+        self.conv = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+class _Tiny(Steps):
+    """Layers under TAESD's numbers; mean and deviation of the latents, (n_z, 1, 1): 0 and 1 without a teacher."""
+
+    latents_mean: Tensor
+    latents_std: Tensor
+    layers: nn.Sequential
+
+    def _note(self, n_z: int) -> None:
+        self.register_buffer("latents_mean", torch.zeros(n_z, 1, 1))
+        self.register_buffer("latents_std", torch.ones(n_z, 1, 1))
+
+    def use_latents(self, mean: Tensor, std: Tensor) -> None:
+        self.latents_mean.copy_(mean[:, None, None])
+        self.latents_std.copy_(std[:, None, None])
+
+
+class TinyEncoder(_Tiny, Encoder):
+    """TAESD's encoder. Its latents have no distribution.
+
+    Args:
+        latent_dim, in_channels, image_size: as LiteVAE_Encoder's; the log-variances are the least that there is.
+        channels: of every layer.
+        blocks: residual blocks of each level, from the image's resolution to the latent's.
+
+    Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f), f = 2^(len(blocks) - 1).
+    """
+
+    deterministic = True
+
+    def __init__(
+        self,
+        latent_dim: int = 8,
+        in_channels: int = 3,
+        image_size: int = 256,
+        channels: int = 64,
+        blocks: Sequence[int] = (1, 3, 3, 3),
+    ) -> None:
+        super().__init__()
+        self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
+        self.downscale = 2 ** (len(blocks) - 1)
+        check_size(image_size, self.downscale)
+        check_counts(1, in_channels=in_channels, latent_dim=latent_dim, channels=channels)
+        check_counts(0, blocks=blocks)
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1)]
+        for level, count in enumerate(blocks):
+            if level:
+                layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False))
+            layers += [Residual(channels) for _ in range(count)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, latent_dim // 2, 3, padding=1))
+        self._note(latent_dim // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x + 1) / 2
+        for layer in self.layers:
+            h = self.step(layer, h)
+        return moments_of(h * self.latents_std + self.latents_mean, distributed=False)
+
+
+class TinyDecoder(_Tiny, Decoder):
+    """TAESD's decoder. It is exact in tiles.
+
+    Args:
+        channels, z_channels, out_channels: as LiteVAE_Decoder's.
+        blocks: residual blocks of each level, from the latent's resolution to the image's.
+
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(blocks) - 1).
+    """
+
+    def __init__(
+        self, channels: int = 64, z_channels: int = 4, out_channels: int = 3, blocks: Sequence[int] = (3, 3, 3, 1)
+    ) -> None:
+        super().__init__()
+        self.z_channels, self.out_channels, self.upscale = z_channels, out_channels, 2 ** (len(blocks) - 1)
+        check_counts(1, z_channels=z_channels, out_channels=out_channels, channels=channels)
+        check_counts(0, blocks=blocks)
+        layers: list[nn.Module] = [nn.Conv2d(z_channels, channels, 3, padding=1), nn.ReLU()]
+        for level, count in enumerate(blocks):
+            if level:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1, bias=False)]
+            layers += [Residual(channels) for _ in range(count)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
+        self._note(z_channels)
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.node["params"]["channels"]] * self.upscale.bit_length()
+
+    def forward(self, z: Tensor) -> Tensor:
+        for stage in self.stages():
+            z = self.step(stage.run, z)
+        return z
+
+    def stages(self) -> list[Stage]:
+        """One layer at a time; see :class:`Stage`."""
+        reach = {nn.Conv2d: 1, Residual: 3}
+        layers = [Stage(m, reach.get(type(m), 0), 2 if isinstance(m, nn.Upsample) else 1) for m in self.layers]
+        return [Stage(self._bound, 0), *layers, Stage(lambda image: 2 * image - 1, 0)]
+
+    def _bound(self, z: Tensor) -> Tensor:
+        return torch.tanh((z - self.latents_mean) / self.latents_std / LIMIT) * LIMIT

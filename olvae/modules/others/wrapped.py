@@ -1,0 +1,168 @@
+"""Autoencoders of diffusers as an encoder and a decoder of ours; those of video see an image as one frame."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.modules.base import Decoder, Encoder, Steps, check_size
+from olvae.modules.distributions import LOGVAR_RANGE
+
+TRAINED = (
+    *("AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
+    *("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"),
+)
+"""Classes whose halves can be trained on images; of the other video classes an image uses the whole kernels."""
+
+HALVES = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
+"""The modules that belong to one half; others, such as FLUX.2's batch norm, are kept with both."""
+
+
+def has_frames(model: nn.Module) -> tuple[bool, ...]:
+    """Whether a model may take a time axis: both answers, the likely one first.
+
+    A 3D convolution takes an image of one channel without a time axis as well, and makes nonsense of it.
+    """
+    return (True, False) if any(isinstance(module, nn.Conv3d) for module in model.modules()) else (False, True)
+
+
+def encode_image(model: Any, x: Tensor, frames: bool) -> tuple[Tensor, bool]:
+    """Encode (B, C, H, W), as one frame if the model has ``frames``; whether the latent has a distribution, too.
+
+    Returns moments (B, 2 n_z, h, w): means, then log-variances; or a latent (B, n_z, h, w) without a distribution.
+    ValueError if there is more than one frame of them.
+    """
+    output = model.encode(x[:, :, None] if frames else x)
+    if "latent_dist" in output:
+        latent = output.latent_dist  # Cosmos' has no variance
+        return _without_time(latent.parameters, frames), hasattr(latent, "logvar")
+    return _without_time(output["latents"] if "latents" in output else output["latent"], frames), False
+
+
+def decode_image(model: Any, z: Tensor, frames: bool) -> Tensor:
+    """Decode (B, n_z, h, w) to (B, C, f h, f w); ValueError if there is more than one frame of them."""
+    output = model.decode(z[:, :, None] if frames else z)
+    return _without_time(getattr(output, "sample", output), frames)
+
+
+def _without_time(x: Tensor, frames: bool) -> Tensor:
+    if not frames:
+        return x
+    if x.ndim != 5 or x.shape[2] != 1:
+        raise ValueError(f"of one frame it makes {tuple(x.shape)}")
+    return x[:, :, 0]
+
+
+def moments_of(latent: Tensor, distributed: bool) -> Tensor:
+    """Means, then log-variances, (B, 2 n_z, h, w); the least that there is for a latent without a distribution."""
+    return latent if distributed else torch.cat((latent, torch.full_like(latent, LOGVAR_RANGE[0])), dim=1)
+
+
+class _Wrapped(Steps):
+    """One half of an autoencoder of diffusers, under its own names."""
+
+    model: Any
+
+    def _build(self, kind: str, config: Mapping[str, Any], half: str) -> None:
+        import diffusers  # seconds, for this network only
+
+        if kind not in TRAINED:
+            raise ValueError(f"{kind}: only {', '.join(TRAINED)} can be trained here")
+        self.kind, self.model = kind, getattr(diffusers, kind).from_config(dict(config))
+        for other in (name for names in HALVES.values() for name in names if name not in HALVES[half]):
+            if getattr(self.model, other, None) is not None:
+                setattr(self.model, other, nn.Identity())
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv3d) and _is_causal(module):
+                module.forward = partial(_on_one_frame, module)  # type: ignore[method-assign]
+
+    def checkpoint_steps(self) -> None:
+        if not self.model._supports_gradient_checkpointing:
+            raise ValueError(f"checkpoint: diffusers' {self.kind} can't: leave it out")
+        super().checkpoint_steps()
+        for module in self.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing, module._gradient_checkpointing_func = True, self.step
+
+
+def _is_causal(conv: Any) -> bool:
+    """Whether all frames of zeros are before the input, as Wan's are, so that the last slice meets the first frame."""
+    return hasattr(conv, "_padding") and tuple(conv._padding[4:]) == (conv.kernel_size[0] - 1, 0)
+
+
+def _on_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """Convolve one frame with the last slice of a causal kernel: the others meet zeros. A third of the work."""
+    if x.shape[2] != 1 or cache_x is not None:
+        y: Tensor = type(conv).forward(conv, x, cache_x)
+        return y
+    left, _, top, *_ = conv._padding
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))[:, :, None]
+
+
+class DiffusersEncoder(_Wrapped, Encoder):
+    """The encoder of a diffusers autoencoder, under its own names; see :data:`TRAINED`.
+
+    Args:
+        kind, config: diffusers' class, and the content of its config.json.
+        latent_dim, in_channels, image_size: as LiteVAE_Encoder's.
+        downscale: pixels per latent position.
+        frames: the network has a time axis, on which an image is one frame.
+        deterministic: its latents have no distribution; the log-variances are the least that there is.
+
+    Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        config: Mapping[str, Any],
+        latent_dim: int,
+        in_channels: int = 3,
+        image_size: int = 256,
+        downscale: int = 8,
+        frames: bool = False,
+        deterministic: bool = False,
+    ) -> None:
+        super().__init__()
+        self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
+        self.downscale, self.frames, self.deterministic = downscale, frames, deterministic
+        check_size(image_size, downscale)
+        self._build(kind, config, "encoder")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return moments_of(*encode_image(self.model, x, self.frames))
+
+
+class DiffusersDecoder(_Wrapped, Decoder):
+    """The decoder of a diffusers autoencoder, under its own names.
+
+    Args:
+        z_channels, out_channels: channels of the latent and of the image.
+        upscale: pixels per latent position.
+        kind, config, frames: as :class:`DiffusersEncoder`'s.
+
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        config: Mapping[str, Any],
+        z_channels: int,
+        out_channels: int = 3,
+        upscale: int = 8,
+        frames: bool = False,
+    ) -> None:
+        super().__init__()
+        self.z_channels, self.out_channels, self.upscale, self.frames = z_channels, out_channels, upscale, frames
+        self._build(kind, config, "decoder")
+
+    @property
+    def widths(self) -> list[int]:
+        return [1] * self.upscale.bit_length()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return decode_image(self.model, z, self.frames)

@@ -1,0 +1,70 @@
+"""The tiny networks against diffusers' AutoencoderTiny, in tiles, and as exports."""
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from olvae import LiteVAE
+from olvae.config import ConfigError
+from olvae.export.exporting import export
+from olvae.export.formats import LAYOUTS
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
+from tests.export.latents import tiny_vae
+from tests.models.loading.classes import make
+
+
+def student() -> LiteVAE:
+    """Two levels, with statistics of a teacher's latents."""
+    torch.manual_seed(3)
+    model = LiteVAE(TinyEncoder(8, image_size=16, channels=8, blocks=(1, 2)), TinyDecoder(8, 4, blocks=(2, 1)))
+    mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 3.0])
+    for half in (model.encoder, model.decoder):
+        half.use_latents(mean, std)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_the_same_function_as_diffusers():
+    theirs = DiffusersAutoencoder(make("AutoencoderTiny")).eval()
+    ours = theirs.as_litevae("it")
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    z = theirs.encode(x).mean
+    torch.testing.assert_close(ours.encode(x).mean, z)
+    torch.testing.assert_close(ours.decode(3 * z), theirs.decode(3 * z))
+    assert ours.encode(x).deterministic
+    with pytest.raises(ConfigError, match=r"^it: only TAESD's form of AutoencoderTiny"):
+        DiffusersAutoencoder(make("AutoencoderTiny", act_fn="gelu")).as_litevae("it")
+
+
+@torch.no_grad()
+def test_exact_in_tiles():
+    model, z = student(), torch.randn(1, 4, 13, 10)
+    assert model.receptive_field == 10  # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size
+    torch.testing.assert_close(model.decode_tiled(z, tile=4), model.decode(z))
+
+
+@torch.no_grad()
+def test_written_as_diffusers_and_as_taesd(tmp_path):
+    model = student()
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    z = model.encode(x).mean
+    mean, std = model.encoder.latents_mean, model.encoder.latents_std
+    export(model, tmp_path / "vae", LAYOUTS["diffusers"]())
+    back = diffusers.AutoencoderTiny.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False).eval()
+    torch.testing.assert_close(back.encode(x).latents, (z - mean) / std)
+    torch.testing.assert_close(back.decode((z - mean) / std).sample, model.decode(z))
+    assert (back.config.scaling_factor, back.config.shift_factor) == (1.0, 0.0)
+    export(model, tmp_path / "taesd", LAYOUTS["taesd"]())
+    encoder, decoder = (load_file(tmp_path / "taesd" / f"taesd_{half}.safetensors") for half in ("encoder", "decoder"))
+    assert torch.equal(encoder["0.weight"], back.encoder.layers[0].weight)
+    assert torch.equal(encoder["1.conv.4.bias"], back.encoder.layers[1].conv[4].bias)
+    assert torch.equal(decoder["1.weight"], back.decoder.layers[0].weight)  # 0 is the bound, 2 a ReLU
+    assert torch.equal(decoder["3.conv.0.weight"], back.decoder.layers[2].conv[0].weight)
+    assert "diffusion model's units" in (tmp_path / "taesd" / "README.md").read_text()
+    with pytest.raises(ValueError, match="only TinyEncoder and TinyDecoder are TAESD's"):
+        export(tiny_vae(), tmp_path / "other", LAYOUTS["taesd"]())
+    model.decoder.use_latents(torch.zeros(4), torch.ones(4))
+    with pytest.raises(ValueError, match="AutoencoderTiny has neither a quantizer nor two units"):
+        export(model, tmp_path / "two", LAYOUTS["diffusers"]())
