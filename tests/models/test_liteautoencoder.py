@@ -44,6 +44,8 @@ def narrow_models() -> dict[str, dict[str, Any]]:
         networks = ("encoder_config", "decoder_config", "adversary_config", "embed_dim", "use_quant", "initial_logvar")
         params = {name: node["params"][name] for name in networks if name in node["params"]}
         params["lossconfig"] = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}}
+        if "Tiny" in params["encoder_config"]["target"]:  # whose latents have no distribution
+            params["lossconfig"]["params"]["kl_weight"] = 0
         parts = [params["decoder_config"]]
         if "SDEncoder" in params["encoder_config"]["target"]:
             parts.append(params["encoder_config"])

@@ -205,7 +205,7 @@ def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_
         (("model.params.lossconfig.params.kl_weight=0.1",), "kl_weight: the encoder is frozen"),
         ((ANCHOR, "model.params.freeze_encoder=true"), "parts.anchor: the encoder is"),
         (("model.params.freeze_encoder=true", "model.params.freeze_decoder=true"), "nothing is left to train"),
-        (("model.params.decoder_config.params.channels=64",), "weights are of another model"),
+        (("model.params.encoder_config.params.channels=64",), ": only the decoder may be another one"),
         (("model.params.decoder_config.params.paddings=reflect",), "paddings: unknown key; did you mean padding?"),
         (("model.params.decoder_config.padding=reflect",), "model.params.decoder_config.padding: unknown key"),
         (("model.params.latents_mean=[0,1,2]", "model.params.latents_std=[1,1,1,1]"), "latents_mean: expected 4 num"),

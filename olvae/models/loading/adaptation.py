@@ -9,6 +9,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE
+from olvae.models.spec import OURS
 
 CHANNELS = ("in_channels", "out_channels", "input_channels")  # what networks call the number of image channels
 
@@ -61,7 +62,8 @@ def weights_that_fit(model: LiteVAE, params: Mapping[str, Any], name: str) -> tu
     ConfigError if the encoder is another one, whose latents would be others.
     """
     weights = model.state_dict()
-    with torch.device("meta"):
+    ours = all(str(params[f"{half}_config"]["target"]).startswith(OURS) for half in ("encoder", "decoder"))
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if ours else "cpu"):
         wanted = LiteVAE.from_config(**{key: params[key] for key in model.config}).state_dict()
     shapes, others = ({key: tensor.shape for key, tensor in state.items()} for state in (weights, wanted))
     different = {key for key, _ in shapes.items() ^ others.items()}
