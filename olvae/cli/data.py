@@ -93,16 +93,20 @@ def check(
     """
     import json
 
-    import yaml
     from rich.console import Console
 
     check_paths(data=src)
     with loading():
+        from olvae.config import ConfigError, load
         from olvae.data import audit
         from olvae.data.pixels.ranges import PixelRange
         from olvae.pool import cores
 
-    pixels = PixelRange.from_node(None if values is None else yaml.safe_load(values), "`range`")
+    try:
+        node = None if values is None else load((), [f"data.params.range={values}"])["data"]["params"]["range"]
+    except ConfigError as error:
+        raise ConfigError(f"`range`: expected YAML, as in [0, 65535], got {values}") from error
+    pixels = PixelRange.from_node(node, "`range`")
     pixels.check_channels(channels, "`range`")
     with ProgressBar("reading") as bar:
         result = audit.check(src, size, channels, max_unreadable, workers or cores(), bar.set, pixels)

@@ -1,7 +1,9 @@
 """Load a config whose data are named by a path alone: a folder, a list, shards or a data set."""
 
+import contextlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +14,35 @@ from olvae.config.reading import Config, ConfigError, merge_files
 
 OF_THIS_PACKAGE = "olvae.data."
 FOLDER, SHARDS = f"{OF_THIS_PACKAGE}picture_folder.FolderSource", f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource"
+SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
+PLACES = {"root", "shards", "dataset", "path"}  # arguments that name the images of a source
+PARTS = ("val_root", "val_dataset", "split", "val_split", "column", "name", "data_files", "data_dir", "revision")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")  # of shards
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy", ".npz", ".exr")
 
 
 def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
     """Merge config files and overrides, as :func:`~olvae.config.reading.merge_files`, and find the data's source.
 
     Where ``data.params`` has a ``root`` or ``shards`` that the source of ``data.target`` does not take, or a ``root``
-    of another kind, the target becomes the source that reads it; settings that both sources take are kept.
+    of another kind, the target becomes the source that reads it; settings that both sources take are kept, but
+    for other parts of the old data, such as ``val_root``, where an override changes the ``root``.
     """
     config = merge_files(paths, overrides, resolve)
     data = config.get("data")
     if isinstance(data, dict) and resolve:
-        config["data"] = _of_its_place(data)
+        given = {item.partition("=")[0].removeprefix("data.params.").partition(".")[0] for item in overrides}
+        below = merge_files(paths, resolve=False).get("data") if "root" in given else None
+        before = below.get("params") if isinstance(below, dict) else None
+        config["data"] = _of_its_place(data, before if isinstance(before, dict) else {}, given)
     return config
 
 
-def _of_its_place(node: Config) -> Config:
-    """The node of the source that reads what a node's params name; the node itself if that is its own."""
+def _of_its_place(node: Config, before: Config, given: Container[str]) -> Config:
+    """The node of the source that reads what a node's params name; the node itself if that is its own.
+
+    ``given`` are the params that overrides name; ``before`` those without overrides, if ``root`` is given.
+    """
     target, params = node.get("target"), node.get("params")
     if not (isinstance(target, str) and target.startswith(OF_THIS_PACKAGE) and isinstance(params, dict)):
         return node
@@ -38,6 +51,8 @@ def _of_its_place(node: Config) -> Config:
     except ConfigError:  # a mistake in the target, for the check
         return node
     takes = old.parameters if old is not None else {}
+    if target != SAMPLES and PLACES.isdisjoint(takes):  # a mix of sources, say: a key it lacks is for the check
+        return node
     key = next((key for key in ("root", "shards") if key in params and key not in takes), "root")
     place = params.get(key)
     if key == "shards":
@@ -46,8 +61,10 @@ def _of_its_place(node: Config) -> Config:
         new, named = find_source(place)
     else:
         return node
+    if "root" in given and before.get("root") != place and any(before.get(n) != v for n, v in named.items()):
+        params = {n: v for n, v in params.items() if n in given or n not in PARTS or v != before.get(n)}
     if new == target and key in takes:
-        return node
+        return {**node, "params": params}
     found = arguments_of(new)
     accepted = {} if found is None else found.parameters
     dropped = {key, "shards", "val_shards", "index"} if key == "root" else {key}  # another place's parts
@@ -76,12 +93,18 @@ def find_source(src: str) -> tuple[str, Config]:
 
 
 def holds_shards(src: str) -> bool:
-    """Whether SRC names tar files: a folder of them, a pattern, a URL, a pipe."""
+    """Whether SRC names tar files: a folder of them that has no images at any depth, a pattern, a URL, a pipe."""
     if src.partition(":")[0] in ("torchvision", "hf") and "://" not in src:
         return False
     path = Path(src).expanduser()
     if path.is_dir():
-        return any(file.name.endswith(SUFFIXES) for file in path.glob("*"))  # none if the folder can't be opened
+        tars = False
+        with contextlib.suppress(OSError), os.scandir(path) as entries:  # none if the folder can't be opened
+            for entry in entries:
+                if entry.name.lower().endswith(EXTENSIONS):
+                    return False
+                tars = tars or entry.name.endswith(SUFFIXES)
+        return tars and not any(name.lower().endswith(EXTENSIONS) for *_, names in os.walk(path) for name in names)
     return not is_local(src) or src.endswith(SUFFIXES)
 
 

@@ -90,8 +90,6 @@ def tensor_to_picture(x: Tensor) -> Bands:
     return array_to_picture(x.permute(1, 2, 0).cpu().numpy())
 
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".npy", ".npz", ".exr")
-
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
 """Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
 

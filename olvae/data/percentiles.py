@@ -14,7 +14,7 @@ from rich.table import Table
 from olvae.config.sources import holds_shards
 from olvae.data.image import Photo, image_to_tensor
 from olvae.data.opening import open_images
-from olvae.data.pixels.ranges import AS_STORED
+from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import find_shards
 from olvae.data.shards.tar_reading import Shard, read_shard
@@ -63,7 +63,7 @@ class Measured:
 def measure(src: str, images: int = 200) -> Measured:
     """Read up to ``images`` images, evenly spread or the first of shards, and some values of each.
 
-    Raises ValueError: none can be read, or they differ in their number of channels.
+    Raises ValueError: none can be read, all have 8 bits, or they differ in their number of channels.
     """
     kinds: Counter[str] = Counter()
     parts: list[NDArray[np.float64]] = []
@@ -78,6 +78,8 @@ def measure(src: str, images: int = 200) -> Measured:
     if not parts:
         reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:1])
         raise ValueError(f"{src}: no images can be read{': ' if reasons else ''}{reasons}")
+    if set(kinds) == {"uint8"}:
+        raise ValueError(f"{src}: {EIGHT_BIT_FILE}")
     together = np.concatenate(parts, axis=1)
     finite = np.isfinite(together)
     if not finite.any(1).all():

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from olvae.config.sources import EXTENSIONS
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
-from olvae.data.image import ALL_FILTERS, EXTENSIONS, Photo, RandomScaleCrop
+from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
 from olvae.data.read_errors import ReadError, warn_once
 from olvae.files import legible, nearest_path

@@ -92,8 +92,8 @@ def read_plan(options: TrainOptions) -> Plan:
     overrides += options.overrides
     for key, target in targets.items():
         if target is not None:
-            check_target(target)
-            overrides.append(f"model.{key}={json.dumps(str(runs.find_run(target)))}")
+            check_target(found := str(runs.find_run(target, options.logdir)))
+            overrides.append(f"model.{key}={json.dumps(found)}")
     config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], overrides)
     if options.teacher is not None:
         config["model"]["params"]["parts"]["teacher"].setdefault("target", "olvae.models.parts.teacher.Teacher")

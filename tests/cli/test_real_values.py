@@ -120,6 +120,10 @@ def test_values_that_are_missing(tmp_path, olvae):
 def test_what_can_not_be_measured(tmp_path, olvae):
     (tmp_path / "a.png").write_bytes(png(values("uint8")))
     assert "8 bits per channel" in olvae("data", "range", tmp_path)[2]
+    (tmp_path / "b.npy").write_bytes(npy(values("uint8", 2)))
+    code, out, err = olvae("data", "range", tmp_path)
+    assert (code, out) == (1, "")
+    assert "8 bits per channel, whose range is 0 to 255" in err.splitlines()[-1]
     (tmp_path / "b.npy").write_bytes(npy(values("uint16", 2)))
     (tmp_path / "c.npy").write_bytes(npy(values("uint16", 5)))
     code, out, err = olvae("data", "range", tmp_path)
@@ -141,3 +145,5 @@ def test_check_takes_a_range_and_finds_mixed_kinds(tmp_path, olvae):
         err.split()
     )
     assert olvae("data", "check", tmp_path, "--channels", 2, "--range", "[5, 1]")[0] == 2
+    code, _, err = olvae("data", "check", tmp_path, "--channels", 2, "--range", "[0, 65535")
+    assert (code, err.splitlines()[-1]) == (2, "error: --range: expected YAML, as in [0, 65535], got [0, 65535")

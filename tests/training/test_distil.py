@@ -91,6 +91,16 @@ def test_teachers_of_the_config(tmp_path, image_folder, target, node):
     assert config["model"]["params"]["parts"] == parts(teacher={"autoencoder": target, "decoder_weight": 0.5})
 
 
+def test_names_of_runs_are_looked_up_in_the_folder_of_runs(tmp_path, image_folder):
+    run = tmp_path / "mine" / "2026-01-02T03-04-05_sdxl_abc"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    save(student(image_folder), tmp_path / "cfg.yaml")
+    named = {"logdir": run.parent, "start_from": "sdxl", "teacher": "last"}
+    model = read_plan(TrainOptions([tmp_path / "cfg.yaml"], **named)).config["model"]
+    assert model["from"] == model["params"]["parts"]["teacher"]["params"]["autoencoder"] == str(run)
+
+
 def untrained(run) -> str | None:
     return load([run.config])["run"]["untrained"]
 

@@ -1,6 +1,7 @@
 """The stated range of pixel values: real values to [-1, 1] and back, to the scale of the metrics, to pictures."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
@@ -80,20 +81,23 @@ class PixelRange:
             pairs = np.array(settings.pop("pairs"), dtype=float)
             pairs = pairs[None] if pairs.ndim == 1 else pairs
             low, high = (tuple(map(float, column)) for column in pairs.T)
-            for name in ("shown", "stretch"):
+            for name, number in (("shown", operator.index), ("stretch", float)):
                 if name in settings:
-                    settings[name] = tuple(settings[name])
+                    settings[name] = tuple(map(number, settings[name]))
+            if settings.get("nodata") is not None:
+                settings["nodata"] = float(settings["nodata"])
             found = cls(low, high, **settings)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             wanted = "a pair of numbers, a pair for each channel, or a mapping with these as pairs"
-            raise ConfigError(f"{where}: expected {wanted}, got {node!r}") from error
+            others = "shown, stretch and nodata are numbers"
+            raise ConfigError(f"{where}: expected {wanted} ({others}), got {node!r}") from error
         if mistake := found._mistake():
             raise ConfigError(f"{where}: {mistake}")
         return found
 
     def _mistake(self) -> str | None:
         least = {"linear": -math.inf, "log": 0.0, "log1p": -1.0}
-        if self.values not in least or self.outside not in get_args(Outside) or self.eight_bits:
+        if self.values not in list(least) or self.outside not in get_args(Outside) or self.eight_bits:
             return f"values is linear, log or log1p, outside clip or error, got {self.values!r} and {self.outside!r}"
         if not all(least[self.values] < low < high < math.inf for low, high in zip(self.low, self.high, strict=True)):
             above = "" if self.values == "linear" else f", above {least[self.values]:g} for {self.values}"

@@ -100,6 +100,13 @@ def test_a_files_own_missing_value_and_clipping():
         ({"pairs": [0, 5], "shown": [0, 1]}, "one or three channels"),
         ({"pairs": [0, 5], "stretch": [0.5, 0.2]}, "two fractions"),
         ({"pairs": [0, 5], "stretch": 3}, "expected a pair"),
+        ({"pairs": [0, 5], "stretch": ["a", "b"]}, "shown, stretch and nodata are numbers"),
+        ({"pairs": [0, 5], "shown": ["a"]}, "shown, stretch and nodata are numbers"),
+        ({"pairs": [0, 5], "nodata": "abc"}, "shown, stretch and nodata are numbers"),
+        ({"pairs": [0, 5], "nodata": 10**400}, "shown, stretch and nodata are numbers"),
+        ({"pairs": [0, 10**400]}, "expected a pair"),
+        ({"pairs": [0, 5], "values": ["linear"]}, "values is linear, log or log1p"),
+        ({"pairs": [0, 5], "outside": ["clip"]}, "outside clip or error"),
     ],
 )
 def test_mistakes_in_a_range_are_one_line(node, message):
