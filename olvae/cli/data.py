@@ -143,7 +143,7 @@ def range_command(
         skipped = in_flags(list_skipped((error.name, error.reason) for error in found.unreadable))
         typer.echo(f"{len(found.unreadable)} unreadable images left out: {skipped}", err=True)
     kinds = " and ".join(f"{count} of {kind}" for kind, count in found.kinds.items())
-    missing = f"; {found.missing:.2%} of the values are not finite" if found.missing else ""
+    missing = f"; {found.missing:.2%} of the values are missing" if found.missing else ""
     typer.echo(f"{found.images} images, {kinds}, {len(found.percentiles)} channels{missing}", err=True)
     Console(stderr=True).print(found.table())
     typer.echo(found.line())

@@ -50,6 +50,8 @@ def command(
     channels = next(iter(models.values())).in_channels
     pixels = range_of(models.values())
     source = open_test_source(found[0].config, data, channels=channels, pixel_range=pixels)
+    if not pixels.eight_bits:
+        pixels.check_data(source.pixel_range)
     check_images_fit(models, source.size)
     if images is not None:
         source.limit(images)

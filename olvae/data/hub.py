@@ -10,8 +10,8 @@ from torch import Tensor
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
-from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
+from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture, stated_picture
+from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, RangeNode
 from olvae.data.read_errors import UnreadableImageError
 
 
@@ -45,11 +45,16 @@ class Items(ImageDataset):
 
 
 def _picture(item: Any, pixel_range: PixelRange) -> Picture:
+    if isinstance(item, Image.Image) and item.mode[0] in "IF" and not pixel_range.eight_bits:
+        item = np.asarray(item)  # Pillow's modes of one channel of more than 8 bits
+    if isinstance(item, Image.Image) and pixel_range not in (EIGHT_BITS, AS_STORED):
+        raise ValueError(EIGHT_BIT_FILE)
     if isinstance(item, Image.Image | Bands):
         return item
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
-    if isinstance(array, np.ndarray) and not pixel_range.eight_bits:
-        return array_to_picture(pixel_range.checked(np.atleast_3d(array)), "float32")
+    plain = pixel_range.eight_bits or (pixel_range == AS_STORED and getattr(array, "dtype", None) == np.uint8)
+    if isinstance(array, np.ndarray) and not plain:
+        return stated_picture(np.atleast_3d(array), pixel_range)
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
     if array.ndim == 2 or array.shape[2] in (1, 3, 4):

@@ -85,6 +85,16 @@ def array_to_picture(array: NDArray[np.generic], dtype: str | None = None) -> Ba
     return Bands([Image.fromarray(band) for band in bands], dtype)
 
 
+def stated_picture(array: NDArray[np.generic], pixel_range: PixelRange, nodata: float | None = None) -> Bands:
+    """Values, (H, W, C), as a picture of the range; arguments and ValueError as of :meth:`PixelRange.checked`."""
+    if array.dtype == np.uint8 and pixel_range in (EIGHT_BITS, AS_STORED):
+        return array_to_picture(array)
+    if pixel_range.eight_bits:
+        raise ValueError(f"{array.dtype.name} of shape {array.shape}: expected uint8, or a stated `range`")
+    dtype = "uint16" if array.dtype.name == "uint16" else "float32"  # in any order of bytes
+    return array_to_picture(pixel_range.checked(array, nodata), dtype)
+
+
 def tensor_to_picture(x: Tensor) -> Bands:
     """(C, H, W) -> a picture, the inverse of :func:`image_to_tensor`."""
     return array_to_picture(x.permute(1, 2, 0).cpu().numpy())
@@ -117,6 +127,7 @@ class Photo:
         self.content = content
         self.pixel_range = pixel_range
         self.suffix = "npy"  # of an array's file, without the dot
+        self.nodata: float | None = None  # what the file itself names as missing
         self._image: Picture
         try:
             self._image = self._open(content)
@@ -175,6 +186,11 @@ class Photo:
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(self.name, _reason(error)) from error
 
+    def missing(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
+        """Where the file's values are not finite, or what it names as missing."""
+        bad: NDArray[np.bool_] = ~np.isfinite(values)
+        return bad if self.nodata is None else bad | (values == np.float32(self.nodata))
+
     def warn_of_deep_pixels(self) -> None:
         """Warn, once in a process, that 16 bits become 8."""
         image = self._image
@@ -192,13 +208,8 @@ class Photo:
         if (suffix := self._array_suffix(content)) is not None:
             self.suffix = suffix.removeprefix(".")
             as_stored = self.pixel_range == AS_STORED and self.channels in MODES
-            array, nodata = read_array(content, 0 if as_stored and suffix == ".tif" else self.channels)
-            if array.dtype == np.uint8 and self.pixel_range in (EIGHT_BITS, AS_STORED):
-                return array_to_picture(array)
-            if self.pixel_range.eight_bits:
-                raise ValueError(f"{array.dtype.name} of shape {array.shape}: expected uint8, or a stated `range`")
-            dtype = "uint16" if array.dtype == np.uint16 else "float32"
-            return array_to_picture(self.pixel_range.checked(array, nodata), dtype)
+            array, self.nodata = read_array(content, 0 if as_stored and suffix == ".tif" else self.channels)
+            return stated_picture(array, self.pixel_range, self.nodata)
         if not self.pixel_range.eight_bits and self.pixel_range != AS_STORED:
             raise ValueError(EIGHT_BIT_FILE)
         with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
@@ -374,7 +385,8 @@ class RandomScaleCrop:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.shuffle_channels and rng.random() < self.shuffle_channels:
             channels = crop.bands if isinstance(crop, Bands) else crop.split()
-            crop = Bands([channels[i] for i in rng.permutation(len(channels))])
+            mixed = [channels[i] for i in rng.permutation(len(channels))]
+            crop = replace(crop, bands=mixed) if isinstance(crop, Bands) else Bands(mixed)
         return crop
 
     def _shrink(self, side: float) -> int:

@@ -210,6 +210,8 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
         return extension, photo.content, picture.size
     if smaller:
         photo.warn_of_deep_pixels()
+        if isinstance(picture, Bands) and (lost := photo.missing(image_to_tensor(picture).numpy()).sum()):
+            raise UnreadableImageError(photo.name, f"{lost} values are missing, which a resize would mix into others")
         picture = resize_shorter_side(picture, size)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
     try:

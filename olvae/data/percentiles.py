@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from rich.table import Table
 
@@ -32,8 +33,9 @@ class Measured:
         images: that were read.
         kinds: images by dtype.
         percentiles: (channels, 7), those of :data:`PERCENTILES` over finite values.
-        missing: share of the values that are not finite.
+        missing: share of the values that are not finite, or that their file names as missing.
         unreadable: names and reasons.
+        nodata: the value that the files name as missing, if it is one.
     """
 
     images: int
@@ -41,11 +43,13 @@ class Measured:
     percentiles: NDArray[np.float64]
     missing: float
     unreadable: list[ReadError] = field(default_factory=list)
+    nodata: float | None = None
 
     def line(self) -> str:
         """``range: ...`` for a config: from the percentile .1 to 99.9, for all channels or each."""
         pairs = [[float(low), float(high)] for low, high in self._ends()]
-        return f"range: {{pairs: {json.dumps(pairs if len(pairs) > 1 else pairs[0])}, outside: clip}}"
+        nodata = "" if self.nodata is None else f", {yaml.safe_dump({'nodata': self.nodata}).strip()}"
+        return f"range: {{pairs: {json.dumps(pairs if len(pairs) > 1 else pairs[0])}, outside: clip{nodata}}}"
 
     def _ends(self) -> Iterator[tuple[float, float]]:
         for row in self.percentiles:
@@ -68,10 +72,13 @@ def measure(src: str, images: int = 200) -> Measured:
     kinds: Counter[str] = Counter()
     parts: list[NDArray[np.float64]] = []
     unreadable: list[ReadError] = []
+    nodata: set[float] = set()
     for photo in _photos(src, images, unreadable):
         values = image_to_tensor(photo.read()).flatten(1)  # (C, H W)
         kinds[str(values.dtype).removeprefix("torch.")] += 1
         part = values[:, :: max(1, values.shape[1] // VALUES_PER_IMAGE)].double().numpy()
+        part[photo.missing(part)] = np.nan
+        nodata |= {value for value in (photo.nodata,) if value is not None and math.isfinite(value)}
         if parts and len(part) != len(parts[0]):
             raise ValueError(f"{photo.name}: {len(part)} channels, but those before it have {len(parts[0])}")
         parts.append(part)
@@ -85,7 +92,8 @@ def measure(src: str, images: int = 200) -> Measured:
     if not finite.any(1).all():
         raise ValueError(f"{src}: channel {int(np.argmin(finite.any(1)))} has no finite values")
     rows = np.stack([np.percentile(row[good], PERCENTILES) for row, good in zip(together, finite, strict=True)])
-    return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable)
+    named = nodata.pop() if len(nodata) == 1 else None
+    return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable, named)
 
 
 def _photos(src: str, count: int, unreadable: list[ReadError]) -> Iterator[Photo]:

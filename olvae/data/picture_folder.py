@@ -93,7 +93,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     """Find files of images: in a folder at any depth, by a pattern, or listed in a text file.
 
     Folders and patterns give files with an image's extension, sorted, through symbolic links as well, without hidden
-    ones. A list gives its paths in its order, whether the files exist or not.
+    ones, or a .npz or .exr beside another image of its name. A list gives its paths in its order, whether they exist.
 
     ``closed``: gets the folders below root that can't be opened; the log names each once.
 
@@ -101,7 +101,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     """
     path = Path(root).expanduser()
     if path.is_dir():
-        paths = sorted(_walk(path, [] if closed is None else closed))
+        paths = _without_sidecars(sorted(_walk(path, [] if closed is None else closed)))
     elif path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"{root}: no such list of images")
@@ -110,7 +110,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
             raise FileNotFoundError(f"{root}: this list names no file: write one path per line")
     elif glob.has_magic(str(root)):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
-        paths = sorted(found for name in names if _is_image(found := Path(name)))
+        paths = _without_sidecars(sorted(found for name in names if _is_image(found := Path(name))))
     else:
         what = "this is a file: name a folder, a pattern or a .txt list" if path.exists() else "no such folder"
         raise FileNotFoundError(f"{root}: {what}{'' if path.exists() else nearest_path(path)}")
@@ -150,6 +150,14 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
+
+
+def _without_sidecars(paths: list[Path]) -> list[Path]:
+    """Leave out features or depths that have a picture of their name beside them."""
+    if not (beside := {path for path in paths if path.suffix.lower() in (".npz", ".exr")}):
+        return paths
+    pictures = {path.with_suffix("") for path in paths if path not in beside}
+    return [path for path in paths if path not in beside or path.with_suffix("") not in pictures]
 
 
 def _may_be_file(path: Path) -> bool:

@@ -170,8 +170,8 @@ def _open(request: Request, protocol: Protocol, models: Sequence[Autoencoder]) -
         if request.data is not None:
             raise
         raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
-    if not pixel_range.eight_bits and source.pixel_range != pixel_range:
-        raise ConfigError(f"`data`: its values are {source.pixel_range}, the targets take {pixel_range}")
+    if not pixel_range.eight_bits:
+        pixel_range.check_data(source.pixel_range)
     source.eval_transform = replace(protocol, size=source.size).transform
     if request.images is not None:
         source.limit(request.images)

@@ -123,10 +123,11 @@ def find_inputs(
     """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
 
     ``shard_size`` is the number of images in an output shard, unless SRC is made of shards; with ``classes`` the
-    folders of SRC are classes.
+    folders of SRC are classes. Raises ConfigError also for a config whose data have another range of values.
     """
     if Path(src).suffix in (".yaml", ".yml"):
         source = open_source(src, 1, 1)
+        pixel_range.check_data(source.pixel_range)
         if isinstance(source, WebDatasetSource):
             return ShardInputs(source.val, source.channels, source.image_key, source.pixel_range)
         if not isinstance(source, MappedSource):

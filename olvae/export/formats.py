@@ -92,9 +92,10 @@ class Layout(ABC):
         """The :attr:`usage` of a model."""
         return self.usage
 
-    def notes(self, model: LiteVAE) -> Iterator[str]:  # noqa: ARG002
+    def notes(self, model: LiteVAE) -> Iterator[str]:
         """Yield what a user has to know about this model in this format."""
-        yield from ()
+        if not model.pixel_range.eight_bits:
+            yield f"values of images, {model.pixel_range}: what loads this format takes and gives [-1, 1] for them"
 
 
 class LiteVAELayout(Layout):
@@ -107,6 +108,9 @@ z = vae.encode(images).sample()  # images in [-1, 1], (B, 3, H, W)
 images = vae.decode(z)
 
 vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL"""
+
+    def notes(self, model: LiteVAE) -> Iterator[str]:  # noqa: ARG002
+        yield from ()  # the range is in config.json
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
         theirs = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
@@ -161,6 +165,7 @@ images = vae.decode(z).sample"""
         return reduce(lambda text, word: text.replace(word, words[word]), words, self.usage)
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield from super().notes(model)
         if halves := " and the ".join(_reflecting(model)):
             how = 'loaders have to set padding_mode="reflect" on every convolution that pads, otherwise borders differ'
             yield f"padding: reflect in the {halves}, which this format can't say: {how}"

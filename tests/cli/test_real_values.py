@@ -106,13 +106,25 @@ def test_evaluation_in_the_stated_range(olvae, deep_run, tmp_path):
     assert "real_values" not in content["results"][0]["metrics"]
 
 
+def test_data_of_another_range_are_refused(olvae, deep_run, tmp_path):
+    run = run_of(deep_run, olvae)
+    config = load([run / "config.yaml"])
+    config["data"]["params"]["range"] = [0, 65535]
+    save(config, tmp_path / "other.yaml")
+    for command in ("encode", "latents"):
+        arguments = [command, run, "--out", tmp_path / "out", "--data"]
+        wanted = "error: --data: its values are 0 to 65535, linear, the targets take 0 to 3000, 0 to 40, linear\n"
+        assert olvae(*arguments, tmp_path / "other.yaml") == (2, "", wanted)
+        assert not (tmp_path / "out").exists()
+
+
 def test_values_that_are_missing(tmp_path, olvae):
     array = values("float32", 1)
     array[:4] = np.nan
     (tmp_path / "a.tif").write_bytes(tiff(array[..., 0]))
     code, out, err = olvae("data", "range", tmp_path)
     assert code == 0
-    assert "20.00% of the values are not finite" in err
+    assert "20.00% of the values are missing" in err
     pair = yaml.safe_load(out)["range"]["pairs"]
     assert pair == pytest.approx([np.nanmin(array), np.nanmax(array)], rel=1e-2, abs=2)
 

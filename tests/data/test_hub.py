@@ -8,6 +8,8 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.dataset import hold_out
 from olvae.data.hub import HuggingFaceSource, Items, TorchvisionSource
+from olvae.data.image import image_to_tensor
+from olvae.data.pixels.ranges import AS_STORED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded
 
@@ -69,6 +71,28 @@ def test_items_of_other_kinds():
         Items(Dataset([torch.zeros(3, 8, 9)]))[0]
     with pytest.raises(ValueError, match="its items have no numbers"):
         Items(iter([]))
+
+
+def test_pictures_and_arrays_with_a_stated_range():
+    stated = PixelRange.from_node([0, 4000])
+    deep = np.full((8, 9), 3000, dtype=np.uint16)
+    for item, kind in (
+        (Image.fromarray(deep), "uint16"),
+        (Image.fromarray(deep.astype(np.float32)), "float32"),
+        (deep, "uint16"),
+    ):
+        for values in (stated, AS_STORED):
+            tensor = image_to_tensor(Items(Dataset([item]), 1, values)[0].read())
+            assert (str(tensor.dtype), tensor.shape) == (f"torch.{kind}", (1, 8, 9))
+            assert (tensor.float() == 3000).all()
+    eight = Image.new("L", (9, 8), 12)
+    for item in (eight, eight.convert("RGB"), np.asarray(eight)):
+        with pytest.raises(UnreadableImageError, match="8 bits per channel"):
+            Items(Dataset([item]), 1, stated)[0]
+        tensor = image_to_tensor(Items(Dataset([item]), 1, AS_STORED)[0].read())
+        assert (str(tensor.dtype), tensor.unique().tolist()) == ("torch.uint8", [12])
+    with pytest.raises(UnreadableImageError, match=r"3000 at row 0.*outside the range"):
+        Items(Dataset([Image.fromarray(deep)]), 1, PixelRange.from_node([0, 255]))[0]
 
 
 def test_parts():

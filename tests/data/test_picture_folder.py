@@ -89,6 +89,14 @@ def test_each_image_is_found_once_whatever_leads_to_it(image_folder):
     assert len({path.resolve() for path in found}) == 12
 
 
+def test_features_and_depths_beside_a_picture_are_no_images(tmp_path):
+    for name in ("a.jpg", "a.npz", "a.EXR", "b.exr", "c.npz", "c.exr"):
+        (tmp_path / name).touch()
+    for root in (tmp_path, tmp_path / "*"):
+        assert [path.name for path in find_images(root)] == ["a.jpg", "b.exr", "c.exr", "c.npz"]
+    assert [path.name for path in find_images(tmp_path / "*.npz")] == ["a.npz", "c.npz"]
+
+
 def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder, monkeypatch):
     """A command, a URL or a pattern in a list that was received is the name of a file, which is not there."""
     monkeypatch.chdir(tmp_path)

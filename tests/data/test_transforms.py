@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.image import FILTERS, Bands, EvalTransform, RandomScaleCrop, image_to_tensor, resize_shorter_side
+from olvae.data.image import (
+    FILTERS,
+    Bands,
+    EvalTransform,
+    RandomScaleCrop,
+    array_to_picture,
+    image_to_tensor,
+    resize_shorter_side,
+)
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -76,6 +84,9 @@ def test_channels_change_places():
     half = RandomScaleCrop(16, shuffle_channels=0.5)
     kept = sum(pixel(half, i) == (10, 20, 30) for i in range(300))
     assert 140 < kept < 210  # a half, and a sixth of the other half
+    deep = array_to_picture(np.full((32, 32, 3), (1000, 2000, 3000), dtype=np.uint16))
+    values = image_to_tensor(crop(deep, np.random.default_rng(0)))
+    assert (str(values.dtype), sorted(values[:, 0, 0].tolist())) == ("torch.uint16", [1000, 2000, 3000])
 
 
 def test_bands_are_transformed_as_a_picture_is():

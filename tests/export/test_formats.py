@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
 from olvae.config import save
+from olvae.data.pixels.ranges import PixelRange
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
 from olvae.models.loading.targets import find_target
@@ -121,6 +122,19 @@ def test_shapes_that_comfyui_does_not_build_are_noted():
         ({"widths": (32,), "layers_per_block": 1}, [f"{note}block_out_channels [32], layers_per_block 1"]),
     ):
         assert list(LDM.notes(ours(autoencoder_kl(**shape)))) == odd
+
+
+def test_a_range_that_a_format_does_not_say_is_noted():
+    model = tiny_litevae()
+    model.pixel_range = PixelRange.from_node([0, 4095])
+    assert list(COMFYUI.notes(model)) == [
+        "values of images, 0 to 4095, linear: what loads this format takes and gives [-1, 1] for them"
+    ]
+    assert not list(LAYOUTS["litevae"]().notes(model))
+    model = ours(autoencoder_kl(widths=(32,)))
+    model.pixel_range = PixelRange.from_node([0, 4095])
+    for layout in (LDM, DIFFUSERS):
+        assert next(layout.notes(model)).startswith("values of images, 0 to 4095")
 
 
 @pytest.mark.parametrize(

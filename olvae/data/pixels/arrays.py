@@ -145,7 +145,7 @@ def _tiff(file: BinaryIO, check: Check) -> Pixels:
         if len(whole) != 1:
             raise ValueError(f"it holds {len(whole)} images, not one: save each in a file of its own")
         axes, shape = whole[0].axes, whole[0].shape
-        if axes[-3:] == "YXS" and len(axes) == 3:
+        if axes == "YXS" or (axes[:2] == "YX" and shape[2:] == (1,)):
             bands_last = True
         elif axes[-2:] == "YX" and len(axes) in (2, 3):
             bands_last = len(axes) == 2

@@ -99,9 +99,13 @@ class PixelRange:
         least = {"linear": -math.inf, "log": 0.0, "log1p": -1.0}
         if self.values not in list(least) or self.outside not in get_args(Outside) or self.eight_bits:
             return f"values is linear, log or log1p, outside clip or error, got {self.values!r} and {self.outside!r}"
-        if not all(least[self.values] < low < high < math.inf for low, high in zip(self.low, self.high, strict=True)):
+        low, high = self._ends(torch.empty(0))
+        span = self._curve(high) - self._curve(low)
+        if not ((least[self.values] < low) & (low < high) & (span < math.inf) & (2.0 / span < math.inf)).all():
             above = "" if self.values == "linear" else f", above {least[self.values]:g} for {self.values}"
-            return f"expected finite numbers, the first below the second{above}, got {self.as_node()['pairs']}"
+            return (
+                f"expected a finite distance in float32, the first below the second{above}: {self.as_node()['pairs']}"
+            )
         if self.shown is not None and not (len(self.shown) in (1, 3) and all(n >= 0 for n in self.shown)):
             return f"shown: expected one or three channels, counted from 0, got {list(self.shown)}"
         if len(self.stretch) != 2 or not 0.0 <= self.stretch[0] < self.stretch[1] <= 1.0:
@@ -136,6 +140,11 @@ class PixelRange:
             raise ConfigError(
                 f"{where}.shown: {list(self.shown)}, but the last of {channels} channels is {channels - 1}"
             )
+
+    def check_data(self, found: "PixelRange") -> None:
+        """Raise ConfigError unless images, whose values are ``found``, are what models of this range take."""
+        if found != self:
+            raise ConfigError(f"`data`: its values are {found}, the targets take {self}")
 
     def checked(self, array: Array, nodata: float | None = None) -> NDArray[np.float32]:
         """Values of a file, (H, W, C), in float32 and inside the range; ValueError that names the first that is not.

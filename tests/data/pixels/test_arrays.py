@@ -27,6 +27,8 @@ PLANES = np.moveaxis(BANDS, -1, 0)
 EXACT: dict[str, tuple[bytes, np.ndarray]] = {
     **{f"{kind}.npy": (npy(values(kind)), values(kind)) for kind in ("uint16", "int16", "float16", "float32")},
     **{f"{kind}.npz": (npz(values(kind)), values(kind)) for kind in ("uint16", "int16", "float16", "float32")},
+    "big-endian.npy": (npy(U16.astype(">u2")), U16),
+    "one band.tif": (tiff(U16[..., :1]), U16[..., :1]),
     "flat.npy": (npy(U16[..., 0]), U16[..., :1]),
     "grey.png": (png(U16[..., :1]), U16[..., :1]),
     "colour.png": (png(U16), U16),

@@ -92,6 +92,10 @@ def test_a_files_own_missing_value_and_clipping():
     [
         ([1, 0], "the first below the second"),
         ([0, math.inf], "finite"),
+        ([16777216, 16777217], "the first below the second"),  # one number in float32
+        ([-3e38, 3e38], "finite distance in float32"),
+        ([0, 1e39], "finite"),
+        ({"pairs": [1e-46, 1], "values": "log"}, "above 0 for log"),
         ("0 to 5", "expected a pair"),
         ({"values": "log"}, "expected a pair"),
         ({"pairs": [0, 5], "curve": "log"}, "expected a pair"),
