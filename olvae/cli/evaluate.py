@@ -149,7 +149,8 @@ def command(
         raise ConfigError("`fit` is for the linear code among `baselines`: set both")
     with loading():
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
-        from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
+        from olvae.evaluation.baselines import Baselines
+        from olvae.evaluation.observers.observer import UNTRAINED
         from olvae.evaluation.protocol import PROTOCOLS as PRESETS
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.models.loading.targets import find_target, name_apart

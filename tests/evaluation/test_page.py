@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from skimage import data
 
+from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.bands import Bands
-from olvae.evaluation.observers.baselines import Bicubic
 from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.gallery import Gallery
 from olvae.evaluation.observers.observer import Subject

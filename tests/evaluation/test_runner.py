@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from olvae.evaluation.observers.baselines import Bicubic
+from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.protocol import PROTOCOLS, Protocol
 from olvae.evaluation.roundtrip import Reconstructed, RoundTrip
 from olvae.evaluation.runner import fingerprint, measure, observe, rows_under

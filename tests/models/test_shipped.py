@@ -8,7 +8,7 @@ import torch
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.ranges import from_uint8, to_uint8
-from olvae.evaluation.observers.baselines import Bicubic
+from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.roundtrip import RoundTrip
 from olvae.metrics.metric import psnr
 from olvae.models import spec as names

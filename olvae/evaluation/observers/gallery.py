@@ -10,8 +10,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from olvae.evaluation.observers.baselines import UNTRAINED
-from olvae.evaluation.observers.observer import Observation, Observer
+from olvae.evaluation.observers.observer import UNTRAINED, Observation, Observer
 from olvae.evaluation.page import Page, side_limit
 from olvae.figures import ERROR_RANGE, error_map, labelled_grid
 from olvae.files import atomic_write

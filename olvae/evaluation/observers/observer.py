@@ -14,6 +14,8 @@ from olvae.evaluation.page import Page
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 
+UNTRAINED = "untrained"  # a baseline's name, which no target may have
+
 
 @dataclass(frozen=True)
 class Subject:

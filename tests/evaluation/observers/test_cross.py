@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.evaluation.observers.baselines import Bicubic
+from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row

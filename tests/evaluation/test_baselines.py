@@ -9,9 +9,9 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.ranges import to_uint8
 from olvae.data.source import LoaderProcess
-from olvae.evaluation.observers import baselines
-from olvae.evaluation.observers.baselines import UNTRAINED, Baselines
-from olvae.evaluation.observers.observer import Subject
+from olvae.evaluation import baselines
+from olvae.evaluation.baselines import Baselines
+from olvae.evaluation.observers.observer import UNTRAINED, Subject
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
 from olvae.models.linear_code import training_crops

@@ -12,7 +12,7 @@ from olvae.data.image import image_to_tensor, tensor_to_picture
 from olvae.data.opening import open_test_source
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, from_uint8, to_uint8
 from olvae.data.shards.webdataset import ShardSource
-from olvae.evaluation.observers.observer import Observer, Subject
+from olvae.evaluation.observers.observer import UNTRAINED, Observer, Subject
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths, training_crops
@@ -23,8 +23,6 @@ from olvae.runs import settings_of
 log = logging.getLogger("olvae")
 
 LARGEST_PATCH = 2**12  # values whose covariances are computed: up to f32 in colour
-
-UNTRAINED = "untrained"  # a baseline's name, which no target may have
 
 
 class Bicubic(Autoencoder):
