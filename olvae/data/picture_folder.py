@@ -153,11 +153,16 @@ def _is_image(path: Path) -> bool:
 
 
 def _without_sidecars(paths: list[Path]) -> list[Path]:
-    """Leave out features or depths that have a picture of their name beside them."""
+    """Leave out features or depths that have a picture beside them: a.npz and a_0048x0040_sd.npz of a.jpg."""
     if not (beside := {path for path in paths if path.suffix.lower() in (".npz", ".exr")}):
         return paths
     pictures = {path.with_suffix("") for path in paths if path not in beside}
-    return [path for path in paths if path not in beside or path.with_suffix("") not in pictures]
+
+    def is_beside(path: Path) -> bool:
+        words = path.stem.split("_")
+        return any(path.with_name("_".join(words[: i + 1])) in pictures for i in range(len(words)))
+
+    return [path for path in paths if path not in beside or not is_beside(path)]
 
 
 def _may_be_file(path: Path) -> bool:

@@ -90,11 +90,11 @@ def test_each_image_is_found_once_whatever_leads_to_it(image_folder):
 
 
 def test_features_and_depths_beside_a_picture_are_no_images(tmp_path):
-    for name in ("a.jpg", "a.npz", "a.EXR", "b.exr", "c.npz", "c.exr"):
+    for name in ("a.jpg", "a.npz", "a_0048x0040_sd.npz", "a.EXR", "b.exr", "c.npz", "c.exr"):
         (tmp_path / name).touch()
     for root in (tmp_path, tmp_path / "*"):
         assert [path.name for path in find_images(root)] == ["a.jpg", "b.exr", "c.exr", "c.npz"]
-    assert [path.name for path in find_images(tmp_path / "*.npz")] == ["a.npz", "c.npz"]
+    assert [path.name for path in find_images(tmp_path / "*.npz")] == ["a.npz", "a_0048x0040_sd.npz", "c.npz"]
 
 
 def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder, monkeypatch):
