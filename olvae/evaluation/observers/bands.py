@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from olvae.evaluation.observers.observer import Observation, Observer
+from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import Page, significant
 from olvae.modules.wavelet import wavedec2
 
 Energies = tuple[float, ...]  # of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on
 
 
-class Bands(Observer):
+class Bands(PerImageObserver):
     """The mean squared error and the energy of reconstructions, by the bands of the orthonormal Haar transform.
 
     Pixels are 0..255, as in PSNR. A band's ``mse`` is the error's energy in it per pixel value, averaged over images;
@@ -31,9 +30,8 @@ class Bands(Observer):
     title = "Error per wavelet band"
 
     def __init__(self, levels: int = 3) -> None:
+        super().__init__()
         self._levels = levels
-        # By target and key, of error, input and reconstruction.
-        self._energies: dict[str, dict[str, tuple[Energies, Energies, Energies]]] = {}
 
     @torch.no_grad()
     def update(self, batch: Observation) -> None:
@@ -43,16 +41,7 @@ class Bands(Observer):
         signal, out = (wavedec2(images.double(), levels=even.bit_length() - 1) for images in (batch.x, batch.y))
         error = [b - a for a, b in zip(signal, out, strict=True)]
         energies = zip(*(_energies(bands, batch.x[0].numel()) for bands in (error, signal, out)), strict=True)
-        known = self._energies.setdefault(batch.target, {})
-        for key, three in zip(batch.keys, energies, strict=True):
-            known.setdefault(key, three)
-
-    def state(self) -> Any:
-        return self._energies
-
-    def merge(self, state: Any) -> None:
-        for target, energies in state.items():
-            self._energies[target] = energies | self._energies.get(target, {})
+        self.add(batch, energies)  # of error, input and reconstruction
 
     def result(self, target: str, draw: int) -> dict[str, dict[str, float | None]] | None:
         """The bands, coarse to fine: LL3, LH3, HL3, HH3, LH2, ..., HH1.
@@ -64,9 +53,9 @@ class Bands(Observer):
         that of all inputs in the band; and ``energy_ratio``, that of all reconstructions over it; both None if the
         inputs have none. The signal of LL includes the brightness, counted from black.
         """
-        if target not in self._energies:
+        if target not in self._rows:
             return None
-        sides = tuple(zip(*self._energies[target].values(), strict=True))
+        sides = tuple(zip(*self._rows[target].values(), strict=True))
         n, levels = len(sides[0]), len(sides[0][0]) // 3
         places = {f"LL{levels}": 0}
         for level in range(levels, 0, -1):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olvae.evaluation.observers.observer import Observation, Observer
+from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import MINUS, significant
 
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B, as in ITU-R BT.601
 
 
-class Colour(Observer):
+class Colour(PerImageObserver):
     """The colours of reconstructions beside the images', of uint8 values; latents as in the first protocol.
 
     An entry has ``shift``, the mean of reconstructions minus images per channel, in steps of 8-bit values;
@@ -25,11 +25,6 @@ class Colour(Observer):
 
     name = "colour"
 
-    def __init__(self) -> None:
-        self._values: dict[
-            str, dict[str, tuple[float, ...]]
-        ] = {}  # by target and key: shifts, then pairs of in and out
-
     @torch.no_grad()
     def update(self, batch: Observation) -> None:
         if batch.draw:
@@ -37,19 +32,10 @@ class Colour(Observer):
         x, y = batch.x.double(), batch.y.double()
         pairs = [measure(images) for measure in (_saturation, _contrast) for images in (x, y)]
         values = torch.cat(((y - x).mean((2, 3)), torch.stack(pairs, dim=1)), dim=1)  # (B, C + 4)
-        known = self._values.setdefault(batch.target, {})
-        for key, row in zip(batch.keys, values.tolist(), strict=True):
-            known.setdefault(key, tuple(row))
-
-    def state(self) -> Any:
-        return self._values
-
-    def merge(self, state: Any) -> None:
-        for target, values in state.items():
-            self._values[target] = values | self._values.get(target, {})
+        self.add(batch, values.tolist())  # shifts, then pairs of in and out
 
     def result(self, target: str, draw: int) -> dict[str, Any]:
-        columns = list(zip(*self._values[target].values(), strict=True))
+        columns = list(zip(*self._rows[target].values(), strict=True))
         n, (shifts, pairs) = len(columns[0]), (columns[:-4], [math.fsum(column) for column in columns[-4:]])
         saturation, saturation_out, contrast, contrast_out = pairs
         return {

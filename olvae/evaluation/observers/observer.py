@@ -1,6 +1,6 @@
 """The contract of an observer: something to look at in an evaluation besides its metrics."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,3 +101,23 @@ class Observer:
     def write(self, folder: Path, suffix: str) -> Mapping[str, Path]:
         """Write files beside metrics.json, with a suffix to their names; return what and where."""
         return {}
+
+
+class PerImageObserver(Observer):
+    """Keep a row of numbers of each image, once per target and key, and add those of other processes."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[str, Any]] = {}  # by target and key
+
+    def add(self, batch: Observation, rows: Iterable[Any]) -> None:
+        """Keep a batch's rows, one per image; what is known of a key stays."""
+        known = self._rows.setdefault(batch.target, {})
+        for key, row in zip(batch.keys, rows, strict=True):
+            known.setdefault(key, row)
+
+    def state(self) -> Any:
+        return self._rows
+
+    def merge(self, state: Any) -> None:
+        for target, rows in state.items():
+            self._rows[target] = rows | self._rows.get(target, {})

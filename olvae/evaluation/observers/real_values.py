@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olvae.evaluation.observers.observer import Observation, Observer
+from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import significant
 from olvae.evaluation.results import Row
 
 SPECTRAL = 4  # channels from which a pixel has a spectrum
 
 
-class RealValues(Observer):
+class RealValues(PerImageObserver):
     """Errors of images with a stated range, in their values' units; nothing for images of 8 bits.
 
     An entry has, over all values of all images: ``rmse`` and ``mae``, one per channel; ``relative``, the mean of
@@ -24,9 +24,6 @@ class RealValues(Observer):
     """
 
     name = "real_values"
-
-    def __init__(self) -> None:
-        self._sums: dict[str, dict[str, tuple[list[float], ...]]] = {}  # by target and key
 
     @torch.no_grad()
     def update(self, batch: Observation) -> None:
@@ -38,21 +35,12 @@ class RealValues(Observer):
         squares, sizes = error.square().mean((2, 3)), error.abs().mean((2, 3))  # (B, C)
         relative = _mean(error.abs() / x.clamp_min(1e-300), x > 0) if min(pixels.low) >= 0 else _nothing(x)
         angles = _angles(x, y) if x.shape[1] >= SPECTRAL else _nothing(x)
-        known = self._sums.setdefault(batch.target, {})
-        for key, *rows in zip(batch.keys, *(t.tolist() for t in (squares, sizes, relative, angles)), strict=True):
-            known.setdefault(key, tuple(rows))
-
-    def state(self) -> Any:
-        return self._sums
-
-    def merge(self, state: Any) -> None:
-        for target, sums in state.items():
-            self._sums[target] = sums | self._sums.get(target, {})
+        self.add(batch, zip(*(t.tolist() for t in (squares, sizes, relative, angles)), strict=True))
 
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
-        if target not in self._sums:
+        if target not in self._rows:
             return None
-        squares, sizes, *means = zip(*self._sums[target].values(), strict=True)
+        squares, sizes, *means = zip(*self._rows[target].values(), strict=True)
         entry: dict[str, Any] = {
             "rmse": [math.sqrt(math.fsum(channel) / len(channel)) for channel in zip(*squares, strict=True)],
             "mae": [math.fsum(channel) / len(channel) for channel in zip(*sizes, strict=True)],

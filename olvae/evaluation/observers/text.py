@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from olvae.data.image import image_to_tensor
-from olvae.evaluation.observers.observer import Observation, Observer, Subject
+from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
 from olvae.evaluation.page import NONE, Page, texts
 from olvae.evaluation.roundtrip import RoundTrip
 
@@ -37,7 +37,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 Line = tuple[str, Box, str]  # a kind, which is IMAGES or the font's size; where it is; its text without spaces
 
 
-class Text(Observer):
+class Text(PerImageObserver):
     """The character error rate of text in reconstructions, by OCR (rapidocr, with the models of its wheel).
 
     The rate is the number of edits (Levenshtein) from the original's reading to the reconstruction's, both in the boxes
@@ -51,10 +51,8 @@ class Text(Observer):
     title = "Text"
 
     def __init__(self) -> None:
+        super().__init__()  # rows of lines: kind, edits, characters
         self._lines: dict[str, list[Line]] = {}  # of images, by key
-        self._counts: dict[
-            str, dict[str, list[tuple[str, int, int]]]
-        ] = {}  # by target and key: kind, edits, characters
         self._pictures: dict[str, Tensor] = {}  # the first page, as drawn and by every target
 
     def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
@@ -72,14 +70,7 @@ class Text(Observer):
 
     def _count(self, target: str, key: str, lines: Iterable[Line], image: Tensor) -> None:
         counts = [(kind, edit_distance(text, _read(image, box)), len(text)) for kind, box, text in lines]
-        self._counts.setdefault(target, {})[key] = counts
-
-    def state(self) -> Any:
-        return self._counts
-
-    def merge(self, state: Any) -> None:
-        for target, counts in state.items():
-            self._counts[target] = counts | self._counts.get(target, {})
+        self._rows.setdefault(target, {})[key] = counts
 
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
         if any(subject.model.in_channels != 3 for subject in subjects.values()):
@@ -102,7 +93,7 @@ class Text(Observer):
     def _rates(self, target: str) -> dict[str, dict[str, float]]:
         """By kind."""
         sums: dict[str, list[int]] = {}
-        for kind, *counts in chain.from_iterable(self._counts.get(target, {}).values()):
+        for kind, *counts in chain.from_iterable(self._rows.get(target, {}).values()):
             sums[kind] = [a + b for a, b in zip(sums.get(kind, (0, 0)), counts, strict=True)]
         return {kind: {"error": edits / n, "characters": n} for kind, (edits, n) in sums.items() if n}
 

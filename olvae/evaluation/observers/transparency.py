@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from olvae.evaluation.observers.observer import Observation, Observer
+from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.losses.alpha import over
 
 BACKGROUNDS = {"black": -1.0, "grey": 0.0, "white": 1.0}
 
 
-class Transparency(Observer):
+class Transparency(PerImageObserver):
     """PSNR in dB of RGBA images of 8 bits over black, grey and white, and of alpha; nothing for other images.
 
     Means over images, of a range of 255, unrounded after compositing. Equal ones count as 100 dB, because many images
@@ -21,9 +21,6 @@ class Transparency(Observer):
 
     name = "transparency"
 
-    def __init__(self) -> None:
-        self._values: dict[str, dict[str, tuple[float, ...]]] = {}  # by target and key
-
     @torch.no_grad()
     def update(self, batch: Observation) -> None:
         if batch.draw or batch.x.shape[1] != 4 or not batch.pixel_range.eight_bits:
@@ -31,21 +28,12 @@ class Transparency(Observer):
         x, y = (batch.pixel_range.normalise(levels).double() for levels in (batch.x, batch.y))
         pairs = [(over(x, x.new_tensor(grey)), over(y, x.new_tensor(grey))) for grey in BACKGROUNDS.values()]
         errors = torch.stack([(a - b).square().flatten(1).mean(1) for a, b in [*pairs, (x[:, 3:], y[:, 3:])]], dim=1)
-        known = self._values.setdefault(batch.target, {})
-        for key, row in zip(batch.keys, (10.0 * (4.0 / errors.clamp_min(4e-10)).log10()).tolist(), strict=True):
-            known.setdefault(key, tuple(row))
-
-    def state(self) -> Any:
-        return self._values
-
-    def merge(self, state: Any) -> None:
-        for target, values in state.items():
-            self._values[target] = values | self._values.get(target, {})
+        self.add(batch, (10.0 * (4.0 / errors.clamp_min(4e-10)).log10()).tolist())
 
     def result(self, target: str, draw: int) -> dict[str, float] | None:
-        if target not in self._values:
+        if target not in self._rows:
             return None
-        columns = zip(*self._values[target].values(), strict=True)
+        columns = zip(*self._rows[target].values(), strict=True)
         names = (*BACKGROUNDS, "alpha")
         return {name: math.fsum(column) / len(column) for name, column in zip(names, columns, strict=True)}
 
