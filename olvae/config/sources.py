@@ -81,7 +81,7 @@ def find_source(src: str) -> tuple[str, Config]:
     if Path(src).suffix in (".yaml", ".yml"):
         raise ConfigError(f"data.params.root: {src} is a config: name the folder, shards or data set to train on")
     if src == "samples":
-        return f"{OF_THIS_PACKAGE}dataset.SamplePhotographs", {}
+        return SAMPLES, {}
     if kind == "torchvision":
         name, arguments = split_arguments(rest)
         node = {"target": f"torchvision.datasets.{name}", "params": arguments}

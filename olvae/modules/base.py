@@ -48,9 +48,6 @@ class Steps(nn.Module):
 
 
 class _Network(Steps):
-    def use_latents(self, mean: Tensor, std: Tensor) -> None:
-        """Hear the mean and the deviation of the latents per channel, (n_z) each, from a part that brings them."""
-
     node: dict[str, Any]  # ``target`` and ``params`` that build this network again, for the config of a saved model
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -65,6 +62,9 @@ class _Network(Steps):
         super().__init__()
         self.linear: nn.Conv2d | None = None
         """A linear path beside the network, which :func:`olvae.models.linear_code.fit_linear_paths` fits."""
+
+    def use_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Take the mean and the deviation of the latents per channel, (n_z) each, from a part that brings them."""
 
     def _set_linear_path(self, path: nn.Conv2d) -> None:
         """Add a path, beside a network that adds nothing to it at first: its last convolution becomes zero."""

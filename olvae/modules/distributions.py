@@ -10,6 +10,11 @@ from olvae.modules.base import island
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 
 
+def certain_moments(mean: Tensor) -> Tensor:
+    """Means, and the smallest log-variances there are: (B, n_z, h, w) -> (B, 2 n_z, h, w)."""
+    return torch.cat((mean, torch.full_like(mean, LOGVAR_RANGE[0])), dim=1)
+
+
 class DiagonalGaussian:
     """A Gaussian per latent element, from the encoder's moments.
 

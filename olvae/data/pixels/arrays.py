@@ -20,18 +20,16 @@ MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each
 MAX_VALUES = 2**28  # of an array, all channels: 1 GiB in float32
 MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
 
-PNG, MAGIC = (
-    b"\x89PNG\r\n\x1a\n",
-    {
-        b"\x93NUMPY": ".npy",
-        b"PK\x03\x04": ".npz",
-        b"II*\0": ".tif",
-        b"MM\0*": ".tif",
-        b"II+\0": ".tif",
-        b"MM\0+": ".tif",
-        b"v/1\x01": ".exr",
-    },
-)
+PNG = b"\x89PNG\r\n\x1a\n"
+MAGIC = {
+    b"\x93NUMPY": ".npy",
+    b"PK\x03\x04": ".npz",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    b"II+\0": ".tif",
+    b"MM\0+": ".tif",
+    b"v/1\x01": ".exr",
+}
 
 
 class Pixels(NamedTuple):

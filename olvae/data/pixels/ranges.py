@@ -180,8 +180,8 @@ class PixelRange:
         low, high = self._ends(y)
         start, span = self._curve(low), self._curve(high) - self._curve(low)
         y = start + (y.float().clamp(-1.0, 1.0) + 1.0) * (span / 2.0)
-        back = {"linear": y, "log": y.exp(), "log1p": y.expm1()} if self.values != "linear" else {"linear": y}
-        return torch.minimum(torch.maximum(back[self.values], low), high)
+        y = y if self.values == "linear" else y.exp() if self.values == "log" else y.expm1()
+        return torch.minimum(torch.maximum(y, low), high)
 
     def levels(self, x: Tensor) -> Tensor:
         """Images of a batch as they are read -> their levels."""

@@ -46,10 +46,7 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
     if encoder.training or x.dtype not in STREAMED:
         raise ValueError("streaming takes float32 or half precision, and evaluation mode: call model.eval() first")
     levels = range(1 + encoder.skip_levels, encoder.levels + 1) if encoder.extractors else ()
-    sizes = [
-        *(4.0**-level for level in levels),
-        4.0**-encoder.levels,
-    ]  # of each UNet's input
+    sizes = [4.0**-level for level in (*levels, encoder.levels)]  # of the extractors' inputs, and the aggregator's
     weights, done, whole = iter(sizes), 0.0, x.shape[0] * sum(sizes)
 
     def stream(unet: nn.Module, h: Tensor) -> Tensor:

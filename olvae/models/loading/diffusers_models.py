@@ -32,7 +32,9 @@ PROBE = 128  # side in pixels of the image that measures an autoencoder's factor
 RAE = "AutoencoderRAE"  # takes and gives [0, 1]
 ONE_BY_ONE = "AutoencoderKLHunyuanVideo15"  # its attention mask fits no batch [diffusers 0.42]
 PER_CHANNEL = ("latents_mean", "latents_std")
-CANNOT = (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+REFUSALS = (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What classes raise for images of another shape than they take."""
+
 NO_IMAGES = {
     "AutoencoderKLLTX2Audio": "is an autoencoder of sound, not of images",
     "ConsistencyDecoderVAE": "decodes by a diffusion model, which draws noise: two decodings of a latent differ",
@@ -80,7 +82,7 @@ class DiffusersAutoencoder(Autoencoder):
                 x = torch.zeros(1, self.in_channels, size, size, dtype=p.dtype, device=p.device)
                 try:
                     latent = self.encode(x)
-                except CANNOT as error:
+                except REFUSALS as error:
                     first = first or error
                     continue
                 shape = latent.mean.shape
@@ -97,7 +99,7 @@ class DiffusersAutoencoder(Autoencoder):
         z = z if self.side else z[..., :4, :4]
         try:
             made = tuple(self.decode(z).shape)
-        except CANNOT as error:
+        except REFUSALS as error:
             raise ValueError(f"{self.kind} does not decode to an image: {first_line(error)}") from error
         if made != (expected := (1, self.in_channels, f * z.shape[-2], f * z.shape[-1])):
             raise ValueError(f"{self.kind} decodes to {made}, not to an image of {expected}")

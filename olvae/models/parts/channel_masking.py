@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from olvae.metrics.metric import psnr
 from olvae.models.parts.part import Part, Step
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class ChannelMasking(Part):
     def validate(self, model: "LiteAutoencoderKL", x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
         z, levels = model.encode(x).mode(), model.pixel_range.to_levels
         decoded = {width: levels(model.decode(z * _first(width, z))) for width in self.widths}
-        return {f"psnr_{width}": _psnr(y, levels(x)) for width, y in decoded.items()}
+        return {f"psnr_{width}": psnr(levels(x), y).clamp(max=100.0).mean() for width, y in decoded.items()}
 
     def describe(self) -> str:
         return f"{', '.join(map(str, self.widths))} channels"
@@ -56,9 +57,3 @@ class ChannelMasking(Part):
 def _first(width: int, z: Tensor) -> Tensor:
     """Whether a channel is one of the first: (1, n_z, 1, 1)."""
     return torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1) < width
-
-
-def _psnr(y: Tensor, x: Tensor) -> Tensor:
-    """Of each image in 0 to 255, on average; 100 dB at most."""
-    error = (y.float() - x.float()).div(255).square().flatten(1).mean(1)  # (B)
-    return -10 * error.clamp(min=1e-10).log10().mean()

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Encoder, Steps, check_size
-from olvae.modules.distributions import LOGVAR_RANGE
+from olvae.modules.distributions import certain_moments
 
 TRAINED = (
     *("AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
@@ -58,7 +57,7 @@ def _without_time(x: Tensor, frames: bool) -> Tensor:
 
 def moments_of(latent: Tensor, distributed: bool) -> Tensor:
     """Means, then log-variances, (B, 2 n_z, h, w); the least that there is for a latent without a distribution."""
-    return latent if distributed else torch.cat((latent, torch.full_like(latent, LOGVAR_RANGE[0])), dim=1)
+    return latent if distributed else certain_moments(latent)
 
 
 class _Wrapped(Steps):
