@@ -32,11 +32,10 @@ def command(
 
     check_paths(*targets, data=data)
     with loading():
-        from olvae.data.opening import open_test_source
         from olvae.devices import gather, join, leave, resolve_device
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents
         from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE
-        from olvae.evaluation.roundtrip import check_images_fit, range_of
+        from olvae.evaluation.roundtrip import open_images_for
         from olvae.files import no_empty_folders, write_json
         from olvae.models.loading.targets import find_target, name_apart
         from olvae.modules.scaling_factors import FEW_IMAGES
@@ -47,12 +46,7 @@ def command(
     device = resolve_device(device)
     models = {target.name: target.load() for target in name_apart(found)}
 
-    channels = next(iter(models.values())).in_channels
-    pixels = range_of(models.values())
-    source = open_test_source(found[0].config, data, channels=channels, pixel_range=pixels)
-    if not pixels.eight_bits:
-        pixels.check_data(source.pixel_range)
-    check_images_fit(models, source.size)
+    source = open_images_for(models, found[0].config, data)
     if images is not None:
         source.limit(images)
     count, batches = source.val_images, source.test_loader(batch_size or (8 if data else None))

@@ -83,11 +83,11 @@ def find_source(src: str) -> tuple[str, Config]:
     if src == "samples":
         return SAMPLES, {}
     if kind == "torchvision":
-        name, arguments = split_arguments(rest)
+        name, arguments = _split_arguments(rest)
         node = {"target": f"torchvision.datasets.{name}", "params": arguments}
         return f"{OF_THIS_PACKAGE}hub.TorchvisionSource", {"dataset": node}
     if kind == "hf" and "://" not in src:
-        path, arguments = split_arguments(rest)
+        path, arguments = _split_arguments(rest)
         return f"{OF_THIS_PACKAGE}hub.HuggingFaceSource", {"path": path, **arguments}
     return (SHARDS, {"shards": src}) if holds_shards(src) else (FOLDER, {"root": src})
 
@@ -113,7 +113,7 @@ def is_local(url: str) -> bool:
     return not (url.startswith("pipe:") or "://" in url)
 
 
-def split_arguments(text: str) -> tuple[str, dict[str, Any]]:
+def _split_arguments(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the arguments in ``NAME,key=value,...``; values are YAML."""
     name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside a list do not separate
     if bad := [pair for pair in pairs if "=" not in pair]:

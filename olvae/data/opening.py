@@ -11,7 +11,7 @@ from typing import Any
 from webdataset.shardlists import expand_urls
 
 from olvae.config import Config, ConfigError, instantiate, load, with_paths
-from olvae.config.sources import holds_shards, is_local, split_arguments
+from olvae.config.sources import find_source, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop
@@ -78,17 +78,15 @@ def open_test_source(
 
 def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:
     """All images of SRC by number, whole: of any SRC but shards and configs; raises as :func:`open_source`."""
-    kind, _, rest = src.partition(":")
+    kind = src.partition(":")[0]
     if src == "samples":
         return sample_photographs(channels=channels)
     if kind == "torchvision":
-        name, arguments = split_arguments(rest)
-        dataset = instantiate({"target": f"torchvision.datasets.{name}", "params": arguments})
-        return Items(dataset, channels, pixel_range)
-    if kind == "hf":
-        path, arguments = split_arguments(rest)
-        column = str(arguments.pop("column", "image"))
-        return Column(load_table(path, **{"split": "train", **arguments}), column, channels, pixel_range)
+        return Items(instantiate(find_source(src)[1]["dataset"]), channels, pixel_range)
+    if kind == "hf" and "://" not in src:
+        arguments = {"split": "train", "column": "image", **find_source(src)[1]}
+        column = str(arguments.pop("column"))
+        return Column(load_table(**arguments), column, channels, pixel_range)
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []

@@ -7,17 +7,31 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from olvae.config import ConfigError
+from olvae.config import Config, ConfigError
+from olvae.data.opening import open_test_source
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.source import Source
 from olvae.devices import now, peak_memory
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs, count_parameters, full_float32
 from olvae.modules.distributions import keyed_generator
 
 
-def check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
+def open_images_for(
+    models: Mapping[str, Autoencoder], config: Config, data: str | None = None, size: int | None = None
+) -> Source:
+    """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them."""
+    pixels = range_of(models.values())
+    channels = next(iter(models.values())).in_channels
+    source = open_test_source(config, data, size, channels, pixels)
+    if not pixels.eight_bits:
+        pixels.check_data(source.pixel_range)
+    _check_images_fit(models, source.size)
+    return source
+
+
+def _check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
     """Check that all models take the same square images of ``size`` pixels; ConfigError if one does not."""
-    range_of(models.values())
     channels = {model.in_channels for model in models.values()}
     if len(channels) > 1:
         counts = " and ".join(map(str, sorted(channels)))

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from olvae.config import Config, ConfigError
-from olvae.data.opening import open_test_source
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
-from olvae.evaluation.roundtrip import RoundTrip, check_images_fit, range_of
+from olvae.evaluation.roundtrip import RoundTrip, open_images_for
 from olvae.files import first_line
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
@@ -110,10 +109,9 @@ def _one_pass(
 ) -> list[Evaluated]:
     """Results under protocols that prepare images alike; none in every process but the first."""
     models = {name: subject.model for name, subject in subjects.items()}
-    source = _open(request, protocols[0], list(models.values()))
+    source = _open(request, protocols[0], models)
     pixels = source.pixel_range
     protocols = [replace(p, size=source.size, crops=source.crops, range=pixels.stated) for p in protocols]
-    check_images_fit(models, source.size)
     loader, observers = source.test_loader(request.batch), copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
@@ -162,16 +160,13 @@ def _one_pass(
     return evaluated
 
 
-def _open(request: Request, protocol: Protocol, models: Sequence[Autoencoder]) -> Source:
-    pixel_range = range_of(models)
+def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder]) -> Source:
     try:
-        source = open_test_source(request.config, request.data, request.size, models[0].in_channels, pixel_range)
+        source = open_images_for(models, request.config, request.data, request.size)
     except FileNotFoundError as error:
         if request.data is not None:
             raise
         raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
-    if not pixel_range.eight_bits:
-        pixel_range.check_data(source.pixel_range)
     source.eval_transform = replace(protocol, size=source.size).transform
     if request.images is not None:
         source.limit(request.images)

@@ -110,7 +110,7 @@ class PerImageObserver(Observer):
         self._rows: dict[str, dict[str, Any]] = {}  # by target and key
 
     def add(self, batch: Observation, rows: Iterable[Any]) -> None:
-        """Keep a batch's rows, one per image; what is known of a key stays."""
+        """Keep a batch's rows, one per image; the first row of a key stays."""
         known = self._rows.setdefault(batch.target, {})
         for key, row in zip(batch.keys, rows, strict=True):
             known.setdefault(key, row)
