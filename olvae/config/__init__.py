@@ -4,9 +4,18 @@ A node names a ``target`` and its ``params``. A config's top level has ``model``
 ``callbacks`` and ``logger``), and in a run folder ``run``, the command's own settings.
 """
 
-from olvae.config.nodes import Node, check, instantiate, resolve_class, resolve_target, validate, with_paths
-from olvae.config.reading import Config, ConfigError, read_received, recipes, save
-from olvae.config.sources import load
+from olvae.config.nodes import (
+    Config,
+    ConfigError,
+    Node,
+    check,
+    instantiate,
+    resolve_class,
+    resolve_target,
+    validate,
+    with_paths,
+)
+from olvae.config.reading import load, read_received, recipes, save
 
 __all__ = [
     "Config",

@@ -25,13 +25,13 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from olvae.config.reading import TOP_LEVEL, Config, ConfigError, nearest
-
+Config = dict[str, Any]
 T = TypeVar("T")
 NODE = "a node of target and params"
 Node = Annotated[Mapping[str, Any], NODE]
 """The type of a constructor's argument that is a node; the constructor instantiates it."""
 
+TOP_LEVEL = ("model", "data", "lightning", "run")
 NODE_KEYS = ("target", "params")
 LIGHTNING = ("trainer", "callbacks", "logger")
 
@@ -55,6 +55,20 @@ SET_BY_TRAINING = {
     "fast_dev_run": "lightning.trainer.max_steps",
 }
 """Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
+
+
+class ConfigError(ValueError):
+    """One or more mistakes of a config, one line each."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message on an unknown name: the nearest known one, if one is near."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def validate(config: Mapping[str, Any]) -> list[str]:

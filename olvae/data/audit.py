@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from olvae.config.sources import holds_shards, is_local
+from olvae.config.reading import holds_shards, is_local
 from olvae.data.dataset import ImageDataset
 from olvae.data.image import Bands, Photo
 from olvae.data.opening import open_images, open_source

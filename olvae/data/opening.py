@@ -11,7 +11,7 @@ from typing import Any
 from webdataset.shardlists import expand_urls
 
 from olvae.config import Config, ConfigError, instantiate, load, with_paths
-from olvae.config.sources import find_source, holds_shards, is_local
+from olvae.config.reading import find_source, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop

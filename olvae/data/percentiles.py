@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from rich.table import Table
 
-from olvae.config.sources import holds_shards
+from olvae.config.reading import holds_shards
 from olvae.data.image import Photo, image_to_tensor
 from olvae.data.opening import open_images
 from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE

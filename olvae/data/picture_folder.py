@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from olvae.config.sources import EXTENSIONS
+from olvae.config.reading import EXTENSIONS
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode

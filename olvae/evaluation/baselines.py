@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from olvae.config.sources import is_local
+from olvae.config.reading import is_local
 from olvae.data.image import image_to_tensor, tensor_to_picture
 from olvae.data.opening import open_test_source
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, from_uint8, to_uint8

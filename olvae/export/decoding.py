@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.config.sources import EXTENSIONS
+from olvae.config.reading import EXTENSIONS
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard

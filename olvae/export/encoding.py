@@ -16,7 +16,7 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.config.sources import holds_shards, is_local
+from olvae.config.reading import holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import open_images, open_source

@@ -7,7 +7,7 @@ import pytest
 
 from olvae import config as cfg
 from olvae.config import ConfigError
-from olvae.config.sources import holds_shards
+from olvae.config.reading import holds_shards
 from olvae.data.opening import make_absolute, open_source, open_test_source, where_it_is
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards

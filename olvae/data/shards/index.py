@@ -13,7 +13,7 @@ from typing import Any
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from olvae.config.sources import EXTENSIONS, SUFFIXES, is_local
+from olvae.config.reading import EXTENSIONS, SUFFIXES, is_local
 from olvae.data.read_errors import warn_once
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
 from olvae.files import reason, write_json

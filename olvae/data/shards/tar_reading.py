@@ -24,7 +24,7 @@ from urllib.request import getproxies, proxy_bypass
 import fsspec
 from webdataset.tariterators import group_by_keys
 
-from olvae.config.sources import EXTENSIONS, is_local
+from olvae.config.reading import EXTENSIONS, is_local
 from olvae.data.read_errors import ReadError
 from olvae.files import first_line, legible, reason
 
