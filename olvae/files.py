@@ -5,6 +5,7 @@ import difflib
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -12,9 +13,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
+
+log = logging.getLogger("olvae")
 
 
 @contextmanager
@@ -155,6 +159,12 @@ def legible(name: str) -> str:
 def printable(name: str) -> str:
     """Put a file's name on one line: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, on one line, at its first call in a process."""
+    log.warning(printable(message))
 
 
 def list_skipped(skipped: Iterable[tuple[str, str]]) -> str:

@@ -1,6 +1,7 @@
-"""Run folders: the files in one, the settings it was trained with, and the lock that one training holds."""
+"""Run folders: the files in one, its settings, the places of its data, and the lock that one training holds."""
 
 import contextlib
+import glob
 import itertools
 import logging
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from olvae import config as cfg
-from olvae.config import Config, ConfigError
-from olvae.files import check_folder
+from olvae.config import Config, ConfigError, with_paths
+from olvae.config.reading import is_local
+from olvae.files import check_folder, warn_once
 
 log = logging.getLogger("olvae.training")
 
@@ -144,6 +146,57 @@ def config_of(run: Run) -> Config:
 def _without_config(run: Run) -> str:
     again = f"start a new run from its weights with `base` CFG and `actual_resume` {run.last_checkpoint}"
     return f"put a copy of that file back, or {again}"
+
+
+def make_absolute(config: Config) -> dict[str, str]:
+    """Make the relative paths of a config's data absolute, in place; returns them as written, by their absolute ones.
+
+    Only those that lead somewhere from this folder are paths here: others are URLs, commands, ids of the hub.
+    """
+    written: dict[str, str] = {}
+
+    def change(text: str) -> str:
+        if Path(text).expanduser().is_absolute() or not _is_there(text):
+            return text
+        folder = str(Path.cwd()) if Path(text).exists() else glob.escape(str(Path.cwd()))
+        written[full := str(Path(folder, text))] = text
+        return full
+
+    config["data"] = with_paths(config["data"], change)
+    return written
+
+
+def where_it_is(config: Config) -> Config:
+    """The ``data`` of a config with their present places; see :func:`moves`."""
+    found = moves(config)
+    return with_paths(config["data"], lambda text: found.get(text, text))
+
+
+def moves(config: Config) -> dict[str, str]:
+    """The data that are no longer where they were when the run was started, and their places in this folder."""
+    written = settings_of(config).paths
+    found: dict[str, str] = {}
+
+    def look(text: str) -> str:
+        if text in written and not _is_there(text) and _is_there(written[text]):
+            found[text] = str(Path.cwd() / written[text])
+            warn_once(f"{text}: this run's data are not there any more: taken from {found[text]}")
+        return text
+
+    with_paths(config["data"], look)
+    return found
+
+
+def _is_there(text: str) -> bool:
+    """Whether a path or a pattern, of files or of shards, exists."""
+    if not is_local(text) or Path(text).expanduser().exists():
+        return is_local(text)
+    from webdataset.shardlists import expand_urls
+
+    try:
+        return any(True for pattern in expand_urls(text) for _ in glob.iglob(pattern, recursive=True))  # noqa: PTH207
+    except (AssertionError, ValueError):  # an environment variable that is not set, braces that do not close
+        return False
 
 
 class RunLock:

@@ -1,26 +1,23 @@
-"""Open SRC, the data argument of commands, and find a run's data from any folder.
+"""Open SRC, the data argument of commands, and the test images of a run.
 
 It is a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files, ``samples``,
 ``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``, or a config.yaml.
 """
 
-import glob
 from pathlib import Path
 from typing import Any
 
-from webdataset.shardlists import expand_urls
-
-from olvae.config import Config, ConfigError, instantiate, load, with_paths
-from olvae.config.reading import find_source, holds_shards, is_local
+from olvae.config import Config, ConfigError, instantiate, load
+from olvae.config.reading import find_source, holds_shards
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop
 from olvae.data.picture_folder import Files, find_images
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
-from olvae.data.read_errors import ReadError, warn_once
+from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
-from olvae.runs import settings_of
+from olvae.runs import where_it_is
 
 
 def open_source(
@@ -98,52 +95,3 @@ def _build(node: Config, where: str) -> Source:
     if not isinstance(source, Source):
         raise ConfigError(f"{where}: {node['target']} is not a source of images")
     return source
-
-
-def make_absolute(config: Config) -> dict[str, str]:
-    """Make the relative paths of a config's data absolute, in place; returns them as written, by their absolute ones.
-
-    Only those that lead somewhere from this folder are paths here: others are URLs, commands, ids of the hub.
-    """
-    written: dict[str, str] = {}
-
-    def change(text: str) -> str:
-        if Path(text).expanduser().is_absolute() or not _is_there(text):
-            return text
-        folder = str(Path.cwd()) if Path(text).exists() else glob.escape(str(Path.cwd()))
-        written[full := str(Path(folder, text))] = text
-        return full
-
-    config["data"] = with_paths(config["data"], change)
-    return written
-
-
-def where_it_is(config: Config) -> Config:
-    """The ``data`` of a config with their present places; see :func:`moves`."""
-    found = moves(config)
-    return with_paths(config["data"], lambda text: found.get(text, text))
-
-
-def moves(config: Config) -> dict[str, str]:
-    """The data that are no longer where they were when the run was started, and their places in this folder."""
-    written = settings_of(config).paths
-    found: dict[str, str] = {}
-
-    def look(text: str) -> str:
-        if text in written and not _is_there(text) and _is_there(written[text]):
-            found[text] = str(Path.cwd() / written[text])
-            warn_once(f"{text}: this run's data are not there any more: taken from {found[text]}")
-        return text
-
-    with_paths(config["data"], look)
-    return found
-
-
-def _is_there(text: str) -> bool:
-    """Whether a path or a pattern, of files or of shards, exists."""
-    if not is_local(text) or Path(text).expanduser().exists():
-        return is_local(text)
-    try:
-        return any(True for pattern in expand_urls(text) for _ in glob.iglob(pattern, recursive=True))  # noqa: PTH207
-    except (AssertionError, ValueError):  # an environment variable that is not set, braces that do not close
-        return False

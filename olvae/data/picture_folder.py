@@ -11,8 +11,8 @@ from olvae.config.reading import EXTENSIONS
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
-from olvae.data.read_errors import ReadError, warn_once
-from olvae.files import legible, nearest_path
+from olvae.data.read_errors import ReadError
+from olvae.files import legible, nearest_path, warn_once
 
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "validation", "test")
 

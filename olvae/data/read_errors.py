@@ -5,7 +5,6 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,11 +17,6 @@ log = logging.getLogger("olvae.data")
 REPLACEMENTS = 20  # number of other images that are tried in place of an unreadable one
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@cache
-def warn_once(message: str) -> None:
-    log.warning(printable(message))
 
 
 class ReadError(NamedTuple):

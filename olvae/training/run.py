@@ -19,7 +19,6 @@ from olvae import config as cfg
 from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
-from olvae.data.opening import make_absolute, moves
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials
@@ -27,7 +26,7 @@ from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
 from olvae.models.weight_files import locate_weights
-from olvae.runs import Run, RunLock, Settings
+from olvae.runs import Run, RunLock, Settings, make_absolute, moves
 from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
 from olvae.training.origin import start_from

@@ -8,7 +8,8 @@ import pytest
 from olvae import config as cfg
 from olvae.config import ConfigError
 from olvae.config.reading import holds_shards
-from olvae.data.opening import make_absolute, open_source, open_test_source, where_it_is
+from olvae.data.opening import open_source, open_test_source
+from olvae.runs import make_absolute, where_it_is
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
 
@@ -120,7 +121,7 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     moved = tmp_path / "b"
     home.rename(moved)
     monkeypatch.chdir(moved)
-    with caplog.at_level(logging.WARNING, "olvae.data"):
+    with caplog.at_level(logging.WARNING, "olvae"):
         assert open_test_source(config).images == 4
         assert where_it_is(config)["params"]["root"] == str(moved / "photos")
     expected = f"{home / 'photos'}: this run's data are not there any more: taken from {moved / 'photos'}"

@@ -14,9 +14,8 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from olvae.config.reading import EXTENSIONS, SUFFIXES, is_local
-from olvae.data.read_errors import warn_once
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
-from olvae.files import reason, write_json
+from olvae.files import reason, warn_once, write_json
 
 INDEX = "index.json"  # the file beside the shards with the number of images in each; ``olvae data pack`` writes it
 
