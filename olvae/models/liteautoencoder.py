@@ -299,11 +299,13 @@ class LiteAutoencoderKL(ValidatedModule):
         with ExitStack() as watching:
             for part in self.each_part:
                 watching.enter_context(part.watch(self))
+                part.on_images(self, step)
             given = None if stand_in is None else stand_in.posterior(step.images, step.moments)
             step.encoded = self.encode(step.images) if given is None or not self.freeze_encoder else None
             posterior = given or step.encoded
             assert posterior is not None
-            step.posterior, step.latent, step.target = posterior, self.draw(posterior), step.images
+            step.posterior, step.target = posterior, step.images
+            step.drawn = step.latent = self.draw(posterior)
             for part in self.each_part:
                 part.on_latent(self, step)
             decodes = stand_in is None or not self.freeze_decoder

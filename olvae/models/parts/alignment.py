@@ -36,7 +36,7 @@ class Alignment(Part):
             encoder's last convolution (quant_conv where there is one), in each step; else it is 1. It costs another
             backward pass through the decoder.
         cosine_margin, distance_margin: m1 and m2 of the paper.
-        of: the ``mean`` of the posterior [D], or a ``sample`` of it, as in the published code.
+        of: the ``mean`` of the posterior [D], or the ``sample`` of it that is decoded, as in the published code.
         project_distance: let the distance term see the projected latent, as the published code does; by default it sees
             the latent itself, as in the paper's formula.
     """
@@ -74,12 +74,14 @@ class Alignment(Part):
         fixed += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
         if fixed:
             yield f"parts.{self.name}: the latents can't change ({', '.join(fixed)}): leave it out"
+        if self.of == "sample" and not model.sample_posterior:
+            yield f"parts.{self.name}.params.of: no sample is drawn (sample_posterior): set it to mean"
         if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):
             yield f"parts.{self.name}.params.adaptive_weight: no loss compares images: set it to false"
 
     def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
         assert step.encoded is not None
-        terms = self(step.images, step.encoded.mean if self.of == "mean" else step.encoded.sample())
+        terms = self(step.images, step.encoded.mean if self.of == "mean" else step.drawn)
         weight: Tensor | float = self.weight
         if self.adaptive_weight:
             pixels = model.objective.weighted(step.losses, *IMAGE_TERMS)

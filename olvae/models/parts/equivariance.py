@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,21 +20,25 @@ if TYPE_CHECKING:
 class Equivariance(Part):
     """On some steps, shrink and rotate the latent and the target image alike before they are compared.
 
-    The choice is the same in all processes and for the whole update. Not taken over from EQ-VAE's published code: a
-    quarter of its other steps is on images that were shrunk before they are encoded.
+    The choice is the same in all processes and for the whole update. All defaults are those of EQ-VAE's published code.
 
     Args:
-        probability: of such a step; 0.5 is the paper's (Kouzelis et al. 2025).
-        antialias: of the scaling; the published code has none.
-        adversary: whether the adversary plays on these steps, as in the published code. Its discriminator has to take
-            images of any size, as PatchGAN does.
+        probability: of such a step, also the paper's (Kouzelis et al. 2025).
+        antialias: of the scaling.
+        adversary: whether the adversary plays on all these steps. Its discriminator then has to take images of any size,
+            as PatchGAN does.
+        shrunk: probability of a step, among the others, whose images are shrunk before they are encoded, by the same
+            scales, so that the autoencoder still knows small images; images that come with moments stay whole.
     """
 
-    def __init__(self, probability: float = 0.5, antialias: bool = False, adversary: bool = True) -> None:
+    def __init__(
+        self, probability: float = 0.5, antialias: bool = False, adversary: bool = True, shrunk: float = 0.25
+    ) -> None:
         super().__init__()
-        if not 0.0 <= probability <= 1.0:
-            raise ValueError(f"probability must be between 0 and 1, got {probability}")
-        self.probability, self.antialias, self.adversary = probability, antialias, adversary
+        for name, value in {"probability": probability, "shrunk": shrunk}.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        self.probability, self.antialias, self.adversary, self.shrunk = probability, antialias, adversary, shrunk
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
         if model.freeze_decoder and model.stand_in is not None:
@@ -53,13 +58,22 @@ class Equivariance(Part):
                 message = f"model.params.parts.{self.name}.params.adversary: set it to false, or take PatchGAN: {error}"
                 raise ConfigError(message) from error
 
+    def on_images(self, model: "LiteAutoencoderKL", step: Step) -> None:
+        self._alike = not step.warming_up and step.shared.random() < self.probability
+        whole = step.warming_up or self._alike or step.moments is not None
+        if not whole and step.shared.random() < self.shrunk:
+            positions = math.gcd(*step.images.shape[-2:]) // model.autoencoder.downscale
+            step.images = resize(step.images, _fraction(positions, step.shared), self.antialias)
+            step.adversary_plays &= self.adversary
+
     def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
-        if not step.warming_up and step.shared.random() < self.probability:
+        if self._alike:
             step.latent, step.target = transform_alike(step.latent, step.target, step.shared, self.antialias)
             step.adversary_plays &= self.adversary
 
     def describe(self) -> str:
-        return f"on {self.probability:.0%} of the steps"
+        others = (1.0 - self.probability) * self.shrunk
+        return f"on {self.probability:.0%} of the steps, shrunk images on {others:.0%}"
 
 
 def sizes_of(positions: int) -> range:
@@ -76,16 +90,21 @@ def transform_alike(
     EQ-VAE's published code; both are the same for the whole batch. Scaling is bilinear, in float32. A latent of which
     no smaller size has whole positions is rotated alone.
     """
-    h, w = z.shape[-2:]
-    common = math.gcd(h, w)
-    sizes = sizes_of(common) or range(common, common + 1)
-    size = sizes[generator.integers(len(sizes))]
+    scale = _fraction(math.gcd(*z.shape[-2:]), generator)
     turns = 1 + int(generator.integers(3))
+    z, x = (resize(t, scale, antialias).rot90(turns, dims=(-2, -1)) for t in (z, x))
+    return z, x
 
-    def transform(t: Tensor) -> Tensor:
-        if size != common:
-            shape = [side * size // common for side in t.shape[-2:]]
-            t = F.interpolate(t.float(), size=shape, mode="bilinear", antialias=antialias)
-        return t.rot90(turns, dims=(-2, -1))
 
-    return transform(z), transform(x)
+def _fraction(positions: int, generator: np.random.Generator) -> Fraction:
+    """A scale that keeps so many latent positions whole; 1 if no smaller one does."""
+    sizes = sizes_of(positions) or range(positions, positions + 1)
+    return Fraction(sizes[generator.integers(len(sizes))], positions)
+
+
+def resize(t: Tensor, scale: Fraction, antialias: bool) -> Tensor:
+    """Scale (B, C, H, W), whose sides times ``scale`` are whole; bilinear, in float32, unless the scale is 1."""
+    if scale == 1:
+        return t
+    shape = [int(side * scale) for side in t.shape[-2:]]
+    return F.interpolate(t.float(), size=shape, mode="bilinear", antialias=antialias)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """A micro-batch on its way through a training step; parts read it, and change it in :meth:`Part.on_latent`."""
+    """A micro-batch on its way through a training step; parts read it, and change it in their first two hooks."""
 
     images: Tensor  # what is encoded: (B, C, H, W) in [-1, 1]
     moments: Tensor | None  # of a posterior that the data provide for the images, (B, 2 n_z, H/f, W/f)
@@ -31,7 +31,8 @@ class Step:
     """The encoder's posterior; None where a part stands in for a frozen encoder."""
     posterior: Posterior = field(init=False)
     """The posterior that the latent is drawn from: a stand-in's if there is one, else ``encoded``."""
-    latent: Tensor = field(init=False)  # what the decoder gets: (B, n_z, h, w)
+    drawn: Tensor = field(init=False)  # its sample, or its mode without ``sample_posterior``
+    latent: Tensor = field(init=False)  # what the decoder gets, (B, n_z, h, w); ``drawn``, unless a part changes it
     reconstruction: Tensor | None = field(init=False)
     """(B, C, f h, f w); None where a part stands in for a frozen decoder."""
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -95,6 +96,9 @@ class Part(nn.Module):
     def watch(self, model: "LiteAutoencoderKL") -> AbstractContextManager[None]:
         """A context around the autoencoder's forward pass of a step."""
         return nullcontext()
+
+    def on_images(self, model: "LiteAutoencoderKL", step: Step) -> None:
+        """Change the images or ``adversary_plays`` before encoding; moments, where there are any, are of the images."""
 
     def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
         """Change the latent, the target or ``adversary_plays`` before decoding."""

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from olvae.models.parts.part import Part, Step
 from olvae.modules.base import check_not_negative, island
@@ -14,17 +13,20 @@ if TYPE_CHECKING:
 
 
 class RandomNoise(Part):
-    """Let the decoder learn from latents under noise whose strength is drawn for each sample.
+    """Let the decoder learn from latents under noise whose strength is drawn for each sample, uniformly.
 
     With e from N(0, I), and the latent z in units in which each channel of the batch has mean 0 and variance 1, as a
     diffusion model sees it:
 
-    | ``how``       | the decoder gets            | strength                        |                              |
-    |---------------|-----------------------------|---------------------------------|------------------------------|
-    | `add`         | z + s e                     | s of a half-normal, sigma ``strength`` | RAE (arXiv 2510.11690)|
-    | `interpolate` | (1 - t) z + t ``scale`` e   | t uniform in (0, ``strength``)  | l-DeTok (arXiv 2507.15856)   |
+    | ``how``       | the decoder gets          | drawn from             | published with                             |
+    |---------------|---------------------------|------------------------|--------------------------------------------|
+    | `add`         | z + s e                   | s in (0, ``strength``) | ``strength`` .8: RAE (arXiv 2510.11690)    |
+    | `interpolate` | (1 - t) z + t ``scale`` e | t in (0, ``strength``) | 1, ``scale`` 3: l-DeTok (arXiv 2507.15856) |
 
-    The units are constants: no gradient tells the encoder to change them.
+    Formulas and figures are those of the papers' code. There noise is in the latent's own units: RAE's features have a
+    variance near 1, and l-DeTok's ``scale`` is beside what its encoder learns, so our default of 1 is [D], as are the
+    units. They are constants: no gradient tells the encoder to change them. l-DeTok also masks patches of the image,
+    which this does not.
 
     Args:
         how: add or interpolate.
@@ -53,8 +55,7 @@ class RandomNoise(Part):
         z = step.latent
         means = island(step.posterior.mean.detach())
         mean, unit = means.mean((0, 2, 3), keepdim=True), means.std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
-        drawn: Tensor = (torch.randn if self.how == "add" else torch.rand)(len(z), 1, 1, 1, device=z.device)
-        strength, noise = self.strength * drawn.abs(), torch.randn_like(z)
+        strength, noise = self.strength * torch.rand(len(z), 1, 1, 1, device=z.device), torch.randn_like(z)
         if self.how == "add":
             step.latent = z + strength * unit * noise
         else:

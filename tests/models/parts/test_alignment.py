@@ -101,6 +101,7 @@ def test_of_a_sample(vit):
         step = Step(x, None, None, warming_up=False, adversary_plays=False)
         step.encoded = DiagonalGaussian(moments)
         torch.manual_seed(1)
+        step.drawn = step.encoded.sample()
         losses[of] = alignment.losses(None, step)["align_cosine"][0]
         (gradient,) = torch.autograd.grad(losses[of], moments)
         assert bool(gradient[:, 5:].any()) == (of == "sample")
@@ -108,6 +109,22 @@ def test_of_a_sample(vit):
     by_hand = alignment(x, DiagonalGaussian(moments).sample())["align_cosine"]
     torch.testing.assert_close(losses["sample"], by_hand)
     assert losses["sample"].item() != losses["mean"].item()
+
+
+def test_the_sample_is_the_one_that_is_decoded(vit, image_folder):
+    """Before noise; a second sample would be another one."""
+    settings = {"of": "sample", "adaptive_weight": False}
+    noise = parts(latent_noise={"std": 5.0})
+    for others in ({}, noise):
+        model, decoded, aligned_with = aligned(vit, alignment=settings, parts=others), [], []
+        model.decoder.register_forward_pre_hook(lambda _, inputs, kept=decoded: kept.append(inputs[0].detach()))
+        model.parts["alignment"].register_forward_pre_hook(
+            lambda _, inputs, kept=aligned_with: kept.append(inputs[1].detach())
+        )
+        fit(model, image_folder, 1)
+        assert torch.equal(decoded[-1], aligned_with[-1]) == (not others)
+    with pytest.raises(ConfigError, match=r"of: no sample is drawn \(sample_posterior\): set it to mean"):
+        aligned(vit, alignment=settings, sample_posterior=False)
 
 
 def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:

@@ -1,5 +1,7 @@
 """Equivariance: latent and image scaled and rotated alike."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.losses.objective import kl_loss
 from olvae.models.parts import equivariance
-from olvae.models.parts.equivariance import sizes_of, transform_alike
+from olvae.models.parts.equivariance import Equivariance, sizes_of, transform_alike
+from olvae.models.parts.part import Step
 from tests.conftest import parts
 from tests.models.steps import (
     PATCHGAN,
@@ -140,8 +143,9 @@ def test_a_discriminator_of_fixed_sizes_is_refused(image_folder, discriminator, 
 
 def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_folder, monkeypatch):
     transform, calls = equivariance.transform_alike, []
-    settings = {"probability": 0.5, "adversary": False}
-    model = build(against(), parts=parts(equivariance=settings), accumulate_grad_batches=2)
+    settings = {"probability": 0.5, "adversary": False, "shrunk": 0.5}
+    model, sides = build(against(), parts=parts(equivariance=settings), accumulate_grad_batches=2), []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
 
     def record(z, x, generator, antialias):
         calls.append((model.global_step, generator.bit_generator.state))
@@ -150,8 +154,45 @@ def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_fold
     monkeypatch.setattr(equivariance, "transform_alike", record)
     fit(model, image_folder, 16, batch_size=1)
     assert 2 * 2 <= len(calls) <= 2 * 14  # 8, and three standard deviations of 2
-    assert model.adversary.updates == 16 - len(calls) // 2
     assert calls[::2] == calls[1::2]
+    sides = sides[-32:]  # without those of a check before the first step
+    assert sides[::2] == sides[1::2]
+    assert 1 <= (shrunk := sum(side < 16 for side in sides[::2])) <= 10  # 4, and three standard deviations of 2
+    assert model.adversary.updates == 16 - len(calls) // 2 - shrunk
+
+
+def test_a_quarter_of_the_other_steps_encodes_shrunk_images():
+    """As published; half the size without antialiasing is the mean of 2x2 pixels, a quarter that of the middle four."""
+    model, x = SimpleNamespace(autoencoder=SimpleNamespace(downscale=8)), torch.randn(1, 3, 32, 32)
+
+    def images(seed: int, part: Equivariance, moments=None, warming_up=False) -> Tensor:
+        step = Step(x, moments, generator(seed), warming_up, adversary_plays=True)
+        part.on_images(model, step)
+        assert step.adversary_plays == (part.adversary or step.images is x)
+        return step.images
+
+    shrunk = [t for seed in range(800) if (t := images(seed, Equivariance(adversary=seed % 2 == 0))) is not x]
+    assert len(shrunk) == pytest.approx(100, abs=30)  # an eighth, and three standard deviations
+    assert {t.shape[-1] for t in shrunk} == {8, 16, 24}
+    for t in shrunk:
+        if (k := 32 // t.shape[-1]) > 1:
+            blocks = x.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # (1, 3, s, k, s, k)
+            middle = slice(k // 2 - 1, k // 2 + 1)
+            torch.testing.assert_close(t, blocks[:, :, :, middle, :, middle].mean((3, 5)), atol=1e-6, rtol=0)
+    always = Equivariance(probability=0.0, shrunk=1.0)
+    assert images(0, always) is not x
+    assert images(0, always, moments=torch.zeros(1)) is x  # they are of the whole image
+    assert images(0, always, warming_up=True) is x
+
+
+def test_a_shrunk_image_is_what_its_reconstruction_is_compared_with(image_folder):
+    model, seen = build(parts=parts(equivariance={"probability": 0.0, "shrunk": 1.0})), []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.decoder.register_forward_hook(lambda _, z, y: seen.append(y.detach()))
+    values = metrics(fit(model, image_folder, 1, size=32))
+    x, y = seen[-2:]
+    assert x.shape[-1] in (8, 16, 24)
+    assert values["train/rec"] == pytest.approx((x - y).abs().mean().item(), rel=1e-5)
 
 
 def test_equivariance_compares_with_the_transformed_image(image_folder, monkeypatch):
