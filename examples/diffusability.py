@@ -223,14 +223,6 @@ def features(extract: Extract, images: Tensor) -> Features:
     return np.concatenate([extract(part) for part in images.split(BATCH)])
 
 
-def compare(
-    extract: Extract, distance: Callable[[Features, Features], float], images: dict[str, Tensor]
-) -> dict[str, float]:
-    """The distance of each set of images to the first one, by name."""
-    reference, *others = (features(extract, part) for part in images.values())
-    return {name: distance(reference, other) for name, other in zip(list(images)[1:], others, strict=True)}
-
-
 def spread(values: list[float]) -> dict[str, float]:
     """Mean and sample standard deviation over the seeds; the latter needs two of them."""
     deviation = {"std": statistics.stdev(values)} if len(values) > 1 else {}
@@ -323,10 +315,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
     }
     for name, (extract, distance) in networks.items():
-        found = compare(extract, distance, images)
+        of = {key: features(extract, part) for key, part in images.items()}
+        floors = {key: distance(of["reference"], of[key]) for key in ("reconstructions", "decoded_latents")}
         for result in results:
-            result[name] = found.pop(f"seed {result['settings']['seed']}")
-        document[name] = {**spread([result[name] for result in results]), **found}
+            samples = of[f"seed {result['settings']['seed']}"]
+            result[name] = distance(of["reference"], samples)
+            result[f"{name}_to_decoded"] = distance(of["decoded_latents"], samples)
+        document[name] = {**spread([result[name] for result in results]), **floors}
+        to_decoded = spread([result[f"{name}_to_decoded"] for result in results])
+        document[name] |= {f"{key}_to_decoded": value for key, value in to_decoded.items()}
         print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in document[name].items()))
     write_json({**document, "seeds": results}, args.out / "diffusability.json")
     rows = {name.replace("_", " "): part[:: max(1, len(part) // SHOWN)][:SHOWN] for name, part in images.items()}
