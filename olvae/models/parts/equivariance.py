@@ -25,7 +25,7 @@ class Equivariance(Part):
     Args:
         probability: of such a step, also the paper's (Kouzelis et al. 2025).
         antialias: of the scaling.
-        adversary: whether the adversary plays on all these steps. Its discriminator then has to take images of any size,
+        adversary: whether the adversary plays on these steps too; its discriminator then takes images of any size,
             as PatchGAN does.
         shrunk: probability of a step, among the others, whose images are shrunk before they are encoded, by the same
             scales, so that the autoencoder still knows small images; images that come with moments stay whole.
