@@ -121,8 +121,17 @@ def rgb(image: Tensor) -> Image.Image:
     return Image.fromarray(image[:3].permute(1, 2, 0).contiguous().cpu().numpy())
 
 
+def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
+    """The mean of each value and as many before it as make up the window, fewer at the start; NaN while one is NaN."""
+    counts = np.minimum(np.arange(1, len(values) + 1), window)
+    return np.asarray(np.convolve(values, np.ones(window))[: len(values)] / counts)
+
+
 def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
-    """Plot steps and values into a PNG, one panel per entry; titles of curves of fewer than five points say so."""
+    """Plot steps and values into a PNG, one panel per entry; titles of curves of fewer than five points say so.
+
+    From 50 points on they are pale, below their :func:`running_mean` over the last 4 % of all points.
+    """
     from matplotlib.figure import Figure
 
     columns = min(4, len(curves))
@@ -131,7 +140,10 @@ def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], p
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, (name, (steps, values)) in zip(axes, curves.items(), strict=False):
         points = len(steps)
-        panel.plot(steps, values, linewidth=1.2, marker="o" if points < 20 else "", markersize=3)
+        window = max(1, points // 25)
+        pale = 1.0 if window == 1 else 0.3
+        panel.plot(steps, values, "C0", linewidth=1.2, marker="o" if points < 20 else "", markersize=3, alpha=pale)
+        panel.plot(steps, running_mean(values, window), "C0", linewidth=1.2)
         panel.set_title(f"{name} ({points} point{'s' * (points != 1)})" if points < 5 else name, fontsize=10)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)

@@ -38,11 +38,11 @@ def network_rows() -> list[Any]:
 
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
-    """Trainings in this process neither plot their curves nor count MACs, which is most of the time of a tiny one.
+    """Trainings in this process neither plot curves nor count MACs nor fork loaders: most of the time of a tiny one.
 
     A session's, for the fixtures that train; :func:`whole_training` has both.
     """
-    from olvae.training import progress
+    from olvae.training import launch, progress
 
     def unplotted(curves: Mapping[str, Any], path: Path) -> None:
         assert all(len(steps) == len(values) > 0 for steps, values in curves.values())
@@ -51,6 +51,7 @@ def quick_training() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "plot_curves", unplotted)
         patch.setattr(progress, "count_macs", lambda *_: 0)
+        patch.setattr(launch, "MOST_WORKERS", 0)
         yield
 
 

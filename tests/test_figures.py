@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from olvae.figures import comparison, error_map, labelled_grid, plot_curves, save_image
+from olvae.figures import comparison, error_map, labelled_grid, plot_curves, running_mean, save_image
 
 
 def test_error_map_goes_from_black_to_white_at_64():
@@ -49,6 +51,13 @@ def test_formats_without_so_many_channels(tmp_path, channels, name):
     with pytest.raises(ValueError, match=f"{channels} channels can't be written as"):
         save_image(torch.zeros(channels, 2, 2, dtype=torch.uint8), tmp_path / name)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_running_mean_is_of_the_values_before():
+    values = [*range(10), math.nan, 3.0, 5.0, 7.0]
+    expected = [np.mean(values[max(0, i - 2) : i + 1]) for i in range(14)]
+    assert running_mean(values, 3) == pytest.approx(expected, nan_ok=True)
+    assert running_mean(values[:10], 1).tolist() == values[:10]
 
 
 def test_a_panel_says_that_its_curves_have_few_points(tmp_path, monkeypatch):

@@ -212,6 +212,8 @@ class SamplePhotographs(MappedSource):
         min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
+    in_memory = True
+
     def __init__(
         self,
         size: int = 64,

@@ -136,6 +136,7 @@ class Source(ABC):
     Raises ValueError: a number is out of its range, or the range has mistakes.
     """
 
+    in_memory = False  # whether its pictures are, so that training takes no loader processes unless it is asked to
     tensor = "image"  # key of the samples' tensors in a batch
     latent_stats: Sequence[Mapping[str, Any]] = ()  # stats.json of each folder of latents that come with the images
     shares_evenly = False  # whether each rank validates on every n-th image, which makes its loader's length known

@@ -126,9 +126,9 @@ class ValidatedModule(pl.LightningModule):
         values = [{} if states is None else self._summarise(states[1:])]  # rFID's features go to one process alone
         if dist.is_initialized():
             dist.broadcast_object_list(values)
-        self.validation_values = values[0]
+        self.validation_values = {} if self.trainer.sanity_checking else values[0]  # of its two batches
         self._metrics = {}
-        self.log_dict(self.validation_values)
+        self.log_dict(values[0])
         self.log("step", float(self.global_step))
 
     def _summarise(self, others: Sequence[Any]) -> dict[str, float]:

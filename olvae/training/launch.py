@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,19 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies.launchers import subprocess_script
 from torch.distributed.constants import default_pg_timeout
 
-from olvae.config import ConfigError
+from olvae.config import Config, ConfigError
+from olvae.config.nodes import arguments_of
 from olvae.data.read_errors import worker_death
+from olvae.data.source import Source
 from olvae.devices import join, local_rank, srun_environment
+from olvae.pool import cores
 from olvae.runs import Run
 from olvae.training.progress import notify
 from olvae.training.setup import slurm_job
 
 log = logging.getLogger("olvae.training")
+
+MOST_WORKERS = 8  # loader processes of a rank, unless the config gives their number
 
 
 def find_launcher() -> ClusterEnvironment | None:
@@ -107,6 +113,22 @@ def least(number: int) -> int:
         numbers = [number] * dist.get_world_size()
         dist.all_gather_object(numbers, number)
     return min(numbers)
+
+
+def choose_workers(source: Source, data: Config, processes: int, nodes: int) -> None:
+    """Set a source's loader processes, in its node ``data`` too, where that leaves them out: as many as cores a rank.
+
+    They are fewer if the data can't be shared among so many, and none for pictures in memory.
+    """
+    arguments = arguments_of(data["target"])
+    params = data.setdefault("params", {})
+    if "num_workers" in params or source.in_memory or "num_workers" not in (arguments.parameters if arguments else ()):
+        return
+    for source.num_workers in range(min(MOST_WORKERS, least(cores()) * nodes // processes), -1, -1):
+        with suppress(ValueError):
+            source.check_processes(processes)
+            break
+    params["num_workers"] = source.num_workers
 
 
 SEE = "see its own output, or the system's log of killed processes"

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from olvae.figures import plot_curves
 from olvae.files import reason
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs, count_parameters
+from olvae.pool import cores
 from olvae.runs import Run, Settings
 
 log = logging.getLogger("olvae.training")
@@ -91,7 +91,7 @@ class Status:
         texts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
         texts.append(f"{self.images_per_s():.1f} images/s")
         if (share := self.waiting_share()) > LARGE_WAIT_SHARE:
-            texts.append(f"waiting for data {share:.0%} (num_workers)")
+            texts.append(f"waiting for data {share:.0%} (raise data.params.num_workers)")
         return "  ".join(texts)
 
 
@@ -217,7 +217,7 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
         "decoder": _network(model.decoder, (1, vae.decoder.z_channels, size // f, size // f), size),
         "latent": f"f{f}, {vae.latent_channels} channels: {size}x{size} -> {size // f}x{size // f}",
         "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
-        "data": f"{source.describe()}, {size}x{size}",
+        "data": f"{source.describe()}, {size}x{size}; {source.num_workers or 'no'} loader processes",
         "batch": f"{images * batches * processes} = {images} x {batches} accumulated x {processes} processes",
         "learning rate": f"{model.learning_rate:g}, {model.scheduler}{end if model.scheduler == 'cosine' else ''}"
         + (f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""),
@@ -251,13 +251,13 @@ def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:
 
 def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> Iterator[str]:
     """Warn of settings that make a training or its scores worse."""
-    images, workers, cores = source.val_images, source.num_workers * trainer.world_size, os.cpu_count() or 1
+    images, workers, own = source.val_images, source.num_workers * trainer.world_size, cores()
     if images is not None and images < MIN_VAL_IMAGES:
         yield f"only {images} held-out images: scores are uncertain, and `olvae evaluate` prints by how much"
     if model.warmup_steps >= trainer.max_steps:
         yield f"the learning rate rises until step {model.warmup_steps}: shorten model.params.warmup_steps for a trial"
-    if workers > cores and trainer.num_nodes == 1:
-        yield f"{workers} loader processes on {cores} cores: data.params.num_workers"
+    if workers > own and trainer.num_nodes == 1:
+        yield f"{workers} loader processes on {own} cores: lower data.params.num_workers"
 
 
 def describe_gain(model: LiteAutoencoderKL) -> str:
@@ -268,7 +268,7 @@ def describe_gain(model: LiteAutoencoderKL) -> str:
     beside = (
         "" if start is None else f", {abs(psnr - start):.2f} {'below' if psnr < start else 'above'} the linear code"
     )
-    return f": {psnr:.2f} dB in validation{beside}"
+    return f": {psnr:.2f} dB in the last validation{beside}"
 
 
 def print_ending(run: Run, title: str) -> None:

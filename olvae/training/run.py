@@ -122,6 +122,8 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
+    if plan.resumed is None:
+        launch.choose_workers(source, config["data"], processes, int(trainer_args.get("num_nodes", 1)))
     settings = replace(settings, paths={**settings.paths, **make_absolute(config)})  # of what was downloaded just now
     quieten()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -174,6 +176,8 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 notify(line)
     for logger in trainer.loggers:
         logger.log_hyperparams(prepared.config)
+        if resumed is None and model.linear_psnr is not None:
+            logger.log_metrics({"val/psnr": model.linear_psnr}, step=0)
     launch.watch_processes(run)
     try:
         with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it

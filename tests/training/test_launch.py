@@ -11,13 +11,14 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from olvae.cli.main import main
-from olvae.config import ConfigError, load, save
+from olvae.config import ConfigError, instantiate, load, save
 from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
-from olvae.training.launch import check_same, cluster, find_launcher, process_count
+from olvae.training.launch import check_same, choose_workers, cluster, find_launcher, process_count
 from olvae.training.run import TrainingStopped, train
 from olvae.training.setup import TrainOptions
 from tests.conftest import tiny_config
+from tests.data.images import write_shards
 from tests.test_devices import fork_each, free_port
 from tests.training.conftest import srun, torchrun
 
@@ -87,6 +88,33 @@ def test_srun_with_its_other_option(under, monkeypatch):
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(ConfigError, match="srun: give it the options ntasks-per-node and nodes"):
         process_count({"devices": 2})
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "nodes", "workers"), [(2, 1, 1, 2), (96, 4, 1, 8), (4, 8, 1, 0), (12, 6, 2, 4)]
+)
+def test_loader_processes_are_a_rank_s_cores(image_folder, monkeypatch, cores, processes, nodes, workers):
+    """Shared by the ranks of a machine; a number in the config stays, and pictures in memory need none."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    node = tiny_config(image_folder)["data"]
+    source = instantiate(node)
+    choose_workers(source, node, processes, nodes)
+    assert (source.num_workers, node["params"]["num_workers"]) == (workers, workers)
+    node["params"]["num_workers"] = 5
+    choose_workers(source, node, processes, nodes)
+    assert (source.num_workers, node["params"]["num_workers"]) == (workers, 5)
+    node = tiny_config()["data"]
+    choose_workers(instantiate(node), node, processes, nodes)
+    assert "num_workers" not in node["params"]
+
+
+def test_as_many_loader_processes_as_can_share_the_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    shards = [f"pipe:cat {path}" for path in write_shards(tmp_path, (3, 3, 3))]  # which nobody can count
+    node = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {"shards": shards, "size": 8}}
+    node["params"] |= {"val_shards": shards, "batch_size": 1}
+    choose_workers(instantiate(node), node, 1, 1)
+    assert node["params"]["num_workers"] == 3
 
 
 def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):

@@ -41,7 +41,7 @@ def test_a_share_of_waiting_is_shown_when_it_is_large(now):
     status = Status()
     step(status, now, 9.0, 1.0, 1)
     step(status, now, 0.3, 0.7, 2)
-    assert str(status) == "8.0 images/s  waiting for data 30% (num_workers)"
+    assert str(status) == "8.0 images/s  waiting for data 30% (raise data.params.num_workers)"
     for i in range(3, 12):
         step(status, now, 0.0, 1.0, i)
     assert "waiting" not in str(status)
@@ -66,4 +66,5 @@ def test_the_bar_stays_on_one_line(now):
     with bar.console.capture() as capture:
         bar.console.print(bar.get_renderable())
     (line,) = capture.get().splitlines()
-    assert "loss 0.4325  160.0 images/s  waiting for data 20% (num_workers)" in re.sub(r"\x1b\[[0-9;]*m", "", line)
+    text = "loss 0.4325  160.0 images/s  waiting for data 20% (raise data.params.num_workers)"
+    assert text in re.sub(r"\x1b\[[0-9;]*m", "", line)

@@ -18,7 +18,7 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, load, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
-from olvae.training.run import RUN_ENV
+from olvae.training.run import RUN_ENV, TrainingStopped
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.models.steps import PATCHGAN, UNETGAN, against
@@ -332,12 +332,26 @@ def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd
     run = go(config=config)
     printed = capfd.readouterr().err
     start = re.search(r"linear code: (\d+\.\d\d) dB on \d validation images, fitted on 256", printed)
-    end = re.search(r"done after 4 steps: (\d+\.\d\d) dB in validation, (.*) (above|below) the linear code", printed)
+    end = re.search(r"done after 4 steps: (\d+\.\d\d) dB in the last validation, (.*) (above|below) the", printed)
     gain = float(end[1]) - float(start[1])
     assert float(end[2]) * (1 if end[3] == "above" else -1) == pytest.approx(gain, abs=0.011)
+    curve = scalars(run.path)["val/psnr"]
+    assert list(curve) == [0, 2, 4]
+    assert curve[0] == pytest.approx(float(start[1]), abs=0.006)
     go("lightning.trainer.max_steps=5", resume=str(run.path))
     printed = capfd.readouterr().err
     assert "fitted on" not in printed
     assert re.search(r"done after 5 steps: .* the linear code", printed), "the checkpoint has its value"
     go(config=config, actual_resume=str(run.path))
     assert "linear code" not in capfd.readouterr().err
+
+    step = LiteAutoencoderKL.training_step
+
+    def interrupt(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "training_step", interrupt)
+    with pytest.raises(TrainingStopped):
+        go("lightning.trainer.max_steps=9", config=config)
+    assert "stopped after 1 steps\n" in capfd.readouterr().err, "its two batches of the start are no validation"
