@@ -125,7 +125,7 @@ def tables_command(
         return
     shown = []
     for row in rows:
-        cells = {"group": row.group, "variant": row.variant, "name": row.name}
+        cells = {"group": row.group, "network": f"{row.variant} {row.name}" if row.group == "encoder" else row.name}
         cells |= {"M params": f"{row.params / 1e6:.4f}", "published": f"{row.published_params / 1e6:.2f}"}
         cells["GMACs"] = f"{row.macs / 1e9:.2f}"
         if row.published_macs is not None:

@@ -1,7 +1,9 @@
 """Run ``olvae validate``, ``olvae recipes`` and ``olvae recipes copy``: configs, and their mistakes."""
 
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,8 +81,11 @@ def show(context: typer.Context) -> None:
 
     lines = {name: _first_line(path) for name, path in recipes().items()}
     indent = 2 + max(map(len, lines))
+    beside = max(20, shutil.get_terminal_size().columns - indent)
     for name, line in lines.items():
-        typer.echo(f"{name:<{indent}}{line}")
+        for part in textwrap.wrap(line, beside, break_on_hyphens=False):
+            typer.echo(f"{name:<{indent}}{part}")
+            name = ""
 
 
 @recipes_app.command()

@@ -139,16 +139,21 @@ LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]], file: TextIO) -> None:
-    """Print cells by heading as a Markdown table; columns of numbers are aligned on the right."""
-    table = Table(box=box.MARKDOWN)
+    """Print cells by heading, in the columns of the terminal, or 80; what all rows share is in the title."""
     headings = dict.fromkeys(heading for row in sorted(rows, key=len, reverse=True) for heading in row)
+    shared = {heading: rows[0].get(heading, "") for heading in headings if len({row.get(heading) for row in rows}) < 2}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    if len(rows) > 1:
+        title = ", ".join((title, *(f"{heading} {cell}" for heading, cell in shared.items())))
+        headings = {heading: None for heading in headings if heading not in shared}
     for heading in headings:
         is_numeric = all(row.get(heading, "0")[:1].isdigit() for row in rows)
-        table.add_column(heading, justify="right" if is_numeric else "left")
+        side = "right" if is_numeric else "left"
+        table.add_column(heading.replace(" ", "\n"), justify=side, no_wrap=is_numeric, overflow="fold")
     for row in rows:
         table.add_row(*(escape(row.get(heading, "")) for heading in headings))
-    console = Console(file=file, width=200)
-    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
+    console = Console(file=file)
+    console.print(title, style="italic", highlight=False, markup=False)
     console.print(table)
 
 

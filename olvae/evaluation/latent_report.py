@@ -13,7 +13,7 @@ from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch
 from olvae.evaluation.latent_statistics import EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
 from olvae.evaluation.page import texts
-from olvae.evaluation.report import grid
+from olvae.evaluation.report import print_grid
 from olvae.files import atomic_write
 from olvae.models.autoencoder import Autoencoder
 
@@ -50,7 +50,7 @@ def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]
         f"latents of {data['n']} images of {data['size']}x{data['size']}; shift is the mean; sigma is the posterior's; "
         "KL in nats per position, over all channels"
     )
-    console.print(grid(title, texts({name: _moments(row) for name, row in rows.items()})))
+    print_grid(console, title, texts({name: _moments(row) for name, row in rows.items()}))
     mmds: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
         if row["deterministic"]:
@@ -68,7 +68,7 @@ def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]
             "1000 MMD^2 to N(0, I) by the kernel's bandwidth: of the latents, of (z - shift) x scaling, and the error "
             "that N(0, I) itself would have"
         )
-        console.print(grid(title, texts(mmds)))
+        print_grid(console, title, texts(mmds))
     else:
         console.print("MMD: skipped, it needs at least two different images")
 

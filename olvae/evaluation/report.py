@@ -37,10 +37,10 @@ def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = s
     for evaluated in several:
         counts = {row.n for row in evaluated.results.table}
         images = f", {counts.pop()} images" if len(counts) == 1 else ""
-        console.print(grid(f"protocol {_title(evaluated.results)}{images}", quality(evaluated)))
+        print_grid(console, f"protocol {_title(evaluated.results)}{images}", quality(evaluated))
     rows = several[0].results.rows
     if any(row.cost for row in rows):
-        console.print(grid(f"cost: {conditions(rows)}", costs(rows)))
+        print_grid(console, f"cost: {conditions(rows)}", costs(rows))
     for line in dict.fromkeys(line for evaluated in several for line in _remarks(evaluated, brief=True)):
         console.print(worded(line), markup=False, highlight=False, soft_wrap=True)
 
@@ -167,16 +167,24 @@ def _remarks(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in evaluated.results.warnings())
 
 
-def grid(title: str, table: Table) -> Grid:
-    """A table for the terminal; on a narrow one its numbers stay whole, and names are folded."""
-    grid = Grid(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    grid.add_column("target", overflow="fold", min_width=8)
-    columns = headings(table)
-    for heading in columns:
-        grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for target, cells in table.items():
-        grid.add_row(*map(escape, [target, *_shown(cells, columns)]))
-    return grid
+def print_grid(console: Console, title: str, table: Table) -> None:
+    """Print a table, in several parts if its columns need them: numbers stay whole, and names are folded."""
+    parts: list[list[str]] = [[]]
+    left = room = console.width - 12  # what names keep, and their margin
+    for heading in headings(table):
+        texts = [*heading.split(" "), *(text for cells in table.values() for text in _shown(cells, [heading]))]
+        if (left := left - max(map(len, texts)) - 2) < 0:
+            parts.append([])
+            left = room - max(map(len, texts)) - 2
+        parts[-1].append(heading)
+    for number, columns in enumerate(parts):
+        grid = Grid(title="" if number else title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        grid.add_column("target", overflow="fold", min_width=8)
+        for heading in columns:
+            grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+        for target, cells in table.items():
+            grid.add_row(*map(escape, [target, *_shown(cells, columns)]))
+        console.print(grid)
 
 
 def _shown(cells: Mapping[str, Cell], columns: Sequence[str]) -> Iterator[str]:

@@ -48,7 +48,9 @@ def test_everything(olvae, tiny, tmp_path):
 
     code, out, err = olvae("bench", "dwt", *options)
     assert (code, out) == (0, "")
-    assert "| with gradient | " in err
+    table = err.split("\ndwt, ")[1]
+    assert " with gradient " in table
+    assert max(map(len, table.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from olvae.config import ConfigError, load
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_every_recipe_is_listed_with_a_sentence(olvae):
+def test_every_recipe_is_listed_with_a_sentence(olvae, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, err = olvae("recipes")
     assert (code, err) == (0, "")
-    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert max(map(len, out.splitlines())) <= 80
+    listed = dict(line.split(maxsplit=1) for line in re.sub(r"\n +", " ", out).splitlines())
     in_checkout = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     assert {f"{name}.yaml" for name in listed} == in_checkout
     assert {"demo", "phase_a", "imagenet/A2", "finetune/sdxl"} <= listed.keys()

@@ -2,10 +2,13 @@ import csv
 import math
 from dataclasses import replace
 
+from rich.console import Console
+
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
+from olvae.evaluation.page import Cell
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.report import print_results, write_csv, write_markdown
+from olvae.evaluation.report import print_grid, print_results, write_csv, write_markdown
 from olvae.evaluation.results import Row
 from olvae.evaluation.roundtrip import Cost
 from olvae.evaluation.runner import Evaluated
@@ -23,6 +26,16 @@ def test_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
         assert text in shown, shown
     assert max(map(len, shown.splitlines())) <= 80
     assert ", 90 images" in " ".join(shown.split())
+
+
+def test_more_columns_than_fit_take_several_tables(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    cells = {f"metric {i}": Cell(f"{i}{i}.{i}{i}{i} ±{i}.00") for i in range(10)}
+    print_grid(Console(stderr=True), "title", {"runs/2026-11-27T12-34-56_a_long_name_bf16": cells, "b": cells})
+    shown = capsys.readouterr().err
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.count("title") == 1
+    assert all(shown.count(cell.text) == 2 for cell in cells.values())
 
 
 def test_markdown_has_quality_and_cost_in_one_row(tmp_path):

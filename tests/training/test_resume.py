@@ -189,16 +189,16 @@ def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, run, tm
     """By the flags, a config file and overrides; the config then is the new one. The checkpoint names the run."""
     save({"model": {"base_learning_rate": 1e-3, "params": {"use_ema": False}}}, tmp_path / "more.yaml")
     before = load([run.config])
-    overrides = ("lightning.trainer.max_steps=3", "model.base_learning_rate=0.002", "data.params.num_workers=0")
+    overrides = ("lightning.trainer.max_steps=3", "model.base_learning_rate=0.002", "data.params.num_workers=1")
     code, err = olvae_train("--resume", run.last_checkpoint, "--base", tmp_path / "more.yaml", "--seed", 3, *overrides)
     assert code == 0, err
     assert err.splitlines()[:6] == [
         "settings that differ from the run's own:",
         "  model.base_learning_rate: 0.001 -> 0.002",
+        "  data.params.num_workers: 0 -> 1",
         "  lightning.trainer.max_steps: 2 -> 3",
         "  run.seed: 0 -> 3",
         "  model.params.use_ema: not set -> false",
-        "  data.params.num_workers: not set -> 0",
     ]
     after = load([run.config])
     assert after["model"]["base_learning_rate"] == 0.002
