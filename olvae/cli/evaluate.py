@@ -237,7 +237,7 @@ def _finish(
 
     from olvae.evaluation.report import OF_EARLIER_ROWS, print_results, write_files
 
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "olvae"), *sys.argv[1:]])
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
     for i, one in enumerate(evaluated):

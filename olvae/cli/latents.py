@@ -32,6 +32,7 @@ def command(
 
     check_paths(*targets, data=data)
     with loading():
+        from olvae.config.reading import place_of
         from olvae.devices import gather, join, leave, resolve_device
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents
         from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE
@@ -65,7 +66,7 @@ def command(
             bar.advance()
 
     about = {
-        "source": data or found[0].config["data"]["target"],
+        "source": data or place_of(found[0].config["data"]),
         "images": source.describe_val_images(),
         "size": source.size,
         "n": next(iter(rows.values()))["n"],

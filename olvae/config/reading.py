@@ -81,6 +81,13 @@ def _of_its_place(node: Config, before: Config, given: Container[str]) -> Config
     return {**node, "target": new, "params": {**kept, **named}}
 
 
+def place_of(data: Config) -> str:
+    """Where a node's held-out images are: the path that it names, or else its target."""
+    params = data.get("params") or {}
+    keys = ("val_root", "val_shards", "root", "shards", "path", "folder")
+    return str(next((params[key] for key in keys if params.get(key)), data.get("target")))
+
+
 def find_source(src: str) -> tuple[str, Config]:
     """The target of the source that trains on SRC (see :mod:`olvae.data.opening`), and the params that name SRC.
 

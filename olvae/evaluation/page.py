@@ -115,6 +115,22 @@ def differences(results: Results) -> Table:
     return rows if any(rows.values()) else {}
 
 
+def meaning(results: Results) -> str:
+    """The first row's PSNR in one sentence, in 8-bit steps and beside the best of the others; empty without one."""
+    first, *rest = results.rows
+    psnr = first.metrics.get("psnr", math.inf)
+    if math.isinf(psnr):
+        return ""
+    text = f"{first.target} misses a pixel's values by about {255 * 10 ** (-psnr / 20):.1f} of 255 (PSNR {psnr:.2f} dB)"
+    others = {row.target: row.differences["psnr"] for row in rest if "psnr" in row.differences}
+    if others:
+        name = max(others, key=lambda target: others[target].value)
+        value, low, high = others[name]
+        chance = ", which other images may reverse" if low <= 0.0 <= high else ""
+        text += f"; the best of the others is {abs(value):.2f} dB {'better' if value > 0 else 'worse'}{chance}: {name}"
+    return f"{text}."
+
+
 COSTS: Mapping[str, Callable[[Cost], float | None]] = {
     "M params": lambda cost: cost.parameters / 1e6,
     "GMACs encode": lambda cost: cost.encode_macs / 1e9,

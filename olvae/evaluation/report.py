@@ -17,7 +17,7 @@ from olvae import __version__
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer
-from olvae.evaluation.page import NONE, Cell, Page, Table, conditions, costs, differences, headings, scores
+from olvae.evaluation.page import NONE, Cell, Page, Table, conditions, costs, differences, headings, meaning, scores
 from olvae.evaluation.results import Results, used_weights
 from olvae.evaluation.runner import Evaluated
 from olvae.files import atomic_write, no_empty_folders, remove_partials, write_json
@@ -122,6 +122,7 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
         command=command,
         when=when or datetime.now().astimezone(),
         environment=versions | {name: _version(name) for name in PACKAGES},
+        meaning=meaning(results),
         scores=quality(evaluated),
         counts={row.n for row in results.table},
         notes=list(notes(evaluated)),
@@ -163,6 +164,8 @@ def notes(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
 
 
 def _remarks(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
+    if sentence := meaning(evaluated.results):
+        yield sentence
     yield from notes(evaluated, brief)
     yield from (f"warning: {warning}" for warning in evaluated.results.warnings())
 

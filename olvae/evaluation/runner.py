@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from olvae.config import Config, ConfigError
+from olvae.config.reading import place_of
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
@@ -237,7 +238,7 @@ def _describe_images(request: Request, source: Source, loader: Loader) -> dict[s
         loader.read_errors.share()
     parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged)) or []
     return {
-        "source": request.data or (request.config.get("data") or {}).get("target", type(source).__name__),
+        "source": request.data or place_of(request.config["data"]),
         "unreadable": len({place for _, places, _ in parts for place in places}),
         "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
         "enlarged": sum(enlarged for _, _, enlarged in parts),

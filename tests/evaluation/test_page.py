@@ -194,6 +194,23 @@ def test_the_numbers_and_marks(whole):
     for words in ("0123456789abcdef", "397923af" * 8, "the same", "12 images are few.", COMMAND, LONG, "batches of 4"):
         assert words in text
     assert "12 images of tiles, sha256 abababababababab…" in text
+    assert text.startswith(f"one, {LONG}, three: open-litevae, 64 px")
+    off = 255 * 10 ** (-values[0] / 20)
+    best = f"(PSNR {values[0]:.2f} dB); the best of the others is 2.50 dB worse: {LONG}."
+    assert f"one misses a pixel's values by about {off:.1f} of 255 {best}" in text
+
+
+def test_images_stand_side_by_side_with_every_target(whole):
+    """The same image in a row, and each reconstruction with its own value."""
+    table = render_page(whole).split('<table class="beside"')[1].split("</table>")[0]
+    rankings, rows = whole.observers[0].rankings, table.split("<tr>")[2:]
+    assert len(rows) == 4
+    for row in rows:
+        first, *others = re.findall(r'alt="([^"]*)"', row)
+        key = first.removeprefix("input of ")
+        assert others == [f"reconstruction of {key}"] * 3
+        found = re.findall(r"PSNR ([\d.]+) dB", row)
+        assert found == [next(f"{e.value:.1f}" for e in r.arbitrary(12) if e.key == key) for r in rankings.values()]
 
 
 def test_bars_are_as_long_as_the_error(whole):

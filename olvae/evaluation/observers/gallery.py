@@ -18,6 +18,7 @@ from olvae.metrics import METRICS
 
 LPIPS_FROM = 32  # images of at least this many pixels a side are ranked by LPIPS, if it is known; smaller ones by PSNR
 SHOWN = 8  # images of the figure, chosen by the hash of their keys alone
+BESIDE = 4  # of them on the page, side by side
 
 
 class Example(NamedTuple):
@@ -130,15 +131,17 @@ class Gallery(Observer):
         if self._metric is None or not self.rankings:
             return None
         groups = {target: ranking.examples() for target, ranking in self.rankings.items()}
+        beside = list(zip(*(ranking.arbitrary(BESIDE) for ranking in self.rankings.values()), strict=True))
         count = sum(len(examples) for named in groups.values() for examples in named.values())
         metric, _, unit = METRICS[self._metric].label.partition(", ")
         return page.render(
             "gallery.html",
             groups=groups,
+            beside=beside,
             metric=metric,
             unit=unit,
             triple=_triple,
-            limit=side_limit(3 * count),
+            limit=side_limit(3 * count + len(beside) * (1 + len(groups))),
             error_range=ERROR_RANGE,
         )
 
