@@ -148,8 +148,9 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]], file: TextIO) -> 
         headings = {heading: None for heading in headings if heading not in shared}
     for heading in headings:
         is_numeric = all(row.get(heading, "0")[:1].isdigit() for row in rows)
-        side = "right" if is_numeric else "left"
-        table.add_column(heading.replace(" ", "\n"), justify=side, no_wrap=is_numeric, overflow="fold")
+        table.add_column(
+            heading.replace(" ", "\n"), justify="right" if is_numeric else "left", no_wrap=is_numeric, overflow="fold"
+        )
     for row in rows:
         table.add_row(*(escape(row.get(heading, "")) for heading in headings))
     console = Console(file=file)
