@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
 
 log = logging.getLogger("olvae")
@@ -74,6 +74,25 @@ def _runs(process: int) -> bool:
     except OSError:  # of another user
         return True
     return True
+
+
+def lock_file(file: TextIO, patience: float = 0.0) -> None:
+    """Lock an open file for this process, which ends with it; wait up to ``patience`` seconds for another one's end.
+
+    Raise BlockingIOError if another process has it until then, OSError on a system or file system without locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("the system has no flock") from error
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(min(0.2, patience))
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

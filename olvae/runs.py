@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import socket
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -17,7 +16,7 @@ from typing import Any, TextIO
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, with_paths
 from olvae.config.reading import is_local
-from olvae.files import check_folder, warn_once
+from olvae.files import check_folder, lock_file, warn_once
 
 log = logging.getLogger("olvae.training")
 
@@ -225,7 +224,7 @@ class RunLock:
         """
         file = run.lock.open("a+", encoding="utf-8")
         try:
-            _lock(file, time.monotonic() + patience)
+            lock_file(file, patience)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -241,20 +240,3 @@ class RunLock:
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
         file.flush()
         self._file = file
-
-
-def _lock(file: TextIO, until: float = 0.0) -> None:
-    """Lock an open file for this process, or raise OSError; BlockingIOError if another one has it until a time."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError("the system has no flock") from error
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise
-            time.sleep(0.2)
-        else:
-            return

@@ -148,7 +148,7 @@ def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, caplog):
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(runs, "_lock", unsupported)
+    monkeypatch.setattr(runs, "lock_file", unsupported)
     with RunLock() as lock:
         lock.take(run)
     assert caplog.messages == [

@@ -220,11 +220,8 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
 
 
-def with_progress(description: str, shared: bool = True) -> "Callable[[Iterable[Batch], int | None], Iterator[Batch]]":
-    """Wrap this process's batches in a progress bar over the images of all, which only the first process shows.
-
-    If they are not ``shared``, the first process alone has batches.
-    """
+def with_progress(description: str) -> "Callable[[Iterable[Batch], int | None], Iterator[Batch]]":
+    """Wrap this process's batches in a progress bar over the images of all, which only the first process shows."""
     from olvae.devices import this_process
 
     def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
@@ -232,6 +229,6 @@ def with_progress(description: str, shared: bool = True) -> "Callable[[Iterable[
         with ProgressBar(description, total, enabled=rank == 0) as bar:
             for batch in batches:
                 yield batch
-                bar.advance(len(batch["image"]) * (world if shared else 1))
+                bar.advance(len(batch["image"]) * world)
 
     return wrap

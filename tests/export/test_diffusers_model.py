@@ -149,7 +149,7 @@ def test_gradients_are_not_lost_to_tiling(vae):
 def test_what_can_not_be_tiled_says_so(vae):
     model = AutoencoderLiteVAE.from_autoencoder(sd())
     model.enable_tiling(100)
-    with pytest.raises(ValueError, match="SDEncoder sees the whole image at every position and can't be streamed"):
+    with pytest.raises(ValueError, match="SDEncoder encodes whole images only"):
         model.encode(torch.randn(1, 3, 16, 24))
     with (
         torch.no_grad(),

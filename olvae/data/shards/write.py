@@ -1,11 +1,9 @@
 """Write shards one by one into a folder, resumably: after a kill at any moment the same command continues."""
 
-import fcntl
 import io
 import json
 import shutil
 import tarfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,7 +14,7 @@ from olvae.config import ConfigError
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import ShardRecord
 from olvae.devices import this_process
-from olvae.files import atomic_write, file_sha256, remove_partials, write_json
+from olvae.files import atomic_write, file_sha256, lock_file, remove_partials, write_json
 
 LOCK_S = 5.0  # worker processes of a killed run need a moment to notice
 
@@ -106,15 +104,10 @@ class ResumableShards:
         """
         self._state.mkdir(parents=True, exist_ok=True)
         with (self._state / "lock").open("w") as file:
-            end = time.monotonic() + LOCK_S
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > end:
-                        raise ConfigError(f"`out` {self.folder}: another `{command}` is at work there") from error
-                    time.sleep(0.1)
+            try:
+                lock_file(file, LOCK_S)
+            except BlockingIOError as error:
+                raise ConfigError(f"`out` {self.folder}: another `{command}` is at work there") from error
             yield
 
     @contextmanager

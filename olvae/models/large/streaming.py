@@ -39,9 +39,9 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
         return torch.cat([encoder(part) for part in x.split(together)])
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
-            f"{type(encoder).__name__} sees the whole image at every position and can't be streamed; encoding "
-            f"{x.shape[-1]}x{x.shape[-2]} pixels takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: "
-            "allow more memory, or a smaller image"
+            f"{type(encoder).__name__} encodes whole images only: LiteVAE's encoder works in strips. "
+            f"{x.shape[-1]}x{x.shape[-2]} pixels take {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more "
+            "memory, or a smaller image"
         )
     if encoder.training or x.dtype not in STREAMED:
         raise ValueError("streaming takes float32 or half precision, and evaluation mode: call model.eval() first")

@@ -68,7 +68,7 @@ def test_progress_ends_at_one(arguments, networks):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match=r"SDEncoder sees the whole image .* encoding 24x16 pixels takes"):
+    with pytest.raises(ValueError, match=r"SDEncoder encodes whole images only: .* 24x16 pixels take"):
         sd().encode_within(torch.randn(1, 3, 16, 24), 1)
     vae = autoencoder()
     with pytest.raises(ValueError, match=r"call model\.eval"):
