@@ -81,7 +81,7 @@ def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
 
 
 def now(device: str) -> float:
-    """Seconds of a clock, once the device has finished its work."""
+    """Synchronise the device, and read a clock, in seconds."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()

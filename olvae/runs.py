@@ -147,7 +147,7 @@ def _without_config(run: Run) -> str:
     return f"put a copy of that file back, or {again}"
 
 
-def make_absolute(config: Config) -> dict[str, str]:
+def make_data_absolute(config: Config) -> dict[str, str]:
     """Make the relative paths of a config's data absolute, in place; returns them as written, by their absolute ones.
 
     Only those that lead somewhere from this folder are paths here: others are URLs, commands, ids of the hub.
@@ -155,7 +155,7 @@ def make_absolute(config: Config) -> dict[str, str]:
     written: dict[str, str] = {}
 
     def change(text: str) -> str:
-        if Path(text).expanduser().is_absolute() or not _is_there(text):
+        if Path(text).expanduser().is_absolute() or not _is_present(text):
             return text
         folder = str(Path.cwd()) if Path(text).exists() else glob.escape(str(Path.cwd()))
         written[full := str(Path(folder, text))] = text
@@ -165,19 +165,19 @@ def make_absolute(config: Config) -> dict[str, str]:
     return written
 
 
-def where_it_is(config: Config) -> Config:
-    """The ``data`` of a config with their present places; see :func:`moves`."""
-    found = moves(config)
+def present_data(config: Config) -> Config:
+    """The ``data`` of a config with the present places of its files; see :func:`find_moved_data`."""
+    found = find_moved_data(config)
     return with_paths(config["data"], lambda text: found.get(text, text))
 
 
-def moves(config: Config) -> dict[str, str]:
-    """The data that are no longer where they were when the run was started, and their places in this folder."""
+def find_moved_data(config: Config) -> dict[str, str]:
+    """Find data that moved together with the working folder since the run was started: new places by old ones."""
     written = settings_of(config).paths
     found: dict[str, str] = {}
 
     def look(text: str) -> str:
-        if text in written and not _is_there(text) and _is_there(written[text]):
+        if text in written and not _is_present(text) and _is_present(written[text]):
             found[text] = str(Path.cwd() / written[text])
             warn_once(f"{text}: this run's data are not there any more: taken from {found[text]}")
         return text
@@ -186,7 +186,7 @@ def moves(config: Config) -> dict[str, str]:
     return found
 
 
-def _is_there(text: str) -> bool:
+def _is_present(text: str) -> bool:
     """Whether a path or a pattern, of files or of shards, exists."""
     if not is_local(text) or Path(text).expanduser().exists():
         return is_local(text)

@@ -1,4 +1,4 @@
-"""What `olvae bench` measures, in groups; and the table of networks that `olvae tables` prints."""
+"""Benchmarks of `olvae bench`, in groups; and the table of networks that `olvae tables` prints."""
 
 import contextlib
 import copy

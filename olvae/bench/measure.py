@@ -48,7 +48,7 @@ class Times:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Something to measure."""
+    """A benchmark: its work, the size of that, and what it is compared with."""
 
     name: str
     variant: str

@@ -1,4 +1,4 @@
-"""``olvae data pack``, ``olvae data check`` and ``olvae data range``."""
+"""Run ``olvae data``: pack images into shards, check a source, measure its values."""
 
 import sys
 from pathlib import Path

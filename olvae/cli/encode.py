@@ -128,7 +128,7 @@ def command(
 
 
 def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder") -> Iterator[str]:
-    """Warn of factors of the same model that differ from those of these latents, which their reader takes."""
+    """Warn if factors that are known for the model differ from those of these latents."""
     from olvae.export.exporting import Factors, read_factors
 
     here = Factors(stats["scaling_factor"], stats["shift_factor"], stats["count"])

@@ -1,4 +1,4 @@
-"""``olvae evaluate``."""
+"""Run ``olvae evaluate``: metrics, tables and a report of reconstructions."""
 
 import shlex
 import sys
@@ -189,7 +189,7 @@ def command(
 def _observers(
     cross: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
 ) -> list["Observer"]:
-    """What the flags ask to look at, in the order of the page."""
+    """Make the observers that the flags ask for, in the order of the page."""
     from olvae.config import resolve_class
     from olvae.evaluation.observers.bands import Bands
     from olvae.evaluation.observers.cross import Cross
@@ -209,7 +209,7 @@ def _observers(
 
 
 def _read_earlier(path: Path) -> "Results":
-    """An earlier metrics.json whose entries can be shown, as :meth:`~olvae.evaluation.results.Results.read`."""
+    """Read an earlier metrics.json, and check that its entries can be shown; raises as ``Results.read``."""
     from olvae.evaluation.report import OF_EARLIER_ROWS
     from olvae.evaluation.results import Results
 
@@ -260,7 +260,7 @@ def _finish(
 
 
 def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
-    """Where results go, checked before the work: ``out``, the run's folder, or one beside a file of weights."""
+    """Choose and check the folder of the results: ``out``, the run's folder, or one beside a file of weights."""
     from olvae.config import ConfigError
     from olvae.files import check_folder
     from olvae.runs import find_run

@@ -1,4 +1,4 @@
-"""``olvae export``."""
+"""Run ``olvae export``: write a trained model in a format of this package, diffusers or ComfyUI."""
 
 from pathlib import Path
 from typing import Annotated, Literal

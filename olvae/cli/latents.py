@@ -1,4 +1,4 @@
-"""``olvae latents``."""
+"""Run ``olvae latents``: describe the distribution of latents."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""``olvae train``."""
+"""Run ``olvae train``: train from config files, or continue a run."""
 
 import signal
 import sys

@@ -87,7 +87,7 @@ def validate(config: Mapping[str, Any]) -> list[str]:
 
 
 def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
-    """Name another node's argument for an unknown key: one of its name, or a near one where its own node has none."""
+    """Suggest another node's argument for an unknown key: one of its name, or a near one where its node has none."""
     if not any(": unknown key; " in mistake for mistake in mistakes):
         return mistakes
     trainer = arguments_of("lightning.pytorch.Trainer")

@@ -43,12 +43,12 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
         given = {item.partition("=")[0].removeprefix("data.params.").partition(".")[0] for item in overrides}
         below = merge_files(paths, resolve=False).get("data") if "root" in given else None
         before = below.get("params") if isinstance(below, dict) else None
-        config["data"] = _of_its_place(data, before if isinstance(before, dict) else {}, given)
+        config["data"] = _with_matching_source(data, before if isinstance(before, dict) else {}, given)
     return config
 
 
-def _of_its_place(node: Config, before: Config, given: Container[str]) -> Config:
-    """The node of the source that reads what a node's params name; the node itself if that is its own.
+def _with_matching_source(node: Config, before: Config, given: Container[str]) -> Config:
+    """Replace a data node's target by the source that reads what its params name, if its own does not.
 
     ``given`` are the params that overrides name; ``before`` those without overrides, if ``root`` is given.
     """

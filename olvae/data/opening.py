@@ -17,7 +17,7 @@ from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
-from olvae.runs import where_it_is
+from olvae.runs import present_data
 
 
 def open_source(
@@ -38,7 +38,7 @@ def open_source(
         config = load([src])
         if "data" not in config:
             raise ConfigError(f"{src}: has no data")
-        return _build(where_it_is(config), f"{src}: data.target")
+        return _build(present_data(config), f"{src}: data.target")
     if src == "samples":
         return SamplePhotographs(size, min(batch_size, 64), num_workers)
     common: dict[str, Any] = {"channels": channels, "max_unreadable": 1.0, "range": pixel_range.as_node()}
@@ -67,7 +67,7 @@ def open_test_source(
         return open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
     if not config.get("data"):
         raise ConfigError("the first target has no data to take images from: set `data`")
-    node = where_it_is(config)
+    node = present_data(config)
     if size is not None:
         node["params"]["size"] = size
     return _build(node, "data.target")

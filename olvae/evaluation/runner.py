@@ -1,4 +1,4 @@
-"""``evaluate``: from a request (targets, images, protocols) to results."""
+"""Evaluate a request (targets, images, protocols) in one pass over the images."""
 
 import copy
 import hashlib

@@ -23,7 +23,7 @@ from olvae.models.loading.latent_diffusion import LatentDiffusionLoader, latent_
 from olvae.models.loading.loader import Family, LoadOptions
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
-from olvae.modules.distributions import certain_moments
+from olvae.modules.distributions import deterministic_moments
 from olvae.modules.others.wrapped import HALVES, encode_image, moments_of
 from olvae.modules.sdvae import set_padding
 
@@ -303,7 +303,7 @@ def _in_units(back: DiffusersAutoencoder, mean: Tensor, std: Tensor) -> Loaded:
     """A deterministic autoencoder whose latents are in a diffusion model's units, which need no factors."""
 
     def moments(x: Tensor) -> Tensor:
-        return certain_moments(back.encode(x).mean * std + mean)
+        return deterministic_moments(back.encode(x).mean * std + mean)
 
     return Loaded(IN_DIFFUSERS, moments, lambda z: back.decode((z - mean) / std))
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import island, mean_over_processes
+from olvae.modules.base import mean_over_processes, upcast
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
         raise TypeError("logits come as the list that a discriminator returns, got a single tensor: wrap it in [ ]")
     if not logits:
         raise ValueError("the list of logits is empty: a discriminator returns at least one tensor")
-    return [island(t) for t in logits]
+    return [upcast(t) for t in logits]
 
 
 def _pair(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -129,9 +129,9 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
         raise ValueError("R1 needs the gradient at real_images: call .requires_grad_() before the discriminator")
     if len(logits) == 0 or any(t.shape[:1] != real_images.shape[:1] for t in logits):
         raise ValueError("R1 takes the list of logit tensors (B, ...) that the discriminator returned for real_images")
-    total = torch.stack([island(t).sum() for t in logits]).sum()  # a sample's gradient is that of its own logits
+    total = torch.stack([upcast(t).sum() for t in logits]).sum()  # a sample's gradient is that of its own logits
     (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
-    return 0.5 * island(gradient).flatten(1).square().sum(dim=1).mean()
+    return 0.5 * upcast(gradient).flatten(1).square().sum(dim=1).mean()
 
 
 class LeCam(nn.Module):
@@ -169,7 +169,7 @@ class LeCam(nn.Module):
         if len(real_logits) != outputs or len(fake_logits) != outputs:
             got = f"{len(real_logits)} real and {len(fake_logits)} fake ones"
             raise ValueError(f"LeCam was built for {outputs} logit tensors, got {got}: set num_outputs to fit")
-        real, fake = [island(t) for t in real_logits], [island(t) for t in fake_logits]
+        real, fake = [upcast(t) for t in real_logits], [upcast(t) for t in fake_logits]
         if self.training:
             self._move(real, fake)
         terms: list[Tensor] = []

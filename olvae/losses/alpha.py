@@ -7,12 +7,12 @@ from torch import Tensor
 
 from olvae.losses.objective import Objective, l1
 from olvae.losses.perceptual import Perceptual
-from olvae.modules.base import island
+from olvae.modules.base import upcast
 
 
 def over(image: Tensor, background: Tensor) -> Tensor:
     """Lay RGBA (B, 4, H, W) in [-1, 1] over a background (B or 1, 3, H or 1, W or 1): (B, 3, H, W), in float32."""
-    image = island(image)
+    image = upcast(image)
     alpha = (image[:, 3:] + 1.0) / 2.0
     return image[:, :3] * alpha + background * (1.0 - alpha)
 

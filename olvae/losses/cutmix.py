@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from olvae.losses.adversarial import check_logits, find_loss, mean_of_outputs
-from olvae.modules.base import island
+from olvae.modules.base import upcast
 
 
 def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -38,8 +38,8 @@ def _inside(size: int, share: Tensor, place: Tensor) -> Tensor:
 
 def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
     """E (D(mix(x, y)) - mix(D(x), D(y)))^2 over all pixels (Schönfeld et al. 2020), in float32; all (B, 1, H, W)."""
-    target = torch.where(mask > 0.5, island(real_logits), island(fake_logits))
-    return (island(mixed_logits) - target).square().mean()
+    target = torch.where(mask > 0.5, upcast(real_logits), upcast(fake_logits))
+    return (upcast(mixed_logits) - target).square().mean()
 
 
 def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.losses.perceptual import PERCEPTUAL, Perceptual
-from olvae.modules.base import island, no_autocast
+from olvae.modules.base import no_autocast, upcast
 from olvae.modules.distributions import Posterior
 from olvae.modules.wavelet import dwt2
 
@@ -19,16 +19,16 @@ IMAGE_TERMS = ("rec", *PERCEPTUAL, "wavelet", "gaussian")  # those that compare 
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
-    return (island(x) - island(y)).abs().mean()
+    return (upcast(x) - upcast(y)).abs().mean()
 
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
-    return (island(x) - island(y)).square().mean()
+    return (upcast(x) - upcast(y)).square().mean()
 
 
 def charbonnier(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
     """mean sqrt(d^2 + eps^2): an L1 that is smooth at 0. Its value for equal inputs is eps [P 4.3]."""
-    return ((island(x) - island(y)).square() + eps**2).sqrt().mean()
+    return ((upcast(x) - upcast(y)).square() + eps**2).sqrt().mean()
 
 
 RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "l2": l2, "charbonnier": charbonnier}
@@ -46,7 +46,7 @@ def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
 
 def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
     """Separable Gaussian filter with reflected borders, in float32: (B, C, H, W) -> (B, C, H, W)."""
-    x = island(x)
+    x = upcast(x)
     radius = kernel_size // 2
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma).square())
@@ -60,7 +60,7 @@ def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor
 
 def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
     """L1 between x - blur(x) and y - blur(y), images (B, C, H, W); 5x5, sigma 1 [D]."""
-    difference = island(x) - island(y)  # the filter is linear: the difference of the residuals is its residual
+    difference = upcast(x) - upcast(y)  # the filter is linear: the difference of the residuals is its residual
     return l1(difference, gaussian_blur(difference, kernel_size, sigma))
 
 
@@ -75,7 +75,7 @@ def kl_loss(posterior: Posterior, x: Tensor) -> Tensor:
 
 def latent_loss(mean: Tensor, target: Tensor, std: Tensor) -> Tensor:
     """Mean squared distance of two latents (B, n_z, h, w), in units of a standard deviation per channel, (n_z)."""
-    return ((island(mean) - island(target)) / island(std)[:, None, None]).square().mean()
+    return ((upcast(mean) - upcast(target)) / upcast(std)[:, None, None]).square().mean()
 
 
 def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
 
     In this direction it is steep where ours is too narrow and grows linearly where it is too wide.
     """
-    difference = island(target) - island(logvar)
+    difference = upcast(target) - upcast(logvar)
     return 0.5 * (difference.exp() - 1.0 - difference).mean()
 
 
@@ -92,7 +92,7 @@ def marginal_cosine_loss(projected: Tensor, features: Tensor, margin: float = 0.
 
     Both (B, d, h, w): the latent by a linear projection, and features.
     """
-    cosine = F.cosine_similarity(island(projected), island(features), dim=1)  # (B, h, w)
+    cosine = F.cosine_similarity(upcast(projected), upcast(features), dim=1)  # (B, h, w)
     return F.relu(1.0 - margin - cosine).mean()
 
 
@@ -106,7 +106,7 @@ def marginal_distance_loss(z: Tensor, features: Tensor, margin: float = 0.25) ->
 
 def _cosines(x: Tensor) -> Tensor:
     """Of all pairs of positions of each sample: (B, C, h, w) -> (B, h w, h w)."""
-    unit = F.normalize(island(x).flatten(2), dim=1)  # (B, C, h w)
+    unit = F.normalize(upcast(x).flatten(2), dim=1)  # (B, C, h w)
     with no_autocast(unit):
         return unit.transpose(1, 2) @ unit
 

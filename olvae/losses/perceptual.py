@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.checkpoint import VGG16, VGG19, WeightsFile, find_weights
-from olvae.modules.base import island, no_autocast
+from olvae.modules.base import no_autocast, upcast
 from olvae.modules.frozen import Constant, conv5_4, installed_lite0, lite0_network, perceptual_network
 
 Perceptual = Literal["lpips", "esrgan", "lite0"]
@@ -54,7 +54,7 @@ class PerceptualLoss(Constant, ABC):
         """
         if self.channels is not None:
             x, y = x[:, self.channels], y[:, self.channels]
-        x, y = (_three_channels(island(image)) for image in (x, y))
+        x, y = (_three_channels(upcast(image)) for image in (x, y))
         with no_autocast(x):
             return self.distance(x, y)
 

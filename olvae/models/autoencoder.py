@@ -23,9 +23,9 @@ from olvae.modules.base import (
     Encoder,
     autocast_enabled,
     count_parameters,
-    island,
     keep_in_float32,
     last_convolution,
+    upcast,
 )
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.litevae.blocks import fold_smc
@@ -366,7 +366,7 @@ class LiteVAE(
         moments = (encode or self.encoder)(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
-        return island(moments) if autocast_enabled(moments) else moments
+        return upcast(moments) if autocast_enabled(moments) else moments
 
     @torch.no_grad()
     def moments_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Tensor:

@@ -67,7 +67,7 @@ def footprint(model: LiteAutoencoderKL, size: int, precision: str, checkpoint: b
 
 
 def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, checkpointed: Footprint) -> str | None:
-    """What to change where a micro-batch does not fit, in one sentence; None where it fits.
+    """Suggest in a sentence what to change where a micro-batch does not fit; None where it fits.
 
     Args:
         free: bytes on the device before training.

@@ -18,7 +18,7 @@ from olvae.data.source import LoaderProcess, Source
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.base import Decoder, Encoder, Stage, check_counts
-from olvae.modules.distributions import certain_moments
+from olvae.modules.distributions import deterministic_moments
 
 POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
 CROPS = (256, 4096)  # the fewest and the most training crops to take for them
@@ -54,7 +54,7 @@ class LinearEncoder(Encoder):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.linear is not None
-        return certain_moments(self.linear(x))  # (B, latent_dim, H/f, W/f)
+        return deterministic_moments(self.linear(x))  # (B, latent_dim, H/f, W/f)
 
 
 class LinearDecoder(Decoder):

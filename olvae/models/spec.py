@@ -163,7 +163,7 @@ def class_in(folder: Path) -> str | None:
 
 
 def _wrong_networks(params: Mapping[str, Any], only_ours: bool) -> Iterator[str]:
-    """Yield an error for each network that is none, or that a received config may not name; that is not imported."""
+    """Yield an error for each target that is no network, or that a received config may not name (not imported)."""
     from olvae.modules.base import Decoder, Encoder
 
     for key, kind in (("encoder_config", Encoder), ("decoder_config", Decoder)):

@@ -150,7 +150,7 @@ class Float32Conv2d(nn.Conv2d):
         if not autocast_enabled(x):
             return super().forward(x)
         with no_autocast(x):
-            return super().forward(island(x))
+            return super().forward(upcast(x))
 
 
 def keep_in_float32(conv: nn.Conv2d) -> None:
@@ -236,7 +236,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
-def island(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """``x`` in float32; float64 stays float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 

@@ -5,12 +5,12 @@ import hashlib
 import torch
 from torch import Tensor
 
-from olvae.modules.base import island
+from olvae.modules.base import upcast
 
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 
 
-def certain_moments(mean: Tensor) -> Tensor:
+def deterministic_moments(mean: Tensor) -> Tensor:
     """Means, and the smallest log-variances there are: (B, n_z, h, w) -> (B, 2 n_z, h, w)."""
     return torch.cat((mean, torch.full_like(mean, LOGVAR_RANGE[0])), dim=1)
 
@@ -48,7 +48,7 @@ class DiagonalGaussian:
 
     def kl(self) -> Tensor:
         """KL(self || N(0, I)) of each sample in nats, summed over its latent, in float32 or better: (B,)."""
-        mean, logvar = island(self.mean), island(self.logvar)
+        mean, logvar = upcast(self.mean), upcast(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.checkpoint import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file
-from olvae.modules.base import island
+from olvae.modules.base import upcast
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Constant(nn.Module):
-    """Holds a frozen ``network``, which moves with the module from device to device and is no part of it otherwise.
+    """Hold a frozen ``network``, which moves with the module from device to device and is no part of it otherwise.
 
     Copies of the module share the network.
     """
@@ -212,5 +212,5 @@ def _network(name: str, weights: Mapping[str, Tensor] | None) -> Any:
 
 def _resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """In float32."""
-    x = island(x)
+    x = upcast(x)
     return x if list(x.shape[-2:]) == list(size) else F.interpolate(x, size=list(size), mode=mode, antialias=True)

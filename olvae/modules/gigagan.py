@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import island, no_autocast
+from olvae.modules.base import no_autocast, upcast
 from olvae.modules.unetgan import SpectralConv2d
 
 
@@ -22,11 +22,11 @@ def l2_attention(qk: Tensor, v: Tensor) -> Tensor:
     is left out; the mean is subtracted first, which changes no distance and keeps the differences exact.
     """
     with no_autocast(qk):
-        q = island(qk)
+        q = upcast(qk)
         q = q - q.mean(dim=-2, keepdim=True)
         square = q.square().sum(dim=-1).unsqueeze(-2)  # (..., 1, N), of the keys
         logits = (2.0 * (q @ q.mT) - square) / sqrt(q.shape[-1])  # (..., N, N)
-        return logits.softmax(dim=-1) @ island(v)
+        return logits.softmax(dim=-1) @ upcast(v)
 
 
 class TransformerBlock(nn.Module):
@@ -156,7 +156,7 @@ class GigaGAN(nn.Module):
 def _halve(image: Tensor) -> Tensor:
     """Half the size, through a triangle filter four pixels wide, against aliasing; in float32."""
     with no_autocast(image):
-        half = F.interpolate(island(image), scale_factor=0.5, mode="bilinear", antialias=True)
+        half = F.interpolate(upcast(image), scale_factor=0.5, mode="bilinear", antialias=True)
     return half.to(image.dtype)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from olvae.modules.base import island, mean_over_processes
+from olvae.modules.base import mean_over_processes, upcast
 
 
 class PatchGAN(nn.Module):
@@ -64,7 +64,7 @@ class _SharedBatchNorm(_NormBase):
         running = self.running_mean, self.running_var
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return F.batch_norm(x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps)
-        h = island(x)
+        h = upcast(x)
         var, own = torch.var_mean(h, dim=(0, 2, 3), correction=0)
         mean = mean_over_processes(own)
         var = mean_over_processes(var + (own - mean).square())  # of squares less a square, float32 keeps no digits

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from olvae.modules.base import autocast_enabled, island, no_autocast
+from olvae.modules.base import autocast_enabled, no_autocast, upcast
 
 
 def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
@@ -30,9 +30,9 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
     """
     if x.ndim != 4:
         raise ValueError(f"dwt2 takes images of shape (B, C, H, W), got {tuple(x.shape)}")
-    y = _pad_to_even(island(x))  # (B, C, 2h, 2w)
+    y = _pad_to_even(upcast(x))  # (B, C, 2h, 2w)
     bands = _analysis_of(y) if wavelet == "haar" else _filter_analysis(y, wavelet)
-    return _from_island(bands, x)  # (B, 4C, h, w)
+    return _in_dtype_of(bands, x)  # (B, 4C, h, w)
 
 
 def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
@@ -45,11 +45,11 @@ def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None)
     h, w = y.shape[-2:]
     if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
         raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
-    bands = island(y)
+    bands = upcast(y)
     x = _synthesis_of(bands) if wavelet == "haar" else _filter_synthesis(bands, wavelet)
     if size is not None:
         x = x[..., : size[0], : size[1]]
-    return _from_island(x, y)
+    return _in_dtype_of(x, y)
 
 
 def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
@@ -79,7 +79,7 @@ def waverec2(coefficients: list[Tensor], wavelet: str = "haar", size: tuple[int,
     return x
 
 
-def _from_island(y: Tensor, like: Tensor) -> Tensor:
+def _in_dtype_of(y: Tensor, like: Tensor) -> Tensor:
     if autocast_enabled(like) or not like.dtype.is_floating_point:
         return y
     return y.to(like.dtype)

@@ -26,7 +26,7 @@ from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import PlayersStrategy
 from olvae.models.weight_files import locate_weights
-from olvae.runs import Run, RunLock, Settings, make_absolute, moves
+from olvae.runs import Run, RunLock, Settings, find_moved_data, make_data_absolute
 from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
 from olvae.training.origin import start_from
@@ -124,7 +124,7 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
     if plan.resumed is None:
         launch.choose_workers(source, config["data"], processes, int(trainer_args.get("num_nodes", 1)))
-    settings = replace(settings, paths={**settings.paths, **make_absolute(config)})  # of what was downloaded just now
+    settings = replace(settings, paths={**settings.paths, **make_data_absolute(config)})  # of fresh downloads
     quieten()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = _model(config, trainer_args)
@@ -232,12 +232,12 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
     """Make the data's paths absolute, where they are now, and check what a resumed run's config and settings change."""
     config, settings = copy.deepcopy(plan.config), plan.settings
     previous = copy.deepcopy(plan.previous)
-    moved, paths = moves(config), dict(settings.paths)
+    moved, paths = find_moved_data(config), dict(settings.paths)
     paths |= {now: paths[before] for before, now in moved.items()}
     for one in (config, previous):
         if one is not None:
             one["data"] = with_paths(one["data"], lambda text: moved.get(text, text))
-            paths |= make_absolute(one)
+            paths |= make_data_absolute(one)
     settings = replace(settings, paths=paths)
     if previous is not None:
         changes = find_changes(previous, config, settings)

@@ -9,7 +9,7 @@ from olvae import config as cfg
 from olvae.config import ConfigError
 from olvae.config.reading import holds_shards
 from olvae.data.opening import open_source, open_test_source
-from olvae.runs import make_absolute, where_it_is
+from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
 
@@ -102,7 +102,7 @@ def test_paths_become_absolute_and_other_values_stay(home):
     ]
     config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"size": 8, "sources": sources}}}
     escaped = str(home).replace("[", "[[]")
-    assert make_absolute(config) == {
+    assert make_data_absolute(config) == {
         f"{escaped}/photos/*.png": "photos/*.png",
         f"{home}/more": "more",
         f"{escaped}/photos/{{0..3}}.tar": "photos/{0..3}.tar",
@@ -117,13 +117,13 @@ def test_paths_become_absolute_and_other_values_stay(home):
 
 def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, caplog):
     config = {"data": {"target": FOLDER, "params": {"root": "photos", "size": 8, "batch_size": 1}}}
-    config["run"] = {"paths": make_absolute(config)}
+    config["run"] = {"paths": make_data_absolute(config)}
     moved = tmp_path / "b"
     home.rename(moved)
     monkeypatch.chdir(moved)
     with caplog.at_level(logging.WARNING, "olvae"):
         assert open_test_source(config).images == 4
-        assert where_it_is(config)["params"]["root"] == str(moved / "photos")
+        assert present_data(config)["params"]["root"] == str(moved / "photos")
     expected = f"{home / 'photos'}: this run's data are not there any more: taken from {moved / 'photos'}"
     assert caplog.messages == [expected]
     monkeypatch.chdir(tmp_path)

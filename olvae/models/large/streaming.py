@@ -101,7 +101,7 @@ class Plane:
 
 
 class Stream:
-    """Runs UNets layer by layer; only one strip of rows is on the device."""
+    """Run UNets layer by layer, with one strip of rows on the device at a time."""
 
     def __init__(self, memory: int, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype

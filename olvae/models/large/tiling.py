@@ -198,7 +198,7 @@ def _meta_copy(module: nn.Module) -> nn.Module:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations allocate, until they are freed."""
+    """Add up the storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

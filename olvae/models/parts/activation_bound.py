@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.models.parts.part import Loss, Part, Step
-from olvae.modules.base import check_not_negative, island, watch_outputs
+from olvae.modules.base import check_not_negative, upcast, watch_outputs
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -45,7 +45,7 @@ class ActivationBound(Part):
         """Collect the excess of what the trained networks compute in this context."""
 
         def collect(name: str, output: Tensor) -> None:  # noqa: ARG001
-            self._excess.append(F.relu(island(output).abs() / self.bound - 1.0).square().mean())
+            self._excess.append(F.relu(upcast(output).abs() / self.bound - 1.0).square().mean())
 
         self._excess = []
         modules = [module for network in model.trained_networks for module in network.modules()]

@@ -12,7 +12,7 @@ from olvae.losses.objective import IMAGE_TERMS, marginal_cosine_loss, marginal_d
 from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import Loss, Part, Step
 from olvae.models.weight_files import locate_weights
-from olvae.modules.base import check_not_negative, island, no_autocast
+from olvae.modules.base import check_not_negative, no_autocast, upcast
 from olvae.modules.frozen import VisionEncoder, published_weights
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Alignment(Part):
 
     def forward(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
         """The two unweighted terms by name, of images (B, 3, H, W) and their latents (B, n_z, h, w)."""
-        features, z = self.features(x, z.shape[-2:]), island(z)  # (B, d, h, w)
+        features, z = self.features(x, z.shape[-2:]), upcast(z)  # (B, d, h, w)
         with no_autocast(z):
             projected = self.projection(z)  # (B, d, h, w)
         return {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from olvae.models.parts.part import Loss, Part, Step
-from olvae.modules.base import check_not_negative, island
+from olvae.modules.base import check_not_negative, upcast
 from olvae.modules.distributions import DiagonalGaussian
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Anchor(Part):
         with torch.no_grad():
             old = DiagonalGaussian(self.moments(step.images))
         assert step.encoded is not None
-        return {"anchor": ((island(step.encoded.mean) - island(old.mean)).square().mean(), self.weight)}
+        return {"anchor": ((upcast(step.encoded.mean) - upcast(old.mean)).square().mean(), self.weight)}
 
     def describe(self) -> str:
         return f"weight {self.weight:g}"

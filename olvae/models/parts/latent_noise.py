@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from olvae.models.parts.part import Part, Step
-from olvae.modules.base import check_not_negative, island
+from olvae.modules.base import check_not_negative, upcast
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -34,7 +34,7 @@ class LatentNoise(Part):
 
     def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
         if self.relative_to == "data":
-            unit = island(step.posterior.mean.detach()).std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
+            unit = upcast(step.posterior.mean.detach()).std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
         else:
             unit = step.posterior.std.detach()
         step.latent = step.latent + self.std * unit * torch.randn_like(step.latent)

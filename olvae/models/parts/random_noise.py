@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from olvae.models.parts.part import Part, Step
-from olvae.modules.base import check_not_negative, island
+from olvae.modules.base import check_not_negative, upcast
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -53,13 +53,13 @@ class RandomNoise(Part):
 
     def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
         z = step.latent
-        means = island(step.posterior.mean.detach())
+        means = upcast(step.posterior.mean.detach())
         mean, unit = means.mean((0, 2, 3), keepdim=True), means.std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
         strength, noise = self.strength * torch.rand(len(z), 1, 1, 1, device=z.device), torch.randn_like(z)
         if self.how == "add":
             step.latent = z + strength * unit * noise
         else:
-            step.latent = torch.lerp(island(z), mean + self.scale * unit * noise, strength)
+            step.latent = torch.lerp(upcast(z), mean + self.scale * unit * noise, strength)
 
     def describe(self) -> str:
         scale = f", scale {self.scale:g}" if self.how == "interpolate" else ""

@@ -10,7 +10,7 @@ from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.models.parts.equivariance import Equivariance
 from olvae.models.parts.part import Loss, Part, Step
-from olvae.modules.base import check_counts, check_not_negative, island
+from olvae.modules.base import check_counts, check_not_negative, upcast
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -68,4 +68,4 @@ def shrink(x: Tensor, factor: int) -> Tensor:
 
     For a factor of 2 that is bilinear scaling; for larger ones it is antialiased.
     """
-    return F.avg_pool2d(island(x), factor)
+    return F.avg_pool2d(upcast(x), factor)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Encoder, check_counts, check_size
-from olvae.modules.distributions import certain_moments
+from olvae.modules.distributions import deterministic_moments
 from olvae.modules.litevae.blocks import OpenUNet, PaperUNet
 from olvae.modules.wavelet import dwt2, wavedec2
 
@@ -185,7 +185,7 @@ class WaveletEncoder(Encoder):
         bands = wavedec2(x, self.wavelet, self.levels)[-1] / self.downscale  # (B, 4C, H/f, W/f)
         if self.latent_dim == bands.shape[1]:
             return bands
-        return certain_moments(bands)  # (B, 8C, H/f, W/f)
+        return deterministic_moments(bands)  # (B, 8C, H/f, W/f)
 
 
 def _check_images(x: Tensor, encoder: Encoder) -> None:

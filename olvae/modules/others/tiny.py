@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts, check_size
-from olvae.modules.distributions import certain_moments
+from olvae.modules.distributions import deterministic_moments
 
 LIMIT = 3.0  # a soft bound on what the decoder takes, in standard deviations
 
@@ -82,7 +82,7 @@ class TinyEncoder(_Tiny, Encoder):
         h = (x + 1) / 2
         for layer in self.layers:
             h = self.step(layer, h)
-        return certain_moments(h * self.latents_std + self.latents_mean)
+        return deterministic_moments(h * self.latents_std + self.latents_mean)
 
 
 class TinyDecoder(_Tiny, Decoder):

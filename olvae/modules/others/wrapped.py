@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.base import Decoder, Encoder, Steps, check_size
-from olvae.modules.distributions import certain_moments
+from olvae.modules.distributions import deterministic_moments
 
 TRAINED = (
     *("AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
@@ -57,7 +57,7 @@ def _without_time(x: Tensor, frames: bool) -> Tensor:
 
 def moments_of(latent: Tensor, distributed: bool) -> Tensor:
     """Means, then log-variances, (B, 2 n_z, h, w); the least that there is for a latent without a distribution."""
-    return latent if distributed else certain_moments(latent)
+    return latent if distributed else deterministic_moments(latent)
 
 
 class _Wrapped(Steps):
