@@ -71,7 +71,7 @@ def command(
     given = {name: value for name, value in locals().items() if value is not None}
     end_on(signal.SIGUSR1)
     check_paths(data=data)
-    from olvae.training.setup import TrainOptions, read_plan
+    from olvae.training.settings import TrainOptions, read_plan
 
     plan = read_plan(TrainOptions(**given))  # before anything slow is imported
     with loading():

@@ -29,7 +29,7 @@ from olvae.devices import join, local_rank, srun_environment
 from olvae.pool import cores
 from olvae.runs import Run
 from olvae.training.progress import notify
-from olvae.training.setup import slurm_job
+from olvae.training.settings import slurm_job
 
 log = logging.getLogger("olvae.training")
 

@@ -33,7 +33,7 @@ from olvae.training.origin import start_from
 from olvae.training.profiling import StepTrace
 from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
-from olvae.training.setup import (
+from olvae.training.settings import (
     Plan,
     TrainOptions,
     check_changes,

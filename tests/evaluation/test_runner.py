@@ -12,9 +12,7 @@ from olvae.evaluation.protocol import PROTOCOLS, Protocol
 from olvae.evaluation.roundtrip import Reconstructed, RoundTrip
 from olvae.evaluation.runner import fingerprint, measure, observe, rows_under
 from olvae.metrics import build_metrics
-from olvae.models.autoencoder import LiteVAE
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
-from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from tests.evaluation.peers import litevae
 
 KEYS = [f"image{i}" for i in range(7)]
 
@@ -26,18 +24,7 @@ def images():
 
 @pytest.fixture
 def model():
-    encoder = LiteVAE_Encoder(
-        extractor_channels=8,
-        extractor_mult=[1, 2],
-        extractor_resblocks=1,
-        aggregate_channels=8,
-        aggregate_mult=[1, 2],
-        aggregate_resblocks=1,
-        latent_dim=8,
-    )
-    return LiteVAE(
-        encoder, LiteVAE_Decoder(channels=8, z_channels=4, channel_mult=[1, 1, 1, 1], num_res_blocks=0)
-    ).eval()
+    return litevae()
 
 
 def darker(keys, x):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from olvae.losses.adversarial import r1_penalty
 from olvae.modules import patchgan
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.patchgan import PatchGAN
@@ -79,18 +78,6 @@ def test_bf16_is_close_to_float32(name):
     largest = max(t.abs().max() for t in expected)
     for half, full in zip(logits, expected, strict=True):
         assert (half.float() - full).abs().max() < 0.05 * largest
-
-
-@pytest.mark.parametrize("name", ["patchgan", "unetgan", "gigagan"])
-def test_can_be_differentiated_twice(name):
-    net = small(name)
-    x = torch.randn(2, 3, 64, 64, requires_grad=True)
-    penalty = r1_penalty(net(x), x)
-    penalty.backward()
-    gradients = [p.grad for n, p in net.named_parameters() if not n.endswith("bias") and p.grad is not None]
-    assert penalty > 0
-    assert gradients
-    assert all(g.isfinite().all() for g in gradients)
 
 
 @pytest.mark.parametrize(("name", "autocast"), [("unetgan", False), ("unetgan", True), ("gigagan", False)])

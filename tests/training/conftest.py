@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from olvae.config import save
+from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.run import RUN_ENV, train
-from olvae.training.setup import TrainOptions
+from olvae.training.settings import TrainOptions
 from tests.test_devices import fork_each, free_port
 from tests.training.origins import without_networks
 
@@ -26,6 +27,23 @@ def train_with(tmp_path, image_folder, monkeypatch, quick_training):
         return train(TrainOptions(**{**settings, **options}))
 
     return run
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[[int, Callable[[], object]], None]:
+    """Do something once, before the step of this number, counted from 0."""
+
+    def patch(number: int, action: Callable[[], object]) -> None:
+        whole, done = LiteAutoencoderKL.training_step, []
+
+        def step(self, batch, batch_idx):
+            if self.global_step == number and not done:
+                done.append(action())
+            return whole(self, batch, batch_idx)
+
+        monkeypatch.setattr(LiteAutoencoderKL, "training_step", step)
+
+    return patch
 
 
 def torchrun(rank: int = 0, nodes: int = 1, per_node: int = 1) -> dict[str, str]:

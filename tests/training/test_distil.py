@@ -19,7 +19,7 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
-from olvae.training.setup import TrainOptions, read_plan, untrained_half
+from olvae.training.settings import TrainOptions, read_plan, untrained_half
 from tests.conftest import parts
 from tests.export.latents import encode
 from tests.export.test_diffusers_model import dit

@@ -12,7 +12,6 @@ import pytest
 
 from olvae.cli.main import main
 from olvae.config import save
-from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import launch
 from olvae.training.launch import process_death
@@ -24,23 +23,6 @@ SAVES = (
     "lightning.callbacks.keep.params.every_n_steps=2",
     "lightning.trainer.val_check_interval=3",
 )
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """Do something before the step of this number, counted from 0."""
-
-    def patch(number: int, action) -> None:
-        whole = LiteAutoencoderKL.training_step
-
-        def step(self, batch, batch_idx):
-            if self.global_step == number:
-                action()
-            return whole(self, batch, batch_idx)
-
-        monkeypatch.setattr(LiteAutoencoderKL, "training_step", step)
-
-    return patch
 
 
 def remove(root, name: str = "") -> None:

@@ -16,7 +16,7 @@ from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
 from olvae.training.launch import check_same, choose_workers, cluster, find_launcher, process_count
 from olvae.training.run import TrainingStopped, train
-from olvae.training.setup import TrainOptions
+from olvae.training.settings import TrainOptions
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.test_devices import fork_each, free_port

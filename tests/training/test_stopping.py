@@ -12,7 +12,7 @@ from olvae.runs import Run
 from olvae.training.callbacks import GracefulStop
 from olvae.training.launch import requeue
 from olvae.training.run import TrainingStopped
-from olvae.training.setup import parse_time
+from olvae.training.settings import parse_time
 from tests.conftest import tiny_config
 from tests.models.steps import Each, against, build, fit
 from tests.test_devices import fork_each, free_port
@@ -112,26 +112,13 @@ def job(tmp_path, monkeypatch):
     return tmp_path / "asked.txt"
 
 
-def stop_at(monkeypatch, step: int, number: int) -> None:
-    whole, sent = LiteAutoencoderKL.training_step, []
-
-    def stop(self, batch, batch_idx):
-        if self.global_step == step - 1 and not sent:
-            sent.append(number)
-            signal.raise_signal(number)
-        return whole(self, batch, batch_idx)
-
-    monkeypatch.setattr(LiteAutoencoderKL, "training_step", stop)
-
-
-def test_a_requeued_job_continues_its_run(train_with, image_folder, tmp_path, job, monkeypatch):
+def test_a_requeued_job_continues_its_run(train_with, image_folder, tmp_path, job, monkeypatch, at_step):
     """SIGUSR1 is what `#SBATCH --signal=USR1@300` sends before the time is up."""
     command = partial(train_with, config=tiny_config(image_folder))
     whole = command()
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2, signal.SIGUSR1)
-        with pytest.raises(TrainingStopped):
-            command()
+    at_step(1, partial(signal.raise_signal, signal.SIGUSR1))
+    with pytest.raises(TrainingStopped):
+        command()
     assert job.read_text() == "requeue 17\n"
     (begun,) = set((tmp_path / "runs").iterdir()) - {whole.path}
     assert checkpoint(Run(begun))["global_step"] < 4
@@ -145,13 +132,13 @@ def test_a_requeued_job_continues_its_run(train_with, image_folder, tmp_path, jo
 
 
 @pytest.mark.slow
-def test_sigusr1_to_any_process_queues_the_job_again(train_with, image_folder, under, job, monkeypatch):
+def test_sigusr1_to_any_process_queues_the_job_again(train_with, image_folder, under, job, at_step):
     port, devices = str(free_port()), ("lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
 
     def work(rank: int) -> None:
         under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
         if rank == 1:
-            stop_at(monkeypatch, 1, signal.SIGUSR1)
+            at_step(0, partial(signal.raise_signal, signal.SIGUSR1))
         with pytest.raises(TrainingStopped):
             train_with("lightning.trainer.max_steps=99", *devices, config=tiny_config(image_folder), name="two")
 
@@ -159,11 +146,10 @@ def test_sigusr1_to_any_process_queues_the_job_again(train_with, image_folder, u
     assert job.read_text() == "requeue 17\n"
 
 
-def test_sigterm_queues_nothing_and_an_array_has_its_own_names(train_with, image_folder, job, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1, signal.SIGTERM)
-        with pytest.raises(TrainingStopped):
-            train_with(config=tiny_config(image_folder))
+def test_sigterm_queues_nothing_and_an_array_has_its_own_names(train_with, image_folder, job, monkeypatch, at_step):
+    at_step(0, partial(signal.raise_signal, signal.SIGTERM))
+    with pytest.raises(TrainingStopped):
+        train_with(config=tiny_config(image_folder))
     assert not job.exists()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "20")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")

@@ -6,7 +6,7 @@ import torch
 from olvae.config import ConfigError, save, validate
 from olvae.models.autoencoder import LiteVAE
 from olvae.training.run import RUN_ENV, train
-from olvae.training.setup import TrainOptions
+from olvae.training.settings import TrainOptions
 from tests.conftest import parts, tiny_config
 from tests.models.steps import build, fit, metrics, snapshot
 from tests.training.origins import assert_same_checkpoint, checkpoint

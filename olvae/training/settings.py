@@ -1,4 +1,4 @@
-"""Set up a training: read its options and config, compare a resumed run's settings, find an autoencoder to start from.
+"""Read the settings of a training from options and config, and compare those of a resumed run with its own.
 
 Importing this module takes no torch, so that mistakes of a config show at once.
 """
