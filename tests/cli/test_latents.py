@@ -25,7 +25,7 @@ def test_a_run_on_its_own_test_images(olvae, trained):
         assert text in err, text
     content = json.loads((trained / "latents.json").read_text())
     (result,) = content["results"]
-    assert content["data"]["source"] == "olvae.data.picture_folder.FolderSource"
+    assert content["data"]["source"] == str(trained.parent.parent / "photos")
     assert content["data"]["n"] == result["n"] > 0
     assert result["target"] == trained.name
     assert min(Image.open(trained / "latents.png").size) > 300
